@@ -1,0 +1,133 @@
+"""From a frozen dataclass to a command line: each field is a flag, its metadata the help, its default the default.
+
+Flags are spelled with hyphens (`--block-size`) and accepted with underscores too (`--block_size`), which is how
+DeepSpeed's users write them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+ConfigType = TypeVar("ConfigType")
+
+
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    identity: bool = True,
+    parse: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field of a Config.
+
+    Args:
+        help: one line with the unit.
+        default: left out for a required flag.
+        identity: whether the field decides the bytes of the result; a rerun that changes such a field is refused,
+            while the others (batch sizes, devices, threads) may change from run to run.
+        parse: text to value, where the field's type alone does not say it.
+        metavar: the placeholder in the help.
+    """
+    metadata = {"help": help, "identity": identity, "parse": parse, "metavar": metavar}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_config(
+    config_class: type[ConfigType], argv: Sequence[str] | None, *, prog: str | None, description: str, example: str
+) -> ConfigType:
+    """Read a Config from the command line; on a wrong flag argparse prints the usage and exits with 2."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"example:\n  {example}",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
+    )
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        _add_flag(parser, field, hints[field.name])
+    words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
+    values = vars(parser.parse_args(words))
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _hyphenate(word: str) -> str:
+    """--block_size=4 → --block-size=4; other words unchanged."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+    flag = f"--{field.name.replace('_', '-')}"
+    required = field.default is dataclasses.MISSING
+    base, is_tuple, choices = _read_hint(hint)
+    help_text = field.metadata["help"].replace("%", "%%")
+    if not required and field.default not in (None, ()):
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        help_text += f" (default: {shown})"
+    settings: dict[str, Any] = {"dest": field.name, "required": required, "help": help_text}
+    if not required:
+        settings["default"] = field.default
+    if base is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
+        return
+    settings["type"] = field.metadata["parse"] or base
+    settings["metavar"] = field.metadata["metavar"] or (None if choices else _metavar(base))
+    if is_tuple:
+        settings["nargs"] = "+"
+    if choices:
+        settings["choices"] = choices
+    parser.add_argument(flag, **settings)
+
+
+def _read_hint(hint: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] | None]:
+    """(converter of one word, whether the flag takes several, the words allowed) of a field's type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [argument for argument in arguments if argument is not type(None)]
+        return _read_hint(inner[0])
+    if origin is tuple:
+        base, _, choices = _read_hint(arguments[0])
+        return base, True, choices
+    if origin is typing.Literal:
+        return type(arguments[0]), False, arguments
+    return hint, False, None
+
+
+def _metavar(base: Any) -> str:
+    return {int: "INT", float: "NUMBER", Path: "PATH"}.get(base, "TEXT")
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """The Config as JSON values (paths as text, tuples as lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def identity_values(config: Any) -> dict[str, Any]:
+    """Those values of the Config that decide the bytes of the result; paths are left to the inputs' hashes."""
+    values = plain_values(config)
+    return {
+        field.name: values[field.name]
+        for field in dataclasses.fields(config)
+        if field.metadata.get("identity", True) and not isinstance(getattr(config, field.name), Path)
+    }

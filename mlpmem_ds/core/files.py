@@ -1,0 +1,143 @@
+"""Files that appear whole or not at all: temporary name, fsync, rename; and checksums of what was written.
+
+Temporary files are named `.<name>.<host>.<pid>.tmp` in the directory of their target, so that a later run on the same
+host can tell those of dead processes and remove them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.core.errors import DamagedDataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A published file: its name relative to the stage directory, its size and its checksum."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+
+
+def _sha256(stream: Any) -> str:
+    """hashlib.file_digest for Python 3.10."""
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, one-space indent, UTF-8, a final newline; no NaN."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write; on leaving, flush it to disk and rename it to `path`; on an error, remove it."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    with publish(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def publish_json(path: Path, value: Any) -> None:
+    publish_bytes(path, canonical_json(value))
+
+
+def publish_array(path: Path, array: np.ndarray) -> None:
+    """Write `array` as .npy (never pickled)."""
+    with publish(path) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours.
+
+    Raises:
+        DamagedDataError: it is missing or does not parse.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DamagedDataError(f"{path} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedDataError(f"{path} is not valid JSON ({error}); restore it or remake its stage") from error
+
+
+def record_file(root: Path, name: str) -> FileRecord:
+    path = root / name
+    return FileRecord(name=name, bytes=path.stat().st_size, sha256=sha256_of_file(path))
+
+
+def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> str | None:
+    """Say what is wrong with a published file, or None: missing, another size, or (if asked) another checksum."""
+    path = root / record.name
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != record.bytes:
+        return f"{path} has {size} bytes where its record says {record.bytes}"
+    if checksum and sha256_of_file(path) != record.sha256:
+        return f"{path} does not have the checksum of its record"
+    return None
+
+
+def remove_stale_temporaries(root: Path) -> None:
+    """Remove temporary files (and directories' content is left alone) of dead processes of this host below `root`."""
+    prefix = f".{socket.gethostname()}."
+    for path in root.rglob(".*.tmp"):
+        head, _, pid = path.name.removesuffix(".tmp").rpartition(".")
+        if pid.isdigit() and f"{head}.".endswith(prefix) and not _is_alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

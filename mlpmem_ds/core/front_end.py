@@ -1,0 +1,69 @@
+"""What each front-end does: parse, run, exit code. 0 done; 2 the user's to mend, with the remedy; 130 interrupted."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlpmem_ds.core.config import parse_config
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.log import set_up_logging
+from mlpmem_ds.core.world import World, world_from_environment
+
+ConfigType = TypeVar("ConfigType")
+_logger = logging.getLogger(__name__)
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again: it continues where it was",
+    errno.EDQUOT: "raise the quota or free some space and run the same command again: it continues where it was",
+    errno.EACCES: "choose another path or change its permissions",
+    errno.EPERM: "choose another path or change its permissions",
+    errno.EROFS: "choose an --output on a writable file system",
+}
+
+
+def run_front_end(
+    config_class: type[ConfigType],
+    run: Callable[[ConfigType, World], Any],
+    *,
+    description: str,
+    example: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line into `config_class`, call `run(config, world)`, and turn the outcome into an exit code."""
+    name = Path(sys.argv[0]).stem
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(word)]
+    try:
+        config = parse_config(
+            config_class, words, prog=None if argv is None else name, description=description, example=example
+        )
+        world = world_from_environment(os.environ)
+        set_up_logging(world, name=name)
+        run(config, world)
+    except UserError as error:
+        return _complain(str(error))
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        return _complain(f"{error.strerror}: {error.filename or 'while writing'}; {_REMEDIES[error.errno]}")
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command continues where it was")
+        return 130
+    return 0
+
+
+def _complain(message: str) -> int:
+    """Print the message to standard error; the exit code of a user's mistake."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+    return 2
+
+
+def _is_local_rank(word: str) -> bool:
+    """The deepspeed launcher appends --local_rank=N, which LOCAL_RANK says too."""
+    return word.startswith(("--local_rank=", "--local-rank="))

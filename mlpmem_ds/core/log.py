@@ -1,0 +1,91 @@
+"""What a run says: a progress line on a terminal, plain lines elsewhere, JSON lines in the stage's log.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mlpmem_ds.core.world import World
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def set_up_logging(world: World, *, name: str) -> None:
+    """Send the library's messages to standard error: from rank 0 all of them, from the others warnings only."""
+    prefix = name if world.size == 1 else f"{name} rank {world.rank}"
+    logging.basicConfig(
+        level=logging.WARNING,
+        format=f"%(asctime)s {prefix}: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    logging.getLogger("mlpmem_ds").setLevel(logging.INFO if world.is_first else logging.WARNING)
+
+
+class EventLog:
+    """Appends one JSON object a line to `path`; lines of several ranks may interleave but never mix."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self._path = path
+        self._rank = world.rank
+
+    def write(self, event: str, **fields: Any) -> None:
+        record = {"time": round(time.time(), 3), "rank": self._rank, "event": event, **fields}
+        with open(self._path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a log.jsonl, without lines that a crash cut short; [] where there is no file."""
+    if not path.is_file():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+class Progress:
+    """Counts work done: a tqdm bar on a terminal, else a log line with rate and time left every ten seconds (rank 0)."""
+
+    def __init__(self, total: int, *, label: str, unit: str, world: World) -> None:
+        self._total, self._label, self._unit = total, label, unit
+        self._done = 0
+        self._start = self._last = time.monotonic()
+        self._logger = logging.getLogger("mlpmem_ds")
+        self._speaks = world.is_first
+        show_bar = world.is_first and sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True) if show_bar else None
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._done += amount
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(amount)
+        elif self._speaks and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self._logger.info(self._line(note))
+
+    def close(self, note: str = "") -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(note)
+            self._bar.close()
+        elif self._speaks:
+            self._logger.info(self._line(note))
+
+    def _line(self, note: str) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rate = self._done / seconds
+        left = f", {(self._total - self._done) / rate:.0f} s left" if 0 < self._done < self._total else ""
+        share = f"{self._label}: {self._done:,} of {self._total:,} {self._unit}"
+        return f"{share} in {seconds:.0f} s ({rate:,.0f} {self._unit}/s{left}){' ' + note if note else ''}"

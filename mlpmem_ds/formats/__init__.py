@@ -1,0 +1,1 @@
+"""What is on disk; README.md beside this file is the specification."""

@@ -1,0 +1,166 @@
+"""Read a corpus directory: token shards of several splits, seen as one stream of positions each. See README.md.
+
+N = positions of a split (num_tokens - 1).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.core.blocks import Window, split_windows
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.stage_directory import read_manifest
+
+FORMAT, VERSION = "corpus", 1
+SPLITS = ("train", "tuning", "test", "heldout")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSplit:
+    """One split of a corpus as a stream; tokens stay on disk until asked for."""
+
+    root: Path
+    name: str
+    sha256: str
+    manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def _split(self) -> dict[str, Any]:
+        return self.manifest["splits"][self.name]
+
+    @property
+    def num_tokens(self) -> int:
+        return self._split["num_tokens"]
+
+    @property
+    def num_positions(self) -> int:
+        return self.num_tokens - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the split's text."""
+        return self._split["num_bytes"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["tokenizer"]["vocab_size"]
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        return self.manifest["tokenizer"]["vocabulary_sha256"]
+
+    @property
+    def end_of_document_id(self) -> int:
+        return self.manifest["tokenizer"]["end_of_document_id"]
+
+    @property
+    def block_size(self) -> int:
+        return self.manifest["block_size"]
+
+    @property
+    def stride(self) -> int:
+        return self.manifest["stride"]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.manifest["token_dtype"])
+
+    @cached_property
+    def _shards(self) -> list[np.ndarray]:
+        return [
+            np.memmap(
+                self.root / self.name / f"tokens-{unit['unit']}.bin",
+                dtype=self.dtype,
+                mode="r",
+                shape=(unit["tokens"],),
+            )
+            for unit in self._split["units"]
+            if unit["tokens"]
+        ]
+
+    @cached_property
+    def _shard_starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum([len(shard) for shard in self._shards])])
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"tokens [{start}, {stop}) are not in a stream of {self.num_tokens}")
+        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        parts, at = [], start
+        while at < stop:
+            base = int(self._shard_starts[first])
+            part = self._shards[first][at - base : stop - base]
+            parts.append(np.asarray(part, dtype=np.int64))
+            at, first = at + len(part), first + 1
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        """The values of positions [start, stop) as int64: the tokens that follow."""
+        return self.tokens(start + 1, stop + 1)
+
+    def windows(self) -> list[Window]:
+        """What the base reads, in order: token windows and the positions that each predicts."""
+        return split_windows(self.num_positions, self.block_size, self.stride)
+
+    @cached_property
+    def documents(self) -> list[dict[str, Any]]:
+        """`name`, `group`, `bytes`, `tokens` of each document in stream order."""
+        lines = []
+        for unit in self._split["units"]:
+            if unit["documents"]:
+                path = self.root / self.name / f"documents-{unit['unit']}.jsonl"
+                lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return lines
+
+    @cached_property
+    def document_stops(self) -> np.ndarray:
+        """int64 [documents]: one past each document's last token (its end-of-document token)."""
+        return np.cumsum([document["tokens"] for document in self.documents], dtype=np.int64)
+
+    def documents_of(self, positions_N: np.ndarray) -> np.ndarray:
+        """int64 [N]: the number of the document that each position's value belongs to."""
+        return np.searchsorted(self.document_stops, np.asarray(positions_N) + 1, side="right")
+
+
+def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> CorpusSplit:
+    """Open one split of a complete corpus.
+
+    Raises:
+        UserError: no corpus there, or the split is empty or unknown.
+        DamagedDataError: files missing, of another size or version.
+    """
+    manifest, sha256 = read_manifest(root, stage=FORMAT, version=VERSION, flag=flag)
+    splits = manifest["splits"]
+    if splits.get(split, {}).get("num_tokens", 0) < 2:
+        present = ", ".join(f"{name} ({entry['num_tokens']:,} tokens)" for name, entry in splits.items())
+        raise UserError(
+            f"{flag} {root} has no text in split {split!r}; it has {present or 'none'}: choose another "
+            "split, or prepare the corpus with fractions for it"
+        )
+    corpus = CorpusSplit(root=root, name=split, sha256=sha256, manifest=manifest)
+    if sum(unit["tokens"] for unit in splits[split]["units"]) != corpus.num_tokens:
+        raise DamagedDataError(
+            f"the manifest of {root} contradicts itself on split {split!r}: prepare the corpus again"
+        )
+    return corpus
+
+
+def num_tokens_of_splits(root: Path, *, flag: str = "--corpus") -> dict[str, int]:
+    """Split name → number of tokens, of a complete corpus."""
+    manifest, _ = read_manifest(root, stage=FORMAT, version=VERSION, flag=flag)
+    return {name: entry["num_tokens"] for name, entry in manifest["splits"].items()}

@@ -1,0 +1,87 @@
+"""Pipeline: two log-probabilities a position (base's and memory's, or kNN's) → **scores** → the report's table.
+
+Natural logarithms, float64. The interpolation weight λ is that of the second distribution.
+
+Shape legend: N positions, G grid of λ, B blocks, R resamples.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+def perplexity(log_probabilities_N: Array) -> float:
+    """exp of the mean negative log-probability; infinite if one position has probability 0."""
+    return float(np.exp(-_float64(log_probabilities_N).mean()))
+
+
+def bits_per_byte(log_probabilities_N: Array, num_bytes: int) -> float:
+    """Bits spent on the positions, by byte of the text they cover."""
+    if num_bytes < 1:
+        raise ValueError(f"the text has {num_bytes} bytes; bits per byte need at least 1")
+    return float(-_float64(log_probabilities_N).sum() / np.log(2.0) / num_bytes)
+
+
+def lambda_curve(log_base_N: Array, log_other_N: Array, lambdas_G: Array) -> Array:
+    """Perplexity [G] of (1-λ)·base + λ·other for each λ in [0, 1]; the ends are exactly those of the two alone."""
+    _check_pair(log_base_N, log_other_N)
+    lambdas_G = _float64(lambdas_G)
+    if not ((lambdas_G >= 0) & (lambdas_G <= 1)).all():
+        raise ValueError(f"λ in [{lambdas_G.min()}, {lambdas_G.max()}]; an interpolation weight lies in [0, 1]")
+    base_N, other_N = _float64(log_base_N), _float64(log_other_N)
+    with np.errstate(divide="ignore"):
+        pairs = list(zip(np.log1p(-lambdas_G), np.log(lambdas_G), strict=True))
+    return np.array([perplexity(np.logaddexp(base_N + log_keep, other_N + log_take)) for log_keep, log_take in pairs])
+
+
+def best_lambda(log_base_N: Array, log_other_N: Array, lambdas_G: Array) -> tuple[float, float]:
+    """The λ of the grid with the least perplexity (the first, if several) and that perplexity. Choose it on a tuning split."""
+    curve_G = lambda_curve(log_base_N, log_other_N, lambdas_G)
+    best = int(np.argmin(curve_G))
+    return float(lambdas_G[best]), float(curve_G[best])
+
+
+def bootstrap_interval(
+    log_a_N: Array, log_b_N: Array, *, block: int = 512, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the relative perplexity change of b against a, ``ppl_b / ppl_a - 1``, by a paired block bootstrap.
+
+    The positions are cut into contiguous blocks of ``block`` (the last may be shorter), since neighbouring positions of a
+    text are not independent. Each resample draws as many blocks as there are, with replacement, the same for a and b, and
+    gives exp(mean(log a) - mean(log b)) - 1 over its positions; the interval is the 2.5 and 97.5 percentiles. All
+    positions must have a positive probability under both. Raises ValueError for fewer than 2 blocks.
+    """
+    _check_pair(log_a_N, log_b_N)
+    differences_N = _float64(log_a_N) - _float64(log_b_N)
+    starts_B = np.arange(0, len(differences_N), block)
+    if len(starts_B) < 2:
+        raise ValueError(f"{len(differences_N)} positions make {len(starts_B)} blocks of {block}; a bootstrap needs 2 or more")
+    if not np.isfinite(differences_N).all():
+        raise ValueError("a position has probability 0, so a perplexity is infinite; interpolate with the base first")
+    sums_B = np.add.reduceat(differences_N, starts_B)
+    sizes_B = np.diff(np.append(starts_B, len(differences_N)))
+    generator = np.random.default_rng(seed)
+    changes_R = np.empty(num_resamples)
+    for resample in range(num_resamples):
+        drawn_B = generator.integers(len(starts_B), size=len(starts_B))
+        changes_R[resample] = np.expm1(sums_B[drawn_B].sum() / sizes_B[drawn_B].sum())
+    low, high = np.quantile(changes_R, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def win_rate(log_a_N: Array, log_b_N: Array) -> float:
+    """Share of the positions to which b gives more probability than a; a tie counts one half."""
+    _check_pair(log_a_N, log_b_N)
+    a_N, b_N = _float64(log_a_N), _float64(log_b_N)
+    return float(((b_N > a_N) + 0.5 * (b_N == a_N)).mean())
+
+
+def _check_pair(log_a_N: Array, log_b_N: Array) -> None:
+    if len(log_a_N) != len(log_b_N) or not len(log_a_N):
+        raise ValueError(f"{len(log_a_N)} and {len(log_b_N)} log-probabilities; both need the same positions, at least 1")
+
+
+def _float64(array: Array) -> Array:
+    return np.asarray(array, dtype=np.float64)

@@ -1,0 +1,272 @@
+"""Pipeline: hidden states of the memory, sparse kNN targets → **training loss and its gradients**.
+
+Row n has the teacher's sparse distribution t, the label y and the weight w. With z = hidden · weightᵀ,
+
+    loss_n = w (α KL(t ‖ softmax z) + (1-α) CE),    CE = -log p_mem(y)  or  -log((1-λ) p_base(y) + λ p_mem(y)),
+    m = α t + c (1-α) onehot(y),    s = Σ m,    dloss_n/dz = w (s softmax(z) - m),
+
+where c is 1, or the memory's responsibility λ p_mem(y) / mixture. The factor s is needed wherever a row's mass is not 1,
+else all its logits drift. A row whose teacher is empty is pure CE (its α is 0).
+
+Neither a dense target nor all the logits ever exist: rows are taken in chunks, and a chunk's gradients are made while
+its logits are at hand. Statistics are float32; matrix products take the operands' dtype.
+
+Shape legend: N rows, D width of the hidden state, V vocabulary, E stored teacher entries, C rows of a chunk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DEFAULT_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetBatch:
+    """Targets of N rows; row n has the teacher entries ``[offsets[n], offsets[n + 1])``.
+
+    ``offsets_N1`` int64, ``ids`` int64 [E] (an id may repeat within a row), ``probabilities`` float32 [E] (not negative),
+    ``labels_N`` int64, ``row_weights_N`` float32 (0 = ignored, whatever its label; None = all 1),
+    ``base_log_probabilities_N`` float32, log p_base(label), needed for CE through the mixture.
+    """
+
+    offsets_N1: Tensor
+    ids: Tensor
+    probabilities: Tensor
+    labels_N: Tensor
+    row_weights_N: Tensor | None = None
+    base_log_probabilities_N: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "TargetBatch":
+        """The same on another device, but for the offsets: they stay on the host, where they bound the chunks without a wait."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return TargetBatch(
+            offsets_N1=self.offsets_N1.cpu(),
+            ids=self.ids.to(device, non_blocking=True),
+            probabilities=self.probabilities.to(device, non_blocking=True),
+            labels_N=self.labels_N.to(device, non_blocking=True),
+            row_weights_N=move(self.row_weights_N),
+            base_log_probabilities_N=move(self.base_log_probabilities_N),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Detached float32 scalars on the loss's device: Σ w KL over rows that have a teacher, Σ w CE, Σ w."""
+
+    kl: Tensor
+    ce: Tensor
+    weight: Tensor
+
+
+def sparse_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets: TargetBatch,
+    *,
+    alpha: float,
+    mixture_lambda: float | None = None,
+    renormalise: bool = True,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> tuple[Tensor, Sums]:
+    """Sum over the rows of the loss above (float32 scalar, differentiable once), and its parts. The caller divides.
+
+    ``alpha`` weighs KL against CE. With ``mixture_lambda`` CE goes through the mixture. ``renormalise`` divides each
+    teacher row by its sum; else a truncated row keeps its mass below 1. ``chunk_bytes`` bounds the float32 logits.
+    """
+    _check(hidden_ND, weight_VD, targets, alpha, mixture_lambda)
+    with torch.no_grad():
+        rows = _prepare(targets, hidden_ND.device, alpha, mixture_lambda, renormalise)
+    loss, kl, ce = _FusedSparseLoss.apply(hidden_ND, weight_VD, rows, chunk_bytes)
+    return loss, Sums(kl=kl, ce=ce, weight=rows.weights_N.sum())
+
+
+def row_chunks(num_rows: int, vocabulary_size: int, chunk_bytes: int) -> Iterator[slice]:
+    """Slices over the rows, even in size, whose float32 logits take at most ``chunk_bytes`` (or hold one row)."""
+    most = max(1, chunk_bytes // (4 * vocabulary_size))
+    num_chunks = -(-num_rows // most)
+    for chunk in range(num_chunks):
+        yield slice(num_rows * chunk // num_chunks, num_rows * (chunk + 1) // num_chunks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Targets made ready: ignored rows are harmless, teacher rows scaled, α by row. Offsets are plain integers."""
+
+    offsets: list[int]
+    row_of_entry_E: Tensor
+    ids_E: Tensor
+    teacher_E: Tensor
+    teacher_mass_N: Tensor
+    alphas_N: Tensor
+    labels_N: Tensor
+    weights_N: Tensor
+    log_base_N: Tensor | None  # log((1-λ) p_base(label))
+    log_lambda: float
+
+
+def _prepare(
+    targets: TargetBatch, device: torch.device, alpha: float, mixture_lambda: float | None, renormalise: bool
+) -> _Rows:
+    num_rows, num_entries = len(targets.labels_N), len(targets.ids)
+    counts_N = targets.offsets_N1.diff().to(device, non_blocking=True)
+    row_of_entry_E = torch.repeat_interleave(counts_N, output_size=num_entries)
+    teacher_E = targets.probabilities.float()
+    mass_N = torch.zeros(num_rows, device=device).index_add_(0, row_of_entry_E, teacher_E)
+    if renormalise:
+        teacher_E = teacher_E / mass_N.clamp_min(torch.finfo(torch.float32).tiny)[row_of_entry_E]
+    has_teacher_N = mass_N > 0
+    weights_N = torch.ones(num_rows, device=device) if targets.row_weights_N is None else targets.row_weights_N.float()
+    ids_E, teacher_E = _merge_repeated(row_of_entry_E, targets.ids, teacher_E)
+    ignored_N = weights_N == 0
+    log_base_N = None
+    if mixture_lambda is not None and targets.base_log_probabilities_N is not None:
+        log_base_N = targets.base_log_probabilities_N.float() + torch.log1p(torch.tensor(-mixture_lambda)).item()
+        log_base_N = log_base_N.masked_fill(ignored_N, 0.0)
+    return _Rows(
+        offsets=targets.offsets_N1.tolist(),
+        row_of_entry_E=row_of_entry_E,
+        ids_E=ids_E,
+        teacher_E=teacher_E,
+        teacher_mass_N=has_teacher_N.float() if renormalise else mass_N,
+        alphas_N=has_teacher_N.float() * alpha,
+        labels_N=targets.labels_N.masked_fill(ignored_N, 0),
+        weights_N=weights_N,
+        log_base_N=log_base_N,
+        log_lambda=0.0 if mixture_lambda is None else torch.log(torch.tensor(mixture_lambda)).item(),
+    )
+
+
+def _merge_repeated(row_of_entry_E: Tensor, ids_E: Tensor, teacher_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids ascending in each row, the mass of a repeated id on the first of its entries and 0 on the others.
+
+    The gradient would be right without it, t log t would not.
+    """
+    ascends_E = (ids_E[1:] > ids_E[:-1]) | (row_of_entry_E[1:] != row_of_entry_E[:-1])
+    if not ids_E.is_cuda and bool(ascends_E.all()):  # as our shards have them; on a GPU asking would wait for it
+        return ids_E, teacher_E
+    order_E = torch.argsort(ids_E, stable=True)
+    order_E = order_E[torch.argsort(row_of_entry_E[order_E], stable=True)]
+    ids_E = ids_E[order_E]
+    is_first_E = torch.ones_like(ids_E, dtype=torch.bool)
+    is_first_E[1:] = (ids_E[1:] != ids_E[:-1]) | (row_of_entry_E[1:] != row_of_entry_E[:-1])
+    group_E = is_first_E.cumsum(0) - 1
+    sums_E = torch.zeros_like(teacher_E).index_add_(0, group_E, teacher_E[order_E])
+    return ids_E, sums_E[group_E] * is_first_E
+
+
+class _FusedSparseLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, rows: _Rows, chunk_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        d_weight_VD = torch.zeros(weight_VD.shape, device=weight_VD.device) if needs_weight else None
+        sums = torch.zeros(3, device=hidden_ND.device)
+        for chunk in row_chunks(len(hidden_ND), len(weight_VD), chunk_bytes):
+            logits_CV = _matmul(hidden_ND[chunk], weight_VD.t())
+            sums += _chunk_sums(logits_CV, rows, chunk, wants_gradient=needs_hidden or needs_weight)
+            d_logits_CV = logits_CV.to(hidden_ND.dtype)
+            del logits_CV
+            if d_hidden_ND is not None:
+                d_hidden_ND[chunk] = _matmul(d_logits_CV, weight_VD)
+            if d_weight_VD is not None:
+                _add_matmul(d_weight_VD, d_logits_CV.t(), hidden_ND[chunk])
+            del d_logits_CV
+        ctx.gradients = (d_hidden_ND, d_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        loss, kl, ce = sums.unbind()
+        ctx.mark_non_differentiable(kl, ce)
+        return loss, kl, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("sparse_loss keeps its gradients for one backward; call it again for another")
+        d_hidden_ND, d_weight_VD = ctx.gradients
+        ctx.gradients = None
+        if d_hidden_ND is not None:
+            d_hidden_ND.mul_(d_loss)
+        if d_weight_VD is not None:
+            d_weight_VD = d_weight_VD.mul_(d_loss).to(ctx.weight_dtype)
+        return d_hidden_ND, d_weight_VD, None, None
+
+
+def _chunk_sums(logits_CV: Tensor, rows: _Rows, chunk: slice, *, wants_gradient: bool) -> Tensor:
+    """Sums [loss, kl, ce] of a chunk; ``logits_CV`` is overwritten, by its gradient if that is wanted."""
+    entries = slice(rows.offsets[chunk.start], rows.offsets[chunk.stop])
+    ids_E, teacher_E, row_E = rows.ids_E[entries], rows.teacher_E[entries], rows.row_of_entry_E[entries] - chunk.start
+    labels_C, weights_C, alphas_C = rows.labels_N[chunk], rows.weights_N[chunk], rows.alphas_N[chunk]
+    entry_logits_E = logits_CV[row_E, ids_E]
+    label_logits_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
+    log_normaliser_C, exp_sums_C = _exponentiate(logits_CV)
+
+    entry_kl_E = torch.xlogy(teacher_E, teacher_E) - teacher_E * (entry_logits_E - log_normaliser_C[row_E])
+    label_log_probability_C = label_logits_C - log_normaliser_C
+    if rows.log_base_N is None:
+        log_prediction_C, label_mass_C = label_log_probability_C, 1 - alphas_C
+    else:
+        log_memory_C = label_log_probability_C + rows.log_lambda
+        log_prediction_C = torch.logaddexp(rows.log_base_N[chunk], log_memory_C)
+        label_mass_C = (1 - alphas_C) * (log_memory_C - log_prediction_C).exp()
+
+    if wants_gradient:
+        mass_C = alphas_C * rows.teacher_mass_N[chunk] + label_mass_C
+        logits_CV.mul_((weights_C * mass_C / exp_sums_C)[:, None])
+        entry_mass_E = (weights_C * alphas_C)[row_E] * teacher_E
+        logits_CV.index_put_((row_E, ids_E), -entry_mass_E, accumulate=True)
+        logits_CV.scatter_add_(1, labels_C[:, None], -(weights_C * label_mass_C)[:, None])
+
+    weighted_kl_E = weights_C[row_E] * entry_kl_E
+    weighted_ce_C = -weights_C * log_prediction_C
+    loss = (alphas_C[row_E] * weighted_kl_E).sum() + ((1 - alphas_C) * weighted_ce_C).sum()
+    return torch.stack([loss, weighted_kl_E.sum(), weighted_ce_C.sum()])
+
+
+def _exponentiate(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace z by exp(z - max z), row by row; return log Σ exp z and Σ exp(z - max z), [C] each."""
+    greatest_C1 = logits_CV.amax(1, keepdim=True)
+    sums_C = logits_CV.sub_(greatest_C1).exp_().sum(1)
+    return greatest_C1[:, 0] + sums_C.log(), sums_C
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """float32 product. On CPU PyTorch cannot widen the result of 16-bit operands, so it is rounded to 16 bits first."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right).float()
+
+
+def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        total += _matmul(left, right)
+
+
+def _check(hidden_ND: Tensor, weight_VD: Tensor, targets: TargetBatch, alpha: float, mixture_lambda: float | None) -> None:
+    if hidden_ND.dtype != weight_VD.dtype or hidden_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"hidden states are {hidden_ND.dtype} of width {hidden_ND.shape[1]}, head weights {weight_VD.dtype} of width "
+            f"{weight_VD.shape[1]}; they must agree"
+        )
+    if len(targets.labels_N) != len(hidden_ND) or len(targets.offsets_N1) != len(hidden_ND) + 1:
+        raise ValueError(
+            f"{len(hidden_ND)} hidden states, {len(targets.labels_N)} labels, {len(targets.offsets_N1)} offsets; "
+            "N, N and N + 1 are wanted"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; the weight of KL against CE lies in [0, 1]")
+    if mixture_lambda is not None and not 0 < mixture_lambda <= 1:
+        raise ValueError(f"mixture_lambda is {mixture_lambda}; it lies in (0, 1], or is None for plain CE")
+    if mixture_lambda is not None and targets.base_log_probabilities_N is None:
+        raise ValueError(f"mixture_lambda is {mixture_lambda} but the targets have no base_log_probabilities_N")

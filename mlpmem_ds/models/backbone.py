@@ -1,0 +1,390 @@
+"""The base: a frozen Hugging Face causal language model, and the capture of its hidden states.
+
+Place in the pipeline: `extract_keys` reads keys and memory inputs here, `evaluate` reads the base's logits, and the
+joint model reads the memory's input. Everything is found by structure, not by a table of model names: the decoder's
+layers are the longest list of equal modules that each hold an MLP.
+
+Hooks exist only while a forward runs, and are removed also when it fails.
+
+This file travels with exported models as remote code: it imports torch, transformers and the standard library only.
+
+Shapes: B sequences, S tokens, D width of the base, V vocabulary, `...` any leading dimensions.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+Point = Literal["ffn_input", "layer_output", "final_norm"]
+POINTS: tuple[str, ...] = get_args(Point)
+
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+
+
+class UnknownStructureError(ValueError):
+    """The base's layers, MLP or output head could not be found; the message names what was seen and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturePoint:
+    """Where a hidden state is read.
+
+    `layer` is an index into the decoder's layers, negative from the end. `point` is `ffn_input` (what that layer's MLP
+    reads: the kNN-LM's key), `layer_output` (the residual stream after the layer) or `final_norm` (what the output head
+    reads; it exists once, so its layer must be the last).
+    """
+
+    layer: int
+    point: Point = "ffn_input"
+
+    def __post_init__(self) -> None:
+        if self.point not in POINTS:
+            raise ValueError(f"a capture point must be one of {', '.join(POINTS)}, not {self.point!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedStates:
+    """The states of one forward, detached, in the base's dtype, on the devices where they arose.
+
+    `states` holds a `[B, S, D]` tensor for each point as it was asked for; `final_BSD` is what the output head reads.
+    """
+
+    states: Mapping[CapturePoint, torch.Tensor]
+    final_BSD: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitTransform:
+    """What a base does to its head's output before it calls it logits: `softcap * tanh(scale * x / softcap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Elementwise, same shape and dtype."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    @property
+    def is_identity(self) -> bool:
+        return self.scale == 1.0 and self.softcap is None
+
+
+def load_base(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """A causal language model from a directory or from the Hub, in eval mode, without gradients.
+
+    `attention` is a transformers attention implementation (`sdpa`, `eager`, `flash_attention_2`, ...). Raises
+    ValueError when the model cannot be loaded, and when its files lack weights (transformers would fill those at random
+    and go on).
+    """
+    name = str(name_or_path)
+    if _is_path(name) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"no model directory at {name}: give a directory with config.json and weights, or a Hub name")
+    source = str(Path(name).expanduser()) if _is_path(name) else name
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+        model, report = loaded
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each library under the loader raises a family of its own
+        raise ValueError(
+            f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}): {error}\n"
+            "Give a directory written by save_pretrained or the name of a model on the Hub (with the network or its "
+            "cache at hand); attention 'eager' works for every model."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"the files of {name} lack {len(missing)} weights ({shown}): not a complete causal language model. "
+            "Download or save it again."
+        )
+    base: PreTrainedModel = model.to(device)
+    return base.eval().requires_grad_(False)
+
+
+def resolve_layer(spec: int | float, num_layers: int) -> int:
+    """The layer index in `[0, num_layers)` of an index (negative from the end) or of a fraction of the depth in (0, 1).
+
+    0.7 of 36 layers is index 25, the layer that 70 % of the layers precede. Raises ValueError when out of range.
+    """
+    remedy = f"give an index in [-{num_layers}, {num_layers - 1}] or a fraction of the depth, such as 0.7"
+    if isinstance(spec, bool) or not isinstance(spec, int | float):
+        raise ValueError(f"a layer must be a number, not {spec!r}: {remedy}")
+    if isinstance(spec, int):
+        if not -num_layers <= spec < num_layers:
+            raise ValueError(f"layer {spec} does not exist in a model of {num_layers} layers: {remedy}")
+        return spec % num_layers
+    if not 0.0 < spec < 1.0:
+        raise ValueError(f"layer {spec} is not a fraction of the depth: {remedy}")
+    # The small term undoes the rounding of products such as 0.29 * 100 = 28.999...
+    return min(math.floor(spec * num_layers + 1e-9), num_layers - 1)
+
+
+def decoder_layers(model: PreTrainedModel, path: str | None = None) -> nn.ModuleList:
+    """The decoder's layers in order: those at `path`, or the longest list of equal modules that each hold an MLP.
+
+    Lists inside another list (the experts of a layer) do not count. Raises UnknownStructureError when there is no such
+    list, or two of the same length.
+    """
+    if path is not None:
+        return _layers_at(model, path)
+    candidates: list[tuple[str, nn.ModuleList]] = []
+    for name, module in _outer_lists(_decoder(model)):
+        same_class = len({type(layer) for layer in module}) == 1
+        if same_class and all(_find_mlp(layer) is not None for layer in module):
+            candidates.append((name, module))
+    longest = max((len(module) for _, module in candidates), default=0)
+    found = [module for _, module in candidates if len(module) == longest]
+    if len(found) != 1:
+        reason = "several lists that could be its layers" if found else "no list of equal layers that each hold an MLP"
+        raise UnknownStructureError(_structure_message(model, reason))
+    return found[0]
+
+
+def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`(weight_VD, bias_V or None)` of the head that turns the final hidden state into logits; the live tensors.
+
+    The exact logits are `logit_transform(model)(final @ weight.T + bias)`. Raises UnknownStructureError when there is
+    no such head.
+    """
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        raise UnknownStructureError(
+            f"{type(model).__name__} has no linear output head (get_output_embeddings gives {type(head).__name__}): "
+            "give a causal language model"
+        )
+    bias = getattr(head, "bias", None)
+    return weight, bias if isinstance(bias, torch.Tensor) else None
+
+
+@torch.no_grad()
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """What this base does after its output head, read from its config and checked by one forward of eight tokens.
+
+    Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's `lm_head_multiplier`) and soft caps
+    (Gemma's `final_logit_softcapping`). Raises UnknownStructureError when the result differs from the model's logits.
+    """
+    config = model.config.get_text_config(decoder=True)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    transform = LogitTransform(scale=scale, softcap=None if softcap is None else float(softcap))
+
+    weight_VD, bias_V = output_head(model)
+    probe_BS = (torch.arange(8, device=model.device) % weight_VD.shape[0]).unsqueeze(0)
+    expected_BSV = model(input_ids=probe_BS, use_cache=False).logits.float()
+    final_BSD = capture(model, [])(probe_BS).final_BSD
+    if final_BSD.shape[-1] == weight_VD.shape[1]:
+        logits_BSV = transform(nn.functional.linear(final_BSD.to(weight_VD.device), weight_VD, bias_V)).float()
+        # The same operations in the same dtype: what is left is the order of operations around the scale and the cap.
+        tolerance = 8 * torch.finfo(weight_VD.dtype).eps * max(1.0, float(expected_BSV.abs().max()))
+        if float((logits_BSV - expected_BSV.to(logits_BSV.device)).abs().max()) <= tolerance:
+            return transform
+    raise UnknownStructureError(
+        f"{type(model).__name__} does something between its final hidden state and its logits that is not a known "
+        "scale or soft cap: its log-probabilities cannot be computed from hidden states; use another base"
+    )
+
+
+class Capture:
+    """Reads hidden states of a base at given points.
+
+    Called with `input_ids [B, S]` it runs one forward of the transformer, without the output head, without padding,
+    cache or gradients, and returns `CapturedStates`. `recording` lets the caller run the forward. Not for use by two
+    threads at a time on one model: both would be recorded.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, points: Sequence[CapturePoint], *, layers_path: str | None = None
+    ) -> None:
+        self._model = model
+        self._layers_path = layers_path
+        self._places = {point: _place(model, point, layers_path) for point in points}
+
+    def __call__(self, input_ids_BS: torch.Tensor) -> CapturedStates:
+        num_sequences, num_tokens = input_ids_BS.shape
+        with torch.no_grad(), self.recording(num_sequences, num_tokens) as states:
+            output = self._model.base_model(input_ids=input_ids_BS, use_cache=False)
+        final = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        self.check(states)
+        return CapturedStates(states=states, final_BSD=final.detach())
+
+    @contextmanager
+    def recording(self, num_sequences: int, num_tokens: int) -> Iterator[dict[CapturePoint, torch.Tensor]]:
+        """While open, each forward on `[num_sequences, num_tokens]` ids fills the yielded dict with detached states."""
+        states: dict[CapturePoint, torch.Tensor] = {}
+        with ExitStack() as hooks:
+            for point, (module, reads_input) in self._places.items():
+                # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores them.
+                shape = (num_sequences, num_tokens, -1)
+                hooks.enter_context(_hook(module, reads_input, shape, point, states))
+            yield states
+
+    def check(self, states: Mapping[CapturePoint, torch.Tensor]) -> None:
+        """Raises UnknownStructureError when a point gave nothing in the forward just run."""
+        silent = [point for point in self._places if point not in states]
+        if silent:
+            raise UnknownStructureError(
+                _structure_message(self._model, f"the layers did not run where {silent[0]} should be read")
+            )
+
+
+def capture(model: PreTrainedModel, points: Sequence[CapturePoint], *, layers_path: str | None = None) -> Capture:
+    """A `Capture` of these points; `capture(model, points)(input_ids_BS)` gives their states.
+
+    Raises ValueError for a layer out of range and UnknownStructureError when the structure is not understood.
+    """
+    return Capture(model, points, layers_path=layers_path)
+
+
+def _place(model: PreTrainedModel, point: CapturePoint, layers_path: str | None) -> tuple[nn.Module, bool]:
+    """The module to hook for this point, and whether its input (else its output) is the state."""
+    layers = decoder_layers(model, layers_path)
+    index = resolve_layer(point.layer, len(layers))
+    if point.point == "final_norm":
+        if index != len(layers) - 1:
+            raise ValueError(
+                f"final_norm is read after the last layer, not at layer {point.layer} of {len(layers)}: "
+                "give layer -1, or another point"
+            )
+        return _decoder(model), False
+    if point.point == "layer_output":
+        return layers[index], False
+    mlp = _find_mlp(layers[index])
+    if mlp is None:
+        raise UnknownStructureError(
+            _structure_message(model, f"no MLP in layer {index}, whose parts are {_children(layers[index])}")
+        )
+    return mlp, True
+
+
+@contextmanager
+def _hook(
+    module: nn.Module,
+    reads_input: bool,
+    shape: tuple[int, int, int],
+    point: CapturePoint,
+    states: dict[CapturePoint, torch.Tensor],
+) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states[point] = _first_tensor((*args, *kwargs.values())).detach().reshape(shape)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        state = output.last_hidden_state if hasattr(output, "last_hidden_state") else _first_tensor(output)
+        states[point] = state.detach().reshape(shape)
+
+    if reads_input:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first_tensor(values: Any) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return values
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value
+    raise UnknownStructureError("a hooked module passes no tensor: name the list of decoder layers with --layers-path")
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    # The language model inside a wrapper (OPT's decoder, the text half of a model that also sees pictures).
+    decoder: nn.Module = model.get_decoder()
+    return decoder
+
+
+def _outer_lists(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in root.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.ModuleList):
+            if len(child) > 0:
+                yield path, child
+        else:
+            yield from _outer_lists(child, f"{path}.")
+
+
+def _layers_at(model: PreTrainedModel, path: str) -> nn.ModuleList:
+    try:
+        layers = model.get_submodule(path)
+    except AttributeError:
+        raise UnknownStructureError(_structure_message(model, f"nothing at the path {path!r}")) from None
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        reason = f"{path!r} is a {type(layers).__name__}, not a list of layers"
+        raise UnknownStructureError(_structure_message(model, reason))
+    return layers
+
+
+def _find_mlp(layer: nn.Module) -> nn.Module | None:
+    """The module whose input is the MLP's input: the MLP by name, or by its pair of matrices D -> F -> D."""
+    children = dict(layer.named_children())
+    for name in _MLP_NAMES:
+        if name in children:
+            return children[name]
+    first_matrices = _expansions(layer)
+    if len(first_matrices) == 1:  # no MLP module at all: OPT's fc1 and fc2 lie in the layer itself
+        return first_matrices[0]
+    holders = [
+        child
+        for name, child in children.items()
+        if "att" not in name.lower() and "att" not in type(child).__name__.lower() and _expansions(child)
+    ]
+    return holders[0] if len(holders) == 1 else None
+
+
+def _expansions(module: nn.Module) -> list[nn.Linear]:
+    """The linear children that some later linear child maps back: `D -> F` before `F -> D`."""
+    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+    return [
+        first
+        for index, first in enumerate(linears)
+        if any(
+            (second.out_features, second.in_features) == (first.in_features, first.out_features)
+            for second in linears[index + 1 :]
+        )
+    ]
+
+
+def _structure_message(model: PreTrainedModel, reason: str) -> str:
+    lists = [(name, module) for name, module in _outer_lists(model)]
+    seen = "\n".join(
+        f"  {name}: {len(module)} x {type(module[0]).__name__} ({_children(module[0])})" for name, module in lists
+    )
+    return (
+        f"the structure of {type(model).__name__} is not understood: {reason}. Its lists of modules are\n"
+        f"{seen or '  (none)'}\nName the list of decoder layers with --layers-path, for example --layers-path "
+        f"{lists[0][0] if lists else 'model.layers'}"
+    )
+
+
+def _children(module: nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children()) or "no parts"
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1

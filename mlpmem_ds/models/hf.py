@@ -1,0 +1,337 @@
+"""The joint model for Hugging Face users: a frozen base and its memory behind `generate` and `from_pretrained`.
+
+Place in the pipeline: `convert_checkpoint` builds it from a trained memory, `generate` and every outside user load it:
+`p(y|x) = (1 - lmbda) p_base(y|x) + lmbda p_mem(y|h(x))`, where `h(x)` is one of the base's hidden states.
+
+`logits` are log-probabilities of the mixture (float32; softmax gives the mixture back, and a temperature applies after
+mixing). At `lmbda = 0` they are the base's own logits, so that nothing at all changes. The memory has no cache: the
+caches are the base's.
+
+This file, with memory.py and backbone.py beside it, is written into every exported directory as remote code: it imports
+torch, transformers and the standard library only.
+
+Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any leading dimensions.
+"""
+
+import copy
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .backbone import Capture, CapturePoint, capture, decoder_layers, output_head, resolve_layer
+from .memory import Memory, MemoryConfig, NormalLinear
+
+
+class MemoryAugmentedConfig(PretrainedConfig):
+    """The base's config, the memory's config, and how they are joined.
+
+    `base_config` is the base's full config (a dict with its `model_type`, or the object), `memory_config` the dict of a
+    `MemoryConfig`, `lmbda` the memory's weight in [0, 1], `input_layer` and `input_point` the hidden state that the
+    memory reads (see `CapturePoint`), `layers_path` the base's list of layers where it cannot be found by structure,
+    `provenance` plain values about how the memory was made, `vocabulary_sha256` the fingerprint of the tokenizer's
+    vocabulary, empty when unknown.
+    """
+
+    model_type = "mlpmem"
+    sub_configs = {"base_config": AutoConfig}
+
+    def __init__(
+        self,
+        base_config: dict[str, Any] | PretrainedConfig | None = None,
+        memory_config: dict[str, Any] | None = None,
+        lmbda: float = 0.25,
+        input_layer: int = -1,
+        input_point: str = "ffn_input",
+        layers_path: str | None = None,
+        provenance: dict[str, Any] | None = None,
+        vocabulary_sha256: str = "",
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(base_config, dict):
+            base_config = _config_of_base(base_config)
+        self.base_config = base_config
+        self.memory_config = None if memory_config is None else MemoryConfig.from_dict(memory_config).to_dict()
+        self.lmbda = checked_lmbda(lmbda)
+        self.input_layer = input_layer
+        self.input_point = input_point
+        self.layers_path = layers_path
+        self.provenance = dict(provenance or {})
+        self.vocabulary_sha256 = vocabulary_sha256
+        # Each submodel ties its own weights; there is nothing to tie across them.
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """The base's: generation reads the shapes of the caches and the vocabulary from it."""
+        if self.base_config is None:
+            return self
+        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._of_base("vocab_size"))
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._of_base("hidden_size"))
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return int(self._of_base("num_hidden_layers"))
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return int(self._of_base("max_position_embeddings"))
+
+    def _of_base(self, name: str) -> Any:
+        # AttributeError, so that hasattr() answers no for a config that holds no base yet or a base without the field.
+        if self.base_config is None:
+            raise AttributeError(f"a MemoryAugmentedConfig without a base has no {name}")
+        return getattr(self.base_config.get_text_config(decoder=True), name)
+
+
+class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
+    """A causal language model whose next-token distribution is the mixture of its base's and its memory's."""
+
+    config_class = MemoryAugmentedConfig
+    # The base decides what it supports when it is built; nothing here attends.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self, config: MemoryAugmentedConfig, *, base: PreTrainedModel | None = None, memory: Memory | None = None
+    ) -> None:
+        """From a config alone the parts start fresh; `from_parts` passes trained ones, which are kept as they are."""
+        if config.base_config is None or config.memory_config is None:
+            raise ValueError("a MemoryAugmentedConfig needs base_config and memory_config before a model can be built")
+        super().__init__(config)
+        self.base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
+        self.memory = Memory(MemoryConfig.from_dict(config.memory_config)) if memory is None else memory
+        # transformers initialises what it does not know to be initialised: parts that were given are.
+        for part in (base, memory):
+            for module in part.modules() if part is not None else ():
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        self._point = _checked_point(config, self.base)
+        self._capture: Capture = capture(self.base, [self._point], layers_path=config.layers_path)
+        self._base_parameters = frozenset(inspect.signature(self.base.forward).parameters)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        base_model: PreTrainedModel,
+        memory_module: Memory,
+        *,
+        lmbda: float,
+        input_point: CapturePoint,
+        provenance: dict[str, Any] | None = None,
+        layers_path: str | None = None,
+        vocabulary_sha256: str = "",
+    ) -> "MemoryAugmentedLM":
+        """Join a loaded base and a trained memory, in eval mode; no weight of the base is copied.
+
+        The memory is cast to the base's dtype and moved to its device, and a training head is replaced by the plain one
+        with the same weight. Raises ValueError when the sizes of the two do not fit, or lmbda or the point are invalid.
+        """
+        memory = _plain_memory(memory_module).to(dtype=base_model.dtype, device=base_model.device)
+        config = MemoryAugmentedConfig(
+            base_config=base_model.config,
+            memory_config=memory.config.to_dict(),
+            lmbda=lmbda,
+            input_layer=resolve_layer(input_point.layer, len(decoder_layers(base_model, layers_path))),
+            input_point=input_point.point,
+            layers_path=layers_path,
+            provenance=provenance,
+            vocabulary_sha256=vocabulary_sha256,
+            dtype=base_model.dtype,
+        )
+        _check_sizes(memory.config, base_model, input_point)
+        model = cls(config, base=base_model, memory=memory)
+        if base_model.generation_config is not None:
+            model.generation_config = copy.deepcopy(base_model.generation_config)
+        return model.eval()
+
+    @property
+    def lmbda(self) -> float:
+        """The memory's weight in [0, 1]; it may be set at any time, and is saved with the model."""
+        return float(self.config.lmbda)
+
+    @lmbda.setter
+    def lmbda(self, value: float) -> None:
+        self.config.lmbda = checked_lmbda(value)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """One forward of the base, and of the memory on the kept positions.
+
+        `logits [B, K, V]`: float32 log-probabilities of the mixture, or the base's own logits when lmbda is 0. `labels`
+        follow the convention of transformers: aligned with `input_ids`, shifted here, -100 ignored, mean loss in nats.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids if "position_ids" in self._base_parameters else None,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        arguments = {name: value for name, value in given.items() if value is not None}
+        base_keeps = "logits_to_keep" in self._base_parameters
+        if base_keeps:
+            arguments["logits_to_keep"] = logits_to_keep
+        loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        if self.lmbda == 0.0:
+            output = self.base(**arguments, **kwargs, return_dict=True)
+            logits = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
+        else:
+            shape = (input_ids if input_ids is not None else inputs_embeds).shape  # type: ignore[union-attr]
+            with self._capture.recording(shape[0], shape[1]) as states:
+                output = self.base(**arguments, **kwargs, return_dict=True)
+            self._capture.check(states)
+            base_logits_BKV = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
+            logits = self._mixture(base_logits_BKV, _kept(states[self._point], logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
+        joint = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.get("past_key_values"),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return joint if as_dict else joint.to_tuple()
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The base's own: some bases watch their context length or build masks of their own here."""
+        base: Any = self.base
+        inputs: dict[str, Any] = base.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return inputs
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.base.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.base.get_output_embeddings()
+        return head
+
+    def _mixture(self, base_logits_BKV: torch.Tensor, inputs_BKD: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.memory.head.weight  # type: ignore[assignment]
+        hidden = self.memory(inputs_BKD.to(device=weight.device, dtype=weight.dtype))
+        memory_logits_BKV = self.memory.head(hidden).to(base_logits_BKV.device)
+        return mixture_log_probabilities(base_logits_BKV, memory_logits_BKV, self.lmbda)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers calls this for what no checkpoint filled; the base's parts go to the base's own rule.
+        if isinstance(module, NormalLinear | nn.LayerNorm | nn.RMSNorm):
+            module.reset_parameters()
+
+
+def mixture_log_probabilities(base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float) -> torch.Tensor:
+    """`log((1 - lmbda) softmax(base) + lmbda softmax(memory))` over the last dimension, in float32.
+
+    Both `[..., V]` in any float dtype. Exact at 0 and 1: the other side is not read, so its infinities do no harm.
+    """
+    if lmbda == 0.0:
+        return torch.log_softmax(base_logits.float(), dim=-1)
+    memory = torch.log_softmax(memory_logits.float(), dim=-1)
+    if lmbda == 1.0:
+        return memory
+    base = torch.log_softmax(base_logits.float(), dim=-1)
+    return torch.logaddexp(base + math.log1p(-lmbda), memory + math.log(lmbda))
+
+
+def checked_lmbda(value: float) -> float:
+    """`value` as a float. Raises ValueError unless it is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"lmbda is the memory's share of the mixture: a number in [0, 1], not {value!r}")
+    return float(value)
+
+
+def register() -> None:
+    """Make transformers' Auto classes know the joint model, and `save_pretrained` write this code with the weights."""
+    AutoConfig.register(MemoryAugmentedConfig.model_type, MemoryAugmentedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MemoryAugmentedConfig, MemoryAugmentedLM, exist_ok=True)
+    MemoryAugmentedConfig.register_for_auto_class("AutoConfig")
+    MemoryAugmentedLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+def _config_of_base(values: dict[str, Any]) -> PretrainedConfig:
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("base_config has no model_type: give the dict that the base's config.to_dict() returns")
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+    except ValueError as error:
+        raise ValueError(f"this transformers does not know the base's model type {model_type!r}: upgrade it") from error
+    return config
+
+
+def _checked_point(config: MemoryAugmentedConfig, base: PreTrainedModel) -> CapturePoint:
+    layer = resolve_layer(config.input_layer, len(decoder_layers(base, config.layers_path)))
+    return CapturePoint(layer=layer, point=config.input_point)  # type: ignore[arg-type]
+
+
+def _check_sizes(memory: MemoryConfig, base_model: PreTrainedModel, point: CapturePoint) -> None:
+    weight_VD, _ = output_head(base_model)
+    if memory.vocab_size != weight_VD.shape[0]:
+        raise ValueError(
+            f"the memory predicts {memory.vocab_size} tokens and the base {weight_VD.shape[0]}: "
+            "they must come from one vocabulary; give the base that the memory was trained for"
+        )
+    text = base_model.config.get_text_config(decoder=True)
+    width = weight_VD.shape[1] if point.point == "final_norm" else text.hidden_size
+    if memory.input_size != width:
+        raise ValueError(
+            f"the memory reads vectors of {memory.input_size} numbers and {point.point} of the base has {width}: "
+            "give the base that the memory was trained for"
+        )
+
+
+def _plain_memory(memory: Memory) -> Memory:
+    """A memory with the same tensors and a plain head; casting it leaves the given one alone."""
+    with torch.device("meta"):
+        plain = Memory(memory.config)
+    plain.load_state_dict(memory.state_dict(), assign=True)
+    return plain
+
+
+def _kept(values_BSD: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions for which the base gives logits, by transformers' rule: the last ones (0: all), or indices."""
+    if isinstance(logits_to_keep, int):
+        return values_BSD[:, -logits_to_keep:] if logits_to_keep else values_BSD
+    if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
+        return values_BSD[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return torch.take_along_dim(values_BSD, logits_to_keep[..., None], dim=1)
+    return values_BSD[:, logits_to_keep]
+
+
+# Inside an exported directory transformers itself finds the classes through config.json; registering there as well
+# would replace an installed package's classes.
+if not __name__.startswith("transformers_modules"):
+    register()

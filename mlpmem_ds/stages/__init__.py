@@ -1,0 +1,1 @@
+"""One file per stage of the pipeline: a frozen Config and run(config, world)."""
