@@ -35,7 +35,7 @@ def label_log_probabilities(
     transform: Callable[[Tensor], Tensor] | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> Tensor:
-    """log softmax(transform(hidden · weightᵀ + bias)) at the labels, float32 [N], from float32 logits of a chunk of rows at a time.
+    """log softmax(transform(hidden · weightᵀ + bias)) at the labels, float32 [N]; float32 logits, a chunk of rows at a time.
 
     Operands of 16 bits are multiplied with float32 results: rounded logits would cost up to 2.5e-2 a position, too much for
     a perplexity (measured with bfloat16). ``transform`` is what some bases do to their logits (an elementwise scale or

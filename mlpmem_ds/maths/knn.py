@@ -46,7 +46,7 @@ class Neighbours:
 class Exclusion:
     """What a query may not find: its own id; ids within ``window`` of it; keys of its own group (document), if groups are given.
 
-    ``query_ids_Q``, ``query_groups_Q`` and ``key_groups_N`` are integers; key n of the search has id n and group ``key_groups_N[n]``.
+    ``query_ids_Q``, ``query_groups_Q`` and ``key_groups_N`` are integers; key n has id n and group ``key_groups_N[n]``.
     """
 
     query_ids_Q: Array
@@ -151,23 +151,19 @@ def list_neighbours(
     packed_QK = np.full((len(queries_QD), k), _MISSING, np.int64)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start, stop in _budget_blocks(sizes_QP.sum(1), candidate_budget):
-            sizes_BP = sizes_QP[start:stop]
-            candidates = np.empty(int(sizes_BP.sum()), np.int64)
-            starts_BP = np.zeros_like(sizes_BP)
-            order = np.argsort(probes_QP[start:stop], axis=None, kind="stable")
-            order = order[sizes_BP.ravel()[order] > 0]
-            starts_BP.ravel()[order] = np.cumsum(sizes_BP.ravel()[order]) - sizes_BP.ravel()[order]
-            for pairs_M in _split_runs(order, probes_QP[start:stop].ravel()[order]):
-                list_number = int(probes_QP[start:stop].ravel()[pairs_M[0]])
-                ids_K = list_ids_N[list_offsets_L1[list_number] : list_offsets_L1[list_number + 1]]
-                rows_M = pairs_M // probes_QP.shape[1] + start
-                first = int(starts_BP.ravel()[pairs_M[0]])
+            candidates, starts_BP = (
+                np.empty(int(sizes_QP[start:stop].sum()), np.int64),
+                np.zeros_like(sizes_QP[start:stop]),
+            )
+            for list_number, pairs_M, first in _probed_lists(probes_QP[start:stop], sizes_QP[start:stop], starts_BP):
+                ids_K = list_ids_N[list_offsets_L1[list_number] : list_offsets_L1[list_number + 1]].astype(np.int64)
+                rows_M = start + pairs_M // probes_QP.shape[1]
                 tile_MK = candidates[first : first + len(rows_M) * len(ids_K)].reshape(len(rows_M), len(ids_K))
                 ranks_MK = _ranks(_tensor(queries_QD[rows_M]), _tensor(codes[ids_K]), None)
-                torch.from_numpy(tile_MK).copy_(ranks_MK).mul_(1 << id_bits).add_(torch.from_numpy(ids_K.astype(np.int64)))
+                torch.from_numpy(tile_MK).copy_(ranks_MK).mul_(1 << id_bits).add_(torch.from_numpy(ids_K))
                 if exclusion is not None:
                     tile_MK[exclusion.covers(rows_M[:, None], ids_K[None])] = _MISSING
-            _select(candidates, starts_BP, sizes_BP, packed_QK[start:stop], pool)
+            _select(candidates, starts_BP, sizes_QP[start:stop], packed_QK[start:stop], pool)
     return _unpack(packed_QK, id_bits, is_integer)
 
 
@@ -231,8 +227,9 @@ def _ranks(queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None) -> Tenso
     """int32 [Q, K] that orders like the distances."""
     if not _are_codes(queries_QD, keys_KD):
         return squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)  # abs: a -0.0 has the sign bit
-    size = (len(queries_QD), len(keys_KD))
-    return squared_distances(queries_QD, keys_KD, out=None if scratch is None else scratch[: size[0] * size[1]].view(size))
+    if scratch is not None:
+        scratch = scratch[: len(queries_QD) * len(keys_KD)].view(len(queries_QD), len(keys_KD))
+    return squared_distances(queries_QD, keys_KD, out=scratch)
 
 
 def _integer_products(queries_QD: Tensor, keys_KD: Tensor, out: Tensor | None) -> Tensor:
@@ -258,7 +255,7 @@ def _integer_matmul_is_exact(queries_QD: Tensor, keys_KD: Tensor) -> bool:
 
 @cache
 def _cpu_integer_matmul_is_exact() -> bool:
-    """x86 before VNNI adds pairs of products in saturating int16: 127 * 127 comes out wrong (seen with ONEDNN_MAX_CPU_ISA=AVX2)."""
+    """x86 before VNNI adds pairs of products in saturating int16: 127 * 127 comes out wrong (try ONEDNN_MAX_CPU_ISA=AVX2)."""
     codes = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(codes, codes.t()) == 64 * 127 * 127).all())
 
@@ -298,11 +295,19 @@ def _budget_blocks(costs_Q: Array, budget: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _split_runs(items: Array, labels: Array) -> list[Array]:
-    """Split the items where their labels (sorted) change."""
-    if not len(items):
-        return []
-    return np.split(items, np.flatnonzero(np.diff(labels)) + 1)
+def _probed_lists(probes_QP: Array, sizes_QP: Array, starts_QP: Array) -> Iterator[tuple[int, Array, int]]:
+    """Each list that is probed and not empty: its number, the flat places in ``probes_QP`` that name it, its first candidate.
+
+    Candidates are laid out list by list, then query by query; ``starts_QP`` receives where those of each probe start.
+    """
+    probes, sizes = probes_QP.ravel(), sizes_QP.ravel()
+    order = np.argsort(probes, kind="stable")
+    order = order[sizes[order] > 0]
+    starts = np.cumsum(sizes[order]) - sizes[order]
+    starts_QP.ravel()[order] = starts
+    firsts = np.flatnonzero(np.diff(probes[order], prepend=-1))
+    for first, stop in zip(firsts, [*firsts[1:], len(order)], strict=False):
+        yield int(probes[order[first]]), order[first:stop], int(starts[first])
 
 
 def _unpack(packed_QK: Array, id_bits: int, is_integer: bool) -> Neighbours:
@@ -337,7 +342,11 @@ def _check_probes(probes_QP: Array, num_queries: int, num_lists: int) -> None:
     if len(probes_QP) != num_queries:
         raise ValueError(f"{len(probes_QP)} rows of probes for {num_queries} queries")
     if probes_QP.size and (probes_QP.max() >= num_lists or probes_QP.min() < -1):
-        raise ValueError(f"probes lie in [{probes_QP.min()}, {probes_QP.max()}]; there are {num_lists} lists, and -1 is none")
+        raise ValueError(
+            f"probes lie in [{probes_QP.min()}, {probes_QP.max()}]; there are {num_lists} lists, and -1 is none"
+        )
     sorted_QP = np.sort(probes_QP, axis=1)
     if ((sorted_QP[:, 1:] == sorted_QP[:, :-1]) & (sorted_QP[:, 1:] >= 0)).any():
-        raise ValueError("a query probes one list twice, which would give it the same neighbour twice; drop repeated probes")
+        raise ValueError(
+            "a query probes one list twice, which would give it the same neighbour twice; drop repeated probes"
+        )

@@ -57,7 +57,9 @@ def bootstrap_interval(
     differences_N = _float64(log_a_N) - _float64(log_b_N)
     starts_B = np.arange(0, len(differences_N), block)
     if len(starts_B) < 2:
-        raise ValueError(f"{len(differences_N)} positions make {len(starts_B)} blocks of {block}; a bootstrap needs 2 or more")
+        raise ValueError(
+            f"{len(differences_N)} positions make {len(starts_B)} blocks of {block}; a bootstrap needs 2 or more"
+        )
     if not np.isfinite(differences_N).all():
         raise ValueError("a position has probability 0, so a perplexity is infinite; interpolate with the base first")
     sums_B = np.add.reduceat(differences_N, starts_B)
@@ -80,7 +82,9 @@ def win_rate(log_a_N: Array, log_b_N: Array) -> float:
 
 def _check_pair(log_a_N: Array, log_b_N: Array) -> None:
     if len(log_a_N) != len(log_b_N) or not len(log_a_N):
-        raise ValueError(f"{len(log_a_N)} and {len(log_b_N)} log-probabilities; both need the same positions, at least 1")
+        raise ValueError(
+            f"{len(log_a_N)} and {len(log_b_N)} log-probabilities; both need the same positions, at least 1"
+        )
 
 
 def _float64(array: Array) -> Array:

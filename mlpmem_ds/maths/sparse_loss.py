@@ -14,6 +14,7 @@ its logits are at hand. Statistics are float32; matrix products take the operand
 Shape legend: N rows, D width of the hidden state, V vocabulary, E stored teacher entries, C rows of a chunk.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -128,8 +129,8 @@ def _prepare(
     ignored_N = weights_N == 0
     log_base_N = None
     if mixture_lambda is not None and targets.base_log_probabilities_N is not None:
-        log_base_N = targets.base_log_probabilities_N.float() + torch.log1p(torch.tensor(-mixture_lambda)).item()
-        log_base_N = log_base_N.masked_fill(ignored_N, 0.0)
+        log_keep = math.log1p(-mixture_lambda) if mixture_lambda < 1 else -math.inf
+        log_base_N = (targets.base_log_probabilities_N.float() + log_keep).masked_fill(ignored_N, 0.0)
     return _Rows(
         offsets=targets.offsets_N1.tolist(),
         row_of_entry_E=row_of_entry_E,
@@ -140,7 +141,7 @@ def _prepare(
         labels_N=targets.labels_N.masked_fill(ignored_N, 0),
         weights_N=weights_N,
         log_base_N=log_base_N,
-        log_lambda=0.0 if mixture_lambda is None else torch.log(torch.tensor(mixture_lambda)).item(),
+        log_lambda=0.0 if mixture_lambda is None else math.log(mixture_lambda),
     )
 
 
@@ -206,7 +207,8 @@ def _chunk_sums(logits_CV: Tensor, rows: _Rows, chunk: slice, *, wants_gradient:
     entries = slice(rows.offsets[chunk.start], rows.offsets[chunk.stop])
     ids_E, teacher_E, row_E = rows.ids_E[entries], rows.teacher_E[entries], rows.row_of_entry_E[entries] - chunk.start
     labels_C, weights_C, alphas_C = rows.labels_N[chunk], rows.weights_N[chunk], rows.alphas_N[chunk]
-    entry_logits_E = logits_CV[row_E, ids_E]
+    places_E = row_E * logits_CV.shape[1] + ids_E
+    entry_logits_E = logits_CV.view(-1)[places_E]
     label_logits_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
     log_normaliser_C, exp_sums_C = _exponentiate(logits_CV)
 
@@ -223,7 +225,7 @@ def _chunk_sums(logits_CV: Tensor, rows: _Rows, chunk: slice, *, wants_gradient:
         mass_C = alphas_C * rows.teacher_mass_N[chunk] + label_mass_C
         logits_CV.mul_((weights_C * mass_C / exp_sums_C)[:, None])
         entry_mass_E = (weights_C * alphas_C)[row_E] * teacher_E
-        logits_CV.index_put_((row_E, ids_E), -entry_mass_E, accumulate=True)
+        logits_CV.view(-1).index_add_(0, places_E, -entry_mass_E)
         logits_CV.scatter_add_(1, labels_C[:, None], -(weights_C * label_mass_C)[:, None])
 
     weighted_kl_E = weights_C[row_E] * entry_kl_E
@@ -253,7 +255,9 @@ def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += _matmul(left, right)
 
 
-def _check(hidden_ND: Tensor, weight_VD: Tensor, targets: TargetBatch, alpha: float, mixture_lambda: float | None) -> None:
+def _check(
+    hidden_ND: Tensor, weight_VD: Tensor, targets: TargetBatch, alpha: float, mixture_lambda: float | None
+) -> None:
     if hidden_ND.dtype != weight_VD.dtype or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"hidden states are {hidden_ND.dtype} of width {hidden_ND.shape[1]}, head weights {weight_VD.dtype} of width "

@@ -87,7 +87,9 @@ def aggregate(weights_QK: Array, values_QK: Array) -> SparseRows:
     """
     num_rows, num_neighbours = weights_QK.shape
     if not weights_QK.size:
-        return SparseRows(offsets=np.zeros(num_rows + 1, np.int64), ids=np.zeros(0, np.int64), probabilities=np.zeros(0))
+        return SparseRows(
+            offsets=np.zeros(num_rows + 1, np.int64), ids=np.zeros(0, np.int64), probabilities=np.zeros(0)
+        )
     used_QK = weights_QK > 0
     # One integer sort does it all: value first, then place in the row; what has no weight goes last.
     last = np.iinfo(np.int64).max

@@ -51,7 +51,7 @@ class CapturePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedStates:
-    """The states of one forward, detached, in the base's dtype, on the devices where they arose.
+    """The states of one forward, without gradients, in the base's dtype, on the devices where they arose.
 
     `states` holds a `[B, S, D]` tensor for each point as it was asked for; `final_BSD` is what the output head reads.
     """
@@ -228,11 +228,11 @@ class Capture:
             output = self._model.base_model(input_ids=input_ids_BS, use_cache=False)
         final = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         self.check(states)
-        return CapturedStates(states=states, final_BSD=final.detach())
+        return CapturedStates(states=states, final_BSD=final)
 
     @contextmanager
     def recording(self, num_sequences: int, num_tokens: int) -> Iterator[dict[CapturePoint, torch.Tensor]]:
-        """While open, each forward on `[num_sequences, num_tokens]` ids fills the yielded dict with detached states."""
+        """While open, each forward on `[num_sequences, num_tokens]` ids fills the yielded dict."""
         states: dict[CapturePoint, torch.Tensor] = {}
         with ExitStack() as hooks:
             for point, (module, reads_input) in self._places.items():
@@ -288,16 +288,14 @@ def _hook(
     states: dict[CapturePoint, torch.Tensor],
 ) -> Iterator[None]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states[point] = _first_tensor((*args, *kwargs.values())).detach().reshape(shape)
+        states[point] = _first_tensor((*args, *kwargs.values())).reshape(shape)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         state = output.last_hidden_state if hasattr(output, "last_hidden_state") else _first_tensor(output)
-        states[point] = state.detach().reshape(shape)
+        states[point] = state.reshape(shape)
 
-    if reads_input:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(after)
+    register_before = module.register_forward_pre_hook
+    handle = register_before(before, with_kwargs=True) if reads_input else module.register_forward_hook(after)
     try:
         yield
     finally:

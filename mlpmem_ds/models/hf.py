@@ -52,9 +52,9 @@ class MemoryAugmentedConfig(PretrainedConfig):
         vocabulary_sha256: str = "",
         **kwargs: Any,
     ) -> None:
-        if isinstance(base_config, dict):
-            base_config = _config_of_base(base_config)
-        self.base_config = base_config
+        # The base's config comes last: transformers' own __init__ hands its attention implementation, None by default,
+        # down to every nested config that it finds, and a live base would lose its own.
+        self.base_config: PretrainedConfig | None = None
         self.memory_config = None if memory_config is None else MemoryConfig.from_dict(memory_config).to_dict()
         self.lmbda = checked_lmbda(lmbda)
         self.input_layer = input_layer
@@ -65,6 +65,10 @@ class MemoryAugmentedConfig(PretrainedConfig):
         # Each submodel ties its own weights; there is nothing to tie across them.
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
+        if base_config is not None:
+            self.base_config = _config_of_base(base_config)
+            if self._attn_implementation is not None:
+                self._attn_implementation = self._attn_implementation  # hands it down
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The base's: generation reads the shapes of the caches and the vocabulary from it."""
@@ -113,6 +117,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             raise ValueError("a MemoryAugmentedConfig needs base_config and memory_config before a model can be built")
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
+        config.base_config = self.base.config
         self.memory = Memory(MemoryConfig.from_dict(config.memory_config)) if memory is None else memory
         # transformers initialises what it does not know to be initialised: parts that were given are.
         for part in (base, memory):
@@ -279,7 +284,9 @@ def register() -> None:
     MemoryAugmentedLM.register_for_auto_class("AutoModelForCausalLM")
 
 
-def _config_of_base(values: dict[str, Any]) -> PretrainedConfig:
+def _config_of_base(values: dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
+    if isinstance(values, PretrainedConfig):
+        return copy.deepcopy(values)
     values = dict(values)
     model_type = values.pop("model_type", None)
     if model_type is None:

@@ -37,7 +37,9 @@ FAMILIES: dict[str, tuple[dict[str, object], str, str]] = {
     "mistral": ({**LLAMA_SIZES, "sliding_window": 4}, "model.layers", "mlp"),
     "qwen2": (LLAMA_SIZES, "model.layers", "mlp"),
     "qwen3": ({**LLAMA_SIZES, "head_dim": 16}, "model.layers", "mlp"),
-    "gemma2": ({**LLAMA_SIZES, "head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 4}, "model.layers", "mlp"),
+    "gemma2": (
+        {**LLAMA_SIZES, "head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 4}, "model.layers", "mlp",
+    ),
     "gemma3_text": ({**LLAMA_SIZES, "head_dim": 8, "sliding_window": 4}, "model.layers", "mlp"),
     "phi3": (LLAMA_SIZES, "model.layers", "mlp"),
     "gpt_neox": (LLAMA_SIZES, "gpt_neox.layers", "mlp"),
@@ -188,6 +190,16 @@ def test_an_mlp_of_another_name_is_found_by_its_matrices() -> None:
     assert decoder_layers(model) is model.transformer.h
 
 
+def test_the_experts_of_a_layer_are_not_taken_for_layers() -> None:
+    def layer() -> nn.Module:
+        layer = OddLayer(32)
+        layer.experts = nn.ModuleList(TwoMatrices(32) for _ in range(7))
+        return layer
+
+    model = with_layers(layer)
+    assert decoder_layers(model) is model.transformer.h
+
+
 def test_structures_that_are_not_understood_name_the_paths_and_the_remedy() -> None:
     for make in (lambda: nn.Linear(32, 32), lambda: OddLayer(32, num_mlps=2), lambda: OddLayer(32, num_mlps=0)):
         with pytest.raises(UnknownStructureError, match=r"transformer\.h: 3 x (?s:.*)--layers-path transformer\.h"):
@@ -235,8 +247,10 @@ def test_load_base_is_frozen_and_refuses_what_is_not_whole(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "base")
     base = load_base(tmp_path / "base", dtype=torch.float32, device="cpu", attention="eager")
     assert not base.training and not any(parameter.requires_grad for parameter in base.parameters())
-    assert torch.equal(base(random_ids()).logits, AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", attn_implementation="eager")(random_ids()).logits)
+    assert torch.equal(
+        base(random_ids()).logits,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")(random_ids()).logits,
+    )
     assert load_base(str(tmp_path / "base"), dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
 
     weights = {key: value for key, value in model.state_dict().items() if "h.1.mlp" not in key and "lm_head" not in key}

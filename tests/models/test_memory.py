@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +18,8 @@ FAMILIES = ("gelu", "swiglu")
 
 def config_of(family: str, **changes: object) -> MemoryConfig:
     values = {
-        "input_size": 7, "hidden_size": 10, "intermediate_size": 23, "num_blocks": 3, "vocab_size": 31, "family": family,
+        "input_size": 7, "hidden_size": 10, "intermediate_size": 23, "num_blocks": 3, "vocab_size": 31,
+        "family": family,
     }  # fmt: skip
     return MemoryConfig.from_dict({**values, **changes})
 
@@ -69,6 +74,54 @@ def test_every_leaf_is_initialised_in_its_own_constructor(family: str, monkeypat
         if "norm" in name:
             assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
     assert any(name.endswith("bias") for name, _ in memory.named_parameters() if ".mlp." in name) == (family == "gelu")
+
+
+PARTITIONED = """
+import json, sys
+import deepspeed, torch
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+deepspeed.init_distributed("gloo", verbose=False)
+torch.manual_seed(0)
+stage_3 = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+result = {}
+for values in json.loads(sys.argv[1]):
+    with deepspeed.zero.Init(config_dict_or_path=stage_3):
+        memory = Memory(MemoryConfig.from_dict(values))
+    for name, parameter in memory.named_parameters():
+        assert parameter.numel() == 0, "not partitioned"
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = parameter.float()
+            result[values["family"] + " " + name] = [list(whole.shape), whole.mean().item(), whole.std().item()]
+print(json.dumps(result))
+"""
+
+
+def test_initialisation_is_right_under_zero_3() -> None:
+    """The trap: under zero.Init an initialisation from outside the leaves leaves nn.Linear's own numbers."""
+    configs = [
+        config_of(family, input_size=96, hidden_size=128, intermediate_size=384, vocab_size=200) for family in FAMILIES
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, "-c", PARTITIONED, json.dumps([config.to_dict() for config in configs])],
+        env={**os.environ, **world, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert len(measured) == sum(len(list(Memory(config).parameters())) for config in configs)
+    for name, (shape, mean, std) in measured.items():
+        if name.endswith("norm.weight"):
+            assert (mean, std) == (1.0, 0.0), name
+        elif name.endswith("bias"):
+            assert (mean, std) == (0.0, 0.0), name
+        else:
+            expected = 0.02 / math.sqrt(6) if name.endswith("down.weight") else 0.02
+            assert len(shape) == 2 and std == pytest.approx(expected, rel=0.05), name
+            assert abs(mean) < 0.05 * std, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Make .venv from requirements.txt and install the package in it, editable. Quick when nothing has changed.
+#   PYTHON=python3.11 bash launch/setup.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+
+command -v "$python" >/dev/null || { echo "error: no $python on this machine: set PYTHON=/path/to/python (3.10 or newer)" >&2; exit 2; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    { echo "error: $("$python" --version) is too old: set PYTHON=/path/to/python (3.10 or newer)" >&2; exit 2; }
+
+wanted=$(cat requirements.txt pyproject.toml launch/setup.sh | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+stamp=.venv/installed.sha256
+[ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
+
+echo "Setting up .venv (once; a few minutes at most) ..." >&2
+[ -x .venv/bin/python ] || "$python" -m venv .venv ||
+    { echo "error: $python cannot make a virtual environment: install its venv package (Debian: python3-venv)" >&2; exit 2; }
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+echo "$wanted" > "$stamp"
+echo "Ready: .venv" >&2

@@ -1,0 +1,253 @@
+"""Pipeline: keys → **inverted-file index** → targets and evaluation. The only file that imports faiss.
+
+Vectors are int8 codes (as float32 inside faiss) or raw float keys. For codes the coarse centroids are rounded to int8 while
+they are trained and before any list is filled: then every comparison that places a key or chooses a query's lists is of
+exact integers, the same for any batch, number of threads and machine, with ties to the lower list number. Faiss sees those
+centroids as its ordinary coarse quantizer. Raw keys, and factories that transform the vectors first (OPQ, PCA), go through
+float32 in fixed batches.
+
+Shape legend: N vectors, Q queries, D dimensions, L lists, P probed lists of a query, K neighbours, S shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import faiss
+import numpy as np
+import torch
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.maths.knn import squared_distances
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Index: TypeAlias = Any  # faiss.Index; its Python classes carry no types
+
+POINTS_PER_CENTROID = 64  # faiss warns below 39 and samples down above 256
+_MIN_POINTS_PER_CENTROID = 39
+_MIN_KEYS_PER_LIST = 192
+_ITERATIONS = 10
+_TILE_ELEMENTS = 2**23  # distances at hand while vectors are compared with centroids
+
+
+def choose_factory(num_vectors: int, dim: int) -> tuple[str, str]:
+    """The factory string for N vectors of D dimensions, and the reason in words.
+
+    Lists: the power of two nearest to 4·sqrt(N), but at least 192 keys a list, so that 64 training points a list are at
+    most a third of the keys. Codes: one byte for each 4 dimensions; half a byte, or the vector itself, where there are
+    too few keys to train a product quantizer.
+    """
+    wanted = 2 ** round(np.log2(4 * np.sqrt(max(num_vectors, 1))))
+    most = max(1, num_vectors // _MIN_KEYS_PER_LIST)
+    num_lists = min(wanted, 2 ** (most.bit_length() - 1))
+    reason = f"{num_vectors:,} keys: {num_lists} lists of {num_vectors / num_lists:.0f} keys"
+    bits = next((bits for bits in (8, 4) if num_vectors >= _MIN_POINTS_PER_CENTROID * 2**bits), 0)
+    if not bits:
+        return f"IVF{num_lists},Flat", f"{reason}; too few to train a product quantizer, so whole vectors"
+    parts = next(parts for parts in range(max(1, dim // 4), 0, -1) if dim % parts == 0)
+    suffix = "" if bits == 8 else f"x{bits}"
+    return f"IVF{num_lists},PQ{parts}{suffix}", f"{reason}; {bits} bits for each {dim // parts} of {dim} dimensions"
+
+
+def check_factory(factory: str, dim: int, num_vectors: int) -> int:
+    """Make sure that `factory` gives an inverted file that N vectors of D dimensions can train; return its number of lists.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    ivf = _inverted_file(_make(factory, dim))
+    quantizer = getattr(ivf, "pq", None)
+    needed = max(ivf.nlist, 0 if quantizer is None else quantizer.ksub)
+    if num_vectors < needed:
+        raise ValueError(f"factory {factory!r} needs at least {needed:,} keys to train and there are {num_vectors:,}: "
+                         "choose fewer lists (IVF…) or fewer bits (PQ…x4), or auto")
+    return int(ivf.nlist)
+
+
+def num_training_vectors(factory: str, dim: int) -> int:
+    """How many vectors training makes use of: 64 for each centroid."""
+    ivf = _inverted_file(_make(factory, dim))
+    quantizer = getattr(ivf, "pq", None)
+    return POINTS_PER_CENTROID * max(ivf.nlist, 0 if quantizer is None else quantizer.ksub)
+
+
+def train(vectors_ND: Array, factory: str, *, seed: int = 0) -> Index:
+    """Train the coarse quantizer and the code of an empty index on a sample; int8 vectors give integer centroids."""
+    index = _make(factory, vectors_ND.shape[1])
+    ivf = _inverted_file(index)
+    for parameters in filter(None, (ivf.cp, getattr(getattr(ivf, "pq", None), "cp", None))):
+        parameters.niter, parameters.seed = _ITERATIONS, seed
+        parameters.min_points_per_centroid, parameters.max_points_per_centroid = 1, POINTS_PER_CENTROID
+    if vectors_ND.dtype == np.int8 and not isinstance(index, faiss.IndexPreTransform):
+        centroids_LD = integer_centroids(vectors_ND, ivf.nlist, seed=seed).astype(np.float32)
+        ivf.quantizer.train(centroids_LD)
+        ivf.quantizer.add(centroids_LD)
+    index.train(vectors_ND.astype(np.float32))
+    return index
+
+
+def integer_centroids(codes_ND: Array, num_lists: int, *, seed: int, iterations: int = _ITERATIONS) -> Array:
+    """k-means whose centroids are rounded to int8 in every step: int8 [L, D], bit for bit the same on any machine.
+
+    Starts from L of the codes drawn by `seed`. A list that stays empty takes the code farthest from its centroid.
+    """
+    codes = torch.from_numpy(np.ascontiguousarray(codes_ND))
+    start_L = np.sort(np.random.default_rng(seed).choice(len(codes_ND), num_lists, replace=False))
+    centroids = codes[torch.from_numpy(start_L)]
+    for _ in range(iterations):
+        nearest_N1, distances_N1 = _nearest(codes, centroids, 1)
+        nearest_N = torch.from_numpy(nearest_N1[:, 0])
+        sums_LD = torch.zeros(centroids.shape, dtype=torch.int32).index_add_(0, nearest_N, codes.to(torch.int32))
+        counts_L = torch.bincount(nearest_N, minlength=num_lists)
+        moved = (sums_LD.double() / counts_L.clamp(min=1)[:, None]).round().to(torch.int8)
+        empty = torch.nonzero(counts_L == 0)[:, 0]
+        farthest = np.argsort(-distances_N1[:, 0], kind="stable")[: len(empty)]
+        moved[empty] = codes[torch.from_numpy(farthest)]
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids.numpy()
+
+
+def fill(index: Index, vectors_ND: Array, ids_N: Array) -> None:
+    """Add vectors under their ids (int64), each to its nearest list."""
+    ids_N = np.ascontiguousarray(ids_N, dtype=np.int64)
+    ivf = _inverted_file(index)
+    if isinstance(ivf, faiss.IndexIVFFastScan):  # its packed lists can only be filled by its own method
+        index.add_with_ids(vectors_ND.astype(np.float32), ids_N)
+        return
+    lists_N = np.ascontiguousarray(assign(index, vectors_ND, 1)[:, 0])
+    transformed_ND = np.ascontiguousarray(_transform(index, vectors_ND), dtype=np.float32)
+    ivf.add_core(len(ids_N), faiss.swig_ptr(transformed_ND), faiss.swig_ptr(ids_N), faiss.swig_ptr(lists_N))
+    index.ntotal = ivf.ntotal
+
+
+def assign(index: Index, vectors_QD: Array, nprobe: int) -> Array:
+    """The `nprobe` nearest lists of each vector, nearest first, ties to the lower number: int64 [Q, P].
+
+    Where there are fewer lists, all of them: P = min(nprobe, L).
+    """
+    return _nearest_lists(index, _transform(index, vectors_QD), nprobe)[0]
+
+
+def search(shards: Sequence[Index], queries_QD: Array, k: int, nprobe: int) -> tuple[Array, Array]:
+    """The k nearest of all shards by the index's own (approximate) distances, in the order (distance, id).
+
+    Returns:
+        squared distances, float32 [Q, K], infinite where missing, and ids, int64 [Q, K], -1 where missing.
+    """
+    transformed_QD = _transform(shards[0], queries_QD)
+    lists_QP, coarse_QP = _nearest_lists(shards[0], transformed_QD, nprobe)
+    queries_QD = np.ascontiguousarray(transformed_QD, dtype=np.float32)
+    found = []
+    for shard in shards:
+        ivf = _inverted_file(shard)
+        ivf.nprobe = lists_QP.shape[1]
+        found.append(ivf.search_preassigned(queries_QD, k, lists_QP, coarse_QP))
+    distances, ids = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    distances[ids < 0] = np.inf
+    order = np.lexsort((ids, distances), axis=1)[:, :k]
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def inverted_lists(shards: Sequence[Index]) -> tuple[Array, Array]:
+    """The lists of all shards joined: offsets, int64 [L + 1], and ids, int64 [N], ascending within a list."""
+    numbers, ids = [], []
+    num_lists = _inverted_file(shards[0]).nlist
+    for shard in shards:
+        lists = _inverted_file(shard).invlists
+        sizes_L = np.array([lists.list_size(number) for number in range(num_lists)], dtype=np.int64)
+        numbers.append(np.repeat(np.arange(num_lists), sizes_L))
+        ids += [_ids_of_list(lists, int(number)) for number in np.flatnonzero(sizes_L)]
+    numbers_N, ids_N = np.concatenate(numbers), np.concatenate(ids) if ids else np.empty(0, np.int64)
+    offsets_L1 = np.zeros(num_lists + 1, np.int64)
+    np.cumsum(np.bincount(numbers_N, minlength=num_lists), out=offsets_L1[1:])
+    return offsets_L1, ids_N[np.lexsort((ids_N, numbers_N))]
+
+
+def write_index(index: Index, path: Path) -> None:
+    faiss.write_index(index, str(path))
+
+
+def read_index(path: Path, *, for_search: bool = True) -> Index:
+    """Read an index; without `for_search` the tables that speed its own search up are left out.
+
+    Raises:
+        DamagedDataError: faiss cannot read it.
+    """
+    try:
+        return faiss.read_index(str(path), 0 if for_search else faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    except RuntimeError as error:
+        raise DamagedDataError(f"{path} is not an index that faiss {faiss.__version__} can read ({error}): "
+                               "run the stage that made it again, it remakes only what is damaged") from error
+
+
+def set_num_threads(count: int) -> None:
+    """How many threads faiss uses in this process."""
+    faiss.omp_set_num_threads(count)
+
+
+def _make(factory: str, dim: int) -> Index:
+    try:
+        return faiss.index_factory(dim, factory)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition(": ")[2]
+        raise ValueError(f"factory {factory!r} does not fit vectors of {dim} dimensions ({reason}): choose another, "
+                         "such as IVF1024,PQ64, or auto") from error
+
+
+def _inverted_file(index: Index) -> Any:
+    """The IVF part of an index, of the class that has its methods."""
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if not isinstance(inner, faiss.IndexIVF):
+        raise ValueError(f"the factory gives a {type(inner).__name__}, not an inverted file: it must hold IVF, such as "
+                         "IVF1024,PQ64, or be auto")
+    return inner
+
+
+def _transform(index: Index, vectors_ND: Array) -> Array:
+    """What the inverted file sees of the vectors: themselves, or what the transforms before it make of them."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return vectors_ND
+    for number in range(index.chain.size()):
+        vectors_ND = faiss.downcast_VectorTransform(index.chain.at(number)).apply(vectors_ND.astype(np.float32))
+    return vectors_ND
+
+
+def _nearest_lists(index: Index, vectors_QD: Array, nprobe: int) -> tuple[Array, Array]:
+    """(list numbers int64, squared distances float32), both [Q, P], of vectors as the inverted file sees them."""
+    ivf = _inverted_file(index)
+    centroids_LD = ivf.quantizer.reconstruct_n(0, ivf.nlist)
+    if vectors_QD.dtype == np.int8 and (centroids_LD == centroids_LD.astype(np.int8)).all():
+        centroids_LD = centroids_LD.astype(np.int8)
+    vectors = torch.from_numpy(np.ascontiguousarray(vectors_QD))
+    return _nearest(vectors, torch.from_numpy(centroids_LD), min(nprobe, ivf.nlist))
+
+
+def _nearest(vectors: torch.Tensor, centroids: torch.Tensor, count: int) -> tuple[Array, Array]:
+    """(numbers int64, squared distances float32), both [N, count], in the order (distance, number)."""
+    numbers, distances = np.empty((len(vectors), count), np.int64), np.empty((len(vectors), count), np.float32)
+    step = max(1, _TILE_ELEMENTS // len(centroids))
+    for start in range(0, len(vectors), step):
+        tile = squared_distances(vectors[start : start + step], centroids)
+        is_integer = tile.dtype == torch.int32
+        ranks = tile if is_integer else tile.abs_().view(torch.int32)  # a non-negative float orders like its bits
+        packed = ((ranks.to(torch.int64) << 32) | torch.arange(len(centroids))).numpy()
+        if count < len(centroids):
+            packed.partition(count - 1, axis=1)
+        packed = np.sort(packed[:, :count], axis=1)
+        rows = slice(start, start + len(packed))
+        numbers[rows] = packed & 0xFFFFFFFF
+        ranks_found = (packed >> 32).astype(np.int32)
+        distances[rows] = ranks_found if is_integer else ranks_found.view(np.float32)
+    return numbers, distances
+
+
+def _ids_of_list(lists: Any, number: int) -> Array:
+    pointer = lists.get_ids(number)
+    try:
+        return np.array(faiss.rev_swig_ptr(pointer, lists.list_size(number)), dtype=np.int64)
+    finally:
+        lists.release_ids(number, pointer)

@@ -1,0 +1,232 @@
+"""Training batches: which positions make up each batch, and their inputs, labels and targets read from disk.
+
+Place in the pipeline: between `keys` and `targets` on disk and the trainer. The order is a pure function of (seed, epoch):
+blocks of positions are permuted, `window_blocks` of them in that order make a window, and the positions of a window are
+permuted among themselves. The epochs follow one another without a gap: row g of the run is row g mod N of epoch g // N.
+Global batch b is the rows [b * G, (b + 1) * G), and rank r of W takes every W-th of them from r on. So the same batches
+come in the same order at any world size, every rank has equally many, and the whole state is the number of batches done.
+At the very end the rows that do not fill a batch are left out.
+
+N positions, G global batch, B block size, n rows of one read, I input size, E entries of sparse targets.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.blocks import Block
+from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.formats.targets import Targets
+from mlpmem_ds.maths.sparse_loss import TargetBatch
+
+_WINDOWS_KEPT = 2  # a batch may lie across the end of one window and the start of the next
+
+
+def shuffled(count: int, *keys: int) -> np.ndarray:
+    """int64 [count]: a permutation of range(count), a pure function of `keys` (not of NumPy's version)."""
+    state = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            state = _mix(np.array([state ^ np.uint64(key)], dtype=np.uint64))[0]
+        scores = _mix(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state)
+    return np.argsort(scores, kind="stable")
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), elementwise; a bijection of uint64."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Rows [first_row, first_row + len(positions_n)) of an epoch, in training order; `blocks` ascending."""
+
+    first_row: int
+    blocks: tuple[int, ...]
+    positions_n: np.ndarray
+
+
+class TrainingOrder:
+    """See the module's text. Holds the latest windows' permutations."""
+
+    def __init__(self, *, num_positions: int, block_size: int, window_blocks: int, seed: int) -> None:
+        self.num_positions, self.block_size = num_positions, block_size
+        self._window_blocks, self._seed = window_blocks, seed
+        self._num_blocks = -(-num_positions // block_size)
+        self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[Window, np.ndarray]]:
+        """The run's rows [start, stop): each window that they touch, with their positions in order."""
+        while start < stop:
+            epoch, row = divmod(start, self.num_positions)
+            window = self._window_of(epoch, row)
+            offset = row - window.first_row
+            positions = window.positions_n[offset : offset + stop - start]
+            yield window, positions
+            start += len(positions)
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """int64: the positions at the run's rows [start, stop)."""
+        return np.concatenate([positions for _, positions in self.parts(start, stop)])
+
+    def _window_of(self, epoch: int, row: int) -> Window:
+        for (of_epoch, _), window in self._windows.items():
+            if of_epoch == epoch and 0 <= row - window.first_row < len(window.positions_n):
+                return window
+        blocks = shuffled(self._num_blocks, self._seed, epoch, 0)
+        sizes = np.minimum((blocks + 1) * self.block_size, self.num_positions) - blocks * self.block_size
+        starts = np.concatenate([[0], np.cumsum(sizes)])[:: self._window_blocks]
+        index = int(np.searchsorted(starts, row, side="right")) - 1
+        chosen = np.sort(blocks[index * self._window_blocks : (index + 1) * self._window_blocks])
+        inside = np.concatenate([np.arange(block * self.block_size, min((block + 1) * self.block_size, self.num_positions))
+                                 for block in chosen])
+        window = Window(first_row=int(starts[index]), blocks=tuple(chosen.tolist()),
+                        positions_n=inside[shuffled(len(inside), self._seed, epoch, 1 + index)])
+        self._windows[epoch, index] = window
+        while len(self._windows) > _WINDOWS_KEPT:
+            self._windows.popitem(last=False)
+        return window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Consecutive stored rows of a window, or the rows of a batch: inputs as bfloat16 bits, targets in CSR."""
+
+    inputs_nI: np.ndarray
+    values_n: np.ndarray
+    log_probabilities_n: np.ndarray | None
+    offsets: np.ndarray
+    ids_E: np.ndarray
+    probabilities_E: np.ndarray
+
+    def take(self, rows_n: np.ndarray) -> Rows:
+        """The rows at these indices, in their order."""
+        counts = self.offsets[rows_n + 1] - self.offsets[rows_n]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        entries = np.repeat(self.offsets[rows_n] - offsets[:-1], counts) + np.arange(offsets[-1])
+        logs = None if self.log_probabilities_n is None else self.log_probabilities_n[rows_n]
+        return Rows(inputs_nI=self.inputs_nI[rows_n], values_n=self.values_n[rows_n], log_probabilities_n=logs,
+                    offsets=offsets, ids_E=self.ids_E[entries], probabilities_E=self.probabilities_E[entries])
+
+
+def join_rows(parts: list[Rows]) -> Rows:
+    """The parts one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    logs = [part.log_probabilities_n for part in parts if part.log_probabilities_n is not None]
+    return Rows(
+        inputs_nI=np.concatenate([part.inputs_nI for part in parts]),
+        values_n=np.concatenate([part.values_n for part in parts]),
+        log_probabilities_n=np.concatenate(logs) if logs else None,
+        offsets=np.concatenate([*offsets, starts[-1:]]),
+        ids_E=np.concatenate([part.ids_E for part in parts]),
+        probabilities_E=np.concatenate([part.probabilities_E for part in parts]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward of the trainer takes: bfloat16 inputs [n, I] and the rows' targets."""
+
+    inputs_NI: torch.Tensor
+    targets: TargetBatch
+
+
+class BatchReader:
+    """Reads this rank's share of any batch.
+
+    Args:
+        keys: has inputs, values and log-probabilities.
+        targets: None where only the labels count.
+        order: the order of the run.
+        batch_positions: G.
+        rank, size: this rank's share.
+        num_micro_batches: into how many equal parts a rank's share is cut.
+        with_log_probabilities: whether the base's log-probabilities go along (the loss through the mixture).
+    """
+
+    def __init__(self, keys: Keys, targets: Targets | None, order: TrainingOrder, *, batch_positions: int, rank: int,
+                 size: int, num_micro_batches: int, with_log_probabilities: bool) -> None:
+        self._keys, self._targets, self._order = keys, targets, order
+        self._batch_positions, self._rank, self._size = batch_positions, rank, size
+        self._num_micro_batches, self._with_log_probabilities = num_micro_batches, with_log_probabilities
+        self._stored: OrderedDict[tuple[int, ...], Rows] = OrderedDict()
+
+    def read(self, batch: int) -> list[MicroBatch]:
+        """This rank's rows of global batch number `batch`, in micro-batches."""
+        start = batch * self._batch_positions
+        parts, skipped = [], self._rank
+        for window, positions in self._order.parts(start, start + self._batch_positions):
+            mine = positions[skipped :: self._size]
+            skipped = (skipped - len(positions)) % self._size
+            if len(mine):
+                parts.append(self._load(window.blocks).take(self._rows_in(window.blocks, mine)))
+        rows = join_rows(parts)
+        count = len(rows.values_n) // self._num_micro_batches
+        return [self._micro_batch(rows, Block(at, at + count)) for at in range(0, len(rows.values_n), count)]
+
+    def stream(self, first: int, stop: int) -> Iterator[tuple[list[MicroBatch], float]]:
+        """The batches [first, stop), the next one read meanwhile, each with the seconds that were spent waiting for it."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            pending = pool.submit(self.read, first) if first < stop else None
+            for batch in range(first, stop):
+                assert pending is not None
+                start = perf_counter()
+                micro_batches = pending.result()
+                waited = perf_counter() - start
+                pending = pool.submit(self.read, batch + 1) if batch + 1 < stop else None
+                yield micro_batches, waited
+
+    def _rows_in(self, blocks: tuple[int, ...], positions_n: np.ndarray) -> np.ndarray:
+        size = self._order.block_size
+        return np.searchsorted(np.asarray(blocks), positions_n // size) * size + positions_n % size
+
+    def _load(self, blocks: tuple[int, ...]) -> Rows:
+        """The stored rows of these blocks; kept, so that a run in one window reads its data once."""
+        if blocks not in self._stored:
+            while len(self._stored) >= _WINDOWS_KEPT:
+                self._stored.popitem(last=False)
+            self._stored[blocks] = join_rows([self._read(run) for run in self._runs(blocks)])
+        return self._stored[blocks]
+
+    def _runs(self, blocks: tuple[int, ...]) -> list[Block]:
+        """Neighbouring blocks joined, as ranges of positions."""
+        size, total = self._order.block_size, self._order.num_positions
+        array = np.asarray(blocks)
+        groups = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
+        return [Block(int(group[0]) * size, min((int(group[-1]) + 1) * size, total)) for group in groups]
+
+    def _read(self, run: Block) -> Rows:
+        logs = self._keys.read("log_probabilities", *run) if self._with_log_probabilities else None
+        offsets, ids, probabilities = np.zeros(run.size + 1, dtype=np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
+        if self._targets is not None:
+            sparse = self._targets.read(*run)
+            offsets, ids, probabilities = sparse.offsets, sparse.ids, sparse.probabilities.astype(np.float32)
+        return Rows(inputs_nI=self._keys.read("inputs", *run), values_n=self._keys.read("values", *run),
+                    log_probabilities_n=logs, offsets=offsets, ids_E=ids, probabilities_E=probabilities)
+
+    @staticmethod
+    def _micro_batch(rows: Rows, block: Block) -> MicroBatch:
+        part = rows.take(np.arange(*block))
+        logs = part.log_probabilities_n
+        targets = TargetBatch(
+            offsets_N1=torch.from_numpy(part.offsets),
+            ids=torch.from_numpy(part.ids_E.astype(np.int64)),
+            probabilities=torch.from_numpy(part.probabilities_E),
+            labels_N=torch.from_numpy(part.values_n.astype(np.int64)),
+            row_weights_N=None,
+            base_log_probabilities_N=None if logs is None else torch.from_numpy(logs),
+        )
+        return MicroBatch(inputs_NI=torch.from_numpy(part.inputs_nI).view(torch.bfloat16), targets=targets)

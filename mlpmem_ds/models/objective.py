@@ -1,0 +1,73 @@
+"""The memory as training sees it: the plain `Memory` with a head that owns its loss.
+
+Place in the pipeline: `train` builds this, its weights load into a plain `Memory` by the same names. The loss is computed
+inside the forward of the module that owns the head's weight, because under ZeRO-3 the weight exists as a whole only
+there: a function outside that reads `head.weight` would meet an empty tensor.
+
+Shapes: N rows (positions), H hidden size, I input size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from mlpmem_ds.maths.interpolation import label_log_probabilities
+from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+
+# What `SparseHead` reports beside the loss, in this order: sums over the rows, detached.
+SUM_NAMES = ("kl", "ce", "weight")
+
+
+class SparseHead(nn.Module):
+    """The output head `[N, H] -> [V]` without bias; its forward is the loss against sparse targets, never the logits.
+
+    Args:
+        alpha: weight of KL(target || memory); 1 - alpha is that of the cross entropy.
+        mixture_lambda: None for plain cross entropy; else the cross entropy of (1 - lambda) p_base + lambda p_memory.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, *, initializer_range: float, alpha: float = 0.5,
+                 mixture_lambda: float | None = None) -> None:
+        super().__init__()
+        self.alpha, self.mixture_lambda = alpha, mixture_lambda
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        nn.init.normal_(self.weight, mean=0.0, std=initializer_range)
+
+    def forward(
+        self, hidden_NH: torch.Tensor, targets: TargetBatch | None = None, *, labels_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """The loss against `targets`, or the log-probabilities of `labels_N`.
+
+        Returns:
+            with targets: the sum of the rows' losses (float32 scalar) and the detached sums [3] of `SUM_NAMES`;
+            with labels: float32 [N].
+        """
+        if targets is None:
+            assert labels_N is not None
+            return label_log_probabilities(hidden_NH, self.weight, labels_N)
+        loss_sum, sums = sparse_loss(hidden_NH, self.weight, targets, alpha=self.alpha,
+                                     mixture_lambda=self.mixture_lambda)
+        return loss_sum, torch.stack([getattr(sums, name).float() for name in SUM_NAMES]).detach()
+
+
+class MemoryObjective(Memory):
+    """A `Memory` whose forward is the training loss; its state dict has the names of a plain `Memory`."""
+
+    def __init__(self, config: MemoryConfig, *, alpha: float, mixture_lambda: float | None = None) -> None:
+        super().__init__(config, head_class=partial(SparseHead, alpha=alpha, mixture_lambda=mixture_lambda))
+
+    def forward(  # type: ignore[override]
+        self, inputs_NI: torch.Tensor, targets: TargetBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss over the N rows (float32 scalar) and the detached sums [3] of `SUM_NAMES`."""
+        loss_sum, sums_3 = self.head(super().forward(inputs_NI), targets)
+        return loss_sum / len(inputs_NI), sums_3
+
+    def label_log_probabilities(self, inputs_NI: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        """float32 [N]: the memory's log-probability of each row's label."""
+        log_probabilities_N: torch.Tensor = self.head(super().forward(inputs_NI), labels_N=labels_N)
+        return log_probabilities_N

@@ -1,0 +1,59 @@
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from mlpmem_ds.core.config import identity_values, option, parse_config, plain_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    input: tuple[str, ...] = option("files", identity=False)
+    output: Path = option("directory")
+    block_size: int = option("tokens", 1024)
+    rate: float | None = option("a rate in 100 % of cases", None)
+    codec: Literal["int8", "raw"] = option("codec", "int8")
+    keep: bool = option("keep it", True)
+    threads: int = option("threads", 1, identity=False)
+
+
+def parse(*words: str) -> Config:
+    return parse_config(Config, words, prog="tool", description="d", example="e")
+
+
+def test_flags_become_typed_fields() -> None:
+    config = parse(
+        "--input", "a", "b", "--output", "out", "--block_size", "8", "--rate", ".5", "--no-keep", "--codec=raw"
+    )
+    assert config == Config(input=("a", "b"), output=Path("out"), block_size=8, rate=0.5, codec="raw", keep=False)
+
+
+def test_underscores_and_hyphens_are_the_same_flag() -> None:
+    assert parse("--input", "a", "--output", "o", "--block-size=3") == parse(
+        "--input", "a", "--output", "o", "--block_size=3"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--input", "a", "--output", "o", "--codec", "x"), ("--input", "a", "--output", "o", "--block", "3")]
+)
+def test_wrong_flags_exit_with_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(*words)
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_help_shows_defaults_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "(default: 1024)" in text and "example:\n  e" in text and "100 % of cases" in text
+
+
+def test_identity_leaves_out_paths_and_resources() -> None:
+    config = Config(input=("a",), output=Path("o"))
+    assert identity_values(config) == {"block_size": 1024, "rate": None, "codec": "int8", "keep": True}
+    assert plain_values(config)["output"] == "o"

@@ -1,0 +1,66 @@
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import (
+    canonical_json,
+    fault_of_file,
+    publish,
+    publish_array,
+    publish_bytes,
+    read_json,
+    record_file,
+    remove_stale_temporaries,
+)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    publish_bytes(target, b"old")
+    with pytest.raises(RuntimeError), publish(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_faults_are_named(tmp_path: Path) -> None:
+    publish_array(tmp_path / "a.npy", np.arange(5))
+    record = record_file(tmp_path, "a.npy")
+    assert fault_of_file(tmp_path, record) is None
+    content = bytearray((tmp_path / "a.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "a.npy").write_bytes(content)
+    assert "checksum" in (fault_of_file(tmp_path, record) or "")
+    assert fault_of_file(tmp_path, record, checksum=False) is None
+    (tmp_path / "a.npy").write_bytes(content[:-1])
+    assert "bytes" in (fault_of_file(tmp_path, record, checksum=False) or "")
+    (tmp_path / "a.npy").unlink()
+    assert "missing" in (fault_of_file(tmp_path, record) or "")
+
+
+def test_json_has_one_spelling() -> None:
+    assert canonical_json({"b": 1, "a": [1.5, "é"]}) == canonical_json(dict([("a", [1.5, "é"]), ("b", 1)]))
+    with pytest.raises(ValueError):
+        canonical_json(float("nan"))
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(DamagedDataError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(DamagedDataError, match="missing"):
+        read_json(tmp_path / "y.json")
+
+
+def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
+    host, dead = socket.gethostname(), 2**22 + 1
+    names = [f".a.{host}.{dead}.tmp", f".b.{host}.{os.getpid()}.tmp", f".c.elsewhere.{dead}.tmp", "d.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_stale_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])

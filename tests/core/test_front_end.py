@@ -1,0 +1,47 @@
+import errno
+from dataclasses import dataclass
+
+import pytest
+
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.front_end import run_front_end
+from mlpmem_ds.core.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    number: int = option("a number", 1)
+
+
+def run_with(error: BaseException | None, *words: str) -> int:
+    def run(config: Config, world: World) -> None:
+        if error is not None:
+            raise error
+
+    return run_front_end(Config, run, description="d", example="e", argv=list(words))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (None, 0, ""),
+        (UserError("use --other"), 2, "error: use --other"),
+        (DamagedDataError("file x"), 2, "file x"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "free some space"),
+        (KeyboardInterrupt(), 130, "continues where it was"),
+    ],
+)
+def test_exit_codes(error: BaseException | None, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(error) == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "i/o"), AssertionError()])
+def test_our_own_bugs_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_with(error)
+
+
+def test_the_deepspeed_launchers_flag_is_ignored() -> None:
+    assert run_with(None, "--local_rank=1", "--number", "2") == 0

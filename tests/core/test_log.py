@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.log import EventLog, Progress, read_events, set_up_logging
+from mlpmem_ds.core.world import World
+
+
+def test_events_survive_a_line_cut_short(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "log.jsonl", World(rank=1, size=2))
+    log.write("unit", seconds=1.5)
+    with open(tmp_path / "log.jsonl", "a") as stream:
+        stream.write('{"event": "cut')
+    events = read_events(tmp_path / "log.jsonl")
+    assert [(event["event"], event["rank"], event["seconds"]) for event in events] == [("unit", 1, 1.5)]
+    assert read_events(tmp_path / "none.jsonl") == []
+
+
+def test_progress_speaks_in_plain_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 1):
+        set_up_logging(World(rank=rank, size=2), name="tool")
+        progress = Progress(10, label="keys", unit="positions", world=World(rank=rank, size=2))
+        progress.advance(10)
+        progress.close()
+    text = capsys.readouterr().err
+    assert text.count("10 of 10 positions") == 1 and "tool rank 0" in text

@@ -1,0 +1,31 @@
+import pytest
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World, world_from_environment
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, World()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World(rank=3, size=8, local_rank=1)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, World(rank=1, size=2, local_rank=1)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}, World(rank=0, size=4)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1"}, World(rank=5, size=6, local_rank=1)),
+        # a plain python in a batch script of eight tasks is a world of one
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, World()),
+        # torchrun inside mpirun: the nearest launcher counts
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+            World(rank=1, size=2, local_rank=1),
+        ),
+    ],
+)
+def test_world_from_environment(environment: dict[str, str], expected: World) -> None:
+    assert world_from_environment(environment) == expected
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_wrong_variables_are_the_users_to_mend(environment: dict[str, str]) -> None:
+    with pytest.raises(UserError):
+        world_from_environment(environment)

@@ -1,0 +1,56 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.formats.corpus import SPLITS, num_tokens_of_splits, open_corpus, token_dtype
+
+
+def test_the_stream_is_the_concatenation_of_the_shards(corpus_dir: Path) -> None:
+    corpus = open_corpus(corpus_dir, "train")
+    shards = [np.fromfile(path, corpus.dtype) for path in sorted((corpus_dir / "train").glob("tokens-*.bin"))]
+    stream = np.concatenate(shards)
+    assert len(stream) == corpus.num_tokens == corpus.num_positions + 1
+    np.testing.assert_array_equal(corpus.tokens(0, corpus.num_tokens), stream)
+    np.testing.assert_array_equal(corpus.tokens(3, 77), stream[3:77])
+    np.testing.assert_array_equal(corpus.values(3, 77), stream[4:78])
+    assert len(corpus.tokens(5, 5)) == 0
+    with pytest.raises(ValueError):
+        corpus.tokens(0, corpus.num_tokens + 1)
+
+
+def test_documents_end_where_their_end_token_stands(corpus_dir: Path) -> None:
+    for split in SPLITS:
+        corpus = open_corpus(corpus_dir, split)
+        stream = corpus.tokens(0, corpus.num_tokens)
+        ends = np.flatnonzero(stream == corpus.end_of_document_id)
+        np.testing.assert_array_equal(corpus.document_stops, ends + 1)
+        positions = np.arange(corpus.num_positions)
+        expected = np.searchsorted(ends, positions + 1)  # the document whose end is the first at or after the value
+        np.testing.assert_array_equal(corpus.documents_of(positions), expected)
+        assert sum(document["bytes"] for document in corpus.documents) == corpus.num_bytes
+
+
+def test_small_vocabularies_take_two_bytes() -> None:
+    assert (token_dtype(65536), token_dtype(65537)) == (np.dtype("<u2"), np.dtype("<u4"))
+
+
+def test_empty_and_unknown_splits_are_refused(corpus_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text in split 'x'.*train"):
+        open_corpus(corpus_dir, "x")
+    with pytest.raises(UserError, match="--corpus .* does not exist"):
+        open_corpus(tmp_path / "none")
+    assert set(num_tokens_of_splits(corpus_dir)) == set(SPLITS)
+
+
+def test_a_contradicting_manifest_is_damaged(corpus_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus_dir, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["train"]["num_tokens"] += 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedDataError, match="contradicts"):
+        open_corpus(copy)

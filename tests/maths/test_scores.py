@@ -1,0 +1,93 @@
+"""Scores against their plain formulas."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.maths.scores import best_lambda, bits_per_byte, bootstrap_interval, lambda_curve, perplexity, win_rate
+
+
+def test_perplexity_and_bits_per_byte_of_known_probabilities():
+    log_probabilities = np.log([0.5, 0.25, 0.125]).astype(np.float32)
+    assert perplexity(log_probabilities) == pytest.approx(4.0, rel=1e-7)
+    assert bits_per_byte(log_probabilities, 12) == pytest.approx(0.5, rel=1e-7)
+    assert perplexity(np.array([-1.0, -np.inf])) == math.inf
+    with pytest.raises(ValueError, match="0 bytes"):
+        bits_per_byte(log_probabilities, 0)
+
+
+def test_perplexity_sums_in_float64():
+    assert perplexity(np.full(2**20, -0.1, np.float32)) == pytest.approx(math.exp(np.float32(0.1)), rel=1e-12)
+
+
+def test_lambda_curve_equals_the_mixture_and_its_ends_are_exact():
+    rng = np.random.default_rng(0)
+    base, other = rng.random(100), rng.random(100)
+    lambdas = np.array([0, 0.1, 0.35, 1])
+    curve = lambda_curve(np.log(base), np.log(other), lambdas)
+    np.testing.assert_allclose(curve, [np.exp(-np.log((1 - x) * base + x * other).mean()) for x in lambdas], rtol=1e-13)
+    assert curve[0] == perplexity(np.log(base)) and curve[-1] == perplexity(np.log(other))
+
+
+def test_a_zero_probability_of_one_side_is_carried_by_the_other():
+    base, other = np.log([0.5, 0.5]), np.array([math.log(0.5), -math.inf])
+    with np.errstate(all="raise"):
+        curve = lambda_curve(base, other, np.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(curve, [2, 2 * math.sqrt(2), math.inf])
+
+
+def test_best_lambda_is_the_least_of_the_grid():
+    rng = np.random.default_rng(1)
+    base, other = np.log(rng.random(500)), np.log(rng.random(500))
+    grid = np.linspace(0, 1, 21)
+    curve = lambda_curve(base, other, grid)
+    assert best_lambda(base, other, grid) == (grid[curve.argmin()], curve.min())
+    assert 0 < best_lambda(base, other, grid)[0] < 1
+
+
+def test_bootstrap_interval_of_a_constant_ratio_is_a_point():
+    a = np.log(np.random.default_rng(0).random(1003))
+    low, high = bootstrap_interval(a, a + math.log(1.25), block=10)
+    assert low == pytest.approx(-0.2) and high == pytest.approx(-0.2)
+
+
+def test_bootstrap_interval_is_seeded_and_as_wide_as_the_theory_says():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal(40_000)
+    b = a + 0.05 + rng.standard_normal(40_000)
+    low, high = bootstrap_interval(a, b, block=50)
+    assert (low, high) == bootstrap_interval(a, b, block=50)
+    assert (low, high) != bootstrap_interval(a, b, block=50, seed=1)
+    assert low < math.exp(-(b - a).mean()) - 1 < high < 0
+    expected_width = 2 * 1.96 / math.sqrt(40_000) * math.exp(-0.05)
+    assert high - low == pytest.approx(expected_width, rel=0.15)
+
+
+def test_blocks_widen_the_interval_of_correlated_positions():
+    rng = np.random.default_rng(0)
+    differences = np.repeat(rng.standard_normal(400), 50)  # 50 equal neighbours: 400 independent draws, not 20,000
+    widths = [np.diff(bootstrap_interval(np.zeros(20_000), differences, block=block))[0] for block in (1, 50)]
+    assert widths[1] / widths[0] == pytest.approx(math.sqrt(50), rel=0.2)
+
+
+def test_bootstrap_refuses_what_it_cannot_resample():
+    with pytest.raises(ValueError, match="10 positions make 1 blocks of 512"):
+        bootstrap_interval(np.zeros(10), np.zeros(10))
+    with pytest.raises(ValueError, match="probability 0"):
+        bootstrap_interval(np.zeros(10), np.array([0.0] * 9 + [-np.inf]), block=2)
+
+
+def test_win_rate_counts_a_tie_as_half():
+    assert win_rate(np.array([0.0, 0, 0, -np.inf]), np.array([1.0, -1, 0, -np.inf])) == 0.5
+    assert win_rate(np.zeros(4), np.array([1.0, 1, 1, -1])) == 0.75
+
+
+def test_mistaken_pairs_and_lambdas_are_refused():
+    for function in (win_rate, lambda a, b: lambda_curve(a, b, np.zeros(1)), bootstrap_interval):
+        with pytest.raises(ValueError, match="3 and 4 log-probabilities"):
+            function(np.zeros(3), np.zeros(4))
+        with pytest.raises(ValueError, match="at least 1"):
+            function(np.zeros(0), np.zeros(0))
+    with pytest.raises(ValueError, match=r"lies in \[0, 1\]"):
+        lambda_curve(np.zeros(3), np.zeros(3), np.array([0.5, 1.5]))

@@ -1,0 +1,160 @@
+"""kNN targets against plain loops in float64."""
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.maths.targets import (
+    SparseRows,
+    aggregate,
+    fit_temperature,
+    knn_probability,
+    neighbour_weights,
+    truncate,
+    weight_perplexity,
+)
+
+
+def make_rows(num_rows=29, k=17, vocabulary=7, seed=0):
+    rng = np.random.default_rng(seed)
+    distances = np.sort(rng.integers(1000, 1200, (num_rows, k)), axis=1).astype(np.float64)
+    counts = rng.integers(0, k + 1, num_rows)
+    counts[:3] = [0, 1, k]
+    valid = np.arange(k)[None] < counts[:, None]
+    return np.where(valid, distances, np.finfo(np.float64).max), np.where(valid, rng.integers(0, vocabulary, (num_rows, k)), -1), valid
+
+
+def as_dicts(rows: SparseRows):
+    bounds = zip(rows.offsets[:-1], rows.offsets[1:], strict=True)
+    return [dict(zip(rows.ids[a:b].tolist(), rows.probabilities[a:b].tolist(), strict=True)) for a, b in bounds]
+
+
+def plain_target(distances, values, valid, temperature):
+    target: dict[int, float] = {}
+    terms = [(int(v), np.exp(-(d - distances[0]) / temperature)) for d, v, ok in zip(distances, values, valid, strict=True) if ok]
+    total = sum(weight for _, weight in terms)
+    for value, weight in terms:
+        target[value] = target.get(value, 0.0) + weight / total
+    return target
+
+
+def test_weights_and_aggregate_equal_the_plain_formula():
+    distances, values, valid = make_rows()
+    weights = neighbour_weights(distances, 25.0, valid)
+    np.testing.assert_allclose(weights.sum(1), valid.any(1), rtol=1e-14)
+    assert (weights[0] == 0).all() and (weights[~valid] == 0).all()
+    rows = aggregate(weights, values)
+    assert rows.offsets.dtype == rows.ids.dtype == np.int64 and rows.probabilities.dtype == np.float64
+    for row, found in enumerate(as_dicts(rows)):
+        expected = plain_target(distances[row], values[row], valid[row], 25.0)
+        assert list(found) == sorted(expected)
+        assert found == pytest.approx(expected, rel=1e-13)
+
+
+def test_weights_are_stable_for_distances_far_beyond_the_temperature():
+    weights = neighbour_weights(np.array([[1e9, 1e9 + 1, 5e9]]), 1.0, np.ones((1, 3), bool))
+    np.testing.assert_allclose(weights, [[1 / (1 + np.exp(-1)), np.exp(-1) / (1 + np.exp(-1)), 0]], rtol=1e-14)
+
+
+def test_a_row_does_not_depend_on_its_batch_nor_on_missing_neighbours_behind_it():
+    distances, values, valid = make_rows(num_rows=41, k=133, vocabulary=5)
+    whole = aggregate(neighbour_weights(distances, 30.0, valid), values)
+    for row in range(41):
+        here = slice(row, row + 1)
+        used = max(1, int(valid[row].sum()))
+        for columns in (slice(None), slice(0, used)):
+            part = (array[here, columns] for array in (distances, valid, values))
+            part_distances, part_valid, part_values = part
+            alone = aggregate(neighbour_weights(part_distances, 30.0, part_valid), part_values)
+            inside = slice(whole.offsets[row], whole.offsets[row + 1])
+            np.testing.assert_array_equal(alone.ids, whole.ids[inside])
+            np.testing.assert_array_equal(alone.probabilities, whole.probabilities[inside])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_aggregate_of_nothing(shape):
+    rows = aggregate(np.zeros(shape), np.zeros(shape, int))
+    np.testing.assert_array_equal(rows.offsets, np.zeros(shape[0] + 1))
+    kept, dropped = truncate(rows, 0.9, np.zeros(shape[0], int))
+    np.testing.assert_array_equal(kept.offsets, rows.offsets)
+    np.testing.assert_array_equal(dropped, np.zeros(shape[0]))
+    np.testing.assert_array_equal(knn_probability(np.zeros(shape), np.zeros(shape, int), np.zeros(shape[0])), np.zeros(shape[0]))
+
+
+def test_perplexity_of_known_weights():
+    weights = np.array([[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(weight_perplexity(weights), [4, 1, 2, 1], rtol=1e-15)
+
+
+@pytest.mark.parametrize("perplexity", [1.5, 4.0, 6.0])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_fitted_temperature_gives_the_perplexity(perplexity, scale):
+    distances, _, valid = make_rows(num_rows=200)
+    distances = np.where(valid, distances + np.random.default_rng(1).random(distances.shape), distances / scale) * scale
+    temperature = fit_temperature(distances, valid, perplexity)
+    has_neighbour = valid.any(1)
+    weights = neighbour_weights(distances, temperature, valid)[has_neighbour]
+    assert np.exp(np.log(weight_perplexity(weights)).mean()) == pytest.approx(perplexity, rel=1e-6)
+    assert temperature == fit_temperature(distances, valid, perplexity)
+
+
+def test_a_perplexity_out_of_reach_is_refused():
+    distances = np.tile(np.arange(8.0), (3, 1))
+    valid = np.ones((3, 8), bool)
+    for perplexity in (8.0, 9.0, 1.0, 0.5, float("nan")):
+        with pytest.raises(ValueError, match="cannot be reached.*all of them 8"):
+            fit_temperature(distances, valid, perplexity)
+    with pytest.raises(ValueError, match="the nearest neighbours alone give 8"):
+        fit_temperature(np.ones((3, 8)), valid, 4.0)
+    with pytest.raises(ValueError, match="no row has a neighbour"):
+        fit_temperature(distances, ~valid, 4.0)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        neighbour_weights(distances, 0, valid)
+
+
+@pytest.mark.parametrize("mass", [0.05, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("with_gold", [False, True])
+def test_truncate_keeps_the_fewest_most_probable_ids(mass, with_gold):
+    distances, values, valid = make_rows(num_rows=60, k=40, vocabulary=12)
+    rows = aggregate(neighbour_weights(distances, 40.0, valid), values)
+    gold = np.random.default_rng(3).integers(0, 14, 60)  # some ids no row has
+    kept, dropped = truncate(rows, mass, gold if with_gold else None)
+    for row, (before, after) in enumerate(zip(as_dicts(rows), as_dicts(kept), strict=True)):
+        total, reached, expected = sum(before.values()), 0.0, set()
+        for token, probability in sorted(before.items(), key=lambda item: (-item[1], item[0])):
+            if reached < mass * total - 1e-12:
+                expected.add(token)
+                reached += probability
+        if with_gold and gold[row] in before:
+            expected.add(int(gold[row]))
+        assert set(after) == expected and list(after) == sorted(after)
+        assert all(after[token] == before[token] for token in after)
+        assert dropped[row] == pytest.approx(total - sum(after.values()), abs=1e-12)
+    if mass == 1.0:
+        assert (dropped == 0).all()
+
+
+def test_truncate_breaks_ties_by_id():
+    rows = SparseRows(offsets=np.array([0, 4, 6]), ids=np.array([2, 3, 5, 9, 1, 4]), probabilities=np.array([0.25] * 4 + [0.5] * 2))
+    kept, dropped = truncate(rows, 0.5)
+    np.testing.assert_array_equal(kept.ids, [2, 3, 1])
+    np.testing.assert_array_equal(kept.offsets, [0, 2, 3])
+    np.testing.assert_array_equal(dropped, [0.5, 0.5])
+    kept, dropped = truncate(rows, 0.5, np.array([9, 7]))
+    np.testing.assert_array_equal(kept.ids, [2, 3, 9, 1])
+    np.testing.assert_array_equal(dropped, [0.25, 0.5])
+
+
+def test_truncate_refuses_a_mass_that_is_not_a_share():
+    rows = SparseRows(offsets=np.array([0]), ids=np.zeros(0, int), probabilities=np.zeros(0))
+    for mass in (0, 1.01, float("nan")):
+        with pytest.raises(ValueError, match="mass is"):
+            truncate(rows, mass)
+
+
+def test_label_probability_equals_the_target_entry():
+    distances, values, valid = make_rows()
+    weights = neighbour_weights(distances, 25.0, valid)
+    labels = np.random.default_rng(4).integers(0, 9, len(weights))
+    expected = [row.get(int(label), 0.0) for row, label in zip(as_dicts(aggregate(weights, values)), labels, strict=True)]
+    assert 0 < np.count_nonzero(expected) < len(expected)
+    np.testing.assert_allclose(knn_probability(weights, values, labels), expected, rtol=1e-14)
