@@ -9,7 +9,9 @@ from mlpmem_ds.stages import build_index
 
 def main(argv: list[str] | None = None) -> int:
     return run_front_end(
-        build_index.Config, build_index.run, argv=argv,
+        build_index.Config,
+        build_index.run,
+        argv=argv,
         description="Build a sharded inverted-file index (faiss) over a key directory.",
         example="mpirun -n 4 python tools/build_index.py --keys RUN/keys --output RUN/index",
     )

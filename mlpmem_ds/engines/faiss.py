@@ -80,6 +80,8 @@ def train(vectors_ND: Array, factory: str, *, seed: int = 0) -> Index:
     for parameters in filter(None, (ivf.cp, getattr(getattr(ivf, "pq", None), "cp", None))):
         parameters.niter, parameters.seed = _ITERATIONS, seed
         parameters.min_points_per_centroid, parameters.max_points_per_centroid = 1, POINTS_PER_CENTROID
+    if isinstance(ivf, faiss.IndexIVFPQ):
+        ivf.do_polysemous_training = False  # it only orders the codes for a Hamming filter, in 80 s of the 90
     if vectors_ND.dtype == np.int8 and not isinstance(index, faiss.IndexPreTransform):
         centroids_LD = integer_centroids(vectors_ND, ivf.nlist, seed=seed).astype(np.float32)
         ivf.quantizer.train(centroids_LD)
@@ -230,11 +232,13 @@ def _nearest(vectors: torch.Tensor, centroids: torch.Tensor, count: int) -> tupl
     """(numbers int64, squared distances float32), both [N, count], in the order (distance, number)."""
     numbers, distances = np.empty((len(vectors), count), np.int64), np.empty((len(vectors), count), np.float32)
     step = max(1, _TILE_ELEMENTS // len(centroids))
+    buffer = torch.empty((min(step, len(vectors)), len(centroids)), dtype=torch.int64)
     for start in range(0, len(vectors), step):
         tile = squared_distances(vectors[start : start + step], centroids)
         is_integer = tile.dtype == torch.int32
         ranks = tile if is_integer else tile.abs_().view(torch.int32)  # a non-negative float orders like its bits
-        packed = ((ranks.to(torch.int64) << 32) | torch.arange(len(centroids))).numpy()
+        packed_tensor = buffer[: len(ranks)].copy_(ranks).mul_(1 << 32).add_(torch.arange(len(centroids)))
+        packed = packed_tensor.numpy()
         if count < len(centroids):
             packed.partition(count - 1, axis=1)
         packed = np.sort(packed[:, :count], axis=1)

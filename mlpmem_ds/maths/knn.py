@@ -233,23 +233,23 @@ def _ranks(queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None) -> Tenso
 
 
 def _integer_products(queries_QD: Tensor, keys_KD: Tensor, out: Tensor | None) -> Tensor:
-    if _integer_matmul_is_exact(queries_QD, keys_KD):
-        if out is None:
-            return torch._int_mm(queries_QD, keys_KD.t())
-        return torch._int_mm(queries_QD, keys_KD.t(), out=out)
     size = (len(queries_QD), len(keys_KD))
-    sums_QK = torch.zeros(size, dtype=torch.int32, device=keys_KD.device) if out is None else out.zero_()
+    products_QK = torch.empty(size, dtype=torch.int32, device=keys_KD.device) if out is None else out
+    if _may_use_integer_matmul(queries_QD, keys_KD):
+        return torch._int_mm(queries_QD.contiguous(), keys_KD.contiguous().t(), out=products_QK)
+    products_QK.zero_()
     for start in range(0, queries_QD.shape[1], _EXACT_DIMS_FLOAT32):
         dims = slice(start, start + _EXACT_DIMS_FLOAT32)
-        sums_QK += (queries_QD[:, dims].float() @ keys_KD[:, dims].float().t()).to(torch.int32)
-    return sums_QK
+        products_QK += (queries_QD[:, dims].float() @ keys_KD[:, dims].float().t()).to(torch.int32)
+    return products_QK
 
 
-def _integer_matmul_is_exact(queries_QD: Tensor, keys_KD: Tensor) -> bool:
-    """May `torch._int_mm` be used? On CUDA it refuses some shapes, on some CPUs it saturates."""
+def _may_use_integer_matmul(queries_QD: Tensor, keys_KD: Tensor) -> bool:
+    """Is `torch._int_mm` exact here? On CUDA it refuses some shapes; on CPU one dimension gives noise (torch 2.13)."""
+    num_dims = queries_QD.shape[1]
     if queries_QD.device.type == "cpu":
-        return _cpu_integer_matmul_is_exact()
-    shape_fits = len(queries_QD) > 16 and queries_QD.shape[1] % 8 == 0 and len(keys_KD) % 8 == 0
+        return num_dims > 1 and _cpu_integer_matmul_is_exact()
+    shape_fits = len(queries_QD) > 16 and num_dims % 8 == 0 and len(keys_KD) % 8 == 0
     return queries_QD.device.type == "cuda" and shape_fits
 
 

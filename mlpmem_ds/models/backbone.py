@@ -194,6 +194,8 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
     weight_VD, bias_V = output_head(model)
     probe_BS = (torch.arange(8, device=model.device) % weight_VD.shape[0]).unsqueeze(0)
     expected_BSV = model(input_ids=probe_BS, use_cache=False).logits.float()
+    if not bool(torch.isfinite(expected_BSV).all()):
+        return transform  # damaged weights: whoever reads the states says at which position and layer
     final_BSD = capture(model, [])(probe_BS).final_BSD
     if final_BSD.shape[-1] == weight_VD.shape[1]:
         logits_BSV = transform(nn.functional.linear(final_BSD.to(weight_VD.device), weight_VD, bias_V)).float()

@@ -42,7 +42,9 @@ def inverted_lists(num_keys, num_lists, seed=1):
 
 @pytest.mark.parametrize("num_dims", [1, 7, 256, 1040, 2049])
 def test_integer_distances_are_exact_at_the_extremes(num_dims):
-    queries = np.concatenate([codes_of(5, num_dims), np.full((1, num_dims), -128), np.full((1, num_dims), 127)]).astype(np.int8)
+    queries = np.concatenate([codes_of(5, num_dims), np.full((1, num_dims), -128), np.full((1, num_dims), 127)]).astype(
+        np.int8
+    )
     expected = ((queries[:, None].astype(np.int64) - queries[None].astype(np.int64)) ** 2).sum(2)
     distances = squared_distances(torch.from_numpy(queries), torch.from_numpy(queries))
     assert distances.dtype == torch.int32
@@ -55,11 +57,20 @@ def test_without_an_exact_integer_product_distances_are_the_same(monkeypatch, nu
     queries, keys = torch.from_numpy(codes_of(9, num_dims)), torch.from_numpy(codes_of(14, num_dims, seed=1))
     keys[0], queries[0] = 127, -128
     expected = squared_distances(queries, keys)
-    monkeypatch.setattr(knn, "_integer_matmul_is_exact", lambda *_: False)
+    monkeypatch.setattr(knn, "_may_use_integer_matmul", lambda *_: False)
     out = torch.full((9, 14), 5, dtype=torch.int32)
     assert torch.equal(squared_distances(queries, keys), expected)
     assert torch.equal(squared_distances(queries, keys, out=out), expected)
     assert torch.equal(out, expected)
+
+
+def test_strided_codes_give_the_same_distances():
+    wide = torch.from_numpy(codes_of(20, 64))
+    expected = squared_distances(wide[:, :30].clone(), wide[::2, 30:60].clone())
+    assert torch.equal(squared_distances(wide[:, :30], wide[::2, 30:60]), expected)
+    assert torch.equal(
+        squared_distances(wide.t(), wide.t()), squared_distances(wide.t().contiguous(), wide.t().contiguous())
+    )
 
 
 def test_a_saturating_integer_product_is_noticed(monkeypatch):
@@ -100,7 +111,9 @@ def test_exact_equals_brute_force_whatever_the_blocks(blocks, k):
 
 
 def test_exact_with_more_than_one_growing_block_and_keys_that_come_ever_nearer():
-    keys = np.repeat(np.arange(127, -128, -1, dtype=np.int8)[:, None], 21, axis=0)  # 5,355 keys, each nearer than those before
+    keys = np.repeat(
+        np.arange(127, -128, -1, dtype=np.int8)[:, None], 21, axis=0
+    )  # 5,355 keys, each nearer than those before
     queries = np.full((3, 1), -128, np.int8)
     found = exact_neighbours(queries, keys, 50, exclusion=None)
     assert_same(found, brute_force(queries, keys, 50, np.ones((3, len(keys)), bool)))
@@ -166,7 +179,9 @@ def test_all_lists_probed_equal_exact_for_memory_maps(tmp_path):
     exclusion = Exclusion(query_ids_Q=np.arange(600))
     exact = exact_neighbours(mapped[:600], mapped, 64, exclusion=exclusion, query_block=256, key_block=1000)
     probes = np.tile(np.random.default_rng(0).permutation(13), (600, 1))
-    listed = list_neighbours(mapped[:600], probes, offsets, list_ids, mapped, 64, exclusion=exclusion, candidate_budget=10**6)
+    listed = list_neighbours(
+        mapped[:600], probes, offsets, list_ids, mapped, 64, exclusion=exclusion, candidate_budget=10**6
+    )
     assert_same(listed, exact)
     sample = np.array([0, 77, 599])
     allowed = np.arange(5000)[None] != sample[:, None]
@@ -182,8 +197,12 @@ def test_float_keys_find_the_same_neighbours_in_float64(dtype):
     distances[np.arange(50), np.arange(50)] = np.inf
     exclusion = Exclusion(query_ids_Q=np.arange(50))
     _, offsets, list_ids = inverted_lists(400, 5)
-    exact = exact_neighbours(torch.from_numpy(keys[:50]), torch.from_numpy(keys), 450, exclusion=exclusion, key_block=64)
-    listed = list_neighbours(keys[:50], np.tile(np.arange(5), (50, 1)), offsets, list_ids, keys, 450, exclusion=exclusion)
+    exact = exact_neighbours(
+        torch.from_numpy(keys[:50]), torch.from_numpy(keys), 450, exclusion=exclusion, key_block=64
+    )
+    listed = list_neighbours(
+        keys[:50], np.tile(np.arange(5), (50, 1)), offsets, list_ids, keys, 450, exclusion=exclusion
+    )
     for found in (exact, listed):
         assert found.distances_QK.dtype == np.float64
         assert (found.ids_QK[:, 399:] == -1).all()

@@ -20,7 +20,11 @@ def make_rows(num_rows=29, k=17, vocabulary=7, seed=0):
     counts = rng.integers(0, k + 1, num_rows)
     counts[:3] = [0, 1, k]
     valid = np.arange(k)[None] < counts[:, None]
-    return np.where(valid, distances, np.finfo(np.float64).max), np.where(valid, rng.integers(0, vocabulary, (num_rows, k)), -1), valid
+    return (
+        np.where(valid, distances, np.finfo(np.float64).max),
+        np.where(valid, rng.integers(0, vocabulary, (num_rows, k)), -1),
+        valid,
+    )
 
 
 def as_dicts(rows: SparseRows):
@@ -30,7 +34,11 @@ def as_dicts(rows: SparseRows):
 
 def plain_target(distances, values, valid, temperature):
     target: dict[int, float] = {}
-    terms = [(int(v), np.exp(-(d - distances[0]) / temperature)) for d, v, ok in zip(distances, values, valid, strict=True) if ok]
+    terms = [
+        (int(v), np.exp(-(d - distances[0]) / temperature))
+        for d, v, ok in zip(distances, values, valid, strict=True)
+        if ok
+    ]
     total = sum(weight for _, weight in terms)
     for value, weight in terms:
         target[value] = target.get(value, 0.0) + weight / total
@@ -77,7 +85,9 @@ def test_aggregate_of_nothing(shape):
     kept, dropped = truncate(rows, 0.9, np.zeros(shape[0], int))
     np.testing.assert_array_equal(kept.offsets, rows.offsets)
     np.testing.assert_array_equal(dropped, np.zeros(shape[0]))
-    np.testing.assert_array_equal(knn_probability(np.zeros(shape), np.zeros(shape, int), np.zeros(shape[0])), np.zeros(shape[0]))
+    np.testing.assert_array_equal(
+        knn_probability(np.zeros(shape), np.zeros(shape, int), np.zeros(shape[0])), np.zeros(shape[0])
+    )
 
 
 def test_perplexity_of_known_weights():
@@ -89,7 +99,7 @@ def test_perplexity_of_known_weights():
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_fitted_temperature_gives_the_perplexity(perplexity, scale):
     distances, _, valid = make_rows(num_rows=200)
-    distances = np.where(valid, distances + np.random.default_rng(1).random(distances.shape), distances / scale) * scale
+    distances[valid] = (distances[valid] + np.random.default_rng(1).random(int(valid.sum()))) * scale
     temperature = fit_temperature(distances, valid, perplexity)
     has_neighbour = valid.any(1)
     weights = neighbour_weights(distances, temperature, valid)[has_neighbour]
@@ -134,7 +144,9 @@ def test_truncate_keeps_the_fewest_most_probable_ids(mass, with_gold):
 
 
 def test_truncate_breaks_ties_by_id():
-    rows = SparseRows(offsets=np.array([0, 4, 6]), ids=np.array([2, 3, 5, 9, 1, 4]), probabilities=np.array([0.25] * 4 + [0.5] * 2))
+    rows = SparseRows(
+        offsets=np.array([0, 4, 6]), ids=np.array([2, 3, 5, 9, 1, 4]), probabilities=np.array([0.25] * 4 + [0.5] * 2)
+    )
     kept, dropped = truncate(rows, 0.5)
     np.testing.assert_array_equal(kept.ids, [2, 3, 1])
     np.testing.assert_array_equal(kept.offsets, [0, 2, 3])
@@ -155,6 +167,8 @@ def test_label_probability_equals_the_target_entry():
     distances, values, valid = make_rows()
     weights = neighbour_weights(distances, 25.0, valid)
     labels = np.random.default_rng(4).integers(0, 9, len(weights))
-    expected = [row.get(int(label), 0.0) for row, label in zip(as_dicts(aggregate(weights, values)), labels, strict=True)]
+    expected = [
+        row.get(int(label), 0.0) for row, label in zip(as_dicts(aggregate(weights, values)), labels, strict=True)
+    ]
     assert 0 < np.count_nonzero(expected) < len(expected)
     np.testing.assert_allclose(knn_probability(weights, values, labels), expected, rtol=1e-14)

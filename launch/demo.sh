@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# The whole pipeline on real text: set up, prepare, train a base, extract keys, index, targets, memory, controls,
+# evaluate, convert, generate. Prints a table at the end. Interrupted, the same command continues where it was.
+#
+#   bash launch/demo.sh                                     the Python standard library's own source, about 8 minutes
+#   bash launch/demo.sh --corpus PATH... --base NAME_OR_DIR --run DIR --ranks N
+#
+#   --corpus PATH...   text, Markdown, source or JSON lines: files or directories (default: the standard library)
+#   --base MODEL       a causal LM, directory or Hub name (default: a small GPT-2 trained here on the corpus)
+#   --run DIR          where everything goes (default: runs/demo)
+#   --ranks N          processes of each stage (default: 2)
+#   --max-bytes N      text to use at most (default: 1.6e6 bytes of the standard library, all of --corpus)
+#   --no-setup         use the active environment instead of .venv
+set -euo pipefail
+cd_to=$(dirname "${BASH_SOURCE[0]}")/..
+usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+fail() { echo "error: $1" >&2; exit 2; }
+
+corpus=() base="" run="" ranks=2 setup=1 max_bytes=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --corpus) shift; while [ $# -gt 0 ] && [[ $1 != --* ]]; do corpus+=("$(realpath -m -- "$1")"); shift; done ;;
+        --base) [ $# -ge 2 ] || fail "--base needs a value"; if [ -e "$2" ]; then base=$(realpath -- "$2"); else base=$2; fi; shift 2 ;;
+        --run) [ $# -ge 2 ] || fail "--run needs a value"; run=$(realpath -m -- "$2"); shift 2 ;;
+        --ranks) [ $# -ge 2 ] || fail "--ranks needs a value"; ranks=$2; shift 2 ;;
+        --max-bytes) [ $# -ge 2 ] || fail "--max-bytes needs a value"; max_bytes=$2; shift 2 ;;
+        --no-setup) setup=0; shift ;;
+        -h|--help) usage; exit 0 ;;
+        *) fail "unknown option $1 (see --help)" ;;
+    esac
+done
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks is not a number of processes"
+for path in ${corpus[@]+"${corpus[@]}"}; do [ -e "$path" ] || fail "--corpus $path does not exist"; done
+cd "$cd_to"
+[ -n "$run" ] || run=$PWD/runs/demo
+if [ $setup = 1 ]; then
+    bash launch/setup.sh
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
+python -c 'import mlpmem_ds' 2>/dev/null || fail "mlpmem_ds is not installed in this environment: leave out --no-setup, or pip install -e ."
+started=$SECONDS
+mkdir -p "$run"
+
+# One thread a rank where the ranks fill the cores; every process that torch starts sees this.
+cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
+threads=$(( cores / ranks )); [ "$threads" -ge 1 ] || threads=1
+export OMP_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=true
+[ -n "${CUDA_VISIBLE_DEVICES+x}" ] || python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu
+
+say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
+alone() { OMP_NUM_THREADS=$cores python "$@"; }
+shared() { if [ "$ranks" = 1 ]; then python "$@"; else torchrun --nproc-per-node "$ranks" "$@"; fi; }
+trained() { if [ "$ranks" = 1 ]; then python "$@"; else deepspeed --num_accelerators "$ranks" "$@"; fi; }
+
+say "1/9 corpus: text to tokens"
+exclude=()
+if [ ${#corpus[@]} = 0 ]; then
+    corpus=("$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')")
+    exclude=(--include '*.py' --exclude site-packages dist-packages test tests idle_test encodings pydoc_data lib2to3 idlelib turtledemo)
+    max_bytes=${max_bytes:-1.6e6}
+fi
+if [ -n "$base" ]; then tokenizer=$base; else tokenizer=train:4096; fi
+python tools/prepare_corpus.py --input "${corpus[@]}" ${exclude[@]+"${exclude[@]}"} --tokenizer "$tokenizer" --output "$run/corpus" \
+    --block-size 256 --stride 256 --tuning-fraction .06 --test-fraction .1 --heldout-fraction .08 --max-bytes "${max_bytes:-0}"
+
+if [ -z "$base" ]; then
+    say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"
+    alone tools/train_base.py --corpus "$run/corpus" --output "$run/base"
+    base=$run/base
+fi
+
+say "3/9 keys: the base's hidden states"
+shared tools/extract_keys.py --model "$base" --corpus "$run/corpus" --output "$run/keys"
+
+say "4/9 index: sharded IVF-PQ"
+shared tools/build_index.py --keys "$run/keys" --output "$run/index" --num-shards 2
+
+say "5/9 targets: each key's neighbours in other documents, as a distribution"
+shared tools/write_targets.py --keys "$run/keys" --index "$run/index" --corpus "$run/corpus" --output "$run/targets" \
+    --k 256 --neighbour-perplexity 100 --exclude same-document
+
+memory_flags=(--ds_config ds_configs/zero3.json --corpus "$run/corpus" --keys "$run/keys" --targets "$run/targets" --model "$base" --head base
+              --num-blocks 4 --epochs 5 --learning-rate 2e-3 --batch-positions 2048 --ce-through mixture --mixture-lambda .25)
+say "6/9 memory: imitates the retriever (DeepSpeed ZeRO-3)"
+trained launch/train.py "${memory_flags[@]}" --alpha .5 --output "$run/memory"
+
+say "7/9 controls: a memory without the retriever, and the base trained on for as long"
+trained launch/train.py "${memory_flags[@]}" --alpha 0 --output "$run/memory_ce_only"

@@ -1,0 +1,250 @@
+"""The sparse loss against dense float64 autograd."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlpmem_ds.maths.sparse_loss import TargetBatch, row_chunks, sparse_loss
+
+
+def make_problem(
+    num_rows=13, width=16, vocabulary=37, dtype=torch.float32, seed=0, most_entries=9, mass=1.0, duplicates=True
+):
+    """Rows with repeated and unordered ids, an empty row, rows ignored with an impossible label."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, most_entries + 1, (num_rows,), generator=generator)
+    if num_rows > 2:
+        counts[1] = 0
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    row_of_entry = torch.repeat_interleave(counts)
+    if duplicates:
+        ids = torch.randint(0, vocabulary, (len(row_of_entry),), generator=generator)
+        ids[1::2] = ids[: len(ids) - 1 : 2]
+    else:
+        ids = torch.cat([torch.randperm(vocabulary, generator=generator)[:n].sort().values for n in counts.tolist()])
+    probabilities = torch.rand(len(ids), generator=generator) + 0.01
+    sums = torch.zeros(num_rows).index_add_(0, row_of_entry, probabilities)
+    probabilities = probabilities / sums[row_of_entry] * mass
+    weights = torch.rand(num_rows, generator=generator) + 0.5
+    weights[3::5] = 0
+    labels = torch.randint(0, vocabulary, (num_rows,), generator=generator)
+    base = -5 * torch.rand(num_rows, generator=generator)
+    labels[weights == 0], base[weights == 0] = -100, -math.inf
+    hidden = torch.randn(num_rows, width, generator=generator).to(dtype)
+    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(dtype)
+    targets = TargetBatch(
+        offsets_N1=offsets,
+        ids=ids,
+        probabilities=probabilities,
+        labels_N=labels,
+        row_weights_N=weights,
+        base_log_probabilities_N=base,
+    )
+    return hidden, weight, targets
+
+
+def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalise):
+    """Loss, gradients, kl and ce in float64, from a dense target and all logits."""
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    num_rows, vocabulary = len(hidden), len(weight)
+    teacher = torch.zeros(num_rows, vocabulary, dtype=torch.float64)
+    for row in range(num_rows):
+        for entry in range(targets.offsets_N1[row], targets.offsets_N1[row + 1]):
+            teacher[row, targets.ids[entry]] += targets.probabilities[entry].double()
+    mass = teacher.sum(1)
+    if renormalise:
+        teacher = torch.where(mass[:, None] > 0, teacher / mass[:, None], teacher)
+    log_probabilities = torch.log_softmax(hidden @ weight.t(), 1)
+    kl = (torch.xlogy(teacher, teacher) - teacher * log_probabilities).sum(1)
+    weights = torch.ones(num_rows) if targets.row_weights_N is None else targets.row_weights_N
+    counted = weights != 0
+    log_label = log_probabilities[torch.arange(num_rows), targets.labels_N.where(counted, 0)]
+    if mixture_lambda is None:
+        ce = -log_label
+    else:
+        base = targets.base_log_probabilities_N.double().where(counted, 0)
+        ce = -torch.log((1 - mixture_lambda) * base.exp() + mixture_lambda * log_label.exp())
+    alphas = alpha * (mass > 0)
+    loss = (weights.double() * (alphas * kl + (1 - alphas) * ce)).sum()
+    loss.backward()
+    parts = loss.detach(), hidden.grad, weight.grad, (weights * kl).sum().detach(), (weights * ce).sum().detach()
+    # The same with every difference turned into a sum: what rounding errors are in proportion to, where the parts nearly cancel.
+    with torch.no_grad():
+        terms = weights[:, None] * (log_probabilities.exp() + teacher)
+        terms[torch.arange(num_rows), targets.labels_N.where(counted, 0)] += weights
+        entropy = (weights[:, None] * (torch.xlogy(teacher, teacher).abs() + teacher * log_probabilities.abs())).sum()
+        uncancelled = (entropy + parts[4].abs(), terms @ weight.abs(), terms.t() @ hidden.abs(), entropy, parts[4])
+    return parts, uncancelled
+
+
+def relative_error(found, expected, scale):
+    return float((found.double() - expected).norm() / scale.norm().clamp_min(1e-30))
+
+
+def check(problem, *, tolerance, alpha=0.4, mixture_lambda=None, renormalise=True, may_cancel=False, **options):
+    hidden, weight, targets = problem
+    expected, uncancelled = dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalise)
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, sums = sparse_loss(
+        hidden, weight, targets, alpha=alpha, mixture_lambda=mixture_lambda, renormalise=renormalise, **options
+    )
+    (loss / 7).backward()
+    assert loss.dtype == torch.float32 and hidden.grad.dtype == hidden.dtype
+    found = (loss.detach(), hidden.grad * 7, weight.grad * 7, sums.kl, sums.ce)
+    for part, (value, wanted, scale) in enumerate(zip(found, expected, uncancelled, strict=True)):
+        assert relative_error(value, wanted, scale if may_cancel else wanted) <= tolerance, part
+    assert not sums.kl.requires_grad and not sums.ce.requires_grad
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 37 * 5, 2**28])
+@pytest.mark.parametrize("mixture_lambda", [None, 0.25, 1.0])
+@pytest.mark.parametrize(("mass", "renormalise"), [(1.0, True), (0.6, True), (0.6, False)])
+@pytest.mark.parametrize("duplicates", [True, False])
+def test_equals_dense_autograd(chunk_bytes, mixture_lambda, mass, renormalise, duplicates):
+    problem = make_problem(mass=mass, duplicates=duplicates)
+    check(problem, tolerance=1e-6, mixture_lambda=mixture_lambda, renormalise=renormalise, chunk_bytes=chunk_bytes)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_the_ends_of_alpha(alpha):
+    check(make_problem(seed=2), tolerance=1e-6, alpha=alpha)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    num_rows=st.integers(1, 20),
+    width=st.integers(1, 12),
+    vocabulary=st.integers(2, 50),
+    seed=st.integers(0, 10**6),
+    mass=st.floats(0.1, 1.0),
+    alpha=st.floats(0.05, 0.95),
+    mixture_lambda=st.one_of(st.none(), st.floats(0.05, 0.95)),
+    renormalise=st.booleans(),
+    rows_a_chunk=st.integers(1, 25),
+)
+def test_any_shape_equals_dense_autograd(
+    num_rows, width, vocabulary, seed, mass, alpha, mixture_lambda, renormalise, rows_a_chunk
+):
+    problem = make_problem(num_rows, width, vocabulary, seed=seed, mass=mass)
+    check(
+        problem,
+        tolerance=1e-6,
+        may_cancel=True,
+        alpha=alpha,
+        mixture_lambda=mixture_lambda,
+        renormalise=renormalise,
+        chunk_bytes=4 * vocabulary * rows_a_chunk,
+    )
+
+
+@pytest.mark.parametrize("mixture_lambda", [None, 0.25])
+def test_bfloat16_operands(mixture_lambda):
+    problem = make_problem(num_rows=256, width=512, vocabulary=1009, dtype=torch.bfloat16, most_entries=40)
+    check(problem, tolerance=4e-3, mixture_lambda=mixture_lambda, chunk_bytes=4 * 1009 * 64)
+
+
+def test_logits_do_not_drift_when_the_mass_is_below_one():
+    hidden, weight, targets = make_problem(mass=0.6)
+    weight = torch.eye(len(weight))  # then the gradient of the hidden states is that of the logits
+    hidden = torch.randn(len(hidden), len(weight), generator=torch.Generator().manual_seed(1)).requires_grad_()
+    loss, _ = sparse_loss(hidden, weight, targets, alpha=0.7, renormalise=False)
+    loss.backward()
+    assert hidden.grad.abs().max() > 0.1
+    torch.testing.assert_close(hidden.grad.sum(1), torch.zeros(len(hidden)), atol=1e-6, rtol=0)
+
+
+def test_rows_without_weight_have_no_gradient_and_no_say():
+    hidden, weight, targets = make_problem()
+    _, d_hidden, _ = check((hidden, weight, targets), tolerance=1e-6, mixture_lambda=0.3)
+    ignored = targets.row_weights_N == 0
+    assert ignored.sum() == 2 and (d_hidden[ignored] == 0).all() and (d_hidden[~ignored] != 0).any(1).all()
+
+
+def test_without_row_weights_every_row_counts_once():
+    hidden, weight, targets = make_problem(num_rows=3)
+    plain = TargetBatch(
+        offsets_N1=targets.offsets_N1, ids=targets.ids, probabilities=targets.probabilities, labels_N=targets.labels_N
+    )
+    check((hidden, weight, plain), tolerance=1e-6)
+    _, sums = sparse_loss(hidden, weight, plain, alpha=0.5)
+    assert sums.weight == 3
+
+
+def test_only_the_gradients_that_are_asked_for():
+    hidden, weight, targets = make_problem()
+    both = check((hidden, weight, targets), tolerance=1e-6)
+    for ask_hidden in (True, False):
+        leaf_hidden, leaf_weight = (
+            hidden.clone().requires_grad_(ask_hidden),
+            weight.clone().requires_grad_(not ask_hidden),
+        )
+        loss, _ = sparse_loss(leaf_hidden, leaf_weight, targets, alpha=0.4)
+        (loss / 7).backward()
+        assert (leaf_weight if ask_hidden else leaf_hidden).grad is None
+        assert torch.equal(leaf_hidden.grad if ask_hidden else leaf_weight.grad, both[1] if ask_hidden else both[2])
+    loss, _ = sparse_loss(hidden, weight, targets, alpha=0.4)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, both[0], rtol=1e-6, atol=0)
+
+
+def test_a_second_backward_is_an_error_not_a_wrong_number():
+    hidden, weight, targets = make_problem()
+    loss, _ = sparse_loss(hidden.requires_grad_(), weight, targets, alpha=0.4)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()
+
+
+def test_no_teacher_at_all_is_cross_entropy():
+    hidden, weight, targets = make_problem()
+    empty = TargetBatch(
+        offsets_N1=torch.zeros(14, dtype=torch.int64),
+        ids=torch.zeros(0, dtype=torch.int64),
+        probabilities=torch.zeros(0),
+        labels_N=targets.labels_N.clamp_min(0),
+    )
+    loss, sums = sparse_loss(hidden, weight, empty, alpha=0.9)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), empty.labels_N, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert sums.kl == 0 and sums.ce == loss
+
+
+def test_large_logits_stay_finite():
+    hidden, weight, targets = make_problem()
+    check((hidden * 300, weight, targets), tolerance=2e-6, mixture_lambda=0.25)
+
+
+def test_moving_keeps_the_offsets_on_the_host():
+    targets = make_problem()[2].to("meta")
+    assert targets.offsets_N1.device.type == "cpu" and targets.ids.device.type == "meta"
+    assert targets.base_log_probabilities_N.device.type == "meta"
+
+
+@pytest.mark.parametrize(("num_rows", "most"), [(0, 3), (1, 3), (7, 3), (9, 3), (5, 100)])
+def test_chunks_cover_the_rows_within_the_budget(num_rows, most):
+    chunks = list(row_chunks(num_rows, 11, 4 * 11 * most))
+    assert [row for chunk in chunks for row in range(num_rows)[chunk]] == list(range(num_rows))
+    assert all(0 < chunk.stop - chunk.start <= most for chunk in chunks)
+
+
+def test_mistakes_are_named_with_their_numbers():
+    hidden, weight, targets = make_problem()
+    with pytest.raises(ValueError, match="width 16, head weights torch.float32 of width 15"):
+        sparse_loss(hidden, weight[:, :15], targets, alpha=0.5)
+    with pytest.raises(ValueError, match="bfloat16"):
+        sparse_loss(hidden, weight.bfloat16(), targets, alpha=0.5)
+    with pytest.raises(ValueError, match="12 hidden states, 13 labels, 14 offsets"):
+        sparse_loss(hidden[:12], weight, targets, alpha=0.5)
+    with pytest.raises(ValueError, match="alpha is 1.5"):
+        sparse_loss(hidden, weight, targets, alpha=1.5)
+    with pytest.raises(ValueError, match="mixture_lambda is 0"):
+        sparse_loss(hidden, weight, targets, alpha=0.5, mixture_lambda=0)
+    plain = TargetBatch(
+        offsets_N1=targets.offsets_N1, ids=targets.ids, probabilities=targets.probabilities, labels_N=targets.labels_N
+    )
+    with pytest.raises(ValueError, match="no base_log_probabilities_N"):
+        sparse_loss(hidden, weight, plain, alpha=0.5, mixture_lambda=0.3)
