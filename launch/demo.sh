@@ -86,3 +86,24 @@ trained launch/train.py "${memory_flags[@]}" --alpha .5 --output "$run/memory"
 
 say "7/9 controls: a memory without the retriever, and the base trained on for as long"
 trained launch/train.py "${memory_flags[@]}" --alpha 0 --output "$run/memory_ce_only"
+spent=$(python -c '
+import sys
+from pathlib import Path
+from mlpmem_ds.core.log import seconds_of_stage
+print(round(sum(seconds_of_stage(Path(sys.argv[1]) / stage) or 0 for stage in ("keys", "index", "targets", "memory"))))' "$run")
+say "      the memory's own pipeline took $spent s; the base gets as many"
+[ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
+alone tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
+    --max-seconds "$(cat "$run/control_seconds")" --select last
+
+say "8/9 evaluation"
+shared launch/evaluate.py --model "$base" --corpus "$run/corpus" --keys "$run/keys" --index "$run/index" --targets "$run/targets" \
+    --memory "$run/memory" --control base+memory_ce_only="$run/memory_ce_only" base_trained_on="$run/base_trained_on" \
+    --extra-splits heldout --k 256 --output "$run/report"
+
+say "9/9 Hugging Face model, and a sample of text"
+python tools/convert_checkpoint.py --checkpoint "$run/memory" --model "$base" --report "$run/report" --output "$run/export"
+python launch/generate.py --model "$run/export" --prompt "def read(self, " --max-new-tokens 40 --compare
+
+python tools/inspect_run.py "$run" --no-checksums
+say "done; the report: $run/report/report.md, its plots beside it; the model: $run/export"

@@ -16,10 +16,12 @@ def run(config: evaluate.Config, world: World) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     return run_front_end(
-        evaluate.Config, run, argv=argv,
+        evaluate.Config,
+        run,
+        argv=argv,
         description="Score the base, kNN, memories and controls on unseen text; choose λ on the tuning split, report the test.",
         example="python launch/evaluate.py --model run/base --corpus run/corpus --output run/report --memory run/memory "
-                "--keys run/keys --index run/index --targets run/targets --control base_trained_on=run/base_trained_on",
+        "--keys run/keys --index run/index --targets run/targets --control base_trained_on=run/base_trained_on",
     )
 
 

@@ -7,7 +7,7 @@ from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.stages import train
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     return run_front_end(
         train.Config, train.run, description="Train a memory on a retriever's targets.",
         example="deepspeed --num_accelerators 2 launch/train.py --ds_config ds_configs/zero3.json "

@@ -29,6 +29,7 @@ POINTS_PER_CENTROID = 64  # faiss warns below 39 and samples down above 256
 _MIN_POINTS_PER_CENTROID = 39
 _MIN_KEYS_PER_LIST = 192
 _ITERATIONS = 10
+_CODE_ITERATIONS = 6  # of the product quantizer, whose training costs most: .7 s each at 64 x 8 bits
 _TILE_ELEMENTS = 2**23  # distances at hand while vectors are compared with centroids
 
 
@@ -77,10 +78,10 @@ def train(vectors_ND: Array, factory: str, *, seed: int = 0) -> Index:
     """Train the coarse quantizer and the code of an empty index on a sample; int8 vectors give integer centroids."""
     index = _make(factory, vectors_ND.shape[1])
     ivf = _inverted_file(index)
-    for parameters in filter(None, (ivf.cp, getattr(getattr(ivf, "pq", None), "cp", None))):
-        parameters.niter, parameters.seed = _ITERATIONS, seed
-        parameters.min_points_per_centroid, parameters.max_points_per_centroid = 1, POINTS_PER_CENTROID
-    if isinstance(ivf, faiss.IndexIVFPQ):
+    _bound(ivf.cp, seed, _ITERATIONS)
+    if hasattr(ivf, "pq"):
+        _bound(ivf.pq.cp, seed, _CODE_ITERATIONS)
+    if hasattr(ivf, "do_polysemous_training"):
         ivf.do_polysemous_training = False  # it only orders the codes for a Hamming filter, in 80 s of the 90
     if vectors_ND.dtype == np.int8 and not isinstance(index, faiss.IndexPreTransform):
         centroids_LD = integer_centroids(vectors_ND, ivf.nlist, seed=seed).astype(np.float32)
@@ -149,9 +150,19 @@ def search(shards: Sequence[Index], queries_QD: Array, k: int, nprobe: int) -> t
         ivf.nprobe = lists_QP.shape[1]
         found.append(ivf.search_preassigned(queries_QD, k, lists_QP, coarse_QP))
     distances, ids = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-    distances[ids < 0] = np.inf
-    order = np.lexsort((ids, distances), axis=1)[:, :k]
-    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    return _merge(distances, ids, k)
+
+
+def join(shards: Sequence[Index]) -> Index:
+    """One index of all the shards' keys, in memory; the shards are left empty.
+
+    `search` then gives the same result sooner: the tables of distances to a list's code words are made once a probed
+    list, not once for each shard (4 shards, 1,024 lists, 32 probes: 1.04 ms of processor time a query before, 0.48 after).
+    """
+    first, *others = shards
+    for other in others:
+        first.merge_from(other, 0)
+    return first
 
 
 def inverted_lists(shards: Sequence[Index]) -> tuple[Array, Array]:
@@ -202,19 +213,24 @@ def _make(factory: str, dim: int) -> Index:
 
 def _inverted_file(index: Index) -> Any:
     """The IVF part of an index, of the class that has its methods."""
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     if not isinstance(inner, faiss.IndexIVF):
         raise ValueError(f"the factory gives a {type(inner).__name__}, not an inverted file: it must hold IVF, such as "
                          "IVF1024,PQ64, or be auto")
     return inner
 
 
+def _bound(parameters: Any, seed: int, iterations: int) -> None:
+    """Make a k-means of faiss repeatable and of known cost; it warns on standard error unless few points are allowed."""
+    parameters.niter, parameters.seed = iterations, seed
+    parameters.min_points_per_centroid, parameters.max_points_per_centroid = 1, POINTS_PER_CENTROID
+
+
 def _transform(index: Index, vectors_ND: Array) -> Array:
     """What the inverted file sees of the vectors: themselves, or what the transforms before it make of them."""
-    if not isinstance(index, faiss.IndexPreTransform):
-        return vectors_ND
-    for number in range(index.chain.size()):
-        vectors_ND = faiss.downcast_VectorTransform(index.chain.at(number)).apply(vectors_ND.astype(np.float32))
+    chain: Any = index.chain if isinstance(index, faiss.IndexPreTransform) else None
+    for number in range(chain.size() if chain else 0):
+        vectors_ND = faiss.downcast_VectorTransform(chain.at(number)).apply(vectors_ND.astype(np.float32))
     return vectors_ND
 
 
@@ -239,14 +255,30 @@ def _nearest(vectors: torch.Tensor, centroids: torch.Tensor, count: int) -> tupl
         ranks = tile if is_integer else tile.abs_().view(torch.int32)  # a non-negative float orders like its bits
         packed_tensor = buffer[: len(ranks)].copy_(ranks).mul_(1 << 32).add_(torch.arange(len(centroids)))
         packed = packed_tensor.numpy()
-        if count < len(centroids):
+        if 1 < count < len(centroids):
             packed.partition(count - 1, axis=1)
-        packed = np.sort(packed[:, :count], axis=1)
+        packed = np.sort(packed[:, :count], axis=1) if count > 1 else packed.min(axis=1, keepdims=True)
         rows = slice(start, start + len(packed))
         numbers[rows] = packed & 0xFFFFFFFF
         ranks_found = (packed >> 32).astype(np.int32)
         distances[rows] = ranks_found if is_integer else ranks_found.view(np.float32)
     return numbers, distances
+
+
+def _merge(distances_QC: Array, ids_QC: Array, k: int) -> tuple[Array, Array]:
+    """The k least (distance, id) of each row, sorted; where an id is -1 there is none."""
+    missing_QC = ids_QC < 0
+    distances_QC = np.where(missing_QC, np.float32(np.inf), np.maximum(distances_QC, 0))
+    if ids_QC.max(initial=0) >= 1 << 32:
+        order_QK = np.lexsort((ids_QC, distances_QC), axis=1)[:, :k]
+        return np.take_along_axis(distances_QC, order_QK, axis=1), np.take_along_axis(ids_QC, order_QK, axis=1)
+    # A non-negative float orders like its bits: one integer sort, eight times as fast.
+    packed_QC = (distances_QC.view(np.int32).astype(np.int64) << 32) | np.where(missing_QC, 0xFFFFFFFF, ids_QC)
+    if k < packed_QC.shape[1]:
+        packed_QC.partition(k - 1, axis=1)
+    packed_QK = np.sort(packed_QC[:, :k], axis=1)
+    distances_QK = (packed_QK >> 32).astype(np.int32).view(np.float32)
+    return distances_QK, np.where(np.isinf(distances_QK), -1, packed_QK & 0xFFFFFFFF)
 
 
 def _ids_of_list(lists: Any, number: int) -> Array:

@@ -226,7 +226,7 @@ def _select(candidates: Array, starts_QP: Array, sizes_QP: Array, packed_QK: Arr
 def _ranks(queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None) -> Tensor:
     """int32 [Q, K] that orders like the distances."""
     if not _are_codes(queries_QD, keys_KD):
-        return squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)  # abs: a -0.0 has the sign bit
+        return squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)  # abs: inf - inf has the sign bit
     if scratch is not None:
         scratch = scratch[: len(queries_QD) * len(keys_KD)].view(len(queries_QD), len(keys_KD))
     return squared_distances(queries_QD, keys_KD, out=scratch)

@@ -1,4 +1,8 @@
-"""Stage: keys → **index**. The quantizer is trained once on a sample; then each unit fills one shard from its share of the keys."""
+"""Third stage: keys → index. Sharded inverted lists with product-quantized vectors.
+
+Phase 1 trains the quantizers on a sample of the keys (one unit); phase 2 is one unit for each shard, filled from its share
+of the keys.
+"""
 
 from __future__ import annotations
 

@@ -68,20 +68,33 @@ def summarise(arms: Sequence[Arm], protocol: Protocol) -> dict[str, Any]:
         choice = _choose(base, arm, protocol)
         final = _final_scores(base, arm, choice)
         final_scores[arm.name] = final
-        splits = {split: _split_numbers(base, final, arm, choice, split, protocol)
-                  for split in (protocol.tuning, *protocol.tests)}
-        rows.append({
-            "name": arm.name, **splits[protocol.tests[0]], "splits": splits,
-            "lambda": choice["lambda"], "temperature": choice["temperature"],
-            "parameters": arm.parameters, "bytes": arm.bytes, "seconds": arm.seconds,
-            "tokens_per_second": arm.tokens_per_second, "tuning_curve": choice["curve"],
-        })
+        splits = {
+            split: _split_numbers(base, final, arm, choice, split, protocol)
+            for split in (protocol.tuning, *protocol.tests)
+        }
+        rows.append(
+            {
+                "name": arm.name,
+                **splits[protocol.tests[0]],
+                "splits": splits,
+                "lambda": choice["lambda"],
+                "temperature": choice["temperature"],
+                "parameters": arm.parameters,
+                "bytes": arm.bytes,
+                "seconds": arm.seconds,
+                "tokens_per_second": arm.tokens_per_second,
+                "tuning_curve": choice["curve"],
+            }
+        )
     return {
         "arms": rows,
         "recovered_share": _recovered_share(rows),
         "against": _against(final_scores, protocol),
-        "wins": {arm.name: bool(_ppl(rows, MEMORY) < _ppl(rows, arm.name)) for arm in arms
-                 if MEMORY in final_scores and arm.name not in (BASE, KNN_EXACT, KNN_IVFPQ, MEMORY)},
+        "wins": {
+            arm.name: bool(_ppl(rows, MEMORY) < _ppl(rows, arm.name))
+            for arm in arms
+            if MEMORY in final_scores and arm.name not in (BASE, KNN_EXACT, KNN_IVFPQ, MEMORY)
+        },
     }
 
 
@@ -96,10 +109,16 @@ def _choose(base: Arm, arm: Arm, protocol: Protocol) -> dict[str, Any]:
     columns = other_NT[:, None] if other_NT.ndim == 1 else other_NT
     curves_TG = np.array([lambda_curve(base_N, columns[:, t], grid_G) for t in range(columns.shape[1])])
     t, g = np.unravel_index(np.argmin(np.where(allowed_G, curves_TG, np.inf)), curves_TG.shape)
-    curve = [{"lambda": float(lmbda), "ppl": float(ppl) if np.isfinite(ppl) else None}
-             for lmbda, ppl in zip(grid_G, curves_TG[t], strict=True)]
-    return {"lambda": float(grid_G[g]), "temperature": arm.temperatures[t] if arm.temperatures else None,
-            "temperature_index": int(t) if arm.temperatures else None, "curve": curve}
+    curve = [
+        {"lambda": float(lmbda), "ppl": float(ppl) if np.isfinite(ppl) else None}
+        for lmbda, ppl in zip(grid_G, curves_TG[t], strict=True)
+    ]
+    return {
+        "lambda": float(grid_G[g]),
+        "temperature": arm.temperatures[t] if arm.temperatures else None,
+        "temperature_index": int(t) if arm.temperatures else None,
+        "curve": curve,
+    }
 
 
 def _other(arm: Arm, choice: Mapping[str, Any], split: str) -> np.ndarray:
@@ -115,8 +134,8 @@ def _final_scores(base: Arm, arm: Arm, choice: Mapping[str, Any]) -> dict[str, n
     mixed = {}
     for split, base_N in base.scores.items():
         other_N = _other(arm, choice, split)
-        pair = (torch.from_numpy(np.asarray(scores, dtype=np.float64)) for scores in (base_N, other_N))
-        mixed[split] = interpolate(*pair, choice["lambda"]).numpy()
+        log_base_N, log_other_N = (torch.from_numpy(scores.astype(np.float64)) for scores in (base_N, other_N))
+        mixed[split] = interpolate(log_base_N, log_other_N, choice["lambda"]).numpy()
     return mixed
 
 
@@ -125,7 +144,10 @@ def _split_numbers(
 ) -> dict[str, Any]:
     """One arm on one split; the change and its interval are against the base."""
     base_N, arm_N = base.scores[split], final[split]
-    numbers: dict[str, Any] = {"ppl": perplexity(arm_N), "bits_per_byte": bits_per_byte(arm_N, protocol.num_bytes[split])}
+    numbers: dict[str, Any] = {
+        "ppl": perplexity(arm_N),
+        "bits_per_byte": bits_per_byte(arm_N, protocol.num_bytes[split]),
+    }
     if arm is base:
         return {**numbers, "ppl_change": None, "ppl_interval": None, "win_rate": None}
     return {**numbers, **_change(base_N, arm_N, protocol), "win_rate": win_rate(base_N, _other(arm, choice, split))}
@@ -133,8 +155,9 @@ def _split_numbers(
 
 def _change(before_N: np.ndarray, after_N: np.ndarray, protocol: Protocol) -> dict[str, Any]:
     """The relative change of perplexity, negative where `after` is better, and its 95 % interval."""
-    interval = bootstrap_interval(before_N, after_N, block=protocol.bootstrap_block,
-                                  num_resamples=protocol.bootstrap_samples)
+    interval = bootstrap_interval(
+        before_N, after_N, block=protocol.bootstrap_block, num_resamples=protocol.bootstrap_samples
+    )
     return {"ppl_change": perplexity(after_N) / perplexity(before_N) - 1, "ppl_interval": list(interval)}
 
 
@@ -153,31 +176,60 @@ def _against(final_scores: Mapping[str, Mapping[str, np.ndarray]], protocol: Pro
     if MEMORY not in final_scores:
         return {}
     test = protocol.tests[0]
-    return {name: _change(scores[test], final_scores[MEMORY][test], protocol)
-            for name, scores in final_scores.items() if name != MEMORY}
+    return {
+        name: _change(scores[test], final_scores[MEMORY][test], protocol)
+        for name, scores in final_scores.items()
+        if name != MEMORY
+    }
 
 
 def render_table(evaluation: Mapping[str, Any]) -> str:
     """The table as aligned plain text, for a terminal."""
     header, rows = _table(evaluation)
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-             for row in (header, *rows)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     extra = evaluation["extra_splits"]
-    header = ["arm", "test ppl", "change", "95 % interval", *(f"{split} ppl" for split in extra), "bits/byte", "λ", "wins",
-              "parameters", "on disk", "made in", "tokens/s"]
-    rows = [[
-        arm["name"], f"{arm['ppl']:.2f}", _percent(arm["ppl_change"]), _interval(arm["ppl_interval"]),
-        *(f"{arm['splits'][split]['ppl']:.2f}" for split in extra), f"{arm['bits_per_byte']:.3f}",
-        _number(arm["lambda"], "{:.2f}"), _number(arm["win_rate"], "{:.0%}"), _scaled(arm["parameters"]),
-        _scaled(arm["bytes"], "B"), "–" if arm["name"] == BASE else _number(arm["seconds"], "{:.0f} s"),
-        _number(arm["tokens_per_second"], "{:,.0f}"),
-    ] for arm in evaluation["arms"]]
+    header = [
+        "arm",
+        "test ppl",
+        "change",
+        "95 % interval",
+        *(f"{split} ppl" for split in extra),
+        "bits/byte",
+        "λ",
+        "wins",
+        "parameters",
+        "on disk",
+        "made in",
+        "tokens/s",
+    ]
+    rows = [
+        [
+            arm["name"],
+            f"{arm['ppl']:.2f}",
+            _percent(arm["ppl_change"]),
+            _interval(arm["ppl_interval"]),
+            *(f"{arm['splits'][split]['ppl']:.2f}" for split in extra),
+            f"{arm['bits_per_byte']:.3f}",
+            _number(arm["lambda"], "{:.2f}"),
+            _number(arm["win_rate"], "{:.0%}"),
+            _scaled(arm["parameters"]),
+            _scaled(arm["bytes"], "B"),
+            "–" if arm["name"] == BASE else _number(arm["seconds"], "{:.0f} s"),
+            _number(arm["tokens_per_second"], "{:,.0f}"),
+        ]
+        for arm in evaluation["arms"]
+    ]
     return header, rows
 
 
@@ -208,22 +260,32 @@ def _headline(evaluation: Mapping[str, Any]) -> list[str]:
     if MEMORY not in arms:
         return []
     memory, base = arms[MEMORY], arms[BASE]
-    text = (f"On the {evaluation['test_split']} split ({evaluation['tokens'][evaluation['test_split']]:,} tokens) the base has a "
-            f"perplexity of {base['ppl']:.2f}, and **{memory['ppl']:.2f} with the memory: {_percent(memory['ppl_change'])}**, "
-            f"95 % interval {_interval(memory['ppl_interval'])}.")
+    text = (
+        f"On the {evaluation['test_split']} split ({evaluation['tokens'][evaluation['test_split']]:,} tokens) the base has a "
+        f"perplexity of {base['ppl']:.2f}, and **{memory['ppl']:.2f} with the memory: {_percent(memory['ppl_change'])}**, "
+        f"95 % interval {_interval(memory['ppl_interval'])}."
+    )
     if evaluation["recovered_share"] is not None:
-        text += (f" That is {evaluation['recovered_share']:.0%} of what an exact search over all the keys gains "
-                 f"({_percent(arms[KNN_EXACT]['ppl_change'])}).")
+        text += (
+            f" That is {evaluation['recovered_share']:.0%} of what an exact search over all the keys gains "
+            f"({_percent(arms[KNN_EXACT]['ppl_change'])})."
+        )
     return [text]
 
 
 def _comparisons(evaluation: Mapping[str, Any]) -> list[str]:
     if not evaluation["against"]:
         return []
-    lines = [f"- against `{name}`: {_percent(numbers['ppl_change'])} ({_interval(numbers['ppl_interval'])}), "
-             f"{_verdict(numbers['ppl_interval'])}" for name, numbers in evaluation["against"].items()]
-    return ["## base+memory against each other arm", "Change of test perplexity, paired; negative: the memory is better.",
-            "\n".join(lines)]
+    lines = [
+        f"- against `{name}`: {_percent(numbers['ppl_change'])} ({_interval(numbers['ppl_interval'])}), "
+        f"{_verdict(numbers['ppl_interval'])}"
+        for name, numbers in evaluation["against"].items()
+    ]
+    return [
+        "## base+memory against each other arm",
+        "Change of test perplexity, paired; negative: the memory is better.",
+        "\n".join(lines),
+    ]
 
 
 def _verdict(interval: Sequence[float]) -> str:
@@ -235,50 +297,78 @@ def _verdict(interval: Sequence[float]) -> str:
 def _equalities(evaluation: Mapping[str, Any]) -> list[str]:
     settings = evaluation["settings"]
     names = {arm["name"] for arm in evaluation["arms"]}
-    equal = [f"the positions, and the context of each: windows of {settings['block_size']} tokens, every {settings['stride']}",
-             "the vocabulary; the base, frozen, in every arm whose name begins with `base+`",
-             f"how λ was chosen: the same {len(evaluation['lambdas'])} values on the same tuning split"]
-    unequal = ["parameters, bytes, the time that making an arm took and the speed of scoring: the table's last columns",
-               "a kNN arm chooses a temperature besides λ"]
+    equal = [
+        f"the positions, and the context of each: windows of {settings['block_size']} tokens, every {settings['stride']}",
+        "the vocabulary; the base, frozen, in every arm whose name begins with `base+`",
+        f"how λ was chosen: the same {len(evaluation['lambdas'])} values on the same tuning split",
+    ]
+    unequal = [
+        "parameters, bytes, the time that making an arm took and the speed of scoring: the table's last columns",
+        "a kNN arm chooses a temperature besides λ",
+    ]
     if KNN_IVFPQ in names:
-        unequal.append("`base+knn_ivfpq` finds its candidates by IVF-PQ, and their distances are then computed from the stored "
-                       "keys: PQ's own distances would do worse")
-    return ["## What is equal, and what is not", "Equal: " + "; ".join(equal) + ".", "Not equal: " + "; ".join(unequal) + "."]
+        unequal.append(
+            "`base+knn_ivfpq` finds its candidates by IVF-PQ, and their distances are then computed from the stored "
+            "keys: PQ's own distances would do worse"
+        )
+    return [
+        "## What is equal, and what is not",
+        "Equal: " + "; ".join(equal) + ".",
+        "Not equal: " + "; ".join(unequal) + ".",
+    ]
 
 
 def _choices(evaluation: Mapping[str, Any]) -> list[str]:
     settings, lambdas = evaluation["settings"], evaluation["lambdas"]
-    lines = [f"λ, the weight of what is mixed with the base, was chosen on the {evaluation['tuning_split']} split "
-             f"({evaluation['tokens'][evaluation['tuning_split']]:,} tokens) among {len(lambdas)} values from {lambdas[0]:g} to "
-             f"{lambdas[-1]:g}; the other splits were read once, at that λ."]
-    lines += [f"- `{arm['name']}`: λ {arm['lambda']:g}"
-              + (f", temperature {arm['temperature']:.6g}" if arm["temperature"] is not None else "")
-              + (" (the end of the grid)" if arm["lambda"] in (lambdas[0], lambdas[-1]) else "")
-              for arm in evaluation["arms"] if arm["lambda"] is not None]
+    lines = [
+        f"λ, the weight of what is mixed with the base, was chosen on the {evaluation['tuning_split']} split "
+        f"({evaluation['tokens'][evaluation['tuning_split']]:,} tokens) among {len(lambdas)} values from {lambdas[0]:g} to "
+        f"{lambdas[-1]:g}; the other splits were read once, at that λ."
+    ]
+    lines += [
+        f"- `{arm['name']}`: λ {arm['lambda']:g}"
+        + (f", temperature {arm['temperature']:.6g}" if arm["temperature"] is not None else "")
+        + (" (the end of the grid)" if arm["lambda"] in (lambdas[0], lambdas[-1]) else "")
+        for arm in evaluation["arms"]
+        if arm["lambda"] is not None
+    ]
     if settings["k"] is not None:
-        lines.append(f"\nkNN: {settings['k']} neighbours, temperatures of "
-                     f"{', '.join(f'{factor:g}' for factor in settings['temperature_factors'])} times {settings['temperature']:.6g}"
-                     + (f"; IVF-PQ probes {settings['nprobe']} lists." if settings["nprobe"] is not None else "."))
+        lines.append(
+            f"\nkNN: {settings['k']} neighbours, temperatures of "
+            f"{', '.join(f'{factor:g}' for factor in settings['temperature_factors'])} times {settings['temperature']:.6g}"
+            + (f"; IVF-PQ probes {settings['nprobe']} lists." if settings["nprobe"] is not None else ".")
+        )
     return ["## How λ was chosen", "\n".join(lines)]
 
 
 def _second_tests(evaluation: Mapping[str, Any]) -> list[str]:
     sections = []
     for split in evaluation["extra_splits"]:
-        rows = [_line([arm["name"], f"{arm['splits'][split]['ppl']:.2f}", _percent(arm["splits"][split]["ppl_change"]),
-                       _interval(arm["splits"][split]["ppl_interval"])]) for arm in evaluation["arms"]]
+        rows = [
+            _line(
+                [
+                    arm["name"],
+                    f"{arm['splits'][split]['ppl']:.2f}",
+                    _percent(arm["splits"][split]["ppl_change"]),
+                    _interval(arm["splits"][split]["ppl_interval"]),
+                ]
+            )
+            for arm in evaluation["arms"]
+        ]
         meaning = "groups of documents of which nothing was trained on" if split == "heldout" else "a further test set"
-        sections += [f"## Second test set: {split}",
-                     f"{evaluation['tokens'][split]:,} tokens, {meaning}; λ as chosen above.",
-                     "\n".join([_line(["arm", "ppl", "change", "95 % interval"]), _line(["---"] + ["---:"] * 3), *rows])]
+        sections += [
+            f"## Second test set: {split}",
+            f"{evaluation['tokens'][split]:,} tokens, {meaning}; λ as chosen above.",
+            "\n".join([_line(["arm", "ppl", "change", "95 % interval"]), _line(["---"] + ["---:"] * 3), *rows]),
+        ]
     return sections
 
 
 def _reading(evaluation: Mapping[str, Any]) -> list[str]:
     settings = evaluation["settings"]
     notes = [
-        f"change and interval: of perplexity, relative to `base`; paired block bootstrap, {settings['bootstrap_samples']:,} samples of "
-        f"blocks of {settings['bootstrap_block']} positions. It covers the choice of text, not the choice of λ nor another "
+        f"change and interval: of perplexity, relative to `base`; paired block bootstrap, "
+        f"{settings['bootstrap_samples']:,} samples of blocks of {settings['bootstrap_block']} positions. It covers the choice of text, not the choice of λ nor another "
         "training run",
         "bits/byte: bits spent on all positions, end-of-document tokens too, by UTF-8 byte of text",
         "wins: share of the positions where what is mixed in (or the control itself) gives the true token more probability "
@@ -301,14 +391,22 @@ def plot_lambda_curves(evaluation: Mapping[str, Any], path: Path) -> None:
             axes[0].axhline(tuning_ppl, linestyle="--", linewidth=1, color=f"C{number}", label=arm["name"])
             continue
         points = [point for point in arm["tuning_curve"] if point["ppl"] is not None]
-        axes[0].plot([point["lambda"] for point in points], [point["ppl"] for point in points], marker=".",
-                     color=f"C{number}", label=arm["name"])
+        axes[0].plot(
+            [point["lambda"] for point in points],
+            [point["ppl"] for point in points],
+            marker=".",
+            color=f"C{number}",
+            label=arm["name"],
+        )
         axes[0].plot([arm["lambda"]], [tuning_ppl], marker="o", markersize=9, fillstyle="none", color=f"C{number}")
     highest = 1.25 * evaluation["arms"][0]["splits"][evaluation["tuning_split"]]["ppl"]
     if axes[0].get_ylim()[1] > highest:
         axes[0].set_ylim(top=highest)
-    axes[0].set(xlabel="λ, weight of what is mixed with the base",
-                ylabel=f"perplexity, {evaluation['tuning_split']} split", title="How λ was chosen (circles)")
+    axes[0].set(
+        xlabel="λ, weight of what is mixed with the base",
+        ylabel=f"perplexity, {evaluation['tuning_split']} split",
+        title="How λ was chosen (circles)",
+    )
     axes[0].legend()
     _save(figure, path)
 
@@ -319,8 +417,10 @@ def plot_costs(evaluation: Mapping[str, Any], path: Path) -> None:
     names = [arm["name"] for arm in evaluation["arms"]]
     bytes_of_arms = [arm["bytes"] for arm in evaluation["arms"]]
     microseconds = [1e6 / arm["tokens_per_second"] if arm["tokens_per_second"] else 0.0 for arm in evaluation["arms"]]
-    panels = (("on disk", bytes_of_arms, lambda value: _scaled(value, "B")),
-              ("to score a token", microseconds, lambda value: f"{value:,.0f} µs"))
+    panels = (
+        ("on disk", bytes_of_arms, lambda value: _scaled(value, "B")),
+        ("to score a token", microseconds, lambda value: f"{value:,.0f} µs"),
+    )
     for axis, (title, values, label) in zip(axes, panels, strict=True):
         bars = axis.barh(names, values, color=[f"C{number}" for number in range(len(names))])
         axis.bar_label(bars, labels=[label(value) for value in values], padding=3)

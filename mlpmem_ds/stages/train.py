@@ -37,7 +37,6 @@ from mlpmem_ds.engines.deepspeed import (
     resolve_ds_config,
     set_parameter,
     set_up_distributed,
-    tear_down_distributed,
 )
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
@@ -165,7 +164,6 @@ def run(config: Config, world: World) -> None:
                      ds_config.get("zero_optimization", {}).get("stage", 0), world.size)
     set_up_distributed(world)
     _train(config, inputs, ds_config, num_steps, head, directory)
-    tear_down_distributed()
 
 
 def _open_inputs(config: Config) -> _Inputs:

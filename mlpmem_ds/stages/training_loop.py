@@ -114,8 +114,7 @@ def run_steps(
     for step, (micro_batches, seconds) in zip(range(first, stop), batches, strict=False):
         rate = settings.learning_rate(step)
         outputs = engine.train_step(micro_batches, rate)
-        sums = sum(torch.cat([loss.reshape(1).float(), *(rest.reshape(-1).float() for rest in others)])
-                   for loss, *others in outputs) / len(outputs)
+        sums = torch.stack([torch.cat([value.reshape(-1).float() for value in output]) for output in outputs]).mean(0)
         totals = sums if totals is None else totals + sums
         waited, counted, done = waited + seconds, counted + 1, step + 1
         note = ""

@@ -52,10 +52,10 @@ def test_integer_distances_are_exact_at_the_extremes(num_dims):
     assert distances.max() == num_dims * 255**2
 
 
-@pytest.mark.parametrize("num_dims", [3, 1024, 2500])
+@pytest.mark.parametrize("num_dims", [3, 1024, 2049])
 def test_without_an_exact_integer_product_distances_are_the_same(monkeypatch, num_dims):
     queries, keys = torch.from_numpy(codes_of(9, num_dims)), torch.from_numpy(codes_of(14, num_dims, seed=1))
-    keys[0], queries[0] = 127, -128
+    keys[0], keys[1], queries[0] = 127, -128, 127  # 127 * 127 * 2049 is odd and above 2**24: no float32 holds it
     expected = squared_distances(queries, keys)
     monkeypatch.setattr(knn, "_may_use_integer_matmul", lambda *_: False)
     out = torch.full((9, 14), 5, dtype=torch.int32)
@@ -218,6 +218,19 @@ def test_equal_float_keys_are_in_order_of_id():
     found = exact_neighbours(keys[:2], keys, 10, exclusion=None, key_block=7)
     np.testing.assert_array_equal(found.ids_QK, np.tile(np.arange(10), (2, 1)))
     assert (found.distances_QK == 0).all()
+
+
+def test_keys_that_are_not_finite_come_last():
+    keys = np.zeros((6, 2), np.float32)
+    keys[:, 0] = np.arange(6)
+    keys[1], keys[3, 0] = np.nan, np.inf
+    _, offsets, list_ids = inverted_lists(6, 3)
+    for found in (
+        exact_neighbours(keys[:1], keys, 6, exclusion=None),
+        list_neighbours(keys[:1], np.arange(3)[None], offsets, list_ids, keys, 6, exclusion=None),
+    ):
+        assert found.ids_QK[0, :4].tolist() == [0, 2, 4, 5]
+        assert sorted(found.ids_QK[0, 4:].tolist()) == [1, 3]
 
 
 def test_empty_inputs():

@@ -32,7 +32,8 @@ def make_problem(
     weights[3::5] = 0
     labels = torch.randint(0, vocabulary, (num_rows,), generator=generator)
     base = -5 * torch.rand(num_rows, generator=generator)
-    labels[weights == 0], base[weights == 0] = -100, -math.inf
+    labels[weights == 0], base[weights == 0] = -100, math.nan
+    base[0] = -math.inf
     hidden = torch.randn(num_rows, width, generator=generator).to(dtype)
     weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(dtype)
     targets = TargetBatch(
@@ -66,7 +67,8 @@ def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalise):
         ce = -log_label
     else:
         base = targets.base_log_probabilities_N.double().where(counted, 0)
-        ce = -torch.log((1 - mixture_lambda) * base.exp() + mixture_lambda * log_label.exp())
+        log_keep = torch.tensor(1 - mixture_lambda, dtype=torch.float64).log()
+        ce = -torch.logaddexp(base + log_keep, log_label + math.log(mixture_lambda))  # float64 exp underflows at -745
     alphas = alpha * (mass > 0)
     loss = (weights.double() * (alphas * kl + (1 - alphas) * ce)).sum()
     loss.backward()

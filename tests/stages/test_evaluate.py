@@ -29,12 +29,13 @@ from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages import build_index, evaluate
-from mlpmem_ds.stages.evaluate import Config, lambda_grid, rescore, seconds_of_stage
+from mlpmem_ds.stages.evaluate import Config, lambda_grid
+from mlpmem_ds.stages.evaluation_inputs import seconds_of_stage
 from mlpmem_ds.stages.extract_keys import read_codec
+from mlpmem_ds.stages.retriever import rescore, squared_norms
 
 ROOT = Path(__file__).parents[2]
 UNIT, K, TEMPERATURE = 96, 24, 3.0
-
 
 
 def _no_flags():
@@ -51,11 +52,24 @@ def _finish(directory, unit, compute, **fields):
 def save_memory(root, keys, corpus, *, seed, alpha=0.5, **changes):
     """A random memory as launch/train.py leaves it."""
     torch.manual_seed(seed)
-    shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=24, num_blocks=2, vocab_size=corpus.vocab_size,
-                         initializer_range=0.3)
-    provenance = {"base": keys.manifest["inputs"]["model"], "corpus": corpus.sha256, "keys": keys.sha256,
-                  "vocabulary_sha256": corpus.vocabulary_sha256, "input_layer": keys.manifest["input_layer"],
-                  "key_point": keys.manifest["key_point"], "alpha": alpha, **changes}
+    shape = MemoryConfig(
+        input_size=16,
+        hidden_size=16,
+        intermediate_size=24,
+        num_blocks=2,
+        vocab_size=corpus.vocab_size,
+        initializer_range=0.3,
+    )
+    provenance = {
+        "base": keys.manifest["inputs"]["model"],
+        "corpus": corpus.sha256,
+        "keys": keys.sha256,
+        "vocabulary_sha256": corpus.vocabulary_sha256,
+        "input_layer": keys.manifest["input_layer"],
+        "key_point": keys.manifest["key_point"],
+        "alpha": alpha,
+        **changes,
+    }
     directory = open_stage(root, stage="memory", version=1, config=_no_flags(), inputs={}, world=World())
 
     def compute(_, writer):
@@ -66,7 +80,9 @@ def save_memory(root, keys, corpus, *, seed, alpha=0.5, **changes):
 
 
 def save_targets(root, keys_sha256, *, search="ivf"):
-    directory = open_stage(root, stage="targets", version=1, config=_no_flags(), inputs={"keys": keys_sha256}, world=World())
+    directory = open_stage(
+        root, stage="targets", version=1, config=_no_flags(), inputs={"keys": keys_sha256}, world=World()
+    )
     _finish(directory, "none", lambda _, writer: None, temperature=TEMPERATURE, k=K, search=search)
     return root
 
@@ -88,7 +104,9 @@ def parts(tmp_path_factory, corpus_dir, base_dir, keys_dir):
     """Index, targets, two memories and a model beside the session's corpus, base and keys."""
     root = tmp_path_factory.mktemp("evaluate")
     keys, corpus = open_keys(keys_dir), open_corpus(corpus_dir)
-    build_index.run(build_index.Config(keys=keys_dir, output=root / "index", factory="IVF4,PQ4x4", num_shards=2), World())
+    build_index.run(
+        build_index.Config(keys=keys_dir, output=root / "index", factory="IVF4,PQ4x4", num_shards=2), World()
+    )
     save_targets(root / "targets", keys.sha256)
     save_memory(root / "memory", keys, corpus, seed=1)
     save_memory(root / "ce_only", keys, corpus, seed=2, alpha=0)
@@ -99,10 +117,19 @@ def parts(tmp_path_factory, corpus_dir, base_dir, keys_dir):
 @pytest.fixture
 def config(parts, corpus_dir, base_dir, keys_dir, tmp_path):
     return Config(
-        model=str(base_dir), corpus=corpus_dir, output=tmp_path / "report", memory=parts / "memory", keys=keys_dir,
-        index=parts / "index", targets=parts / "targets", nprobe=4,
+        model=str(base_dir),
+        corpus=corpus_dir,
+        output=tmp_path / "report",
+        memory=parts / "memory",
+        keys=keys_dir,
+        index=parts / "index",
+        targets=parts / "targets",
+        nprobe=4,
         control=(f"memory_ce_only={parts / 'ce_only'}", f"base_trained_on={parts / 'trained_on'}"),
-        bootstrap_samples=200, bootstrap_block=32, unit_positions=UNIT, batch_windows=3,
+        bootstrap_samples=200,
+        bootstrap_block=32,
+        unit_positions=UNIT,
+        batch_windows=3,
     )
 
 
@@ -110,10 +137,19 @@ def config(parts, corpus_dir, base_dir, keys_dir, tmp_path):
 def finished(parts, corpus_dir, base_dir, keys_dir):
     """One undisturbed evaluation by one rank; read-only."""
     config = Config(
-        model=str(base_dir), corpus=corpus_dir, output=parts / "report", memory=parts / "memory", keys=keys_dir,
-        index=parts / "index", targets=parts / "targets", nprobe=4,
+        model=str(base_dir),
+        corpus=corpus_dir,
+        output=parts / "report",
+        memory=parts / "memory",
+        keys=keys_dir,
+        index=parts / "index",
+        targets=parts / "targets",
+        nprobe=4,
         control=(f"memory_ce_only={parts / 'ce_only'}", f"base_trained_on={parts / 'trained_on'}"),
-        bootstrap_samples=200, bootstrap_block=32, unit_positions=UNIT, batch_windows=3,
+        bootstrap_samples=200,
+        bootstrap_block=32,
+        unit_positions=UNIT,
+        batch_windows=3,
     )
     table = evaluate.run(config, World())
     return config, table, json.loads((config.output / "eval.json").read_bytes())
@@ -124,8 +160,11 @@ def scores_of(root):
 
 
 def read_scores(root, stream, arm):
-    files = [path for path in sorted((root / "scores").glob(f"{stream}-{arm}-*.npy"))
-             if path.name[len(f"{stream}-{arm}-"):].removesuffix(".npy").isdigit()]
+    files = [
+        path
+        for path in sorted((root / "scores").glob(f"{stream}-{arm}-*.npy"))
+        if path.name[len(f"{stream}-{arm}-") :].removesuffix(".npy").isdigit()
+    ]
     return np.concatenate([np.load(path) for path in files])
 
 
@@ -145,7 +184,9 @@ def own_pass(base_dir, corpus):
             with torch.no_grad():
                 logits = model(torch.from_numpy(tokens)).logits.double().log_softmax(-1)
             for row, window in enumerate(batch):
-                wanted = slice(max(window.start, first) - window.context_start, min(window.stop, last) - window.context_start)
+                wanted = slice(
+                    max(window.start, first) - window.context_start, min(window.stop, last) - window.context_start
+                )
                 rows.append(logits[row, wanted].numpy())
                 states.append(caught[len(model.transformer.h) - 1][row, wanted].numpy())
     return np.concatenate(rows), np.concatenate(states)
@@ -155,8 +196,12 @@ def brute_force_knn(keys_dir, states, labels, temperature):
     """p_kNN(label) in fp64: all distances, a full sort by (distance, id), a softmax, a sum."""
     codec, keys = read_codec(keys_dir), open_keys(keys_dir)
     stored, values = keys.read("keys").astype(np.float64), keys.read("values")
-    queries = np.concatenate([encode(states[first : first + UNIT], codec.mean_D, codec.rotation_DE, codec.scale)[0]
-                              for first in range(0, len(states), UNIT)]).astype(np.float64)
+    queries = np.concatenate(
+        [
+            encode(states[first : first + UNIT], codec.mean_D, codec.rotation_DE, codec.scale)[0]
+            for first in range(0, len(states), UNIT)
+        ]
+    ).astype(np.float64)
     result = []
     for query, label in zip(queries, labels, strict=True):
         distances = ((stored - query) ** 2).sum(1)
@@ -194,7 +239,9 @@ def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(finish
     for factor in evaluate.TEMPERATURE_FACTORS:
         p_knn = brute_force_knn(keys_dir, states, labels, factor * TEMPERATURE)
         for weight in np.arange(0, 1, 0.05):
-            perplexities[round(weight, 10), factor * TEMPERATURE] = math.exp(-np.log((1 - weight) * p_base + weight * p_knn).mean())
+            perplexities[round(weight, 10), factor * TEMPERATURE] = math.exp(
+                -np.log((1 - weight) * p_base + weight * p_knn).mean()
+            )
     row = next(arm for arm in evaluation["arms"] if arm["name"] == "base+knn_exact")
     assert (row["lambda"], row["temperature"]) == min(perplexities, key=perplexities.get)
 
@@ -204,8 +251,9 @@ def test_base_memory_and_control_scores_are_those_of_plain_fp64_models(finished,
     corpus = open_corpus(corpus_dir, "test")
     labels = corpus.values(0, corpus.num_positions)
     log_probabilities, states = own_pass(base_dir, corpus)
-    np.testing.assert_allclose(read_scores(config.output, "test", "base"), log_probabilities[np.arange(len(labels)), labels],
-                               atol=1e-5)
+    np.testing.assert_allclose(
+        read_scores(config.output, "test", "base"), log_probabilities[np.arange(len(labels)), labels], atol=1e-5
+    )
     for arm, root in (("base+memory", "memory"), ("base+memory_ce_only", "ce_only")):
         shape = json.loads((parts / root / "weights" / "config.json").read_bytes())["memory"]
         memory = Memory(MemoryConfig.from_dict(shape))
@@ -214,7 +262,9 @@ def test_base_memory_and_control_scores_are_those_of_plain_fp64_models(finished,
         memory.load_state_dict(load_file(parts / root / "weights" / "model.safetensors"))
         with torch.no_grad():
             logits = memory.double().head(memory(torch.from_numpy(states).double())).log_softmax(-1).numpy()
-        np.testing.assert_allclose(read_scores(config.output, "test", arm), logits[np.arange(len(labels)), labels], atol=1e-5)
+        np.testing.assert_allclose(
+            read_scores(config.output, "test", arm), logits[np.arange(len(labels)), labels], atol=1e-5
+        )
     other, _ = own_pass(parts / "trained_on", corpus)
     wanted = other[np.arange(len(labels)), labels]
     np.testing.assert_allclose(read_scores(config.output, "test", "base_trained_on"), wanted, atol=1e-5)
@@ -229,8 +279,20 @@ def test_eval_json_has_the_arms_by_name_and_their_prices(finished, parts, base_d
     assert [arm["name"] for arm in evaluation["arms"]] == names
     arms = dict(zip(names, evaluation["arms"], strict=True))
     for arm in arms.values():
-        assert {"ppl", "bits_per_byte", "ppl_change", "ppl_interval", "lambda", "temperature", "win_rate", "parameters", "bytes",
-                "seconds", "tokens_per_second", "splits"} <= set(arm)
+        assert {
+            "ppl",
+            "bits_per_byte",
+            "ppl_change",
+            "ppl_interval",
+            "lambda",
+            "temperature",
+            "win_rate",
+            "parameters",
+            "bytes",
+            "seconds",
+            "tokens_per_second",
+            "splits",
+        } <= set(arm)
         assert set(arm["splits"]) == {"tuning", "test", "heldout"}
         assert arm["tokens_per_second"] > 0
     assert set(evaluation["wins"]) == {"base+memory_ce_only", "base_trained_on"}
@@ -245,10 +307,18 @@ def test_eval_json_has_the_arms_by_name_and_their_prices(finished, parts, base_d
     index_bytes = sum(path.stat().st_size for path in (parts / "index").glob("*.faissindex"))
     assert arms["base+knn_ivfpq"]["bytes"] >= model_bytes + key_bytes + index_bytes
     assert arms["base+memory"]["bytes"] == model_bytes + sum(
-        path.stat().st_size for path in (parts / "memory" / "weights").iterdir())
-    logs = {name: seconds_of_stage(root) for name, root in
-            (("keys", keys_dir), ("index", parts / "index"), ("targets", parts / "targets"), ("memory", parts / "memory"),
-             ("ce_only", parts / "ce_only"))}
+        path.stat().st_size for path in (parts / "memory" / "weights").iterdir()
+    )
+    logs = {
+        name: seconds_of_stage(root)
+        for name, root in (
+            ("keys", keys_dir),
+            ("index", parts / "index"),
+            ("targets", parts / "targets"),
+            ("memory", parts / "memory"),
+            ("ce_only", parts / "ce_only"),
+        )
+    }
     assert arms["base+knn_ivfpq"]["seconds"] == pytest.approx(logs["keys"] + logs["index"])
     assert arms["base+memory"]["seconds"] == pytest.approx(sum(logs.values()) - logs["ce_only"])
     assert arms["base+memory_ce_only"]["seconds"] == pytest.approx(logs["keys"] + logs["ce_only"])
@@ -284,7 +354,7 @@ def test_rescored_distances(dtype):
     queries = generator.integers(-127, 128, (9, 7)).astype(dtype)
     ids = generator.integers(0, 50, (9, 5))
     ids[[0, 4, 8], -1] = -1
-    found = rescore(queries, ids, stored)
+    found = rescore(queries, ids, stored, squared_norms(stored))
     wanted = ((stored[ids].astype(np.float64) - queries[:, None].astype(np.float64)) ** 2).sum(-1)
     np.testing.assert_array_equal(found[ids >= 0], wanted[ids >= 0])
     assert (found[ids == -1] > 1e18).all()
@@ -301,7 +371,8 @@ def test_two_ranks_leave_the_bytes_of_one(config, finished):
     timing = {"tokens_per_second", "seconds"}
     for before, after in zip(finished[2]["arms"], again["arms"], strict=True):
         assert {name: value for name, value in before.items() if name not in timing} == {
-            name: value for name, value in after.items() if name not in timing}
+            name: value for name, value in after.items() if name not in timing
+        }
 
 
 def test_stopped_in_a_unit_and_run_again(config, finished, monkeypatch):
@@ -324,9 +395,20 @@ def test_stopped_in_a_unit_and_run_again(config, finished, monkeypatch):
 
 
 def _command(config):
-    flags = {"model": config.model, "corpus": config.corpus, "output": config.output, "memory": config.memory,
-             "keys": config.keys, "index": config.index, "targets": config.targets, "nprobe": 4,
-             "bootstrap-samples": 200, "bootstrap-block": 32, "unit-positions": UNIT, "batch-windows": 3}
+    flags = {
+        "model": config.model,
+        "corpus": config.corpus,
+        "output": config.output,
+        "memory": config.memory,
+        "keys": config.keys,
+        "index": config.index,
+        "targets": config.targets,
+        "nprobe": 4,
+        "bootstrap-samples": 200,
+        "bootstrap-block": 32,
+        "unit-positions": UNIT,
+        "batch-windows": 3,
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [*words, "--control", *config.control]
 
@@ -385,11 +467,18 @@ def test_an_exported_memory_scores_as_the_training_does(config, parts, base_dir,
     memory.load_state_dict(load_file(parts / "memory" / "weights" / "model.safetensors"))
     provenance = memory_config["provenance"]
     joint = MemoryAugmentedLM.from_parts(
-        GPT2LMHeadModel.from_pretrained(base_dir), memory, lmbda=0.3, provenance=provenance,
+        GPT2LMHeadModel.from_pretrained(base_dir),
+        memory,
+        lmbda=0.3,
+        provenance=provenance,
         input_point=CapturePoint(layer=provenance["input_layer"], point=provenance["key_point"]),
-        vocabulary_sha256=provenance["vocabulary_sha256"])
+        vocabulary_sha256=provenance["vocabulary_sha256"],
+    )
     joint.save_pretrained(config.output.parent / "export")
-    evaluate.run(replace(config, memory=config.output.parent / "export", keys=None, index=None, targets=None, control=()), World())
+    evaluate.run(
+        replace(config, memory=config.output.parent / "export", keys=None, index=None, targets=None, control=()),
+        World(),
+    )
     found, wanted = (read_scores(root, "test", "base+memory") for root in (config.output, finished[0].output))
     np.testing.assert_array_equal(found, wanted)
     evaluation = json.loads((config.output / "eval.json").read_bytes())
@@ -407,8 +496,12 @@ def unsplit_dir(text_dir, corpus_dir, tmp_path_factory):
     for number, path in enumerate(sorted(text_dir.rglob("*.py"))[:8]):
         (text / f"other{number}.py").write_text(path.read_text()[5:] + "value index\n")
     output = tmp_path_factory.mktemp("unsplit") / "corpus"
-    prepare_corpus.run(prepare_corpus.Config(input=(str(text),), tokenizer=str(corpus_dir / "tokenizer"), output=output,
-                                             block_size=32, stride=16), World())
+    prepare_corpus.run(
+        prepare_corpus.Config(
+            input=(str(text),), tokenizer=str(corpus_dir / "tokenizer"), output=output, block_size=32, stride=16
+        ),
+        World(),
+    )
     return output
 
 
@@ -434,26 +527,32 @@ def _wrong_memory(root, keys_dir, corpus_dir, **changes):
     return save_memory(root, open_keys(keys_dir), open_corpus(corpus_dir), seed=3, **changes)
 
 
-@pytest.mark.parametrize(("changes", "needle"), [
-    ({"test_split": "train"}, "is the text that the keys"),
-    ({"test_split": "nothing"}, "choose another split"),
-    ({"bootstrap_block": 100_000}, "smaller block"),
-    ({"targets": None}, "need a temperature"),
-    ({"memory": Path("/nowhere/memory")}, "does not exist"),
-    ({"keys": Path("/nowhere/keys")}, "does not exist"),
-    ({"model": "/nowhere/base"}, "/nowhere/base"),
-    ({"control": ("other=/nowhere/model",)}, "neither a memory nor a language model"),
-])
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        ({"test_split": "train"}, "is the text that the keys"),
+        ({"test_split": "nothing"}, "choose another split"),
+        ({"bootstrap_block": 100_000}, "smaller block"),
+        ({"targets": None}, "need a temperature"),
+        ({"memory": Path("/nowhere/memory")}, "does not exist"),
+        ({"keys": Path("/nowhere/keys")}, "does not exist"),
+        ({"model": "/nowhere/base"}, "/nowhere/base"),
+        ({"control": ("other=/nowhere/model",)}, "neither a memory nor a language model"),
+    ],
+)
 def test_bad_inputs_leave_nothing_behind(config, changes, needle):
     with pytest.raises(UserError, match=needle):
         evaluate.run(replace(config, **changes), World())
     assert not config.output.exists()
 
 
-@pytest.mark.parametrize(("changes", "needle"), [
-    ({"base": "0" * 64}, "another base"),
-    ({"vocabulary_sha256": "0" * 64}, "another vocabulary"),
-])
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        ({"base": "0" * 64}, "another base"),
+        ({"vocabulary_sha256": "0" * 64}, "another vocabulary"),
+    ],
+)
 def test_a_memory_of_something_else_is_refused(config, keys_dir, corpus_dir, tmp_path, changes, needle):
     root = _wrong_memory(tmp_path / "wrong", keys_dir, corpus_dir, **changes)
     for flags in ({"memory": root}, {"control": (f"wrong={root}",)}):
@@ -500,21 +599,24 @@ def test_another_run_in_the_output_is_refused_and_untouched(config, finished):
     assert {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(("changes", "needle"), [
-    ({"lambdas": "0:1.2:0.1"}, "between 0 and 1"),
-    ({"lambdas": "-0.1:1:0.1"}, "between 0 and 1"),
-    ({"lambdas": "0:1"}, "first:last:step"),
-    ({"lambdas": "0:1:0"}, "first:last:step"),
-    ({"k": 0}, "--k 0"),
-    ({"nprobe": 0}, "--nprobe"),
-    ({"temperature": -1.0}, "--temperature"),
-    ({"bootstrap_samples": 3}, "--bootstrap-samples"),
-    ({"test_split": "tuning"}, "must differ"),
-    ({"keys": None}, "--index needs --keys"),
-    ({"control": ("nameless",)}, "NAME=DIR"),
-    ({"control": ("base=/tmp",)}, "is taken"),
-    ({"control": ("a=/tmp", "a=/tmp")}, "is taken"),
-])
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        ({"lambdas": "0:1.2:0.1"}, "between 0 and 1"),
+        ({"lambdas": "-0.1:1:0.1"}, "between 0 and 1"),
+        ({"lambdas": "0:1"}, "first:last:step"),
+        ({"lambdas": "0:1:0"}, "first:last:step"),
+        ({"k": 0}, "--k 0"),
+        ({"nprobe": 0}, "--nprobe"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"bootstrap_samples": 3}, "--bootstrap-samples"),
+        ({"test_split": "tuning"}, "must differ"),
+        ({"keys": None}, "--index needs --keys"),
+        ({"control": ("nameless",)}, "NAME=DIR"),
+        ({"control": ("base=/tmp",)}, "is taken"),
+        ({"control": ("a=/tmp", "a=/tmp")}, "is taken"),
+    ],
+)
 def test_wrong_flags(config, changes, needle):
     with pytest.raises(UserError, match=needle):
         replace(config, **changes)
@@ -531,8 +633,16 @@ def test_seconds_of_a_stage_count_overlapping_ranks_once_and_add_resumed_runs(tm
         EventLog(tmp_path / "log.jsonl", World(rank=rank, size=2)).write(event)
 
     assert seconds_of_stage(tmp_path) is None
-    for when, rank, event in ((100, 0, "started"), (101, 1, "started"), (110, 0, "unit"), (115, 1, "finished"),
-                              (500, 0, "started"), (500.5, 1, "started"), (503, 1, "finished"), (507, 0, "finished")):
+    for when, rank, event in (
+        (100, 0, "started"),
+        (101, 1, "started"),
+        (110, 0, "unit"),
+        (115, 1, "finished"),
+        (500, 0, "started"),
+        (500.5, 1, "started"),
+        (503, 1, "finished"),
+        (507, 0, "finished"),
+    ):
         write(when, rank, event)
     assert seconds_of_stage(tmp_path) == pytest.approx(15 + 7)
 

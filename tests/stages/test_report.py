@@ -6,14 +6,28 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.stages import report
-from mlpmem_ds.stages.report import Arm, Protocol, plot_costs, plot_lambda_curves, render_report, render_table, summarise
+from mlpmem_ds.stages.report import (
+    Arm,
+    Protocol,
+    plot_costs,
+    plot_lambda_curves,
+    render_report,
+    render_table,
+    summarise,
+)
 
 SPLITS = {"tuning": 700, "test": 900, "heldout": 650}
 LAMBDAS = tuple(round(0.1 * number, 12) for number in range(11))
 
 
 def _arm(name, scores, **changes):
-    fields = {"alone": False, "parameters": 4_270_000, "bytes": 17_100_000, "seconds": 12.5, "tokens_per_second": 8000.0}
+    fields = {
+        "alone": False,
+        "parameters": 4_270_000,
+        "bytes": 17_100_000,
+        "seconds": 12.5,
+        "tokens_per_second": 8000.0,
+    }
     return Arm(name=name, scores=scores, **(fields | changes))
 
 
@@ -37,18 +51,40 @@ def arms():
     ]
 
 
-PROTOCOL = Protocol(tuning="tuning", tests=("test", "heldout"), num_bytes={split: 3 * n for split, n in SPLITS.items()},
-                    lambdas=LAMBDAS, bootstrap_samples=200, bootstrap_block=50)
+PROTOCOL = Protocol(
+    tuning="tuning",
+    tests=("test", "heldout"),
+    num_bytes={split: 3 * n for split, n in SPLITS.items()},
+    lambdas=LAMBDAS,
+    bootstrap_samples=200,
+    bootstrap_block=50,
+)
 
 
 @pytest.fixture(scope="module")
 def evaluation(arms):
     return {
-        "date": "2026-01-02T03:04:05+00:00", "machine": {"cores": 2, "platform": "Linux"}, "tuning_split": "tuning",
-        "test_split": "test", "extra_splits": ["heldout"], "tokens": SPLITS, "lambdas": list(LAMBDAS),
-        "settings": {"k": 8, "temperature": 2.0, "temperature_factors": [0.5, 1.0, 2.0], "nprobe": None,
-                     "index_factory": None, "bootstrap_samples": 200, "bootstrap_block": 50, "block_size": 256, "stride": 128,
-                     "dtype": "float32", "device": "cpu", "threads": 2},
+        "date": "2026-01-02T03:04:05+00:00",
+        "machine": {"cores": 2, "platform": "Linux"},
+        "tuning_split": "tuning",
+        "test_split": "test",
+        "extra_splits": ["heldout"],
+        "tokens": SPLITS,
+        "lambdas": list(LAMBDAS),
+        "settings": {
+            "k": 8,
+            "temperature": 2.0,
+            "temperature_factors": [0.5, 1.0, 2.0],
+            "nprobe": None,
+            "index_factory": None,
+            "bootstrap_samples": 200,
+            "bootstrap_block": 50,
+            "block_size": 256,
+            "stride": 128,
+            "dtype": "float32",
+            "device": "cpu",
+            "threads": 2,
+        },
         **summarise(arms, PROTOCOL),
     }
 
@@ -63,8 +99,11 @@ def test_lambda_and_temperature_minimise_the_tuning_split_and_are_reported_on_th
     rows = {row["name"]: row for row in evaluation["arms"]}
     for arm, columns in ((knn, 3), (memory, 1)):
         tuning = arm.scores["tuning"].reshape(len(base.scores["tuning"]), columns)
-        perplexities = {(weight, column): _mixture_perplexity(base.scores["tuning"], tuning[:, column], weight)
-                        for weight in LAMBDAS for column in range(columns)}
+        perplexities = {
+            (weight, column): _mixture_perplexity(base.scores["tuning"], tuning[:, column], weight)
+            for weight in LAMBDAS
+            for column in range(columns)
+        }
         weight, column = min(perplexities, key=perplexities.get)
         row = rows[arm.name]
         assert row["lambda"] == weight
@@ -81,9 +120,18 @@ def test_lambda_and_temperature_minimise_the_tuning_split_and_are_reported_on_th
 
 
 def test_the_choice_does_not_look_at_the_test_splits(arms, evaluation):
-    shuffled = [_arm(arm.name, {split: scores if split == "tuning" else scores[::-1] - (0 if arm.alone else 1)
-                                for split, scores in arm.scores.items()}, alone=arm.alone, temperatures=arm.temperatures)
-                for arm in arms]
+    shuffled = [
+        _arm(
+            arm.name,
+            {
+                split: scores if split == "tuning" else scores[::-1] - (0 if arm.alone else 1)
+                for split, scores in arm.scores.items()
+            },
+            alone=arm.alone,
+            temperatures=arm.temperatures,
+        )
+        for arm in arms
+    ]
     again = summarise(shuffled, PROTOCOL)
     for before, after in zip(evaluation["arms"], again["arms"], strict=True):
         assert (before["lambda"], before["temperature"]) == (after["lambda"], after["temperature"])
@@ -142,10 +190,19 @@ def test_table_has_a_line_an_arm_and_its_numbers(evaluation):
 def test_report_says_what_a_reader_must_know(evaluation):
     text = render_report(evaluation)
     memory = next(arm for arm in evaluation["arms"] if arm["name"] == "base+memory")
-    for needle in (f"**{memory['ppl']:.2f} with the memory", "## What is equal, and what is not", "## How λ was chosen",
-                   "## Second test set: heldout", "| base_trained_on |", "was chosen on the tuning split (700 tokens)",
-                   "against `base_trained_on`", f"{evaluation['recovered_share']:.0%} of what an exact search",
-                   "(lambda.png)", "(cost.png)", "8 neighbours"):
+    for needle in (
+        f"**{memory['ppl']:.2f} with the memory",
+        "## What is equal, and what is not",
+        "## How λ was chosen",
+        "## Second test set: heldout",
+        "| base_trained_on |",
+        "was chosen on the tuning split (700 tokens)",
+        "against `base_trained_on`",
+        f"{evaluation['recovered_share']:.0%} of what an exact search",
+        "(lambda.png)",
+        "(cost.png)",
+        "8 neighbours",
+    ):
         assert needle in text, needle
     assert "None" not in text and "nan" not in text
     assert "IVF-PQ" not in text
@@ -172,7 +229,15 @@ def test_plots_are_png_and_the_same_from_the_same_numbers(evaluation, tmp_path):
         assert content == (tmp_path / "two.png").read_bytes()
 
 
-@pytest.mark.parametrize(("value", "unit", "text"), [(999, "B", "999 B"), (4_270_000, "", "4.27 M"), (0, "", "0"),
-                                                     (2_345_000_000, "B", "2.35 GB"), (40e12, "B", "40 TB")])
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (999, "B", "999 B"),
+        (4_270_000, "", "4.27 M"),
+        (0, "", "0"),
+        (2_345_000_000, "B", "2.35 GB"),
+        (40e12, "B", "40 TB"),
+    ],
+)
 def test_scaled_numbers(value, unit, text):
     assert report._scaled(value, unit) == text

@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+"""Continue prompts with an exported model, with the memory, without it, or both side by side."""
+
+import sys
+
+from mlpmem_ds.core.front_end import run_front_end
+from mlpmem_ds.core.world import World
+from mlpmem_ds.stages import generate
+
+
+def run(config: generate.Config, world: World) -> None:
+    print(generate.run(config, world))
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    return run_front_end(
+        generate.Config,
+        run,
+        # `lambda` is a word of Python, so the field is called lmbda.
+        argv=["--lmbda" + word.removeprefix("--lambda") if word.split("=")[0] == "--lambda" else word for word in words],
+        description="Continue prompts with the output of tools/convert_checkpoint.py; greedy unless --temperature is given.",
+        example='python launch/generate.py --model run/export --prompt "def read(self, " --max-new-tokens 40 --compare',
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

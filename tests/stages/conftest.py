@@ -1,0 +1,51 @@
+"""A key directory with codes and values of the test's own choosing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.formats.keys import FORMAT, VERSION, unit_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    output: Path
+
+
+def _make_keys(
+    root: Path, vectors_ND: np.ndarray, values_N: np.ndarray, *, vocab_size: int = 50, block_size: int = 8,
+    unit_positions: int = 96, scale: float = 0.5,
+) -> Path:
+    blocks = {unit_name(block.start): block for block in split_blocks(len(vectors_ND), unit_positions)}
+    stage = open_stage(root, stage=FORMAT, version=VERSION, config=_Config(output=root), inputs={"corpus": "0" * 64},
+                       world=World())
+
+    def write(unit: str, writer: UnitWriter) -> None:
+        rows = slice(*blocks[unit])
+        writer.array(f"keys-{unit}.npy", vectors_ND[rows])
+        writer.array(f"values-{unit}.npy", values_N[rows].astype(token_dtype(vocab_size)))
+
+    def describe() -> dict[str, Any]:
+        codec = {"name": "int8" if vectors_ND.dtype == np.int8 else "raw", "dim": vectors_ND.shape[1], "scale": scale}
+        return {"codec": codec, "num_positions": len(vectors_ND), "unit_positions": unit_positions, "input_size": 0,
+                "vocab_size": vocab_size, "split": "train", "block_size": block_size}
+
+    stage.run_units(list(blocks), write)
+    stage.finish(list(blocks), describe)
+    return root
+
+
+@pytest.fixture(scope="session")
+def make_keys() -> Callable[..., Path]:
+    """make_keys(root, vectors [N, D] int8 or float16, values [N], …) writes a complete key directory."""
+    return _make_keys

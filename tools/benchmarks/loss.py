@@ -1,0 +1,234 @@
+"""Benchmark `loss`: sparse kNN targets → **loss and gradients of the memory's head**, ours beside three others.
+
+ours                `maths.sparse_loss`: chunks of rows, gradients in forward, neither dense target nor all logits.
+dense               the published way: targets scattered to N x V, log_softmax, kl_div and cross entropy, autograd.
+torch_lce           torch's F.linear_cross_entropy, chunked by its own choice: the hard label only, so less than is asked.
+torch_lce_plus_bag  the same made to compute our loss: Σ m = 1 gives L = CE(y) - Σ h · Σ_i (m_i - [i = y]) W_i + const.
+
+All arms are float32, forward and backward, with gradients of both the hidden states and the head's weight. CPU seconds are
+compared, for wall seconds depend on who else computes. Peak memory is that of one fresh process an arm, above its start
+(which holds hidden states, weight and sparse targets, but no gradient): see common.peak_bytes_above_start.
+
+Shape legend: N rows, D width, V vocabulary, K teacher entries a row, E = N K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
+
+from .common import (
+    Report,
+    check_output,
+    in_child,
+    interleave,
+    median_of,
+    peak_bytes_above_start,
+    row_of,
+    timing_rows,
+    use_threads,
+)
+
+DESCRIPTION = (
+    "Loss and gradients of the head for sparse targets: ours, dense autograd, torch's fused hard-label loss. "
+    "The default sizes take about 3 minutes and 6 GB on two cores."
+)
+_SEED = 1
+_WARM_UP = {"rows": 96, "width": 32, "vocab_size": 640, "entries": 8}
+
+Outcome: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Loss (a sum over the rows), gradient of the hidden states [N, D], gradient of the weight [V, D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of tools/bench.py loss."""
+
+    output: Path = option("JSON file to write")
+    rows: int = option("rows of hidden states (tokens)", 4096)
+    width: int = option("numbers in a hidden state", 512)
+    vocab_size: int = option("rows of the head's weight", 50257)
+    entries: int = option("teacher entries of each row", 64)
+    alpha: float = option("weight of KL against cross entropy, 0 to 1", 0.5)
+    chunk_bytes: int = option("bytes of logits that ours holds at once", DEFAULT_CHUNK_BYTES)
+    torch_chunk_rows: int = option("rows of a chunk of torch's fused loss, 0 = its own choice", 0)
+    runs: int = option("timed runs of each arm", 5)
+    threads: int = option("CPU threads, 0 = as the environment says", 0)
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "width", "vocab_size", "entries", "runs", "chunk_bytes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name in ("torch_chunk_rows", "threads"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+        if self.entries > self.vocab_size:
+            raise UserError(f"--entries {self.entries} distinct ids do not fit in --vocab-size {self.vocab_size}")
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"--alpha {self.alpha} must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What every arm is given."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    targets: TargetBatch
+    alpha: float
+
+
+def run(config: Config, world: World) -> None:
+    check_output(config.output)
+    use_threads(config.threads)
+    report = Report("loss", config)
+    loss_difference, gradient_difference = differences(_warm_up_config(config))
+    problem = make_problem(config)
+    timings = interleave({name: lambda arm=arm: arm(problem, config) for name, arm in ARMS.items()}, config.runs)
+    rows = timing_rows(timings)
+    del problem
+    for arm in ARMS:
+        peak = in_child(_peak_of_arm, arm, config)
+        rows.append(row_of(arm, "peak_memory_above_start", "B", [peak]))
+    ratios = {
+        name: median_of(rows, "ours", metric) / median_of(rows, anchor, metric)
+        for name, metric, anchor in (
+            ("cpu_time_over_dense", "cpu_seconds", "dense"),
+            ("cpu_time_over_torch_lce", "cpu_seconds", "torch_lce"),
+            ("cpu_time_over_torch_lce_plus_bag", "cpu_seconds", "torch_lce_plus_bag"),
+            ("wall_time_over_dense", "wall_seconds", "dense"),
+            ("peak_memory_over_dense", "peak_memory_above_start", "dense"),
+            ("peak_memory_over_torch_lce", "peak_memory_above_start", "torch_lce"),
+        )
+    }
+    ratios |= {"loss_difference": loss_difference, "gradient_difference": gradient_difference}
+    report.publish(config.output, rows, ratios)
+
+
+def make_problem(config: Config) -> Problem:
+    """Random hidden states and weight; `entries` distinct ascending ids a row, as target shards hold them.
+
+    Labels are one of the row's own ids in two rows of three, any id in the others.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    num_rows, num_ids = config.rows, config.vocab_size
+    ids_NK = torch.stack([torch.randperm(num_ids, generator=generator)[: config.entries] for _ in range(num_rows)])
+    logits_NK = 2 * torch.randn(num_rows, config.entries, generator=generator)
+    labels_N = torch.randint(num_ids, (num_rows,), generator=generator)
+    labels_N = torch.where(torch.arange(num_rows) % 3 == 0, labels_N, ids_NK[:, 0])
+    ids_NK = ids_NK.sort(dim=1).values
+    return Problem(
+        hidden_ND=torch.randn(num_rows, config.width, generator=generator),
+        weight_VD=torch.randn(num_ids, config.width, generator=generator) / config.width**0.5,
+        targets=TargetBatch(
+            offsets_N1=torch.arange(num_rows + 1) * config.entries,
+            ids=ids_NK.reshape(-1),
+            probabilities=logits_NK.softmax(1).reshape(-1),
+            labels_N=labels_N,
+        ),
+        alpha=config.alpha,
+    )
+
+
+def ours(problem: Problem, config: Config) -> Outcome:
+    hidden_ND, weight_VD = _leaves(problem)
+    loss, _ = sparse_loss(hidden_ND, weight_VD, problem.targets, alpha=problem.alpha, chunk_bytes=config.chunk_bytes)
+    return _outcome(loss, hidden_ND, weight_VD)
+
+
+def dense(problem: Problem, config: Config) -> Outcome:
+    hidden_ND, weight_VD = _leaves(problem)
+    ids_NK, probabilities_NK = _as_matrices(problem)
+    targets_NV = torch.zeros(len(hidden_ND), len(weight_VD)).scatter_add_(1, ids_NK, probabilities_NK)
+    log_probabilities_NV = F.log_softmax(hidden_ND @ weight_VD.t(), dim=1)
+    kl = F.kl_div(log_probabilities_NV, targets_NV, reduction="sum")
+    ce = F.nll_loss(log_probabilities_NV, problem.targets.labels_N, reduction="sum")
+    return _outcome(problem.alpha * kl + (1 - problem.alpha) * ce, hidden_ND, weight_VD)
+
+
+def torch_lce(problem: Problem, config: Config) -> Outcome:
+    hidden_ND, weight_VD = _leaves(problem)
+    return _outcome(_fused_cross_entropy(hidden_ND, weight_VD, problem, config), hidden_ND, weight_VD)
+
+
+def torch_lce_plus_bag(problem: Problem, config: Config) -> Outcome:
+    hidden_ND, weight_VD = _leaves(problem)
+    ids_NK, probabilities_NK = _as_matrices(problem)
+    labels_N1 = problem.targets.labels_N[:, None]
+    # m - onehot(y) = α t - α onehot(y)
+    places_NJ = torch.cat([ids_NK, labels_N1], dim=1)
+    weights_NJ = problem.alpha * torch.cat([probabilities_NK, -torch.ones_like(labels_N1, dtype=torch.float32)], dim=1)
+    bags_ND = F.embedding_bag(places_NJ, weight_VD, per_sample_weights=weights_NJ, mode="sum")
+    constant = problem.alpha * torch.xlogy(probabilities_NK, probabilities_NK).sum()
+    cross_entropy = _fused_cross_entropy(hidden_ND, weight_VD, problem, config)
+    return _outcome(cross_entropy - (hidden_ND * bags_ND).sum() + constant, hidden_ND, weight_VD)
+
+
+ARMS: dict[str, Callable[[Problem, Config], Outcome]] = {
+    "ours": ours,
+    "dense": dense,
+    "torch_lce": torch_lce,
+    "torch_lce_plus_bag": torch_lce_plus_bag,
+}
+
+
+def differences(config: Config) -> tuple[float, float]:
+    """The greatest relative difference of the loss, and of a gradient in the norm, of the arms that compute our loss to `dense`."""
+    problem = make_problem(config)
+    expected = dense(problem, config)
+    others = [ours(problem, config), torch_lce_plus_bag(problem, config)]
+    of_loss, *of_gradients = [
+        max(float((other[part] - expected[part]).norm() / expected[part].norm()) for other in others)
+        for part in range(3)
+    ]
+    return of_loss, max(of_gradients)
+
+
+def _fused_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, problem: Problem, config: Config) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=config.torch_chunk_rows or None)
+    labels_N = problem.targets.labels_N
+    return F.linear_cross_entropy(hidden_ND, weight_VD, labels_N, reduction="sum", options=options)
+
+
+def _leaves(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The same storage as fresh leaves, so that each call makes its own gradients."""
+    return problem.hidden_ND.detach().requires_grad_(), problem.weight_VD.detach().requires_grad_()
+
+
+def _outcome(loss: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> Outcome:
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert hidden_ND.grad is not None and weight_VD.grad is not None
+    return loss.detach(), hidden_ND.grad, weight_VD.grad
+
+
+def _as_matrices(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Ids and probabilities as [N, K]: here every row has as many."""
+    num_rows = len(problem.hidden_ND)
+    return problem.targets.ids.view(num_rows, -1), problem.targets.probabilities.view(num_rows, -1)
+
+
+def _warm_up_config(config: Config) -> Config:
+    """Sizes that are over in a moment, several chunks in each arm."""
+    sizes = {name: min(size, getattr(config, name)) for name, size in _WARM_UP.items()}
+    return dataclasses.replace(config, **sizes, chunk_bytes=4 * sizes["vocab_size"] * 40)
+
+
+def _peak_of_arm(name: str, config: Config) -> int:
+    """In a child: the arm's peak memory above its start."""
+    use_threads(config.threads)
+    small = _warm_up_config(config)
+    ARMS[name](make_problem(small), small)
+    problem = make_problem(config)
+    return peak_bytes_above_start(lambda: ARMS[name](problem, config))
