@@ -61,7 +61,7 @@ if [ ${#corpus[@]} = 0 ]; then
 fi
 if [ -n "$base" ]; then tokenizer=$base; else tokenizer=train:4096; fi
 python tools/prepare_corpus.py --input "${corpus[@]}" ${exclude[@]+"${exclude[@]}"} --tokenizer "$tokenizer" --output "$run/corpus" \
-    --block-size 256 --stride 256 --tuning-fraction .06 --test-fraction .1 --heldout-fraction .08 --max-bytes "${max_bytes:-0}"
+    --block-size 256 --stride 256 --tuning-fraction .07 --test-fraction .11 --heldout-fraction .08 --seed 1 --max-bytes "${max_bytes:-0}"
 
 if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"

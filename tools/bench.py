@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Side-by-side measurements: python tools/bench.py NAME --output FILE.json; NAME --help shows the sizes."""
+"""Side-by-side measurements on this machine, written as JSON."""
 
+import argparse
 import importlib
 import sys
 
@@ -11,20 +12,20 @@ NAMES = ("loss", "targets")
 
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    name = words[0] if words else "--help"
-    if name in ("-h", "--help"):
-        sys.stdout.write(f"{__doc__}\nNAME: {' '.join(NAMES)}\n")
-        return 0
-    if name not in NAMES:
-        sys.stderr.write(f"error: no benchmark {name!r}: choose one of {' '.join(NAMES)}\n")
-        return 2
-    benchmark = importlib.import_module(f"benchmarks.{name}")
+    parser = argparse.ArgumentParser(
+        prog="bench.py",
+        description=f"{__doc__} `NAME --help` shows the sizes, and how long the default ones take.",
+        epilog="example: python tools/bench.py loss --output loss.json",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"what to measure: {', '.join(NAMES)}")
+    benchmark = importlib.import_module(f"benchmarks.{parser.parse_args(words[:1]).name}")
     return run_front_end(
         benchmark.Config,
         benchmark.run,
         argv=words[1:],
         description=benchmark.DESCRIPTION,
-        example=f"python tools/bench.py {name} --output {name}.json",
+        example=f"python tools/bench.py {words[0]} --output {words[0]}.json",
     )
 
 

@@ -55,6 +55,27 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def seconds_of_stage(root: Path) -> float | None:
+    """Wall-clock seconds that a stage's runs took, from its log.jsonl; None without one.
+
+    A rank is at work from its `started` to its last event before the next; where ranks overlap, time counts once. So
+    the runs of a resumed stage add up, a killed run's up to its last event.
+    """
+    spans: list[list[float]] = []
+    open_span: dict[int, list[float]] = {}
+    for event in read_events(root / "log.jsonl"):
+        if event["event"] == "started":
+            open_span[event["rank"]] = [event["time"], event["time"]]
+            spans.append(open_span[event["rank"]])
+        elif event["rank"] in open_span:
+            open_span[event["rank"]][1] = event["time"]
+    total, reached = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total if spans else None
+
+
 class Progress:
     """Counts work done: a tqdm bar on a terminal, else a log line with rate and time left every ten seconds (rank 0)."""
 

@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,6 +90,7 @@ _REFUSED_ZERO = {
 }
 # The lists of this rank's flat float32 weights in DeepSpeed's ZeRO-3, ZeRO-1/2 and bf16 ZeRO-1 optimizers.
 _FLAT_MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+_SECONDS_FOR_THREADS = 0.1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -142,8 +144,15 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
 
 
 def _leave_process_group() -> None:
+    """Before the interpreter ends: leave the group, and let gloo's threads drop the last tensors.
+
+    They take Python's lock to do so, and one that asks for it while the interpreter is being taken down aborts the
+    process ("terminate called without an active exception", one start in four with torch 2.13).
+    """
     if torch.distributed.is_initialized():
+        time.sleep(_SECONDS_FOR_THREADS)
         torch.distributed.destroy_process_group()
+    time.sleep(_SECONDS_FOR_THREADS)
 
 
 def _meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, int]:

@@ -96,7 +96,7 @@ def integer_centroids(codes_ND: Array, num_lists: int, *, seed: int, iterations:
 
     Starts from L of the codes drawn by `seed`. A list that stays empty takes the code farthest from its centroid.
     """
-    codes = torch.from_numpy(np.ascontiguousarray(codes_ND))
+    codes = torch.from_numpy(np.require(codes_ND, requirements=["C", "W"]))
     start_L = np.sort(np.random.default_rng(seed).choice(len(codes_ND), num_lists, replace=False))
     centroids = codes[torch.from_numpy(start_L)]
     for _ in range(iterations):
@@ -240,7 +240,7 @@ def _nearest_lists(index: Index, vectors_QD: Array, nprobe: int) -> tuple[Array,
     centroids_LD = ivf.quantizer.reconstruct_n(0, ivf.nlist)
     if vectors_QD.dtype == np.int8 and (centroids_LD == centroids_LD.astype(np.int8)).all():
         centroids_LD = centroids_LD.astype(np.int8)
-    vectors = torch.from_numpy(np.ascontiguousarray(vectors_QD))
+    vectors = torch.from_numpy(np.require(vectors_QD, requirements=["C", "W"]))  # a read-only memory map is copied
     return _nearest(vectors, torch.from_numpy(centroids_LD), min(nprobe, ivf.nlist))
 
 

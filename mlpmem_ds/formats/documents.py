@@ -154,9 +154,11 @@ def _read_json_lines(file: SourceFile, text_field: str, group_field: str | None)
 
 
 def _open_lines(path: Path) -> io.TextIOBase:
+    """The lines of a JSON-lines file; closing them closes the file."""
     if path.name.endswith(".gz"):
         return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8")
+    stream = open(path, "rb")  # noqa: SIM115 (the wrapper that is returned owns it)
     if path.name.endswith(".zst"):
-        stream = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
-        return io.TextIOWrapper(stream, encoding="utf-8")
-    return open(path, encoding="utf-8")
+        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True, closefd=True)
+        return io.TextIOWrapper(reader, encoding="utf-8")
+    return io.TextIOWrapper(stream, encoding="utf-8")

@@ -96,7 +96,8 @@ def sample_positions(num_positions: int, wanted: int, *, seed: int) -> np.ndarra
 
 def _scramble(numbers: np.ndarray, seed: int) -> np.ndarray:
     """splitmix64 (Steele, Lea, Flood 2014): uint64 → uint64 that looks random."""
-    mixed = (numbers + np.uint64(seed + 1) * np.uint64(0x632BE59BD9B4E019)) * np.uint64(0x9E3779B97F4A7C15)
+    offset = np.uint64((seed + 1) * 0x632BE59BD9B4E019 % 2**64)
+    mixed = (numbers + offset) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -15,7 +15,6 @@ B sequences, S tokens, V vocabulary.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -124,6 +123,20 @@ class _Probe:
         return interpolate(self.base_BSV, self.memory_BSV, lmbda)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Built:
+    """The joint model before it is written, and what its parts give."""
+
+    joint: MemoryAugmentedLM
+    probe: _Probe
+    rounding: float
+    """of the stored dtype: mean total variation against float32; 0 for float32"""
+
+    @property
+    def num_base_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.joint.base.parameters())
+
+
 def run(config: Config, world: World) -> None:
     """Write, verify and publish the export, or say that it is complete. One process does it; other ranks return."""
     if not world.is_first:
@@ -134,10 +147,11 @@ def run(config: Config, world: World) -> None:
         _logger.info("complete: %s", config.output)
         return
     _require_disk(config, inputs)
+    built = _build(config, inputs)
     with _partial_directory(output) as partial:
         export = partial / output.name  # the name of the copy of its code that transformers keeps
-        verification, facts = _write_and_verify(config, inputs, export)
-        card = model_card(inputs, config, verification, facts)
+        verification = _write_and_verify(config, inputs, built, export)
+        card = model_card(inputs, config, verification, built.num_base_parameters, _weight_bytes(export))
         (export / "README.md").write_text(card, encoding="utf-8")
         records = [record_file(export, path.relative_to(export).as_posix()) for path in _files_below(export)]
         manifest = {**identity, "mlpmem_ds": mlpmem_ds.__version__, "verification": verification,
@@ -362,35 +376,41 @@ def _flush(path: Path) -> None:
 # The model
 
 
-def _write_and_verify(config: Config, inputs: _Inputs, export: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write the joint model and its tokenizer into `export` and load them again.
-
-    Returns:
-        the verification's figures, and the numbers of parameters and bytes for the card.
+def _build(config: Config, inputs: _Inputs) -> _Built:
+    """Join the parts in the export's dtype, and read what they give.
 
     Raises:
         UserError: base and memory do not fit each other, or the dtype cannot hold them.
-        DamagedDataError: what was loaded is not what was trained.
     """
     point = CapturePoint(layer=inputs.trained.provenance["input_layer"], point=inputs.trained.provenance["key_point"])
     joint = _join(config, inputs, point)
     probe = _read_parts(joint.base, joint.memory, point)
     rounding = 0.0 if config.dtype == "float32" else _rounding(config, inputs, point, probe)
-    expected = dict(joint.state_dict())
-    expected.update({f"memory.{name}": tensor.to(DTYPES[config.dtype]) for name, tensor in inputs.trained.weights.items()})
-    joint.save_pretrained(export, max_shard_size=int(config.max_shard_gigabytes * 1e9))
+    return _Built(joint=joint, probe=probe, rounding=rounding)
+
+
+def _write_and_verify(config: Config, inputs: _Inputs, built: _Built, export: Path) -> dict[str, Any]:
+    """Write the joint model and its tokenizer into `export`, load them again, and return the figures of the comparison.
+
+    Raises:
+        DamagedDataError: what was loaded is not what was trained.
+    """
+    weights = {f"memory.{name}": tensor.to(DTYPES[config.dtype]) for name, tensor in inputs.trained.weights.items()}
+    expected = {**built.joint.state_dict(), **weights}
+    built.joint.save_pretrained(export, max_shard_size=int(config.max_shard_gigabytes * 1e9))
     inputs.tokenizer.save_pretrained(export)
-    facts = {"base": sum(parameter.numel() for parameter in joint.base.parameters()),
-             "memory": inputs.memory.num_parameters(),
-             "bytes": sum(path.stat().st_size for path in export.glob("*.safetensors"))}
-    del joint
-    gc.collect()
-    difference = verify(export, expected, probe, inputs.lmbda, attention=config.attention)
+    for path in export.glob("*.safetensors"):  # safetensors writes them for the owner alone
+        shutil.copymode(export / "config.json", path)
+    difference = verify(export, expected, built.probe, inputs.lmbda, attention=config.attention)
     if vocabulary_sha256(AutoTokenizer.from_pretrained(export)) != inputs.trained.provenance["vocabulary_sha256"]:
         raise DamagedDataError("the tokenizer does not survive being saved and loaded: nothing was published; give another "
                                "form of it with --tokenizer")
-    return {"logit_difference": difference, "logit_bound": LOGIT_BOUND, "rounding": rounding,
-            "rounding_bound": ROUNDING_BOUND, "num_positions": probe.ids_BS.numel()}, facts
+    return {"logit_difference": difference, "logit_bound": LOGIT_BOUND, "rounding": built.rounding,
+            "rounding_bound": ROUNDING_BOUND, "num_positions": built.probe.ids_BS.numel()}
+
+
+def _weight_bytes(export: Path) -> int:
+    return sum(path.stat().st_size for path in export.glob("*.safetensors"))
 
 
 def _join(config: Config, inputs: _Inputs, point: CapturePoint) -> MemoryAugmentedLM:
@@ -479,6 +499,8 @@ def verify(export: Path, expected: Mapping[str, torch.Tensor], probe: _Probe, lm
         raise _refusal(f"it does not load ({type(error).__name__}: {error})") from error
     if faults := {name: sorted(map(str, values)) for name, values in report.items() if values}:
         raise _refusal(f"transformers reports {faults}")
+    if loaded.lmbda != lmbda:
+        raise _refusal(f"its λ is {loaded.lmbda:g}, not {lmbda:g}")
     found = loaded.state_dict()
     differing = sorted(name for name in {*found, *expected}
                        if name not in found or name not in expected or not _same(found[name], expected[name]))
@@ -513,7 +535,9 @@ def _relative_difference(found_BSV: torch.Tensor, wanted_BSV: torch.Tensor) -> f
 # The card
 
 
-def model_card(inputs: _Inputs, config: Config, verification: Mapping[str, Any], facts: Mapping[str, int]) -> str:
+def model_card(
+    inputs: _Inputs, config: Config, verification: Mapping[str, Any], num_base_parameters: int, weight_bytes: int
+) -> str:
     """README.md of the export, from what is known; what is not known is said to be unknown."""
     base = inputs.model if not Path(inputs.model).is_dir() else Path(inputs.model).resolve().name
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [mlp-memory, retrieval-imitation]"]
@@ -521,8 +545,10 @@ def model_card(inputs: _Inputs, config: Config, verification: Mapping[str, Any],
         header.append(f"base_model: {base}")
     example = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # runs hf.py, memory.py, backbone.py\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        "# trust_remote_code runs hf.py, memory.py and backbone.py of this directory; transformers reads the tokenizer's\n"
+        "# directory through the same configuration class, and would ask without it.\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)\n'
         'prompt = tokenizer("…", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))\n"
         "model.lmbda = 0.0  # the base alone; any weight in [0, 1]"
@@ -535,7 +561,11 @@ def model_card(inputs: _Inputs, config: Config, verification: Mapping[str, Any],
         "distribution of a kNN retriever over a corpus (arXiv 2508.01832): `p = (1 - λ) p_base + λ p_memory`. No index and no "
         "search are needed; the logits are log-probabilities of the mixture.",
         f"```python\n{example}\n```",
-        "## What it is made of\n" + _bullet_list(_ingredients(inputs, config, base, facts)),
+        "## What it is made of\n" + _bullet_list([
+            f"Base: {base}, {num_base_parameters:,} parameters, frozen (SHA-256 of its files {inputs.base_sha256})",
+            f"Weights: {config.dtype}, {weight_bytes:,} bytes",
+            *_ingredients(inputs),
+        ]),
         "## How good it is\n" + _quality(inputs),
         f"## Verification\n{verified[0].upper()}{verified[1:]}. `{EXPORT_FILE}` has the SHA-256 of every file.",
         "## Limits\n" + _bullet_list([
@@ -551,24 +581,24 @@ def model_card(inputs: _Inputs, config: Config, verification: Mapping[str, Any],
     return "\n\n".join(sections) + "\n"
 
 
-def _ingredients(inputs: _Inputs, config: Config, base: str, facts: Mapping[str, int]) -> list[str]:
+def _ingredients(inputs: _Inputs) -> list[str]:
+    """The memory, its weight, its corpus and its training, a line each."""
     known, memory, corpus, targets = inputs.trained.provenance, inputs.memory, inputs.corpus, inputs.targets
     lines = [
-        f"Base: {base}, {facts['base']:,} parameters, frozen (SHA-256 of its files {inputs.base_sha256})",
-        f"Memory: {facts['memory']:,} parameters, {memory.num_blocks} {memory.family} blocks of width {memory.hidden_size} "
-        f"({memory.intermediate_size} inside), vocabulary {memory.vocab_size:,}; it reads the base's layer "
+        f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of width "
+        f"{memory.hidden_size} ({memory.intermediate_size} inside), vocabulary {memory.vocab_size:,}; it reads the base's layer "
         f"{known['input_layer']} ({known['key_point']})",
-        f"Weights: {config.dtype}, {facts['bytes']:,} bytes",
         f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",
         f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {known.get('corpus', 'unknown')})",
         f"Training: α {known.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of cross entropy, "
         f"{known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')} steps of "
         f"{known.get('batch_positions', 'unknown')} positions, {known.get('epochs', 'unknown')} epochs",
     ]
-    if known.get("targets") is None:
+    if known.get("alpha") == 0:
         return [*lines, "Retriever: none (trained on cross entropy alone)"]
     if targets is None:
-        return [*lines, f"Retriever: unknown k and temperature (SHA-256 of its targets' manifest {known['targets']})"]
+        sha256 = known.get("targets", "unknown")
+        return [*lines, f"Retriever: unknown k and temperature (SHA-256 of its targets' manifest {sha256})"]
     return [*lines, f"Retriever: k {targets['k']}, T {targets['temperature']:.6g} in squared key units "
                     f"({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}), keys of layer "
                     f"{known.get('key_layer', 'unknown')}"]

@@ -77,7 +77,7 @@ class Config:
     index: Path | None = option("index of those keys: adds the arm base+knn_ivfpq", None)
     targets: Path | None = option("targets of those keys: their temperature and k are taken", None)
     control: tuple[str, ...] = option(
-        "further arms: a memory (arm base+NAME) or a language model of its own (arm NAME)",
+        "further arms: base+NAME=a memory, NAME=a language model of its own",
         (),
         identity=False,
         metavar="NAME=DIR",
@@ -349,7 +349,10 @@ def _describe_arm(
     }
     test_units = [unit for unit in mine if unit.stream == inputs.splits[config.test_split].corpus.name]
     parts = {arm} if model is not None else {BASE, arm}
-    test_seconds = sum(summaries[unit.name]["seconds"][part] for unit in test_units for part in parts)
+    # The median: another program on the machine slows some units many times over.
+    rates = [
+        unit.block.size / max(sum(summaries[unit.name]["seconds"][part] for part in parts), 1e-9) for unit in test_units
+    ]
     return Arm(
         name=arm,
         scores={name: split.take(by_stream[split.corpus.name]) for name, split in inputs.splits.items()},
@@ -357,7 +360,7 @@ def _describe_arm(
         parameters=parameters,
         bytes=num_bytes,
         seconds=inputs.seconds[arm],
-        tokens_per_second=sum(unit.block.size for unit in test_units) / test_seconds if test_seconds else None,
+        tokens_per_second=float(np.median(rates)),
         temperatures=store.temperatures if store is not None and is_knn else (),
     )
 

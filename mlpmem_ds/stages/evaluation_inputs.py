@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from mlpmem_ds.core.blocks import hash_fraction
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
-from mlpmem_ds.core.log import read_events
+from mlpmem_ds.core.log import seconds_of_stage
 from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.engines.hidden_states import (
     StateSource,
@@ -31,7 +31,7 @@ from mlpmem_ds.engines.hidden_states import (
     fingerprint_model,
     resolve_point,
 )
-from mlpmem_ds.formats.checkpoint import read_weights
+from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, read_weights
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
@@ -137,9 +137,17 @@ def open_inputs(config: Config) -> Inputs:
     for name, root in control_directories(config.control).items():
         flag = f"--control {name}"
         if _holds_memory(root, flag):
-            memories.append(_open_memory(root, f"base+{name}", config, corpus, source, base_sha256, flag=flag))
+            arm = f"base+{name.removeprefix('base+')}"
+            memories.append(_open_memory(root, arm, config, corpus, source, base_sha256, flag=flag))
+        elif name.startswith("base+"):
+            raise UserError(
+                f"{flag}: {root} is a language model of its own, and arms named base+… are the base with something beside "
+                "it: choose another name"
+            )
         else:
             models.append(_open_model(root, name, config, corpus))
+    if len({memory.arm for memory in memories}) < len(memories):
+        raise UserError("two of the controls have the same name: choose another for one of them")
     datastore = _open_datastore(config, splits, source, base_sha256)
     _refuse_training_text(splits, memories, datastore)
     return Inputs(
@@ -218,13 +226,17 @@ def _check_model(source: StateSource, path: str, corpus: CorpusSplit, *, flag: s
 
 
 def control_directories(controls: Sequence[str]) -> dict[str, Path]:
-    """NAME=DIR words → name and directory."""
+    """NAME=DIR words → name of the arm and directory.
+
+    Raises:
+        UserError: not of that form, or a name that is taken.
+    """
     directories: dict[str, Path] = {}
     for word in controls:
         name, sign, directory = word.partition("=")
-        if not sign or not directory or not re.fullmatch(r"\w+", name):
+        if not sign or not directory or not re.fullmatch(r"(base\+)?\w+", name):
             raise UserError(f"--control {word}: give NAME=DIR with a name of letters, digits and underscores")
-        if name in directories or name in _RESERVED_NAMES:
+        if name in directories or name.removeprefix("base+") in _RESERVED_NAMES:
             raise UserError(f"--control {word}: the name {name} is taken; choose another")
         directories[name] = Path(directory)
     return directories
@@ -232,8 +244,9 @@ def control_directories(controls: Sequence[str]) -> dict[str, Path]:
 
 def _holds_memory(root: Path, flag: str) -> bool:
     """Whether a directory is a training output or an exported memory; else it is a language model."""
-    if (root / "weights").is_dir() or (root / "checkpoints").is_dir():
-        return True
+    identity = root / "identity.json"
+    if identity.is_file() and read_json(identity).get("format") == f"mlpmem-{MEMORY_STAGE}":
+        return True  # finished or not: reading it says which
     if not (root / "config.json").is_file():
         raise UserError(
             f"{flag}: {root} holds neither a memory nor a language model: give an output of launch/train.py, an "
@@ -416,27 +429,6 @@ def _seconds(config: Config, memories: Sequence[MemoryArm], models: Sequence[Mod
 def _sum_of_logs(roots: Sequence[Path | None]) -> float | None:
     logged = [None if root is None else seconds_of_stage(root) for root in roots]
     return None if None in logged else sum(seconds for seconds in logged if seconds is not None)
-
-
-def seconds_of_stage(root: Path) -> float | None:
-    """Wall-clock seconds that a stage's runs took, from its log.jsonl; None without one.
-
-    A rank is at work from its `started` to its last event before the next; where ranks overlap, time counts once. So
-    the runs of a resumed stage add up, a killed run's up to its last event.
-    """
-    spans: list[list[float]] = []
-    open_span: dict[int, list[float]] = {}
-    for event in read_events(root / "log.jsonl"):
-        if event["event"] == "started":
-            open_span[event["rank"]] = [event["time"], event["time"]]
-            spans.append(open_span[event["rank"]])
-        elif event["rank"] in open_span:
-            open_span[event["rank"]][1] = event["time"]
-    total, reached = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, reached))
-        reached = max(reached, stop)
-    return total if spans else None
 
 
 def bytes_of_model(root: Path) -> int:

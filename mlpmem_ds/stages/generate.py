@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
 from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM, checked_lmbda
+from mlpmem_ds.stages.prepare_corpus import vocabulary_sha256
 
 _logger = logging.getLogger(__name__)
 _COLUMN_WIDTH = 58
@@ -70,10 +70,11 @@ def run(config: Config, world: World) -> str:
     prompts = _read_prompts(config)
     if config.temperature == 0 and config.top_p < 1:
         _logger.warning("--top-p %g is ignored: --temperature 0 always takes the likeliest token", config.top_p)
-    tokenizer = _load_tokenizer(config.model)
+    settings, tokenizer = _read_export(config.model)
+    lmbda = settings.lmbda if config.lmbda is None else config.lmbda
+    context = getattr(settings, "max_position_embeddings", None) or math.inf
+    ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
     model = _load_model(config)
-    lmbda = model.lmbda if config.lmbda is None else config.lmbda
-    ids = _encode(tokenizer, prompts, model, config.max_new_tokens)
     texts = {value: _continue_all(config, model, tokenizer, ids, value)
              for value in ((0.0, lmbda) if config.compare else (lmbda,))}
     if config.compare:
@@ -157,32 +158,34 @@ def _load_model(config: Config) -> MemoryAugmentedLM:
     return joint
 
 
-def _load_tokenizer(model: str) -> Any:
-    """The export's tokenizer.
+def _read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
+    """The export's configuration and tokenizer.
 
     Raises:
-        UserError: there is no export of that name.
+        UserError: there is no export of that name, or its tokenizer is gone or another.
     """
-    root = Path(model)
-    if root.exists():
-        found = read_json(root / "config.json").get("model_type") if (root / "config.json").is_file() else None
-        if found != MemoryAugmentedConfig.model_type:
-            kind = "no model" if found is None else f"a {found} model without a memory"
-            raise UserError(f"--model {model} holds {kind}: give the output of tools/convert_checkpoint.py")
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # each tokenizer library raises a family of its own
-        raise UserError(f"--model {model}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}): give the output of "
+        settings = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # each library under these raises a family of its own
+        raise UserError(f"--model {model} cannot be read ({str(error).splitlines()[0]}): give the output of "
                         "tools/convert_checkpoint.py, or check the network for a Hub name") from error
+    if not isinstance(settings, MemoryAugmentedConfig):
+        raise UserError(f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
+                        "tools/convert_checkpoint.py")
+    # Where the files are missing, transformers gives a tokenizer without words.
+    if settings.vocabulary_sha256 and vocabulary_sha256(tokenizer) != settings.vocabulary_sha256:
+        raise UserError(f"--model {model} has a tokenizer of {len(tokenizer)} tokens that is not the one it was made with: run "
+                        "tools/convert_checkpoint.py again")
+    return settings, tokenizer
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str], model: MemoryAugmentedLM, max_new_tokens: int) -> list[list[int]]:
+def _encode(tokenizer: Any, prompts: Sequence[str], context: float, max_new_tokens: int) -> list[list[int]]:
     """Token ids of each prompt.
 
     Raises:
         UserError: a prompt is empty, or does not fit the base's context together with the new tokens.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
     ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
     for number, row in enumerate(ids, start=1):
         if not row:

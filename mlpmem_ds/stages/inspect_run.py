@@ -42,7 +42,8 @@ class StageState:
     def line(self) -> str:
         state = "complete" if self.is_complete else "not complete"
         faults = f", {len(self.faults)} faults" if self.faults else ""
-        return f"{self.root.name:24} {self.format:20} {state:13} {self.num_files:6,} files {self.num_bytes / 1e6:12,.1f} MB{faults}"
+        size = f"{self.num_files:6,} files {self.num_bytes / 1e6:12,.1f} MB"
+        return f"{self.root.name:24} {self.format:20} {state:13} {size}{faults}"
 
 
 def run(config: Config, world: World) -> None:

@@ -222,7 +222,7 @@ def _table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             *(f"{arm['splits'][split]['ppl']:.2f}" for split in extra),
             f"{arm['bits_per_byte']:.3f}",
             _number(arm["lambda"], "{:.2f}"),
-            _number(arm["win_rate"], "{:.0%}"),
+            _number(arm["win_rate"], "{:.2f}"),
             _scaled(arm["parameters"]),
             _scaled(arm["bytes"], "B"),
             "–" if arm["name"] == BASE else _number(arm["seconds"], "{:.0f} s"),
@@ -267,7 +267,7 @@ def _headline(evaluation: Mapping[str, Any]) -> list[str]:
     )
     if evaluation["recovered_share"] is not None:
         text += (
-            f" That is {evaluation['recovered_share']:.0%} of what an exact search over all the keys gains "
+            f" That is {100 * evaluation['recovered_share']:.0f} % of what an exact search over all the keys gains "
             f"({_percent(arms[KNN_EXACT]['ppl_change'])})."
         )
     return [text]
@@ -367,16 +367,16 @@ def _second_tests(evaluation: Mapping[str, Any]) -> list[str]:
 def _reading(evaluation: Mapping[str, Any]) -> list[str]:
     settings = evaluation["settings"]
     notes = [
-        f"change and interval: of perplexity, relative to `base`; paired block bootstrap, "
-        f"{settings['bootstrap_samples']:,} samples of blocks of {settings['bootstrap_block']} positions. It covers the choice of text, not the choice of λ nor another "
-        "training run",
+        "change and interval: of perplexity, relative to `base`; paired block bootstrap, "
+        f"{settings['bootstrap_samples']:,} samples of blocks of {settings['bootstrap_block']} positions. It covers the "
+        "choice of text, not the choice of λ nor another training run",
         "bits/byte: bits spent on all positions, end-of-document tokens too, by UTF-8 byte of text",
         "wins: share of the positions where what is mixed in (or the control itself) gives the true token more probability "
         "than the base does; no λ changes it",
         f"on disk: {BYTES_NOTE}",
         "made in: wall-clock seconds of the stages that the arm needs and the base does not, from their logs; – where a "
         "log was not given",
-        "tokens/s: scoring the test split here, the base's pass and the arm's own part, on "
+        "tokens/s: scoring the test split here, the base's pass and the arm's own part, median over blocks, on "
         f"{settings['threads']} threads a process ({evaluation['machine'].get('cores')} cores, {settings['device']})",
     ]
     return ["## How to read the table", "\n".join(f"- {note}" for note in notes)]

@@ -117,7 +117,7 @@ def squared_norms(rows_NE: np.ndarray) -> np.ndarray:
     dtype = _distance_dtype(rows_NE)
     norms_N = np.empty(len(rows_NE), dtype)
     for start in range(0, len(rows_NE), _NORM_ROWS):
-        block = rows_NE[start : start + _NORM_ROWS].astype(np.int32 if dtype == np.int64 else np.float64)
+        block: Any = rows_NE[start : start + _NORM_ROWS].astype(np.int32 if dtype == np.int64 else np.float64)
         norms_N[start : start + _NORM_ROWS] = (block * block).sum(axis=1)
     return norms_N
 

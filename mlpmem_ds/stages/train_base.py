@@ -48,13 +48,14 @@ from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.batches import shuffled
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.maths.interpolation import label_log_probabilities
-from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
+from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
 from mlpmem_ds.models.backbone import load_base, logit_transform, output_head
 from mlpmem_ds.stages.training_loop import LoopSettings, Metrics, Schedule, learning_rate_at, run_steps
 
 _logger = logging.getLogger(__name__)
 _UNIT = "model"
 _FORMAT, _VERSION = "base", 1
+_CHUNK_BYTES_CPU = 4 << 20  # of logits: what stays in a core's share of the cache
 _EVALUATED_WINDOWS = 16  # at once
 _DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
 
@@ -122,7 +123,8 @@ class BaseObjective(nn.Module):
         targets = TargetBatch(offsets_N1=torch.zeros(len(labels_N) + 1, dtype=torch.int64), ids=nothing.long(),
                               probabilities=nothing, labels_N=labels_N)
         weight_VD = output_head(self.model)[0]
-        loss, _ = sparse_loss(self.hidden(tokens_BT[:, :-1]), weight_VD, targets, alpha=0.0)
+        loss, _ = sparse_loss(self.hidden(tokens_BT[:, :-1]), weight_VD, targets, alpha=0.0,
+                              chunk_bytes=_CHUNK_BYTES_CPU if weight_VD.device.type == "cpu" else DEFAULT_CHUNK_BYTES)
         return (loss / len(labels_N),)
 
 
@@ -188,7 +190,8 @@ def _make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedM
         return GPT2LMHeadModel(GPT2Config(
             vocab_size=corpus.vocab_size, n_positions=max(length, corpus.block_size), n_embd=config.hidden_size,
             n_layer=config.num_layers, n_head=config.num_heads, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout, bos_token_id=corpus.end_of_document_id, eos_token_id=corpus.end_of_document_id,
+            attn_pdrop=config.dropout, activation_function="gelu_pytorch_tanh",  # GPT-2's, as one kernel: 1.7x the speed
+            bos_token_id=corpus.end_of_document_id, eos_token_id=corpus.end_of_document_id,
         ))
     try:
         model = load_base(config.init_from, dtype=torch.float32, device="cpu")

@@ -67,7 +67,7 @@ class Config:
     exclude_window: int = option("positions on either side that are no neighbours", 0)
     corpus: Path | None = option("corpus directory of the keys, for --exclude same-document", None)
     shard_positions: int = option("positions in a shard file, a multiple of the corpus' block size", 131072)
-    batch_positions: int = option("queries searched at once", 8192, identity=False)
+    batch_positions: int = option("queries searched at once", 16384, identity=False)
     threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity=False)
 
     def __post_init__(self) -> None:
@@ -164,20 +164,24 @@ class _Datastore:
 
     def neighbours(self, positions_n: np.ndarray) -> Neighbours:
         """The k nearest keys of each of these positions (int64)."""
-        documents_N = self._documents_N
-        exclusion = Exclusion(
-            query_ids_Q=positions_n, window=self._config.exclude_window, key_groups_N=documents_N,
-            query_groups_Q=None if documents_N is None else documents_N[positions_n],
-        )
-        queries_nD = self.vectors_ND[positions_n]
         if self._index is None:
-            return exact_neighbours(queries_nD, self.vectors_ND, self._config.k, exclusion=exclusion)
+            return exact_neighbours(self.vectors_ND[positions_n], self.vectors_ND, self._config.k,
+                                    exclusion=self._exclusion(positions_n))
         from mlpmem_ds.engines import faiss as engine
 
         trained, offsets_L1, ids_N = self._lists
-        probes_nP = engine.assign(trained, queries_nD, self._config.nprobe)
-        return list_neighbours(
-            queries_nD, probes_nP, offsets_L1, ids_N, self.vectors_ND, self._config.k, exclusion=exclusion)
+        probes_nP = engine.assign(trained, self.vectors_ND[positions_n], self._config.nprobe)
+        # Queries of one list side by side: they probe the same lists, which are then read once for many of them.
+        order_n = np.argsort(probes_nP[:, 0], kind="stable")
+        positions_n, place_n = positions_n[order_n], np.argsort(order_n)
+        found = list_neighbours(self.vectors_ND[positions_n], probes_nP[order_n], offsets_L1, ids_N, self.vectors_ND,
+                                self._config.k, exclusion=self._exclusion(positions_n))
+        return Neighbours(ids_QK=found.ids_QK[place_n], distances_QK=found.distances_QK[place_n])
+
+    def _exclusion(self, positions_n: np.ndarray) -> Exclusion:
+        documents_N = self._documents_N
+        return Exclusion(query_ids_Q=positions_n, window=self._config.exclude_window, key_groups_N=documents_N,
+                         query_groups_Q=None if documents_N is None else documents_N[positions_n])
 
     def squared_distances(self, neighbours: Neighbours) -> tuple[np.ndarray, np.ndarray]:
         """(distances² in key units, float64 [n, K]; which are neighbours, bool [n, K])."""
@@ -210,16 +214,19 @@ def _write(
 ) -> dict[str, Any]:
     """One unit: search the shard's positions batch by batch and write their rows sample by sample."""
     short = without = 0
+    block_size = datastore.keys.manifest["block_size"]
+    dtype = token_dtype(datastore.keys.manifest["vocab_size"])
 
     def blocks() -> Iterator[TargetBlock]:
         nonlocal short, without
-        block_size = datastore.keys.manifest["block_size"]
         for batch in split_blocks(shard.size, block_size * max(1, config.batch_positions // block_size)):
-            positions_n = np.arange(shard.start + batch.start, shard.start + batch.stop)
-            rows, dropped_n, counts_n = _rows(datastore, config, positions_n, temperature)
+            first = shard.start + batch.start
+            neighbours = datastore.neighbours(np.arange(first, first + batch.size))
+            counts_n = (neighbours.ids_QK >= 0).sum(axis=1)
             short, without = short + int((counts_n < config.k).sum()), without + int((counts_n == 0).sum())
             for block in split_blocks(batch.size, block_size):
-                yield _pack(datastore, rows, dropped_n, block, int(positions_n[0]))
+                rows, dropped_n = _rows(datastore, neighbours, block, first, temperature, config.mass)
+                yield pack_block(first + block.start, rows, dropped_n, dtype=dtype)
             progress.advance(batch.size)
 
     name = shard_name(*_first_and_count(shard))
@@ -229,24 +236,14 @@ def _write(
 
 
 def _rows(
-    datastore: _Datastore, config: Config, positions_n: np.ndarray, temperature: float
-) -> tuple[SparseRows, np.ndarray, np.ndarray]:
-    """The distributions of these positions, the mass dropped from each, and how many neighbours each has."""
-    neighbours = datastore.neighbours(positions_n)
-    squared_nK, valid_nK = datastore.squared_distances(neighbours)
+    datastore: _Datastore, neighbours: Neighbours, block: Block, first: int, temperature: float, mass: float
+) -> tuple[SparseRows, np.ndarray]:
+    """The distributions of rows [start, stop) of a batch that starts at position `first`, and the mass dropped from each."""
+    part = Neighbours(ids_QK=neighbours.ids_QK[slice(*block)], distances_QK=neighbours.distances_QK[slice(*block)])
+    squared_nK, valid_nK = datastore.squared_distances(part)
     weights_nK = neighbour_weights(squared_nK, temperature, valid_nK)
-    rows = aggregate(weights_nK, datastore.values_N[np.maximum(neighbours.ids_QK, 0)])
-    kept, dropped_n = truncate(rows, config.mass, datastore.values_N[positions_n].astype(np.int64))
-    return kept, dropped_n, valid_nK.sum(axis=1)
-
-
-def _pack(datastore: _Datastore, rows: SparseRows, dropped_n: np.ndarray, block: Block, first: int) -> TargetBlock:
-    """The rows [block.start, block.stop) of a batch that starts at position `first`, as one sample."""
-    offsets = rows.offsets[block.start : block.stop + 1]
-    entries = slice(int(offsets[0]), int(offsets[-1]))
-    part = SparseRows(offsets=offsets - offsets[0], ids=rows.ids[entries], probabilities=rows.probabilities[entries])
-    dtype = token_dtype(datastore.keys.manifest["vocab_size"])
-    return pack_block(first + block.start, part, dropped_n[block.start : block.stop], dtype=dtype)
+    rows = aggregate(weights_nK, datastore.values_N[np.maximum(part.ids_QK, 0)])
+    return truncate(rows, mass, datastore.values_N[first + block.start : first + block.stop].astype(np.int64))
 
 
 def _resolve_search(config: Config, keys: Keys) -> str:

@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.log import EventLog
+from mlpmem_ds.core.log import EventLog, seconds_of_stage
 from mlpmem_ds.core.stage_directory import open_stage, read_manifest
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
@@ -30,7 +30,6 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages import build_index, evaluate
 from mlpmem_ds.stages.evaluate import Config, lambda_grid
-from mlpmem_ds.stages.evaluation_inputs import seconds_of_stage
 from mlpmem_ds.stages.extract_keys import read_codec
 from mlpmem_ds.stages.retriever import rescore, squared_norms
 
@@ -96,6 +95,7 @@ def save_model(base_dir, corpus_dir, path, *, seed):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(path)
     shutil.copy(corpus_dir / "tokenizer" / "tokenizer.json", path)
+    (path / "checkpoints").mkdir()  # as tools/train_base.py leaves beside the model
     return path
 
 
@@ -125,7 +125,7 @@ def config(parts, corpus_dir, base_dir, keys_dir, tmp_path):
         index=parts / "index",
         targets=parts / "targets",
         nprobe=4,
-        control=(f"memory_ce_only={parts / 'ce_only'}", f"base_trained_on={parts / 'trained_on'}"),
+        control=(f"base+memory_ce_only={parts / 'ce_only'}", f"base_trained_on={parts / 'trained_on'}"),
         bootstrap_samples=200,
         bootstrap_block=32,
         unit_positions=UNIT,
@@ -538,9 +538,13 @@ def _wrong_memory(root, keys_dir, corpus_dir, **changes):
         ({"keys": Path("/nowhere/keys")}, "does not exist"),
         ({"model": "/nowhere/base"}, "/nowhere/base"),
         ({"control": ("other=/nowhere/model",)}, "neither a memory nor a language model"),
+        ({"control": ("base+other={parts}/trained_on",)}, "choose another name"),
+        ({"control": ("a={parts}/ce_only", "base+a={parts}/ce_only")}, "the same name"),
     ],
 )
-def test_bad_inputs_leave_nothing_behind(config, changes, needle):
+def test_bad_inputs_leave_nothing_behind(config, parts, changes, needle):
+    if "control" in changes:
+        changes = {"control": tuple(word.format(parts=parts) for word in changes["control"])}
     with pytest.raises(UserError, match=needle):
         evaluate.run(replace(config, **changes), World())
     assert not config.output.exists()
@@ -576,6 +580,17 @@ def test_keys_index_and_targets_of_something_else_are_refused(config, parts, tmp
     with pytest.raises(UserError, match="is of other keys"):
         evaluate.run(replace(config, index=index), World())
     assert not config.output.exists()
+
+
+def test_an_unfinished_control_is_refused(config, parts, tmp_path):
+    for kind, name in (("ce_only", "base+x"), ("trained_on", "x")):
+        shutil.copytree(parts / kind, tmp_path / kind)
+        (tmp_path / kind / "manifest.json").unlink(missing_ok=True)
+        if kind == "trained_on":
+            (tmp_path / kind / "identity.json").write_text(json.dumps({"format": "mlpmem-base"}))
+        with pytest.raises(UserError, match="is not complete: run its stage again"):
+            evaluate.run(replace(config, control=(f"{name}={tmp_path / kind}",)), World())
+        assert not config.output.exists()
 
 
 def test_a_model_with_other_words_is_refused(config, parts, tmp_path):
@@ -614,6 +629,8 @@ def test_another_run_in_the_output_is_refused_and_untouched(config, finished):
         ({"keys": None}, "--index needs --keys"),
         ({"control": ("nameless",)}, "NAME=DIR"),
         ({"control": ("base=/tmp",)}, "is taken"),
+        ({"control": ("base+memory=/tmp",)}, "is taken"),
+        ({"control": ("base + x=/tmp",)}, "NAME=DIR"),
         ({"control": ("a=/tmp", "a=/tmp")}, "is taken"),
     ],
 )

@@ -198,7 +198,7 @@ def test_report_says_what_a_reader_must_know(evaluation):
         "| base_trained_on |",
         "was chosen on the tuning split (700 tokens)",
         "against `base_trained_on`",
-        f"{evaluation['recovered_share']:.0%} of what an exact search",
+        f"{100 * evaluation['recovered_share']:.0f} % of what an exact search",
         "(lambda.png)",
         "(cost.png)",
         "8 neighbours",

@@ -1,0 +1,101 @@
+"""The training order and its reader: the same for every world, each position once an epoch."""
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_ds.formats.batches import BatchReader, TrainingOrder, shuffled
+from mlpmem_ds.maths.targets import SparseRows
+
+N, BLOCK, WIDTH, VOCABULARY = 203, 16, 3, 11
+
+
+class FakeKeys:
+    """Arrays in memory, with `Keys.read`."""
+
+    def __init__(self):
+        generator = np.random.default_rng(0)
+        self.arrays = {
+            "inputs": generator.integers(0, 1 << 14, (N, WIDTH)).astype(np.uint16),
+            "values": np.arange(N) % VOCABULARY,
+            "log_probabilities": -generator.random(N).astype(np.float32),
+        }
+
+    def read(self, array, start, stop):
+        return self.arrays[array][start:stop]
+
+
+class FakeTargets:
+    """Position p has p mod 4 entries: ids 0 …, probabilities p + id."""
+
+    def read(self, start, stop):
+        counts = np.arange(start, stop) % 4
+        ids = [np.arange(count) for count in counts]
+        probabilities = [position + row for position, row in zip(range(start, stop), ids, strict=True)]
+        return SparseRows(offsets=np.concatenate([[0], np.cumsum(counts)]), ids=np.concatenate(ids),
+                          probabilities=np.concatenate(probabilities).astype(np.float64))
+
+
+def make_order(window_blocks=3, seed=1):
+    return TrainingOrder(num_positions=N, block_size=BLOCK, window_blocks=window_blocks, seed=seed)
+
+
+@pytest.mark.parametrize("window_blocks", [1, 3, 13, 100])
+def test_each_position_once_an_epoch(window_blocks):
+    order = make_order(window_blocks)
+    epochs = [order.positions(epoch * N, (epoch + 1) * N) for epoch in range(3)]
+    for positions in epochs:
+        assert sorted(positions) == list(range(N))
+    assert not np.array_equal(epochs[0], epochs[1])
+    pieces = [make_order(window_blocks).positions(start, min(start + 7, 3 * N)) for start in range(0, 3 * N, 7)]
+    np.testing.assert_array_equal(np.concatenate(pieces), np.concatenate(epochs))
+    assert not np.array_equal(make_order(window_blocks, seed=2).positions(0, N), epochs[0])
+
+
+def test_a_window_holds_whole_blocks():
+    """The first window's positions are those of three blocks: reading stays sequential on disk."""
+    window, _ = next(make_order(3).parts(0, 1))
+    assert {position // BLOCK for position in window.positions_n} == set(window.blocks) and len(window.blocks) == 3
+
+
+def test_the_shuffle_is_fixed_for_ever():
+    assert shuffled(8, 1, 2).tolist() == shuffled(8, 1, 2).tolist()
+    assert sorted(shuffled(1000, 3)) == list(range(1000))
+    counts = np.bincount([shuffled(5, seed)[0] for seed in range(2000)], minlength=5)
+    assert counts.min() > 320  # 400 expected
+
+
+def reader_of(rank, size, num_micro_batches=1, targets=None):
+    return BatchReader(FakeKeys(), targets, make_order(), batch_positions=12, rank=rank, size=size,
+                       num_micro_batches=num_micro_batches, with_log_probabilities=True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_the_union_over_ranks_is_the_order(size, num_micro_batches):
+    keys, order = FakeKeys(), make_order()
+    for batch in (0, 3, 16, 17, 40):  # 16: across the end of the first epoch
+        positions = order.positions(12 * batch, 12 * batch + 12)
+        for rank in range(size):
+            micro_batches = reader_of(rank, size, num_micro_batches, FakeTargets()).read(batch)
+            assert [len(part.inputs_NI) for part in micro_batches] == [12 // size // num_micro_batches] * num_micro_batches
+            mine = positions[rank::size]
+            inputs = torch.cat([part.inputs_NI for part in micro_batches])
+            assert inputs.dtype == torch.bfloat16
+            np.testing.assert_array_equal(inputs.view(torch.int16).numpy(), keys.arrays["inputs"][mine].astype(np.int16))
+            rows = [(int(label), part.targets.ids[start:stop].tolist(), part.targets.probabilities[start:stop].tolist())
+                    for part in micro_batches
+                    for label, start, stop in zip(part.targets.labels_N, part.targets.offsets_N1[:-1],
+                                                  part.targets.offsets_N1[1:], strict=True)]
+            assert rows == [(position % VOCABULARY, list(range(position % 4)), [float(position + i) for i in range(position % 4)])
+                            for position in mine.tolist()]
+            logs = torch.cat([part.targets.base_log_probabilities_N for part in micro_batches])
+            np.testing.assert_array_equal(logs.numpy(), keys.arrays["log_probabilities"][mine])
+
+
+def test_the_stream_is_the_batches_in_order():
+    streamed = [micro_batches[0] for micro_batches, _ in reader_of(1, 2).stream(2, 7)]
+    for batch, micro_batch in zip(range(2, 7), streamed, strict=True):
+        assert torch.equal(micro_batch.inputs_NI, reader_of(1, 2).read(batch)[0].inputs_NI)
+        assert len(micro_batch.targets.ids) == 0  # no targets given: only labels
+    assert list(reader_of(0, 1).stream(3, 3)) == []

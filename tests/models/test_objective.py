@@ -1,0 +1,68 @@
+"""The training objective: its loss is the sparse loss of a plain memory, and its weights are a plain memory's."""
+
+import pytest
+import torch
+
+from mlpmem_ds.maths.sparse_loss import TargetBatch
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.objective import MemoryObjective
+
+CONFIG = MemoryConfig(input_size=7, hidden_size=10, intermediate_size=23, num_blocks=2, vocab_size=31)
+ALPHA = 0.3
+
+
+def make_targets():
+    """Three rows: two entries, none, one."""
+    return TargetBatch(
+        offsets_N1=torch.tensor([0, 2, 2, 3]), ids=torch.tensor([4, 9, 30]), probabilities=torch.tensor([0.25, 0.75, 1.0]),
+        labels_N=torch.tensor([9, 0, 30]), base_log_probabilities_N=torch.tensor([-1.0, -2.0, -0.5]),
+    )
+
+
+@pytest.mark.parametrize("mixture_lambda", [None, 0.25])
+def test_loss_and_gradients_equal_dense_autograd(mixture_lambda):
+    torch.manual_seed(0)
+    objective = MemoryObjective(CONFIG, alpha=ALPHA, mixture_lambda=mixture_lambda)
+    plain = Memory(CONFIG)
+    plain.load_state_dict(objective.state_dict())
+    plain = plain.double()
+    inputs = torch.randn(3, CONFIG.input_size)
+    loss, sums = objective(inputs, make_targets())
+    loss.backward()
+
+    logs = torch.log_softmax(plain.head(plain(inputs.double())), dim=1)
+    teacher = torch.zeros(3, CONFIG.vocab_size, dtype=torch.float64)
+    teacher[0, 4], teacher[0, 9], teacher[2, 30] = 0.25, 0.75, 1.0
+    label = logs[torch.arange(3), make_targets().labels_N]
+    if mixture_lambda is not None:
+        base = make_targets().base_log_probabilities_N.double().exp()
+        label = torch.log((1 - mixture_lambda) * base + mixture_lambda * label.exp())
+    kl = (torch.xlogy(teacher, teacher) - teacher * logs).sum(1)
+    alphas = torch.tensor([ALPHA, 0.0, ALPHA], dtype=torch.float64)  # a row without a teacher is pure cross entropy
+    expected = (alphas * kl - (1 - alphas) * label).mean()
+    expected.backward()
+
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.double(), torch.stack([kl.sum(), -label.sum(), torch.tensor(3.0).double()]),
+                               rtol=1e-6, atol=1e-6)
+    for (name, parameter), other in zip(objective.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_names_are_those_of_a_plain_memory_and_so_is_the_start():
+    torch.manual_seed(5)
+    objective = MemoryObjective(CONFIG, alpha=ALPHA)
+    torch.manual_seed(5)
+    plain = Memory(CONFIG)
+    assert list(objective.state_dict()) == list(plain.state_dict())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, objective.state_dict()[name]), name
+
+
+def test_label_log_probabilities():
+    objective = MemoryObjective(CONFIG, alpha=ALPHA)
+    inputs, labels = torch.randn(3, CONFIG.input_size), torch.tensor([3, 0, 30])
+    plain = Memory(CONFIG)
+    plain.load_state_dict(objective.state_dict())
+    expected = torch.log_softmax(plain.head(plain(inputs)), dim=1)[torch.arange(3), labels]
+    torch.testing.assert_close(objective.label_log_probabilities(inputs, labels), expected)

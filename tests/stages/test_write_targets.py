@@ -1,0 +1,314 @@
+"""write_targets against a brute-force oracle; the same files from any ranks, threads, batches, after a kill, after damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.formats.targets import TargetRows, index_name, open_targets
+from mlpmem_ds.stages import build_index, write_targets
+
+NUM_KEYS, DIM, VOCAB_SIZE, SCALE = 403, 6, 40, 0.5
+NUM_LISTS = 7
+
+
+def result_of(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*"))
+            if path.is_file() and path.name not in ("run.json", "log.jsonl") and not path.name.endswith(".tmp")}
+
+
+def vectors() -> np.ndarray:
+    """Small numbers, so that distances tie; some keys are there twice."""
+    codes = np.random.default_rng(0).integers(-6, 7, size=(NUM_KEYS, DIM)).astype(np.int8)
+    codes[200:230] = codes[:30]
+    return codes
+
+
+def values() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, VOCAB_SIZE, NUM_KEYS)
+
+
+@pytest.fixture(scope="module")
+def keys(make_keys: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("keys") / "keys"
+    return make_keys(root, vectors(), values(), vocab_size=VOCAB_SIZE, scale=SCALE, unit_positions=96, block_size=8)
+
+
+@pytest.fixture(scope="module")
+def index(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("index") / "index"
+    build_index.run(build_index.Config(keys=keys, output=root, factory=f"IVF{NUM_LISTS},PQ3x4", num_shards=2), World())
+    return root
+
+
+def config(keys_dir: Path, output_dir: Path, **changes: Any) -> write_targets.Config:
+    settings = {"keys": keys_dir, "output": output_dir, "k": 20, "temperature": "6", "mass": 0.9, "shard_positions": 104}
+    return write_targets.Config(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(keys: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("targets") / "targets"
+    write_targets.run(config(keys, root, index=index, search="ivf", nprobe=3), World())
+    return root
+
+
+def expect_oracle(
+    found: TargetRows, codes: np.ndarray, tokens: np.ndarray, *, k: int, temperature: float, mass: float,
+    scale: float = SCALE, hidden: Callable[[int, int], bool] = lambda query, key: False,
+) -> None:
+    """Row by row, neighbour by neighbour, in float64."""
+    for query in range(len(codes)):
+        squared = ((codes.astype(np.int64) - codes[query].astype(np.int64)) ** 2).sum(1)
+        allowed = [key for key in range(len(codes)) if key != query and not hidden(query, key)]
+        nearest = sorted(allowed, key=lambda key: (squared[key], key))[:k]
+        row: dict[int, float] = {}
+        total = sum(np.exp(-(squared[key] - squared[nearest[0]]) * scale**2 / temperature) for key in nearest)
+        for key in nearest:
+            weight = np.exp(-(squared[key] - squared[nearest[0]]) * scale**2 / temperature) / total
+            row[int(tokens[key])] = row.get(int(tokens[key]), 0.0) + weight
+        entries = slice(found.offsets[query], found.offsets[query + 1])
+        ids, probabilities = found.ids[entries].tolist(), found.probabilities[entries]
+        assert ids == sorted(ids)
+        assert np.allclose(probabilities, [row[token] for token in ids], rtol=6e-4, atol=6e-8)
+        if not row:
+            assert not ids and found.dropped[query] == 0
+            continue
+        kept = sum(row[token] for token in ids)
+        assert abs(kept + found.dropped[query] - 1) < 6e-4
+        # Truncation: without its least probable entry (but the gold token) the row would not reach the mass.
+        gold = int(tokens[query])
+        assert kept >= mass - 1e-3 and (gold in ids or row.get(gold, 0.0) < 6e-8)
+        others = [row[token] for token in ids if token != gold]
+        left_out = [row[token] for token in row if token not in ids]
+        if others and left_out:
+            assert min(others) >= max(left_out) - 1e-12
+            assert sum(others) + row.get(gold, 0.0) * (row.get(gold, 0.0) >= min(others)) - min(others) < mass + 1e-9
+
+
+def test_exact_search_equals_the_oracle(keys: Path, tmp_path: Path) -> None:
+    write_targets.run(config(keys, tmp_path / "targets"), World())
+    targets = open_targets(tmp_path / "targets")
+    expect_oracle(targets.read_all(), vectors(), values(), k=20, temperature=6.0, mass=0.9)
+    manifest = targets.manifest
+    assert (manifest["search"], manifest["k"], manifest["temperature"], manifest["temperature_rule"]) == ("exact", 20, 6, "fixed")
+    assert manifest["rows_short_of_k"] == manifest["rows_without_neighbours"] == 0
+    assert [shard["count"] for shard in manifest["shards"]] == [104, 104, 104, 91]
+    assert targets.keys_sha256 == open_keys(keys).sha256
+    assert 1 < manifest["neighbour_perplexity"] < 20
+
+
+def test_all_lists_probed_equal_exact_search_bit_for_bit(keys: Path, index: Path, tmp_path: Path) -> None:
+    write_targets.run(config(keys, tmp_path / "exact"), World())
+    write_targets.run(config(keys, tmp_path / "ivf", index=index, search="ivf", nprobe=NUM_LISTS), World())
+    exact, ivf = result_of(tmp_path / "exact"), result_of(tmp_path / "ivf")
+    shards = [name for name in exact if name.startswith("knn-")]
+    assert len(shards) == 8 and all(exact[name] == ivf[name] for name in shards)
+
+
+def test_few_lists_give_the_oracle_over_those_lists(keys: Path, index: Path, undisturbed: Path) -> None:
+    from mlpmem_ds.engines import faiss as engine
+
+    probes = engine.assign(engine.read_index(index / "trained.faissindex"), vectors(), NUM_LISTS)
+    expect_oracle(open_targets(undisturbed).read_all(), vectors(), values(), k=20, temperature=6.0, mass=0.9,
+                  hidden=lambda query, key: probes[key, 0] not in probes[query, :3])
+    assert open_targets(undisturbed).manifest["rows_short_of_k"] >= 0
+
+
+def test_a_window_and_more_neighbours_than_keys(keys: Path, tmp_path: Path) -> None:
+    write_targets.run(config(keys, tmp_path / "targets", k=500, mass=1.0, exclude_window=2), World())
+    targets = open_targets(tmp_path / "targets")
+    expect_oracle(targets.read_all(), vectors(), values(), k=500, temperature=6.0, mass=1.0,
+                  hidden=lambda query, key: abs(query - key) <= 2)
+    assert targets.manifest["rows_short_of_k"] == NUM_KEYS and targets.manifest["exclude"]["window"] == 2
+    write_targets.run(config(keys, tmp_path / "none", exclude_window=NUM_KEYS), World())
+    nothing = open_targets(tmp_path / "none")
+    assert nothing.manifest["rows_without_neighbours"] == NUM_KEYS and not len(nothing.read_all().ids)
+
+
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+def test_the_same_document_is_excluded(keys_dir: Path, corpus_dir: Path, tmp_path: Path, search: str) -> None:
+    keys = open_keys(keys_dir)
+    changes: dict[str, Any] = {"exclude": "same-document", "corpus": corpus_dir, "shard_positions": 1024, "temperature": "0.5"}
+    if search == "ivf":
+        build_index.run(build_index.Config(keys=keys_dir, output=tmp_path / "index", factory="IVF4,Flat"), World())
+        changes |= {"index": tmp_path / "index", "search": "ivf", "nprobe": 4}
+    write_targets.run(config(keys_dir, tmp_path / "targets", **changes), World())
+    corpus = open_corpus(corpus_dir)
+    documents = np.repeat(np.arange(len(corpus.documents)), [document["tokens"] for document in corpus.documents])[1:]
+    tokens = corpus.values(0, corpus.num_positions)
+    targets = open_targets(tmp_path / "targets")
+    assert targets.manifest["inputs"]["corpus"] == corpus.sha256 and targets.manifest["exclude"]["rule"] == "same-document"
+    # The oracle is slow: some rows from every part, the codes' own scale.
+    codes, found = keys.read("keys"), targets.read_all()
+    for query in range(0, keys.num_positions, 97):
+        squared = ((codes.astype(np.int64) - codes[query].astype(np.int64)) ** 2).sum(1)
+        squared[documents == documents[query]] = np.iinfo(np.int64).max
+        nearest = np.lexsort((np.arange(len(codes)), squared))[:20]
+        weights = np.exp(-(squared[nearest] - squared[nearest[0]]) * keys.scale**2 / 0.5)
+        expected = np.bincount(tokens[nearest], weights=weights / weights.sum(), minlength=corpus.vocab_size)
+        entries = slice(found.offsets[query], found.offsets[query + 1])
+        assert np.allclose(found.probabilities[entries], expected[found.ids[entries]], rtol=6e-4, atol=6e-8)
+        assert expected[found.ids[entries]].sum() >= 0.9 - 1e-9
+
+
+def test_temperature_reaches_the_wanted_perplexity(keys: Path, tmp_path: Path) -> None:
+    write_targets.run(config(keys, tmp_path / "targets", temperature="auto", neighbour_perplexity=12.0), World())
+    manifest = open_targets(tmp_path / "targets").manifest
+    assert manifest["temperature_rule"] == "auto" and abs(manifest["neighbour_perplexity"] - 12) < 1e-3
+    squared = np.sort(((vectors()[:, None].astype(float) - vectors()[None]) ** 2).sum(-1) + np.diag([np.inf] * NUM_KEYS), axis=1)
+    weights = np.exp(-squared[:, :20] * SCALE**2 / manifest["temperature"])
+    weights /= weights.sum(1, keepdims=True)
+    entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(1)
+    assert abs(np.exp(entropy.mean()) - 12) < 1e-3
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_give_the_same_files(keys: Path, index: Path, undisturbed: Path, tmp_path: Path, size: int) -> None:
+    for rank in range(size):  # the owner of `temperature` first, so that nobody waits
+        write_targets.run(config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3), World(rank=rank, size=size))
+    assert result_of(tmp_path / "targets") == result_of(undisturbed)
+
+
+@pytest.mark.parametrize(("batch_positions", "threads"), [(1, 1), (24, 2), (57, 1), (10**6, 2)])
+def test_batches_and_threads_change_nothing(
+    keys: Path, index: Path, undisturbed: Path, tmp_path: Path, batch_positions: int, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    changes = {"batch_positions": batch_positions, "threads": threads}
+    write_targets.run(config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3, **changes), World())
+    torch.set_num_threads(before)
+    assert result_of(tmp_path / "targets") == result_of(undisturbed)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 3])
+def test_a_failed_unit_leaves_the_others(
+    keys: Path, index: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    wanted = config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3, batch_positions=104)
+    calls = 0
+    original = write_targets._Datastore.neighbours
+
+    def neighbours(self: Any, positions: np.ndarray) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > failing:
+            raise RuntimeError("pulled the plug")
+        return original(self, positions)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        patch.setattr(write_targets._Datastore, "neighbours", neighbours)
+        write_targets.run(wanted, World())
+    assert len(list((tmp_path / "targets" / "done").glob("*"))) == failing if failing else True
+    assert not (tmp_path / "targets" / "manifest.json").exists()
+    write_targets.run(wanted, World())
+    assert result_of(tmp_path / "targets") == result_of(undisturbed)
+
+
+def test_a_killed_run_continues(keys: Path, index: Path, undisturbed: Path, tmp_path: Path) -> None:
+    root = tmp_path / "targets"
+    tool = Path(write_targets.__file__).parents[2] / "tools" / "write_targets.py"
+    flags = {"keys": keys, "index": index, "output": root, "k": 20, "temperature": 6, "mass": 0.9, "shard-positions": 104,
+             "search": "ivf", "nprobe": 3, "batch-positions": 8}
+    command = [sys.executable, str(tool), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tool.parents[1])}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (root / "identity.json").exists():
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert root.exists()
+    write_targets.run(config(keys, root, index=index, search="ivf", nprobe=3), World())
+    assert result_of(root) == result_of(undisturbed)
+
+
+def test_a_flipped_byte_is_repaired_and_nothing_else_is_made(
+    keys: Path, index: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "targets"
+    wanted = config(keys, root, index=index, search="ivf", nprobe=3)
+    write_targets.run(wanted, World())
+    names = [shard["name"] for shard in open_targets(root).manifest["shards"]]
+    for damaged in (names[1], index_name(names[2])):
+        content = bytearray((root / damaged).read_bytes())
+        content[len(content) // 2] ^= 4
+        (root / damaged).write_bytes(content)
+        times = {name: (root / name).stat().st_mtime_ns for name in names if not damaged.startswith(name)}
+        write_targets.run(wanted, World())
+        assert result_of(root) == result_of(undisturbed)
+        assert {name: (root / name).stat().st_mtime_ns for name in times} == times
+
+
+def test_raw_keys_find_the_neighbours_of_the_oracle(make_keys: Callable[..., Path], tmp_path: Path) -> None:
+    codes = vectors()[:100]  # whole numbers: exact in float32 too
+    keys = make_keys(tmp_path / "keys", codes.astype(np.float16), values()[:100], vocab_size=VOCAB_SIZE, scale=1.0)
+    build_index.run(build_index.Config(keys=keys, output=tmp_path / "index", factory="IVF3,Flat"), World())
+    for name, changes in (("exact", {}), ("ivf", {"index": tmp_path / "index", "search": "ivf", "nprobe": 3})):
+        write_targets.run(config(keys, tmp_path / name, **changes), World())
+        expect_oracle(open_targets(tmp_path / name).read_all(), codes, values()[:100], k=20, temperature=6, mass=0.9, scale=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"k": 0}, "--k 0"), ({"k": 70_000}, "--k 70000"), ({"temperature": "hot"}, "--temperature hot"),
+     ({"temperature": "-1"}, "--temperature -1"), ({"temperature": "nan"}, "--temperature nan"), ({"mass": 0.0}, "--mass 0"),
+     ({"mass": 1.5}, "--mass 1.5"), ({"temperature": "auto", "neighbour_perplexity": 20.0}, "--neighbour-perplexity 20"),
+     ({"nprobe": 0}, "--nprobe 0"), ({"shard_positions": 0}, "--shard-positions 0"), ({"exclude_window": -1}, "window -1"),
+     ({"exclude": "same-document"}, "give --corpus")],
+)
+def test_bad_flags(keys: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config(keys, tmp_path / "targets", **changes)
+
+
+def test_bad_inputs_leave_nothing(
+    keys: Path, index: Path, keys_dir: Path, corpus_dir: Path, make_keys: Callable[..., Path], tmp_path: Path
+) -> None:
+    few = make_keys(tmp_path / "few", vectors()[:10], values()[:10])
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (tmp_path / "none", {}, "does not exist"),
+        (keys, {"search": "ivf"}, "needs --index"),
+        (keys_dir, {"search": "ivf", "index": index, "shard_positions": 1024}, "built over other keys"),
+        (keys, {"search": "ivf", "index": keys}, "not mlpmem-index"),
+        (keys, {"exclude": "same-document", "corpus": corpus_dir}, "not the one that --keys"),
+        (keys, {"exclude": "same-document", "corpus": tmp_path / "none"}, "does not exist"),
+        (keys, {"shard_positions": 100}, "block size 8: choose 96"),
+        (few, {"temperature": "auto", "neighbour_perplexity": 15.0}, "with 9 other keys"),
+    ]
+    for keys_path, changes, words in cases:
+        with pytest.raises(UserError, match=words):
+            write_targets.run(config(keys_path, tmp_path / "targets", **changes), World())
+        assert not (tmp_path / "targets").exists()
+
+
+def test_another_run_is_not_overwritten(keys: Path, undisturbed: Path) -> None:
+    before = result_of(undisturbed)
+    with pytest.raises(UserError, match="already holds another run"):
+        write_targets.run(config(keys, undisturbed, k=21), World())
+    assert result_of(undisturbed) == before
+
+
+def test_unused_flags_do_not_change_the_identity(keys: Path, index: Path, tmp_path: Path) -> None:
+    write_targets.run(config(keys, tmp_path / "targets", temperature="6"), World())
+    before = result_of(tmp_path / "targets")
+    changes = {"temperature": "6.0", "nprobe": 5, "index": index, "search": "auto", "batch_positions": 8}
+    write_targets.run(config(keys, tmp_path / "targets", **changes), World())
+    assert result_of(tmp_path / "targets") == before
+    assert json.loads(before["identity.json"])["config"]["search"] == "exact"
