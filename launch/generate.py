@@ -13,12 +13,10 @@ def run(config: generate.Config, world: World) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
     return run_front_end(
         generate.Config,
         run,
-        # `lambda` is a word of Python, so the field is called lmbda.
-        argv=["--lmbda" + word.removeprefix("--lambda") if word.split("=")[0] == "--lambda" else word for word in words],
+        argv=argv,
         description="Continue prompts with the output of tools/convert_checkpoint.py; greedy unless --temperature is given.",
         example='python launch/generate.py --model run/export --prompt "def read(self, " --max-new-tokens 40 --compare',
     )

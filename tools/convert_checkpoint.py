@@ -8,12 +8,10 @@ from mlpmem_ds.stages import convert_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
     return run_front_end(
         convert_checkpoint.Config,
         convert_checkpoint.run,
-        # `lambda` is a word of Python, so the field is called lmbda.
-        argv=["--lmbda" + word.removeprefix("--lambda") if word.split("=")[0] == "--lambda" else word for word in words],
+        argv=argv,
         description="Join a finished memory with its base into a Hugging Face directory, and verify it by loading it again.",
         example="python tools/convert_checkpoint.py --checkpoint run/memory --model run/base --report run/report "
         "--output run/export",

@@ -25,6 +25,7 @@ def option(
     identity: bool = True,
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
+    flag: str | None = None,
 ) -> Any:
     """A field of a Config.
 
@@ -35,8 +36,9 @@ def option(
             while the others (batch sizes, devices, threads) may change from run to run.
         parse: text to value, where the field's type alone does not say it.
         metavar: the placeholder in the help.
+        flag: the flag's name without hyphens in front, where it is not the field's (`lambda` is a word of Python).
     """
-    metadata = {"help": help, "identity": identity, "parse": parse, "metavar": metavar}
+    metadata = {"help": help, "identity": identity, "parse": parse, "metavar": metavar, "flag": flag}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -70,7 +72,7 @@ def _hyphenate(word: str) -> str:
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag = f"--{field.name.replace('_', '-')}"
+    flag = "--" + (field.metadata["flag"] or field.name).replace("_", "-")
     required = field.default is dataclasses.MISSING
     base, is_tuple, choices = _read_hint(hint)
     help_text = field.metadata["help"].replace("%", "%%")

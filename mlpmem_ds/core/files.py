@@ -62,14 +62,15 @@ def publish(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make a file's content, or a directory's names, survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -125,15 +126,16 @@ def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> s
 
 
 def remove_stale_temporaries(root: Path) -> None:
-    """Remove temporary files (and directories' content is left alone) of dead processes of this host below `root`."""
+    """Remove temporary files of dead processes of this host below `root`."""
     prefix = f".{socket.gethostname()}."
     for path in root.rglob(".*.tmp"):
         head, _, pid = path.name.removesuffix(".tmp").rpartition(".")
-        if pid.isdigit() and f"{head}.".endswith(prefix) and not _is_alive(int(pid)):
+        if pid.isdigit() and f"{head}.".endswith(prefix) and path.is_file() and not is_alive(int(pid)):
             path.unlink(missing_ok=True)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -114,7 +114,7 @@ def import_deepspeed() -> Any:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks: a training step frees and asks again for the same ones (-10 % of CPU time)."""
+    """Let glibc keep large freed blocks: a training step frees and asks again for the same ones."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import socket
@@ -25,30 +24,35 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import mlpmem_ds
-from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, canonical_json, fault_of_file, read_json, record_file, sha256_of_file
-from mlpmem_ds.core.stage_directory import read_manifest, require_free_bytes
+from mlpmem_ds.core.files import (
+    FileRecord,
+    canonical_json,
+    fault_of_file,
+    flush,
+    is_alive,
+    read_json,
+    record_file,
+)
+from mlpmem_ds.core.stage_directory import require_free_bytes
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import DTYPES, fingerprint_model
-from mlpmem_ds.formats.checkpoint import TrainedMemory, read_weights
+from mlpmem_ds.engines.hidden_states import DTYPES
 from mlpmem_ds.maths.interpolation import interpolate
 from mlpmem_ds.models.backbone import CapturePoint, capture, load_base
-from mlpmem_ds.models.hf import MemoryAugmentedLM, checked_lmbda
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.stages.export_inputs import EXPORT_FILE, Config, ExportInputs, open_inputs
+from mlpmem_ds.stages.model_card import describe_verification, model_card
 from mlpmem_ds.stages.prepare_corpus import vocabulary_sha256
 
 _logger = logging.getLogger(__name__)
-FORMAT, VERSION = "mlpmem-export", 1
-EXPORT_FILE = "mlpmem_export.json"
-DEFAULT_LAMBDA = 0.25
 # The loaded model and its parts do the same operations on the same numbers: what is left is float32 against float64 in
 # the softmax and the mixture. Largest difference of log-probabilities over the largest log-probability; for every dtype.
 LOGIT_BOUND = 1e-6
@@ -56,59 +60,6 @@ LOGIT_BOUND = 1e-6
 # than this is an overflow or a base that the dtype cannot hold.
 ROUNDING_BOUND = 0.1
 _PROBE_SHAPE = (4, 32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is joined, and how it is stored."""
-
-    checkpoint: Path = option("output directory of a finished launch/train.py")
-    output: Path = option("Hugging Face directory to write")
-    model: str | None = option("the base: a directory or Hub name (default: the one that the keys were extracted with)", None)
-    lmbda: float | None = option(
-        f"--lambda: weight of the memory in [0, 1] (default: the report's choice, else {DEFAULT_LAMBDA})", None, metavar="NUMBER"
-    )
-    report: Path | None = option("report of launch/evaluate.py: its λ, and its perplexities for the model card", None)
-    dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
-    tokenizer: str | None = option("directory or Hub name (default: the base's, else the corpus's)", None)
-    max_shard_gigabytes: float = option("largest weights file, in GB", 5.0)
-    attention: str = option("attention implementation for the verification: sdpa, eager or flash_attention_2", "sdpa")
-
-    def __post_init__(self) -> None:
-        if self.lmbda is not None:
-            try:
-                checked_lmbda(self.lmbda)
-            except ValueError as error:
-                raise UserError(f"--lambda {self.lmbda}: the memory's share of the mixture lies in [0, 1]") from error
-        if not 0 < self.max_shard_gigabytes < math.inf:
-            raise UserError(f"--max-shard-gigabytes must be more than 0, not {self.max_shard_gigabytes}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """The checked inputs; nothing has been written yet."""
-
-    trained: TrainedMemory
-    memory: MemoryConfig
-    model: str
-    base_sha256: str
-    tokenizer: Any
-    lmbda: float
-    lmbda_rule: str
-    report: dict[str, Any] | None
-    report_sha256: str | None
-    corpus: dict[str, Any] | None
-    """the corpus's manifest, where it is at hand"""
-    targets: dict[str, Any] | None
-
-    def identity(self, config: Config) -> dict[str, Any]:
-        """What the weights and the configuration depend on."""
-        inputs = {"memory": self.trained.sha256, "base": self.base_sha256,
-                  "vocabulary": self.trained.provenance["vocabulary_sha256"]}
-        if self.report_sha256 is not None:
-            inputs["report"] = self.report_sha256
-        return {"format": FORMAT, "version": VERSION, "inputs": inputs,
-                "config": {"lambda": self.lmbda, "dtype": config.dtype, "max_shard_gigabytes": config.max_shard_gigabytes}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +92,7 @@ def run(config: Config, world: World) -> None:
     """Write, verify and publish the export, or say that it is complete. One process does it; other ranks return."""
     if not world.is_first:
         return
-    inputs, output = _open_inputs(config), config.output.resolve()
+    inputs, output = open_inputs(config), config.output.resolve()
     identity = inputs.identity(config)
     if _is_complete(output, identity):
         _logger.info("complete: %s", config.output)
@@ -158,132 +109,7 @@ def run(config: Config, world: World) -> None:
                     "files": [record.to_json() for record in records]}
         (export / EXPORT_FILE).write_bytes(canonical_json(manifest))
         _publish(export, output, aside=partial / "replaced")
-    _logger.info("complete: %s (λ %g, %s): %s", config.output, inputs.lmbda, config.dtype, _said(verification))
-
-
-# The inputs
-
-
-def _open_inputs(config: Config) -> _Inputs:
-    """Open and check everything that the export is made from.
-
-    Raises:
-        UserError: something is missing, or does not belong to this memory.
-    """
-    _require_finished(config.checkpoint)
-    trained = read_weights(config.checkpoint, flag="--checkpoint")
-    wanted = {"base", "vocabulary_sha256", "input_layer", "key_point"}
-    if lacking := sorted(wanted - set(trained.provenance)):
-        raise DamagedDataError(f"--checkpoint {config.checkpoint} does not say its {', '.join(lacking)}: train it again")
-    try:
-        memory = MemoryConfig.from_dict(trained.memory)
-    except ValueError as error:
-        raise DamagedDataError(f"--checkpoint {config.checkpoint}: {error}: train it again") from error
-    report, report_sha256, report_lmbda = _read_report(config, trained)
-    lmbda, rule = _choose_lambda(config, report_lmbda)
-    model = config.model or _model_of_keys(config, trained)
-    base_sha256 = fingerprint_model(model)
-    if base_sha256 != trained.provenance["base"]:
-        raise UserError(
-            f"--model {model} ({base_sha256[:12]}…) is not the base that --checkpoint {config.checkpoint} was trained for "
-            f"({trained.provenance['base'][:12]}…): give the model that its keys were extracted with"
-        )
-    corpus_root = _input_of_training(config.checkpoint, "corpus", trained)
-    targets_root = _input_of_training(config.checkpoint, "targets", trained)
-    return _Inputs(
-        trained=trained, memory=memory, model=model, base_sha256=base_sha256,
-        tokenizer=_load_tokenizer(config, model, corpus_root, trained), lmbda=lmbda, lmbda_rule=rule,
-        report=report, report_sha256=report_sha256,
-        corpus=None if corpus_root is None else read_json(corpus_root / "manifest.json"),
-        targets=None if targets_root is None else read_json(targets_root / "manifest.json"),
-    )
-
-
-def _require_finished(root: Path) -> None:
-    if (root / EXPORT_FILE).is_file():
-        raise UserError(f"--checkpoint {root} is an export already: give the output directory of launch/train.py")
-    if (root / "identity.json").is_file() and not (root / "weights" / "model.safetensors").is_file():
-        raise UserError(f"--checkpoint {root} is not finished (it has no weights/): run its launch/train.py command again, "
-                        "it continues and writes them at the end")
-
-
-def _read_report(config: Config, trained: TrainedMemory) -> tuple[dict[str, Any] | None, str | None, float | None]:
-    """(eval.json, the report's hash, the λ that it chose for this memory)."""
-    if config.report is None:
-        return None, None, None
-    manifest, sha256 = read_manifest(config.report, stage="report", version=1, flag="--report")
-    evaluation = read_json(config.report / "eval.json")
-    names = [name for name, value in manifest["inputs"].items() if value == trained.sha256]
-    chosen = [arm["lambda"] for arm in evaluation.get("arms", []) if arm["name"] in names]
-    if not chosen or chosen[0] is None:
-        raise UserError(f"--report {config.report} does not evaluate the memory of --checkpoint {config.checkpoint}: run "
-                        "launch/evaluate.py with that memory, or leave out --report and give --lambda")
-    return evaluation, sha256, float(chosen[0])
-
-
-def _choose_lambda(config: Config, report_lmbda: float | None) -> tuple[float, str]:
-    """λ, and in words where it comes from."""
-    if config.lmbda is not None:
-        return float(config.lmbda), "given by hand"
-    if report_lmbda is None:
-        _logger.warning("neither --lambda nor --report: λ is %g, which nobody tuned; it can be set at any time", DEFAULT_LAMBDA)
-        return DEFAULT_LAMBDA, "the default, not tuned"
-    if report_lmbda == 0:
-        _logger.warning("the report chose λ = 0: the memory does not help this base, and the export is the base alone")
-    return report_lmbda, "least perplexity on the tuning split"
-
-
-def _input_of_training(checkpoint: Path, name: str, trained: TrainedMemory) -> Path | None:
-    """The directory that a memory was trained from, where training's flags or the run's layout lead to it.
-
-    Only a directory whose manifest has the hash in the memory's provenance is taken.
-    """
-    flags = read_json(checkpoint / "run.json").get("config", {}) if (checkpoint / "run.json").is_file() else {}
-    for place in (flags.get(name), checkpoint.resolve().parent / name):
-        if not place or not (Path(place) / "manifest.json").is_file():
-            continue
-        if sha256_of_file(Path(place) / "manifest.json") == trained.provenance.get(name):
-            return Path(place)
-    return None
-
-
-def _model_of_keys(config: Config, trained: TrainedMemory) -> str:
-    keys = _input_of_training(config.checkpoint, "keys", trained)
-    flags = read_json(keys / "run.json").get("config", {}) if keys is not None and (keys / "run.json").is_file() else {}
-    if not flags.get("model"):
-        raise UserError(f"--model is needed: the keys that --checkpoint {config.checkpoint} was trained from are not at hand "
-                        "to say which base it belongs to")
-    return str(flags["model"])
-
-
-def _load_tokenizer(config: Config, model: str, corpus: Path | None, trained: TrainedMemory) -> Any:
-    """The first of --tokenizer, the base's and the corpus's; it must have the memory's vocabulary."""
-    if config.tokenizer is not None:
-        name, flag = config.tokenizer, "--tokenizer"
-    elif _has_tokenizer(model):
-        name, flag = model, "the tokenizer of --model"
-    elif corpus is not None:
-        name, flag = str(corpus / "tokenizer"), "the corpus's tokenizer"
-    else:
-        raise UserError(f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint} is not beside "
-                        "it: give --tokenizer RUN/corpus/tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # each tokenizer library raises a family of its own
-        raise UserError(f"{flag} {name} cannot be loaded ({str(error).splitlines()[0]}): give --tokenizer, a directory or "
-                        "Hub name") from error
-    found, wanted = vocabulary_sha256(tokenizer), trained.provenance["vocabulary_sha256"]
-    if found != wanted:
-        raise UserError(f"{flag} {name} has another vocabulary ({len(tokenizer)} tokens, {found[:12]}…) than the memory was "
-                        f"trained with ({wanted[:12]}…): give --tokenizer RUN/corpus/tokenizer")
-    return tokenizer
-
-
-def _has_tokenizer(model: str) -> bool:
-    """Whether a model comes with a tokenizer; a Hub name is taken to."""
-    root = Path(model)
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
-    return not root.is_dir() or any((root / name).is_file() for name in names)
+    _logger.info("complete: %s (λ %g, %s): %s", config.output, inputs.lmbda, config.dtype, describe_verification(verification))
 
 
 # The output
@@ -316,7 +142,7 @@ def _at(values: Any, name: str) -> Any:
     return values.get(name) if isinstance(values, Mapping) else None
 
 
-def _require_disk(config: Config, inputs: _Inputs) -> None:
+def _require_disk(config: Config, inputs: ExportInputs) -> None:
     size = torch.empty(0, dtype=DTYPES[config.dtype]).element_size()
     root = Path(inputs.model)
     base = sum(path.stat().st_size for path in (*root.glob("*.safetensors"), *root.glob("*.bin"))) if root.is_dir() else 0
@@ -331,7 +157,7 @@ def _partial_directory(output: Path) -> Iterator[Path]:
     for path in output.parent.iterdir():
         if path.name.startswith(prefix) and path.name.endswith(suffix):
             pid = path.name[len(prefix) : -len(suffix)]
-            if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            if pid.isdigit() and (int(pid) == os.getpid() or not is_alive(int(pid))):
                 shutil.rmtree(path)
     partial = output.parent / f"{prefix}{os.getpid()}{suffix}"
     partial.mkdir()
@@ -341,15 +167,6 @@ def _partial_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
 
 def _files_below(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
@@ -358,25 +175,18 @@ def _files_below(root: Path) -> list[Path]:
 def _publish(export: Path, output: Path, *, aside: Path) -> None:
     """Flush every file and rename the directory to `output`; a damaged export there is moved `aside` first."""
     for path in (*_files_below(export), *(path for path in export.rglob("*") if path.is_dir()), export):
-        _flush(path)
+        flush(path)
     if output.is_dir() and any(output.iterdir()):
         os.replace(output, aside)
     os.replace(export, output)
-    _flush(output.parent)
+    flush(output.parent)
 
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # The model
 
 
-def _build(config: Config, inputs: _Inputs) -> _Built:
+def _build(config: Config, inputs: ExportInputs) -> _Built:
     """Join the parts in the export's dtype, and read what they give.
 
     Raises:
@@ -389,7 +199,7 @@ def _build(config: Config, inputs: _Inputs) -> _Built:
     return _Built(joint=joint, probe=probe, rounding=rounding)
 
 
-def _write_and_verify(config: Config, inputs: _Inputs, built: _Built, export: Path) -> dict[str, Any]:
+def _write_and_verify(config: Config, inputs: ExportInputs, built: _Built, export: Path) -> dict[str, Any]:
     """Write the joint model and its tokenizer into `export`, load them again, and return the figures of the comparison.
 
     Raises:
@@ -413,7 +223,7 @@ def _weight_bytes(export: Path) -> int:
     return sum(path.stat().st_size for path in export.glob("*.safetensors"))
 
 
-def _join(config: Config, inputs: _Inputs, point: CapturePoint) -> MemoryAugmentedLM:
+def _join(config: Config, inputs: ExportInputs, point: CapturePoint) -> MemoryAugmentedLM:
     base = _load_base(config, inputs, config.dtype)
     try:
         joint = MemoryAugmentedLM.from_parts(
@@ -431,14 +241,14 @@ def _join(config: Config, inputs: _Inputs, point: CapturePoint) -> MemoryAugment
     return joint
 
 
-def _load_base(config: Config, inputs: _Inputs, dtype: str) -> Any:
+def _load_base(config: Config, inputs: ExportInputs, dtype: str) -> Any:
     try:
         return load_base(inputs.model, dtype=DTYPES[dtype], device="cpu", attention=config.attention)
     except ValueError as error:
         raise UserError(f"--model {inputs.model}: {error}") from error
 
 
-def _build_memory(inputs: _Inputs, dtype: str) -> Memory:
+def _build_memory(inputs: ExportInputs, dtype: str) -> Memory:
     """The plain memory with the trained weights in this dtype."""
     with torch.device("meta"):
         memory = Memory(inputs.memory)
@@ -465,7 +275,7 @@ def _read_parts(base: Any, memory: Memory, point: CapturePoint) -> _Probe:
                   memory_BSV=memory_logits_BSV.double().log_softmax(-1))
 
 
-def _rounding(config: Config, inputs: _Inputs, point: CapturePoint, probe: _Probe) -> float:
+def _rounding(config: Config, inputs: ExportInputs, point: CapturePoint, probe: _Probe) -> float:
     """Mean total variation between the mixture of the rounded parts and that of the parts in float32."""
     exact = _read_parts(_load_base(config, inputs, "float32"), _build_memory(inputs, "float32"), point)
     pair = (parts.mixture_BSV(inputs.lmbda).exp() for parts in (exact, probe))
@@ -530,108 +340,3 @@ def _relative_difference(found_BSV: torch.Tensor, wanted_BSV: torch.Tensor) -> f
     """max |found - wanted| / max |wanted|; infinities must be equal. NaN where either has one."""
     difference_BSV = torch.where(found_BSV == wanted_BSV, 0.0, found_BSV - wanted_BSV).abs()
     return float(difference_BSV.max() / wanted_BSV[wanted_BSV.isfinite()].abs().max())
-
-
-# The card
-
-
-def model_card(
-    inputs: _Inputs, config: Config, verification: Mapping[str, Any], num_base_parameters: int, weight_bytes: int
-) -> str:
-    """README.md of the export, from what is known; what is not known is said to be unknown."""
-    base = inputs.model if not Path(inputs.model).is_dir() else Path(inputs.model).resolve().name
-    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [mlp-memory, retrieval-imitation]"]
-    if not Path(inputs.model).is_dir():
-        header.append(f"base_model: {base}")
-    example = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "# trust_remote_code runs hf.py, memory.py and backbone.py of this directory; transformers reads the tokenizer's\n"
-        "# directory through the same configuration class, and would ask without it.\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)\n'
-        'prompt = tokenizer("…", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))\n"
-        "model.lmbda = 0.0  # the base alone; any weight in [0, 1]"
-    )
-    verified = _said(verification)
-    sections = [
-        "---\n" + "\n".join(header) + "\n---",
-        f"# {base} with an MLP memory",
-        "A frozen causal language model (the base) and a token-wise MLP (the memory) that was trained to give the next-token "
-        "distribution of a kNN retriever over a corpus (arXiv 2508.01832): `p = (1 - λ) p_base + λ p_memory`. No index and no "
-        "search are needed; the logits are log-probabilities of the mixture.",
-        f"```python\n{example}\n```",
-        "## What it is made of\n" + _bullet_list([
-            f"Base: {base}, {num_base_parameters:,} parameters, frozen (SHA-256 of its files {inputs.base_sha256})",
-            f"Weights: {config.dtype}, {weight_bytes:,} bytes",
-            *_ingredients(inputs),
-        ]),
-        "## How good it is\n" + _quality(inputs),
-        f"## Verification\n{verified[0].upper()}{verified[1:]}. `{EXPORT_FILE}` has the SHA-256 of every file.",
-        "## Limits\n" + _bullet_list([
-            "Not for decisions about people, nor for medical, legal, financial or safety-critical advice: it says what is "
-            "likely in its corpus, not what is true, and names no source.",
-            "Memorisation: the memory was trained to recall its corpus, and may give back passages of it word for word, personal "
-            "data, secrets and licensed text included. Publish it only where the corpus itself might be published.",
-            "The licences of the base and of the corpus apply; this card does not know them.",
-            "Facts are as old as the corpus. The figures above hold for text like it; elsewhere the memory may make the base "
-            "worse, which a smaller `lmbda` limits.",
-        ]),
-    ]  # fmt: skip
-    return "\n\n".join(sections) + "\n"
-
-
-def _ingredients(inputs: _Inputs) -> list[str]:
-    """The memory, its weight, its corpus and its training, a line each."""
-    known, memory, corpus, targets = inputs.trained.provenance, inputs.memory, inputs.corpus, inputs.targets
-    lines = [
-        f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of width "
-        f"{memory.hidden_size} ({memory.intermediate_size} inside), vocabulary {memory.vocab_size:,}; it reads the base's layer "
-        f"{known['input_layer']} ({known['key_point']})",
-        f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",
-        f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {known.get('corpus', 'unknown')})",
-        f"Training: α {known.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of cross entropy, "
-        f"{known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')} steps of "
-        f"{known.get('batch_positions', 'unknown')} positions, {known.get('epochs', 'unknown')} epochs",
-    ]
-    if known.get("alpha") == 0:
-        return [*lines, "Retriever: none (trained on cross entropy alone)"]
-    if targets is None:
-        sha256 = known.get("targets", "unknown")
-        return [*lines, f"Retriever: unknown k and temperature (SHA-256 of its targets' manifest {sha256})"]
-    return [*lines, f"Retriever: k {targets['k']}, T {targets['temperature']:.6g} in squared key units "
-                    f"({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}), keys of layer "
-                    f"{known.get('key_layer', 'unknown')}"]
-
-
-def _tokens(corpus: Mapping[str, Any] | None) -> str:
-    if corpus is None:
-        return "unknown number of tokens"
-    train = corpus["splits"]["train"]
-    return f"{train['num_tokens']:,} training tokens of {train['num_documents']:,} documents"
-
-
-def _quality(inputs: _Inputs) -> str:
-    if inputs.report is None:
-        return "Not measured: the export was made without a report of `launch/evaluate.py`."
-    rows = ["| arm | test perplexity | change from the base (95 % interval) | λ |", "|---|---|---|---|"]
-    for arm in inputs.report["arms"]:
-        change, interval, lmbda = arm.get("ppl_change"), arm.get("ppl_interval"), arm.get("lambda")
-        shown = "" if change is None or not interval else f"{change:+.1%} ({interval[0]:+.1%} to {interval[1]:+.1%})"
-        rows.append(f"| {arm['name']} | {arm['ppl']:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |")
-    return "\n".join(rows) + "\n\nλ was chosen on a tuning split; the figures are of the test split, at each arm's own λ."
-
-
-def _said(verification: Mapping[str, Any]) -> str:
-    """The verification in one sentence."""
-    text = (f"loaded again through its own code, every tensor is the trained one in its dtype, and log-probabilities on "
-            f"{verification['num_positions']} random tokens differ from those of base and memory by "
-            f"{verification['logit_difference']:.1g} relative (bound {verification['logit_bound']:g})")
-    if verification["rounding"]:
-        text += (f"; against float32 the distributions change by {verification['rounding']:.2g} "
-                 f"(mean total variation, bound {verification['rounding_bound']:g})")
-    return text
-
-
-def _bullet_list(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)

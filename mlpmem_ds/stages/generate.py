@@ -40,7 +40,7 @@ class Config:
     top_p: float = option("sample from the likeliest tokens that hold this probability together", 1.0)
     num_beams: int = option("beams; 1 = none", 1)
     seed: int = option("seed of the sampling", 0)
-    lmbda: float | None = option("--lambda: weight of the memory in [0, 1] (default: the export's)", None, metavar="NUMBER")
+    lmbda: float | None = option("weight of the memory in [0, 1] (default: the export's)", None, flag="lambda")
     compare: bool = option("show the base alone (λ = 0) beside base + memory", False)
     batch_size: int = option("prompts that are continued at once", 16)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(

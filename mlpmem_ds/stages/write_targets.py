@@ -55,7 +55,8 @@ class Config:
 
     keys: Path = option("key directory of extract_keys")
     output: Path = option("target directory to write")
-    index: Path | None = option("index directory of build_index over the same keys; not needed for exact search", None)
+    index: Path | None = option("index directory of build_index over the same keys; not needed for exact search", None,
+                                identity=False)
     k: int = option("neighbours of a position", 1024)
     temperature: str = option("of the weights exp(-d²/T), in squared key units, or auto", "auto")
     neighbour_perplexity: float = option("with auto: how many neighbours shall count, exp of the weights' entropy", 100.0)
@@ -65,7 +66,7 @@ class Config:
     nprobe: int = option("with ivf: lists that a query probes", 16)
     exclude: Literal["none", "same-document"] = option("which neighbours a position may not have besides itself", "none")
     exclude_window: int = option("positions on either side that are no neighbours", 0)
-    corpus: Path | None = option("corpus directory of the keys, for --exclude same-document", None)
+    corpus: Path | None = option("corpus directory of the keys, for --exclude same-document", None, identity=False)
     shard_positions: int = option("positions in a shard file, a multiple of the corpus' block size", 131072)
     batch_positions: int = option("queries searched at once", 16384, identity=False)
     threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity=False)

@@ -19,7 +19,8 @@ def codes(num_vectors: int = NUM_VECTORS, dim: int = DIM, seed: int = 0, spread:
     """Few distinct numbers, so that distances tie often."""
     generator = np.random.default_rng(seed)
     centres = generator.integers(-60, 60, size=(9, dim))
-    return (centres[generator.integers(0, 9, num_vectors)] + generator.integers(-spread, spread, (num_vectors, dim))).astype(np.int8)
+    noise = generator.integers(-spread, spread, (num_vectors, dim))
+    return (centres[generator.integers(0, 9, num_vectors)] + noise).astype(np.int8)
 
 
 def exact_squared(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -99,10 +99,10 @@ def timing_rows(timings: Mapping[str, Sequence[Timing]]) -> list[Row]:
 def in_child(function: Callable[..., int], *arguments: Any) -> int:
     """Call a module-level function in a fresh process that has nothing of this one's memory.
 
-    It is forked from a server that has done no more than import torch, which saves doing so for each child.
+    It is forked from a server that has done no more than import torch (and what its fused loss imports late: seconds for each child).
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
