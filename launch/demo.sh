@@ -10,13 +10,14 @@
 #   --run DIR          where everything goes (default: runs/demo)
 #   --ranks N          processes of each stage (default: 2)
 #   --max-bytes N      text to use at most (default: 1.6e6 bytes of the standard library, all of --corpus)
+#   --seed N           of the hashes that deal documents to splits (default: 1)
 #   --no-setup         use the active environment instead of .venv
 set -euo pipefail
 cd_to=$(dirname "${BASH_SOURCE[0]}")/..
-usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 fail() { echo "error: $1" >&2; exit 2; }
 
-corpus=() base="" run="" ranks=2 setup=1 max_bytes=""
+corpus=() base="" run="" ranks=2 setup=1 max_bytes="" seed=1
 while [ $# -gt 0 ]; do
     case $1 in
         --corpus) shift; while [ $# -gt 0 ] && [[ $1 != --* ]]; do corpus+=("$(realpath -m -- "$1")"); shift; done ;;
@@ -24,6 +25,7 @@ while [ $# -gt 0 ]; do
         --run) [ $# -ge 2 ] || fail "--run needs a value"; run=$(realpath -m -- "$2"); shift 2 ;;
         --ranks) [ $# -ge 2 ] || fail "--ranks needs a value"; ranks=$2; shift 2 ;;
         --max-bytes) [ $# -ge 2 ] || fail "--max-bytes needs a value"; max_bytes=$2; shift 2 ;;
+        --seed) [ $# -ge 2 ] || fail "--seed needs a value"; seed=$2; shift 2 ;;
         --no-setup) setup=0; shift ;;
         -h|--help) usage; exit 0 ;;
         *) fail "unknown option $1 (see --help)" ;;
@@ -61,7 +63,7 @@ if [ ${#corpus[@]} = 0 ]; then
 fi
 if [ -n "$base" ]; then tokenizer=$base; else tokenizer=train:4096; fi
 python tools/prepare_corpus.py --input "${corpus[@]}" ${exclude[@]+"${exclude[@]}"} --tokenizer "$tokenizer" --output "$run/corpus" \
-    --block-size 256 --stride 256 --tuning-fraction .07 --test-fraction .11 --heldout-fraction .08 --seed 1 --max-bytes "${max_bytes:-0}"
+    --block-size 256 --stride 256 --tuning-fraction .07 --test-fraction .11 --heldout-fraction .08 --seed "$seed" --max-bytes "${max_bytes:-0}"
 
 if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"

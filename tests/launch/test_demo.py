@@ -1,0 +1,92 @@
+"""The demo's script, whole, on a toy text and a toy model: every front-end as its own process, two ranks, then again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mlpmem_ds.core.world import World
+from mlpmem_ds.stages import inspect_run
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 400
+
+
+@pytest.fixture(scope="module")
+def model_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 that reads blocks of 256 tokens, with its tokenizer."""
+    path = tmp_path_factory.mktemp("model") / "model"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=256, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(path)
+    for file in (corpus_dir / "tokenizer").iterdir():
+        shutil.copy(file, path)
+    return path
+
+
+def demo(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run launch/demo.sh in this test's environment; its whole process group ends with it."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "demo.sh"), "--no-setup", *words], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def test_the_whole_pipeline_on_ones_own_text_and_model(
+    text_dir: Path, corpus_dir: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["--corpus", str(text_dir), "--base", str(model_dir), "--run", str(run), "--ranks", "2", "--seed", "3"]
+    first = demo(*words)
+    assert first.returncode == 0, first.stderr[-5000:]
+    evaluation = json.loads((run / "report" / "eval.json").read_text())
+    arms = {arm["name"]: arm for arm in evaluation["arms"]}
+    assert set(arms) == {"base", "base+knn_exact", "base+knn_ivfpq", "base+memory", "base+memory_ce_only",
+                         "base_trained_on"}  # fmt: skip
+    for arm in arms.values():
+        assert arm["ppl"] > 1 and arm["bytes"] > 0 and arm["parameters"] > 0 and arm["tokens_per_second"] > 0
+    assert "base+memory" in first.stdout
+    for name in ("report.md", "lambda.png", "cost.png"):
+        assert (run / "report" / name).stat().st_size > 500
+    inspect_run.run(inspect_run.Config(run=run), World())
+
+    weights = (run / "memory" / "weights" / "model.safetensors").read_bytes()
+    (run / "report" / "eval.json").unlink()
+    shutil.rmtree(run / "export")
+    second = demo(*words)  # continues: the memory stays, what is missing is made again
+    assert second.returncode == 0, second.stderr[-5000:]
+    assert (run / "memory" / "weights" / "model.safetensors").read_bytes() == weights
+    assert (run / "report" / "eval.json").is_file() and (run / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--corpus", "/no/such/text"], "--corpus /no/such/text does not exist"),
+        (["--ranks", "none"], "not a number of processes"),
+        (["--nonsense"], "unknown option --nonsense"),
+        (["--run"], "--run needs a value"),
+    ],
+)
+def test_wrong_options_are_exit_code_2(words: list[str], message: str) -> None:
+    result = demo(*words)
+    assert result.returncode == 2
+    assert message in result.stderr
+
