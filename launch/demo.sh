@@ -72,14 +72,14 @@ if [ -z "$base" ]; then
 fi
 
 say "3/9 keys: the base's hidden states"
-shared tools/extract_keys.py --model "$base" --corpus "$run/corpus" --output "$run/keys"
+shared tools/extract_keys.py --unit-positions 16384 --model "$base" --corpus "$run/corpus" --output "$run/keys"
 
 say "4/9 index: sharded IVF-PQ"
 shared tools/build_index.py --keys "$run/keys" --output "$run/index" --num-shards 2
 
 say "5/9 targets: each key's neighbours in other documents, as a distribution"
 shared tools/write_targets.py --keys "$run/keys" --index "$run/index" --corpus "$run/corpus" --output "$run/targets" \
-    --k 256 --neighbour-perplexity 100 --exclude same-document
+    --k 256 --neighbour-perplexity 100 --exclude same-document --shard-positions 32768
 
 memory_flags=(--ds_config ds_configs/zero3.json --corpus "$run/corpus" --keys "$run/keys" --targets "$run/targets" --model "$base" --head base
               --num-blocks 4 --epochs 5 --learning-rate 2e-3 --batch-positions 2048 --ce-through mixture --mixture-lambda .25)

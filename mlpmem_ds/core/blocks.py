@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -58,9 +57,3 @@ def split_windows(total: int, block_size: int, stride: int) -> list[Window]:
         stop = min(start + stride, total)
         windows.append(Window(stop - length, start, stop))
     return windows
-
-
-def hash_fraction(key: str | int, seed: int = 0) -> float:
-    """A number in [0, 1) that depends on `key` and `seed` alone; the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64

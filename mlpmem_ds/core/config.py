@@ -128,8 +128,9 @@ def plain_values(config: Any) -> dict[str, Any]:
 def identity_values(config: Any) -> dict[str, Any]:
     """Those values of the Config that decide the bytes of the result; paths are left to the inputs' hashes."""
     values = plain_values(config)
+    hints = typing.get_type_hints(type(config))
     return {
         field.name: values[field.name]
         for field in dataclasses.fields(config)
-        if field.metadata.get("identity", True) and not isinstance(getattr(config, field.name), Path)
+        if field.metadata.get("identity", True) and _read_hint(hints[field.name])[0] is not Path
     }

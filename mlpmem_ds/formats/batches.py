@@ -22,29 +22,12 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block
+from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.targets import Targets
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 
 _WINDOWS_KEPT = 2  # a batch may lie across the end of one window and the start of the next
-
-
-def shuffled(count: int, *keys: int) -> np.ndarray:
-    """int64 [count]: a permutation of range(count), a pure function of `keys` (not of NumPy's version)."""
-    state = np.uint64(0)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            state = _mix(np.array([state ^ np.uint64(key)], dtype=np.uint64))[0]
-        scores = _mix(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state)
-    return np.argsort(scores, kind="stable")
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), elementwise; a bijection of uint64."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 @dataclass(frozen=True, kw_only=True)

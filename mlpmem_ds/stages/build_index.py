@@ -17,6 +17,7 @@ import torch
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
@@ -27,7 +28,6 @@ from mlpmem_ds.formats.keys import Keys, open_keys
 _logger = logging.getLogger(__name__)
 _TRAINED = "trained"
 _SEED = 1
-_HASH_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,30 +77,6 @@ def run(config: Config, world: World) -> None:
         }
 
     stage.finish([_TRAINED, *shards], describe)
-
-
-def sample_positions(num_positions: int, wanted: int, *, seed: int) -> np.ndarray:
-    """About `wanted` of the positions [0, num_positions), all where there are not more: int64, ascending.
-
-    Whether a position is drawn depends on its number, `seed` and the fraction alone (splitmix64 of the position).
-    """
-    if wanted >= num_positions:
-        return np.arange(num_positions)
-    threshold = np.uint64(int(wanted / num_positions * 2**64))
-    drawn = []
-    for start in range(0, num_positions, _HASH_CHUNK):
-        positions = np.arange(start, min(start + _HASH_CHUNK, num_positions), dtype=np.uint64)
-        drawn.append(np.flatnonzero(_scramble(positions, seed) < threshold) + start)
-    return np.concatenate(drawn)
-
-
-def _scramble(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64 (Steele, Lea, Flood 2014): uint64 → uint64 that looks random."""
-    offset = np.uint64((seed + 1) * 0x632BE59BD9B4E019 % 2**64)
-    mixed = (numbers + offset) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
 
 
 def _resolve_factory(factory: str, keys: Keys, world: World) -> tuple[str, int]:

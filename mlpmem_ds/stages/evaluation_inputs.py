@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from mlpmem_ds.core.blocks import hash_fraction
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import seconds_of_stage
 from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.engines.hidden_states import (

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mlpmem_ds.core.blocks import Block, Window, hash_fraction, split_blocks
+from mlpmem_ds.core.blocks import Block, Window, split_blocks
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import canonical_json
+from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage, require_free_bytes
 from mlpmem_ds.core.world import World

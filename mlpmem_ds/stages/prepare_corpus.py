@@ -17,10 +17,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mlpmem_ds.core.blocks import hash_fraction
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, record_file
+from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World

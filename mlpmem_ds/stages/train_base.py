@@ -29,6 +29,7 @@ from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish, publish_json
+from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
@@ -45,7 +46,6 @@ from mlpmem_ds.engines.deepspeed import (
     zero_stage,
 )
 from mlpmem_ds.engines.hidden_states import fingerprint_model
-from mlpmem_ds.formats.batches import shuffled
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.maths.interpolation import label_log_probabilities
 from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss

@@ -23,6 +23,7 @@ import torch
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
@@ -39,7 +40,6 @@ from mlpmem_ds.maths.targets import (
     truncate,
     weight_perplexity,
 )
-from mlpmem_ds.stages.build_index import sample_positions
 
 _logger = logging.getLogger(__name__)
 _TEMPERATURE = "temperature"

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmem_ds.core.blocks import Block, deal, hash_fraction, split_blocks, split_windows
+from mlpmem_ds.core.blocks import Block, deal, split_blocks, split_windows
 
 
 def test_blocks_cover_everything_once() -> None:
@@ -35,10 +35,3 @@ def test_windows_predict_each_position_once_with_enough_context(
 def test_a_stride_longer_than_the_block_is_refused() -> None:
     with pytest.raises(ValueError, match="stride of 5"):
         split_windows(10, 4, 5)
-
-
-def test_hash_fraction_is_fixed_and_spread() -> None:
-    assert hash_fraction("a") == hash_fraction("a") != hash_fraction("a", seed=1)
-    values = [hash_fraction(number) for number in range(2000)]
-    assert all(0 <= value < 1 for value in values)
-    assert 0.45 < sum(values) / len(values) < 0.55

@@ -16,6 +16,7 @@ class Config:
     codec: Literal["int8", "raw"] = option("codec", "int8")
     keep: bool = option("keep it", True)
     threads: int = option("threads", 1, identity=False)
+    also: Path | None = option("a path that may be left out", None)
 
 
 def parse(*words: str) -> Config:
@@ -56,4 +57,5 @@ def test_help_shows_defaults_and_the_example(capsys: pytest.CaptureFixture[str])
 def test_identity_leaves_out_paths_and_resources() -> None:
     config = Config(input=("a",), output=Path("o"))
     assert identity_values(config) == {"block_size": 1024, "rate": None, "codec": "int8", "keep": True}
+    assert identity_values(Config(input=("b",), output=Path("p"), also=Path("q"))) == identity_values(config)
     assert plain_values(config)["output"] == "o"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.formats.batches import BatchReader, TrainingOrder, shuffled
+from mlpmem_ds.core.hashing import shuffled
+from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.maths.targets import SparseRows
 
 N, BLOCK, WIDTH, VOCABULARY = 203, 16, 3, 11

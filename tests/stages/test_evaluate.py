@@ -512,7 +512,7 @@ def test_an_unsplit_corpus_is_dealt_in_halves_by_document(config, unsplit_dir, b
     assert sum(evaluation["tokens"].values()) == corpus.num_positions
     assert min(evaluation["tokens"].values()) > 32
     scores = read_scores(config.output, "train", "base").astype(np.float64)
-    from mlpmem_ds.core.blocks import hash_fraction
+    from mlpmem_ds.core.hashing import hash_fraction
 
     halves = np.array([hash_fraction(f"evaluate:{document['name']}") < 0.5 for document in corpus.documents])
     is_tuning = halves[corpus.documents_of(np.arange(corpus.num_positions))]
