@@ -50,9 +50,8 @@ export OMP_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=true
 [ -n "${CUDA_VISIBLE_DEVICES+x}" ] || python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu
 
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
-alone() { OMP_NUM_THREADS=$cores python "$@"; }
 shared() { if [ "$ranks" = 1 ]; then python "$@"; else torchrun --nproc-per-node "$ranks" "$@"; fi; }
-trained() { if [ "$ranks" = 1 ]; then python "$@"; else deepspeed --num_accelerators "$ranks" "$@"; fi; }
+trained() { if [ "$ranks" = 1 ]; then python "$@"; else deepspeed -q --num_accelerators "$ranks" "$@"; fi; }
 
 say "1/9 corpus: text to tokens"
 exclude=()
@@ -67,7 +66,7 @@ python tools/prepare_corpus.py --input "${corpus[@]}" ${exclude[@]+"${exclude[@]
 
 if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"
-    alone tools/train_base.py --corpus "$run/corpus" --output "$run/base"
+    trained tools/train_base.py --corpus "$run/corpus" --output "$run/base"
     base=$run/base
 fi
 
@@ -95,7 +94,7 @@ from mlpmem_ds.core.log import seconds_of_stage
 print(round(sum(seconds_of_stage(Path(sys.argv[1]) / stage) or 0 for stage in ("keys", "index", "targets", "memory"))))' "$run")
 say "      the memory's own pipeline took $spent s; the base gets as many"
 [ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
-alone tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
+trained tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
     --max-seconds "$(cat "$run/control_seconds")" --select last
 
 say "8/9 evaluation"

@@ -99,7 +99,8 @@ def timing_rows(timings: Mapping[str, Sequence[Timing]]) -> list[Row]:
 def in_child(function: Callable[..., int], *arguments: Any) -> int:
     """Call a module-level function in a fresh process that has nothing of this one's memory.
 
-    It is forked from a server that has done no more than import torch (and what its fused loss imports late: seconds for each child).
+    It is forked from a server that has imported torch, and what torch's fused loss imports late, and done nothing else:
+    that saves seconds for each child.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo"])
