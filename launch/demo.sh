@@ -9,15 +9,15 @@
 #   --base MODEL       a causal LM, directory or Hub name (default: a small GPT-2 trained here on the corpus)
 #   --run DIR          where everything goes (default: runs/demo)
 #   --ranks N          processes of each stage (default: 2)
-#   --max-bytes N      text to use at most (default: 1.6e6 bytes of the standard library, all of --corpus)
-#   --seed N           of the hashes that deal documents to splits (default: 1)
+#   --max-bytes N      text to use at most (default: 1.2e6 bytes of the standard library, all of --corpus)
+#   --seed N           of the hashes that deal documents to splits (default: 0)
 #   --no-setup         use the active environment instead of .venv
 set -euo pipefail
 cd_to=$(dirname "${BASH_SOURCE[0]}")/..
 usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 fail() { echo "error: $1" >&2; exit 2; }
 
-corpus=() base="" run="" ranks=2 setup=1 max_bytes="" seed=1
+corpus=() base="" run="" ranks=2 setup=1 max_bytes="" seed=0
 while [ $# -gt 0 ]; do
     case $1 in
         --corpus) shift; while [ $# -gt 0 ] && [[ $1 != --* ]]; do corpus+=("$(realpath -m -- "$1")"); shift; done ;;
@@ -58,11 +58,11 @@ exclude=()
 if [ ${#corpus[@]} = 0 ]; then
     corpus=("$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')")
     exclude=(--include '*.py' --exclude site-packages dist-packages test tests idle_test encodings pydoc_data lib2to3 idlelib turtledemo)
-    max_bytes=${max_bytes:-1.6e6}
+    max_bytes=${max_bytes:-1.2e6}
 fi
 if [ -n "$base" ]; then tokenizer=$base; else tokenizer=train:4096; fi
 python tools/prepare_corpus.py --input "${corpus[@]}" ${exclude[@]+"${exclude[@]}"} --tokenizer "$tokenizer" --output "$run/corpus" \
-    --block-size 256 --stride 256 --tuning-fraction .07 --test-fraction .11 --heldout-fraction .08 --seed "$seed" --max-bytes "${max_bytes:-0}"
+    --block-size 256 --stride 256 --tuning-fraction .06 --test-fraction .09 --heldout-fraction .07 --seed "$seed" --max-bytes "${max_bytes:-0}"
 
 if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"
@@ -95,7 +95,7 @@ print(round(sum(seconds_of_stage(Path(sys.argv[1]) / stage) or 0 for stage in ("
 say "      the memory's own pipeline took $spent s; the base gets as many"
 [ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
 trained tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
-    --max-seconds "$(cat "$run/control_seconds")" --select last
+    --max-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 --early-stopping-patience 0 --epochs 1000
 
 say "8/9 evaluation"
 shared launch/evaluate.py --model "$base" --corpus "$run/corpus" --keys "$run/keys" --index "$run/index" --targets "$run/targets" \

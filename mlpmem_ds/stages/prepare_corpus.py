@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,11 @@ def _survey(config: Config) -> _Survey:
     if len({name for name, *_ in documents}) != len(documents):
         raise UserError("two inputs hold documents of the same name: give their common parent directory as one --input")
     wanted = _sample_groups(documents, config)
-    split_of = {name: _split_of(sha256, group, config) for name, group, sha256, _ in wanted}
+    split_of = _deal_splits(wanted, config)
+    fractions = {"tuning": config.tuning_fraction, "test": config.test_fraction, "heldout": config.heldout_fraction}
+    for split, fraction in fractions.items():
+        if fraction and split not in split_of.values():
+            _logger.warning("the %s split is empty: every document is larger than its share of the text", split)
     if "train" not in split_of.values():
         raise UserError(
             f"the inputs hold {len(documents)} documents with text, {len(wanted)} of them wanted, and none fell "
@@ -147,13 +151,41 @@ def _sample_groups(documents: list[tuple[str, str, str, int]], config: Config) -
     return taken
 
 
-def _split_of(sha256: str, group: str, config: Config) -> str:
-    if hash_fraction(f"group:{group}", config.seed) < config.heldout_fraction:
-        return "heldout"
-    fraction = hash_fraction(f"document:{sha256}", config.seed)
-    if fraction < config.tuning_fraction:
-        return "tuning"
-    return "test" if fraction < config.tuning_fraction + config.test_fraction else "train"
+def _deal_splits(documents: list[tuple[str, str, str, int]], config: Config) -> dict[str, str]:
+    """Document name → split. Held-out groups first, then tuning and test documents, each in the order of a hash.
+
+    What would overfill a split's share of the bytes is passed over, so that one long document does not decide its size.
+    """
+    total = sum(size for *_, size in documents)
+    by_group: dict[str, int] = {}
+    for _, group, _, size in documents:
+        by_group[group] = by_group.get(group, 0) + size
+    heldout = _fill(by_group, config.heldout_fraction * total, f"group:{config.seed}")
+    by_text: dict[str, int] = {}
+    for _, group, sha256, size in documents:
+        if group not in heldout:
+            by_text[sha256] = by_text.get(sha256, 0) + size
+    tuning = _fill(by_text, config.tuning_fraction * total, f"tuning:{config.seed}")
+    test = _fill({text: size for text, size in by_text.items() if text not in tuning}, config.test_fraction * total,
+                 f"test:{config.seed}")  # fmt: skip
+    in_heldout = {sha256 for _, group, sha256, _ in documents if group in heldout}
+
+    def split(group: str, sha256: str) -> str:
+        if group in heldout or sha256 in in_heldout:
+            return "heldout"
+        return "tuning" if sha256 in tuning else "test" if sha256 in test else "train"
+
+    return {name: split(group, sha256) for name, group, sha256, _ in documents}
+
+
+def _fill(sizes: Mapping[str, int], quota: float, salt: str) -> set[str]:
+    """Keys in the order of a hash, as long as they fit in the quota of bytes."""
+    taken, total = set(), 0
+    for key in sorted(sizes, key=lambda key: (hash_fraction(f"{salt}:{key}"), key)):
+        if total + sizes[key] <= quota:
+            taken.add(key)
+            total += sizes[key]
+    return taken
 
 
 def _load_tokenizer(name_or_path: str) -> Any:

@@ -74,7 +74,7 @@ class Config:
     dropout: float = option("of a new model", 0.0)
     context: int | None = option("tokens of a sequence (default: the corpus's block size)", None)
     epochs: int = option("most passes over the train split", 8)
-    batch_tokens: int = option("tokens in a step, over all ranks", 8192)
+    batch_tokens: int = option("tokens in a step, over all ranks", 2048)
     micro_batch_tokens: int = option("most tokens that a rank takes through the model at once", 16384, identity=False)
     learning_rate: float = option("peak of the learning rate", 2e-3)
     warmup_fraction: float = option("share of the steps that warm up", 0.05)
@@ -184,6 +184,11 @@ def run(config: Config, world: World) -> None:
     _train(config, corpus, tuning, sequences, model, ds_config, batch, steps_per_epoch, directory)
 
 
+def _attention() -> str:
+    """On a CPU in bfloat16 the fused attention is the slower one: 6.5k against 8.9k tokens/s of a 4-layer d 256 model."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
 def _make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedModel:
     if config.init_from is None:
         torch.manual_seed(config.seed)
@@ -192,9 +197,10 @@ def _make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedM
             n_layer=config.num_layers, n_head=config.num_heads, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
             attn_pdrop=config.dropout, activation_function="gelu_pytorch_tanh",  # GPT-2's, as one kernel
             bos_token_id=corpus.end_of_document_id, eos_token_id=corpus.end_of_document_id,
+            attn_implementation=_attention(),
         ))
     try:
-        model = load_base(config.init_from, dtype=torch.float32, device="cpu")
+        model = load_base(config.init_from, dtype=torch.float32, device="cpu", attention=_attention())
         weight_VD, bias_V = output_head(model)
         is_plain = bias_V is None and logit_transform(model).is_identity
     except ValueError as error:

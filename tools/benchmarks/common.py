@@ -178,13 +178,17 @@ class Report:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Cores, processor, memory, threads in use and the load (1, 5, 15 minutes) at this moment."""
+    """Cores, processor, memory, threads and the variables that rule them, the load (1, 5, 15 minutes) at this moment.
+
+    On a machine that others use, OMP_WAIT_POLICY decides much: by default threads spin while they wait for a busy core.
+    """
     return {
         "platform": platform.platform(),
         "processor": _processor_name(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "torch_threads": torch.get_num_threads(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "MKL_"))},
         "load_average_before": list(os.getloadavg()),
     }
 
