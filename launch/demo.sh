@@ -8,7 +8,7 @@
 #   --corpus PATH...   text, Markdown, source or JSON lines: files or directories (default: the standard library)
 #   --base MODEL       a causal LM, directory or Hub name (default: a small GPT-2 trained here on the corpus)
 #   --run DIR          where everything goes (default: runs/demo)
-#   --ranks N          processes of each stage (default: 2)
+#   --ranks N          processes of each stage (default: 2; 1 on a machine with one GPU)
 #   --max-bytes N      text to use at most (default: 1.2e6 bytes of the standard library, all of --corpus)
 #   --seed N           of the hashes that deal documents to splits (default: 0)
 #   --no-setup         use the active environment instead of .venv
@@ -17,10 +17,10 @@ cd_to=$(dirname "${BASH_SOURCE[0]}")/..
 usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 fail() { echo "error: $1" >&2; exit 2; }
 
-corpus=() base="" run="" ranks=2 setup=1 max_bytes="" seed=0
+corpus=() base="" run="" ranks="" setup=1 max_bytes="" seed=0
 while [ $# -gt 0 ]; do
     case $1 in
-        --corpus) shift; while [ $# -gt 0 ] && [[ $1 != --* ]]; do corpus+=("$(realpath -m -- "$1")"); shift; done ;;
+        --corpus) shift; [ $# -gt 0 ] && [[ $1 != --* ]] || fail "--corpus needs a path"; while [ $# -gt 0 ] && [[ $1 != --* ]]; do corpus+=("$(realpath -m -- "$1")"); shift; done ;;
         --base) [ $# -ge 2 ] || fail "--base needs a value"; if [ -e "$2" ]; then base=$(realpath -- "$2"); else base=$2; fi; shift 2 ;;
         --run) [ $# -ge 2 ] || fail "--run needs a value"; run=$(realpath -m -- "$2"); shift 2 ;;
         --ranks) [ $# -ge 2 ] || fail "--ranks needs a value"; ranks=$2; shift 2 ;;
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
         *) fail "unknown option $1 (see --help)" ;;
     esac
 done
-[[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks is not a number of processes"
+[[ $ranks =~ ^([1-9][0-9]*)?$ ]] || fail "--ranks $ranks is not a number of processes"
 for path in ${corpus[@]+"${corpus[@]}"}; do [ -e "$path" ] || fail "--corpus $path does not exist"; done
 cd "$cd_to"
 [ -n "$run" ] || run=$PWD/runs/demo
@@ -39,19 +39,25 @@ if [ $setup = 1 ]; then
     bash launch/setup.sh
     export PATH="$PWD/.venv/bin:$PATH"
 fi
-python -c 'import mlpmem_ds' 2>/dev/null || fail "mlpmem_ds is not installed in this environment: leave out --no-setup, or pip install -e ."
+(cd / && python -c 'import mlpmem_ds, deepspeed, faiss, torch') >/dev/null 2>&1 || fail "mlpmem_ds is not installed in this environment: leave out --no-setup, or pip install -e ."
 started=$SECONDS
-mkdir -p "$run"
+{ [ ! -e "$run" ] || [ -d "$run" ]; } && mkdir -p "$run" 2>/dev/null || fail "--run $run cannot be made a directory: choose another"
+
+# Two processes on a CPU; on a GPU machine as many as there are GPUs, two at most.
+gpus=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+[ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu
+if [ -z "$ranks" ]; then ranks=2; [ "$gpus" != 1 ] || ranks=1; fi
 
 # One thread a rank where the ranks fill the cores; every process that torch starts sees this.
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 threads=$(( cores / ranks )); [ "$threads" -ge 1 ] || threads=1
-export OMP_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=true
-[ -n "${CUDA_VISIBLE_DEVICES+x}" ] || python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu
+export OMP_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=true PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
+
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
-shared() { if [ "$ranks" = 1 ]; then python "$@"; else torchrun --nproc-per-node "$ranks" "$@"; fi; }
-trained() { if [ "$ranks" = 1 ]; then python "$@"; else deepspeed -q --num_accelerators "$ranks" "$@"; fi; }
+shared() { if [ "$ranks" = 1 ]; then python "$@"; else torchrun --standalone --nproc-per-node "$ranks" "$@"; fi; }
+trained() { if [ "$ranks" = 1 ]; then python "$@"; else deepspeed -q --master_port "$port" --num_accelerators "$ranks" "$@"; fi; }
 
 say "1/9 corpus: text to tokens"
 exclude=()
@@ -95,7 +101,7 @@ print(round(sum(seconds_of_stage(Path(sys.argv[1]) / stage) or 0 for stage in ("
 say "      the memory's own pipeline took $spent s; the base gets as many"
 [ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
 trained tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
-    --max-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 --early-stopping-patience 0 --epochs 1000
+    --max-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 --warmup-fraction .0005 --early-stopping-patience 0 --epochs 1000
 
 say "8/9 evaluation"
 shared launch/evaluate.py --model "$base" --corpus "$run/corpus" --keys "$run/keys" --index "$run/index" --targets "$run/targets" \

@@ -9,12 +9,13 @@ command -v "$python" >/dev/null || { echo "error: no $python on this machine: se
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "error: $("$python" --version) is too old: set PYTHON=/path/to/python (3.10 or newer)" >&2; exit 2; }
 
-wanted=$(cat requirements.txt pyproject.toml launch/setup.sh | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+wanted=$({ "$python" --version; cat requirements.txt pyproject.toml launch/setup.sh; } | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 stamp=.venv/installed.sha256
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 
 echo "Setting up .venv (once; a few minutes at most) ..." >&2
-[ -x .venv/bin/python ] || "$python" -m venv .venv ||
+.venv/bin/python -m pip --version >/dev/null 2>&1 && [ "$(.venv/bin/python --version)" = "$("$python" --version)" ] ||
+    "$python" -m venv --clear .venv ||
     { echo "error: $python cannot make a virtual environment: install its venv package (Debian: python3-venv)" >&2; exit 2; }
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .

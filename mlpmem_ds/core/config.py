@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -60,6 +61,9 @@ def parse_config(
         _add_flag(parser, field, hints[field.name])
     words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
     values = vars(parser.parse_args(words))
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name.replace('_', '-')} must be a finite number, not {value}")
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 

@@ -23,6 +23,10 @@ _REMEDIES = {
     errno.EDQUOT: "raise the quota or free some space and run the same command again: it continues where it was",
     errno.EACCES: "choose another path or change its permissions",
     errno.EPERM: "choose another path or change its permissions",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EISDIR: "it is a directory: choose another path",
+    errno.ENOENT: "make its directory, or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
     errno.EROFS: "choose an --output on a writable file system",
 }
 

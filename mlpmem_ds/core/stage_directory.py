@@ -118,21 +118,37 @@ class StageDirectory:
             fault = self.fault_of_unit(unit)
             if fault is None:
                 continue
+            former = self._former_files(unit)
             if self.record_path(unit).exists():
                 _logger.warning("%s: making the unit again", fault)
-                self._withdraw(unit)
+                self.manifest_path.unlink(missing_ok=True)  # so that nobody reads the directory meanwhile
             writer = UnitWriter(self.root)
             start = time.monotonic()
             summary = compute(unit, writer)
+            self._refuse_other_bytes(unit, former, writer.records)
             self._publish_record(unit, writer.records, summary or {})
             self.log.write("unit", unit=unit, seconds=round(time.monotonic() - start, 3))
             num_computed += 1
         return num_computed
 
-    def _withdraw(self, unit: str) -> None:
-        """Take back the manifest and a damaged unit's record, so that nobody reads them meanwhile."""
-        self.manifest_path.unlink(missing_ok=True)
-        self.record_path(unit).unlink(missing_ok=True)
+    def _former_files(self, unit: str) -> list[FileRecord] | None:
+        """The files of a unit's earlier record; None where there is none that can be read."""
+        try:
+            return [FileRecord(**entry) for entry in self.read_record(unit)["files"]]
+        except (DamagedDataError, KeyError, TypeError):
+            return None
+
+    def _refuse_other_bytes(self, unit: str, former: Sequence[FileRecord] | None, files: Sequence[FileRecord]) -> None:
+        """A damaged unit must come out as it was: other units may have been made from it.
+
+        Raises:
+            DamagedDataError: it came out different (another machine, library or number of threads).
+        """
+        if former is not None and list(former) != list(files):
+            raise DamagedDataError(
+                f"unit {unit} of {self.root} was damaged and came out different when made again, so the other units may not "
+                "fit it (another machine or number of threads?): remove the directory and run again"
+            )
 
     def _publish_record(self, unit: str, files: Sequence[FileRecord], summary: Mapping[str, Any]) -> None:
         path = self.record_path(unit)
@@ -142,7 +158,7 @@ class StageDirectory:
     def wait_for(self, units: Sequence[str]) -> None:
         """Wait until every unit of an earlier phase has its record (other ranks make them)."""
         last_line = time.monotonic()
-        while missing := [unit for unit in units if not self.record_path(unit).is_file()]:
+        while missing := [unit for unit in units if self.fault_of_unit(unit)]:
             if time.monotonic() - last_line > _SECONDS_BETWEEN_WAITING_LINES:
                 last_line = time.monotonic()
                 _logger.warning(
@@ -156,17 +172,22 @@ class StageDirectory:
     def finish(self, units: Sequence[str], describe: Callable[[], Mapping[str, Any]]) -> bool:
         """Publish the manifest if every unit has its record; the rank that completes the last one does it.
 
+        Returns whether this rank is the one to speak of it: that one, or rank 0 where it was complete before.
+
         Args:
             units: every unit of every phase.
             describe: the stage's own manifest fields, made from the units' summaries; called only when complete.
         """
         seconds = round(time.monotonic() - self._start, 3)
+        was_complete = self.manifest_path.is_file()
         self.log.write("finished", seconds=seconds)
         if not all(self.record_path(unit).is_file() for unit in units):
             return False
         files = [file for unit in units for file in self.read_record(unit)["files"]]
         manifest = {**self.identity, **describe(), "files": files}
         publish_json(self.manifest_path, manifest)
+        if was_complete and not self.world.is_first:
+            return False
         _logger.info("complete: %s (%.1f s)", self.root, seconds)
         return True
 
@@ -203,9 +224,10 @@ def open_stage(
     identity_path = output / "identity.json"
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose a directory")
-    if identity_path.is_file():
+    names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()  # once: other ranks are starting too
+    if identity_path.name in names:
         _refuse_other_run(output, read_json(identity_path), identity)
-    elif output.is_dir() and any(not entry.name.startswith(".") for entry in output.iterdir()):
+    elif any(not name.startswith(".") for name in names):
         raise UserError(f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it")
     output.mkdir(parents=True, exist_ok=True)
     if not identity_path.is_file():

@@ -273,8 +273,10 @@ def resolve_ds_config(
         if config.get(name, _AUTO) not in (_AUTO, value):
             raise UserError(f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks with "
                             f"micro-batches of {micro:,} makes it {value:,}: write \"auto\" or leave it out")
-    clipping = config.get(_OWNED[2], _AUTO)
-    resolved = {**config, **derived, _OWNED[2]: gradient_clipping if clipping == _AUTO else clipping}
+    if config.get(_OWNED[2], _AUTO) not in (_AUTO, gradient_clipping):
+        raise UserError(f"{path}: {_OWNED[2]} is {config[_OWNED[2]]!r}, but --gradient-clipping is {gradient_clipping}: write "
+                        "\"auto\", or give the flag the same number")
+    resolved = {**config, **derived, _OWNED[2]: gradient_clipping}
     for place in _find_auto(resolved):
         raise UserError(f"{path}: {place} is \"auto\", which only Hugging Face's Trainer resolves: give a number (\"auto\" "
                         f"is for {', '.join(_OWNED)})")
@@ -321,14 +323,19 @@ def _find_auto(value: Any, place: str = "") -> Iterator[str]:
 def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
     """Let DeepSpeed check the ZeRO section's keys and values now, before anything is written."""
     import_deepspeed()
-    zero = importlib.import_module("deepspeed.runtime.zero.config")
-    try:
-        zero.DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
-    except Exception as error:  # pydantic's own family, which this file would only know by importing pydantic
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise UserError(f"{path}: zero_optimization is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the "
-                        "key") from error
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    for name, module, model in (
+        ("zero_optimization", "deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
+        ("bf16", "deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
+    ):
+        section = config.get(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name} must be an object, not {section!r}")
+        try:
+            getattr(importlib.import_module(module), model)(**section)
+        except Exception as error:  # pydantic's own family, which this file would only know by importing pydantic
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise UserError(f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key") from error
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
         if not importlib.import_module("deepspeed.ops").__compatible_ops__.get("async_io", False):
             raise UserError(f"{path} offloads to NVMe, and DeepSpeed's async_io does not build here: install libaio "
@@ -462,7 +469,7 @@ class Engine:
         damaged = [*root.glob("step-*.damaged")] if root.is_dir() else []
         if candidates or damaged:
             raise UserError(f"no checkpoint in {root} is whole ({len(candidates) or len(damaged)} damaged): restore one from "
-                            "a copy, or start anew with --resume never")
+                            f"a copy, or remove {root} to start anew")
         return None
 
     def _fault_of(self, path: Path) -> str | None:

@@ -9,6 +9,7 @@ B windows, S tokens, D width, n positions.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
 from mlpmem_ds.core.blocks import Block, Window
@@ -49,6 +51,7 @@ class StateSource(Protocol):
     num_layers: int
     width: int
     vocab_size: int
+    """rows of the output head, which may be more than the tokenizer has entries"""
     max_context: int
     dtype_name: str
 
@@ -73,8 +76,10 @@ class PositionStates:
 class TransformersSource:
     """A Hugging Face causal language model as a StateSource."""
 
-    def __init__(self, path: str, *, dtype: str = "auto", device: str = "auto", attention: str = "sdpa") -> None:
-        self.device = torch.device(resolve_device(device))
+    def __init__(
+        self, path: str, *, dtype: str = "auto", device: str = "auto", attention: str = "sdpa", local_rank: int = 0
+    ) -> None:
+        self.device = torch.device(resolve_device(device, local_rank))
         self.dtype_name = resolve_dtype(dtype, self.device)
         try:
             self.model = load_base(path, dtype=DTYPES[self.dtype_name], device=self.device, attention=attention)
@@ -84,7 +89,7 @@ class TransformersSource:
             raise UserError(f"--model {path}: {error}") from error
         config = self.model.config.get_text_config()
         self.width = config.hidden_size
-        self.vocab_size = config.vocab_size
+        self.vocab_size = len(output_head(self.model)[0])
         self.max_context = getattr(config, "max_position_embeddings", None) or 1 << 30
 
     @torch.no_grad()
@@ -103,10 +108,11 @@ class TransformersSource:
         return result_N.cpu().numpy()
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, local_rank: int = 0) -> str:
+    """`auto` is this rank's own GPU where there are GPUs, else the CPU."""
     if device != "auto":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
@@ -116,22 +122,32 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def check_source_reads(source: StateSource, corpus: CorpusSplit) -> None:
-    """Refuse a corpus that this base cannot read: a larger vocabulary, or longer blocks than its context.
+def check_source_reads(source: StateSource, corpus: CorpusSplit, model: str, *, flag: str = "--model") -> None:
+    """Refuse a corpus that this base cannot read: other tokens, a larger vocabulary, or longer blocks than its context.
 
     Raises:
-        UserError: with both numbers.
+        UserError: with what differs.
     """
     if corpus.vocab_size > source.vocab_size:
         raise UserError(
             f"the corpus {corpus.root} has a vocabulary of {corpus.vocab_size}, the model one of "
-            f"{source.vocab_size}: prepare the corpus with the model's own tokenizer"
+            f"{source.vocab_size} ({flag} {model}): prepare the corpus with the model's own tokenizer"
         )
     if corpus.block_size > source.max_context:
         raise UserError(
             f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens, the model reads at most "
-            f"{source.max_context}: prepare it with a smaller --block-size"
+            f"{source.max_context} ({flag} {model}): prepare it with a smaller --block-size"
         )
+    own, common = _model_file(model, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
+    if own is None or not common.is_file():
+        return
+    ids = Tokenizer.from_file(str(common)).get_vocab()
+    for token, number in Tokenizer.from_file(str(own)).get_vocab().items():
+        if ids.get(token, number) != number:
+            raise UserError(
+                f"{flag} {model} has another vocabulary than the corpus: {token!r} is {number} there and {ids[token]} here; "
+                "prepare the corpus with the model's own tokenizer"
+            )
 
 
 def resolve_point(source: StateSource, layer: int | float, point: str, *, flag: str) -> CapturePoint:
@@ -183,29 +199,44 @@ def _scan_batch(
 
 
 def fingerprint_model(name_or_path: str) -> str:
-    """SHA-256 of a model's configuration and weight files, whatever its directory is called.
+    """SHA-256 of a model's configuration and weight files, whatever its directory is called; fetches them from the Hub.
 
     Raises:
-        UserError: neither a model directory nor a Hub name that can be reached.
+        UserError: neither a model directory nor a Hub name that can be reached, or one without weights.
     """
-    directory = Path(name_or_path)
-    if not (directory / "config.json").is_file():
-        if directory.exists():
-            raise UserError(
-                f"--model {name_or_path} has no config.json: give a Hugging Face model directory or Hub name"
-            )
-        try:
-            directory = Path(str(cached_file(name_or_path, "config.json"))).parent
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--model {name_or_path} is neither a directory nor a model that the Hub gave: "
-                "check the path or the network"
-            ) from error
+    config = _model_file(name_or_path, "config.json")
+    if config is None:
+        raise UserError(f"--model {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a model "
+                        "that the Hub gave: check the path or the network")
     digest = hashlib.sha256()
-    weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
-    for path in [directory / "config.json", *sorted(weights)]:
+    for path in [config, *_weight_files(name_or_path)]:
         digest.update(path.name.encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
         with open(path, "rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _weight_files(name_or_path: str) -> list[Path]:
+    """The files that transformers would load, in the order of their names."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if path := _model_file(name_or_path, single):
+            return [path]
+        if index := _model_file(name_or_path, f"{single}.index.json"):
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = [_model_file(name_or_path, name) for name in names]
+            if all(shards):
+                return [shard for shard in shards if shard is not None]
+    raise UserError(f"--model {name_or_path} has no weights (model.safetensors or its shards): download or save it again")
+
+
+def _model_file(name_or_path: str, name: str) -> Path | None:
+    """A file of a model directory, or of a Hub model (fetched if need be); None where there is none."""
+    if Path(name_or_path).exists():
+        path = Path(name_or_path) / name
+        return path if path.is_file() else None
+    try:
+        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(str(found))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, canonical_json, fault_of_file, publish_json, read_json, record_file
+from mlpmem_ds.core.files import FileRecord, canonical_json, fault_of_file, flush, publish_json, read_json, record_file
 from mlpmem_ds.core.stage_directory import UnitWriter, read_manifest
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "mlpmem-checkpoint", 1
@@ -77,7 +77,7 @@ def fault_of_checkpoint(path: Path, *, rank: int = 0, size: int = 1) -> str | No
 def record_and_flush(root: Path, names: Sequence[str]) -> list[FileRecord]:
     """Flush the named files to disk and take their sizes and checksums."""
     for name in names:
-        _flush(root / name)
+        flush(root / name)
     return [record_file(root, name) for name in names]
 
 
@@ -96,11 +96,11 @@ def publish_checkpoint(root: Path, step: int, fields: Mapping[str, Any], files: 
                 "files": [record.to_json() for record in sorted(files, key=lambda record: record.name)]}
     (temporary / "manifest.json").write_bytes(canonical_json(manifest))
     for path in (temporary / "manifest.json", *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-        _flush(path)
+        flush(path)
     if final.exists():  # an earlier attempt at the same step; the new one holds the same state
         shutil.rmtree(final)
     os.replace(temporary, final)
-    _flush(root)
+    flush(root)
     publish_json(root.parent / "latest.json", {"step": step})
     return final
 
@@ -123,14 +123,6 @@ def remove_unfinished(root: Path) -> None:
     """Remove what a killed run left half written (`*.tmp`)."""
     for path in root.glob("step-*.tmp") if root.is_dir() else ():
         shutil.rmtree(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_weights(writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, memory: Mapping[str, Any],

@@ -1,7 +1,7 @@
 """Documents from files: text, Markdown, source code, and JSON lines (.jsonl, .jsonl.gz, .jsonl.zst); in a fixed order.
 
-A directory is walked in sorted order; what is not UTF-8 text is left out there and counted, but refused where the
-user named the file himself.
+A directory is walked in sorted order; what is not UTF-8 text is left out there, but refused where the user named the
+file himself.
 """
 
 from __future__ import annotations
@@ -136,6 +136,13 @@ def read_documents(file: SourceFile, *, text_field: str, group_field: str | None
 
 
 def _read_json_lines(file: SourceFile, text_field: str, group_field: str | None) -> Iterator[Document]:
+    try:
+        yield from _parse_lines(file, text_field, group_field)
+    except (UnicodeError, EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{file.path} is damaged or not UTF-8 ({error}): restore it or leave it out") from error
+
+
+def _parse_lines(file: SourceFile, text_field: str, group_field: str | None) -> Iterator[Document]:
     with _open_lines(file.path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -150,6 +157,7 @@ def _read_json_lines(file: SourceFile, text_field: str, group_field: str | None)
                     "name them with --text-field and --group-field"
                 ) from error
             if isinstance(text, str) and text.strip():
+                text.encode()  # a lone surrogate is no text
                 yield Document(name=f"{file.name}:{number}", group=group, text=text)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.config import option
-from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.formats.index_directory import FORMAT, TRAINED_NAME, VERSION, blocks_of_shard, shard_name
@@ -58,7 +58,6 @@ def run(config: Config, world: World) -> None:
     shards = [f"shard-{shard}" for shard in range(config.num_shards)]
     stage.run_units([_TRAINED], lambda unit, writer: _train(keys, factory, writer))
     stage.wait_for([_TRAINED])
-    _check_trained(stage)
     progress = Progress(len(shards[world.rank :: world.size]), label="index shards", unit="shards", world=world)
 
     def fill(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
@@ -98,12 +97,6 @@ def _train(keys: Keys, factory: str, writer: UnitWriter) -> dict[str, Any]:
     with writer.file(TRAINED_NAME) as path:
         engine.write_index(index, path)
     return {"training_vectors": len(positions)}
-
-
-def _check_trained(stage: StageDirectory) -> None:
-    """Refuse to fill shards from a trained index that another rank has found damaged and is making again."""
-    if fault := stage.fault_of_unit(_TRAINED):
-        raise DamagedDataError(f"{fault}: run the same command again")
 
 
 def _fill(keys: Keys, trained: Path, shard: int, num_shards: int, writer: UnitWriter) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class _Unit:
 
 def run(config: Config, world: World) -> str | None:
     """Score what is missing; the rank that completes the last unit writes the report and returns the table as text."""
-    inputs = open_inputs(config)
+    inputs = open_inputs(config, world.local_rank)
     directory = open_stage(
         config.output,
         stage=FORMAT,

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
@@ -26,7 +25,6 @@ from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import seconds_of_stage
 from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.engines.hidden_states import (
-    StateSource,
     TransformersSource,
     check_source_reads,
     fingerprint_model,
@@ -194,7 +192,7 @@ class Inputs:
         return [*self.base_arms, *(model.arm for model in self.models)]
 
 
-def open_inputs(config: Config) -> Inputs:
+def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
     """Open and check everything; nothing has been written yet.
 
     Raises:
@@ -203,8 +201,10 @@ def open_inputs(config: Config) -> Inputs:
     splits = _open_splits(config)
     corpus = splits[config.test_split].corpus
     base_sha256 = fingerprint_model(config.model)
-    source = TransformersSource(config.model, dtype=config.dtype, device=config.device, attention=config.attention)
-    _check_model(source, config.model, corpus, flag="--model")
+    source = TransformersSource(
+        config.model, dtype=config.dtype, device=config.device, attention=config.attention, local_rank=local_rank
+    )
+    check_source_reads(source, corpus, config.model)
     memories = (
         []
         if config.memory is None
@@ -222,7 +222,7 @@ def open_inputs(config: Config) -> Inputs:
                 "it: choose another name"
             )
         else:
-            models.append(_open_model(root, name, config, corpus))
+            models.append(_open_model(root, name, config, corpus, device=str(source.device)))
     if len({memory.arm for memory in memories}) < len(memories):
         raise UserError("two of the controls have the same name: choose another for one of them")
     datastore = _open_datastore(config, splits, source, base_sha256)
@@ -282,24 +282,6 @@ def _deal_halves(config: Config) -> dict[str, Split]:
         )
         for name, chosen in ((config.tuning_split, is_tuning), (config.test_split, ~is_tuning))
     }
-
-
-def _check_model(source: StateSource, path: str, corpus: CorpusSplit, *, flag: str) -> None:
-    """Refuse a model that cannot read the corpus, or whose own tokenizer gives the same words other numbers."""
-    try:
-        check_source_reads(source, corpus)
-    except UserError as error:
-        raise UserError(f"{flag} {path}: {error}") from error
-    own, common = Path(path) / "tokenizer.json", corpus.tokenizer_path / "tokenizer.json"
-    if not own.is_file() or not common.is_file():
-        return
-    ids = Tokenizer.from_file(str(common)).get_vocab()
-    for token, number in Tokenizer.from_file(str(own)).get_vocab().items():
-        if ids.get(token, number) != number:
-            raise UserError(
-                f"{flag} {path} has another vocabulary than the corpus: {token!r} is {number} there and {ids[token]} here; "
-                "prepare the corpus with the model's own tokenizer"
-            )
 
 
 def control_directories(controls: Sequence[str]) -> dict[str, Path]:
@@ -409,13 +391,15 @@ def _read_export(root: Path, flag: str) -> tuple[Memory, dict[str, Any], int, st
     return joint.memory, config.provenance, config.input_layer, config.input_point, config.vocabulary_sha256
 
 
-def _open_model(root: Path, name: str, config: Config, corpus: CorpusSplit) -> ModelArm:
+def _open_model(root: Path, name: str, config: Config, corpus: CorpusSplit, *, device: str) -> ModelArm:
     flag = f"--control {name}"
     if (root / "identity.json").is_file() and not (root / "manifest.json").is_file():
         raise UserError(f"{flag}: {root} is not complete: run its stage again, it continues")
     sha256 = fingerprint_model(str(root))
-    source = TransformersSource(str(root), dtype=config.dtype, device=config.device, attention=config.attention)
-    _check_model(source, str(root), corpus, flag=flag)
+    source = TransformersSource(
+        str(root), dtype=config.dtype, device=device, attention=config.attention
+    )
+    check_source_reads(source, corpus, str(root), flag=flag)
     return ModelArm(arm=name, path=str(root), sha256=sha256, source=source)
 
 

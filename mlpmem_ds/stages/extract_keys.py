@@ -109,8 +109,10 @@ def run(config: Config, world: World) -> None:
             f"{corpus.block_size}"
         )
     fingerprint = fingerprint_model(config.model)
-    source = TransformersSource(config.model, dtype=config.dtype, device=config.device, attention=config.attention)
-    check_source_reads(source, corpus)
+    source = TransformersSource(
+        config.model, dtype=config.dtype, device=config.device, attention=config.attention, local_rank=world.local_rank
+    )
+    check_source_reads(source, corpus, config.model)
     points = {
         "key": resolve_point(source, config.key_layer, config.key_point, flag="--key-layer"),
         "input": resolve_point(source, config.input_layer, config.key_point, flag="--input-layer"),
@@ -166,6 +168,8 @@ def run(config: Config, world: World) -> None:
             "key_point": config.key_point,
             "num_layers": source.num_layers,
             "vocab_size": corpus.vocab_size,
+            "vocabulary_sha256": corpus.vocabulary_sha256,
+            "head_size": source.vocab_size,
             "split": config.split,
             "block_size": corpus.block_size,
         }

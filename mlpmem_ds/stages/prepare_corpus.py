@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import content_hash, record_file
+from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
@@ -46,7 +48,7 @@ class Config:
     tuning_fraction: float = option("share of the documents for the tuning split", 0.0)
     test_fraction: float = option("share of the documents for the test split", 0.0)
     heldout_fraction: float = option("share of the groups kept apart as a second test split", 0.0)
-    max_bytes: float = option("take whole groups, in the order of a hash, up to this many bytes of text; 0 = all", 0.0)
+    max_bytes: float = option("bytes of text to take, group after group in the order of a hash; 0 = all", 0.0)
     include: tuple[str, ...] = option("names that count in directories (patterns)", TEXT_PATTERNS, metavar="PATTERN")
     exclude: tuple[str, ...] = option("paths or directory names left out (patterns)", (), metavar="PATTERN")
     text_field: str = option("JSON lines: the field with the text", "text")
@@ -82,6 +84,10 @@ class _Survey:
 def run(config: Config, world: World) -> None:
     """Write the corpus; see formats/README.md. Ranks share the units; the tokenizer is made once."""
     tokenizer = None if config.tokenizer.startswith("train:") else _load_tokenizer(config.tokenizer)
+    if tokenizer is not None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its tokenizer_config.json"
+        )
     survey = _survey(config)
     inputs = {"text": survey.sha256}
     if tokenizer is not None:
@@ -139,7 +145,7 @@ def _read(config: Config, file: SourceFile) -> Iterator[Document]:
 
 
 def _sample_groups(documents: list[tuple[str, str, str, int]], config: Config) -> list[tuple[str, str, str, int]]:
-    """Documents in hash order of their groups until the next one would exceed `max_bytes`."""
+    """Documents in hash order of their groups, as long as they fit in `max_bytes`; what does not fit is passed over."""
     if not config.max_bytes:
         return documents
     ordered = sorted(documents, key=lambda item: (hash_fraction(f"sample:{item[1]}", config.seed), item[1], item[0]))
@@ -205,11 +211,11 @@ def vocabulary_sha256(tokenizer: Any) -> str:
 
 def _write_tokenizer(config: Config, survey: _Survey, tokenizer: Any | None, writer: UnitWriter) -> dict[str, Any]:
     tokenizer = tokenizer or _train_tokenizer(config, survey)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its configuration")
-    directory = config.output / "tokenizer"
-    tokenizer.save_pretrained(directory)
-    writer.records += [record_file(config.output, f"tokenizer/{path.name}") for path in sorted(directory.iterdir())]
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            with writer.file(f"tokenizer/{path.name}") as published:
+                shutil.copyfile(path, published)
     return {}
 
 

@@ -194,7 +194,9 @@ def render_table(evaluation: Mapping[str, Any]) -> str:
         ).rstrip()
         for row in (header, *rows)
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    share = evaluation["recovered_share"]
+    note = [] if share is None else [f"the memory's gain is {share:.0%} of that of an exact search over all the keys"]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *note])
 
 
 def _table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

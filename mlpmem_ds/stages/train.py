@@ -209,7 +209,8 @@ def _open_keys(config: Config, targets: Targets | None) -> Keys:
 
 
 def _memory_config(config: Config, keys: Keys) -> MemoryConfig:
-    vocab_size, input_size = keys.manifest["vocab_size"], keys.input_size
+    # As many outputs as the base's head has, which may be padded beyond the tokenizer's entries: the two are mixed.
+    vocab_size, input_size = keys.manifest["head_size"], keys.input_size
     if config.preset is not None:
         return dataclasses.replace(PRESETS[config.preset](vocab_size), input_size=input_size)
     hidden_size = config.hidden_size or input_size
@@ -265,6 +266,11 @@ def _train(config: Config, inputs: _Inputs, ds_config: Mapping[str, Any], num_st
     progress = Progress((num_steps - first) * config.batch_positions, label="training", unit="positions", world=world)
     metrics = Metrics(config.output, world, first)
     stop_request = StopRequest(engine.device)
+
+    def save(step: int) -> None:
+        engine.save(checkpoints, step, fields=fields, values={"batches": step}, keep=config.keep_checkpoints)
+        directory.log.write("checkpoint", step=step)
+
     done, stopped = run_steps(
         engine, _arguments(reader, engine, first, num_steps), first=first, stop=num_steps,
         settings=LoopSettings(
@@ -273,8 +279,7 @@ def _train(config: Config, inputs: _Inputs, ds_config: Mapping[str, Any], num_st
             learning_rate=partial(learning_rate_at, peak=config.learning_rate, num_steps=num_steps,
                                   warmup_steps=round(config.warmup_fraction * num_steps), schedule=config.schedule),
         ),
-        save=lambda step: engine.save(checkpoints, step, fields=fields, values={"batches": step},
-                                      keep=config.keep_checkpoints),
+        save=save,
         stop_request=stop_request, progress=progress, metrics=metrics,
     )
     stop_request.close()

@@ -197,7 +197,7 @@ def _make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedM
             n_layer=config.num_layers, n_head=config.num_heads, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
             attn_pdrop=config.dropout, activation_function="gelu_pytorch_tanh",  # GPT-2's, as one kernel
             bos_token_id=corpus.end_of_document_id, eos_token_id=corpus.end_of_document_id,
-            attn_implementation=_attention(),
+            attn_implementation=_attention(),  # type: ignore[call-arg]
         ))
     try:
         model = load_base(config.init_from, dtype=torch.float32, device="cpu", attention=_attention())

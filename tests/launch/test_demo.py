@@ -23,11 +23,11 @@ SECONDS = 400
 
 @pytest.fixture(scope="module")
 def model_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random GPT-2 that reads blocks of 256 tokens, with its tokenizer."""
+    """A random GPT-2 that reads blocks of 256 tokens, its head padded beyond the tokenizer's 300 entries."""
     path = tmp_path_factory.mktemp("model") / "model"
     torch.manual_seed(0)
     GPT2LMHeadModel(
-        GPT2Config(vocab_size=300, n_positions=256, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2Config(vocab_size=304, n_positions=256, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     ).save_pretrained(path)
     for file in (corpus_dir / "tokenizer").iterdir():
         shutil.copy(file, path)
@@ -58,6 +58,9 @@ def test_the_whole_pipeline_on_ones_own_text_and_model(
     assert first.returncode == 0, first.stderr[-5000:]
     evaluation = json.loads((run / "report" / "eval.json").read_text())
     arms = {arm["name"]: arm for arm in evaluation["arms"]}
+    metrics = (run / "base_trained_on" / "metrics.jsonl").read_text().splitlines()
+    rates = [line["lr"] for line in map(json.loads, metrics) if "lr" in line]
+    assert rates and max(rates) == pytest.approx(3e-4)  # the control really trains at its learning rate
     assert set(arms) == {"base", "base+knn_exact", "base+knn_ivfpq", "base+memory", "base+memory_ce_only",
                          "base_trained_on"}  # fmt: skip
     for arm in arms.values():
@@ -83,6 +86,8 @@ def test_the_whole_pipeline_on_ones_own_text_and_model(
         (["--ranks", "none"], "not a number of processes"),
         (["--nonsense"], "unknown option --nonsense"),
         (["--run"], "--run needs a value"),
+        (["--corpus"], "--corpus needs a path"),
+        (["--run", "/dev/null"], "cannot be made a directory"),
     ],
 )
 def test_wrong_options_are_exit_code_2(words: list[str], message: str) -> None:

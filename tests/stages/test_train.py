@@ -103,6 +103,7 @@ def make_inputs(root):
          for name, array in arrays.items() for first in range(0, N, unit_positions)},
         {"codec": {"name": "int8", "dim": 4, "scale": 1.0}, "num_positions": N, "unit_positions": unit_positions,
          "input_size": WIDTH, "key_layer": 1, "input_layer": 1, "key_point": "ffn_input", "vocab_size": VOCABULARY,
+         "head_size": VOCABULARY,
          "split": "train", "block_size": BLOCK})
     blocks = []
     for first in range(0, N, BLOCK):
