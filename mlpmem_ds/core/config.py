@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlpmem_ds.core.errors import UserError
+
 ConfigType = TypeVar("ConfigType")
 
 
@@ -61,9 +63,10 @@ def parse_config(
         _add_flag(parser, field, hints[field.name])
     words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
     values = vars(parser.parse_args(words))
-    for name, value in values.items():
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        value = values[field.name]
         if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"--{name.replace('_', '-')} must be a finite number, not {value}")
+            raise UserError(f"{_flag(field)} {value}: give a finite number")
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -75,8 +78,12 @@ def _hyphenate(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
+
+
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag = "--" + (field.metadata["flag"] or field.name).replace("_", "-")
+    flag = _flag(field)
     required = field.default is dataclasses.MISSING
     base, is_tuple, choices = _read_hint(hint)
     help_text = field.metadata["help"].replace("%", "%%")

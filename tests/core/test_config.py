@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 
 from mlpmem_ds.core.config import identity_values, option, parse_config, plain_values
+from mlpmem_ds.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +60,9 @@ def test_identity_leaves_out_paths_and_resources() -> None:
     assert identity_values(config) == {"block_size": 1024, "rate": None, "codec": "int8", "keep": True}
     assert identity_values(Config(input=("b",), output=Path("p"), also=Path("q"))) == identity_values(config)
     assert plain_values(config)["output"] == "o"
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    for word in ("nan", "inf"):
+        with pytest.raises(UserError, match=f"--rate {word}: give a finite number"):
+            parse("--input", "a", "--output", "o", "--rate", word)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +98,32 @@ def test_a_damaged_record_costs_one_unit(tmp_path: Path, straight: dict[str, str
     (config.output / "done" / "1.json").write_text("{")
     assert run(config, World()) == ["1"]
     assert result_of(config.output) == straight
+
+
+def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    run(config, World())
+    (config.output / "part-2.npy").write_bytes(b"")
+    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World())
+    for _ in range(2):  # also the second time: the old record still says what it was
+        with pytest.raises(DamagedDataError, match="came out different"):
+            directory.run_units(UNITS, lambda unit, writer: writer.array(f"part-{unit}.npy", np.zeros(9)))
+        assert not directory.manifest_path.exists()
+
+
+def test_waiting_sees_through_a_record_whose_file_is_damaged(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    run(config, World())
+    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World())
+    directory.wait_for(UNITS)
+    good = (config.output / "part-1.npy").read_bytes()
+    (config.output / "part-1.npy").write_bytes(good[:-1])
+    repair = threading.Timer(0.5, lambda: (config.output / "part-1.npy").write_bytes(good))
+    repair.start()
+    start = time.monotonic()
+    directory.wait_for(UNITS)
+    assert time.monotonic() - start > 0.2
+    repair.join()
 
 
 def test_another_run_is_refused_and_says_what_changed(tmp_path: Path) -> None:

@@ -80,9 +80,25 @@ def test_missing_file_and_uneven_batch(tmp_path):
 
 def test_numbers_that_fit_are_taken(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text('{"train_micro_batch_size_per_gpu": 256, "gradient_clipping": 0.0}')
+    path.write_text('{"train_micro_batch_size_per_gpu": 256, "gradient_clipping": 0.5}')
     config = resolve(path)
-    assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (4, 0.0)
+    assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (4, 0.5)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('{"gradient_clipping": 0.0}', "gradient_clipping is 0.0, but --gradient-clipping is 0.5"),
+    ('{"bf16": {"enabeld": true}}', "bf16 is not valid"),
+    ('{"bf16": true}', "bf16 must be an object"),
+    ('{"zero_optimization": {"stage": 3, "offload_optimizer": null}}', None),
+])
+def test_sections_are_checked_before_anything_is_written(tmp_path, text, said):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    if said is None:
+        assert resolve(path)["zero_optimization"]["stage"] == 3
+        return
+    with pytest.raises(UserError, match=said):
+        resolve(path)
 
 
 def test_ranks_agree_where_to_meet():

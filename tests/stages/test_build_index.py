@@ -131,17 +131,6 @@ def test_raw_keys(make_keys: Callable[..., Path], tmp_path: Path) -> None:
     assert result_of(tmp_path / "one") == result_of(tmp_path / "two")
 
 
-def test_the_sample_is_a_function_of_the_position() -> None:
-    drawn = build_index.sample_positions(100_000, 5000, seed=1)
-    assert 4700 < len(drawn) < 5300 and (np.diff(drawn) > 0).all() and drawn[-1] < 100_000
-    assert abs(np.mean(drawn) - 50_000) < 2000 and abs(np.mean(drawn % 2) - 0.5) < 0.03
-    assert not np.array_equal(drawn, build_index.sample_positions(100_000, 5000, seed=2))
-    assert build_index.sample_positions(10, 10, seed=1).tolist() == list(range(10))
-    chunk, build_index._HASH_CHUNK = build_index._HASH_CHUNK, 777
-    assert np.array_equal(drawn, build_index.sample_positions(100_000, 5000, seed=1))
-    build_index._HASH_CHUNK = chunk
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"factory": "Flat"}, "must hold IVF"), ({"factory": "IVF8,PQ5"}, "does not fit"),

@@ -369,7 +369,7 @@ def test_wrong_inputs_are_refused_and_nothing_is_touched(
         ({"--checkpoint": tmp_path / "nowhere"}, "nowhere does not exist"),
         ({"--checkpoint": unfinished}, "is not finished (it has no weights/): run its launch/train.py command again"),
         ({"--model": other_base}, "give the model that its keys were extracted with"),
-        ({"--model": tmp_path / "nowhere"}, "neither a directory nor"),
+        ({"--model": tmp_path / "nowhere"}, "is neither a"),
         ({"--lambda": "1.5"}, "--lambda 1.5"),
         ({"--lambda": "nan"}, "--lambda nan"),
         ({"--max-shard-gigabytes": "0"}, "more than 0"),

@@ -131,7 +131,7 @@ def test_generation_stops_at_the_end_token(
     copy = shutil.copytree(export_dir, tmp_path / "export")
     settings = json.loads((copy / "generation_config.json").read_text())
     end = free[0][1]
-    (copy / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [end]}))
+    (copy / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [0, end]}))
     cut = [ids[: ids.index(end)] if end in ids else ids for ids in free]
     blocks = generate("--prompt", *PROMPTS, "--max-new-tokens", NEW, model=copy).removesuffix("\n").split("\n\n[")
     found = [block.split("]\n", 1)[1] for block in blocks]

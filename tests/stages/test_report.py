@@ -178,8 +178,9 @@ def test_bits_per_byte_counts_all_positions_over_the_bytes_of_the_text(arms, eva
 
 def test_table_has_a_line_an_arm_and_its_numbers(evaluation):
     lines = render_table(evaluation).splitlines()
-    assert len(lines) == 2 + len(evaluation["arms"])
-    for line, arm in zip(lines[2:], evaluation["arms"], strict=True):
+    assert len(lines) == 3 + len(evaluation["arms"])
+    assert f"{evaluation['recovered_share']:.0%}" in lines[-1]
+    for line, arm in zip(lines[2:-1], evaluation["arms"], strict=True):
         assert line.startswith(arm["name"] + " ")
         assert f"{arm['ppl']:.2f}" in line and f"{arm['splits']['heldout']['ppl']:.2f}" in line
     knn = lines[3]
