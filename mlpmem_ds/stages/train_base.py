@@ -234,6 +234,7 @@ def _train(config: Config, corpus: CorpusSplit, tuning: CorpusSplit | None, sequ
     def save(done: int) -> None:
         engine.save(checkpoints, done, fields={"base": model.config.to_dict()}, keep=config.keep_checkpoints,
                     values={"tuning_perplexities": history})
+        directory.log.write("checkpoint", step=done)
 
     progress = Progress((num_steps - step) * settings.rows_per_step, label="base", unit="tokens", world=world)
     metrics, stop_request = Metrics(config.output, world, step), StopRequest(engine.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -49,17 +50,20 @@ def demo(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def test_the_whole_pipeline_on_ones_own_text_and_model(
-    text_dir: Path, corpus_dir: Path, model_dir: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    words = ["--corpus", str(text_dir), "--base", str(model_dir), "--run", str(run), "--ranks", "2", "--seed", "3"]
+def test_the_whole_pipeline_on_ones_own_text_and_model(model_dir: Path, tmp_path: Path) -> None:
+    run, text = tmp_path / "run", tmp_path / "text"
+    generator = random.Random(0)
+    for number in range(60):  # enough for an interval on each split
+        path = text / f"package{number % 20}" / f"module{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(f"value{generator.randint(0, 99)} = {generator.random():.6f}" for _ in range(40)))
+    words = ["--corpus", str(text), "--base", str(model_dir), "--run", str(run), "--ranks", "2", "--seed", "3"]
     first = demo(*words)
     assert first.returncode == 0, first.stderr[-5000:]
     evaluation = json.loads((run / "report" / "eval.json").read_text())
     arms = {arm["name"]: arm for arm in evaluation["arms"]}
     metrics = (run / "base_trained_on" / "metrics.jsonl").read_text().splitlines()
-    rates = [line["lr"] for line in map(json.loads, metrics) if "lr" in line]
+    rates = [line["learning_rate"] for line in map(json.loads, metrics) if "learning_rate" in line]
     assert rates and max(rates) == pytest.approx(3e-4)  # the control really trains at its learning rate
     assert set(arms) == {"base", "base+knn_exact", "base+knn_ivfpq", "base+memory", "base+memory_ce_only",
                          "base_trained_on"}  # fmt: skip
