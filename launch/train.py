@@ -9,9 +9,12 @@ from mlpmem_ds.stages import train
 
 def main(argv: list[str] | None = None) -> int:
     return run_front_end(
-        train.Config, train.run, description="Train a memory on a retriever's targets.",
+        train.Config,
+        train.run,
+        description="Train a memory on a retriever's targets.",
         example="deepspeed --num_accelerators 2 launch/train.py --ds_config ds_configs/zero3.json "
-                "--corpus RUN/corpus --targets RUN/targets --output RUN/memory", argv=argv,
+        "--corpus RUN/corpus --targets RUN/targets --output RUN/memory",
+        argv=argv,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 from pathlib import Path
@@ -20,15 +19,6 @@ from mlpmem_ds.stages import extract_keys, prepare_corpus  # noqa: E402
 
 VOCAB_SIZE = 300
 BLOCK_SIZE = 32
-
-
-def result_of(root: Path) -> dict[str, str]:
-    """Name → hash of every file that belongs to a stage's result (not its logs)."""
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name not in ("run.json", "log.jsonl")
-    }
 
 
 def write_text(root: Path, *, num_files: int = 24, seed: int = 0) -> Path:

@@ -14,5 +14,6 @@ fi
 # Two cores and two ranks: one thread each, or they get in each other's way tenfold.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 "${bin}ruff" check mlpmem_ds tools launch tests
+"${bin}ruff" format --check mlpmem_ds tools launch tests
 "${bin}mypy"
 exec "${bin}python" -m pytest "$@"

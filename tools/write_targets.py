@@ -9,7 +9,9 @@ from mlpmem_ds.stages import write_targets
 
 def main(argv: list[str] | None = None) -> int:
     return run_front_end(
-        write_targets.Config, write_targets.run, argv=argv,
+        write_targets.Config,
+        write_targets.run,
+        argv=argv,
         description="Search each key's neighbours among all keys and write them as sparse next-token distributions.",
         example="mpirun -n 4 python tools/write_targets.py --keys RUN/keys --index RUN/index --output RUN/targets --k 1024",
     )

@@ -224,7 +224,9 @@ def open_stage(
     identity_path = output / "identity.json"
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose a directory")
-    names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()  # once: other ranks are starting too
+    names = (
+        {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    )  # once: other ranks are starting too
     if identity_path.name in names:
         _refuse_other_run(output, read_json(identity_path), identity)
     elif any(not name.startswith(".") for name in names):

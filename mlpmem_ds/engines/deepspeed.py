@@ -53,13 +53,35 @@ from mlpmem_ds.formats.checkpoint import (
 _logger = logging.getLogger(__name__)
 _AUTO = "auto"
 _OWNED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-_KNOWN = frozenset({
-    *_OWNED, "train_batch_size", "managed_gradient_accumulation", "prescale_gradients", "gradient_predivide_factor",
-    "communication_data_type", "bf16", "data_types", "torch_autocast", "zero_optimization",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint", "aio", "activation_checkpointing",
-    "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state",
-    "compile", "log_level", "disable_allgather", "timers",
-})
+_KNOWN = frozenset(
+    {
+        *_OWNED,
+        "train_batch_size",
+        "managed_gradient_accumulation",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "communication_data_type",
+        "bf16",
+        "data_types",
+        "torch_autocast",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "checkpoint",
+        "aio",
+        "activation_checkpointing",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "steps_per_print",
+        "dump_state",
+        "compile",
+        "log_level",
+        "disable_allgather",
+        "timers",
+    }
+)
 # Top-level keys that DeepSpeed knows or knew, and what to do instead.
 _REFUSED = {
     "optimizer": "remove it: the optimizer is AdamW, set by --learning-rate and --weight-decay",
@@ -133,13 +155,22 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
         return
     deepspeed = import_deepspeed()
     address, port = _meeting_point(world, os.environ)
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
-                      MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(world.local_rank),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
     _keep_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False,
-                               timeout=timeout, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        verbose=False,
+    )
     atexit.register(_leave_process_group)
 
 
@@ -163,8 +194,14 @@ def _meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, i
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return "127.0.0.1", probe.getsockname()[1]
-    job = next((environment[name] for name in ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
-                if name in environment), "")
+    job = next(
+        (
+            environment[name]
+            for name in ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+            if name in environment
+        ),
+        "",
+    )
     port = int(environment.get("MASTER_PORT", 20000 + zlib.crc32(job.encode()) % 20000))
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"], port
@@ -172,11 +209,17 @@ def _meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, i
         return "127.0.0.1", port
     if "SLURM_JOB_NODELIST" in environment:
         with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
-            names = subprocess.run(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
-                                   capture_output=True, text=True, check=True).stdout.split()
+            names = subprocess.run(
+                ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()
             return names[0], port
-    raise UserError(f"{world.size} ranks on several hosts do not know where to meet: set MASTER_ADDR to the name of "
-                    "rank 0's host (and MASTER_PORT to a free port), or start with torchrun or deepspeed")
+    raise UserError(
+        f"{world.size} ranks on several hosts do not know where to meet: set MASTER_ADDR to the name of "
+        "rank 0's host (and MASTER_PORT to a free port), or start with torchrun or deepspeed"
+    )
 
 
 def gather_values(value: Any, world: World) -> list[Any]:
@@ -259,27 +302,37 @@ def resolve_ds_config(
     config = _read_ds_config(path)
     _refuse_keys(path, config)
     if batch % world_size:
-        raise UserError(f"{batch_flag} {batch:,} cannot be dealt evenly to {world_size} ranks: choose a multiple of "
-                        f"{world_size}, such as {(batch // world_size + 1) * world_size:,}")
+        raise UserError(
+            f"{batch_flag} {batch:,} cannot be dealt evenly to {world_size} ranks: choose a multiple of "
+            f"{world_size}, such as {(batch // world_size + 1) * world_size:,}"
+        )
     share = batch // world_size
     micro = config.get(_OWNED[0], _AUTO)
     if micro == _AUTO:
         micro = next(size for size in range(min(share, max_micro_batch), 0, -1) if share % size == 0)
     if not isinstance(micro, int) or micro < 1 or share % micro:
-        raise UserError(f"{path}: {_OWNED[0]} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,} over "
-                        f"{world_size} ranks: write \"auto\"")
+        raise UserError(
+            f"{path}: {_OWNED[0]} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,} over "
+            f'{world_size} ranks: write "auto"'
+        )
     derived = {_OWNED[0]: micro, _OWNED[1]: share // micro, "train_batch_size": batch}
     for name, value in derived.items():
         if config.get(name, _AUTO) not in (_AUTO, value):
-            raise UserError(f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks with "
-                            f"micro-batches of {micro:,} makes it {value:,}: write \"auto\" or leave it out")
+            raise UserError(
+                f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks with "
+                f'micro-batches of {micro:,} makes it {value:,}: write "auto" or leave it out'
+            )
     if config.get(_OWNED[2], _AUTO) not in (_AUTO, gradient_clipping):
-        raise UserError(f"{path}: {_OWNED[2]} is {config[_OWNED[2]]!r}, but --gradient-clipping is {gradient_clipping}: write "
-                        "\"auto\", or give the flag the same number")
+        raise UserError(
+            f"{path}: {_OWNED[2]} is {config[_OWNED[2]]!r}, but --gradient-clipping is {gradient_clipping}: write "
+            '"auto", or give the flag the same number'
+        )
     resolved = {**config, **derived, _OWNED[2]: gradient_clipping}
     for place in _find_auto(resolved):
-        raise UserError(f"{path}: {place} is \"auto\", which only Hugging Face's Trainer resolves: give a number (\"auto\" "
-                        f"is for {', '.join(_OWNED)})")
+        raise UserError(
+            f'{path}: {place} is "auto", which only Hugging Face\'s Trainer resolves: give a number ("auto" '
+            f"is for {', '.join(_OWNED)})"
+        )
     _check_sections(path, resolved)
     return resolved
 
@@ -305,8 +358,10 @@ def _refuse_keys(path: Path, config: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: {name!r} is not taken: {_REFUSED[name]}")
         if name not in _KNOWN:
             near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.5)
-            raise UserError(f"{path}: unknown key {name!r}; "
-                            f"{f'did you mean {near[0]!r}?' if near else f'known are {sorted(_KNOWN)}'}")
+            raise UserError(
+                f"{path}: unknown key {name!r}; "
+                f"{f'did you mean {near[0]!r}?' if near else f'known are {sorted(_KNOWN)}'}"
+            )
     for name in zero:
         if name in _REFUSED_ZERO:
             raise UserError(f"{path}: 'zero_optimization.{name}' is not taken: {_REFUSED_ZERO[name]}")
@@ -334,14 +389,20 @@ def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
             getattr(importlib.import_module(module), model)(**section)
         except Exception as error:  # pydantic's own family, which this file would only know by importing pydantic
             lines = [line.strip() for line in str(error).splitlines()]
-            raise UserError(f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key") from error
+            raise UserError(
+                f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key"
+            ) from error
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
         if not importlib.import_module("deepspeed.ops").__compatible_ops__.get("async_io", False):
-            raise UserError(f"{path} offloads to NVMe, and DeepSpeed's async_io does not build here: install libaio "
-                            "(libaio-dev) or use ds_configs/zero3_offload.json")
+            raise UserError(
+                f"{path} offloads to NVMe, and DeepSpeed's async_io does not build here: install libaio "
+                "(libaio-dev) or use ds_configs/zero3_offload.json"
+            )
         if not Path(str(offload.get("nvme_path"))).is_dir():
-            raise UserError(f"{path}: nvme_path {offload.get('nvme_path')!r} is not a directory: name one on a local NVMe")
+            raise UserError(
+                f"{path}: nvme_path {offload.get('nvme_path')!r} is not a directory: name one on a local NVMe"
+            )
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
@@ -395,7 +456,9 @@ class Engine:
     def forward(self, *arguments: Any) -> Any:
         return self._engine(*arguments)
 
-    def train_step(self, micro_batches: Sequence[tuple[Any, ...]], learning_rate: float) -> list[tuple[torch.Tensor, ...]]:
+    def train_step(
+        self, micro_batches: Sequence[tuple[Any, ...]], learning_rate: float
+    ) -> list[tuple[torch.Tensor, ...]]:
         """One optimizer step over this rank's micro-batches; what each forward returned, detached (loss first)."""
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
@@ -438,10 +501,17 @@ class Engine:
         self._engine.save_checkpoint(str(root), tag=name, client_state={"mlpmem": {"step": step}}, save_latest=False)
         self.wait()
         names = sorted(str(path.relative_to(root / name)) for path in (root / name).rglob("*") if path.is_file())
-        shares = gather_values(record_and_flush(root / name, deal(names, self._world.rank, self._world.size)), self._world)
+        shares = gather_values(
+            record_and_flush(root / name, deal(names, self._world.rank, self._world.size)), self._world
+        )
         if self._world.is_first:
-            described = {**fields, "world": self._world.size, "zero_stage": self.stage,
-                         "skipped_steps": self.skipped_steps, "values": dict(values)}
+            described = {
+                **fields,
+                "world": self._world.size,
+                "zero_stage": self.stage,
+                "skipped_steps": self.skipped_steps,
+                "values": dict(values),
+            }
             publish_checkpoint(root, step, described, [record for share in shares for record in share])
             remove_old_checkpoints(root, keep)
         self.wait()
@@ -468,8 +538,10 @@ class Engine:
                 set_aside(path)
         damaged = [*root.glob("step-*.damaged")] if root.is_dir() else []
         if candidates or damaged:
-            raise UserError(f"no checkpoint in {root} is whole ({len(candidates) or len(damaged)} damaged): restore one from "
-                            f"a copy, or remove {root} to start anew")
+            raise UserError(
+                f"no checkpoint in {root} is whole ({len(candidates) or len(damaged)} damaged): restore one from "
+                f"a copy, or remove {root} to start anew"
+            )
         return None
 
     def _fault_of(self, path: Path) -> str | None:
@@ -485,11 +557,18 @@ class Engine:
                 raise UserError(f"DeepSpeed found nothing to load in {checkpoint.path}: restore it from a copy")
             return
         if 0 in (saved_stage, self.stage):
-            raise UserError(f"{checkpoint.path} was saved under ZeRO stage {saved_stage} and this run uses stage "
-                            f"{self.stage}: stages 1, 2 and 3 can be exchanged, stage 0 cannot; use the same stage")
+            raise UserError(
+                f"{checkpoint.path} was saved under ZeRO stage {saved_stage} and this run uses stage "
+                f"{self.stage}: stages 1, 2 and 3 can be exchanged, stage 0 cannot; use the same stage"
+            )
         if self._world.is_first:
-            _logger.info("the checkpoint is of %d ranks at ZeRO stage %d, this run has %d at stage %d: converting",
-                         saved_world, saved_stage, self._world.size, self.stage)
+            _logger.info(
+                "the checkpoint is of %d ranks at ZeRO stage %d, this run has %d at stage %d: converting",
+                saved_world,
+                saved_stage,
+                self._world.size,
+                self.stage,
+            )
         self._load_other_layout(checkpoint)
 
     def _load_other_layout(self, checkpoint: Checkpoint) -> None:
@@ -517,8 +596,10 @@ class Engine:
         is_torch = isinstance(optimizer, torch.optim.AdamW)
         flat = next(getattr(wrapper, name) for name in _FLAT_MASTERS if hasattr(wrapper, name))
         for master in flat:
-            optimizer.state[master] = {"step": torch.tensor(float(steps), device=master.device) if is_torch else steps,
-                                       **{name: torch.zeros_like(master) for name in _MOMENTS}}
+            optimizer.state[master] = {
+                "step": torch.tensor(float(steps), device=master.device) if is_torch else steps,
+                **{name: torch.zeros_like(master) for name in _MOMENTS},
+            }
         if self.stage < 3:
             wrapper._lazy_init_hp_params_optimizer_state()
 
@@ -526,8 +607,11 @@ class Engine:
         """Write this rank's part of a parameter's float32 weight or moment; `values` is the whole of it, flat."""
         fragments = importlib.import_module("deepspeed.utils")
         if self.stage == 3:
-            local = (fragments.safe_get_local_fp32_param(parameter) if state == "fp32"
-                     else fragments.safe_get_local_optimizer_state(parameter, state))
+            local = (
+                fragments.safe_get_local_fp32_param(parameter)
+                if state == "fp32"
+                else fragments.safe_get_local_optimizer_state(parameter, state)
+            )
             padded = torch.zeros(local.numel() * self._world.size)
             padded[: len(values)] = values
             mine = padded[local.numel() * self._world.rank :][: local.numel()].to(local.device)
@@ -640,5 +724,14 @@ def _convert_to_universal(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     converter = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        converter.main(Namespace(input_folder=str(source), output_folder=str(target), num_extract_workers=1,
-                                 num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))
+        converter.main(
+            Namespace(
+                input_folder=str(source),
+                output_folder=str(target),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )

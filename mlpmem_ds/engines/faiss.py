@@ -62,8 +62,10 @@ def check_factory(factory: str, dim: int, num_vectors: int) -> int:
     quantizer = getattr(ivf, "pq", None)
     needed = max(ivf.nlist, 0 if quantizer is None else quantizer.ksub)
     if num_vectors < needed:
-        raise ValueError(f"factory {factory!r} needs at least {needed:,} keys to train and there are {num_vectors:,}: "
-                         "choose fewer lists (IVF…) or fewer bits (PQ…x4), or auto")
+        raise ValueError(
+            f"factory {factory!r} needs at least {needed:,} keys to train and there are {num_vectors:,}: "
+            "choose fewer lists (IVF…) or fewer bits (PQ…x4), or auto"
+        )
     return int(ivf.nlist)
 
 
@@ -193,8 +195,10 @@ def read_index(path: Path, *, for_search: bool = True) -> Index:
     try:
         return faiss.read_index(str(path), 0 if for_search else faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
     except RuntimeError as error:
-        raise DamagedDataError(f"{path} is not an index that faiss {faiss.__version__} can read ({error}): "
-                               "run the stage that made it again, it remakes only what is damaged") from error
+        raise DamagedDataError(
+            f"{path} is not an index that faiss {faiss.__version__} can read ({error}): "
+            "run the stage that made it again, it remakes only what is damaged"
+        ) from error
 
 
 def set_num_threads(count: int) -> None:
@@ -207,16 +211,20 @@ def _make(factory: str, dim: int) -> Index:
         return faiss.index_factory(dim, factory)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition(": ")[2]
-        raise ValueError(f"factory {factory!r} does not fit vectors of {dim} dimensions ({reason}): choose another, "
-                         "such as IVF1024,PQ64, or auto") from error
+        raise ValueError(
+            f"factory {factory!r} does not fit vectors of {dim} dimensions ({reason}): choose another, "
+            "such as IVF1024,PQ64, or auto"
+        ) from error
 
 
 def _inverted_file(index: Index) -> Any:
     """The IVF part of an index, of the class that has its methods."""
     inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     if not isinstance(inner, faiss.IndexIVF):
-        raise ValueError(f"the factory gives a {type(inner).__name__}, not an inverted file: it must hold IVF, such as "
-                         "IVF1024,PQ64, or be auto")
+        raise ValueError(
+            f"the factory gives a {type(inner).__name__}, not an inverted file: it must hold IVF, such as "
+            "IVF1024,PQ64, or be auto"
+        )
     return inner
 
 

@@ -206,8 +206,10 @@ def fingerprint_model(name_or_path: str) -> str:
     """
     config = _model_file(name_or_path, "config.json")
     if config is None:
-        raise UserError(f"--model {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a model "
-                        "that the Hub gave: check the path or the network")
+        raise UserError(
+            f"--model {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a model "
+            "that the Hub gave: check the path or the network"
+        )
     digest = hashlib.sha256()
     for path in [config, *_weight_files(name_or_path)]:
         digest.update(path.name.encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
@@ -227,7 +229,9 @@ def _weight_files(name_or_path: str) -> list[Path]:
             shards = [_model_file(name_or_path, name) for name in names]
             if all(shards):
                 return [shard for shard in shards if shard is not None]
-    raise UserError(f"--model {name_or_path} has no weights (model.safetensors or its shards): download or save it again")
+    raise UserError(
+        f"--model {name_or_path} has no weights (model.safetensors or its shards): download or save it again"
+    )
 
 
 def _model_file(name_or_path: str, name: str) -> Path | None:

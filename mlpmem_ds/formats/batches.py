@@ -71,10 +71,17 @@ class TrainingOrder:
         starts = np.concatenate([[0], np.cumsum(sizes)])[:: self._window_blocks]
         index = int(np.searchsorted(starts, row, side="right")) - 1
         chosen = np.sort(blocks[index * self._window_blocks : (index + 1) * self._window_blocks])
-        inside = np.concatenate([np.arange(block * self.block_size, min((block + 1) * self.block_size, self.num_positions))
-                                 for block in chosen])
-        window = Window(first_row=int(starts[index]), blocks=tuple(chosen.tolist()),
-                        positions_n=inside[shuffled(len(inside), self._seed, epoch, 1 + index)])
+        inside = np.concatenate(
+            [
+                np.arange(block * self.block_size, min((block + 1) * self.block_size, self.num_positions))
+                for block in chosen
+            ]
+        )
+        window = Window(
+            first_row=int(starts[index]),
+            blocks=tuple(chosen.tolist()),
+            positions_n=inside[shuffled(len(inside), self._seed, epoch, 1 + index)],
+        )
         self._windows[epoch, index] = window
         while len(self._windows) > _WINDOWS_KEPT:
             self._windows.popitem(last=False)
@@ -98,8 +105,14 @@ class Rows:
         offsets = np.concatenate([[0], np.cumsum(counts)])
         entries = np.repeat(self.offsets[rows_n] - offsets[:-1], counts) + np.arange(offsets[-1])
         logs = None if self.log_probabilities_n is None else self.log_probabilities_n[rows_n]
-        return Rows(inputs_nI=self.inputs_nI[rows_n], values_n=self.values_n[rows_n], log_probabilities_n=logs,
-                    offsets=offsets, ids_E=self.ids_E[entries], probabilities_E=self.probabilities_E[entries])
+        return Rows(
+            inputs_nI=self.inputs_nI[rows_n],
+            values_n=self.values_n[rows_n],
+            log_probabilities_n=logs,
+            offsets=offsets,
+            ids_E=self.ids_E[entries],
+            probabilities_E=self.probabilities_E[entries],
+        )
 
 
 def join_rows(parts: list[Rows]) -> Rows:
@@ -140,8 +153,18 @@ class BatchReader:
         with_log_probabilities: whether the base's log-probabilities go along (the loss through the mixture).
     """
 
-    def __init__(self, keys: Keys, targets: Targets | None, order: TrainingOrder, *, batch_positions: int, rank: int,
-                 size: int, num_micro_batches: int, with_log_probabilities: bool) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        targets: Targets | None,
+        order: TrainingOrder,
+        *,
+        batch_positions: int,
+        rank: int,
+        size: int,
+        num_micro_batches: int,
+        with_log_probabilities: bool,
+    ) -> None:
         self._keys, self._targets, self._order = keys, targets, order
         self._batch_positions, self._rank, self._size = batch_positions, rank, size
         self._num_micro_batches, self._with_log_probabilities = num_micro_batches, with_log_probabilities
@@ -193,12 +216,22 @@ class BatchReader:
 
     def _read(self, run: Block) -> Rows:
         logs = self._keys.read("log_probabilities", *run) if self._with_log_probabilities else None
-        offsets, ids, probabilities = np.zeros(run.size + 1, dtype=np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
+        offsets, ids, probabilities = (
+            np.zeros(run.size + 1, dtype=np.int64),
+            np.empty(0, np.int32),
+            np.empty(0, np.float32),
+        )
         if self._targets is not None:
             sparse = self._targets.read(*run)
             offsets, ids, probabilities = sparse.offsets, sparse.ids, sparse.probabilities.astype(np.float32)
-        return Rows(inputs_nI=self._keys.read("inputs", *run), values_n=self._keys.read("values", *run),
-                    log_probabilities_n=logs, offsets=offsets, ids_E=ids, probabilities_E=probabilities)
+        return Rows(
+            inputs_nI=self._keys.read("inputs", *run),
+            values_n=self._keys.read("values", *run),
+            log_probabilities_n=logs,
+            offsets=offsets,
+            ids_E=ids,
+            probabilities_E=probabilities,
+        )
 
     @staticmethod
     def _micro_batch(rows: Rows, block: Block) -> MicroBatch:

@@ -92,8 +92,13 @@ def publish_checkpoint(root: Path, step: int, fields: Mapping[str, Any], files: 
     """
     final = root / checkpoint_name(step)
     temporary = final.with_name(final.name + ".tmp")
-    manifest = {**fields, "format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "step": step,
-                "files": [record.to_json() for record in sorted(files, key=lambda record: record.name)]}
+    manifest = {
+        **fields,
+        "format": CHECKPOINT_FORMAT,
+        "version": CHECKPOINT_VERSION,
+        "step": step,
+        "files": [record.to_json() for record in sorted(files, key=lambda record: record.name)],
+    }
     (temporary / "manifest.json").write_bytes(canonical_json(manifest))
     for path in (temporary / "manifest.json", *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
         flush(path)
@@ -125,8 +130,9 @@ def remove_unfinished(root: Path) -> None:
         shutil.rmtree(path)
 
 
-def write_weights(writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, memory: Mapping[str, Any],
-                  provenance: Mapping[str, Any]) -> None:
+def write_weights(
+    writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, memory: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> None:
     """Write `weights/model.safetensors` and `weights/config.json` of a trained memory.
 
     Args:
@@ -139,8 +145,16 @@ def write_weights(writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, me
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
         path.chmod(0o644)
     with writer.file("weights/config.json") as path:
-        path.write_bytes(canonical_json({"format": f"mlpmem-{MEMORY_STAGE}", "version": MEMORY_VERSION,
-                                         "memory": dict(memory), "provenance": dict(provenance)}))
+        path.write_bytes(
+            canonical_json(
+                {
+                    "format": f"mlpmem-{MEMORY_STAGE}",
+                    "version": MEMORY_VERSION,
+                    "memory": dict(memory),
+                    "provenance": dict(provenance),
+                }
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +177,15 @@ def read_weights(root: Path, *, flag: str = "--memory") -> TrainedMemory:
     _, sha256 = read_manifest(root, stage=MEMORY_STAGE, version=MEMORY_VERSION, flag=flag)
     config = read_json(root / "weights" / "config.json")
     if (config.get("format"), config.get("version")) != (f"mlpmem-{MEMORY_STAGE}", MEMORY_VERSION):
-        raise UserError(f"{flag} {root}: weights/config.json is of {config.get('format')!r} version "
-                        f"{config.get('version')}, this program reads mlpmem-{MEMORY_STAGE} version {MEMORY_VERSION}")
+        raise UserError(
+            f"{flag} {root}: weights/config.json is of {config.get('format')!r} version "
+            f"{config.get('version')}, this program reads mlpmem-{MEMORY_STAGE} version {MEMORY_VERSION}"
+        )
     try:
         weights = load_file(root / "weights" / "model.safetensors")
     except Exception as error:  # safetensors raises its own family, which is not an OSError
-        raise DamagedDataError(f"{root}/weights/model.safetensors cannot be read ({error}): run the training again, "
-                               "it writes the weights from its last checkpoint") from error
+        raise DamagedDataError(
+            f"{root}/weights/model.safetensors cannot be read ({error}): run the training again, "
+            "it writes the weights from its last checkpoint"
+        ) from error
     return TrainedMemory(sha256=sha256, memory=config["memory"], provenance=config["provenance"], weights=weights)

@@ -72,5 +72,7 @@ def open_index(root: Path, *, flag: str = "--index") -> IndexDirectory:
     """
     manifest, sha256 = read_manifest(root, stage=FORMAT, version=VERSION, flag=flag)
     if sum(shard["num_vectors"] for shard in manifest["shards"]) != manifest["num_vectors"]:
-        raise DamagedDataError(f"the manifest of {root} contradicts itself on the number of vectors: build the index again")
+        raise DamagedDataError(
+            f"the manifest of {root} contradicts itself on the number of vectors: build the index again"
+        )
     return IndexDirectory(root=root, sha256=sha256, manifest=manifest)

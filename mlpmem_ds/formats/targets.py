@@ -90,10 +90,17 @@ def write_shard(shard_path: Path, index_path: Path, blocks: Iterable[TargetBlock
         for block in blocks:
             content = _tar_of(block)
             frame = compressor.compress(content)
-            samples.append({
-                "key": _key(block.first), "first": block.first, "count": len(block.counts), "offset": stream.tell(),
-                "compressed_bytes": len(frame), "bytes": len(content), "entries": len(block.ids),
-            })
+            samples.append(
+                {
+                    "key": _key(block.first),
+                    "first": block.first,
+                    "count": len(block.counts),
+                    "offset": stream.tell(),
+                    "compressed_bytes": len(frame),
+                    "bytes": len(content),
+                    "entries": len(block.ids),
+                }
+            )
             stream.write(frame)
         end_offset = stream.tell()
         stream.write(compressor.compress(_END_OF_ARCHIVE))
@@ -127,9 +134,14 @@ class Targets:
         """
         if not 0 <= start <= stop <= self.num_positions:
             raise ValueError(f"positions [{start}, {stop}) are not among {self.num_positions}")
-        return _join([_cut(block, start, stop) for shard in self.manifest["shards"]
-                      if shard["first"] < stop and start < shard["first"] + shard["count"]
-                      for block in self._blocks(shard, start, stop)])
+        return _join(
+            [
+                _cut(block, start, stop)
+                for shard in self.manifest["shards"]
+                if shard["first"] < stop and start < shard["first"] + shard["count"]
+                for block in self._blocks(shard, start, stop)
+            ]
+        )
 
     def read_all(self) -> TargetRows:
         """Every row, after comparing each shard with its checksum."""
@@ -183,8 +195,9 @@ def open_targets(root: Path, *, flag: str = "--targets") -> Targets:
             raise DamagedDataError(f"the shards of {root} leave positions from {stop:,} out: write the targets again")
         stop += shard["count"]
     if stop != manifest["num_positions"]:
-        raise DamagedDataError(f"the shards of {root} hold {stop:,} of {manifest['num_positions']:,} positions: "
-                               "write the targets again")
+        raise DamagedDataError(
+            f"the shards of {root} hold {stop:,} of {manifest['num_positions']:,} positions: write the targets again"
+        )
     return Targets(root=root, sha256=sha256, manifest=manifest)
 
 
@@ -194,13 +207,20 @@ def _key(first: int) -> str:
 
 def _tar_of(block: TargetBlock) -> bytes:
     """The members of one sample as a piece of a tar, without the end-of-archive blocks."""
-    meta = {"first": block.first, "count": len(block.counts), "entries": len(block.ids),
-            "format": f"mlpmem-{FORMAT}", "version": VERSION}
+    meta = {
+        "first": block.first,
+        "count": len(block.counts),
+        "entries": len(block.ids),
+        "format": f"mlpmem-{FORMAT}",
+        "version": VERSION,
+    }
     members = [(f"{name}.npy", _npy_of(getattr(block, name))) for name in _ARRAYS]
     members.append(("meta.json", canonical_json(meta)))
     pieces = []
     for name, content in members:
-        header = tarfile.TarInfo(f"{_key(block.first)}.{name}")  # owner, group and time are 0 and the mode 0644 by default
+        header = tarfile.TarInfo(
+            f"{_key(block.first)}.{name}"
+        )  # owner, group and time are 0 and the mode 0644 by default
         header.size = len(content)
         pieces += [header.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)]
     return b"".join(pieces)
@@ -223,7 +243,9 @@ def _read_block(
     where = f"{path}, sample {sample['key']}"
     frame = os.pread(stream.fileno(), sample["compressed_bytes"], sample["offset"])
     if len(frame) != sample["compressed_bytes"]:
-        raise DamagedDataError(f"{where}: the shard ends {sample['compressed_bytes'] - len(frame)} bytes too early; {_REMEDY}")
+        raise DamagedDataError(
+            f"{where}: the shard ends {sample['compressed_bytes'] - len(frame)} bytes too early; {_REMEDY}"
+        )
     try:
         parameters = zstandard.get_frame_parameters(frame)
         if not parameters.has_checksum or parameters.content_size != sample["bytes"]:
@@ -277,8 +299,13 @@ def _cut(block: TargetBlock, start: int, stop: int) -> TargetBlock:
         return block
     offsets = np.concatenate([[0], np.cumsum(block.counts, dtype=np.int64)])
     entries = slice(int(offsets[low]), int(offsets[high]))
-    return TargetBlock(first=block.first + low, counts=block.counts[low:high], ids=block.ids[entries],
-                       probabilities=block.probabilities[entries], dropped=block.dropped[low:high])
+    return TargetBlock(
+        first=block.first + low,
+        counts=block.counts[low:high],
+        ids=block.ids[entries],
+        probabilities=block.probabilities[entries],
+        dropped=block.dropped[low:high],
+    )
 
 
 def _join(blocks: list[TargetBlock]) -> TargetRows:

@@ -262,7 +262,9 @@ def _cpu_integer_matmul_is_exact() -> bool:
 
 def _squared_norms(codes_ND: Tensor) -> Tensor:
     wide_ND = codes_ND.to(torch.int32)
-    return wide_ND.mul_(wide_ND).sum(1, dtype=torch.int32)  # square_() of int32 took ten times as long (torch 2.13, CPU)
+    return wide_ND.mul_(wide_ND).sum(
+        1, dtype=torch.int32
+    )  # square_() of int32 took ten times as long (torch 2.13, CPU)
 
 
 def _are_codes(*arrays: Any) -> bool:

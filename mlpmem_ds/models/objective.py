@@ -30,8 +30,15 @@ class SparseHead(nn.Module):
         mixture_lambda: None for plain cross entropy; else the cross entropy of (1 - lambda) p_base + lambda p_memory.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, initializer_range: float, alpha: float = 0.5,
-                 mixture_lambda: float | None = None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        initializer_range: float,
+        alpha: float = 0.5,
+        mixture_lambda: float | None = None,
+    ) -> None:
         super().__init__()
         self.alpha, self.mixture_lambda = alpha, mixture_lambda
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
@@ -49,8 +56,9 @@ class SparseHead(nn.Module):
         if targets is None:
             assert labels_N is not None
             return label_log_probabilities(hidden_NH, self.weight, labels_N)
-        loss_sum, sums = sparse_loss(hidden_NH, self.weight, targets, alpha=self.alpha,
-                                     mixture_lambda=self.mixture_lambda)
+        loss_sum, sums = sparse_loss(
+            hidden_NH, self.weight, targets, alpha=self.alpha, mixture_lambda=self.mixture_lambda
+        )
         return loss_sum, torch.stack([getattr(sums, name).float() for name in SUM_NAMES]).detach()
 
 

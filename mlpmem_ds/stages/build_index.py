@@ -50,8 +50,15 @@ class Config:
 def run(config: Config, world: World) -> None:
     keys = open_keys(config.keys)
     factory, num_lists = _resolve_factory(config.factory, keys, world)
-    stage = open_stage(config.output, stage=FORMAT, version=VERSION, config=config, inputs={"keys": keys.sha256},
-                       world=world, extra={"factory": factory})
+    stage = open_stage(
+        config.output,
+        stage=FORMAT,
+        version=VERSION,
+        config=config,
+        inputs={"keys": keys.sha256},
+        world=world,
+        extra={"factory": factory},
+    )
     if config.threads:
         torch.set_num_threads(config.threads)
         engine.set_num_threads(config.threads)
@@ -71,7 +78,10 @@ def run(config: Config, world: World) -> None:
     def describe() -> dict[str, Any]:
         counts = [summary["num_vectors"] for summary in stage.summaries(shards)]
         return {
-            "factory": factory, "num_lists": num_lists, "num_shards": config.num_shards, "num_vectors": sum(counts),
+            "factory": factory,
+            "num_lists": num_lists,
+            "num_shards": config.num_shards,
+            "num_vectors": sum(counts),
             "shards": [{"name": shard_name(shard), "num_vectors": count} for shard, count in enumerate(counts)],
         }
 

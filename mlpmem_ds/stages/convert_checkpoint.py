@@ -105,11 +105,17 @@ def run(config: Config, world: World) -> None:
         card = model_card(inputs, config, verification, built.num_base_parameters, _weight_bytes(export))
         (export / "README.md").write_text(card, encoding="utf-8")
         records = [record_file(export, path.relative_to(export).as_posix()) for path in _files_below(export)]
-        manifest = {**identity, "mlpmem_ds": mlpmem_ds.__version__, "verification": verification,
-                    "files": [record.to_json() for record in records]}
+        manifest = {
+            **identity,
+            "mlpmem_ds": mlpmem_ds.__version__,
+            "verification": verification,
+            "files": [record.to_json() for record in records],
+        }
         (export / EXPORT_FILE).write_bytes(canonical_json(manifest))
         _publish(export, output, aside=partial / "replaced")
-    _logger.info("complete: %s (λ %g, %s): %s", config.output, inputs.lmbda, config.dtype, describe_verification(verification))
+    _logger.info(
+        "complete: %s (λ %g, %s): %s", config.output, inputs.lmbda, config.dtype, describe_verification(verification)
+    )
 
 
 # The output
@@ -128,10 +134,15 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
     if not (output / EXPORT_FILE).is_file():
         raise UserError(f"--output {output} is not empty and holds no export: choose a new directory or empty it")
     found = read_json(output / EXPORT_FILE)
-    if differences := [f"{name} was {_at(found, name)!r}, now {_at(identity, name)!r}"
-                       for name in ("format", "version", "inputs", "config") if _at(found, name) != _at(identity, name)]:
-        raise UserError(f"--output {output} already holds another export ({'; '.join(differences)}): choose another --output, "
-                        "or remove it")
+    if differences := [
+        f"{name} was {_at(found, name)!r}, now {_at(identity, name)!r}"
+        for name in ("format", "version", "inputs", "config")
+        if _at(found, name) != _at(identity, name)
+    ]:
+        raise UserError(
+            f"--output {output} already holds another export ({'; '.join(differences)}): choose another --output, "
+            "or remove it"
+        )
     faults = [fault for entry in found["files"] if (fault := fault_of_file(output, FileRecord(**entry)))]
     if faults:
         _logger.warning("%s: making the export again", faults[0])
@@ -145,7 +156,9 @@ def _at(values: Any, name: str) -> Any:
 def _require_disk(config: Config, inputs: ExportInputs) -> None:
     size = torch.empty(0, dtype=DTYPES[config.dtype]).element_size()
     root = Path(inputs.model)
-    base = sum(path.stat().st_size for path in (*root.glob("*.safetensors"), *root.glob("*.bin"))) if root.is_dir() else 0
+    base = (
+        sum(path.stat().st_size for path in (*root.glob("*.safetensors"), *root.glob("*.bin"))) if root.is_dir() else 0
+    )
     require_free_bytes(config.output, base + size * inputs.memory.num_parameters(), what="the export's weights")
 
 
@@ -167,7 +180,6 @@ def _partial_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-
 def _files_below(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
@@ -180,7 +192,6 @@ def _publish(export: Path, output: Path, *, aside: Path) -> None:
         os.replace(output, aside)
     os.replace(export, output)
     flush(output.parent)
-
 
 
 # The model
@@ -213,10 +224,17 @@ def _write_and_verify(config: Config, inputs: ExportInputs, built: _Built, expor
         shutil.copymode(export / "config.json", path)
     difference = verify(export, expected, built.probe, inputs.lmbda, attention=config.attention)
     if vocabulary_sha256(AutoTokenizer.from_pretrained(export)) != inputs.trained.provenance["vocabulary_sha256"]:
-        raise DamagedDataError("the tokenizer does not survive being saved and loaded: nothing was published; give another "
-                               "form of it with --tokenizer")
-    return {"logit_difference": difference, "logit_bound": LOGIT_BOUND, "rounding": built.rounding,
-            "rounding_bound": ROUNDING_BOUND, "num_positions": built.probe.ids_BS.numel()}
+        raise DamagedDataError(
+            "the tokenizer does not survive being saved and loaded: nothing was published; give another "
+            "form of it with --tokenizer"
+        )
+    return {
+        "logit_difference": difference,
+        "logit_bound": LOGIT_BOUND,
+        "rounding": built.rounding,
+        "rounding_bound": ROUNDING_BOUND,
+        "num_positions": built.probe.ids_BS.numel(),
+    }
 
 
 def _weight_bytes(export: Path) -> int:
@@ -227,8 +245,12 @@ def _join(config: Config, inputs: ExportInputs, point: CapturePoint) -> MemoryAu
     base = _load_base(config, inputs, config.dtype)
     try:
         joint = MemoryAugmentedLM.from_parts(
-            base, _build_memory(inputs, config.dtype), lmbda=inputs.lmbda, input_point=point,
-            provenance=inputs.trained.provenance, vocabulary_sha256=inputs.trained.provenance["vocabulary_sha256"],
+            base,
+            _build_memory(inputs, config.dtype),
+            lmbda=inputs.lmbda,
+            input_point=point,
+            provenance=inputs.trained.provenance,
+            vocabulary_sha256=inputs.trained.provenance["vocabulary_sha256"],
         )
     except ValueError as error:
         raise UserError(f"--model {inputs.model} and --checkpoint {config.checkpoint} do not fit: {error}") from error
@@ -253,10 +275,13 @@ def _build_memory(inputs: ExportInputs, dtype: str) -> Memory:
     with torch.device("meta"):
         memory = Memory(inputs.memory)
     try:
-        memory.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in inputs.trained.weights.items()}, assign=True)
+        memory.load_state_dict(
+            {name: tensor.to(DTYPES[dtype]) for name, tensor in inputs.trained.weights.items()}, assign=True
+        )
     except RuntimeError as error:
-        raise DamagedDataError(f"the weights of --checkpoint do not fit their own configuration ({error}): run launch/train.py "
-                               "again") from error
+        raise DamagedDataError(
+            f"the weights of --checkpoint do not fit their own configuration ({error}): run launch/train.py again"
+        ) from error
     return memory.eval().requires_grad_(False)
 
 
@@ -271,8 +296,11 @@ def _read_parts(base: Any, memory: Memory, point: CapturePoint) -> _Probe:
     with capture(base, [point]).recording(num_sequences, num_tokens) as states:
         base_logits_BSV = base(input_ids=ids_BS, use_cache=False).logits
     memory_logits_BSV = memory.head(memory(states[point].to(memory.head.weight.dtype)))  # type: ignore[arg-type]
-    return _Probe(ids_BS=ids_BS, base_BSV=base_logits_BSV.double().log_softmax(-1),
-                  memory_BSV=memory_logits_BSV.double().log_softmax(-1))
+    return _Probe(
+        ids_BS=ids_BS,
+        base_BSV=base_logits_BSV.double().log_softmax(-1),
+        memory_BSV=memory_logits_BSV.double().log_softmax(-1),
+    )
 
 
 def _rounding(config: Config, inputs: ExportInputs, point: CapturePoint, probe: _Probe) -> float:
@@ -281,8 +309,10 @@ def _rounding(config: Config, inputs: ExportInputs, point: CapturePoint, probe: 
     pair = (parts.mixture_BSV(inputs.lmbda).exp() for parts in (exact, probe))
     variation = float(torch.sub(*pair).abs().sum(-1).mean() / 2)
     if not variation <= ROUNDING_BOUND:  # not a number, too
-        raise UserError(f"--dtype {config.dtype} changes the model's distributions by {variation:.3g} (total variation; at most "
-                        f"{ROUNDING_BOUND} is accepted): it cannot hold this model; choose bfloat16 or float32")
+        raise UserError(
+            f"--dtype {config.dtype} changes the model's distributions by {variation:.3g} (total variation; at most "
+            f"{ROUNDING_BOUND} is accepted): it cannot hold this model; choose bfloat16 or float32"
+        )
     return variation
 
 
@@ -312,8 +342,11 @@ def verify(export: Path, expected: Mapping[str, torch.Tensor], probe: _Probe, lm
     if loaded.lmbda != lmbda:
         raise _refusal(f"its λ is {loaded.lmbda:g}, not {lmbda:g}")
     found = loaded.state_dict()
-    differing = sorted(name for name in {*found, *expected}
-                       if name not in found or name not in expected or not _same(found[name], expected[name]))
+    differing = sorted(
+        name
+        for name in {*found, *expected}
+        if name not in found or name not in expected or not _same(found[name], expected[name])
+    )
     if differing:
         raise _refusal(f"{len(differing)} tensors differ, the first is {differing[0]}")
     worst = 0.0
@@ -322,14 +355,18 @@ def verify(export: Path, expected: Mapping[str, torch.Tensor], probe: _Probe, lm
         logits_BSV = loaded(input_ids=probe.ids_BS, use_cache=False).logits
         difference = _relative_difference(logits_BSV.double().log_softmax(-1), probe.mixture_BSV(value))
         if not difference <= LOGIT_BOUND:
-            raise _refusal(f"log-probabilities at λ = {value:g} differ by {difference:.2g} relative, more than {LOGIT_BOUND:g}")
+            raise _refusal(
+                f"log-probabilities at λ = {value:g} differ by {difference:.2g} relative, more than {LOGIT_BOUND:g}"
+            )
         worst = max(worst, difference)
     return worst
 
 
 def _refusal(reason: str) -> DamagedDataError:
-    return DamagedDataError(f"the written model is not the trained one: {reason}. Nothing was published: run the same command "
-                            "again; if this repeats, check the disk, and the version of transformers against requirements.txt")
+    return DamagedDataError(
+        f"the written model is not the trained one: {reason}. Nothing was published: run the same command "
+        "again; if this repeats, check the disk, and the version of transformers against requirements.txt"
+    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -396,9 +396,7 @@ def _open_model(root: Path, name: str, config: Config, corpus: CorpusSplit, *, d
     if (root / "identity.json").is_file() and not (root / "manifest.json").is_file():
         raise UserError(f"{flag}: {root} is not complete: run its stage again, it continues")
     sha256 = fingerprint_model(str(root))
-    source = TransformersSource(
-        str(root), dtype=config.dtype, device=device, attention=config.attention
-    )
+    source = TransformersSource(str(root), dtype=config.dtype, device=device, attention=config.attention)
     check_source_reads(source, corpus, str(root), flag=flag)
     return ModelArm(arm=name, path=str(root), sha256=sha256, source=source)
 

@@ -32,7 +32,9 @@ class Config:
 
     checkpoint: Path = option("output directory of a finished launch/train.py")
     output: Path = option("Hugging Face directory to write")
-    model: str | None = option("the base: a directory or Hub name (default: the one that the keys were extracted with)", None)
+    model: str | None = option(
+        "the base: a directory or Hub name (default: the one that the keys were extracted with)", None
+    )
     lmbda: float | None = option(
         f"weight of the memory in [0, 1] (default: the report's choice, else {DEFAULT_LAMBDA})", None, flag="lambda"
     )
@@ -71,12 +73,19 @@ class ExportInputs:
 
     def identity(self, config: Config) -> dict[str, Any]:
         """What the weights and the configuration depend on."""
-        inputs = {"memory": self.trained.sha256, "base": self.base_sha256,
-                  "vocabulary": self.trained.provenance["vocabulary_sha256"]}
+        inputs = {
+            "memory": self.trained.sha256,
+            "base": self.base_sha256,
+            "vocabulary": self.trained.provenance["vocabulary_sha256"],
+        }
         if self.report_sha256 is not None:
             inputs["report"] = self.report_sha256
-        return {"format": FORMAT, "version": VERSION, "inputs": inputs,
-                "config": {"lambda": self.lmbda, "dtype": config.dtype, "max_shard_gigabytes": config.max_shard_gigabytes}}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "inputs": inputs,
+            "config": {"lambda": self.lmbda, "dtype": config.dtype, "max_shard_gigabytes": config.max_shard_gigabytes},
+        }
 
 
 def open_inputs(config: Config) -> ExportInputs:
@@ -89,7 +98,9 @@ def open_inputs(config: Config) -> ExportInputs:
     trained = read_weights(config.checkpoint, flag="--checkpoint")
     wanted = {"base", "vocabulary_sha256", "input_layer", "key_point"}
     if lacking := sorted(wanted - set(trained.provenance)):
-        raise DamagedDataError(f"--checkpoint {config.checkpoint} does not say its {', '.join(lacking)}: train it again")
+        raise DamagedDataError(
+            f"--checkpoint {config.checkpoint} does not say its {', '.join(lacking)}: train it again"
+        )
     try:
         memory = MemoryConfig.from_dict(trained.memory)
     except ValueError as error:
@@ -106,9 +117,15 @@ def open_inputs(config: Config) -> ExportInputs:
     corpus_root = _input_of_training(config.checkpoint, "corpus", trained)
     targets_root = _input_of_training(config.checkpoint, "targets", trained)
     return ExportInputs(
-        trained=trained, memory=memory, model=model, base_sha256=base_sha256,
-        tokenizer=_load_tokenizer(config, model, corpus_root, trained), lmbda=lmbda, lmbda_rule=rule,
-        report=report, report_sha256=report_sha256,
+        trained=trained,
+        memory=memory,
+        model=model,
+        base_sha256=base_sha256,
+        tokenizer=_load_tokenizer(config, model, corpus_root, trained),
+        lmbda=lmbda,
+        lmbda_rule=rule,
+        report=report,
+        report_sha256=report_sha256,
         corpus=None if corpus_root is None else read_json(corpus_root / "manifest.json"),
         targets=None if targets_root is None else read_json(targets_root / "manifest.json"),
     )
@@ -118,8 +135,10 @@ def _require_finished(root: Path) -> None:
     if (root / EXPORT_FILE).is_file():
         raise UserError(f"--checkpoint {root} is an export already: give the output directory of launch/train.py")
     if (root / "identity.json").is_file() and not (root / "weights" / "model.safetensors").is_file():
-        raise UserError(f"--checkpoint {root} is not finished (it has no weights/): run its launch/train.py command again, "
-                        "it continues and writes them at the end")
+        raise UserError(
+            f"--checkpoint {root} is not finished (it has no weights/): run its launch/train.py command again, "
+            "it continues and writes them at the end"
+        )
 
 
 def _read_report(config: Config, trained: TrainedMemory) -> tuple[dict[str, Any] | None, str | None, float | None]:
@@ -131,8 +150,10 @@ def _read_report(config: Config, trained: TrainedMemory) -> tuple[dict[str, Any]
     names = [name for name, value in manifest["inputs"].items() if value == trained.sha256]
     chosen = [arm["lambda"] for arm in evaluation.get("arms", []) if arm["name"] in names]
     if not chosen or chosen[0] is None:
-        raise UserError(f"--report {config.report} does not evaluate the memory of --checkpoint {config.checkpoint}: run "
-                        "launch/evaluate.py with that memory, or leave out --report and give --lambda")
+        raise UserError(
+            f"--report {config.report} does not evaluate the memory of --checkpoint {config.checkpoint}: run "
+            "launch/evaluate.py with that memory, or leave out --report and give --lambda"
+        )
     return evaluation, sha256, float(chosen[0])
 
 
@@ -141,7 +162,9 @@ def _choose_lambda(config: Config, report_lmbda: float | None) -> tuple[float, s
     if config.lmbda is not None:
         return float(config.lmbda), "given by hand"
     if report_lmbda is None:
-        _logger.warning("neither --lambda nor --report: λ is %g, which nobody tuned; it can be set at any time", DEFAULT_LAMBDA)
+        _logger.warning(
+            "neither --lambda nor --report: λ is %g, which nobody tuned; it can be set at any time", DEFAULT_LAMBDA
+        )
         return DEFAULT_LAMBDA, "the default, not tuned"
     if report_lmbda == 0:
         _logger.warning("the report chose λ = 0: the memory does not help this base, and the export is the base alone")
@@ -166,8 +189,10 @@ def _model_of_keys(config: Config, trained: TrainedMemory) -> str:
     keys = _input_of_training(config.checkpoint, "keys", trained)
     flags = read_json(keys / "run.json").get("config", {}) if keys is not None and (keys / "run.json").is_file() else {}
     if not flags.get("model"):
-        raise UserError(f"--model is needed: the keys that --checkpoint {config.checkpoint} was trained from are not at hand "
-                        "to say which base it belongs to")
+        raise UserError(
+            f"--model is needed: the keys that --checkpoint {config.checkpoint} was trained from are not at hand "
+            "to say which base it belongs to"
+        )
     return str(flags["model"])
 
 
@@ -180,17 +205,22 @@ def _load_tokenizer(config: Config, model: str, corpus: Path | None, trained: Tr
     elif corpus is not None:
         name, flag = str(corpus / "tokenizer"), "the corpus's tokenizer"
     else:
-        raise UserError(f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint} is not beside "
-                        "it: give --tokenizer RUN/corpus/tokenizer")
+        raise UserError(
+            f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint} is not beside "
+            "it: give --tokenizer RUN/corpus/tokenizer"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # each tokenizer library raises a family of its own
-        raise UserError(f"{flag} {name} cannot be loaded ({str(error).splitlines()[0]}): give --tokenizer, a directory or "
-                        "Hub name") from error
+        raise UserError(
+            f"{flag} {name} cannot be loaded ({str(error).splitlines()[0]}): give --tokenizer, a directory or Hub name"
+        ) from error
     found, wanted = vocabulary_sha256(tokenizer), trained.provenance["vocabulary_sha256"]
     if found != wanted:
-        raise UserError(f"{flag} {name} has another vocabulary ({len(tokenizer)} tokens, {found[:12]}…) than the memory was "
-                        f"trained with ({wanted[:12]}…): give --tokenizer RUN/corpus/tokenizer")
+        raise UserError(
+            f"{flag} {name} has another vocabulary ({len(tokenizer)} tokens, {found[:12]}…) than the memory was "
+            f"trained with ({wanted[:12]}…): give --tokenizer RUN/corpus/tokenizer"
+        )
     return tokenizer
 
 

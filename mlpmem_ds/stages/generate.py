@@ -75,12 +75,16 @@ def run(config: Config, world: World) -> str:
     context = getattr(settings, "max_position_embeddings", None) or math.inf
     ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
     model = _load_model(config)
-    texts = {value: _continue_all(config, model, tokenizer, ids, value)
-             for value in ((0.0, lmbda) if config.compare else (lmbda,))}
+    texts = {
+        value: _continue_all(config, model, tokenizer, ids, value)
+        for value in ((0.0, lmbda) if config.compare else (lmbda,))
+    }
     if config.compare:
         header = ("base", f"base + memory, λ = {lmbda:g}")
-        blocks = [f"{prompt}\n\n{side_by_side(header, pair)}"
-                  for prompt, *pair in zip(prompts, texts[0.0], texts[lmbda], strict=True)]
+        blocks = [
+            f"{prompt}\n\n{side_by_side(header, pair)}"
+            for prompt, *pair in zip(prompts, texts[0.0], texts[lmbda], strict=True)
+        ]
     else:
         blocks = [prompt + text for prompt, text in zip(prompts, texts[lmbda], strict=True)]
     if len(blocks) == 1:
@@ -112,8 +116,11 @@ def side_by_side(headers: tuple[str, str], texts: Sequence[str]) -> str:
 
 def _wrap(text: str) -> list[str]:
     lines = text.expandtabs(4).split("\n")
-    return [piece for line in lines
-            for piece in textwrap.wrap(line, _COLUMN_WIDTH, replace_whitespace=False, drop_whitespace=False) or [""]]
+    return [
+        piece
+        for line in lines
+        for piece in textwrap.wrap(line, _COLUMN_WIDTH, replace_whitespace=False, drop_whitespace=False) or [""]
+    ]
 
 
 def _read_prompts(config: Config) -> list[str]:
@@ -122,8 +129,10 @@ def _read_prompts(config: Config) -> list[str]:
     try:
         lines = config.prompts_file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts-file {config.prompts_file} cannot be read as UTF-8 text ({error}): give a text file with "
-                        "one prompt a line") from error
+        raise UserError(
+            f"--prompts-file {config.prompts_file} cannot be read as UTF-8 text ({error}): give a text file with "
+            "one prompt a line"
+        ) from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts-file {config.prompts_file} holds no prompt: write one a line")
@@ -168,15 +177,21 @@ def _read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
         settings = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # each library under these raises a family of its own
-        raise UserError(f"--model {model} cannot be read ({str(error).splitlines()[0]}): give the output of "
-                        "tools/convert_checkpoint.py, or check the network for a Hub name") from error
+        raise UserError(
+            f"--model {model} cannot be read ({str(error).splitlines()[0]}): give the output of "
+            "tools/convert_checkpoint.py, or check the network for a Hub name"
+        ) from error
     if not isinstance(settings, MemoryAugmentedConfig):
-        raise UserError(f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
-                        "tools/convert_checkpoint.py")
+        raise UserError(
+            f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
+            "tools/convert_checkpoint.py"
+        )
     # Where the files are missing, transformers gives a tokenizer without words.
     if settings.vocabulary_sha256 and vocabulary_sha256(tokenizer) != settings.vocabulary_sha256:
-        raise UserError(f"--model {model} has a tokenizer of {len(tokenizer)} tokens that is not the one it was made with: run "
-                        "tools/convert_checkpoint.py again")
+        raise UserError(
+            f"--model {model} has a tokenizer of {len(tokenizer)} tokens that is not the one it was made with: run "
+            "tools/convert_checkpoint.py again"
+        )
     return settings, tokenizer
 
 
@@ -191,11 +206,15 @@ def _encode(tokenizer: Any, prompts: Sequence[str], context: float, max_new_toke
         if not row:
             raise UserError(f"prompt {number} is empty: give at least one word")
         if len(row) >= context:
-            raise UserError(f"prompt {number} has {len(row):,} tokens, and the model reads {context:,}: shorten it to "
-                            f"{max(context - max_new_tokens, 1):,} or fewer")
+            raise UserError(
+                f"prompt {number} has {len(row):,} tokens, and the model reads {context:,}: shorten it to "
+                f"{max(context - max_new_tokens, 1):,} or fewer"
+            )
         if len(row) + max_new_tokens > context:
-            raise UserError(f"prompt {number} has {len(row):,} tokens, and with --max-new-tokens {max_new_tokens:,} passes the "
-                            f"{context:,} that the model reads: shorten it, or ask for at most {context - len(row):,}")
+            raise UserError(
+                f"prompt {number} has {len(row):,} tokens, and with --max-new-tokens {max_new_tokens:,} passes the "
+                f"{context:,} that the model reads: shorten it, or ask for at most {context - len(row):,}"
+            )
     return ids
 
 
@@ -206,8 +225,11 @@ def _continue_all(
     model.lmbda = lmbda
     generation = _generation_config(config, model, tokenizer)
     torch.manual_seed(config.seed)
-    rows = [row for at in range(0, len(ids), config.batch_size)
-            for row in continue_batch(model, ids[at : at + config.batch_size], generation)]
+    rows = [
+        row
+        for at in range(0, len(ids), config.batch_size)
+        for row in continue_batch(model, ids[at : at + config.batch_size], generation)
+    ]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
@@ -219,8 +241,12 @@ def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any)
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=config.max_new_tokens, num_beams=config.num_beams, eos_token_id=ends, bos_token_id=own.bos_token_id,
-        pad_token_id=next(token for token in candidates if token is not None), **sampling,
+        max_new_tokens=config.max_new_tokens,
+        num_beams=config.num_beams,
+        eos_token_id=ends,
+        bos_token_id=own.bos_token_id,
+        pad_token_id=next(token for token in candidates if token is not None),
+        **sampling,
     )
 
 

@@ -73,9 +73,12 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
     if targets is None:
         sha256 = known.get("targets", "unknown")
         return [*lines, f"Retriever: unknown k and temperature (SHA-256 of its targets' manifest {sha256})"]
-    return [*lines, f"Retriever: k {targets['k']}, T {targets['temperature']:.6g} in squared key units "
-                    f"({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}), keys of layer "
-                    f"{known.get('key_layer', 'unknown')}"]
+    return [
+        *lines,
+        f"Retriever: k {targets['k']}, T {targets['temperature']:.6g} in squared key units "
+        f"({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}), keys of layer "
+        f"{known.get('key_layer', 'unknown')}",
+    ]
 
 
 def _tokens(corpus: Mapping[str, Any] | None) -> str:
@@ -93,17 +96,23 @@ def _quality(inputs: ExportInputs) -> str:
         change, interval, lmbda = arm.get("ppl_change"), arm.get("ppl_interval"), arm.get("lambda")
         shown = "" if change is None or not interval else f"{change:+.1%} ({interval[0]:+.1%} to {interval[1]:+.1%})"
         rows.append(f"| {arm['name']} | {arm['ppl']:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |")
-    return "\n".join(rows) + "\n\nλ was chosen on a tuning split; the figures are of the test split, at each arm's own λ."
+    return (
+        "\n".join(rows) + "\n\nλ was chosen on a tuning split; the figures are of the test split, at each arm's own λ."
+    )
 
 
 def describe_verification(verification: Mapping[str, Any]) -> str:
     """The verification in one sentence."""
-    text = (f"loaded again through its own code, every tensor is the trained one in its dtype, and log-probabilities on "
-            f"{verification['num_positions']} random tokens differ from those of base and memory by "
-            f"{verification['logit_difference']:.1g} relative (bound {verification['logit_bound']:g})")
+    text = (
+        f"loaded again through its own code, every tensor is the trained one in its dtype, and log-probabilities on "
+        f"{verification['num_positions']} random tokens differ from those of base and memory by "
+        f"{verification['logit_difference']:.1g} relative (bound {verification['logit_bound']:g})"
+    )
     if verification["rounding"]:
-        text += (f"; against float32 the distributions change by {verification['rounding']:.2g} "
-                 f"(mean total variation, bound {verification['rounding_bound']:g})")
+        text += (
+            f"; against float32 the distributions change by {verification['rounding']:.2g} "
+            f"(mean total variation, bound {verification['rounding_bound']:g})"
+        )
     return text
 
 

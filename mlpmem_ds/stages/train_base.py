@@ -67,7 +67,9 @@ class Config:
     corpus: Path = option("corpus directory; its `train` split is learnt, its `tuning` split decides when to stop")
     output: Path = option("model directory to write (Hugging Face format)")
     ds_config: Path = option("DeepSpeed configuration of ZeRO stage 1 or 2", _DEFAULT_DS_CONFIG)
-    init_from: str | None = option("train this model on, a directory or Hub name, instead of a new one", None, identity=False)
+    init_from: str | None = option(
+        "train this model on, a directory or Hub name, instead of a new one", None, identity=False
+    )
     num_layers: int = option("layers of a new model", 4)
     hidden_size: int = option("width of a new model", 256)
     num_heads: int = option("attention heads of a new model", 4)
@@ -89,8 +91,16 @@ class Config:
     log_every_steps: int = option("steps between log lines", 10, identity=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "epochs", "batch_tokens", "micro_batch_tokens",
-                     "keep_checkpoints", "log_every_steps"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "epochs",
+            "batch_tokens",
+            "micro_batch_tokens",
+            "keep_checkpoints",
+            "log_every_steps",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.hidden_size % self.num_heads:
@@ -98,8 +108,10 @@ class Config:
         if not 0 <= self.dropout < 1 or not 0 <= self.warmup_fraction <= 1:
             raise UserError("--dropout must lie in [0, 1) and --warmup-fraction in [0, 1]")
         if not self.learning_rate > 0 or min(self.weight_decay, self.gradient_clipping, self.max_seconds) < 0:
-            raise UserError("--learning-rate must be more than 0; --weight-decay, --gradient-clipping and --max-seconds "
-                            "must not be negative")
+            raise UserError(
+                "--learning-rate must be more than 0; --weight-decay, --gradient-clipping and --max-seconds "
+                "must not be negative"
+            )
         if self.context is not None and self.context < 2:
             raise UserError(f"--context must be at least 2 tokens, not {self.context}")
 
@@ -120,11 +132,20 @@ class BaseObjective(nn.Module):
         """The mean cross entropy of the tokens 1 … S of sequences of T = S + 1."""
         labels_N = tokens_BT[:, 1:].reshape(-1)
         nothing = torch.empty(0, device=labels_N.device)
-        targets = TargetBatch(offsets_N1=torch.zeros(len(labels_N) + 1, dtype=torch.int64), ids=nothing.long(),
-                              probabilities=nothing, labels_N=labels_N)
+        targets = TargetBatch(
+            offsets_N1=torch.zeros(len(labels_N) + 1, dtype=torch.int64),
+            ids=nothing.long(),
+            probabilities=nothing,
+            labels_N=labels_N,
+        )
         weight_VD = output_head(self.model)[0]
-        loss, _ = sparse_loss(self.hidden(tokens_BT[:, :-1]), weight_VD, targets, alpha=0.0,
-                              chunk_bytes=_CHUNK_BYTES_CPU if weight_VD.device.type == "cpu" else DEFAULT_CHUNK_BYTES)
+        loss, _ = sparse_loss(
+            self.hidden(tokens_BT[:, :-1]),
+            weight_VD,
+            targets,
+            alpha=0.0,
+            chunk_bytes=_CHUNK_BYTES_CPU if weight_VD.device.type == "cpu" else DEFAULT_CHUNK_BYTES,
+        )
         return (loss / len(labels_N),)
 
 
@@ -156,29 +177,49 @@ def run(config: Config, world: World) -> None:
     sequences = Sequences(tokens=corpus.tokens(0, corpus.num_tokens), length=length, seed=config.seed)
     batch = max(config.batch_tokens // length, 1)
     ds_config = resolve_ds_config(
-        config.ds_config, batch=batch, batch_flag=f"--batch-tokens / {length} =", world_size=world.size,
-        max_micro_batch=max(config.micro_batch_tokens // length, 1), gradient_clipping=config.gradient_clipping,
+        config.ds_config,
+        batch=batch,
+        batch_flag=f"--batch-tokens / {length} =",
+        world_size=world.size,
+        max_micro_batch=max(config.micro_batch_tokens // length, 1),
+        gradient_clipping=config.gradient_clipping,
     )
     if zero_stage(ds_config) not in (1, 2):
-        raise UserError(f"{config.ds_config} is of ZeRO stage {zero_stage(ds_config)}: bases are trained at stage 1 or 2")
+        raise UserError(
+            f"{config.ds_config} is of ZeRO stage {zero_stage(ds_config)}: bases are trained at stage 1 or 2"
+        )
     steps_per_epoch = sequences.per_epoch // batch
     if steps_per_epoch < 1:
-        raise UserError(f"the train split's {corpus.num_tokens:,} tokens do not fill one batch of {batch} sequences of "
-                        f"{length}: choose a smaller --batch-tokens or --context")
+        raise UserError(
+            f"the train split's {corpus.num_tokens:,} tokens do not fill one batch of {batch} sequences of "
+            f"{length}: choose a smaller --batch-tokens or --context"
+        )
     model = _make_model(config, corpus, length)
     inputs = {"corpus": corpus.sha256}
     if config.init_from is not None:
         inputs["init_from"] = fingerprint_model(config.init_from)
-    directory = open_stage(config.output, stage=_FORMAT, version=_VERSION, config=config, inputs=inputs, world=world,
-                           extra={"context": length, "dtype": str(compute_dtype(ds_config))})
+    directory = open_stage(
+        config.output,
+        stage=_FORMAT,
+        version=_VERSION,
+        config=config,
+        inputs=inputs,
+        world=world,
+        extra={"context": length, "dtype": str(compute_dtype(ds_config))},
+    )
     if directory.manifest_path.is_file() and directory.fault_of_unit(_UNIT) is None:
         _logger.info("complete: %s", config.output)
         return
     if world.is_first:
         publish_json(config.output / "ds_config.json", ds_config)
-        _logger.info("%s parameters, at most %d epochs of %d steps of %d sequences of %d tokens",
-                     f"{sum(parameter.numel() for parameter in model.parameters()):,}", config.epochs, steps_per_epoch,
-                     batch, length)
+        _logger.info(
+            "%s parameters, at most %d epochs of %d steps of %d sequences of %d tokens",
+            f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            config.epochs,
+            steps_per_epoch,
+            batch,
+            length,
+        )
     set_up_distributed(world)
     tuning = open_corpus(config.corpus, "tuning") if has_tuning else None
     _train(config, corpus, tuning, sequences, model, ds_config, batch, steps_per_epoch, directory)
@@ -192,13 +233,22 @@ def _attention() -> str:
 def _make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedModel:
     if config.init_from is None:
         torch.manual_seed(config.seed)
-        return GPT2LMHeadModel(GPT2Config(
-            vocab_size=corpus.vocab_size, n_positions=max(length, corpus.block_size), n_embd=config.hidden_size,
-            n_layer=config.num_layers, n_head=config.num_heads, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout, activation_function="gelu_pytorch_tanh",  # GPT-2's, as one kernel
-            bos_token_id=corpus.end_of_document_id, eos_token_id=corpus.end_of_document_id,
-            attn_implementation=_attention(),  # type: ignore[call-arg]
-        ))
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=corpus.vocab_size,
+                n_positions=max(length, corpus.block_size),
+                n_embd=config.hidden_size,
+                n_layer=config.num_layers,
+                n_head=config.num_heads,
+                resid_pdrop=config.dropout,
+                embd_pdrop=config.dropout,
+                attn_pdrop=config.dropout,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's, as one kernel
+                bos_token_id=corpus.end_of_document_id,
+                eos_token_id=corpus.end_of_document_id,
+                attn_implementation=_attention(),  # type: ignore[call-arg]
+            )
+        )
     try:
         model = load_base(config.init_from, dtype=torch.float32, device="cpu", attention=_attention())
         weight_VD, bias_V = output_head(model)
@@ -206,34 +256,66 @@ def _make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedM
     except ValueError as error:
         raise UserError(str(error)) from error
     if not is_plain:
-        raise UserError(f"--init-from {config.init_from}: its output head has a bias, a scale or a soft cap, which this "
-                        "trainer does not know: train it with its own tools")
+        raise UserError(
+            f"--init-from {config.init_from}: its output head has a bias, a scale or a soft cap, which this "
+            "trainer does not know: train it with its own tools"
+        )
     if len(weight_VD) < corpus.vocab_size:
-        raise UserError(f"--init-from {config.init_from} has a vocabulary of {len(weight_VD):,}, the corpus "
-                        f"{corpus.vocab_size:,}: prepare the corpus with the model's tokenizer")
+        raise UserError(
+            f"--init-from {config.init_from} has a vocabulary of {len(weight_VD):,}, the corpus "
+            f"{corpus.vocab_size:,}: prepare the corpus with the model's tokenizer"
+        )
     return model.requires_grad_(True)
 
 
-def _train(config: Config, corpus: CorpusSplit, tuning: CorpusSplit | None, sequences: Sequences, model: PreTrainedModel,
-           ds_config: Mapping[str, Any], batch: int, steps_per_epoch: int, directory: StageDirectory) -> None:
+def _train(
+    config: Config,
+    corpus: CorpusSplit,
+    tuning: CorpusSplit | None,
+    sequences: Sequences,
+    model: PreTrainedModel,
+    ds_config: Mapping[str, Any],
+    batch: int,
+    steps_per_epoch: int,
+    directory: StageDirectory,
+) -> None:
     world, checkpoints = directory.world, config.output / "checkpoints"
-    engine = build_engine(lambda: BaseObjective(model), config=ds_config, seed=config.seed, world=world,
-                          settings=AdamWSettings(weight_decay=config.weight_decay))
+    engine = build_engine(
+        lambda: BaseObjective(model),
+        config=ds_config,
+        seed=config.seed,
+        world=world,
+        settings=AdamWSettings(weight_decay=config.weight_decay),
+    )
     engine.module.train()
     saved = engine.resume(checkpoints)
     step = 0 if saved is None else saved.step
     history: list[float] = [] if saved is None else list(saved.values["tuning_perplexities"])
     num_steps = config.epochs * steps_per_epoch
     settings = LoopSettings(
-        rows_per_step=batch * sequences.length, unit="tokens", num_steps=num_steps, log_every=config.log_every_steps,
-        save_every=num_steps + 1, deadline=time.monotonic() + config.max_seconds if config.max_seconds else math.inf,
-        learning_rate=partial(learning_rate_at, peak=config.learning_rate, num_steps=num_steps,
-                              warmup_steps=round(config.warmup_fraction * num_steps), schedule=config.schedule),
+        rows_per_step=batch * sequences.length,
+        unit="tokens",
+        num_steps=num_steps,
+        log_every=config.log_every_steps,
+        save_every=num_steps + 1,
+        deadline=time.monotonic() + config.max_seconds if config.max_seconds else math.inf,
+        learning_rate=partial(
+            learning_rate_at,
+            peak=config.learning_rate,
+            num_steps=num_steps,
+            warmup_steps=round(config.warmup_fraction * num_steps),
+            schedule=config.schedule,
+        ),
     )
 
     def save(done: int) -> None:
-        engine.save(checkpoints, done, fields={"base": model.config.to_dict()}, keep=config.keep_checkpoints,
-                    values={"tuning_perplexities": history})
+        engine.save(
+            checkpoints,
+            done,
+            fields={"base": model.config.to_dict()},
+            keep=config.keep_checkpoints,
+            values={"tuning_perplexities": history},
+        )
         directory.log.write("checkpoint", step=done)
 
     progress = Progress((num_steps - step) * settings.rows_per_step, label="base", unit="tokens", world=world)
@@ -242,8 +324,15 @@ def _train(config: Config, corpus: CorpusSplit, tuning: CorpusSplit | None, sequ
     while not is_over:
         stop = (len(history) + 1) * steps_per_epoch
         step, stopped = run_steps(
-            engine, _batches(sequences, engine, step, stop, steps_per_epoch, batch, ds_config, world), first=step, stop=stop,
-            settings=settings, save=lambda done: None, stop_request=stop_request, progress=progress, metrics=metrics,
+            engine,
+            _batches(sequences, engine, step, stop, steps_per_epoch, batch, ds_config, world),
+            first=step,
+            stop=stop,
+            settings=settings,
+            save=lambda done: None,
+            stop_request=stop_request,
+            progress=progress,
+            metrics=metrics,
         )
         timed_out = stopped and _any(time.monotonic() > settings.deadline, world)
         if stopped and not timed_out:
@@ -267,8 +356,14 @@ def _train(config: Config, corpus: CorpusSplit, tuning: CorpusSplit | None, sequ
         return
     directory.run_units([_UNIT], lambda _, writer: _write_model(model, corpus, checkpoints, writer))
     if world.is_first:
-        directory.finish([_UNIT], lambda: {"tuning_perplexities": [_plain(value) for value in history], "steps": step,
-                                           "selected_epoch": _selected(config, history) + 1})
+        directory.finish(
+            [_UNIT],
+            lambda: {
+                "tuning_perplexities": [_plain(value) for value in history],
+                "steps": step,
+                "selected_epoch": _selected(config, history) + 1,
+            },
+        )
     engine.wait()
 
 
@@ -292,8 +387,16 @@ def _has_stalled(history: Sequence[float], patience: int) -> bool:
     return patience > 0 and math.isfinite(history[best]) and len(history) - 1 - best >= patience
 
 
-def _batches(sequences: Sequences, engine: Engine, first: int, stop: int, steps_per_epoch: int, batch: int,
-             ds_config: Mapping[str, Any], world: World) -> Iterator[tuple[list[tuple[Any, ...]], float]]:
+def _batches(
+    sequences: Sequences,
+    engine: Engine,
+    first: int,
+    stop: int,
+    steps_per_epoch: int,
+    batch: int,
+    ds_config: Mapping[str, Any],
+    world: World,
+) -> Iterator[tuple[list[tuple[Any, ...]], float]]:
     """This rank's micro-batches of the steps [first, stop)."""
     for step in range(first, stop):
         start = time.perf_counter()
@@ -312,7 +415,9 @@ def _evaluate(engine: Engine, tuning: CorpusSplit, world: World) -> float:
     weight_VD, total, windows = output_head(module.model)[0], 0.0, deal(tuning.windows(), world.rank, world.size)
     for at in range(0, len(windows), _EVALUATED_WINDOWS):
         group = windows[at : at + _EVALUATED_WINDOWS]
-        tokens_BT = torch.from_numpy(np.stack([tuning.tokens(window.context_start, window.stop + 1) for window in group]))
+        tokens_BT = torch.from_numpy(
+            np.stack([tuning.tokens(window.context_start, window.stop + 1) for window in group])
+        )
         tokens_BT = tokens_BT.to(engine.device)
         scores_N = label_log_probabilities(module.hidden(tokens_BT[:, :-1]), weight_VD, tokens_BT[:, 1:].reshape(-1))
         for window, scores_S in zip(group, scores_N.double().reshape(len(group), -1), strict=True):

@@ -121,7 +121,9 @@ def run_steps(
         if done % settings.log_every == 0 or done in (stop, settings.num_steps):
             assert isinstance(totals, torch.Tensor)
             now = time.perf_counter()
-            values = _describe(engine, totals / counted, settings, rate, counted / (now - since), waited / (now - since))
+            values = _describe(
+                engine, totals / counted, settings, rate, counted / (now - since), waited / (now - since)
+            )
             metrics.write(done, values)
             note = _note(values)
             totals, since, waited, counted = None, now, 0.0, 0
@@ -142,16 +144,24 @@ def _deadline_passed(engine: Engine, deadline: float) -> bool:
     return bool(engine.mean(torch.tensor(float(time.monotonic() > deadline), device=engine.device)) > 0)
 
 
-def _describe(engine: Engine, means: torch.Tensor, settings: LoopSettings, rate: float, steps_per_second: float,
-              waiting: float) -> dict[str, float]:
+def _describe(
+    engine: Engine, means: torch.Tensor, settings: LoopSettings, rate: float, steps_per_second: float, waiting: float
+) -> dict[str, float]:
     """What is logged: means over the ranks, the micro-batches and the steps since the last time."""
     loss, *others = engine.mean(means).tolist()
     weight = dict(zip(settings.names, others, strict=True)).get("weight", 1.0)
-    values = {"loss": loss, **{name: value / weight for name, value in zip(settings.names, others, strict=True)
-                               if name != "weight"}}
-    return {**values, "learning_rate": rate, "gradient_norm": engine.gradient_norm,
-            f"{settings.unit}_per_second": steps_per_second * settings.rows_per_step, "data_wait_share": waiting,
-            "skipped_steps": engine.skipped_steps}
+    values = {
+        "loss": loss,
+        **{name: value / weight for name, value in zip(settings.names, others, strict=True) if name != "weight"},
+    }
+    return {
+        **values,
+        "learning_rate": rate,
+        "gradient_norm": engine.gradient_norm,
+        f"{settings.unit}_per_second": steps_per_second * settings.rows_per_step,
+        "data_wait_share": waiting,
+        "skipped_steps": engine.skipped_steps,
+    }
 
 
 def _note(values: Mapping[str, float]) -> str:

@@ -55,16 +55,23 @@ class Config:
 
     keys: Path = option("key directory of extract_keys")
     output: Path = option("target directory to write")
-    index: Path | None = option("index directory of build_index over the same keys; not needed for exact search", None,
-                                identity=False)
+    index: Path | None = option(
+        "index directory of build_index over the same keys; not needed for exact search", None, identity=False
+    )
     k: int = option("neighbours of a position", 1024)
     temperature: str = option("of the weights exp(-d²/T), in squared key units, or auto", "auto")
-    neighbour_perplexity: float = option("with auto: how many neighbours shall count, exp of the weights' entropy", 100.0)
+    neighbour_perplexity: float = option(
+        "with auto: how many neighbours shall count, exp of the weights' entropy", 100.0
+    )
     mass: float = option("probability to keep of each row, above 0 and at most 1", 0.999)
     search: Literal["auto", "exact", "ivf"] = option(
-        f"compare with all keys, or with those of the nearest lists; auto = exact up to {_MOST_KEYS_FOR_EXACT:,} keys", "auto")
+        f"compare with all keys, or with those of the nearest lists; auto = exact up to {_MOST_KEYS_FOR_EXACT:,} keys",
+        "auto",
+    )
     nprobe: int = option("with ivf: lists that a query probes", 16)
-    exclude: Literal["none", "same-document"] = option("which neighbours a position may not have besides itself", "none")
+    exclude: Literal["none", "same-document"] = option(
+        "which neighbours a position may not have besides itself", "none"
+    )
     exclude_window: int = option("positions on either side that are no neighbours", 0)
     corpus: Path | None = option("corpus directory of the keys, for --exclude same-document", None, identity=False)
     shard_positions: int = option("positions in a shard file, a multiple of the corpus' block size", 131072)
@@ -97,17 +104,26 @@ def run(config: Config, world: World) -> None:
     documents_N, inputs = _documents(config, keys)
     inputs |= {"keys": keys.sha256} | ({"index": index.sha256} if index else {})
     _check_sizes(config, keys)
-    resolved = {"search": search, "nprobe": config.nprobe if index else None,
-                "temperature": "auto" if config.temperature == "auto" else float(config.temperature)}
-    stage = open_stage(config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world, extra=resolved)
+    resolved = {
+        "search": search,
+        "nprobe": config.nprobe if index else None,
+        "temperature": "auto" if config.temperature == "auto" else float(config.temperature),
+    }
+    stage = open_stage(
+        config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world, extra=resolved
+    )
     if config.threads:
         torch.set_num_threads(config.threads)
     datastore = _Datastore(keys, index, config, documents_N)
     stage.run_units([_TEMPERATURE], lambda unit, writer: _measure(datastore, config))
     stage.wait_for([_TEMPERATURE])
     measured = stage.summaries([_TEMPERATURE])[0]
-    _logger.info("%s search, temperature %.4g, neighbour-weight perplexity %.1f", search, measured["temperature"],
-                 measured["neighbour_perplexity"])
+    _logger.info(
+        "%s search, temperature %.4g, neighbour-weight perplexity %.1f",
+        search,
+        measured["temperature"],
+        measured["neighbour_perplexity"],
+    )
     shards = {f"knn-{block.start:012d}": block for block in split_blocks(keys.num_positions, config.shard_positions)}
     mine = list(shards.values())[world.rank :: world.size]
     progress = Progress(sum(block.size for block in mine), label="targets", unit="positions", world=world)
@@ -120,17 +136,33 @@ def run(config: Config, world: World) -> None:
 
     def describe() -> dict[str, Any]:
         summaries = stage.summaries(list(shards))
-        totals = {name: sum(summary[name] for summary in summaries)
-                  for name in ("entries", "rows_short_of_k", "rows_without_neighbours")}
+        totals = {
+            name: sum(summary[name] for summary in summaries)
+            for name in ("entries", "rows_short_of_k", "rows_without_neighbours")
+        }
         return {
-            "num_positions": keys.num_positions, "block_size": keys.manifest["block_size"],
-            "shard_positions": config.shard_positions, "vocab_size": keys.manifest["vocab_size"], "k": config.k,
-            "temperature": measured["temperature"], "neighbour_perplexity": measured["neighbour_perplexity"],
-            "temperature_rule": "auto" if config.temperature == "auto" else "fixed", "mass": config.mass, "search": search,
-            "exclude": {"rule": config.exclude, "window": config.exclude_window}, **totals,
-            "shards": [{"name": shard_name(*_first_and_count(block)), "first": block.start, "count": block.size,
-                        "entries": summary["entries"], "samples": summary["samples"]}
-                       for block, summary in zip(shards.values(), summaries, strict=True)],
+            "num_positions": keys.num_positions,
+            "block_size": keys.manifest["block_size"],
+            "shard_positions": config.shard_positions,
+            "vocab_size": keys.manifest["vocab_size"],
+            "k": config.k,
+            "temperature": measured["temperature"],
+            "neighbour_perplexity": measured["neighbour_perplexity"],
+            "temperature_rule": "auto" if config.temperature == "auto" else "fixed",
+            "mass": config.mass,
+            "search": search,
+            "exclude": {"rule": config.exclude, "window": config.exclude_window},
+            **totals,
+            "shards": [
+                {
+                    "name": shard_name(*_first_and_count(block)),
+                    "first": block.start,
+                    "count": block.size,
+                    "entries": summary["entries"],
+                    "samples": summary["samples"],
+                }
+                for block, summary in zip(shards.values(), summaries, strict=True)
+            ],
         }
 
     stage.finish([_TEMPERATURE, *shards], describe)
@@ -139,7 +171,9 @@ def run(config: Config, world: World) -> None:
 class _Datastore:
     """All keys in memory, loaded when the first unit asks, with what a position may not find."""
 
-    def __init__(self, keys: Keys, index: IndexDirectory | None, config: Config, documents_N: np.ndarray | None) -> None:
+    def __init__(
+        self, keys: Keys, index: IndexDirectory | None, config: Config, documents_N: np.ndarray | None
+    ) -> None:
         self.keys, self._index, self._config, self._documents_N = keys, index, config, documents_N
 
     @cached_property
@@ -166,8 +200,9 @@ class _Datastore:
     def neighbours(self, positions_n: np.ndarray) -> Neighbours:
         """The k nearest keys of each of these positions (int64)."""
         if self._index is None:
-            return exact_neighbours(self.vectors_ND[positions_n], self.vectors_ND, self._config.k,
-                                    exclusion=self._exclusion(positions_n))
+            return exact_neighbours(
+                self.vectors_ND[positions_n], self.vectors_ND, self._config.k, exclusion=self._exclusion(positions_n)
+            )
         from mlpmem_ds.engines import faiss as engine
 
         trained, offsets_L1, ids_N = self._lists
@@ -175,14 +210,25 @@ class _Datastore:
         # Queries of one list side by side: they probe the same lists, which are then read once for many of them.
         order_n = np.argsort(probes_nP[:, 0], kind="stable")
         positions_n, place_n = positions_n[order_n], np.argsort(order_n)
-        found = list_neighbours(self.vectors_ND[positions_n], probes_nP[order_n], offsets_L1, ids_N, self.vectors_ND,
-                                self._config.k, exclusion=self._exclusion(positions_n))
+        found = list_neighbours(
+            self.vectors_ND[positions_n],
+            probes_nP[order_n],
+            offsets_L1,
+            ids_N,
+            self.vectors_ND,
+            self._config.k,
+            exclusion=self._exclusion(positions_n),
+        )
         return Neighbours(ids_QK=found.ids_QK[place_n], distances_QK=found.distances_QK[place_n])
 
     def _exclusion(self, positions_n: np.ndarray) -> Exclusion:
         documents_N = self._documents_N
-        return Exclusion(query_ids_Q=positions_n, window=self._config.exclude_window, key_groups_N=documents_N,
-                         query_groups_Q=None if documents_N is None else documents_N[positions_n])
+        return Exclusion(
+            query_ids_Q=positions_n,
+            window=self._config.exclude_window,
+            key_groups_N=documents_N,
+            query_groups_Q=None if documents_N is None else documents_N[positions_n],
+        )
 
     def squared_distances(self, neighbours: Neighbours) -> tuple[np.ndarray, np.ndarray]:
         """(distances² in key units, float64 [n, K]; which are neighbours, bool [n, K])."""
@@ -205,7 +251,8 @@ def _measure(datastore: _Datastore, config: Config) -> dict[str, Any]:
     found_n = valid_nK.any(axis=1)
     perplexities_n = weight_perplexity(neighbour_weights(squared_nK, temperature, valid_nK)[found_n])
     return {
-        "temperature": temperature, "sampled_positions": len(positions),
+        "temperature": temperature,
+        "sampled_positions": len(positions),
         "neighbour_perplexity": float(np.exp(np.log(perplexities_n).mean())) if found_n.any() else 1.0,
     }
 
@@ -251,8 +298,10 @@ def _resolve_search(config: Config, keys: Keys) -> str:
     automatic = "exact" if keys.num_positions <= _MOST_KEYS_FOR_EXACT else "ivf"
     search = automatic if config.search == "auto" else config.search
     if search == "ivf" and config.index is None:
-        raise UserError(f"--search {config.search} of {keys.num_positions:,} keys needs --index: build one with build_index, "
-                        "or choose --search exact")
+        raise UserError(
+            f"--search {config.search} of {keys.num_positions:,} keys needs --index: build one with build_index, "
+            "or choose --search exact"
+        )
     if search == "exact" and config.index is not None:
         _logger.info("exact search of %s keys leaves --index unused", f"{keys.num_positions:,}")
     return search
@@ -262,7 +311,9 @@ def _open_index(config: Config, keys: Keys) -> IndexDirectory:
     assert config.index is not None
     index = open_index(config.index)
     if index.keys_sha256 != keys.sha256:
-        raise UserError(f"--index {config.index} was built over other keys than --keys {config.keys}: build it over these")
+        raise UserError(
+            f"--index {config.index} was built over other keys than --keys {config.keys}: build it over these"
+        )
     return index
 
 
@@ -275,7 +326,9 @@ def _documents(config: Config, keys: Keys) -> tuple[np.ndarray | None, dict[str,
     assert config.corpus is not None
     corpus = open_corpus(config.corpus, keys.manifest["split"])
     if corpus.sha256 != keys.corpus_sha256:
-        raise UserError(f"--corpus {config.corpus} is not the one that --keys {config.keys} were extracted from: give that one")
+        raise UserError(
+            f"--corpus {config.corpus} is not the one that --keys {config.keys} were extracted from: give that one"
+        )
     return corpus.documents_of(np.arange(keys.num_positions)).astype(np.int32), {"corpus": corpus.sha256}
 
 
@@ -283,12 +336,16 @@ def _check_sizes(config: Config, keys: Keys) -> None:
     block_size = keys.manifest["block_size"]
     if config.shard_positions % block_size:
         nearest = max(block_size, round(config.shard_positions / block_size) * block_size)
-        raise UserError(f"--shard-positions {config.shard_positions} is not a multiple of the corpus' block size "
-                        f"{block_size}: choose {nearest}")
+        raise UserError(
+            f"--shard-positions {config.shard_positions} is not a multiple of the corpus' block size "
+            f"{block_size}: choose {nearest}"
+        )
     others = keys.num_positions - 1
     if config.temperature == "auto" and others <= config.neighbour_perplexity:
-        raise UserError(f"--neighbour-perplexity {config.neighbour_perplexity:g} cannot be reached with {others} other keys: "
-                        "choose a smaller one, or set --temperature")
+        raise UserError(
+            f"--neighbour-perplexity {config.neighbour_perplexity:g} cannot be reached with {others} other keys: "
+            "choose a smaller one, or set --temperature"
+        )
 
 
 def _first_and_count(block: Block) -> tuple[int, int]:

@@ -18,8 +18,14 @@ SHIPPED = sorted(path for path in (REPOSITORY / "ds_configs").glob("*.json"))
 
 
 def resolve(path, *, batch=2048, world_size=2, max_micro_batch=8192, gradient_clipping=0.5):
-    return engine.resolve_ds_config(path, batch=batch, batch_flag="--batch-positions", world_size=world_size,
-                                    max_micro_batch=max_micro_batch, gradient_clipping=gradient_clipping)
+    return engine.resolve_ds_config(
+        path,
+        batch=batch,
+        batch_flag="--batch-positions",
+        world_size=world_size,
+        max_micro_batch=max_micro_batch,
+        gradient_clipping=gradient_clipping,
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -38,31 +44,41 @@ def test_every_shipped_file_is_there():
     assert [path.stem for path in SHIPPED] == ["cpu", "zero1", "zero2", "zero3", "zero3_nvme", "zero3_offload"]
 
 
-@pytest.mark.parametrize("batch, world_size, cap, micro, accumulation", [
-    (2048, 1, 8192, 2048, 1), (2048, 2, 300, 256, 4), (60, 3, 7, 5, 4), (7, 1, 6, 1, 7), (12, 2, 1, 1, 6),
-])
+@pytest.mark.parametrize(
+    "batch, world_size, cap, micro, accumulation",
+    [
+        (2048, 1, 8192, 2048, 1),
+        (2048, 2, 300, 256, 4),
+        (60, 3, 7, 5, 4),
+        (7, 1, 6, 1, 7),
+        (12, 2, 1, 1, 6),
+    ],
+)
 def test_micro_batch_is_the_largest_divisor_below_the_bound(batch, world_size, cap, micro, accumulation):
     config = resolve(SHIPPED[0], batch=batch, world_size=world_size, max_micro_batch=cap)
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (micro, accumulation)
 
 
-@pytest.mark.parametrize("content, said", [
-    ("{", "not a JSON file"),
-    ("[]", "must hold a JSON object"),
-    ('{"zero_optimisation": {}}', "did you mean 'zero_optimization'"),
-    ('{"zzz_typo": 1}', "known are"),
-    ('{"optimizer": {"type": "Adam"}}', "--learning-rate"),
-    ('{"fp16": {"enabled": true}}', "use bf16"),
-    ('{"nebula": {}}', "remove it"),
-    ('{"zero_optimization": {"mics_shard_size": 2}}', "no longer has MiCS"),
-    ('{"zero_optimization": {"stage": 7}}', "zero_optimization is not valid"),
-    ('{"zero_optimization": {"stage3_prefetch_bukket_size": 7}}', "stage3_prefetch_bukket_size"),
-    ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', "zero_optimization.reduce_bucket_size is \"auto\""),
-    ('{"zero_optimization": 3}', "must be an object"),
-    ('{"train_micro_batch_size_per_gpu": 1000}', "does not divide a rank's 1,024"),
-    ('{"gradient_accumulation_steps": 3}', "makes it 1"),
-    ('{"train_batch_size": 4096}', "makes it 2,048"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "not a JSON file"),
+        ("[]", "must hold a JSON object"),
+        ('{"zero_optimisation": {}}', "did you mean 'zero_optimization'"),
+        ('{"zzz_typo": 1}', "known are"),
+        ('{"optimizer": {"type": "Adam"}}', "--learning-rate"),
+        ('{"fp16": {"enabled": true}}', "use bf16"),
+        ('{"nebula": {}}', "remove it"),
+        ('{"zero_optimization": {"mics_shard_size": 2}}', "no longer has MiCS"),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization is not valid"),
+        ('{"zero_optimization": {"stage3_prefetch_bukket_size": 7}}', "stage3_prefetch_bukket_size"),
+        ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', 'zero_optimization.reduce_bucket_size is "auto"'),
+        ('{"zero_optimization": 3}', "must be an object"),
+        ('{"train_micro_batch_size_per_gpu": 1000}', "does not divide a rank's 1,024"),
+        ('{"gradient_accumulation_steps": 3}', "makes it 1"),
+        ('{"train_batch_size": 4096}', "makes it 2,048"),
+    ],
+)
 def test_wrong_files_are_refused_with_a_remedy(tmp_path, content, said):
     path = tmp_path / "config.json"
     path.write_text(content)
@@ -85,12 +101,15 @@ def test_numbers_that_fit_are_taken(tmp_path):
     assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (4, 0.5)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ('{"gradient_clipping": 0.0}', "gradient_clipping is 0.0, but --gradient-clipping is 0.5"),
-    ('{"bf16": {"enabeld": true}}', "bf16 is not valid"),
-    ('{"bf16": true}', "bf16 must be an object"),
-    ('{"zero_optimization": {"stage": 3, "offload_optimizer": null}}', None),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"gradient_clipping": 0.0}', "gradient_clipping is 0.0, but --gradient-clipping is 0.5"),
+        ('{"bf16": {"enabeld": true}}', "bf16 is not valid"),
+        ('{"bf16": true}', "bf16 must be an object"),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": null}}', None),
+    ],
+)
 def test_sections_are_checked_before_anything_is_written(tmp_path, text, said):
     path = tmp_path / "config.json"
     path.write_text(text)
@@ -137,13 +156,25 @@ def test_initial_weights_are_right_at_every_stage(tmp_path):
     files = {}
     for stage, bf16 in ((0, False), (2, True), (3, False), (3, True)):
         path = tmp_path / f"stage{stage}{bf16}.json"
-        path.write_text(json.dumps({"bf16": {"enabled": bf16}, "zero_allow_untested_optimizer": True,
-                                    "zero_optimization": {"stage": stage}}))
+        path.write_text(
+            json.dumps(
+                {
+                    "bf16": {"enabled": bf16},
+                    "zero_allow_untested_optimizer": True,
+                    "zero_optimization": {"stage": stage},
+                }
+            )
+        )
         files[path.stem] = str(path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     (tmp_path / "script.py").write_text(SCRIPT)
-    result = subprocess.run([sys.executable, str(tmp_path / "script.py"), json.dumps(files), str(tmp_path)], env=environment,
-                            capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), json.dumps(files), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     weights = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in files}
     for name, tensors in weights.items():

@@ -38,14 +38,24 @@ def shards() -> list[faiss.Index]:
     blob = faiss.serialize_index(trained)
     parts = [faiss.deserialize_index(blob) for _ in range(3)]
     for start in range(0, NUM_VECTORS, 100):
-        engine.fill(parts[start // 100 % 2], codes()[start : start + 100], np.arange(start, min(start + 100, NUM_VECTORS)))
+        engine.fill(
+            parts[start // 100 % 2], codes()[start : start + 100], np.arange(start, min(start + 100, NUM_VECTORS))
+        )
     return parts
 
 
 @pytest.mark.parametrize(
     ("num_vectors", "dim", "factory"),
-    [(350_000, 256, "IVF1024,PQ64"), (10**6, 256, "IVF4096,PQ64"), (10**7, 256, "IVF16384,PQ64"), (5000, 16, "IVF16,PQ4x4"),
-     (20_000, 30, "IVF64,PQ6"), (20_000, 7, "IVF64,PQ1"), (300, 16, "IVF1,Flat"), (1, 3, "IVF1,Flat")],
+    [
+        (350_000, 256, "IVF1024,PQ64"),
+        (10**6, 256, "IVF4096,PQ64"),
+        (10**7, 256, "IVF16384,PQ64"),
+        (5000, 16, "IVF16,PQ4x4"),
+        (20_000, 30, "IVF64,PQ6"),
+        (20_000, 7, "IVF64,PQ1"),
+        (300, 16, "IVF1,Flat"),
+        (1, 3, "IVF1,Flat"),
+    ],
 )
 def test_automatic_factory(num_vectors: int, dim: int, factory: str) -> None:
     assert engine.choose_factory(num_vectors, dim)[0] == factory
@@ -56,8 +66,14 @@ def test_automatic_factory(num_vectors: int, dim: int, factory: str) -> None:
 
 @pytest.mark.parametrize(
     ("factory", "words"),
-    [("IVF16,PQ5", "does not fit vectors of 12"), ("nonsense", "does not fit"), ("Flat", "must hold IVF"),
-     ("IVF1024,Flat", "at least 1,024 keys"), ("IVF4,PQ4", None), ("IVF4,PQ4x10", "at least 1,024 keys")],
+    [
+        ("IVF16,PQ5", "does not fit vectors of 12"),
+        ("nonsense", "does not fit"),
+        ("Flat", "must hold IVF"),
+        ("IVF1024,Flat", "at least 1,024 keys"),
+        ("IVF4,PQ4", None),
+        ("IVF4,PQ4x10", "at least 1,024 keys"),
+    ],
 )
 def test_factories_are_checked(factory: str, words: str | None) -> None:
     if words is None:

@@ -33,8 +33,11 @@ class FakeTargets:
         counts = np.arange(start, stop) % 4
         ids = [np.arange(count) for count in counts]
         probabilities = [position + row for position, row in zip(range(start, stop), ids, strict=True)]
-        return SparseRows(offsets=np.concatenate([[0], np.cumsum(counts)]), ids=np.concatenate(ids),
-                          probabilities=np.concatenate(probabilities).astype(np.float64))
+        return SparseRows(
+            offsets=np.concatenate([[0], np.cumsum(counts)]),
+            ids=np.concatenate(ids),
+            probabilities=np.concatenate(probabilities).astype(np.float64),
+        )
 
 
 def make_order(window_blocks=3, seed=1):
@@ -67,8 +70,16 @@ def test_the_shuffle_is_fixed_for_ever():
 
 
 def reader_of(rank, size, num_micro_batches=1, targets=None):
-    return BatchReader(FakeKeys(), targets, make_order(), batch_positions=12, rank=rank, size=size,
-                       num_micro_batches=num_micro_batches, with_log_probabilities=True)
+    return BatchReader(
+        FakeKeys(),
+        targets,
+        make_order(),
+        batch_positions=12,
+        rank=rank,
+        size=size,
+        num_micro_batches=num_micro_batches,
+        with_log_probabilities=True,
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -79,17 +90,26 @@ def test_the_union_over_ranks_is_the_order(size, num_micro_batches):
         positions = order.positions(12 * batch, 12 * batch + 12)
         for rank in range(size):
             micro_batches = reader_of(rank, size, num_micro_batches, FakeTargets()).read(batch)
-            assert [len(part.inputs_NI) for part in micro_batches] == [12 // size // num_micro_batches] * num_micro_batches
+            assert [len(part.inputs_NI) for part in micro_batches] == [
+                12 // size // num_micro_batches
+            ] * num_micro_batches
             mine = positions[rank::size]
             inputs = torch.cat([part.inputs_NI for part in micro_batches])
             assert inputs.dtype == torch.bfloat16
-            np.testing.assert_array_equal(inputs.view(torch.int16).numpy(), keys.arrays["inputs"][mine].astype(np.int16))
-            rows = [(int(label), part.targets.ids[start:stop].tolist(), part.targets.probabilities[start:stop].tolist())
-                    for part in micro_batches
-                    for label, start, stop in zip(part.targets.labels_N, part.targets.offsets_N1[:-1],
-                                                  part.targets.offsets_N1[1:], strict=True)]
-            assert rows == [(position % VOCABULARY, list(range(position % 4)), [float(position + i) for i in range(position % 4)])
-                            for position in mine.tolist()]
+            np.testing.assert_array_equal(
+                inputs.view(torch.int16).numpy(), keys.arrays["inputs"][mine].astype(np.int16)
+            )
+            rows = [
+                (int(label), part.targets.ids[start:stop].tolist(), part.targets.probabilities[start:stop].tolist())
+                for part in micro_batches
+                for label, start, stop in zip(
+                    part.targets.labels_N, part.targets.offsets_N1[:-1], part.targets.offsets_N1[1:], strict=True
+                )
+            ]
+            assert rows == [
+                (position % VOCABULARY, list(range(position % 4)), [float(position + i) for i in range(position % 4)])
+                for position in mine.tolist()
+            ]
             logs = torch.cat([part.targets.base_log_probabilities_N for part in micro_batches])
             np.testing.assert_array_equal(logs.numpy(), keys.arrays["log_probabilities"][mine])
 

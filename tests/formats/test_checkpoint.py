@@ -88,9 +88,15 @@ def test_weights_round_trip(tmp_path):
     directory = open_stage(tmp_path / "memory", stage="memory", version=1, config=Nothing(), inputs={}, world=World())
     with pytest.raises(UserError, match="not complete"):
         read_weights(tmp_path / "memory")
-    directory.run_units(["weights"], lambda unit, writer: write_weights(
-        writer, {name: tensor.t().t() for name, tensor in weights.items()}, memory={"vocab_size": 5},
-        provenance={"base": "b"}))
+    directory.run_units(
+        ["weights"],
+        lambda unit, writer: write_weights(
+            writer,
+            {name: tensor.t().t() for name, tensor in weights.items()},
+            memory={"vocab_size": 5},
+            provenance={"base": "b"},
+        ),
+    )
     directory.finish(["weights"], lambda: {})
     trained = read_weights(tmp_path / "memory")
     assert trained.memory == {"vocab_size": 5} and trained.provenance == {"base": "b"}

@@ -16,7 +16,9 @@ from mlpmem_ds.stages import build_index
 
 @pytest.fixture
 def index_dir(keys_dir: Path, tmp_path: Path) -> Path:
-    build_index.run(build_index.Config(keys=keys_dir, output=tmp_path / "index", factory="IVF4,Flat", num_shards=2), World())
+    build_index.run(
+        build_index.Config(keys=keys_dir, output=tmp_path / "index", factory="IVF4,Flat", num_shards=2), World()
+    )
     return tmp_path / "index"
 
 

@@ -61,13 +61,19 @@ def sparse(rows: list[dict[int, float]]) -> SparseRows:
 def write_targets(root: Path) -> Path:
     rows, dropped = source()
     shards = {f"knn-{block.start}": block for block in split_blocks(NUM_POSITIONS, SHARD_POSITIONS)}
-    stage = open_stage(root, stage=FORMAT, version=VERSION, config=_Config(output=root), inputs={"keys": "0" * 64}, world=World())
+    stage = open_stage(
+        root, stage=FORMAT, version=VERSION, config=_Config(output=root), inputs={"keys": "0" * 64}, world=World()
+    )
 
     def write(unit: str, writer: UnitWriter) -> dict[str, int]:
         start, stop = shards[unit]
         blocks = [
-            pack_block(start + part.start, sparse(rows[start + part.start : start + part.stop]),
-                       dropped[start + part.start : start + part.stop], dtype=np.dtype("<u4"))
+            pack_block(
+                start + part.start,
+                sparse(rows[start + part.start : start + part.stop]),
+                dropped[start + part.start : start + part.stop],
+                dtype=np.dtype("<u4"),
+            )
             for part in split_blocks(stop - start, BLOCK_SIZE)
         ]
         name = shard_name(start, stop - start)
@@ -75,9 +81,15 @@ def write_targets(root: Path) -> Path:
             return write_shard(shard_path, index_path, blocks)
 
     def describe() -> dict[str, Any]:
-        return {"num_positions": NUM_POSITIONS, "vocab_size": VOCAB_SIZE, "block_size": BLOCK_SIZE,
-                "shards": [{"name": shard_name(block.start, block.size), "first": block.start, "count": block.size, **summary}
-                           for block, summary in zip(shards.values(), stage.summaries(list(shards)), strict=True)]}
+        return {
+            "num_positions": NUM_POSITIONS,
+            "vocab_size": VOCAB_SIZE,
+            "block_size": BLOCK_SIZE,
+            "shards": [
+                {"name": shard_name(block.start, block.size), "first": block.start, "count": block.size, **summary}
+                for block, summary in zip(shards.values(), stage.summaries(list(shards)), strict=True)
+            ],
+        }
 
     stage.run_units(list(shards), write)
     stage.finish(list(shards), describe)
@@ -107,12 +119,26 @@ def expect_rows(found: Any, start: int, stop: int) -> None:
 
 def test_any_range_is_read(root: Path) -> None:
     targets = open_targets(root)
-    for start, stop in ((0, NUM_POSITIONS), (0, 0), (117, 117), (3, 4), (7, 9), (38, 43), (40, 80), (79, 117), (5, 116)):
+    for start, stop in (
+        (0, NUM_POSITIONS),
+        (0, 0),
+        (117, 117),
+        (3, 4),
+        (7, 9),
+        (38, 43),
+        (40, 80),
+        (79, 117),
+        (5, 116),
+    ):
         expect_rows(targets.read(start, stop), start, stop)
     expect_rows(targets.read_all(), 0, NUM_POSITIONS)
     found = targets.read(3, 9)
     assert [array.dtype for array in (found.offsets, found.ids, found.probabilities, found.dropped)] == [
-        np.int64, np.int32, np.float32, np.float32]
+        np.int64,
+        np.int32,
+        np.float32,
+        np.float32,
+    ]
     for start, stop in ((-1, 3), (5, 4), (0, NUM_POSITIONS + 1)):
         with pytest.raises(ValueError, match="are not among 117"):
             targets.read(start, stop)
@@ -191,12 +217,19 @@ def exchange_samples(index: dict[str, Any]) -> None:
     [
         (exchange_samples, "does not follow"),
         (lambda index: index["samples"].pop(), "manifest says otherwise"),
-        (lambda index: index["samples"][2].update(entries=index["samples"][2]["entries"] + 1), "manifest says otherwise"),
+        (
+            lambda index: index["samples"][2].update(entries=index["samples"][2]["entries"] + 1),
+            "manifest says otherwise",
+        ),
         (lambda index: index["samples"][1].update(offset=3), "does not follow"),
         (lambda index: index.update(end_offset=3), "end at byte"),
         (lambda index: index["samples"][0].update(bytes=5), "header does not match"),
-        (lambda index: [index["samples"][n].update(entries=index["samples"][n]["entries"] + d) for n, d in ((0, 1), (1, -1))],
-         "index says"),
+        (
+            lambda index: [
+                index["samples"][n].update(entries=index["samples"][n]["entries"] + d) for n, d in ((0, 1), (1, -1))
+            ],
+            "index says",
+        ),
     ],
 )
 def test_an_index_that_disagrees_is_refused(copy: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
@@ -211,7 +244,10 @@ def test_an_index_that_disagrees_is_refused(copy: Path, change: Callable[[dict[s
 
 def test_shards_must_cover_the_positions(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
-    for change, words in (({"num_positions": 118}, "hold 117 of 118"), ({"shards": manifest["shards"][1:]}, "leave positions")):
+    for change, words in (
+        ({"num_positions": 118}, "hold 117 of 118"),
+        ({"shards": manifest["shards"][1:]}, "leave positions"),
+    ):
         (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(DamagedDataError, match=words):
             open_targets(copy)
@@ -244,7 +280,12 @@ def check_members(root: Path, name: str, members: dict[str, bytes], tmp_path: Pa
         assert np.array_equal(array(f"{key}.probabilities.npy"), expected.probabilities.astype(np.float16))
         assert np.array_equal(array(f"{key}.dropped.npy"), dropped[first:stop].astype(np.float16))
         assert json.loads(members[f"{key}.meta.json"]) == {
-            "first": first, "count": stop - first, "entries": len(expected.ids), "format": "mlpmem-targets", "version": 1}
+            "first": first,
+            "count": stop - first,
+            "entries": len(expected.ids),
+            "format": "mlpmem-targets",
+            "version": 1,
+        }
 
 
 @pytest.mark.skipif(not shutil.which("zstd"), reason="the zstd command is not on this machine")
@@ -264,8 +305,12 @@ def test_stock_webdataset_reads_the_shards(root: Path, tmp_path: Path) -> None:
     shards = json.loads((root / "manifest.json").read_text())["shards"]
     for shard in shards:
         samples = list(webdataset.WebDataset(f"pipe:zstd -dc {root / shard['name']}", shardshuffle=False))
-        members = {f"{sample['__key__']}.{name}": content for sample in samples for name, content in sample.items()
-                   if not name.startswith("__")}
+        members = {
+            f"{sample['__key__']}.{name}": content
+            for sample in samples
+            for name, content in sample.items()
+            if not name.startswith("__")
+        }
         check_members(root, shard["name"], members, tmp_path)
     urls = [f"pipe:zstd -dc {root / shard['name']}" for shard in shards]
     decoded = list(webdataset.WebDataset(urls, shardshuffle=False).decode())

@@ -98,4 +98,3 @@ def test_wrong_options_are_exit_code_2(words: list[str], message: str) -> None:
     result = demo(*words)
     assert result.returncode == 2
     assert message in result.stderr
-

@@ -14,8 +14,11 @@ ALPHA = 0.3
 def make_targets():
     """Three rows: two entries, none, one."""
     return TargetBatch(
-        offsets_N1=torch.tensor([0, 2, 2, 3]), ids=torch.tensor([4, 9, 30]), probabilities=torch.tensor([0.25, 0.75, 1.0]),
-        labels_N=torch.tensor([9, 0, 30]), base_log_probabilities_N=torch.tensor([-1.0, -2.0, -0.5]),
+        offsets_N1=torch.tensor([0, 2, 2, 3]),
+        ids=torch.tensor([4, 9, 30]),
+        probabilities=torch.tensor([0.25, 0.75, 1.0]),
+        labels_N=torch.tensor([9, 0, 30]),
+        base_log_probabilities_N=torch.tensor([-1.0, -2.0, -0.5]),
     )
 
 
@@ -43,8 +46,9 @@ def test_loss_and_gradients_equal_dense_autograd(mixture_lambda):
     expected.backward()
 
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(sums.double(), torch.stack([kl.sum(), -label.sum(), torch.tensor(3.0).double()]),
-                               rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        sums.double(), torch.stack([kl.sum(), -label.sum(), torch.tensor(3.0).double()]), rtol=1e-6, atol=1e-6
+    )
     for (name, parameter), other in zip(objective.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=1e-4, atol=1e-6, msg=name)
 

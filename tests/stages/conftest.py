@@ -23,12 +23,19 @@ class _Config:
 
 
 def _make_keys(
-    root: Path, vectors_ND: np.ndarray, values_N: np.ndarray, *, vocab_size: int = 50, block_size: int = 8,
-    unit_positions: int = 96, scale: float = 0.5,
+    root: Path,
+    vectors_ND: np.ndarray,
+    values_N: np.ndarray,
+    *,
+    vocab_size: int = 50,
+    block_size: int = 8,
+    unit_positions: int = 96,
+    scale: float = 0.5,
 ) -> Path:
     blocks = {unit_name(block.start): block for block in split_blocks(len(vectors_ND), unit_positions)}
-    stage = open_stage(root, stage=FORMAT, version=VERSION, config=_Config(output=root), inputs={"corpus": "0" * 64},
-                       world=World())
+    stage = open_stage(
+        root, stage=FORMAT, version=VERSION, config=_Config(output=root), inputs={"corpus": "0" * 64}, world=World()
+    )
 
     def write(unit: str, writer: UnitWriter) -> None:
         rows = slice(*blocks[unit])
@@ -37,8 +44,15 @@ def _make_keys(
 
     def describe() -> dict[str, Any]:
         codec = {"name": "int8" if vectors_ND.dtype == np.int8 else "raw", "dim": vectors_ND.shape[1], "scale": scale}
-        return {"codec": codec, "num_positions": len(vectors_ND), "unit_positions": unit_positions, "input_size": 0,
-                "vocab_size": vocab_size, "split": "train", "block_size": block_size}
+        return {
+            "codec": codec,
+            "num_positions": len(vectors_ND),
+            "unit_positions": unit_positions,
+            "input_size": 0,
+            "vocab_size": vocab_size,
+            "split": "train",
+            "block_size": block_size,
+        }
 
     stage.run_units(list(blocks), write)
     stage.finish(list(blocks), describe)

@@ -25,8 +25,11 @@ NUM_KEYS, DIM = 1003, 16
 
 
 def result_of(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*"))
-            if path.is_file() and path.name not in ("run.json", "log.jsonl")}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in ("run.json", "log.jsonl")
+    }
 
 
 def vectors(dtype: type = np.int8) -> np.ndarray:
@@ -42,7 +45,9 @@ def keys(make_keys: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def config(keys_dir: Path, output_dir: Path, **changes: object) -> build_index.Config:
-    return build_index.Config(**{"keys": keys_dir, "output": output_dir, "factory": "IVF8,PQ4x4", "num_shards": 3, **changes})
+    return build_index.Config(
+        **{"keys": keys_dir, "output": output_dir, "factory": "IVF8,PQ4x4", "num_shards": 3, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,9 @@ def test_every_key_is_in_the_shard_of_its_unit(undisturbed: Path) -> None:
     for number, path in enumerate(index.shard_paths):
         shard = faiss.read_index(str(path))
         units = np.arange(NUM_KEYS) // 96 % 3 == number
-        ids = [faiss.rev_swig_ptr(shard.invlists.get_ids(lst), shard.invlists.list_size(lst)).tolist() for lst in range(8)]
+        ids = [
+            faiss.rev_swig_ptr(shard.invlists.get_ids(lst), shard.invlists.list_size(lst)).tolist() for lst in range(8)
+        ]
         assert sorted(sum(ids, [])) == np.flatnonzero(units).tolist()
         assert index.manifest["shards"][number]["num_vectors"] == shard.ntotal == units.sum()
     assert faiss.read_index(str(index.trained_path)).ntotal == 0
@@ -104,8 +111,18 @@ def test_damage_is_repaired(keys: Path, undisturbed: Path, tmp_path: Path, damag
 def test_a_killed_run_continues(keys: Path, undisturbed: Path, tmp_path: Path) -> None:
     root = tmp_path / "index"
     tool = Path(build_index.__file__).parents[2] / "tools" / "build_index.py"
-    command = [sys.executable, str(tool), "--keys", str(keys), "--output", str(root), "--factory", "IVF8,PQ4x4",
-               "--num-shards", "3"]
+    command = [
+        sys.executable,
+        str(tool),
+        "--keys",
+        str(keys),
+        "--output",
+        str(root),
+        "--factory",
+        "IVF8,PQ4x4",
+        "--num-shards",
+        "3",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tool.parents[1])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (root / "identity.json").exists():
@@ -114,7 +131,9 @@ def test_a_killed_run_continues(keys: Path, undisturbed: Path, tmp_path: Path) -
     process.send_signal(signal.SIGKILL)
     process.wait()
     build_index.run(config(keys, root), World())
-    assert {name: content for name, content in result_of(root).items() if not name.endswith(".tmp")} == result_of(undisturbed)
+    assert {name: content for name, content in result_of(root).items() if not name.endswith(".tmp")} == result_of(
+        undisturbed
+    )
 
 
 def test_automatic_factory_of_a_tiny_corpus(make_keys: Callable[..., Path], tmp_path: Path) -> None:
@@ -133,8 +152,12 @@ def test_raw_keys(make_keys: Callable[..., Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"factory": "Flat"}, "must hold IVF"), ({"factory": "IVF8,PQ5"}, "does not fit"),
-     ({"factory": "IVF2048,Flat"}, "at least 2,048 keys"), ({"keys": Path("nowhere")}, "does not exist")],
+    [
+        ({"factory": "Flat"}, "must hold IVF"),
+        ({"factory": "IVF8,PQ5"}, "does not fit"),
+        ({"factory": "IVF2048,Flat"}, "at least 2,048 keys"),
+        ({"keys": Path("nowhere")}, "does not exist"),
+    ],
 )
 def test_bad_inputs_leave_nothing(keys: Path, tmp_path: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):

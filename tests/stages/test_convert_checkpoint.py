@@ -51,7 +51,9 @@ def convert(*words: object) -> int:
 def save_memory(root: Path, flags: _Flags, *, seed: int = 1, **changes: Any) -> Path:
     """A memory as launch/train.py leaves it, its weights random and wide."""
     torch.manual_seed(seed)
-    shape = MemoryConfig(input_size=16, hidden_size=24, intermediate_size=20, num_blocks=2, vocab_size=300, initializer_range=0.4)
+    shape = MemoryConfig(
+        input_size=16, hidden_size=24, intermediate_size=20, num_blocks=2, vocab_size=300, initializer_range=0.4
+    )
     corpus, keys = open_corpus(flags.corpus), open_keys(flags.keys)
     provenance = {
         "base": keys.manifest["inputs"]["model"], "corpus": corpus.sha256, "keys": keys.sha256,
@@ -190,7 +192,11 @@ def test_what_the_export_says_of_itself(export_dir: Path, base_dir: Path, memory
 
 
 def test_rerun_says_complete_and_a_damaged_export_is_made_again(
-    export_dir: Path, memory_dir: Path, base_dir: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    export_dir: Path,
+    memory_dir: Path,
+    base_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("--checkpoint", memory_dir, "--model", base_dir, "--report", export_dir.parent / "report",
              "--output", export_dir, "--max-shard-gigabytes", "2e-5")  # fmt: skip
@@ -216,7 +222,10 @@ def test_16_bit_exports_are_rounded_and_nothing_more(
     dtype: str, memory_dir: Path, base_dir: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "export"
-    assert convert("--checkpoint", memory_dir, "--model", base_dir, "--output", output, "--lambda=0.5", "--dtype", dtype) == 0
+    assert (
+        convert("--checkpoint", memory_dir, "--model", base_dir, "--output", output, "--lambda=0.5", "--dtype", dtype)
+        == 0
+    )
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     wanted = getattr(torch, dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {wanted} and loaded.lmbda == 0.5
@@ -231,9 +240,7 @@ def test_16_bit_exports_are_rounded_and_nothing_more(
     assert "Not measured" in card and "0.5 (given by hand)" in card
 
 
-def test_the_card_says_what_is_not_known(
-    flags: _Flags, base_dir: Path, corpus_dir: Path, tmp_path: Path
-) -> None:
+def test_the_card_says_what_is_not_known(flags: _Flags, base_dir: Path, corpus_dir: Path, tmp_path: Path) -> None:
     words = ("--model", base_dir, "--tokenizer", corpus_dir / "tokenizer")
     gone = save_memory(tmp_path / "gone", flags, targets="1" * 64, corpus="2" * 64)
     assert convert("--checkpoint", gone, *words, "--output", tmp_path / "export-gone") == 0
@@ -290,7 +297,16 @@ def test_a_planted_fault_is_found_and_nothing_is_published(
         save(self, directory, **kwargs)
         plant(Path(directory))
 
-    words = ("--checkpoint", memory_dir, "--model", base_dir, "--output", tmp_path / f"export-{fault}", "--lambda", "0.3")
+    words = (
+        "--checkpoint",
+        memory_dir,
+        "--model",
+        base_dir,
+        "--output",
+        tmp_path / f"export-{fault}",
+        "--lambda",
+        "0.3",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(MemoryAugmentedLM, "save_pretrained", save_with_fault)
         assert convert(*words) == 2

@@ -161,8 +161,9 @@ def test_wrong_inputs_leave_the_disk_untouched(config: Config, changes: dict[str
 def test_a_padded_head_is_recorded(config: Config, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
-                               eos_token_id=0)).save_pretrained(tmp_path / "padded")
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=320, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(tmp_path / "padded")
     extract_keys.run(replace(config, model=str(tmp_path / "padded")), World())
     manifest = open_keys(config.output).manifest
     assert (manifest["vocab_size"], manifest["head_size"]) == (300, 320)

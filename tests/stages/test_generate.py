@@ -29,7 +29,9 @@ def export_dir(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_
     """A joint model of the toy base and a random memory, with the corpus's tokenizer."""
     output = tmp_path_factory.mktemp("generate") / "export"
     torch.manual_seed(4)
-    shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=20, num_blocks=2, vocab_size=300, initializer_range=0.4)
+    shape = MemoryConfig(
+        input_size=16, hidden_size=16, intermediate_size=20, num_blocks=2, vocab_size=300, initializer_range=0.4
+    )
     base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
     MemoryAugmentedLM.from_parts(
@@ -92,7 +94,9 @@ def test_a_batch_of_prompts_gives_what_each_prompt_gives_alone(
     lmbda: float | None, export_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str]
 ) -> None:
     flags = ["--max-new-tokens", NEW, *([] if lmbda is None else [f"--lambda={lmbda}"])]
-    expected = [prompt + greedy(export_dir, tokenizer, prompt, LAMBDA if lmbda is None else lmbda) for prompt in PROMPTS]
+    expected = [
+        prompt + greedy(export_dir, tokenizer, prompt, LAMBDA if lmbda is None else lmbda) for prompt in PROMPTS
+    ]
     assert generate("--prompt", PROMPTS[0], *flags) == expected[0] + "\n"
     together = "\n\n".join(f"[{number} of 3]\n{text}" for number, text in enumerate(expected, start=1)) + "\n"
     assert generate("--prompt", *PROMPTS, *flags) == together

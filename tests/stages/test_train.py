@@ -33,9 +33,18 @@ from mlpmem_ds.stages import train
 REPOSITORY = Path(__file__).resolve().parents[2]
 N, VOCABULARY, WIDTH, BLOCK = 601, 61, 12, 64
 STEPS, BATCH = 8, 48
-FLAGS = {"epochs": 0.65, "batch_positions": BATCH, "hidden_size": 16, "num_blocks": 2, "save_every_steps": 4,
-         "keep_checkpoints": 9, "log_every_steps": 1, "shuffle_window_blocks": 4, "micro_batch_positions": 12,
-         "learning_rate": 0.02}
+FLAGS = {
+    "epochs": 0.65,
+    "batch_positions": BATCH,
+    "hidden_size": 16,
+    "num_blocks": 2,
+    "save_every_steps": 4,
+    "keep_checkpoints": 9,
+    "log_every_steps": 1,
+    "shuffle_window_blocks": 4,
+    "micro_batch_positions": 12,
+    "learning_rate": 0.02,
+}
 
 DRIVER = """
 import json, os, sys, threading, time
@@ -84,10 +93,26 @@ def make_inputs(root):
     tokens = generator.integers(0, VOCABULARY, N + 1)
     tokens_bytes = tokens.astype("<u2").tobytes()
     tokenizer = {"vocabulary_sha256": "v" * 64, "vocab_size": VOCABULARY, "end_of_document_id": 0}
-    corpus = publish_stage(root / "corpus", "corpus", {}, {"train/tokens-0.bin": lambda path: path.write_bytes(tokens_bytes)}, {
-        "tokenizer": tokenizer, "token_dtype": "<u2", "block_size": BLOCK, "stride": BLOCK // 2,
-        "splits": {"train": {"num_tokens": N + 1, "num_documents": 1, "num_bytes": N,
-                             "units": [{"unit": "0", "tokens": N + 1, "documents": 1}]}}})
+    corpus = publish_stage(
+        root / "corpus",
+        "corpus",
+        {},
+        {"train/tokens-0.bin": lambda path: path.write_bytes(tokens_bytes)},
+        {
+            "tokenizer": tokenizer,
+            "token_dtype": "<u2",
+            "block_size": BLOCK,
+            "stride": BLOCK // 2,
+            "splits": {
+                "train": {
+                    "num_tokens": N + 1,
+                    "num_documents": 1,
+                    "num_bytes": N,
+                    "units": [{"unit": "0", "tokens": N + 1, "documents": 1}],
+                }
+            },
+        },
+    )
     # The input tells the label (and noise): there is something to learn.
     directions = generator.standard_normal((VOCABULARY, WIDTH))
     inputs = bfloat16_bits(directions[tokens[1:]] + 0.3 * generator.standard_normal((N, WIDTH)))
@@ -98,29 +123,61 @@ def make_inputs(root):
         return lambda path: np.save(open(path, "wb"), array)  # noqa: SIM115
 
     keys = publish_stage(
-        root / "keys", "keys", {"corpus": corpus, "model": "m" * 64},
-        {f"{name}-{first:012d}.npy": writer_of(array[first : first + unit_positions])
-         for name, array in arrays.items() for first in range(0, N, unit_positions)},
-        {"codec": {"name": "int8", "dim": 4, "scale": 1.0}, "num_positions": N, "unit_positions": unit_positions,
-         "input_size": WIDTH, "key_layer": 1, "input_layer": 1, "key_point": "ffn_input", "vocab_size": VOCABULARY,
-         "head_size": VOCABULARY,
-         "split": "train", "block_size": BLOCK})
+        root / "keys",
+        "keys",
+        {"corpus": corpus, "model": "m" * 64},
+        {
+            f"{name}-{first:012d}.npy": writer_of(array[first : first + unit_positions])
+            for name, array in arrays.items()
+            for first in range(0, N, unit_positions)
+        },
+        {
+            "codec": {"name": "int8", "dim": 4, "scale": 1.0},
+            "num_positions": N,
+            "unit_positions": unit_positions,
+            "input_size": WIDTH,
+            "key_layer": 1,
+            "input_layer": 1,
+            "key_point": "ffn_input",
+            "vocab_size": VOCABULARY,
+            "head_size": VOCABULARY,
+            "split": "train",
+            "block_size": BLOCK,
+        },
+    )
     blocks = []
     for first in range(0, N, BLOCK):
-        rows = [np.sort(generator.choice(VOCABULARY, generator.integers(0, 6), replace=False))
-                for _ in range(min(BLOCK, N - first))]
+        rows = [
+            np.sort(generator.choice(VOCABULARY, generator.integers(0, 6), replace=False))
+            for _ in range(min(BLOCK, N - first))
+        ]
         weights = [generator.dirichlet(np.ones(len(row))) if len(row) else np.empty(0) for row in rows]
-        sparse = SparseRows(offsets=np.cumsum([0, *map(len, rows)]), ids=np.concatenate(rows),
-                            probabilities=np.concatenate(weights))
+        sparse = SparseRows(
+            offsets=np.cumsum([0, *map(len, rows)]), ids=np.concatenate(rows), probabilities=np.concatenate(weights)
+        )
         blocks.append(pack_block(first, sparse, np.zeros(len(rows)), dtype=np.dtype("<u2")))
     shard = shard_name(0, N)
     write_shard(root / shard, root / index_name(shard), blocks)
     publish_stage(
-        root / "targets", "targets", {"keys": keys},
+        root / "targets",
+        "targets",
+        {"keys": keys},
         {name: (lambda path, name=name: shutil.move(root / name, path)) for name in (shard, index_name(shard))},
-        {"num_positions": N, "block_size": BLOCK, "vocab_size": VOCABULARY,
-         "shards": [{"name": shard, "first": 0, "count": N, "samples": len(blocks),
-                     "entries": sum(len(block.ids) for block in blocks)}]})
+        {
+            "num_positions": N,
+            "block_size": BLOCK,
+            "vocab_size": VOCABULARY,
+            "shards": [
+                {
+                    "name": shard,
+                    "first": 0,
+                    "count": N,
+                    "samples": len(blocks),
+                    "entries": sum(len(block.ids) for block in blocks),
+                }
+            ],
+        },
+    )
     return root
 
 
@@ -128,14 +185,29 @@ def ds_config(root, stage, *, bf16=False, **zero):
     """A small DeepSpeed file; fp32 unless told."""
     path = root / f"stage{stage}{'_bf16' if bf16 else ''}{'_'.join(zero)}.json"
     section = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}), **zero}
-    path.write_text(json.dumps({"bf16": {"enabled": bf16}, "zero_allow_untested_optimizer": True, "gradient_clipping": "auto",
-                                "train_micro_batch_size_per_gpu": "auto", "zero_optimization": section}))
+    path.write_text(
+        json.dumps(
+            {
+                "bf16": {"enabled": bf16},
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": "auto",
+                "train_micro_batch_size_per_gpu": "auto",
+                "zero_optimization": section,
+            }
+        )
+    )
     return path
 
 
 def job(root, name, config, **changes):
-    return {**FLAGS, "ds_config": str(config), "corpus": str(root / "corpus"), "targets": str(root / "targets"),
-            "output": str(root / name), **changes}
+    return {
+        **FLAGS,
+        "ds_config": str(config),
+        "corpus": str(root / "corpus"),
+        "targets": str(root / "targets"),
+        "output": str(root / name),
+        **changes,
+    }
 
 
 def arguments(job):
@@ -143,7 +215,9 @@ def arguments(job):
 
 
 def environment():
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "SLURM", "MASTER"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "SLURM", "MASTER"))
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
 
 
@@ -164,8 +238,15 @@ def launcher(kind, world):
 
 
 def start(words):
-    return subprocess.Popen(words, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, start_new_session=True)
+    return subprocess.Popen(
+        words,
+        env=environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(process):
@@ -234,10 +315,12 @@ def root(tmp_path_factory):
 def single(root):
     """World of one, plain python: every stage from one seed, and a bf16 run."""
     jobs = [job(root, f"one-stage{stage}", ds_config(root, stage)) for stage in (0, 1, 2, 3)]
-    jobs += [job(root, "one-stopped", ds_config(root, 2), signal_at=2),
-             job(root, "one-stopped", ds_config(root, 2)),
-             job(root, "one-ce", ds_config(root, 2), alpha=0.0),
-             job(root, "one-mixture", ds_config(root, 2), ce_through="mixture")]
+    jobs += [
+        job(root, "one-stopped", ds_config(root, 2), signal_at=2),
+        job(root, "one-stopped", ds_config(root, 2)),
+        job(root, "one-ce", ds_config(root, 2), alpha=0.0),
+        job(root, "one-mixture", ds_config(root, 2), ce_through="mixture"),
+    ]
     return drive(root, "python", 1, jobs)
 
 
@@ -247,8 +330,12 @@ def pair(root, single):
     bf16 = ds_config(root, 3, bf16=True)
     rewind(root, "one-stage2", "one2-to-two3", 4)
     jobs = [job(root, f"two-stage{stage}", ds_config(root, stage)) for stage in (1, 2, 3)]
-    jobs += [job(root, "one2-to-two3", ds_config(root, 3)), job(root, "two-bf16", bf16),
-             job(root, "two-stopped", bf16, signal_at=2), job(root, "two-stopped", bf16)]
+    jobs += [
+        job(root, "one2-to-two3", ds_config(root, 3)),
+        job(root, "two-bf16", bf16),
+        job(root, "two-stopped", bf16, signal_at=2),
+        job(root, "two-stopped", bf16),
+    ]
     output = drive(root, "torchrun", 2, jobs)
     rewind(root, "two-bf16", "two-rewound", 4)
     shutil.copytree(root / "two-bf16", root / "two-damaged")
@@ -273,8 +360,9 @@ def test_stages_and_worlds_give_the_losses_of_one_process(root, single, pair):
 
 
 def test_weights_load_into_a_plain_memory(root, pair):
-    memory = Memory(MemoryConfig(input_size=WIDTH, hidden_size=16, intermediate_size=64, num_blocks=2,
-                                 vocab_size=VOCABULARY))
+    memory = Memory(
+        MemoryConfig(input_size=WIDTH, hidden_size=16, intermediate_size=64, num_blocks=2, vocab_size=VOCABULARY)
+    )
     trained = read_weights(root / "two-stage3")
     memory.load_state_dict(trained.weights)  # names and shapes
     assert trained.memory == memory.config.to_dict()
@@ -298,8 +386,9 @@ def test_resume_at_another_world_and_stage(root, pair):
 def test_resume_and_damage_and_complete(root, pair):
     """8 steps = 4 + 4 bit for bit, through mpirun; a flipped byte costs the newest checkpoint and nothing else."""
     bf16 = ds_config(root, 3, bf16=True)
-    output = drive(root, "mpirun", 2, [job(root, "two-rewound", bf16), job(root, "two-damaged", bf16),
-                                       job(root, "two-bf16", bf16)])
+    output = drive(
+        root, "mpirun", 2, [job(root, "two-rewound", bf16), job(root, "two-damaged", bf16), job(root, "two-bf16", bf16)]
+    )
     assert_same_weights(root, "two-rewound", "two-bf16")
     np.testing.assert_array_equal(losses(root, "two-rewound"), losses(root, "two-bf16"))
     assert "does not have the checksum" in output and "step-00000008" in output
@@ -341,12 +430,15 @@ def test_all_damaged_is_refused(root, single, tmp_path):
     assert not (root / "one-broken" / "weights").exists()
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"batch_positions": 1000}, "do not fill one batch"),
-    ({"batch_positions": 47}, "cannot be dealt evenly to 2 ranks"),
-    ({"model": "/nowhere/at/all", "head": "base"}, "--model"),
-    ({"keys": "corpus"}, "--keys"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"batch_positions": 1000}, "do not fill one batch"),
+        ({"batch_positions": 47}, "cannot be dealt evenly to 2 ranks"),
+        ({"model": "/nowhere/at/all", "head": "base"}, "--model"),
+        ({"keys": "corpus"}, "--keys"),
+    ],
+)
 def test_wrong_inputs_leave_the_disk_untouched(root, changes, said):
     values = {**job(root, "wrong", ds_config(root, 2)), **changes}
     if "keys" in changes:
@@ -358,17 +450,25 @@ def test_wrong_inputs_leave_the_disk_untouched(root, changes, said):
     assert not (root / "wrong").exists()
 
 
-@pytest.mark.parametrize("content, said", [
-    ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
-    ({"elasticity": {}}, "--batch-positions fixes the batch"),
-    ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}, "stage3_prefetch_bucket_size is \"auto\""),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
+        ({"elasticity": {}}, "--batch-positions fixes the batch"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}},
+            'stage3_prefetch_bucket_size is "auto"',
+        ),
+    ],
+)
 def test_wrong_ds_configs_leave_the_disk_untouched(root, tmp_path, content, said):
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(content))
     values = job(root, "wrong", path)
-    values = {name: Path(value) if name in ("ds_config", "corpus", "targets", "output") else value
-              for name, value in values.items()}
+    values = {
+        name: Path(value) if name in ("ds_config", "corpus", "targets", "output") else value
+        for name, value in values.items()
+    }
     with pytest.raises(UserError, match=said):
         train.run(train.Config(**values), World())
     assert not (root / "wrong").exists()

@@ -18,8 +18,15 @@ from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.stages import prepare_corpus, train_base
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FLAGS = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "batch_tokens": 256, "epochs": 3, "log_every_steps": 1,
-         "learning_rate": 0.01}
+FLAGS = {
+    "num_layers": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "batch_tokens": 256,
+    "epochs": 3,
+    "log_every_steps": 1,
+    "learning_rate": 0.01,
+}
 DRIVER = """
 import json, os, sys, threading, time
 from pathlib import Path
@@ -49,23 +56,44 @@ def root(tmp_path_factory):
     for number in range(12):
         (root / "text").mkdir(exist_ok=True)
         (root / "text" / f"{number}.txt").write_text(" ".join(generator.choice(words, 350)))
-    prepare_corpus.run(prepare_corpus.Config(
-        input=(str(root / "text"),), tokenizer="train:270", output=root / "corpus", block_size=32, stride=16,
-        tuning_fraction=0.25), World())
-    (root / "fp32.json").write_text(json.dumps({"zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}}))
+    prepare_corpus.run(
+        prepare_corpus.Config(
+            input=(str(root / "text"),),
+            tokenizer="train:270",
+            output=root / "corpus",
+            block_size=32,
+            stride=16,
+            tuning_fraction=0.25,
+        ),
+        World(),
+    )
+    (root / "fp32.json").write_text(
+        json.dumps({"zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}})
+    )
     return root
 
 
 def job(root, name, **changes):
-    return {**FLAGS, "ds_config": str(root / "fp32.json"), "corpus": str(root / "corpus"), "output": str(root / name), **changes}
+    return {
+        **FLAGS,
+        "ds_config": str(root / "fp32.json"),
+        "corpus": str(root / "corpus"),
+        "output": str(root / name),
+        **changes,
+    }
 
 
 def drive(root, words, jobs):
     (root / "driver.py").write_text(DRIVER)
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run([*words, str(root / "driver.py"), str(root / "jobs.json")], env=environment, timeout=150,
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [*words, str(root / "driver.py"), str(root / "jobs.json")],
+        env=environment,
+        timeout=150,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     return result.stderr
 
@@ -76,11 +104,18 @@ def perplexities(root, name):
 
 @pytest.fixture(scope="module")
 def single(root):
-    return drive(root, [sys.executable], [
-        job(root, "one"), job(root, "stopped", signal_at=5), job(root, "stopped"),
-        job(root, "on", init_from=str(root / "one"), epochs=1, select="last"),
-        job(root, "over", learning_rate=2.0, schedule="constant", early_stopping_patience=1, epochs=9),
-        job(root, "short", max_seconds=0.001)])
+    return drive(
+        root,
+        [sys.executable],
+        [
+            job(root, "one"),
+            job(root, "stopped", signal_at=5),
+            job(root, "stopped"),
+            job(root, "on", init_from=str(root / "one"), epochs=1, select="last"),
+            job(root, "over", learning_rate=2.0, schedule="constant", early_stopping_patience=1, epochs=9),
+            job(root, "short", max_seconds=0.001),
+        ],
+    )
 
 
 def test_the_result_is_a_model_with_its_tokenizer_and_the_perplexity_it_says(root, single):
@@ -119,21 +154,38 @@ def test_early_stop_deadline_and_training_on(root, single):
     assert perplexities(root, "on")[0] < perplexities(root, "one")[0]
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"batch_tokens": 10**6}, "do not fill one batch"),
-    ({"init_from": "/nowhere/at/all"}, "nowhere"),
-    ({"num_heads": 3}, "not a multiple"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"batch_tokens": 10**6}, "do not fill one batch"),
+        ({"init_from": "/nowhere/at/all"}, "nowhere"),
+        ({"num_heads": 3}, "not a multiple"),
+    ],
+)
 def test_wrong_inputs_leave_the_disk_untouched(root, changes, said):
     values = {**job(root, "wrong"), **changes}
     with pytest.raises(UserError, match=said):
-        train_base.run(train_base.Config(**{name: Path(value) if name in ("ds_config", "corpus", "output") else value
-                                            for name, value in values.items()}), World())
+        train_base.run(
+            train_base.Config(
+                **{
+                    name: Path(value) if name in ("ds_config", "corpus", "output") else value
+                    for name, value in values.items()
+                }
+            ),
+            World(),
+        )
     assert not (root / "wrong").exists()
 
 
 def test_stage_3_is_refused(root):
     with pytest.raises(UserError, match="stage 1 or 2"):
-        train_base.run(train_base.Config(corpus=root / "corpus", output=root / "wrong", batch_tokens=256,
-                                         ds_config=REPOSITORY / "ds_configs" / "zero3.json"), World())
+        train_base.run(
+            train_base.Config(
+                corpus=root / "corpus",
+                output=root / "wrong",
+                batch_tokens=256,
+                ds_config=REPOSITORY / "ds_configs" / "zero3.json",
+            ),
+            World(),
+        )
     assert not (root / "wrong").exists()

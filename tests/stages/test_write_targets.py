@@ -29,8 +29,11 @@ NUM_LISTS = 7
 
 
 def result_of(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*"))
-            if path.is_file() and path.name not in ("run.json", "log.jsonl") and not path.name.endswith(".tmp")}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in ("run.json", "log.jsonl") and not path.name.endswith(".tmp")
+    }
 
 
 def vectors() -> np.ndarray:
@@ -58,7 +61,14 @@ def index(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(keys_dir: Path, output_dir: Path, **changes: Any) -> write_targets.Config:
-    settings = {"keys": keys_dir, "output": output_dir, "k": 20, "temperature": "6", "mass": 0.9, "shard_positions": 104}
+    settings = {
+        "keys": keys_dir,
+        "output": output_dir,
+        "k": 20,
+        "temperature": "6",
+        "mass": 0.9,
+        "shard_positions": 104,
+    }
     return write_targets.Config(**{**settings, **changes})
 
 
@@ -70,8 +80,15 @@ def undisturbed(keys: Path, index: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def expect_oracle(
-    found: TargetRows, codes: np.ndarray, tokens: np.ndarray, *, k: int, temperature: float, mass: float,
-    scale: float = SCALE, hidden: Callable[[int, int], bool] = lambda query, key: False,
+    found: TargetRows,
+    codes: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    k: int,
+    temperature: float,
+    mass: float,
+    scale: float = SCALE,
+    hidden: Callable[[int, int], bool] = lambda query, key: False,
 ) -> None:
     """Row by row, neighbour by neighbour, in float64."""
     for query in range(len(codes)):
@@ -104,7 +121,12 @@ def test_exact_search_equals_the_oracle(keys: Path, tmp_path: Path) -> None:
     targets = open_targets(tmp_path / "targets")
     expect_oracle(targets.read_all(), vectors(), values(), k=20, temperature=6.0, mass=0.9)
     manifest = targets.manifest
-    assert (manifest["search"], manifest["k"], manifest["temperature"], manifest["temperature_rule"]) == ("exact", 20, 6, "fixed")
+    assert (manifest["search"], manifest["k"], manifest["temperature"], manifest["temperature_rule"]) == (
+        "exact",
+        20,
+        6,
+        "fixed",
+    )
     assert manifest["rows_short_of_k"] == manifest["rows_without_neighbours"] == 0
     assert [shard["count"] for shard in manifest["shards"]] == [104, 104, 104, 91]
     assert targets.keys_sha256 == open_keys(keys).sha256
@@ -123,16 +145,30 @@ def test_few_lists_give_the_oracle_over_those_lists(keys: Path, index: Path, und
     from mlpmem_ds.engines import faiss as engine
 
     probes = engine.assign(engine.read_index(index / "trained.faissindex"), vectors(), NUM_LISTS)
-    expect_oracle(open_targets(undisturbed).read_all(), vectors(), values(), k=20, temperature=6.0, mass=0.9,
-                  hidden=lambda query, key: probes[key, 0] not in probes[query, :3])
+    expect_oracle(
+        open_targets(undisturbed).read_all(),
+        vectors(),
+        values(),
+        k=20,
+        temperature=6.0,
+        mass=0.9,
+        hidden=lambda query, key: probes[key, 0] not in probes[query, :3],
+    )
     assert open_targets(undisturbed).manifest["rows_short_of_k"] >= 0
 
 
 def test_a_window_and_more_neighbours_than_keys(keys: Path, tmp_path: Path) -> None:
     write_targets.run(config(keys, tmp_path / "targets", k=500, mass=1.0, exclude_window=2), World())
     targets = open_targets(tmp_path / "targets")
-    expect_oracle(targets.read_all(), vectors(), values(), k=500, temperature=6.0, mass=1.0,
-                  hidden=lambda query, key: abs(query - key) <= 2)
+    expect_oracle(
+        targets.read_all(),
+        vectors(),
+        values(),
+        k=500,
+        temperature=6.0,
+        mass=1.0,
+        hidden=lambda query, key: abs(query - key) <= 2,
+    )
     assert targets.manifest["rows_short_of_k"] == NUM_KEYS and targets.manifest["exclude"]["window"] == 2
     write_targets.run(config(keys, tmp_path / "none", exclude_window=NUM_KEYS), World())
     nothing = open_targets(tmp_path / "none")
@@ -142,7 +178,12 @@ def test_a_window_and_more_neighbours_than_keys(keys: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("search", ["exact", "ivf"])
 def test_the_same_document_is_excluded(keys_dir: Path, corpus_dir: Path, tmp_path: Path, search: str) -> None:
     keys = open_keys(keys_dir)
-    changes: dict[str, Any] = {"exclude": "same-document", "corpus": corpus_dir, "shard_positions": 1024, "temperature": "0.5"}
+    changes: dict[str, Any] = {
+        "exclude": "same-document",
+        "corpus": corpus_dir,
+        "shard_positions": 1024,
+        "temperature": "0.5",
+    }
     if search == "ivf":
         build_index.run(build_index.Config(keys=keys_dir, output=tmp_path / "index", factory="IVF4,Flat"), World())
         changes |= {"index": tmp_path / "index", "search": "ivf", "nprobe": 4}
@@ -151,7 +192,9 @@ def test_the_same_document_is_excluded(keys_dir: Path, corpus_dir: Path, tmp_pat
     documents = np.repeat(np.arange(len(corpus.documents)), [document["tokens"] for document in corpus.documents])[1:]
     tokens = corpus.values(0, corpus.num_positions)
     targets = open_targets(tmp_path / "targets")
-    assert targets.manifest["inputs"]["corpus"] == corpus.sha256 and targets.manifest["exclude"]["rule"] == "same-document"
+    assert (
+        targets.manifest["inputs"]["corpus"] == corpus.sha256 and targets.manifest["exclude"]["rule"] == "same-document"
+    )
     # The oracle is slow: some rows from every part, the codes' own scale.
     codes, found = keys.read("keys"), targets.read_all()
     for query in range(0, keys.num_positions, 97):
@@ -169,7 +212,9 @@ def test_temperature_reaches_the_wanted_perplexity(keys: Path, tmp_path: Path) -
     write_targets.run(config(keys, tmp_path / "targets", temperature="auto", neighbour_perplexity=12.0), World())
     manifest = open_targets(tmp_path / "targets").manifest
     assert manifest["temperature_rule"] == "auto" and abs(manifest["neighbour_perplexity"] - 12) < 1e-3
-    squared = np.sort(((vectors()[:, None].astype(float) - vectors()[None]) ** 2).sum(-1) + np.diag([np.inf] * NUM_KEYS), axis=1)
+    squared = np.sort(
+        ((vectors()[:, None].astype(float) - vectors()[None]) ** 2).sum(-1) + np.diag([np.inf] * NUM_KEYS), axis=1
+    )
     weights = np.exp(-squared[:, :20] * SCALE**2 / manifest["temperature"])
     weights /= weights.sum(1, keepdims=True)
     entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(1)
@@ -179,7 +224,9 @@ def test_temperature_reaches_the_wanted_perplexity(keys: Path, tmp_path: Path) -
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_give_the_same_files(keys: Path, index: Path, undisturbed: Path, tmp_path: Path, size: int) -> None:
     for rank in range(size):  # the owner of `temperature` first, so that nobody waits
-        write_targets.run(config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3), World(rank=rank, size=size))
+        write_targets.run(
+            config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3), World(rank=rank, size=size)
+        )
     assert result_of(tmp_path / "targets") == result_of(undisturbed)
 
 
@@ -221,9 +268,23 @@ def test_a_failed_unit_leaves_the_others(
 def test_a_killed_run_continues(keys: Path, index: Path, undisturbed: Path, tmp_path: Path) -> None:
     root = tmp_path / "targets"
     tool = Path(write_targets.__file__).parents[2] / "tools" / "write_targets.py"
-    flags = {"keys": keys, "index": index, "output": root, "k": 20, "temperature": 6, "mass": 0.9, "shard-positions": 104,
-             "search": "ivf", "nprobe": 3, "batch-positions": 8}
-    command = [sys.executable, str(tool), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    flags = {
+        "keys": keys,
+        "index": index,
+        "output": root,
+        "k": 20,
+        "temperature": 6,
+        "mass": 0.9,
+        "shard-positions": 104,
+        "search": "ivf",
+        "nprobe": 3,
+        "batch-positions": 8,
+    }
+    command = [
+        sys.executable,
+        str(tool),
+        *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tool.parents[1])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (root / "identity.json").exists():
@@ -259,16 +320,27 @@ def test_raw_keys_find_the_neighbours_of_the_oracle(make_keys: Callable[..., Pat
     build_index.run(build_index.Config(keys=keys, output=tmp_path / "index", factory="IVF3,Flat"), World())
     for name, changes in (("exact", {}), ("ivf", {"index": tmp_path / "index", "search": "ivf", "nprobe": 3})):
         write_targets.run(config(keys, tmp_path / name, **changes), World())
-        expect_oracle(open_targets(tmp_path / name).read_all(), codes, values()[:100], k=20, temperature=6, mass=0.9, scale=1)
+        expect_oracle(
+            open_targets(tmp_path / name).read_all(), codes, values()[:100], k=20, temperature=6, mass=0.9, scale=1
+        )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"k": 0}, "--k 0"), ({"k": 70_000}, "--k 70000"), ({"temperature": "hot"}, "--temperature hot"),
-     ({"temperature": "-1"}, "--temperature -1"), ({"temperature": "nan"}, "--temperature nan"), ({"mass": 0.0}, "--mass 0"),
-     ({"mass": 1.5}, "--mass 1.5"), ({"temperature": "auto", "neighbour_perplexity": 20.0}, "--neighbour-perplexity 20"),
-     ({"nprobe": 0}, "--nprobe 0"), ({"shard_positions": 0}, "--shard-positions 0"), ({"exclude_window": -1}, "window -1"),
-     ({"exclude": "same-document"}, "give --corpus")],
+    [
+        ({"k": 0}, "--k 0"),
+        ({"k": 70_000}, "--k 70000"),
+        ({"temperature": "hot"}, "--temperature hot"),
+        ({"temperature": "-1"}, "--temperature -1"),
+        ({"temperature": "nan"}, "--temperature nan"),
+        ({"mass": 0.0}, "--mass 0"),
+        ({"mass": 1.5}, "--mass 1.5"),
+        ({"temperature": "auto", "neighbour_perplexity": 20.0}, "--neighbour-perplexity 20"),
+        ({"nprobe": 0}, "--nprobe 0"),
+        ({"shard_positions": 0}, "--shard-positions 0"),
+        ({"exclude_window": -1}, "window -1"),
+        ({"exclude": "same-document"}, "give --corpus"),
+    ],
 )
 def test_bad_flags(keys: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):

@@ -20,8 +20,18 @@ from mlpmem_ds.formats.targets import open_targets
 TOOLS = Path(__file__).parents[2] / "tools"
 ROW = {"arm", "metric", "unit", "median", "min", "max", "runs"}
 LOSS = {"rows": 37, "width": 24, "vocab_size": 301, "entries": 7, "chunk_bytes": 4 * 301 * 5, "torch_chunk_rows": 16}
-TARGETS = {"positions": 1500, "dim": 16, "vocab_size": 120, "k": 40, "nprobe": 3, "soft_perplexity": 20.0,
-           "sharp_perplexity": 5.0, "sample": 100, "plain_batch": 130, "mass": 1.0}
+TARGETS = {
+    "positions": 1500,
+    "dim": 16,
+    "vocab_size": 120,
+    "k": 40,
+    "nprobe": 3,
+    "soft_perplexity": 20.0,
+    "sharp_perplexity": 5.0,
+    "sample": 100,
+    "plain_batch": 130,
+    "mass": 1.0,
+}
 
 
 @pytest.fixture
@@ -36,18 +46,24 @@ def flags(sizes: dict[str, Any], **others: Any) -> list[str]:
 
 
 def run_bench(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOLS / "bench.py"), *words], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, str(TOOLS / "bench.py"), *words], capture_output=True, text=True, timeout=300
+    )
 
 
 def check_report(path: Path, name: str, *, arms: set[str], runs: int, ratios: set[str]) -> dict[str, Any]:
     report = json.loads(path.read_text())
     assert {"name", "date", "machine", "versions", "rows", "ratios"} <= set(report)
     assert report["name"] == name
-    assert {"cores", "processor", "torch_threads", "load_average_before", "load_average_after"} <= set(report["machine"])
+    assert {"cores", "processor", "torch_threads", "load_average_before", "load_average_after"} <= set(
+        report["machine"]
+    )
     assert report["versions"]["torch"] == torch.__version__
     assert all(set(row) == ROW and row["min"] <= row["median"] <= row["max"] for row in report["rows"])
     for metric in ("wall_seconds", "cpu_seconds"):
-        assert {row["arm"]: row["runs"] for row in report["rows"] if row["metric"] == metric} == dict.fromkeys(arms, runs)
+        assert {row["arm"]: row["runs"] for row in report["rows"] if row["metric"] == metric} == dict.fromkeys(
+            arms, runs
+        )
     assert ratios <= set(report["ratios"])
     assert all(np.isfinite(value) and value >= 0 for value in report["ratios"].values())
     return report
@@ -58,13 +74,20 @@ def test_loss_report(tmp_path: Path) -> None:
     done = run_bench("loss", *flags(LOSS, output=output, runs=2))
     assert done.returncode == 0, done.stderr
     report = check_report(
-        output, "loss", arms={"ours", "dense", "torch_lce", "torch_lce_plus_bag"}, runs=2,
+        output,
+        "loss",
+        arms={"ours", "dense", "torch_lce", "torch_lce_plus_bag"},
+        runs=2,
         ratios={"cpu_time_over_dense", "peak_memory_over_dense", "cpu_time_over_torch_lce"},
     )
     assert report["settings"]["vocab_size"] == 301
     assert report["ratios"]["gradient_difference"] < 1e-5
     assert {row["arm"] for row in report["rows"] if row["metric"] == "peak_memory_above_start"} == {
-        "ours", "dense", "torch_lce", "torch_lce_plus_bag"}
+        "ours",
+        "dense",
+        "torch_lce",
+        "torch_lce_plus_bag",
+    }
 
 
 def test_loss_arms_agree(tools: Any) -> None:
@@ -99,7 +122,8 @@ def test_interleave_alternates(tools: Any) -> None:
     assert calls == ["a", "b"] * 3
     assert [len(values) for values in timings.values()] == [3, 3]
     assert common.row_of("a", "m", "s", [3.0, 1.0, 2.0]) == common.Row(
-        arm="a", metric="m", unit="s", median=2.0, min=1.0, max=3.0, runs=3)
+        arm="a", metric="m", unit="s", median=2.0, min=1.0, max=3.0, runs=3
+    )
 
 
 def test_targets_report(tmp_path: Path) -> None:
@@ -108,7 +132,10 @@ def test_targets_report(tmp_path: Path) -> None:
     done = run_bench("targets", *flags(sizes, output=output, runs=2, factory="IVF8,PQ4x4"))
     assert done.returncode == 0, done.stderr
     report = check_report(
-        output, "targets", arms={"ours", "plain"}, runs=2,
+        output,
+        "targets",
+        arms={"ours", "plain"},
+        runs=2,
         ratios={"speed_over_plain", "bytes_per_token_sharp", "bytes_per_token_soft", "tv", "tv_published_recipe"},
     )
     # All lists probed: ours is exact but for the mass it drops and float16; half a byte for four numbers is not.
@@ -131,7 +158,9 @@ def test_targets_arms_agree_where_the_index_holds_whole_vectors(tools: Any, tmp_
     targets.plain(setting, temperature, tmp_path / "plain.bin")
     ours = open_targets(tmp_path / "ours").read_all()
     codes_ND = setting.keys.read("keys")
-    twins = {bytes(codes) for codes, count in zip(*np.unique(codes_ND, axis=0, return_counts=True), strict=True) if count > 1}
+    twins = {
+        bytes(codes) for codes, count in zip(*np.unique(codes_ND, axis=0, return_counts=True), strict=True) if count > 1
+    }
     rows_of_plain = list(targets.read_plain(tmp_path / "plain.bin"))
     assert len(rows_of_plain) == config.positions
     for position, (ids, probabilities) in enumerate(rows_of_plain):
@@ -181,7 +210,11 @@ def test_synthetic_keys_are_repeatable_and_clustered(tools: Any) -> None:
     ],
 )
 def test_wrong_flags(
-    words: list[str], said: str, tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    words: list[str],
+    said: str,
+    tools: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -56,8 +56,15 @@ class Timing:
 
 
 def row_of(arm: str, metric: str, unit: str, values: Sequence[float]) -> Row:
-    return Row(arm=arm, metric=metric, unit=unit, median=statistics.median(values), min=min(values), max=max(values),
-               runs=len(values))
+    return Row(
+        arm=arm,
+        metric=metric,
+        unit=unit,
+        median=statistics.median(values),
+        min=min(values),
+        max=max(values),
+        runs=len(values),
+    )
 
 
 def median_of(rows: Sequence[Row], arm: str, metric: str) -> float:
@@ -118,7 +125,9 @@ def peak_bytes_above_start(function: Callable[[], Any]) -> int:
         UserError: this system has no such mark.
     """
     if not os.access(_RESET_PEAK, os.W_OK):
-        raise UserError(f"peak memory is read from Linux's {_RESET_PEAK}, which cannot be written here: run it on Linux")
+        raise UserError(
+            f"peak memory is read from Linux's {_RESET_PEAK}, which cannot be written here: run it on Linux"
+        )
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     _RESET_PEAK.write_text("5")
@@ -171,8 +180,16 @@ class Report:
         self._record["machine"]["load_average_after"] = list(os.getloadavg())
         publish_json(path, {**self._record, "rows": [asdict(row) for row in rows], "ratios": dict(ratios)})
         for row in rows:
-            _logger.info("%s %s: %.4g %s (%.4g to %.4g, %d runs)", row.arm, row.metric, row.median, row.unit, row.min,
-                         row.max, row.runs)
+            _logger.info(
+                "%s %s: %.4g %s (%.4g to %.4g, %d runs)",
+                row.arm,
+                row.metric,
+                row.median,
+                row.unit,
+                row.min,
+                row.max,
+                row.runs,
+            )
         for ratio, value in ratios.items():
             _logger.info("%s: %.4g", ratio, value)
 

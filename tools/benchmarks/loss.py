@@ -128,7 +128,8 @@ def make_problem(config: Config) -> Problem:
     # Cloned, or all the permutations live until they are stacked; the hole that 1.6 GB leave in the heap would take the
     # arms' large tensors and keep them after they are freed (peaks of 330, 540 or 740 MB for the same work).
     ids_NK = torch.stack(
-        [torch.randperm(num_ids, generator=generator)[: config.entries].clone() for _ in range(num_rows)])
+        [torch.randperm(num_ids, generator=generator)[: config.entries].clone() for _ in range(num_rows)]
+    )
     logits_NK = 2 * torch.randn(num_rows, config.entries, generator=generator)
     labels_N = torch.randint(num_ids, (num_rows,), generator=generator)
     labels_N = torch.where(torch.arange(num_rows) % 3 == 0, labels_N, ids_NK[:, 0])

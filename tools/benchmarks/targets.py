@@ -86,7 +86,9 @@ class Config:
             raise UserError("--keys and --index go together: give both, or neither for made-up keys")
         for name in ("soft_perplexity", "sharp_perplexity"):
             if not 1 < getattr(self, name) < self.k:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name):g} must lie between 1 and --k {self.k}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name):g} must lie between 1 and --k {self.k}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,8 @@ def prepare(config: Config, work: Path, world: World) -> Setting:
         return Setting(keys=open_keys(config.keys), index=config.index, config=config)
     write_synthetic_keys(work / "keys", config, world)
     build_index.run(
-        build_index.Config(keys=work / "keys", output=work / "index", factory=config.factory, num_shards=1), world)
+        build_index.Config(keys=work / "keys", output=work / "index", factory=config.factory, num_shards=1), world
+    )
     return Setting(keys=open_keys(work / "keys"), index=work / "index", config=config)
 
 
@@ -174,8 +177,15 @@ def ours(setting: Setting, temperature: float, output: Path, world: World) -> No
     config = setting.config
     write_targets.run(
         write_targets.Config(
-            keys=setting.keys.root, index=setting.index, output=output, k=config.k, temperature=repr(temperature),
-            mass=config.mass, search="ivf", nprobe=config.nprobe, threads=config.threads,
+            keys=setting.keys.root,
+            index=setting.index,
+            output=output,
+            k=config.k,
+            temperature=repr(temperature),
+            mass=config.mass,
+            search="ivf",
+            nprobe=config.nprobe,
+            threads=config.threads,
             shard_positions=128 * setting.keys.manifest["block_size"],
         ),
         world,
@@ -227,8 +237,10 @@ def read_plain(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     content, start = path.read_bytes(), 0
     while start < len(content):
         count = int(np.frombuffer(content, np.uint32, 1, start)[0])
-        yield (np.frombuffer(content, np.int32, count, start + 4),
-               np.frombuffer(content, np.float16, count, start + 4 + 4 * count))
+        yield (
+            np.frombuffer(content, np.int32, count, start + 4),
+            np.frombuffer(content, np.float16, count, start + 4 + 4 * count),
+        )
         start += 4 + 6 * count
 
 
@@ -281,11 +293,19 @@ def write_synthetic_keys(root: Path, config: Config, world: World) -> None:
 
     units = [unit_name(first) for first in firsts]
     stage.run_units(units, write)
-    stage.finish(units, lambda: {
-        "codec": {"name": "int8", "dim": config.dim, "scale": _SCALE, "energy_kept": 1.0, "clipped_share": 0.0},
-        "num_positions": config.positions, "unit_positions": _UNIT_POSITIONS, "key_size": config.dim, "input_size": 0,
-        "vocab_size": config.vocab_size, "split": "train", "block_size": _BLOCK_SIZE,
-    })
+    stage.finish(
+        units,
+        lambda: {
+            "codec": {"name": "int8", "dim": config.dim, "scale": _SCALE, "energy_kept": 1.0, "clipped_share": 0.0},
+            "num_positions": config.positions,
+            "unit_positions": _UNIT_POSITIONS,
+            "key_size": config.dim,
+            "input_size": 0,
+            "vocab_size": config.vocab_size,
+            "split": "train",
+            "block_size": _BLOCK_SIZE,
+        },
+    )
 
 
 def synthetic_keys(num_keys: int, dim: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -301,7 +321,8 @@ def synthetic_keys(num_keys: int, dim: int, vocab_size: int) -> tuple[np.ndarray
     rotation_DD = np.linalg.qr(generator.normal(size=(dim, dim)))[0]
     parents_CD = generator.normal(size=(max(1, num_clusters // 16), dim))
     centres_CD = parents_CD[generator.integers(len(parents_CD), size=num_clusters)] + generator.normal(
-        size=(num_clusters, dim))
+        size=(num_clusters, dim)
+    )
     shares_C = 1 / (10 + np.arange(num_clusters))
     clusters_N = generator.choice(num_clusters, num_keys, p=shares_C / shares_C.sum())
     states_ND = (centres_CD[clusters_N] + generator.normal(size=(num_keys, dim))) * spread_D @ rotation_DD
@@ -311,8 +332,11 @@ def synthetic_keys(num_keys: int, dim: int, vocab_size: int) -> tuple[np.ndarray
     shares_V /= shares_V.sum()
     tokens_CT = generator.choice(vocab_size, (num_clusters, 64), p=shares_V)
     rank_N = np.minimum(generator.geometric(0.15, num_keys) - 1, 63)
-    values_N = np.where(generator.random(num_keys) < 0.7, tokens_CT[clusters_N, rank_N],
-                        generator.choice(vocab_size, num_keys, p=shares_V))
+    values_N = np.where(
+        generator.random(num_keys) < 0.7,
+        tokens_CT[clusters_N, rank_N],
+        generator.choice(vocab_size, num_keys, p=shares_V),
+    )
     return codes_ND, values_N.astype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
