@@ -52,7 +52,9 @@ from mlpmem_ds.formats.checkpoint import (
 
 _logger = logging.getLogger(__name__)
 _AUTO = "auto"
-_OWNED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_MICRO_BATCH, _ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+_CLIPPING = "gradient_clipping"
+_OWNED = (_MICRO_BATCH, _ACCUMULATION, _CLIPPING)
 _KNOWN = frozenset(
     {
         *_OWNED,
@@ -307,27 +309,27 @@ def resolve_ds_config(
             f"{world_size}, such as {(batch // world_size + 1) * world_size:,}"
         )
     share = batch // world_size
-    micro = config.get(_OWNED[0], _AUTO)
+    micro = config.get(_MICRO_BATCH, _AUTO)
     if micro == _AUTO:
         micro = next(size for size in range(min(share, max_micro_batch), 0, -1) if share % size == 0)
     if not isinstance(micro, int) or micro < 1 or share % micro:
         raise UserError(
-            f"{path}: {_OWNED[0]} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,} over "
+            f"{path}: {_MICRO_BATCH} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,} over "
             f'{world_size} ranks: write "auto"'
         )
-    derived = {_OWNED[0]: micro, _OWNED[1]: share // micro, "train_batch_size": batch}
+    derived = {_MICRO_BATCH: micro, _ACCUMULATION: share // micro, "train_batch_size": batch}
     for name, value in derived.items():
         if config.get(name, _AUTO) not in (_AUTO, value):
             raise UserError(
                 f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks with "
                 f'micro-batches of {micro:,} makes it {value:,}: write "auto" or leave it out'
             )
-    if config.get(_OWNED[2], _AUTO) not in (_AUTO, gradient_clipping):
+    if config.get(_CLIPPING, _AUTO) not in (_AUTO, gradient_clipping):
         raise UserError(
-            f"{path}: {_OWNED[2]} is {config[_OWNED[2]]!r}, but --gradient-clipping is {gradient_clipping}: write "
+            f"{path}: {_CLIPPING} is {config[_CLIPPING]!r}, but --gradient-clipping is {gradient_clipping}: write "
             '"auto", or give the flag the same number'
         )
-    resolved = {**config, **derived, _OWNED[2]: gradient_clipping}
+    resolved = {**config, **derived, _CLIPPING: gradient_clipping}
     for place in _find_auto(resolved):
         raise UserError(
             f'{path}: {place} is "auto", which only Hugging Face\'s Trainer resolves: give a number ("auto" '

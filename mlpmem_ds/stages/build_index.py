@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
@@ -65,7 +66,7 @@ def run(config: Config, world: World) -> None:
     shards = [f"shard-{shard}" for shard in range(config.num_shards)]
     stage.run_units([_TRAINED], lambda unit, writer: _train(keys, factory, writer))
     stage.wait_for([_TRAINED])
-    progress = Progress(len(shards[world.rank :: world.size]), label="index shards", unit="shards", world=world)
+    progress = Progress(len(deal(shards, world.rank, world.size)), label="index shards", unit="shards", world=world)
 
     def fill(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
         summary = _fill(keys, config.output / TRAINED_NAME, shards.index(unit), config.num_shards, writer)

@@ -258,7 +258,7 @@ def _open_keys(config: Config, targets: Targets | None) -> Keys:
         if not beside.is_dir():
             raise UserError(f"there is no directory `keys` beside --targets {config.targets}: give --keys")
         keys, place = open_keys(beside), str(beside)
-    if targets is not None and targets.manifest["inputs"]["keys"] != keys.sha256:
+    if targets is not None and targets.keys_sha256 != keys.sha256:
         raise UserError(
             f"{place} are not the keys that --targets {config.targets} were made from: give those with --keys, "
             "or write the targets again"

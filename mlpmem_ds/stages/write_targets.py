@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
@@ -125,7 +125,7 @@ def run(config: Config, world: World) -> None:
         measured["neighbour_perplexity"],
     )
     shards = {f"knn-{block.start:012d}": block for block in split_blocks(keys.num_positions, config.shard_positions)}
-    mine = list(shards.values())[world.rank :: world.size]
+    mine = deal(list(shards.values()), world.rank, world.size)
     progress = Progress(sum(block.size for block in mine), label="targets", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
