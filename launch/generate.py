@@ -2,6 +2,7 @@
 """Continue prompts with an exported model, with the memory, without it, or both side by side."""
 
 import sys
+from functools import partial
 
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.core.world import World
@@ -9,7 +10,11 @@ from mlpmem_ds.stages import generate
 
 
 def run(config: generate.Config, world: World) -> None:
-    print(generate.run(config, world))
+    if config.stream:
+        generate.run(config, world, write=partial(print, end="", flush=True))
+        print()
+    else:
+        print(generate.run(config, world))
 
 
 def main(argv: list[str] | None = None) -> int:

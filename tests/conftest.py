@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
 import os
 import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +26,7 @@ from mlpmem_ds.stages import extract_keys, prepare_corpus  # noqa: E402
 
 VOCAB_SIZE = 300
 BLOCK_SIZE = 32
+_SECONDS_OF_A_RANK = 60.0
 
 
 def write_text(root: Path, *, num_files: int = 24, seed: int = 0) -> Path:
@@ -87,3 +95,79 @@ def keys_dir(corpus_dir: Path, base_dir: Path, tmp_path_factory: pytest.TempPath
         extract_keys.Config(model=str(base_dir), corpus=corpus_dir, output=output, unit_positions=256), World()
     )
     return output
+
+
+@pytest.fixture(scope="session")
+def killed_runs() -> Callable[..., int]:
+    """killed_runs(run, config, ranks=2, kills=20, seed=0, check=None) -> kills that hit a running process.
+
+    Starts `ranks` processes that each call `run(config, World(...))`, kills one or all of them (-9) at a random moment of
+    an undisturbed run's duration, lets the others end, starts again, until `kills` kills have hit. A run that completes
+    on the way is given to `check(output)`, removed, and begun anew, so that kills fall on every part of it. At last one
+    start without a kill completes `config.output`; the undisturbed run stays in `<output>-undisturbed`.
+
+    `run` is a function that can be imported (a stage's), `config` a dataclass with a field `output`.
+    """
+    return _killed_runs
+
+
+def _killed_runs(
+    run: Callable[[Any, World], Any],
+    config: Any,
+    *,
+    ranks: int = 2,
+    kills: int = 20,
+    seed: int = 0,
+    check: Callable[[Path], None] | None = None,
+) -> int:
+    generator = random.Random(seed)
+    output: Path = config.output
+    undisturbed = dataclasses.replace(config, output=output.with_name(f"{output.name}-undisturbed"))
+    _join(_start_ranks(run, undisturbed, ranks), run)  # the first start of a process server takes seconds
+    shutil.rmtree(undisturbed.output)
+    start = time.monotonic()
+    _join(_start_ranks(run, undisturbed, ranks), run)
+    duration = time.monotonic() - start
+    hits = 0
+    for _ in range(10 * kills):
+        processes = _start_ranks(run, config, ranks)
+        victims = processes if generator.random() < 0.5 else [generator.choice(processes)]
+        time.sleep(generator.uniform(0, duration))
+        for victim in victims:
+            victim.kill()
+        _join(processes, run)
+        was_hit = any(victim.exitcode == -signal.SIGKILL for victim in victims)
+        hits += was_hit
+        if hits == kills:
+            break
+        if (output / "manifest.json").is_file():
+            if check is not None:
+                check(output)
+            shutil.rmtree(output)
+    assert hits == kills, f"{hits} of {10 * kills} kills hit a running process"
+    _join(_start_ranks(run, config, ranks), run)
+    return hits
+
+
+def _start_ranks(run: Callable[[Any, World], Any], config: Any, ranks: int) -> list[Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch", "transformers", "faiss", run.__module__])
+    processes = [
+        context.Process(target=run, args=(config, World(rank=rank, size=ranks, local_rank=rank)))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _join(processes: list[Any], run: Callable[[Any, World], Any]) -> None:
+    deadline = time.monotonic() + _SECONDS_OF_A_RANK
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, f"{len(hanging)} ranks of {run.__module__} did not end in {_SECONDS_OF_A_RANK} s"
+    failed = [process.exitcode for process in processes if process.exitcode not in (0, -signal.SIGKILL)]
+    assert not failed, f"ranks of {run.__module__} ended with {failed}: see their messages above"

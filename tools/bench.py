@@ -7,7 +7,7 @@ import sys
 
 from mlpmem_ds.core.front_end import run_front_end
 
-NAMES = ("loss", "targets")
+NAMES = ("corpus", "decode", "evaluate", "extract", "index", "loss", "plan", "targets", "train")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, overload
 
 Item = TypeVar("Item")
 
@@ -39,21 +39,49 @@ def deal(items: Sequence[Item], rank: int, size: int) -> list[Item]:
     return list(items[rank::size])
 
 
-def split_windows(total: int, block_size: int, stride: int) -> list[Window]:
+class WindowSequence(Sequence[Window]):
+    """The windows of a stream, by arithmetic: nothing is listed, whatever the stream's length. See `split_windows`."""
+
+    def __init__(self, total: int, block_size: int, stride: int) -> None:
+        if not 1 <= stride <= block_size:
+            raise ValueError(f"a stride of {stride} does not fit in blocks of {block_size}")
+        self._total, self._stride, self._length = total, stride, min(block_size, total)
+        self._count = 0 if total == 0 else 1 + -(-(total - self._length) // stride)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+    def __getitem__(self, index: int | slice) -> Window | list[Window]:
+        if isinstance(index, slice):
+            return [self._window(number) for number in range(self._count)[index]]
+        return self._window(range(self._count)[index])
+
+    def covering(self, block: Block) -> range:
+        """The numbers of the windows that predict the positions of `block`."""
+        start, stop = max(block.start, 0), min(block.stop, self._total)
+        return range(self._number_of(start), self._number_of(stop - 1) + 1) if start < stop else range(0)
+
+    def _window(self, number: int) -> Window:
+        if number == 0:
+            return Window(0, 0, self._length)
+        start = self._length + (number - 1) * self._stride
+        stop = min(start + self._stride, self._total)
+        return Window(stop - self._length, start, stop)
+
+    def _number_of(self, position: int) -> int:
+        """The window that predicts a position."""
+        return 0 if position < self._length else 1 + (position - self._length) // self._stride
+
+
+def split_windows(total: int, block_size: int, stride: int) -> WindowSequence:
     """Windows of `block_size` tokens every `stride`, each position in [0, total) predicted exactly once.
 
     The first window predicts all its positions; each later one its last `stride`, so that they have at least
     `block_size - stride` tokens of context. The last window is moved back to be full too: every window has
     exactly min(block_size, total) tokens, so that a batch of them needs no padding and no mask.
     """
-    if not 1 <= stride <= block_size:
-        raise ValueError(f"a stride of {stride} does not fit in blocks of {block_size}")
-    if total == 0:
-        return []
-    length = min(block_size, total)
-    windows = [Window(0, 0, length)]
-    while windows[-1].stop < total:
-        start = windows[-1].stop
-        stop = min(start + stride, total)
-        windows.append(Window(stop - length, start, stop))
-    return windows
+    return WindowSequence(total, block_size, stride)

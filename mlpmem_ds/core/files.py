@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -90,7 +90,15 @@ def publish_json(path: Path, value: Any) -> None:
 def publish_array(path: Path, array: np.ndarray) -> None:
     """Write `array` as .npy (never pickled)."""
     with publish(path) as temporary, open(temporary, "wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+        # Not np.save: it writes past Python's streams, and then a full disk is an error without a number or a name.
+        np.lib.format.write_array(_Stream(stream), array, allow_pickle=False)
+
+
+class _Stream:
+    """A binary file that NumPy does not know for one."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.write = stream.write
 
 
 def read_json(path: Path) -> Any:
@@ -135,11 +143,15 @@ def remove_stale_temporaries(root: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this host runs."""
+    """Whether a process of this host runs; one that was killed and not yet reaped does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # no Linux, or gone in this moment
+        return True
+    return state != "Z"

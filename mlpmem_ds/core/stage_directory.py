@@ -8,28 +8,27 @@
       log.jsonl           events
 
 A unit is a pure function of (identity, unit name), so that any rank may compute it, at any time, and get the same
-bytes. Ranks share nothing but the file system: no rank waits for another inside a list of units.
+bytes. Ranks share nothing but the file system: no rank waits for another inside a list of units. A rank that has made its
+own units makes those of the others that nobody is at (core/claims.py), so that a slow or dead rank delays nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
+import itertools
 import logging
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import mlpmem_ds
 from mlpmem_ds.core.blocks import deal
-from mlpmem_ds.core.config import identity_values, plain_values
+from mlpmem_ds.core.claims import claim, remove_dead_claims
+from mlpmem_ds.core.config import identity_values
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
@@ -43,12 +42,12 @@ from mlpmem_ds.core.files import (
     sha256_of_file,
 )
 from mlpmem_ds.core.log import EventLog
+from mlpmem_ds.core.run_description import describe_run, refuse_other_run
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_WAITING_LINES = 60.0
-_VERSIONED_PACKAGES = ("torch", "transformers", "deepspeed", "faiss-cpu", "webdataset", "zstandard", "numpy")
 
 
 class UnitWriter:
@@ -83,6 +82,8 @@ class StageDirectory:
         self.world = world
         self.log = EventLog(root / "log.jsonl", world)
         self._start = time.monotonic()
+        self._was_complete = self.manifest_path.is_file()
+        self._compute_of_unit: dict[str, Callable[[str, UnitWriter], Mapping[str, Any] | None]] = {}
 
     @property
     def manifest_path(self) -> Path:
@@ -105,31 +106,69 @@ class StageDirectory:
             return f"the record of unit {unit} is damaged"
         return next(filter(None, (fault_of_file(self.root, file) for file in files)), None)
 
-    def run_units(self, units: Sequence[str], compute: Callable[[str, UnitWriter], Mapping[str, Any] | None]) -> int:
-        """Compute those of this rank's units that are not complete; return how many were computed.
+    def run_units(
+        self,
+        units: Sequence[str],
+        compute: Callable[[str, UnitWriter], Mapping[str, Any] | None],
+        *,
+        take_over: bool = True,
+    ) -> int:
+        """Compute this rank's units that are not complete, then the others' that nobody is at; return how many.
 
         Args:
             units: every unit of this phase, in the same order on every rank.
             compute: writes a unit's files through the writer and returns its summary (plain values).
+            take_over: whether any rank can compute any unit. False where `compute` works on one rank alone.
         """
-        mine = deal(units, self.world.rank, self.world.size)
-        num_computed = 0
-        for unit in mine:
-            fault = self.fault_of_unit(unit)
-            if fault is None:
-                continue
+        num_computed = sum(
+            self._make(unit, compute)
+            for unit in deal(units, self.world.rank, self.world.size)
+            if self.fault_of_unit(unit) is not None
+        )
+        if take_over:
+            self._compute_of_unit.update(dict.fromkeys(units, compute))
+            num_computed += sum(self._make(unit, compute, taken_over=True) for unit in self._without_record(units))
+        return num_computed
+
+    def _without_record(self, units: Sequence[str]) -> Iterator[str]:
+        """The others' units that have no record: each rank's last one first, for it gets there last."""
+        recorded = {entry.name for entry in os.scandir(self.root / "done")} if (self.root / "done").is_dir() else set()
+        rank, size = self.world.rank, self.world.size
+        missing = [
+            [unit for unit in reversed(deal(units, (rank + step) % size, size)) if f"{unit}.json" not in recorded]
+            for step in range(1, size)
+        ]
+        for row in itertools.zip_longest(*missing):
+            yield from (unit for unit in row if unit is not None and not self.record_path(unit).is_file())
+
+    def _make(
+        self,
+        unit: str,
+        compute: Callable[[str, UnitWriter], Mapping[str, Any] | None],
+        *,
+        taken_over: bool = False,
+    ) -> bool:
+        """Compute and publish one unit; False where another process is at it, or has just made it."""
+        had_record = self.record_path(unit).exists()
+        self.record_path(unit).parent.mkdir(exist_ok=True)
+        with claim(self._claim_path(unit)) as is_mine:
+            if not is_mine or self.record_path(unit).exists() != had_record:
+                return False
             former = self._former_files(unit)
-            if self.record_path(unit).exists():
-                _logger.warning("%s: making the unit again", fault)
+            if had_record:
+                _logger.warning("%s: making the unit again", self.fault_of_unit(unit))
                 self.manifest_path.unlink(missing_ok=True)  # so that nobody reads the directory meanwhile
             writer = UnitWriter(self.root)
             start = time.monotonic()
             summary = compute(unit, writer)
             self._refuse_other_bytes(unit, former, writer.records)
             self._publish_record(unit, writer.records, summary or {})
-            self.log.write("unit", unit=unit, seconds=round(time.monotonic() - start, 3))
-            num_computed += 1
-        return num_computed
+        seconds = round(time.monotonic() - start, 3)
+        self.log.write("unit", unit=unit, seconds=seconds, **({"taken_over": True} if taken_over else {}))
+        return True
+
+    def _claim_path(self, unit: str) -> Path:
+        return self.root / "done" / f".{unit}.claim"
 
     def _former_files(self, unit: str) -> list[FileRecord] | None:
         """The files of a unit's earlier record; None where there is none that can be read."""
@@ -156,38 +195,58 @@ class StageDirectory:
         publish_json(path, {"unit": unit, "files": [file.to_json() for file in files], "summary": dict(summary)})
 
     def wait_for(self, units: Sequence[str]) -> None:
-        """Wait until every unit of an earlier phase has its record (other ranks make them)."""
+        """Wait until every unit of an earlier phase is complete; make those that nobody is at (a rank may have died)."""
+        self._wait_while_missing(units, lambda unit: self.fault_of_unit(unit) is not None)
+
+    def _wait_while_missing(self, units: Sequence[str], is_missing: Callable[[str], bool]) -> None:
         last_line = time.monotonic()
-        while missing := [unit for unit in units if self.fault_of_unit(unit)]:
+        while missing := [unit for unit in units if is_missing(unit)]:
+            known = [unit for unit in missing if unit in self._compute_of_unit]
+            if any(self._make(unit, self._compute_of_unit[unit], taken_over=True) for unit in known):
+                continue
             if time.monotonic() - last_line > _SECONDS_BETWEEN_WAITING_LINES:
                 last_line = time.monotonic()
                 _logger.warning(
-                    "rank %d waits for %d units, the first is %s", self.world.rank, len(missing), missing[0]
+                    "rank %d waits for %d units that others are at, the first is %s",
+                    self.world.rank,
+                    len(missing),
+                    missing[0],
                 )
             time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def remove_what_the_dead_left(self) -> None:
+        """Remove temporary files and claims of processes that were killed."""
+        remove_stale_temporaries(self.root)
+        for folder in (self.root, self.root / "done"):
+            remove_dead_claims(folder)
 
     def summaries(self, units: Sequence[str]) -> list[dict[str, Any]]:
         return [self.read_record(unit)["summary"] for unit in units]
 
     def finish(self, units: Sequence[str], describe: Callable[[], Mapping[str, Any]]) -> bool:
-        """Publish the manifest if every unit has its record; the rank that completes the last one does it.
+        """Publish the manifest when every unit has its record; one rank does it.
 
-        Returns whether this rank is the one to speak of it: that one, or rank 0 where it was complete before.
+        Units that live ranks are at are waited for, and made here if those ranks die: as long as one rank lives, the
+        directory is completed. Returns whether this rank is the one to speak of it: the one that completed it, or rank
+        0 where it was complete before.
 
         Args:
             units: every unit of every phase.
             describe: the stage's own manifest fields, made from the units' summaries; called only when complete.
         """
+        others = [unit for unit in units if unit in self._compute_of_unit]
+        self._wait_while_missing(others, lambda unit: not self.record_path(unit).is_file())
         seconds = round(time.monotonic() - self._start, 3)
-        was_complete = self.manifest_path.is_file()
         self.log.write("finished", seconds=seconds)
         if not all(self.record_path(unit).is_file() for unit in units):
             return False
-        files = [file for unit in units for file in self.read_record(unit)["files"]]
-        manifest = {**self.identity, **describe(), "files": files}
-        publish_json(self.manifest_path, manifest)
-        if was_complete and not self.world.is_first:
-            return False
+        with claim(self.root / ".manifest.claim") as is_mine:
+            is_done = self.manifest_path.is_file() and not (self._was_complete and self.world.is_first)
+            if is_done or not is_mine:
+                return False
+            files = [file for unit in units for file in self.read_record(unit)["files"]]
+            publish_json(self.manifest_path, {**self.identity, **describe(), "files": files})
+            self.remove_what_the_dead_left()
         _logger.info("complete: %s (%.1f s)", self.root, seconds)
         return True
 
@@ -228,7 +287,7 @@ def open_stage(
         {entry.name for entry in output.iterdir()} if output.is_dir() else set()
     )  # once: other ranks are starting too
     if identity_path.name in names:
-        _refuse_other_run(output, read_json(identity_path), identity)
+        refuse_other_run(output, read_json(identity_path), identity)
     elif any(not name.startswith(".") for name in names):
         raise UserError(f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it")
     output.mkdir(parents=True, exist_ok=True)
@@ -236,41 +295,10 @@ def open_stage(
         publish_json(identity_path, identity)
     directory = StageDirectory(output, identity, world)
     if world.is_first:
-        remove_stale_temporaries(output)
-        publish_json(output / "run.json", _describe_run(config, world))
+        directory.remove_what_the_dead_left()
+        publish_json(output / "run.json", describe_run(config, world))
     directory.log.write("started", world=world.size)
     return directory
-
-
-def _refuse_other_run(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differences = [f"{name} was {old!r}, now {new!r}" for name, old, new in _differences(found, wanted)]
-    if differences:
-        raise UserError(
-            f"--output {output} already holds another run ({'; '.join(differences)}): "
-            "choose another --output, or remove it to start anew"
-        )
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        for key in sorted(set(found) | set(wanted)):
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
-    elif found != wanted:
-        yield name, found, wanted
-
-
-def _describe_run(config: Any, world: World) -> dict[str, Any]:
-    versions = {"mlpmem_ds": mlpmem_ds.__version__, "python": platform.python_version()}
-    for package in _VERSIONED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {
-        "config": plain_values(config),
-        "versions": versions,
-        "world": world.size,
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str, Any], str]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import datetime
-import difflib
 import importlib
 import io
 import json
@@ -20,11 +18,6 @@ import logging
 import os
 import random
 import shutil
-import signal
-import socket
-import subprocess
-import time
-import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +30,13 @@ from torch import nn
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.ds_config import compute_dtype, resolve_numbers, zero_stage
+from mlpmem_ds.engines.processes import (
+    gather_values,
+    keep_freed_memory,
+    leave_process_group,
+    meeting_point,
+)
 from mlpmem_ds.formats.checkpoint import (
     Checkpoint,
     checkpoint_name,
@@ -51,75 +51,10 @@ from mlpmem_ds.formats.checkpoint import (
 )
 
 _logger = logging.getLogger(__name__)
-_AUTO = "auto"
-_MICRO_BATCH, _ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
-_CLIPPING = "gradient_clipping"
-_OWNED = (_MICRO_BATCH, _ACCUMULATION, _CLIPPING)
-_KNOWN = frozenset(
-    {
-        *_OWNED,
-        "train_batch_size",
-        "managed_gradient_accumulation",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "communication_data_type",
-        "bf16",
-        "data_types",
-        "torch_autocast",
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "checkpoint",
-        "aio",
-        "activation_checkpointing",
-        "comms_logger",
-        "flops_profiler",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "steps_per_print",
-        "dump_state",
-        "compile",
-        "log_level",
-        "disable_allgather",
-        "timers",
-    }
-)
-# Top-level keys that DeepSpeed knows or knew, and what to do instead.
-_REFUSED = {
-    "optimizer": "remove it: the optimizer is AdamW, set by --learning-rate and --weight-decay",
-    "scheduler": "remove it: the schedule is set by --schedule and --warmup-fraction",
-    "fp16": "remove it and use bf16: the loss here is never scaled",
-    "elasticity": "remove it: --batch-positions fixes the batch at any number of GPUs, and a rerun resumes on another",
-    "nebula": "remove it: checkpoints are published by this program",
-    "amp": "remove it and use bf16",
-    "compression_training": "remove it: DeepSpeed's compression is gone",
-    "quantize_training": "remove it: DeepSpeed's quantised training is gone",
-    "sparse_gradients": "remove it: gradients here are dense",
-    "sparse_attention": "remove it: the memory has no attention",
-    "eigenvalue": "remove it: DeepSpeed no longer has it",
-    "graph_harvesting": "remove it: DeepSpeed no longer has it",
-    "curriculum_learning": "remove it: DeepSpeed no longer has it",
-    "data_efficiency": "remove it: the order of the data is set by --seed and --shuffle-window-blocks",
-    "progressive_layer_drop": "remove it: DeepSpeed no longer has it",
-    "tensorboard": "remove it: OUTPUT/tensorboard is written by this program",
-    "csv_monitor": "remove it: OUTPUT/metrics.jsonl is written by this program",
-    "wandb": "remove it: OUTPUT/metrics.jsonl and OUTPUT/tensorboard are written by this program",
-    "autotuning": "remove it and set --micro-batch-positions",
-}
-_REFUSED_ZERO = {
-    "mics_shard_size": "remove it: DeepSpeed no longer has MiCS; zero_hpz_partition_size keeps shards inside a node",
-    "mics_hierarchical_params_gather": "remove it: DeepSpeed no longer has MiCS",
-    "zeropp_loco_param": "remove it: DeepSpeed no longer has it",
-    "elastic_checkpoint": "remove it: another world size resumes by itself",
-}
 # The lists of this rank's flat float32 weights in DeepSpeed's ZeRO-3, ZeRO-1/2 and bf16 ZeRO-1 optimizers.
 _FLAT_MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-_SECONDS_FOR_THREADS = 0.1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-
-
-# ---------------------------------------------------------------------------------------------- processes
+_CHECKPOINT_BYTES_OF_A_PARAMETER = 14  # float32 master weight and two moments, bfloat16 weight
 
 
 def import_deepspeed() -> Any:
@@ -137,14 +72,6 @@ def import_deepspeed() -> Any:
     return library
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks: a training step frees and asks again for the same ones."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
 def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> None:
     """Start the process group (NCCL with CUDA, else gloo) whatever launcher started us; a world of one needs none.
 
@@ -156,7 +83,7 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
     if torch.distributed.is_initialized():
         return
     deepspeed = import_deepspeed()
-    address, port = _meeting_point(world, os.environ)
+    address, port = meeting_point(world, os.environ)
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.size),
@@ -164,7 +91,7 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
-    _keep_freed_memory()
+    keep_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
     deepspeed.init_distributed(
@@ -173,208 +100,27 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
         timeout=timeout,
         verbose=False,
     )
-    atexit.register(_leave_process_group)
-
-
-def _leave_process_group() -> None:
-    """Before the interpreter ends: leave the group, and let gloo's threads drop the last tensors.
-
-    They take Python's lock to do so, and one that asks for it while the interpreter is being taken down aborts the
-    process ("terminate called without an active exception", one start in four with torch 2.13).
-    """
-    if torch.distributed.is_initialized():
-        time.sleep(_SECONDS_FOR_THREADS)
-        torch.distributed.destroy_process_group()
-    time.sleep(_SECONDS_FOR_THREADS)
-
-
-def _meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port of rank 0, which every rank works out alike."""
-    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    if world.size == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return "127.0.0.1", probe.getsockname()[1]
-    job = next(
-        (
-            environment[name]
-            for name in ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
-            if name in environment
-        ),
-        "",
-    )
-    port = int(environment.get("MASTER_PORT", 20000 + zlib.crc32(job.encode()) % 20000))
-    if "MASTER_ADDR" in environment:
-        return environment["MASTER_ADDR"], port
-    if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size) or environment.get("SLURM_NNODES") == "1":
-        return "127.0.0.1", port
-    if "SLURM_JOB_NODELIST" in environment:
-        with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
-            names = subprocess.run(
-                ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()
-            return names[0], port
-    raise UserError(
-        f"{world.size} ranks on several hosts do not know where to meet: set MASTER_ADDR to the name of "
-        "rank 0's host (and MASTER_PORT to a free port), or start with torchrun or deepspeed"
-    )
-
-
-def gather_values(value: Any, world: World) -> list[Any]:
-    """Every rank's plain value, in rank order."""
-    if world.size == 1:
-        return [value]
-    values: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-class StopRequest:
-    """SIGTERM and SIGUSR1 (and the death of the deepspeed launcher) ask for a stop at the next step that all agree on.
-
-    The answer of a step is the one that was asked at the step before: nobody waits for it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._asked = False
-        self._device = device
-        self._pending: tuple[torch.Tensor, Any] | None = None
-        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        self._runner = _launcher_of_launcher()
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked by the step before; to be called by every rank once a step."""
-        answer = False
-        if self._pending is not None:
-            flag, work = self._pending
-            work.wait()
-            answer = bool(flag.item())
-        # The deepspeed command does not pass SIGTERM on; its death is the only thing that the ranks can see.
-        if self._runner is not None and _launcher_of_launcher() != self._runner:
-            self._asked = True
-        flag = torch.tensor([float(self._asked)], device=self._device)
-        self._pending = flag, torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
-        return answer
-
-    def close(self) -> None:
-        """Give the signals back."""
-        if self._pending is not None:
-            self._pending[1].wait()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-def _launcher_of_launcher() -> int | None:
-    """The process above DeepSpeed's per-node launcher (the `deepspeed` command); None under other launchers."""
-    parent = Path("/proc") / str(os.getppid())
-    try:
-        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
-            return None
-        return int((parent / "stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-# ---------------------------------------------------------------------------------------------- configuration
+    atexit.register(leave_process_group)
 
 
 def resolve_ds_config(
     path: Path, *, batch: int, batch_flag: str, world_size: int, max_micro_batch: int, gradient_clipping: float
 ) -> dict[str, Any]:
-    """Read a DeepSpeed JSON strictly, and put our numbers where it says "auto".
-
-    Args:
-        path: the file.
-        batch: global batch, in the unit of the micro-batch (positions, or sequences).
-        batch_flag: the flag that set it, for messages.
-        world_size: number of ranks.
-        max_micro_batch: upper bound of a rank's micro-batch; the largest divisor below it is taken.
-        gradient_clipping: norm, 0 = none.
+    """`ds_config.resolve_numbers`, and DeepSpeed's own check of the sections; nothing is written.
 
     Raises:
-        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers that do not fit.
+        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers or values that do not fit.
     """
-    config = _read_ds_config(path)
-    _refuse_keys(path, config)
-    if batch % world_size:
-        raise UserError(
-            f"{batch_flag} {batch:,} cannot be dealt evenly to {world_size} ranks: choose a multiple of "
-            f"{world_size}, such as {(batch // world_size + 1) * world_size:,}"
-        )
-    share = batch // world_size
-    micro = config.get(_MICRO_BATCH, _AUTO)
-    if micro == _AUTO:
-        micro = next(size for size in range(min(share, max_micro_batch), 0, -1) if share % size == 0)
-    if not isinstance(micro, int) or micro < 1 or share % micro:
-        raise UserError(
-            f"{path}: {_MICRO_BATCH} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,} over "
-            f'{world_size} ranks: write "auto"'
-        )
-    derived = {_MICRO_BATCH: micro, _ACCUMULATION: share // micro, "train_batch_size": batch}
-    for name, value in derived.items():
-        if config.get(name, _AUTO) not in (_AUTO, value):
-            raise UserError(
-                f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks with "
-                f'micro-batches of {micro:,} makes it {value:,}: write "auto" or leave it out'
-            )
-    if config.get(_CLIPPING, _AUTO) not in (_AUTO, gradient_clipping):
-        raise UserError(
-            f"{path}: {_CLIPPING} is {config[_CLIPPING]!r}, but --gradient-clipping is {gradient_clipping}: write "
-            '"auto", or give the flag the same number'
-        )
-    resolved = {**config, **derived, _CLIPPING: gradient_clipping}
-    for place in _find_auto(resolved):
-        raise UserError(
-            f'{path}: {place} is "auto", which only Hugging Face\'s Trainer resolves: give a number ("auto" '
-            f"is for {', '.join(_OWNED)})"
-        )
+    resolved = resolve_numbers(
+        path,
+        batch=batch,
+        batch_flag=batch_flag,
+        world_size=world_size,
+        max_micro_batch=max_micro_batch,
+        gradient_clipping=gradient_clipping,
+    )
     _check_sections(path, resolved)
     return resolved
-
-
-def _read_ds_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"--ds-config {path} does not exist: choose one of ds_configs/") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--ds-config {path} is not a JSON file ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"--ds-config {path} must hold a JSON object, not a {type(config).__name__}")
-    return config
-
-
-def _refuse_keys(path: Path, config: Mapping[str, Any]) -> None:
-    zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(f"{path}: zero_optimization must be an object, not {zero!r}")
-    for name in config:
-        if name in _REFUSED:
-            raise UserError(f"{path}: {name!r} is not taken: {_REFUSED[name]}")
-        if name not in _KNOWN:
-            near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.5)
-            raise UserError(
-                f"{path}: unknown key {name!r}; "
-                f"{f'did you mean {near[0]!r}?' if near else f'known are {sorted(_KNOWN)}'}"
-            )
-    for name in zero:
-        if name in _REFUSED_ZERO:
-            raise UserError(f"{path}: 'zero_optimization.{name}' is not taken: {_REFUSED_ZERO[name]}")
-
-
-def _find_auto(value: Any, place: str = "") -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _find_auto(inner, f"{place}.{name}".lstrip("."))
-    elif value == _AUTO:
-        yield place
 
 
 def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
@@ -407,22 +153,6 @@ def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def zero_stage(config: Mapping[str, Any]) -> int:
-    return int(config.get("zero_optimization", {}).get("stage", 0))
-
-
-def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of weights and activations: bfloat16 where the file enables bf16, else float32."""
-    return torch.bfloat16 if config.get("bf16", {}).get("enabled", False) else torch.float32
-
-
-def micro_batches_per_step(config: Mapping[str, Any]) -> int:
-    return int(config["gradient_accumulation_steps"])
-
-
-# ---------------------------------------------------------------------------------------------- engine
-
-
 @dataclass(frozen=True, kw_only=True)
 class AdamWSettings:
     """The learning rate comes with each step."""
@@ -450,6 +180,11 @@ class Engine:
         self.device: torch.device = torch.device(engine.device)
 
     @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that speaks."""
+        return self._world.is_first
+
+    @property
     def module(self) -> nn.Module:
         """The wrapped model; under ZeRO-3 its parameters are empty outside a forward."""
         module: nn.Module = self._engine.module
@@ -465,12 +200,43 @@ class Engine:
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         outputs = []
-        for arguments in micro_batches:
+        for number, arguments in enumerate(micro_batches, start=1):
             output = self._engine(*arguments)
             self._engine.backward(output[0])
-            self._engine.step()
+            is_skipped = self.stage == 0 and number == len(micro_batches) and not self._has_finite_gradients()
+            with self._without_update() if is_skipped else contextlib.nullcontext():
+                self._engine.step()
             outputs.append(tuple(tensor.detach() for tensor in output))
         return outputs
+
+    def _has_finite_gradients(self) -> bool:
+        """Stage 0 would apply any; they are the same on every rank by now."""
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+
+    @contextlib.contextmanager
+    def _without_update(self) -> Iterator[None]:
+        """For a step that counts, and changes neither weights nor moments."""
+        optimizer, update = self._engine.optimizer, self._engine.optimizer.step
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        optimizer.step = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            optimizer.step = update
+        self._engine.skipped_steps += 1
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """For forwards without gradients; every rank must run as many."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
 
     @property
     def gradient_norm(self) -> float:
@@ -485,8 +251,8 @@ class Engine:
 
     # -- checkpoints
 
-    def save(self, root: Path, step: int, *, fields: Mapping[str, Any], values: Mapping[str, Any], keep: int) -> None:
-        """Publish the checkpoint of `step` below `root` and remove all but the newest `keep`.
+    def save(self, root: Path, step: int, *, fields: Mapping[str, Any], values: Mapping[str, Any], keep: int) -> Path:
+        """Publish the checkpoint of `step` below `root` and remove all but the newest `keep`; where it is.
 
         Args:
             root: OUTPUT/checkpoints.
@@ -494,13 +260,20 @@ class Engine:
             fields: the manifest's description of what is trained.
             values: plain values that `resume` gives back, the same on every rank.
             keep: checkpoints kept.
+
+        Raises:
+            UserError: the disk is full, or refuses the files for another reason; older checkpoints stay.
         """
         name = checkpoint_name(step) + ".tmp"
-        if self._world.is_first:
-            root.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(root)
-        self.wait()
-        self._engine.save_checkpoint(str(root), tag=name, client_state={"mlpmem": {"step": step}}, save_latest=False)
+        fault = self._prepare_place(root) if self._world.is_first else None
+        if fault := gather_values(fault, self._world)[0]:
+            raise UserError(fault)
+        try:
+            self._engine.save_checkpoint(
+                str(root), tag=name, client_state={"mlpmem": {"step": step}}, save_latest=False
+            )
+        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where a disk is full
+            self._give_up_saving(root, step, error)
         self.wait()
         names = sorted(str(path.relative_to(root / name)) for path in (root / name).rglob("*") if path.is_file())
         shares = gather_values(
@@ -514,12 +287,46 @@ class Engine:
                 "skipped_steps": self.skipped_steps,
                 "values": dict(values),
             }
-            publish_checkpoint(root, step, described, [record for share in shares for record in share])
+            try:
+                publish_checkpoint(root, step, described, [record for share in shares for record in share])
+            except OSError as error:
+                self._give_up_saving(root, step, error)
             remove_old_checkpoints(root, keep)
         self.wait()
+        return root / checkpoint_name(step)
 
-    def resume(self, root: Path) -> SavedState | None:
-        """Load the newest checkpoint below `root` whose files match its manifest; None where there is none at all.
+    def _prepare_place(self, root: Path) -> str | None:
+        """Make the directory, remove what a killed run left there, and say so where the disk cannot hold a checkpoint."""
+        root.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(root)
+        needed = sum(_numel(parameter) for parameter in self.module.parameters()) * _CHECKPOINT_BYTES_OF_A_PARAMETER
+        free = shutil.disk_usage(root).free
+        if free < needed:
+            return (
+                f"a checkpoint needs {needed / 1e9:.2f} GB, and {root} has {free / 1e9:.2f} GB free: free some space "
+                "and run the same command again, it continues from the newest checkpoint"
+            )
+        return None
+
+    def _give_up_saving(self, root: Path, step: int, error: Exception) -> None:
+        """Raise a UserError with the remedy; what was half written goes."""
+        shutil.rmtree(root / (checkpoint_name(step) + ".tmp"), ignore_errors=True)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the checkpoint of step {step} could not be written below {root} ({reason}; "
+            f"{shutil.disk_usage(root).free / 1e9:.2f} GB are free there): free some space and run the same command again, "
+            "it continues from the newest checkpoint, which is untouched"
+        ) from error
+
+    def resume(
+        self, root: Path, *, copies: Path | None = None, fields: Mapping[str, Any] | None = None
+    ) -> SavedState | None:
+        """Load the newest checkpoint whose files match its manifest; None where there is none at all.
+
+        Args:
+            root: OUTPUT/checkpoints.
+            copies: a second place of the same checkpoints, or None.
+            fields: the manifest's description of what is trained; a copy of another training is refused.
 
         Raises:
             UserError: there are checkpoints and none of them is whole, or the ZeRO stage cannot be changed to this one.
@@ -527,18 +334,22 @@ class Engine:
         if self._world.is_first:
             remove_unfinished(root)
         self.wait()
-        candidates = list_checkpoints(root)
+        places = [root] if copies is None else [root, copies]
+        candidates = sorted(
+            (path for place in places for path in list_checkpoints(place)), key=lambda path: path.name, reverse=True
+        )
         for path in candidates:
             fault = self._fault_of(path)
             if fault is None:
                 checkpoint = read_checkpoint(path)
+                _refuse_other_training(checkpoint, fields or {})
                 self._load(checkpoint)
                 _logger.info("resuming from %s (step %d)", path, checkpoint.step)
                 return SavedState(step=checkpoint.step, values=checkpoint.manifest["values"])
             if self._world.is_first:
-                _logger.warning("%s: not resuming from %s, it is set aside as *.damaged", fault, path.name)
+                _logger.warning("%s: not resuming from %s, it is set aside as *.damaged", fault, path)
                 set_aside(path)
-        damaged = [*root.glob("step-*.damaged")] if root.is_dir() else []
+        damaged = [path for place in places if place.is_dir() for path in place.glob("step-*.damaged")]
         if candidates or damaged:
             raise UserError(
                 f"no checkpoint in {root} is whole ({len(candidates) or len(damaged)} damaged): restore one from "
@@ -654,6 +465,15 @@ class Engine:
         if self._world.size > 1:
             torch.distributed.all_reduce(values)
         return values / self._world.size
+
+
+def _refuse_other_training(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> None:
+    for name, wanted in fields.items():
+        if checkpoint.manifest.get(name) != wanted:
+            raise UserError(
+                f"{checkpoint.path} is of another training (its {name} differs): give each training its own --output and "
+                "--copy-to"
+            )
 
 
 def build_engine(

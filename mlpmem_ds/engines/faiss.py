@@ -20,7 +20,13 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.maths.knn import squared_distances
+from mlpmem_ds.maths.centroids import (
+    ITERATIONS,
+    TWO_LEVEL_ABOVE,
+    integer_centroids,
+    nearest_centroids,
+    two_level_centroids,
+)
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Index: TypeAlias = Any  # faiss.Index; its Python classes carry no types
@@ -28,17 +34,20 @@ Index: TypeAlias = Any  # faiss.Index; its Python classes carry no types
 POINTS_PER_CENTROID = 64  # faiss warns below 39 and samples down above 256
 _MIN_POINTS_PER_CENTROID = 39
 _MIN_KEYS_PER_LIST = 192
-_ITERATIONS = 10
+_ID_BYTES = 8
 _CODE_ITERATIONS = 6  # of the product quantizer, whose training costs most: .7 s each at 64 x 8 bits
-_TILE_ELEMENTS = 2**23  # distances at hand while vectors are compared with centroids
+_CODE_TRAINING_VECTORS = (
+    1 << 16
+)  # that faiss trains its codes on; a product quantizer takes 64 for each of its centroids
+_FILL_ROWS = 1 << 14  # vectors at hand as float32 while a shard is filled
 
 
-def choose_factory(num_vectors: int, dim: int) -> tuple[str, str]:
-    """The factory string for N vectors of D dimensions, and the reason in words.
+def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) -> tuple[str, str]:
+    """The factory string for N vectors of D dimensions in this memory (None: enough), and the reason in words.
 
     Lists: the power of two nearest to 4·sqrt(N), but at least 192 keys a list, so that 64 training points a list are at
-    most a third of the keys. Codes: one byte for each 4 dimensions; half a byte, or the vector itself, where there are
-    too few keys to train a product quantizer.
+    most a third of the keys. Codes: one byte for each 4 dimensions, down to 16 while the index would fill more than half of the
+    memory; half a byte, or the vector itself, where there are too few keys to train a product quantizer.
     """
     wanted = 2 ** round(np.log2(4 * np.sqrt(max(num_vectors, 1))))
     most = max(1, num_vectors // _MIN_KEYS_PER_LIST)
@@ -47,9 +56,27 @@ def choose_factory(num_vectors: int, dim: int) -> tuple[str, str]:
     bits = next((bits for bits in (8, 4) if num_vectors >= _MIN_POINTS_PER_CENTROID * 2**bits), 0)
     if not bits:
         return f"IVF{num_lists},Flat", f"{reason}; too few to train a product quantizer, so whole vectors"
-    parts = next(parts for parts in range(max(1, dim // 4), 0, -1) if dim % parts == 0)
+    divisors = [parts for parts in range(max(1, dim // 4), max(1, dim // 16) - 1, -1) if dim % parts == 0] or [1]
+    parts = divisors[0]
+    if memory_bytes is not None:
+        fitting = (parts for parts in divisors if 2 * num_vectors * (parts * bits // 8 + _ID_BYTES) <= memory_bytes)
+        parts = next(fitting, divisors[-1])
+        if parts != divisors[0]:
+            reason += f"; {divisors[0]} bytes a key would fill more than half of {memory_bytes / 1e9:.1f} GB of memory"
     suffix = "" if bits == 8 else f"x{bits}"
     return f"IVF{num_lists},PQ{parts}{suffix}", f"{reason}; {bits} bits for each {dim // parts} of {dim} dimensions"
+
+
+def index_bytes(factory: str, dim: int, num_vectors: int, num_shards: int) -> int:
+    """Bytes of an index directory: codes and ids, and in each file the quantizers and two counts a list."""
+    ivf = _inverted_file(_make(factory, dim))
+    quantizers = ivf.nlist * dim * 4 + (ivf.pq.M * ivf.pq.ksub * ivf.pq.dsub * 4 if hasattr(ivf, "pq") else 0)
+    return num_vectors * (ivf.code_size + _ID_BYTES) + (num_shards + 1) * (quantizers + 16 * ivf.nlist)
+
+
+def num_gpus() -> int:
+    """GPUs that this build of faiss can use: 0 with faiss-cpu."""
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "get_num_gpus") else 0
 
 
 def check_factory(factory: str, dim: int, num_vectors: int) -> int:
@@ -76,49 +103,76 @@ def num_training_vectors(factory: str, dim: int) -> int:
     return POINTS_PER_CENTROID * max(ivf.nlist, 0 if quantizer is None else quantizer.ksub)
 
 
-def train(vectors_ND: Array, factory: str, *, seed: int = 0) -> Index:
-    """Train the coarse quantizer and the code of an empty index on a sample; int8 vectors give integer centroids."""
+def train(vectors_ND: Array, factory: str, *, seed: int = 0, two_level_above: int = TWO_LEVEL_ABOVE) -> Index:
+    """Train the coarse quantizer and the code of an empty index on a sample; int8 vectors give integer centroids.
+
+    Above `two_level_above` lists the coarse quantizer is trained in two levels.
+    """
     index = _make(factory, vectors_ND.shape[1])
     ivf = _inverted_file(index)
-    _bound(ivf.cp, seed, _ITERATIONS)
+    _bound(ivf.cp, seed, ITERATIONS)
     if hasattr(ivf, "pq"):
         _bound(ivf.pq.cp, seed, _CODE_ITERATIONS)
     if hasattr(ivf, "do_polysemous_training"):
         ivf.do_polysemous_training = False  # it only orders the codes for a Hamming filter, in 80 s of the 90
+    if hasattr(ivf, "use_precomputed_table"):
+        ivf.use_precomputed_table = -1  # nlist x M x 1 kB that only a search reads; it is made when the index is read
+    stride = max(1, len(vectors_ND) // max(_CODE_TRAINING_VECTORS, ivf.nlist))
     if vectors_ND.dtype == np.int8 and not isinstance(index, faiss.IndexPreTransform):
-        centroids_LD = integer_centroids(vectors_ND, ivf.nlist, seed=seed).astype(np.float32)
-        ivf.quantizer.train(centroids_LD)
-        ivf.quantizer.add(centroids_LD)
+        centroids_LD = integer_centroids(
+            vectors_ND, ivf.nlist, seed=seed, device=_device(), two_level_above=two_level_above
+        ).astype(np.float32)
+        _set_centroids(ivf, centroids_LD)
+        vectors_ND = vectors_ND[::stride]  # what is left to train is the code
+    elif ivf.nlist > two_level_above:
+        _train_transforms(index, vectors_ND[::stride])
+        _set_centroids(ivf, _two_level_centroids(_transform(index, vectors_ND), ivf.nlist, seed))
+        vectors_ND = vectors_ND[::stride]
+    elif num_gpus():
+        on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
+        ivf.clustering_index = on_gpus
     index.train(vectors_ND.astype(np.float32))
+    ivf.clustering_index = None  # it is not written, and nothing trains any more
     return index
 
 
-def integer_centroids(codes_ND: Array, num_lists: int, *, seed: int, iterations: int = _ITERATIONS) -> Array:
-    """k-means whose centroids are rounded to int8 in every step: int8 [L, D], bit for bit the same on any machine.
+def _set_centroids(ivf: Any, centroids_LD: Array) -> None:
+    ivf.quantizer.train(centroids_LD)
+    ivf.quantizer.add(centroids_LD)
 
-    Starts from L of the codes drawn by `seed`. A list that stays empty takes the code farthest from its centroid.
-    """
-    codes = torch.from_numpy(np.require(codes_ND, requirements=["C", "W"]))
-    start_L = np.sort(np.random.default_rng(seed).choice(len(codes_ND), num_lists, replace=False))
-    centroids = codes[torch.from_numpy(start_L)]
-    for _ in range(iterations):
-        nearest_N1, distances_N1 = _nearest(codes, centroids, 1)
-        nearest_N = torch.from_numpy(nearest_N1[:, 0])
-        sums_LD = torch.zeros(centroids.shape, dtype=torch.int32).index_add_(0, nearest_N, codes.to(torch.int32))
-        counts_L = torch.bincount(nearest_N, minlength=num_lists)
-        moved = (sums_LD.double() / counts_L.clamp(min=1)[:, None]).round().to(torch.int8)
-        empty = torch.nonzero(counts_L == 0)[:, 0]
-        farthest = np.argsort(-distances_N1[:, 0], kind="stable")[: len(empty)]
-        moved[empty] = codes[torch.from_numpy(farthest)]
-        if torch.equal(moved, centroids):
-            break
-        centroids = moved
-    return centroids.numpy()
+
+def _train_transforms(index: Index, vectors_ND: Array) -> None:
+    """Train what comes before the inverted file, each step on what the one before it makes."""
+    chain: Any = index.chain if isinstance(index, faiss.IndexPreTransform) else None
+    vectors_ND = vectors_ND.astype(np.float32)
+    for number in range(chain.size() if chain else 0):
+        step = faiss.downcast_VectorTransform(chain.at(number))
+        if not step.is_trained:
+            step.train(vectors_ND)
+        vectors_ND = step.apply(vectors_ND)
+
+
+def _two_level_centroids(vectors_ND: Array, num_lists: int, seed: int) -> Array:
+    """k-means of faiss in two levels over floats: float32 [L, D]."""
+
+    def cluster(part_ND: Array, count: int) -> Array:
+        kmeans = faiss.Kmeans(part_ND.shape[1], count, gpu=num_gpus() > 0)
+        _bound(kmeans.cp, seed, ITERATIONS)
+        kmeans.train(part_ND)
+        return np.ascontiguousarray(kmeans.centroids)
+
+    return two_level_centroids(np.ascontiguousarray(vectors_ND, np.float32), num_lists, cluster)
 
 
 def fill(index: Index, vectors_ND: Array, ids_N: Array) -> None:
-    """Add vectors under their ids (int64), each to its nearest list."""
+    """Add vectors under their ids (int64), each to its nearest list; a fixed number of them is at hand as float32."""
     ids_N = np.ascontiguousarray(ids_N, dtype=np.int64)
+    for start in range(0, len(ids_N), _FILL_ROWS):
+        rows = slice(start, start + _FILL_ROWS)
+        _fill(index, vectors_ND[rows], ids_N[rows])
+
+
+def _fill(index: Index, vectors_ND: Array, ids_N: Array) -> None:
     ivf = _inverted_file(index)
     if isinstance(ivf, faiss.IndexIVFFastScan):  # its packed lists can only be filled by its own method
         index.add_with_ids(vectors_ND.astype(np.float32), ids_N)
@@ -165,6 +219,12 @@ def join(shards: Sequence[Index]) -> Index:
     for other in others:
         first.merge_from(other, 0)
     return first
+
+
+def keep_first(index: Index, num_keys: int) -> Index:
+    """The index without the keys whose ids are `num_keys` and more; changed in place."""
+    index.remove_ids(faiss.IDSelectorRange(num_keys, np.iinfo(np.int64).max))
+    return index
 
 
 def inverted_lists(shards: Sequence[Index]) -> tuple[Array, Array]:
@@ -228,6 +288,11 @@ def _inverted_file(index: Index) -> Any:
     return inner
 
 
+def _device() -> torch.device:
+    """Where vectors are compared with centroids."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _bound(parameters: Any, seed: int, iterations: int) -> None:
     """Make a k-means of faiss repeatable and of known cost; it warns on standard error unless few points are allowed."""
     parameters.niter, parameters.seed = iterations, seed
@@ -249,28 +314,7 @@ def _nearest_lists(index: Index, vectors_QD: Array, nprobe: int) -> tuple[Array,
     if vectors_QD.dtype == np.int8 and (centroids_LD == centroids_LD.astype(np.int8)).all():
         centroids_LD = centroids_LD.astype(np.int8)
     vectors = torch.from_numpy(np.require(vectors_QD, requirements=["C", "W"]))  # a read-only memory map is copied
-    return _nearest(vectors, torch.from_numpy(centroids_LD), min(nprobe, ivf.nlist))
-
-
-def _nearest(vectors: torch.Tensor, centroids: torch.Tensor, count: int) -> tuple[Array, Array]:
-    """(numbers int64, squared distances float32), both [N, count], in the order (distance, number)."""
-    numbers, distances = np.empty((len(vectors), count), np.int64), np.empty((len(vectors), count), np.float32)
-    step = max(1, _TILE_ELEMENTS // len(centroids))
-    buffer = torch.empty((min(step, len(vectors)), len(centroids)), dtype=torch.int64)
-    for start in range(0, len(vectors), step):
-        tile = squared_distances(vectors[start : start + step], centroids)
-        is_integer = tile.dtype == torch.int32
-        ranks = tile if is_integer else tile.abs_().view(torch.int32)  # a non-negative float orders like its bits
-        packed_tensor = buffer[: len(ranks)].copy_(ranks).mul_(1 << 32).add_(torch.arange(len(centroids)))
-        packed = packed_tensor.numpy()
-        if 1 < count < len(centroids):
-            packed.partition(count - 1, axis=1)
-        packed = np.sort(packed[:, :count], axis=1) if count > 1 else packed.min(axis=1, keepdims=True)
-        rows = slice(start, start + len(packed))
-        numbers[rows] = packed & 0xFFFFFFFF
-        ranks_found = (packed >> 32).astype(np.int32)
-        distances[rows] = ranks_found if is_integer else ranks_found.view(np.float32)
-    return numbers, distances
+    return nearest_centroids(vectors, torch.from_numpy(centroids_LD).to(_device()), nprobe)
 
 
 def _merge(distances_QC: Array, ids_QC: Array, k: int) -> tuple[Array, Array]:

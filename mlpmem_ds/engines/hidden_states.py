@@ -8,20 +8,25 @@ B windows, S tokens, D width, n positions.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from tokenizers import Tokenizer
-from transformers.utils import cached_file
+from torch import nn
 
 from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
+from mlpmem_ds.engines.model_files import model_file
+from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.interpolation import label_log_probabilities
 from mlpmem_ds.models.backbone import (
@@ -34,6 +39,7 @@ from mlpmem_ds.models.backbone import (
     resolve_layer,
 )
 
+_logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,38 +80,113 @@ class PositionStates:
 
 
 class TransformersSource:
-    """A Hugging Face causal language model as a StateSource."""
+    """A Hugging Face causal language model as a StateSource. `layers_path` names its decoder's layers; `flag` named it."""
 
     def __init__(
-        self, path: str, *, dtype: str = "auto", device: str = "auto", attention: str = "sdpa", local_rank: int = 0
+        self,
+        path: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        attention: str = "sdpa",
+        local_rank: int = 0,
+        layers_path: str | None = None,
+        flag: str = "--model",
+        device_map: str | dict[str, Any] | None = None,
+        offload_folder: Path | None = None,
     ) -> None:
+        self._layers_path = layers_path
         self.device = torch.device(resolve_device(device, local_rank))
         self.dtype_name = resolve_dtype(dtype, self.device)
         try:
-            self.model = load_base(path, dtype=DTYPES[self.dtype_name], device=self.device, attention=attention)
-            self.num_layers = len(decoder_layers(self.model))
-            self._transform = logit_transform(self.model)
+            self.model = load_base(
+                path,
+                dtype=DTYPES[self.dtype_name],
+                device=self.device,
+                attention=attention,
+                device_map=device_map,
+                offload_folder=offload_folder,
+            )
+            self._layers = decoder_layers(self.model, layers_path)
+            with self._head():
+                self._transform = logit_transform(self.model)
         except ValueError as error:
-            raise UserError(f"--model {path}: {error}") from error
+            raise UserError(f"{flag} {path}: {error}") from error
         config = self.model.config.get_text_config()
+        self.num_layers = len(self._layers)
         self.width = config.hidden_size
         self.vocab_size = len(output_head(self.model)[0])
         self.max_context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._attention = attention
+        self._length_seen = 0
 
     @torch.no_grad()
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
-        captured = capture(self.model, list(dict.fromkeys(points.values())))(tokens_BS.to(self.device))
-        states = {name: captured.states[point].float().cpu() for name, point in points.items()}
+        wanted = list(dict.fromkeys(points.values()))
+        reader = capture(self.model, wanted, layers_path=self._layers_path)
+        length = tokens_BS.shape[1]
+        if length > self._length_seen:  # once: the first batch has windows of the full length
+            self._length_seen = length
+            with masks_of_layers(self._layers) as masks:
+                captured = reader(tokens_BS.to(self.device))
+            if self._attention == "sdpa" and any(masks):
+                _logger.warning(
+                    "%d of %d layers read windows of %d tokens with an attention mask (a sliding window that is shorter?): "
+                    "slower than without",
+                    sum(masks),
+                    self.num_layers,
+                    length,
+                )
+        else:
+            captured = reader(tokens_BS.to(self.device))
+        on_cpu = {point: _to_cpu(captured.states[point]) for point in wanted}
+        for device in {state.device for state in captured.states.values() if state.is_cuda}:
+            torch.cuda.synchronize(device)
+        states = {name: on_cpu[point].float() for name, point in points.items()}
         return BatchStates(states=states, final_BSD=captured.final_BSD)
 
     @torch.no_grad()
     def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> np.ndarray:
-        weight_VD, bias_V = output_head(self.model)
         transform = None if self._transform.is_identity else self._transform
-        result_N = label_log_probabilities(
-            final_ND, weight_VD, values_N.to(self.device), bias=bias_V, transform=transform
-        )
+        with self._head():
+            weight_VD, bias_V = output_head(self.model)
+            device = weight_VD.device
+            result_N = label_log_probabilities(
+                final_ND.to(device), weight_VD, values_N.to(device), bias=bias_V, transform=transform
+            )
         return result_N.cpu().numpy()
+
+    def _head(self) -> contextlib.AbstractContextManager[None]:
+        """The output head's weights at hand: where the base is spread over devices, they may lie on another or on disk."""
+        if not hasattr(self.model, "hf_device_map"):
+            return contextlib.nullcontext()
+        return align_module_device(self.model.get_output_embeddings())
+
+
+def _to_cpu(state_BSD: torch.Tensor) -> torch.Tensor:
+    """A copy through pinned memory, in the base's own dtype, that is done when the device is; on a CPU the tensor itself."""
+    if not state_BSD.is_cuda:
+        return state_BSD
+    pinned_BSD = torch.empty(state_BSD.shape, dtype=state_BSD.dtype, pin_memory=True)
+    return pinned_BSD.copy_(state_BSD, non_blocking=True)
+
+
+@contextlib.contextmanager
+def masks_of_layers(layers: Iterable[nn.Module]) -> Iterator[list[bool]]:
+    """While open, the forwards of these layers add to the list whether they were given an attention mask.
+
+    Full windows need none: without one, scaled_dot_product_attention takes its causal kernel.
+    """
+    masks: list[bool] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [value for value in args if isinstance(value, torch.Tensor) and value.ndim == 4]
+        masks.append(bool(tensors) or kwargs.get("attention_mask") is not None)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
+        yield masks
 
 
 def resolve_device(device: str, local_rank: int = 0) -> str:
@@ -138,7 +219,7 @@ def check_source_reads(source: StateSource, corpus: CorpusSplit, model: str, *, 
             f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens, the model reads at most "
             f"{source.max_context} ({flag} {model}): prepare it with a smaller --block-size"
         )
-    own, common = _model_file(model, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
+    own, common = model_file(model, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
     if own is None or not common.is_file():
         return
     ids = Tokenizer.from_file(str(common)).get_vocab()
@@ -163,19 +244,54 @@ def resolve_point(source: StateSource, layer: int | float, point: str, *, flag: 
 
 
 def scan_positions(
-    source: StateSource, corpus: CorpusSplit, block: Block, points: Mapping[str, CapturePoint], *, batch_windows: int
+    source: StateSource,
+    corpus: CorpusSplit,
+    block: Block,
+    points: Mapping[str, CapturePoint],
+    *,
+    batch_windows: int,
+    with_log_probabilities: bool = True,
+    ahead: bool | None = None,
 ) -> Iterator[PositionStates]:
     """Run the base over the windows that predict the positions of `block`; give their rows in order, batch by batch.
 
-    The batches are the same whoever asks for the block, so that its rows are too.
+    The batches are the same whoever asks for the block, so that its rows are too. Where the log-probabilities are not wanted
+    (keys of a model that is not the memory's base), the head is not multiplied, and their array is empty.
+
+    `ahead`: a thread runs the next batch while the caller works on this one; None = where the base is on a GPU. (On a
+    CPU both would want the same cores.) The generator must be at its end, or dropped, before the base is used otherwise.
     """
-    windows = [window for window in corpus.windows() if window.start < block.stop and window.stop > block.start]
-    for at in range(0, len(windows), batch_windows):
-        yield _scan_batch(source, corpus, block, windows[at : at + batch_windows], points)
+    windows = corpus.windows()
+    numbers = windows.covering(block)
+
+    def scan(at: int) -> PositionStates:
+        batch = windows[at : min(at + batch_windows, numbers.stop)]
+        return _scan_batch(source, corpus, block, batch, points, with_log_probabilities)
+
+    starts = range(numbers.start, numbers.stop, batch_windows)
+    if ahead is None:
+        ahead = isinstance(source, TransformersSource) and source.device.type == "cuda"
+    yield from _one_ahead(scan, starts) if ahead else map(scan, starts)
+
+
+def _one_ahead(scan: Callable[[int], PositionStates], starts: Sequence[int]) -> Iterator[PositionStates]:
+    with ThreadPoolExecutor(1) as thread:
+        upcoming: Future[PositionStates] | None = None
+        for at in starts:
+            current, upcoming = upcoming, thread.submit(scan, at)
+            if current is not None:
+                yield current.result()
+        if upcoming is not None:
+            yield upcoming.result()
 
 
 def _scan_batch(
-    source: StateSource, corpus: CorpusSplit, block: Block, windows: list[Window], points: Mapping[str, CapturePoint]
+    source: StateSource,
+    corpus: CorpusSplit,
+    block: Block,
+    windows: list[Window],
+    points: Mapping[str, CapturePoint],
+    with_log_probabilities: bool,
 ) -> PositionStates:
     tokens = np.stack([corpus.tokens(window.context_start, window.stop) for window in windows])
     batch = source.read(torch.from_numpy(tokens), points)
@@ -190,57 +306,12 @@ def _scan_batch(
         return torch.cat([values_BSD[index, row] for index, row in enumerate(rows)])
 
     start, stop = max(windows[0].start, block.start), min(windows[-1].stop, block.stop)
-    log_probabilities = source.log_probabilities(pick(batch.final_BSD), torch.from_numpy(corpus.values(start, stop)))
+    log_probabilities = np.empty(0, np.float32)
+    if with_log_probabilities:
+        values_n = torch.from_numpy(corpus.values(start, stop))
+        log_probabilities = source.log_probabilities(pick(batch.final_BSD), values_n)
     return PositionStates(
         block=Block(start, stop),
         states={name: pick(state) for name, state in batch.states.items()},
         log_probabilities=log_probabilities,
     )
-
-
-def fingerprint_model(name_or_path: str) -> str:
-    """SHA-256 of a model's configuration and weight files, whatever its directory is called; fetches them from the Hub.
-
-    Raises:
-        UserError: neither a model directory nor a Hub name that can be reached, or one without weights.
-    """
-    config = _model_file(name_or_path, "config.json")
-    if config is None:
-        raise UserError(
-            f"--model {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a model "
-            "that the Hub gave: check the path or the network"
-        )
-    digest = hashlib.sha256()
-    for path in [config, *_weight_files(name_or_path)]:
-        digest.update(path.name.encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
-        with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _weight_files(name_or_path: str) -> list[Path]:
-    """The files that transformers would load, in the order of their names."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if path := _model_file(name_or_path, single):
-            return [path]
-        if index := _model_file(name_or_path, f"{single}.index.json"):
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            shards = [_model_file(name_or_path, name) for name in names]
-            if all(shards):
-                return [shard for shard in shards if shard is not None]
-    raise UserError(
-        f"--model {name_or_path} has no weights (model.safetensors or its shards): download or save it again"
-    )
-
-
-def _model_file(name_or_path: str, name: str) -> Path | None:
-    """A file of a model directory, or of a Hub model (fetched if need be); None where there is none."""
-    if Path(name_or_path).exists():
-        path = Path(name_or_path) / name
-        return path if path.is_file() else None
-    try:
-        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None
-    return None if found is None else Path(str(found))

@@ -7,13 +7,18 @@ Global batch b is the rows [b * G, (b + 1) * G), and rank r of W takes every W-t
 come in the same order at any world size, every rank has equally many, and the whole state is the number of batches done.
 At the very end the rows that do not fill a batch are left out.
 
+Ordered by block, only the blocks are permuted, and rank r takes the r-th of W contiguous parts of a batch: then inputs that are
+not stored can be computed window by window when they are wanted (`inputs`).
+
 N positions, G global batch, B block size, n rows of one read, I input size, E entries of sparse targets.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
@@ -27,6 +32,8 @@ from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.targets import Targets
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 
+InputReader = Callable[[Sequence[Block]], np.ndarray]
+"""The inputs of ranges of positions, one after another: bit patterns of bfloat16, uint16 [n, I]."""
 _WINDOWS_KEPT = 2  # a batch may lie across the end of one window and the start of the next
 
 
@@ -40,11 +47,13 @@ class Window:
 
 
 class TrainingOrder:
-    """See the module's text. Holds the latest windows' permutations."""
+    """See the module's text. Holds the latest windows' permutations. By block, a window is one block in its own order."""
 
-    def __init__(self, *, num_positions: int, block_size: int, window_blocks: int, seed: int) -> None:
-        self.num_positions, self.block_size = num_positions, block_size
-        self._window_blocks, self._seed = window_blocks, seed
+    def __init__(
+        self, *, num_positions: int, block_size: int, window_blocks: int, seed: int, by_block: bool = False
+    ) -> None:
+        self.num_positions, self.block_size, self.by_block = num_positions, block_size, by_block
+        self._window_blocks, self._seed = 1 if by_block else window_blocks, seed
         self._num_blocks = -(-num_positions // block_size)
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
 
@@ -80,7 +89,7 @@ class TrainingOrder:
         window = Window(
             first_row=int(starts[index]),
             blocks=tuple(chosen.tolist()),
-            positions_n=inside[shuffled(len(inside), self._seed, epoch, 1 + index)],
+            positions_n=inside if self.by_block else inside[shuffled(len(inside), self._seed, epoch, 1 + index)],
         )
         self._windows[epoch, index] = window
         while len(self._windows) > _WINDOWS_KEPT:
@@ -151,6 +160,7 @@ class BatchReader:
         rank, size: this rank's share.
         num_micro_batches: into how many equal parts a rank's share is cut.
         with_log_probabilities: whether the base's log-probabilities go along (the loss through the mixture).
+        inputs: gives the inputs where the keys store none; needs an order by block.
     """
 
     def __init__(
@@ -164,14 +174,39 @@ class BatchReader:
         size: int,
         num_micro_batches: int,
         with_log_probabilities: bool,
+        inputs: InputReader | None = None,
     ) -> None:
+        assert inputs is None or order.by_block, "inputs that are computed come block by block"
+        self._inputs = inputs
         self._keys, self._targets, self._order = keys, targets, order
         self._batch_positions, self._rank, self._size = batch_positions, rank, size
         self._num_micro_batches, self._with_log_probabilities = num_micro_batches, with_log_probabilities
         self._stored: OrderedDict[tuple[int, ...], Rows] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, batch: int) -> list[MicroBatch]:
         """This rank's rows of global batch number `batch`, in micro-batches."""
+        with self._lock:
+            return self._read_batch(batch)
+
+    def faulty_positions(self, batch: int) -> list[int]:
+        """Those of this rank's positions in a batch whose inputs or targets are not finite numbers."""
+        micro_batches = self.read(batch)
+        with self._lock:
+            start = batch * self._batch_positions
+            positions = self._order.positions(start, start + self._batch_positions)
+        share = self._batch_positions // self._size
+        first = self._rank * share
+        mine = positions[first : first + share] if self._order.by_block else positions[self._rank :: self._size]
+        finite = torch.cat([_finite_rows(part) for part in micro_batches])
+        return [int(position) for position in mine[~finite.numpy()]]
+
+    def _read_batch(self, batch: int) -> list[MicroBatch]:
+        rows = self._contiguous_rows(batch) if self._order.by_block else self._scattered_rows(batch)
+        count = len(rows.values_n) // self._num_micro_batches
+        return [self._micro_batch(rows, Block(at, at + count)) for at in range(0, len(rows.values_n), count)]
+
+    def _scattered_rows(self, batch: int) -> Rows:
         start = batch * self._batch_positions
         parts, skipped = [], self._rank
         for window, positions in self._order.parts(start, start + self._batch_positions):
@@ -179,9 +214,18 @@ class BatchReader:
             skipped = (skipped - len(positions)) % self._size
             if len(mine):
                 parts.append(self._load(window.blocks).take(self._rows_in(window.blocks, mine)))
-        rows = join_rows(parts)
-        count = len(rows.values_n) // self._num_micro_batches
-        return [self._micro_batch(rows, Block(at, at + count)) for at in range(0, len(rows.values_n), count)]
+        return join_rows(parts)
+
+    def _contiguous_rows(self, batch: int) -> Rows:
+        share = self._batch_positions // self._size
+        start = batch * self._batch_positions + self._rank * share
+        runs = [
+            Block(int(positions[0]), int(positions[-1]) + 1) for _, positions in self._order.parts(start, start + share)
+        ]
+        if self._inputs is None:
+            return join_rows([self._read(run) for run in runs])
+        rows = join_rows([self._read(run, with_inputs=False) for run in runs])
+        return dataclasses.replace(rows, inputs_nI=self._inputs(runs))
 
     def stream(self, first: int, stop: int) -> Iterator[tuple[list[MicroBatch], float]]:
         """The batches [first, stop), the next one read meanwhile, each with the seconds that were spent waiting for it."""
@@ -214,7 +258,7 @@ class BatchReader:
         groups = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
         return [Block(int(group[0]) * size, min((int(group[-1]) + 1) * size, total)) for group in groups]
 
-    def _read(self, run: Block) -> Rows:
+    def _read(self, run: Block, *, with_inputs: bool = True) -> Rows:
         logs = self._keys.read("log_probabilities", *run) if self._with_log_probabilities else None
         offsets, ids, probabilities = (
             np.zeros(run.size + 1, dtype=np.int64),
@@ -225,7 +269,7 @@ class BatchReader:
             sparse = self._targets.read(*run)
             offsets, ids, probabilities = sparse.offsets, sparse.ids, sparse.probabilities.astype(np.float32)
         return Rows(
-            inputs_nI=self._keys.read("inputs", *run),
+            inputs_nI=self._keys.read_inputs(*run) if with_inputs else np.empty((run.size, 0), np.uint16),
             values_n=self._keys.read("values", *run),
             log_probabilities_n=logs,
             offsets=offsets,
@@ -246,3 +290,13 @@ class BatchReader:
             base_log_probabilities_N=None if logs is None else torch.from_numpy(logs),
         )
         return MicroBatch(inputs_NI=torch.from_numpy(part.inputs_nI).view(torch.bfloat16), targets=targets)
+
+
+def _finite_rows(part: MicroBatch) -> torch.Tensor:
+    """bool [N]: whether a row's inputs, target and base's log-probability are finite."""
+    targets = part.targets
+    finite = torch.isfinite(part.inputs_NI).all(dim=1)
+    rows_E = torch.repeat_interleave(torch.arange(len(finite)), targets.offsets_N1.diff())
+    finite[rows_E[~torch.isfinite(targets.probabilities)]] = False
+    logs_N = targets.base_log_probabilities_N
+    return finite if logs_N is None else finite & torch.isfinite(logs_N)

@@ -102,10 +102,13 @@ def publish_checkpoint(root: Path, step: int, fields: Mapping[str, Any], files: 
     (temporary / "manifest.json").write_bytes(canonical_json(manifest))
     for path in (temporary / "manifest.json", *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
         flush(path)
-    if final.exists():  # an earlier attempt at the same step; the new one holds the same state
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    flush(root)
+    if final.exists() and fault_of_checkpoint(final) is None:  # an earlier save of the same step: the same state
+        shutil.rmtree(temporary)
+    else:
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        flush(root)
     publish_json(root.parent / "latest.json", {"step": step})
     return final
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_ds.core.blocks import Window, split_windows
+from mlpmem_ds.core.blocks import WindowSequence, split_windows
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.stage_directory import read_manifest
 
@@ -80,41 +80,37 @@ class CorpusSplit:
         return np.dtype(self.manifest["token_dtype"])
 
     @cached_property
-    def _shards(self) -> list[np.ndarray]:
-        return [
-            np.memmap(
-                self.root / self.name / f"tokens-{unit['unit']}.bin",
-                dtype=self.dtype,
-                mode="r",
-                shape=(unit["tokens"],),
-            )
-            for unit in self._split["units"]
-            if unit["tokens"]
-        ]
+    def _shards(self) -> list[Path]:
+        return [self.root / self.name / f"tokens-{unit['unit']}.bin" for unit in self._split["units"] if unit["tokens"]]
 
     @cached_property
     def _shard_starts(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum([len(shard) for shard in self._shards])])
+        return np.cumsum([0, *(unit["tokens"] for unit in self._split["units"] if unit["tokens"])], dtype=np.int64)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64."""
+        """Tokens [start, stop) as int64. Read, not memory-mapped: mapped pages would count as memory of this process."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are not in a stream of {self.num_tokens}")
-        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        parts, at = [], start
+        tokens = np.empty(stop - start, dtype=np.int64)
+        shard, at = int(np.searchsorted(self._shard_starts, start, side="right")) - 1, start
         while at < stop:
-            base = int(self._shard_starts[first])
-            part = self._shards[first][at - base : stop - base]
-            parts.append(np.asarray(part, dtype=np.int64))
-            at, first = at + len(part), first + 1
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+            first, last = (int(edge) for edge in self._shard_starts[shard : shard + 2])
+            count = min(stop, last) - at
+            part = np.fromfile(self._shards[shard], self.dtype, count, offset=(at - first) * self.dtype.itemsize)
+            if len(part) != count:
+                raise DamagedDataError(
+                    f"{self._shards[shard]} is shorter than its manifest says: prepare the corpus again"
+                )
+            tokens[at - start : at - start + count] = part
+            at, shard = at + count, shard + 1
+        return tokens
 
     def values(self, start: int, stop: int) -> np.ndarray:
         """The values of positions [start, stop) as int64: the tokens that follow."""
         return self.tokens(start + 1, stop + 1)
 
-    def windows(self) -> list[Window]:
-        """What the base reads, in order: token windows and the positions that each predicts."""
+    def windows(self) -> WindowSequence:
+        """What the base reads, in order: token windows and the positions that each predicts; computed, not listed."""
         return split_windows(self.num_positions, self.block_size, self.stride)
 
     @cached_property

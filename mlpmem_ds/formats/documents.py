@@ -1,24 +1,28 @@
-"""Documents from files: text, Markdown, source code, and JSON lines (.jsonl, .jsonl.gz, .jsonl.zst); in a fixed order.
+"""Documents from files, in a fixed order: text and source code, JSON lines, Parquet, webdataset tars, saved datasets.
 
 A directory is walked in sorted order; what is not UTF-8 text is left out there, but refused where the user named the
-file himself.
+file himself. A directory that `datasets` saved is read as one. Files that hold many documents are read as streams
+(document_readers.py); a text file is one document and is read whole.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import glob
-import gzip
 import hashlib
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import zstandard
-
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.document_readers import (
+    READERS,
+    datasets_files,
+    is_saved_dataset,
+    kind_of,
+    read_dataset_of_name,
+)
 
 TEXT_PATTERNS = (
     "*.txt",
@@ -45,7 +49,10 @@ TEXT_PATTERNS = (
     "*.jsonl.gz",
     "*.jsonl.zst",
 )
-_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+CONTAINER_PATTERNS = ("*.parquet", "*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
+"""these count in a directory too, unless the user said which names count"""
+DATASET_PREFIX = "datasets:"
+"""an input `datasets:NAME[:CONFIGURATION[:SPLIT]]` is a data set of the Hub, through the package `datasets`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +64,9 @@ class SourceFile:
     is_named: bool
 
     @property
-    def is_jsonl(self) -> bool:
-        return self.path.name.endswith(_JSONL_SUFFIXES)
+    def kind(self) -> str:
+        """`text`, or the key of a reader of many documents."""
+        return "dataset" if str(self.path).startswith(DATASET_PREFIX) else kind_of(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +75,23 @@ class Document:
     group: str
     text: str
 
+    @cached_property
+    def _utf8(self) -> tuple[str, int]:
+        content = self.text.encode()
+        return hashlib.sha256(content).hexdigest(), len(content)
+
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        return self._utf8[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return self._utf8[1]
 
 
 def find_files(inputs: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> list[SourceFile]:
-    """The files below `inputs` (files, directories, globs), sorted by name within each input.
+    """The files below `inputs` (files, directories, globs, saved or named data sets), sorted by name within each input.
 
     Args:
         include: patterns that a file's name in a directory must match one of.
@@ -82,17 +100,28 @@ def find_files(inputs: Sequence[str], include: Sequence[str], exclude: Sequence[
     Raises:
         UserError: an input does not exist, or nothing is left.
     """
+    if tuple(include) == TEXT_PATTERNS:
+        include = (*include, *CONTAINER_PATTERNS)
     files: list[SourceFile] = []
     for given in inputs:
+        if given.startswith(DATASET_PREFIX):
+            files.append(SourceFile(path=Path(given), name=given, is_named=True))
+            continue
         paths = (
             [Path(given)]
             if Path(given).exists()
             else [Path(match) for match in sorted(glob.glob(given, recursive=True))]
         )
         if not paths:
-            raise UserError(f"--input {given} does not exist and matches nothing: check the path")
+            raise UserError(
+                f"--input {given} does not exist and matches nothing: check the path (a data set of the Hub is "
+                f"{DATASET_PREFIX}NAME)"
+            )
         for path in paths:
-            if path.is_dir():
+            if path.is_dir() and is_saved_dataset(path):
+                names = [(file, file.relative_to(path).as_posix()) for file in datasets_files(path)]
+                files += [SourceFile(path=file, name=name, is_named=True) for file, name in names]
+            elif path.is_dir():
                 files += _walk(path, include, exclude)
             else:
                 files.append(SourceFile(path=path, name=path.name, is_named=True))
@@ -117,14 +146,22 @@ def _walk(root: Path, include: Sequence[str], exclude: Sequence[str]) -> list[So
 
 
 def read_documents(file: SourceFile, *, text_field: str, group_field: str | None) -> Iterator[Document]:
-    """The documents of one file: the whole file, or one a JSON line; empty ones are left out.
+    """The documents of one file: the whole file, or one a record; empty ones are left out.
 
     Raises:
-        UserError: a named file is not UTF-8 text, or a line is not a JSON object with the text field.
+        UserError: a named file is not UTF-8 text, or a record of it has no text; names the file and the record.
     """
-    if file.is_jsonl:
-        yield from _read_json_lines(file, text_field, group_field)
+    if file.kind == "text":
+        yield from _read_text(file)
         return
+    reader = read_dataset_of_name if file.kind == "dataset" else READERS[file.kind]
+    for record in reader(file.path, text_field, group_field):
+        if record.text.strip():
+            name = f"{file.name}:{record.key}"
+            yield Document(name=name, group=file.name if record.group is None else record.group, text=record.text)
+
+
+def _read_text(file: SourceFile) -> Iterator[Document]:
     try:
         text = file.path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -133,40 +170,3 @@ def read_documents(file: SourceFile, *, text_field: str, group_field: str | None
         return
     if text.strip():
         yield Document(name=file.name, group=file.name.split("/")[0].removesuffix(file.path.suffix), text=text)
-
-
-def _read_json_lines(file: SourceFile, text_field: str, group_field: str | None) -> Iterator[Document]:
-    try:
-        yield from _parse_lines(file, text_field, group_field)
-    except (UnicodeError, EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{file.path} is damaged or not UTF-8 ({error}): restore it or leave it out") from error
-
-
-def _parse_lines(file: SourceFile, text_field: str, group_field: str | None) -> Iterator[Document]:
-    with _open_lines(file.path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                text = record[text_field]
-                group = str(record[group_field]) if group_field else file.name
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{file.path} line {number} is not a JSON object with the wanted fields ({error!r}): "
-                    "name them with --text-field and --group-field"
-                ) from error
-            if isinstance(text, str) and text.strip():
-                text.encode()  # a lone surrogate is no text
-                yield Document(name=f"{file.name}:{number}", group=group, text=text)
-
-
-def _open_lines(path: Path) -> io.TextIOBase:
-    """The lines of a JSON-lines file; closing them closes the file."""
-    if path.name.endswith(".gz"):
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8")
-    stream = open(path, "rb")  # noqa: SIM115 (the wrapper that is returned owns it)
-    if path.name.endswith(".zst"):
-        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True, closefd=True)
-        return io.TextIOWrapper(reader, encoding="utf-8")
-    return io.TextIOWrapper(stream, encoding="utf-8")

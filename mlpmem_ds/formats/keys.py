@@ -1,10 +1,11 @@
 """Read a key directory: keys, values, log-probabilities and memory inputs by position. See README.md.
 
-N = positions, D = key size on disk, I = input size.
+N, n positions, D width of the keys' base, E size of a stored key, I input size, G groups of an input's numbers.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,46 @@ from typing import Any
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import read_manifest
+from mlpmem_ds.maths.codec import MassiveDimension, clip_massive
 
 FORMAT, VERSION = "keys", 1
+INPUT_GROUP = 128
+"""numbers of an int8 input that share a scale"""
 
 
 def unit_name(first: int) -> str:
     """The unit that starts at position `first`, as in its file names."""
     return f"{first:012d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """How a key is stored: int8 codes by mean [D] and rotation [D, E]; where both are None the key itself in `raw_dtype`."""
+
+    mean_D: np.ndarray | None
+    rotation_DE: np.ndarray | None
+    scale: float
+    massive: tuple[MassiveDimension, ...] = ()
+    raw_dtype: str = "float16"
+
+    def store(self, states_nD: np.ndarray) -> tuple[np.ndarray, int]:
+        """Rows of `keys-*.npy` for states [n, D], and how many numbers were clipped.
+
+        int8 codes, float16 (infinite where a number is beyond 65,504), or bit patterns of bfloat16.
+        """
+        if self.mean_D is not None and self.rotation_DE is not None:
+            return encode(clip_massive(states_nD, self.massive), self.mean_D, self.rotation_DE, self.scale)
+        if self.raw_dtype == "bfloat16":
+            return bfloat16_bits(states_nD), 0
+        with np.errstate(over="ignore"):
+            return states_nD.astype(np.float16), 0
+
+    def encode(self, states_nD: np.ndarray) -> np.ndarray:
+        """States as `Keys.read("keys")` gives stored ones: int8, float16, or float32 with bfloat16's values."""
+        stored, _ = self.store(states_nD)
+        return bfloat16_values(stored) if stored.dtype == np.uint16 else stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +74,11 @@ class Keys:
         return self.manifest["codec"]["name"]
 
     @property
+    def raw_dtype(self) -> str:
+        """`float16` or `bfloat16`, of the codec `raw`."""
+        return self.manifest["codec"].get("raw_dtype") or "float16"
+
+    @property
     def dim(self) -> int:
         """Numbers in a key on disk."""
         return self.manifest["codec"]["dim"]
@@ -51,13 +89,33 @@ class Keys:
         return self.manifest["codec"]["scale"]
 
     @property
+    def input_codec(self) -> str:
+        """`bf16`, `int8`, or `none` where the memory's inputs are not stored."""
+        return self.manifest.get("input_codec") or ("bf16" if self.input_size else "none")
+
+    @property
     def input_size(self) -> int:
-        """Numbers in a memory input; 0 where inputs are not stored."""
+        """Numbers in a stored memory input; 0 where inputs are not stored."""
         return self.manifest["input_size"]
+
+    @property
+    def input_point(self) -> Any:
+        """Where in the input layer the memory's inputs are read: a point of `models.backbone`, as text."""
+        return self.manifest.get("input_point") or self.manifest["key_point"]
 
     @property
     def corpus_sha256(self) -> str:
         return self.manifest["inputs"]["corpus"]
+
+    @property
+    def model_sha256(self) -> str:
+        """Fingerprint of the model that gave the keys."""
+        return self.manifest["inputs"]["model"]
+
+    @property
+    def base_sha256(self) -> str:
+        """Fingerprint of the base that the memory joins: it gave the memory's inputs and the log-probabilities."""
+        return self.manifest["inputs"].get("input_model") or self.model_sha256
 
     @property
     def blocks(self) -> list[Block]:
@@ -65,33 +123,64 @@ class Keys:
         return split_blocks(self.num_positions, self.manifest["unit_positions"])
 
     def unit(self, array: str, first: int) -> np.ndarray:
-        """One unit's array, memory-mapped: `keys`, `values`, `log_probabilities` or `inputs`."""
-        name = f"{array}-{unit_name(first)}.npy"
-        if name not in self._arrays:
-            self._arrays[name] = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
-        return self._arrays[name]
+        """One unit's array, memory-mapped: `keys`, `values`, `log_probabilities`, `inputs` or `input_scales`.
+
+        Raw keys in bfloat16 come as float32, in memory.
+        """
+        return self._decoded(array, self._stored(array, first))
 
     def read(self, array: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """An array's rows [start, stop) across units, copied to memory."""
         stop = self.num_positions if stop is None else stop
         parts = [
-            self.unit(array, block.start)[max(start - block.start, 0) : stop - block.start]
+            self._stored(array, block.start)[max(start - block.start, 0) : stop - block.start]
             for block in self.blocks
             if block.start < stop and block.stop > start
         ]
-        return np.concatenate(parts) if len(parts) != 1 else np.array(parts[0])
+        return self._decoded(array, np.concatenate(parts) if len(parts) != 1 else np.array(parts[0]))
 
     def gather(self, array: str, positions_N: np.ndarray) -> np.ndarray:
         """An array's rows at any positions, in their order."""
         positions_N = np.asarray(positions_N, dtype=np.int64)
         unit_of_N = positions_N // self.manifest["unit_positions"]
-        sample = self.unit(array, 0)
+        sample = self._stored(array, 0)
         rows = np.empty((len(positions_N), *sample.shape[1:]), dtype=sample.dtype)
         for unit in np.unique(unit_of_N):
             chosen = np.flatnonzero(unit_of_N == unit)
             first = int(unit) * self.manifest["unit_positions"]
-            rows[chosen] = self.unit(array, first)[positions_N[chosen] - first]
-        return rows
+            rows[chosen] = self._stored(array, first)[positions_N[chosen] - first]
+        return self._decoded(array, rows)
+
+    def read_inputs(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The memory's inputs of the positions [start, stop) as bit patterns of bfloat16, uint16 [n, I], whatever their codec.
+
+        Raises:
+            UserError: they are not stored.
+        """
+        if self.input_codec == "none":
+            raise UserError(
+                f"{self.root} holds no memory inputs: extract the keys with --input-codec bf16 or int8, or train online"
+            )
+        stored_nI = self.read("inputs", start, stop)
+        if self.input_codec == "bf16":
+            return stored_nI
+        return bfloat16_bits(dequantise_inputs(stored_nI, self.read("input_scales", start, stop)))
+
+    def load_codec(self) -> Codec:
+        """How a state becomes a key of this directory."""
+        if self.codec == "raw":
+            return Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype=self.raw_dtype)
+        return read_codec(self.root)
+
+    def _stored(self, array: str, first: int) -> np.ndarray:
+        """One unit's array as it is on disk, memory-mapped."""
+        name = f"{array}-{unit_name(first)}.npy"
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
+        return self._arrays[name]
+
+    def _decoded(self, array: str, rows: np.ndarray) -> np.ndarray:
+        return bfloat16_values(rows) if array == "keys" and rows.dtype == np.uint16 else rows
 
 
 def open_keys(root: Path, *, flag: str = "--keys") -> Keys:
@@ -105,6 +194,17 @@ def open_keys(root: Path, *, flag: str = "--keys") -> Keys:
     return Keys(root=root, sha256=sha256, manifest=manifest)
 
 
+def read_codec(root: Path) -> Codec:
+    """The int8 codec of a key directory, complete or not."""
+    summary = json.loads((root / "codec/codec.json").read_bytes())
+    return Codec(
+        mean_D=np.load(root / "codec/mean.npy", allow_pickle=False),
+        rotation_DE=np.load(root / "codec/rotation.npy", allow_pickle=False),
+        scale=summary["scale"],
+        massive=tuple(MassiveDimension(**entry) for entry in summary.get("massive_dimensions", ())),
+    )
+
+
 def encode(states_ND: np.ndarray, mean_D: np.ndarray, rotation_DE: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
     """int8 codes [N, E] of states [N, D], and how many numbers were clipped."""
     scaled_NE = np.rint((states_ND.astype(np.float32) - mean_D) @ rotation_DE / np.float32(scale))
@@ -115,3 +215,40 @@ def bfloat16_bits(values: np.ndarray) -> np.ndarray:
     """float32 → bit patterns of bfloat16 as uint16, rounded to nearest even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def bfloat16_values(bits: np.ndarray) -> np.ndarray:
+    """Bit patterns of bfloat16 as uint16 → float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def num_input_groups(input_size: int) -> int:
+    """Scales of an int8 input."""
+    return -(-input_size // INPUT_GROUP)
+
+
+def quantise_inputs(inputs_nI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes [n, I] and float32 scales [n, G]: each group of `INPUT_GROUP` numbers of a row has its greatest at ±127.
+
+    A scale a group and not a row: one massive activation then costs the numbers beside it and not the whole vector.
+    """
+    grouped_nGg = _grouped(inputs_nI.astype(np.float32))
+    scales_nG = np.abs(grouped_nGg).max(axis=2) / np.float32(127)
+    divisors_nG1 = np.where(scales_nG > 0, scales_nG, 1)[:, :, None]
+    codes_nGg = np.clip(np.rint(grouped_nGg / divisors_nG1), -127, 127).astype(np.int8)
+    return np.ascontiguousarray(codes_nGg.reshape(len(inputs_nI), -1)[:, : inputs_nI.shape[1]]), scales_nG
+
+
+def dequantise_inputs(codes_nI: np.ndarray, scales_nG: np.ndarray) -> np.ndarray:
+    """The inputs that these codes and scales stand for, float32 [n, I]."""
+    values_nGg = _grouped(codes_nI.astype(np.float32)) * scales_nG[:, :, None]
+    return np.ascontiguousarray(values_nGg.reshape(len(codes_nI), -1)[:, : codes_nI.shape[1]])
+
+
+def _grouped(rows_nI: np.ndarray) -> np.ndarray:
+    """[n, I] → [n, G, INPUT_GROUP], filled up with zeros."""
+    num_rows, size = rows_nI.shape
+    num_groups = num_input_groups(size)
+    padding = num_groups * INPUT_GROUP - size
+    padded = np.pad(rows_nI, ((0, 0), (0, padding))) if padding else rows_nI
+    return padded.reshape(num_rows, num_groups, INPUT_GROUP)

@@ -80,6 +80,33 @@ def win_rate(log_a_N: Array, log_b_N: Array) -> float:
     return float(((b_N > a_N) + 0.5 * (b_N == a_N)).mean())
 
 
+def reliability(probabilities_N: Array, outcomes_N: Array, num_bins: int = 15) -> tuple[Array, Array, Array]:
+    """Bins of equal width over [0, 1]: positions [B], mean probability [B] and share of true outcomes [B] (0 where empty).
+
+    ``probabilities_N`` are those given to an event at each position, ``outcomes_N`` whether it came. Raises ValueError
+    for probabilities outside [0, 1].
+    """
+    _check_pair(probabilities_N, outcomes_N)
+    probabilities_N = _float64(probabilities_N)
+    if not ((probabilities_N >= 0) & (probabilities_N <= 1 + 1e-6)).all():
+        raise ValueError(
+            f"probabilities between {probabilities_N.min()} and {probabilities_N.max()}; they must lie in [0, 1]"
+        )
+    bins_N = np.minimum((probabilities_N * num_bins).astype(np.int64), num_bins - 1)
+    counts_B = np.bincount(bins_N, minlength=num_bins)
+    sums = (
+        np.bincount(bins_N, weights=values, minlength=num_bins) for values in (probabilities_N, _float64(outcomes_N))
+    )
+    means_B, shares_B = (sums_B / np.maximum(counts_B, 1) for sums_B in sums)
+    return counts_B, means_B, shares_B
+
+
+def calibration_error(probabilities_N: Array, outcomes_N: Array, num_bins: int = 15) -> float:
+    """Expected calibration error: mean over the positions of |mean probability - share of true outcomes| of their bin."""
+    counts_B, means_B, shares_B = reliability(probabilities_N, outcomes_N, num_bins)
+    return float((counts_B * np.abs(means_B - shares_B)).sum() / counts_B.sum())
+
+
 def _check_pair(log_a_N: Array, log_b_N: Array) -> None:
     if len(log_a_N) != len(log_b_N) or not len(log_a_N):
         raise ValueError(

@@ -11,11 +11,12 @@ else all its logits drift. A row whose teacher is empty is pure CE (its α is 0)
 Neither a dense target nor all the logits ever exist: rows are taken in chunks, and a chunk's gradients are made while
 its logits are at hand. Statistics are float32; matrix products take the operands' dtype.
 
-Shape legend: N rows, D width of the hidden state, V vocabulary, E stored teacher entries, C rows of a chunk.
+Shape legend: N rows, D width of the hidden state, V vocabulary, E stored teacher entries, C rows of a chunk,
+T columns of a tile of the vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DEFAULT_CHUNK_BYTES = 256 * 2**20
+from . import kernels
+from .products import fill_logits, product, set_transposed_product, vocabulary_tiles
+
+DEFAULT_CHUNK_BYTES = 128 * 2**20
+# On a GPU a chunk costs a pass over the weight's gradient: 2048 rows of a vocabulary of 128 k, float32 and their gradient.
+CUDA_CHUNK_BYTES = 1536 * 2**20
+_LEAST_MASS = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +82,26 @@ def sparse_loss(
     alpha: float,
     mixture_lambda: float | None = None,
     renormalise: bool = True,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Sums]:
     """Sum over the rows of the loss above (float32 scalar, differentiable once), and its parts. The caller divides.
 
     ``alpha`` weighs KL against CE. With ``mixture_lambda`` CE goes through the mixture. ``renormalise`` divides each
-    teacher row by its sum; else a truncated row keeps its mass below 1. ``chunk_bytes`` bounds the float32 logits.
+    teacher row by its sum; else a truncated row keeps its mass below 1. ``chunk_bytes`` bounds what a chunk's logits take
+    (None: as suits the device). On CUDA a Triton kernel does the row work, if Triton is installed.
     """
     _check(hidden_ND, weight_VD, targets, alpha, mixture_lambda)
     with torch.no_grad():
         rows = _prepare(targets, hidden_ND.device, alpha, mixture_lambda, renormalise)
+    if chunk_bytes is None:
+        chunk_bytes = CUDA_CHUNK_BYTES if hidden_ND.is_cuda else DEFAULT_CHUNK_BYTES
     loss, kl, ce = _FusedSparseLoss.apply(hidden_ND, weight_VD, rows, chunk_bytes)
     return loss, Sums(kl=kl, ce=ce, weight=rows.weights_N.sum())
 
 
-def row_chunks(num_rows: int, vocabulary_size: int, chunk_bytes: int) -> Iterator[slice]:
-    """Slices over the rows, even in size, whose float32 logits take at most ``chunk_bytes`` (or hold one row)."""
-    most = max(1, chunk_bytes // (4 * vocabulary_size))
+def row_chunks(num_rows: int, vocabulary_size: int, chunk_bytes: int, *, bytes_per_logit: int = 4) -> Iterator[slice]:
+    """Slices over the rows, even in size, whose logits take at most ``chunk_bytes`` (or hold one row)."""
+    most = max(1, chunk_bytes // (bytes_per_logit * vocabulary_size))
     num_chunks = -(-num_rows // most)
     for chunk in range(num_chunks):
         yield slice(num_rows * chunk // num_chunks, num_rows * (chunk + 1) // num_chunks)
@@ -102,6 +112,7 @@ class _Rows:
     """Targets made ready: ignored rows are harmless, teacher rows scaled, α by row. Offsets are plain integers."""
 
     offsets: list[int]
+    offsets_N1: Tensor  # the same on the device
     row_of_entry_E: Tensor
     ids_E: Tensor
     teacher_E: Tensor
@@ -117,8 +128,8 @@ def _prepare(
     targets: TargetBatch, device: torch.device, alpha: float, mixture_lambda: float | None, renormalise: bool
 ) -> _Rows:
     num_rows, num_entries = len(targets.labels_N), len(targets.ids)
-    counts_N = targets.offsets_N1.diff().to(device, non_blocking=True)
-    row_of_entry_E = torch.repeat_interleave(counts_N, output_size=num_entries)
+    offsets_N1 = targets.offsets_N1.to(device, non_blocking=True)
+    row_of_entry_E = torch.repeat_interleave(offsets_N1.diff(), output_size=num_entries)
     teacher_E = targets.probabilities.float()
     mass_N = torch.zeros(num_rows, device=device).index_add_(0, row_of_entry_E, teacher_E)
     if renormalise:
@@ -133,6 +144,7 @@ def _prepare(
         log_base_N = (targets.base_log_probabilities_N.float() + log_keep).masked_fill(ignored_N, 0.0)
     return _Rows(
         offsets=targets.offsets_N1.tolist(),
+        offsets_N1=offsets_N1,
         row_of_entry_E=row_of_entry_E,
         ids_E=ids_E,
         teacher_E=teacher_E,
@@ -168,20 +180,21 @@ class _FusedSparseLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, rows: _Rows, chunk_bytes: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        d_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        d_weight_VD = torch.zeros(weight_VD.shape, device=weight_VD.device) if needs_weight else None
-        sums = torch.zeros(3, device=hidden_ND.device)
-        for chunk in row_chunks(len(hidden_ND), len(weight_VD), chunk_bytes):
-            logits_CV = _matmul(hidden_ND[chunk], weight_VD.t())
-            sums += _chunk_sums(logits_CV, rows, chunk, wants_gradient=needs_hidden or needs_weight)
-            d_logits_CV = logits_CV.to(hidden_ND.dtype)
-            del logits_CV
-            if d_hidden_ND is not None:
-                d_hidden_ND[chunk] = _matmul(d_logits_CV, weight_VD)
-            if d_weight_VD is not None:
-                _add_matmul(d_weight_VD, d_logits_CV.t(), hidden_ND[chunk])
-            del d_logits_CV
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        dtype, device = hidden_ND.dtype, hidden_ND.device
+        d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        d_weight_VD = torch.zeros(weight_VD.shape, device=device) if wants_weight else None
+        sums = torch.zeros(3, device=device)
+        bytes_per_logit = 4 + (dtype.itemsize if device.type != "cpu" else 0)
+        chunks = list(row_chunks(len(hidden_ND), len(weight_VD), chunk_bytes, bytes_per_logit=bytes_per_logit))
+        buffer_CV = torch.empty(max(map(_length, chunks), default=0), len(weight_VD), device=device)
+        for chunk in chunks:
+            logits_CV = buffer_CV[: _length(chunk)]
+            fill_logits(logits_CV, hidden_ND[chunk], weight_VD)
+            work = _chunk_by_kernel if kernels.usable(logits_CV) else _chunk_by_torch
+            chunk_sums, tiles = work(logits_CV, rows, chunk, dtype if wants_hidden or wants_weight else None)
+            sums += chunk_sums
+            _add_gradients(d_hidden_ND, d_weight_VD, hidden_ND, weight_VD, chunk, tiles)
         ctx.gradients = (d_hidden_ND, d_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         loss, kl, ce = sums.unbind()
@@ -202,8 +215,60 @@ class _FusedSparseLoss(torch.autograd.Function):
         return d_hidden_ND, d_weight_VD, None, None
 
 
-def _chunk_sums(logits_CV: Tensor, rows: _Rows, chunk: slice, *, wants_gradient: bool) -> Tensor:
-    """Sums [loss, kl, ce] of a chunk; ``logits_CV`` is overwritten, by its gradient if that is wanted."""
+def _length(chunk: slice) -> int:
+    return int(chunk.stop - chunk.start)
+
+
+def _add_gradients(
+    d_hidden_ND: Tensor | None,
+    d_weight_VD: Tensor | None,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    chunk: slice,
+    tiles: Iterable[tuple[slice, Tensor]],
+) -> None:
+    """Set the chunk's rows of ``d_hidden_ND``, set or add to ``d_weight_VD`` (float32), whichever are wanted."""
+    hidden_DC = hidden_ND[chunk].t().contiguous() if d_weight_VD is not None else None
+    d_hidden_CD = None
+    for columns, d_logits_CT in tiles:
+        if d_hidden_ND is not None:
+            part_CD = product(d_logits_CT, weight_VD[columns])
+            d_hidden_CD = part_CD if d_hidden_CD is None else d_hidden_CD.add_(part_CD)
+        if d_weight_VD is not None and hidden_DC is not None:
+            set_transposed_product(d_weight_VD[columns], hidden_DC, d_logits_CT, accumulate=chunk.start > 0)
+    if d_hidden_ND is not None and d_hidden_CD is not None:
+        d_hidden_ND[chunk] = d_hidden_CD
+
+
+def _chunk_by_kernel(
+    logits_CV: Tensor, rows: _Rows, chunk: slice, gradient_dtype: torch.dtype | None
+) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
+    """Sums [loss, kl, ce] of a chunk, and the logits' gradient if it is wanted: Triton's twin of the function below."""
+    from .kernels.sparse_rows import sparse_rows
+
+    alphas_C = rows.alphas_N[chunk]
+    kl_C, ce_C, d_logits_CV = sparse_rows(
+        logits_CV,
+        offsets_C1=rows.offsets_N1[chunk.start : chunk.stop + 1],
+        ids_E=rows.ids_E,
+        teacher_E=rows.teacher_E,
+        teacher_mass_C=rows.teacher_mass_N[chunk],
+        alphas_C=alphas_C,
+        labels_C=rows.labels_N[chunk],
+        weights_C=rows.weights_N[chunk],
+        log_base_C=None if rows.log_base_N is None else rows.log_base_N[chunk],
+        log_lambda=rows.log_lambda,
+        gradient_dtype=gradient_dtype,
+    )
+    loss = (alphas_C * kl_C + (1 - alphas_C) * ce_C).sum()
+    tiles = [] if d_logits_CV is None else [(slice(0, logits_CV.shape[1]), d_logits_CV)]
+    return torch.stack([loss, kl_C.sum(), ce_C.sum()]), tiles
+
+
+def _chunk_by_torch(
+    logits_CV: Tensor, rows: _Rows, chunk: slice, gradient_dtype: torch.dtype | None
+) -> tuple[Tensor, Iterable[tuple[slice, Tensor]]]:
+    """Sums [loss, kl, ce] of a chunk and the tiles of the logits' gradient, if wanted. ``logits_CV`` is overwritten."""
     entries = slice(rows.offsets[chunk.start], rows.offsets[chunk.stop])
     ids_E, teacher_E, row_E = rows.ids_E[entries], rows.teacher_E[entries], rows.row_of_entry_E[entries] - chunk.start
     labels_C, weights_C, alphas_C = rows.labels_N[chunk], rows.weights_N[chunk], rows.alphas_N[chunk]
@@ -221,38 +286,35 @@ def _chunk_sums(logits_CV: Tensor, rows: _Rows, chunk: slice, *, wants_gradient:
         log_prediction_C = torch.logaddexp(rows.log_base_N[chunk], log_memory_C)
         label_mass_C = (1 - alphas_C) * (log_memory_C - log_prediction_C).exp()
 
-    if wants_gradient:
-        mass_C = alphas_C * rows.teacher_mass_N[chunk] + label_mass_C
-        logits_CV.mul_((weights_C * mass_C / exp_sums_C)[:, None])
-        entry_mass_E = (weights_C * alphas_C)[row_E] * teacher_E
-        logits_CV.view(-1).index_add_(0, places_E, -entry_mass_E)
-        logits_CV.scatter_add_(1, labels_C[:, None], -(weights_C * label_mass_C)[:, None])
-
     weighted_kl_E = weights_C[row_E] * entry_kl_E
     weighted_ce_C = -weights_C * log_prediction_C
     loss = (alphas_C[row_E] * weighted_kl_E).sum() + ((1 - alphas_C) * weighted_ce_C).sum()
-    return torch.stack([loss, weighted_kl_E.sum(), weighted_ce_C.sum()])
+    sums = torch.stack([loss, weighted_kl_E.sum(), weighted_ce_C.sum()])
+    if gradient_dtype is None:
+        return sums, []
+    # w (s softmax(z) - m) = (w s / S) (exp(z - max) - (S / s) m), S the sum of the exponentials: so the great pass over the
+    # logits that scales them is the one that cuts them into tiles. s may underflow, and m with it.
+    mass_C = alphas_C * rows.teacher_mass_N[chunk] + label_mass_C
+    factors_C = torch.where(mass_C > _LEAST_MASS, exp_sums_C / mass_C, 0.0)
+    logits_CV.view(-1).index_add_(0, places_E, -(alphas_C * factors_C)[row_E] * teacher_E)
+    logits_CV.scatter_add_(1, labels_C[:, None], -(label_mass_C * factors_C)[:, None])
+    return sums, _gradient_tiles(logits_CV, weights_C * mass_C / exp_sums_C, gradient_dtype)
+
+
+def _gradient_tiles(logits_CV: Tensor, scales_C: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Scales times logits, a tile [C, T] of the vocabulary at a time, rounded once to the operands' dtype."""
+    for columns in vocabulary_tiles(logits_CV.shape[1], logits_CV.device):
+        yield columns, (logits_CV[:, columns] * scales_C[:, None]).to(dtype)
 
 
 def _exponentiate(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace z by exp(z - max z), row by row; return log Σ exp z and Σ exp(z - max z), [C] each."""
+    """Replace z by exp(z - max z), row by row; return log Σ exp z and Σ exp(z - max z), [C] each.
+
+    Three passes, for torch.softmax, though faster (it fuses them), is exact to 1e-5 only.
+    """
     greatest_C1 = logits_CV.amax(1, keepdim=True)
     sums_C = logits_CV.sub_(greatest_C1).exp_().sum(1)
     return greatest_C1[:, 0] + sums_C.log(), sums_C
-
-
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """float32 product. On CPU PyTorch cannot widen the result of 16-bit operands, so it is rounded to 16 bits first."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right).float()
-
-
-def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    else:
-        total += _matmul(left, right)
 
 
 def _check(

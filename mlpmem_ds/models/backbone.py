@@ -86,20 +86,26 @@ def load_base(
     dtype: torch.dtype | str,
     device: torch.device | str,
     attention: str = "sdpa",
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a directory or from the Hub, in eval mode, without gradients.
 
     `attention` is a transformers attention implementation (`sdpa`, `eager`, `flash_attention_2`, ...). Raises
     ValueError when the model cannot be loaded, and when its files lack weights (transformers would fill those at random
     and go on).
+
+    `device_map` spreads a model that is too large for one device over several, layer by layer (accelerate): `auto` and
+    its like, or a mapping of module paths to devices, `cpu` or `disk`; `device` is not used then.
     """
     name = str(name_or_path)
     if _is_path(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"no model directory at {name}: give a directory with config.json and weights, or a Hub name")
     source = str(Path(name).expanduser()) if _is_path(name) else name
+    placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            source, dtype=dtype, attn_implementation=attention, output_loading_info=True, **placement
         )
         model, report = loaded
     except torch.OutOfMemoryError:
@@ -108,7 +114,7 @@ def load_base(
         raise ValueError(
             f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}): {error}\n"
             "Give a directory written by save_pretrained or the name of a model on the Hub (with the network or its "
-            "cache at hand); attention 'eager' works for every model."
+            "cache at hand); attention 'eager' works for every model (--attention eager)."
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -117,7 +123,7 @@ def load_base(
             f"the files of {name} lack {len(missing)} weights ({shown}): not a complete causal language model. "
             "Download or save it again."
         )
-    base: PreTrainedModel = model.to(device)
+    base: PreTrainedModel = model if device_map is not None else model.to(device)
     return base.eval().requires_grad_(False)
 
 
@@ -192,7 +198,8 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
     transform = LogitTransform(scale=scale, softcap=None if softcap is None else float(softcap))
 
     weight_VD, bias_V = output_head(model)
-    probe_BS = (torch.arange(8, device=model.device) % weight_VD.shape[0]).unsqueeze(0)
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # its embeddings may lie on disk
+    probe_BS = (torch.arange(8, device=device) % weight_VD.shape[0]).unsqueeze(0)
     expected_BSV = model(input_ids=probe_BS, use_cache=False).logits.float()
     if not bool(torch.isfinite(expected_BSV).all()):
         return transform  # damaged weights: whoever reads the states says at which position and layer

@@ -15,7 +15,10 @@ Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabula
 
 import copy
 import inspect
+import json
 import math
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +132,32 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name: Any, memory: Any = None, *args: Any, lmbda: float | None = None, **kwargs: Any
+    ) -> Any:
+        """An exported joint model; or a base (directory, Hub name or model) joined with a memory.
+
+        Args:
+            name: the export; with `memory`, the base.
+            memory: a `PretrainedMemory`, or the directory of one (see there).
+            lmbda: the memory's weight in [0, 1]; default: the export's, or 0.25.
+            args, kwargs: of transformers' own `from_pretrained`.
+
+        Raises:
+            ValueError: the memory was trained for another kind of base, or lmbda is out of range.
+        """
+        if memory is None:
+            loaded = super().from_pretrained(name, *args, **kwargs)
+            if lmbda is not None:
+                (loaded[0] if isinstance(loaded, tuple) else loaded).lmbda = lmbda
+            return loaded
+        if not isinstance(memory, PretrainedMemory):
+            memory = PretrainedMemory.from_pretrained(memory)
+        is_model = isinstance(name, PreTrainedModel)
+        base = name if is_model else AutoModelForCausalLM.from_pretrained(name, *args, **kwargs)
+        return memory.attach(base, lmbda=lmbda)
+
+    @classmethod
     def from_parts(
         cls,
         base_model: PreTrainedModel,
@@ -139,13 +168,16 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         provenance: dict[str, Any] | None = None,
         layers_path: str | None = None,
         vocabulary_sha256: str = "",
+        cast: bool = True,
     ) -> "MemoryAugmentedLM":
         """Join a loaded base and a trained memory, in eval mode; no weight of the base is copied.
 
-        The memory is cast to the base's dtype and moved to its device, and a training head is replaced by the plain one
-        with the same weight. Raises ValueError when the sizes of the two do not fit, or lmbda or the point are invalid.
+        The memory is cast to the base's dtype and moved to its device (unless `cast` is false: then it stays as it is),
+        and a training head is replaced by the plain one with the same weight. Raises ValueError when the sizes of the two do not fit, or lmbda or the point are invalid.
         """
-        memory = _plain_memory(memory_module).to(dtype=base_model.dtype, device=base_model.device)
+        memory = _plain_memory(memory_module)
+        if cast:
+            memory = memory.to(dtype=base_model.dtype, device=base_model.device)
         config = MemoryAugmentedConfig(
             base_config=base_model.config,
             memory_config=memory.config.to_dict(),
@@ -253,6 +285,78 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         # transformers calls this for what no checkpoint filled; the base's parts go to the base's own rule.
         if isinstance(module, NormalLinear | nn.LayerNorm | nn.RMSNorm):
             module.reset_parameters()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedMemory:
+    """A trained memory without its base, and which of the base's states it reads.
+
+    `lmbda` is None where nobody chose one. `provenance` holds plain values about how it was made.
+    """
+
+    module: Memory = field(repr=False)
+    input_layer: int
+    input_point: str
+    lmbda: float | None
+    vocabulary_sha256: str
+    provenance: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "PretrainedMemory":
+        """From the output of a training (`weights/config.json` and `weights/model.safetensors`), or from an export.
+
+        Raises:
+            ValueError: there is no memory, or one that is damaged.
+        """
+        root = Path(path)
+        if not (root / "weights" / "config.json").is_file():
+            joint = MemoryAugmentedLM.from_pretrained(str(path), dtype="auto")
+            settings = joint.config
+            return cls(
+                module=joint.memory,
+                input_layer=settings.input_layer,
+                input_point=settings.input_point,
+                lmbda=settings.lmbda,
+                vocabulary_sha256=settings.vocabulary_sha256,
+                provenance=dict(settings.provenance),
+            )
+        from safetensors.torch import load_file  # comes with transformers
+
+        try:
+            description = json.loads((root / "weights" / "config.json").read_bytes())
+            with torch.device("meta"):
+                module = Memory(MemoryConfig.from_dict(description["memory"]))
+            module.load_state_dict(load_file(root / "weights" / "model.safetensors"), assign=True)
+            known = description["provenance"]
+            layer, point = known["input_layer"], known.get("input_point", known["key_point"])
+        except Exception as error:  # safetensors raises a family of its own
+            raise ValueError(
+                f"{root} holds no whole memory ({type(error).__name__}: {error}): finish its training"
+            ) from error
+        return cls(
+            module=module.eval().requires_grad_(False),
+            input_layer=layer,
+            input_point=point,
+            lmbda=None,
+            vocabulary_sha256=known.get("vocabulary_sha256", ""),
+            provenance=known,
+        )
+
+    def attach(self, base: PreTrainedModel, *, lmbda: float | None = None) -> MemoryAugmentedLM:
+        """The joint model of a loaded base and this memory; the base's weights are not copied.
+
+        Raises:
+            ValueError: the base has another width, vocabulary or depth than the memory was trained for.
+        """
+        weight = lmbda if lmbda is not None else self.lmbda
+        return MemoryAugmentedLM.from_parts(
+            base,
+            self.module,
+            lmbda=0.25 if weight is None else weight,
+            input_point=CapturePoint(layer=self.input_layer, point=self.input_point),  # type: ignore[arg-type]
+            provenance=self.provenance,
+            vocabulary_sha256=self.vocabulary_sha256,
+        )
 
 
 def mixture_log_probabilities(base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float) -> torch.Tensor:

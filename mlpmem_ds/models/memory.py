@@ -82,6 +82,16 @@ class MemoryConfig:
         projection = 0 if self.input_size == hidden else (self.input_size + 1) * hidden
         return projection + self.num_blocks * (norm + mlp) + norm + self.vocab_size * hidden
 
+    def num_matrix_parameters(self) -> int:
+        """Numbers in the matrices that each row is multiplied with: 2 FLOPs each forward, 4 backward."""
+        matrices = 2 if self.family == "gelu" else 3
+        projection = 0 if self.input_size == self.hidden_size else self.input_size * self.hidden_size
+        return (
+            projection
+            + self.num_blocks * matrices * self.hidden_size * self.intermediate_size
+            + self.vocab_size * self.hidden_size
+        )
+
 
 class NormalLinear(nn.Linear):
     """A linear layer whose weight starts normal with the given standard deviation, and its bias at 0."""
@@ -113,6 +123,9 @@ class HeadFactory(Protocol):
 class GeluMLP(nn.Module):
     """`down(gelu(up(x)))` with biases, tanh approximation: the MLP of GPT-2."""
 
+    recompute_activations = False
+    """whether the backward computes the activation again instead of keeping it; see `Memory.recompute_activations`"""
+
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         std = config.initializer_range
@@ -122,12 +135,15 @@ class GeluMLP(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.down(functional.gelu(self.up(hidden), approximate="tanh"))
-        return output
+        before = self.up(hidden)
+        return _down_of(self, lambda up: functional.gelu(up, approximate="tanh"), before)
 
 
 class SwigluMLP(nn.Module):
     """`down(silu(gate(x)) * up(x))` without biases: the MLP of Llama."""
+
+    recompute_activations = False
+    """whether the backward computes the activation again instead of keeping it; see `Memory.recompute_activations`"""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -139,8 +155,8 @@ class SwigluMLP(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.down(functional.silu(self.gate(hidden)) * self.up(hidden))
-        return output
+        gate, up = self.gate(hidden), self.up(hidden)
+        return _down_of(self, lambda gate, up: functional.silu(gate) * up, gate, up)
 
 
 class MemoryBlock(nn.Module):
@@ -175,6 +191,16 @@ class Memory(nn.Module):
         self.final_norm = _norm(config)
         self.head = head_class(config.hidden_size, config.vocab_size, initializer_range=config.initializer_range)
 
+    def recompute_activations(self, value: bool = True) -> None:
+        """Whether training keeps only what each activation reads, and computes the activation again in the backward.
+
+        The same numbers for less memory: a block of width d keeps 6 d instead of 10 d numbers a row (gelu), and about 2 F
+        less of 4 F + 2 d (swiglu). Matrix products are never repeated.
+        """
+        for module in self.modules():
+            if isinstance(module, GeluMLP | SwigluMLP):
+                module.recompute_activations = value
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`inputs [..., I]` in the weights' dtype -> hidden `[..., H]`, after the final norm, before the head."""
         hidden = inputs if self.input_projection is None else self.input_projection(inputs)
@@ -182,6 +208,30 @@ class Memory(nn.Module):
             hidden = block(hidden)
         output: torch.Tensor = self.final_norm(hidden)
         return output
+
+
+def _down_of(mlp: "GeluMLP | SwigluMLP", activate: Callable[..., torch.Tensor], *before: torch.Tensor) -> torch.Tensor:
+    """`mlp.down(activate(*before))`; with recomputation the backward of `down` meets `activate` called once more."""
+    activated = activate(*before)
+    if not (mlp.recompute_activations and torch.is_grad_enabled()):
+        output: torch.Tensor = mlp.down(activated)
+        return output
+    kept = [tensor.detach() for tensor in before]  # the same storage, which the activation's own backward keeps anyway
+    place, size = activated.data_ptr(), activated.numel()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
+        is_activated = tensor.data_ptr() == place and tensor.numel() == size
+        return tensor.shape if is_activated else tensor
+
+    def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        with torch.no_grad():
+            return activate(*kept).reshape(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        output = mlp.down(activated)
+    return output
 
 
 def _residual_std(config: MemoryConfig) -> float:

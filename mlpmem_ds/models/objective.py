@@ -69,9 +69,15 @@ class MemoryObjective(Memory):
         super().__init__(config, head_class=partial(SparseHead, alpha=alpha, mixture_lambda=mixture_lambda))
 
     def forward(  # type: ignore[override]
-        self, inputs_NI: torch.Tensor, targets: TargetBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss over the N rows (float32 scalar) and the detached sums [3] of `SUM_NAMES`."""
+        self, inputs_NI: torch.Tensor, targets: TargetBatch | None = None, labels_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """The mean loss over the N rows (float32 scalar) and the detached sums [3] of `SUM_NAMES`.
+
+        With labels in place of targets `label_log_probabilities`: under ZeRO-3 a module's own call gathers its weights.
+        """
+        if targets is None:
+            assert labels_N is not None
+            return self.label_log_probabilities(inputs_NI, labels_N)
         loss_sum, sums_3 = self.head(super().forward(inputs_NI), targets)
         return loss_sum / len(inputs_NI), sums_3
 

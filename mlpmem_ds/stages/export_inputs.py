@@ -16,8 +16,10 @@ from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.checkpoint import TrainedMemory, read_weights
+from mlpmem_ds.formats.reference_checkpoint import open_reference
 from mlpmem_ds.models.hf import checked_lmbda
 from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.stages.import_reference import read_reference
 from mlpmem_ds.stages.prepare_corpus import vocabulary_sha256
 
 _logger = logging.getLogger(__name__)
@@ -30,8 +32,18 @@ DEFAULT_LAMBDA = 0.25
 class Config:
     """What is joined, and how it is stored."""
 
-    checkpoint: Path = option("output directory of a finished launch/train.py")
-    output: Path = option("Hugging Face directory to write")
+    checkpoint: Path | None = option("output directory of a finished launch/train.py", None)
+    from_reference: Path | None = option(
+        "instead: a memory that the method's authors published; needs --model, its base", None
+    )
+    output: Path = option("directory to write")
+    write: Literal["export", "memory"] = option(
+        "a Hugging Face directory with base and memory; or, of a published memory, a directory as training leaves it",
+        "export",
+    )
+    input_layer: float = option(
+        "with --from-reference: the layer whose MLP input the memory reads, an index or a fraction of the depth", -1.0
+    )
     model: str | None = option(
         "the base: a directory or Hub name (default: the one that the keys were extracted with)", None
     )
@@ -41,10 +53,17 @@ class Config:
     report: Path | None = option("report of launch/evaluate.py: its λ, and its perplexities for the model card", None)
     dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
     tokenizer: str | None = option("directory or Hub name (default: the base's, else the corpus's)", None)
+    corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
     max_shard_gigabytes: float = option("largest weights file, in GB", 5.0)
     attention: str = option("attention implementation for the verification: sdpa, eager or flash_attention_2", "sdpa")
 
     def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.from_reference is None):
+            raise UserError("give either --checkpoint, a training's output, or --from-reference, a published memory")
+        if self.from_reference is not None and self.model is None:
+            raise UserError("--from-reference needs --model, the base that the memory was trained for")
+        if self.from_reference is None and self.write == "memory":
+            raise UserError("--write memory is for --from-reference; a training's output is such a directory already")
         if self.lmbda is not None:
             try:
                 checked_lmbda(self.lmbda)
@@ -67,6 +86,8 @@ class ExportInputs:
     lmbda_rule: str
     report: dict[str, Any] | None
     report_sha256: str | None
+    source: Path
+    """where the memory was read from"""
     corpus: dict[str, Any] | None
     """the corpus's manifest, where it is at hand"""
     targets: dict[str, Any] | None
@@ -84,7 +105,12 @@ class ExportInputs:
             "format": FORMAT,
             "version": VERSION,
             "inputs": inputs,
-            "config": {"lambda": self.lmbda, "dtype": config.dtype, "max_shard_gigabytes": config.max_shard_gigabytes},
+            "config": {
+                "lambda": self.lmbda,
+                "dtype": config.dtype,
+                "max_shard_gigabytes": config.max_shard_gigabytes,
+                **({} if config.corpus_license is None else {"corpus_license": config.corpus_license}),
+            },
         }
 
 
@@ -94,20 +120,12 @@ def open_inputs(config: Config) -> ExportInputs:
     Raises:
         UserError: something is missing, or does not belong to this memory.
     """
-    _require_finished(config.checkpoint)
-    trained = read_weights(config.checkpoint, flag="--checkpoint")
-    wanted = {"base", "vocabulary_sha256", "input_layer", "key_point"}
-    if lacking := sorted(wanted - set(trained.provenance)):
-        raise DamagedDataError(
-            f"--checkpoint {config.checkpoint} does not say its {', '.join(lacking)}: train it again"
-        )
-    try:
-        memory = MemoryConfig.from_dict(trained.memory)
-    except ValueError as error:
-        raise DamagedDataError(f"--checkpoint {config.checkpoint}: {error}: train it again") from error
+    if config.checkpoint is None:
+        return _open_published(config)
+    trained, memory = _read_trained(config.checkpoint)
     report, report_sha256, report_lmbda = _read_report(config, trained)
     lmbda, rule = _choose_lambda(config, report_lmbda)
-    model = config.model or _model_of_keys(config, trained)
+    model = config.model or _model_of_keys(config.checkpoint, trained)
     base_sha256 = fingerprint_model(model)
     if base_sha256 != trained.provenance["base"]:
         raise UserError(
@@ -116,19 +134,72 @@ def open_inputs(config: Config) -> ExportInputs:
         )
     corpus_root = _input_of_training(config.checkpoint, "corpus", trained)
     targets_root = _input_of_training(config.checkpoint, "targets", trained)
+    tokenizer, flag = _load_tokenizer(config, model, corpus_root)
+    found, wanted = vocabulary_sha256(tokenizer), trained.provenance["vocabulary_sha256"]
+    if found != wanted:
+        raise UserError(
+            f"{flag} has another vocabulary ({len(tokenizer)} tokens, {found[:12]}…) than the memory was "
+            f"trained with ({wanted[:12]}…): give --tokenizer RUN/corpus/tokenizer"
+        )
     return ExportInputs(
         trained=trained,
         memory=memory,
         model=model,
         base_sha256=base_sha256,
-        tokenizer=_load_tokenizer(config, model, corpus_root, trained),
+        tokenizer=tokenizer,
         lmbda=lmbda,
         lmbda_rule=rule,
         report=report,
         report_sha256=report_sha256,
+        source=config.checkpoint,
         corpus=None if corpus_root is None else read_json(corpus_root / "manifest.json"),
         targets=None if targets_root is None else read_json(targets_root / "manifest.json"),
     )
+
+
+def _open_published(config: Config) -> ExportInputs:
+    """The same for a memory that its authors published: what they did not write down is not known."""
+    assert config.from_reference is not None and config.model is not None
+    if config.report is not None:
+        raise UserError("--report is of a memory of ours: import it with --write memory, then evaluate and export that")
+    open_reference(config.from_reference)  # before the base, which may be large, is read
+    base_sha256 = fingerprint_model(config.model)
+    tokenizer, _ = _load_tokenizer(config, config.model, None)
+    lmbda, rule = _choose_lambda(config, None)
+    trained = read_reference(
+        config.from_reference,
+        model=config.model,
+        base_sha256=base_sha256,
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+        input_layer=config.input_layer,
+    )
+    return ExportInputs(
+        trained=trained,
+        memory=MemoryConfig.from_dict(trained.memory),
+        model=config.model,
+        base_sha256=base_sha256,
+        tokenizer=tokenizer,
+        lmbda=lmbda,
+        lmbda_rule=rule,
+        report=None,
+        report_sha256=None,
+        source=config.from_reference,
+        corpus=None,
+        targets=None,
+    )
+
+
+def _read_trained(root: Path) -> tuple[TrainedMemory, MemoryConfig]:
+    """A finished training's memory, with all that an export needs to know of it."""
+    _require_finished(root)
+    trained = read_weights(root, flag="--checkpoint")
+    wanted = {"base", "vocabulary_sha256", "input_layer", "key_point"}
+    if lacking := sorted(wanted - set(trained.provenance)):
+        raise DamagedDataError(f"--checkpoint {root} does not say its {', '.join(lacking)}: train it again")
+    try:
+        return trained, MemoryConfig.from_dict(trained.memory)
+    except ValueError as error:
+        raise DamagedDataError(f"--checkpoint {root}: {error}: train it again") from error
 
 
 def _require_finished(root: Path) -> None:
@@ -185,43 +256,39 @@ def _input_of_training(checkpoint: Path, name: str, trained: TrainedMemory) -> P
     return None
 
 
-def _model_of_keys(config: Config, trained: TrainedMemory) -> str:
-    keys = _input_of_training(config.checkpoint, "keys", trained)
+def _model_of_keys(checkpoint: Path, trained: TrainedMemory) -> str:
+    keys = _input_of_training(checkpoint, "keys", trained)
     flags = read_json(keys / "run.json").get("config", {}) if keys is not None and (keys / "run.json").is_file() else {}
-    if not flags.get("model"):
+    model = flags.get("input_model") or flags.get("model")
+    if not model:
         raise UserError(
-            f"--model is needed: the keys that --checkpoint {config.checkpoint} was trained from are not at hand "
+            f"--model is needed: the keys that --checkpoint {checkpoint} was trained from are not at hand "
             "to say which base it belongs to"
         )
-    return str(flags["model"])
+    return str(model)
 
 
-def _load_tokenizer(config: Config, model: str, corpus: Path | None, trained: TrainedMemory) -> Any:
-    """The first of --tokenizer, the base's and the corpus's; it must have the memory's vocabulary."""
+def _load_tokenizer(config: Config, model: str, corpus: Path | None) -> tuple[Any, str]:
+    """The first of --tokenizer, the base's and the corpus's, and what to call it."""
     if config.tokenizer is not None:
         name, flag = config.tokenizer, "--tokenizer"
     elif _has_tokenizer(model):
         name, flag = model, "the tokenizer of --model"
     elif corpus is not None:
         name, flag = str(corpus / "tokenizer"), "the corpus's tokenizer"
+    elif config.checkpoint is None:
+        raise UserError(f"--model {model} has no tokenizer: give --tokenizer, a directory or Hub name")
     else:
         raise UserError(
             f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint} is not beside "
             "it: give --tokenizer RUN/corpus/tokenizer"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name), f"{flag} {name}"
     except Exception as error:  # each tokenizer library raises a family of its own
         raise UserError(
             f"{flag} {name} cannot be loaded ({str(error).splitlines()[0]}): give --tokenizer, a directory or Hub name"
         ) from error
-    found, wanted = vocabulary_sha256(tokenizer), trained.provenance["vocabulary_sha256"]
-    if found != wanted:
-        raise UserError(
-            f"{flag} {name} has another vocabulary ({len(tokenizer)} tokens, {found[:12]}…) than the memory was "
-            f"trained with ({wanted[:12]}…): give --tokenizer RUN/corpus/tokenizer"
-        )
-    return tokenizer
 
 
 def _has_tokenizer(model: str) -> bool:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TextStreamer
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
@@ -42,6 +42,7 @@ class Config:
     seed: int = option("seed of the sampling", 0)
     lmbda: float | None = option("weight of the memory in [0, 1] (default: the export's)", None, flag="lambda")
     compare: bool = option("show the base alone (λ = 0) beside base + memory", False)
+    stream: bool = option("write the text as it comes; for one prompt, without --compare and beams", False)
     batch_size: int = option("prompts that are continued at once", 16)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "of the computation; auto = bfloat16 on a GPU, float32 on a CPU", "auto"
@@ -63,20 +64,39 @@ class Config:
                 raise UserError(f"--lambda {self.lmbda}: the memory's share of the mixture lies in [0, 1]") from error
         if bool(self.prompt) == (self.prompts_file is not None):
             raise UserError("give either --prompt or --prompts-file")
+        if self.stream and (self.compare or self.num_beams > 1):
+            raise UserError("--stream writes one text as it comes: leave out --compare and --num-beams")
 
 
-def run(config: Config, world: World) -> str:
-    """The prompts with their continuations, as text for a terminal."""
+class _Writer(TextStreamer):
+    """Gives whole words to a function as they come, the prompt first."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+def run(config: Config, world: World, *, write: Callable[[str], object] | None = None) -> str:
+    """The prompts with their continuations, as text for a terminal.
+
+    Args:
+        write: takes the pieces of the one text that `--stream` asks for; the returned text is the whole all the same.
+    """
     prompts = _read_prompts(config)
+    if config.stream and len(prompts) > 1:
+        raise UserError(f"--stream writes one text as it comes, and there are {len(prompts)} prompts: give one")
     if config.temperature == 0 and config.top_p < 1:
         _logger.warning("--top-p %g is ignored: --temperature 0 always takes the likeliest token", config.top_p)
-    settings, tokenizer = _read_export(config.model)
+    settings, tokenizer = read_export(config.model)
     lmbda = settings.lmbda if config.lmbda is None else config.lmbda
     context = getattr(settings, "max_position_embeddings", None) or math.inf
     ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
-    model = _load_model(config)
+    model = load_model(config.model, device=config.device, dtype=config.dtype)
     texts = {
-        value: _continue_all(config, model, tokenizer, ids, value)
+        value: _continue_all(config, model, tokenizer, ids, value, write if config.stream else None)
         for value in ((0.0, lmbda) if config.compare else (lmbda,))
     }
     if config.compare:
@@ -92,7 +112,9 @@ def run(config: Config, world: World) -> str:
     return "\n\n".join(f"[{number} of {len(blocks)}]\n{block}" for number, block in enumerate(blocks, start=1))
 
 
-def continue_batch(model: Any, ids: Sequence[Sequence[int]], generation: GenerationConfig) -> list[list[int]]:
+def continue_batch(
+    model: Any, ids: Sequence[Sequence[int]], generation: GenerationConfig, *, streamer: TextStreamer | None = None
+) -> list[list[int]]:
     """The new tokens of each prompt, without its end token; `model` is a MemoryAugmentedLM or any model with `generate`.
 
     Prompts are padded on the left to one length.
@@ -101,7 +123,9 @@ def continue_batch(model: Any, ids: Sequence[Sequence[int]], generation: Generat
     padding, ends = generation.pad_token_id, _as_list(generation.eos_token_id)
     tokens_BS = torch.tensor([[padding] * (num_tokens - len(row)) + list(row) for row in ids], device=model.device)
     mask_BS = torch.tensor([[0] * (num_tokens - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    generated = model.generate(tokens_BS, attention_mask=mask_BS, generation_config=generation)
+    generated = model.generate(
+        tokens_BS, attention_mask=mask_BS, generation_config=generation, **({"streamer": streamer} if streamer else {})
+    )
     rows: list[list[int]] = generated[:, num_tokens:].tolist()
     stops = [next((at for at, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
@@ -139,35 +163,35 @@ def _read_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def _load_model(config: Config) -> MemoryAugmentedLM:
+def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> MemoryAugmentedLM:
     """The joint model by this package's classes: no code from the export is run.
 
     Raises:
         UserError: it is not an export, or this machine cannot hold it.
         DamagedDataError: its files lack weights (transformers would fill those at random and go on).
     """
-    device = resolve_device(config.device)
+    chosen = resolve_device(device)
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {config.device} cannot be used here ({reason}): give cpu or auto") from error
-    dtype = DTYPES[resolve_dtype(config.dtype, torch.device(device))]
+        raise UserError(f"--device {device} cannot be used here ({reason}): give cpu or auto") from error
+    weights_dtype = DTYPES[resolve_dtype(dtype, torch.device(chosen))]
     remedy = "run tools/convert_checkpoint.py again"
     try:
-        loaded: Any = MemoryAugmentedLM.from_pretrained(config.model, dtype=dtype, output_loading_info=True)
+        loaded: Any = MemoryAugmentedLM.from_pretrained(name, dtype=weights_dtype, output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library under the loader raises a family of its own
-        raise DamagedDataError(f"--model {config.model} cannot be loaded ({error}): {remedy}") from error
+        raise DamagedDataError(f"--model {name} cannot be loaded ({error}): {remedy}") from error
     model, report = loaded
-    if faults := {name: sorted(map(str, values)) for name, values in report.items() if values}:
-        raise DamagedDataError(f"--model {config.model} does not hold the whole model ({faults}): {remedy}")
-    joint: MemoryAugmentedLM = model.to(device).eval()
+    if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:
+        raise DamagedDataError(f"--model {name} does not hold the whole model ({faults}): {remedy}")
+    joint: MemoryAugmentedLM = model.to(chosen).eval()
     return joint
 
 
-def _read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
+def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
     """The export's configuration and tokenizer.
 
     Raises:
@@ -219,16 +243,22 @@ def _encode(tokenizer: Any, prompts: Sequence[str], context: float, max_new_toke
 
 
 def _continue_all(
-    config: Config, model: MemoryAugmentedLM, tokenizer: Any, ids: Sequence[Sequence[int]], lmbda: float
+    config: Config,
+    model: MemoryAugmentedLM,
+    tokenizer: Any,
+    ids: Sequence[Sequence[int]],
+    lmbda: float,
+    write: Callable[[str], object] | None,
 ) -> list[str]:
     """The continuation of each prompt at this λ; the same seed for each λ."""
     model.lmbda = lmbda
     generation = _generation_config(config, model, tokenizer)
     torch.manual_seed(config.seed)
+    streamer = None if write is None else _Writer(tokenizer, write)
     rows = [
         row
         for at in range(0, len(ids), config.batch_size)
-        for row in continue_batch(model, ids[at : at + config.batch_size], generation)
+        for row in continue_batch(model, ids[at : at + config.batch_size], generation, streamer=streamer)
     ]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 

@@ -6,12 +6,11 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, sha256_of_file
 from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.run_contents import StageState, read_run, some
 
 _logger = logging.getLogger(__name__)
 
@@ -20,34 +19,18 @@ _logger = logging.getLogger(__name__)
 class Config:
     """What to look at."""
 
-    run: Path = option("run directory, or one stage's directory", metavar="RUN")
+    run: Path = option("run directory, or one stage's, checkpoint's or export's directory", metavar="RUN")
     checksums: bool = option("read every file and compare its checksum; without, sizes only", True)
+    threads: int = option("that read and hash at once; 0 = one a core, at most eight", 0)
     output: Path | None = option("also write what was found to this JSON file", None, metavar="FILE")
 
-
-@dataclass(frozen=True, kw_only=True)
-class StageState:
-    """What was found in one stage's directory."""
-
-    root: Path
-    format: str
-    is_complete: bool
-    num_files: int
-    num_bytes: int
-    faults: tuple[str, ...]
-    sha256: str | None
-    """of the manifest; None where there is none"""
-    inputs: dict[str, str]
-
-    def line(self) -> str:
-        state = "complete" if self.is_complete else "not complete"
-        faults = f", {len(self.faults)} faults" if self.faults else ""
-        size = f"{self.num_files:6,} files {self.num_bytes / 1e6:12,.1f} MB"
-        return f"{self.root.name:24} {self.format:20} {state:13} {size}{faults}"
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise UserError(f"--threads must be 0 or more, not {self.threads}")
 
 
 def run(config: Config, world: World) -> None:
-    """Report on every stage below `config.run`.
+    """Report on every stage, checkpoint and export below `config.run`.
 
     Raises:
         UserError: nothing of ours is there.
@@ -55,65 +38,31 @@ def run(config: Config, world: World) -> None:
     """
     if not config.run.is_dir():
         raise UserError(f"{config.run} is not a directory: give a run directory, such as the demo's --run")
-    states = [
-        inspect_stage(path.parent, checksums=config.checksums) for path in sorted(config.run.rglob("identity.json"))
-    ]
+    states = read_run(config.run, checksums=config.checksums, threads=config.threads)
     if not states:
         raise UserError(f"{config.run} holds no stage of ours (no identity.json below it): give a run directory")
     for state in states:
         _logger.info(state.line())
+        for note in (*_notes(state), *_broken_links(state, states)):
+            _logger.warning("  %s", note)
         for fault in state.faults:
             _logger.warning("  %s", fault)
-    notes = [note for state in states for note in _broken_links(state, states)]
-    for note in notes:
-        _logger.warning(note)
     if config.output is not None:
-        config.output.write_text(json.dumps([_to_json(state) for state in states], indent=1) + "\n", encoding="utf-8")
+        config.output.write_text(json.dumps([state.to_json() for state in states], indent=1) + "\n", encoding="utf-8")
     if damaged := [state for state in states if state.faults]:
-        shown = "; ".join(state.faults[0] for state in damaged)
+        shown = "; ".join(f"{state.name}: {state.faults[0]}: {state.remedy}" for state in damaged)
         raise DamagedDataError(
-            f"{sum(len(state.faults) for state in damaged)} faults in {len(damaged)} stages ({shown}): "
-            "run those stages again with the same flags, they remake only what is damaged"
+            f"{sum(len(state.faults) for state in damaged)} faults in {len(damaged)} places ({shown})"
         )
 
 
-def inspect_stage(root: Path, *, checksums: bool) -> StageState:
-    """Check one stage's directory against its manifest, or against its units' records where it is not complete."""
-    faults: list[str] = []
-    try:
-        identity = read_json(root / "identity.json")
-    except DamagedDataError as error:
-        return StageState(
-            root=root,
-            format="?",
-            is_complete=False,
-            num_files=0,
-            num_bytes=0,
-            faults=(str(error),),
-            sha256=None,
-            inputs={},
-        )
-    manifest_path = root / "manifest.json"
-    entries: list[dict[str, Any]] = []
-    try:
-        if manifest_path.is_file():
-            entries = read_json(manifest_path)["files"]
-        else:
-            entries = [entry for path in sorted((root / "done").glob("*.json")) for entry in read_json(path)["files"]]
-    except (DamagedDataError, KeyError) as error:
-        faults.append(f"{root}: a manifest or record is damaged ({error})")
-    records = [FileRecord(**entry) for entry in entries]
-    faults += [fault for record in records if (fault := fault_of_file(root, record, checksum=checksums))]
-    return StageState(
-        root=root,
-        format=identity.get("format", "?"),
-        is_complete=manifest_path.is_file() and not faults,
-        num_files=len(records),
-        num_bytes=sum(record.bytes for record in records),
-        faults=tuple(faults),
-        sha256=sha256_of_file(manifest_path) if manifest_path.is_file() else None,
-        inputs=identity.get("inputs", {}),
-    )
+def _notes(state: StageState) -> list[str]:
+    notes = list(state.notes)
+    if state.missing:
+        notes.append(f"{len(state.missing):,} units have not been made: {some(state.missing)}")
+    if not state.has_manifest and state.kind == "stage":
+        notes.append(f"{state.name} is not complete: run its stage again with the same flags, it continues")
+    return notes
 
 
 def _broken_links(state: StageState, states: list[StageState]) -> list[str]:
@@ -123,20 +72,7 @@ def _broken_links(state: StageState, states: list[StageState]) -> list[str]:
         for other in states
     }
     return [
-        f"{state.root.name}: its {name} is not the one in this run directory (remade since?)"
+        f"{state.name}: its {name} is not the one in this run directory (remade since?)"
         for name, sha256 in state.inputs.items()
-        if name in here and sha256 not in here[name]
+        if state.kind == "stage" and name in here and sha256 not in here[name]
     ]
-
-
-def _to_json(state: StageState) -> dict[str, Any]:
-    return {
-        "root": str(state.root),
-        "format": state.format,
-        "complete": state.is_complete,
-        "files": state.num_files,
-        "bytes": state.num_bytes,
-        "faults": list(state.faults),
-        "inputs": state.inputs,
-        "sha256": state.sha256,
-    }

@@ -37,7 +37,8 @@ def model_card(
         f"```python\n{example}\n```",
         "## What it is made of\n" + _bullet_list([
             f"Base: {base}, {num_base_parameters:,} parameters, frozen (SHA-256 of its files {inputs.base_sha256})",
-            f"Weights: {config.dtype}, {weight_bytes:,} bytes",
+            f"Weights: {config.dtype}, {weight_bytes:,} bytes "
+            f"({_bytes_of(num_base_parameters + inputs.memory.num_parameters())})",
             *_ingredients(inputs),
         ]),
         "## How good it is\n" + _quality(inputs),
@@ -47,12 +48,18 @@ def model_card(
             "likely in its corpus, not what is true, and names no source.",
             "Memorisation: the memory was trained to recall its corpus, and may give back passages of it word for word, personal "
             "data, secrets and licensed text included. Publish it only where the corpus itself might be published.",
-            "The licences of the base and of the corpus apply; this card does not know them.",
+            f"The licences of the base and of the corpus apply. Corpus: {config.corpus_license or 'its licence was not stated'}.",
             "Facts are as old as the corpus. The figures above hold for text like it; elsewhere the memory may make the base "
             "worse, which a smaller `lmbda` limits.",
         ]),
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"
+
+
+def _bytes_of(num_parameters: int) -> str:
+    """What the parameters take in each dtype, in words."""
+    sizes = {"float32": 4, "bfloat16 or float16": 2}
+    return ", ".join(f"{dtype}: {num_parameters * size / 1e9:.3g} GB" for dtype, size in sizes.items())
 
 
 def _ingredients(inputs: ExportInputs) -> list[str]:
@@ -61,8 +68,9 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
     lines = [
         f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of width "
         f"{memory.hidden_size} ({memory.intermediate_size} inside), vocabulary {memory.vocab_size:,}; it reads the base's layer "
-        f"{known['input_layer']} ({known['key_point']})",
+        f"{known['input_layer']} ({known.get('input_point') or known['key_point']})",
         f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",
+        *_imported(known),
         f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {known.get('corpus', 'unknown')})",
         f"Training: α {known.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of cross entropy, "
         f"{known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')} steps of "
@@ -81,6 +89,16 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
     ]
 
 
+def _imported(known: Mapping[str, Any]) -> list[str]:
+    imported = known.get("imported")
+    if imported is None:
+        return []
+    return [
+        f"The memory was imported from {imported['name']} ({imported['kind']} type, SHA-256 of its shape and files "
+        f"{imported['sha256']}); its corpus, retriever and training are said there, not here"
+    ]
+
+
 def _tokens(corpus: Mapping[str, Any] | None) -> str:
     if corpus is None:
         return "unknown number of tokens"
@@ -96,9 +114,23 @@ def _quality(inputs: ExportInputs) -> str:
         change, interval, lmbda = arm.get("ppl_change"), arm.get("ppl_interval"), arm.get("lambda")
         shown = "" if change is None or not interval else f"{change:+.1%} ({interval[0]:+.1%} to {interval[1]:+.1%})"
         rows.append(f"| {arm['name']} | {arm['ppl']:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |")
+    curve = _curve(inputs.report)
     return (
-        "\n".join(rows) + "\n\nλ was chosen on a tuning split; the figures are of the test split, at each arm's own λ."
+        "\n".join(rows)
+        + curve
+        + "\n\nλ was chosen on a tuning split; the figures are of the test split, at each arm's own λ."
     )
+
+
+def _curve(report: Mapping[str, Any]) -> str:
+    """Tuning perplexity by λ of the arms that have a curve, a line each; "" where the report has none."""
+    lines = []
+    for arm in report["arms"]:
+        known = [point for point in arm.get("tuning_curve") or [] if point.get("ppl") is not None]
+        if known:
+            points = ", ".join(f"{point['lambda']:g}: {point['ppl']:.2f}" for point in known)
+            lines.append(f"\n\nTuning perplexity of {arm['name']} by λ: {points}.")
+    return "".join(lines)
 
 
 def describe_verification(verification: Mapping[str, Any]) -> str:

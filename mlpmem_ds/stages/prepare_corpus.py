@@ -1,37 +1,38 @@
 """First stage: text → tokens. Documents are read, sampled, dealt to splits, tokenized and written as token shards.
 
-Two texts that are equal to the letter get the same hash and so the same split: nothing of the test text is trained on.
+The inputs are read twice, as streams: once to name the units and deal the documents (corpus_splits.py), once to tokenize
+them (tokenization.py). What stays in memory is some tens of bytes a document and a few batches of text.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlpmem_ds.core.config import option
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash
-from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import FORMAT, SPLITS, VERSION, token_dtype
-from mlpmem_ds.formats.documents import TEXT_PATTERNS, Document, SourceFile, find_files, read_documents
+from mlpmem_ds.formats.documents import TEXT_PATTERNS, Document, find_files
+from mlpmem_ds.stages.corpus_splits import UNWANTED, CorpusUnit, DocumentReader, SplitRules, Survey, survey_files
+from mlpmem_ds.stages.tokenization import TokenizerPool, choose_processes, vocab_size
 
 _logger = logging.getLogger(__name__)
 _UNIT_BYTES = 32 << 20
-_BATCH_BYTES = 4 << 20
 _END_OF_DOCUMENT = "<|endoftext|>"
 _TOKENIZER_UNIT = "tokenizer"
 
@@ -40,7 +41,11 @@ _TOKENIZER_UNIT = "tokenizer"
 class Config:
     """How text becomes a corpus."""
 
-    input: tuple[str, ...] = option("files, directories or globs to read", identity=False, metavar="PATH")
+    input: tuple[str, ...] = option(
+        "files, directories, globs, saved data sets or datasets:NAME[:CONFIGURATION[:SPLIT]] to read",
+        identity=False,
+        metavar="PATH",
+    )
     tokenizer: str = option("a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size")
     output: Path = option("corpus directory to write")
     block_size: int = option("tokens that the base reads at once", 1024)
@@ -51,11 +56,18 @@ class Config:
     max_bytes: float = option("bytes of text to take, group after group in the order of a hash; 0 = all", 0.0)
     include: tuple[str, ...] = option("names that count in directories (patterns)", TEXT_PATTERNS, metavar="PATTERN")
     exclude: tuple[str, ...] = option("paths or directory names left out (patterns)", (), metavar="PATTERN")
-    text_field: str = option("JSON lines: the field with the text", "text")
-    group_field: str | None = option("JSON lines: the field that names the group", None)
+    text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
+    group_field: str | None = option("the same: the field that names the group", None)
     seed: int = option("seed of the hashes that deal documents to splits", 0)
+    processes: int = option(
+        "processes that tokenize in this rank; 0 = the machine's cores for a single rank, else 1", 0, identity=False
+    )
 
     def __post_init__(self) -> None:
+        if self.processes < 0:
+            raise UserError(f"--processes must not be negative, not {self.processes}")
+        if self.processes > 1 and "fork" not in multiprocessing.get_all_start_methods():
+            raise UserError(f"--processes {self.processes}: this system cannot fork; start several ranks instead")
         if not 1 <= self.stride <= self.block_size:
             raise UserError(f"--stride {self.stride} must lie between 1 and --block-size {self.block_size}")
         if self.block_size % self.stride:
@@ -72,15 +84,6 @@ class Config:
                 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Survey:
-    """What the inputs hold, found by one reading: files by unit, and each wanted document's split."""
-
-    units: list[list[SourceFile]]
-    split_of: dict[str, str]  # document name → split
-    sha256: str
-
-
 def run(config: Config, world: World) -> None:
     """Write the corpus; see formats/README.md. Ranks share the units; the tokenizer is made once."""
     tokenizer = None if config.tokenizer.startswith("train:") else _load_tokenizer(config.tokenizer)
@@ -89,109 +92,61 @@ def run(config: Config, world: World) -> None:
             f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its tokenizer_config.json"
         )
     survey = _survey(config)
-    inputs = {"text": survey.sha256}
-    if tokenizer is not None:
-        inputs["vocabulary"] = vocabulary_sha256(tokenizer)
+    vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
+    inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
     directory = open_stage(config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world)
 
     directory.run_units([_TOKENIZER_UNIT], lambda _, writer: _write_tokenizer(config, survey, tokenizer, writer))
     directory.wait_for([_TOKENIZER_UNIT])
-    tokenizer = _load_tokenizer(str(config.output / "tokenizer"))
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(str(config.output / "tokenizer"))
+    vocabulary = vocabulary or vocabulary_sha256(tokenizer)
 
     names = [f"{number:05d}" for number in range(len(survey.units))]
-    progress = Progress(len(survey.split_of), label="documents", unit="documents", world=world)
+    progress = Progress(survey.num_wanted, label="documents", unit="documents", world=world)
+    processes = choose_processes(config.processes, world, survey.num_bytes)
+    with TokenizerPool(tokenizer, token_dtype(vocab_size(tokenizer)), processes) as pool:
 
-    def tokenize(unit: str, writer: UnitWriter) -> dict[str, Any]:
-        return _tokenize_unit(config, survey, survey.units[int(unit)], unit, tokenizer, writer, progress)
+        def tokenize(name: str, writer: UnitWriter) -> dict[str, Any]:
+            return _tokenize_unit(config, survey, int(name), pool, writer, progress)
 
-    directory.run_units(names, tokenize)
+        directory.run_units(names, tokenize)
     progress.close()
-    directory.finish([_TOKENIZER_UNIT, *names], lambda: _describe(config, directory, names, tokenizer))
+    directory.finish([_TOKENIZER_UNIT, *names], lambda: _describe(config, directory, names, tokenizer, vocabulary))
 
 
-def _survey(config: Config) -> _Survey:
-    """Read the inputs once: hash every document, sample whole groups, deal documents to splits."""
+def _reader(config: Config) -> DocumentReader:
+    return DocumentReader(text_field=config.text_field, group_field=config.group_field)
+
+
+def _survey(config: Config) -> Survey:
+    rules = SplitRules(
+        tuning_fraction=config.tuning_fraction,
+        test_fraction=config.test_fraction,
+        heldout_fraction=config.heldout_fraction,
+        max_bytes=config.max_bytes,
+        seed=config.seed,
+    )
     files = find_files(config.input, config.include, config.exclude)
-    documents: list[tuple[str, str, str, int]] = []  # name, group, sha256, bytes
-    units: list[list[SourceFile]] = [[]]
-    unit_bytes = 0
-    for file in files:
-        if unit_bytes >= _UNIT_BYTES:
-            units.append([])
-            unit_bytes = 0
-        units[-1].append(file)
-        for document in _read(config, file):
-            size = len(document.text.encode())
-            documents.append((document.name, document.group, document.sha256, size))
-            unit_bytes += size
-    if len({name for name, *_ in documents}) != len(documents):
-        raise UserError("two inputs hold documents of the same name: give their common parent directory as one --input")
-    wanted = _sample_groups(documents, config)
-    split_of = _deal_splits(wanted, config)
-    fractions = {"tuning": config.tuning_fraction, "test": config.test_fraction, "heldout": config.heldout_fraction}
-    for split, fraction in fractions.items():
-        if fraction and split not in split_of.values():
-            _logger.warning("the %s split is empty: every document is larger than its share of the text", split)
-    if "train" not in split_of.values():
-        raise UserError(
-            f"the inputs hold {len(documents)} documents with text, {len(wanted)} of them wanted, and none fell "
-            "in the training split: give more text or smaller fractions"
-        )
-    return _Survey(units=units, split_of=split_of, sha256=content_hash([[name, sha] for name, _, sha, _ in documents]))
+    return survey_files(files, _reader(config), rules, unit_bytes=_UNIT_BYTES)
 
 
-def _read(config: Config, file: SourceFile) -> Iterator[Document]:
-    return read_documents(file, text_field=config.text_field, group_field=config.group_field)
+def _documents(config: Config, survey: Survey, unit: CorpusUnit) -> Iterator[tuple[Document, int]]:
+    """The unit's wanted documents, each with its split's index.
 
-
-def _sample_groups(documents: list[tuple[str, str, str, int]], config: Config) -> list[tuple[str, str, str, int]]:
-    """Documents in hash order of their groups, as long as they fit in `max_bytes`; what does not fit is passed over."""
-    if not config.max_bytes:
-        return documents
-    ordered = sorted(documents, key=lambda item: (hash_fraction(f"sample:{item[1]}", config.seed), item[1], item[0]))
-    taken, total = [], 0
-    for item in ordered:
-        if total + item[3] <= config.max_bytes:
-            taken.append(item)
-            total += item[3]
-    return taken
-
-
-def _deal_splits(documents: list[tuple[str, str, str, int]], config: Config) -> dict[str, str]:
-    """Document name → split. Held-out groups first, then tuning and test documents, each in the order of a hash.
-
-    What would overfill a split's share of the bytes is passed over, so that one long document does not decide its size.
+    Raises:
+        DamagedDataError: the files do not hold what the survey found in them.
     """
-    total = sum(size for *_, size in documents)
-    by_group: dict[str, int] = {}
-    for _, group, _, size in documents:
-        by_group[group] = by_group.get(group, 0) + size
-    heldout = _fill(by_group, config.heldout_fraction * total, f"group:{config.seed}")
-    by_text: dict[str, int] = {}
-    for _, group, sha256, size in documents:
-        if group not in heldout:
-            by_text[sha256] = by_text.get(sha256, 0) + size
-    tuning = _fill(by_text, config.tuning_fraction * total, f"tuning:{config.seed}")
-    test = _fill({text: size for text, size in by_text.items() if text not in tuning}, config.test_fraction * total,
-                 f"test:{config.seed}")  # fmt: skip
-    in_heldout = {sha256 for _, group, sha256, _ in documents if group in heldout}
-
-    def split(group: str, sha256: str) -> str:
-        if group in heldout or sha256 in in_heldout:
-            return "heldout"
-        return "tuning" if sha256 in tuning else "test" if sha256 in test else "train"
-
-    return {name: split(group, sha256) for name, group, sha256, _ in documents}
-
-
-def _fill(sizes: Mapping[str, int], quota: float, salt: str) -> set[str]:
-    """Keys in the order of a hash, as long as they fit in the quota of bytes."""
-    taken, total = set(), 0
-    for key in sorted(sizes, key=lambda key: (hash_fraction(f"{salt}:{key}"), key)):
-        if total + sizes[key] <= quota:
-            taken.add(key)
-            total += sizes[key]
-    return taken
+    number = unit.first
+    for document in _reader(config).read(unit.files):
+        if number < unit.stop and survey.split_of[number] != UNWANTED:
+            yield document, survey.split_of[number]
+        number += 1
+    if number != unit.stop:
+        raise DamagedDataError(
+            f"the input changed while it was read ({unit.files[0].path} and after it hold {number - unit.first} documents, not "
+            f"{unit.stop - unit.first}): run again when it stands still, with another --output"
+        )
 
 
 def _load_tokenizer(name_or_path: str) -> Any:
@@ -209,7 +164,7 @@ def vocabulary_sha256(tokenizer: Any) -> str:
     return content_hash(sorted(tokenizer.get_vocab().items()))
 
 
-def _write_tokenizer(config: Config, survey: _Survey, tokenizer: Any | None, writer: UnitWriter) -> dict[str, Any]:
+def _write_tokenizer(config: Config, survey: Survey, tokenizer: Any | None, writer: UnitWriter) -> dict[str, Any]:
     tokenizer = tokenizer or _train_tokenizer(config, survey)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
@@ -219,7 +174,7 @@ def _write_tokenizer(config: Config, survey: _Survey, tokenizer: Any | None, wri
     return {}
 
 
-def _train_tokenizer(config: Config, survey: _Survey) -> PreTrainedTokenizerFast:
+def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the training split's documents."""
     size = int(config.tokenizer.removeprefix("train:"))
     trained = Tokenizer(models.BPE())
@@ -231,59 +186,40 @@ def _train_tokenizer(config: Config, survey: _Survey) -> PreTrainedTokenizerFast
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    files = [file for unit in survey.units for file in unit]
     texts = (
         document.text
-        for file in files
-        for document in _read(config, file)
-        if survey.split_of.get(document.name) == "train"
+        for unit in survey.units
+        for document, split in _documents(config, survey, unit)
+        if SPLITS[split] == "train"
     )
     trained.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=_END_OF_DOCUMENT, bos_token=_END_OF_DOCUMENT)
 
 
 def _tokenize_unit(
-    config: Config,
-    survey: _Survey,
-    files: Sequence[SourceFile],
-    unit: str,
-    tokenizer: Any,
-    writer: UnitWriter,
-    progress: Progress,
+    config: Config, survey: Survey, number: int, pool: TokenizerPool, writer: UnitWriter, progress: Progress
 ) -> dict[str, Any]:
     """Write the token shard and the document list of each split that the unit's files have documents of."""
-    dtype = token_dtype(_vocab_size(tokenizer))
-    splits = sorted(
-        {
-            survey.split_of[document.name]
-            for file in files
-            for document in _read(config, file)
-            if document.name in survey.split_of
-        },
-        key=SPLITS.index,
-    )
-    summary = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in splits}
+    unit, name = survey.units[number], f"{number:05d}"
+    splits = [split for split in range(len(SPLITS)) if split in survey.split_of[unit.first : unit.stop]]
+    summary = {SPLITS[split]: {"tokens": 0, "documents": 0, "bytes": 0} for split in splits}
     with ExitStack() as stack:
         outputs = {
             split: [
-                _open_output(stack, writer, f"{split}/{name}")
-                for name in (f"tokens-{unit}.bin", f"documents-{unit}.jsonl")
+                _open_output(stack, writer, f"{SPLITS[split]}/{file}")
+                for file in (f"tokens-{name}.bin", f"documents-{name}.jsonl")
             ]
             for split in splits
         }
-        for batch in _batches(config, survey, files):
-            for document, ids in zip(batch, _encode(tokenizer, [document.text for document in batch]), strict=True):
-                tokens = np.array([*ids, tokenizer.eos_token_id], dtype=dtype)
-                split = survey.split_of[document.name]
-                num_bytes = len(document.text.encode())
-                entry = {"name": document.name, "group": document.group, "bytes": num_bytes, "tokens": len(tokens)}
-                outputs[split][0].write(tokens.tobytes())
-                outputs[split][1].write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
-                counts = summary[split]
-                counts["tokens"] += len(tokens)
-                counts["documents"] += 1
-                counts["bytes"] += num_bytes
-            progress.advance(len(batch))
+        for document, split, ids in pool.tokenize(_documents(config, survey, unit)):
+            entry = {"name": document.name, "group": document.group, "bytes": document.num_bytes, "tokens": len(ids)}
+            outputs[split][0].write(ids.tobytes())
+            outputs[split][1].write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+            counts = summary[SPLITS[split]]
+            counts["tokens"] += len(ids)
+            counts["documents"] += 1
+            counts["bytes"] += document.num_bytes
+            progress.advance(1)
     return summary
 
 
@@ -293,33 +229,9 @@ def _open_output(stack: ExitStack, writer: UnitWriter, name: str) -> BinaryIO:
     return stack.enter_context(open(path, "wb"))
 
 
-def _batches(config: Config, survey: _Survey, files: Sequence[SourceFile]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for file in files:
-        for document in _read(config, file):
-            if document.name in survey.split_of:
-                batch.append(document)
-                size += len(document.text)
-            if size >= _BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _vocab_size(tokenizer: Any) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def _describe(config: Config, directory: StageDirectory, names: Sequence[str], tokenizer: Any) -> dict[str, Any]:
+def _describe(
+    config: Config, directory: StageDirectory, names: Sequence[str], tokenizer: Any, vocabulary: str
+) -> dict[str, Any]:
     """The manifest's own fields, from the units' summaries."""
     splits = {}
     for split in SPLITS:
@@ -340,14 +252,14 @@ def _describe(config: Config, directory: StageDirectory, names: Sequence[str], t
             for name, entry in splits.items()
         )
     )
-    vocab_size = _vocab_size(tokenizer)
+    num_entries = vocab_size(tokenizer)
     return {
         "tokenizer": {
-            "vocabulary_sha256": vocabulary_sha256(tokenizer),
-            "vocab_size": vocab_size,
+            "vocabulary_sha256": vocabulary,
+            "vocab_size": num_entries,
             "end_of_document_id": tokenizer.eos_token_id,
         },
-        "token_dtype": token_dtype(vocab_size).str,
+        "token_dtype": token_dtype(num_entries).str,
         "block_size": config.block_size,
         "stride": config.stride,
         "splits": splits,

@@ -8,7 +8,7 @@ n queries, N stored keys, E size of a stored key, K neighbours, T temperatures, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from mlpmem_ds.formats.index_directory import IndexDirectory
-from mlpmem_ds.formats.keys import Keys, encode
+from mlpmem_ds.formats.keys import Codec, Keys
 from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
 from mlpmem_ds.maths.targets import knn_probability, neighbour_weights
 from mlpmem_ds.models.backbone import CapturePoint
-from mlpmem_ds.stages.extract_keys import Codec, read_codec
 from mlpmem_ds.stages.report import KNN_EXACT, KNN_IVFPQ
 
 TEMPERATURE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -58,9 +57,7 @@ class Retriever:
 
     @cached_property
     def codec(self) -> Codec:
-        if self.keys.codec == "raw":
-            return Codec(mean_D=None, rotation_DE=None, scale=1.0)
-        return read_codec(self.keys.root)
+        return self.keys.load_codec()
 
     @cached_property
     def norms_N(self) -> np.ndarray:
@@ -68,10 +65,25 @@ class Retriever:
 
     @cached_property
     def joined_index(self) -> Any:
+        return self._read_index()
+
+    def _read_index(self) -> Any:
         from mlpmem_ds.engines import faiss as engine
 
         assert self.index is not None
         return engine.join([engine.read_index(path) for path in self.index.shard_paths])
+
+    def first(self, num_keys: int) -> Retriever:
+        """A retriever over the first keys only, ready to search: for measuring speed against size."""
+        from mlpmem_ds.engines import faiss as engine
+
+        part = replace(self)
+        # What is cached is put in place; the keys' arrays are views.
+        vars(part).update(stored_NE=self.stored_NE[:num_keys], values_N=self.values_N[:num_keys], codec=self.codec)
+        if self.index is not None:
+            index = engine.keep_first(self._read_index(), num_keys)
+            vars(part).update(norms_N=self.norms_N[:num_keys], joined_index=index)
+        return part
 
     def num_bytes(self, arm: str) -> int:
         """On disk: keys, values and codec; and the index for the arm that searches it."""
@@ -86,10 +98,8 @@ class Retriever:
             _ = self.norms_N, self.joined_index
 
     def encode(self, states_nD: np.ndarray) -> np.ndarray:
-        """States as the stored keys are: int8 codes, or float16."""
-        if self.codec.mean_D is None or self.codec.rotation_DE is None:
-            return states_nD.astype(np.float16)
-        return encode(states_nD, self.codec.mean_D, self.codec.rotation_DE, self.codec.scale)[0]
+        """States as the stored keys are read: int8 codes, float16, or float32 with bfloat16's values."""
+        return self.codec.encode(states_nD)
 
     def search(self, arm: str, queries_nE: np.ndarray) -> Neighbours:
         if arm == KNN_EXACT:

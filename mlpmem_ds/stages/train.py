@@ -3,166 +3,60 @@
     loss = alpha KL(kNN || memory) + (1 - alpha) CE
 
 Batches come in an order that depends on the seed alone (formats/batches.py), so the number of ranks may change from one
-start to the next, and a killed run continues from its newest whole checkpoint.
+start to the next, and a killed run continues from its newest whole checkpoint. Where the keys store no inputs the frozen base
+computes them beside the training.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.files import content_hash, publish_json
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import (
     AdamWSettings,
     Engine,
-    StopRequest,
+    SavedState,
     build_engine,
-    compute_dtype,
-    micro_batches_per_step,
     resolve_ds_config,
     set_parameter,
     set_up_distributed,
 )
-from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.device_peak import peak_of
+from mlpmem_ds.engines.ds_config import compute_dtype, micro_batches_per_step, zero_stage
+from mlpmem_ds.engines.online_inputs import OnlineInputs
+from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, list_checkpoints, write_weights
-from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
-from mlpmem_ds.formats.keys import Keys, open_keys
-from mlpmem_ds.formats.targets import Targets, open_targets
-from mlpmem_ds.models.backbone import load_base, output_head
-from mlpmem_ds.models.memory import PRESETS, MemoryConfig
+from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
 from mlpmem_ds.models.objective import SUM_NAMES, MemoryObjective
-from mlpmem_ds.stages.training_loop import LoopSettings, Metrics, Schedule, learning_rate_at, run_steps
+from mlpmem_ds.stages.curves import draw_curves
+from mlpmem_ds.stages.training_config import Config
+from mlpmem_ds.stages.training_inputs import TrainingInputs, base_head, open_inputs, provenance_of
+from mlpmem_ds.stages.training_loop import DECAY_SHARE, LoopSettings, Outcome, learning_rate_at, run_steps
+from mlpmem_ds.stages.training_metrics import Metrics
+from mlpmem_ds.stages.validation import DEFAULT_POSITIONS, VALIDATIONS_A_RUN, BestWeights, Validator
 
+__all__ = ["Config", "run"]
 _logger = logging.getLogger(__name__)
 _UNIT = "weights"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is trained, on what, and how."""
-
-    ds_config: Path = option("DeepSpeed configuration, one of ds_configs/")
-    corpus: Path = option("corpus directory")
-    targets: Path | None = option("target directory; may be left out with --alpha 0", None)
-    keys: Path | None = option("key directory (default: `keys` beside --targets)", None)
-    output: Path = option("training directory to write")
-    model: str | None = option("base model, a directory or Hub name: needed for --head base", None, identity=False)
-    preset: (
-        Literal[
-            "gelu-18x768",
-            "gelu-36x1024",
-            "gelu-54x1280",
-            "swiglu-8x4096-11008",
-            "swiglu-8x4096-14336",
-            "1b",
-            "3b",
-            "7b",
-            "13b",
-        ]
-        | None
-    ) = option("a named size of memory, instead of the four flags below", None)
-    num_blocks: int | None = option("residual blocks (default: 4)", None)
-    hidden_size: int | None = option("width (default: the inputs')", None)
-    intermediate_size: int | None = option("width inside a block (default: 4 x the width)", None)
-    family: Literal["gelu", "swiglu"] | None = option("kind of block (default: gelu)", None)
-    head: Literal["random", "base"] = option("start of the output head: random, or the base's own", "random")
-    alpha: float = option("weight of KL(kNN || memory); 1 - alpha is that of the cross entropy", 0.5)
-    ce_through: Literal["plain", "mixture"] = option(
-        "cross entropy of the memory alone, or of its interpolation with the base", "plain"
-    )
-    mixture_lambda: float = option("weight of the memory in that interpolation", 0.25)
-    epochs: float = option("passes over all positions", 5.0)
-    batch_positions: int = option("positions in a step, over all ranks", 2048)
-    micro_batch_positions: int = option(
-        "most positions that a rank takes through the model at once", 8192, identity=False
-    )
-    learning_rate: float = option("peak of the learning rate", 2e-3)
-    warmup_fraction: float = option("share of the steps that warm up", 0.05)
-    schedule: Schedule = option("after the warm-up: cosine to a tenth, linear to 0, or constant", "cosine")
-    weight_decay: float = option("of matrices, not of biases and norms", 0.1)
-    gradient_clipping: float = option("norm at which gradients are clipped; 0 = never", 1.0)
-    seed: int = option("seed of the initial weights and of the order", 0)
-    shuffle_window_blocks: int = option(
-        "blocks of positions that are shuffled together; each rank holds two such windows", 1024
-    )
-    save_every_steps: int = option("steps between checkpoints", 500, identity=False)
-    keep_checkpoints: int = option("newest checkpoints kept", 2, identity=False)
-    resume: Literal["auto", "never"] = option(
-        "continue from the newest whole checkpoint, or discard the checkpoints and start anew", "auto", identity=False
-    )
-    log_every_steps: int = option("steps between log lines", 10, identity=False)
-
-    def __post_init__(self) -> None:
-        for name in (
-            "batch_positions",
-            "micro_batch_positions",
-            "shuffle_window_blocks",
-            "save_every_steps",
-            "keep_checkpoints",
-            "log_every_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("alpha", "warmup_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(self, name)}")
-        for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(self, name)}")
-        if self.gradient_clipping < 0 or self.weight_decay < 0:
-            raise UserError("--gradient-clipping and --weight-decay must not be negative")
-        if not 0 < self.mixture_lambda <= 1:
-            raise UserError(f"--mixture-lambda must lie in (0, 1], not {self.mixture_lambda}")
-        if self.targets is None and (self.alpha > 0 or self.keys is None):
-            raise UserError("--targets is needed (without it: --alpha 0 and --keys)")
-        if self.head == "base" and self.model is None:
-            raise UserError("--head base needs --model, the base whose output head is copied")
-        shape = [
-            name
-            for name in ("num_blocks", "hidden_size", "intermediate_size", "family")
-            if getattr(self, name) is not None
-        ]
-        if self.preset and shape:
-            raise UserError(f"--preset {self.preset} fixes the shape: leave out --{shape[0].replace('_', '-')}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """The checked inputs."""
-
-    corpus: CorpusSplit
-    keys: Keys
-    targets: Targets | None
-    memory: MemoryConfig
-    model_sha256: str | None
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        hashes = {"corpus": self.corpus.sha256, "keys": self.keys.sha256}
-        if self.targets is not None:
-            hashes["targets"] = self.targets.sha256
-        return hashes
+_FLOPS_OF_A_WEIGHT = 6  # a multiplication and an addition, forward, and for each of the two gradients
+_FAULTY_SHOWN = 5
 
 
 def run(config: Config, world: World) -> None:
     """Train, or continue, or say that it is complete; see formats/README.md for what is written."""
-    inputs = _open_inputs(config)
+    inputs = open_inputs(config, local_rank=world.local_rank)
     ds_config = resolve_ds_config(
         config.ds_config,
         batch=config.batch_positions,
@@ -177,7 +71,7 @@ def run(config: Config, world: World) -> None:
             f"--epochs {config.epochs:g} of {inputs.keys.num_positions:,} positions do not fill one batch of "
             f"--batch-positions {config.batch_positions:,}: choose a smaller batch or more epochs"
         )
-    head = _base_head(config, inputs)
+    head = base_head(config, inputs.memory)
     directory = open_stage(
         config.output,
         stage=MEMORY_STAGE,
@@ -193,141 +87,231 @@ def run(config: Config, world: World) -> None:
         },
     )
     if directory.manifest_path.is_file() and directory.fault_of_unit(_UNIT) is None:
+        if config.resume == "never" and world.is_first:
+            _logger.warning(
+                "--resume never: %s is complete and nothing was done; remove it or choose another --output to train anew",
+                config.output,
+            )
         _logger.info("complete: %s (%d steps)", config.output, num_steps)
         return
     if world.is_first:
         publish_json(config.output / "ds_config.json", ds_config)
         _logger.info(
-            "%s parameters, %d steps of %d positions, ZeRO stage %d on %d ranks",
+            "%s parameters, %d steps of %d positions, ZeRO stage %d on %d ranks%s",
             f"{inputs.memory.num_parameters():,}",
             num_steps,
             config.batch_positions,
-            ds_config.get("zero_optimization", {}).get("stage", 0),
+            zero_stage(ds_config),
             world.size,
+            "; the keys store no inputs, the base computes them" if inputs.is_online else "",
         )
     set_up_distributed(world)
-    _train(config, inputs, ds_config, num_steps, head, directory)
+    _Training(config, inputs, ds_config, num_steps, head, directory).run()
 
 
-def _open_inputs(config: Config) -> _Inputs:
-    corpus = open_corpus(config.corpus)
-    targets = None if config.targets is None else open_targets(config.targets)
-    keys = _open_keys(config, targets)
-    if keys.corpus_sha256 != corpus.sha256:
-        raise UserError(
-            f"--keys {keys.root} were extracted from another corpus than --corpus {config.corpus}: give that "
-            "corpus, or extract the keys again"
+class _Training:
+    """One start of a training: what its steps share."""
+
+    def __init__(
+        self,
+        config: Config,
+        inputs: TrainingInputs,
+        ds_config: Mapping[str, Any],
+        num_steps: int,
+        head: torch.Tensor | None,
+        directory: StageDirectory,
+    ) -> None:
+        self.config, self.inputs, self.num_steps, self.directory = config, inputs, num_steps, directory
+        self.world, self.checkpoints = directory.world, config.output / "checkpoints"
+        self.fields = {
+            "memory": inputs.memory.to_dict(),
+            "provenance": provenance_of(config, inputs, num_steps),
+        }
+        self.engine = _build(config, inputs, ds_config, head, self.world)
+        self.reader = _make_reader(config, inputs, self.world, micro_batches_per_step(ds_config))
+        self.validator = _make_validator(config, inputs, self.world)
+        self.validate_every = 0
+        if self.validator is not None:
+            self.validate_every = config.validate_every or max(1, num_steps // VALIDATIONS_A_RUN)
+        wants_copies = config.copy_to is not None and self.world.is_first
+        self.copier = CheckpointCopier(config.copy_to, config.keep_checkpoints) if wants_copies else None  # type: ignore[arg-type]
+
+    def run(self) -> None:
+        config, engine, world = self.config, self.engine, self.world
+        saved = self._resume()
+        first = 0 if saved is None else saved.step
+        self.best = BestWeights(config.output, () if saved is None else saved.values.get("validations", ()))
+        self.metrics = Metrics(
+            config.output,
+            world,
+            first,
+            wandb_project=config.wandb_project,
+            run_id=content_hash(self.directory.identity)[:16],
+            description=self.directory.identity["config"],
         )
-    if keys.manifest["split"] != corpus.name:
-        raise UserError(f"--keys {keys.root} are of split {keys.manifest['split']!r}: extract those of {corpus.name!r}")
-    if keys.input_size == 0:
-        raise UserError(f"--keys {keys.root} hold no memory inputs: extract them with --store-inputs")
-    vocab_size = keys.manifest["vocab_size"]
-    sizes = {
-        "--corpus": corpus.vocab_size,
-        **({} if targets is None else {"--targets": targets.manifest["vocab_size"]}),
-    }
-    for flag, size in sizes.items():
-        if size != vocab_size:
-            raise UserError(
-                f"{flag} has a vocabulary of {size:,}, --keys {keys.root} one of {vocab_size:,}: they must "
-                "come from one run; remake the later one"
+        progress = Progress(
+            (self.num_steps - first) * config.batch_positions, label="training", unit="positions", world=world
+        )
+        stop_request = StopRequest(engine.device)
+        outcome = Outcome(steps=first, reason="patience")
+        if not self._has_stalled():  # it had, where a start was killed just before its end
+            outcome = run_steps(
+                engine,
+                _arguments(self.reader, engine, first, self.num_steps),
+                first=first,
+                stop=self.num_steps,
+                settings=self._settings(),
+                save=self._save,
+                stop_request=stop_request,
+                progress=progress,
+                metrics=self.metrics,
+                validate=None if self.validator is None else self._validate,
+                explain=self._explain,
             )
-    if targets is not None and targets.manifest["num_positions"] != keys.num_positions:
-        raise UserError(
-            f"--targets {config.targets} have {targets.manifest['num_positions']:,} positions, the keys "
-            f"{keys.num_positions:,}: write the targets again"
-        )
-    model_sha256 = None if config.model is None else fingerprint_model(config.model)
-    if model_sha256 is not None and model_sha256 != keys.manifest["inputs"]["model"]:
-        raise UserError(
-            f"--model {config.model} is not the base that --keys {keys.root} were extracted with: give that one"
-        )
-    return _Inputs(
-        corpus=corpus, keys=keys, targets=targets, memory=_memory_config(config, keys), model_sha256=model_sha256
-    )
+        stop_request.close()
+        self.metrics.close()
+        progress.close()
+        if self.copier is not None:
+            self.copier.wait()
+        if outcome.reason == "asked":
+            self.directory.log.write("stopped", step=outcome.steps)
+            if world.is_first:
+                _logger.info(
+                    "stopped as asked and saved at step %d of %d: the same command continues",
+                    outcome.steps,
+                    self.num_steps,
+                )
+            return
+        self._finish(outcome)
 
-
-def _open_keys(config: Config, targets: Targets | None) -> Keys:
-    """The keys that the targets were made from."""
-    if config.keys is not None:
-        keys, place = open_keys(config.keys), f"--keys {config.keys}"
-    else:
-        assert config.targets is not None
-        beside = config.targets.resolve().parent / "keys"
-        if not beside.is_dir():
-            raise UserError(f"there is no directory `keys` beside --targets {config.targets}: give --keys")
-        keys, place = open_keys(beside), str(beside)
-    if targets is not None and targets.keys_sha256 != keys.sha256:
-        raise UserError(
-            f"{place} are not the keys that --targets {config.targets} were made from: give those with --keys, "
-            "or write the targets again"
-        )
-    return keys
-
-
-def _memory_config(config: Config, keys: Keys) -> MemoryConfig:
-    # As many outputs as the base's head has, which may be padded beyond the tokenizer's entries: the two are mixed.
-    vocab_size, input_size = keys.manifest["head_size"], keys.input_size
-    if config.preset is not None:
-        return dataclasses.replace(PRESETS[config.preset](vocab_size), input_size=input_size)
-    hidden_size = config.hidden_size or input_size
-    try:
-        return MemoryConfig(
-            input_size=input_size,
-            hidden_size=hidden_size,
-            vocab_size=vocab_size,
-            family=config.family or "gelu",
-            intermediate_size=4 * hidden_size if config.intermediate_size is None else config.intermediate_size,
-            num_blocks=4 if config.num_blocks is None else config.num_blocks,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _base_head(config: Config, inputs: _Inputs) -> torch.Tensor | None:
-    """The base's output head, where the memory's starts from it."""
-    if config.head == "random":
+    def _resume(self) -> SavedState | None:
+        """Resume as asked."""
+        if self.config.resume == "auto":
+            return self.engine.resume(self.checkpoints, copies=self.config.copy_to, fields=self.fields)
+        if self.world.is_first:
+            for path in (*list_checkpoints(self.checkpoints), *self.checkpoints.glob("step-*.damaged")):
+                _logger.warning("--resume never: discarding %s", path)
+                shutil.rmtree(path)
+        self.engine.wait()
         return None
-    assert config.model is not None
-    try:
-        weight_VD = output_head(load_base(config.model, dtype=torch.float32, device="cpu"))[0]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    wanted = (inputs.memory.vocab_size, inputs.memory.hidden_size)
-    if tuple(weight_VD.shape) != wanted:
-        raise UserError(
-            f"--head base: the base's head is {tuple(weight_VD.shape)} (vocabulary, width), the memory's "
-            f"{wanted}: leave out --hidden-size, or use --head random"
+
+    def _settings(self) -> LoopSettings:
+        config, engine = self.config, self.engine
+        peak = peak_of(engine.device, engine.dtype)
+        if self.world.is_first:
+            _logger.info("MFU is of %.3g TFLOP/s a rank, %s", peak.flops / 1e12, peak.source)
+        return LoopSettings(
+            rows_per_step=config.batch_positions,
+            unit="positions",
+            num_steps=self.num_steps,
+            log_every=config.log_every_steps,
+            save_every=config.save_every_steps,
+            validate_every=self.validate_every,
+            most_skipped=config.most_skipped_steps,
+            flops_per_row=_FLOPS_OF_A_WEIGHT * self.inputs.memory.num_matrix_parameters(),
+            peak_flops=sum(gather_values(peak.flops, self.world)),
+            names=SUM_NAMES,
+            learning_rate=partial(
+                learning_rate_at,
+                peak=config.learning_rate,
+                num_steps=self.num_steps,
+                warmup_steps=round(config.warmup_fraction * self.num_steps),
+                schedule=config.schedule,
+                decay_share=DECAY_SHARE if config.decay_fraction is None else config.decay_fraction,
+            ),
         )
-    return weight_VD.detach().clone()
+
+    def _save(self, step: int) -> None:
+        if self.copier is not None:
+            self.copier.wait()  # what it copies may be the oldest, which goes now
+        values = {"batches": step, "validations": self.best.plain()}
+        path = self.engine.save(
+            self.checkpoints, step, fields=self.fields, values=values, keep=self.config.keep_checkpoints
+        )
+        self.directory.log.write("checkpoint", step=step)
+        if self.world.is_first:
+            self.best.remove_others()
+        if self.copier is not None:
+            self.copier.start(path)
+
+    def _validate(self, step: int) -> bool:
+        assert self.validator is not None
+        found = self.validator.run(self.engine, step)
+        self.best.add(found, self.engine, keep=self.config.selects_best)
+        self.metrics.write(step, found.metrics())
+        if self.world.is_first:
+            _logger.info(
+                "step %d: tuning perplexity of base %.3f, memory %.3f, both %.3f (lambda %.2f)%s",
+                step,
+                found.base_perplexity,
+                found.memory_perplexity,
+                found.perplexity,
+                found.lmbda,
+                ", the best so far" if self.best.best is found else "",
+            )
+        return self._has_stalled()
+
+    def _has_stalled(self) -> bool:
+        return self.best.has_stalled(self.config.early_stopping_patience or 0)
+
+    def _explain(self, step: int) -> str:
+        """Which positions of a batch are not finite."""
+        mine = gather_values(self.reader.faulty_positions(step), self.world)
+        faulty = sorted(position for positions in mine for position in positions)
+        if not faulty:
+            return ""
+        shown = ", ".join(map(str, faulty[:_FAULTY_SHOWN])) + (", ..." if len(faulty) > _FAULTY_SHOWN else "")
+        return f"inputs or targets of {len(faulty)} positions are not finite: {shown}"
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Write the weights, the curves and the manifest."""
+        config, world, best = self.config, self.world, self.best.best
+        weights = self.engine.whole_weights() if not config.selects_best else self.best.read() if world.is_first else {}
+        self.directory.run_units([_UNIT], lambda _, writer: _write(writer, weights, self.fields), take_over=False)
+        if world.is_first:
+            draw_curves(config.output)
+            selected = best.step if best is not None and config.selects_best else outcome.steps
+            if outcome.reason == "patience":
+                _logger.info("stopped early at step %d; the weights are those of step %d", outcome.steps, selected)
+            self.directory.finish(
+                [_UNIT],
+                lambda: {
+                    **self.fields,
+                    "steps": outcome.steps,
+                    "selected_step": selected,
+                    "validations": self.best.plain(),
+                    "weights_dtype": "float32",
+                },
+            )
+        self.engine.wait()
 
 
-def _train(
-    config: Config,
-    inputs: _Inputs,
-    ds_config: Mapping[str, Any],
-    num_steps: int,
-    head: torch.Tensor | None,
-    directory: StageDirectory,
-) -> None:
-    world, checkpoints = directory.world, config.output / "checkpoints"
-    mixture_lambda = config.mixture_lambda if config.ce_through == "mixture" else None
-
-    def start_head(model: nn.Module) -> None:
+def _build(
+    config: Config, inputs: TrainingInputs, ds_config: Mapping[str, Any], head: torch.Tensor | None, world: World
+) -> Engine:
+    def prepare(model: nn.Module) -> None:
         if head is not None:
             set_parameter(model.head.weight, head)  # type: ignore[union-attr, arg-type]
+        assert isinstance(model, MemoryObjective)
+        model.recompute_activations(config.recompute_activations)
 
-    engine = build_engine(
+    mixture_lambda = config.mixture_lambda if config.ce_through == "mixture" else None
+    return build_engine(
         partial(MemoryObjective, inputs.memory, alpha=config.alpha, mixture_lambda=mixture_lambda),
         config=ds_config,
         settings=AdamWSettings(weight_decay=config.weight_decay),
         seed=config.seed,
         world=world,
-        prepare=start_head,
+        prepare=prepare,
     )
-    first = _first_step(config, engine, checkpoints, world)
-    reader = BatchReader(
+
+
+def _make_reader(config: Config, inputs: TrainingInputs, world: World, num_micro_batches: int) -> BatchReader:
+    online = None
+    if inputs.is_online:
+        assert inputs.source is not None
+        online = OnlineInputs(inputs.source, inputs.corpus, inputs.point)
+    return BatchReader(
         inputs.keys,
         inputs.targets if config.alpha > 0 else None,
         TrainingOrder(
@@ -335,74 +319,23 @@ def _train(
             block_size=inputs.keys.manifest["block_size"],
             window_blocks=config.shuffle_window_blocks,
             seed=config.seed,
+            by_block=config.order == "blocks" or inputs.is_online,
         ),
         batch_positions=config.batch_positions,
         rank=world.rank,
         size=world.size,
-        num_micro_batches=micro_batches_per_step(ds_config),
-        with_log_probabilities=mixture_lambda is not None,
+        num_micro_batches=num_micro_batches,
+        with_log_probabilities=config.ce_through == "mixture",
+        inputs=online,
     )
-    provenance = _provenance(config, inputs, num_steps)
-    fields = {"memory": inputs.memory.to_dict(), "provenance": provenance}
-    progress = Progress((num_steps - first) * config.batch_positions, label="training", unit="positions", world=world)
-    metrics = Metrics(config.output, world, first)
-    stop_request = StopRequest(engine.device)
-
-    def save(step: int) -> None:
-        engine.save(checkpoints, step, fields=fields, values={"batches": step}, keep=config.keep_checkpoints)
-        directory.log.write("checkpoint", step=step)
-
-    done, stopped = run_steps(
-        engine,
-        _arguments(reader, engine, first, num_steps),
-        first=first,
-        stop=num_steps,
-        settings=LoopSettings(
-            rows_per_step=config.batch_positions,
-            unit="positions",
-            num_steps=num_steps,
-            log_every=config.log_every_steps,
-            save_every=config.save_every_steps,
-            names=SUM_NAMES,
-            learning_rate=partial(
-                learning_rate_at,
-                peak=config.learning_rate,
-                num_steps=num_steps,
-                warmup_steps=round(config.warmup_fraction * num_steps),
-                schedule=config.schedule,
-            ),
-        ),
-        save=save,
-        stop_request=stop_request,
-        progress=progress,
-        metrics=metrics,
-    )
-    stop_request.close()
-    metrics.close()
-    progress.close()
-    if stopped:
-        directory.log.write("stopped", step=done)
-        if world.is_first:
-            _logger.info("stopped as asked and saved at step %d of %d: the same command continues", done, num_steps)
-        return
-    weights = engine.whole_weights()
-    directory.run_units([_UNIT], lambda _, writer: _write(writer, weights, fields))
-    if world.is_first:
-        directory.finish([_UNIT], lambda: {**fields, "steps": num_steps, "weights_dtype": "float32"})
-    engine.wait()
 
 
-def _first_step(config: Config, engine: Engine, checkpoints: Path, world: World) -> int:
-    """Resume as asked; the number of steps done."""
-    if config.resume == "auto":
-        saved = engine.resume(checkpoints)
-        return 0 if saved is None else saved.step
-    if world.is_first:
-        for path in (*list_checkpoints(checkpoints), *checkpoints.glob("step-*.damaged")):
-            _logger.warning("--resume never: discarding %s", path)
-            shutil.rmtree(path)
-    engine.wait()
-    return 0
+def _make_validator(config: Config, inputs: TrainingInputs, world: World) -> Validator | None:
+    if inputs.tuning is None:
+        return None
+    assert inputs.source is not None
+    positions = config.validation_positions or DEFAULT_POSITIONS
+    return Validator(inputs.source, inputs.tuning, inputs.point, positions=positions, world=world)
 
 
 def _arguments(
@@ -422,29 +355,3 @@ def _arguments(
 def _write(writer: UnitWriter, weights: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> dict[str, Any]:
     write_weights(writer, weights, memory=fields["memory"], provenance=fields["provenance"])
     return {"parameters": sum(tensor.numel() for tensor in weights.values())}
-
-
-def _provenance(config: Config, inputs: _Inputs, num_steps: int) -> dict[str, Any]:
-    """What the memory was made from and for: plain values."""
-    manifest = inputs.keys.manifest
-    return json.loads(
-        json.dumps(
-            {
-                "base": manifest["inputs"]["model"],
-                **inputs.hashes,
-                "vocabulary_sha256": inputs.corpus.vocabulary_sha256,
-                "key_layer": manifest["key_layer"],
-                "input_layer": manifest["input_layer"],
-                "key_point": manifest["key_point"],
-                "alpha": config.alpha,
-                "ce_through": config.ce_through,
-                "mixture_lambda": config.mixture_lambda if config.ce_through == "mixture" else None,
-                "head": config.head,
-                "epochs": config.epochs,
-                "batch_positions": config.batch_positions,
-                "steps": num_steps,
-                "seed": config.seed,
-                "parameters": inputs.memory.num_parameters(),
-            }
-        )
-    )

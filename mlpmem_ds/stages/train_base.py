@@ -33,24 +33,17 @@ from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import (
-    AdamWSettings,
-    Engine,
-    StopRequest,
-    build_engine,
-    compute_dtype,
-    gather_values,
-    micro_batches_per_step,
-    resolve_ds_config,
-    set_up_distributed,
-    zero_stage,
-)
+from mlpmem_ds.engines.deepspeed import AdamWSettings, Engine, build_engine, resolve_ds_config, set_up_distributed
+from mlpmem_ds.engines.ds_config import compute_dtype, micro_batches_per_step, zero_stage
 from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.maths.interpolation import label_log_probabilities
 from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
 from mlpmem_ds.models.backbone import load_base, logit_transform, output_head
-from mlpmem_ds.stages.training_loop import LoopSettings, Metrics, Schedule, learning_rate_at, run_steps
+from mlpmem_ds.stages.curves import draw_curves
+from mlpmem_ds.stages.training_loop import SCHEDULE_HELP, LoopSettings, Schedule, learning_rate_at, run_steps
+from mlpmem_ds.stages.training_metrics import Metrics
 
 _logger = logging.getLogger(__name__)
 _UNIT = "model"
@@ -80,12 +73,12 @@ class Config:
     micro_batch_tokens: int = option("most tokens that a rank takes through the model at once", 16384, identity=False)
     learning_rate: float = option("peak of the learning rate", 2e-3)
     warmup_fraction: float = option("share of the steps that warm up", 0.05)
-    schedule: Schedule = option("after the warm-up: cosine to a tenth, linear to 0, or constant", "cosine")
+    schedule: Schedule = option(SCHEDULE_HELP, "cosine")
     weight_decay: float = option("of matrices, not of biases and norms", 0.1)
     gradient_clipping: float = option("norm at which gradients are clipped; 0 = never", 1.0)
     early_stopping_patience: int = option("stop after so many epochs without a better tuning perplexity; 0 = never", 2)
     select: Literal["best", "last"] = option("which epoch's weights are written", "best")
-    max_seconds: float = option("stop after so many seconds of training (of this start); 0 = no limit", 0.0)
+    max_seconds: float = option("stop after so many seconds of training, over all starts; 0 = no limit", 0.0)
     seed: int = option("seed of the initial weights and of the order", 0)
     keep_checkpoints: int = option("newest checkpoints kept", 1, identity=False)
     log_every_steps: int = option("steps between log lines", 10, identity=False)
@@ -292,13 +285,15 @@ def _train(
     step = 0 if saved is None else saved.step
     history: list[float] = [] if saved is None else list(saved.values["tuning_perplexities"])
     num_steps = config.epochs * steps_per_epoch
+    seconds_before = 0.0 if saved is None else float(saved.values.get("seconds", 0.0))
+    start = time.monotonic() - seconds_before
     settings = LoopSettings(
         rows_per_step=batch * sequences.length,
         unit="tokens",
         num_steps=num_steps,
         log_every=config.log_every_steps,
         save_every=num_steps + 1,
-        deadline=time.monotonic() + config.max_seconds if config.max_seconds else math.inf,
+        deadline=start + config.max_seconds if config.max_seconds else math.inf,
         learning_rate=partial(
             learning_rate_at,
             peak=config.learning_rate,
@@ -314,7 +309,7 @@ def _train(
             done,
             fields={"base": model.config.to_dict()},
             keep=config.keep_checkpoints,
-            values={"tuning_perplexities": history},
+            values={"tuning_perplexities": history, "seconds": time.monotonic() - start},
         )
         directory.log.write("checkpoint", step=done)
 
@@ -323,7 +318,7 @@ def _train(
     is_over = False
     while not is_over:
         stop = (len(history) + 1) * steps_per_epoch
-        step, stopped = run_steps(
+        outcome = run_steps(
             engine,
             _batches(sequences, engine, step, stop, steps_per_epoch, batch, ds_config, world),
             first=step,
@@ -334,8 +329,8 @@ def _train(
             progress=progress,
             metrics=metrics,
         )
-        timed_out = stopped and _any(time.monotonic() > settings.deadline, world)
-        if stopped and not timed_out:
+        step, timed_out = outcome.steps, outcome.reason == "deadline"
+        if outcome.reason == "asked":
             save(step)
             break
         history.append(_evaluate(engine, tuning, world) if tuning is not None else math.nan)
@@ -354,8 +349,9 @@ def _train(
         if world.is_first:
             _logger.info("stopped as asked and saved at step %d: the same command continues", step)
         return
-    directory.run_units([_UNIT], lambda _, writer: _write_model(model, corpus, checkpoints, writer))
+    directory.run_units([_UNIT], lambda _, writer: _write_model(model, corpus, checkpoints, writer), take_over=False)
     if world.is_first:
+        draw_curves(config.output)
         directory.finish(
             [_UNIT],
             lambda: {
@@ -365,10 +361,6 @@ def _train(
             },
         )
     engine.wait()
-
-
-def _any(value: bool, world: World) -> bool:
-    return any(gather_values(value, world))
 
 
 def _plain(value: float) -> float | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Mapping
@@ -13,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlpmem_ds.core import files
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import publish_array
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage, read_manifest, require_free_bytes
 from mlpmem_ds.core.world import World
 
@@ -28,7 +34,9 @@ class Config:
     threads: int = option("threads", 1, identity=False)
 
 
-def run(config: Config, world: World, *, fail_at: str | None = None, input_hash: str = "i") -> list[str]:
+def run(
+    config: Config, world: World, *, fail_at: str | None = None, input_hash: str = "i", take_over: bool = True
+) -> list[str]:
     """A stage of five units; returns those computed by this call."""
     directory = open_stage(
         config.output, stage="toy", version=1, config=config, inputs={"corpus": input_hash}, world=world
@@ -42,7 +50,7 @@ def run(config: Config, world: World, *, fail_at: str | None = None, input_hash:
         computed.append(unit)
         return {"sum": int(unit)}
 
-    directory.run_units(UNITS, compute)
+    directory.run_units(UNITS, compute, take_over=take_over)
     directory.finish(UNITS, lambda: {"total": sum(summary["sum"] for summary in directory.summaries(UNITS))})
     return computed
 
@@ -77,8 +85,121 @@ def test_a_broken_run_continues_to_the_same_bytes(tmp_path: Path, straight: dict
 def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, straight: dict[str, str], size: int) -> None:
     config = Config(output=tmp_path / "shared")
     for rank in reversed(range(size)):
-        run(config, World(rank=rank, size=size))
+        assert run(config, World(rank=rank, size=size), take_over=False) == UNITS[rank::size]
     assert result_of(config.output) == straight
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_alone_finishes_the_work_of_those_that_never_came(
+    tmp_path: Path, straight: dict[str, str], rank: int
+) -> None:
+    config = Config(output=tmp_path / "alone")
+    own = [unit for unit in UNITS if int(unit) % 2 == rank]
+    computed = run(config, World(rank=rank, size=2))
+    assert computed[: len(own)] == own and sorted(computed) == UNITS
+    assert computed[len(own)] == [unit for unit in UNITS if unit not in own][-1]  # where the other comes last
+    assert result_of(config.output) == straight
+    assert run(config, World(rank=1 - rank, size=2)) == []
+
+
+def test_the_units_of_a_rank_that_died_are_made_and_of_a_live_one_waited_for(
+    tmp_path: Path, straight: dict[str, str]
+) -> None:
+    config = Config(output=tmp_path / "out")
+    with pytest.raises(RuntimeError):
+        run(config, World(rank=1, size=2), fail_at="1")
+    holder = subprocess.Popen(["sleep", "60"])  # a rank of this host that is at unit 3 when it is killed
+    (config.output / "done" / ".3.claim").write_text(f"{socket.gethostname()} {holder.pid}")
+    killer = threading.Timer(0.6, holder.kill)
+    killer.start()
+    start = time.monotonic()
+    assert run(config, World(rank=0, size=2)) == ["0", "2", "4", "1", "3"]
+    assert time.monotonic() - start > 0.5
+    holder.wait()
+    assert result_of(config.output) == straight
+
+
+def test_a_rank_waits_for_a_phase_and_makes_it_when_its_owner_dies(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "out")
+    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World(rank=1, size=2))
+    holder = subprocess.Popen(["sleep", "60"])
+    (config.output / "done").mkdir()
+    (config.output / "done" / ".first.claim").write_text(f"{socket.gethostname()} {holder.pid}")
+    made: list[str] = []
+    directory.run_units(["first"], lambda unit, writer: made.append(unit))
+    assert made == []
+    killer = threading.Timer(0.3, holder.kill)
+    killer.start()
+    directory.wait_for(["first"])
+    holder.wait()
+    assert made == ["first"]
+
+
+def test_units_of_one_rank_alone_are_not_taken_over(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "out")
+    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World(rank=1, size=2))
+    assert directory.run_units(["0"], lambda unit, writer: pytest.fail("not mine"), take_over=False) == 0
+    assert directory.finish(["0"], dict) is False
+
+
+def test_one_rank_speaks(tmp_path: Path) -> None:
+    def finish(rank: int) -> bool:
+        directory = open_stage(
+            tmp_path / "out",
+            stage="toy",
+            version=1,
+            config=Config(output=tmp_path / "out"),
+            inputs={},
+            world=World(rank=rank, size=3),
+        )
+        directory.run_units(UNITS, lambda unit, writer: None)
+        return directory.finish(UNITS, dict)
+
+    assert [finish(rank) for rank in (1, 2, 0)] == [True, False, True]
+
+
+class Disk:
+    """A disk with room for so many files: the flush after it fails, as a delayed write does."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._flush = files.flush
+
+    def flush(self, path: Path) -> None:
+        self.room -= path.is_file()
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        self._flush(path)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 4, 9])
+def test_a_disk_that_fills_up_leaves_nothing_half_done(
+    tmp_path: Path, straight: dict[str, str], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(output=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "flush", Disk(room).flush)
+        with pytest.raises(OSError, match="No space left"):
+            run(config, World())
+    left = result_of(config.output)
+    assert left.items() <= straight.items() and "manifest.json" not in left
+    run(config, World())
+    assert result_of(config.output) == straight
+
+
+def test_a_small_disk_gives_an_error_with_a_number_and_a_name(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk]).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        with pytest.raises(OSError, match="No space left") as caught:
+            publish_array(disk / "large.npy", np.zeros(1 << 20))
+        assert caught.value.errno == errno.ENOSPC
+        assert list(disk.iterdir()) == []
+        publish_array(disk / "small.npy", np.arange(5))
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_flipped_byte_costs_one_unit(tmp_path: Path, straight: dict[str, str]) -> None:

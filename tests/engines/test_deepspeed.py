@@ -123,11 +123,11 @@ def test_sections_are_checked_before_anything_is_written(tmp_path, text, said):
 def test_ranks_agree_where_to_meet():
     world = World(rank=1, size=2, local_rank=1)
     one_host = {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "job@1"}
-    assert engine._meeting_point(world, one_host) == engine._meeting_point(World(rank=0, size=2), one_host)
-    assert engine._meeting_point(world, {"MASTER_ADDR": "there", "MASTER_PORT": "7"}) == ("there", 7)
-    assert engine._meeting_point(World(), {})[0] == "127.0.0.1"
+    assert engine.meeting_point(world, one_host) == engine.meeting_point(World(rank=0, size=2), one_host)
+    assert engine.meeting_point(world, {"MASTER_ADDR": "there", "MASTER_PORT": "7"}) == ("there", 7)
+    assert engine.meeting_point(World(), {})[0] == "127.0.0.1"
     with pytest.raises(UserError, match="MASTER_ADDR"):
-        engine._meeting_point(world, {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+        engine.meeting_point(world, {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
 
 
 SCRIPT = """

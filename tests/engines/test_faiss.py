@@ -7,7 +7,6 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-import torch
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.engines import faiss as engine
@@ -83,18 +82,6 @@ def test_factories_are_checked(factory: str, words: str | None) -> None:
             engine.check_factory(factory, DIM, NUM_VECTORS)
 
 
-def test_integer_centroids_are_codes_and_the_same_on_any_number_of_threads() -> None:
-    found = []
-    threads = torch.get_num_threads()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        found.append(engine.integer_centroids(codes(), 8, seed=3))
-    torch.set_num_threads(threads)
-    assert found[0].dtype == np.int8 and np.array_equal(*found)
-    start = codes()[np.sort(np.random.default_rng(3).choice(NUM_VECTORS, 8, replace=False))]
-    assert exact_squared(codes(), found[0]).min(1).sum() < exact_squared(codes(), start).min(1).sum()
-
-
 def test_integer_centroids_survive_more_lists_than_distinct_codes() -> None:
     few = np.repeat(codes(3), 20, axis=0)
     centroids = engine.integer_centroids(few, 6, seed=0)
@@ -124,6 +111,71 @@ def test_inverted_lists_join_the_shards(shards: list[faiss.Index]) -> None:
 def test_inverted_lists_of_nothing(shards: list[faiss.Index]) -> None:
     offsets, ids = engine.inverted_lists(shards[2:])
     assert offsets.tolist() == [0] * 9 and ids.dtype == np.int64 and not len(ids)
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "factory", "words"),
+    [
+        (None, "IVF16384,PQ64", "8 bits for each 4"),
+        (10**9, "IVF16384,PQ32", "more than half of 1.0 GB"),
+        (1, "IVF16384,PQ16", "half"),
+    ],
+)
+def test_automatic_factory_in_little_memory(memory_bytes: int | None, factory: str, words: str) -> None:
+    found, reason = engine.choose_factory(10**7, 256, memory_bytes)
+    assert found == factory and words in reason
+
+
+@pytest.mark.parametrize("factory", ["IVF32,Flat", "PCA8,IVF32,PQ4x4", "OPQ3,IVF32,PQ3x4", "IVF32,SQ8"])
+def test_two_levels_of_lists(factory: str) -> None:
+    """Trained in two levels every index finds a code by probing its nearest lists, whatever stands before them."""
+    indexes = [engine.train(codes(), factory, seed=1, two_level_above=above) for above in (8, 8, 32)]
+    blobs = [faiss.serialize_index(index).tobytes() for index in indexes]
+    assert blobs[0] == blobs[1] != blobs[2]
+    index = indexes[0]
+    assert faiss.extract_index_ivf(index).quantizer.ntotal == 32
+    engine.fill(index, codes(), np.arange(NUM_VECTORS))
+    _, ids = engine.search([index], codes()[:60], 30, 4)
+    near = exact_squared(codes()[:60], codes())
+    found = np.take_along_axis(near, np.maximum(ids, 0), axis=1).mean()
+    assert found < 0.2 * near.mean()
+
+
+def test_a_gpu_build_of_faiss_trains_float_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With GPUs the k-means of floats is handed to them; codes stay in whole numbers, so their index is the same."""
+    expected = [faiss.serialize_index(engine.train(vectors, "IVF8,Flat", seed=1)) for vectors in (codes(), codes() / 2)]
+    handed: list[object] = []
+
+    def clone(index: object) -> object:
+        handed.append(index)
+        return index
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", clone, raising=False)
+    assert engine.num_gpus() == 2
+    for vectors, blob, calls in zip((codes(), codes() / 2), expected, (0, 1), strict=True):
+        assert np.array_equal(faiss.serialize_index(engine.train(vectors, "IVF8,Flat", seed=1)), blob)
+        assert len(handed) == calls
+
+
+def test_filling_in_pieces_gives_the_same_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = []
+    for rows in (NUM_VECTORS, 64):
+        monkeypatch.setattr(engine, "_FILL_ROWS", rows)
+        index = engine.train(codes(), "IVF8,PQ3x4", seed=1)
+        engine.fill(index, codes(), np.arange(NUM_VECTORS))
+        blobs.append(faiss.serialize_index(index))
+    assert np.array_equal(*blobs)
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,PQ3x4", "IVF16,PQ4x8"])
+def test_bytes_of_the_files_are_foretold(factory: str, tmp_path: Path) -> None:
+    index = engine.train(codes(), factory, seed=1)
+    engine.write_index(index, tmp_path / "trained")
+    engine.fill(index, codes(), np.arange(NUM_VECTORS))
+    engine.write_index(index, tmp_path / "shard-0")
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert engine.index_bytes(factory, DIM, NUM_VECTORS, 1) == pytest.approx(size, rel=0.05)
 
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "PCA8,IVF8,Flat", "IVF8,PQ6x4fs", "IVF8_HNSW8,SQ8"])

@@ -25,6 +25,9 @@ class FakeKeys:
     def read(self, array, start, stop):
         return self.arrays[array][start:stop]
 
+    def read_inputs(self, start, stop):
+        return self.arrays["inputs"][start:stop]
+
 
 class FakeTargets:
     """Position p has p mod 4 entries: ids 0 …, probabilities p + id."""
@@ -120,3 +123,69 @@ def test_the_stream_is_the_batches_in_order():
         assert torch.equal(micro_batch.inputs_NI, reader_of(1, 2).read(batch)[0].inputs_NI)
         assert len(micro_batch.targets.ids) == 0  # no targets given: only labels
     assert list(reader_of(0, 1).stream(3, 3)) == []
+
+
+def test_by_block_ranks_take_contiguous_parts_of_the_same_batches():
+    """Also with inputs that are computed for the rows that a rank needs, and for no others."""
+    keys, asked = FakeKeys(), []
+
+    def compute(runs):
+        asked.extend(runs)
+        return np.concatenate([keys.arrays["inputs"][run.start : run.stop] for run in runs])
+
+    order = TrainingOrder(num_positions=N, block_size=BLOCK, window_blocks=3, seed=1, by_block=True)
+    epoch = order.positions(0, N)
+    assert sorted(epoch) == list(range(N))
+    starts = epoch[np.flatnonzero(np.diff(epoch, prepend=-2) != 1)]
+    assert len(starts) > 8 and not (starts % BLOCK).any()
+
+    def batches(size, inputs):
+        readers = [
+            BatchReader(
+                keys,
+                FakeTargets(),
+                order,
+                batch_positions=24,
+                rank=rank,
+                size=size,
+                num_micro_batches=2,
+                with_log_probabilities=False,
+                inputs=inputs,
+            )
+            for rank in range(size)
+        ]
+        parts = [[part for reader in readers for part in reader.read(batch)] for batch in range(20)]
+        return torch.cat([torch.cat([part.inputs_NI for part in row]) for row in parts]), torch.cat(
+            [torch.cat([part.targets.labels_N for part in row]) for row in parts]
+        )
+
+    expected = torch.from_numpy(order.positions(0, 480) % VOCABULARY)
+    for size in (1, 2, 3):
+        for inputs in (None, compute):
+            found, labels = batches(size, inputs)
+            assert torch.equal(labels, expected)
+            assert torch.equal(found, batches(1, None)[0])
+    assert sum(run.size for run in asked) == 3 * 480
+
+
+def test_positions_that_are_not_finite_are_named():
+    keys = FakeKeys()
+    keys.arrays["inputs"][[5, 77, 150]] = 0x7FC0  # bfloat16's NaN
+    found = []
+    for by_block in (False, True):
+        order = TrainingOrder(num_positions=N, block_size=BLOCK, window_blocks=3, seed=1, by_block=by_block)
+        for rank in range(2):
+            reader = BatchReader(
+                keys,
+                None,
+                order,
+                batch_positions=8,
+                rank=rank,
+                size=2,
+                num_micro_batches=1,
+                with_log_probabilities=True,
+            )
+            found += [position for batch in range(26) for position in reader.faulty_positions(batch)]
+    assert (
+        sorted(set(found)) == [5, 77, 150] and 6 <= len(found) <= 8
+    )  # the last batch is the next epoch's first rows too

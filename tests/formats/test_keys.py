@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +7,15 @@ import pytest
 import torch
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.keys import bfloat16_bits, encode, open_keys
+from mlpmem_ds.formats.keys import (
+    Codec,
+    bfloat16_bits,
+    bfloat16_values,
+    dequantise_inputs,
+    encode,
+    open_keys,
+    quantise_inputs,
+)
 
 
 def test_any_range_and_any_order_of_positions(keys_dir: Path) -> None:
@@ -42,3 +52,72 @@ def test_bfloat16_bits_are_torchs() -> None:
 def test_a_corpus_is_not_a_key_directory(corpus_dir: Path) -> None:
     with pytest.raises(UserError, match="not mlpmem-keys"):
         open_keys(corpus_dir)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 300])
+def test_int8_inputs_are_within_half_a_step_of_their_group(size: int) -> None:
+    inputs_nI = np.random.default_rng(size).standard_normal((20, size)).astype(np.float32)
+    inputs_nI[3] = 0
+    codes_nI, scales_nG = quantise_inputs(inputs_nI)
+    assert codes_nI.dtype == np.int8 and codes_nI.shape == inputs_nI.shape
+    assert scales_nG.dtype == np.float32 and scales_nG.shape == (20, -(-size // 128))
+    for group in range(scales_nG.shape[1]):
+        columns = slice(128 * group, 128 * (group + 1))
+        np.testing.assert_allclose(scales_nG[:, group], np.abs(inputs_nI[:, columns]).max(1) / 127, rtol=1e-6)
+        errors = np.abs(codes_nI[:, columns] * scales_nG[:, group : group + 1] - inputs_nI[:, columns])
+        assert (errors <= 0.5001 * scales_nG[:, group : group + 1]).all()
+    np.testing.assert_array_equal(
+        dequantise_inputs(codes_nI, scales_nG), codes_nI * np.repeat(scales_nG, 128, axis=1)[:, :size]
+    )
+    assert not dequantise_inputs(codes_nI, scales_nG)[3].any()
+
+
+def test_a_massive_number_of_an_input_costs_its_own_group_alone() -> None:
+    inputs_nI = np.random.default_rng(0).standard_normal((10, 256)).astype(np.float32)
+    inputs_nI[:, 5] = 4000
+    found = dequantise_inputs(*quantise_inputs(inputs_nI))
+    np.testing.assert_allclose(found[:, 5], 4000, rtol=1e-6)
+    assert np.abs(found[:, 128:] - inputs_nI[:, 128:]).max() < 0.02
+
+
+def test_bfloat16_bits_come_back() -> None:
+    values = np.array([0.0, -1.5, 3.0e38, 65504, 1e-40], np.float32)
+    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(bfloat16_values(bfloat16_bits(values)), expected)
+
+
+def test_raw_codecs_read_as_they_were_stored() -> None:
+    states_nD = np.array([[1.001, -70000.0]], np.float32)
+    narrow = Codec(mean_D=None, rotation_DE=None, scale=1.0)
+    assert narrow.encode(states_nD).dtype == np.float16 and np.isinf(narrow.encode(states_nD)[0, 1])
+    wide = Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype="bfloat16")
+    assert wide.store(states_nD)[0].dtype == np.uint16
+    expected = torch.from_numpy(states_nD).to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(wide.encode(states_nD), expected)
+
+
+def test_a_directory_from_before_the_codecs_of_inputs_reads_the_same(keys_dir: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(keys_dir, older)
+    manifest = json.loads((older / "manifest.json").read_text())
+    for name in (
+        "input_codec",
+        "input_point",
+        "input_width",
+        "input_num_layers",
+        "layers_path",
+        "input_layers_path",
+    ):
+        del manifest[name]
+    del manifest["codec"]["raw_dtype"], manifest["codec"]["massive_dimensions"]
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    codec = json.loads((older / "codec/codec.json").read_text())
+    del codec["massive_dimensions"]
+    text = json.dumps(codec).ljust((older / "codec/codec.json").stat().st_size)
+    (older / "codec/codec.json").write_text(text)
+    before, after = open_keys(older), open_keys(keys_dir)
+    assert (before.input_codec, before.input_point, before.raw_dtype) == ("bf16", "ffn_input", "float16")
+    assert before.base_sha256 == before.model_sha256 == after.base_sha256
+    np.testing.assert_array_equal(before.read_inputs(200, 300), after.read("inputs", 200, 300))
+    states = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    np.testing.assert_array_equal(before.load_codec().encode(states), after.load_codec().encode(states))

@@ -1,8 +1,10 @@
-"""Target shards: what is written is read, by us, by zstd and tar, and by stock webdataset; damage is refused."""
+"""Target shards in both encodings and containers: what is written is read, by us, by zstd and tar, and by stock webdataset;
+damage is refused."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+import zstandard
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.errors import DamagedDataError, UserError
@@ -22,11 +25,15 @@ from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.targets import (
     FORMAT,
-    VERSION,
+    ORDER_NAME,
+    Container,
+    Encoding,
+    TargetRows,
     index_name,
     open_targets,
     pack_block,
     shard_name,
+    version_of,
     write_shard,
 )
 from mlpmem_ds.maths.targets import SparseRows
@@ -58,11 +65,17 @@ def sparse(rows: list[dict[int, float]]) -> SparseRows:
     )
 
 
-def write_targets(root: Path) -> Path:
+def order() -> np.ndarray:
+    """A vocabulary's order in which no token is at its own place."""
+    return np.roll(np.arange(VOCAB_SIZE), 7).astype("<u4")
+
+
+def write_targets(root: Path, encoding: Encoding = "exact", container: Container = "tar.zst") -> Path:
     rows, dropped = source()
+    version = version_of(encoding, container)
     shards = {f"knn-{block.start}": block for block in split_blocks(NUM_POSITIONS, SHARD_POSITIONS)}
     stage = open_stage(
-        root, stage=FORMAT, version=VERSION, config=_Config(output=root), inputs={"keys": "0" * 64}, world=World()
+        root, stage=FORMAT, version=version, config=_Config(output=root), inputs={"keys": "0" * 64}, world=World()
     )
 
     def write(unit: str, writer: UnitWriter) -> dict[str, int]:
@@ -73,32 +86,49 @@ def write_targets(root: Path) -> Path:
                 sparse(rows[start + part.start : start + part.stop]),
                 dropped[start + part.start : start + part.stop],
                 dtype=np.dtype("<u4"),
+                encoding=encoding,
+                order_V=order(),
             )
             for part in split_blocks(stop - start, BLOCK_SIZE)
         ]
-        name = shard_name(start, stop - start)
+        name = shard_name(start, stop - start, container)
         with writer.file(name) as shard_path, writer.file(index_name(name)) as index_path:
-            return write_shard(shard_path, index_path, blocks)
+            return write_shard(shard_path, index_path, blocks, container=container)
 
     def describe() -> dict[str, Any]:
         return {
             "num_positions": NUM_POSITIONS,
             "vocab_size": VOCAB_SIZE,
             "block_size": BLOCK_SIZE,
+            **({"encoding": encoding, "container": container} if version > 1 else {}),
             "shards": [
-                {"name": shard_name(block.start, block.size), "first": block.start, "count": block.size, **summary}
+                {
+                    "name": shard_name(block.start, block.size, container),
+                    "first": block.start,
+                    "count": block.size,
+                    **summary,
+                }
                 for block, summary in zip(shards.values(), stage.summaries(list(shards)), strict=True)
             ],
         }
 
     stage.run_units(list(shards), write)
-    stage.finish(list(shards), describe)
+    units = list(shards)
+    if encoding == "compact":
+        stage.run_units(["order"], lambda unit, writer: writer.array(ORDER_NAME, order()))
+        units.append("order")
+    stage.finish(units, describe)
     return root
 
 
+@pytest.fixture(scope="module", params=[(e, c) for e in ("exact", "compact") for c in ("tar.zst", "tar")], ids="-".join)
+def kind(request: pytest.FixtureRequest) -> tuple[Encoding, Container]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_targets(tmp_path_factory.mktemp("targets") / "targets")
+def root(kind: tuple[Encoding, Container], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_targets(tmp_path_factory.mktemp("targets") / "targets", *kind)
 
 
 @pytest.fixture
@@ -106,18 +136,29 @@ def copy(root: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(root, tmp_path / "copy"))
 
 
-FIRST = shard_name(0, SHARD_POSITIONS)
+@pytest.fixture(scope="module")
+def first(kind: tuple[Encoding, Container]) -> str:
+    return shard_name(0, SHARD_POSITIONS, kind[1])
 
 
-def expect_rows(found: Any, start: int, stop: int) -> None:
+def expect_rows(found: Any, start: int, stop: int, kind: tuple[Encoding, Container]) -> None:
     rows, dropped = source()
     expected = sparse(rows[start:stop])
     assert np.array_equal(found.offsets, expected.offsets) and np.array_equal(found.ids, expected.ids)
-    assert np.array_equal(found.probabilities, expected.probabilities.astype(np.float16).astype(np.float32))
-    assert np.array_equal(found.dropped, dropped[start:stop].astype(np.float16).astype(np.float32))
+    if kind[0] == "exact":
+        assert np.array_equal(found.probabilities, expected.probabilities.astype(np.float16).astype(np.float32))
+        assert np.array_equal(found.dropped, dropped[start:stop].astype(np.float16).astype(np.float32))
+        return
+    assert np.allclose(found.dropped, dropped[start:stop], rtol=1e-6)
+    row_of_entry = np.repeat(np.arange(stop - start), np.diff(expected.offsets))
+    sums = np.bincount(row_of_entry, weights=found.probabilities, minlength=stop - start)
+    assert np.allclose(sums + found.dropped, [bool(row) for row in rows[start:stop]], atol=1e-6)
+    # A level is off by half at most, 256 steps are the fewest that a block has, and the lowest level is 1.
+    bound = 0.75 * np.cbrt(expected.probabilities) / 256 + 0.02 * expected.probabilities + 256**-1.5
+    assert (np.abs(found.probabilities - expected.probabilities) < bound).all()
 
 
-def test_any_range_is_read(root: Path) -> None:
+def test_any_range_is_read(root: Path, kind: tuple[Encoding, Container]) -> None:
     targets = open_targets(root)
     for start, stop in (
         (0, NUM_POSITIONS),
@@ -130,8 +171,8 @@ def test_any_range_is_read(root: Path) -> None:
         (79, 117),
         (5, 116),
     ):
-        expect_rows(targets.read(start, stop), start, stop)
-    expect_rows(targets.read_all(), 0, NUM_POSITIONS)
+        expect_rows(targets.read(start, stop), start, stop, kind)
+    expect_rows(targets.read_all(), 0, NUM_POSITIONS, kind)
     found = targets.read(3, 9)
     assert [array.dtype for array in (found.offsets, found.ids, found.probabilities, found.dropped)] == [
         np.int64,
@@ -144,56 +185,98 @@ def test_any_range_is_read(root: Path) -> None:
             targets.read(start, stop)
 
 
-def test_the_bytes_are_repeatable(root: Path, tmp_path: Path) -> None:
-    again = write_targets(tmp_path / "again")
-    for name in [FIRST, index_name(FIRST), "manifest.json"]:
+def test_any_order_of_positions_is_read(root: Path) -> None:
+    targets = open_targets(root)
+    whole = targets.read_all()
+    generator = np.random.default_rng(5)
+    for positions in (generator.integers(0, NUM_POSITIONS, 300), np.array([116, 0, 39, 40]), np.array([], np.int64)):
+        found, expected = targets.gather(positions), [whole.dropped[positions]]
+        for row, position in enumerate(positions):
+            here = slice(found.offsets[row], found.offsets[row + 1])
+            there = slice(whole.offsets[position], whole.offsets[position + 1])
+            assert np.array_equal(found.ids[here], whole.ids[there])
+            assert np.array_equal(found.probabilities[here], whole.probabilities[there])
+        assert np.array_equal(found.dropped, expected[0]) and len(found.offsets) == len(positions) + 1
+    for positions in ([-1], [0, NUM_POSITIONS]):
+        with pytest.raises(ValueError, match="not among 117"):
+            targets.gather(np.array(positions))
+
+
+def test_the_bytes_are_repeatable(root: Path, first: str, kind: tuple[Encoding, Container], tmp_path: Path) -> None:
+    again = write_targets(tmp_path / "again", *kind)
+    for name in [first, index_name(first), "manifest.json"]:
         assert (again / name).read_bytes() == (root / name).read_bytes()
 
 
-def test_only_the_frames_that_are_needed_are_touched(copy: Path) -> None:
+def test_only_the_samples_that_are_needed_are_touched(copy: Path, first: str, kind: tuple[Encoding, Container]) -> None:
     targets = open_targets(copy)
-    samples = json.loads((copy / index_name(FIRST)).read_text())["samples"]
-    path = copy / FIRST
+    samples = json.loads((copy / index_name(first)).read_text())["samples"]
+    path = copy / first
     content = bytearray(path.read_bytes())
     content[samples[2]["offset"] + 20] ^= 255
     path.write_bytes(content)
-    expect_rows(targets.read(0, 16), 0, 16)
-    expect_rows(targets.read(24, 60), 24, 60)
-    with pytest.raises(DamagedDataError, match=f"{FIRST}.*sample 000000000016"):
+    expect_rows(targets.read(0, 16), 0, 16, kind)
+    expect_rows(targets.read(24, 60), 24, 60, kind)
+    with pytest.raises(DamagedDataError, match=f"{first}.*sample 000000000016"):
         targets.read(0, 17)
-    with pytest.raises(DamagedDataError, match=f"{FIRST}.*checksum.*run the stage"):
+    with pytest.raises(DamagedDataError, match=f"{first}.*checksum.*run the stage"):
         targets.read_all()
 
 
-def test_no_flipped_bit_gives_other_rows(copy: Path) -> None:
+def same_rows(found: TargetRows, expected: TargetRows) -> bool:
+    names = ("offsets", "ids", "probabilities", "dropped")
+    return all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in names)
+
+
+def test_no_altered_byte_gives_other_rows(copy: Path, first: str) -> None:
+    """600 places of the shard and its index; what only pads a tar may change, and the whole file's checksum sees that too."""
     generator = np.random.default_rng(3)
-    for name in (FIRST, index_name(FIRST)):
+    expected = open_targets(copy).read(0, SHARD_POSITIONS)
+    refused = 0
+    for name in (first, index_name(first)):
         whole = (copy / name).read_bytes()
         for place in generator.choice(len(whole), 300, replace=False):
             content = bytearray(whole)
-            content[place] ^= 1 << int(generator.integers(8))
+            content[place] ^= int(generator.integers(1, 256))
             (copy / name).write_bytes(content)
             with pytest.raises(DamagedDataError):
                 open_targets(copy).read_all()
             try:
-                found = open_targets(copy).read(0, SHARD_POSITIONS)
+                assert same_rows(open_targets(copy).read(0, SHARD_POSITIONS), expected)
             except DamagedDataError:
-                continue
-            expect_rows(found, 0, SHARD_POSITIONS)
+                refused += 1
         (copy / name).write_bytes(whole)
+    assert refused > 400
 
 
-def test_a_shard_cut_short_is_refused(copy: Path) -> None:
-    whole = (copy / FIRST).read_bytes()
+def test_an_altered_order_of_the_vocabulary_is_refused(copy: Path, kind: tuple[Encoding, Container]) -> None:
+    path = copy / ORDER_NAME
+    if kind[0] == "exact":
+        assert not path.exists()
+        return
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedDataError, match="frequency_order.npy does not have the checksum"):
+        open_targets(copy).read(0, 1)
+    np.save(path, np.zeros(VOCAB_SIZE, "<u4"))
+    rerecord(copy, ORDER_NAME)
+    with pytest.raises(DamagedDataError, match="name each token once"):
+        open_targets(copy).read(0, 1)
+
+
+def test_a_shard_cut_short_is_refused(copy: Path, first: str) -> None:
+    whole = (copy / first).read_bytes()
     before = open_targets(copy)
-    for length in (0, 1, len(whole) // 2, len(whole) - 1):
-        (copy / FIRST).write_bytes(whole[:length])
-        with pytest.raises(DamagedDataError, match=f"{FIRST} has {length} bytes"):
+    for length in range(0, len(whole), max(1, len(whole) // 150)):
+        (copy / first).write_bytes(whole[:length])
+        with pytest.raises(DamagedDataError, match=f"{first} has {length} bytes"):
             open_targets(copy)
-    (copy / FIRST).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DamagedDataError, match="too early; run the stage"):
-        before.read(0, SHARD_POSITIONS)
-    (copy / FIRST).unlink()
+        samples = json.loads((copy / index_name(first)).read_text())["samples"]
+        if length < samples[-1]["offset"] + samples[-1]["compressed_bytes"]:
+            with pytest.raises(DamagedDataError, match="too early; run the stage"):
+                before.read(0, SHARD_POSITIONS)
+    (copy / first).unlink()
     with pytest.raises(DamagedDataError, match="missing"):
         open_targets(copy)
 
@@ -223,7 +306,7 @@ def exchange_samples(index: dict[str, Any]) -> None:
         ),
         (lambda index: index["samples"][1].update(offset=3), "does not follow"),
         (lambda index: index.update(end_offset=3), "end at byte"),
-        (lambda index: index["samples"][0].update(bytes=5), "header does not match"),
+        (lambda index: index["samples"][0].update(bytes=5), "does not match the index"),
         (
             lambda index: [
                 index["samples"][n].update(entries=index["samples"][n]["entries"] + d) for n, d in ((0, 1), (1, -1))
@@ -232,8 +315,10 @@ def exchange_samples(index: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_an_index_that_disagrees_is_refused(copy: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
-    path = copy / index_name(FIRST)
+def test_an_index_that_disagrees_is_refused(
+    copy: Path, first: str, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    path = copy / index_name(first)
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
@@ -258,61 +343,119 @@ def test_shards_must_cover_the_positions(copy: Path) -> None:
 def test_what_float16_rounds_away_is_dropped_mass() -> None:
     rows = sparse([{3: 1e-9, 5: 0.75}, {}, {2: 1e-9}])
     block = pack_block(10, rows, np.array([0.25, 0.0, 0.5]), dtype=np.dtype("<u2"))
-    assert block.counts.tolist() == [1, 0, 0] and block.ids.tolist() == [5] and block.ids.dtype == np.uint16
-    assert block.dropped.tolist() == [0.25, 0.0, 0.5] and block.probabilities.tolist() == [0.75]
+    found = {name: array.tolist() for name, array in block.arrays.items()}
+    assert found == {"counts": [1, 0, 0], "ids": [5], "probabilities": [0.75], "dropped": [0.25, 0.0, 0.5]}
+    assert block.arrays["ids"].dtype == np.uint16
 
 
-def check_members(root: Path, name: str, members: dict[str, bytes], tmp_path: Path) -> None:
-    """Decode a shard's members from the specification alone and compare."""
+def decode(arrays: dict[str, np.ndarray], meta: dict[str, Any], order_V: np.ndarray) -> list[dict[int, float]]:
+    """The compact encoding by the words of the specification, entry by entry."""
+    gaps, wide_gaps = arrays["gaps"].tolist(), arrays["wide_gaps"].tolist()
+    levels, wide_levels = arrays["levels"].tolist(), arrays["wide_levels"].tolist()
+    rows = []
+    for count, dropped in zip(arrays["counts"].tolist(), arrays["dropped"].tolist(), strict=True):
+        row, rank = {}, -1
+        for _ in range(count):
+            gap, level = gaps.pop(0), levels.pop(0)
+            rank += 1 + (wide_gaps.pop(0) if gap == 255 else gap)
+            level = wide_levels.pop(0) if level == 0 else level
+            row[int(order_V[rank])] = (level / meta["steps"]) ** 1.5
+        total, kept = sum(row.values()), 1 - dropped * meta["dropped_step"]
+        rows.append({token: row[token] * kept / total for token in sorted(row)})
+    assert not (gaps or wide_gaps or levels or wide_levels)
+    return rows
+
+
+def check_members(root: Path, name: str, members: dict[str, bytes]) -> None:
+    """Decode a shard's members from the specification alone and compare with the source and with our reader."""
     rows, dropped = source()
-    shard = next(shard for shard in json.loads((root / "manifest.json").read_text())["shards"] if shard["name"] == name)
-    assert len(members) == 5 * shard["samples"]
-
-    def array(name: str) -> np.ndarray:
-        (tmp_path / "member").write_bytes(members[name])
-        return np.load(tmp_path / "member", allow_pickle=False)
-
-    for first in range(shard["first"], shard["first"] + shard["count"], BLOCK_SIZE):
-        stop = min(first + BLOCK_SIZE, shard["first"] + shard["count"])
-        key, expected = f"{first:012d}", sparse(rows[first:stop])
-        assert array(f"{key}.counts.npy").tolist() == np.diff(expected.offsets).tolist()
-        assert array(f"{key}.ids.npy").dtype == np.uint32 and array(f"{key}.ids.npy").tolist() == expected.ids.tolist()
-        assert np.array_equal(array(f"{key}.probabilities.npy"), expected.probabilities.astype(np.float16))
-        assert np.array_equal(array(f"{key}.dropped.npy"), dropped[first:stop].astype(np.float16))
-        assert json.loads(members[f"{key}.meta.json"]) == {
-            "first": first,
-            "count": stop - first,
-            "entries": len(expected.ids),
-            "format": "mlpmem-targets",
-            "version": 1,
+    manifest = json.loads((root / "manifest.json").read_text())
+    shard = next(shard for shard in manifest["shards"] if shard["name"] == name)
+    is_exact = manifest.get("encoding", "exact") == "exact"
+    assert len(members) == (5 if is_exact else 7) * shard["samples"]
+    for begin in range(shard["first"], shard["first"] + shard["count"], BLOCK_SIZE):
+        stop = min(begin + BLOCK_SIZE, shard["first"] + shard["count"])
+        key, expected = f"{begin:012d}", sparse(rows[begin:stop])
+        meta = json.loads(members.pop(f"{key}.meta.json"))
+        arrays = {
+            member.split(".")[1]: np.load(io.BytesIO(content), allow_pickle=False)
+            for member, content in members.items()
+            if member.startswith(key)
         }
+        assert arrays["counts"].tolist() == np.diff(expected.offsets).tolist()
+        common = {"first": begin, "count": stop - begin, "entries": len(expected.ids), "format": "mlpmem-targets"}
+        if is_exact:
+            assert meta == {**common, "version": 1}
+            assert arrays["ids"].dtype == np.uint32 and arrays["ids"].tolist() == expected.ids.tolist()
+            assert np.array_equal(arrays["probabilities"], expected.probabilities.astype(np.float16))
+            assert np.array_equal(arrays["dropped"], dropped[begin:stop].astype(np.float16))
+            continue
+        assert meta | common == meta and meta["version"] == 2
+        decoded = decode(arrays, meta, np.load(root / ORDER_NAME))
+        found = open_targets(root).read(begin, stop)
+        assert [token for row in decoded for token in row] == expected.ids.tolist() == found.ids.tolist()
+        assert np.allclose([p for row in decoded for p in row.values()], found.probabilities, rtol=1e-6)
+
+
+def plain_members(members: dict[str, bytes]) -> dict[str, bytes]:
+    """What stands in a tar of zstd members."""
+    return {
+        name.removesuffix(".zst"): zstandard.decompress(content) if name.endswith(".zst") else content
+        for name, content in members.items()
+    }
 
 
 @pytest.mark.skipif(not shutil.which("zstd"), reason="the zstd command is not on this machine")
-def test_zstd_and_tar_read_a_shard(root: Path, tmp_path: Path) -> None:
-    tar = subprocess.run(["zstd", "-dc", str(root / FIRST)], check=True, capture_output=True).stdout
+def test_zstd_and_tar_read_a_shard(root: Path, first: str, tmp_path: Path) -> None:
+    if first.endswith(".zst"):
+        tar = subprocess.run(["zstd", "-dc", str(root / first)], check=True, capture_output=True).stdout
+    else:
+        tar = (root / first).read_bytes()
     listing = subprocess.run(["tar", "-tv"], input=tar, check=True, capture_output=True, text=False).stdout.decode()
     assert listing.splitlines()[0].startswith("-rw-r--r-- 0/0") and "1970-01-01" in listing
     (tmp_path / "shard.tar").write_bytes(tar)
     with tarfile.open(tmp_path / "shard.tar") as archive:
         members = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+        offsets = {member.name: member.offset for member in archive.getmembers()}
     assert [line.split()[-1] for line in listing.splitlines()] == list(members)
-    check_members(root, FIRST, members, tmp_path)
+    if not first.endswith(".zst"):
+        for sample in json.loads((root / index_name(first)).read_text())["samples"]:
+            assert offsets[f"{sample['key']}.counts.npy.zst"] == sample["offset"]  # random access by the tar's offsets
+        subprocess.run(["tar", "-xf", str(root / first), "-C", str(tmp_path)], check=True)
+        name = f"{0:012d}.counts.npy.zst"
+        plain = subprocess.run(["zstd", "-dc", str(tmp_path / name)], check=True, capture_output=True).stdout
+        assert plain == zstandard.decompress(members[name])
+    check_members(root, first, plain_members(members))
 
 
 @pytest.mark.skipif(not shutil.which("zstd"), reason="the zstd command is not on this machine")
-def test_stock_webdataset_reads_the_shards(root: Path, tmp_path: Path) -> None:
+def test_stock_webdataset_reads_the_shards(root: Path, kind: tuple[Encoding, Container]) -> None:
     shards = json.loads((root / "manifest.json").read_text())["shards"]
-    for shard in shards:
-        samples = list(webdataset.WebDataset(f"pipe:zstd -dc {root / shard['name']}", shardshuffle=False))
+    urls = [
+        f"pipe:zstd -dc {root / shard['name']}" if kind[1] == "tar.zst" else str(root / shard["name"])
+        for shard in shards
+    ]
+    for shard, url in zip(shards, urls, strict=True):
+        samples = list(webdataset.WebDataset(url, shardshuffle=False))
         members = {
             f"{sample['__key__']}.{name}": content
             for sample in samples
             for name, content in sample.items()
             if not name.startswith("__")
         }
-        check_members(root, shard["name"], members, tmp_path)
-    urls = [f"pipe:zstd -dc {root / shard['name']}" for shard in shards]
+        check_members(root, shard["name"], plain_members(members))
+    if kind[1] == "tar":
+        return  # webdataset has no decoder of its own for .zst
     decoded = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert sum(len(sample["counts.npy"]) for sample in decoded) == NUM_POSITIONS
     assert sum(sample["meta.json"]["entries"] for sample in decoded) == sum(shard["entries"] for shard in shards)
+
+
+def test_a_directory_without_the_new_fields_is_the_first_version(tmp_path: Path) -> None:
+    root = write_targets(tmp_path / "targets")
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert manifest["version"] == 1 and not {"encoding", "container"} & set(manifest)
+    assert (open_targets(root).encoding, open_targets(root).container) == ("exact", "tar.zst")
+    (root / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
+    with pytest.raises(DamagedDataError, match="has version 3, this program reads 2"):
+        open_targets(root)

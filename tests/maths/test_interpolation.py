@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mlpmem_ds.maths.interpolation import interpolate, label_log_probabilities
+from mlpmem_ds.maths.interpolation import interpolate, label_log_probabilities, mixture_log_probabilities
 
 
 def make_head(num_rows=23, width=32, vocabulary=101, dtype=torch.float32):
@@ -87,3 +87,48 @@ def test_no_gradient_is_kept_and_the_operands_are_left_alone():
     hidden_before, weight = hidden.clone(), weight.requires_grad_()
     assert not label_log_probabilities(hidden, weight, labels).requires_grad
     assert torch.equal(hidden, hidden_before)
+
+
+def test_a_row_has_the_same_result_in_any_batch_to_the_last_bit():
+    hidden, weight, labels = make_head(num_rows=70, width=64, vocabulary=2100)
+    whole = label_log_probabilities(hidden, weight, labels)
+    for size in (1, 5, 16, 33):
+        parts = [
+            label_log_probabilities(hidden[start : start + size], weight, labels[start : start + size])
+            for start in range(0, 70, size)
+        ]
+        assert torch.equal(torch.cat(parts), whole), size
+
+
+def test_a_tile_of_impossible_tokens_and_labels_of_every_tile():
+    hidden, weight, _ = make_head(num_rows=6, vocabulary=3000)
+    labels = torch.tensor([0, 1023, 1024, 2047, 2048, 2999])
+    bias = torch.zeros(3000)
+    bias[1024:2048] = -math.inf
+    found = label_log_probabilities(hidden, weight, labels, bias=bias)
+    expected = oracle(hidden, weight, labels, bias=bias.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    assert (found[2:4] == -math.inf).all() and found[[0, 1, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mixture_of_logits_is_that_of_their_probabilities(dtype):
+    base, memory = torch.randn(2, 2, 3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    base[0, 0, 4] = -math.inf
+    by_row = torch.tensor([[0.0, 0.3, 0.5], [0.9, 1.0, 0.1]])
+    for lmbda in (0, 0.25, 1.0, by_row):
+        found = mixture_log_probabilities(base, memory, lmbda)
+        weight = torch.as_tensor(lmbda, dtype=torch.float64).expand(2, 3)[..., None]
+        expected = torch.log((1 - weight) * base.double().softmax(-1) + weight * memory.double().softmax(-1))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+    assert torch.equal(mixture_log_probabilities(base, memory, 0.0), base.float().log_softmax(-1))
+
+
+def test_mistaken_mixtures_are_refused_with_their_numbers():
+    with pytest.raises(ValueError, match=r"\[2, 5\], of the memory \[2, 6\]"):
+        mixture_log_probabilities(torch.zeros(2, 5), torch.zeros(2, 6), 0.5)
+    with pytest.raises(ValueError, match=r"λ is \[3\]; .* rows \[2\]"):
+        mixture_log_probabilities(torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(3))
+    with pytest.raises(ValueError, match="λ is 1.5"):
+        mixture_log_probabilities(torch.zeros(2, 5), torch.zeros(2, 5), 1.5)

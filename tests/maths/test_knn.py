@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.maths import knn
-from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours, squared_distances
+from mlpmem_ds.maths import distances
+from mlpmem_ds.maths.distances import squared_distances
+from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
 
 MISSING = np.iinfo(np.int64).max
 
@@ -57,7 +58,7 @@ def test_without_an_exact_integer_product_distances_are_the_same(monkeypatch, nu
     queries, keys = torch.from_numpy(codes_of(9, num_dims)), torch.from_numpy(codes_of(14, num_dims, seed=1))
     keys[0], keys[1], queries[0] = 127, -128, 127  # 127 * 127 * 2049 is odd and above 2**24: no float32 holds it
     expected = squared_distances(queries, keys)
-    monkeypatch.setattr(knn, "_may_use_integer_matmul", lambda *_: False)
+    monkeypatch.setattr(distances, "_may_use_integer_matmul", lambda *_: False)
     out = torch.full((9, 14), 5, dtype=torch.int32)
     assert torch.equal(squared_distances(queries, keys), expected)
     assert torch.equal(squared_distances(queries, keys, out=out), expected)
@@ -74,12 +75,12 @@ def test_strided_codes_give_the_same_distances():
 
 
 def test_a_saturating_integer_product_is_noticed(monkeypatch):
-    knn._cpu_integer_matmul_is_exact.cache_clear()
+    distances._cpu_integer_matmul_is_exact.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", lambda left, right: (left.float() @ right.float()).int() - 1)
     try:
-        assert not knn._cpu_integer_matmul_is_exact()
+        assert not distances._cpu_integer_matmul_is_exact()
     finally:
-        knn._cpu_integer_matmul_is_exact.cache_clear()
+        distances._cpu_integer_matmul_is_exact.cache_clear()
 
 
 def test_float_distances_are_close_and_not_negative():

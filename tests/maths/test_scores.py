@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from mlpmem_ds.maths.scores import best_lambda, bits_per_byte, bootstrap_interval, lambda_curve, perplexity, win_rate
+from mlpmem_ds.maths.scores import (
+    best_lambda,
+    bits_per_byte,
+    bootstrap_interval,
+    calibration_error,
+    lambda_curve,
+    perplexity,
+    reliability,
+    win_rate,
+)
 
 
 def test_perplexity_and_bits_per_byte_of_known_probabilities():
@@ -91,3 +100,22 @@ def test_mistaken_pairs_and_lambdas_are_refused():
             function(np.zeros(0), np.zeros(0))
     with pytest.raises(ValueError, match=r"lies in \[0, 1\]"):
         lambda_curve(np.zeros(3), np.zeros(3), np.array([0.5, 1.5]))
+
+
+def test_reliability_by_brute_force():
+    generator = np.random.default_rng(5)
+    probabilities = np.append(generator.uniform(size=400), [0.0, 1.0])
+    outcomes = generator.uniform(size=402) < probabilities**2
+    counts, means, shares = reliability(probabilities, outcomes, 7)
+    error = 0.0
+    for bin in range(7):
+        inside = [n for n, p in enumerate(probabilities) if bin / 7 <= p < (bin + 1) / 7 or (bin == 6 and p == 1)]
+        assert counts[bin] == len(inside)
+        assert means[bin] == pytest.approx(probabilities[inside].mean())
+        assert shares[bin] == pytest.approx(outcomes[inside].mean())
+        error += len(inside) / 402 * abs(probabilities[inside].mean() - outcomes[inside].mean())
+    assert calibration_error(probabilities, outcomes, 7) == pytest.approx(error)
+    assert error > 0.1
+    assert calibration_error(np.array([1.0, 1.0, 0.0]), np.array([True, True, False])) == 0.0
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        calibration_error(np.array([1.2]), np.array([True]))

@@ -149,6 +149,31 @@ def test_bfloat16_operands(mixture_lambda):
     check(problem, tolerance=4e-3, mixture_lambda=mixture_lambda, chunk_bytes=4 * 1009 * 64)
 
 
+@pytest.mark.parametrize("mixture_lambda", [None, 0.25])
+@pytest.mark.parametrize("chunk_bytes", [4 * 2100 * 16, 2**28])
+def test_several_tiles_of_the_vocabulary(mixture_lambda, chunk_bytes):
+    problem = make_problem(num_rows=40, width=32, vocabulary=2100, most_entries=60)
+    check(problem, tolerance=1e-6, mixture_lambda=mixture_lambda, chunk_bytes=chunk_bytes)
+
+
+def test_a_responsibility_that_underflows_leaves_no_gradient_and_no_nan():
+    hidden, weight, targets = make_problem(num_rows=4, most_entries=1)
+    hidden = 100 * hidden
+    base = torch.zeros(4)  # the base is certain, the memory all but rules the label out
+    labels = (hidden @ weight.t()).argmin(1)
+    targets = TargetBatch(
+        offsets_N1=torch.zeros(5, dtype=torch.int64),
+        ids=torch.zeros(0, dtype=torch.int64),
+        probabilities=torch.zeros(0),
+        labels_N=labels,
+        base_log_probabilities_N=base,
+    )
+    hidden.requires_grad_()
+    loss, _ = sparse_loss(hidden, weight, targets, alpha=0.5, mixture_lambda=0.25)
+    loss.backward()
+    assert loss.isfinite() and (hidden.grad == 0).all()
+
+
 def test_logits_do_not_drift_when_the_mass_is_below_one():
     hidden, weight, targets = make_problem(mass=0.6)
     weight = torch.eye(len(weight))  # then the gradient of the hidden states is that of the logits

@@ -191,3 +191,24 @@ def test_config_round_trip_and_refusals() -> None:
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=name):
             MemoryConfig.from_dict({**config.to_dict(), name: value})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(family, monkeypatch):
+    config = MemoryConfig(input_size=8, hidden_size=8, intermediate_size=24, num_blocks=3, vocab_size=5, family=family)
+    torch.manual_seed(0)
+    memory, inputs_NI = Memory(config), torch.randn(6, 8)
+    kept, hooks = [], torch.autograd.graph.saved_tensors_hooks
+
+    def watched(pack, unpack):
+        return hooks(lambda tensor: kept.append(pack(tensor)) or kept[-1], unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", watched)
+    gradients = []
+    for is_on in (False, True):
+        memory.recompute_activations(is_on)
+        memory.zero_grad()
+        memory.head(memory(inputs_NI)).logsumexp(-1).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in memory.parameters()])
+        assert sum(isinstance(entry, torch.Size) for entry in kept) == (3 if is_on else 0)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +73,7 @@ def test_stock_faiss_finds_the_key_itself(keys: Path, tmp_path: Path) -> None:
     assert (distances == 0).all() and (vectors()[ids[:, 0]] == vectors()).all()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_give_the_same_files(keys: Path, undisturbed: Path, tmp_path: Path, size: int) -> None:
     for rank in range(size):  # the owner of `trained` first, so that nobody waits
         build_index.run(config(keys, tmp_path / "index"), World(rank=rank, size=size))
@@ -108,32 +102,38 @@ def test_damage_is_repaired(keys: Path, undisturbed: Path, tmp_path: Path, damag
     assert (root / "shard-0.faissindex").stat().st_mtime_ns == untouched
 
 
-def test_a_killed_run_continues(keys: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "kills"), [(2, 20)])
+def test_runs_killed_at_random_leave_the_bytes_of_an_undisturbed_one(
+    keys: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    killed_runs: Callable[..., int],
+    ranks: int,
+    kills: int,
+) -> None:
     root = tmp_path / "index"
-    tool = Path(build_index.__file__).parents[2] / "tools" / "build_index.py"
-    command = [
-        sys.executable,
-        str(tool),
-        "--keys",
-        str(keys),
-        "--output",
-        str(root),
-        "--factory",
-        "IVF8,PQ4x4",
-        "--num-shards",
-        "3",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tool.parents[1])}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (root / "identity.json").exists():
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.15))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    build_index.run(config(keys, root), World())
-    assert {name: content for name, content in result_of(root).items() if not name.endswith(".tmp")} == result_of(
-        undisturbed
-    )
+    assert killed_runs(build_index.run, config(keys, root), ranks=ranks, kills=kills, seed=ranks) == kills
+    assert result_of(root) == result_of(undisturbed)
+
+
+def test_automatic_factory_is_kept_on_a_machine_with_other_memory(
+    make_keys: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that is continued elsewhere must not become another run."""
+    many = np.tile(vectors(), (10, 1))
+    keys = make_keys(tmp_path / "keys", many, np.zeros(len(many), int), unit_positions=4096)
+    monkeypatch.setattr(build_index, "_memory_bytes", lambda: 10_000)  # little
+    automatic = config(keys, tmp_path / "index", factory="auto")
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        build_index.run(automatic, World())
+    assert open_index(tmp_path / "index").factory == "IVF32,PQ1"
+    assert "would fill more than half" in caplog.text and "to train on" in caplog.text and "GB on disk" in caplog.text
+    monkeypatch.undo()
+    caplog.clear()
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        build_index.run(automatic, World())
+    assert open_index(tmp_path / "index").factory == "IVF32,PQ1"
+    assert "when this run was first started" in caplog.text
 
 
 def test_automatic_factory_of_a_tiny_corpus(make_keys: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, dynamic_module_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from mlpmem_ds.core.files import publish_json, sha256_of_file
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats import weight_shards
 from mlpmem_ds.formats.checkpoint import read_weights, write_weights
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.stages import convert_checkpoint
 from mlpmem_ds.stages.convert_checkpoint import EXPORT_FILE, LOGIT_BOUND, ROUNDING_BOUND
 
+pytestmark = pytest.mark.usefixtures("code_cache")
 ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
 LAMBDA = 0.35
@@ -76,20 +79,11 @@ def save_report(root: Path, memory: Path, *, lmbda: float | None = LAMBDA) -> Pa
     directory = open_stage(root, stage="report", version=1, config=_Flags(corpus=root, keys=root, targets=root),
                            inputs=inputs, world=World())  # fmt: skip
     arms = [{"name": "base", "ppl": 71.7, "ppl_change": None, "ppl_interval": None, "lambda": None},
-            {"name": "base+other", "ppl": 64.5, "ppl_change": -0.1, "ppl_interval": [-0.12, -0.08], "lambda": lmbda}]  # fmt: skip
+            {"name": "base+other", "ppl": 64.5, "ppl_change": -0.1, "ppl_interval": [-0.12, -0.08], "lambda": lmbda,
+             "tuning_curve": [{"lambda": 0.0, "ppl": 70.0}, {"lambda": 0.35, "ppl": 63.25}]}]  # fmt: skip
     publish_json(root / "eval.json", {"arms": arms})
     directory.finish([], dict)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """transformers copies the code of what it loads into a cache: one of this test's own, not the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("modules")
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(path))
-        patch.setattr(sys, "path", list(sys.path))
-        yield path
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +173,8 @@ def test_what_the_export_says_of_itself(export_dir: Path, base_dir: Path, memory
     tokens = open_corpus(corpus_dir).num_tokens
     for words in ("71.70", "64.50", "-12.0% to -8.0%", f"λ: {LAMBDA} (least", provenance["base"], provenance["corpus"],
                   f"{tokens:,} training tokens", "k 48, T 3.25", "α 0.5", "layer 0 (ffn_input)", "Memorisation",
-                  "Not for decisions", f"Memory: {num_parameters:,} parameters"):  # fmt: skip
+                  "Not for decisions", "by λ: 0: 70.00, 0.35: 63.25", "its licence was not stated", "bfloat16 or float16:",
+                  f"Memory: {num_parameters:,} parameters"):  # fmt: skip
         assert words in card, words
     assert str(base_dir.parent) not in card
     assert (manifest["format"], manifest["version"]) == ("mlpmem-export", 1)
@@ -291,11 +286,11 @@ def test_a_planted_fault_is_found_and_nothing_is_published(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     plant, said = FAULTS[fault]
-    save = MemoryAugmentedLM.save_pretrained
+    write = convert_checkpoint.write_description
 
-    def save_with_fault(self: Any, directory: Path, **kwargs: Any) -> None:
-        save(self, directory, **kwargs)
-        plant(Path(directory))
+    def write_with_fault(joint: Any, tokenizer: Any, dtype: torch.dtype, export: Path) -> None:
+        write(joint, tokenizer, dtype, export)
+        plant(export)
 
     words = (
         "--checkpoint",
@@ -308,7 +303,7 @@ def test_a_planted_fault_is_found_and_nothing_is_published(
         "0.3",
     )
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryAugmentedLM, "save_pretrained", save_with_fault)
+        patch.setattr(convert_checkpoint, "write_description", write_with_fault)
         assert convert(*words) == 2
     message = capsys.readouterr().err
     assert said in message and "Nothing was published" in message
@@ -317,14 +312,15 @@ def test_a_planted_fault_is_found_and_nothing_is_published(
 
 KILLED = """
 import os, signal, sys
-from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.formats import weight_shards
 from mlpmem_ds.stages import convert_checkpoint
 from mlpmem_ds.core.front_end import run_front_end
-save = MemoryAugmentedLM.save_pretrained
-def save_and_die(self, directory, **kwargs):
-    save(self, directory, **kwargs)
-    os.kill(os.getpid(), signal.SIGKILL)
-MemoryAugmentedLM.save_pretrained = save_and_die
+write = weight_shards._write_safetensors
+def write_third_and_die(path, weights):
+    write(path, weights)
+    if "00003-of" in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+weight_shards._write_safetensors = write_third_and_die
 run_front_end(convert_checkpoint.Config, convert_checkpoint.run, description="", example="", argv=sys.argv[1:])
 """
 
@@ -333,19 +329,36 @@ def test_a_killed_conversion_leaves_no_export_and_the_rerun_succeeds(
     memory_dir: Path, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "export"
-    flags = ["--checkpoint", str(memory_dir), "--model", str(base_dir), "--output", str(output)]
+    flags = ["--checkpoint", str(memory_dir), "--model", str(base_dir), "--output", str(output),
+             "--max-shard-gigabytes", "1e-5"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = tmp_path.iterdir()
-    assert left.name.endswith(".partial") and (left / "export" / "model.safetensors").is_file()
+    finished = sorted(path.name for path in (left / "export").glob("model-*.safetensors"))
+    assert left.name.endswith(".partial") and [name[:11] for name in finished] == ["model-00001", "model-00002"]
     # A conversion that is still running is left alone: this test's parent stands for its process.
     alive = left.with_name(left.name.replace(left.name.split(".")[-2], str(os.getppid())))
     alive.mkdir()
+    # Another export's leavings are removed, and an interrupted run leaves none.
+    foreign = left.with_name(left.name.replace(left.name.split(".")[-2], "999999998"))
+    shutil.copytree(left, foreign)
+    publish_json(foreign / "identity.json", {"other": 1})
+    written: list[str] = []
+    write = weight_shards._write_safetensors
+
+    def count(path: Path, weights: Any) -> None:
+        written.append(path.name)
+        write(path, weights)
+
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryAugmentedLM, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(weight_shards, "_write_safetensors", count)
+        patch.setattr(convert_checkpoint, "load_export", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert convert(*flags) == 130
     assert list(tmp_path.iterdir()) == [alive]
+    assert written and not any(
+        name[1:12] in ("model-00001", "model-00002") for name in written
+    )  # continued, not redone
     assert convert(*flags) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"export", alive.name}
     assert AutoModelForCausalLM.from_pretrained(output).lmbda == 0.25

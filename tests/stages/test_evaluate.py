@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +22,16 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.checkpoint import write_weights
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.formats.keys import encode, open_keys
+from mlpmem_ds.formats.keys import encode, open_keys, read_codec
+from mlpmem_ds.maths.scores import lambda_curve
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages import build_index, evaluate
-from mlpmem_ds.stages.evaluate import Config, lambda_grid
-from mlpmem_ds.stages.extract_keys import read_codec
-from mlpmem_ds.stages.retriever import rescore, squared_norms
+from mlpmem_ds.stages.evaluation_config import Config, lambda_grid
+from mlpmem_ds.stages.evaluation_inputs import open_inputs
+from mlpmem_ds.stages.report_breakdowns import ENTROPY, FREQUENCY, KIND
+from mlpmem_ds.stages.retriever import TEMPERATURE_FACTORS, rescore, squared_norms
 
 ROOT = Path(__file__).parents[2]
 UNIT, K, TEMPERATURE = 96, 24, 3.0
@@ -156,13 +156,14 @@ def finished(parts, corpus_dir, base_dir, keys_dir):
 
 
 def scores_of(root):
-    return {path.name: path.read_bytes() for path in sorted((root / "scores").iterdir())}
+    folders = (root / "scores", root / "guesses")
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for folder in folders for path in folder.iterdir()}
 
 
-def read_scores(root, stream, arm):
+def read_scores(root, stream, arm, folder="scores"):
     files = [
         path
-        for path in sorted((root / "scores").glob(f"{stream}-{arm}-*.npy"))
+        for path in sorted((root / folder).glob(f"{stream}-{arm}-*.npy"))
         if path.name[len(f"{stream}-{arm}-") :].removesuffix(".npy").isdigit()
     ]
     return np.concatenate([np.load(path) for path in files])
@@ -214,7 +215,7 @@ def brute_force_knn(keys_dir, states, labels, temperature):
 def test_knn_arm_equals_a_brute_force_evaluation(finished, base_dir, keys_dir, corpus_dir):
     config, _, evaluation = finished
     row = next(arm for arm in evaluation["arms"] if arm["name"] == "base+knn_exact")
-    column = [factor * TEMPERATURE for factor in evaluate.TEMPERATURE_FACTORS].index(row["temperature"])
+    column = [factor * TEMPERATURE for factor in TEMPERATURE_FACTORS].index(row["temperature"])
     for split in ("tuning", "test", "heldout"):
         corpus = open_corpus(corpus_dir, split)
         log_probabilities, states = own_pass(base_dir, corpus)
@@ -236,7 +237,7 @@ def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(finish
     labels = corpus.values(0, corpus.num_positions)
     p_base = np.exp(log_probabilities[np.arange(len(labels)), labels])
     perplexities = {}
-    for factor in evaluate.TEMPERATURE_FACTORS:
+    for factor in TEMPERATURE_FACTORS:
         p_knn = brute_force_knn(keys_dir, states, labels, factor * TEMPERATURE)
         for weight in np.arange(0, 1, 0.05):
             perplexities[round(weight, 10), factor * TEMPERATURE] = math.exp(
@@ -271,6 +272,110 @@ def test_base_memory_and_control_scores_are_those_of_plain_fp64_models(finished,
     row = next(arm for arm in evaluation["arms"] if arm["name"] == "base_trained_on")
     assert row["ppl"] == pytest.approx(math.exp(-wanted.mean()), rel=1e-6)
     assert row["lambda"] is None
+
+
+def test_guesses_are_those_of_plain_fp64_models(finished, parts, base_dir, keys_dir, corpus_dir):
+    """What is stored of each model's likeliest token, and what the other arms give to the base's."""
+    config, _, evaluation = finished
+    corpus = open_corpus(corpus_dir, "test")
+    labels = corpus.values(0, corpus.num_positions)
+    rows = np.arange(len(labels))
+    log_probabilities, states = own_pass(base_dir, corpus)
+    top = log_probabilities.argmax(1)
+    entropy = -(np.exp(log_probabilities) * log_probabilities).sum(1)
+    wanted = np.stack([log_probabilities[rows, top], entropy, top == labels], axis=1)
+    np.testing.assert_allclose(read_scores(config.output, "test", "base", "guesses"), wanted, atol=2e-5)
+    memory = MemoryAugmentedLM.from_parts(
+        GPT2LMHeadModel.from_pretrained(base_dir),
+        open_inputs(config).memories[0].memory,
+        lmbda=1.0,
+        input_point=CapturePoint(layer=-1),
+    ).memory
+    with torch.no_grad():
+        of_memory = memory.double().head(memory(torch.from_numpy(states).double())).log_softmax(-1).numpy()
+    np.testing.assert_allclose(
+        read_scores(config.output, "test", "base+memory", "guesses"), of_memory[rows, top], atol=1e-5
+    )
+    of_knn = np.exp(read_scores(config.output, "test", "base+knn_exact", "guesses").astype(np.float64))[:, 2]
+    np.testing.assert_allclose(of_knn, brute_force_knn(keys_dir, states, top, TEMPERATURE), rtol=2e-6, atol=1e-12)
+    lmbda = {arm["name"]: arm for arm in evaluation["arms"]}["base+memory"]["lambda"]
+    mixture = (1 - lmbda) * np.exp(log_probabilities[rows, top]) + lmbda * np.exp(of_memory[rows, top])
+    bins = np.minimum((mixture * 15).astype(int), 14)
+    error = sum(abs((mixture - (top == labels))[bins == number].sum()) for number in range(15)) / len(labels)
+    found = {arm["name"]: arm["calibration"]["error"] for arm in evaluation["arms"]}
+    assert found["base+memory"] == pytest.approx(error, abs=1e-5)
+    assert len(set(found.values())) == len(found)
+
+
+def test_breakdowns_speeds_and_samples(finished, corpus_dir):
+    config, _, evaluation = finished
+    entropy, frequency, kind = (
+        next(part for part in evaluation["breakdowns"] if part["name"] == name) for name in (ENTROPY, FREQUENCY, KIND)
+    )
+    corpus, train = open_corpus(corpus_dir, "test"), open_corpus(corpus_dir, "train")
+    for part in (entropy, frequency, kind):
+        assert sum(part["positions"]) == corpus.num_positions
+        assert set(part["arms"]) == {arm["name"] for arm in evaluation["arms"][1:]}
+    counts = Counter(train.tokens(0, train.num_tokens).tolist())
+    values = corpus.values(0, corpus.num_positions).tolist()
+    assert frequency["positions"][2] == sum(10 <= counts[value] < 100 for value in values) > 0
+    ends = [number for number, value in enumerate(values) if value == corpus.end_of_document_id]
+    base = read_scores(config.output, "test", "base").astype(np.float64)
+    at = kind["labels"].index("end of document")
+    assert kind["positions"][at] == len(ends)
+    assert kind["base_ppl"][at] == pytest.approx(math.exp(-base[ends].mean()))
+    sizes = {row["keys"] for row in evaluation["speeds"] if row["arm"] == "base+knn_ivfpq"}
+    assert len(sizes) == 3 and None not in sizes
+    assert {row["arm"] for row in evaluation["speeds"] if row["keys"] is None} == {
+        "base", "base+memory", "base+memory_ce_only",
+    }  # fmt: skip
+    assert len(evaluation["samples"]) == 3
+    assert any(sample["base"] != sample["memory"] for sample in evaluation["samples"])
+    assert evaluation["samples"][0]["memory"] in (config.output / "report.md").read_text()
+    for name in ("wins.png", "speed.png"):
+        assert (config.output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_of_the_datastore_is_searched_as_if_it_were_the_whole(finished, keys_dir):
+    store = open_inputs(finished[0]).datastore
+    part = store.first(700)
+    queries = store.stored_NE[900:950]
+    for arm in ("base+knn_exact", "base+knn_ivfpq"):
+        found = part.search(arm, queries).ids_QK
+        assert found.max() < 700 and (found >= 0).all()
+    distances = ((queries[:, None].astype(np.int64) - store.stored_NE[None, :700]) ** 2).sum(-1)
+    nearest = np.sort(distances, axis=1)[:, :K]
+    np.testing.assert_array_equal(part.search("base+knn_exact", queries).distances_QK, nearest)
+    assert store.search("base+knn_exact", queries).ids_QK.max() >= 900  # the whole is as it was
+    assert store.search("base+knn_ivfpq", queries).ids_QK.max() >= 900
+
+
+def test_sums_do_not_depend_on_the_batch(config, finished):
+    """The forward's floats may differ in the last bit with the batch; what is summed from them is double and in order."""
+    evaluate.run(replace(config, batch_windows=1, keys=None, index=None, targets=None, control=(), samples=0), World())
+    for arm in ("base", "base+memory"):
+        found, wanted = (read_scores(root, "test", arm) for root in (config.output, finished[0].output))
+        np.testing.assert_allclose(found, wanted, atol=3e-6)
+        whole = lambda_curve(wanted, wanted, np.array([0.3]))[0]
+        pieces = [np.asarray(wanted[at : at + 7], np.float64).sum() for at in range(0, len(wanted), 7)]
+        assert math.exp(-sum(pieces) / len(wanted)) == pytest.approx(whole, rel=1e-9)
+    again = json.loads((config.output / "eval.json").read_bytes())["arms"][1]
+    before = next(arm for arm in finished[2]["arms"] if arm["name"] == "base+memory")
+    assert again["ppl"] == pytest.approx(before["ppl"], rel=1e-6)
+
+
+def test_a_report_begun_without_guesses_is_still_read(config, finished):
+    shutil.copytree(finished[0].output, config.output)
+    shutil.rmtree(config.output / "guesses")
+    for path in (config.output / "done").glob("*.json"):
+        record = json.loads(path.read_bytes())
+        record["files"] = [file for file in record["files"] if not file["name"].startswith("guesses/")]
+        path.write_text(json.dumps(record))
+    evaluate.run(config, World())
+    evaluation = json.loads((config.output / "eval.json").read_bytes())
+    assert {arm["calibration"] for arm in evaluation["arms"]} == {None}
+    assert [part["name"] for part in evaluation["breakdowns"]] == [KIND, FREQUENCY]
+    assert [arm["ppl"] for arm in evaluation["arms"]] == [arm["ppl"] for arm in finished[2]["arms"]]
 
 
 def test_eval_json_has_the_arms_by_name_and_their_prices(finished, parts, base_dir, keys_dir):
@@ -361,31 +466,44 @@ def test_rescored_distances(dtype):
     assert found.dtype == (np.int64 if dtype == np.int8 else np.float64)
 
 
-def test_two_ranks_leave_the_bytes_of_one(config, finished):
-    assert evaluate.run(config, World(rank=1, size=2)) is None
-    assert not (config.output / "eval.json").exists()
-    table = evaluate.run(config, World(rank=0, size=2))
-    assert table is not None
-    assert scores_of(config.output) == scores_of(finished[0].output)
-    again = json.loads((config.output / "eval.json").read_bytes())
-    timing = {"tokens_per_second", "seconds"}
-    for before, after in zip(finished[2]["arms"], again["arms"], strict=True):
-        assert {name: value for name, value in before.items() if name not in timing} == {
-            name: value for name, value in after.items() if name not in timing
+TIMES = {"tokens_per_second", "seconds"}
+
+
+def check_equal_results(root, evaluation, wanted):
+    """The bytes of every score, and every number of eval.json but the times."""
+    assert scores_of(root) == scores_of(wanted[0].output)
+    for before, after in zip(wanted[2]["arms"], evaluation["arms"], strict=True):
+        assert {name: value for name, value in before.items() if name not in TIMES} == {
+            name: value for name, value in after.items() if name not in TIMES
         }
+    assert evaluation["breakdowns"] == wanted[2]["breakdowns"]
+
+
+@pytest.mark.parametrize(("rank", "size"), [(1, 2), (2, 3)])
+def test_a_rank_that_is_left_alone_makes_the_same_bytes_in_its_own_order(config, finished, rank, size):
+    assert evaluate.run(replace(config, samples=0, speed_positions=0), World(rank=rank, size=size)) is not None
+    check_equal_results(config.output, json.loads((config.output / "eval.json").read_bytes()), finished)
+
+
+def test_three_ranks_killed_at_random_leave_the_bytes_of_one(config, finished, killed_runs):
+    config = replace(config, samples=0, speed_positions=0)
+    assert killed_runs(evaluate.run, config, ranks=3, kills=2, seed=3) == 2
+    for root in (config.output, config.output.with_name(f"{config.output.name}-undisturbed")):
+        check_equal_results(root, json.loads((root / "eval.json").read_bytes()), finished)
+        read_manifest(root, stage="report", version=1, flag="--output")
 
 
 def test_stopped_in_a_unit_and_run_again(config, finished, monkeypatch):
     calls = []
-    real = evaluate._scan
+    real = evaluate.scan
 
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("stopped")
-        return real(*arguments)
+        return real(*arguments, **settings)
 
-    monkeypatch.setattr(evaluate, "_scan", fail)
+    monkeypatch.setattr(evaluate, "scan", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate.run(config, World())
     assert len(list((config.output / "done").iterdir())) == 3
@@ -413,20 +531,6 @@ def _command(config):
     return [*words, "--control", *config.control]
 
 
-def test_killed_and_run_again_through_the_front_end(config, finished):
-    command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *_command(config)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not list(config.output.glob("done/*.json")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (config.output / "identity.json").is_file()
-    assert evaluate.run(config, World()) is not None
-    assert scores_of(config.output) == scores_of(finished[0].output)
-    read_manifest(config.output, stage="report", version=1, flag="--output")
-
-
 def test_front_end_prints_the_table_and_refuses_with_2(config, finished, capsys, monkeypatch):
     import importlib.util
 
@@ -452,7 +556,7 @@ def test_a_damaged_score_is_found_and_made_again(config, finished):
 
 def test_another_grid_reads_the_same_scores(config, finished, monkeypatch):
     shutil.copytree(finished[0].output, config.output)
-    monkeypatch.setattr(evaluate, "_scan", lambda *_: pytest.fail("a forward pass for a grid"))
+    monkeypatch.setattr(evaluate, "scan", lambda *_, **__: pytest.fail("a forward pass for a grid"))
     evaluate.run(replace(config, lambdas="0:0.5:0.5", bootstrap_samples=150), World())
     evaluation = json.loads((config.output / "eval.json").read_bytes())
     assert evaluation["lambdas"] == [0, 0.5]
@@ -623,6 +727,8 @@ def test_another_run_in_the_output_is_refused_and_untouched(config, finished):
         ({"lambdas": "0:1:0"}, "first:last:step"),
         ({"k": 0}, "--k 0"),
         ({"nprobe": 0}, "--nprobe"),
+        ({"samples": -1}, "--samples must be 0 or more"),
+        ({"speed_positions": -5}, "--speed-positions must be 0 or more"),
         ({"temperature": -1.0}, "--temperature"),
         ({"bootstrap_samples": 3}, "--bootstrap-samples"),
         ({"test_split": "tuning"}, "must differ"),

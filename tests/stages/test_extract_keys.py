@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.log import read_events
+from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.stages import extract_keys
+from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.stages import build_index, evaluate, extract_keys, training_inputs, write_targets
 from mlpmem_ds.stages.extract_keys import Config
 
 
@@ -79,21 +83,241 @@ def test_int8_distances_are_those_of_the_states(config: Config, oracle: dict[str
 
 
 def test_fewer_dimensions_keep_less_energy(config: Config) -> None:
-    extract_keys.run(replace(config, dim=4, store_inputs=False), World())
+    extract_keys.run(replace(config, dim=4, input_codec="none"), World())
     keys = open_keys(config.output)
     assert keys.read("keys").shape[1] == 4
     assert 0 < keys.manifest["codec"]["energy_kept"] < 1
     assert keys.input_size == 0 and not list(config.output.glob("inputs-*"))
 
 
-@pytest.mark.parametrize("codec", ["int8", "raw"])
-def test_ranks_share_the_work_byte_for_byte(config: Config, tmp_path: Path, codec: str) -> None:
-    config = replace(config, codec=codec)
+def run_apart(config: Config, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank makes the units that it is dealt, and none of the others'; the last one completes the directory."""
+    with monkeypatch.context() as patch:
+        patch.setattr(StageDirectory, "_without_record", lambda self, units: iter(()))
+        patch.setattr(StageDirectory, "_wait_while_missing", lambda self, units, is_missing: None)
+        for rank in range(size):
+            assert not (config.output / "manifest.json").exists()
+            extract_keys.run(config, World(rank=rank, size=size))
+
+
+CODECS: dict[str, dict[str, Any]] = {
+    "int8, bf16 inputs": {},
+    "int8, int8 inputs": {"input_codec": "int8", "dim": 7},
+    "int8, no inputs": {"input_codec": "none"},
+    "raw float16": {"codec": "raw"},
+    "raw bfloat16": {"codec": "raw", "raw_dtype": "bfloat16", "input_codec": "int8"},
+    "two models": {"input_model": "other"},
+}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_ranks_share_the_work_byte_for_byte(
+    config: Config, tmp_path: Path, other_base: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = CODECS[codec]
+    config = replace(config, **changes | ({"input_model": str(other_base)} if "input_model" in changes else {}))
     extract_keys.run(config, World())
-    shared = replace(config, output=tmp_path / "shared")
-    for rank in (0, 1):
-        extract_keys.run(shared, World(rank=rank, size=2))
-    assert result_of(config.output) == result_of(shared.output)
+    for size in (2, 3):
+        shared = replace(config, output=tmp_path / f"shared{size}")
+        run_apart(shared, size, monkeypatch)
+        assert result_of(config.output) == result_of(shared.output)
+        makers = {event["rank"] for event in read_events(shared.output / "log.jsonl") if event["event"] == "unit"}
+        assert makers == set(range(size))
+
+
+def test_batch_and_threads_change_few_codes_and_none_by_more_than_one(config: Config, tmp_path: Path) -> None:
+    """The bound that formats/README.md states: the codec is fitted window by window, so only the roundings differ."""
+    extract_keys.run(replace(config, input_codec="int8", batch_windows=1), World())
+    one, threads_before = open_keys(config.output), torch.get_num_threads()
+    for size, threads in ((3, 1), (64, 1), (64, 3)):
+        other = replace(config, input_codec="int8", batch_windows=size, output=tmp_path / f"{size}-{threads}")
+        torch.set_num_threads(threads)
+        try:
+            extract_keys.run(other, World())
+        finally:
+            torch.set_num_threads(threads_before)
+        keys = open_keys(other.output)
+        assert keys.scale == pytest.approx(one.scale, rel=1e-5)
+        for array in ("keys", "inputs"):
+            steps = np.abs(keys.read(array).astype(int) - one.read(array))
+            assert steps.max() <= 1 and (steps > 0).mean() <= 1e-4
+        np.testing.assert_allclose(keys.read("log_probabilities"), one.read("log_probabilities"), atol=1e-4)
+
+
+@pytest.mark.parametrize("codec", ["int8, int8 inputs", "raw bfloat16", "raw float16"])
+def test_codecs_give_back_what_an_independent_pass_sees(
+    config: Config, oracle: dict[str, np.ndarray], codec: str
+) -> None:
+    extract_keys.run(replace(config, **{**CODECS[codec], "dim": 0}, input_layer=0), World())
+    keys = open_keys(config.output)
+    inputs = torch.from_numpy(keys.read_inputs(5, 300)).view(torch.bfloat16).double().numpy()
+    largest = np.abs(oracle["layer0"][5:300]).max(axis=1, keepdims=True)
+    assert (np.abs(inputs - oracle["layer0"][5:300]) <= 0.0085 * largest).all()  # 1/254 and bfloat16's 1/256
+    if codec.startswith("raw"):
+        found = keys.gather("keys", np.arange(300)[::-1])[::-1]
+        assert found.dtype == (np.float32 if "bfloat16" in codec else np.float16)
+        np.testing.assert_allclose(found.astype(np.float64), oracle["layer1"][:300], rtol=4e-3, atol=1e-3)
+        np.testing.assert_array_equal(keys.unit("keys", 256), keys.read("keys", 256, 512))
+
+
+@pytest.mark.parametrize("raw_dtype", ["float16", "bfloat16"])
+def test_raw_keys_pass_through_index_and_targets(config: Config, tmp_path: Path, raw_dtype: str) -> None:
+    extract_keys.run(replace(config, codec="raw", raw_dtype=raw_dtype, input_codec="none"), World())
+    keys = open_keys(config.output)
+    build_index.run(
+        build_index.Config(keys=config.output, output=tmp_path / "index", factory="IVF4,Flat", num_shards=2), World()
+    )
+    settings = write_targets.Config(
+        keys=config.output, output=tmp_path / "exact", k=50, neighbour_perplexity=10, shard_positions=1024, mass=1.0
+    )
+    write_targets.run(settings, World())
+    every_list = replace(settings, output=tmp_path / "ivf", index=tmp_path / "index", search="ivf", nprobe=4)
+    write_targets.run(every_list, World())
+    exact, ivf = (open_targets(of.output).read(0, 100) for of in (settings, every_list))
+    vectors = keys.read("keys").astype(np.float64)
+    squared = np.square(vectors[:100, None] - vectors[None]).sum(-1)
+    squared[np.arange(100), np.arange(100)] = np.inf
+    nearest = np.argsort(squared, axis=1, kind="stable")[:, :50]
+    temperature = open_targets(settings.output).manifest["temperature"]
+    weights = np.exp(-(np.take_along_axis(squared, nearest, axis=1) - squared.min(1, keepdims=True)) / temperature)
+    values = keys.read("values")
+    for row in range(100):
+        expected = np.bincount(values[nearest[row]], weights=weights[row] / weights[row].sum(), minlength=300)
+        for found in (exact, ivf):
+            part = slice(found.offsets[row], found.offsets[row + 1])
+            dense = np.zeros(300)
+            dense[found.ids[part]] = found.probabilities[part]
+            assert np.abs(dense - expected).sum() / 2 < 5e-3
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wider and deeper base for the same tokenizer, with a padded head."""
+    path = tmp_path_factory.mktemp("other") / "base"
+    torch.manual_seed(5)
+    GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=304, n_positions=64, n_embd=24, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
+    config: Config, other_base: Path, tmp_path: Path
+) -> None:
+    both = replace(
+        config, model=str(other_base), input_model=config.model, key_layer=-1, input_layer=0, input_point="layer_output"
+    )
+    extract_keys.run(both, World())
+    key_side = replace(config, model=str(other_base), output=tmp_path / "key_side")
+    extract_keys.run(key_side, World())
+    input_side = replace(config, input_layer=0, key_point="layer_output", output=tmp_path / "input_side")
+    extract_keys.run(input_side, World())
+    keys, of_key, of_input = (open_keys(each.output) for each in (both, key_side, input_side))
+    np.testing.assert_array_equal(keys.read("keys"), of_key.read("keys"))
+    for array in ("inputs", "log_probabilities", "values"):
+        np.testing.assert_array_equal(keys.read(array), of_input.read(array))
+    assert keys.model_sha256 == of_key.model_sha256
+    assert keys.base_sha256 == of_input.base_sha256 == of_input.model_sha256
+    manifest = keys.manifest
+    assert (manifest["key_size"], manifest["num_layers"], manifest["key_layer"]) == (24, 3, 2)
+    assert (manifest["input_size"], manifest["input_num_layers"], manifest["input_layer"]) == (16, 2, 0)
+    assert (manifest["head_size"], keys.input_point, manifest["key_point"]) == (300, "layer_output", "ffn_input")
+
+
+def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
+    config: Config, other_base: Path, tmp_path: Path
+) -> None:
+    extract_keys.run(replace(config, model=str(other_base), input_model=config.model), World())
+    settings = training_inputs.Config(
+        corpus=config.corpus,
+        keys=config.output,
+        output=tmp_path / "memory",
+        ds_config=tmp_path / "unread.json",
+        alpha=0.0,
+        model=config.model,
+    )
+    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings), 1)
+    keys = open_keys(config.output)
+    assert (provenance["base"], provenance["key_model"]) == (keys.base_sha256, keys.model_sha256)
+    assert provenance["input_point"] == "ffn_input"
+    with pytest.raises(UserError, match="is not the base that"):
+        training_inputs.open_inputs(replace(settings, model=str(other_base)))
+    asked = evaluate.Config(
+        model=config.model, corpus=config.corpus, keys=config.output, temperature=10.0, output=tmp_path / "report"
+    )
+    with pytest.raises(UserError, match="leave --keys out to compare without the kNN arms"):
+        evaluate.run(asked, World())
+    assert not asked.output.exists()
+
+
+def test_models_of_two_tokenizers_are_refused(config: Config, tmp_path: Path) -> None:
+    for name, more in (("same", []), ("more", ["zzz"])):
+        shutil.copytree(config.model, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(config.corpus / "tokenizer")
+        tokenizer.add_tokens(more)
+        tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(UserError, match="have different tokenizers"):
+        extract_keys.run(replace(config, model=str(tmp_path / "same"), input_model=str(tmp_path / "more")), World())
+    assert not config.output.exists()
+
+
+def test_numbers_beyond_float16_name_position_layer_and_remedy(config: Config, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.bias[3] = -1e5
+    model.save_pretrained(tmp_path / "large")
+    large = replace(config, model=str(tmp_path / "large"), codec="raw")
+    message = (
+        r"key at position 0, layer 1 \(ffn_input\), holds -\d+.*65,504: choose --raw-dtype bfloat16, or --codec int8"
+    )
+    with pytest.raises(UserError, match=message):
+        extract_keys.run(large, World())
+    assert not list(config.output.glob("*.npy")) and not (config.output / "manifest.json").exists()
+    extract_keys.run(replace(large, raw_dtype="bfloat16", output=tmp_path / "wide"), World())
+    assert open_keys(tmp_path / "wide").read("keys", 0, 9)[:, 3] == pytest.approx(-1e5, rel=0.01)
+
+
+def test_massive_activations_are_reported_and_clipped(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    with torch.no_grad():  # the first of a window's positions carry a number that the others do not
+        model.transformer.wpe.weight[1, 5] = 5000.0
+        for block in model.transformer.h:
+            block.attn.c_proj.weight.mul_(1e-3)
+    model.save_pretrained(tmp_path / "massive")
+    with caplog.at_level(logging.INFO):
+        extract_keys.run(replace(config, model=str(tmp_path / "massive"), key_point="layer_output"), World())
+    assert "1 dimensions with massive activations: 5 (up to 5000 from its median, clipped to [" in caplog.text
+    keys = open_keys(config.output)
+    (entry,) = keys.manifest["codec"]["massive_dimensions"]
+    assert entry["dimension"] == 5 and entry["largest"] > 4000 and entry["high"] < 200
+    (in_codec,) = keys.load_codec().massive
+    assert in_codec.high == entry["high"]
+
+
+def test_layers_path_reaches_the_model(config: Config) -> None:
+    with pytest.raises(UserError, match="nothing at the path 'transformer.blocks'.*\n.*transformer.h: 2 x GPT2Block"):
+        extract_keys.run(replace(config, layers_path="transformer.blocks"), World())
+    assert not config.output.exists()
+    extract_keys.run(replace(config, layers_path="transformer.h"), World())
+    assert open_keys(config.output).manifest["input_layers_path"] == "transformer.h"
+
+
+def test_what_a_position_takes_is_said_first_and_true(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        extract_keys.run(replace(config, input_codec="int8", dim=8), World())
+    assert "at 34 bytes: key 8 (int8), input 20 (int8), value 2, log-probability 4, list id 0" in caplog.text
+    assert "% of the time outside the forward pass" in caplog.text
+    keys = open_keys(config.output)
+    on_disk = sum(path.stat().st_size for path in config.output.glob("*.npy"))
+    assert 34 * keys.num_positions <= on_disk <= 34 * keys.num_positions + 128 * 5 * len(keys.blocks)
+    (event,) = [event for event in read_events(config.output / "log.jsonl") if event["event"] == "extracted"]
+    assert event["positions"] == keys.num_positions and event["bytes"] == 34 * keys.num_positions
+    assert 0 < event["forward_seconds"] <= event["seconds"]
 
 
 def test_a_broken_run_continues_to_the_same_bytes(
@@ -146,10 +370,19 @@ def test_non_finite_states_name_position_and_layer(config: Config, tmp_path: Pat
         ({"split": "nonsense"}, "no text in split"),
         ({"key_layer": 7}, "--key-layer: layer 7"),
         ({"input_layer": 1.5}, "--input-layer"),
-        ({"dim": 17}, "more than the base's width 16"),
+        ({"dim": 17}, "more than the model's width 16"),
         ({"dim": 2000}, "1 to 1040"),
         ({"unit_positions": 100}, "multiple of the corpus's block size 32"),
         ({"batch_windows": 0}, "--batch-windows must be at least 1"),
+        ({"codec": "raw", "dim": 8}, "--codec raw keeps all 16 numbers"),
+        ({"input_model": "/no/such/model"}, "--input-model /no/such/model"),
+        ({"input_layers_path": "transformer.h"}, "give --layers-path for --model"),
+        ({"input_point": "final_norm", "input_layer": 0}, "final_norm is read after the last layer"),
+        ({"audit": -1}, "--audit must be 0 or more"),
+        ({"audit": 10, "audit_dims": (17,)}, "--audit-dims 17 is more than"),
+        ({"audit": 10, "audit_dims": (0,)}, "--audit-dims 0: int8 keys have 1 to 1040"),
+        ({"audit_dims": (8,)}, "give --audit 2000 too"),
+        ({"audit": 10, "audit_candidates": 12}, "give at least 20"),
     ],
 )
 def test_wrong_inputs_leave_the_disk_untouched(config: Config, changes: dict[str, Any], message: str) -> None:
@@ -159,8 +392,6 @@ def test_wrong_inputs_leave_the_disk_untouched(config: Config, changes: dict[str
 
 
 def test_a_padded_head_is_recorded(config: Config, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     GPT2LMHeadModel(
         GPT2Config(vocab_size=320, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     ).save_pretrained(tmp_path / "padded")
@@ -170,8 +401,6 @@ def test_a_padded_head_is_recorded(config: Config, tmp_path: Path) -> None:
 
 
 def test_a_small_vocabulary_model_is_refused(config: Config, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     GPT2LMHeadModel(
         GPT2Config(vocab_size=100, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     ).save_pretrained(tmp_path / "small")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +151,19 @@ def test_compare_shows_both(export_dir: Path, tokenizer: PreTrainedTokenizerBase
     assert text == f"{PROMPTS[0]}\n\n{side_by_side(('base', f'base + memory, λ = {LAMBDA}'), pair)}\n"
 
 
+@pytest.mark.parametrize("way", [[], ["--temperature", 0.8, "--seed", 3]])
+def test_a_stream_writes_the_same_text_in_pieces(
+    way: list[object], export_dir: Path, generate: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--prompt", PROMPTS[2], "--max-new-tokens", NEW, *way]
+    pieces: list[str] = []
+    write = sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "write", lambda text: (pieces.append(text), write(text))[1])
+    assert generate(*flags, "--stream") == generate(*flags)
+    streamed = pieces[: pieces.index("\n", 1) + 1]
+    assert len([piece for piece in streamed if piece.strip()]) > 1  # whole words: of random text there are few
+
+
 def test_columns_keep_line_ends_and_wrap_long_lines() -> None:
     lines = side_by_side(("left", "right"), ("a\n    b", "x" * 70 + "\n\n" + "word " * 20)).split("\n")
     assert all(len(line) <= 118 for line in lines)
@@ -198,6 +212,9 @@ def test_wrong_inputs_are_refused(
         (["--prompt", "in", "--temperature", -1], "--temperature"),
         (["--prompt", "in", "--num-beams", 0], "--num-beams must be at least 1"),
         (["--prompt", "in", "--max-new-tokens", 1, "--device", "nonsense"], "--device nonsense"),
+        (["--prompt", "in", "--stream", "--compare"], "leave out --compare"),
+        (["--prompt", "in", "--stream", "--num-beams", 2], "leave out --compare and --num-beams"),
+        (["--prompt", "in", "alpha", "--stream"], "there are 2 prompts"),
         ([], "give either --prompt or --prompts-file"),
         (["--prompt", "in", "--prompts-file", empty], "give either --prompt or --prompts-file"),
         (["--prompts-file", empty], "holds no prompt"),

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import SPLITS, open_corpus
-from mlpmem_ds.stages import prepare_corpus
+from mlpmem_ds.stages import corpus_splits, prepare_corpus, tokenization
 from mlpmem_ds.stages.prepare_corpus import Config
 
 
@@ -82,15 +83,15 @@ def test_a_broken_run_continues_to_the_same_bytes(
     monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 2000)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     prepare_corpus.run(config_of(text_dir, straight), World())
-    real, calls = prepare_corpus._encode, []
+    real, calls = tokenization.encode, []
 
-    def fail_at_the_third(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    def fail_at_the_third(tokenizer: Any, texts: list[str], dtype: Any) -> list[Any]:
         calls.append(texts)
         if len(calls) == 3:
             raise RuntimeError("killed")
-        return real(tokenizer, texts)
+        return real(tokenizer, texts, dtype)
 
-    monkeypatch.setattr(prepare_corpus, "_encode", fail_at_the_third)
+    monkeypatch.setattr(tokenization, "encode", fail_at_the_third)
     with pytest.raises(RuntimeError):
         prepare_corpus.run(config_of(text_dir, broken), World())
     assert not (broken / "manifest.json").exists()
@@ -142,3 +143,56 @@ def test_another_text_in_the_same_output_is_refused(text_dir: Path, tmp_path: Pa
     next(copy.rglob("*.py")).write_text("changed")
     with pytest.raises(UserError, match=r"inputs\.text"):
         prepare_corpus.run(config_of(copy, tmp_path / "corpus"), World())
+
+
+def test_processes_give_the_same_bytes(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 2000)
+    monkeypatch.setattr(
+        tokenization, "BATCH_BYTES", 300
+    )  # several batches a unit, and more than are ahead of the writer
+    prepare_corpus.run(config_of(text_dir, tmp_path / "one"), World())
+    prepare_corpus.run(config_of(text_dir, tmp_path / "three", processes=3), World())
+    assert result_of(tmp_path / "one") == result_of(tmp_path / "three")
+    assert tokenization.choose_processes(0, World(), 1 << 30) >= 1
+    assert tokenization.choose_processes(0, World(), 1000) == 1
+    assert tokenization.choose_processes(0, World(rank=1, size=2), 1 << 30) == 1
+    assert tokenization.choose_processes(5, World(rank=1, size=2), 1000) == 5
+
+
+def test_an_error_in_a_worker_reaches_the_user(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tokenizer: Any, texts: list[str], dtype: Any) -> list[Any]:
+        raise RuntimeError("in the worker")
+
+    monkeypatch.setattr(tokenization, "encode", fail)  # a forked worker has it too
+    with pytest.raises(RuntimeError, match="in the worker"):
+        prepare_corpus.run(config_of(text_dir, tmp_path / "corpus", processes=2), World())
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
+
+
+def test_the_surveys_hash_is_that_of_the_whole_list(text_dir: Path, tmp_path: Path) -> None:
+    config = config_of(text_dir, tmp_path / "corpus", group_field=None)
+    survey = prepare_corpus._survey(config)
+    documents = list(corpus_splits.DocumentReader(text_field="text", group_field=None).read(
+        file for unit in survey.units for file in unit.files))  # fmt: skip
+    assert survey.sha256 == content_hash([[document.name, document.sha256] for document in documents])
+    assert survey.num_bytes == sum(path.stat().st_size for path in text_dir.rglob("*.py"))
+    empty = corpus_splits._ListHash()
+    assert empty.hexdigest() == content_hash([])
+
+
+def test_an_input_that_changes_meanwhile_is_refused(
+    text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "x.jsonl"
+    lines.write_text('{"text": "a b c"}\n' * 20)
+    survey_files = prepare_corpus.survey_files
+
+    def survey_and_change(*arguments: Any, **others: Any) -> Any:
+        survey = survey_files(*arguments, **others)
+        lines.write_text('{"text": "a b c"}\n' * 19)
+        return survey
+
+    monkeypatch.setattr(prepare_corpus, "survey_files", survey_and_change)
+    with pytest.raises(DamagedDataError, match="changed while it was read"):
+        prepare_corpus.run(config_of(text_dir, tmp_path / "corpus", input=(str(lines),), heldout_fraction=0.0), World())
+    assert not (tmp_path / "corpus" / "manifest.json").exists()

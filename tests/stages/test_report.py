@@ -1,20 +1,16 @@
 """The table, the page and the plots from fixed numbers; choices of λ and temperature against brute force."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mlpmem_ds.stages import report
-from mlpmem_ds.stages.report import (
-    Arm,
-    Protocol,
-    plot_costs,
-    plot_lambda_curves,
-    render_report,
-    render_table,
-    summarise,
-)
+from mlpmem_ds.stages.report import Arm, Protocol, summarise
+from mlpmem_ds.stages.report_breakdowns import KIND, Groups
+from mlpmem_ds.stages.report_page import render_report, render_table
+from mlpmem_ds.stages.report_plots import plot_costs, plot_lambda_curves, plot_speeds, plot_wins
+from mlpmem_ds.stages.report_words import scaled_text
 
 SPLITS = {"tuning": 700, "test": 900, "heldout": 650}
 LAMBDAS = tuple(round(0.1 * number, 12) for number in range(11))
@@ -87,6 +83,55 @@ def evaluation(arms):
         },
         **summarise(arms, PROTOCOL),
     }
+
+
+@pytest.fixture(scope="module")
+def whole(arms, evaluation):
+    """With everything that a report may hold: guesses, groups, speeds, samples."""
+    generator = np.random.default_rng(6)
+    base, knn, memory, control = arms
+    guesses = {split: np.log(generator.uniform(0.1, 1, size)) for split, size in SPLITS.items()}
+    came = {split: generator.uniform(size=size) < np.exp(guesses[split]) for split, size in SPLITS.items()}
+    others = {split: np.log(generator.uniform(0.1, 1, size)) for split, size in SPLITS.items()}
+    arms = [
+        replace(base, guesses=guesses, came=came),
+        replace(knn, guesses={split: np.full((size, 3), -np.inf) for split, size in SPLITS.items()}),
+        replace(memory, guesses=others),
+        replace(control, guesses=others, came=came),
+    ]
+    groups = [Groups(name=KIND, labels=("letters", "none", "digits"), of_N=generator.integers(0, 2, 900) * 2)]
+    speeds = [{"arm": "base", "keys": None, "positions": 64, "tokens_per_second": 812.0}] + [
+        {"arm": "base+knn_exact", "keys": keys, "positions": 64, "tokens_per_second": 5e5 / keys}
+        for keys in (1000, 2000, 4000)
+    ]
+    samples = [{"prompt": "once ```upon", "base": "a time", "memory": "a midnight"}]
+    return {**evaluation, **summarise(arms, PROTOCOL, groups), "speeds": speeds, "samples": samples}
+
+
+def test_calibration_is_of_the_mixtures_own_probabilities(whole):
+    rows = {row["name"]: row for row in whole["arms"]}
+    assert rows["base"]["calibration"]["error"] < 0.08  # it was drawn to be calibrated, 900 positions in 14 bins
+    assert rows["base_trained_on"]["calibration"]["error"] > 0.1
+    # kNN gives the guess nothing, so the mixture's probability is (1 - λ) of the base's.
+    base, knn = (
+        [entry["positions"] * entry["probability"] for entry in rows[name]["calibration"]["bins"]]
+        for name in ("base", "base+knn_exact")
+    )
+    assert sum(knn) == pytest.approx((1 - rows["base+knn_exact"]["lambda"]) * sum(base))
+    assert rows["base+memory"]["calibration"] is not None
+
+
+def test_the_page_shows_breakdowns_speeds_and_samples(whole, evaluation, tmp_path):
+    text = render_report(whole)
+    for needle in ("### By kind of token", "| letters | ", "| none | 0 | – |", "(wins.png)", "(speed.png)",
+                   "| base+knn_exact | 500 | 250 | 125 |", "| base | 812 | 812 | 812 |", "a midnight",
+                   "````\nonce ```upon\n````"):  # fmt: skip
+        assert needle in text, needle
+    plain = render_report(evaluation)
+    assert "wins.png" not in plain and "speed.png" not in plain and "## Samples" not in plain
+    for plot in (plot_wins, plot_speeds):
+        plot(whole, tmp_path / "one.png")
+        assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
 def _mixture_perplexity(log_base, log_other, weight):
@@ -241,4 +286,4 @@ def test_plots_are_png_and_the_same_from_the_same_numbers(evaluation, tmp_path):
     ],
 )
 def test_scaled_numbers(value, unit, text):
-    assert report._scaled(value, unit) == text
+    assert scaled_text(value, unit) == text

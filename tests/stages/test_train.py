@@ -145,7 +145,7 @@ def make_inputs(root):
             "block_size": BLOCK,
         },
     )
-    blocks = []
+    blocks, num_entries = [], 0
     for first in range(0, N, BLOCK):
         rows = [
             np.sort(generator.choice(VOCABULARY, generator.integers(0, 6), replace=False))
@@ -155,6 +155,7 @@ def make_inputs(root):
         sparse = SparseRows(
             offsets=np.cumsum([0, *map(len, rows)]), ids=np.concatenate(rows), probabilities=np.concatenate(weights)
         )
+        num_entries += len(sparse.ids)
         blocks.append(pack_block(first, sparse, np.zeros(len(rows)), dtype=np.dtype("<u2")))
     shard = shard_name(0, N)
     write_shard(root / shard, root / index_name(shard), blocks)
@@ -173,7 +174,7 @@ def make_inputs(root):
                     "first": 0,
                     "count": N,
                     "samples": len(blocks),
-                    "entries": sum(len(block.ids) for block in blocks),
+                    "entries": num_entries,
                 }
             ],
         },
@@ -398,23 +399,38 @@ def test_resume_and_damage_and_complete(root, pair):
     assert output.count("complete: ") == 3
 
 
-def test_killed_while_saving_continues_to_the_same_weights(root, pair):
-    """`deepspeed` started, its whole group killed while a checkpoint is being written, started again."""
-    config = job(root, "killed", ds_config(root, 3, bf16=True), save_every_steps=1)
+def test_sigterm_to_the_launcher_saves_and_leaves_no_orphan(root, pair):
+    """`deepspeed` alone is told to stop, and does not tell its ranks; they save, end, and the same command continues."""
+    config = job(root, "terminated", ds_config(root, 3, bf16=True), save_every_steps=100, epochs=6.0)
     words = [*launcher("deepspeed", 2), "launch/train.py", *arguments(config)]
     process = start(words)
-    checkpoints, deadline = root / "killed" / "checkpoints", time.monotonic() + 120
-    while not (any(checkpoints.glob("step-*[0-9]")) and any(checkpoints.glob("step-*.tmp"))):
+    metrics, deadline = root / "terminated" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or not metrics.read_text():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.001)
-    time.sleep(random.Random(7).random() * 0.03)
-    kill_group(process)
-    process.communicate()
-    assert not (root / "killed" / "manifest.json").exists()
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # its ranks share the pipe: it ends when the last of them has
+    deadline = time.monotonic() + 30
+    while members_of_group(process.pid):
+        assert time.monotonic() < deadline, members_of_group(process.pid)
+        time.sleep(0.05)
+    assert "stopped as asked and saved" in output and not (root / "terminated" / "manifest.json").exists(), output
     code, output = finish(start(words))
-    assert code == 0, output
-    assert "resuming from" in output
-    assert_same_weights(root, "killed", "two-bf16")
+    assert code == 0 and "resuming from" in output, output
+    assert len(losses(root, "terminated")) == 6 * N // BATCH  # each step once
+
+
+def members_of_group(group):
+    """The living processes of a process group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(words[2]) == group and words[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
 def test_all_damaged_is_refused(root, single, tmp_path):

@@ -36,7 +36,12 @@ from mlpmem_ds.stages import train_base
 world = world_from_environment(os.environ)
 set_up_logging(world, name="driver")
 for job in json.loads(Path(sys.argv[1]).read_text()):
-    signal_at = job.pop("signal_at", None)
+    signal_at, age = job.pop("signal_at", None), job.pop("age", None)
+    if age is not None:
+        for path in Path(job["output"]).glob("checkpoints/*/manifest.json"):
+            manifest = json.loads(path.read_text())
+            manifest["values"]["seconds"] += age
+            path.write_text(json.dumps(manifest))
     config = train_base.Config(**{k: Path(v) if k in ("ds_config", "corpus", "output") else v for k, v in job.items()})
     if signal_at is not None:
         def watch(path=config.output / "metrics.jsonl"):
@@ -114,6 +119,8 @@ def single(root):
             job(root, "on", init_from=str(root / "one"), epochs=1, select="last"),
             job(root, "over", learning_rate=2.0, schedule="constant", early_stopping_patience=1, epochs=9),
             job(root, "short", max_seconds=0.001),
+            job(root, "late", max_seconds=5000.0, signal_at=5),
+            job(root, "late", max_seconds=5000.0, age=6000.0),
         ],
     )
 
@@ -151,6 +158,8 @@ def test_early_stop_deadline_and_training_on(root, single):
     best = int(np.argmin(found))
     assert len(found) == best + 2 < 9 and over["selected_epoch"] == best + 1
     assert json.loads((root / "short" / "manifest.json").read_text())["steps"] == 1
+    late = json.loads((root / "late" / "manifest.json").read_text())  # the seconds of earlier starts count
+    assert 6 <= late["steps"] < json.loads((root / "one" / "manifest.json").read_text())["steps"]
     assert perplexities(root, "on")[0] < perplexities(root, "one")[0]
 
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import TargetRows, index_name, open_targets
 from mlpmem_ds.stages import build_index, write_targets
+from mlpmem_ds.stages.target_search import Datastore
 
 NUM_KEYS, DIM, VOCAB_SIZE, SCALE = 403, 6, 40, 0.5
 NUM_LISTS = 7
@@ -32,7 +28,7 @@ def result_of(root: Path) -> dict[str, bytes]:
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name not in ("run.json", "log.jsonl") and not path.name.endswith(".tmp")
+        if path.is_file() and path.name not in ("run.json", "log.jsonl") and not path.name.endswith((".tmp", ".claim"))
     }
 
 
@@ -68,6 +64,7 @@ def config(keys_dir: Path, output_dir: Path, **changes: Any) -> write_targets.Co
         "temperature": "6",
         "mass": 0.9,
         "shard_positions": 104,
+        "encoding": "exact",
     }
     return write_targets.Config(**{**settings, **changes})
 
@@ -221,7 +218,7 @@ def test_temperature_reaches_the_wanted_perplexity(keys: Path, tmp_path: Path) -
     assert abs(np.exp(entropy.mean()) - 12) < 1e-3
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_give_the_same_files(keys: Path, index: Path, undisturbed: Path, tmp_path: Path, size: int) -> None:
     for rank in range(size):  # the owner of `temperature` first, so that nobody waits
         write_targets.run(
@@ -245,56 +242,92 @@ def test_batches_and_threads_change_nothing(
 def test_a_failed_unit_leaves_the_others(
     keys: Path, index: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    wanted = config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3, batch_positions=104)
+    wanted = config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3, batch_positions=104, threads=1)
     calls = 0
-    original = write_targets._Datastore.neighbours
+    original = Datastore.neighbours
 
-    def neighbours(self: Any, positions: np.ndarray) -> Any:
+    def neighbours(self: Any, positions: np.ndarray, **flags: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > failing:
             raise RuntimeError("pulled the plug")
-        return original(self, positions)
+        return original(self, positions, **flags)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        patch.setattr(write_targets._Datastore, "neighbours", neighbours)
+        patch.setattr(Datastore, "neighbours", neighbours)
         write_targets.run(wanted, World())
-    assert len(list((tmp_path / "targets" / "done").glob("*"))) == failing if failing else True
+    done = tmp_path / "targets" / "done"  # the sample is measured before anything is written
+    assert len(list(done.glob("*.json"))) == failing if failing else not done.parent.exists()
     assert not (tmp_path / "targets" / "manifest.json").exists()
     write_targets.run(wanted, World())
     assert result_of(tmp_path / "targets") == result_of(undisturbed)
 
 
-def test_a_killed_run_continues(keys: Path, index: Path, undisturbed: Path, tmp_path: Path) -> None:
-    root = tmp_path / "targets"
-    tool = Path(write_targets.__file__).parents[2] / "tools" / "write_targets.py"
-    flags = {
-        "keys": keys,
-        "index": index,
-        "output": root,
-        "k": 20,
-        "temperature": 6,
-        "mass": 0.9,
-        "shard-positions": 104,
-        "search": "ivf",
-        "nprobe": 3,
-        "batch-positions": 8,
-    }
-    command = [
-        sys.executable,
-        str(tool),
-        *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tool.parents[1])}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (root / "identity.json").exists():
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert root.exists()
-    write_targets.run(config(keys, root, index=index, search="ivf", nprobe=3), World())
-    assert result_of(root) == result_of(undisturbed)
+@pytest.fixture(scope="module")
+def compact(keys: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compact encoding, plain tar, fitted temperature."""
+    root = tmp_path_factory.mktemp("compact") / "targets"
+    write_targets.run(config(keys, root, **COMPACT, index=index), World())
+    return root
+
+
+COMPACT: dict[str, Any] = {
+    "encoding": "compact",
+    "container": "tar",
+    "temperature": "auto",
+    "neighbour_perplexity": 8.0,
+    "search": "ivf",
+    "nprobe": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "threads", "batch_positions"), [(1, 2, 8), (2, 1, 24), (3, 2, 10**6), (4, 1, 57)], ids=str
+)
+def test_compact_targets_are_the_same_bytes(
+    keys: Path, index: Path, compact: Path, tmp_path: Path, ranks: int, threads: int, batch_positions: int
+) -> None:
+    before = torch.get_num_threads()
+    wanted = config(
+        keys, tmp_path / "targets", **COMPACT, index=index, threads=threads, batch_positions=batch_positions
+    )
+    for rank in range(ranks):
+        write_targets.run(wanted, World(rank=rank, size=ranks))
+    torch.set_num_threads(before)
+    assert result_of(tmp_path / "targets") == result_of(compact)
+
+
+@pytest.mark.parametrize("container", ["tar.zst", "tar"])
+def test_encodings_hold_the_same_rows(
+    keys: Path, index: Path, undisturbed: Path, tmp_path: Path, container: str
+) -> None:
+    changes = {"index": index, "search": "ivf", "nprobe": 3, "encoding": "compact", "container": container}
+    write_targets.run(config(keys, tmp_path / "targets", **changes), World())
+    compact, exact = open_targets(tmp_path / "targets"), open_targets(undisturbed)
+    assert (compact.encoding, compact.container, exact.encoding) == ("compact", container, "exact")
+    found, expected = compact.read_all(), exact.read_all()
+    assert np.array_equal(found.offsets, expected.offsets) and np.array_equal(found.ids, expected.ids)
+    row_of_entry = np.repeat(np.arange(NUM_KEYS), np.diff(found.offsets))
+    differences = np.abs(found.probabilities.astype(float) - expected.probabilities)
+    assert np.bincount(row_of_entry, weights=differences).mean() / 2 < 0.003
+    sums = np.bincount(row_of_entry, weights=found.probabilities) + found.dropped
+    assert np.allclose(sums, 1, atol=1e-5)
+    assert compact.manifest["version"] == 2 and exact.manifest["version"] == 1
+    assert {shard["name"].split(".", 1)[1] for shard in compact.manifest["shards"]} == {container}
+
+
+def test_killed_runs_leave_the_undisturbed_bytes(
+    keys: Path, index: Path, killed_runs: Callable[..., int], tmp_path: Path
+) -> None:
+    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, threads=1, batch_positions=8)
+    undisturbed: dict[str, bytes] = {}
+
+    def check(output: Path) -> None:
+        undisturbed.update(undisturbed or result_of(tmp_path / "targets-undisturbed"))
+        assert result_of(output) == undisturbed
+
+    assert killed_runs(write_targets.run, wanted, ranks=2, kills=20, check=check) == 20
+    check(tmp_path / "targets")
 
 
 def test_a_flipped_byte_is_repaired_and_nothing_else_is_made(
@@ -340,6 +373,8 @@ def test_raw_keys_find_the_neighbours_of_the_oracle(make_keys: Callable[..., Pat
         ({"shard_positions": 0}, "--shard-positions 0"),
         ({"exclude_window": -1}, "window -1"),
         ({"exclude": "same-document"}, "give --corpus"),
+        ({"audit": -1}, "--audit -1"),
+        ({"raw_keys": Path("raw")}, "say --audit"),
     ],
 )
 def test_bad_flags(keys: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -351,6 +386,8 @@ def test_bad_inputs_leave_nothing(
     keys: Path, index: Path, keys_dir: Path, corpus_dir: Path, make_keys: Callable[..., Path], tmp_path: Path
 ) -> None:
     few = make_keys(tmp_path / "few", vectors()[:10], values()[:10])
+    same = make_keys(tmp_path / "same", np.ones_like(vectors()), values())
+    raw = make_keys(tmp_path / "raw", vectors()[:10].astype(np.float16), values()[:10])
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path / "none", {}, "does not exist"),
         (keys, {"search": "ivf"}, "needs --index"),
@@ -360,11 +397,36 @@ def test_bad_inputs_leave_nothing(
         (keys, {"exclude": "same-document", "corpus": tmp_path / "none"}, "does not exist"),
         (keys, {"shard_positions": 100}, "block size 8: choose 96"),
         (few, {"temperature": "auto", "neighbour_perplexity": 15.0}, "with 9 other keys"),
+        (
+            same,
+            {"temperature": "auto", "neighbour_perplexity": 12.0},
+            "cannot be reached: the nearest neighbours alone give",
+        ),
+        (keys, {"audit": 10, "raw_keys": tmp_path / "none"}, "--raw-keys .* does not exist"),
+        (keys, {"audit": 10, "raw_keys": keys}, "holds codec int8: extract them with --codec raw"),
+        (keys, {"audit": 10, "raw_keys": raw}, "extracted otherwise .*num_positions"),
     ]
     for keys_path, changes, words in cases:
         with pytest.raises(UserError, match=words):
             write_targets.run(config(keys_path, tmp_path / "targets", **changes), World())
         assert not (tmp_path / "targets").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the targets need .* free some space"):
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        write_targets.run(config(keys, tmp_path / "targets"), World())
+    assert not (tmp_path / "targets").exists()
+    with caplog.at_level("INFO"):
+        write_targets.run(config(keys, tmp_path / "targets"), World())
+    said = next(record.getMessage() for record in caplog.records if "bytes a position" in record.getMessage())
+    estimate = float(said.split("about ")[1].split(" bytes")[0])
+    shards = open_targets(tmp_path / "targets").manifest["shards"]
+    stored = sum((tmp_path / "targets" / shard["name"]).stat().st_size for shard in shards)
+    assert "(exact, tar.zst)" in said and abs(estimate / (stored / NUM_KEYS) - 1) < 0.05
 
 
 def test_another_run_is_not_overwritten(keys: Path, undisturbed: Path) -> None:

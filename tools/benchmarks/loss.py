@@ -4,10 +4,15 @@ ours                `maths.sparse_loss`: chunks of rows, gradients in forward, n
 dense               the published way: targets scattered to N x V, kl_div of log_softmax, cross entropy, autograd.
 torch_lce           torch's F.linear_cross_entropy in chunks: the hard label only, so less than is asked.
 torch_lce_plus_bag  the same made to compute our loss: Σ m = 1 gives L = CE(y) - Σ h · Σ_i (m_i - [i = y]) W_i + const.
+torch_lce_onednn    torch_lce with PyTorch's float32 products by oneDNN, as ours: what is left of the difference is our own.
+                    It rests on PyTorch's setting for 16-bit products inside float32, and is left out where the processor
+                    has such products, for there it would change the numbers.
+ours_bfloat16       ours with 16-bit operands (float32 statistics and gradient of the weight): another precision.
 
-All arms are float32, forward and backward, with gradients of both the hidden states and the head's weight. CPU seconds are
-compared, for wall seconds depend on who else computes. Peak memory is that of one fresh process an arm, above its start
-(which holds hidden states, weight and sparse targets, but no gradient): see common.peak_bytes_above_start.
+All other arms are float32, forward and backward, with gradients of both the hidden states and the head's weight. CPU
+seconds are compared, for wall seconds depend on who else computes. Peak memory is that of one fresh process an arm, above
+its start (which holds hidden states, weight and sparse targets, but no gradient): see common.peak_bytes_above_start. Where
+there is a CUDA device, `loss_gpu` adds rows of its own.
 
 Shape legend: N rows, D width, V vocabulary, K teacher entries a row, E = N K.
 """
@@ -15,11 +20,12 @@ Shape legend: N rows, D width, V vocabulary, K teacher entries a row, E = N K.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +47,11 @@ from .common import (
     timing_rows,
     use_threads,
 )
+from .loss_gpu import gpu_rows
 
 DESCRIPTION = (
     "Loss and gradients of the head for sparse targets: ours, dense autograd, torch's fused hard-label loss. "
-    "The default sizes take about 3 minutes and 6 GB on two cores."
+    "The default sizes take about 3 minutes and 6 GB on two cores; a CUDA device adds a minute and 8 GB of its own."
 )
 _SEED = 1
 _WARM_UP = {"rows": 96, "width": 32, "vocab_size": 640, "entries": 8}
@@ -97,7 +104,7 @@ def run(config: Config, world: World) -> None:
     report = Report("loss", config)
     loss_difference, gradient_difference = differences(_warm_up_config(config))
     problem = make_problem(config)
-    timings = interleave({name: partial(arm, problem, config) for name, arm in ARMS.items()}, config.runs)
+    timings = interleave({name: partial(arm, problem, config) for name, arm in timed_arms().items()}, config.runs)
     rows = timing_rows(timings)
     del problem
     for arm in ARMS:
@@ -114,6 +121,14 @@ def run(config: Config, world: World) -> None:
             ("peak_memory_over_torch_lce", "peak_memory_above_start", "torch_lce"),
         )
     }
+    of_ours = median_of(rows, "ours", "cpu_seconds")
+    ratios["cpu_time_bfloat16_over_float32"] = median_of(rows, "ours_bfloat16", "cpu_seconds") / of_ours
+    if "torch_lce_onednn" in timings:
+        ratios["cpu_time_over_torch_lce_onednn"] = of_ours / median_of(rows, "torch_lce_onednn", "cpu_seconds")
+    if torch.cuda.is_available():
+        more_rows, more_ratios = gpu_rows("cuda", runs=config.runs)
+        rows += more_rows
+        ratios |= more_ratios
     ratios |= {"loss_difference": loss_difference, "gradient_difference": gradient_difference}
     report.publish(config.output, rows, ratios)
 
@@ -179,6 +194,44 @@ def torch_lce_plus_bag(problem: Problem, config: Config) -> Outcome:
     constant = problem.alpha * torch.xlogy(probabilities_NK, probabilities_NK).sum()
     cross_entropy = _fused_cross_entropy(hidden_ND, weight_VD, problem, config)
     return _outcome(cross_entropy - (hidden_ND * bags_ND).sum() + constant, hidden_ND, weight_VD)
+
+
+def ours_bfloat16(problem: Problem, config: Config) -> Outcome:
+    small = dataclasses.replace(problem, hidden_ND=problem.hidden_ND.bfloat16(), weight_VD=problem.weight_VD.bfloat16())
+    return ours(small, config)
+
+
+def torch_lce_onednn(problem: Problem, config: Config) -> Outcome:
+    with onednn_products():
+        return torch_lce(problem, config)
+
+
+@contextmanager
+def onednn_products() -> Iterator[None]:
+    """PyTorch's float32 products by oneDNN within; only where `onednn_products_are_float32`."""
+    settings: Any = torch.backends.mkldnn
+    before = settings.matmul.fp32_precision
+    settings.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.matmul.fp32_precision = before
+
+
+def onednn_products_are_float32() -> bool:
+    """Whether the setting leaves float32 products as they are; operands that bfloat16 cannot hold would show it."""
+    if not hasattr(torch.backends.mkldnn, "matmul") or not torch.backends.mkldnn.is_available():
+        return False
+    operand = 1 + torch.rand(256, 256, generator=torch.Generator().manual_seed(_SEED))
+    expected = operand.double() @ operand.double()
+    with onednn_products():
+        return bool(((operand @ operand - expected).abs() <= 1e-5 * expected).all())
+
+
+def timed_arms() -> dict[str, Callable[[Problem, Config], Outcome]]:
+    """Those of `ARMS`, and those that are timed but not compared in memory."""
+    more = {"torch_lce_onednn": torch_lce_onednn} if onednn_products_are_float32() else {}
+    return ARMS | more | {"ours_bfloat16": ours_bfloat16}
 
 
 ARMS: dict[str, Callable[[Problem, Config], Outcome]] = {

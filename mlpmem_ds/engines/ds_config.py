@@ -1,0 +1,183 @@
+"""DeepSpeed's JSON file, read strictly: unknown and removed keys refused, our numbers put where it says "auto".
+
+Place in the pipeline: under `train` and `train_base`, before anything is written. DeepSpeed itself accepts unknown keys and a
+left "auto" in silence. What only DeepSpeed can judge (the ZeRO section's values) is checked by `engines.deepspeed`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlpmem_ds.core.errors import UserError
+
+_AUTO = "auto"
+_MICRO_BATCH, _ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+_CLIPPING = "gradient_clipping"
+_OWNED = (_MICRO_BATCH, _ACCUMULATION, _CLIPPING)
+_KNOWN = frozenset(
+    {
+        *_OWNED,
+        "train_batch_size",
+        "managed_gradient_accumulation",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "communication_data_type",
+        "bf16",
+        "data_types",
+        "torch_autocast",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "checkpoint",
+        "aio",
+        "activation_checkpointing",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "steps_per_print",
+        "dump_state",
+        "compile",
+        "log_level",
+        "disable_allgather",
+        "timers",
+    }
+)
+# Top-level keys that DeepSpeed knows or knew, and what to do instead.
+_REFUSED = {
+    "optimizer": "remove it: the optimizer is AdamW, set by --learning-rate and --weight-decay",
+    "scheduler": "remove it: the schedule is set by --schedule and --warmup-fraction",
+    "fp16": "remove it and use bf16: the loss here is never scaled",
+    "elasticity": "remove it: --batch-positions fixes the batch at any number of GPUs, and a rerun resumes on another",
+    "nebula": "remove it: checkpoints are published by this program",
+    "amp": "remove it and use bf16",
+    "compression_training": "remove it: DeepSpeed's compression is gone",
+    "quantize_training": "remove it: DeepSpeed's quantised training is gone",
+    "sparse_gradients": "remove it: gradients here are dense",
+    "sparse_attention": "remove it: the memory has no attention",
+    "eigenvalue": "remove it: DeepSpeed no longer has it",
+    "graph_harvesting": "remove it: DeepSpeed no longer has it",
+    "curriculum_learning": "remove it: DeepSpeed no longer has it",
+    "data_efficiency": "remove it: the order of the data is set by --seed and --shuffle-window-blocks",
+    "progressive_layer_drop": "remove it: DeepSpeed no longer has it",
+    "tensorboard": "remove it: OUTPUT/tensorboard is written by this program",
+    "csv_monitor": "remove it: OUTPUT/metrics.jsonl is written by this program",
+    "wandb": "remove it: OUTPUT/metrics.jsonl and OUTPUT/tensorboard are written by this program",
+    "autotuning": "remove it and set --micro-batch-positions",
+}
+_REFUSED_ZERO = {
+    "mics_shard_size": "remove it: DeepSpeed no longer has MiCS; zero_hpz_partition_size keeps shards inside a node",
+    "mics_hierarchical_params_gather": "remove it: DeepSpeed no longer has MiCS",
+    "zeropp_loco_param": "remove it: DeepSpeed no longer has it",
+    "elastic_checkpoint": "remove it: another world size resumes by itself",
+}
+
+
+def resolve_numbers(
+    path: Path, *, batch: int, batch_flag: str, world_size: int, max_micro_batch: int, gradient_clipping: float
+) -> dict[str, Any]:
+    """Read a DeepSpeed JSON strictly, and put our numbers where it says "auto".
+
+    Args:
+        path: the file.
+        batch: global batch, in the unit of the micro-batch (positions, or sequences).
+        batch_flag: the flag that set it, for messages.
+        world_size: number of ranks.
+        max_micro_batch: upper bound of a rank's micro-batch; the largest divisor below it is taken.
+        gradient_clipping: norm, 0 = none.
+
+    Raises:
+        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers that do not fit.
+    """
+    config = _read_ds_config(path)
+    _refuse_keys(path, config)
+    if batch % world_size:
+        raise UserError(
+            f"{batch_flag} {batch:,} cannot be dealt evenly to {world_size} ranks: choose a multiple of "
+            f"{world_size}, such as {(batch // world_size + 1) * world_size:,}"
+        )
+    share = batch // world_size
+    micro = config.get(_MICRO_BATCH, _AUTO)
+    if micro == _AUTO:
+        micro = next(size for size in range(min(share, max_micro_batch), 0, -1) if share % size == 0)
+    if not isinstance(micro, int) or micro < 1 or share % micro:
+        raise UserError(
+            f"{path}: {_MICRO_BATCH} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,} over "
+            f'{world_size} ranks: write "auto"'
+        )
+    derived = {_MICRO_BATCH: micro, _ACCUMULATION: share // micro, "train_batch_size": batch}
+    for name, value in derived.items():
+        if config.get(name, _AUTO) not in (_AUTO, value):
+            raise UserError(
+                f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks with "
+                f'micro-batches of {micro:,} makes it {value:,}: write "auto" or leave it out'
+            )
+    if config.get(_CLIPPING, _AUTO) not in (_AUTO, gradient_clipping):
+        raise UserError(
+            f"{path}: {_CLIPPING} is {config[_CLIPPING]!r}, but --gradient-clipping is {gradient_clipping}: write "
+            '"auto", or give the flag the same number'
+        )
+    resolved = {**config, **derived, _CLIPPING: gradient_clipping}
+    for place in _find_auto(resolved):
+        raise UserError(
+            f'{path}: {place} is "auto", which only Hugging Face\'s Trainer resolves: give a number ("auto" '
+            f"is for {', '.join(_OWNED)})"
+        )
+    return resolved
+
+
+def _read_ds_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"--ds-config {path} does not exist: choose one of ds_configs/") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--ds-config {path} is not a JSON file ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--ds-config {path} must hold a JSON object, not a {type(config).__name__}")
+    return config
+
+
+def _refuse_keys(path: Path, config: Mapping[str, Any]) -> None:
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"{path}: zero_optimization must be an object, not {zero!r}")
+    for name in config:
+        if name in _REFUSED:
+            raise UserError(f"{path}: {name!r} is not taken: {_REFUSED[name]}")
+        if name not in _KNOWN:
+            near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.5)
+            raise UserError(
+                f"{path}: unknown key {name!r}; "
+                f"{f'did you mean {near[0]!r}?' if near else f'known are {sorted(_KNOWN)}'}"
+            )
+    for name in zero:
+        if name in _REFUSED_ZERO:
+            raise UserError(f"{path}: 'zero_optimization.{name}' is not taken: {_REFUSED_ZERO[name]}")
+
+
+def _find_auto(value: Any, place: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _find_auto(inner, f"{place}.{name}".lstrip("."))
+    elif value == _AUTO:
+        yield place
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of weights and activations: bfloat16 where the file enables bf16, else float32."""
+    return torch.bfloat16 if config.get("bf16", {}).get("enabled", False) else torch.float32
+
+
+def micro_batches_per_step(config: Mapping[str, Any]) -> int:
+    return int(config["gradient_accumulation_steps"])

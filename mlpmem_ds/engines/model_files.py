@@ -1,0 +1,67 @@
+"""A base's files, in a directory or fetched from the Hub: its fingerprint and its vocabulary, without loading the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers.utils import cached_file
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import content_hash
+
+
+def vocabulary_of_model(name_or_path: str) -> str | None:
+    """SHA-256 of a model's vocabulary, as a corpus gives its own; None where the model comes without `tokenizer.json`."""
+    path = model_file(name_or_path, "tokenizer.json")
+    return None if path is None else content_hash(sorted(Tokenizer.from_file(str(path)).get_vocab().items()))
+
+
+def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:
+    """SHA-256 of a model's configuration and weight files, whatever its directory is called; fetches them from the Hub.
+
+    Raises:
+        UserError: neither a model directory nor a Hub name that can be reached, or one without weights.
+    """
+    config = model_file(name_or_path, "config.json")
+    if config is None:
+        raise UserError(
+            f"{flag} {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a model "
+            "that the Hub gave: check the path or the network"
+        )
+    digest = hashlib.sha256()
+    for path in [config, *_weight_files(name_or_path, flag)]:
+        digest.update(path.name.encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
+        with open(path, "rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _weight_files(name_or_path: str, flag: str) -> list[Path]:
+    """The files that transformers would load, in the order of their names."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if path := model_file(name_or_path, single):
+            return [path]
+        if index := model_file(name_or_path, f"{single}.index.json"):
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = [model_file(name_or_path, name) for name in names]
+            if all(shards):
+                return [shard for shard in shards if shard is not None]
+    raise UserError(
+        f"{flag} {name_or_path} has no weights (model.safetensors or its shards): download or save it again"
+    )
+
+
+def model_file(name_or_path: str, name: str) -> Path | None:
+    """A file of a model directory, or of a Hub model (fetched if need be); None where there is none."""
+    if Path(name_or_path).exists():
+        path = Path(name_or_path) / name
+        return path if path.is_file() else None
+    try:
+        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(str(found))

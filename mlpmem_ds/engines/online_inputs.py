@@ -1,0 +1,59 @@
+"""Memory inputs computed when they are wanted: the frozen base runs beside the training, over the windows of the corpus.
+
+Place in the pipeline: in `train`, where the key directory stores no inputs, and for its validation. The windows, the layer and
+the rounding to bfloat16 are those of `extract_keys`, so that the same inputs come out but for the last bit of a float sum.
+
+S tokens of a window, D width, n positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.blocks import Block, Window
+from mlpmem_ds.engines.hidden_states import StateSource
+from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.models.backbone import CapturePoint
+
+
+class OnlineInputs:
+    """Called with ranges of positions, it gives their inputs one after another: bits of bfloat16, uint16 [n, D].
+
+    Args:
+        source: the base, as `extract_keys` ran it.
+        corpus: the split whose positions are meant.
+        point: where the memory reads.
+        batch_windows: windows that go through the base at once.
+    """
+
+    def __init__(
+        self, source: StateSource, corpus: CorpusSplit, point: CapturePoint, *, batch_windows: int = 8
+    ) -> None:
+        self._source, self._corpus, self._point = source, corpus, point
+        self._batch_windows = batch_windows
+
+    def __call__(self, runs: Sequence[Block]) -> np.ndarray:
+        wanted = [(window, part) for run in runs for window, part in self._windows_of(run)]
+        groups = [wanted[at : at + self._batch_windows] for at in range(0, len(wanted), self._batch_windows)]
+        return np.concatenate([self._read(group) for group in groups])
+
+    def _windows_of(self, run: Block) -> list[tuple[Window, Block]]:
+        """The windows that predict positions of `run`, each with those positions."""
+        windows = self._corpus.windows()
+        return [
+            (windows[number], Block(max(windows[number].start, run.start), min(windows[number].stop, run.stop)))
+            for number in windows.covering(run)
+        ]
+
+    def _read(self, group: Sequence[tuple[Window, Block]]) -> np.ndarray:
+        tokens_BS = np.stack([self._corpus.tokens(window.context_start, window.stop) for window, _ in group])
+        states_BSD = self._source.read(torch.from_numpy(tokens_BS), {"input": self._point}).states["input"]
+        rows = [
+            states_BSD[index, part.start - window.context_start : part.stop - window.context_start]
+            for index, (window, part) in enumerate(group)
+        ]
+        bits: np.ndarray = torch.cat(rows).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        return bits

@@ -1,0 +1,141 @@
+"""The ranks of a training as processes: where they meet, plain values exchanged, requests to stop, and the end.
+
+Place in the pipeline: under `train` and `train_base`; torch.distributed only. `engines.deepspeed.set_up_distributed` starts
+the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+
+_SECONDS_FOR_THREADS = 0.1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks: a training step frees and asks again for the same ones."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def leave_process_group() -> None:
+    """Before the interpreter ends: leave the group, and let gloo's threads drop the last tensors.
+
+    They take Python's lock to do so, and one that asks for it while the interpreter is being taken down aborts the
+    process ("terminate called without an active exception", one start in four with torch 2.13).
+    """
+    if torch.distributed.is_initialized():
+        time.sleep(_SECONDS_FOR_THREADS)
+        torch.distributed.destroy_process_group()
+    time.sleep(_SECONDS_FOR_THREADS)
+
+
+def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port of rank 0, which every rank works out alike."""
+    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
+        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    if world.size == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return "127.0.0.1", probe.getsockname()[1]
+    job = next(
+        (
+            environment[name]
+            for name in ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+            if name in environment
+        ),
+        "",
+    )
+    port = int(environment.get("MASTER_PORT", 20000 + zlib.crc32(job.encode()) % 20000))
+    if "MASTER_ADDR" in environment:
+        return environment["MASTER_ADDR"], port
+    if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size) or environment.get("SLURM_NNODES") == "1":
+        return "127.0.0.1", port
+    if "SLURM_JOB_NODELIST" in environment:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+            names = subprocess.run(
+                ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()
+            return names[0], port
+    raise UserError(
+        f"{world.size} ranks on several hosts do not know where to meet: set MASTER_ADDR to the name of "
+        "rank 0's host (and MASTER_PORT to a free port), or start with torchrun or deepspeed"
+    )
+
+
+def gather_values(value: Any, world: World) -> list[Any]:
+    """Every rank's plain value, in rank order."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+class StopRequest:
+    """SIGTERM and SIGUSR1 (and the death of the deepspeed launcher) ask for a stop at the next step that all agree on.
+
+    The answer of a step is the one that was asked at the step before: nobody waits for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._asked = False
+        self._device = device
+        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._runner = _launcher_of_launcher()
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked by the step before; to be called by every rank once a step."""
+        answer = False
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            answer = bool(flag.item())
+        # The deepspeed command does not pass SIGTERM on; its death is the only thing that the ranks can see.
+        if self._runner is not None and _launcher_of_launcher() != self._runner:
+            self._asked = True
+        flag = torch.tensor([float(self._asked)], device=self._device)
+        self._pending = flag, torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def close(self) -> None:
+        """Give the signals back."""
+        if self._pending is not None:
+            self._pending[1].wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _launcher_of_launcher() -> int | None:
+    """The process above DeepSpeed's per-node launcher (the `deepspeed` command); None under other launchers."""
+    parent = Path("/proc") / str(os.getppid())
+    try:
+        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
+            return None
+        return int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None

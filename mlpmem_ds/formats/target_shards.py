@@ -1,0 +1,202 @@
+"""Samples of target rows ↔ shard files, in two containers, each with an index of its samples beside it. See README.md.
+
+tar.zst   multi-frame zstd: each sample is a piece of a tar in a frame of its own, the last frame closes the tar. So
+          `zstd -dc shard | tar x` and webdataset read the whole, and any sample is read without the rest.
+tar       a plain tar whose members are zstd frames (`….npy.zst`), for readers that want offsets in a tar. Headers and
+          padding are not compressed: about 6 kB a sample more.
+
+Every member is .npy or JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import numpy as np
+import zstandard
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import canonical_json
+from mlpmem_ds.formats.target_encoding import TargetBlock, array_names
+
+Container: TypeAlias = Literal["tar.zst", "tar"]
+
+FORMAT = "targets"
+REMEDY = "run the stage that made it again, it remakes only what is damaged"
+_LEVEL = 3  # levels 1 to 19 give the same size within 3 %
+_HEADER_BYTES = tarfile.BLOCKSIZE
+_MOST_BYTES_AN_ENTRY, _MOST_OTHER_BYTES = 8, 1 << 16  # of a member: a damaged size must not ask for all the memory
+_END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
+
+
+def shard_name(first: int, count: int, container: Container = "tar.zst") -> str:
+    """The file of the shard that holds the positions [first, first + count)."""
+    return f"knn-{first:012d}-{count}.{container}"
+
+
+def index_name(shard: str) -> str:
+    """The index of samples beside a shard."""
+    return f"{shard}.index.json"
+
+
+def sample_key(first: int) -> str:
+    return f"{first:012d}"
+
+
+def write_shard(
+    shard_path: Path, index_path: Path, blocks: Iterable[TargetBlock], *, container: Container = "tar.zst"
+) -> dict[str, int]:
+    """Write one shard and its index; the summary of both: `entries`, `samples`."""
+    compressor = _compressor()
+    samples: list[dict[str, Any]] = []
+    with open(shard_path, "wb") as stream:
+        for block in blocks:
+            content = _tar_of(block, compressor if container == "tar" else None)
+            stored = content if container == "tar" else compressor.compress(content)
+            samples.append(
+                {
+                    "key": sample_key(block.first),
+                    "first": block.first,
+                    "count": block.count,
+                    "offset": stream.tell(),
+                    "compressed_bytes": len(stored),
+                    "bytes": len(content),
+                    "entries": block.entries,
+                }
+            )
+            stream.write(stored)
+        end_offset = stream.tell()
+        stream.write(_END_OF_ARCHIVE if container == "tar" else compressor.compress(_END_OF_ARCHIVE))
+    index_path.write_bytes(canonical_json({"samples": samples, "end_offset": end_offset}))
+    return {"entries": sum(sample["entries"] for sample in samples), "samples": len(samples)}
+
+
+def stored_bytes(block: TargetBlock, container: Container) -> int:
+    """What a sample takes in a shard."""
+    compressor = _compressor()
+    if container == "tar":
+        return len(_tar_of(block, compressor))
+    return len(compressor.compress(_tar_of(block, None)))
+
+
+def read_sample(path: Path, stream: BinaryIO, sample: dict[str, Any], *, container: str, encoding: str) -> TargetBlock:
+    """One sample of a shard, as stored; `sample` is its entry in the index.
+
+    Raises:
+        DamagedDataError: it is not what the index says.
+    """
+    where = f"{path}, sample {sample['key']}"
+    stored = os.pread(stream.fileno(), sample["compressed_bytes"], sample["offset"])
+    if len(stored) != sample["compressed_bytes"]:
+        raise DamagedDataError(
+            f"{where}: the shard ends {sample['compressed_bytes'] - len(stored)} bytes too early; {REMEDY}"
+        )
+    try:
+        if container == "tar":
+            if sample["bytes"] != len(stored):
+                raise ValueError("the piece's size does not match the index")
+            most = _MOST_BYTES_AN_ENTRY * (sample["entries"] + sample["count"]) + _MOST_OTHER_BYTES
+            members = {
+                name.removesuffix(".zst"): _decompress(content, most=most) for name, content in _members(stored).items()
+            }
+        else:
+            members = _members(_decompress(stored, num_bytes=sample["bytes"]))
+        return _block_of(members, sample, encoding)
+    except (zstandard.ZstdError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise DamagedDataError(f"{where} is damaged ({error}); {REMEDY}") from error
+
+
+def fault_of_index(index: dict[str, Any], shard: dict[str, Any], size: int) -> str | None:
+    """Say where the index of a shard of `size` bytes contradicts the manifest or itself, or None."""
+    first, offset = shard["first"], 0
+    for sample in index["samples"]:
+        if sample["first"] != first or sample["offset"] != offset or sample["key"] != sample_key(first):
+            return f"sample {sample['key']} does not follow the one before it"
+        first, offset = first + sample["count"], offset + sample["compressed_bytes"]
+    totals = (first - shard["first"], sum(sample["entries"] for sample in index["samples"]), len(index["samples"]))
+    if totals != (shard["count"], shard["entries"], shard["samples"]):
+        return f"it counts {totals} positions, entries and samples where the manifest says otherwise"
+    if index["end_offset"] != offset or not offset < size:
+        return f"its samples end at byte {offset}, the shard has {size}"
+    return None
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    return zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
+
+
+def _tar_of(block: TargetBlock, compressor: zstandard.ZstdCompressor | None) -> bytes:
+    """The members of one sample as a piece of a tar, without the end-of-archive blocks; compressed one by one if asked."""
+    meta = {
+        "first": block.first,
+        "count": block.count,
+        "entries": block.entries,
+        "format": f"mlpmem-{FORMAT}",
+        **block.details,
+    }
+    members = [(f"{name}.npy", _npy_of(array)) for name, array in block.arrays.items()]
+    members.append(("meta.json", canonical_json(meta)))
+    pieces = []
+    for name, content in members:
+        if compressor is not None:
+            name, content = f"{name}.zst", compressor.compress(content)
+        header = tarfile.TarInfo(f"{sample_key(block.first)}.{name}")  # owner, group, time 0 and mode 0644 by default
+        header.size = len(content)
+        pieces += [header.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)]
+    return b"".join(pieces)
+
+
+def _npy_of(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def _decompress(frame: bytes, *, num_bytes: int | None = None, most: int = 0) -> bytes:
+    """One frame, which must carry a checksum and say that it holds `num_bytes`, or at most `most`; ValueError or ZstdError."""
+    parameters = zstandard.get_frame_parameters(frame)
+    size = parameters.content_size
+    if not parameters.has_checksum or (size > most if num_bytes is None else size != num_bytes):
+        raise ValueError("the frame's header does not match the index")
+    return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+
+
+def _members(content: bytes) -> dict[str, bytes]:
+    """The files in a piece of a tar. `tarfile` does the same and takes longer than all the rest of reading a sample."""
+    members, start = {}, 0
+    while start < len(content):
+        header = content[start : start + _HEADER_BYTES]
+        if len(header) < _HEADER_BYTES:
+            raise ValueError("a tar header is cut short")
+        fields = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        if int(header[148:156].rstrip(b" \0"), 8) != fields:
+            raise ValueError("a tar header has another checksum")
+        name, size = header[:100].rstrip(b"\0").decode("ascii"), int(header[124:136].rstrip(b" \0"), 8)
+        start += _HEADER_BYTES
+        if start + size > len(content):
+            raise ValueError(f"{name} is cut short")
+        members[name] = content[start : start + size]
+        start += size + -size % tarfile.BLOCKSIZE
+    return members
+
+
+def _block_of(members: dict[str, bytes], sample: dict[str, Any], encoding: str) -> TargetBlock:
+    key = sample["key"]
+    arrays = {
+        name: np.lib.format.read_array(io.BytesIO(members[f"{key}.{name}.npy"]), allow_pickle=False)
+        for name in array_names(encoding)
+    }
+    meta = json.loads(members[f"{key}.meta.json"])
+    found, wanted = (tuple(record[name] for name in ("first", "count", "entries")) for record in (meta, sample))
+    if found != wanted:
+        raise ValueError(f"first, rows and entries are {found}, the index says {wanted}")
+    details = {name: meta[name] for name in meta if name not in ("first", "count", "entries", "format")}
+    return TargetBlock(
+        first=meta["first"], count=meta["count"], entries=meta["entries"], arrays=arrays, details=details
+    )

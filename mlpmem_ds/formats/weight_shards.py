@@ -1,0 +1,124 @@
+"""Write weights as sharded safetensors, one tensor at a time: what is in memory is one tensor, whatever the shard.
+
+    model.safetensors                                   where one file is enough
+    model-00001-of-00003.safetensors, …                 else, with model.safetensors.index.json
+
+The bytes depend on the tensors, their order and the largest shard alone. A shard appears whole, and a record of it then;
+a later call with the same directory of records keeps the shards that match theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import FileRecord, fault_of_file, publish, publish_json, read_json, record_file
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A tensor that is not made before it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in their order, packed into shards of at most `max_bytes`; a larger tensor has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if shards[-1] and total + size > max_bytes:
+            shards.append([])
+            total = 0
+        shards[-1].append(name)
+        total += size
+    return shards
+
+
+def write_weights_in_shards(
+    root: Path,
+    weights: Mapping[str, Weight],
+    *,
+    max_bytes: int,
+    records: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Write `root`/model*.safetensors (and the index); the number of shards that had to be written.
+
+    Args:
+        root: an existing directory.
+        weights: name → tensor, in the order of the files.
+        max_bytes: of a shard.
+        records: an existing directory for the records of finished shards.
+        progress: called with the bytes of each shard that is there.
+    """
+    shards = plan_shards({name: weight.num_bytes for name, weight in weights.items()}, max_bytes)
+    count = len(shards)
+    names = (
+        ["model.safetensors"] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    )
+    num_written = 0
+    for file, members in zip(names, shards, strict=True):
+        if not _is_done(root, records / f"{file}.json"):
+            with publish(root / file) as temporary:
+                _write_safetensors(temporary, {name: weights[name] for name in members})
+            publish_json(records / f"{file}.json", record_file(root, file).to_json())
+            num_written += 1
+        progress((root / file).stat().st_size)
+    if count > 1:
+        weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+        total = sum(weight.num_bytes for weight in weights.values())
+        publish_json(
+            root / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return num_written
+
+
+def _is_done(root: Path, record: Path) -> bool:
+    if not record.is_file():
+        return False
+    try:
+        return fault_of_file(root, FileRecord(**read_json(record))) is None
+    except (DamagedDataError, TypeError):
+        return False
+
+
+def _write_safetensors(path: Path, weights: Mapping[str, Weight]) -> None:
+    """The format: length of the header (uint64), the header (JSON, padded to 8 bytes), then the tensors' bytes in a row."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # By falling size of their numbers, so that every tensor is aligned to its own.
+    order: Sequence[str] = sorted(weights, key=lambda name: -weights[name].dtype.itemsize)
+    for name in order:
+        weight = weights[name]
+        end = offset + weight.num_bytes
+        header[name] = {"dtype": _DTYPES[weight.dtype], "shape": list(weight.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = weights[name].read().contiguous()
+            if (tensor.dtype, tuple(tensor.shape)) != (weights[name].dtype, weights[name].shape):
+                raise AssertionError(f"{name} is not as it was announced")
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,161 @@
+"""Pipeline: keys → **coarse lists** → index. Which centroids are nearest, and k-means over int8 codes in whole numbers.
+
+A centroid of codes is rounded to int8 in every step, so that each comparison is of exact integers: the same result for any
+batch, number of threads and device, with ties to the lower number.
+
+Shape legend: N vectors, D dimensions, L centroids (lists), P centroids kept of each vector, B vectors of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlpmem_ds.maths.distances import squared_distances, squared_norms
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+TWO_LEVEL_ABOVE = (
+    65_536  # lists; one level then costs 64 · L² · D products an iteration: 70 s of one core at L = 65,536
+)
+ITERATIONS = 10
+_TILE_ELEMENTS = 2**21  # distances at hand: 8 MB, which stay in the cache between the product and the selection
+_FIRST_LEVEL_POINTS = 256  # points a centroid of the first of two levels
+
+
+def nearest_centroids(vectors_ND: Tensor, centroids_LD: Tensor, count: int) -> tuple[Array, Array]:
+    """The `count` nearest centroids of each vector in the order (distance, number).
+
+    Works on the device of the centroids. Two int8 tensors give exact distances whatever the batch and device; others go
+    through float32.
+
+    Returns:
+        numbers int64 and squared distances float32, both [N, P], P = min(count, L).
+    """
+    num_vectors, num_centroids = len(vectors_ND), len(centroids_LD)
+    count = min(count, num_centroids)
+    is_integer = vectors_ND.dtype == centroids_LD.dtype == torch.int8
+    numbers_NP = np.empty((num_vectors, count), np.int64)
+    ranks_NP = np.empty((num_vectors, count), np.int32)
+    norms_L = squared_norms(centroids_LD) if is_integer else None
+    step = max(1, _TILE_ELEMENTS // num_centroids)
+    buffer = torch.empty(min(step, num_vectors) * num_centroids, dtype=torch.int32, device=centroids_LD.device)
+    for start in range(0, num_vectors, step):
+        tile_BD = vectors_ND[start : start + step].to(centroids_LD.device)
+        out = buffer[: len(tile_BD) * num_centroids].view(len(tile_BD), num_centroids) if is_integer else None
+        ranks_BL = squared_distances(tile_BD, centroids_LD, out=out, key_norms_K=norms_L)
+        if not is_integer:
+            ranks_BL = ranks_BL.abs_().view(torch.int32)  # a non-negative float orders like its bits
+        select = _least_on_host if ranks_BL.device.type == "cpu" else _least_on_device
+        numbers_NP[start : start + step], ranks_NP[start : start + step] = select(ranks_BL, count)
+    return numbers_NP, ranks_NP.astype(np.float32) if is_integer else ranks_NP.view(np.float32)
+
+
+def integer_centroids(
+    codes_ND: Array,
+    num_lists: int,
+    *,
+    seed: int,
+    iterations: int = ITERATIONS,
+    device: torch.device | str = "cpu",
+    two_level_above: int = TWO_LEVEL_ABOVE,
+) -> Array:
+    """k-means over int8 codes: centroids int8 [L, D], bit for bit the same on any machine.
+
+    Starts from L of the codes drawn by `seed`; a list that stays empty takes the code farthest from its centroid. With more
+    lists than `two_level_above`: about sqrt(L) centroids first, then lists within each in proportion to its codes, which
+    costs L · sqrt(L) in place of L² (the idea is that of faiss's `two_level_clustering`).
+    """
+
+    def cluster(vectors_ND: Array, count: int) -> Array:
+        return _one_level(torch.from_numpy(vectors_ND), count, seed, iterations, device)
+
+    codes_ND = np.require(codes_ND, requirements=["C", "W"])
+    if num_lists <= two_level_above:
+        return cluster(codes_ND, num_lists)
+    return two_level_centroids(codes_ND, num_lists, cluster, device=device)
+
+
+def two_level_centroids(
+    vectors_ND: Array, num_lists: int, cluster: Callable[[Array, int], Array], *, device: torch.device | str = "cpu"
+) -> Array:
+    """About sqrt(L) centroids of the vectors, then lists within each group in proportion to its size: [L, D].
+
+    ``cluster(vectors, count)`` gives the `count` centroids of some of the vectors.
+    """
+    num_first = math.isqrt(num_lists)
+    stride = max(1, len(vectors_ND) // (_FIRST_LEVEL_POINTS * num_first))
+    first = torch.from_numpy(cluster(np.ascontiguousarray(vectors_ND[::stride]), num_first)).to(device)
+    nearest_N = nearest_centroids(torch.from_numpy(vectors_ND), first, 1)[0][:, 0]
+    order_N = np.argsort(nearest_N, kind="stable")
+    ends = np.cumsum(np.bincount(nearest_N, minlength=num_first))
+    ends_of_lists = ends * num_lists // len(vectors_ND)  # L in all, each group's share rounded along the way
+    groups = zip(np.split(order_N, ends[:-1]), np.diff(ends_of_lists, prepend=0).tolist(), strict=True)
+    return np.concatenate([cluster(vectors_ND[group], share) for group, share in groups if share])
+
+
+def _one_level(codes: Tensor, num_lists: int, seed: int, iterations: int, device: torch.device | str) -> Array:
+    start_L = np.sort(np.random.default_rng(seed).choice(len(codes), num_lists, replace=False))
+    codes = codes.to(device)
+    centroids = codes[torch.from_numpy(start_L).to(device)]
+    for _ in range(iterations):
+        nearest_N1, distances_N1 = nearest_centroids(codes, centroids, 1)
+        nearest_N = torch.from_numpy(nearest_N1[:, 0]).to(device)
+        sums_LD = _sums_of_lists(codes, nearest_N, num_lists)
+        counts_L = torch.bincount(nearest_N, minlength=num_lists)
+        moved = (sums_LD.double() / counts_L.clamp(min=1)[:, None]).round().to(torch.int8)
+        empty = torch.nonzero(counts_L == 0)[:, 0]
+        farthest = np.argsort(-distances_N1[:, 0], kind="stable")[: len(empty)]
+        moved[empty] = codes[torch.from_numpy(farthest).to(device)]
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids.cpu().numpy()
+
+
+def _sums_of_lists(codes: Tensor, nearest_N: Tensor, num_lists: int) -> Tensor:
+    """int32 [L, D]: the sum of the codes of each list, block by block so that their int32 copy stays small."""
+    sums_LD = torch.zeros((num_lists, codes.shape[1]), dtype=torch.int32, device=codes.device)
+    step = 1 << 16
+    for start in range(0, len(codes), step):
+        sums_LD.index_add_(0, nearest_N[start : start + step], codes[start : start + step].to(torch.int32))
+    return sums_LD
+
+
+def _least_on_host(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:
+    """(numbers, ranks), both [B, P], least first, ties to the lower number; int32 on the CPU.
+
+    NumPy's argmin takes a twentieth of packing the number beside the rank in 64 bits, and its first occurrence is the lower
+    number. For more than one the ranks alone are partitioned, and only what is not above the P-th is packed and sorted.
+    """
+    ranks = ranks_BL.numpy()
+    if count == 1:
+        numbers_B1 = ranks.argmin(axis=1)[:, None]
+        return numbers_B1, np.take_along_axis(ranks, numbers_B1, axis=1)
+    bound_B = np.partition(ranks, count - 1, axis=1)[:, count - 1]
+    kept_BL = ranks <= bound_B[:, None]
+    counts_B = np.count_nonzero(kept_BL, axis=1)
+    flat_S = np.flatnonzero(kept_BL)
+    rows_S = np.repeat(np.arange(len(ranks)), counts_B)
+    columns_S = flat_S - rows_S * ranks.shape[1]
+    packed_BC = np.full((len(ranks), counts_B.max()), np.iinfo(np.int64).max)
+    places_S = np.arange(len(flat_S)) - (np.cumsum(counts_B) - counts_B)[rows_S]
+    packed_BC[rows_S, places_S] = (ranks.ravel()[flat_S].astype(np.int64) << 32) | columns_S
+    packed_BC.sort(axis=1)
+    return packed_BC[:, :count] & 0xFFFFFFFF, (packed_BC[:, :count] >> 32).astype(np.int32)
+
+
+def _least_on_device(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:
+    """What `_least_on_host` gives, on an accelerator: rank and number packed in one integer without ties."""
+    numbers_L = torch.arange(ranks_BL.shape[1], device=ranks_BL.device)
+    packed_BL = ranks_BL.to(torch.int64).mul_(1 << 32).add_(numbers_L)
+    if count == 1:
+        packed = packed_BL.amin(dim=1, keepdim=True).cpu().numpy()
+    else:
+        packed = packed_BL.topk(count, dim=1, largest=False, sorted=True).values.cpu().numpy()
+    return packed & 0xFFFFFFFF, (packed >> 32).astype(np.int32)

@@ -1,0 +1,98 @@
+"""Pipeline: keys → **distances** → nearest neighbours. Squared Euclidean distances on any device, exact for int8 codes.
+
+Shape legend: Q queries, K keys at hand, N rows, D dimensions.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_EXACT_DIMS_FLOAT32 = 1024  # 1024 * 128 * 128 = 2**24: below it every partial sum of int8 products is exact in float32
+_MAX_DIMS = np.iinfo(np.int32).max // 255**2
+
+
+def squared_distances(
+    queries_QD: Tensor, keys_KD: Tensor, *, out: Tensor | None = None, key_norms_K: Tensor | None = None
+) -> Tensor:
+    """Squared Euclidean distances [Q, K]: int32 and exact for two int8 tensors, else float32, at least 0, not bit-exact.
+
+    ``out`` (int32 [Q, K], contiguous) may receive the integers: page faults of a fresh result cost as much as the product.
+    ``key_norms_K`` are the keys' `squared_norms` where they are at hand (int8 keys only).
+    Raises ValueError when an exact distance could pass int32 (more than 33,025 dimensions).
+    """
+    if queries_QD.shape[1] != keys_KD.shape[1]:
+        raise ValueError(f"queries have {queries_QD.shape[1]} dimensions, keys {keys_KD.shape[1]}")
+    if not are_codes(queries_QD, keys_KD):
+        queries_QD, keys_KD = queries_QD.float(), keys_KD.float()
+        distances_QK = torch.addmm(keys_KD.square().sum(1), queries_QD, keys_KD.t(), alpha=-2)
+        return distances_QK.add_(queries_QD.square().sum(1, keepdim=True)).clamp_(min=0)
+    if queries_QD.shape[1] > _MAX_DIMS:
+        raise ValueError(f"int8 codes of {queries_QD.shape[1]} dimensions overflow int32; use at most {_MAX_DIMS}")
+    products_QK = _integer_products(queries_QD, keys_KD, out)
+    norms_K = squared_norms(keys_KD) if key_norms_K is None else key_norms_K
+    torch.sub(norms_K, products_QK, alpha=2, out=products_QK)
+    return products_QK.add_(squared_norms(queries_QD)[:, None])
+
+
+def distance_ranks(queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None) -> Tensor:
+    """int32 [Q, K] that orders like the distances."""
+    if not are_codes(queries_QD, keys_KD):
+        return squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)  # abs: inf - inf has the sign bit
+    if scratch is not None:
+        scratch = scratch[: len(queries_QD) * len(keys_KD)].view(len(queries_QD), len(keys_KD))
+    return squared_distances(queries_QD, keys_KD, out=scratch)
+
+
+def are_codes(*arrays: Any) -> bool:
+    """Are all of these int8 (NumPy or torch)?"""
+    return all(array.dtype in (np.dtype(np.int8), torch.int8) for array in arrays)
+
+
+def _integer_products(queries_QD: Tensor, keys_KD: Tensor, out: Tensor | None) -> Tensor:
+    size = (len(queries_QD), len(keys_KD))
+    if keys_KD.device.type == "cuda":
+        return padded_products(queries_QD, keys_KD)
+    products_QK = torch.empty(size, dtype=torch.int32, device=keys_KD.device) if out is None else out
+    if _may_use_integer_matmul(queries_QD, keys_KD):
+        return torch._int_mm(queries_QD.contiguous(), keys_KD.contiguous().t(), out=products_QK)
+    products_QK.zero_()
+    for start in range(0, queries_QD.shape[1], _EXACT_DIMS_FLOAT32):
+        dims = slice(start, start + _EXACT_DIMS_FLOAT32)
+        products_QK += (queries_QD[:, dims].float() @ keys_KD[:, dims].float().t()).to(torch.int32)
+    return products_QK
+
+
+def padded_products(queries_QD: Tensor, keys_KD: Tensor) -> Tensor:
+    """Products int32 [Q, K] of int8 rows by `torch._int_mm`, which on CUDA wants more than 16 rows and multiples of 8.
+
+    Rows and dimensions of zeros are added where they are wanting; they change no product.
+    """
+    num_queries, num_keys, num_dims = len(queries_QD), len(keys_KD), queries_QD.shape[1]
+    more_dims = -num_dims % 8
+    queries_QD = pad(queries_QD, (0, more_dims, 0, max(0, 17 - num_queries)))
+    keys_KD = pad(keys_KD, (0, more_dims, 0, -num_keys % 8))
+    return torch._int_mm(queries_QD.contiguous(), keys_KD.contiguous().t())[:num_queries, :num_keys]
+
+
+def _may_use_integer_matmul(queries_QD: Tensor, keys_KD: Tensor) -> bool:
+    """Is `torch._int_mm` exact here? On CPU one dimension gives noise (torch 2.13)."""
+    return keys_KD.device.type == "cpu" and queries_QD.shape[1] > 1 and _cpu_integer_matmul_is_exact()
+
+
+@cache
+def _cpu_integer_matmul_is_exact() -> bool:
+    """x86 before VNNI adds pairs of products in saturating int16: 127 * 127 comes out wrong (try ONEDNN_MAX_CPU_ISA=AVX2)."""
+    codes = torch.full((64, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(codes, codes.t()) == 64 * 127 * 127).all())
+
+
+def squared_norms(codes_ND: Tensor) -> Tensor:
+    """int32 [N]: the squared length of each int8 row."""
+    wide_ND = codes_ND.to(torch.int32)
+    return wide_ND.mul_(wide_ND).sum(
+        1, dtype=torch.int32
+    )  # square_() of int32 took ten times as long (torch 2.13, CPU)

@@ -1,0 +1,22 @@
+"""Triton twins of the row work in `maths`: one launch where PyTorch makes a dozen passes. Every twin has its torch original.
+
+`sparse_rows`         loss and gradient of the head's logits, for `sparse_loss`
+`probability_rows`    label log-probabilities, and the mixture of two models' logits, for `interpolation`
+
+Triton is imported only by those two files, and they only where `usable` says so: on a CUDA tensor, with Triton installed.
+"""
+
+import importlib.util
+from functools import cache
+
+from torch import Tensor
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether the twins can work on this tensor."""
+    return tensor.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,140 @@
+"""Pipeline: keys and index → **nearest neighbours on a GPU** → targets: what knn.py does, in torch on any device.
+
+The packed neighbours are those of the CPU, so int8 codes give the same ids and distances bit for bit; the tests run this
+path on the CPU too. The keys lie on the device where half of its free memory holds them, else they come block by block.
+
+Shape legend: Q queries (of a block), B keys of a block, K neighbours, N keys in all, D dimensions, P probes, L lists,
+S survivors, M queries that probe one list, W the most candidates of a query in a block.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlpmem_ds.maths.distances import are_codes, distance_ranks
+from mlpmem_ds.maths.neighbours import MISSING, NO_BOUND, Exclusion, Neighbours, check_probes, check_search, unpack
+from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, probed_lists
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+def exact_neighbours_on_device(
+    queries_QD: Array | Tensor,
+    keys_ND: Array | Tensor,
+    k: int,
+    *,
+    exclusion: Exclusion | None,
+    device: torch.device,
+    query_block: int = 2048,
+    key_block: int = 2**17,
+) -> Neighbours:
+    """`exact_neighbours` on a device; the distances at hand take ``query_block * key_block * 4`` bytes of it."""
+    num_keys, num_dims = keys_ND.shape
+    is_integer = are_codes(queries_QD, keys_ND)
+    id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
+    if _fits(keys_ND.nbytes, device):
+        keys_ND = _on(keys_ND, device)
+    hidden = _Hidden(exclusion, device)
+    packed_QK = np.empty((len(queries_QD), k), np.int64)
+    for query_start in range(0, len(queries_QD), query_block):
+        block_QD = _on(queries_QD[query_start : query_start + query_block], device)
+        best_QK = torch.full((len(block_QD), k), MISSING, dtype=torch.int64, device=device)
+        for start, stop in growing_blocks(num_keys, key_block):
+            ranks_QB = distance_ranks(block_QD, _on(keys_ND[start:stop], device), None)
+            bound_Q = (best_QK.amax(dim=1) >> id_bits).clamp(max=NO_BOUND).to(torch.int32)
+            rows_S, columns_S = torch.nonzero(ranks_QB < bound_Q[:, None], as_tuple=True)
+            packed_S = (ranks_QB[rows_S, columns_S].to(torch.int64) << id_bits) + (columns_S + start)
+            kept_S = ~hidden(rows_S + query_start, columns_S + start)
+            best_QK = _least(best_QK, rows_S[kept_S], packed_S[kept_S])
+        packed_QK[query_start : query_start + query_block] = best_QK.sort(dim=1).values.cpu().numpy()
+    return unpack(packed_QK, id_bits, is_integer)
+
+
+def list_neighbours_on_device(
+    queries_QD: Array | Tensor,
+    probes_QP: Array,
+    list_offsets_L1: Array,
+    list_ids_N: Array,
+    codes: Any,
+    k: int,
+    *,
+    exclusion: Exclusion | None,
+    device: torch.device,
+    candidate_budget: int = 2**25,
+) -> Neighbours:
+    """`list_neighbours` on a device: every list that a block of queries probes is multiplied once with all of them."""
+    num_keys, num_dims = codes.shape
+    is_integer = are_codes(queries_QD, codes)
+    id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
+    check_probes(probes_QP, len(queries_QD), len(list_offsets_L1) - 1)
+    sizes_QP = np.where(probes_QP >= 0, np.diff(list_offsets_L1, append=0)[probes_QP], 0)
+    if _fits(codes.nbytes, device):
+        codes = _on(codes, device)
+    hidden = _Hidden(exclusion, device)
+    packed_QK = np.full((len(queries_QD), k), MISSING, np.int64)
+    for start, stop in budget_blocks(sizes_QP.sum(1), candidate_budget):
+        sizes_MP = sizes_QP[start:stop]
+        columns_MP = np.cumsum(sizes_MP, axis=1) - sizes_MP  # where the candidates of each probe begin in their row
+        width = max(k, int(sizes_MP.sum(1).max(initial=0)))
+        candidates_MW = torch.full((stop - start, width), MISSING, dtype=torch.int64, device=device)
+        unused = np.zeros_like(sizes_MP)
+        for list_number, pairs_M, _ in probed_lists(probes_QP[start:stop], sizes_MP, unused):
+            ids = list_ids_N[list_offsets_L1[list_number] : list_offsets_L1[list_number + 1]].astype(np.int64)
+            rows = pairs_M // probes_QP.shape[1]
+            ids_B, rows_M = _on(ids, device), _on(rows, device)
+            keys_BD = codes[ids_B] if isinstance(codes, Tensor) else _on(codes[ids], device)
+            ranks_MB = distance_ranks(_on(queries_QD[start + rows], device), keys_BD, None)
+            packed_MB = (ranks_MB.to(torch.int64) << id_bits) + ids_B
+            packed_MB[hidden(rows_M[:, None] + start, ids_B[None])] = MISSING
+            first_M = _on(columns_MP.ravel()[pairs_M], device)
+            places_MB = first_M[:, None] + torch.arange(len(ids), device=device)
+            candidates_MW[rows_M[:, None], places_MB] = packed_MB
+        packed_QK[start:stop] = candidates_MW.topk(k, dim=1, largest=False, sorted=True).values.cpu().numpy()
+    return unpack(packed_QK, id_bits, is_integer)
+
+
+class _Hidden:
+    """`Exclusion.covers` on a device; nothing is hidden without one."""
+
+    def __init__(self, exclusion: Exclusion | None, device: torch.device) -> None:
+        self.window = -1 if exclusion is None else exclusion.window
+        self.query_ids_Q = torch.empty(0) if exclusion is None else _on(exclusion.query_ids_Q, device)
+        self.query_groups_Q = self.key_groups_N = None
+        if exclusion is not None and exclusion.query_groups_Q is not None and exclusion.key_groups_N is not None:
+            self.query_groups_Q = _on(exclusion.query_groups_Q, device)
+            self.key_groups_N = _on(exclusion.key_groups_N, device)
+
+    def __call__(self, query_rows: Tensor, key_ids: Tensor) -> Tensor:
+        """True where the key is hidden from the query; rows and ids broadcast against each other."""
+        if self.window < 0:
+            return torch.zeros_like(query_rows + key_ids, dtype=torch.bool)
+        hidden = (key_ids - self.query_ids_Q[query_rows]).abs() <= self.window
+        if self.query_groups_Q is not None and self.key_groups_N is not None:
+            hidden |= self.key_groups_N[key_ids] == self.query_groups_Q[query_rows]
+        return hidden
+
+
+def _least(best_QK: Tensor, rows_S: Tensor, packed_S: Tensor) -> Tensor:
+    """The K least of each row among those at hand and the newcomers; ``rows_S`` ascends. In no order."""
+    if not len(rows_S):
+        return best_QK
+    counts_Q = torch.bincount(rows_S, minlength=len(best_QK))
+    firsts_Q = torch.cumsum(counts_Q, 0) - counts_Q
+    more_QW = torch.full((len(best_QK), int(counts_Q.max())), MISSING, dtype=torch.int64, device=best_QK.device)
+    more_QW[rows_S, torch.arange(len(rows_S), device=rows_S.device) - firsts_Q[rows_S]] = packed_S
+    both_QC = torch.cat([best_QK, more_QW], dim=1)
+    return both_QC.topk(best_QK.shape[1], dim=1, largest=False, sorted=False).values
+
+
+def _on(array: Any, device: torch.device) -> Tensor:
+    """A tensor of an array on the device; read-only arrays (memory maps) are copied, unsigned ids widened."""
+    if isinstance(array, Tensor):
+        return array.to(device)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
+
+
+def _fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether the keys can stay on the device; on a CPU they stay where they are."""
+    return device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // 2

@@ -1,0 +1,33 @@
+"""The shape of a base without its weights: how many parameters, how wide, how many tokens it knows. Read by `plan`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Parameters (tied ones once), size of a hidden state, entries of the vocabulary."""
+
+    parameters: int
+    width: int
+    vocab_size: int
+
+
+def read_shape(path: str) -> ModelShape:
+    """The shape of the model in a directory or under a Hub name, from its configuration alone.
+
+    Raises ValueError where there is no configuration of a causal language model.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"no configuration of a causal language model ({reason})") from error
+    text = config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
+    return ModelShape(parameters=parameters, width=text.hidden_size, vocab_size=text.vocab_size)

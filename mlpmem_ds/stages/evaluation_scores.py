@@ -1,0 +1,101 @@
+"""What `evaluate` asks of a model at each position: the value's log-probability, and of its first guess how sure it was.
+
+n positions of a unit, D width of a state, J tokens asked for at a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.blocks import Block
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.hidden_states import BatchStates, TransformersSource, scan_positions
+from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.maths.head_scores import HeadScores, head_scores, token_log_probabilities
+from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, logit_transform, output_head
+from mlpmem_ds.models.memory import Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassScores:
+    """One pass of a model over a block: float32 [n] log-probabilities of the values, its likeliest tokens, its states."""
+
+    log_probabilities_n: np.ndarray
+    top_ids_n: np.ndarray
+    """int64"""
+    guesses_n3: np.ndarray
+    """float32: the likeliest token's log-probability, the entropy in nats, and 1 where that token is the value"""
+    states: Mapping[str, torch.Tensor]
+    """named, float32 [n, D]"""
+
+
+class _ScoringSource:
+    """A source that keeps, beside each log-probability that it is asked for, the likeliest token and the entropy."""
+
+    def __init__(self, source: TransformersSource) -> None:
+        self._source = source
+        self._transform: LogitTransform = logit_transform(source.model)
+        self.num_layers, self.width, self.vocab_size = source.num_layers, source.width, source.vocab_size
+        self.max_context, self.dtype_name = source.max_context, source.dtype_name
+        self.parts: list[HeadScores] = []
+
+    def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
+        return self._source.read(tokens_BS, points)
+
+    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> np.ndarray:
+        weight_VD, bias_V = output_head(self._source.model)
+        transform = None if self._transform.is_identity else self._transform
+        values_N1 = values_N.to(self._source.device)[:, None]
+        self.parts.append(head_scores(final_ND, weight_VD, values_N1, bias=bias_V, transform=transform))
+        result_N: np.ndarray = self.parts[-1].log_probabilities_NJ[:, 0].cpu().numpy()
+        return result_N
+
+
+def scan(
+    source: TransformersSource,
+    corpus: CorpusSplit,
+    block: Block,
+    points: Mapping[str, CapturePoint],
+    *,
+    batch_windows: int,
+) -> PassScores:
+    """One pass over the windows that predict a block's positions.
+
+    Raises:
+        UserError: a log-probability is not finite.
+    """
+    scoring = _ScoringSource(source)
+    rows = list(scan_positions(scoring, corpus, block, points, batch_windows=batch_windows))
+    log_probabilities_n = np.concatenate([batch.log_probabilities for batch in rows])
+    if not np.isfinite(log_probabilities_n).all():
+        position = block.start + int(np.flatnonzero(~np.isfinite(log_probabilities_n))[0])
+        raise UserError(
+            f"the log-probability at position {position} of split {corpus.name} is not finite: the model's weights "
+            "are damaged, or --dtype float32 is needed"
+        )
+    top_ids_n = torch.cat([part.top_ids_N for part in scoring.parts]).cpu().numpy()
+    guesses = [
+        torch.cat([part.top_N for part in scoring.parts]),
+        torch.cat([part.entropies_N for part in scoring.parts]),
+    ]
+    came_n = (top_ids_n == corpus.values(*block)).astype(np.float32)
+    return PassScores(
+        log_probabilities_n=log_probabilities_n,
+        top_ids_n=top_ids_n,
+        guesses_n3=np.stack([*(column.cpu().numpy() for column in guesses), came_n], axis=1),
+        states={name: torch.cat([batch.states[name] for batch in rows]) for name in points},
+    )
+
+
+@torch.no_grad()
+def memory_log_probabilities(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray) -> np.ndarray:
+    """log p_mem(token), float32 [n, J], from float32 logits; the inputs are taken to the memory's dtype and device."""
+    weight_VH: torch.Tensor = memory.head.weight  # type: ignore[assignment]
+    hidden_nH = memory(inputs_nD.to(dtype=weight_VH.dtype, device=weight_VH.device))
+    tokens = torch.from_numpy(tokens_nJ).to(weight_VH.device)
+    result_nJ: np.ndarray = token_log_probabilities(hidden_nH, weight_VH, tokens).cpu().numpy()
+    return result_nJ

@@ -1,0 +1,123 @@
+"""Beside the pipeline: a memory that the method's authors published → a memory of ours, for a base that is at hand.
+
+The published files say neither which base they belong to nor which of its states they read. Their code reads the input
+of the last block's MLP, which is the default here; the base and its tokenizer are the user's to name.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage, require_free_bytes
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, TrainedMemory, write_weights
+from mlpmem_ds.formats.reference_checkpoint import ReferenceMemory, open_reference
+from mlpmem_ds.models.backbone import resolve_layer
+from mlpmem_ds.models.memory import MemoryConfig
+
+_logger = logging.getLogger(__name__)
+_UNIT = "weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    """What of the base's configuration a memory must fit."""
+
+    num_layers: int
+    width: int
+    vocab_size: int
+
+
+def read_reference(
+    root: Path, *, model: str, base_sha256: str, vocabulary_sha256: str, input_layer: float
+) -> TrainedMemory:
+    """The published memory as a trained one of ours, in float32.
+
+    Args:
+        root: their directory.
+        model: the base that it was trained for: a directory or Hub name.
+        base_sha256: its fingerprint.
+        vocabulary_sha256: of its tokenizer.
+        input_layer: an index, negative from the end, or a fraction of the depth: where the memory's input is read.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the base.
+    """
+    reference, base = open_reference(root), _read_base(model)
+    memory = _check(reference, base, model)
+    layer = _layer(input_layer, base)
+    provenance = {
+        "base": base_sha256,
+        "vocabulary_sha256": vocabulary_sha256,
+        "key_layer": layer,
+        "input_layer": layer,
+        "key_point": "ffn_input",
+        "imported": {"name": reference.root.resolve().name, "kind": reference.model_type, "sha256": reference.sha256},
+    }
+    weights = {name: tensor.float() for name, tensor in reference.tensors()}
+    _logger.info(
+        "%s: %d %s blocks, %s parameters", root, memory.num_blocks, memory.family, f"{memory.num_parameters():,}"
+    )
+    return TrainedMemory(sha256=reference.sha256, memory=memory.to_dict(), provenance=provenance, weights=weights)
+
+
+def _read_base(model: str) -> _Base:
+    try:
+        config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+        return _Base(num_layers=config.num_hidden_layers, width=config.hidden_size, vocab_size=config.vocab_size)
+    except Exception as error:  # a family of errors for each kind of configuration
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--model {model} has no configuration of a language model ({reason})") from error
+
+
+def _check(reference: ReferenceMemory, base: _Base, model: str) -> MemoryConfig:
+    try:
+        memory = MemoryConfig.from_dict(reference.memory)
+    except ValueError as error:
+        raise UserError(f"--from-reference {reference.root}: {error}") from error
+    for what, found, wanted in (
+        ("reads vectors of width", memory.input_size, base.width),
+        ("predicts a vocabulary of", memory.vocab_size, base.vocab_size),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"--from-reference {reference.root} {what} {found:,}, and --model {model} has {wanted:,}: give the base that the "
+                "memory was trained for"
+            )
+    return memory
+
+
+def _layer(input_layer: float, base: _Base) -> int:
+    whole = int(input_layer) if float(input_layer).is_integer() else input_layer
+    try:
+        return resolve_layer(whole, base.num_layers)
+    except ValueError as error:
+        raise UserError(f"--input-layer: {error}") from error
+
+
+def write_memory(config: Any, trained: TrainedMemory, world: World) -> None:
+    """Publish an imported memory as a training would have left it: OUTPUT/weights and a manifest."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in trained.weights.values())
+    require_free_bytes(config.output, needed, what="the memory's weights")
+    directory = open_stage(
+        config.output,
+        stage=MEMORY_STAGE,
+        version=MEMORY_VERSION,
+        config=config,
+        inputs={"reference": trained.sha256, "base": trained.provenance["base"]},
+        world=world,
+    )
+    fields = {"memory": trained.memory, "provenance": trained.provenance}
+
+    def write(_: str, writer: UnitWriter) -> dict[str, Any]:
+        write_weights(writer, trained.weights, memory=trained.memory, provenance=trained.provenance)
+        return {"parameters": sum(tensor.numel() for tensor in trained.weights.values())}
+
+    directory.run_units([_UNIT], write)
+    directory.finish([_UNIT], lambda: {**fields, "steps": 0, "weights_dtype": "float32"})

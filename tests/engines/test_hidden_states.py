@@ -1,0 +1,140 @@
+"""The forward pass over a corpus: unmasked, the same from a base that is spread out, exact log-probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mlpmem_ds.core.blocks import Block
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.hidden_states import TransformersSource, masks_of_layers, scan_positions
+from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.maths.interpolation import label_log_probabilities
+from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 300, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": SIZES,
+    "mistral": SIZES | {"sliding_window": 64},
+    "qwen2": SIZES,
+    "qwen3": SIZES,
+    "gemma2": SIZES | {"sliding_window": 64},
+    "gemma3_text": SIZES | {"sliding_window": 64},
+    "phi3": SIZES,
+    "gpt_neox": SIZES,
+    "opt": SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "mixtral": SIZES | {"num_local_experts": 3},
+    "qwen3_moe": SIZES | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+}
+POINTS = {"key": CapturePoint(layer=1), "input": CapturePoint(layer=0, point="layer_output")}
+
+
+def save_family(family: str, path: Path) -> Path:
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_windows_are_read_without_a_mask_and_scored_as_the_model_scores(family: str, tmp_path: Path) -> None:
+    path = str(save_family(family, tmp_path / family))
+    attention = "eager" if family == "gemma2" else "sdpa"  # its soft cap of the scores is not in sdpa
+    source = TransformersSource(path, device="cpu", attention=attention)
+    tokens_BS = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))
+    with masks_of_layers(decoder_layers(source.model)) as masks:
+        batch = source.read(tokens_BS, POINTS)
+    assert masks == [attention == "eager"] * 2
+    values_BS = tokens_BS.roll(-1, 1)
+    found_N = source.log_probabilities(batch.final_BSD.reshape(64, -1), values_BS.reshape(64))
+    logits_BSV = source.model(tokens_BS).logits
+    expected_BS = logits_BSV.double().log_softmax(-1).gather(2, values_BS[..., None])[..., 0]
+    np.testing.assert_allclose(found_N, expected_BS.reshape(64), atol=1e-5)
+
+
+def test_a_mask_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **SIZES | {"sliding_window": 8}))
+    model.save_pretrained(tmp_path / "short")
+    source = TransformersSource(str(tmp_path / "short"), device="cpu")
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            source.read(torch.zeros(2, 32, dtype=torch.int64), POINTS)
+    assert caplog.text.count("2 of 2 layers read windows of 32 tokens with an attention mask") == 1
+
+
+@pytest.mark.parametrize("where", [{"transformer.h.1": "disk"}, {"lm_head": "disk", "transformer.wte": "disk"}])
+def test_a_base_that_is_spread_out_gives_the_same(
+    base_dir: Path, corpus_dir: Path, tmp_path: Path, where: dict[str, str]
+) -> None:
+    """A part of it on disk stands for a second GPU: accelerate's hooks bring weights and states together."""
+    parts = ("transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f", "lm_head")
+    spread = TransformersSource(
+        str(base_dir),
+        device="cpu",
+        device_map=dict.fromkeys(parts, "cpu") | where,
+        offload_folder=tmp_path / "offload",
+    )
+    assert spread.model.get_submodule(next(iter(where))).state_dict().popitem()[1].is_meta
+    whole, corpus, block = TransformersSource(str(base_dir), device="cpu"), open_corpus(corpus_dir), Block(10, 300)
+    found = list(scan_positions(spread, corpus, block, POINTS, batch_windows=4))
+    expected = list(scan_positions(whole, corpus, block, POINTS, batch_windows=4))
+    assert [rows.block for rows in found] == [rows.block for rows in expected] and len(found) > 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(ours.states[name], theirs.states[name]) for name in POINTS)
+        np.testing.assert_array_equal(ours.log_probabilities, theirs.log_probabilities)
+
+
+def test_a_batch_ahead_gives_the_same_and_its_errors(base_dir: Path, corpus_dir: Path) -> None:
+    source, corpus = TransformersSource(str(base_dir), device="cpu"), open_corpus(corpus_dir)
+    found, expected = (
+        list(scan_positions(source, corpus, Block(5, 400), POINTS, batch_windows=3, ahead=ahead))
+        for ahead in (True, False)
+    )
+    assert [rows.block for rows in found] == [rows.block for rows in expected] and len(found) > 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(ours.states[name], theirs.states[name]) for name in POINTS)
+        np.testing.assert_array_equal(ours.log_probabilities, theirs.log_probabilities)
+    dropped = scan_positions(source, corpus, Block(5, 400), POINTS, batch_windows=3, ahead=True)
+    next(dropped)
+    dropped.close()  # type: ignore[attr-defined]
+    wrong = {"key": CapturePoint(layer=7)}
+    with pytest.raises(ValueError, match="layer 7"):
+        list(scan_positions(source, corpus, Block(5, 400), wrong, batch_windows=3, ahead=True))
+    assert list(scan_positions(source, corpus, Block(5, 5), POINTS, batch_windows=3, ahead=True)) == []
+
+
+def test_device_map_auto_works_on_any_machine(base_dir: Path) -> None:
+    source = TransformersSource(str(base_dir), device="cpu", device_map="auto")
+    assert source.read(torch.zeros(1, 8, dtype=torch.int64), POINTS).states["key"].shape == (1, 8, 16)
+    with pytest.raises(UserError, match="--model .*nonsense"):
+        TransformersSource(str(base_dir), device="cpu", device_map="nonsense")
+
+
+def test_label_log_probabilities_keep_to_their_bound_at_a_large_vocabulary() -> None:
+    """At most 1e-5 from float64, with logits as far apart as a trained model's, over several chunks."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND, weight_VD = (torch.randn(rows, 64, generator=generator) for rows in (96, 20011))
+    weight_VD *= 0.4
+    labels_N = torch.randint(20011, (96,), generator=generator)
+    exact_N = (hidden_ND.double() @ weight_VD.double().t()).log_softmax(1).gather(1, labels_N[:, None])[:, 0]
+    found_N = label_log_probabilities(hidden_ND, weight_VD, labels_N, chunk_bytes=4 * 20011 * 10)
+    assert exact_N.min() < -20 and float((found_N - exact_N).abs().max()) < 1e-5
+
+
+def test_a_layers_path_is_used_and_asked_for(base_dir: Path) -> None:
+    assert TransformersSource(str(base_dir), device="cpu", layers_path="transformer.h").num_layers == 2
+    with pytest.raises(UserError, match=r"transformer\.h: 2 x GPT2Block(?s:.*)--layers-path transformer\.h"):
+        TransformersSource(str(base_dir), device="cpu", layers_path="transformer.blocks")

@@ -1,0 +1,187 @@
+"""Files of many documents: each format gives the same documents; what is malformed is named by file and record."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zstandard
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files, read_documents
+
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
+
+RECORDS: list[dict[str, Any]] = [
+    {"text": "one", "author": "A"},
+    {"text": "  \n", "author": "A"},
+    {"text": None, "author": "B"},
+    {"text": "zwei ü", "author": "B"},
+]
+EXPECTED = [("A", "one"), ("B", "zwei ü")]
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def write_tar(path: Path) -> None:
+    """Half of the samples have their text as a file, half in their JSON; a picture is passed over."""
+    members: dict[str, bytes] = {"shard/": b""}
+    for number, record in enumerate(RECORDS):
+        members[f"shard/{number:03d}.png"] = b"\x89PNG"
+        if number % 2 and record["text"] is not None:
+            members[f"shard/{number:03d}.txt"] = record["text"].encode()
+            members[f"shard/{number:03d}.json"] = json.dumps({"author": record["author"]}).encode()
+        else:
+            members[f"shard/{number:03d}.json"] = json.dumps(record).encode()
+    members.pop("shard/")
+    content = tar_bytes(members)
+    if path.name.endswith(("gz", "tgz")):
+        content = gzip.compress(content)
+    path.write_bytes(zstandard.compress(content) if path.name.endswith(".zst") else content)
+
+
+def write_parquet(path: Path) -> None:
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"other": 1, **record} for record in RECORDS]), path, row_group_size=2
+    )
+
+
+def write_saved_dataset(path: Path) -> None:
+    """As datasets' save_to_disk lays it out."""
+    path.mkdir(parents=True)
+    for number, part in enumerate((RECORDS[:1], RECORDS[1:])):
+        table = pyarrow.Table.from_pylist(
+            part, schema=pyarrow.schema({"text": pyarrow.string(), "author": pyarrow.string()})
+        )
+        with pyarrow.ipc.new_stream(path / f"data-{number:05d}-of-00002.arrow", table.schema) as stream:
+            stream.write_table(table)
+    files = [{"filename": f"data-{number:05d}-of-00002.arrow"} for number in range(2)]
+    (path / "state.json").write_text(json.dumps({"_data_files": files}))
+    (path / "dataset_info.json").write_text("{}")
+
+
+def documents_of(given: Path | str, **fields: Any) -> list[tuple[str, str]]:
+    fields = {"text_field": "text", "group_field": "author"} | fields
+    return [
+        (document.group, document.text)
+        for file in find_files([str(given)], TEXT_PATTERNS, ())
+        for document in read_documents(file, **fields)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("x.tar", write_tar),
+        ("x.tar.gz", write_tar),
+        ("x.tgz", write_tar),
+        ("x.tar.zst", write_tar),
+        ("x.parquet", write_parquet),
+        ("saved", write_saved_dataset),
+    ],
+)
+def test_every_container_gives_its_documents(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    write(path)
+    assert documents_of(path) == EXPECTED
+    (path.parent / "beside.txt").write_text("plain")
+    if path.is_file():  # a directory's containers count by default, and not where the user names other patterns
+        assert documents_of(path.parent) == [("beside", "plain"), *EXPECTED]
+        files = find_files([str(path.parent)], ("*.txt",), ())
+        assert [file.name for file in files] == ["beside.txt"]
+    (file, *_) = find_files([str(path)], TEXT_PATTERNS, ())
+    groups = {document.group for document in read_documents(file, text_field="text", group_field=None)}
+    assert groups == {file.name}
+
+
+def test_splits_of_a_saved_dataset_and_a_missing_file(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_saved_dataset(tmp_path / "both" / split)
+    (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    names = [file.name for file in find_files([str(tmp_path / "both")], TEXT_PATTERNS, ())]
+    assert names == [f"{split}/data-0000{number}-of-00002.arrow" for split in ("train", "test") for number in range(2)]
+    assert documents_of(tmp_path / "both") == EXPECTED * 2
+    (tmp_path / "both" / "test" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(UserError, match="without its file data-00001"):
+        documents_of(tmp_path / "both")
+    (tmp_path / "both" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(UserError, match="list of files cannot be read"):
+        documents_of(tmp_path / "both")
+
+
+def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is not needed to test what we ask of it."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, configuration: str | None, **rest: Any) -> list[dict[str, Any]]:
+        asked.append((name, configuration, rest))
+        return RECORDS
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert documents_of("datasets:org/name:wikitext-103:test") == EXPECTED
+    assert documents_of("datasets:org/name") == EXPECTED
+    assert asked == [
+        ("org/name", "wikitext-103", {"split": "test", "streaming": True}),
+        ("org/name", None, {"split": "train", "streaming": True}),
+    ]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        documents_of("datasets:org/name")
+
+
+def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "x.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pip install 'mlpmem-ds\[arrow\]'"):
+        documents_of(tmp_path / "x.parquet")
+
+
+def damaged(write: Callable[[Path], None]) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        write(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 10])
+
+    return make
+
+
+BAD: list[tuple[str, Callable[[Path], object], str]] = [
+    ("a.jsonl", lambda path: path.write_bytes(b'{"text": "a", "author": 1}\n{"text": \n'), "a.jsonl line 2 is not JSON"),
+    ("b.jsonl", lambda path: path.write_bytes(b'{"text": "a", "author": 1}\n\xff\xfe\n'), "b.jsonl is .*near line 2"),
+    ("c.jsonl", lambda path: path.write_bytes(b"[1]\n"), "c.jsonl line 1 is not an object"),
+    ("d.jsonl", lambda path: path.write_bytes(b'{"text": 7, "author": 1}\n'), "d.jsonl line 1: its text is int"),
+    ("e.jsonl", lambda path: path.write_bytes(b'{"text": "\\ud800", "author": 1}\n'), "e.jsonl line 1.*UTF-8"),
+    ("f.jsonl.gz", lambda path: path.write_bytes(gzip.compress(b'{"text": "a", "author": 1}\n' * 99)[:-9]), "f.jsonl.gz is"),
+    ("g.jsonl.zst", lambda path: path.write_bytes(b"no frame"), "g.jsonl.zst is damaged"),
+    ("h.tar", damaged(write_tar), "h.tar is cut short or damaged after sample 'shard/"),
+    ("i.tar", lambda path: path.write_bytes(tar_bytes({"s1.json": b"{"})), "i.tar sample 's1' is not"),
+    ("j.tar", lambda path: path.write_bytes(tar_bytes({"s1.txt": b"\xff"})), "j.tar sample 's1' is not UTF-8"),
+    ("k.tar", lambda path: path.write_bytes(tar_bytes({"s1.json": b'{"x": 1}'})), "k.tar sample 's1' .*it has x"),
+    ("l.parquet", damaged(write_parquet), "l.parquet is cut short or damaged"),
+    ("m.parquet", lambda path: parquet.write_table(pyarrow.table({"body": ["a"]}), path), "no column 'text' .it has body"),
+    ("n.parquet", lambda path: parquet.write_table(pyarrow.table({"text": [1], "author": [1]}), path), "row 0: its text is int"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "make", "message"), BAD, ids=[name for name, *_ in BAD])
+def test_what_is_malformed_is_named(name: str, make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        documents_of(tmp_path / name)

@@ -1,0 +1,93 @@
+"""The search in torch gives what the search on the CPU gives, bit for bit for codes; its own path is run on the CPU as well."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_ds.maths import knn
+from mlpmem_ds.maths.distances import padded_products
+from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
+from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
+
+NUM_KEYS, DIM = 3000, 6
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=NO_GPU)]
+
+
+def codes(num_rows: int = NUM_KEYS, seed: int = 0) -> np.ndarray:
+    """Few distinct numbers, so that distances tie often."""
+    return np.random.default_rng(seed).integers(-4, 5, (num_rows, DIM)).astype(np.int8)
+
+
+def exclusions(ids: np.ndarray) -> list[Exclusion | None]:
+    groups = np.arange(NUM_KEYS) // 700
+    return [
+        None,
+        Exclusion(query_ids_Q=ids),
+        Exclusion(query_ids_Q=ids, window=9, query_groups_Q=groups[ids], key_groups_N=groups),
+    ]
+
+
+def assert_same(found: Neighbours, expected: Neighbours) -> None:
+    np.testing.assert_array_equal(found.ids_QK, expected.ids_QK)
+    np.testing.assert_array_equal(found.distances_QK, expected.distances_QK)
+    assert found.ids_QK.dtype == expected.ids_QK.dtype and found.distances_QK.dtype == expected.distances_QK.dtype
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [1, 40, 2048, NUM_KEYS + 5])
+def test_exact_is_the_same(device: torch.device, k: int) -> None:
+    ids = np.arange(0, NUM_KEYS, 97)
+    for exclusion in exclusions(ids):
+        expected = exact_neighbours(codes()[ids], codes(), k, exclusion=exclusion, device="cpu")
+        for blocks in ({}, {"query_block": 7, "key_block": 2100}):
+            found = exact_neighbours_on_device(codes()[ids], codes(), k, exclusion=exclusion, device=device, **blocks)
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("budget", [1, 5000, 2**25])
+def test_lists_are_the_same(device: torch.device, budget: int) -> None:
+    generator = np.random.default_rng(3)
+    list_of_key_N = generator.integers(0, 9, NUM_KEYS)  # the tenth stays empty
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(list_of_key_N, minlength=10))])
+    list_ids = np.argsort(list_of_key_N, kind="stable").astype(np.uint32)
+    ids = np.arange(0, NUM_KEYS, 61)
+    probes = np.stack([generator.permutation(10)[:4] for _ in ids])
+    probes[::5, 2] = -1
+    for exclusion in exclusions(ids):
+        for k in (30, 1500):
+            arguments = (codes()[ids], probes, offsets, list_ids, codes(), k)
+            expected = list_neighbours(*arguments, exclusion=exclusion, device="cpu")
+            found = list_neighbours_on_device(*arguments, exclusion=exclusion, device=device, candidate_budget=budget)
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float_keys_find_the_same_neighbours(device: torch.device) -> None:
+    keys = np.random.default_rng(5).standard_normal((500, 16)).astype(np.float16)
+    expected = exact_neighbours(keys, keys, 9, exclusion=Exclusion(query_ids_Q=np.arange(500)), device="cpu")
+    found = exact_neighbours_on_device(keys, keys, 9, exclusion=Exclusion(query_ids_Q=np.arange(500)), device=device)
+    assert np.mean(found.ids_QK == expected.ids_QK) > 0.99
+    np.testing.assert_allclose(found.distances_QK, expected.distances_QK, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys", "num_dims"), [(1, 1, 2), (17, 8, 8), (5, 23, 13)])
+def test_padding_changes_no_product(num_queries: int, num_keys: int, num_dims: int) -> None:
+    generator = np.random.default_rng(0)
+    left, right = (generator.integers(-128, 128, (rows, num_dims)).astype(np.int8) for rows in (num_queries, num_keys))
+    found = padded_products(torch.from_numpy(left), torch.from_numpy(right))
+    np.testing.assert_array_equal(found.numpy(), left.astype(np.int64) @ right.T.astype(np.int64))
+
+
+def test_the_gpu_takes_over_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("exact_neighbours_on_device", "list_neighbours_on_device"):
+        monkeypatch.setattr(knn, name, lambda *_, device, **__: calls.append(device.type))
+    exact_neighbours(codes(2), codes(), 3, exclusion=None)
+    list_neighbours(codes(2), np.zeros((2, 1), int), np.array([0, 1]), np.array([0]), codes(), 3, exclusion=None)
+    assert calls == ["cuda", "cuda"]
+    assert knn.most_keys_for_exact() == 10_000_000 and knn.most_keys_for_exact("cpu") == 200_000

@@ -1,0 +1,68 @@
+"""Products against float64, by whichever library does them here, and by the other."""
+
+import pytest
+import torch
+
+from mlpmem_ds.maths import products
+from mlpmem_ds.maths.products import fill_logits, product, set_transposed_product, vocabulary_tiles
+
+
+@pytest.fixture(params=["oneDNN if there", "MKL"])
+def library(request, monkeypatch):
+    if request.param == "MKL":
+        monkeypatch.setattr(products, "_has_onednn", lambda: False)
+
+
+def make_operands(dtype, rows=70, inner=96, columns=260):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator).to(dtype)
+    return left, torch.randn(inner, columns, generator=generator).to(dtype)
+
+
+def relative_error(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_products_of_any_layout_are_float32_and_right(library, dtype, bound):
+    left, right = make_operands(dtype)
+    expected = left.double() @ right.double()
+    wide = torch.zeros(96, 600, dtype=dtype)
+    wide[:, 100:360] = right
+    for operand in (right, right.t().contiguous().t(), wide[:, 100:360]):
+        found = product(left, operand)
+        assert found.dtype == torch.float32 and relative_error(found, expected) <= bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_a_transposed_product_is_set_and_then_added(library, dtype, bound):
+    left, right = make_operands(dtype)
+    expected = (left.double() @ right.double()).t()
+    total = torch.full((300, 70), torch.nan)
+    for times in (1, 2, 3):
+        set_transposed_product(total[20:280], left, right, accumulate=times > 1)
+        assert relative_error(total[20:280], times * expected) <= bound
+    assert total[:20].isnan().all() and total[280:].isnan().all()
+
+
+def test_logits_over_several_tiles(library):
+    hidden, weight = make_operands(torch.float32, rows=17)[0], torch.randn(2100, 96)
+    logits = torch.full((17, 2100), torch.nan)
+    fill_logits(logits, hidden, weight)
+    assert relative_error(logits, hidden.double() @ weight.double().t()) <= 1e-6
+
+
+def test_tiles_cover_the_vocabulary_and_a_gpu_has_one():
+    tiles = list(vocabulary_tiles(2100, torch.device("cpu")))
+    assert len(tiles) == 3 and [column for tile in tiles for column in range(2100)[tile]] == list(range(2100))
+    assert list(vocabulary_tiles(2100, torch.device("cuda"))) == [slice(0, 2100)]
+    assert list(vocabulary_tiles(0, torch.device("cpu"))) == []
+
+
+def test_onednn_is_spared_what_it_does_slowly_or_not_at_all(monkeypatch):
+    monkeypatch.setattr(products, "_has_onednn", lambda: True)
+    left, right = make_operands(torch.float32)
+    assert products._suits_onednn(left, right) and products._suits_onednn(left[:1], right.t().contiguous().t())
+    assert not products._suits_onednn(left, right[:, :200])  # rows with gaps: a reference loop
+    assert not products._suits_onednn(left[:, :9], right[:9].contiguous())
+    assert not products._suits_onednn(left.double(), right.double())

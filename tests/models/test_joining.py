@@ -1,0 +1,102 @@
+"""A memory on its own: read from a training or an export, joined with a base by one call, saved, and used by a pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
+
+from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+
+VOCAB, WIDTH = 40, 16
+IDS = torch.tensor([[5, 7, 8, 21], [29, 3, 3, 19]])
+SHAPE = MemoryConfig(input_size=WIDTH, hidden_size=24, intermediate_size=20, num_blocks=2, vocab_size=VOCAB,
+                     initializer_range=0.4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("base") / "base"
+    sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.3)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def memory() -> Memory:
+    torch.manual_seed(1)
+    return Memory(SHAPE).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def memory_dir(tmp_path_factory: pytest.TempPathFactory, memory: Memory) -> Path:
+    root = tmp_path_factory.mktemp("memory")
+    (root / "weights").mkdir()
+    save_file(memory.state_dict(), root / "weights" / "model.safetensors")
+    provenance = {"input_layer": 0, "key_point": "ffn_input", "vocabulary_sha256": "ab"}
+    description = {"memory": SHAPE.to_dict(), "provenance": provenance}
+    (root / "weights" / "config.json").write_text(json.dumps(description))
+    return root
+
+
+@torch.no_grad()
+def test_every_way_to_join_gives_the_same_model(
+    base_dir: Path, memory_dir: Path, memory: Memory, tmp_path: Path
+) -> None:
+    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
+    wanted = MemoryAugmentedLM.from_parts(base, memory, lmbda=0.3, input_point=CapturePoint(layer=0))
+    logits = wanted(IDS).logits
+    found = PretrainedMemory.from_pretrained(memory_dir)
+    assert (found.lmbda, found.input_layer, found.vocabulary_sha256) == (None, 0, "ab")
+    joint = MemoryAugmentedLM.from_pretrained(base_dir, memory_dir, lmbda=0.3)
+    joint.save_pretrained(tmp_path / "export")
+    ways = [
+        found.attach(base, lmbda=0.3),
+        joint,
+        MemoryAugmentedLM.from_pretrained(base, found, lmbda=0.3),
+        MemoryAugmentedLM.from_pretrained(tmp_path / "export"),
+        MemoryAugmentedLM.from_pretrained(str(base_dir), tmp_path / "export"),  # the memory of an export, and its λ
+    ]
+    for number, model in enumerate(ways):
+        assert model.lmbda == 0.3 and torch.equal(model(IDS).logits, logits), number
+    assert MemoryAugmentedLM.from_pretrained(tmp_path / "export", lmbda=0.7).lmbda == 0.7
+    assert MemoryAugmentedLM.from_pretrained(base_dir, memory_dir).lmbda == 0.25
+    half = MemoryAugmentedLM.from_pretrained(base_dir, memory_dir, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert memory.head.weight.dtype == found.module.head.weight.dtype == torch.float32  # the given one is left alone
+
+
+def test_what_does_not_fit_is_refused(base_dir: Path, memory_dir: Path, tmp_path: Path) -> None:
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB + 1, n_embd=WIDTH, n_layer=2, n_head=2))
+    found = PretrainedMemory.from_pretrained(memory_dir)
+    with pytest.raises(ValueError, match="one vocabulary"):
+        found.attach(other)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        found.attach(GPT2LMHeadModel.from_pretrained(base_dir), lmbda=1.5)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text((memory_dir / "weights" / "config.json").read_text())
+    with pytest.raises(ValueError, match="holds no whole memory"):
+        PretrainedMemory.from_pretrained(tmp_path)
+
+
+def test_pipeline_generates_with_the_memory(base_dir: Path, memory_dir: Path) -> None:
+    words = {f"w{number}": number for number in range(VOCAB)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w0"
+    )
+    joint = MemoryAugmentedLM.from_pretrained(base_dir, memory_dir, lmbda=0.9)
+    generate = pipeline("text-generation", model=joint, tokenizer=tokenizer)
+    way = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    with_memory = generate("w5", **way)[0]["generated_text"]
+    new = joint.generate(torch.tensor([[5]]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 1:]
+    assert with_memory == tokenizer.decode(new, skip_special_tokens=True)
+    joint.lmbda = 0.0
+    assert generate("w5", **way)[0]["generated_text"] != with_memory

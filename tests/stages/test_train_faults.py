@@ -1,0 +1,423 @@
+"""Training beside its base, validated, stopped early, killed at random, out of disk, with bad numbers.
+
+One driver imports DeepSpeed once and forks the ranks of every start, so that a start costs a fraction of a second.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.checkpoint import fault_of_checkpoint, list_checkpoints
+from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.keys import bfloat16_bits
+from mlpmem_ds.models.backbone import CapturePoint, capture
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.stages import extract_keys, train
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATHS = ("ds_config", "corpus", "keys", "output", "copy_to")
+FLAGS = {
+    "alpha": 0.0,
+    "ce_through": "mixture",
+    "epochs": 1.0,
+    "batch_positions": 96,
+    "micro_batch_positions": 24,
+    "hidden_size": 16,
+    "num_blocks": 2,
+    "learning_rate": 0.01,
+    "shuffle_window_blocks": 4,
+    "log_every_steps": 1,
+    "save_every_steps": 5,
+    "keep_checkpoints": 9,
+    "validate_every": 0,
+}
+
+DRIVER = """
+import gc, json, os, random, resource, shutil, signal, socket, sys, time, traceback
+from pathlib import Path
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.log import set_up_logging
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed import import_deepspeed
+from mlpmem_ds.stages import train
+import_deepspeed()
+# What a start would import late: 2 s each time.
+import deepspeed.checkpoint.ds_to_universal, deepspeed.runtime.zero.muon.original_muon
+import matplotlib.backends.backend_agg, matplotlib.figure, torch.utils.tensorboard
+gc.collect()
+gc.freeze()
+PATHS = ("ds_config", "corpus", "keys", "output", "copy_to")
+
+def start(job, size, bytes_of_a_file=None):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            world, code = World(rank=rank, size=size, local_rank=rank), 1
+            set_up_logging(world, name="train")
+            try:
+                if bytes_of_a_file is not None:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
+                train.run(train.Config(**{k: Path(v) if k in PATHS else v for k, v in job.items()}), world)
+                code = 0
+            except UserError as error:
+                sys.stderr.write(f"error: {error}\\n")
+                code = 2
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        pids.append(pid)
+    return pids
+
+def join(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+def ended(pids):
+    # A rank whose peer died before they met would wait for it: after 3 s they are killed, as every launcher does.
+    codes, deadline = {}, time.monotonic() + 3
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return codes
+
+def killed(job, size, kills, seed):
+    generator, hits, completed = random.Random(seed), 0, 0
+    undisturbed = {**job, "output": job["output"] + "-undisturbed"}
+    begin = time.monotonic()
+    assert join(start(undisturbed, size)) == [0] * size
+    duration = time.monotonic() - begin
+    while hits < kills:
+        pids = start(job, size)
+        victims = pids if generator.random() < 0.5 else [generator.choice(pids)]
+        time.sleep(generator.uniform(0.2, 1) * duration)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        codes = ended(pids)
+        hits += any(codes[pid] == -9 for pid in victims)
+        if (Path(job["output"]) / "manifest.json").exists():
+            completed += 1
+            shutil.rmtree(job["output"])
+    assert join(start(job, size)) == [0] * size
+    return {"hits": hits, "completed": completed}
+
+results = []
+for words in json.loads(Path(sys.argv[1]).read_text()):
+    kind = words.pop("kind")
+    sys.stderr.write("=== " + str(len(results)) + "\\n"); sys.stderr.flush()
+    results.append(killed(**words) if kind == "killed" else join(start(**words)))
+Path(sys.argv[2]).write_text(json.dumps(results))
+"""
+
+
+def drive(root, *steps):
+    """The steps' results, and what each said."""
+    (root / "driver.py").write_text(DRIVER)
+    (root / "steps.json").write_text(json.dumps(steps))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "MASTER"))}
+    done = subprocess.run(
+        [sys.executable, *(str(root / name) for name in ("driver.py", "steps.json", "results.json"))],
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    said = re.split(r"^=== \d+$", done.stderr, flags=re.MULTILINE)[1:]
+    return json.loads((root / "results.json").read_text()), said
+
+
+def start(job, size=1, **more):
+    return {"kind": "start", "job": job, "size": size, **more}
+
+
+def ds_config(root, stage):
+    path = root / f"stage{stage}.json"
+    path.write_text(
+        json.dumps(
+            {
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {
+                    "stage": stage,
+                    **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+                },
+            }
+        )
+    )
+    return str(path)
+
+
+def lines(output, name="loss"):
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if name in line]
+
+
+def losses(output):
+    return np.array([line["loss"] for line in lines(output)])
+
+
+def weights(output):
+    return load_file(output / "weights" / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def unfinish(output):
+    (output / "manifest.json").unlink()
+    shutil.rmtree(output / "weights")
+    shutil.rmtree(output / "done")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def bare_keys(root, corpus_dir, base_dir):
+    """The keys of `keys_dir`, without memory inputs."""
+    config = extract_keys.Config(
+        model=str(base_dir), corpus=corpus_dir, output=root / "bare", unit_positions=256, input_codec="none"
+    )
+    extract_keys.run(config, World())
+    return root / "bare"
+
+
+@pytest.fixture(scope="module")
+def damaged_keys(root, keys_dir):
+    """Keys with three inputs that are not numbers."""
+    shutil.copytree(keys_dir, root / "damaged")
+    path = root / "damaged" / "inputs-000000000000.npy"
+    array = np.load(path)
+    array[[3, 70, 200]] = bfloat16_bits(np.full((3, array.shape[1]), np.nan, np.float32))
+    np.save(path, array)
+    return root / "damaged"
+
+
+@pytest.fixture(scope="module")
+def job(root, corpus_dir, keys_dir):
+    def make(name, stage, **changes):
+        values = {**FLAGS, "ds_config": ds_config(root, stage), "corpus": str(corpus_dir), "keys": str(keys_dir)}
+        return {**values, "output": str(root / name), **{key: value for key, value in changes.items()}}
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def driven(root, job, base_dir, bare_keys, damaged_keys):
+    """Every start that does not depend on another's outcome; what each said, by name."""
+    base = {"model": str(base_dir), "order": "blocks"}
+    online = {"model": str(base_dir), "keys": str(bare_keys)}
+    often = {"validate_every": 2, "validation_positions": 100, "model": str(base_dir)}
+    steps = {
+        "offline": start(job("offline", 2, **base)),
+        "online": start(job("online", 2, **online)),
+        "online-3": start(job("online-3", 3, **online, validate_every=4), 3),
+        "plain": start(job("plain", 3)),
+        "three": start(job("three", 3), 3),
+        "recomputed": start(job("recomputed", 3, recompute_activations=True)),
+        "validated": start(job("validated", 2, **often, select="best")),
+        "early": start(job("early", 2, **often, early_stopping_patience=2, learning_rate=3.0, schedule="constant")),
+        **{f"nan-{stage}": start(job(f"nan-{stage}", stage, keys=str(damaged_keys)), 2) for stage in (0, 2, 3)},
+        "all-nan": start(
+            job("all-nan", 2, keys=str(damaged_keys), batch_positions=768, epochs=20.0, most_skipped_steps=2)
+        ),
+        "copied": start(job("copied", 2, copy_to=str(root / "copies"))),
+    }
+    results, said = drive(root, *steps.values())
+    codes = dict(zip(steps, results, strict=True))
+    assert [name for name, code in codes.items() if any(code)] == ["all-nan"], "".join(said)
+    return dict(zip(steps, said, strict=True))
+
+
+def test_online_inputs_give_the_losses_of_stored_ones(root, driven):
+    offline = losses(root / "offline")
+    assert len(offline) > 5 and offline[-1] < offline[0]
+    np.testing.assert_allclose(losses(root / "online"), offline, rtol=1e-5)
+    np.testing.assert_allclose(losses(root / "online-3"), offline, rtol=1e-5)
+    assert "the base computes them" in driven["online"] and "the base computes them" not in driven["offline"]
+
+
+def test_three_ranks_give_the_losses_of_one(root, driven):
+    np.testing.assert_allclose(losses(root / "three"), losses(root / "plain"), rtol=2e-6)
+
+
+def test_recomputed_activations_give_the_same_weights(root, driven):
+    assert_same_weights(root / "recomputed", root / "plain")
+
+
+def test_validation_is_that_of_the_written_weights(root, driven, corpus_dir, base_dir, keys_dir):
+    """Against logits of the stock model and of a plain memory, position by position."""
+    found = lines(root / "validated", "validation_perplexity")
+    manifest = json.loads((root / "validated" / "manifest.json").read_text())
+    best = min(found, key=lambda line: line["validation_perplexity"])
+    assert manifest["selected_step"] == best["step"] and len(found) == len(manifest["validations"]) >= 3
+    assert json.loads((root / "validated" / "best.json").read_text())["step"] == best["step"]
+
+    corpus = open_corpus(corpus_dir, "tuning")
+    windows = corpus.windows()
+    keys = json.loads((keys_dir / "manifest.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    memory = Memory(MemoryConfig.from_dict(manifest["memory"]))
+    memory.load_state_dict(weights(root / "validated"))
+    point = CapturePoint(layer=keys["input_layer"], point=keys["key_point"])
+    pairs = []
+    for window in windows[:: math.ceil(corpus.num_positions / 100)]:
+        tokens = torch.from_numpy(corpus.tokens(window.context_start, window.stop + 1))
+        rows = slice(window.start - window.context_start, None)
+        with torch.no_grad():
+            inputs = capture(model, [point])(tokens[None, :-1]).states[point][0].bfloat16().float()
+            logs = [model(tokens[None, :-1]).logits[0].double(), memory.head(memory(inputs)).double()]
+        labels = tokens[1:][rows]
+        pairs.append([log.log_softmax(-1)[rows][torch.arange(len(labels)), labels] for log in logs])
+    base, own = (torch.cat(side) for side in zip(*pairs, strict=True))
+    assert best["validation_base_perplexity"] == pytest.approx(float((-base.mean()).exp()), rel=1e-5)
+    assert best["validation_memory_perplexity"] == pytest.approx(float((-own.mean()).exp()), rel=1e-4)
+    mixed = [float((-((1 - x) * base.exp() + x * own.exp()).log().mean()).exp()) for x in np.arange(1, 21) / 20]
+    assert best["validation_perplexity"] == pytest.approx(min(mixed), rel=1e-4)
+    assert best["validation_lambda"] == pytest.approx((1 + int(np.argmin(mixed))) / 20)
+
+
+def test_validation_under_stage_3_is_dealt_to_three_ranks(root, driven):
+    """The base's perplexity is that of all positions, and the memory's falls."""
+    found = lines(root / "online-3", "validation_perplexity")
+    memory = [line["validation_memory_perplexity"] for line in found]
+    assert len(found) >= 3 and memory == sorted(memory, reverse=True)
+    assert len({line["validation_base_perplexity"] for line in found}) == 1
+
+
+def test_training_stops_early_and_keeps_the_best(root, driven):
+    manifest = json.loads((root / "early" / "manifest.json").read_text())
+    assert manifest["steps"] < manifest["provenance"]["steps"] and "stopped early" in driven["early"]
+    assert manifest["selected_step"] == manifest["steps"] - 4  # two validations, two steps apart
+    best = load_file(root / "early" / "best" / f"step-{manifest['selected_step']:08d}.safetensors")
+    assert all(torch.equal(best[name], tensor) for name, tensor in weights(root / "early").items())
+    assert len(list((root / "early" / "best").iterdir())) == 1
+
+
+def test_what_people_look_at(root, driven):
+    line = lines(root / "plain")[-1]
+    assert {"loss", "kl", "ce", "learning_rate", "gradient_norm", "positions_per_second", "mfu"} <= line.keys()
+    assert 0 < line["mfu"] < 1.5 and line["memory_bytes"] > 1e7 and 0 <= line["data_wait_share"] <= 1
+    assert (root / "plain" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "MFU is of" in driven["plain"] and "a matrix product measured here" in driven["plain"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_batch_of_nan_is_skipped_counted_and_named(root, driven, stage):
+    found = losses(root / f"nan-{stage}")
+    assert all(np.isfinite(tensor).all() for tensor in weights(root / f"nan-{stage}").values())
+    skipped = [line["step"] for line in lines(root / f"nan-{stage}") if line["loss"] is None]
+    assert 1 <= len(skipped) <= 3 and lines(root / f"nan-{stage}")[-1]["skipped_steps"] == len(skipped)
+    said = driven[f"nan-{stage}"]
+    assert all(f"step {step}: the gradients of batch {step - 1} are not finite" in said for step in skipped)
+    named = re.findall(r"positions are not finite: ([\d, ]+)\)", said)
+    assert sorted(int(number) for numbers in named for number in numbers.split(",")) == [3, 70, 200]
+    assert len(found) > 5
+
+
+def test_too_many_nan_in_a_row_stop_the_training(root, driven):
+    assert "nothing is learnt. Lower --learning-rate" in driven["all-nan"]
+    assert not (root / "all-nan" / "manifest.json").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(root, driven, job):
+    """A limit on file sizes stands for the full disk: torch.save meets the same short write."""
+    shutil.copytree(root / "plain", root / "spare")
+    for path in (root / "spare" / "checkpoints").glob("step-*"):
+        if path.name != "step-00000005":
+            shutil.rmtree(path)
+    unfinish(root / "spare")
+    shutil.copytree(root / "spare", root / "three-from-one")
+    shutil.copytree(root / "copied", root / "lost")
+    unfinish(root / "lost")
+    shutil.rmtree(root / "lost" / "checkpoints")
+    copies = list_checkpoints(root / "copies")
+    assert len(copies) == 4 and all(fault_of_checkpoint(path) is None for path in copies)
+    for path in copies[:2]:  # so that there is something left to do
+        shutil.rmtree(path)
+    results, said = drive(
+        root,
+        start(job("spare", 3), bytes_of_a_file=20_000),
+        start(job("spare", 3)),
+        start(job("lost", 2, copy_to=str(root / "copies"))),
+        start(job("other", 2, copy_to=str(root / "copies"), seed=1)),
+        start(job("plain", 3, resume="never")),
+        start(job("three-from-one", 2), 3),
+    )
+    assert results == [[2], [0], [0], [2], [0], [0, 0, 0]], "".join(said)
+    assert "could not be written" in said[0] and "free some space" in said[0]
+    assert "(step 5)" in said[1]
+    assert_same_weights(root / "spare", root / "plain")
+    assert f"resuming from {copies[2]}" in said[2]
+    assert_same_weights(root / "lost", root / "copied")
+    assert "is of another training" in said[3]
+    assert "is complete and nothing was done" in said[4]
+    assert "of 1 ranks at ZeRO stage 3, this run has 3 at stage 2: converting" in said[5]
+    np.testing.assert_allclose(losses(root / "three-from-one"), losses(root / "plain"), rtol=2e-6)
+
+
+def test_twenty_kills_at_random_end_in_the_undisturbed_weights(root, job):
+    short = {"save_every_steps": 1, "epochs": 0.4}
+    steps = [
+        {"kind": "killed", "job": job("killed-2", 3, **short), "size": 2, "kills": 6, "seed": 1},
+        {"kind": "killed", "job": job("killed-1", 2, **short), "size": 1, "kills": 14, "seed": 2},
+    ]
+    results, said = drive(root, *steps)
+    assert [result["hits"] for result in results] == [6, 14]
+    assert "resuming from" in said[0] and "resuming from" in said[1]
+    for size in (1, 2):
+        assert_same_weights(root / f"killed-{size}", root / f"killed-{size}-undisturbed")
+        assert not list((root / f"killed-{size}").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keys": "bare"}, "hold no memory inputs: give --model"),
+        ({"keys": "bare", "model": "base", "order": "positions"}, "leave out --order positions"),
+        ({"validate_every": 3}, "--validate-every needs --model"),
+        ({"select": "best"}, "need validation"),
+        ({"validate_every": None, "early_stopping_patience": 0, "model": "base"}, "at least 1"),
+        ({"decay_fraction": 0.5}, "of --schedule wsd"),
+        ({"wandb_project": "memory"}, "pip install wandb"),
+    ],
+)
+def test_wrong_flags_leave_the_disk_untouched(root, job, base_dir, bare_keys, monkeypatch, changes, said):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    places = {"bare": bare_keys, "base": str(base_dir)}
+    values = job("wrong", 2, **{name: places.get(value, value) for name, value in changes.items()})
+    with pytest.raises(UserError, match=said):
+        train.run(
+            train.Config(**{name: Path(value) if name in PATHS else value for name, value in values.items()}), World()
+        )
+    assert not (root / "wrong").exists()

@@ -1,0 +1,93 @@
+"""The front-ends as commands, and the wheel: everything that an installed package needs is in it."""
+
+from __future__ import annotations
+
+import configparser
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mlpmem_ds
+from mlpmem_ds import commands
+
+ROOT = Path(__file__).parent.parent
+FRONT_ENDS = {path.stem: path for folder in ("tools", "launch") for path in (ROOT / folder).glob("*.py")}
+
+
+@pytest.fixture(autouse=True)
+def restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets sys.argv and sys.path, as a process of its own may."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_version_configurations_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mlpmem-ds {mlpmem_ds.__version__}\n"
+    assert commands.main(["--ds-configs"]) == 0
+    assert (Path(capsys.readouterr().out.strip()) / "zero3.json").is_file()
+    assert commands.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name.replace('_', '-')} " in listed for name in FRONT_ENDS)
+
+
+@pytest.mark.parametrize("words", [["no-such-command"], []])
+def test_an_unknown_command_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(words) == 2
+    error = capsys.readouterr().err
+    assert "usage:" in error and ("no-such-command" in error) == bool(words)
+
+
+@pytest.mark.parametrize("called", ["python -m", "console"])
+def test_a_command_is_its_front_end(
+    called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--keys", str(tmp_path / "missing"), "--output", str(tmp_path / "out")]
+    if called == "console":
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/mlpmem-build-index", *words])
+        assert commands.main() == 2
+    else:
+        assert commands.main(["build_index", *words]) == 2
+    assert f"--keys {tmp_path / 'missing'} does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        commands.main(["build-index", "--help"])
+    assert caught.value.code == 0 and "usage: mlpmem-build-index" in capsys.readouterr().out
+
+
+def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("mlpmem_ds", "tools", "launch", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = "import setuptools.build_meta as backend, sys; print(backend.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (scripts,) = [name for name in names if name.endswith("entry_points.txt")]
+        entry_points = configparser.ConfigParser()
+        entry_points.read_string(archive.read(scripts).decode())
+        (metadata,) = [name for name in names if name.endswith("METADATA")]
+        assert f"Version: {mlpmem_ds.__version__}" in archive.read(metadata).decode()
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mlpmem_ds").rglob("*.py")}
+    assert not sources - names
+    assert {"mlpmem_ds/py.typed", "mlpmem_ds/formats/README.md", "mlpmem_ds/ds_configs/zero3.json"} <= names
+    assert {f"mlpmem_ds/{path.parent.name}/{path.name}" for path in FRONT_ENDS.values()} <= names
+    assert "mlpmem_ds/tools/benchmarks/common.py" in names
+    expected = {f"mlpmem-{name.replace('_', '-')}": "mlpmem_ds.commands:main" for name in FRONT_ENDS}
+    assert dict(entry_points["console_scripts"]) == expected
+    # As it lies in the wheel, without the checkout: unpacked, it lists its commands and finds its configurations.
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    script = "from mlpmem_ds import commands; print(sorted(commands.front_ends()), commands.folder('ds_configs'))"
+    alone = subprocess.run([sys.executable, "-S", "-c", script], cwd=site, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    assert "'train'" in alone.stdout and str(site / "mlpmem_ds" / "ds_configs") in alone.stdout

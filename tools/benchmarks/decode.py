@@ -1,0 +1,324 @@
+"""Benchmark `decode`: a prompt → **time to the first token, tokens a second**, with and without memory, kNN-LM and RAG.
+
+base            a Llama of random weights: `generate` of transformers, greedy, its own cache.
+base_memory     the joint model of that base and a random memory, the same call.
+knn_exact_N     kNN-LM: at every token a search among N stored int8 keys, all of them compared.
+knn_ivfpq_N     the same with IVF-PQ, the found distances computed anew from the stored keys.
+rag             the base alone with five passages before the prompt; finding them costs one product with all passages.
+
+Each arm runs the same `generate`; a streamer takes the time of each token. A step's time is the median over the tokens after
+the first, an arm's the median over the runs; arms are interleaved. At batch 1 and without a GPU a step reads every weight
+once, so that its time should grow as the bytes do: `overhead_over_bytes_ratio` = overhead_batch1 / (bytes of base and
+memory / bytes of base), 1 where the memory costs what its bytes say. Embeddings that are only looked up do not count.
+
+Shape legend: B prompts, S tokens of a prompt, V vocabulary, N stored keys, D width, E size of a key, K neighbours, P passages.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.maths.interpolation import interpolate
+from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
+from mlpmem_ds.maths.targets import neighbour_weights
+from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.stages.retriever import rescore, squared_norms
+
+from .common import Report, Row, check_output, median_of, row_of, use_threads
+
+DESCRIPTION = (
+    "Time to the first token and tokens a second of base, base + memory, kNN-LM at three sizes and RAG. "
+    "The default sizes take about 4 minutes and 3 GB on two cores."
+)
+_SEED, _LAMBDA, _TEMPERATURE, _NUM_PASSAGES_READ = 4, 0.4, 50_000.0, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of tools/bench.py decode."""
+
+    output: Path = option("JSON file to write")
+    layers: int = option("layers of the base", 12)
+    width: int = option("numbers in a hidden state; heads are 64 wide", 768)
+    vocab_size: int = option("tokens", 16384)
+    memory_blocks: int = option("blocks of the memory, as wide as the base's own", 8)
+    prompt_tokens: int = option("tokens of a prompt", 64)
+    new_tokens: int = option("tokens to generate", 16)
+    batch_sizes: tuple[int, ...] = option("prompts at once", (1, 16))
+    datastore_sizes: tuple[int, ...] = option("stored keys of the kNN arms", (25_000, 100_000, 400_000))
+    key_size: int = option("numbers in a stored int8 key", 256)
+    k: int = option("neighbours", 256)
+    factory: str = option("faiss factory of the index", "IVF512,PQ32")
+    nprobe: int = option("lists that the index probes", 32)
+    passages: int = option("passages that RAG chooses from", 20_000)
+    passage_tokens: int = option("tokens of a passage", 64)
+    runs: int = option("timed runs of each arm", 3)
+    threads: int = option("CPU threads, 0 = as the environment says", 0)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "memory_blocks", "prompt_tokens", "passages", "passage_tokens", "runs", "k", "nprobe"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.new_tokens < 2:
+            raise UserError(f"--new-tokens {self.new_tokens} must be at least 2: the first one is timed apart")
+        if self.width < 64 or self.width % 64:
+            raise UserError(f"--width {self.width} must be a multiple of 64")
+        if 1 not in self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UserError("--batch-sizes must hold 1, whose overhead is compared with the bytes read")
+        if min(self.datastore_sizes) < self.k:
+            raise UserError(f"--datastore-sizes must be at least --k {self.k}")
+        if self.threads < 0:
+            raise UserError(f"--threads {self.threads} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Models, datastore and passages."""
+
+    base: Any
+    joint: MemoryAugmentedLM
+    projection_DE: Tensor
+    keys_NE: np.ndarray
+    norms_N: np.ndarray
+    values_N: np.ndarray
+    passage_vectors_PD: Tensor
+    passages_PS: Tensor
+
+
+class _Clock(BaseStreamer):
+    """The moment of each token; the first entry is the prompt's."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class KnnMixture(LogitsProcessor):  # type: ignore[misc]
+    """The kNN-LM: neighbours of what the last MLP reads at the last position, mixed with the base's distribution."""
+
+    def __init__(self, setting: Setting, num_keys: int, config: Config, index: Any = None) -> None:
+        self._setting, self._num_keys, self._config, self._index = setting, num_keys, config, index
+        self._state_BD = torch.empty(0)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While open, the base's forwards leave their last state here."""
+        mlp = decoder_layers(self._setting.base)[-1].mlp
+
+        def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._state_BD = inputs[0][:, -1]
+
+        handle = mlp.register_forward_pre_hook(keep)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        queries_BE = (self._state_BD @ self._setting.projection_DE).clamp(-127, 127).round().to(torch.int8).numpy()
+        found = self.neighbours(queries_BE)
+        weights_BK = neighbour_weights(found.distances_QK.astype(np.float64), _TEMPERATURE, found.ids_QK >= 0)
+        values_BK = torch.from_numpy(self._setting.values_N[found.ids_QK.clip(min=0)])
+        knn_BV = torch.zeros(scores.shape).scatter_add_(1, values_BK, torch.from_numpy(weights_BK).float())
+        return interpolate(torch.log_softmax(scores, dim=-1), knn_BV.log(), _LAMBDA)
+
+    def neighbours(self, queries_BE: np.ndarray) -> Neighbours:
+        keys_NE = self._setting.keys_NE[: self._num_keys]
+        if self._index is None:
+            return exact_neighbours(queries_BE, keys_NE, self._config.k, exclusion=None)
+        _, ids_BK = engine.search([self._index], queries_BE, self._config.k, self._config.nprobe)
+        distances_BK = rescore(queries_BE, ids_BK, keys_NE, self._setting.norms_N[: self._num_keys])
+        return Neighbours(ids_QK=ids_BK, distances_QK=distances_BK)
+
+
+def run(config: Config, world: World) -> None:
+    check_output(config.output)
+    use_threads(config.threads)
+    if config.threads:
+        engine.set_num_threads(config.threads)
+    report = Report("decode", config)
+    setting = prepare(config)
+    arms = make_arms(config, setting)
+    rows: list[Row] = []
+    for batch in config.batch_sizes:
+        rows += _measure(config, arms, batch)
+    rows += [row_of(arm, "bytes_read", "B", [number]) for arm, number in bytes_read(setting).items()]
+    report.publish(config.output, rows, _ratios(config, rows))
+
+
+def prepare(config: Config) -> Setting:
+    torch.manual_seed(_SEED)
+    generator = np.random.default_rng(_SEED)
+    longest = _NUM_PASSAGES_READ * config.passage_tokens + config.prompt_tokens + config.new_tokens
+    intermediate = config.width * 8 // 3 // 64 * 64
+    base = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=intermediate,
+            num_hidden_layers=config.layers, num_attention_heads=config.width // 64,
+            max_position_embeddings=longest, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    base = base.eval().requires_grad_(False)
+    shape = MemoryConfig(
+        input_size=config.width, hidden_size=config.width, intermediate_size=intermediate,
+        num_blocks=config.memory_blocks, vocab_size=config.vocab_size, family="swiglu",
+    )  # fmt: skip
+    joint = MemoryAugmentedLM.from_parts(
+        base, Memory(shape).requires_grad_(False), lmbda=_LAMBDA, input_point=CapturePoint(layer=-1)
+    )
+    num_keys = max(config.datastore_sizes)
+    keys_NE = (40 * generator.standard_normal((num_keys, config.key_size), dtype=np.float32)).clip(-127, 127)
+    keys_NE = keys_NE.round().astype(np.int8)
+    return Setting(
+        base=base,
+        joint=joint.requires_grad_(False),
+        projection_DE=torch.randn(config.width, config.key_size) * 40 / config.width**0.5,
+        keys_NE=keys_NE,
+        norms_N=squared_norms(keys_NE),
+        values_N=generator.integers(config.vocab_size, size=num_keys),
+        passage_vectors_PD=torch.randn(config.passages, config.width),
+        passages_PS=torch.randint(config.vocab_size, (config.passages, config.passage_tokens)),
+    )
+
+
+def make_arms(config: Config, setting: Setting) -> dict[str, Callable[[int], tuple[Tensor, list[float]]]]:
+    """Name → function of the batch size that generates once: the sequences and the moment of each token."""
+    arms: dict[str, Callable[[int], tuple[Tensor, list[float]]]] = {
+        "base": partial(_generate, config, setting.base),
+        "base_memory": partial(_generate, config, setting.joint),
+    }
+    trained = engine.train(
+        setting.keys_NE[: engine.num_training_vectors(config.factory, config.key_size)], config.factory
+    )
+    for size in sorted(config.datastore_sizes):
+        index = _index_of_first(trained, setting, size)
+        for name, searched in (("exact", None), ("ivfpq", index)):
+            mixture = KnnMixture(setting, size, config, searched)
+            arms[f"knn_{name}_{size}"] = partial(_generate_knn, config, setting, mixture)
+    return arms | {"rag": partial(_generate_rag, config, setting)}
+
+
+def _index_of_first(trained: Any, setting: Setting, num_keys: int) -> Any:
+    index = copy.deepcopy(trained)
+    engine.fill(index, setting.keys_NE[:num_keys], np.arange(num_keys))
+    return index
+
+
+def prompts_of(config: Config, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(config.vocab_size, (batch, config.prompt_tokens), generator=generator)
+
+
+def _generate(
+    config: Config,
+    model: Any,
+    batch: int,
+    *,
+    tokens_BS: Tensor | None = None,
+    processors: Any = None,
+    start: float = 0.0,
+) -> tuple[Tensor, list[float]]:
+    tokens_BS = prompts_of(config, batch) if tokens_BS is None else tokens_BS
+    settings = GenerationConfig(
+        max_new_tokens=config.new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
+    )
+    clock = _Clock()
+    clock.moments.append(start or time.perf_counter())
+    sequences = model.generate(
+        tokens_BS, attention_mask=torch.ones_like(tokens_BS), generation_config=settings, streamer=clock,
+        logits_processor=processors,
+    )  # fmt: skip
+    return sequences, [clock.moments[0], *clock.moments[2:]]  # the prompt is put at once
+
+
+def _generate_knn(config: Config, setting: Setting, mixture: KnnMixture, batch: int) -> tuple[Tensor, list[float]]:
+    with mixture.listening():
+        return _generate(config, setting.base, batch, processors=LogitsProcessorList([mixture]))
+
+
+def _generate_rag(config: Config, setting: Setting, batch: int) -> tuple[Tensor, list[float]]:
+    start = time.perf_counter()
+    prompts_BS = prompts_of(config, batch)
+    queries_BD = setting.base.get_input_embeddings()(prompts_BS).mean(dim=1)
+    best_B5 = (queries_BD @ setting.passage_vectors_PD.t()).topk(_NUM_PASSAGES_READ, dim=1).indices
+    tokens_BS = torch.cat([setting.passages_PS[best_B5].flatten(1), prompts_BS], dim=1)
+    return _generate(config, setting.base, batch, tokens_BS=tokens_BS, start=start)
+
+
+def _measure(config: Config, arms: dict[str, Any], batch: int) -> list[Row]:
+    """Rows of one batch size, the arms interleaved; one round before them warms up."""
+    firsts: dict[str, list[float]] = {arm: [] for arm in arms}
+    steps: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(config.runs + 1):
+        for arm, generate in arms.items():
+            moments = generate(batch)[1]
+            if number:
+                firsts[arm].append(moments[1] - moments[0])
+                steps[arm].append(statistics.median(np.diff(moments[1:]).tolist()))
+    rows = []
+    for arm in arms:
+        rows += [
+            row_of(arm, f"seconds_to_first_token_batch{batch}", "s", firsts[arm]),
+            row_of(arm, f"seconds_per_step_batch{batch}", "s", steps[arm]),
+            row_of(arm, f"tokens_per_second_batch{batch}", "1/s", [batch / seconds for seconds in steps[arm]]),
+        ]
+    return rows
+
+
+def bytes_read(setting: Setting) -> dict[str, int]:
+    """Bytes of weights that one step at batch 1 reads: every matrix once; of the tied embedding, the head's product."""
+    base = sum(parameter.numel() * parameter.element_size() for parameter in setting.base.parameters())
+    memory = sum(parameter.numel() * parameter.element_size() for parameter in setting.joint.memory.parameters())
+    return {"base": base, "base_memory": base + memory}
+
+
+def _ratios(config: Config, rows: list[Row]) -> dict[str, float]:
+    def step(arm: str, batch: int) -> float:
+        return median_of(rows, arm, f"seconds_per_step_batch{batch}")
+
+    def first(arm: str, batch: int) -> float:
+        return median_of(rows, arm, f"seconds_to_first_token_batch{batch}")
+
+    bytes_ratio = median_of(rows, "base_memory", "bytes_read") / median_of(rows, "base", "bytes_read")
+    ratios = {
+        "bytes_ratio": bytes_ratio,
+        "overhead_over_bytes_ratio": step("base_memory", 1) / step("base", 1) / bytes_ratio,
+    }
+    small, large = min(config.datastore_sizes), max(config.datastore_sizes)
+    for batch in config.batch_sizes:
+        ratios |= {
+            f"overhead_batch{batch}": step("base_memory", batch) / step("base", batch),
+            f"first_token_overhead_batch{batch}": first("base_memory", batch) / first("base", batch),
+            f"speed_over_knn_exact_batch{batch}": step(f"knn_exact_{large}", batch) / step("base_memory", batch),
+            f"speed_over_knn_ivfpq_batch{batch}": step(f"knn_ivfpq_{large}", batch) / step("base_memory", batch),
+            f"knn_exact_growth_batch{batch}": step(f"knn_exact_{large}", batch) / step(f"knn_exact_{small}", batch),
+            f"knn_ivfpq_growth_batch{batch}": step(f"knn_ivfpq_{large}", batch) / step(f"knn_ivfpq_{small}", batch),
+            f"speed_over_rag_batch{batch}": step("rag", batch) / step("base_memory", batch),
+            f"first_token_speed_over_rag_batch{batch}": first("rag", batch) / first("base_memory", batch),
+        }
+    return ratios

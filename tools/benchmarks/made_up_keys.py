@@ -1,0 +1,82 @@
+"""Made-up keys for benchmarks: they stand in for real ones in speed, and not in fidelity.
+
+Shape legend: N keys, D numbers in a key, V vocabulary, C clusters, T typical tokens of a cluster.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.keys import FORMAT, VERSION, unit_name
+
+_SEED = 1
+_SCALE = 1 / 16
+_BLOCK_SIZE = 1024
+_UNIT_POSITIONS = 16 * _BLOCK_SIZE
+
+
+def write_synthetic_keys(root: Path, config: Any, world: World) -> None:
+    """A key directory as extract_keys leaves it, of made-up codes and values."""
+    codes_ND, values_N = synthetic_keys(config.positions, config.dim, config.vocab_size)
+    stage = open_stage(root, stage=FORMAT, version=VERSION, config=config, inputs={"corpus": "made up"}, world=world)
+    firsts = range(0, config.positions, _UNIT_POSITIONS)
+
+    def write(unit: str, writer: UnitWriter) -> None:
+        rows = slice(int(unit), int(unit) + _UNIT_POSITIONS)
+        writer.array(f"keys-{unit}.npy", codes_ND[rows])
+        writer.array(f"values-{unit}.npy", values_N[rows])
+        writer.array(f"log_probabilities-{unit}.npy", np.zeros(len(values_N[rows]), np.float32))
+
+    units = [unit_name(first) for first in firsts]
+    stage.run_units(units, write)
+    stage.finish(
+        units,
+        lambda: {
+            "codec": {"name": "int8", "dim": config.dim, "scale": _SCALE, "energy_kept": 1.0, "clipped_share": 0.0},
+            "num_positions": config.positions,
+            "unit_positions": _UNIT_POSITIONS,
+            "key_size": config.dim,
+            "input_size": 0,
+            "vocab_size": config.vocab_size,
+            "split": "train",
+            "block_size": _BLOCK_SIZE,
+        },
+    )
+
+
+def synthetic_keys(num_keys: int, dim: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes [N, D] and values [N] (uint16 where they fit), by a fixed seed.
+
+    Centres around centres; cluster sizes and values by Zipf's law; standard deviations of the directions fall as
+    1/sqrt(rank), then a random rotation spreads them. Seven values of ten are one of their cluster's 64 tokens, so that
+    1,024 neighbours carry about 290 distinct ones, as on WikiText with a small base.
+    """
+    generator = np.random.default_rng(_SEED)
+    num_clusters = max(1, math.isqrt(num_keys) * 4)
+    spread_D = 1 / np.sqrt(1 + np.arange(dim))
+    rotation_DD = np.linalg.qr(generator.normal(size=(dim, dim)))[0]
+    parents_CD = generator.normal(size=(max(1, num_clusters // 16), dim))
+    centres_CD = parents_CD[generator.integers(len(parents_CD), size=num_clusters)] + generator.normal(
+        size=(num_clusters, dim)
+    )
+    shares_C = 1 / (10 + np.arange(num_clusters))
+    clusters_N = generator.choice(num_clusters, num_keys, p=shares_C / shares_C.sum())
+    states_ND = (centres_CD[clusters_N] + generator.normal(size=(num_keys, dim))) * spread_D @ rotation_DD
+    codes_ND = np.clip(np.rint(states_ND * (32 / states_ND.std())), -127, 127).astype(np.int8)
+
+    shares_V = (1.0 + np.arange(vocab_size)) ** -1.15
+    shares_V /= shares_V.sum()
+    tokens_CT = generator.choice(vocab_size, (num_clusters, 64), p=shares_V)
+    rank_N = np.minimum(generator.geometric(0.15, num_keys) - 1, 63)
+    values_N = np.where(
+        generator.random(num_keys) < 0.7,
+        tokens_CT[clusters_N, rank_N],
+        generator.choice(vocab_size, num_keys, p=shares_V),
+    )
+    return codes_ND, values_N.astype(np.uint16 if vocab_size <= 2**16 else np.uint32)

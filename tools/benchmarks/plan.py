@@ -1,0 +1,230 @@
+"""Benchmark `plan`: **what tools/plan.py says** of a run twice the size of the one it was calibrated on, beside what came out.
+
+Index and targets of 2 N keys, made up or real, and of half of them are made by the front-ends, each in a process of its own
+that tells its peak of resident memory. The plan of 2 N is made from flags and the run over N alone. Errors are fractions of
+what was measured: bytes of index and targets together, seconds of both together, and the memory of the worse of the two.
+
+Keys come as the stage extract_keys would leave them, so their bytes are compared too; corpus and training are not run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import mlpmem_ds
+from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.hashing import shuffled
+from mlpmem_ds.core.log import seconds_of_stage
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.index_directory import open_index
+from mlpmem_ds.formats.keys import FORMAT, VERSION, open_keys, unit_name
+from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.stages import plan
+
+from .common import Report, Row, check_output, row_of, use_threads
+from .targets import synthetic_keys
+
+DESCRIPTION = (
+    "Bytes, memory and time of index and targets as planned from a run of half the size, and as measured. The default "
+    "sizes take about 3 minutes on two cores."
+)
+_STAGES = ("index", "targets")
+_SEED = 1
+_UNIT_POSITIONS = 65536
+_TELL_PEAK = """
+import pathlib, re, runpy, sys
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as done:
+    if done.code:
+        raise
+print(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of tools/bench.py plan."""
+
+    output: Path = option("JSON file to write; a working directory beside it is removed at the end")
+    positions: int = option("keys of the run that calibrates; the plan is for twice as many", 150_000)
+    keys: Path | None = option("key directory (int8) to take keys and values from, in place of made-up ones", None)
+    dim: int = option("numbers in a made-up key", 256)
+    vocab_size: int = option("vocabulary of the made-up values", 50257)
+    k: int = option("neighbours of a position", 1024)
+    nprobe: int = option("lists that a query probes", 16)
+    neighbour_perplexity: float = option("neighbours that count", 100.0)
+    threads: int = option("CPU threads, 0 = as the environment says", 0)
+
+    def __post_init__(self) -> None:
+        for name in ("positions", "dim", "vocab_size", "k", "nprobe"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if not 1 < self.neighbour_perplexity < self.k:
+            raise UserError(f"--neighbour-perplexity {self.neighbour_perplexity:g} must lie between 1 and --k {self.k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a stage left and took."""
+
+    bytes: int
+    seconds: float
+    memory_bytes: int
+
+
+def run(config: Config, world: World) -> None:
+    check_output(config.output)
+    use_threads(config.threads)
+    report = Report("plan", config)
+    with tempfile.TemporaryDirectory(prefix=".bench-plan-", dir=config.output.parent) as work:
+        rows, ratios = measure(config, Path(work), world)
+    report.publish(config.output, rows, ratios)
+
+
+def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[str, float]]:
+    """Run both sizes, the smaller over half of the same keys; plan the larger from the smaller."""
+    small, large = work / "small", work / "large"
+    codes_ND, values_N = keys_of(config)
+    order_N = shuffled(len(codes_ND), _SEED)  # keys of one text are alike: halves must not differ
+    codes_ND, values_N = codes_ND[order_N], values_N[order_N]
+    run_stages(config, codes_ND[: config.positions], values_N[: config.positions], small, world)
+    planned = plan.make_plan(plan_config(config, 2 * config.positions, small))
+    measured = run_stages(config, codes_ND, values_N, large, world)
+    rows = []
+    for stage in _STAGES:
+        cost = planned.costs[stage]
+        pairs = {"planned": (cost.bytes, cost.seconds, cost.rank_memory_bytes)}
+        pairs["measured"] = (measured[stage].bytes, measured[stage].seconds, measured[stage].memory_bytes)
+        for arm, values in pairs.items():
+            for metric, unit, value in zip(("bytes", "seconds", "peak_memory"), ("B", "s", "B"), values, strict=True):
+                rows.append(row_of(arm, f"{stage}_{metric}", unit, [float(value)]))
+    key_files = sum(entry["bytes"] for entry in open_keys(large / "keys").manifest["files"])
+    rows.append(row_of("planned", "keys_bytes", "B", [float(planned.costs["keys"].bytes)]))
+    rows.append(row_of("measured", "keys_bytes", "B", [float(key_files)]))
+    costs = [planned.costs[stage] for stage in _STAGES]
+    ratios = {
+        "bytes_error": _error(
+            sum(cost.bytes for cost in costs) + planned.costs["keys"].bytes,
+            sum(measured[stage].bytes for stage in _STAGES) + key_files,
+        ),
+        "time_error": _error(sum(cost.seconds for cost in costs), sum(measured[stage].seconds for stage in _STAGES)),
+        "memory_error": max(
+            _error(planned.costs[stage].rank_memory_bytes, measured[stage].memory_bytes) for stage in _STAGES
+        ),
+    }
+    for stage in _STAGES:
+        ratios[f"bytes_error_{stage}"] = _error(planned.costs[stage].bytes, measured[stage].bytes)
+        ratios[f"time_error_{stage}"] = _error(planned.costs[stage].seconds, measured[stage].seconds)
+        ratios[f"memory_error_{stage}"] = _error(planned.costs[stage].rank_memory_bytes, measured[stage].memory_bytes)
+    return rows, ratios
+
+
+def keys_of(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """(int8 codes, values) of twice --positions: made up, or the first ones of --keys."""
+    wanted = 2 * config.positions
+    if config.keys is None:
+        return synthetic_keys(wanted, config.dim, config.vocab_size)
+    keys = open_keys(config.keys)
+    if keys.codec != "int8" or keys.num_positions < wanted or keys.manifest["vocab_size"] > config.vocab_size:
+        raise UserError(
+            f"--keys {config.keys} holds {keys.num_positions:,} keys of codec {keys.codec} and a vocabulary of "
+            f"{keys.manifest['vocab_size']:,}: give int8 keys, --positions up to half of them, and that --vocab-size"
+        )
+    dtype = np.uint16 if config.vocab_size <= 2**16 else np.uint32
+    return keys.read("keys", 0, wanted), keys.read("values", 0, wanted).astype(dtype)
+
+
+def plan_config(config: Config, positions: int, run_of_half: Path) -> plan.Config:
+    """The flags that a user gives: how many tokens, and the run to learn from; the base is of no matter here."""
+    return plan.Config(
+        positions=positions, calibrate=run_of_half, parameters=1e6, threads=torch.get_num_threads(), search="ivf"
+    )
+
+
+def run_stages(
+    config: Config, codes_ND: np.ndarray, values_N: np.ndarray, root: Path, world: World
+) -> dict[str, Measured]:
+    """Index and targets of these keys in `root`; what they took."""
+    write_keys(root / "keys", codes_ND, values_N, config, world)
+    threads = ("--threads", config.threads)
+    keys, index = ("--keys", root / "keys"), root / "index"
+    peaks = {"index": peak_of_front_end("build_index", *keys, "--output", index, *threads)}
+    peaks["targets"] = peak_of_front_end(
+        *("write_targets", *keys, "--index", index, "--output", root / "targets", *threads),
+        *("--k", config.k, "--nprobe", config.nprobe, "--search", "ivf"),
+        *("--neighbour-perplexity", config.neighbour_perplexity),
+    )
+    manifests = {"index": open_index(index).manifest, "targets": open_targets(root / "targets").manifest}
+    return {
+        stage: Measured(
+            bytes=sum(entry["bytes"] for entry in manifests[stage]["files"]),
+            seconds=seconds_of_stage(root / stage) or 0.0,
+            memory_bytes=peaks[stage],
+        )
+        for stage in _STAGES
+    }
+
+
+def peak_of_front_end(name: str, *words: object) -> int:
+    """Run a front-end as a user does, in a process of its own: the most bytes that were resident in it.
+
+    Raises:
+        UserError: it failed; with what it said.
+    """
+    command = [sys.executable, "-c", _TELL_PEAK, str(Path(__file__).parents[1] / f"{name}.py"), *map(str, words)]
+    paths = [str(Path(mlpmem_ds.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(f"{name} failed, so there is nothing to compare with: {done.stderr.strip()}")
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def write_keys(root: Path, codes_ND: np.ndarray, values_N: np.ndarray, config: Config, world: World) -> None:
+    """A key directory as extract_keys leaves it, without inputs."""
+    stage = open_stage(root, stage=FORMAT, version=VERSION, config=config, inputs={"corpus": "made up"}, world=world)
+    firsts = {unit_name(block.start): slice(*block) for block in split_blocks(len(codes_ND), _UNIT_POSITIONS)}
+
+    def write(unit: str, writer: UnitWriter) -> None:
+        rows = firsts[unit]
+        writer.array(f"keys-{unit}.npy", codes_ND[rows])
+        writer.array(f"values-{unit}.npy", values_N[rows])
+        writer.array(f"log_probabilities-{unit}.npy", np.zeros(len(values_N[rows]), np.float32))
+
+    stage.run_units(list(firsts), write)
+    stage.finish(
+        list(firsts),
+        lambda: {
+            "codec": {
+                "name": "int8",
+                "dim": codes_ND.shape[1],
+                "scale": 1 / 16,
+                "energy_kept": 1.0,
+                "clipped_share": 0.0,
+            },
+            "num_positions": len(codes_ND),
+            "unit_positions": _UNIT_POSITIONS,
+            "key_size": codes_ND.shape[1],
+            "input_size": 0,
+            "vocab_size": config.vocab_size,
+            "split": "train",
+            "block_size": 1024,
+        },
+    )
+
+
+def _error(planned: float, measured: float) -> float:
+    return abs(planned - measured) / measured

@@ -1,0 +1,300 @@
+"""Benchmark `train`: sparse targets as read from disk → **one optimizer step of the memory**, ours beside the published loop.
+
+ours        what `stages.train` does: batch in CSR, chunked sparse loss in the forward of the head, ZeRO engine with fused AdamW.
+            bfloat16 products by ds_configs/zero2.json; ours_fp32 the same in float32 by ds_configs/cpu.json.
+published   what the published loop does, written anew: a Python loop that makes a dense row of each target, full logits,
+            log_softmax + kl_div + cross_entropy, torch's plain AdamW, clipping, autograd's anomaly detection on.
+repaired    the same without anomaly detection, and with one vectorised scatter for the dense targets.
+
+All have the same network, initial weights and batch; published and repaired are measured in float32 and, `_bf16`, under
+bfloat16 autocast. The ratios take the faster of each pair; `…_published_float32_…` compares with the published loop in float32,
+as it runs where nothing asks for another. A step starts from arrays in memory: reading is left out on both sides.
+`outside_matmul_share` is the share of a step's processor time (on a GPU: device time) that is not in matrix products.
+
+With a GPU also: model FLOPs utilisation and peak memory of a step of a larger preset.
+
+Shape legend: N rows, D input size, V vocabulary, E entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed import AdamWSettings, Engine, build_engine, resolve_ds_config, set_up_distributed
+from mlpmem_ds.engines.device_peak import peak_of
+from mlpmem_ds.maths.sparse_loss import TargetBatch
+from mlpmem_ds.models.memory import PRESETS, Memory, MemoryConfig
+from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.stages.training_loop import most_memory
+
+from .common import Report, Row, check_output, interleave, median_of, row_of, timing_rows, use_threads
+
+DESCRIPTION = (
+    "A training step: ours, and the published loop as shipped and repaired, on the identical network and batch. "
+    "The default sizes take about 3 minutes and 6 GB on two cores."
+)
+_SEED = 1
+_ALPHA, _LEARNING_RATE, _CLIPPING = 0.5, 1e-4, 1.0
+_DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+_MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "aten::mkldnn_")
+_GPU_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of tools/bench.py train."""
+
+    output: Path = option("JSON file to write")
+    rows: int = option("positions in a step", 1024)
+    width: int = option("numbers in an input and in a hidden state", 256)
+    num_blocks: int = option("residual blocks of the memory", 6)
+    vocab_sizes: tuple[int, ...] = option("vocabularies, one after another", (8192, 50257))
+    entries: int = option("teacher entries of each row", 64)
+    runs: int = option("timed steps of each arm", 3)
+    threads: int = option("CPU threads, 0 = as the environment says", 0)
+    gpu_preset: str = option("memory whose step is measured where there is a GPU", "1b")
+    gpu_rows: int = option("positions in that step", 16384)
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "width", "num_blocks", "entries", "runs", "gpu_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.threads < 0:
+            raise UserError(f"--threads {self.threads} must be 0 or more")
+        if self.entries > min(self.vocab_sizes):
+            raise UserError(
+                f"--entries {self.entries} distinct ids do not fit in --vocab-sizes {min(self.vocab_sizes)}"
+            )
+        if self.gpu_preset not in PRESETS:
+            raise UserError(f"--gpu-preset {self.gpu_preset!r} is none of {', '.join(PRESETS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A step's rows as arrays in memory, targets in CSR."""
+
+    inputs_ND: Tensor
+    labels_N: Tensor
+    offsets: np.ndarray
+    ids_E: np.ndarray
+    probabilities_E: np.ndarray
+
+
+def run(config: Config, world: World) -> None:
+    check_output(config.output)
+    use_threads(config.threads)
+    set_up_distributed(world)
+    report = Report("train", config)
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    for vocab_size in config.vocab_sizes:
+        measured = measure(config, vocab_size, world)
+        rows += measured
+        ratios |= ratios_of(measured, vocab_size)
+    if torch.cuda.is_available():
+        measured = measure_large_step(config, world)
+        rows += measured
+        ratios["mfu_large_step"] = median_of(measured, f"ours {config.gpu_preset}", "mfu")
+    report.publish(config.output, rows, ratios)
+
+
+def measure(config: Config, vocab_size: int, world: World) -> list[Row]:
+    """Rows of all arms at one vocabulary; the arms are called `NAME vV`."""
+    memory, batch = memory_config(config, vocab_size), make_batch(config, vocab_size)
+    steps = {f"{name} v{vocab_size}": step for name, step in make_steps(memory, batch, world).items()}
+    for step in steps.values():
+        step()  # warms up
+    rows = timing_rows(interleave(steps, config.runs))
+    mine = f"ours v{vocab_size}"
+    rows.append(row_of(mine, "outside_matmul_share", "1", [share_outside_products(steps[mine])]))
+    return rows
+
+
+def ratios_of(rows: Sequence[Row], vocab_size: int) -> dict[str, float]:
+    """How many times faster ours is by the clock, and (`cpu_…`) in processor time; the faster of each pair of dtypes."""
+
+    def fastest(arms: Sequence[str], metric: str) -> float:
+        return min(median_of(rows, f"{arm} v{vocab_size}", metric) for arm in arms)
+
+    return {
+        f"{prefix}speed_over_{other}_v{vocab_size}": fastest([other, f"{other}_bf16"], metric)
+        / fastest(["ours", "ours_fp32"], metric)
+        for other in ("published", "repaired")
+        for prefix, metric in (("", "wall_seconds"), ("cpu_", "cpu_seconds"))
+    } | {
+        f"speed_over_published_float32_v{vocab_size}": fastest(["published"], "wall_seconds")
+        / fastest(["ours", "ours_fp32"], "wall_seconds"),
+        f"outside_matmul_share_v{vocab_size}": median_of(rows, f"ours v{vocab_size}", "outside_matmul_share"),
+    }
+
+
+def memory_config(config: Config, vocab_size: int) -> MemoryConfig:
+    return MemoryConfig(
+        input_size=config.width,
+        hidden_size=config.width,
+        intermediate_size=4 * config.width,
+        num_blocks=config.num_blocks,
+        vocab_size=vocab_size,
+    )
+
+
+def make_batch(config: Config, vocab_size: int) -> Batch:
+    """Random inputs; `entries` distinct ascending ids a row, as target shards hold them."""
+    generator = torch.Generator().manual_seed(_SEED)
+    ids = [
+        torch.randperm(vocab_size, generator=generator)[: config.entries].sort().values.clone()
+        for _ in range(config.rows)
+    ]
+    logits = 2 * torch.randn(config.rows, config.entries, generator=generator)
+    return Batch(
+        inputs_ND=torch.randn(config.rows, config.width, generator=generator),
+        labels_N=torch.randint(vocab_size, (config.rows,), generator=generator),
+        offsets=np.arange(config.rows + 1) * config.entries,
+        ids_E=torch.cat(ids).numpy(),
+        probabilities_E=logits.softmax(1).reshape(-1).numpy(),
+    )
+
+
+def make_steps(memory: MemoryConfig, batch: Batch, world: World) -> dict[str, Callable[[], float]]:
+    """Name → one step of that arm, which gives its loss. All start from the same weights."""
+    steps: dict[str, Callable[[], float]] = {}
+    for name, file in (("ours", "zero2.json"), ("ours_fp32", "cpu.json")):
+        engine = make_engine(memory, file, len(batch.labels_N), world)
+        steps[name] = partial(step_of_ours, engine, batch)
+    for name, collate, has_anomaly_detection in (
+        ("published", collate_row_by_row, True),
+        ("repaired", collate_at_once, False),
+    ):
+        for suffix, autocast in (("", False), ("_bf16", True)):
+            steps[name + suffix] = make_plain_step(
+                memory, batch, collate=collate, autocast=autocast, has_anomaly_detection=has_anomaly_detection
+            )
+    return steps
+
+
+def make_engine(memory: MemoryConfig, file: str, rows: int, world: World) -> Engine:
+    ds_config = resolve_ds_config(
+        _DS_CONFIGS / file,
+        batch=rows,
+        batch_flag="--rows",
+        world_size=world.size,
+        max_micro_batch=rows,
+        gradient_clipping=_CLIPPING,
+    )
+    return build_engine(
+        partial(MemoryObjective, memory, alpha=_ALPHA),
+        config=ds_config,
+        settings=AdamWSettings(),
+        seed=_SEED,
+        world=world,
+    )
+
+
+def step_of_ours(engine: Engine, batch: Batch) -> float:
+    targets = TargetBatch(
+        offsets_N1=torch.from_numpy(batch.offsets),
+        ids=torch.from_numpy(batch.ids_E),
+        probabilities=torch.from_numpy(batch.probabilities_E),
+        labels_N=batch.labels_N,
+    )
+    arguments = batch.inputs_ND.to(engine.device, engine.dtype), targets.to(engine.device)
+    return float(engine.train_step([arguments], _LEARNING_RATE)[0][0])
+
+
+def make_plain_step(
+    memory: MemoryConfig,
+    batch: Batch,
+    *,
+    collate: Callable[[Batch, int], Tensor],
+    autocast: bool,
+    has_anomaly_detection: bool,
+) -> Callable[[], float]:
+    """The published loop's step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(_SEED)
+    model = Memory(memory).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step() -> float:
+        targets_NV = collate(batch, memory.vocab_size).to(device)
+        labels_N = batch.labels_N.to(device)
+        with torch.autograd.set_detect_anomaly(has_anomaly_detection):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                logits_NV = model.head(model(batch.inputs_ND.to(device)))
+            kl = F.kl_div(F.log_softmax(logits_NV.float(), dim=-1), targets_NV, reduction="batchmean")
+            loss = _ALPHA * kl + (1 - _ALPHA) * F.cross_entropy(logits_NV.float(), labels_N)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def collate_row_by_row(batch: Batch, vocab_size: int) -> Tensor:
+    """[N, V]: a dense row at a time, then stacked."""
+    rows = []
+    for row in range(len(batch.labels_N)):
+        entries = slice(batch.offsets[row], batch.offsets[row + 1])
+        dense_V = torch.zeros(vocab_size)
+        dense_V[torch.tensor(batch.ids_E[entries])] = torch.tensor(batch.probabilities_E[entries])
+        rows.append(dense_V)
+    return torch.stack(rows)
+
+
+def collate_at_once(batch: Batch, vocab_size: int) -> Tensor:
+    """[N, V] by one scatter."""
+    dense_NV = torch.zeros(len(batch.labels_N), vocab_size)
+    rows_E = torch.from_numpy(np.repeat(np.arange(len(batch.labels_N)), np.diff(batch.offsets)))
+    dense_NV[rows_E, torch.from_numpy(batch.ids_E)] = torch.from_numpy(batch.probabilities_E)
+    return dense_NV
+
+
+def share_outside_products(step: Callable[[], Any]) -> float:
+    """The share of a step's own time in operators (device time on a GPU) that is not matrix products'."""
+    is_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]) as profiler:
+        step()
+    total = products = 0.0
+    for event in profiler.key_averages():
+        time = event.self_device_time_total if is_gpu else event.self_cpu_time_total
+        total += time
+        products += time if event.key.startswith(_MATRIX_PRODUCTS) else 0.0
+    return 1 - products / total if total else math.nan
+
+
+def measure_large_step(config: Config, world: World) -> list[Row]:
+    """On a GPU: utilisation of the measured peak, and most memory, of steps of a large memory with ZeRO-1."""
+    memory = PRESETS[config.gpu_preset](32_000)
+    engine = make_engine(memory, "zero1.json", config.gpu_rows, world)
+    small = make_batch(
+        Config(output=config.output, rows=config.gpu_rows, width=memory.hidden_size, entries=config.entries),
+        memory.vocab_size,
+    )
+    step = partial(step_of_ours, engine, small)
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = [timing.wall for timing in interleave({"step": step}, _GPU_STEPS)["step"]]
+    peak = peak_of(engine.device, engine.dtype)
+    flops = 6.0 * memory.num_matrix_parameters() * config.gpu_rows
+    arm = f"ours {config.gpu_preset}"
+    return [
+        row_of(arm, "mfu", f"share of {peak.source}", [flops / second / peak.flops for second in seconds]),
+        row_of(arm, "peak_memory", "B", [most_memory(engine.device)]),
+        row_of(arm, "wall_seconds", "s", seconds),
+    ]
