@@ -9,7 +9,7 @@ command -v "$python" >/dev/null || { echo "error: no $python on this machine: se
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "error: $("$python" --version) is too old: set PYTHON=/path/to/python (3.10 or newer)" >&2; exit 2; }
 
-wanted=$({ "$python" --version; cat requirements.txt pyproject.toml setup.py launch/setup.sh; } | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+wanted=$({ "$python" --version; cat requirements.txt pyproject.toml launch/setup.sh; } | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 stamp=.venv/installed.sha256
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 

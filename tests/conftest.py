@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,24 @@ def write_text(root: Path, *, num_files: int = 24, seed: int = 0) -> Path:
         lines = [" ".join(generator.choices(words, k=generator.randint(3, 9))) for _ in range(generator.randint(8, 24))]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_flush_to_disk() -> Iterator[None]:
+    """Half of a small stage's time is fsync, which a test that kills processes, not machines, cannot tell from none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_as_before() -> Iterator[None]:
+    """A training in this process leaves its rank in the environment, where the next file's stages would find it."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

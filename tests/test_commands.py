@@ -63,7 +63,7 @@ def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path:
     source.mkdir()
     for name in ("mlpmem_ds", "tools", "launch", "ds_configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = "import setuptools.build_meta as backend, sys; print(backend.build_wheel(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True)
@@ -77,12 +77,12 @@ def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path:
         (metadata,) = [name for name in names if name.endswith("METADATA")]
         assert f"Version: {mlpmem_ds.__version__}" in archive.read(metadata).decode()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mlpmem_ds").rglob("*.py")}
-    assert not sources - names
+    assert not sources - names, "[tool.setuptools] packages of pyproject.toml"
     assert {"mlpmem_ds/py.typed", "mlpmem_ds/formats/README.md", "mlpmem_ds/ds_configs/zero3.json"} <= names
     assert {f"mlpmem_ds/{path.parent.name}/{path.name}" for path in FRONT_ENDS.values()} <= names
-    assert "mlpmem_ds/tools/benchmarks/common.py" in names
+    assert {f"mlpmem_ds/tools/benchmarks/{path.name}" for path in (ROOT / "tools/benchmarks").glob("*.py")} <= names
     expected = {f"mlpmem-{name.replace('_', '-')}": "mlpmem_ds.commands:main" for name in FRONT_ENDS}
-    assert dict(entry_points["console_scripts"]) == expected
+    assert dict(entry_points["console_scripts"]) == expected, "[project.scripts] of pyproject.toml"
     # As it lies in the wheel, without the checkout: unpacked, it lists its commands and finds its configurations.
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:

@@ -108,5 +108,6 @@ class Progress:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = self._done / seconds
         left = f", {(self._total - self._done) / rate:.0f} s left" if 0 < self._done < self._total else ""
-        share = f"{self._label}: {self._done:,} of {self._total:,} {self._unit}"
+        total = max(self._total, self._done)  # units made again, or taken over from another rank, were not foreseen
+        share = f"{self._label}: {self._done:,} of {total:,} {self._unit}"
         return f"{share} in {seconds:.0f} s ({rate:,.0f} {self._unit}/s{left}){' ' + note if note else ''}"

@@ -149,20 +149,25 @@ class StageDirectory:
         taken_over: bool = False,
     ) -> bool:
         """Compute and publish one unit; False where another process is at it, or has just made it."""
-        had_record = self.record_path(unit).exists()
         self.record_path(unit).parent.mkdir(exist_ok=True)
         with claim(self._claim_path(unit)) as is_mine:
-            if not is_mine or self.record_path(unit).exists() != had_record:
+            if not is_mine:
                 return False
+            if self.record_path(unit).exists():
+                fault = self.fault_of_unit(unit)
+                if fault is None:
+                    return False
+                _logger.warning("%s: making the unit again", fault)
+                # Not complete meanwhile, for readers and for the other ranks, one of which may be about to finish.
+                os.replace(self.record_path(unit), self._former_path(unit))
+            self.manifest_path.unlink(missing_ok=True)
             former = self._former_files(unit)
-            if had_record:
-                _logger.warning("%s: making the unit again", self.fault_of_unit(unit))
-                self.manifest_path.unlink(missing_ok=True)  # so that nobody reads the directory meanwhile
             writer = UnitWriter(self.root)
             start = time.monotonic()
             summary = compute(unit, writer)
             self._refuse_other_bytes(unit, former, writer.records)
             self._publish_record(unit, writer.records, summary or {})
+            self._former_path(unit).unlink(missing_ok=True)
         seconds = round(time.monotonic() - start, 3)
         self.log.write("unit", unit=unit, seconds=seconds, **({"taken_over": True} if taken_over else {}))
         return True
@@ -170,10 +175,14 @@ class StageDirectory:
     def _claim_path(self, unit: str) -> Path:
         return self.root / "done" / f".{unit}.claim"
 
+    def _former_path(self, unit: str) -> Path:
+        """The record of a unit that was found damaged, until it is made again."""
+        return self.root / "done" / f".{unit}.former"
+
     def _former_files(self, unit: str) -> list[FileRecord] | None:
         """The files of a unit's earlier record; None where there is none that can be read."""
         try:
-            return [FileRecord(**entry) for entry in self.read_record(unit)["files"]]
+            return [FileRecord(**entry) for entry in read_json(self._former_path(unit))["files"]]
         except (DamagedDataError, KeyError, TypeError):
             return None
 
@@ -199,8 +208,8 @@ class StageDirectory:
         self._wait_while_missing(units, lambda unit: self.fault_of_unit(unit) is not None)
 
     def _wait_while_missing(self, units: Sequence[str], is_missing: Callable[[str], bool]) -> None:
-        last_line = time.monotonic()
-        while missing := [unit for unit in units if is_missing(unit)]:
+        last_line, missing = time.monotonic(), list(units)
+        while missing := [unit for unit in missing if is_missing(unit)]:
             known = [unit for unit in missing if unit in self._compute_of_unit]
             if any(self._make(unit, self._compute_of_unit[unit], taken_over=True) for unit in known):
                 continue
@@ -281,15 +290,8 @@ def open_stage(
         "config": {**identity_values(config), **(extra or {})},
     }
     identity_path = output / "identity.json"
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: choose a directory")
-    names = (
-        {entry.name for entry in output.iterdir()} if output.is_dir() else set()
-    )  # once: other ranks are starting too
-    if identity_path.name in names:
+    if check_output(output, stage=stage):
         refuse_other_run(output, read_json(identity_path), identity)
-    elif any(not name.startswith(".") for name in names):
-        raise UserError(f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it")
     output.mkdir(parents=True, exist_ok=True)
     if not identity_path.is_file():
         publish_json(identity_path, identity)
@@ -299,6 +301,23 @@ def open_stage(
         publish_json(output / "run.json", describe_run(config, world))
     directory.log.write("started", world=world.size)
     return directory
+
+
+def check_output(output: Path, *, stage: str) -> bool:
+    """Whether a run was begun there; for callers that do long work before `open_stage`.
+
+    Raises:
+        UserError: it is a file, or holds something that is no stage's.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: choose a directory")
+    # Listed once: other ranks are starting too.
+    names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    if "identity.json" in names:
+        return True
+    if any(not name.startswith(".") for name in names):
+        raise UserError(f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it")
+    return False
 
 
 def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str, Any], str]:
@@ -328,6 +347,8 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
         )
         raise UserError(f"{flag} {root} {state}")
     manifest = read_json(path)
+    if not isinstance(manifest, dict):
+        raise DamagedDataError(f"{path} is damaged: not a JSON object; run its stage again, it writes it anew")
     if manifest.get("format") != f"mlpmem-{stage}":
         raise UserError(f"{flag} {root} holds {manifest.get('format')!r}, not mlpmem-{stage}")
     if manifest.get("version") != version:
@@ -335,8 +356,14 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
             f"{flag} {root} has version {manifest.get('version')}, this program reads {version}: "
             "use the release that wrote it, or remake it"
         )
-    for entry in manifest["files"]:
-        if fault := fault_of_file(root, FileRecord(**entry), checksum=False):
+    try:
+        records = [FileRecord(**entry) for entry in manifest["files"]]
+    except (KeyError, TypeError) as error:
+        raise DamagedDataError(
+            f"{path} is damaged: its list of files cannot be read; run its stage again, it writes it anew"
+        ) from error
+    for record in records:
+        if fault := fault_of_file(root, record, checksum=False):
             raise DamagedDataError(f"{fault}: run the stage that made {root} again, it remakes only what is damaged")
     return manifest, sha256_of_file(path)
 

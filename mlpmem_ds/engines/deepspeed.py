@@ -1,4 +1,4 @@
-"""DeepSpeed: process groups, its configuration file, the ZeRO engine, and checkpoints. No other file imports deepspeed.
+"""DeepSpeed: process groups, its configuration file, and the ZeRO engine. No other file imports deepspeed.
 
 Place in the pipeline: under `train` and `train_base`. The library is imported inside functions, because it reads its
 environment (DS_ACCELERATOR) while it is imported. What DeepSpeed 0.19 does silently and we refuse or repair:
@@ -27,34 +27,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.ds_config import compute_dtype, resolve_numbers, zero_stage
-from mlpmem_ds.engines.processes import (
-    gather_values,
-    keep_freed_memory,
-    leave_process_group,
-    meeting_point,
-)
-from mlpmem_ds.formats.checkpoint import (
-    Checkpoint,
-    checkpoint_name,
-    fault_of_checkpoint,
-    list_checkpoints,
-    publish_checkpoint,
-    read_checkpoint,
-    record_and_flush,
-    remove_old_checkpoints,
-    remove_unfinished,
-    set_aside,
-)
+from mlpmem_ds.engines.checkpoints import find_checkpoint, save_checkpoint
+from mlpmem_ds.engines.ds_config import check_sections, compute_dtype, resolve_numbers, zero_stage
+from mlpmem_ds.engines.processes import keep_freed_memory, leave_process_group, meeting_point, wait_for_all
+from mlpmem_ds.engines.zero_state import ZeroState, load_other_layout, whole_shape, whole_size, whole_weights
+from mlpmem_ds.formats.checkpoint import Checkpoint
 
 _logger = logging.getLogger(__name__)
-# The lists of this rank's flat float32 weights in DeepSpeed's ZeRO-3, ZeRO-1/2 and bf16 ZeRO-1 optimizers.
-_FLAT_MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_CHECKPOINT_BYTES_OF_A_PARAMETER = 14  # float32 master weight and two moments, bfloat16 weight
 
 
 def import_deepspeed() -> Any:
@@ -119,38 +100,9 @@ def resolve_ds_config(
         max_micro_batch=max_micro_batch,
         gradient_clipping=gradient_clipping,
     )
-    _check_sections(path, resolved)
-    return resolved
-
-
-def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
-    """Let DeepSpeed check the ZeRO section's keys and values now, before anything is written."""
     import_deepspeed()
-    for name, module, model in (
-        ("zero_optimization", "deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
-        ("bf16", "deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
-    ):
-        section = config.get(name, {})
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: {name} must be an object, not {section!r}")
-        try:
-            getattr(importlib.import_module(module), model)(**section)
-        except Exception as error:  # pydantic's own family, which this file would only know by importing pydantic
-            lines = [line.strip() for line in str(error).splitlines()]
-            raise UserError(
-                f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key"
-            ) from error
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device") == "nvme":
-        if not importlib.import_module("deepspeed.ops").__compatible_ops__.get("async_io", False):
-            raise UserError(
-                f"{path} offloads to NVMe, and DeepSpeed's async_io does not build here: install libaio "
-                "(libaio-dev) or use ds_configs/zero3_offload.json"
-            )
-        if not Path(str(offload.get("nvme_path"))).is_dir():
-            raise UserError(
-                f"{path}: nvme_path {offload.get('nvme_path')!r} is not a directory: name one on a local NVMe"
-            )
+    check_sections(path, resolved, importlib.import_module)
+    return resolved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +135,17 @@ class Engine:
     def is_first(self) -> bool:
         """Whether this rank is the one that speaks."""
         return self._world.is_first
+
+    @property
+    def _state(self) -> ZeroState:
+        return ZeroState(
+            module=self.module,
+            wrapper=self._engine.optimizer,
+            optimizer=self._engine.basic_optimizer,
+            fragments=importlib.import_module("deepspeed.utils"),
+            stage=self.stage,
+            world=self._world,
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -264,59 +227,24 @@ class Engine:
         Raises:
             UserError: the disk is full, or refuses the files for another reason; older checkpoints stay.
         """
-        name = checkpoint_name(step) + ".tmp"
-        fault = self._prepare_place(root) if self._world.is_first else None
-        if fault := gather_values(fault, self._world)[0]:
-            raise UserError(fault)
-        try:
-            self._engine.save_checkpoint(
-                str(root), tag=name, client_state={"mlpmem": {"step": step}}, save_latest=False
-            )
-        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where a disk is full
-            self._give_up_saving(root, step, error)
-        self.wait()
-        names = sorted(str(path.relative_to(root / name)) for path in (root / name).rglob("*") if path.is_file())
-        shares = gather_values(
-            record_and_flush(root / name, deal(names, self._world.rank, self._world.size)), self._world
+        described = {
+            **fields,
+            "world": self._world.size,
+            "zero_stage": self.stage,
+            "skipped_steps": self.skipped_steps,
+            "values": dict(values),
+        }
+        return save_checkpoint(
+            root,
+            step,
+            write=lambda tag: self._engine.save_checkpoint(
+                str(root), tag=tag, client_state={"mlpmem": {"step": step}}, save_latest=False
+            ),
+            described=described,
+            num_parameters=sum(whole_size(parameter) for parameter in self.module.parameters()),
+            keep=keep,
+            world=self._world,
         )
-        if self._world.is_first:
-            described = {
-                **fields,
-                "world": self._world.size,
-                "zero_stage": self.stage,
-                "skipped_steps": self.skipped_steps,
-                "values": dict(values),
-            }
-            try:
-                publish_checkpoint(root, step, described, [record for share in shares for record in share])
-            except OSError as error:
-                self._give_up_saving(root, step, error)
-            remove_old_checkpoints(root, keep)
-        self.wait()
-        return root / checkpoint_name(step)
-
-    def _prepare_place(self, root: Path) -> str | None:
-        """Make the directory, remove what a killed run left there, and say so where the disk cannot hold a checkpoint."""
-        root.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(root)
-        needed = sum(_numel(parameter) for parameter in self.module.parameters()) * _CHECKPOINT_BYTES_OF_A_PARAMETER
-        free = shutil.disk_usage(root).free
-        if free < needed:
-            return (
-                f"a checkpoint needs {needed / 1e9:.2f} GB, and {root} has {free / 1e9:.2f} GB free: free some space "
-                "and run the same command again, it continues from the newest checkpoint"
-            )
-        return None
-
-    def _give_up_saving(self, root: Path, step: int, error: Exception) -> None:
-        """Raise a UserError with the remedy; what was half written goes."""
-        shutil.rmtree(root / (checkpoint_name(step) + ".tmp"), ignore_errors=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the checkpoint of step {step} could not be written below {root} ({reason}; "
-            f"{shutil.disk_usage(root).free / 1e9:.2f} GB are free there): free some space and run the same command again, "
-            "it continues from the newest checkpoint, which is untouched"
-        ) from error
 
     def resume(
         self, root: Path, *, copies: Path | None = None, fields: Mapping[str, Any] | None = None
@@ -331,35 +259,12 @@ class Engine:
         Raises:
             UserError: there are checkpoints and none of them is whole, or the ZeRO stage cannot be changed to this one.
         """
-        if self._world.is_first:
-            remove_unfinished(root)
-        self.wait()
-        places = [root] if copies is None else [root, copies]
-        candidates = sorted(
-            (path for place in places for path in list_checkpoints(place)), key=lambda path: path.name, reverse=True
-        )
-        for path in candidates:
-            fault = self._fault_of(path)
-            if fault is None:
-                checkpoint = read_checkpoint(path)
-                _refuse_other_training(checkpoint, fields or {})
-                self._load(checkpoint)
-                _logger.info("resuming from %s (step %d)", path, checkpoint.step)
-                return SavedState(step=checkpoint.step, values=checkpoint.manifest["values"])
-            if self._world.is_first:
-                _logger.warning("%s: not resuming from %s, it is set aside as *.damaged", fault, path)
-                set_aside(path)
-        damaged = [path for place in places if place.is_dir() for path in place.glob("step-*.damaged")]
-        if candidates or damaged:
-            raise UserError(
-                f"no checkpoint in {root} is whole ({len(candidates) or len(damaged)} damaged): restore one from "
-                f"a copy, or remove {root} to start anew"
-            )
-        return None
-
-    def _fault_of(self, path: Path) -> str | None:
-        faults = gather_values(fault_of_checkpoint(path, rank=self._world.rank, size=self._world.size), self._world)
-        return next(filter(None, faults), None)
+        checkpoint = find_checkpoint(root, copies=copies, fields=fields or {}, world=self._world)
+        if checkpoint is None:
+            return None
+        self._load(checkpoint)
+        _logger.info("resuming from %s (step %d)", checkpoint.path, checkpoint.step)
+        return SavedState(step=checkpoint.step, values=checkpoint.manifest["values"])
 
     def _load(self, checkpoint: Checkpoint) -> None:
         saved_stage, saved_world = checkpoint.manifest["zero_stage"], checkpoint.manifest["world"]
@@ -382,62 +287,15 @@ class Engine:
                 self._world.size,
                 self.stage,
             )
-        self._load_other_layout(checkpoint)
-
-    def _load_other_layout(self, checkpoint: Checkpoint) -> None:
-        """Through DeepSpeed's universal format: whole float32 weights and moments, a folder a parameter."""
-        universal = checkpoint.path.with_name(checkpoint.path.name + ".universal.tmp")
-        if self._world.is_first:
-            _convert_to_universal(checkpoint.path, universal)
-        self.wait()
         skipped = checkpoint.manifest["skipped_steps"]
-        self._make_moments(checkpoint.step - skipped)
-        for name, parameter in self.module.named_parameters():
-            for state in ("fp32", *_MOMENTS):
-                loaded = torch.load(universal / "zero" / name / f"{state}.pt", map_location="cpu", weights_only=True)
-                tensor = loaded["param"] if isinstance(loaded, dict) else loaded
-                self._set_whole(parameter, state, tensor.reshape(-1)[: _numel(parameter)].float())
+        load_other_layout(
+            checkpoint,
+            self._state,
+            steps_applied=checkpoint.step - skipped,
+            convert=_convert_to_universal,
+            set_parameter=set_parameter,
+        )
         self._engine.global_steps, self._engine.skipped_steps = checkpoint.step, skipped
-        self.wait()
-        if self._world.is_first:
-            shutil.rmtree(universal)
-            (checkpoint.path.parent / "latest_universal").unlink(missing_ok=True)
-
-    def _make_moments(self, steps: int) -> None:
-        """Adam's state, which would only come into being in the first step: zero moments after so many steps."""
-        wrapper, optimizer = self._engine.optimizer, self._engine.basic_optimizer
-        is_torch = isinstance(optimizer, torch.optim.AdamW)
-        flat = next(getattr(wrapper, name) for name in _FLAT_MASTERS if hasattr(wrapper, name))
-        for master in flat:
-            optimizer.state[master] = {
-                "step": torch.tensor(float(steps), device=master.device) if is_torch else steps,
-                **{name: torch.zeros_like(master) for name in _MOMENTS},
-            }
-        if self.stage < 3:
-            wrapper._lazy_init_hp_params_optimizer_state()
-
-    def _set_whole(self, parameter: nn.Parameter, state: str, values: torch.Tensor) -> None:
-        """Write this rank's part of a parameter's float32 weight or moment; `values` is the whole of it, flat."""
-        fragments = importlib.import_module("deepspeed.utils")
-        if self.stage == 3:
-            local = (
-                fragments.safe_get_local_fp32_param(parameter)
-                if state == "fp32"
-                else fragments.safe_get_local_optimizer_state(parameter, state)
-            )
-            padded = torch.zeros(local.numel() * self._world.size)
-            padded[: len(values)] = values
-            mine = padded[local.numel() * self._world.rank :][: local.numel()].to(local.device)
-            if state == "fp32":
-                fragments.safe_set_local_fp32_param(parameter, mine)
-            else:
-                fragments.safe_set_local_optimizer_state(parameter, mine, state)
-        elif state == "fp32":
-            fragments.safe_set_full_fp32_param(parameter, values.to(parameter.device))
-        else:
-            fragments.safe_set_full_optimizer_state(parameter, values.to(parameter.device), state)
-        if state == "fp32":
-            set_parameter(parameter, values)
 
     # -- weights
 
@@ -446,34 +304,17 @@ class Engine:
 
         Rank 0 needs 4 bytes a parameter of memory.
         """
-        fragments = importlib.import_module("deepspeed.utils")
-        weights = {}
-        for name, parameter in self.module.named_parameters():
-            has_master = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-            whole = fragments.safe_get_full_fp32_param(parameter) if has_master else parameter.detach()
-            if self._world.is_first:
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                weights[name] = whole.detach().reshape(shape).to("cpu", torch.float32, copy=True)
-        return weights
+        return whole_weights(self._state)
 
     def wait(self) -> None:
         """Until every rank is here."""
-        torch.distributed.barrier()
+        wait_for_all(self._world)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks."""
         if self._world.size > 1:
             torch.distributed.all_reduce(values)
         return values / self._world.size
-
-
-def _refuse_other_training(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> None:
-    for name, wanted in fields.items():
-        if checkpoint.manifest.get(name) != wanted:
-            raise UserError(
-                f"{checkpoint.path} is of another training (its {name} differs): give each training its own --output and "
-                "--copy-to"
-            )
 
 
 def build_engine(
@@ -512,8 +353,8 @@ def _make_optimizer(model: nn.Module, config: Mapping[str, Any], settings: AdamW
     """AdamW at learning rate 0 (each step sets it); biases and norms are not decayed."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if len(_shape(p)) > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if len(_shape(p)) <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if len(whole_shape(p)) > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
@@ -529,16 +370,6 @@ def set_parameter(parameter: nn.Parameter, values: torch.Tensor) -> None:
     deepspeed = import_deepspeed()
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
         parameter.copy_(values.reshape(parameter.shape))
-
-
-def _shape(parameter: nn.Parameter) -> Sequence[int]:
-    """The whole parameter's shape, also where ZeRO-3 has cut it."""
-    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _convert_to_universal(source: Path, target: Path) -> None:

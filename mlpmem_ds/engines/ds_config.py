@@ -1,14 +1,15 @@
 """DeepSpeed's JSON file, read strictly: unknown and removed keys refused, our numbers put where it says "auto".
 
 Place in the pipeline: under `train` and `train_base`, before anything is written. DeepSpeed itself accepts unknown keys and a
-left "auto" in silence. What only DeepSpeed can judge (the ZeRO section's values) is checked by `engines.deepspeed`.
+left "auto" in silence. What only DeepSpeed can judge (the ZeRO section's values) is checked by its own classes, which
+`engines.deepspeed` passes in.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,39 @@ def _find_auto(value: Any, place: str = "") -> Iterator[str]:
             yield from _find_auto(inner, f"{place}.{name}".lstrip("."))
     elif value == _AUTO:
         yield place
+
+
+def check_sections(path: Path, config: Mapping[str, Any], load: Callable[[str], Any]) -> None:
+    """Let DeepSpeed check the sections' keys and values now, before anything is written; `load` gives a module of its.
+
+    Raises:
+        UserError: a section that it refuses, or an offload to NVMe that cannot work here.
+    """
+    for name, module, model in (
+        ("zero_optimization", "deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
+        ("bf16", "deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
+    ):
+        section = config.get(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name} must be an object, not {section!r}")
+        try:
+            getattr(load(module), model)(**section)
+        except Exception as error:  # pydantic's own family, which this file would only know by importing pydantic
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise UserError(
+                f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key"
+            ) from error
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device") == "nvme":
+        if not load("deepspeed.ops").__compatible_ops__.get("async_io", False):
+            raise UserError(
+                f"{path} offloads to NVMe, and DeepSpeed's async_io does not build here: install libaio "
+                "(libaio-dev) or use ds_configs/zero3_offload.json"
+            )
+        if not Path(str(offload.get("nvme_path"))).is_dir():
+            raise UserError(
+                f"{path}: nvme_path {offload.get('nvme_path')!r} is not a directory: name one on a local NVMe"
+            )
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:

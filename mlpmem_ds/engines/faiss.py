@@ -85,9 +85,8 @@ def check_factory(factory: str, dim: int, num_vectors: int) -> int:
     Raises:
         ValueError: with the remedy.
     """
-    ivf = _inverted_file(_make(factory, dim))
-    quantizer = getattr(ivf, "pq", None)
-    needed = max(ivf.nlist, 0 if quantizer is None else quantizer.ksub)
+    index = _make(factory, dim)
+    ivf, needed = _inverted_file(index), _most_centroids(index)
     if num_vectors < needed:
         raise ValueError(
             f"factory {factory!r} needs at least {needed:,} keys to train and there are {num_vectors:,}: "
@@ -98,9 +97,17 @@ def check_factory(factory: str, dim: int, num_vectors: int) -> int:
 
 def num_training_vectors(factory: str, dim: int) -> int:
     """How many vectors training makes use of: 64 for each centroid."""
-    ivf = _inverted_file(_make(factory, dim))
+    return POINTS_PER_CENTROID * _most_centroids(_make(factory, dim))
+
+
+def _most_centroids(index: Index) -> int:
+    """Of the coarse quantizer, the code's, and those of the 8-bit code that OPQ trains its rotation with."""
+    ivf = _inverted_file(index)
     quantizer = getattr(ivf, "pq", None)
-    return POINTS_PER_CENTROID * max(ivf.nlist, 0 if quantizer is None else quantizer.ksub)
+    chain: Any = index.chain if isinstance(index, faiss.IndexPreTransform) else None
+    steps = [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size() if chain else 0)]
+    rotates = any(isinstance(step, faiss.OPQMatrix) for step in steps)
+    return int(max(ivf.nlist, 0 if quantizer is None else quantizer.ksub, 256 if rotates else 0))
 
 
 def train(vectors_ND: Array, factory: str, *, seed: int = 0, two_level_above: int = TWO_LEVEL_ABOVE) -> Index:

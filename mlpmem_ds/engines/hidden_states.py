@@ -28,7 +28,7 @@ from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
 from mlpmem_ds.engines.model_files import model_file
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.maths.interpolation import label_log_probabilities
+from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.backbone import (
     CapturePoint,
     capture,
@@ -95,7 +95,7 @@ class TransformersSource:
         device_map: str | dict[str, Any] | None = None,
         offload_folder: Path | None = None,
     ) -> None:
-        self._layers_path = layers_path
+        self.layers_path = layers_path
         self.device = torch.device(resolve_device(device, local_rank))
         self.dtype_name = resolve_dtype(dtype, self.device)
         try:
@@ -123,7 +123,7 @@ class TransformersSource:
     @torch.no_grad()
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
         wanted = list(dict.fromkeys(points.values()))
-        reader = capture(self.model, wanted, layers_path=self._layers_path)
+        reader = capture(self.model, wanted, layers_path=self.layers_path)
         length = tokens_BS.shape[1]
         if length > self._length_seen:  # once: the first batch has windows of the full length
             self._length_seen = length
@@ -190,8 +190,17 @@ def masks_of_layers(layers: Iterable[nn.Module]) -> Iterator[list[bool]]:
 
 
 def resolve_device(device: str, local_rank: int = 0) -> str:
-    """`auto` is this rank's own GPU where there are GPUs, else the CPU."""
+    """`auto` is this rank's own GPU where there are GPUs, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--device {device} is not here ({reason}): give auto, cpu, cuda or cuda:N") from error
         return device
     return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
@@ -222,12 +231,15 @@ def check_source_reads(source: StateSource, corpus: CorpusSplit, model: str, *, 
     own, common = model_file(model, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
     if own is None or not common.is_file():
         return
-    ids = Tokenizer.from_file(str(common)).get_vocab()
-    for token, number in Tokenizer.from_file(str(own)).get_vocab().items():
-        if ids.get(token, number) != number:
+    here, there = (Tokenizer.from_file(str(path)).get_vocab() for path in (common, own))
+    token_of = {number: token for token, number in there.items()}
+    for token, number in here.items():
+        # Either may have more tokens (added ones); but what both name must be the same.
+        if there.get(token, number) != number or token_of.get(number, token) != token:
             raise UserError(
-                f"{flag} {model} has another vocabulary than the corpus: {token!r} is {number} there and {ids[token]} here; "
-                "prepare the corpus with the model's own tokenizer"
+                f"{flag} {model} has another vocabulary than the corpus: {token!r} is {number} in the corpus, and in the model "
+                f"it is {there.get(token, 'no token')} and {number} is {token_of.get(number, 'no token')!r}; prepare the corpus "
+                "with the model's own tokenizer"
             )
 
 

@@ -92,6 +92,12 @@ def gather_values(value: Any, world: World) -> list[Any]:
     return values
 
 
+def wait_for_all(world: World) -> None:
+    """Until every rank is here."""
+    if world.size > 1:
+        torch.distributed.barrier()
+
+
 class StopRequest:
     """SIGTERM and SIGUSR1 (and the death of the deepspeed launcher) ask for a stop at the next step that all agree on.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import FileRecord, fault_of_file
 from mlpmem_ds.core.stage_directory import read_manifest
 
 FORMAT, VERSION = "index", 1
@@ -57,6 +58,18 @@ class IndexDirectory:
     @property
     def trained_path(self) -> Path:
         return self.root / TRAINED_NAME
+
+    def check(self) -> None:
+        """Compare every file with its checksum.
+
+        Raises:
+            DamagedDataError: one has another.
+        """
+        for entry in self.manifest["files"]:
+            if fault := fault_of_file(self.root, FileRecord(**entry)):
+                raise DamagedDataError(
+                    f"{fault}: run the stage that made {self.root} again, it remakes only what is damaged"
+                )
 
     @property
     def shard_paths(self) -> list[Path]:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import FileRecord, fault_of_file
 from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.maths.codec import MassiveDimension, clip_massive
 
 FORMAT, VERSION = "keys", 1
 INPUT_GROUP = 128
 """numbers of an int8 input that share a scale"""
+_MOST_MAPPED = 1024  # files at a time: Linux allows a process 65,530 maps, and a large directory has more units
 
 
 def unit_name(first: int) -> str:
@@ -131,13 +134,15 @@ class Keys:
 
     def read(self, array: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """An array's rows [start, stop) across units, copied to memory."""
-        stop = self.num_positions if stop is None else stop
-        parts = [
-            self._stored(array, block.start)[max(start - block.start, 0) : stop - block.start]
-            for block in self.blocks
-            if block.start < stop and block.stop > start
-        ]
-        return self._decoded(array, np.concatenate(parts) if len(parts) != 1 else np.array(parts[0]))
+        stop = self.num_positions if stop is None else min(stop, self.num_positions)
+        size = self.manifest["unit_positions"]
+        sample = self._stored(array, 0)
+        rows = np.empty((max(stop - start, 0), *sample.shape[1:]), sample.dtype)
+        for first in range(start // size * size, stop, size):
+            part = self._stored(array, first)[max(start - first, 0) : stop - first]
+            place = max(first - start, 0)
+            rows[place : place + len(part)] = part
+        return self._decoded(array, rows)
 
     def gather(self, array: str, positions_N: np.ndarray) -> np.ndarray:
         """An array's rows at any positions, in their order."""
@@ -145,11 +150,27 @@ class Keys:
         unit_of_N = positions_N // self.manifest["unit_positions"]
         sample = self._stored(array, 0)
         rows = np.empty((len(positions_N), *sample.shape[1:]), dtype=sample.dtype)
-        for unit in np.unique(unit_of_N):
-            chosen = np.flatnonzero(unit_of_N == unit)
-            first = int(unit) * self.manifest["unit_positions"]
+        order_N = np.argsort(unit_of_N, kind="stable")
+        starts = np.flatnonzero(np.diff(unit_of_N[order_N], prepend=-1))
+        for chosen in np.split(order_N, starts[1:]) if len(order_N) else ():
+            first = int(unit_of_N[chosen[0]]) * self.manifest["unit_positions"]
             rows[chosen] = self._stored(array, first)[positions_N[chosen] - first]
         return self._decoded(array, rows)
+
+    def check(self, array: str, block: Block | None = None) -> None:
+        """Compare an array's files, all of them or that of one unit, with their checksums.
+
+        Raises:
+            DamagedDataError: one has another.
+        """
+        for unit in self.blocks if block is None else [block]:
+            name = f"{array}-{unit_name(unit.start)}.npy"
+            record = self._records.get(name)
+            fault = "the manifest does not record it" if record is None else fault_of_file(self.root, record)
+            if fault:
+                raise DamagedDataError(
+                    f"{fault}: run the stage that made {self.root} again, it remakes only what is damaged"
+                )
 
     def read_inputs(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The memory's inputs of the positions [start, stop) as bit patterns of bfloat16, uint16 [n, I], whatever their codec.
@@ -172,12 +193,20 @@ class Keys:
             return Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype=self.raw_dtype)
         return read_codec(self.root)
 
+    @cached_property
+    def _records(self) -> dict[str, FileRecord]:
+        return {entry["name"]: FileRecord(**entry) for entry in self.manifest["files"]}
+
     def _stored(self, array: str, first: int) -> np.ndarray:
         """One unit's array as it is on disk, memory-mapped."""
         name = f"{array}-{unit_name(first)}.npy"
-        if name not in self._arrays:
-            self._arrays[name] = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
-        return self._arrays[name]
+        mapped = self._arrays.get(name)
+        if mapped is None:
+            mapped = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
+            if len(self._arrays) >= _MOST_MAPPED:
+                self._arrays.clear()
+            self._arrays[name] = mapped
+        return mapped
 
     def _decoded(self, array: str, rows: np.ndarray) -> np.ndarray:
         return bfloat16_values(rows) if array == "keys" and rows.dtype == np.uint16 else rows

@@ -80,7 +80,7 @@ def write_weights_in_shards(
     for file, members in zip(names, shards, strict=True):
         if not _is_done(root, records / f"{file}.json"):
             with publish(root / file) as temporary:
-                _write_safetensors(temporary, {name: weights[name] for name in members})
+                write_safetensors(temporary, {name: weights[name] for name in members})
             publish_json(records / f"{file}.json", record_file(root, file).to_json())
             num_written += 1
         progress((root / file).stat().st_size)
@@ -102,8 +102,11 @@ def _is_done(root: Path, record: Path) -> bool:
         return False
 
 
-def _write_safetensors(path: Path, weights: Mapping[str, Weight]) -> None:
-    """The format: length of the header (uint64), the header (JSON, padded to 8 bytes), then the tensors' bytes in a row."""
+def write_safetensors(path: Path, weights: Mapping[str, Weight]) -> None:
+    """One file, tensor by tensor.
+
+    The length of the header (uint64), the header (JSON, padded to 8 bytes), then the tensors' bytes in a row.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # By falling size of their numbers, so that every tensor is aligned to its own.

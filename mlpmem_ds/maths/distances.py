@@ -38,13 +38,15 @@ def squared_distances(
     return products_QK.add_(squared_norms(queries_QD)[:, None])
 
 
-def distance_ranks(queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None) -> Tensor:
-    """int32 [Q, K] that orders like the distances."""
+def distance_ranks(
+    queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None, key_norms_K: Tensor | None = None
+) -> Tensor:
+    """int32 [Q, K] that orders like the distances; ``key_norms_K`` as in `squared_distances`."""
     if not are_codes(queries_QD, keys_KD):
         return squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)  # abs: inf - inf has the sign bit
     if scratch is not None:
         scratch = scratch[: len(queries_QD) * len(keys_KD)].view(len(queries_QD), len(keys_KD))
-    return squared_distances(queries_QD, keys_KD, out=scratch)
+    return squared_distances(queries_QD, keys_KD, out=scratch, key_norms_K=key_norms_K)
 
 
 def are_codes(*arrays: Any) -> bool:
@@ -96,3 +98,10 @@ def squared_norms(codes_ND: Tensor) -> Tensor:
     return wide_ND.mul_(wide_ND).sum(
         1, dtype=torch.int32
     )  # square_() of int32 took ten times as long (torch 2.13, CPU)
+
+
+def norms_of_codes(codes_ND: Any, *, block: int = 16384) -> np.ndarray:
+    """`squared_norms` of a NumPy array of codes (a memory map may be read-only), int32 [N], a block of rows at a time."""
+    starts = range(0, len(codes_ND), block)
+    blocks = [squared_norms(torch.from_numpy(np.array(codes_ND[start : start + block]))).numpy() for start in starts]
+    return np.concatenate(blocks) if blocks else np.empty(0, np.int32)

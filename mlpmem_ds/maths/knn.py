@@ -101,6 +101,7 @@ def list_neighbours(
     exclusion: Exclusion | None,
     candidate_budget: int = 2**24,
     device: torch.device | str | None = None,
+    key_norms_N: Array | None = None,
 ) -> Neighbours:
     """The k nearest for each query among the keys of the lists it probes (inverted file, list by list).
 
@@ -108,7 +109,9 @@ def list_neighbours(
     ``list_ids_N[list_offsets_L1[l]:list_offsets_L1[l + 1]]``, and ``codes`` [num_keys, D] is indexed by an array of ids.
     Queries are taken in blocks of at most ``candidate_budget`` (query, key) pairs (8 bytes each), or one query if it
     has more; within a block each probed list is read once and multiplied with all the queries that probe it.
-    With every list probed the result is that of `exact_neighbours`, bit for bit for int8 codes.
+    With every list probed the result is that of `exact_neighbours`, bit for bit for int8 codes. ``key_norms_N``, the
+    `squared_norms` of int8 codes, saves a CPU from computing them anew for each block (two thirds of the work outside the
+    products); it changes nothing else.
     """
     if _device(device).type != "cpu":
         return list_neighbours_on_device(
@@ -138,10 +141,11 @@ def list_neighbours(
                 ids_K = list_ids_N[list_offsets_L1[list_number] : list_offsets_L1[list_number + 1]].astype(np.int64)
                 rows_M = start + pairs_M // probes_QP.shape[1]
                 tile_MK = candidates[first : first + len(rows_M) * len(ids_K)].reshape(len(rows_M), len(ids_K))
-                ranks_MK = distance_ranks(_tensor(queries_QD[rows_M]), _tensor(codes[ids_K]), None)
+                norms_K = None if key_norms_N is None else torch.from_numpy(key_norms_N[ids_K])
+                ranks_MK = distance_ranks(_tensor(queries_QD[rows_M]), _tensor(codes[ids_K]), None, norms_K)
                 torch.from_numpy(tile_MK).copy_(ranks_MK).mul_(1 << id_bits).add_(torch.from_numpy(ids_K))
                 if exclusion is not None:
-                    tile_MK[exclusion.covers(rows_M[:, None], ids_K[None])] = MISSING
+                    exclusion.hide(tile_MK, rows_M, ids_K)
             _select(candidates, starts_BP, sizes_QP[start:stop], packed_QK[start:stop], pool)
     return unpack(packed_QK, id_bits, is_integer)
 

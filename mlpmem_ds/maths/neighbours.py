@@ -58,6 +58,16 @@ class Exclusion:
             hidden |= self.key_groups_N[key_ids] == self.query_groups_Q[query_rows]
         return hidden
 
+    def hide(self, packed_MK: Array, query_rows_M: Array, key_ids_K: Array) -> None:
+        """Set to MISSING what `covers` names; where a query hides itself alone and the ids ascend, by looking its id up."""
+        if self.window or self.query_groups_Q is not None or (np.diff(key_ids_K) <= 0).any():
+            packed_MK[self.covers(query_rows_M[:, None], key_ids_K[None])] = MISSING
+            return
+        own_M = self.query_ids_Q[query_rows_M]
+        places_M = np.minimum(np.searchsorted(key_ids_K, own_M), len(key_ids_K) - 1)
+        found_M = np.flatnonzero(key_ids_K[places_M] == own_M)
+        packed_MK[found_M, places_M[found_M]] = MISSING
+
 
 def unpack(packed_QK: Array, id_bits: int, is_integer: bool) -> Neighbours:
     """Ids and distances of packed neighbours; takes their array over."""
@@ -70,6 +80,17 @@ def unpack(packed_QK: Array, id_bits: int, is_integer: bool) -> Neighbours:
         distances_QK = packed_QK.astype(np.int32).view(np.float32).astype(np.float64)
     distances_QK[missing_QK] = MISSING if is_integer else np.finfo(np.float64).max
     return Neighbours(ids_QK=ids_QK, distances_QK=distances_QK)
+
+
+def merge_neighbours(first: Neighbours, second: Neighbours, k: int) -> Neighbours:
+    """The k nearest of both, in the order (distance, id); each is in that order, and `second`'s ids are the greater."""
+    ids_QW = np.concatenate([first.ids_QK, second.ids_QK], axis=1)
+    distances_QW = np.concatenate([first.distances_QK, second.distances_QK], axis=1)
+    order_QK = np.argsort(distances_QW, axis=1, kind="stable")[:, :k]
+    return Neighbours(
+        ids_QK=np.take_along_axis(ids_QW, order_QK, axis=1),
+        distances_QK=np.take_along_axis(distances_QW, order_QK, axis=1),
+    )
 
 
 def check_search(

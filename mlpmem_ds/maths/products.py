@@ -16,6 +16,7 @@ from torch import Tensor
 
 # A tile of 1024 rows by 1024 columns (4 MB) stays in the cache while it is made, copied and multiplied.
 _TILE_COLUMNS = 1024
+_CACHED_BYTES = 2**21
 # For a smaller right operand the half millisecond that oneDNN takes to make a kernel for a new shape is not worth it. The
 # rows of the left one have no say: each row's result should be the same in any batch.
 _LEAST_SIZE = 2**14
@@ -28,6 +29,15 @@ def vocabulary_tiles(vocabulary_size: int, device: torch.device) -> Iterator[sli
         yield slice(start, min(start + columns, vocabulary_size))
 
 
+def cached_rows(matrix_MN: Tensor) -> Iterator[slice]:
+    """Slices over the rows, for several passes over each: few enough for a processor's cache, or all of them on a GPU."""
+    rows = len(matrix_MN)
+    if matrix_MN.device.type == "cpu":
+        rows = max(1, _CACHED_BYTES // max(1, matrix_MN.shape[1] * matrix_MN.element_size()))
+    for start in range(0, len(matrix_MN), max(1, rows)):
+        yield slice(start, min(start + rows, len(matrix_MN)))
+
+
 def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
     """float32 left · right. Not differentiable.
 
@@ -35,10 +45,15 @@ def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
     """
     if left_MK.is_cuda and left_MK.dtype != torch.float32:
         return torch.mm(left_MK, right_KN, out_dtype=torch.float32)
+    return _unwidened_product(left_MK, right_KN).float()
+
+
+def _unwidened_product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """The same as `product` on CPU, in the operands' dtype: for whoever copies it into a float32 tensor."""
     if _suits_onednn(left_MK, right_KN):
         result_MN: Tensor = torch.ops.mkldnn._linear_pointwise(left_MK, right_KN.t(), None, "none", [], "")
         return result_MN
-    return torch.mm(left_MK, right_KN).float()
+    return torch.mm(left_MK, right_KN)
 
 
 def set_transposed_product(total_NM: Tensor, left_MK: Tensor, right_KN: Tensor, *, accumulate: bool) -> None:
@@ -54,7 +69,7 @@ def set_transposed_product(total_NM: Tensor, left_MK: Tensor, right_KN: Tensor, 
     elif left_MK.dtype == torch.float32:
         total_NM.addmm_(right_KN.t(), left_MK.t(), beta=1 if accumulate else 0)
     else:
-        result_NM = product(right_KN.t(), left_MK.t())
+        result_NM = _unwidened_product(right_KN.t(), left_MK.t())
         total_NM.add_(result_NM) if accumulate else total_NM.copy_(result_NM)
 
 
@@ -75,7 +90,7 @@ def fill_logits(logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None
         torch.mm(hidden_CD, weight_VD.t(), **widened, out=logits_CV)
         return
     for columns in vocabulary_tiles(len(weight_VD), logits_CV.device):
-        logits_CV[:, columns] = product(hidden_CD, weight_VD[columns].t())
+        logits_CV[:, columns] = _unwidened_product(hidden_CD, weight_VD[columns].t())
 
 
 def _suits_onednn(left_MK: Tensor, right_KN: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .products import fill_logits, product, set_transposed_product, vocabulary_tiles
+from .products import cached_rows, fill_logits, product, set_transposed_product, vocabulary_tiles
 
 DEFAULT_CHUNK_BYTES = 128 * 2**20
 # On a GPU a chunk costs a pass over the weight's gradient: 2048 rows of a vocabulary of 128 k, float32 and their gradient.
@@ -183,7 +183,7 @@ class _FusedSparseLoss(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dtype, device = hidden_ND.dtype, hidden_ND.device
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        d_weight_VD = torch.zeros(weight_VD.shape, device=device) if wants_weight else None
+        d_weight_VD = torch.empty(weight_VD.shape, device=device) if wants_weight else None
         sums = torch.zeros(3, device=device)
         bytes_per_logit = 4 + (dtype.itemsize if device.type != "cpu" else 0)
         chunks = list(row_chunks(len(hidden_ND), len(weight_VD), chunk_bytes, bytes_per_logit=bytes_per_logit))
@@ -192,9 +192,11 @@ class _FusedSparseLoss(torch.autograd.Function):
             logits_CV = buffer_CV[: _length(chunk)]
             fill_logits(logits_CV, hidden_ND[chunk], weight_VD)
             work = _chunk_by_kernel if kernels.usable(logits_CV) else _chunk_by_torch
-            chunk_sums, tiles = work(logits_CV, rows, chunk, dtype if wants_hidden or wants_weight else None)
+            chunk_sums, tiles, scales_C = work(logits_CV, rows, chunk, dtype if wants_hidden or wants_weight else None)
             sums += chunk_sums
-            _add_gradients(d_hidden_ND, d_weight_VD, hidden_ND, weight_VD, chunk, tiles)
+            _add_gradients(d_hidden_ND, d_weight_VD, hidden_ND, weight_VD, chunk, tiles, scales_C)
+        if d_weight_VD is not None and not chunks:
+            d_weight_VD.zero_()
         ctx.gradients = (d_hidden_ND, d_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         loss, kl, ce = sums.unbind()
@@ -211,12 +213,22 @@ class _FusedSparseLoss(torch.autograd.Function):
         if d_hidden_ND is not None:
             d_hidden_ND.mul_(d_loss)
         if d_weight_VD is not None:
-            d_weight_VD = d_weight_VD.mul_(d_loss).to(ctx.weight_dtype)
+            d_weight_VD = _scaled(d_weight_VD, d_loss, ctx.weight_dtype)
         return d_hidden_ND, d_weight_VD, None, None
 
 
 def _length(chunk: slice) -> int:
     return int(chunk.stop - chunk.start)
+
+
+def _scaled(d_weight_VD: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """d_weight · d_loss in the weight's dtype; ``d_weight_VD`` is overwritten."""
+    if dtype == d_weight_VD.dtype:
+        return d_weight_VD.mul_(d_loss)
+    result_VD = torch.empty_like(d_weight_VD, dtype=dtype)
+    for rows in cached_rows(d_weight_VD):
+        result_VD[rows] = d_weight_VD[rows].mul_(d_loss)
+    return result_VD
 
 
 def _add_gradients(
@@ -226,9 +238,19 @@ def _add_gradients(
     weight_VD: Tensor,
     chunk: slice,
     tiles: Iterable[tuple[slice, Tensor]],
+    scales_C: Tensor | None,
 ) -> None:
-    """Set the chunk's rows of ``d_hidden_ND``, set or add to ``d_weight_VD`` (float32), whichever are wanted."""
-    hidden_DC = hidden_ND[chunk].t().contiguous() if d_weight_VD is not None else None
+    """Set the chunk's rows of ``d_hidden_ND``, set or add to ``d_weight_VD`` (float32), whichever are wanted.
+
+    The logits' gradient is the tiles, each row times its scale: the scales go to the hidden states and to the result, which
+    are D wide and not V.
+    """
+    hidden_DC = None
+    if d_weight_VD is not None:
+        hidden_CD = hidden_ND[chunk]
+        if scales_C is not None:
+            hidden_CD = (hidden_CD * scales_C[:, None]).to(hidden_ND.dtype)
+        hidden_DC = hidden_CD.t().contiguous()
     d_hidden_CD = None
     for columns, d_logits_CT in tiles:
         if d_hidden_ND is not None:
@@ -237,12 +259,12 @@ def _add_gradients(
         if d_weight_VD is not None and hidden_DC is not None:
             set_transposed_product(d_weight_VD[columns], hidden_DC, d_logits_CT, accumulate=chunk.start > 0)
     if d_hidden_ND is not None and d_hidden_CD is not None:
-        d_hidden_ND[chunk] = d_hidden_CD
+        d_hidden_ND[chunk] = d_hidden_CD if scales_C is None else d_hidden_CD.mul_(scales_C[:, None])
 
 
 def _chunk_by_kernel(
     logits_CV: Tensor, rows: _Rows, chunk: slice, gradient_dtype: torch.dtype | None
-) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
+) -> tuple[Tensor, list[tuple[slice, Tensor]], None]:
     """Sums [loss, kl, ce] of a chunk, and the logits' gradient if it is wanted: Triton's twin of the function below."""
     from .kernels.sparse_rows import sparse_rows
 
@@ -262,13 +284,13 @@ def _chunk_by_kernel(
     )
     loss = (alphas_C * kl_C + (1 - alphas_C) * ce_C).sum()
     tiles = [] if d_logits_CV is None else [(slice(0, logits_CV.shape[1]), d_logits_CV)]
-    return torch.stack([loss, kl_C.sum(), ce_C.sum()]), tiles
+    return torch.stack([loss, kl_C.sum(), ce_C.sum()]), tiles, None
 
 
 def _chunk_by_torch(
     logits_CV: Tensor, rows: _Rows, chunk: slice, gradient_dtype: torch.dtype | None
-) -> tuple[Tensor, Iterable[tuple[slice, Tensor]]]:
-    """Sums [loss, kl, ce] of a chunk and the tiles of the logits' gradient, if wanted. ``logits_CV`` is overwritten."""
+) -> tuple[Tensor, Iterable[tuple[slice, Tensor]], Tensor | None]:
+    """Sums [loss, kl, ce] of a chunk, and tiles and row scales of the logits' gradient if wanted; overwrites ``logits_CV``."""
     entries = slice(rows.offsets[chunk.start], rows.offsets[chunk.stop])
     ids_E, teacher_E, row_E = rows.ids_E[entries], rows.teacher_E[entries], rows.row_of_entry_E[entries] - chunk.start
     labels_C, weights_C, alphas_C = rows.labels_N[chunk], rows.weights_N[chunk], rows.alphas_N[chunk]
@@ -291,30 +313,35 @@ def _chunk_by_torch(
     loss = (alphas_C[row_E] * weighted_kl_E).sum() + ((1 - alphas_C) * weighted_ce_C).sum()
     sums = torch.stack([loss, weighted_kl_E.sum(), weighted_ce_C.sum()])
     if gradient_dtype is None:
-        return sums, []
-    # w (s softmax(z) - m) = (w s / S) (exp(z - max) - (S / s) m), S the sum of the exponentials: so the great pass over the
-    # logits that scales them is the one that cuts them into tiles. s may underflow, and m with it.
+        return sums, [], None
+    # w (s softmax(z) - m) = (w s / S) (exp(z - max) - (S / s) m), S the sum of the exponentials: so no pass over the logits
+    # scales them. s may underflow, and m with it.
     mass_C = alphas_C * rows.teacher_mass_N[chunk] + label_mass_C
     factors_C = torch.where(mass_C > _LEAST_MASS, exp_sums_C / mass_C, 0.0)
     logits_CV.view(-1).index_add_(0, places_E, -(alphas_C * factors_C)[row_E] * teacher_E)
     logits_CV.scatter_add_(1, labels_C[:, None], -(label_mass_C * factors_C)[:, None])
-    return sums, _gradient_tiles(logits_CV, weights_C * mass_C / exp_sums_C, gradient_dtype)
+    return sums, _gradient_tiles(logits_CV, gradient_dtype), weights_C * mass_C / exp_sums_C
 
 
-def _gradient_tiles(logits_CV: Tensor, scales_C: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Scales times logits, a tile [C, T] of the vocabulary at a time, rounded once to the operands' dtype."""
+def _gradient_tiles(logits_CV: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A contiguous tile [C, T] of the vocabulary at a time, rounded to the operands' dtype."""
     for columns in vocabulary_tiles(logits_CV.shape[1], logits_CV.device):
-        yield columns, (logits_CV[:, columns] * scales_C[:, None]).to(dtype)
+        tile_CT = logits_CV[:, columns]
+        yield columns, tile_CT.contiguous() if dtype == tile_CT.dtype else tile_CT.to(dtype).contiguous()
 
 
 def _exponentiate(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Replace z by exp(z - max z), row by row; return log Σ exp z and Σ exp(z - max z), [C] each.
 
-    Three passes, for torch.softmax, though faster (it fuses them), is exact to 1e-5 only.
+    Four passes, for torch.softmax, though faster (it fuses them), is exact to 1e-5 only; over few rows at a time, which
+    stay in the cache.
     """
-    greatest_C1 = logits_CV.amax(1, keepdim=True)
-    sums_C = logits_CV.sub_(greatest_C1).exp_().sum(1)
-    return greatest_C1[:, 0] + sums_C.log(), sums_C
+    log_normaliser_C, sums_C = logits_CV.new_empty(2, len(logits_CV)).unbind()
+    for rows in cached_rows(logits_CV):
+        greatest_R1 = logits_CV[rows].amax(1, keepdim=True)
+        sums_C[rows] = logits_CV[rows].sub_(greatest_R1).exp_().sum(1)
+        log_normaliser_C[rows] = greatest_R1[:, 0] + sums_C[rows].log()
+    return log_normaliser_C, sums_C
 
 
 def _check(

@@ -1,6 +1,6 @@
 """Pipeline: targets → **how far they are from the truth**. Recall of neighbours, distances of sparse distributions, row validity.
 
-Shape legend: Q queries (rows), K neighbours a row, nnz stored entries.
+Shape legend: Q queries (rows), K neighbours a row, C of them at hand, W neighbours of both kinds, nnz stored entries.
 """
 
 from dataclasses import dataclass
@@ -63,6 +63,20 @@ def distances(truth: SparseRows, found: SparseRows, dropped_Q: Array, vocab_size
         total_variation_Q=np.where(one_empty_Q, 1.0, variation_Q),
         divergence_Q=np.bincount(rows, weights=terms, minlength=num_rows),
     )
+
+
+def total_variation(weights_QK: Array, values_QK: Array, other_weights_QK: Array, other_values_QK: Array) -> Array:
+    """½ Σ_v |p(v) - q(v)| of each row's two sets of weighted neighbours, float64 [Q]; values are integers, weights ≥ 0."""
+    signed_QW = np.concatenate([weights_QK, -other_weights_QK], axis=1)
+    values_QW = np.concatenate([values_QK, other_values_QK], axis=1)
+    order_QW = np.argsort(values_QW, axis=1, kind="stable")
+    signed_QW = np.take_along_axis(signed_QW, order_QW, axis=1)
+    values_QW = np.take_along_axis(values_QW, order_QW, axis=1)
+    is_first_QW = np.ones(values_QW.shape, dtype=bool)
+    is_first_QW[:, 1:] = values_QW[:, 1:] != values_QW[:, :-1]
+    sums = np.add.reduceat(signed_QW.ravel(), np.flatnonzero(is_first_QW))
+    rows = np.nonzero(is_first_QW)[0]
+    return np.bincount(rows, weights=np.abs(sums), minlength=len(values_QW)) / 2
 
 
 def probability_of(rows: SparseRows, ids_Q: Array) -> Array:

@@ -12,7 +12,7 @@ Shapes: B sequences, S tokens, D width of the base, V vocabulary, `...` any lead
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,6 +259,51 @@ class Capture:
             )
 
 
+class Tap:
+    """Reads the state at one point, in a forward that may be compiled.
+
+    torch.compile can follow a hook that is there when it starts, but not the making of one, which `Capture` does at every
+    call. So this hook stays on the module, and does nothing while the tap is closed. It goes when `remove` is called.
+    Not for use by two threads at a time on one model.
+    """
+
+    def __init__(self, model: PreTrainedModel, point: CapturePoint, *, layers_path: str | None = None) -> None:
+        """Raises ValueError for a layer out of range and UnknownStructureError when the structure is not understood."""
+        module, reads_input = _place(model, point, layers_path)
+        self._shape: tuple[int, int, int] | None = None  # None: closed
+        self._state: torch.Tensor | None = None
+        # Bound methods: a deep copy of the model has hooks of its own.
+        if reads_input:
+            self.remove = module.register_forward_pre_hook(self._before, with_kwargs=True).remove
+        else:
+            self.remove = module.register_forward_hook(self._after).remove
+
+    def read(
+        self, forward: Callable[..., Any], num_sequences: int, num_tokens: int, **arguments: Any
+    ) -> tuple[Any, torch.Tensor]:
+        """`forward(**arguments)`, a forward of the model on `[num_sequences, num_tokens]` ids, and the state [B, S, D].
+
+        Raises UnknownStructureError when nothing passed the point.
+        """
+        # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores them.
+        self._shape, self._state = (num_sequences, num_tokens, -1), None
+        try:
+            output = forward(**arguments)
+        finally:
+            state, self._shape, self._state = self._state, None, None
+        if state is None:
+            raise UnknownStructureError("the layers did not run where the memory's input should be read")
+        return output, state
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._shape is not None:
+            self._state = _first_tensor((*args, *kwargs.values())).reshape(self._shape)
+
+    def _after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._shape is not None:
+            self._state = _state_of_output(output).reshape(self._shape)
+
+
 def capture(model: PreTrainedModel, points: Sequence[CapturePoint], *, layers_path: str | None = None) -> Capture:
     """A `Capture` of these points; `capture(model, points)(input_ids_BS)` gives their states.
 
@@ -300,8 +345,7 @@ def _hook(
         states[point] = _first_tensor((*args, *kwargs.values())).reshape(shape)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        state = output.last_hidden_state if hasattr(output, "last_hidden_state") else _first_tensor(output)
-        states[point] = state.reshape(shape)
+        states[point] = _state_of_output(output).reshape(shape)
 
     register_before = module.register_forward_pre_hook
     handle = register_before(before, with_kwargs=True) if reads_input else module.register_forward_hook(after)
@@ -309,6 +353,11 @@ def _hook(
         yield
     finally:
         handle.remove()
+
+
+def _state_of_output(output: Any) -> torch.Tensor:
+    state: torch.Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else _first_tensor(output)
+    return state
 
 
 def _first_tensor(values: Any) -> torch.Tensor:

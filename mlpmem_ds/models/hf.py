@@ -17,6 +17,8 @@ import copy
 import inspect
 import json
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .backbone import Capture, CapturePoint, capture, decoder_layers, output_head, resolve_layer
+from .backbone import CapturePoint, Tap, decoder_layers, output_head, resolve_layer
 from .memory import Memory, MemoryConfig, NormalLinear
 
 
@@ -102,8 +104,18 @@ class MemoryAugmentedConfig(PretrainedConfig):
         return getattr(self.base_config.get_text_config(decoder=True), name)
 
 
+Mixture = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
 class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
-    """A causal language model whose next-token distribution is the mixture of its base's and its memory's."""
+    """A causal language model whose next-token distribution is the mixture of its base's and its memory's.
+
+    `mixture`, a function as `mixture_log_probabilities` below, may be replaced by a faster one, such as the package's
+    `maths.interpolation.mixture_log_probabilities`, which is two launches on CUDA; it need not be differentiable.
+
+    A forward can be compiled whole wherever the base's can: `model.generate(..., cache_implementation="static")` on CUDA
+    does so for each step, with CUDA graphs.
+    """
 
     config_class = MemoryAugmentedConfig
     # The base decides what it supports when it is built; nothing here attends.
@@ -126,8 +138,10 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         for part in (base, memory):
             for module in part.modules() if part is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        self._point = _checked_point(config, self.base)
-        self._capture: Capture = capture(self.base, [self._point], layers_path=config.layers_path)
+        self._tap = Tap(self.base, _checked_point(config, self.base), layers_path=config.layers_path)
+        weakref.finalize(self, self._tap.remove)  # the base may outlive this model
+        self._can_compile_fullgraph = bool(self.base._can_compile_fullgraph)
+        self.mixture: Mixture = mixture_log_probabilities
         self._base_parameters = frozenset(inspect.signature(self.base.forward).parameters)
         self.post_init()
 
@@ -173,7 +187,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         """Join a loaded base and a trained memory, in eval mode; no weight of the base is copied.
 
         The memory is cast to the base's dtype and moved to its device (unless `cast` is false: then it stays as it is),
-        and a training head is replaced by the plain one with the same weight. Raises ValueError when the sizes of the two do not fit, or lmbda or the point are invalid.
+        and a training head is replaced by the plain one with the same weight. Raises ValueError when the sizes of the two do
+        not fit, or lmbda or the point are invalid.
         """
         memory = _plain_memory(memory_module)
         if cast:
@@ -240,11 +255,9 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             logits = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
         else:
             shape = (input_ids if input_ids is not None else inputs_embeds).shape  # type: ignore[union-attr]
-            with self._capture.recording(shape[0], shape[1]) as states:
-                output = self.base(**arguments, **kwargs, return_dict=True)
-            self._capture.check(states)
+            output, inputs_BSD = self._tap.read(self.base, shape[0], shape[1], **arguments, **kwargs, return_dict=True)
             base_logits_BKV = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
-            logits = self._mixture(base_logits_BKV, _kept(states[self._point], logits_to_keep))
+            logits = self._mixture(base_logits_BKV, _kept(inputs_BSD, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
@@ -278,7 +291,9 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         weight: torch.Tensor = self.memory.head.weight  # type: ignore[assignment]
         hidden = self.memory(inputs_BKD.to(device=weight.device, dtype=weight.dtype))
         memory_logits_BKV = self.memory.head(hidden).to(base_logits_BKV.device)
-        return mixture_log_probabilities(base_logits_BKV, memory_logits_BKV, self.lmbda)
+        # A compiler makes one kernel of the plain function by itself.
+        mixture = mixture_log_probabilities if torch.compiler.is_compiling() else self.mixture
+        return mixture(base_logits_BKV, memory_logits_BKV, self.lmbda)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -310,7 +325,11 @@ class PretrainedMemory:
         """
         root = Path(path)
         if not (root / "weights" / "config.json").is_file():
-            joint = MemoryAugmentedLM.from_pretrained(str(path), dtype="auto")
+            joint, report = MemoryAugmentedLM.from_pretrained(str(path), dtype="auto", output_loading_info=True)
+            if report["missing_keys"]:  # transformers fills them at random and goes on
+                raise ValueError(
+                    f"the files of {path} lack {len(report['missing_keys'])} weights: export the memory again"
+                )
             settings = joint.config
             return cls(
                 module=joint.memory,
@@ -354,6 +373,7 @@ class PretrainedMemory:
             self.module,
             lmbda=0.25 if weight is None else weight,
             input_point=CapturePoint(layer=self.input_layer, point=self.input_point),  # type: ignore[arg-type]
+            layers_path=self.provenance.get("input_layers_path"),
             provenance=self.provenance,
             vocabulary_sha256=self.vocabulary_sha256,
         )

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from mlpmem_ds.maths.interpolation import label_log_probabilities
+from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 

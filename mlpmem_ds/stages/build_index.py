@@ -97,11 +97,10 @@ def _resolve_factory(config: Config, keys: Keys) -> tuple[str, int]:
     """The faiss factory string and its number of lists; says what was chosen, why, and what it will cost."""
     factory, reason = config.factory, "as asked"
     if factory == "auto":
+        factory, reason = engine.choose_factory(keys.num_positions, keys.dim, _memory_bytes())
         started = _factory_of_started_run(config.output)
-        if started:
-            factory, reason = started, "chosen when this run was first started"
-        else:
-            factory, reason = engine.choose_factory(keys.num_positions, keys.dim, _memory_bytes())
+        if started and started != factory:
+            factory, reason = started, f"chosen when this run was first started; now it would be {factory}"
     try:
         num_lists = engine.check_factory(factory, keys.dim, keys.num_positions)
     except ValueError as error:
@@ -141,6 +140,7 @@ def _memory_bytes() -> int:
 
 
 def _train(keys: Keys, factory: str, writer: UnitWriter) -> dict[str, Any]:
+    keys.check("keys")  # a flipped byte would be a wrong centroid in silence
     positions = sample_positions(keys.num_positions, engine.num_training_vectors(factory, keys.dim), seed=_SEED)
     index = engine.train(keys.gather("keys", positions), factory, seed=_SEED)
     with writer.file(TRAINED_NAME) as path:
@@ -152,6 +152,7 @@ def _fill(keys: Keys, trained: Path, shard: int, num_shards: int, writer: UnitWr
     index = engine.read_index(trained, for_search=False)
     blocks = blocks_of_shard(keys.blocks, shard, num_shards)
     for block in blocks:
+        keys.check("keys", block)
         engine.fill(index, keys.unit("keys", block.start), np.arange(block.start, block.stop))
     with writer.file(shard_name(shard)) as path:
         engine.write_index(index, path)

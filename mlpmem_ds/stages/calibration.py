@@ -49,7 +49,7 @@ def sizes_of_run(root: Path, found: dict[str, dict[str, Any]]) -> dict[str, Any]
         "vocab_size": keys_of["vocab_size"],
         "dim": keys_of["codec"]["dim"],
         "codec": keys_of["codec"]["name"],
-        "width": keys_of["input_size"] or keys_of["key_size"],
+        "width": keys_of.get("input_width") or keys_of["input_size"] or keys_of["key_size"],
         "input_codec": keys_of.get("input_codec") or ("bf16" if keys_of["input_size"] else "none"),
     }
     if "index" in found:
@@ -57,7 +57,7 @@ def sizes_of_run(root: Path, found: dict[str, dict[str, Any]]) -> dict[str, Any]
     if "targets" in found:
         target = found["targets"]
         sizes |= {name: target[name] for name in ("search", "k", "neighbour_perplexity")}
-        sizes |= {"nprobe": target["config"].get("nprobe") or 16, "encoding": target.get("encoding", "exact")}
+        sizes |= {"nprobe": target["config"].get("nprobe"), "encoding": target.get("encoding", "exact")}
     if "memory" in found:
         sizes |= {"memory": found["memory"]["memory"], "epochs": found["memory"]["config"]["epochs"]}
         sizes |= {"keep_checkpoints": _run(root / "memory")["config"].get("keep_checkpoints", 2)}

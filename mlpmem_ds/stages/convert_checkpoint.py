@@ -70,13 +70,14 @@ def run(config: Config, world: World) -> None:
         return
     inputs, output = open_inputs(config), config.output.resolve()
     if config.write == "memory":
-        write_memory(config, inputs.trained, world)
+        write_memory(config, inputs.read(output).trained, world)
         return
     identity = inputs.identity(config)
     if _is_complete(output, identity):
         _logger.info("complete: %s", config.output)
         return
     _require_disk(config, inputs)
+    inputs = inputs.read(output)
     joint = _join(config, inputs)
     with _partial_directory(output, identity) as partial:
         export = partial / output.name  # the name of the copy of its code that transformers keeps
@@ -306,6 +307,7 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
             _build_memory(inputs),
             lmbda=inputs.lmbda,
             input_point=_point(inputs),
+            layers_path=inputs.trained.provenance.get("input_layers_path"),
             cast=False,
             provenance=inputs.trained.provenance,
             vocabulary_sha256=inputs.trained.provenance["vocabulary_sha256"],

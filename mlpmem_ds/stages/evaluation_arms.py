@@ -16,7 +16,6 @@ import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
-from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.engines.hidden_states import (
     TransformersSource,
     check_source_reads,
@@ -27,7 +26,9 @@ from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, read_weights
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.hf import PretrainedMemory
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.evaluation_config import Config
 from mlpmem_ds.stages.retriever import Retriever
@@ -89,7 +90,9 @@ def open_memory(
 ) -> MemoryArm:
     """Read a memory and make sure that it belongs to this base and vocabulary."""
     if _is_export(root):
-        memory, provenance, layer, point, vocabulary = _read_export(root, flag)
+        export = _read_export(root, flag)
+        memory, provenance, layer, point = export.module, export.provenance, export.input_layer, export.input_point
+        vocabulary = export.vocabulary_sha256
         sha256, directory, is_training = fingerprint_model(str(root)), root, False
     else:
         trained = read_weights(root, flag=flag)
@@ -138,16 +141,12 @@ def _build_memory(shape: Mapping[str, Any], weights: Mapping[str, torch.Tensor],
     return memory
 
 
-def _read_export(root: Path, flag: str) -> tuple[Memory, dict[str, Any], int, str, str]:
-    """(memory, provenance, input layer, input point, vocabulary) of an exported joint model; its base is not kept."""
-    from mlpmem_ds.models.hf import MemoryAugmentedLM
-
+def _read_export(root: Path, flag: str) -> PretrainedMemory:
+    """The memory of an exported joint model; its base is not kept."""
     try:
-        joint = MemoryAugmentedLM.from_pretrained(root, dtype="auto")
+        return PretrainedMemory.from_pretrained(root)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{flag} {root} cannot be loaded ({error}): export the memory again") from error
-    config = joint.config
-    return joint.memory, config.provenance, config.input_layer, config.input_point, config.vocabulary_sha256
 
 
 def open_model(root: Path, name: str, config: Config, corpus: CorpusSplit, *, device: str) -> ModelArm:
@@ -208,10 +207,10 @@ def open_datastore(
 
 
 def _read_targets(root: Path, keys: Keys) -> dict[str, Any]:
-    manifest, _ = read_manifest(root, stage="targets", version=1, flag="--targets")
-    if manifest["inputs"]["keys"] != keys.sha256:
+    targets = open_targets(root)
+    if targets.keys_sha256 != keys.sha256:
         raise UserError(f"--targets {root} are of other keys than --keys {keys.root}: write them again from these")
-    return manifest
+    return targets.manifest
 
 
 def bytes_of_model(root: Path) -> int:

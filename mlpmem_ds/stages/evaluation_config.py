@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ def lambda_grid(text: str) -> tuple[float, ...]:
     """
     try:
         first, last, step = (float(word) for word in text.split(":"))
-        if step <= 0:
+        if not 0 < step < math.inf:
             raise ValueError
     except ValueError as error:
         raise UserError(f"--lambdas {text}: give first:last:step with a step above 0, such as 0:1:0.05") from error
@@ -87,7 +88,10 @@ class Config:
             raise UserError(f"--k {self.k} must be at least 1")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature {self.temperature} must be a number above 0")
-        lambda_grid(self.lambdas)
+        if lambda_grid(self.lambdas)[0] == 1 and self.keys is not None:
+            raise UserError(
+                f"--lambdas {self.lambdas}: kNN gives most tokens no probability at all, so that its arms need a λ below 1"
+            )
         splits = (self.tuning_split, self.test_split, *self.extra_splits)
         if len(set(splits)) != len(splits):
             raise UserError(

@@ -92,7 +92,12 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
     corpus = splits[config.test_split].corpus
     base_sha256 = fingerprint_model(config.model)
     source = TransformersSource(
-        config.model, dtype=config.dtype, device=config.device, attention=config.attention, local_rank=local_rank
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        attention=config.attention,
+        local_rank=local_rank,
+        layers_path=_layers_path(config),
     )
     check_source_reads(source, corpus, config.model)
     memories = (
@@ -126,6 +131,19 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
         models=models,
         seconds=_seconds(config, memories, models),
     )
+
+
+def _layers_path(config: Config) -> str | None:
+    """Where the base's layers are, if extraction had to be told: as the memory says, or the keys."""
+    if config.memory is not None:
+        weights, export = config.memory / "weights" / "config.json", config.memory / "config.json"
+        if weights.is_file():
+            return (read_json(weights).get("provenance") or {}).get("input_layers_path")
+        if export.is_file():
+            return read_json(export).get("layers_path")
+    if config.keys is not None and (config.keys / "manifest.json").is_file():
+        return read_json(config.keys / "manifest.json").get("layers_path")
+    return None
 
 
 def _open_splits(config: Config) -> dict[str, Split]:

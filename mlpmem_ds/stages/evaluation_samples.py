@@ -32,7 +32,13 @@ def continue_samples(config: Config, inputs: Inputs, lmbda: float) -> list[dict[
     num_tokens = min(_PROMPT_TOKENS, corpus.block_size // 2, corpus.num_tokens)
     starts = np.linspace(0, corpus.num_tokens - num_tokens, config.samples + 2).astype(int)[1:-1]
     prompts = [corpus.tokens(int(start), int(start) + num_tokens).tolist() for start in starts]
-    joint = MemoryAugmentedLM.from_parts(inputs.source.model, memory.memory, lmbda=lmbda, input_point=memory.point)
+    joint = MemoryAugmentedLM.from_parts(
+        inputs.source.model,
+        memory.memory,
+        lmbda=lmbda,
+        input_point=memory.point,
+        layers_path=inputs.source.layers_path,
+    )
     generation = GenerationConfig(
         max_new_tokens=min(_NEW_TOKENS, corpus.block_size - num_tokens),
         do_sample=False,

@@ -19,6 +19,8 @@ from mlpmem_ds.maths.head_scores import HeadScores, head_scores, token_log_proba
 from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, logit_transform, output_head
 from mlpmem_ds.models.memory import Memory
 
+_MEMORY_ROWS = 2048  # rows whose activations are at hand: 4 · F bytes each and matrix, 117 MB for F = 14,336
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassScores:
@@ -93,9 +95,19 @@ def scan(
 
 @torch.no_grad()
 def memory_log_probabilities(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray) -> np.ndarray:
-    """log p_mem(token), float32 [n, J], from float32 logits; the inputs are taken to the memory's dtype and device."""
+    """log p_mem(token), float32 [n, J], from float32 logits; the inputs are taken to the memory's dtype and device.
+
+    Raises:
+        UserError: one is not a number, as damaged weights or an overflow in float16 make it.
+    """
     weight_VH: torch.Tensor = memory.head.weight  # type: ignore[assignment]
-    hidden_nH = memory(inputs_nD.to(dtype=weight_VH.dtype, device=weight_VH.device))
+    parts = inputs_nD.split(_MEMORY_ROWS)
+    hidden_nH = torch.cat([memory(part.to(dtype=weight_VH.dtype, device=weight_VH.device)) for part in parts])
     tokens = torch.from_numpy(tokens_nJ).to(weight_VH.device)
     result_nJ: np.ndarray = token_log_probabilities(hidden_nH, weight_VH, tokens).cpu().numpy()
+    if not np.isfinite(result_nJ).all():
+        raise UserError(
+            f"{int((~np.isfinite(result_nJ)).sum())} of {result_nJ.size} log-probabilities of a memory are not finite: its "
+            "weights are damaged, or --dtype float32 is needed"
+        )
     return result_nJ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.engines.hidden_states import fingerprint_model
-from mlpmem_ds.formats.checkpoint import TrainedMemory, read_weights
+from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
 from mlpmem_ds.formats.reference_checkpoint import open_reference
 from mlpmem_ds.models.hf import checked_lmbda
 from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.stages.checkpoint_weights import describe_checkpoint, find_checkpoint, with_weights
 from mlpmem_ds.stages.import_reference import read_reference
 from mlpmem_ds.stages.prepare_corpus import vocabulary_sha256
 
@@ -32,13 +34,19 @@ DEFAULT_LAMBDA = 0.25
 class Config:
     """What is joined, and how it is stored."""
 
-    checkpoint: Path | None = option("output directory of a finished launch/train.py", None)
+    checkpoint: Path | None = option(
+        "output directory of launch/train.py; where it has not finished, its newest whole checkpoint is taken (DeepSpeed's "
+        "files are pickled: only from yourself)",
+        None,
+    )
+    step: int | None = option("with --checkpoint: the checkpoint of this step, also of a finished training", None)
     from_reference: Path | None = option(
         "instead: a memory that the method's authors published; needs --model, its base", None
     )
     output: Path = option("directory to write")
     write: Literal["export", "memory"] = option(
-        "a Hugging Face directory with base and memory; or, of a published memory, a directory as training leaves it",
+        "a Hugging Face directory with base and memory; or, of a published memory or of a checkpoint, a directory as training "
+        "leaves it",
         "export",
     )
     input_layer: float = option(
@@ -62,8 +70,10 @@ class Config:
             raise UserError("give either --checkpoint, a training's output, or --from-reference, a published memory")
         if self.from_reference is not None and self.model is None:
             raise UserError("--from-reference needs --model, the base that the memory was trained for")
-        if self.from_reference is None and self.write == "memory":
-            raise UserError("--write memory is for --from-reference; a training's output is such a directory already")
+        if self.step is not None and (self.checkpoint is None or self.step < 0):
+            raise UserError(
+                f"--step {self.step} names a checkpoint of --checkpoint: give that, and a step of 0 or more"
+            )
         if self.lmbda is not None:
             try:
                 checked_lmbda(self.lmbda)
@@ -91,6 +101,14 @@ class ExportInputs:
     corpus: dict[str, Any] | None
     """the corpus's manifest, where it is at hand"""
     targets: dict[str, Any] | None
+    unread: Checkpoint | None = None
+    """where the weights are still to be read from; None = they are in `trained`"""
+
+    def read(self, output: Path) -> ExportInputs:
+        """The same with the weights at hand."""
+        if self.unread is None:
+            return self
+        return dataclasses.replace(self, trained=with_weights(self.trained, self.unread, output), unread=None)
 
     def identity(self, config: Config) -> dict[str, Any]:
         """What the weights and the configuration depend on."""
@@ -122,7 +140,7 @@ def open_inputs(config: Config) -> ExportInputs:
     """
     if config.checkpoint is None:
         return _open_published(config)
-    trained, memory = _read_trained(config.checkpoint)
+    trained, memory, unread = _read_trained(config)
     report, report_sha256, report_lmbda = _read_report(config, trained)
     lmbda, rule = _choose_lambda(config, report_lmbda)
     model = config.model or _model_of_keys(config.checkpoint, trained)
@@ -154,6 +172,7 @@ def open_inputs(config: Config) -> ExportInputs:
         source=config.checkpoint,
         corpus=None if corpus_root is None else read_json(corpus_root / "manifest.json"),
         targets=None if targets_root is None else read_json(targets_root / "manifest.json"),
+        unread=unread,
     )
 
 
@@ -189,27 +208,30 @@ def _open_published(config: Config) -> ExportInputs:
     )
 
 
-def _read_trained(root: Path) -> tuple[TrainedMemory, MemoryConfig]:
-    """A finished training's memory, with all that an export needs to know of it."""
-    _require_finished(root)
-    trained = read_weights(root, flag="--checkpoint")
+def _read_trained(config: Config) -> tuple[TrainedMemory, MemoryConfig, Checkpoint | None]:
+    """A training's memory, with all that an export needs to know of it; and the checkpoint, where its weights lie there."""
+    assert config.checkpoint is not None
+    root, checkpoint = config.checkpoint, None
+    if (root / EXPORT_FILE).is_file():
+        raise UserError(f"--checkpoint {root} is an export already: give the output directory of launch/train.py")
+    is_finished = (root / "manifest.json").is_file() or not (root / "identity.json").is_file()
+    if config.step is None and is_finished:
+        if config.write == "memory" and (root / "manifest.json").is_file():
+            raise UserError(
+                f"--write memory: --checkpoint {root} is finished, and such a directory already; the flag is for "
+                "--from-reference, for a training that has not finished, and for one --step of it"
+            )
+        trained = read_weights(root, flag="--checkpoint")
+    else:
+        checkpoint = find_checkpoint(root, config.step)
+        trained = describe_checkpoint(checkpoint)
     wanted = {"base", "vocabulary_sha256", "input_layer", "key_point"}
     if lacking := sorted(wanted - set(trained.provenance)):
         raise DamagedDataError(f"--checkpoint {root} does not say its {', '.join(lacking)}: train it again")
     try:
-        return trained, MemoryConfig.from_dict(trained.memory)
+        return trained, MemoryConfig.from_dict(trained.memory), checkpoint
     except ValueError as error:
         raise DamagedDataError(f"--checkpoint {root}: {error}: train it again") from error
-
-
-def _require_finished(root: Path) -> None:
-    if (root / EXPORT_FILE).is_file():
-        raise UserError(f"--checkpoint {root} is an export already: give the output directory of launch/train.py")
-    if (root / "identity.json").is_file() and not (root / "weights" / "model.safetensors").is_file():
-        raise UserError(
-            f"--checkpoint {root} is not finished (it has no weights/): run its launch/train.py command again, "
-            "it continues and writes them at the end"
-        )
 
 
 def _read_report(config: Config, trained: TrainedMemory) -> tuple[dict[str, Any] | None, str | None, float | None]:

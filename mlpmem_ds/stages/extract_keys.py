@@ -36,7 +36,7 @@ from mlpmem_ds.formats.keys import (
 )
 from mlpmem_ds.stages.extraction_inputs import Bases, Config, describe_bases, open_inputs
 from mlpmem_ds.stages.key_audit import AuditSettings, run_audit
-from mlpmem_ds.stages.key_codec import check_stored, checked, read_sample, write_codec
+from mlpmem_ds.stages.key_codec import check_log_probabilities, check_stored, checked, read_sample, write_codec
 from mlpmem_ds.stages.key_plan import PositionBytes, bytes_of_position, require_disk
 
 __all__ = ["Config", "run"]
@@ -83,6 +83,11 @@ def run(config: Config, world: World) -> None:
             "input_layer": bases.input_point.layer,
             "input_point": bases.input_point.point,
             **({"raw_dtype": config.raw_dtype} if config.codec == "raw" else {}),
+            **{
+                name: path
+                for name in ("layers_path", "input_layers_path")
+                if (path := getattr(config, name)) is not None
+            },
         },
     )
 
@@ -213,6 +218,7 @@ def _extract_unit(
     for rows in _read_block(config, corpus, bases, block):
         stored_nE, clipped = codec.store(rows.keys_nD)
         check_stored(stored_nE, rows.keys_nD, range(*rows.block), bases.key_point)
+        check_log_probabilities(rows.log_probabilities_n, range(*rows.block))
         num_clipped += clipped
         put("keys", rows, stored_nE)
         put("log_probabilities", rows, rows.log_probabilities_n)

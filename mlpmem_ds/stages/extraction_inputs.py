@@ -25,6 +25,7 @@ from mlpmem_ds.engines.hidden_states import (
 )
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.stages.key_codec import check_log_probabilities, checked
 
 _logger = logging.getLogger(__name__)
 _MAX_EXACT_DIM = 1040  # above it a product of int8 codes may pass 2^24 and is no longer exact in float32
@@ -234,20 +235,24 @@ def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
 
 
 def _try_reading(bases: Bases, corpus: CorpusSplit) -> None:
-    """Read a few tokens, so that a point which cannot be read is refused before anything is written.
+    """Read a few tokens, so that a point which cannot be read, and NaN weights, are refused before anything is written.
 
     Raises:
         UserError: with what was wrong with it.
     """
-    tokens_BS = torch.from_numpy(corpus.tokens(0, min(_TRIED_TOKENS, corpus.num_tokens)))[None]
+    num_positions = min(_TRIED_TOKENS, corpus.num_positions)
+    tokens_BS, positions = torch.from_numpy(corpus.tokens(0, num_positions))[None], range(num_positions)
     for name, source, point in (
         ("key", bases.key_source, bases.key_point),
         ("input", bases.input_source, bases.input_point),
     ):
         try:
-            source.read(tokens_BS, {name: point})
+            batch = source.read(tokens_BS, {name: point})
         except ValueError as error:
             raise UserError(f"--{name}-layer, --{name}-point: {error}") from error
+        checked(batch.states[name][0], positions, name, point)
+    values_N = torch.from_numpy(corpus.values(0, num_positions))
+    check_log_probabilities(bases.input_source.log_probabilities(batch.final_BSD[0], values_N), positions)
 
 
 def _resolve_dim(config: Config, source: StateSource) -> int:

@@ -21,6 +21,7 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
+from mlpmem_ds.maths.interpolation import mixture_log_probabilities
 from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM, checked_lmbda
 from mlpmem_ds.stages.prepare_corpus import vocabulary_sha256
 
@@ -188,6 +189,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Memor
     if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:
         raise DamagedDataError(f"--model {name} does not hold the whole model ({faults}): {remedy}")
     joint: MemoryAugmentedLM = model.to(chosen).eval()
+    joint.mixture = mixture_log_probabilities
     return joint
 
 

@@ -102,7 +102,7 @@ def _layer(input_layer: float, base: _Base) -> int:
 
 
 def write_memory(config: Any, trained: TrainedMemory, world: World) -> None:
-    """Publish an imported memory as a training would have left it: OUTPUT/weights and a manifest."""
+    """Publish a memory that was imported, or read from a checkpoint, as a finished training leaves it."""
     needed = sum(tensor.numel() * tensor.element_size() for tensor in trained.weights.values())
     require_free_bytes(config.output, needed, what="the memory's weights")
     directory = open_stage(
@@ -110,7 +110,10 @@ def write_memory(config: Any, trained: TrainedMemory, world: World) -> None:
         stage=MEMORY_STAGE,
         version=MEMORY_VERSION,
         config=config,
-        inputs={"reference": trained.sha256, "base": trained.provenance["base"]},
+        inputs={
+            "reference" if "imported" in trained.provenance else "checkpoint": trained.sha256,
+            "base": trained.provenance["base"],
+        },
         world=world,
     )
     fields = {"memory": trained.memory, "provenance": trained.provenance}
@@ -120,4 +123,6 @@ def write_memory(config: Any, trained: TrainedMemory, world: World) -> None:
         return {"parameters": sum(tensor.numel() for tensor in trained.weights.values())}
 
     directory.run_units([_UNIT], write)
-    directory.finish([_UNIT], lambda: {**fields, "steps": 0, "weights_dtype": "float32"})
+    directory.finish(
+        [_UNIT], lambda: {**fields, "steps": trained.provenance.get("steps", 0), "weights_dtype": "float32"}
+    )

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_ds.core.blocks import Window
+from mlpmem_ds.core.blocks import Window, split_blocks
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.hashing import shuffled
@@ -26,8 +26,9 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import Codec, Keys
-from mlpmem_ds.maths.fidelity import merge_neighbours, recall, total_variation
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours
+from mlpmem_ds.maths.neighbours import merge_neighbours
+from mlpmem_ds.maths.target_distance import recall, total_variation
 from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.stages.key_codec import fit_sample, read_sample, read_windows, sample_windows
@@ -38,6 +39,7 @@ NAME, FORMAT, VERSION = "audit.json", "mlpmem-key-audit", 1
 PERPLEXITIES = {"soft": 300.0, "sharp": 30.0}
 _K = 1024
 _CHUNK = 32768  # candidates at hand: 32768 · D · 4 bytes
+_ROWS_AT_ONCE = 1024  # queries that are searched, merged and compared at once
 _QUERY_SPREAD = 32  # the windows that the queries are drawn from hold this many positions a query
 _WINDOWS_SEED, _QUERIES_SEED = 5, 6
 
@@ -215,13 +217,29 @@ def _chunks(
         yield first, np.concatenate(positions), np.concatenate(states)
 
 
+def _row_blocks(num_queries: int) -> list[slice]:
+    return [slice(*block) for block in split_blocks(num_queries, _ROWS_AT_ONCE)]
+
+
 def _keep_nearest(arm: _Arm, vectors_mE: np.ndarray, first: int, query_rows: np.ndarray, k: int) -> None:
     """Let a chunk of candidates, numbered from `first`, into each query's k nearest so far; never the query itself."""
-    exclusion = Exclusion(query_ids_Q=query_rows - first)
-    found = exact_neighbours(arm.queries, vectors_mE, k, exclusion=exclusion)
-    ids_QK = np.where(found.ids_QK >= 0, found.ids_QK + first, -1)
-    found = Neighbours(ids_QK=ids_QK, distances_QK=found.distances_QK)
-    arm.best = found if arm.best is None else merge_neighbours(arm.best, found, k)
+    parts = []
+    for rows in _row_blocks(len(query_rows)):
+        exclusion = Exclusion(query_ids_Q=query_rows[rows] - first)
+        found = exact_neighbours(arm.queries[rows], vectors_mE, k, exclusion=exclusion)
+        ids_QK = np.where(found.ids_QK >= 0, found.ids_QK + first, -1)
+        found = Neighbours(ids_QK=ids_QK, distances_QK=found.distances_QK)
+        if arm.best is None:
+            parts.append(found)
+        else:
+            best = Neighbours(ids_QK=arm.best.ids_QK[rows], distances_QK=arm.best.distances_QK[rows])
+            best = merge_neighbours(best, found, k)
+            arm.best.ids_QK[rows], arm.best.distances_QK[rows] = best.ids_QK, best.distances_QK
+    if arm.best is None:
+        arm.best = Neighbours(
+            ids_QK=np.concatenate([part.ids_QK for part in parts]),
+            distances_QK=np.concatenate([part.distances_QK for part in parts]),
+        )
 
 
 def _compare(
@@ -229,19 +247,25 @@ def _compare(
 ) -> dict[str, Any]:
     """One row of the report."""
     assert arm.best is not None and reference.best is not None
-    true_values, values = values_M[reference.best.ids_QK], values_M[arm.best.ids_QK]
+    found_QK, wanted_QK = arm.best.ids_QK, reference.best.ids_QK
+    blocks = _row_blocks(len(found_QK))
     variations: dict[str, float | None] = {}
     for name, true in true_weights.items():
         weights = None if true is None else _weights(arm, name)
         variations[name] = None
         if true is not None and weights is not None:
-            variations[name] = float(total_variation(true, true_values, weights, values).mean())
+            parts = [
+                total_variation(true[rows], values_M[wanted_QK[rows]], weights[rows], values_M[found_QK[rows]])
+                for rows in blocks
+            ]
+            variations[name] = float(np.concatenate(parts).mean())
+    recalls = [recall(found_QK[rows], wanted_QK[rows], wanted_QK.shape[1]) for rows in blocks]
     return {
         "name": arm.name,
         "dim": arm.dim,
         "bytes": arm.bytes,
         "energy_kept": arm.energy_kept,
-        "recall": recall(arm.best.ids_QK, reference.best.ids_QK),
+        "recall": float(np.concatenate(recalls).mean()),
         "total_variation": variations,
     }
 

@@ -109,9 +109,24 @@ def checked(
         position = int(positions_n[int((~finite_n).nonzero()[0])])
         raise UserError(
             f"the {name} at position {position}, layer {point.layer} ({point.point}), is not finite: the model's "
-            "weights are damaged, or --dtype float32 is needed"
+            "weights are damaged, or --dtype float32 is needed (and another --output, where this one was begun)"
         )
     return states_nD.float().numpy()
+
+
+def check_log_probabilities(log_probabilities_n: np.ndarray, positions_n: Sequence[int] | np.ndarray) -> None:
+    """Refuse log-probabilities that are not finite: then the output head is damaged, which no hidden state shows.
+
+    Raises:
+        UserError: names the first position.
+    """
+    finite_n = np.isfinite(log_probabilities_n)
+    if not finite_n.all():
+        raise UserError(
+            f"the base's log-probability at position {int(positions_n[int(np.flatnonzero(~finite_n)[0])])} is not finite: the "
+            "weights after its last layer are damaged, or --dtype float32 is needed (and another --output, where this one "
+            "was begun)"
+        )
 
 
 def check_stored(

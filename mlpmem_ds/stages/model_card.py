@@ -73,7 +73,7 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
         *_imported(known),
         f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {known.get('corpus', 'unknown')})",
         f"Training: α {known.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of cross entropy, "
-        f"{known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')} steps of "
+        f"{known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')} steps{_planned(known)} of "
         f"{known.get('batch_positions', 'unknown')} positions, {known.get('epochs', 'unknown')} epochs",
     ]
     if known.get("alpha") == 0:
@@ -87,6 +87,12 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
         f"({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}), keys of layer "
         f"{known.get('key_layer', 'unknown')}",
     ]
+
+
+def _planned(known: Mapping[str, Any]) -> str:
+    """Of a checkpoint, which may lie before the training's end: how many steps that was to have."""
+    planned = known.get("steps_planned")
+    return "" if planned in (None, known.get("steps")) else f" (a checkpoint; {planned} were planned)"
 
 
 def _imported(known: Mapping[str, Any]) -> list[str]:

@@ -30,10 +30,10 @@ _DEFAULTS: dict[str, Any] = {
     "codec": "int8",
     "input_codec": "bf16",
     "num_shards": 4,
-    "nprobe": 16,
+    "nprobe": 32,
     "k": 1024,
     "neighbour_perplexity": 100.0,
-    "encoding": "exact",
+    "encoding": "compact",
     "epochs": 5.0,
     "keep_checkpoints": 2,
 }
@@ -54,10 +54,10 @@ class Config:
     factory: str = option("faiss factory of the index, or auto", "auto")
     num_shards: int | None = option("files of the index (default: 4)", None)
     search: Literal["auto", "exact", "ivf"] = option("of the targets", "auto")
-    nprobe: int | None = option("lists that a query probes (default: 16)", None)
+    nprobe: int | None = option("lists that a query probes (default: 32)", None)
     k: int | None = option("neighbours of a position (default: 1024)", None)
     neighbour_perplexity: float | None = option("how many neighbours count (default: 100)", None)
-    encoding: Literal["exact", "compact"] | None = option("of the targets (default: exact)", None)
+    encoding: Literal["exact", "compact"] | None = option("of the targets (default: compact)", None)
     preset: str | None = option(f"size of the memory: {', '.join(PRESETS)} (default: 4 blocks of the width)", None)
     epochs: float | None = option("passes of the training over all positions (default: 5)", None)
     ranks: int = option("processes of each stage", 1)

@@ -38,7 +38,7 @@ class Config:
     tasks: tuple[str, ...] = option("tasks of the harness by name (most fetch their data from the Hub)", ())
     include_path: Path | None = option("directory with further task YAML files", None)
     lambdas: tuple[float, ...] = option("weights of the memory to compare (default: 0 and the export's)", ())
-    num_fewshot: int = option("examples before each question", 0)
+    num_fewshot: int | None = option("examples before each question (default: the task's own; local files: 0)", None)
     limit: int | None = option("documents of each task at most (default: all)", None)
     batch_size: int = option("prompts at once", 8)
     output: Path | None = option("JSON file to write", None)
@@ -52,7 +52,7 @@ class Config:
             raise UserError("nothing to ask: give --questions, --ranking or --tasks")
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
-        if self.num_fewshot < 0:
+        if self.num_fewshot is not None and self.num_fewshot < 0:
             raise UserError(f"--num-fewshot must be 0 or more, not {self.num_fewshot}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit must be at least 1, not {self.limit}")
@@ -86,7 +86,7 @@ def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]]) -> str:
             tokenizer,
             tasks,
             batch_size=config.batch_size,
-            num_fewshot=config.num_fewshot or None,
+            num_fewshot=config.num_fewshot,
             limit=config.limit,
             include_path=config.include_path,
         )

@@ -80,10 +80,14 @@ def open_truth(raw_keys: Path | None, keys: Keys) -> Keys:
     raw = open_keys(raw_keys, flag="--raw-keys")
     if raw.codec != "raw":
         raise UserError(f"--raw-keys {raw_keys} holds codec {raw.codec}: extract them with --codec raw")
-    same = ("num_positions", "key_layer", "key_point")
-    there, here = ({name: of.manifest.get(name) for name in same} | of.manifest["inputs"] for of in (raw, keys))
+    same = ("num_positions", "split", "key_layer", "key_point", "layers_path")
+    there, here = (
+        {name: of.manifest.get(name) for name in same}
+        | {name: of.manifest["inputs"].get(name) for name in ("corpus", "model")}
+        for of in (raw, keys)
+    )
     if there != here:
-        names = ", ".join(sorted(name for name in there | here if there.get(name) != here.get(name)))
+        names = ", ".join(sorted(name for name in there if there[name] != here[name]))
         raise UserError(
             f"--raw-keys {raw_keys} were extracted otherwise than --keys {keys.root} ({names}): "
             "use the same corpus, model and layer"
@@ -110,6 +114,8 @@ def run(config: Config, world: World, *, datastore: Datastore, truth: Keys) -> N
 
     def compare(unit: str, writer: UnitWriter) -> None:
         if not truth_ND:
+            if truth is not datastore.keys:
+                truth.check("keys")
             truth_ND.append(datastore.vectors_ND if truth is datastore.keys else truth.read("keys"))
         compared = _compare(datastore, targets, truth, truth_ND[0], parts[unit])
         for column, values in asdict(compared).items():
@@ -255,7 +261,8 @@ def _log(record: dict[str, Any]) -> None:
         recalls["k"],
         record["self_found"],
     )
-    for decile in record["by_list_size"]:
+    with_lists = record["settings"]["search"] == "ivf"  # else all are in one list
+    for decile in record["by_list_size"] if with_lists else ():
         _logger.info(
             "  lists of %7d to %7d keys: recall %.4f, total variation %.4f",
             decile["least"],

@@ -1,5 +1,8 @@
 """Keys (and index) → neighbours of any positions and their distributions, for targets and their audit.
 
+What is searched is compared with its checksums when it is loaded: a flipped byte would be a wrong neighbour in silence, and
+reading for it (2 GB a second) is nothing beside the search.
+
 N positions, n positions at hand, D numbers in a key, K neighbours, P lists that a query probes, L lists.
 """
 
@@ -12,6 +15,7 @@ import numpy as np
 
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.maths.distances import are_codes, norms_of_codes
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
 from mlpmem_ds.maths.targets import SparseRows, aggregate, neighbour_weights, truncate
 
@@ -48,13 +52,24 @@ class Datastore:
     def has_lists(self) -> bool:
         return self._index is not None
 
+    def load(self) -> None:
+        """Load everything: before threads share this, for each would load it by itself."""
+        _ = self.vectors_ND, self.values_N, self._index is None or (self._lists, self._norms_N)
+
     @cached_property
     def vectors_ND(self) -> np.ndarray:
-        """int8 codes, or float16 keys."""
+        """int8 codes, float16 keys, or float32 with the values of bfloat16 keys."""
+        self.keys.check("keys")
         return self.keys.read("keys")
 
     @cached_property
+    def _norms_N(self) -> np.ndarray | None:
+        """Squared lengths of int8 codes, int32 [N]."""
+        return norms_of_codes(self.vectors_ND) if are_codes(self.vectors_ND) else None
+
+    @cached_property
     def values_N(self) -> np.ndarray:
+        self.keys.check("values")
         return self.keys.read("values")
 
     @cached_property
@@ -65,6 +80,7 @@ class Datastore:
         assert self._index is not None
         if self._threads:
             engine.set_num_threads(self._threads)
+        self._index.check()
         trained = engine.read_index(self._index.trained_path, for_search=False)
         shards = [engine.read_index(path, for_search=False) for path in self._index.shard_paths]
         return (trained, *engine.inverted_lists(shards))
@@ -87,6 +103,7 @@ class Datastore:
             self.vectors_ND,
             self.k,
             exclusion=self.exclusion(positions_n) if exclude else None,
+            key_norms_N=self._norms_N,
         )
         return Neighbours(ids_QK=found.ids_QK[place_n], distances_QK=found.distances_QK[place_n])
 

@@ -104,6 +104,7 @@ def write(
     block_size = datastore.keys.manifest["block_size"]
     num_threads = torch.get_num_threads()
     num_workers = min(num_threads, _MOST_WORKERS)
+    datastore.load()
     size = block_size * max(1, config.batch_positions // num_workers // block_size)
 
     def make(batch: Block) -> tuple[list[TargetBlock], int, int]:

@@ -10,7 +10,9 @@ computes them beside the training.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -173,11 +175,12 @@ class _Training:
         progress.close()
         if self.copier is not None:
             self.copier.wait()
-        if outcome.reason == "asked":
+        if outcome.reason in ("asked", "deadline"):
             self.directory.log.write("stopped", step=outcome.steps)
             if world.is_first:
                 _logger.info(
-                    "stopped as asked and saved at step %d of %d: the same command continues",
+                    "stopped %s and saved at step %d of %d: the same command continues",
+                    "as asked" if outcome.reason == "asked" else "after --max-seconds",
                     outcome.steps,
                     self.num_steps,
                 )
@@ -208,6 +211,7 @@ class _Training:
             save_every=config.save_every_steps,
             validate_every=self.validate_every,
             most_skipped=config.most_skipped_steps,
+            deadline=time.monotonic() + config.max_seconds if config.max_seconds else math.inf,
             flops_per_row=_FLOPS_OF_A_WEIGHT * self.inputs.memory.num_matrix_parameters(),
             peak_flops=sum(gather_values(peak.flops, self.world)),
             names=SUM_NAMES,
@@ -290,6 +294,9 @@ def _build(
     config: Config, inputs: TrainingInputs, ds_config: Mapping[str, Any], head: torch.Tensor | None, world: World
 ) -> Engine:
     def prepare(model: nn.Module) -> None:
+        if inputs.initial is not None:
+            for name, parameter in model.named_parameters():
+                set_parameter(parameter, inputs.initial.tensor(name))
         if head is not None:
             set_parameter(model.head.weight, head)  # type: ignore[union-attr, arg-type]
         assert isinstance(model, MemoryObjective)

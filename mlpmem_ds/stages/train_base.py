@@ -38,7 +38,7 @@ from mlpmem_ds.engines.ds_config import compute_dtype, micro_batches_per_step, z
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
-from mlpmem_ds.maths.interpolation import label_log_probabilities
+from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
 from mlpmem_ds.models.backbone import load_base, logit_transform, output_head
 from mlpmem_ds.stages.curves import draw_curves

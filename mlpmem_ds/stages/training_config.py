@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,6 +57,10 @@ class Config:
     intermediate_size: int | None = option("width inside a block (default: 4 x the width)", None)
     family: Literal["gelu", "swiglu"] | None = option("kind of block (default: gelu)", None)
     head: Literal["random", "base"] = option("start of the output head: random, or the base's own", "random")
+    init_from: Path | None = option(
+        "memory whose weights and shape this training starts from: an output of launch/train.py, its weights/, or an export",
+        None,
+    )
     alpha: float = option("weight of KL(kNN || memory); 1 - alpha is that of the cross entropy", 0.5)
     ce_through: Literal["plain", "mixture"] = option(
         "cross entropy of the memory alone, or of its interpolation with the base", "plain"
@@ -111,6 +116,11 @@ class Config:
         "continue from the newest whole checkpoint, or discard the checkpoints and start anew", "auto", identity=False
     )
     log_every_steps: int = option("steps between log lines", 10, identity=False)
+    max_seconds: float = option(
+        "save and stop after so many seconds of steps; the same command continues (default 0: no limit)",
+        0.0,
+        identity=False,
+    )
     most_skipped_steps: int = option(
         "steps in a row without finite gradients after which the training stops; 0 = never", 10, identity=False
     )
@@ -141,6 +151,8 @@ class Config:
             raise UserError("--targets is needed (without it: --alpha 0 and --keys)")
         if self.head == "base" and self.model is None:
             raise UserError("--head base needs --model, the base whose output head is copied")
+        if self.head == "base" and self.init_from is not None:
+            raise UserError("--init-from brings its own output head: leave out --head base")
         shape = [
             name
             for name in ("num_blocks", "hidden_size", "intermediate_size", "family")
@@ -152,6 +164,8 @@ class Config:
                 f"--decay-fraction {self.decay_fraction} is a share in [0, 1] of the steps of --schedule wsd, not of "
                 f"{self.schedule}: leave it out or change the schedule"
             )
+        if not 0 <= self.max_seconds < math.inf:
+            raise UserError(f"--max-seconds must be a number of at least 0, not {self.max_seconds}")
         if self.most_skipped_steps < 0:
             raise UserError(f"--most-skipped-steps must be 0 or more, not {self.most_skipped_steps}")
         if self.preset and shape:

@@ -20,6 +20,7 @@ from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.models.backbone import CapturePoint, load_base, output_head
 from mlpmem_ds.models.memory import PRESETS, MemoryConfig
+from mlpmem_ds.stages.initial_memory import InitialMemory, check_fits, open_initial_memory
 from mlpmem_ds.stages.training_config import Config
 from mlpmem_ds.stages.training_metrics import require_wandb
 
@@ -37,6 +38,8 @@ class TrainingInputs:
     """the base; None where nothing needs it"""
     tuning: CorpusSplit | None
     """what is validated on; None = no validation"""
+    initial: InitialMemory | None = None
+    """whose weights the training starts from; None = random ones"""
 
     @property
     def is_online(self) -> bool:
@@ -53,6 +56,8 @@ class TrainingInputs:
         hashes = {"corpus": self.corpus.sha256, "keys": self.keys.sha256}
         if self.targets is not None:
             hashes["targets"] = self.targets.sha256
+        if self.initial is not None:
+            hashes["init_from"] = self.initial.sha256
         return hashes
 
 
@@ -116,14 +121,18 @@ def open_inputs(config: Config, *, local_rank: int = 0) -> TrainingInputs:
         )
         check_source_reads(source, corpus, config.model)
     input_size = keys.input_size or (0 if source is None else source.width)
+    initial = None if config.init_from is None else open_initial_memory(config.init_from)
     return TrainingInputs(
         corpus=corpus,
         keys=keys,
         targets=targets,
-        memory=_memory_config(config, keys, input_size),
+        memory=_memory_config(config, keys, input_size)
+        if initial is None
+        else _shape_of(initial, config, keys, input_size, corpus.vocabulary_sha256),
         model_sha256=model_sha256,
         source=source,
         tuning=tuning,
+        initial=initial,
     )
 
 
@@ -178,6 +187,30 @@ def _memory_config(config: Config, keys: Keys, input_size: int) -> MemoryConfig:
         raise UserError(str(error)) from error
 
 
+def _shape_of(
+    initial: InitialMemory, config: Config, keys: Keys, input_size: int, vocabulary_sha256: str
+) -> MemoryConfig:
+    """The shape of the memory that the training starts from; the flags may repeat it."""
+    asked = {
+        name: getattr(config, name)
+        for name in ("num_blocks", "hidden_size", "intermediate_size", "family")
+        if getattr(config, name) is not None
+    }
+    if config.preset is not None:
+        named = PRESETS[config.preset](initial.memory.vocab_size)
+        asked = {name: getattr(named, name) for name in ("num_blocks", "hidden_size", "intermediate_size", "family")}
+    wanted: dict[str, tuple[str, object]] = {
+        "input_size": (f"the inputs of --keys {keys.root} have", input_size),
+        "vocab_size": ("the base's output head has", keys.manifest["head_size"]),
+        **{
+            name: (f"--{'preset' if config.preset else name.replace('_', '-')} asks for", value)
+            for name, value in asked.items()
+        },
+    }
+    check_fits(initial, wanted=wanted, vocabulary_sha256=vocabulary_sha256)
+    return initial.memory
+
+
 def base_head(config: Config, memory: MemoryConfig) -> torch.Tensor | None:
     """The base's output head, where the memory's starts from it."""
     if config.head == "random":
@@ -210,10 +243,11 @@ def provenance_of(config: Config, inputs: TrainingInputs, num_steps: int) -> dic
                 "input_layer": manifest["input_layer"],
                 "input_point": inputs.keys.input_point,
                 "key_point": manifest["key_point"],
+                **({"input_layers_path": path} if (path := manifest.get("input_layers_path")) else {}),
                 "alpha": config.alpha,
                 "ce_through": config.ce_through,
                 "mixture_lambda": config.mixture_lambda if config.ce_through == "mixture" else None,
-                "head": config.head,
+                "head": config.head if inputs.initial is None else "init_from",
                 "epochs": config.epochs,
                 "batch_positions": config.batch_positions,
                 "steps": num_steps,

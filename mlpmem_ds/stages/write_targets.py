@@ -25,7 +25,7 @@ from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage, require_free_bytes
+from mlpmem_ds.core.stage_directory import UnitWriter, check_output, open_stage, require_free_bytes
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.keys import Keys, open_keys
@@ -71,7 +71,7 @@ class Config:
         f"{most_keys_for_exact('cpu'):,} keys, {most_keys_for_exact('cuda'):,} with a GPU",
         "auto",
     )
-    nprobe: int = option("with ivf: lists that a query probes", 16)
+    nprobe: int = option("with ivf: lists that a query probes", 32)
     exclude: Literal["none", "same-document"] = option(
         "which neighbours a position may not have besides itself", "none"
     )
@@ -138,7 +138,7 @@ def run(config: Config, world: World) -> None:
         threads=config.threads,
     )
     order_V = _frequency_order(datastore) if config.encoding == "compact" else None
-    is_new = not (config.output / "identity.json").is_file()
+    is_new = not check_output(config.output, stage=FORMAT)
     measured = _measure_first(datastore, config, order_V) if is_new else None
     version = version_of(config.encoding, config.container)
     resolved = {

@@ -232,6 +232,47 @@ def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> N
         assert not directory.manifest_path.exists()
 
 
+def test_a_damaged_unit_is_not_there_until_it_is_made_again(tmp_path: Path, straight: dict[str, str]) -> None:
+    """Another rank must not complete the directory meanwhile, and does not make again what was just mended."""
+    config = Config(output=tmp_path / "toy")
+    run(config, World())
+    (config.output / "part-2.npy").write_bytes(b"")
+    first, second = (
+        open_stage(
+            config.output,
+            stage="toy",
+            version=1,
+            config=config,
+            inputs={"corpus": "i"},
+            world=World(rank=rank, size=2),
+        )
+        for rank in range(2)
+    )
+    seen: list[bool] = []
+
+    def compute(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+        seen.append(second.finish(UNITS, lambda: {"total": 10}) or second.manifest_path.exists())
+        writer.array(f"part-{unit}.npy", np.arange(4) * int(unit) * config.factor)
+        return {"sum": int(unit)}
+
+    first.run_units(UNITS, compute)
+    assert seen == [False]
+    assert not second._make("2", compute) and seen == [False]
+    assert first.finish(UNITS, lambda: {"total": 10})
+    assert result_of(config.output) == straight
+
+
+def test_a_damaged_manifest_is_the_users_error(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    run(config, World())
+    path = config.output / "manifest.json"
+    good = path.read_text()
+    for bad in (good.replace('"files"', '"filas"'), good.replace('"sha256"', '"sha255"'), "[]", good[:50]):
+        path.write_text(bad)
+        with pytest.raises(DamagedDataError, match="manifest"):
+            read_manifest(config.output, stage="toy", version=1, flag="--toy")
+
+
 def test_waiting_sees_through_a_record_whose_file_is_damaged(tmp_path: Path) -> None:
     config = Config(output=tmp_path / "toy")
     run(config, World())

@@ -14,7 +14,7 @@ from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.hidden_states import TransformersSource, masks_of_layers, scan_positions
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.maths.interpolation import label_log_probabilities
+from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
 
 SIZES = {

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.formats import keys as keys_format
 from mlpmem_ds.formats.keys import (
     Codec,
     bfloat16_bits,
@@ -28,6 +29,36 @@ def test_any_range_and_any_order_of_positions(keys_dir: Path) -> None:
     positions = np.random.default_rng(0).permutation(keys.num_positions)[:300]
     np.testing.assert_array_equal(keys.gather("keys", positions), everything[positions])
     assert keys.gather("values", positions[:0]).shape == (0,)
+    assert keys.read("keys", 500, 500).shape == (0, keys.dim)
+    assert keys.read("keys", keys.num_positions, keys.num_positions + 9).shape == (0, keys.dim)
+    assert keys.read("keys", keys.num_positions - 1).shape == (1, keys.dim)
+    size = keys.blocks[0].size
+    np.testing.assert_array_equal(keys.read("keys", size, 2 * size), everything[size : 2 * size])
+
+
+def test_few_files_are_mapped_at_a_time(keys_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys_format, "_MOST_MAPPED", 2)
+    keys = open_keys(keys_dir)
+    everything = keys.read("keys")
+    assert len(keys._arrays) <= 2
+    positions = np.random.default_rng(0).integers(0, keys.num_positions, 400)
+    np.testing.assert_array_equal(keys.gather("keys", positions), everything[positions])
+    assert len(keys._arrays) <= 2
+
+
+def test_a_check_finds_a_flipped_byte_of_its_unit(keys_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(keys_dir, tmp_path / "keys")
+    keys = open_keys(tmp_path / "keys")
+    keys.check("keys")
+    path = sorted((tmp_path / "keys").glob("keys-*.npy"))[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    keys.check("keys", keys.blocks[0])
+    keys.check("values")
+    for block in (None, keys.blocks[1]):
+        with pytest.raises(DamagedDataError, match=f"{path.name} does not have the checksum.*run the stage that made"):
+            keys.check("keys", block)
 
 
 def test_encoding_is_rounding_in_the_rotated_frame() -> None:

@@ -59,7 +59,7 @@ def test_shards_hold_as_much_as_fits() -> None:
 
 
 def test_finished_shards_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_shards, "_write_safetensors", _stop_at("00003-of", weight_shards._write_safetensors))
+    monkeypatch.setattr(weight_shards, "write_safetensors", _stop_at("00003-of", weight_shards.write_safetensors))
     with pytest.raises(RuntimeError, match="stopped"):
         write(tmp_path, 1)
     monkeypatch.undo()

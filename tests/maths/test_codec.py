@@ -5,8 +5,8 @@ import pytest
 
 from mlpmem_ds.maths import codec
 from mlpmem_ds.maths.codec import MASSIVE_LIMIT, clip_massive, find_massive_dimensions, fit_codec
-from mlpmem_ds.maths.fidelity import total_variation
 from mlpmem_ds.maths.knn import Exclusion, exact_neighbours
+from mlpmem_ds.maths.target_distance import total_variation
 from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights
 
 N, D = 1500, 24

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mlpmem_ds.maths import distances
-from mlpmem_ds.maths.distances import squared_distances
+from mlpmem_ds.maths.distances import norms_of_codes, squared_distances
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
 
 MISSING = np.iinfo(np.int64).max
@@ -153,7 +153,11 @@ def test_exclusion_hides_self_window_and_group(window, grouped):
     assert_same(exact_neighbours(keys[query_ids], keys, 70, exclusion=exclusion, query_block=2, key_block=17), expected)
     list_of_key, offsets, list_ids = inverted_lists(90, 7)
     probes = np.tile(np.arange(7), (5, 1))
-    assert_same(list_neighbours(keys[query_ids], probes, offsets, list_ids, keys, 70, exclusion=exclusion), expected)
+    for norms in (None, norms_of_codes(keys, block=7)):
+        found = list_neighbours(
+            keys[query_ids], probes, offsets, list_ids, keys, 70, exclusion=exclusion, key_norms_N=norms
+        )
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("budget", [1, 300, 2**25])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mlpmem_ds.maths import products
-from mlpmem_ds.maths.products import fill_logits, product, set_transposed_product, vocabulary_tiles
+from mlpmem_ds.maths.products import cached_rows, fill_logits, product, set_transposed_product, vocabulary_tiles
 
 
 @pytest.fixture(params=["oneDNN if there", "MKL"])
@@ -57,6 +57,14 @@ def test_tiles_cover_the_vocabulary_and_a_gpu_has_one():
     assert len(tiles) == 3 and [column for tile in tiles for column in range(2100)[tile]] == list(range(2100))
     assert list(vocabulary_tiles(2100, torch.device("cuda"))) == [slice(0, 2100)]
     assert list(vocabulary_tiles(0, torch.device("cpu"))) == []
+
+
+def test_rows_for_the_cache_cover_the_matrix():
+    wide, narrow = torch.empty(7, 2**20), torch.empty(7, 3)
+    assert [row for rows in cached_rows(wide) for row in range(7)[rows]] == list(range(7))
+    assert len(list(cached_rows(wide))) == 7 and list(cached_rows(narrow)) == [slice(0, 7)]
+    assert list(cached_rows(wide[:0])) == [] and list(cached_rows(wide[:, :0])) == [slice(0, 7)]
+    assert list(cached_rows(wide.to("meta"))) == [slice(0, 7)]
 
 
 def test_onednn_is_spared_what_it_does_slowly_or_not_at_all(monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall
+from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall, total_variation
 from mlpmem_ds.maths.targets import SparseRows
 
 VOCAB_SIZE = 12
@@ -77,3 +77,19 @@ def test_each_fault_is_counted_once_a_row():
     assert faults(probabilities=[np.nan, 0.5, np.inf]) == {**none, "not_finite": 2, "wrong_sum": 2}
     assert faults(probabilities=[1.0, 0.0, 0.9]) == {**none, "not_finite": 1}
     assert faults(dropped=np.array([0.002, 0, 0.1005])) == {**none, "wrong_sum": 1}
+
+
+def test_total_variation_equals_a_loop_over_values():
+    generator = np.random.default_rng(1)
+    weights, other = generator.random((2, 6, 12))
+    weights[0, 3:] = other[1, 5:] = 0
+    weights /= weights.sum(1, keepdims=True)
+    other /= other.sum(1, keepdims=True)
+    values, other_values = generator.integers(0, 7, (2, 6, 12))
+    expected = [
+        sum(abs(weights[row][values[row] == v].sum() - other[row][other_values[row] == v].sum()) for v in range(7)) / 2
+        for row in range(6)
+    ]
+    np.testing.assert_allclose(total_variation(weights, values, other, other_values), expected, atol=1e-12)
+    np.testing.assert_allclose(total_variation(weights, values, weights, values), 0, atol=1e-12)
+    np.testing.assert_allclose(total_variation(weights, values, weights, values + 7), 1)

@@ -145,3 +145,25 @@ def test_scores_of_generation_are_the_mixtures_log_probabilities(joint: MemoryAu
         whole = joint(output.sequences).logits[0, 8:-1]
     torch.testing.assert_close(torch.cat(output.logits), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole.exp().sum(-1), torch.ones(4), rtol=0, atol=2e-6)
+
+
+def test_assisted_generation_gives_the_same_tokens(joint: MemoryAugmentedLM) -> None:
+    joint.lmbda = 0.4
+    prompt = prompts()[0][1:2]
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    plain = joint.generate(prompt, **options)
+    assert torch.equal(joint.generate(prompt, **options, assistant_model=joint.base), plain)
+    assert torch.equal(joint.generate(prompt, **options, prompt_lookup_num_tokens=3), plain)
+
+
+def test_past_the_context_it_does_what_the_base_does(joint: MemoryAugmentedLM) -> None:
+    long = torch.randint(3, VOCAB, (1, 60), generator=torch.Generator().manual_seed(6))  # the context is 48
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    results = []
+    for model, lmbda in ((joint.base, 0.0), (joint, 0.0), (joint, 0.4)):
+        joint.lmbda = lmbda
+        try:
+            results.append(model.generate(long, **options).shape)
+        except IndexError:  # learned positions end, rotary ones do not
+            results.append(None)
+    assert results == [None if joint.config.base_config.model_type == "gpt2" else (1, 62)] * 3

@@ -1,5 +1,7 @@
 """The joint model: the mixture in fp64, generation beside the bare base, padding, and life outside this package."""
 
+import copy
+import gc
 import json
 import subprocess
 import sys
@@ -8,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 
+from mlpmem_ds.maths import interpolation
 from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM, mixture_log_probabilities
 from mlpmem_ds.models.memory import Memory, MemoryConfig, MemoryHead
@@ -143,6 +146,65 @@ def test_a_padded_batch_generates_what_each_prompt_generates_alone(family: str) 
         for row, prompt in enumerate(prompts):
             alone = joint.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
             assert together[row, 7:].tolist() == alone[0, prompt.shape[1] :].tolist(), (row, way)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_step_with_a_static_cache_compiles_whole(family: str) -> None:
+    joint, ids_BS = tiny_joint(family), random_ids(2, 7)
+    compiled = torch.compile(joint, fullgraph=True, backend="eager")
+    caches = [StaticCache(config=joint.base.config, max_cache_len=12) for _ in range(2)]
+    for cache in caches:
+        joint(ids_BS, past_key_values=cache, use_cache=True)
+    for step in range(2):
+        inputs = {"input_ids": ids_BS[:, step : step + 1], "position_ids": torch.full((2, 1), 7 + step)}
+        plain, traced = (
+            model(**inputs, past_key_values=cache, use_cache=True).logits
+            for model, cache in zip((joint, compiled), caches, strict=True)
+        )
+        torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-5)
+    sequence = torch.cat([ids_BS, ids_BS[:, :2]], dim=1)
+    torch.testing.assert_close(
+        traced[:, 0].double(), expected_log_probabilities(joint, sequence, POINT)[:, -1], rtol=1e-4, atol=1e-4
+    )
+    torch.compiler.reset()
+
+
+def test_another_function_may_mix() -> None:
+    joint, ids_BS = tiny_joint("llama"), random_ids()
+    plain = joint(ids_BS).logits
+    calls: list[float] = []
+
+    def mixture(base: torch.Tensor, memory: torch.Tensor, lmbda: float) -> torch.Tensor:
+        calls.append(lmbda)
+        return interpolation.mixture_log_probabilities(base, memory, lmbda)
+
+    joint.mixture = mixture
+    torch.testing.assert_close(joint(ids_BS).logits, plain, rtol=0, atol=1e-6)
+    joint.lmbda = 0.0
+    assert torch.equal(joint(ids_BS).logits, joint.base(ids_BS).logits) and calls == [0.4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("point", [POINT, CapturePoint(layer=0, point="layer_output")])
+def test_copies_are_apart_and_a_base_is_left_as_it_was(point: CapturePoint) -> None:
+    base, ids_BS = tiny_base("llama"), random_ids()
+
+    def num_hooks() -> int:
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.modules())
+
+    before = num_hooks()
+    joints = [MemoryAugmentedLM.from_parts(base, tiny_memory(), lmbda=lmbda, input_point=point) for lmbda in (0.4, 0.7)]
+    logits = [joint(ids_BS).logits for joint in joints]
+    copied = copy.deepcopy(joints[0])
+    for parameter in copied.base.parameters():
+        parameter.zero_()
+    assert not torch.equal(copied(ids_BS).logits, logits[0])
+    assert all(torch.equal(joint(ids_BS).logits, wanted) for joint, wanted in zip(joints, logits, strict=True))
+    assert num_hooks() == before + 2
+    del joints
+    gc.collect()
+    assert num_hooks() == before
 
 
 def test_generation_stops_at_the_end_token() -> None:

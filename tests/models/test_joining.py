@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,21 @@ def test_every_way_to_join_gives_the_same_model(
     half = MemoryAugmentedLM.from_pretrained(base_dir, memory_dir, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert memory.head.weight.dtype == found.module.head.weight.dtype == torch.float32  # the given one is left alone
+
+
+def test_a_base_whose_layers_had_to_be_named(base_dir: Path, memory_dir: Path) -> None:
+    """Extraction's --layers-path comes along in the memory's provenance."""
+    twice = GPT2LMHeadModel.from_pretrained(base_dir).eval()
+    twice.transformer.other = copy.deepcopy(twice.transformer.h)
+    found = PretrainedMemory.from_pretrained(memory_dir)
+    with pytest.raises(ValueError, match="several lists that could be its layers"):
+        found.attach(twice)
+    named = replace(found, provenance={**found.provenance, "input_layers_path": "transformer.h"})
+    joint = named.attach(twice, lmbda=0.3)
+    assert joint.config.layers_path == "transformer.h"
+    plain = found.attach(GPT2LMHeadModel.from_pretrained(base_dir), lmbda=0.3)
+    with torch.no_grad():
+        assert torch.equal(joint(IDS).logits, plain(IDS).logits)
 
 
 def test_what_does_not_fit_is_refused(base_dir: Path, memory_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,3 +81,31 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(path))
         patch.setattr(sys, "path", list(sys.path))
         yield path
+
+
+@pytest.fixture(scope="session")
+def forked_training() -> Iterator[Callable[..., tuple[list[Any], list[str]]]]:
+    """forked_training(step, …) runs steps of trainings, see forked_training.py; their results, and what each said."""
+    here = Path(__file__).resolve()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "MASTER"))}
+    process = subprocess.Popen(
+        [sys.executable, str(here.with_name("forked_training.py"))],
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[2]), "PYTHONWARNINGS": "ignore"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def run(*steps: dict[str, Any]) -> tuple[list[Any], list[str]]:
+        stdin.write(json.dumps(steps) + "\n")
+        stdin.flush()
+        line = stdout.readline()
+        assert line, "the process that forks trainings has ended; its stderr says why"
+        results, said = json.loads(line)
+        return results, said
+
+    yield run
+    stdin.close()
+    process.wait(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.stages import build_index
@@ -163,6 +164,21 @@ def test_bad_inputs_leave_nothing(keys: Path, tmp_path: Path, changes: dict[str,
     with pytest.raises(UserError, match=words):
         build_index.run(config(keys, tmp_path / "index", **changes), World())
     assert not (tmp_path / "index").exists()
+
+
+def test_a_flipped_byte_of_the_keys_is_refused_and_then_continued(
+    keys: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(keys, tmp_path / "keys")
+    path = sorted((tmp_path / "keys").glob("keys-*.npy"))[-1]
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    settings = config(tmp_path / "keys", tmp_path / "index")
+    with pytest.raises(DamagedDataError, match=f"{path.name} does not have the checksum.*run the stage that made"):
+        build_index.run(settings, World())
+    path.write_bytes(good)
+    build_index.run(settings, World())
+    assert result_of(tmp_path / "index") == result_of(undisturbed)
 
 
 def test_bad_flags_and_other_runs(keys: Path, undisturbed: Path) -> None:

@@ -29,6 +29,7 @@ from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages import convert_checkpoint
 from mlpmem_ds.stages.convert_checkpoint import EXPORT_FILE, LOGIT_BOUND, ROUNDING_BOUND
+from mlpmem_ds.stages.initial_memory import open_initial_memory
 
 pytestmark = pytest.mark.usefixtures("code_cache")
 ROOT = Path(__file__).parents[2]
@@ -212,6 +213,15 @@ def test_rerun_says_complete_and_a_damaged_export_is_made_again(
     assert [path.name for path in export_dir.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_an_export_is_a_memory_to_start_from(export_dir: Path, memory_dir: Path) -> None:
+    """Of its several files only the memory is taken, and it is known for the same as the training's own."""
+    one, other = open_initial_memory(export_dir), open_initial_memory(memory_dir)
+    trained = read_weights(memory_dir)
+    assert one.sha256 == other.sha256 == open_initial_memory(memory_dir / "weights").sha256
+    assert one.memory == other.memory and one.provenance == trained.provenance
+    assert all(torch.equal(one.tensor(name), tensor) for name, tensor in trained.weights.items())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_exports_are_rounded_and_nothing_more(
     dtype: str, memory_dir: Path, base_dir: Path, tmp_path: Path
@@ -315,12 +325,12 @@ import os, signal, sys
 from mlpmem_ds.formats import weight_shards
 from mlpmem_ds.stages import convert_checkpoint
 from mlpmem_ds.core.front_end import run_front_end
-write = weight_shards._write_safetensors
+write = weight_shards.write_safetensors
 def write_third_and_die(path, weights):
     write(path, weights)
     if "00003-of" in path.name:
         os.kill(os.getpid(), signal.SIGKILL)
-weight_shards._write_safetensors = write_third_and_die
+weight_shards.write_safetensors = write_third_and_die
 run_front_end(convert_checkpoint.Config, convert_checkpoint.run, description="", example="", argv=sys.argv[1:])
 """
 
@@ -345,14 +355,14 @@ def test_a_killed_conversion_leaves_no_export_and_the_rerun_succeeds(
     shutil.copytree(left, foreign)
     publish_json(foreign / "identity.json", {"other": 1})
     written: list[str] = []
-    write = weight_shards._write_safetensors
+    write = weight_shards.write_safetensors
 
     def count(path: Path, weights: Any) -> None:
         written.append(path.name)
         write(path, weights)
 
     with monkeypatch.context() as patch:
-        patch.setattr(weight_shards, "_write_safetensors", count)
+        patch.setattr(weight_shards, "write_safetensors", count)
         patch.setattr(convert_checkpoint, "load_export", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert convert(*flags) == 130
     assert list(tmp_path.iterdir()) == [alive]
@@ -396,7 +406,10 @@ def test_wrong_inputs_are_refused_and_nothing_is_touched(
     good: dict[str, Any] = {"--checkpoint": memory_dir, "--model": base_dir, "--output": output}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"--checkpoint": tmp_path / "nowhere"}, "nowhere does not exist"),
-        ({"--checkpoint": unfinished}, "is not finished (it has no weights/): run its launch/train.py command again"),
+        (
+            {"--checkpoint": unfinished},
+            "is not finished and has no checkpoint yet: run its launch/train.py command again",
+        ),
         ({"--model": other_base}, "give the model that its keys were extracted with"),
         ({"--model": tmp_path / "nowhere"}, "is neither a"),
         ({"--lambda": "1.5"}, "--lambda 1.5"),

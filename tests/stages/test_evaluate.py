@@ -27,7 +27,7 @@ from mlpmem_ds.maths.scores import lambda_curve
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
-from mlpmem_ds.stages import build_index, evaluate
+from mlpmem_ds.stages import build_index, evaluate, evaluation_scores
 from mlpmem_ds.stages.evaluation_config import Config, lambda_grid
 from mlpmem_ds.stages.evaluation_inputs import open_inputs
 from mlpmem_ds.stages.report_breakdowns import ENTROPY, FREQUENCY, KIND
@@ -78,11 +78,13 @@ def save_memory(root, keys, corpus, *, seed, alpha=0.5, **changes):
     return root
 
 
-def save_targets(root, keys_sha256, *, search="ivf"):
+def save_targets(root, keys_sha256, *, search="ivf", version=2):
+    """Targets of no position: the evaluation reads what they were made with."""
     directory = open_stage(
-        root, stage="targets", version=1, config=_no_flags(), inputs={"keys": keys_sha256}, world=World()
+        root, stage="targets", version=version, config=_no_flags(), inputs={"keys": keys_sha256}, world=World()
     )
-    _finish(directory, "none", lambda _, writer: None, temperature=TEMPERATURE, k=K, search=search)
+    fields = {"temperature": TEMPERATURE, "k": K, "search": search, "shards": [], "num_positions": 0}
+    _finish(directory, "none", lambda _, writer: None, **fields)
     return root
 
 
@@ -591,6 +593,37 @@ def test_an_exported_memory_scores_as_the_training_does(config, parts, base_dir,
     assert "kNN:" not in (config.output / "report.md").read_text()
 
 
+def test_an_export_that_lacks_weights_is_refused(config, parts, base_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    joint = MemoryAugmentedLM.from_pretrained(base_dir, parts / "memory")
+    joint.save_pretrained(tmp_path / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    weights = load_file(file)
+    del weights["memory.blocks.1.mlp.down.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 weights.*export the memory again"):
+        evaluate.run(replace(config, memory=tmp_path / "export"), World())
+    assert not config.output.exists()
+
+
+def test_a_memory_is_read_in_parts_and_what_is_no_number_is_refused(parts, monkeypatch):
+    from safetensors.torch import load_file
+
+    shape = json.loads((parts / "memory" / "weights" / "config.json").read_bytes())["memory"]
+    memory = Memory(MemoryConfig.from_dict(shape))
+    memory.load_state_dict(load_file(parts / "memory" / "weights" / "model.safetensors"))
+    generator = torch.Generator().manual_seed(0)
+    inputs, tokens = torch.randn(23, 16, generator=generator), np.arange(46).reshape(23, 2)
+    with torch.no_grad():
+        wanted = memory.head(memory(inputs)).double().log_softmax(-1).gather(1, torch.from_numpy(tokens)).numpy()
+    monkeypatch.setattr(evaluation_scores, "_MEMORY_ROWS", 5)
+    np.testing.assert_allclose(evaluation_scores.memory_log_probabilities(memory, inputs, tokens), wanted, atol=1e-5)
+    inputs[7, 3] = math.nan
+    with pytest.raises(UserError, match=r"2 of 46 log-probabilities .* --dtype float32"):
+        evaluation_scores.memory_log_probabilities(memory, inputs, tokens)
+
+
 @pytest.fixture(scope="module")
 def unsplit_dir(text_dir, corpus_dir, tmp_path_factory):
     """Other text, tokenized as the corpus, all of it in the training split."""
@@ -673,7 +706,7 @@ def test_keys_index_and_targets_of_something_else_are_refused(config, parts, tmp
     other = replace(config, model=str(parts / "trained_on"), memory=None, control=())
     with pytest.raises(UserError, match="extracted from another base"):
         evaluate.run(other, World())
-    targets = save_targets(tmp_path / "targets", "0" * 64)
+    targets = save_targets(tmp_path / "targets", "0" * 64, version=1)
     with pytest.raises(UserError, match="are of other keys"):
         evaluate.run(replace(config, targets=targets), World())
     index = tmp_path / "index"
@@ -725,6 +758,8 @@ def test_another_run_in_the_output_is_refused_and_untouched(config, finished):
         ({"lambdas": "-0.1:1:0.1"}, "between 0 and 1"),
         ({"lambdas": "0:1"}, "first:last:step"),
         ({"lambdas": "0:1:0"}, "first:last:step"),
+        ({"lambdas": "0:1:nan"}, "first:last:step"),
+        ({"lambdas": "1:1:0.1"}, "need a λ below 1"),
         ({"k": 0}, "--k 0"),
         ({"nprobe": 0}, "--nprobe"),
         ({"samples": -1}, "--samples must be 0 or more"),

@@ -289,7 +289,7 @@ def test_massive_activations_are_reported_and_clipped(
         for block in model.transformer.h:
             block.attn.c_proj.weight.mul_(1e-3)
     model.save_pretrained(tmp_path / "massive")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="mlpmem_ds"):
         extract_keys.run(replace(config, model=str(tmp_path / "massive"), key_point="layer_output"), World())
     assert "1 dimensions with massive activations: 5 (up to 5000 from its median, clipped to [" in caplog.text
     keys = open_keys(config.output)
@@ -304,11 +304,19 @@ def test_layers_path_reaches_the_model(config: Config) -> None:
         extract_keys.run(replace(config, layers_path="transformer.blocks"), World())
     assert not config.output.exists()
     extract_keys.run(replace(config, layers_path="transformer.h"), World())
-    assert open_keys(config.output).manifest["input_layers_path"] == "transformer.h"
+    keys = open_keys(config.output)
+    assert keys.manifest["input_layers_path"] == "transformer.h"
+    settings = training_inputs.Config(
+        ds_config=Path("none"), corpus=config.corpus, keys=keys.root, output=config.output.parent / "memory", alpha=0.0
+    )
+    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings), 1)
+    assert provenance["input_layers_path"] == "transformer.h"  # evaluation and export load the base with it
+    with pytest.raises(UserError, match=r"layers_path was 'transformer.h', now None"):
+        extract_keys.run(config, World())
 
 
 def test_what_a_position_takes_is_said_first_and_true(config: Config, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="mlpmem_ds"):
         extract_keys.run(replace(config, input_codec="int8", dim=8), World())
     assert "at 34 bytes: key 8 (int8), input 20 (int8), value 2, log-probability 4, list id 0" in caplog.text
     assert "% of the time outside the forward pass" in caplog.text
@@ -352,14 +360,25 @@ def test_another_model_in_the_same_output_is_refused(config: Config, tmp_path: P
         extract_keys.run(replace(config, model=str(other)), World())
 
 
-def test_non_finite_states_name_position_and_layer(config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "row", "message"),
+    [
+        ("h.1.ln_2.weight", slice(None), r"key at position 0, layer 1 \(ffn_input\), is not finite.*another --output"),
+        ("ln_f.weight", slice(None), "log-probability at position 0 is not finite"),
+        ("wpe.weight", 20, r"key at position \d+, layer 1 \(ffn_input\), is not finite"),
+    ],
+)
+def test_weights_that_are_not_finite_name_position_and_layer(
+    config: Config, tmp_path: Path, weights: str, row: Any, message: str
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(config.model)
     with torch.no_grad():
-        model.transformer.h[1].ln_2.weight.fill_(float("nan"))
+        model.transformer.get_parameter(weights)[row] = float("nan")
     model.save_pretrained(tmp_path / "nan")
-    with pytest.raises(UserError, match=r"key at position \d+, layer 1 \(ffn_input\), is not finite"):
+    with pytest.raises(UserError, match=message):
         extract_keys.run(replace(config, model=str(tmp_path / "nan"), codec="raw"), World())
     assert not (config.output / "manifest.json").exists()
+    assert config.output.exists() == (row == 20)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +388,7 @@ def test_non_finite_states_name_position_and_layer(config: Config, tmp_path: Pat
         ({"corpus": Path("/no/such/corpus")}, "--corpus /no/such/corpus does not exist"),
         ({"split": "nonsense"}, "no text in split"),
         ({"key_layer": 7}, "--key-layer: layer 7"),
+        ({"device": "banana"}, "--device banana is not here"),
         ({"input_layer": 1.5}, "--input-layer"),
         ({"dim": 17}, "more than the model's width 16"),
         ({"dim": 2000}, "1 to 1040"),

@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
         ({"model": None}, "needs --model"),
         ({"checkpoint": tmp_path}, "give either --checkpoint"),
         ({"report": tmp_path}, "import it with --write memory"),
-        ({"from_reference": None, "checkpoint": tmp_path, "write": "memory"}, "--write memory is for --from-reference"),
+        ({"from_reference": None, "checkpoint": tmp_path, "write": "memory"}, "is not a directory of mlpmem memory"),
     ]
     for write in ("export", "memory"):
         for changes, message in cases:

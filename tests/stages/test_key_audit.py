@@ -72,6 +72,7 @@ def test_the_figures_are_those_of_brute_force(
 ) -> None:
     monkeypatch.setattr(key_audit, "_CHUNK", 300)
     monkeypatch.setattr(key_audit, "_K", 400)
+    monkeypatch.setattr(key_audit, "_ROWS_AT_ONCE", 17)
     drawn: list[np.ndarray] = []
     real = key_audit._read_queries
     monkeypatch.setattr(
@@ -112,7 +113,7 @@ def test_an_audit_is_no_part_of_the_keys_and_is_made_once(
     assert (config.output / "manifest.json").read_bytes() == manifest and b"audit.json" not in manifest
     with monkeypatch.context() as patch:
         patch.setattr(key_audit, "measure", None)  # would fail
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, logger="mlpmem_ds"):
             assert audit_of(asked) == first
     lines = [record.message for record in caplog.records]
     assert any("10 queries, 1,600 candidates (100.0% of the corpus), k = 1,024" in line for line in lines)

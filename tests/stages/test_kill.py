@@ -37,7 +37,7 @@ def stage_of(name: str, text_dir: Path, corpus_dir: Path, base_dir: Path, keys_d
         return build_index.run, build_index.Config(keys=keys_dir, output=output, num_shards=3, factory="IVF4,PQ4x4")
     codec: Any = name.removeprefix("extract_keys ")
     return extract_keys.run, extract_keys.Config(
-        model=str(base_dir), corpus=corpus_dir, output=output, codec=codec, unit_positions=64
+        model=str(base_dir), corpus=corpus_dir, output=output, codec=codec, unit_positions=128
     )
 
 

@@ -129,7 +129,7 @@ def test_an_audit_goes_on_and_changes_no_target(
     with pytest.raises(RuntimeError, match="plug"):
         write_targets.run(config(keys, root), World())
     assert not (root / "audit.json").exists()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
         write_targets.run(config(keys, root), World())
     assert calls == [100] * 4  # the part that was done is not done again
     assert (root / "manifest.json").read_bytes() == before

@@ -1,14 +1,12 @@
 """Training beside its base, validated, stopped early, killed at random, out of disk, with bad numbers.
 
-One driver imports DeepSpeed once and forks the ranks of every start, so that a start costs a fraction of a second.
+The ranks of every start are forked from one process that has imported DeepSpeed (tests/stages/forked_training.py).
 """
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages import extract_keys, train
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PATHS = ("ds_config", "corpus", "keys", "output", "copy_to")
 FLAGS = {
     "alpha": 0.0,
@@ -44,111 +41,6 @@ FLAGS = {
     "keep_checkpoints": 9,
     "validate_every": 0,
 }
-
-DRIVER = """
-import gc, json, os, random, resource, shutil, signal, socket, sys, time, traceback
-from pathlib import Path
-from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.log import set_up_logging
-from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import import_deepspeed
-from mlpmem_ds.stages import train
-import_deepspeed()
-# What a start would import late: 2 s each time.
-import deepspeed.checkpoint.ds_to_universal, deepspeed.runtime.zero.muon.original_muon
-import matplotlib.backends.backend_agg, matplotlib.figure, torch.utils.tensorboard
-gc.collect()
-gc.freeze()
-PATHS = ("ds_config", "corpus", "keys", "output", "copy_to")
-
-def start(job, size, bytes_of_a_file=None):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pids = []
-    for rank in range(size):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            world, code = World(rank=rank, size=size, local_rank=rank), 1
-            set_up_logging(world, name="train")
-            try:
-                if bytes_of_a_file is not None:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
-                train.run(train.Config(**{k: Path(v) if k in PATHS else v for k, v in job.items()}), world)
-                code = 0
-            except UserError as error:
-                sys.stderr.write(f"error: {error}\\n")
-                code = 2
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        pids.append(pid)
-    return pids
-
-def join(pids):
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-def ended(pids):
-    # A rank whose peer died before they met would wait for it: after 3 s they are killed, as every launcher does.
-    codes, deadline = {}, time.monotonic() + 3
-    while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > deadline:
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
-    return codes
-
-def killed(job, size, kills, seed):
-    generator, hits, completed = random.Random(seed), 0, 0
-    undisturbed = {**job, "output": job["output"] + "-undisturbed"}
-    begin = time.monotonic()
-    assert join(start(undisturbed, size)) == [0] * size
-    duration = time.monotonic() - begin
-    while hits < kills:
-        pids = start(job, size)
-        victims = pids if generator.random() < 0.5 else [generator.choice(pids)]
-        time.sleep(generator.uniform(0.2, 1) * duration)
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
-        codes = ended(pids)
-        hits += any(codes[pid] == -9 for pid in victims)
-        if (Path(job["output"]) / "manifest.json").exists():
-            completed += 1
-            shutil.rmtree(job["output"])
-    assert join(start(job, size)) == [0] * size
-    return {"hits": hits, "completed": completed}
-
-results = []
-for words in json.loads(Path(sys.argv[1]).read_text()):
-    kind = words.pop("kind")
-    sys.stderr.write("=== " + str(len(results)) + "\\n"); sys.stderr.flush()
-    results.append(killed(**words) if kind == "killed" else join(start(**words)))
-Path(sys.argv[2]).write_text(json.dumps(results))
-"""
-
-
-def drive(root, *steps):
-    """The steps' results, and what each said."""
-    (root / "driver.py").write_text(DRIVER)
-    (root / "steps.json").write_text(json.dumps(steps))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "MASTER"))}
-    done = subprocess.run(
-        [sys.executable, *(str(root / name) for name in ("driver.py", "steps.json", "results.json"))],
-        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    said = re.split(r"^=== \d+$", done.stderr, flags=re.MULTILINE)[1:]
-    return json.loads((root / "results.json").read_text()), said
 
 
 def start(job, size=1, **more):
@@ -233,7 +125,7 @@ def job(root, corpus_dir, keys_dir):
 
 
 @pytest.fixture(scope="module")
-def driven(root, job, base_dir, bare_keys, damaged_keys):
+def driven(root, job, base_dir, bare_keys, damaged_keys, forked_training):
     """Every start that does not depend on another's outcome; what each said, by name."""
     base = {"model": str(base_dir), "order": "blocks"}
     online = {"model": str(base_dir), "keys": str(bare_keys)}
@@ -252,8 +144,9 @@ def driven(root, job, base_dir, bare_keys, damaged_keys):
             job("all-nan", 2, keys=str(damaged_keys), batch_positions=768, epochs=20.0, most_skipped_steps=2)
         ),
         "copied": start(job("copied", 2, copy_to=str(root / "copies"))),
+        "timed": start(job("timed", 3, max_seconds=1e-3), 2),
     }
-    results, said = drive(root, *steps.values())
+    results, said = forked_training(*steps.values())
     codes = dict(zip(steps, results, strict=True))
     assert [name for name, code in codes.items() if any(code)] == ["all-nan"], "".join(said)
     return dict(zip(steps, said, strict=True))
@@ -350,7 +243,7 @@ def test_too_many_nan_in_a_row_stop_the_training(root, driven):
     assert not (root / "all-nan" / "manifest.json").exists()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(root, driven, job):
+def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(root, driven, job, forked_training):
     """A limit on file sizes stands for the full disk: torch.save meets the same short write."""
     shutil.copytree(root / "plain", root / "spare")
     for path in (root / "spare" / "checkpoints").glob("step-*"):
@@ -365,16 +258,16 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(roo
     assert len(copies) == 4 and all(fault_of_checkpoint(path) is None for path in copies)
     for path in copies[:2]:  # so that there is something left to do
         shutil.rmtree(path)
-    results, said = drive(
-        root,
+    results, said = forked_training(
         start(job("spare", 3), bytes_of_a_file=20_000),
         start(job("spare", 3)),
         start(job("lost", 2, copy_to=str(root / "copies"))),
         start(job("other", 2, copy_to=str(root / "copies"), seed=1)),
         start(job("plain", 3, resume="never")),
+        start(job("timed", 3, max_seconds=1000.0), 2),
         start(job("three-from-one", 2), 3),
     )
-    assert results == [[2], [0], [0], [2], [0], [0, 0, 0]], "".join(said)
+    assert results == [[2], [0], [0], [2], [0], [0, 0], [0, 0, 0]], "".join(said)
     assert "could not be written" in said[0] and "free some space" in said[0]
     assert "(step 5)" in said[1]
     assert_same_weights(root / "spare", root / "plain")
@@ -382,18 +275,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(roo
     assert_same_weights(root / "lost", root / "copied")
     assert "is of another training" in said[3]
     assert "is complete and nothing was done" in said[4]
-    assert "of 1 ranks at ZeRO stage 3, this run has 3 at stage 2: converting" in said[5]
+    assert "of 1 ranks at ZeRO stage 3, this run has 3 at stage 2: converting" in said[6]
+    assert "stopped after --max-seconds and saved at step 1 of" in driven["timed"] and "(step 1)" in said[5]
+    np.testing.assert_allclose(losses(root / "timed"), losses(root / "plain"), rtol=2e-6)
     np.testing.assert_allclose(losses(root / "three-from-one"), losses(root / "plain"), rtol=2e-6)
 
 
-def test_twenty_kills_at_random_end_in_the_undisturbed_weights(root, job):
-    short = {"save_every_steps": 1, "epochs": 0.4}
+def test_kills_at_random_and_at_each_phase_of_saving_end_in_the_undisturbed_weights(root, job, forked_training):
+    short = {"save_every_steps": 1, "epochs": 0.2}
     steps = [
         {"kind": "killed", "job": job("killed-2", 3, **short), "size": 2, "kills": 6, "seed": 1},
-        {"kind": "killed", "job": job("killed-1", 2, **short), "size": 1, "kills": 14, "seed": 2},
+        {"kind": "killed_while_saving", "job": job("killed-1", 2, keep_checkpoints=1, **short), "kills": 14},
     ]
-    results, said = drive(root, *steps)
-    assert [result["hits"] for result in results] == [6, 14]
+    results, said = forked_training(*steps)
+    assert results[0]["hits"] == 6
+    assert {"os.mkdir", "torch.save", "saved", "open", "os.rename", "shutil.rmtree"} <= set(results[1]["killed_before"])
     assert "resuming from" in said[0] and "resuming from" in said[1]
     for size in (1, 2):
         assert_same_weights(root / f"killed-{size}", root / f"killed-{size}-undisturbed")
@@ -409,6 +305,7 @@ def test_twenty_kills_at_random_end_in_the_undisturbed_weights(root, job):
         ({"select": "best"}, "need validation"),
         ({"validate_every": None, "early_stopping_patience": 0, "model": "base"}, "at least 1"),
         ({"decay_fraction": 0.5}, "of --schedule wsd"),
+        ({"max_seconds": -1.0}, "--max-seconds must be"),
         ({"wandb_project": "memory"}, "pip install wandb"),
     ],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
@@ -412,6 +412,19 @@ def test_bad_inputs_leave_nothing(
         assert not (tmp_path / "targets").exists()
 
 
+@pytest.mark.parametrize("damaged", ["keys", "index"])
+def test_a_flipped_byte_of_what_is_searched_is_refused(keys: Path, index: Path, tmp_path: Path, damaged: str) -> None:
+    for name, root in (("keys", keys), ("index", index)):
+        shutil.copytree(root, tmp_path / name)
+    path = sorted((tmp_path / damaged).glob("keys-*.npy" if damaged == "keys" else "shard-*"))[-1]
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    settings = config(tmp_path / "keys", tmp_path / "targets", search="ivf", index=tmp_path / "index")
+    with pytest.raises(DamagedDataError, match=f"{path.name} does not have the checksum.*run the stage that made"):
+        write_targets.run(settings, World())
+    assert not settings.output.exists()
+
+
 def test_a_disk_that_is_too_small_is_refused(
     keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -420,7 +433,7 @@ def test_a_disk_that_is_too_small_is_refused(
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         write_targets.run(config(keys, tmp_path / "targets"), World())
     assert not (tmp_path / "targets").exists()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
         write_targets.run(config(keys, tmp_path / "targets"), World())
     said = next(record.getMessage() for record in caplog.records if "bytes a position" in record.getMessage())
     estimate = float(said.split("about ")[1].split(" bytes")[0])

@@ -26,7 +26,7 @@ from torch import Tensor
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.maths.interpolation import label_log_probabilities
+from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.maths.scores import lambda_curve
 
 from .common import (

@@ -40,8 +40,9 @@ from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.maths.fidelity import recall, total_variation
+from mlpmem_ds.maths.distances import norms_of_codes
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
+from mlpmem_ds.maths.target_distance import recall, total_variation
 from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights
 
 from .common import (
@@ -114,6 +115,7 @@ class Problem:
     """Keys, and the same lists as ours and as faiss's own index of whole vectors."""
 
     codes_ND: np.ndarray
+    norms_N: np.ndarray  # once for all keys, as write_targets has them
     values_N: np.ndarray
     queries_Q: np.ndarray
     trained: Any
@@ -156,6 +158,7 @@ def make_problem(config: Config) -> Problem:
     engine.fill(flat, codes_ND, np.arange(len(codes_ND)))
     return Problem(
         codes_ND=codes_ND,
+        norms_N=norms_of_codes(codes_ND),
         values_N=values_N,
         queries_Q=np.arange(config.queries),
         trained=index,
@@ -230,6 +233,7 @@ def ivf(config: Config, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
             problem.codes_ND,
             config.k,
             exclusion=Exclusion(query_ids_Q=queries[order_Q]),
+            key_norms_N=problem.norms_N,
         )
         distances_QK[rows[order_Q]], ids_QK[rows[order_Q]] = found.distances_QK, found.ids_QK
 
@@ -369,7 +373,7 @@ def _fidelity(
             *weigh(wanted.ids_QK, wanted.distances_QK), *weigh(found.ids_QK, found.distances_QK)
         )
         rows.append(row_of(arm, "tv", "total variation", [float(np.mean(variations))]))
-        rows.append(row_of(arm, "recall_at_k", "share", [float(recall(found.ids_QK, wanted.ids_QK))]))
+        rows.append(row_of(arm, "recall_at_k", "share", [float(recall(found.ids_QK, wanted.ids_QK, config.k).mean())]))
     return rows
 
 

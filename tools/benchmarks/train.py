@@ -2,9 +2,11 @@
 
 ours        what `stages.train` does: batch in CSR, chunked sparse loss in the forward of the head, ZeRO engine with fused AdamW.
             bfloat16 products by ds_configs/zero2.json; ours_fp32 the same in float32 by ds_configs/cpu.json.
-published   what the published loop does, written anew: a Python loop that makes a dense row of each target, full logits,
-            log_softmax + kl_div + cross_entropy, torch's plain AdamW, clipping, autograd's anomaly detection on.
-repaired    the same without anomaly detection, and with one vectorised scatter for the dense targets.
+published   what the published loop (Binn0/MLPMemory, train_mlpmem_offline.py and utils/cal_loss.py) does, written anew: a Python
+            loop that makes a dense row of each target, full logits, the rows that are not padding selected from them by a
+            mask (a copy, whose backward adds into zeros one row after another), log_softmax + kl_div + cross_entropy,
+            torch's plain AdamW, clipping, autograd's anomaly detection on. Its dropout is left out.
+repaired    the same without anomaly detection and without the selection, and with one vectorised scatter for the targets.
 
 All have the same network, initial weights and batch; published and repaired are measured in float32 and, `_bf16`, under
 bfloat16 autocast. The ratios take the faster of each pair; `…_published_float32_…` compares with the published loop in float32,
@@ -52,6 +54,7 @@ _ALPHA, _LEARNING_RATE, _CLIPPING = 0.5, 1e-4, 1.0
 _DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "aten::mkldnn_")
 _GPU_STEPS = 5
+_PADDING = -10_000  # the number that fills the published loop's padded rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +178,10 @@ def make_steps(memory: MemoryConfig, batch: Batch, world: World) -> dict[str, Ca
     for name, file in (("ours", "zero2.json"), ("ours_fp32", "cpu.json")):
         engine = make_engine(memory, file, len(batch.labels_N), world)
         steps[name] = partial(step_of_ours, engine, batch)
-    for name, collate, has_anomaly_detection in (
-        ("published", collate_row_by_row, True),
-        ("repaired", collate_at_once, False),
-    ):
+    for name, collate, as_shipped in (("published", collate_row_by_row, True), ("repaired", collate_at_once, False)):
         for suffix, autocast in (("", False), ("_bf16", True)):
             steps[name + suffix] = make_plain_step(
-                memory, batch, collate=collate, autocast=autocast, has_anomaly_detection=has_anomaly_detection
+                memory, batch, collate=collate, autocast=autocast, as_shipped=as_shipped
             )
     return steps
 
@@ -221,9 +221,9 @@ def make_plain_step(
     *,
     collate: Callable[[Batch, int], Tensor],
     autocast: bool,
-    has_anomaly_detection: bool,
+    as_shipped: bool,
 ) -> Callable[[], float]:
-    """The published loop's step."""
+    """The published loop's step; `as_shipped` with anomaly detection and the selection of rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(_SEED)
     model = Memory(memory).to(device)
@@ -232,11 +232,15 @@ def make_plain_step(
     def step() -> float:
         targets_NV = collate(batch, memory.vocab_size).to(device)
         labels_N = batch.labels_N.to(device)
-        with torch.autograd.set_detect_anomaly(has_anomaly_detection):
+        inputs_ND = batch.inputs_ND.to(device)
+        with torch.autograd.set_detect_anomaly(as_shipped):
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                logits_NV = model.head(model(batch.inputs_ND.to(device)))
-            kl = F.kl_div(F.log_softmax(logits_NV.float(), dim=-1), targets_NV, reduction="batchmean")
-            loss = _ALPHA * kl + (1 - _ALPHA) * F.cross_entropy(logits_NV.float(), labels_N)
+                logits_NV = model.head(model(inputs_ND))
+            logits_NV = logits_NV.float()
+            if as_shipped:
+                logits_NV = logits_NV[torch.any(inputs_ND != _PADDING, dim=-1)]
+            kl = F.kl_div(F.log_softmax(logits_NV, dim=-1), targets_NV, reduction="batchmean")
+            loss = _ALPHA * kl + (1 - _ALPHA) * F.cross_entropy(logits_NV, labels_N)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIPPING)
         optimizer.step()

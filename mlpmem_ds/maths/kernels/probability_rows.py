@@ -1,9 +1,10 @@
-"""Triton twins for `maths.interpolation`: rows of logits → **label log-probabilities, mixture of two models**.
+"""Triton twins for `maths.head_scores` and `maths.interpolation`: rows of logits → **label log-probabilities,
+mixture of two models**.
 
 The mixture takes two launches: 64 rows are too few programs for a GPU, so a row is cut into parts, whose normalisers the
 first launch makes and the second joins. The logits are read twice, the second time mostly from the cache.
 
-Shape legend: C rows, V vocabulary, P parts of a row.
+Shape legend: C rows, V vocabulary, P parts of a row, J labels a row.
 """
 
 import math
@@ -19,7 +20,7 @@ _MOST_PARTS = 128
 
 
 @triton.jit
-def label_rows_kernel(logits_ptr, labels_ptr, result_ptr, vocabulary_size, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def label_rows_kernel(logits_ptr, labels_ptr, result_ptr, vocabulary_size, num_labels, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocabulary_size
     greatest = -float("inf")
@@ -30,25 +31,29 @@ def label_rows_kernel(logits_ptr, labels_ptr, result_ptr, vocabulary_size, COLUM
         greater = tl.maximum(tl.maximum(greatest, tl.max(logits, 0)), -3.4e38)  # a block may be all -inf
         exp_sum = exp_sum * tl.exp(greatest - greater) + tl.sum(tl.exp(logits - greater), 0)
         greatest = greater
-    label_logit = tl.load(logits_ptr + tl.load(labels_ptr + row)).to(tl.float32)
-    tl.store(result_ptr + row, label_logit - greatest - tl.log(exp_sum))
+    log_sum = tl.log(exp_sum)
+    for label in range(0, num_labels):
+        place = row * num_labels + label
+        label_logit = tl.load(logits_ptr + tl.load(labels_ptr + place)).to(tl.float32)
+        tl.store(result_ptr + place, label_logit - greatest - log_sum)
 
 
-def label_rows(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """log softmax(logits) at the labels, float32 [C]; rows without gaps."""
+def label_rows(logits_CV: Tensor, labels_CJ: Tensor) -> Tensor:
+    """log softmax(logits) at the labels, float32 [C, J]; rows without gaps."""
     num_rows, vocabulary_size = logits_CV.shape
-    result_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
+    result_CJ = torch.empty(labels_CJ.shape, dtype=torch.float32, device=logits_CV.device)
     columns = min(_MOST_COLUMNS, triton.next_power_of_2(vocabulary_size))
     label_rows_kernel[(num_rows,)](
         logits_CV,
-        labels_C,
-        result_C,
+        labels_CJ,
+        result_CJ,
         vocabulary_size,
+        labels_CJ.shape[1],
         COLUMNS=columns,
         num_warps=16 if columns >= 4096 else 4,
         enable_fp_fusion=True,
     )
-    return result_C
+    return result_CJ
 
 
 @triton.jit

@@ -15,7 +15,8 @@ pytestmark = [
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from mlpmem_ds.maths import kernels, products  # noqa: E402
-from mlpmem_ds.maths.interpolation import interpolate, label_log_probabilities, mixture_log_probabilities  # noqa: E402
+from mlpmem_ds.maths.head_scores import token_log_probabilities  # noqa: E402
+from mlpmem_ds.maths.interpolation import interpolate, mixture_log_probabilities  # noqa: E402
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss  # noqa: E402
 
 
@@ -130,10 +131,11 @@ def test_label_log_probabilities_are_the_originals(twins, vocabulary):
     bias[5:30] = -math.inf
     labels[:4] = torch.tensor([0, 31, vocabulary - 1, 7])
     twins(True)
-    found = label_log_probabilities(hidden.to(DEVICE), weight.to(DEVICE), labels.to(DEVICE), bias=bias.to(DEVICE))
-    exact = torch.log_softmax(hidden.double() @ weight.double().t() + bias, 1).gather(1, labels[:, None])[:, 0]
+    tokens = torch.stack([labels, labels.flip(0)], dim=1)
+    found = token_log_probabilities(hidden.to(DEVICE), weight.to(DEVICE), tokens.to(DEVICE), bias=bias.to(DEVICE))
+    exact = torch.log_softmax(hidden.double() @ weight.double().t() + bias, 1).gather(1, tokens)
     torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=1e-5)
-    assert found[3] == -math.inf
+    assert found[3, 0] == found[5, 1] == -math.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

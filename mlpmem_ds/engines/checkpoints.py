@@ -1,0 +1,149 @@
+"""Checkpoints of a training of many ranks: saved so that a kill at any moment leaves the last one, found and verified again.
+
+Place in the pipeline: under `engines.deepspeed`, which gives the writer; the files on disk are `formats.checkpoint`'s. Every
+function is collective: all ranks call it alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlpmem_ds.core.blocks import deal
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.processes import gather_values, wait_for_all
+from mlpmem_ds.formats.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    fault_of_checkpoint,
+    list_checkpoints,
+    publish_checkpoint,
+    read_checkpoint,
+    record_and_flush,
+    remove_old_checkpoints,
+    remove_unfinished,
+    set_aside,
+)
+
+_logger = logging.getLogger(__name__)
+_BYTES_OF_A_PARAMETER = 14  # float32 master weight and two moments, bfloat16 weight
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    write: Callable[[str], Any],
+    described: Mapping[str, Any],
+    num_parameters: int,
+    keep: int,
+    world: World,
+) -> Path:
+    """Publish the checkpoint of `step` below `root`, remove all but the newest `keep`; where it is.
+
+    Args:
+        root: OUTPUT/checkpoints.
+        step: optimizer steps done.
+        write: writes this rank's files into the folder of this name below `root`.
+        described: the manifest's fields.
+        num_parameters: of the whole model; tells whether the disk can hold it.
+        keep: checkpoints kept.
+        world: this rank.
+
+    Raises:
+        UserError: the disk is full, or refuses the files for another reason; older checkpoints stay.
+    """
+    place = root / (checkpoint_name(step) + ".tmp")
+    fault = _prepare_place(root, num_parameters * _BYTES_OF_A_PARAMETER) if world.is_first else None
+    if fault := gather_values(fault, world)[0]:
+        raise UserError(fault)
+    try:
+        write(place.name)
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where a disk is full
+        _give_up(place, step, error)
+    wait_for_all(world)
+    names = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+    shares = gather_values(record_and_flush(place, deal(names, world.rank, world.size)), world)
+    if world.is_first:
+        try:
+            publish_checkpoint(root, step, dict(described), [record for share in shares for record in share])
+        except OSError as error:
+            _give_up(place, step, error)
+        remove_old_checkpoints(root, keep)
+    wait_for_all(world)
+    return root / checkpoint_name(step)
+
+
+def _prepare_place(root: Path, needed: int) -> str | None:
+    """Make the directory, remove what a killed run left there, and say so where the disk cannot hold a checkpoint."""
+    root.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(root)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        return (
+            f"a checkpoint needs {needed / 1e9:.2f} GB, and {root} has {free / 1e9:.2f} GB free: free some space "
+            "and run the same command again, it continues from the newest checkpoint"
+        )
+    return None
+
+
+def _give_up(place: Path, step: int, error: Exception) -> None:
+    """Raise a UserError with the remedy; what was half written goes."""
+    shutil.rmtree(place, ignore_errors=True)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise UserError(
+        f"the checkpoint of step {step} could not be written below {place.parent} ({reason}; "
+        f"{shutil.disk_usage(place.parent).free / 1e9:.2f} GB are free there): free some space and run the same command "
+        "again, it continues from the newest checkpoint, which is untouched"
+    ) from error
+
+
+def find_checkpoint(root: Path, *, copies: Path | None, fields: Mapping[str, Any], world: World) -> Checkpoint | None:
+    """The newest checkpoint whose files match its manifest; None where there is none at all. Damaged ones are set aside.
+
+    Args:
+        root: OUTPUT/checkpoints.
+        copies: a second place of the same checkpoints, or None.
+        fields: what its manifest must say.
+        world: this rank.
+
+    Raises:
+        UserError: there are checkpoints and none of them is whole, or it is of another training.
+    """
+    if world.is_first:
+        remove_unfinished(root)
+    wait_for_all(world)
+    places = [root] if copies is None else [root, copies]
+    candidates = sorted(
+        (path for place in places for path in list_checkpoints(place)), key=lambda path: path.name, reverse=True
+    )
+    for path in candidates:
+        faults = gather_values(fault_of_checkpoint(path, rank=world.rank, size=world.size), world)
+        fault = next(filter(None, faults), None)
+        if fault is None:
+            checkpoint = read_checkpoint(path)
+            _refuse_other_training(checkpoint, fields)
+            return checkpoint
+        if world.is_first:
+            _logger.warning("%s: not resuming from %s, it is set aside as *.damaged", fault, path)
+            set_aside(path)
+    damaged = [path for place in places if place.is_dir() for path in place.glob("step-*.damaged")]
+    if candidates or damaged:
+        raise UserError(
+            f"no checkpoint in {root} is whole ({len(candidates) or len(damaged)} damaged): restore one from "
+            f"a copy, or remove {root} to start anew"
+        )
+    return None
+
+
+def _refuse_other_training(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> None:
+    for name, wanted in fields.items():
+        if checkpoint.manifest.get(name) != wanted:
+            raise UserError(
+                f"{checkpoint.path} is of another training (its {name} differs): give each training its own --output and "
+                "--copy-to"
+            )

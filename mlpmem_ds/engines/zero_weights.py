@@ -1,0 +1,49 @@
+"""Whole float32 weights out of a checkpoint's files, without a process group, an engine or a GPU.
+
+Place in the pipeline: under `convert_checkpoint`, for a training that has not finished. DeepSpeed's own converter reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.engines.deepspeed import import_deepspeed
+from mlpmem_ds.formats.weight_shards import Weight
+
+
+def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
+    """The float32 weights of a checkpoint of any ZeRO stage and world size, by name; each is read when it is asked for.
+
+    The files are unpickled, which runs whatever code they hold. Under ZeRO-1 and 2 all float32 weights are merged in memory.
+
+    Raises:
+        DamagedDataError: they are not a checkpoint that DeepSpeed can put together.
+    """
+    import_deepspeed()
+    converter = importlib.import_module("deepspeed.utils.zero_to_fp32")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            if list(path.glob("*_optim_states.pt")):
+                tensors = converter.get_fp32_state_dict_from_zero_checkpoint(
+                    str(path.parent), path.name, lazy_mode=True
+                )
+            else:  # stage 0 shards nothing, and the model is whole
+                file = converter.get_model_state_files(str(path))[0]
+                tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    except Exception as error:  # KeyError, ValueError, FileNotFoundError, and pickle's and zip's own
+        raise DamagedDataError(
+            f"{path} cannot be put together ({type(error).__name__}: {error}): choose another --step, or restore it from a copy"
+        ) from error
+    return {name: _weight(tensor) for name, tensor in tensors.items()}
+
+
+def _weight(tensor: Any) -> Weight:
+    """Of a tensor, or of DeepSpeed's stand-in for one whose parts lie in several files."""
+    return Weight(shape=tuple(tensor.shape), dtype=torch.float32, read=lambda: tensor.contiguous().to(torch.float32))

@@ -1,0 +1,159 @@
+"""Of the training: a memory whose weights another training starts from (`--init-from`), opened and checked, not yet read.
+
+    OUTPUT of a training     its weights/ is taken
+    OUTPUT/weights           config.json, model.safetensors
+    EXPORT                   config.json, model*.safetensors; only the tensors of the memory are read
+
+A training in bfloat16 starts from the weights as bfloat16 holds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import content_hash, read_json
+from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+
+_EXPORT_PREFIX = "memory."
+_FLAG = "--init-from"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialMemory:
+    """A memory on disk; each tensor is read when it is asked for."""
+
+    root: Path
+    memory: MemoryConfig
+    provenance: dict[str, Any]
+    sha256: str
+    """of shape and float32 numbers: the same for a training's output, its weights/ and a float32 export of it"""
+    _places: Mapping[str, tuple[Path, str]] = field(repr=False)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """float32, by the name that it has in a plain `Memory`."""
+        return _read(*self._places[name])
+
+
+def open_initial_memory(root: Path) -> InitialMemory:
+    """Find the memory and check that every tensor is there, of its shape and finite.
+
+    Raises:
+        UserError: no memory there, or one that is not finished.
+        DamagedDataError: its files contradict each other or cannot be read.
+    """
+    place = root / "weights" if (root / "weights").is_dir() else root
+    if not (place / "config.json").is_file():
+        identity = root / "identity.json"
+        is_unfinished = identity.is_file() and read_json(identity).get("format") == f"mlpmem-{MEMORY_STAGE}"
+        raise UserError(
+            f"{_FLAG} {root} is a training that has not finished: run its launch/train.py command again, or convert its newest "
+            "checkpoint with tools/convert_checkpoint.py and give that"
+            if is_unfinished
+            else f"{_FLAG} {root} holds no memory: give an output of launch/train.py, its weights/, or an export"
+        )
+    description = read_json(place / "config.json")
+    if description.get("format") == f"mlpmem-{MEMORY_STAGE}":
+        if description.get("version") != MEMORY_VERSION:
+            raise DamagedDataError(
+                f"{_FLAG} {root} has version {description.get('version')}, this program reads {MEMORY_VERSION}: use the "
+                "release that wrote it"
+            )
+        shape, prefix = description.get("memory"), ""
+    elif description.get("model_type") == "mlpmem":
+        shape, prefix = description.get("memory_config"), _EXPORT_PREFIX
+    else:
+        raise UserError(
+            f"{_FLAG} {root} is another model, not a memory: give an output of launch/train.py or an export"
+        )
+    try:
+        memory = MemoryConfig.from_dict(shape)
+    except (ValueError, TypeError) as error:
+        raise DamagedDataError(f"{_FLAG} {root}: {error}: make it again") from error
+    places = _locate(place, prefix)
+    return InitialMemory(
+        root=root,
+        memory=memory,
+        provenance=dict(description.get("provenance") or {}),
+        sha256=_hash_tensors(root, memory, places),
+        _places=places,
+    )
+
+
+def _locate(place: Path, prefix: str) -> dict[str, tuple[Path, str]]:
+    """Our name → (file, its name there)."""
+    places: dict[str, tuple[Path, str]] = {}
+    for path in sorted(place.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                places |= {name.removeprefix(prefix): (path, name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        except Exception as error:  # safetensors raises a family of its own
+            raise _damaged(path, error) from error
+    return places
+
+
+def _hash_tensors(root: Path, memory: MemoryConfig, places: Mapping[str, tuple[Path, str]]) -> str:
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in Memory(memory).state_dict().items()}
+    if set(wanted) != set(places):
+        differing = sorted(set(wanted) ^ set(places))
+        raise DamagedDataError(
+            f"{_FLAG} {root}: {len(differing)} tensors are missing or too many, the first is {differing[0]}: make it again"
+        )
+    hashes = []
+    for name, shape in sorted(wanted.items()):
+        tensor = _read(*places[name])
+        if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+            raise DamagedDataError(
+                f"{_FLAG} {root}: {name} is of shape {list(tensor.shape)}, or not finite; finite numbers of shape "
+                f"{list(shape)} were to be expected: make it again"
+            )
+        hashes.append([name, hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()])
+    return content_hash([memory.to_dict(), hashes])
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name).float()
+    except Exception as error:  # as above
+        raise _damaged(path, error) from error
+    return tensor
+
+
+def _damaged(path: Path, error: Exception) -> DamagedDataError:
+    return DamagedDataError(f"{_FLAG}: {path} cannot be read ({error}): make it again, or copy it again")
+
+
+def check_fits(initial: InitialMemory, *, wanted: Mapping[str, tuple[str, object]], vocabulary_sha256: str) -> None:
+    """Make sure that a training can start from this memory.
+
+    Args:
+        initial: the memory.
+        wanted: field of MemoryConfig → (what asks for it, the value).
+        vocabulary_sha256: of the corpus.
+
+    Raises:
+        UserError: says what differs.
+    """
+    for name, (who, value) in wanted.items():
+        found = getattr(initial.memory, name)
+        if found != value:
+            raise UserError(
+                f"{_FLAG} {initial.root} has {name.replace('_', ' ')} {found}, and {who} {value}: give a memory that fits, or "
+                "leave out the flag"
+            )
+    known = initial.provenance.get("vocabulary_sha256", vocabulary_sha256)
+    if known != vocabulary_sha256:
+        raise UserError(
+            f"{_FLAG} {initial.root} was trained with another vocabulary ({str(known)[:12]}…) than --corpus has "
+            f"({vocabulary_sha256[:12]}…): its outputs mean other tokens; leave out the flag"
+        )

@@ -1,0 +1,207 @@
+"""A process that has imported DeepSpeed, and forks the ranks of trainings: a start costs a fraction of a second, not 10 s.
+
+Run by the fixture `forked_training`: a line of JSON with steps in, a line with their results and what each said out.
+"""
+
+import gc
+import importlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.log import set_up_logging
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed import import_deepspeed
+from mlpmem_ds.stages import train
+
+PATHS = ("ds_config", "corpus", "keys", "targets", "output", "copy_to", "init_from")
+LATE_IMPORTS = (  # 2 s in each start
+    "deepspeed.checkpoint.ds_to_universal",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "torch.utils.tensorboard",
+)
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
+
+
+def watch_saving(note, deadly):
+    """Count the operations on the files of a checkpoint in the making, before each is done.
+
+    As Python's audit sees them, and torch.save, which it does not see. They are written to `note`; before number `deadly`
+    this process is killed.
+    """
+    count, save = 0, torch.save
+
+    def count_one(name):
+        nonlocal count
+        count += 1
+        if count == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if note is not None:
+            os.write(note, (name + "\n").encode())
+
+    def audit(event, arguments):
+        if event in FILE_EVENTS and isinstance(arguments[0], str | Path):
+            path = str(arguments[0])
+            is_saved = "/checkpoints/" in path and (".tmp" in path or event == "shutil.rmtree")
+            if is_saved or "latest.json" in path:
+                count_one(event)
+
+    def watched_save(*arguments, **more):
+        count_one("torch.save")
+        save(*arguments, **more)
+        count_one("saved")
+
+    torch.save = watched_save
+    sys.addaudithook(audit)
+
+
+def signal_after(path, num_lines):
+    """SIGTERM to this process when a file has so many lines."""
+
+    def watch():
+        while not path.exists() or path.read_text().count("\n") < num_lines:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_rank(job, world, *, bytes_of_a_file=None, signal_at=None, note=None, deadly=None):
+    """A rank's exit code."""
+    set_up_logging(world, name="train")
+    try:
+        if world.rank == 0 and (note, deadly) != (None, None):
+            watch_saving(note, deadly)
+        if bytes_of_a_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
+        config = train.Config(**{name: Path(value) if name in PATHS else value for name, value in job.items()})
+        if signal_at is not None and world.rank == world.size - 1:
+            signal_after(config.output / "metrics.jsonl", signal_at)
+        train.run(config, world)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def start(job, size=1, **more):
+    """Fork the ranks; their process ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            code = run_rank(job, World(rank=rank, size=size, local_rank=rank), **more)
+            sys.stderr.flush()
+            os._exit(code)
+        pids.append(pid)
+    return pids
+
+
+def join(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def ended(pids):
+    """The exit codes. A rank whose peer died before they met would wait for it: after 1 s it is killed, as launchers do."""
+    codes, deadline = {}, time.monotonic() + 1
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return codes
+
+
+def undisturbed(job):
+    return {**job, "output": job["output"] + "-undisturbed"}
+
+
+def killed(job, size, kills, seed):
+    """Kill one rank or all at random moments, start again, until so many kills have hit; then let it complete."""
+    generator, hits = random.Random(seed), 0
+    begin = time.monotonic()
+    assert join(start(undisturbed(job), size)) == [0] * size
+    duration = time.monotonic() - begin
+    while hits < kills:
+        pids = start(job, size)
+        victims = pids if generator.random() < 0.5 else [generator.choice(pids)]
+        time.sleep(generator.uniform(0.2, 1) * duration)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        codes = ended(pids)
+        hits += any(codes[pid] == -signal.SIGKILL for pid in victims)
+        if (Path(job["output"]) / "manifest.json").exists():
+            shutil.rmtree(job["output"])
+    assert join(start(job, size)) == [0] * size
+    return {"hits": hits}
+
+
+def killed_while_saving(job, kills):
+    """Kill before one after another of the operations on checkpoints that an undisturbed start does; then let it complete."""
+    reader, writer = os.pipe()
+    assert join(start(undisturbed(job), note=writer)) == [0]
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        operations = stream.read().split()
+    kinds = {operations.index(name) for name in operations}
+    places = sorted(kinds | {number * len(operations) // kills for number in range(kills)})
+    for place in places:
+        if join(start(job, deadly=1 + place)) == [0]:  # there was less left to do
+            shutil.rmtree(job["output"])
+            assert join(start(job, deadly=1 + place)) == [-signal.SIGKILL]
+    assert join(start(job)) == [0]
+    return {"killed_before": [operations[place] for place in places]}
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w")
+    own_errors = os.dup(2)
+    os.dup2(2, 1)
+    import_deepspeed()
+    for name in LATE_IMPORTS:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    functions = {"killed": killed, "killed_while_saving": killed_while_saving}
+    for line in sys.stdin:
+        results, said = [], []
+        for words in json.loads(line):
+            kind = words.pop("kind")
+            with tempfile.TemporaryFile("w+") as log:
+                os.dup2(log.fileno(), 2)
+                results.append(functions[kind](**words) if kind in functions else join(start(**words)))
+                os.dup2(own_errors, 2)
+                log.seek(0)
+                said.append(log.read())
+        answers.write(json.dumps([results, said]) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
