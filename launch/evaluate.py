@@ -5,7 +5,7 @@ import sys
 
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.core.world import World
-from mlpmem_ds.stages import evaluate
+from mlpmem_ds.stages.evaluation import evaluate
 
 
 def run(config: evaluate.Config, world: World) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.core.world import World
-from mlpmem_ds.stages import generate
+from mlpmem_ds.stages.evaluation import generate
 
 
 def run(config: generate.Config, world: World) -> None:

@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages import train
+from mlpmem_ds.stages.training import train
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from mlpmem_ds.core.world import World  # noqa: E402
-from mlpmem_ds.stages import extract_keys, prepare_corpus  # noqa: E402
+from mlpmem_ds.stages.corpus import prepare_corpus  # noqa: E402
+from mlpmem_ds.stages.keys import extract_keys  # noqa: E402
 
 VOCAB_SIZE = 300
 BLOCK_SIZE = 32

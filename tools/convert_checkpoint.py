@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages import convert_checkpoint
+from mlpmem_ds.stages.conversion import convert_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages import export_datastore
+from mlpmem_ds.stages.conversion import export_datastore
 
 
 def main(argv: list[str] | None = None) -> int:

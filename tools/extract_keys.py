@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages import extract_keys
+from mlpmem_ds.stages.keys import extract_keys
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages import prepare_corpus
+from mlpmem_ds.stages.corpus import prepare_corpus
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ import sys
 
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.core.world import World
-from mlpmem_ds.stages import run_lm_eval
+from mlpmem_ds.stages.evaluation import run_lm_eval
 
 
 def run(config: run_lm_eval.Config, world: World) -> None:

@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages import train_base
+from mlpmem_ds.stages.training import train_base
 
 
 def main(argv: list[str] | None = None) -> int:

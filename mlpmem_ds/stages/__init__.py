@@ -1,1 +1,1 @@
-"""One file per stage of the pipeline: a frozen Config and run(config, world)."""
+"""The stages of the pipeline, a folder a part, a file a stage: a frozen Config and run(config, world)."""

@@ -11,7 +11,7 @@ from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import blocks_of_shard, open_index
-from mlpmem_ds.stages import build_index
+from mlpmem_ds.stages.retrieval import build_index
 
 
 @pytest.fixture

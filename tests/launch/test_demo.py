@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlpmem_ds.core.world import World
-from mlpmem_ds.stages import inspect_run
+from mlpmem_ds.stages.planning import inspect_run
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 400

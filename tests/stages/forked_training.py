@@ -25,7 +25,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import set_up_logging
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import import_deepspeed
-from mlpmem_ds.stages import train
+from mlpmem_ds.stages.training import train
 
 PATHS = ("ds_config", "corpus", "keys", "targets", "output", "copy_to", "init_from")
 LATE_IMPORTS = (  # 2 s in each start

@@ -16,7 +16,9 @@ import pytest
 
 from mlpmem_ds.core import files, stage_directory
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages import build_index, extract_keys, prepare_corpus
+from mlpmem_ds.stages.corpus import prepare_corpus
+from mlpmem_ds.stages.keys import extract_keys
+from mlpmem_ds.stages.retrieval import build_index
 
 
 def result_of(root: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.stages import extract_keys
+from mlpmem_ds.stages.keys import extract_keys
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -12,7 +12,7 @@ import pytest
 
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.core.log import read_events
-from mlpmem_ds.stages import extract_keys
+from mlpmem_ds.stages.keys import extract_keys
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

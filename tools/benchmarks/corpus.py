@@ -25,7 +25,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files, read_documents
-from mlpmem_ds.stages import prepare_corpus
+from mlpmem_ds.stages.corpus import prepare_corpus
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 DESCRIPTION = "Preparing a corpus against the bare tokenizer. About a minute on 2 cores at the default size."

@@ -42,7 +42,7 @@ from mlpmem_ds.maths.targets import neighbour_weights
 from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
-from mlpmem_ds.stages.retriever import rescore, squared_norms
+from mlpmem_ds.stages.retrieval.retriever import rescore, squared_norms
 
 from .common import Report, Row, check_output, median_of, row_of, use_threads
 

@@ -41,7 +41,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
 from mlpmem_ds.formats.corpus import FORMAT, VERSION, open_corpus, token_dtype
 from mlpmem_ds.models.backbone import load_base
-from mlpmem_ds.stages import extract_keys
+from mlpmem_ds.stages.keys import extract_keys
 
 from .common import Report, Row, check_output, in_child, median_of, peak_bytes_above_start, row_of, use_threads
 

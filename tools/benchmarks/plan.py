@@ -30,7 +30,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import FORMAT, VERSION, open_keys, unit_name
 from mlpmem_ds.formats.targets import open_targets
-from mlpmem_ds.stages import plan
+from mlpmem_ds.stages.planning import plan
 
 from .common import Report, Row, check_output, row_of, use_threads
 from .targets import synthetic_keys

@@ -21,7 +21,7 @@ from mlpmem_ds.formats.targets import frequency_order, index_name, pack_block, s
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours
 from mlpmem_ds.maths.target_distance import distances, recall
 from mlpmem_ds.maths.targets import SparseRows, aggregate, fit_temperature, neighbour_weights, weight_perplexity
-from mlpmem_ds.stages.target_search import Datastore, squared_key_distances
+from mlpmem_ds.stages.retrieval.target_search import Datastore, squared_key_distances
 
 from .common import Row, row_of
 from .published_targets import published_hits, published_rows, stock_index

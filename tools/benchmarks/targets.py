@@ -34,8 +34,8 @@ from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import open_targets
-from mlpmem_ds.stages import build_index, write_targets
-from mlpmem_ds.stages.target_audit import open_truth
+from mlpmem_ds.stages.retrieval import build_index, write_targets
+from mlpmem_ds.stages.retrieval.target_audit import open_truth
 
 from .common import Report, Row, check_output, interleave, median_of, row_of, timing_rows, use_threads
 from .made_up_keys import synthetic_keys, write_synthetic_keys

@@ -41,7 +41,7 @@ from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory import PRESETS, Memory, MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
-from mlpmem_ds.stages.training_loop import most_memory
+from mlpmem_ds.stages.training.training_loop import most_memory
 
 from .common import Report, Row, check_output, interleave, median_of, row_of, timing_rows, use_threads
 

@@ -1,0 +1,1 @@
+"""Into and out of Hugging Face directories, the reference's checkpoints and Arrow files."""

@@ -1,0 +1,346 @@
+"""After training: a finished memory and its base → one Hugging Face directory that loads without this package.
+
+    OUTPUT/
+      config.json, generation_config.json, model*.safetensors     the joint model, the base included
+      hf.py, memory.py, backbone.py                               its code, for `trust_remote_code=True`
+      tokenizer*.json, …                                          the corpus's vocabulary
+      README.md                                                   the model card
+      mlpmem_export.json                                          format, inputs, verification, every file's checksum
+
+All of it is written into `.OUTPUT.<host>.<pid>.partial/` beside OUTPUT, loaded again through its own code, compared with
+the base and the memory as trained (export_check.py), flushed, and only then renamed. What a killed run of the same export
+left is continued shard by shard; of another, removed. Weights stay in their files until they are written: in memory is one
+tensor, not a model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import custom_object_save
+
+import mlpmem_ds
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import (
+    FileRecord,
+    canonical_json,
+    fault_of_file,
+    flush,
+    is_alive,
+    publish_json,
+    read_json,
+    record_file,
+    remove_stale_temporaries,
+)
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import require_free_bytes
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.hidden_states import DTYPES
+from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
+from mlpmem_ds.models.backbone import CapturePoint, load_base
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.stages.conversion.export_check import (
+    LOGIT_BOUND,
+    compare_logits,
+    load_export,
+    read_parts,
+    total_variation,
+)
+from mlpmem_ds.stages.conversion.export_inputs import EXPORT_FILE, Config, ExportInputs, open_inputs
+from mlpmem_ds.stages.conversion.import_reference import write_memory
+from mlpmem_ds.stages.conversion.model_card import describe_verification, model_card
+from mlpmem_ds.stages.corpus.prepare_corpus import vocabulary_sha256
+
+_logger = logging.getLogger(__name__)
+_IDENTITY, _RECORDS = "identity.json", "shards"
+# A 16-bit export against the parts as they are stored: mean total variation of the next-token distributions. Rounding
+# costs about 1e-2; more than this is an overflow or a base that the dtype cannot hold.
+ROUNDING_BOUND = 0.1
+
+
+def run(config: Config, world: World) -> None:
+    """Write, verify and publish the export, or say that it is complete. One process does it; other ranks return."""
+    if not world.is_first:
+        return
+    inputs, output = open_inputs(config), config.output.resolve()
+    if config.write == "memory":
+        write_memory(config, inputs.read(output).trained, world)
+        return
+    identity = inputs.identity(config)
+    if _is_complete(output, identity):
+        _logger.info("complete: %s", config.output)
+        return
+    _require_disk(config, inputs)
+    inputs = inputs.read(output)
+    joint = _join(config, inputs)
+    with _partial_directory(output, identity) as partial:
+        export = partial / output.name  # the name of the copy of its code that transformers keeps
+        export.mkdir(exist_ok=True)
+        verification = _write_and_verify(config, inputs, joint, export, world)
+        num_base_parameters = sum(parameter.numel() for parameter in joint.base.parameters())
+        card = model_card(inputs, config, verification, num_base_parameters, _weight_bytes(export))
+        (export / "README.md").write_text(card, encoding="utf-8")
+        records = [record_file(export, path.relative_to(export).as_posix()) for path in _files_below(export)]
+        manifest = {
+            **identity,
+            "mlpmem_ds": mlpmem_ds.__version__,
+            "verification": verification,
+            "files": [record.to_json() for record in records],
+        }
+        (export / EXPORT_FILE).write_bytes(canonical_json(manifest))
+        _publish(export, output, aside=partial / "replaced")
+    _logger.info(
+        "complete: %s (λ %g, %s): %s", config.output, inputs.lmbda, config.dtype, describe_verification(verification)
+    )
+
+
+# The output
+
+
+def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the export is there and whole; an export of ours with a damaged file is to be made again.
+
+    Raises:
+        UserError: the directory holds something else.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: choose a directory")
+    if not output.is_dir() or not any(output.iterdir()):
+        return False
+    if not (output / EXPORT_FILE).is_file():
+        raise UserError(f"--output {output} is not empty and holds no export: choose a new directory or empty it")
+    found = read_json(output / EXPORT_FILE)
+    if differences := [
+        f"{name} was {_at(found, name)!r}, now {_at(identity, name)!r}"
+        for name in ("format", "version", "inputs", "config")
+        if _at(found, name) != _at(identity, name)
+    ]:
+        raise UserError(
+            f"--output {output} already holds another export ({'; '.join(differences)}): choose another --output, "
+            "or remove it"
+        )
+    faults = [fault for entry in found["files"] if (fault := fault_of_file(output, FileRecord(**entry)))]
+    if faults:
+        _logger.warning("%s: making the export again", faults[0])
+    return not faults
+
+
+def _at(values: Any, name: str) -> Any:
+    return values.get(name) if isinstance(values, Mapping) else None
+
+
+def _require_disk(config: Config, inputs: ExportInputs) -> None:
+    size = torch.empty(0, dtype=DTYPES[config.dtype]).element_size()
+    root = Path(inputs.model)
+    base = (
+        sum(path.stat().st_size for path in (*root.glob("*.safetensors"), *root.glob("*.bin"))) if root.is_dir() else 0
+    )
+    require_free_bytes(config.output, base + size * inputs.memory.num_parameters(), what="the export's weights")
+
+
+@contextmanager
+def _partial_directory(output: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """A directory beside `output`, removed on leaving; one that a killed run of the same export left is continued.
+
+    Others of dead processes of this host are removed first.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prefix, suffix = f".{output.name}.{socket.gethostname()}.", ".partial"
+    partial = output.parent / f"{prefix}{os.getpid()}{suffix}"
+    for path in sorted(output.parent.iterdir()):
+        if path.name.startswith(prefix) and path.name.endswith(suffix):
+            pid = path.name[len(prefix) : -len(suffix)]
+            if not pid.isdigit() or (int(pid) != os.getpid() and is_alive(int(pid))):
+                continue
+            if path != partial and not partial.exists() and _identity_of(path) == json.loads(canonical_json(identity)):
+                os.replace(path, partial)
+            else:
+                shutil.rmtree(path)
+    (partial / _RECORDS).mkdir(parents=True, exist_ok=True)
+    publish_json(partial / _IDENTITY, identity)
+    remove_stale_temporaries(partial)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _identity_of(partial: Path) -> Any:
+    try:
+        return read_json(partial / _IDENTITY)
+    except DamagedDataError:
+        return None
+
+
+def _files_below(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def _publish(export: Path, output: Path, *, aside: Path) -> None:
+    """Flush every file and rename the directory to `output`; a damaged export there is moved `aside` first."""
+    for path in (*_files_below(export), *(path for path in export.rglob("*") if path.is_dir()), export):
+        flush(path)
+    if output.is_dir() and any(output.iterdir()):
+        os.replace(output, aside)
+    os.replace(export, output)
+    flush(output.parent)
+
+
+# The model
+
+
+def _write_and_verify(
+    config: Config, inputs: ExportInputs, joint: MemoryAugmentedLM, export: Path, world: World
+) -> dict[str, Any]:
+    """Write the joint model and its tokenizer into `export`, load them again, and return the figures of the comparison.
+
+    Raises:
+        UserError: the dtype cannot hold the model.
+        DamagedDataError: what was loaded is not what was trained.
+    """
+    point, dtype = _point(inputs), DTYPES[config.dtype]
+    weights = _weights_of(joint, dtype)
+    as_stored = None if config.dtype == "float32" else read_parts(joint.base, joint.memory, point)
+    num_bytes = sum(weight.num_bytes for weight in weights.values())
+    progress = Progress(num_bytes, label="weights", unit="bytes", world=world)
+    max_bytes, records = int(config.max_shard_gigabytes * 1e9), export.parent / _RECORDS
+    write_weights_in_shards(export, weights, max_bytes=max_bytes, records=records, progress=progress.advance)
+    progress.close()
+    write_description(joint, inputs.tokenizer, dtype, export)
+    loaded = load_export(export, weights, inputs.lmbda, attention=config.attention)
+    probe = read_parts(*_parts_in_dtype(joint, loaded, dtype), point)
+    rounding = 0.0 if as_stored is None else total_variation(as_stored, probe, inputs.lmbda)
+    if not rounding <= ROUNDING_BOUND:  # not a number, too
+        raise UserError(
+            f"--dtype {config.dtype} changes the model's distributions by {rounding:.3g} (total variation; at most "
+            f"{ROUNDING_BOUND} is accepted): it cannot hold this model; choose bfloat16 or float32"
+        )
+    difference = compare_logits(loaded, probe, inputs.lmbda)
+    if vocabulary_sha256(AutoTokenizer.from_pretrained(export)) != inputs.trained.provenance["vocabulary_sha256"]:
+        raise DamagedDataError(
+            "the tokenizer does not survive being saved and loaded: nothing was published; give another "
+            "form of it with --tokenizer"
+        )
+    return {
+        "logit_difference": difference,
+        "logit_bound": LOGIT_BOUND,
+        "rounding": rounding,
+        "rounding_bound": ROUNDING_BOUND,
+        "num_positions": probe.ids_BS.numel(),
+    }
+
+
+def _weights_of(joint: MemoryAugmentedLM, dtype: torch.dtype) -> dict[str, Weight]:
+    """What is written of the joint model: floating numbers in `dtype`; of tied tensors, the one that the others follow."""
+    state = joint.state_dict()
+    tied = {
+        name
+        for name, source in joint.all_tied_weights_keys.items()
+        if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
+    }
+
+    def weight(tensor: torch.Tensor) -> Weight:
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        return Weight(shape=tuple(tensor.shape), dtype=kept, read=lambda: tensor.to(kept))
+
+    return {name: weight(tensor) for name, tensor in state.items() if name not in tied}
+
+
+def write_description(joint: MemoryAugmentedLM, tokenizer: Any, dtype: torch.dtype, export: Path) -> None:
+    """Everything but the weights: configuration, code, generation settings and tokenizer."""
+    config: Any = copy.deepcopy(joint.config)
+    config.architectures = [type(joint).__name__]
+    for part in (config, config.base_config):
+        part.dtype = dtype
+    custom_object_save(joint, export, config=config)
+    config.save_pretrained(export)
+    generation: Any = joint.generation_config
+    generation.save_pretrained(export)
+    tokenizer.save_pretrained(export)
+    for path in export.glob("*.safetensors"):
+        shutil.copymode(export / "config.json", path)
+
+
+def _parts_in_dtype(joint: MemoryAugmentedLM, loaded: Any, dtype: torch.dtype) -> tuple[Any, Memory]:
+    """Base and memory with the written numbers: the trained ones where they were stored so, else the loaded tensors.
+
+    Those are known to be equal to the trained ones, rounded, and are mapped from the files: the modules and their
+    settings stay those of the base that was given, and nothing is copied.
+    """
+    base, memory = joint.base, joint.memory
+    if any(parameter.dtype != dtype for parameter in base.parameters()):
+        base.load_state_dict(loaded.base.state_dict(), assign=True)
+        base.tie_weights()
+    if any(parameter.dtype != dtype for parameter in memory.parameters()):
+        memory.load_state_dict(loaded.memory.state_dict(), assign=True)
+    return base, memory
+
+
+def _weight_bytes(export: Path) -> int:
+    return sum(path.stat().st_size for path in export.glob("*.safetensors"))
+
+
+def _point(inputs: ExportInputs) -> CapturePoint:
+    known = inputs.trained.provenance
+    return CapturePoint(layer=known["input_layer"], point=known.get("input_point") or known["key_point"])
+
+
+def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
+    """Both parts in the dtypes in which they are stored: so they stay in their files until they are read.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
+    try:
+        base = load_base(inputs.model, dtype="auto", device="cpu", attention=config.attention)
+    except ValueError as error:
+        raise UserError(f"--model {inputs.model}: {error}") from error
+    try:
+        joint = MemoryAugmentedLM.from_parts(
+            base,
+            _build_memory(inputs),
+            lmbda=inputs.lmbda,
+            input_point=_point(inputs),
+            layers_path=inputs.trained.provenance.get("input_layers_path"),
+            cast=False,
+            provenance=inputs.trained.provenance,
+            vocabulary_sha256=inputs.trained.provenance["vocabulary_sha256"],
+        )
+    except ValueError as error:
+        raise UserError(f"--model {inputs.model} and {_flag(config)} {inputs.source} do not fit: {error}") from error
+    generation: Any = joint.generation_config
+    if generation.eos_token_id is None:
+        generation.eos_token_id = inputs.tokenizer.eos_token_id
+    if generation.pad_token_id is None:
+        padding = inputs.tokenizer.pad_token_id
+        generation.pad_token_id = inputs.tokenizer.eos_token_id if padding is None else padding
+    return joint
+
+
+def _flag(config: Config) -> str:
+    return "--checkpoint" if config.checkpoint is not None else "--from-reference"
+
+
+def _build_memory(inputs: ExportInputs) -> Memory:
+    """The plain memory with the trained weights."""
+    with torch.device("meta"):
+        memory = Memory(inputs.memory)
+    try:
+        memory.load_state_dict(inputs.trained.weights, assign=True)
+    except RuntimeError as error:
+        raise DamagedDataError(
+            f"the memory's weights do not fit their own configuration ({error}): run launch/train.py again"
+        ) from error
+    return memory.eval().requires_grad_(False)

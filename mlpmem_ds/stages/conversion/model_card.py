@@ -1,0 +1,158 @@
+"""The model card of an export: what is known of its making, in the order in which a reader asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlpmem_ds.stages.conversion.export_inputs import EXPORT_FILE, Config, ExportInputs
+
+
+def model_card(
+    inputs: ExportInputs, config: Config, verification: Mapping[str, Any], num_base_parameters: int, weight_bytes: int
+) -> str:
+    """README.md of the export, from what is known; what is not known is said to be unknown."""
+    base = inputs.model if not Path(inputs.model).is_dir() else Path(inputs.model).resolve().name
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [mlp-memory, retrieval-imitation]"]
+    if not Path(inputs.model).is_dir():
+        header.append(f"base_model: {base}")
+    example = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "# trust_remote_code runs hf.py, memory.py and backbone.py of this directory; transformers reads the tokenizer's\n"
+        "# directory through the same configuration class, and would ask without it.\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)\n'
+        'prompt = tokenizer("…", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))\n"
+        "model.lmbda = 0.0  # the base alone; any weight in [0, 1]"
+    )
+    verified = describe_verification(verification)
+    sections = [
+        "---\n" + "\n".join(header) + "\n---",
+        f"# {base} with an MLP memory",
+        "A frozen causal language model (the base) and a token-wise MLP (the memory) that was trained to give the next-token "
+        "distribution of a kNN retriever over a corpus (arXiv 2508.01832): `p = (1 - λ) p_base + λ p_memory`. No index and no "
+        "search are needed; the logits are log-probabilities of the mixture.",
+        f"```python\n{example}\n```",
+        "## What it is made of\n" + _bullet_list([
+            f"Base: {base}, {num_base_parameters:,} parameters, frozen (SHA-256 of its files {inputs.base_sha256})",
+            f"Weights: {config.dtype}, {weight_bytes:,} bytes "
+            f"({_bytes_of(num_base_parameters + inputs.memory.num_parameters())})",
+            *_ingredients(inputs),
+        ]),
+        "## How good it is\n" + _quality(inputs),
+        f"## Verification\n{verified[0].upper()}{verified[1:]}. `{EXPORT_FILE}` has the SHA-256 of every file.",
+        "## Limits\n" + _bullet_list([
+            "Not for decisions about people, nor for medical, legal, financial or safety-critical advice: it says what is "
+            "likely in its corpus, not what is true, and names no source.",
+            "Memorisation: the memory was trained to recall its corpus, and may give back passages of it word for word, personal "
+            "data, secrets and licensed text included. Publish it only where the corpus itself might be published.",
+            f"The licences of the base and of the corpus apply. Corpus: {config.corpus_license or 'its licence was not stated'}.",
+            "Facts are as old as the corpus. The figures above hold for text like it; elsewhere the memory may make the base "
+            "worse, which a smaller `lmbda` limits.",
+        ]),
+    ]  # fmt: skip
+    return "\n\n".join(sections) + "\n"
+
+
+def _bytes_of(num_parameters: int) -> str:
+    """What the parameters take in each dtype, in words."""
+    sizes = {"float32": 4, "bfloat16 or float16": 2}
+    return ", ".join(f"{dtype}: {num_parameters * size / 1e9:.3g} GB" for dtype, size in sizes.items())
+
+
+def _ingredients(inputs: ExportInputs) -> list[str]:
+    """The memory, its weight, its corpus and its training, a line each."""
+    known, memory, corpus, targets = inputs.trained.provenance, inputs.memory, inputs.corpus, inputs.targets
+    lines = [
+        f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of width "
+        f"{memory.hidden_size} ({memory.intermediate_size} inside), vocabulary {memory.vocab_size:,}; it reads the base's layer "
+        f"{known['input_layer']} ({known.get('input_point') or known['key_point']})",
+        f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",
+        *_imported(known),
+        f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {known.get('corpus', 'unknown')})",
+        f"Training: α {known.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of cross entropy, "
+        f"{known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')} steps{_planned(known)} of "
+        f"{known.get('batch_positions', 'unknown')} positions, {known.get('epochs', 'unknown')} epochs",
+    ]
+    if known.get("alpha") == 0:
+        return [*lines, "Retriever: none (trained on cross entropy alone)"]
+    if targets is None:
+        sha256 = known.get("targets", "unknown")
+        return [*lines, f"Retriever: unknown k and temperature (SHA-256 of its targets' manifest {sha256})"]
+    return [
+        *lines,
+        f"Retriever: k {targets['k']}, T {targets['temperature']:.6g} in squared key units "
+        f"({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}), keys of layer "
+        f"{known.get('key_layer', 'unknown')}",
+    ]
+
+
+def _planned(known: Mapping[str, Any]) -> str:
+    """Of a checkpoint, which may lie before the training's end: how many steps that was to have."""
+    planned = known.get("steps_planned")
+    return "" if planned in (None, known.get("steps")) else f" (a checkpoint; {planned} were planned)"
+
+
+def _imported(known: Mapping[str, Any]) -> list[str]:
+    imported = known.get("imported")
+    if imported is None:
+        return []
+    return [
+        f"The memory was imported from {imported['name']} ({imported['kind']} type, SHA-256 of its shape and files "
+        f"{imported['sha256']}); its corpus, retriever and training are said there, not here"
+    ]
+
+
+def _tokens(corpus: Mapping[str, Any] | None) -> str:
+    if corpus is None:
+        return "unknown number of tokens"
+    train = corpus["splits"]["train"]
+    return f"{train['num_tokens']:,} training tokens of {train['num_documents']:,} documents"
+
+
+def _quality(inputs: ExportInputs) -> str:
+    if inputs.report is None:
+        return "Not measured: the export was made without a report of `launch/evaluate.py`."
+    rows = ["| arm | test perplexity | change from the base (95 % interval) | λ |", "|---|---|---|---|"]
+    for arm in inputs.report["arms"]:
+        change, interval, lmbda = arm.get("ppl_change"), arm.get("ppl_interval"), arm.get("lambda")
+        shown = "" if change is None or not interval else f"{change:+.1%} ({interval[0]:+.1%} to {interval[1]:+.1%})"
+        rows.append(f"| {arm['name']} | {arm['ppl']:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |")
+    curve = _curve(inputs.report)
+    return (
+        "\n".join(rows)
+        + curve
+        + "\n\nλ was chosen on a tuning split; the figures are of the test split, at each arm's own λ."
+    )
+
+
+def _curve(report: Mapping[str, Any]) -> str:
+    """Tuning perplexity by λ of the arms that have a curve, a line each; "" where the report has none."""
+    lines = []
+    for arm in report["arms"]:
+        known = [point for point in arm.get("tuning_curve") or [] if point.get("ppl") is not None]
+        if known:
+            points = ", ".join(f"{point['lambda']:g}: {point['ppl']:.2f}" for point in known)
+            lines.append(f"\n\nTuning perplexity of {arm['name']} by λ: {points}.")
+    return "".join(lines)
+
+
+def describe_verification(verification: Mapping[str, Any]) -> str:
+    """The verification in one sentence."""
+    text = (
+        f"loaded again through its own code, every tensor is the trained one in its dtype, and log-probabilities on "
+        f"{verification['num_positions']} random tokens differ from those of base and memory by "
+        f"{verification['logit_difference']:.1g} relative (bound {verification['logit_bound']:g})"
+    )
+    if verification["rounding"]:
+        text += (
+            f"; against float32 the distributions change by {verification['rounding']:.2g} "
+            f"(mean total variation, bound {verification['rounding_bound']:g})"
+        )
+    return text
+
+
+def _bullet_list(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

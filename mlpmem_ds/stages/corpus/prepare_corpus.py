@@ -1,0 +1,266 @@
+"""First stage: text → tokens. Documents are read, sampled, dealt to splits, tokenized and written as token shards.
+
+The inputs are read twice, as streams: once to name the units and deal the documents (corpus_splits.py), once to tokenize
+them (tokenization.py). What stays in memory is some tens of bytes a document and a few batches of text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import content_hash
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import FORMAT, SPLITS, VERSION, token_dtype
+from mlpmem_ds.formats.documents import TEXT_PATTERNS, Document, find_files
+from mlpmem_ds.stages.corpus.corpus_splits import UNWANTED, CorpusUnit, DocumentReader, SplitRules, Survey, survey_files
+from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, choose_processes, vocab_size
+
+_logger = logging.getLogger(__name__)
+_UNIT_BYTES = 32 << 20
+_END_OF_DOCUMENT = "<|endoftext|>"
+_TOKENIZER_UNIT = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How text becomes a corpus."""
+
+    input: tuple[str, ...] = option(
+        "files, directories, globs, saved data sets or datasets:NAME[:CONFIGURATION[:SPLIT]] to read",
+        identity=False,
+        metavar="PATH",
+    )
+    tokenizer: str = option("a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size")
+    output: Path = option("corpus directory to write")
+    block_size: int = option("tokens that the base reads at once", 1024)
+    stride: int = option("tokens between the starts of two blocks", 512)
+    tuning_fraction: float = option("share of the documents for the tuning split", 0.0)
+    test_fraction: float = option("share of the documents for the test split", 0.0)
+    heldout_fraction: float = option("share of the groups kept apart as a second test split", 0.0)
+    max_bytes: float = option("bytes of text to take, group after group in the order of a hash; 0 = all", 0.0)
+    include: tuple[str, ...] = option("names that count in directories (patterns)", TEXT_PATTERNS, metavar="PATTERN")
+    exclude: tuple[str, ...] = option("paths or directory names left out (patterns)", (), metavar="PATTERN")
+    text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
+    group_field: str | None = option("the same: the field that names the group", None)
+    seed: int = option("seed of the hashes that deal documents to splits", 0)
+    processes: int = option(
+        "processes that tokenize in this rank; 0 = the machine's cores for a single rank, else 1", 0, identity=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.processes < 0:
+            raise UserError(f"--processes must not be negative, not {self.processes}")
+        if self.processes > 1 and "fork" not in multiprocessing.get_all_start_methods():
+            raise UserError(f"--processes {self.processes}: this system cannot fork; start several ranks instead")
+        if not 1 <= self.stride <= self.block_size:
+            raise UserError(f"--stride {self.stride} must lie between 1 and --block-size {self.block_size}")
+        if self.block_size % self.stride:
+            raise UserError(f"--block-size {self.block_size} must be a multiple of --stride {self.stride}")
+        fractions = (self.tuning_fraction, self.test_fraction, self.heldout_fraction)
+        if min(fractions) < 0 or sum(fractions) >= 1:
+            raise UserError(f"the fractions {fractions} must not be negative and must leave something for training")
+        if self.tokenizer.startswith("train:"):
+            size = self.tokenizer.removeprefix("train:")
+            if not size.isdigit() or int(size) < 257:
+                raise UserError(
+                    f"--tokenizer {self.tokenizer}: a byte-level vocabulary needs at least 257 entries, "
+                    "as in train:4096"
+                )
+
+
+def run(config: Config, world: World) -> None:
+    """Write the corpus; see formats/README.md. Ranks share the units; the tokenizer is made once."""
+    tokenizer = None if config.tokenizer.startswith("train:") else _load_tokenizer(config.tokenizer)
+    if tokenizer is not None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its tokenizer_config.json"
+        )
+    survey = _survey(config)
+    vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
+    inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
+    directory = open_stage(config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world)
+
+    directory.run_units([_TOKENIZER_UNIT], lambda _, writer: _write_tokenizer(config, survey, tokenizer, writer))
+    directory.wait_for([_TOKENIZER_UNIT])
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(str(config.output / "tokenizer"))
+    vocabulary = vocabulary or vocabulary_sha256(tokenizer)
+
+    names = [f"{number:05d}" for number in range(len(survey.units))]
+    progress = Progress(survey.num_wanted, label="documents", unit="documents", world=world)
+    processes = choose_processes(config.processes, world, survey.num_bytes)
+    with TokenizerPool(tokenizer, token_dtype(vocab_size(tokenizer)), processes) as pool:
+
+        def tokenize(name: str, writer: UnitWriter) -> dict[str, Any]:
+            return _tokenize_unit(config, survey, int(name), pool, writer, progress)
+
+        directory.run_units(names, tokenize)
+    progress.close()
+    directory.finish([_TOKENIZER_UNIT, *names], lambda: _describe(config, directory, names, tokenizer, vocabulary))
+
+
+def _reader(config: Config) -> DocumentReader:
+    return DocumentReader(text_field=config.text_field, group_field=config.group_field)
+
+
+def _survey(config: Config) -> Survey:
+    rules = SplitRules(
+        tuning_fraction=config.tuning_fraction,
+        test_fraction=config.test_fraction,
+        heldout_fraction=config.heldout_fraction,
+        max_bytes=config.max_bytes,
+        seed=config.seed,
+    )
+    files = find_files(config.input, config.include, config.exclude)
+    return survey_files(files, _reader(config), rules, unit_bytes=_UNIT_BYTES)
+
+
+def _documents(config: Config, survey: Survey, unit: CorpusUnit) -> Iterator[tuple[Document, int]]:
+    """The unit's wanted documents, each with its split's index.
+
+    Raises:
+        DamagedDataError: the files do not hold what the survey found in them.
+    """
+    number = unit.first
+    for document in _reader(config).read(unit.files):
+        if number < unit.stop and survey.split_of[number] != UNWANTED:
+            yield document, survey.split_of[number]
+        number += 1
+    if number != unit.stop:
+        raise DamagedDataError(
+            f"the input changed while it was read ({unit.files[0].path} and after it hold {number - unit.first} documents, not "
+            f"{unit.stop - unit.first}): run again when it stands still, with another --output"
+        )
+
+
+def _load_tokenizer(name_or_path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--tokenizer {name_or_path} cannot be loaded ({str(error).splitlines()[0]}): give a tokenizer "
+            "directory, a Hub name, or train:VOCAB"
+        ) from error
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """What two tokenizers must share to be exchangeable here: every token and its id."""
+    return content_hash(sorted(tokenizer.get_vocab().items()))
+
+
+def _write_tokenizer(config: Config, survey: Survey, tokenizer: Any | None, writer: UnitWriter) -> dict[str, Any]:
+    tokenizer = tokenizer or _train_tokenizer(config, survey)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            with writer.file(f"tokenizer/{path.name}") as published:
+                shutil.copyfile(path, published)
+    return {}
+
+
+def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the training split's documents."""
+    size = int(config.tokenizer.removeprefix("train:"))
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[_END_OF_DOCUMENT],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = (
+        document.text
+        for unit in survey.units
+        for document, split in _documents(config, survey, unit)
+        if SPLITS[split] == "train"
+    )
+    trained.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=_END_OF_DOCUMENT, bos_token=_END_OF_DOCUMENT)
+
+
+def _tokenize_unit(
+    config: Config, survey: Survey, number: int, pool: TokenizerPool, writer: UnitWriter, progress: Progress
+) -> dict[str, Any]:
+    """Write the token shard and the document list of each split that the unit's files have documents of."""
+    unit, name = survey.units[number], f"{number:05d}"
+    splits = [split for split in range(len(SPLITS)) if split in survey.split_of[unit.first : unit.stop]]
+    summary = {SPLITS[split]: {"tokens": 0, "documents": 0, "bytes": 0} for split in splits}
+    with ExitStack() as stack:
+        outputs = {
+            split: [
+                _open_output(stack, writer, f"{SPLITS[split]}/{file}")
+                for file in (f"tokens-{name}.bin", f"documents-{name}.jsonl")
+            ]
+            for split in splits
+        }
+        for document, split, ids in pool.tokenize(_documents(config, survey, unit)):
+            entry = {"name": document.name, "group": document.group, "bytes": document.num_bytes, "tokens": len(ids)}
+            outputs[split][0].write(ids.tobytes())
+            outputs[split][1].write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+            counts = summary[SPLITS[split]]
+            counts["tokens"] += len(ids)
+            counts["documents"] += 1
+            counts["bytes"] += document.num_bytes
+            progress.advance(1)
+    return summary
+
+
+def _open_output(stack: ExitStack, writer: UnitWriter, name: str) -> BinaryIO:
+    """A file that is closed, and then published, when the stack unwinds."""
+    path = stack.enter_context(writer.file(name))
+    return stack.enter_context(open(path, "wb"))
+
+
+def _describe(
+    config: Config, directory: StageDirectory, names: Sequence[str], tokenizer: Any, vocabulary: str
+) -> dict[str, Any]:
+    """The manifest's own fields, from the units' summaries."""
+    splits = {}
+    for split in SPLITS:
+        units = [
+            {"unit": name, **summary[split]}
+            for name, summary in zip(names, directory.summaries(names), strict=True)
+            if split in summary
+        ]
+        splits[split] = {
+            "num_tokens": sum(unit["tokens"] for unit in units),
+            "num_documents": sum(unit["documents"] for unit in units),
+            "num_bytes": sum(unit["bytes"] for unit in units),
+            "units": units,
+        }
+    _logger.info(
+        "; ".join(
+            f"{name}: {entry['num_tokens']:,} tokens of {entry['num_documents']:,} documents"
+            for name, entry in splits.items()
+        )
+    )
+    num_entries = vocab_size(tokenizer)
+    return {
+        "tokenizer": {
+            "vocabulary_sha256": vocabulary,
+            "vocab_size": num_entries,
+            "end_of_document_id": tokenizer.eos_token_id,
+        },
+        "token_dtype": token_dtype(num_entries).str,
+        "block_size": config.block_size,
+        "stride": config.stride,
+        "splits": splits,
+    }

@@ -1,0 +1,1 @@
+"""Scores of every arm from one pass, generation, lm-evaluation-harness."""

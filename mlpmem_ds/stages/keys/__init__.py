@@ -1,0 +1,1 @@
+"""Hidden states of the frozen base: keys, memory inputs, codecs, their audit."""

@@ -1,0 +1,247 @@
+"""Second stage: corpus → keys. Run the frozen base once; keep each position's key, value, log-probability and memory input.
+
+Phase 1 fits the int8 codec on a sample of windows (one unit); phase 2 is one unit for each block of positions. Afterwards, if
+asked, an audit compares the stored keys' targets with those of the raw keys.
+
+Keys may come from another model than the memory's inputs (the paper takes them from a larger one). The *base* of the memory is
+then the model of the inputs, and the log-probabilities are that base's.
+
+D width of the base, E size of a stored key, I input size, n positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.core.blocks import Block, deal, split_blocks
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.hidden_states import scan_positions
+from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.keys import (
+    FORMAT,
+    VERSION,
+    Codec,
+    bfloat16_bits,
+    open_keys,
+    quantise_inputs,
+    read_codec,
+    unit_name,
+)
+from mlpmem_ds.stages.keys.extraction_inputs import Bases, Config, describe_bases, open_inputs
+from mlpmem_ds.stages.keys.key_audit import AuditSettings, run_audit
+from mlpmem_ds.stages.keys.key_codec import check_log_probabilities, check_stored, checked, read_sample, write_codec
+from mlpmem_ds.stages.keys.key_plan import PositionBytes, bytes_of_position, require_disk
+
+__all__ = ["Config", "run"]
+
+_CODEC_UNIT = "codec"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """What a batch of windows gives: checked states, float32, and the base's log-probabilities."""
+
+    block: Block
+    keys_nD: np.ndarray
+    inputs_nI: np.ndarray | None
+    log_probabilities_n: np.ndarray
+    seconds: float
+    """that the forward passes took, reading the tokens and the head's product included"""
+
+
+def run(config: Config, world: World) -> None:
+    """Write the key directory; see formats/README.md."""
+    inputs = open_inputs(config, world)
+    corpus, bases, dim = inputs.corpus, inputs.bases, inputs.dim
+    each = bytes_of_position(
+        codec=config.codec,
+        dim=dim,
+        input_codec=config.input_codec,
+        input_size=bases.input_source.width,
+        value_bytes=corpus.dtype.itemsize,
+    )
+    codec_name = "int8" if config.codec == "int8" else config.raw_dtype
+    require_disk(config.output, each, corpus.num_positions, codec=codec_name, input_codec=config.input_codec)
+    directory = open_stage(
+        config.output,
+        stage=FORMAT,
+        version=VERSION,
+        config=config,
+        world=world,
+        inputs=inputs.hashes,
+        extra={
+            "dim": dim,
+            "dtype": bases.key_source.dtype_name,
+            "key_layer": bases.key_point.layer,
+            "input_layer": bases.input_point.layer,
+            "input_point": bases.input_point.point,
+            **({"raw_dtype": config.raw_dtype} if config.codec == "raw" else {}),
+            **{
+                name: path
+                for name in ("layers_path", "input_layers_path")
+                if (path := getattr(config, name)) is not None
+            },
+        },
+    )
+
+    phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []
+
+    def fit(_: str, writer: UnitWriter) -> dict[str, Any]:
+        states_ND = read_sample(bases.key_source, corpus, bases.key_point, config.fit_positions, config.seed)
+        return write_codec(states_ND, dim, config.seed, writer)
+
+    directory.run_units(phase_1, fit)
+    directory.wait_for(phase_1)
+    raw = Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype=config.raw_dtype)
+    codec = read_codec(config.output) if phase_1 else raw
+
+    blocks = {unit_name(block.start): block for block in split_blocks(corpus.num_positions, config.unit_positions)}
+    meter = _Meter(_num_to_do(directory, blocks, world), each, world)
+
+    def extract(unit: str, writer: UnitWriter) -> dict[str, Any]:
+        return _extract_unit(config, corpus, bases, codec, blocks[unit], writer, meter)
+
+    directory.run_units(list(blocks), extract)
+    meter.close(directory)
+
+    def describe() -> dict[str, Any]:
+        clipped = sum(summary["clipped"] for summary in directory.summaries(list(blocks)))
+        fit = directory.summaries(phase_1)[0] if phase_1 else {"energy_kept": 1.0, "massive_dimensions": []}
+        return {
+            "codec": {
+                "name": config.codec,
+                "dim": dim,
+                "scale": codec.scale,
+                "raw_dtype": config.raw_dtype if config.codec == "raw" else None,
+                "energy_kept": fit["energy_kept"],
+                "clipped_share": clipped / (corpus.num_positions * dim),
+                "massive_dimensions": fit.get("massive_dimensions", []),
+            },
+            "num_positions": corpus.num_positions,
+            "unit_positions": config.unit_positions,
+            "vocab_size": corpus.vocab_size,
+            "vocabulary_sha256": corpus.vocabulary_sha256,
+            "split": config.split,
+            "block_size": corpus.block_size,
+            **describe_bases(config, bases),
+        }
+
+    speaks = directory.finish([*phase_1, *blocks], describe)
+    if config.audit and speaks:
+        _audit(config, corpus, bases, world)
+
+
+def _num_to_do(directory: StageDirectory, blocks: dict[str, Block], world: World) -> int:
+    """Positions of this rank's units that have no record."""
+    mine = deal(list(blocks), world.rank, world.size)
+    return sum(blocks[unit].size for unit in mine if not directory.record_path(unit).is_file())
+
+
+class _Meter:
+    """The progress line: rate and time left, bytes written, and the share of the time outside the forward pass."""
+
+    def __init__(self, num_positions: int, each: PositionBytes, world: World) -> None:
+        self._progress = Progress(num_positions, label="keys", unit="tokens", world=world)
+        self._bytes_each = each.total
+        self._positions, self._forward_seconds, self._start = 0, 0.0, perf_counter()
+
+    def advance(self, rows: _Rows) -> None:
+        self._positions += rows.block.size
+        self._forward_seconds += rows.seconds
+        self._progress.advance(rows.block.size, self._note())
+
+    def close(self, directory: StageDirectory) -> None:
+        """End the line, and leave the figures in the stage's log; nothing where there was nothing to do."""
+        if self._positions:
+            self._progress.close(self._note())
+            directory.log.write(
+                "extracted",
+                positions=self._positions,
+                bytes=self._positions * self._bytes_each,
+                seconds=round(perf_counter() - self._start, 3),
+                forward_seconds=round(self._forward_seconds, 3),
+            )
+
+    def _note(self) -> str:
+        outside = 1 - self._forward_seconds / max(perf_counter() - self._start, 1e-9)
+        gigabytes = self._positions * self._bytes_each / 1e9
+        return f"{gigabytes:.3f} GB, {max(outside, 0):.0%} of the time outside the forward pass"
+
+
+def _read_block(config: Config, corpus: CorpusSplit, bases: Bases, block: Block) -> Iterator[_Rows]:
+    """The block's rows, batch by batch; where there are two models, each reads a batch of windows, one after the other."""
+    size = config.batch_windows
+    own = {"input": bases.input_point} if config.input_codec != "none" else {}
+    wanted = {"key": bases.key_point, **own} if bases.is_one else own
+    readings = [scan_positions(bases.input_source, corpus, block, wanted, batch_windows=size)]
+    if not bases.is_one:
+        key = {"key": bases.key_point}
+        readings.append(
+            scan_positions(bases.key_source, corpus, block, key, batch_windows=size, with_log_probabilities=False)
+        )
+    while True:
+        start = perf_counter()
+        batch = [rows for reading in readings if (rows := next(reading, None)) is not None]
+        seconds = perf_counter() - start
+        if not batch:
+            return
+        base, keyed = batch[0], batch[-1]
+        positions_n = range(*base.block)
+        yield _Rows(
+            block=base.block,
+            keys_nD=checked(keyed.states["key"], positions_n, "key", bases.key_point),
+            inputs_nI=checked(base.states["input"], positions_n, "input", bases.input_point) if own else None,
+            log_probabilities_n=base.log_probabilities,
+            seconds=seconds,
+        )
+
+
+def _extract_unit(
+    config: Config, corpus: CorpusSplit, bases: Bases, codec: Codec, block: Block, writer: UnitWriter, meter: _Meter
+) -> dict[str, Any]:
+    """One unit's files; each array is filled in place, so that a unit is in memory once."""
+    arrays: dict[str, np.ndarray] = {"values": corpus.values(*block).astype(corpus.dtype)}
+
+    def put(name: str, rows: _Rows, array: np.ndarray) -> None:
+        if name not in arrays:
+            arrays[name] = np.empty((block.size, *array.shape[1:]), array.dtype)
+        arrays[name][rows.block.start - block.start : rows.block.stop - block.start] = array
+
+    num_clipped = 0
+    for rows in _read_block(config, corpus, bases, block):
+        stored_nE, clipped = codec.store(rows.keys_nD)
+        check_stored(stored_nE, rows.keys_nD, range(*rows.block), bases.key_point)
+        check_log_probabilities(rows.log_probabilities_n, range(*rows.block))
+        num_clipped += clipped
+        put("keys", rows, stored_nE)
+        put("log_probabilities", rows, rows.log_probabilities_n)
+        if rows.inputs_nI is not None and config.input_codec == "int8":
+            codes_nI, scales_nG = quantise_inputs(rows.inputs_nI)
+            put("inputs", rows, codes_nI)
+            put("input_scales", rows, scales_nG)
+        elif rows.inputs_nI is not None:
+            put("inputs", rows, bfloat16_bits(rows.inputs_nI))
+        meter.advance(rows)
+    for name in ("keys", "values", "log_probabilities", "inputs", "input_scales"):
+        if name in arrays:
+            writer.array(f"{name}-{unit_name(block.start)}.npy", arrays[name])
+    return {"positions": block.size, "clipped": num_clipped}
+
+
+def _audit(config: Config, corpus: CorpusSplit, bases: Bases, world: World) -> None:
+    settings = AuditSettings(
+        queries=config.audit,
+        candidates=config.audit_candidates,
+        dims=config.audit_dims,
+        fit_positions=config.fit_positions,
+        seed=config.seed,
+        batch_windows=config.batch_windows,
+    )
+    run_audit(bases.key_source, corpus, open_keys(config.output), bases.key_point, settings, world)

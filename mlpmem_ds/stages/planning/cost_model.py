@@ -1,0 +1,239 @@
+"""Part of `plan`: what each stage costs, from the sizes of a run: bytes on disk, seconds, memory of a rank.
+
+Bytes follow from the formats. Seconds are operations over rates, times a factor that a finished run gives (1 where there is
+none). The rates of a core were measured on two cores with AVX512-VNNI; those of a GPU are shares of its peak that nobody
+has measured here. Memory is the most that is resident, files that are mapped included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.maths.knn import most_keys_for_exact
+from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.stages.keys.key_plan import bytes_of_position
+from mlpmem_ds.stages.retrieval.build_index import training_operations
+
+_CORE_TOKENS = 2.5e5  # tokens a second of a core while a corpus is made
+_CORE_FORWARD = 6e10  # float operations a second of a core in a forward pass,
+_CORE_TRAINING = 1.5e11  # … and in training, whose products are larger
+_CORE_INT8 = 6e11  # operations a second of a core in products of codes, with the selection of the nearest list
+_CODE_TRAINING_SECONDS = 8.0  # of a product quantizer, on one core
+_SECONDS_OF_ENCODING = 5e-6  # of a key, 64 bytes
+_SECONDS_OF_PAIR = 3.2e-9  # of exact search: to select among the keys, beside the product
+_SECONDS_OF_CANDIDATE = 2e-8  # of list search: product and selection
+_SECONDS_OF_NEIGHBOUR = 1.5e-7  # sorting it, weighing it, writing it
+_LIST_IMBALANCE = 1.3  # keys met in the lists that a query probes, over keys of as many average lists
+_GPU_FORWARD, _GPU_TRAINING, _GPU_SEARCH = 0.4, 0.35, 0.2  # shares of the dense 16-bit peak
+_PROCESS_BYTES = 300_000_000  # Python with torch, NumPy and faiss, before it does anything
+_CANDIDATE_BYTES = 8 * 2**24  # the buffer of list search, of a worker
+_BATCH_POSITIONS = 16384
+_MOST_WORKERS = 8  # threads of write_targets that share a batch
+_ROW_BYTES = 80_000_000  # rows being weighed and written, of a worker
+_CODE_SAMPLE = 1 << 16  # vectors that are float32 at once while codes are trained
+_CHECKPOINT_BYTES, _WEIGHT_BYTES = 12, 4  # of a parameter: Adam's moments and the master weights; the published weights
+_TRAINING_BYTES = 18  # of a parameter, over the ranks with ZeRO-3: weights, gradients and the optimizer's state
+
+Encoding = Literal["exact", "compact"]
+_ENTRY_BYTES = {"exact": 3.0, "compact": 1.7}  # of an entry of a row, compressed
+_ROW_OVERHEAD_BYTES = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The sizes of a run."""
+
+    positions: int
+    vocab_size: int
+    parameters: int
+    width: int
+    dim: int
+    codec: str
+    input_codec: str
+    factory: str
+    num_shards: int
+    search: str
+    nprobe: int
+    k: int
+    neighbour_perplexity: float
+    encoding: Encoding
+    memory: MemoryConfig
+    epochs: float
+    keep_checkpoints: int
+
+    @property
+    def num_lists(self) -> int:
+        return engine.check_factory(self.factory, self.dim, self.positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What it runs on. `gpu_flops` is the dense 16-bit peak of one GPU, in operations a second; 0 GPUs: the CPU."""
+
+    ranks: int
+    cores: int
+    gpus: int
+    gpu_flops: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a finished run says: measured over planned, by stage (`index` in two parts); 1 where it says nothing."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    target_bytes: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one stage: bytes it leaves on disk, seconds by the clock, the most resident bytes of a rank, GPU hours."""
+
+    bytes: int
+    seconds: float
+    rank_memory_bytes: int
+    gpu_hours: float
+
+
+STAGES = ("corpus", "keys", "index", "targets", "memory")
+
+
+def costs(work: Workload, machine: Machine, calibration: Calibration | None = None) -> dict[str, Cost]:
+    """The cost of every stage of a run."""
+    known = Calibration() if calibration is None else calibration
+    formulas: dict[str, tuple[Callable[..., int], Callable[..., int]]] = {
+        "corpus": (corpus_bytes, _corpus_memory),
+        "keys": (key_bytes, _key_memory),
+        "index": (index_bytes, index_memory),
+        "targets": (target_bytes, target_memory),
+        "memory": (memory_bytes, _training_memory),
+    }
+    result = {}
+    for stage, (bytes_of, memory_of) in formulas.items():
+        parts = seconds_of(stage, work, machine)
+        seconds = sum(value * known.seconds.get(part, 1.0) for part, value in parts.items())
+        size = bytes_of(work) * (known.target_bytes if stage == "targets" else 1)
+        uses_gpu = stage in ("keys", "targets", "memory") and machine.gpus > 0
+        result[stage] = Cost(
+            bytes=round(size),
+            seconds=seconds,
+            rank_memory_bytes=memory_of(work, machine),
+            gpu_hours=seconds * machine.gpus / 3600 if uses_gpu else 0.0,
+        )
+    return result
+
+
+def corpus_bytes(work: Workload) -> int:
+    return work.positions * token_dtype(work.vocab_size).itemsize
+
+
+def key_bytes(work: Workload) -> int:
+    """As extract_keys says it before it starts."""
+    each = bytes_of_position(
+        codec=work.codec,
+        dim=work.dim,
+        input_codec=work.input_codec,
+        input_size=work.width,
+        value_bytes=token_dtype(work.vocab_size).itemsize,
+    )
+    return work.positions * each.total
+
+
+def index_bytes(work: Workload) -> int:
+    return engine.index_bytes(work.factory, work.dim, work.positions, work.num_shards)
+
+
+def target_bytes(work: Workload) -> int:
+    """Entries of a row grow as the neighbour-weight perplexity to the power .84 (44 at 30, 303 at 300), up to k."""
+    entries = min(work.k, 303 * (work.neighbour_perplexity / 300) ** 0.84)
+    return round(work.positions * (_ROW_OVERHEAD_BYTES + entries * _ENTRY_BYTES[work.encoding]))
+
+
+def memory_bytes(work: Workload) -> int:
+    """Checkpoints and the published weights of a training run."""
+    return work.memory.num_parameters() * (_CHECKPOINT_BYTES * work.keep_checkpoints + _WEIGHT_BYTES)
+
+
+def seconds_of(stage: str, work: Workload, machine: Machine) -> dict[str, float]:
+    """Seconds by the clock, in the parts that a finished run can tell apart."""
+    positions, cores = work.positions, machine.ranks * machine.cores
+    on_gpu = machine.gpus > 0
+    gpu_flops = machine.gpus * machine.gpu_flops
+    if stage == "corpus":
+        return {stage: positions / (_CORE_TOKENS * cores)}
+    if stage == "keys":
+        rate = _GPU_FORWARD * gpu_flops if on_gpu else _CORE_FORWARD * cores
+        return {stage: 2.0 * work.parameters * positions / rate}
+    if stage == "memory":
+        rate = _GPU_TRAINING * gpu_flops if on_gpu else _CORE_TRAINING * cores
+        return {stage: 6.0 * work.memory.num_matrix_parameters() * positions * work.epochs / rate}
+    if stage == "index":
+        trained = training_operations(work.factory, work.num_lists, positions, work.dim)
+        placed = 2.0 * positions * work.num_lists * work.dim / _CORE_INT8 + positions * _SECONDS_OF_ENCODING
+        busy = min(machine.ranks, work.num_shards) * machine.cores  # one rank trains, the shards are dealt
+        return {
+            "index.train": (trained / _CORE_INT8 + _CODE_TRAINING_SECONDS) / machine.cores,
+            "index.fill": placed / busy,
+        }
+    candidates: float = positions
+    if work.search == "ivf":
+        candidates = min(positions, _LIST_IMBALANCE * work.nprobe * positions / work.num_lists)
+    if on_gpu:
+        compared = 2.0 * positions * candidates * work.dim / (_GPU_SEARCH * gpu_flops)
+        return {stage: compared + positions * work.k * _SECONDS_OF_NEIGHBOUR / cores}  # rows are made on the CPU
+    pair = _SECONDS_OF_CANDIDATE * work.dim / 256 if work.search == "ivf" else 1e-12 * work.dim + _SECONDS_OF_PAIR
+    return {stage: positions * (candidates * pair + work.k * _SECONDS_OF_NEIGHBOUR) / cores}
+
+
+def resolve_search(search: str, positions: int, machine: Machine) -> str:
+    """What `auto` becomes: exact up to as many keys as the device is quick with."""
+    if search != "auto":
+        return search
+    return "exact" if positions <= most_keys_for_exact("cuda" if machine.gpus else "cpu") else "ivf"
+
+
+def index_memory(work: Workload, machine: Machine) -> int:
+    """Of the rank that trains: the mapped keys, the sample of codes, and some of them as float32; then a shard at a time."""
+    key = work.dim * (1 if work.codec == "int8" else 2)
+    sample = min(work.positions, engine.num_training_vectors(work.factory, work.dim))
+    floats = min(sample, max(_CODE_SAMPLE, work.num_lists)) * work.dim * 4
+    shard = index_bytes(work) // work.num_shards
+    return _PROCESS_BYTES + work.positions * key + max(sample * key + 2 * floats, 3 * shard // 2)
+
+
+def target_memory(work: Workload, machine: Machine) -> int:
+    """All keys (read from mapped files, so twice), values, list ids; of each worker candidates, or neighbours put in order."""
+    key = work.dim * (1 if work.codec == "int8" else 2) + token_dtype(work.vocab_size).itemsize
+    batch = min(_BATCH_POSITIONS, work.positions)
+    workers = min(machine.cores, _MOST_WORKERS)
+    neighbours = 8 * batch * work.k  # of all workers: they share the batch
+    if work.search == "exact":
+        comparing = 13 * 1024 * 8192 + 8 * 1024 * (work.k + 8192)
+        searching = workers * (comparing + _ROW_BYTES) + 2 * neighbours
+        return _PROCESS_BYTES + work.positions * 2 * key + searching
+    wanted = 8 * round(batch * _LIST_IMBALANCE * work.nprobe * work.positions / work.num_lists)
+    candidates = min(workers * _CANDIDATE_BYTES, wanted)
+    searching = max(candidates + neighbours, 4 * neighbours) + workers * _ROW_BYTES
+    reading = index_bytes(work) + 40 * work.positions  # all shards, and their ids being sorted into lists
+    return _PROCESS_BYTES + work.positions * (2 * key + 8) + max(searching, reading)
+
+
+def _corpus_memory(work: Workload, machine: Machine) -> int:
+    return 2 * _PROCESS_BYTES
+
+
+def _key_memory(work: Workload, machine: Machine) -> int:
+    """Weights, float32 on a CPU and bfloat16 on a GPU (where they are the GPU's), and a unit of keys and inputs."""
+    weights = work.parameters * (2 if machine.gpus else 4)
+    return 2 * _PROCESS_BYTES + weights + 65536 * 4 * (work.dim + work.width)
+
+
+def _training_memory(work: Workload, machine: Machine) -> int:
+    """ZeRO-3 spreads the state; the loss keeps chunks within a budget."""
+    return 2 * _PROCESS_BYTES + math.ceil(work.memory.num_parameters() * _TRAINING_BYTES / machine.ranks)

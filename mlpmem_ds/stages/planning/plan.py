@@ -1,0 +1,294 @@
+"""Before the first stage: what a run will need, in bytes, hours, GPUs and memory, stage by stage.
+
+The bytes are the formats' own sums, the seconds operations over rates (cost_model.py). `--calibrate RUN` takes the sizes that
+no flag gives, and the rates, from a finished run on the same kind of machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlpmem_ds.core.config import option, plain_values
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.models.memory import PRESETS, MemoryConfig
+from mlpmem_ds.models.shape import read_shape
+from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
+from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, Machine, Workload, costs, resolve_search
+
+_logger = logging.getLogger(__name__)
+_FORMAT, _VERSION = "mlpmem-plan", 1
+_DEFAULTS: dict[str, Any] = {
+    "codec": "int8",
+    "input_codec": "bf16",
+    "num_shards": 4,
+    "nprobe": 32,
+    "k": 1024,
+    "neighbour_perplexity": 100.0,
+    "encoding": "compact",
+    "epochs": 5.0,
+    "keep_checkpoints": 2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of tools/plan.py. What is left out is taken from --calibrate, or is the stage's own default."""
+
+    positions: int = option("tokens of the training text")
+    model: str | None = option("base: a directory or Hub name, whose configuration gives the next three", None)
+    parameters: float | None = option("parameters of the base, such as 1.5e9", None)
+    width: int | None = option("size of its hidden states", None)
+    vocab_size: int | None = option("entries of its vocabulary", None)
+    dim: int | None = option("numbers in a key (default: the width, at most 256)", None)
+    codec: Literal["int8", "raw"] | None = option("of keys (default: int8)", None)
+    input_codec: Literal["bf16", "int8", "none"] | None = option("of memory inputs (default: bf16)", None)
+    factory: str = option("faiss factory of the index, or auto", "auto")
+    num_shards: int | None = option("files of the index (default: 4)", None)
+    search: Literal["auto", "exact", "ivf"] = option("of the targets", "auto")
+    nprobe: int | None = option("lists that a query probes (default: 32)", None)
+    k: int | None = option("neighbours of a position (default: 1024)", None)
+    neighbour_perplexity: float | None = option("how many neighbours count (default: 100)", None)
+    encoding: Literal["exact", "compact"] | None = option("of the targets (default: compact)", None)
+    preset: str | None = option(f"size of the memory: {', '.join(PRESETS)} (default: 4 blocks of the width)", None)
+    epochs: float | None = option("passes of the training over all positions (default: 5)", None)
+    ranks: int = option("processes of each stage", 1)
+    threads: int = option("CPU threads of a rank, 0 = the cores of this machine over the ranks", 0)
+    gpus: int = option("GPUs of the run, 0 = none", 0)
+    gpu_tflops: float = option("dense 16-bit peak of one GPU, in 10^12 operations a second", 990.0)
+    memory_gb: float = option("memory of a node in 10^9 bytes, 0 = this machine's", 0.0)
+    disk_gb: float = option("free disk in 10^9 bytes, 0 = what is free here", 0.0)
+    calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
+    output: Path | None = option("JSON file to write besides the table", None)
+
+    def __post_init__(self) -> None:
+        at_least_one = ("positions", "parameters", "width", "vocab_size", "dim", "num_shards", "nprobe", "k", "ranks")
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{_flag(name)} {value:g} must be at least 1")
+        for name in ("threads", "gpus", "memory_gb", "disk_gb"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{_flag(name)} {getattr(self, name):g} must be 0 or more")
+        for name in ("epochs", "gpu_tflops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{_flag(name)} {value:g} must be above 0")
+        if self.neighbour_perplexity is not None and self.neighbour_perplexity <= 1:
+            raise UserError(f"--neighbour-perplexity {self.neighbour_perplexity:g} must be above 1")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise UserError(f"--preset {self.preset} is unknown: choose one of {', '.join(PRESETS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will need, and what does not fit."""
+
+    work: Workload
+    machine: Machine
+    costs: dict[str, Cost]
+    calibrated: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "work": dataclasses.asdict(self.work),
+            "machine": dataclasses.asdict(self.machine),
+            "stages": [{"name": name, **dataclasses.asdict(cost)} for name, cost in self.costs.items()],
+            "calibrated": list(self.calibrated),
+            "bytes": sum(cost.bytes for cost in self.costs.values()),
+            "seconds": sum(cost.seconds for cost in self.costs.values()),
+            "gpu_hours": sum(cost.gpu_hours for cost in self.costs.values()),
+            "warnings": list(self.warnings),
+        }
+
+
+def run(config: Config, world: World) -> Plan:
+    """Plan a run; write the JSON where one is wanted."""
+    if config.output is not None and (config.output.is_dir() or not config.output.parent.is_dir()):
+        raise UserError(f"--output {config.output}: name a file in a directory that exists, such as plan.json")
+    plan = make_plan(config)
+    if config.output is not None and world.is_first:
+        publish_json(config.output, {**plan.to_json(), "settings": plain_values(config)})
+    return plan
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of these flags, a finished run and this machine."""
+    machine = _machine(config)
+    found = read_run(config.calibrate) if config.calibrate is not None else {}
+    of_run = sizes_of_run(config.calibrate, found) if config.calibrate is not None else {}
+    work = _workload(config, of_run, machine)
+    known, calibrated = Calibration(), tuple[str, ...]()
+    if config.calibrate is not None:
+        known = calibrate(config.calibrate, found, _workload_of_run(of_run, machine), machine)
+        calibrated = tuple(found)
+    result = costs(work, machine, known)
+    return Plan(
+        work=work, machine=machine, costs=result, calibrated=calibrated, warnings=tuple(_warnings(result, machine))
+    )
+
+
+def table(plan: Plan) -> str:
+    """The plan in words, a line a stage."""
+    work, machine = plan.work, plan.machine
+    where = f"{machine.gpus} GPUs of {machine.gpu_flops / 1e12:.0f} TFLOP/s" if machine.gpus else "no GPU"
+    lines = [
+        f"{work.positions:,} positions · base of {work.parameters / 1e6:,.1f} M parameters, width {work.width}, "
+        f"vocabulary {work.vocab_size:,} · keys {work.codec} x {work.dim} · {work.factory} · {work.search} search, "
+        f"k {work.k} · memory of {work.memory.num_parameters() / 1e6:,.1f} M parameters",
+        f"{machine.ranks} ranks of {machine.cores} threads, {where}, {machine.memory_bytes / 1e9:.1f} GB of memory, "
+        f"{machine.disk_bytes / 1e9:.1f} GB of disk",
+        "",
+        f"{'stage':<9}{'on disk':>12}{'B/position':>12}{'time':>12}{'memory a rank':>15}{'GPU hours':>11}  figures",
+    ]
+    for name, cost in plan.costs.items():
+        basis = "from the run" if name in plan.calibrated else "estimate"
+        lines.append(
+            f"{name:<9}{_bytes(cost.bytes):>12}{cost.bytes / work.positions:>12.1f}{_time(cost.seconds):>12}"
+            f"{_bytes(cost.rank_memory_bytes):>15}{cost.gpu_hours:>11.2f}  {basis}"
+        )
+    all_costs = plan.costs.values()
+    lines.append(
+        f"{'all':<9}{_bytes(sum(cost.bytes for cost in all_costs)):>12}"
+        f"{sum(cost.bytes for cost in all_costs) / work.positions:>12.1f}"
+        f"{_time(sum(cost.seconds for cost in all_costs)):>12}"
+        f"{_bytes(max(cost.rank_memory_bytes for cost in all_costs)):>15}"
+        f"{sum(cost.gpu_hours for cost in all_costs):>11.2f}"
+    )
+    return "\n".join([*lines, "", *(f"warning: {line}" for line in plan.warnings)]).rstrip() + "\n"
+
+
+def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workload:
+    """The sizes: of the flags, of the model, of the calibrated run, of the stages' defaults, in this order."""
+    flags = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(Config)
+        if getattr(config, field.name) is not None
+    }
+    shape: dict[str, Any] = {}
+    if config.model is not None:
+        try:
+            shape = dataclasses.asdict(read_shape(config.model))
+        except ValueError as error:
+            raise UserError(
+                f"--model {config.model}: {error}; give --parameters, --width and --vocab-size instead"
+            ) from error
+    # Another base has other keys and another memory than the run's.
+    inherited = of_run if not shape else {name: of_run[name] for name in of_run if name not in ("dim", "memory")}
+    sizes: dict[str, Any] = _DEFAULTS | inherited | shape | flags
+    missing = [name for name in ("parameters", "width", "vocab_size") if name not in sizes]
+    if missing:
+        raise UserError(
+            f"{', '.join(map(_flag, missing))} wanting: give them, or --model, or --calibrate a finished run"
+        )
+    memory = _memory(config, sizes)
+    sizes["dim"] = sizes.get("dim", min(256, sizes["width"]))
+    if sizes["codec"] == "raw":
+        sizes["dim"] = flags.get("dim", sizes["width"])
+    sizes["factory"] = _factory(config.factory, sizes, machine)
+    sizes["search"] = resolve_search(config.search, sizes["positions"], machine)
+    sizes |= {"memory": memory, "parameters": int(sizes["parameters"])}
+    return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})
+
+
+def _workload_of_run(of_run: dict[str, Any], machine: Machine) -> Workload:
+    """The run's own sizes; stages that it lacks get the defaults, and no factor is taken of them."""
+    sizes: dict[str, Any] = _DEFAULTS | {"parameters": 1, "search": "exact"} | of_run
+    if "factory" not in sizes:
+        sizes["factory"] = engine.choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
+    memory = sizes.get("memory")
+    sizes["memory"] = MemoryConfig.from_dict(memory) if memory else _default_memory(sizes)
+    return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})
+
+
+def _memory(config: Config, sizes: dict[str, Any]) -> MemoryConfig:
+    if config.preset is not None:
+        return dataclasses.replace(PRESETS[config.preset](sizes["vocab_size"]), input_size=sizes["width"])
+    return MemoryConfig.from_dict(sizes["memory"]) if "memory" in sizes else _default_memory(sizes)
+
+
+def _default_memory(sizes: dict[str, Any]) -> MemoryConfig:
+    """Four blocks of the base's width, as train makes them."""
+    width = sizes["width"]
+    return MemoryConfig(
+        input_size=width,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_blocks=4,
+        vocab_size=sizes["vocab_size"],
+    )
+
+
+def _factory(factory: str, sizes: dict[str, Any], machine: Machine) -> str:
+    if factory == "auto":
+        factory = engine.choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
+    try:
+        engine.check_factory(factory, sizes["dim"], sizes["positions"])
+    except ValueError as error:
+        raise UserError(f"--factory: {error}") from error
+    return factory
+
+
+def _machine(config: Config) -> Machine:
+    here = Path.cwd() if config.output is None else config.output.parent
+    return Machine(
+        ranks=config.ranks,
+        cores=config.threads or max(1, (os.cpu_count() or 1) // config.ranks),
+        gpus=config.gpus,
+        gpu_flops=config.gpu_tflops * 1e12,
+        memory_bytes=round(config.memory_gb * 1e9) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        disk_bytes=round(config.disk_gb * 1e9) or shutil.disk_usage(here).free,
+    )
+
+
+def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
+    """What will not fit, with a remedy."""
+    remedies = {
+        "keys": "fewer ranks a node",
+        "index": "fewer lists, or a smaller sample (--factory)",
+        "targets": "fewer ranks a node, a smaller --dim, or --batch-positions",
+        "memory": "more ranks (ZeRO-3 spreads the state), or a smaller --preset",
+    }
+    lines = [
+        f"{machine.ranks} ranks of {name} want {_bytes(machine.ranks * cost.rank_memory_bytes)} of memory and one node has "
+        f"{_bytes(machine.memory_bytes)}: spread them over nodes, or take {remedies.get(name, 'fewer ranks')}"
+        for name, cost in result.items()
+        if machine.ranks * cost.rank_memory_bytes > machine.memory_bytes
+    ]
+    total = sum(cost.bytes for cost in result.values())
+    if total > machine.disk_bytes:
+        lines.append(
+            f"all stages together leave {_bytes(total)} and the disk has {_bytes(machine.disk_bytes)}: a larger disk, "
+            "a smaller --dim, --input-codec int8 or none, or --encoding compact"
+        )
+    if machine.gpus:
+        lines.append("times on GPUs are shares of their peak (.4 forward, .35 training, .2 search), not measurements")
+    return lines
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"

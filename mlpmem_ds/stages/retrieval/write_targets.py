@@ -1,0 +1,254 @@
+"""Fourth stage: keys (and index) → targets. Each key's neighbours among all keys, as a next-token distribution.
+
+Phase 1 measures a sample: the temperature that gives the wanted neighbour-weight perplexity, or the perplexity that the
+given temperature has; an unreachable perplexity and a disk that is too small are refused before anything is written.
+Phase 2 is one unit for each shard file. The queries are the stored keys themselves and a position never finds itself;
+distances are those of the stored keys also where an index chose the candidates. With int8 keys they are exact integers, and
+a row depends on nothing but the keys and the flags.
+
+V token ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.blocks import Block, deal, split_blocks
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import UnitWriter, check_output, open_stage, require_free_bytes
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.formats.targets import (
+    FORMAT,
+    ORDER_NAME,
+    Container,
+    Encoding,
+    frequency_order,
+    shard_name,
+    version_of,
+)
+from mlpmem_ds.maths.knn import most_keys_for_exact
+from mlpmem_ds.stages.retrieval import target_audit
+from mlpmem_ds.stages.retrieval.target_inputs import check_sizes, open_index_over, read_documents, resolve_search
+from mlpmem_ds.stages.retrieval.target_search import Datastore
+from mlpmem_ds.stages.retrieval.target_units import Measured, bytes_per_position, measure, write
+
+_logger = logging.getLogger(__name__)
+_TEMPERATURE, _ORDER = "temperature", "frequency_order"
+_MARGIN_OF_BYTES = 1.05
+_SECONDS_BETWEEN_LOOKS = 0.1
+_MOST_COUNTS = 2**16 - 1  # entries of a row are counted in uint16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of tools/write_targets.py."""
+
+    keys: Path = option("key directory of extract_keys")
+    output: Path = option("target directory to write")
+    index: Path | None = option(
+        "index directory of build_index over the same keys; not needed for exact search", None, identity=False
+    )
+    k: int = option("neighbours of a position", 1024)
+    temperature: str = option("of the weights exp(-d²/T), in squared key units, or auto", "auto")
+    neighbour_perplexity: float = option(
+        "with auto: how many neighbours shall count, exp of the weights' entropy", 100.0
+    )
+    mass: float = option("probability to keep of each row, above 0 and at most 1", 0.999)
+    search: Literal["auto", "exact", "ivf"] = option(
+        "compare with all keys, or with those of the nearest lists; auto = exact up to "
+        f"{most_keys_for_exact('cpu'):,} keys, {most_keys_for_exact('cuda'):,} with a GPU",
+        "auto",
+    )
+    nprobe: int = option("with ivf: lists that a query probes", 32)
+    exclude: Literal["none", "same-document"] = option(
+        "which neighbours a position may not have besides itself", "none"
+    )
+    exclude_window: int = option("positions on either side that are no neighbours", 0)
+    corpus: Path | None = option("corpus directory of the keys, for --exclude same-document", None, identity=False)
+    shard_positions: int = option("positions in a shard file, a multiple of the corpus' block size", 131072)
+    batch_positions: int = option("queries searched at once", 16384, identity=False)
+    encoding: Encoding = option(
+        "compact = half the bytes, within .0025 of total variation; exact = ids and float16 probabilities",
+        "compact",
+        identity=False,
+    )
+    container: Container = option(
+        "tar.zst = multi-frame zstd, smaller; tar = plain tar of zstd members", "tar.zst", identity=False
+    )
+    audit: int = option(
+        "positions to compare with exact search over all keys when the targets are written, 0 = none",
+        0,
+        identity=False,
+    )
+    raw_keys: Path | None = option(
+        "with --audit: key directory of --codec raw over the same corpus and model, as the truth", None, identity=False
+    )
+    threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= _MOST_COUNTS:
+            raise UserError(f"--k {self.k} must be 1 to {_MOST_COUNTS}")
+        if self.temperature != "auto" and not _positive(self.temperature):
+            raise UserError(f"--temperature {self.temperature} must be auto or a number above 0")
+        if self.temperature == "auto" and not 1 < self.neighbour_perplexity < self.k:
+            raise UserError(f"--neighbour-perplexity {self.neighbour_perplexity:g} must lie between 1 and --k {self.k}")
+        if not 0 < self.mass <= 1:
+            raise UserError(f"--mass {self.mass:g} must be above 0 and at most 1")
+        for name in ("nprobe", "shard_positions", "batch_positions"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name in ("exclude_window", "audit", "threads"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+        if self.exclude == "same-document" and self.corpus is None:
+            raise UserError("--exclude same-document needs to know the documents: give --corpus")
+        if self.raw_keys is not None and not self.audit:
+            raise UserError("--raw-keys is what an audit compares with: say --audit 10000, or leave it out")
+
+
+def run(config: Config, world: World) -> None:
+    keys = open_keys(config.keys)
+    search = resolve_search(config, keys)
+    index = open_index_over(config, keys) if search == "ivf" else None
+    documents_N, inputs = read_documents(config, keys)
+    inputs |= {"keys": keys.sha256} | ({"index": index.sha256} if index else {})
+    check_sizes(config, keys)
+    truth = target_audit.open_truth(config.raw_keys, keys) if config.audit else None
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    datastore = Datastore(
+        keys,
+        index,
+        k=config.k,
+        nprobe=config.nprobe,
+        window=config.exclude_window,
+        documents_N=documents_N,
+        threads=config.threads,
+    )
+    order_V = _frequency_order(datastore) if config.encoding == "compact" else None
+    is_new = not check_output(config.output, stage=FORMAT)
+    measured = _measure_first(datastore, config, order_V) if is_new else None
+    version = version_of(config.encoding, config.container)
+    resolved = {
+        "search": search,
+        "nprobe": config.nprobe if index else None,
+        "temperature": "auto" if config.temperature == "auto" else float(config.temperature),
+        **({"encoding": config.encoding, "container": config.container} if version > 1 else {}),
+    }
+    stage = open_stage(
+        config.output, stage=FORMAT, version=version, config=config, inputs=inputs, world=world, extra=resolved
+    )
+    stage.run_units([_TEMPERATURE], lambda unit, writer: (measured or measure(datastore, config)).summary)
+    stage.wait_for([_TEMPERATURE])
+    summary = stage.summaries([_TEMPERATURE])[0]
+    firsts = [_TEMPERATURE]
+    if order_V is not None:
+        firsts.append(_ORDER)
+        stage.run_units([_ORDER], lambda unit, writer: writer.array(ORDER_NAME, order_V))
+    shards = {f"knn-{block.start:012d}": block for block in split_blocks(keys.num_positions, config.shard_positions)}
+    mine = deal(list(shards.values()), world.rank, world.size)
+    progress = Progress(sum(block.size for block in mine), label="targets", unit="positions", world=world)
+
+    def write_shard(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+        return write(datastore, config, shards[unit], summary["temperature"], order_V, writer, progress)
+
+    stage.run_units(list(shards), write_shard)
+    progress.close()
+    units = [*firsts, *shards]
+
+    def describe() -> dict[str, Any]:
+        return _describe(config, keys, search, summary, shards, stage.summaries(list(shards)))
+
+    stage.finish(units, describe)
+    if truth is None:
+        return
+    stage.wait_for(units)
+    while not stage.manifest_path.is_file():  # another rank is at it, or has died
+        stage.finish(units, describe)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    target_audit.run(
+        target_audit.Config(targets=config.output, positions=config.audit), world, datastore=datastore, truth=truth
+    )
+
+
+def _measure_first(datastore: Datastore, config: Config, order_V: np.ndarray | None) -> Measured:
+    """Before anything is written: the temperature, and whether the targets fit on the disk."""
+    measured = measure(datastore, config)
+    num_bytes = bytes_per_position(datastore, config, measured, order_V)
+    total = num_bytes * datastore.keys.num_positions
+    _logger.info(
+        "temperature %.4g, neighbour-weight perplexity %.1f: about %.0f bytes a position (%s, %s), %.2f GB",
+        measured.summary["temperature"],
+        measured.summary["neighbour_perplexity"],
+        num_bytes,
+        config.encoding,
+        config.container,
+        total / 1e9,
+    )
+    require_free_bytes(config.output, int(total * _MARGIN_OF_BYTES), what="the targets")
+    return measured
+
+
+def _describe(
+    config: Config,
+    keys: Keys,
+    search: str,
+    measured: dict[str, Any],
+    shards: dict[str, Block],
+    summaries: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The stage's own fields of the manifest."""
+    totals = {
+        name: sum(summary[name] for summary in summaries)
+        for name in ("entries", "rows_short_of_k", "rows_without_neighbours")
+    }
+    return {
+        "num_positions": keys.num_positions,
+        "block_size": keys.manifest["block_size"],
+        "shard_positions": config.shard_positions,
+        "vocab_size": keys.manifest["vocab_size"],
+        "k": config.k,
+        "temperature": measured["temperature"],
+        "neighbour_perplexity": measured["neighbour_perplexity"],
+        "temperature_rule": "auto" if config.temperature == "auto" else "fixed",
+        "mass": config.mass,
+        "search": search,
+        "exclude": {"rule": config.exclude, "window": config.exclude_window},
+        "encoding": config.encoding,
+        "container": config.container,
+        **totals,
+        "shards": [
+            {
+                "name": shard_name(block.start, block.size, config.container),
+                "first": block.start,
+                "count": block.size,
+                "entries": summary["entries"],
+                "samples": summary["samples"],
+            }
+            for block, summary in zip(shards.values(), summaries, strict=True)
+        ],
+    }
+
+
+def _frequency_order(datastore: Datastore) -> np.ndarray:
+    vocab_size = datastore.keys.manifest["vocab_size"]
+    return frequency_order(np.bincount(datastore.values_N, minlength=vocab_size), dtype=token_dtype(vocab_size))
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False

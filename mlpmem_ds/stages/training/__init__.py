@@ -1,0 +1,1 @@
+"""The memory's training under DeepSpeed, and that of a small base."""

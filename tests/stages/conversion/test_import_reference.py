@@ -1,0 +1,106 @@
+"""A published memory becomes a memory directory and an export of ours, which give the base's and its own mixture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.stage_directory import read_manifest
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.checkpoint import read_weights
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.stages.conversion import convert_checkpoint
+from mlpmem_ds.stages.conversion.export_inputs import Config
+
+pytestmark = pytest.mark.usefixtures("code_cache")
+WIDTH, INNER, VOCAB = 16, 40, 300
+IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
+
+
+def save_published(root: Path, *, width: int = WIDTH, vocab: int = VOCAB) -> Path:
+    """A Llama-type memory of one block; `logits` below computes it plainly."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"layers.0.mlp.gate_proj.weight": (INNER, width), "layers.0.mlp.up_proj.weight": (INNER, width),
+              "layers.0.mlp.down_proj.weight": (width, INNER), "layers.0.input_layernorm.weight": (width,),
+              "norm.weight": (width,), "lm_head.weight": (vocab, width)}  # fmt: skip
+    root.mkdir()
+    save_file(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, root / "model.safetensors"
+    )
+    (root / "config.json").write_text(json.dumps({"model_type": "mistral", "rms_norm_eps": 1e-6}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_published(tmp_path_factory.mktemp("published") / "memory-of-others")
+
+
+def config_of(published: Path, base_dir: Path, corpus_dir: Path, output: Path, **changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "from_reference": published, "model": str(base_dir), "tokenizer": str(corpus_dir / "tokenizer"), "output": output,
+    }  # fmt: skip
+    return Config(**{**values, **changes})
+
+
+def test_memory_directory_and_export_of_a_published_memory(
+    published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    config = config_of(published, base_dir, corpus_dir, tmp_path / "memory", write="memory")
+    convert_checkpoint.run(config, World())
+    manifest, _ = read_manifest(tmp_path / "memory", stage="memory", version=1, flag="--memory")
+    trained = read_weights(tmp_path / "memory")
+    assert manifest["provenance"] == trained.provenance
+    assert trained.provenance["input_layer"] == 1 and trained.provenance["imported"]["name"] == "memory-of-others"
+    memory = Memory(MemoryConfig.from_dict(trained.memory))
+    memory.load_state_dict(trained.weights)
+    before = (tmp_path / "memory" / "manifest.json").stat().st_mtime_ns
+    convert_checkpoint.run(config, World())  # a rerun has nothing to do
+    assert (tmp_path / "memory" / "weights" / "model.safetensors").is_file()
+    assert before <= (tmp_path / "memory" / "manifest.json").stat().st_mtime_ns
+
+    convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "export", lmbda=0.4), World())
+    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
+    states: list[torch.Tensor] = []
+    base.transformer.h[1].mlp.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    with torch.no_grad():
+        base_BSV = base(IDS).logits.double().softmax(-1)
+        memory_BSV = memory.head(memory(states[0])).double().softmax(-1)
+        found_BSV = AutoModelForCausalLM.from_pretrained(tmp_path / "export")(IDS).logits.double()
+    torch.testing.assert_close(found_BSV, (0.6 * base_BSV + 0.4 * memory_BSV).log(), rtol=1e-5, atol=1e-5)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "imported from memory-of-others (mistral type" in card, card
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written(
+    published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    wide = save_published(tmp_path / "wide", width=24)
+    other_words = save_published(tmp_path / "other_words", vocab=299)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"from_reference": wide}, "reads vectors of width 24, and --model .* has 16"),
+        ({"from_reference": other_words}, "predicts a vocabulary of 299, and --model .* has 300"),
+        ({"from_reference": tmp_path / "nowhere"}, "does not exist"),
+        ({"from_reference": base_dir}, "no part of a memory"),
+        ({"input_layer": 2.0}, "--input-layer: layer 2 does not exist"),
+        ({"tokenizer": None}, "has no tokenizer: give --tokenizer"),
+        ({"model": str(tmp_path / "nowhere")}, "neither a Hugging Face model directory"),
+        ({"model": None}, "needs --model"),
+        ({"checkpoint": tmp_path}, "give either --checkpoint"),
+        ({"report": tmp_path}, "import it with --write memory"),
+        ({"from_reference": None, "checkpoint": tmp_path, "write": "memory"}, "is not a directory of mlpmem memory"),
+    ]
+    for write in ("export", "memory"):
+        for changes, message in cases:
+            with pytest.raises(UserError, match=message):
+                values = {"write": write, **changes}
+                convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "out", **values), World())
+            assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import content_hash
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import SPLITS, open_corpus
+from mlpmem_ds.stages.corpus import corpus_splits, prepare_corpus, tokenization
+from mlpmem_ds.stages.corpus.prepare_corpus import Config
+
+
+def result_of(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in ("run.json", "log.jsonl")
+    }
+
+
+def config_of(text_dir: Path, output: Path, **changes: Any) -> Config:
+    return replace(
+        Config(
+            input=(str(text_dir),),
+            tokenizer="train:300",
+            output=output,
+            block_size=32,
+            stride=16,
+            tuning_fraction=0.15,
+            test_fraction=0.15,
+            heldout_fraction=0.2,
+            seed=3,
+        ),
+        **changes,
+    )
+
+
+def test_every_document_is_in_one_split_and_decodes_to_its_text(text_dir: Path, corpus_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
+    seen: dict[str, str] = {}
+    groups: dict[str, set[str]] = {}
+    for split in SPLITS:
+        corpus = open_corpus(corpus_dir, split)
+        starts = [0, *corpus.document_stops[:-1]]
+        for document, start, stop in zip(corpus.documents, starts, corpus.document_stops, strict=True):
+            text = tokenizer.decode(corpus.tokens(int(start), int(stop) - 1))
+            assert text == (text_dir / document["name"]).read_text(encoding="utf-8")
+            assert document["bytes"] == len(text.encode())
+            assert seen.setdefault(document["name"], split) == split
+            groups.setdefault(split, set()).add(document["group"])
+    assert set(seen) == {path.relative_to(text_dir).as_posix() for path in text_dir.rglob("*.py")}
+    assert not groups["heldout"] & (groups["train"] | groups["tuning"] | groups["test"])
+
+
+def test_equal_texts_share_a_split(tmp_path: Path, text_dir: Path) -> None:
+    shutil.copytree(text_dir, tmp_path / "twice" / "a")
+    shutil.copytree(text_dir, tmp_path / "twice" / "b")
+    prepare_corpus.run(config_of(tmp_path / "twice", tmp_path / "corpus", heldout_fraction=0.0), World())
+    for split in ("train", "tuning", "test"):
+        names = [document["name"] for document in open_corpus(tmp_path / "corpus", split).documents]
+        assert {name[2:] for name in names if name.startswith("a/")} == {name[2:] for name in names if name[0] == "b"}
+
+
+def test_reruns_and_ranks_give_the_same_bytes(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 2000)  # several units
+    one, two = tmp_path / "one", tmp_path / "two"
+    prepare_corpus.run(config_of(text_dir, one), World())
+    for rank in (0, 1):  # rank 0 owns the tokenizer, which rank 1 waits for
+        prepare_corpus.run(config_of(text_dir, two), World(rank=rank, size=2))
+    assert result_of(one) == result_of(two)
+    assert len(list((one / "train").glob("tokens-*.bin"))) > 2
+
+
+def test_a_broken_run_continues_to_the_same_bytes(
+    text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 2000)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    prepare_corpus.run(config_of(text_dir, straight), World())
+    real, calls = tokenization.encode, []
+
+    def fail_at_the_third(tokenizer: Any, texts: list[str], dtype: Any) -> list[Any]:
+        calls.append(texts)
+        if len(calls) == 3:
+            raise RuntimeError("killed")
+        return real(tokenizer, texts, dtype)
+
+    monkeypatch.setattr(tokenization, "encode", fail_at_the_third)
+    with pytest.raises(RuntimeError):
+        prepare_corpus.run(config_of(text_dir, broken), World())
+    assert not (broken / "manifest.json").exists()
+    prepare_corpus.run(config_of(text_dir, broken), World())
+    assert result_of(straight) == result_of(broken)
+
+
+def test_an_existing_tokenizer_is_kept_as_it_is(text_dir: Path, corpus_dir: Path, tmp_path: Path) -> None:
+    prepare_corpus.run(config_of(text_dir, tmp_path / "again", tokenizer=str(corpus_dir / "tokenizer")), World())
+    first, second = open_corpus(corpus_dir), open_corpus(tmp_path / "again")
+    assert first.vocabulary_sha256 == second.vocabulary_sha256
+    assert first.tokens(0, 100).tolist() == second.tokens(0, 100).tolist()
+
+
+def test_a_sample_takes_whole_groups_up_to_a_size(text_dir: Path, tmp_path: Path) -> None:
+    size = sum(path.stat().st_size for path in text_dir.rglob("*.py"))
+    config = config_of(
+        text_dir, tmp_path / "part", max_bytes=size / 2, tuning_fraction=0.0, test_fraction=0.0, heldout_fraction=0.0
+    )
+    prepare_corpus.run(config, World())
+    corpus = open_corpus(tmp_path / "part")
+    assert size / 3 < corpus.num_bytes <= size / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": ("/no/such/path",)}, "does not exist"),
+        ({"tokenizer": "/no/such/tokenizer"}, "cannot be loaded"),
+        ({"tokenizer": "train:12"}, "at least 257"),
+        ({"stride": 33}, "between 1 and"),
+        ({"stride": 5}, "multiple"),
+        ({"tuning_fraction": 0.9, "test_fraction": 0.2}, "must leave something"),
+        ({"max_bytes": 1}, "none fell in the training split"),
+    ],
+)
+def test_wrong_inputs_leave_the_disk_untouched(
+    text_dir: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare_corpus.run(config_of(text_dir, tmp_path / "corpus", **changes), World())
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_another_text_in_the_same_output_is_refused(text_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "text"
+    shutil.copytree(text_dir, copy)
+    prepare_corpus.run(config_of(copy, tmp_path / "corpus"), World())
+    next(copy.rglob("*.py")).write_text("changed")
+    with pytest.raises(UserError, match=r"inputs\.text"):
+        prepare_corpus.run(config_of(copy, tmp_path / "corpus"), World())
+
+
+def test_processes_give_the_same_bytes(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 2000)
+    monkeypatch.setattr(
+        tokenization, "BATCH_BYTES", 300
+    )  # several batches a unit, and more than are ahead of the writer
+    prepare_corpus.run(config_of(text_dir, tmp_path / "one"), World())
+    prepare_corpus.run(config_of(text_dir, tmp_path / "three", processes=3), World())
+    assert result_of(tmp_path / "one") == result_of(tmp_path / "three")
+    assert tokenization.choose_processes(0, World(), 1 << 30) >= 1
+    assert tokenization.choose_processes(0, World(), 1000) == 1
+    assert tokenization.choose_processes(0, World(rank=1, size=2), 1 << 30) == 1
+    assert tokenization.choose_processes(5, World(rank=1, size=2), 1000) == 5
+
+
+def test_an_error_in_a_worker_reaches_the_user(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tokenizer: Any, texts: list[str], dtype: Any) -> list[Any]:
+        raise RuntimeError("in the worker")
+
+    monkeypatch.setattr(tokenization, "encode", fail)  # a forked worker has it too
+    with pytest.raises(RuntimeError, match="in the worker"):
+        prepare_corpus.run(config_of(text_dir, tmp_path / "corpus", processes=2), World())
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
+
+
+def test_the_surveys_hash_is_that_of_the_whole_list(text_dir: Path, tmp_path: Path) -> None:
+    config = config_of(text_dir, tmp_path / "corpus", group_field=None)
+    survey = prepare_corpus._survey(config)
+    documents = list(corpus_splits.DocumentReader(text_field="text", group_field=None).read(
+        file for unit in survey.units for file in unit.files))  # fmt: skip
+    assert survey.sha256 == content_hash([[document.name, document.sha256] for document in documents])
+    assert survey.num_bytes == sum(path.stat().st_size for path in text_dir.rglob("*.py"))
+    empty = corpus_splits._ListHash()
+    assert empty.hexdigest() == content_hash([])
+
+
+def test_an_input_that_changes_meanwhile_is_refused(
+    text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "x.jsonl"
+    lines.write_text('{"text": "a b c"}\n' * 20)
+    survey_files = prepare_corpus.survey_files
+
+    def survey_and_change(*arguments: Any, **others: Any) -> Any:
+        survey = survey_files(*arguments, **others)
+        lines.write_text('{"text": "a b c"}\n' * 19)
+        return survey
+
+    monkeypatch.setattr(prepare_corpus, "survey_files", survey_and_change)
+    with pytest.raises(DamagedDataError, match="changed while it was read"):
+        prepare_corpus.run(config_of(text_dir, tmp_path / "corpus", input=(str(lines),), heldout_fraction=0.0), World())
+    assert not (tmp_path / "corpus" / "manifest.json").exists()

@@ -1,0 +1,190 @@
+"""plan: bytes that the formats give, times that a finished run teaches, and messages that name the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.log import seconds_of_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.shape import read_shape
+from mlpmem_ds.stages.planning import plan
+from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, Machine, costs, seconds_of
+from mlpmem_ds.stages.retrieval import build_index, write_targets
+
+SHAPE = {"parameters": 1.5e9, "width": 1536, "vocab_size": 151_936}
+
+
+def config(**changes: object) -> plan.Config:
+    return plan.Config(**{"positions": 10**8, "threads": 2, **SHAPE, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(keys_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over the session's keys: keys, index, targets."""
+    root = tmp_path_factory.mktemp("plan") / "run"
+    root.mkdir()
+    (root / "keys").symlink_to(keys_dir)
+    build_index.run(build_index.Config(keys=root / "keys", output=root / "index", num_shards=2), World())
+    write_targets.run(
+        write_targets.Config(
+            keys=root / "keys",
+            index=root / "index",
+            output=root / "targets",
+            k=20,
+            neighbour_perplexity=9.0,
+            search="ivf",
+            nprobe=2,
+            shard_positions=320,
+        ),
+        World(),
+    )
+    return root
+
+
+def bytes_of(root: Path) -> int:
+    return sum(entry["bytes"] for entry in json.loads((root / "manifest.json").read_text())["files"])
+
+
+def test_bytes_follow_the_formats() -> None:
+    found = plan.make_plan(config()).costs
+    assert found["corpus"].bytes == 4 * 10**8  # uint32: more than 65,536 tokens
+    assert found["keys"].bytes == (256 + 2 * 1536 + 4 + 4) * 10**8
+    assert found["index"].bytes == pytest.approx((64 + 8) * 10**8, rel=0.05)
+    memory = MemoryConfig(
+        input_size=1536, hidden_size=1536, intermediate_size=6144, num_blocks=4, vocab_size=SHAPE["vocab_size"]
+    )
+    assert found["memory"].bytes == memory.num_parameters() * (2 * 12 + 4)
+    assert plan.make_plan(config(input_codec="none", codec="raw")).costs["keys"].bytes == (2 * 1536 + 4 + 4) * 10**8
+    exact, compact = (plan.make_plan(config(encoding=name)).costs["targets"].bytes for name in ("exact", "compact"))
+    assert exact > compact > 100 * 10**8
+
+
+def test_the_calibrated_run_is_planned_as_it_was(finished: Path) -> None:
+    """Planned at its own size, a run costs what it cost."""
+    positions = open_keys(finished / "keys").num_positions
+    found = plan.make_plan(plan.Config(positions=positions, calibrate=finished, threads=1, search="ivf"))
+    assert found.work.k == 20 and found.work.nprobe == 2 and found.work.num_shards == 2
+    assert set(found.calibrated) == {"keys", "index", "targets"}
+    assert found.costs["targets"].bytes == pytest.approx(bytes_of(finished / "targets"), rel=1e-6)
+    assert found.costs["targets"].seconds == pytest.approx(seconds_of_stage(finished / "targets"), rel=1e-6)
+    assert found.costs["index"].bytes == pytest.approx(
+        bytes_of(finished / "index"), rel=0.25
+    )  # mostly headers so small
+    arrays = sum(path.stat().st_size for path in (finished / "keys").glob("*.npy"))
+    assert found.costs["keys"].bytes == pytest.approx(arrays, rel=0.06)  # 128 bytes of header each
+    assert found.work.parameters == read_shape(_model_of(finished)).parameters
+
+
+def _model_of(root: Path) -> str:
+    return json.loads((root / "keys" / "run.json").read_text())["config"]["model"]
+
+
+def test_flags_overrule_the_run(finished: Path) -> None:
+    found = plan.make_plan(plan.Config(positions=10**6, calibrate=finished, k=64, preset="gelu-18x768", epochs=2.0))
+    assert (found.work.k, found.work.epochs, found.work.memory.num_blocks) == (64, 2.0, 18)
+    assert found.work.memory.input_size == found.work.width == 16
+    assert found.work.factory == "IVF4096,PQ4"
+
+
+def test_seconds_scale_with_ranks_calibration_and_size() -> None:
+    work, machine = plan.make_plan(config()).work, plan.make_plan(config()).machine
+    one = costs(work, machine)
+    two = costs(work, dataclasses.replace(machine, ranks=2))
+    slower = costs(work, machine, Calibration(seconds={"keys": 3.0, "index.train": 2.0}, target_bytes=0.5))
+    for stage in ("corpus", "keys", "targets", "memory"):
+        assert one[stage].seconds == pytest.approx(2 * two[stage].seconds)
+    assert two["index"].seconds < one["index"].seconds < 2 * two["index"].seconds  # one rank trains
+    assert slower["keys"].seconds == pytest.approx(3 * one["keys"].seconds)
+    trained = seconds_of("index", work, machine)["index.train"]
+    assert slower["index"].seconds == pytest.approx(one["index"].seconds + trained)
+    assert slower["targets"].bytes == pytest.approx(one["targets"].bytes / 2)
+    longer = costs(dataclasses.replace(work, positions=2 * work.positions), machine)
+    assert all(longer[stage].bytes >= one[stage].bytes for stage in STAGES)
+
+
+def test_gpus_take_over_and_are_counted() -> None:
+    without, found = plan.make_plan(config()), plan.make_plan(config(gpus=8, ranks=8))
+    assert {name for name, cost in found.costs.items() if cost.gpu_hours} == {"keys", "targets", "memory"}
+    assert found.costs["keys"].seconds < without.costs["keys"].seconds / 100
+    assert found.costs["keys"].gpu_hours == pytest.approx(8 * found.costs["keys"].seconds / 3600)
+    assert any("not measurements" in line for line in found.warnings) and not any("GPUs" in w for w in without.warnings)
+    assert plan.make_plan(config(positions=10**6)).work.search == "ivf"
+    assert plan.make_plan(config(positions=10**6, gpus=1)).work.search == "exact"  # a GPU is quick enough
+
+
+def test_what_does_not_fit_is_said_with_a_remedy() -> None:
+    fits = plan.make_plan(config(memory_gb=1000.0, disk_gb=10_000.0))
+    assert not fits.warnings
+    words = "\n".join(plan.make_plan(config(memory_gb=4.0, disk_gb=10.0, ranks=2)).warnings)
+    assert "targets want" in words and "fewer ranks a node" in words and "the disk has 10 GB" in words
+    assert plan.make_plan(config(memory_gb=4.0)).work.factory.endswith("PQ16")
+
+
+def test_table_and_json(tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    found = plan.run(config(output=output), World())
+    text = plan.table(found)
+    assert all(line[:9].strip() in text for line in STAGES) and "estimate" in text and "IVF32768,PQ64" in text
+    written = json.loads(output.read_text())
+    assert [stage["name"] for stage in written["stages"]] == list(STAGES)
+    assert written["bytes"] == sum(stage["bytes"] for stage in written["stages"])
+    assert written["work"]["memory"]["vocab_size"] == SHAPE["vocab_size"] and written["format"] == "mlpmem-plan"
+
+
+def test_the_shape_of_a_base_is_read_without_its_weights(base_dir: Path, tmp_path: Path) -> None:
+    AutoConfig.from_pretrained(base_dir).save_pretrained(tmp_path)  # the configuration alone
+    shape = read_shape(str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (shape.width, shape.vocab_size) == (16, 300)
+    found = plan.make_plan(plan.Config(positions=10**5, model=str(tmp_path)))
+    assert found.work.parameters == shape.parameters and found.work.dim == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"positions": 0}, "--positions 0 must be at least 1"),
+        ({"gpus": -1}, "--gpus -1 must be 0 or more"),
+        ({"epochs": 0.0}, "--epochs 0 must be above 0"),
+        ({"neighbour_perplexity": 1.0}, "must be above 1"),
+        ({"preset": "9t"}, "choose one of gelu-18x768"),
+        ({"factory": "Flat"}, "must hold IVF"),
+        ({"factory": "IVF16,PQ7"}, "does not fit"),
+        ({"width": None}, "--width wanting: give them, or --model"),
+        ({"model": "/nowhere/at/all"}, "give --parameters"),
+        ({"calibrate": Path("nowhere")}, "name the directory of a finished run"),
+    ],
+)
+def test_mistakes_name_the_remedy(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan.make_plan(config(**changes))
+
+
+def test_a_directory_without_a_run_or_a_wrong_output_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no complete keys directory"):
+        plan.make_plan(config(calibrate=tmp_path))
+    for output in (tmp_path, tmp_path / "missing" / "plan.json"):
+        with pytest.raises(UserError, match="name a file in a directory that exists"):
+            plan.run(config(output=output), World())
+    assert not list(tmp_path.iterdir())
+
+
+def test_planned_memory_is_that_of_the_process(finished: Path) -> None:
+    """At toy size almost all of it is the process itself: the sum must not be far from it, nor fall with the size."""
+    machine = Machine(ranks=1, cores=1, gpus=0, gpu_flops=0.0, memory_bytes=10**10, disk_bytes=10**10)
+    work = plan.make_plan(plan.Config(positions=10**6, calibrate=finished, search="ivf")).work
+    sizes = [
+        [cost.rank_memory_bytes for cost in costs(dataclasses.replace(work, positions=count), machine).values()]
+        for count in (10**6, 10**7)
+    ]
+    assert (np.array(sizes[1]) >= np.array(sizes[0])).all() and min(sizes[0]) > 2e8
