@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError
+
+SEAL = "content_sha256"
+"""the field of a sealed JSON object that holds the SHA-256 of the canonical JSON of the others"""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +88,14 @@ def publish_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def publish_json(path: Path, value: Any) -> None:
-    publish_bytes(path, canonical_json(value))
+def publish_json(path: Path, value: Any, *, seal: bool = False) -> None:
+    """Publish the canonical JSON of `value`; with `seal` (an object only) it carries its own checksum."""
+    publish_bytes(path, sealed_json(value) if seal else canonical_json(value))
+
+
+def sealed_json(value: Mapping[str, Any]) -> bytes:
+    """The canonical JSON of an object with one field more: the SHA-256 of the canonical JSON without it."""
+    return canonical_json({**value, SEAL: content_hash(dict(value))})
 
 
 def publish_array(path: Path, array: np.ndarray) -> None:
@@ -102,17 +113,47 @@ class _Stream:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of ours.
+    """Read a JSON file of ours; a seal is checked, and not among the fields that are given.
 
     Raises:
-        DamagedDataError: it is missing or does not parse.
+        DamagedDataError: it is missing, does not parse, or does not have the checksum that it carries.
     """
+    value, _ = read_sealed_json(path)
+    return value
+
+
+def read_sealed_json(path: Path) -> tuple[Any, bool]:
+    """As `read_json`, and whether the file was sealed (those of earlier releases were not)."""
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
+        is_sealed = isinstance(value, dict) and _unseal(value)
     except FileNotFoundError as error:
         raise DamagedDataError(f"{path} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number that is none
         raise DamagedDataError(f"{path} is not valid JSON ({error}); restore it or remake its stage") from error
+    except _SealError as error:
+        raise DamagedDataError(
+            f"{path} is damaged: it does not have the checksum that it carries; run the stage that wrote it again, or "
+            "restore it from a copy"
+        ) from error
+    return value, is_sealed
+
+
+class _SealError(Exception):
+    """An object does not have the checksum that it carries."""
+
+
+def _unseal(value: dict[str, Any]) -> bool:
+    """Take the seal off an object; False where it has none."""
+    if SEAL in value:
+        if value.pop(SEAL) != content_hash(value):
+            raise _SealError
+        return True
+    for name, text in value.items():  # the seal's own name may be what was damaged
+        if isinstance(text, str) and _SHA256.fullmatch(text):
+            if content_hash({other: value[other] for other in value if other != name}) == text:
+                raise _SealError
+    return False
 
 
 def record_file(root: Path, name: str) -> FileRecord:
