@@ -2,7 +2,7 @@
 # The whole pipeline on real text: set up, prepare, train a base, extract keys, index, targets, memory, controls,
 # evaluate, convert, generate. Prints a table at the end. Interrupted, the same command continues where it was.
 #
-#   bash launch/demo.sh                                     the Python standard library's own source, about 8 minutes
+#   bash launch/demo.sh                                     the Python standard library's own source, 9 to 10 minutes
 #   bash launch/demo.sh --corpus PATH... --base NAME_OR_DIR --run DIR --ranks N
 #
 #   --corpus PATH...   text, Markdown, source or JSON lines: files or directories (default: the standard library)
@@ -39,17 +39,19 @@ if [ $setup = 1 ]; then
     bash launch/setup.sh
     export PATH="$PWD/.venv/bin:$PATH"
 fi
-(cd / && python -c 'import mlpmem_ds, deepspeed, faiss, torch') >/dev/null 2>&1 || fail "mlpmem_ds is not installed in this environment: leave out --no-setup, or pip install -e ."
+look='import os, torch, mlpmem_ds, deepspeed, faiss
+print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))'
+found=$(cd / && python -c "$look" 2>/dev/null | tail -n 1) ||
+    fail "mlpmem_ds is not installed in this environment: leave out --no-setup, or pip install -e ."
+read -r gpus cores <<< "$found"
 started=$SECONDS
 { [ ! -e "$run" ] || [ -d "$run" ]; } && mkdir -p "$run" 2>/dev/null || fail "--run $run cannot be made a directory: choose another"
 
 # Two processes on a CPU; on a GPU machine as many as there are GPUs, two at most.
-gpus=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu
 if [ -z "$ranks" ]; then ranks=2; [ "$gpus" != 1 ] || ranks=1; fi
 
 # One thread a rank where the ranks fill the cores; every process that torch starts sees this.
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 threads=$(( cores / ranks )); [ "$threads" -ge 1 ] || threads=1
 export OMP_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=true PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 
@@ -57,6 +59,7 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 shared() { if [ "$ranks" = 1 ]; then python "$@"; else torchrun --standalone --nproc-per-node "$ranks" "$@"; fi; }
+# The memory is started as on a cluster. Under torchrun the controls train in the same way, and start and end 5 s sooner.
 trained() { if [ "$ranks" = 1 ]; then python "$@"; else deepspeed -q --master_port "$port" --num_accelerators "$ranks" "$@"; fi; }
 
 say "1/9 corpus: text to tokens"
@@ -72,7 +75,7 @@ python tools/prepare_corpus.py --input "${corpus[@]}" ${exclude[@]+"${exclude[@]
 
 if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"
-    trained tools/train_base.py --corpus "$run/corpus" --output "$run/base"
+    shared tools/train_base.py --corpus "$run/corpus" --output "$run/base"
     base=$run/base
 fi
 
@@ -92,7 +95,7 @@ say "6/9 memory: imitates the retriever (DeepSpeed ZeRO-3)"
 trained launch/train.py "${memory_flags[@]}" --alpha .5 --output "$run/memory"
 
 say "7/9 controls: a memory without the retriever, and the base trained on for as long"
-trained launch/train.py "${memory_flags[@]}" --alpha 0 --output "$run/memory_ce_only"
+shared launch/train.py "${memory_flags[@]}" --alpha 0 --output "$run/memory_ce_only"
 spent=$(python -c '
 import sys
 from pathlib import Path
@@ -100,7 +103,7 @@ from mlpmem_ds.core.log import seconds_of_stage
 print(round(sum(seconds_of_stage(Path(sys.argv[1]) / stage) or 0 for stage in ("keys", "index", "targets", "memory"))))' "$run")
 say "      the memory's own pipeline took $spent s; the base gets as many"
 [ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
-trained tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
+shared tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
     --max-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 --warmup-fraction .0005 --early-stopping-patience 0 --epochs 1000
 
 say "8/9 evaluation"

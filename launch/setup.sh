@@ -17,7 +17,13 @@ echo "Setting up .venv (once; a few minutes at most) ..." >&2
 .venv/bin/python -m pip --version >/dev/null 2>&1 && [ "$(.venv/bin/python --version)" = "$("$python" --version)" ] ||
     "$python" -m venv --clear .venv ||
     { echo "error: $python cannot make a virtual environment: install its venv package (Debian: python3-venv)" >&2; exit 2; }
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+install() {
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" && return
+    echo "error: pip could not install $*, see above: check the network (behind a mirror or proxy: PIP_INDEX_URL, HTTPS_PROXY) and the" >&2
+    echo "  space on the disk, and run the same command again; where a package has no build for $("$python" --version), set PYTHON=python3.11" >&2
+    exit 2
+}
+install -r requirements.txt
+install --no-deps --editable .
 echo "$wanted" > "$stamp"
 echo "Ready: .venv" >&2

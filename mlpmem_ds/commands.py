@@ -44,6 +44,8 @@ def run_command(name: str, words: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """A console command by its own name, or `python -m mlpmem_ds NAME …`; the exit code."""
     called, *words = sys.argv if argv is None else ["", *argv]
+    if words and words[0].startswith("--local_rank="):  # deepspeed --module puts it before the command's name
+        words = [*words[1:], words[0]]
     name = Path(called).stem.removeprefix(_PREFIX).replace("_", "-")
     if name in front_ends():
         return run_command(name, words)

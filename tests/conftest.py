@@ -170,13 +170,16 @@ def _killed_runs(
 
 def _start_ranks(run: Callable[[Any, World], Any], config: Any, ranks: int) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch", "transformers", "faiss", run.__module__])
+    # One process server for the session, whichever stage comes first; it finds the file as its own search path says.
+    context.set_forkserver_preload(["pytest", "warm_start"])
     processes = [
         context.Process(target=run, args=(config, World(rank=rank, size=ranks, local_rank=rank)))
         for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        for process in processes:
+            process.start()
     return processes
 
 

@@ -58,6 +58,26 @@ def test_a_command_is_its_front_end(
     assert caught.value.code == 0 and "usage: mlpmem-build-index" in capsys.readouterr().out
 
 
+def test_deepspeeds_local_rank_may_stand_before_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`deepspeed --module mlpmem_ds train …` starts `python -m mlpmem_ds --local_rank=0 train …`."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    words = [
+        "train",
+        "--ds_config",
+        str(tmp_path / "none.json"),
+        "--corpus",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert commands.main(["--local_rank=0", *words]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and "no command" not in error and "unrecognized" not in error
+    assert not (tmp_path / "o").exists()
+
+
 def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -95,7 +95,8 @@ def publish_json(path: Path, value: Any, *, seal: bool = False) -> None:
 
 def sealed_json(value: Mapping[str, Any]) -> bytes:
     """The canonical JSON of an object with one field more: the SHA-256 of the canonical JSON without it."""
-    return canonical_json({**value, SEAL: content_hash(dict(value))})
+    plain = json.loads(canonical_json(value))  # as a reader sees it: keys are text, tuples lists
+    return canonical_json({**plain, SEAL: content_hash(plain)})
 
 
 def publish_array(path: Path, array: np.ndarray) -> None:
@@ -150,9 +151,9 @@ def _unseal(value: dict[str, Any]) -> bool:
             raise _SealError
         return True
     for name, text in value.items():  # the seal's own name may be what was damaged
-        if isinstance(text, str) and _SHA256.fullmatch(text):
-            if content_hash({other: value[other] for other in value if other != name}) == text:
-                raise _SealError
+        is_hash = isinstance(text, str) and _SHA256.fullmatch(text)
+        if is_hash and content_hash({other: value[other] for other in value if other != name}) == text:
+            raise _SealError
     return False
 
 
@@ -177,7 +178,11 @@ def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> s
 def remove_stale_temporaries(root: Path) -> None:
     """Remove temporary files of dead processes of this host below `root`."""
     prefix = f".{socket.gethostname()}."
-    for path in root.rglob(".*.tmp"):
+    # Not rglob, which fails where another rank removes a folder meanwhile.
+    names = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    for path in names:
+        if not (path.name.startswith(".") and path.suffix == ".tmp"):
+            continue
         head, _, pid = path.name.removesuffix(".tmp").rpartition(".")
         if pid.isdigit() and f"{head}.".endswith(prefix) and path.is_file() and not is_alive(int(pid)):
             path.unlink(missing_ok=True)

@@ -93,21 +93,23 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
-        elif self._speaks and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+        elif self._speaks and self._done != self._total and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            self._logger.info(self._line(note))
+            self._logger.info(self._line(note, is_last=False))
 
     def close(self, note: str = "") -> None:
+        """End the bar, or say the last line: none where there was nothing to do."""
         if self._bar is not None:
             self._bar.set_postfix_str(note)
             self._bar.close()
-        elif self._speaks:
-            self._logger.info(self._line(note))
+        elif self._speaks and self._done:
+            self._logger.info(self._line(note, is_last=True))
 
-    def _line(self, note: str) -> str:
+    def _line(self, note: str, *, is_last: bool) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = self._done / seconds
-        left = f", {(self._total - self._done) / rate:.0f} s left" if 0 < self._done < self._total else ""
+        has_rest = not is_last and 0 < self._done < self._total
+        left = f", {(self._total - self._done) / rate:.0f} s left" if has_rest else ""
         total = max(self._total, self._done)  # units made again, or taken over from another rank, were not foreseen
         share = f"{self._label}: {self._done:,} of {total:,} {self._unit}"
         return f"{share} in {seconds:.0f} s ({rate:,.0f} {self._unit}/s{left}){' ' + note if note else ''}"

@@ -7,6 +7,8 @@
       manifest.json       written last, when every unit has its record: the directory is complete
       log.jsonl           events
 
+Identity, records and manifest carry their own checksums (core/files.py), so that a damaged one is never believed.
+
 A unit is a pure function of (identity, unit name), so that any rank may compute it, at any time, and get the same
 bytes. Ranks share nothing but the file system: no rank waits for another inside a list of units. A rank that has made its
 own units makes those of the others that nobody is at (core/claims.py), so that a slow or dead rank delays nobody.
@@ -20,7 +22,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from mlpmem_ds.core.config import identity_values
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
+    content_hash,
     fault_of_file,
     publish,
     publish_array,
@@ -42,7 +45,7 @@ from mlpmem_ds.core.files import (
     sha256_of_file,
 )
 from mlpmem_ds.core.log import EventLog
-from mlpmem_ds.core.run_description import describe_run, refuse_other_run
+from mlpmem_ds.core.run_description import IDENTITY_FIELD, describe_run, has_records, settle_identity
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
@@ -76,9 +79,11 @@ class UnitWriter:
 class StageDirectory:
     """See the module's text. Made by `open_stage`; one per process and stage."""
 
-    def __init__(self, root: Path, identity: Mapping[str, Any], world: World) -> None:
+    def __init__(self, root: Path, identity: Mapping[str, Any], world: World, *, is_sealed: bool = True) -> None:
         self.root = root
         self.identity = dict(identity)
+        self._identity_sha256 = content_hash(self.identity)
+        self._is_sealed = is_sealed
         self.world = world
         self.log = EventLog(root / "log.jsonl", world)
         self._start = time.monotonic()
@@ -201,7 +206,10 @@ class StageDirectory:
     def _publish_record(self, unit: str, files: Sequence[FileRecord], summary: Mapping[str, Any]) -> None:
         path = self.record_path(unit)
         path.parent.mkdir(exist_ok=True)
-        publish_json(path, {"unit": unit, "files": [file.to_json() for file in files], "summary": dict(summary)})
+        record = {"unit": unit, "files": [file.to_json() for file in files], "summary": dict(summary)}
+        if self._is_sealed:
+            record[IDENTITY_FIELD] = self._identity_sha256
+        publish_json(path, record, seal=self._is_sealed)
 
     def wait_for(self, units: Sequence[str]) -> None:
         """Wait until every unit of an earlier phase is complete; make those that nobody is at (a rank may have died)."""
@@ -254,7 +262,7 @@ class StageDirectory:
             if is_done or not is_mine:
                 return False
             files = [file for unit in units for file in self.read_record(unit)["files"]]
-            publish_json(self.manifest_path, {**self.identity, **describe(), "files": files})
+            publish_json(self.manifest_path, {**self.identity, **describe(), "files": files}, seal=self._is_sealed)
             self.remove_what_the_dead_left()
         _logger.info("complete: %s (%.1f s)", self.root, seconds)
         return True
@@ -269,6 +277,7 @@ def open_stage(
     inputs: Mapping[str, str],
     world: World,
     extra: Mapping[str, Any] | None = None,
+    without_effect: Collection[str] = (),
 ) -> StageDirectory:
     """Open or make a stage's output directory, refusing one that holds something else. Check the inputs before this.
 
@@ -279,28 +288,39 @@ def open_stage(
         config: the stage's Config; its identity fields become part of the identity.
         inputs: name → hash of each input (manifest checksums, model fingerprints).
         extra: resolved values that decide the bytes but are not flags.
+        without_effect: flags that decide nothing beside the others that were given; they are no part of the identity.
 
     Raises:
         UserError: the directory holds files that are not this stage's, or a run with other inputs or flags.
     """
+    flags = {name: value for name, value in identity_values(config).items() if name not in without_effect}
     identity = {
         "format": f"mlpmem-{stage}",
         "version": version,
         "inputs": dict(inputs),
-        "config": {**identity_values(config), **(extra or {})},
+        "config": {**flags, **(extra or {})},
     }
-    identity_path = output / "identity.json"
-    if check_output(output, stage=stage):
-        refuse_other_run(output, read_json(identity_path), identity)
-    output.mkdir(parents=True, exist_ok=True)
-    if not identity_path.is_file():
-        publish_json(identity_path, identity)
-    directory = StageDirectory(output, identity, world)
+    check_output(output, stage=stage)
+    identity, is_sealed = settle_identity(output, identity, without_effect=without_effect)
+    if world.is_first:
+        _remove_damaged_manifest(output)
+    directory = StageDirectory(output, identity, world, is_sealed=is_sealed)
     if world.is_first:
         directory.remove_what_the_dead_left()
         publish_json(output / "run.json", describe_run(config, world))
     directory.log.write("started", world=world.size)
     return directory
+
+
+def _remove_damaged_manifest(output: Path) -> None:
+    """Take a manifest away that cannot be believed: it is made from the records, which are whole."""
+    path = output / "manifest.json"
+    try:
+        if path.is_file() and not isinstance(read_json(path), dict):
+            raise DamagedDataError(f"{path} is damaged: not a JSON object")
+    except DamagedDataError as error:
+        _logger.warning("%s: writing it anew", error)
+        path.unlink(missing_ok=True)
 
 
 def check_output(output: Path, *, stage: str) -> bool:
@@ -313,7 +333,7 @@ def check_output(output: Path, *, stage: str) -> bool:
         raise UserError(f"--output {output} is a file: choose a directory")
     # Listed once: other ranks are starting too.
     names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
-    if "identity.json" in names:
+    if "identity.json" in names or has_records(output):
         return True
     if any(not name.startswith(".") for name in names):
         raise UserError(f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it")

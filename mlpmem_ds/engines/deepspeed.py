@@ -18,6 +18,7 @@ import logging
 import os
 import random
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ def import_deepspeed() -> Any:
         library = importlib.import_module("deepspeed")
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # PyTorch 2.13 has new names for what DeepSpeed calls: a warning of each rank in each run.
+    warnings.filterwarnings("ignore", message="`torch\\.distributed", category=FutureWarning)
     # A just-in-time C++ build that only inference uses: 31 s, and fatal where there is no compiler.
     compatible = getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
     compatible["deepspeed_shm_comm"] = False
@@ -345,7 +348,11 @@ def build_engine(
     if prepare is not None:
         prepare(model)
     optimizer = _make_optimizer(model, config, settings)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # stage 1 prints its memory in a dozen lines
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if world.size == 1 and hasattr(engine.optimizer, "get_grads_for_reduction"):
+        # Stage 1 would round the float32 sums to what ranks exchange, and back, though there is nobody to exchange them with.
+        engine.enable_backward_allreduce = False
     return Engine(engine, config, world)
 
 

@@ -234,15 +234,25 @@ def keep_first(index: Index, num_keys: int) -> Index:
     return index
 
 
+def list_sizes(index: Index) -> Array:
+    """Vectors in each list, int64 [L]."""
+    lists = _inverted_file(index).invlists
+    return np.array([lists.list_size(number) for number in range(lists.nlist)], dtype=np.int64)
+
+
+def ids_of_list(index: Index, number: int) -> Array:
+    """Ids of the vectors in a list, int64, in the order in which they were added."""
+    return _ids_of_list(_inverted_file(index).invlists, number)
+
+
 def inverted_lists(shards: Sequence[Index]) -> tuple[Array, Array]:
     """The lists of all shards joined: offsets, int64 [L + 1], and ids, int64 [N], ascending within a list."""
     numbers, ids = [], []
     num_lists = _inverted_file(shards[0]).nlist
     for shard in shards:
-        lists = _inverted_file(shard).invlists
-        sizes_L = np.array([lists.list_size(number) for number in range(num_lists)], dtype=np.int64)
+        sizes_L = list_sizes(shard)
         numbers.append(np.repeat(np.arange(num_lists), sizes_L))
-        ids += [_ids_of_list(lists, int(number)) for number in np.flatnonzero(sizes_L)]
+        ids += [ids_of_list(shard, int(number)) for number in np.flatnonzero(sizes_L)]
     numbers_N, ids_N = np.concatenate(numbers), np.concatenate(ids) if ids else np.empty(0, np.int64)
     offsets_L1 = np.zeros(num_lists + 1, np.int64)
     np.cumsum(np.bincount(numbers_N, minlength=num_lists), out=offsets_L1[1:])
@@ -253,14 +263,17 @@ def write_index(index: Index, path: Path) -> None:
     faiss.write_index(index, str(path))
 
 
-def read_index(path: Path, *, for_search: bool = True) -> Index:
+def read_index(path: Path, *, for_search: bool = True, mapped: bool = False) -> Index:
     """Read an index; without `for_search` the tables that speed its own search up are left out.
+
+    `mapped` leaves the lists in the file, to be read when asked for: for looking up ids, not for searching.
 
     Raises:
         DamagedDataError: faiss cannot read it.
     """
+    flags = 0 if for_search and not mapped else faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
     try:
-        return faiss.read_index(str(path), 0 if for_search else faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+        return faiss.read_index(str(path), flags | (faiss.IO_FLAG_MMAP if mapped else 0))
     except RuntimeError as error:
         raise DamagedDataError(
             f"{path} is not an index that faiss {faiss.__version__} can read ({error}): "

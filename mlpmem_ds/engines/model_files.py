@@ -1,9 +1,10 @@
-"""A base's files, in a directory or fetched from the Hub: its fingerprint and its vocabulary, without loading the model."""
+"""A model's files, in a directory or fetched from the Hub: its fingerprint, its vocabulary, its directory, without loading it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -11,6 +12,8 @@ from transformers.utils import cached_file
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def vocabulary_of_model(name_or_path: str) -> str | None:
@@ -40,14 +43,38 @@ def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:
     return digest.hexdigest()
 
 
-def _weight_files(name_or_path: str, flag: str) -> list[Path]:
+def fetch_directory(name_or_path: str, *, flag: str, subdirectory: str | None = None) -> Path:
+    """Of a Hub name (OWNER/NAME), the directory with its configuration and weights, fetched if need be; else the path as it is.
+
+    Args:
+        name_or_path: what the user gave.
+        flag: of the command line, for the messages.
+        subdirectory: of the Hub's repository, where the files may lie instead.
+
+    Raises:
+        UserError: neither there nor given by the Hub.
+    """
+    if Path(name_or_path).exists() or not _HUB_NAME.fullmatch(name_or_path):
+        return Path(name_or_path)
+    for prefix in ("", f"{subdirectory}/") if subdirectory else ("",):
+        config = model_file(name_or_path, f"{prefix}config.json")
+        if config is not None:
+            _weight_files(name_or_path, flag, prefix)
+            return config.parent
+    raise UserError(
+        f"{flag} {name_or_path} does not exist here, and the Hub gave no such model: check the path or the name, the network "
+        f"and HF_HUB_OFFLINE; or fetch it elsewhere (hf download {name_or_path} --local-dir DIR) and give that directory"
+    )
+
+
+def _weight_files(name_or_path: str, flag: str, prefix: str = "") -> list[Path]:
     """The files that transformers would load, in the order of their names."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
+    for single in (f"{prefix}model.safetensors", f"{prefix}pytorch_model.bin"):
         if path := model_file(name_or_path, single):
             return [path]
         if index := model_file(name_or_path, f"{single}.index.json"):
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            shards = [model_file(name_or_path, name) for name in names]
+            shards = [model_file(name_or_path, f"{prefix}{name}") for name in names]
             if all(shards):
                 return [shard for shard in shards if shard is not None]
     raise UserError(

@@ -30,7 +30,9 @@ def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
     converter = importlib.import_module("deepspeed.utils.zero_to_fp32")
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            if list(path.glob("*_optim_states.pt")):
+            if _is_of_bf16_optimizer(path):
+                tensors = _joined_fragments(path, converter.get_model_state_files(str(path))[0])
+            elif list(path.glob("*_optim_states.pt")):
                 tensors = converter.get_fp32_state_dict_from_zero_checkpoint(
                     str(path.parent), path.name, lazy_mode=True
                 )
@@ -42,6 +44,32 @@ def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
             f"{path} cannot be put together ({type(error).__name__}: {error}): choose another --step, or restore it from a copy"
         ) from error
     return {name: _weight(tensor) for name, tensor in tensors.items()}
+
+
+def _is_of_bf16_optimizer(path: Path) -> bool:
+    """Whether DeepSpeed's optimizer for bfloat16 at stage 1 wrote it, which its converter does not know."""
+    files = list(path.glob("*_optim_states.pt"))
+    return bool(files) and "zero_stage" not in _optimizer_state(files[0])
+
+
+def _optimizer_state(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+
+
+def _joined_fragments(path: Path, model_file: str) -> dict[str, torch.Tensor]:
+    """Each rank's file has parts of its flat groups, by name; a weight's parts follow each other in the order of the ranks."""
+    shapes: dict[str, Any] = {}
+    for group in torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)["param_shapes"]:
+        shapes |= group
+    files = sorted(
+        path.glob("*_optim_states.pt"), key=lambda file: int(file.name.split("zero_pp_rank_")[1].split("_")[0])
+    )
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in shapes}
+    for state in map(_optimizer_state, files):
+        for flat, places in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):
+            for name, place in places.items():
+                parts[name].append(flat[place.start : place.start + place.numel])
+    return {name: torch.cat(parts[name]).reshape(shapes[name]) for name in shapes}
 
 
 def _weight(tensor: Any) -> Weight:

@@ -18,7 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, canonical_json, fault_of_file, flush, publish_json, read_json, record_file
+from mlpmem_ds.core.files import (
+    FileRecord,
+    canonical_json,
+    fault_of_file,
+    flush,
+    publish_json,
+    read_json,
+    record_file,
+    sealed_json,
+)
 from mlpmem_ds.core.stage_directory import UnitWriter, read_manifest
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "mlpmem-checkpoint", 1
@@ -99,7 +108,7 @@ def publish_checkpoint(root: Path, step: int, fields: Mapping[str, Any], files: 
         "step": step,
         "files": [record.to_json() for record in sorted(files, key=lambda record: record.name)],
     }
-    (temporary / "manifest.json").write_bytes(canonical_json(manifest))
+    (temporary / "manifest.json").write_bytes(sealed_json(manifest))
     for path in (temporary / "manifest.json", *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
         flush(path)
     if final.exists() and fault_of_checkpoint(final) is None:  # an earlier save of the same step: the same state

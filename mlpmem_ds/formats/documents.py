@@ -10,10 +10,13 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.document_readers import (
@@ -63,10 +66,26 @@ class SourceFile:
     name: str
     is_named: bool
 
-    @property
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _source_file, (
+            str(self.path),
+            self.name,
+            self.is_named,
+        )  # a Path's own way to a process costs as much as a read
+
+    @cached_property
     def kind(self) -> str:
         """`text`, or the key of a reader of many documents."""
         return "dataset" if str(self.path).startswith(DATASET_PREFIX) else kind_of(self.path)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes on the disk, perhaps compressed; 0 of what is no file here."""
+        return 0 if self.kind == "dataset" else self.path.stat().st_size
+
+
+def _source_file(path: str, name: str, is_named: bool) -> SourceFile:
+    return SourceFile(path=Path(path), name=name, is_named=is_named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +95,13 @@ class Document:
     text: str
 
     @cached_property
-    def _utf8(self) -> tuple[str, int]:
-        content = self.text.encode()
-        return hashlib.sha256(content).hexdigest(), len(content)
-
-    @property
     def sha256(self) -> str:
-        return self._utf8[0]
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text."""
-        return self._utf8[1]
+        return len(self.text) if self.text.isascii() else len(self.text.encode())
 
 
 def find_files(inputs: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> list[SourceFile]:
@@ -134,15 +148,35 @@ def find_files(inputs: Sequence[str], include: Sequence[str], exclude: Sequence[
 
 
 def _walk(root: Path, include: Sequence[str], exclude: Sequence[str]) -> list[SourceFile]:
-    found = []
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        parts = [relative.as_posix(), *relative.parts]
-        if any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in exclude) or not path.is_file():
+    is_included, is_excluded = _matcher(include), _matcher(exclude)
+    return [
+        SourceFile(path=root / name, name=name, is_named=False)
+        for name in _names_below(str(root), "", is_excluded)
+        if is_included(name.rpartition("/")[2]) and not is_excluded(name)
+    ]
+
+
+def _names_below(folder: str, prefix: str, is_excluded: Callable[[str], bool]) -> Iterator[str]:
+    """The files below a folder, folders in the place of their names; linked folders are not entered."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:  # a folder that may not be read
+        return
+    for entry in entries:
+        if is_excluded(entry.name):
             continue
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in include):
-            found.append(SourceFile(path=path, name=relative.as_posix(), is_named=False))
-    return found
+        if entry.is_dir(follow_symlinks=False):
+            yield from _names_below(entry.path, f"{prefix}{entry.name}/", is_excluded)
+        elif entry.is_file():
+            yield prefix + entry.name
+
+
+def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name matches one of them."""
+    if not patterns:
+        return lambda name: False
+    match = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)).match
+    return lambda name: match(name) is not None
 
 
 def read_documents(file: SourceFile, *, text_field: str, group_field: str | None) -> Iterator[Document]:
@@ -156,17 +190,20 @@ def read_documents(file: SourceFile, *, text_field: str, group_field: str | None
         return
     reader = read_dataset_of_name if file.kind == "dataset" else READERS[file.kind]
     for record in reader(file.path, text_field, group_field):
-        if record.text.strip():
+        if record.text and not record.text.isspace():
             name = f"{file.name}:{record.key}"
             yield Document(name=name, group=file.name if record.group is None else record.group, text=record.text)
 
 
 def _read_text(file: SourceFile) -> Iterator[Document]:
+    content = file.path.read_bytes()
+    if b"\r" in content:  # line ends as Python reads a text file
+        content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        text = file.path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         if file.is_named:
             raise UserError(f"{file.path} is not UTF-8 text ({error}): convert it or leave it out") from error
         return
-    if text.strip():
+    if text and not text.isspace():
         yield Document(name=file.name, group=file.name.split("/")[0].removesuffix(file.path.suffix), text=text)

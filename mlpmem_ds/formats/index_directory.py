@@ -59,13 +59,15 @@ class IndexDirectory:
     def trained_path(self) -> Path:
         return self.root / TRAINED_NAME
 
-    def check(self) -> None:
-        """Compare every file with its checksum.
+    def check(self, name: str | None = None) -> None:
+        """Compare every file, or the one of this name, with its checksum.
 
         Raises:
             DamagedDataError: one has another.
         """
         for entry in self.manifest["files"]:
+            if name is not None and entry["name"] != name:
+                continue
             if fault := fault_of_file(self.root, FileRecord(**entry)):
                 raise DamagedDataError(
                     f"{fault}: run the stage that made {self.root} again, it remakes only what is damaged"

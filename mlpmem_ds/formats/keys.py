@@ -6,6 +6,7 @@ N, n positions, D width of the keys' base, E size of a stored key, I input size,
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.maths.codec import MassiveDimension, clip_massive
 
 FORMAT, VERSION = "keys", 1
+CODEC_FILES = ("codec/codec.json", "codec/mean.npy", "codec/rotation.npy")
 INPUT_GROUP = 128
 """numbers of an int8 input that share a scale"""
 _MOST_MAPPED = 1024  # files at a time: Linux allows a process 65,530 maps, and a large directory has more units
@@ -163,14 +165,8 @@ class Keys:
         Raises:
             DamagedDataError: one has another.
         """
-        for unit in self.blocks if block is None else [block]:
-            name = f"{array}-{unit_name(unit.start)}.npy"
-            record = self._records.get(name)
-            fault = "the manifest does not record it" if record is None else fault_of_file(self.root, record)
-            if fault:
-                raise DamagedDataError(
-                    f"{fault}: run the stage that made {self.root} again, it remakes only what is damaged"
-                )
+        units = self.blocks if block is None else [block]
+        self._check_files(f"{array}-{unit_name(unit.start)}.npy" for unit in units)
 
     def read_inputs(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The memory's inputs of the positions [start, stop) as bit patterns of bfloat16, uint16 [n, I], whatever their codec.
@@ -188,10 +184,24 @@ class Keys:
         return bfloat16_bits(dequantise_inputs(stored_nI, self.read("input_scales", start, stop)))
 
     def load_codec(self) -> Codec:
-        """How a state becomes a key of this directory."""
+        """How a state becomes a key of this directory.
+
+        Raises:
+            DamagedDataError: a file of the codec does not have its checksum.
+        """
         if self.codec == "raw":
             return Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype=self.raw_dtype)
+        self._check_files(CODEC_FILES)
         return read_codec(self.root)
+
+    def _check_files(self, names: Iterable[str]) -> None:
+        for name in names:
+            record = self._records.get(name)
+            fault = f"the manifest does not record {name}" if record is None else fault_of_file(self.root, record)
+            if fault:
+                raise DamagedDataError(
+                    f"{fault}: run the stage that made {self.root} again, it remakes only what is damaged"
+                )
 
     @cached_property
     def _records(self) -> dict[str, FileRecord]:

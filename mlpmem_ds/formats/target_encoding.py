@@ -214,9 +214,14 @@ def _expand(block: TargetBlock, counts_n: np.ndarray, offsets: np.ndarray, order
     if levels_E.max() > steps or not levels_E.min():
         raise ValueError(f"levels lie in [{levels_E.min()}, {levels_E.max()}], there are {steps}")
     ids_E, probabilities_E = np.empty(block.entries, np.int32), np.empty(block.entries, np.float32)
-    placed_ids_V = order_V.astype(np.int64) << _LEVEL_BITS
+    groups = list(_row_groups(offsets))
+    level_bits, id_bits = steps.bit_length(), len(order_V).bit_length()
+    row_bits = max(stop - start for start, stop in groups).bit_length()
+    # Row, id and level of an entry in one number. In 32 bits, where they fit, sorting takes half as long.
+    dtype = np.uint32 if row_bits + id_bits + level_bits <= 32 else np.int64
+    placed_ids_V = order_V.astype(dtype) << dtype(level_bits)
     probability_of_level = (np.arange(steps + 1) / steps) ** _POWER
-    for start, stop in _row_groups(offsets):
+    for start, stop in groups:
         entries = slice(int(offsets[start]), int(offsets[stop]))
         if entries.start < entries.stop:
             ids_E[entries], probabilities_E[entries] = _expand_rows(
@@ -225,6 +230,7 @@ def _expand(block: TargetBlock, counts_n: np.ndarray, offsets: np.ndarray, order
                 levels_E[entries],
                 1 - dropped_n[start:stop].astype(np.float64),
                 placed_ids_V,
+                level_bits,
                 probability_of_level,
             )
     return TargetRows(offsets=offsets, ids=ids_E, probabilities=probabilities_E, dropped=dropped_n)
@@ -246,9 +252,11 @@ def _expand_rows(
     levels_E: np.ndarray,
     kept_n: np.ndarray,
     placed_ids_V: np.ndarray,
+    level_bits: int,
     probability_of_level: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, probabilities) of some rows; ``placed_ids_V`` ids above the bits of a level, ``kept_n`` what each row adds up to."""
+    """(ids, probabilities) of some rows; ``placed_ids_V`` ids above the bits of a level, in the dtype to sort them in; ``kept_n``
+    what each row adds up to."""
     # Ranks: a running sum over all rows (modulo 2^32), less what it was where the row starts.
     ends_E = np.cumsum(gaps_E + np.uint32(1), dtype=np.uint32)
     full_n = np.flatnonzero(counts_n)
@@ -258,15 +266,15 @@ def _expand_rows(
     if ranks_E.max() >= len(placed_ids_V):
         raise ValueError(f"rank {ranks_E.max()} in a vocabulary of {len(placed_ids_V)}")
     # One sort brings the ids of each row in order: row, then id, then level in the low bits.
-    id_bits = len(placed_ids_V).bit_length()
+    id_bits, dtype = len(placed_ids_V).bit_length(), placed_ids_V.dtype.type
     packed_E = placed_ids_V[ranks_E]
-    packed_E |= np.repeat(np.arange(len(counts_n), dtype=np.int64) << (id_bits + _LEVEL_BITS), counts_n)
+    packed_E |= np.repeat(np.arange(len(counts_n), dtype=dtype) << dtype(id_bits + level_bits), counts_n)
     packed_E |= levels_E
     packed_E.sort()
-    unscaled_E = probability_of_level[packed_E & ((1 << _LEVEL_BITS) - 1)]
+    unscaled_E = probability_of_level[packed_E & dtype((1 << level_bits) - 1)]
     factors_n = kept_n / np.add.reduceat(unscaled_E, starts)
-    packed_E >>= _LEVEL_BITS
-    packed_E &= (1 << id_bits) - 1
+    packed_E >>= dtype(level_bits)
+    packed_E &= dtype((1 << id_bits) - 1)
     return packed_E, unscaled_E * np.repeat(factors_n, counts_n)
 
 

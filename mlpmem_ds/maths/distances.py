@@ -30,12 +30,17 @@ def squared_distances(
         queries_QD, keys_KD = queries_QD.float(), keys_KD.float()
         distances_QK = torch.addmm(keys_KD.square().sum(1), queries_QD, keys_KD.t(), alpha=-2)
         return distances_QK.add_(queries_QD.square().sum(1, keepdim=True)).clamp_(min=0)
-    if queries_QD.shape[1] > _MAX_DIMS:
-        raise ValueError(f"int8 codes of {queries_QD.shape[1]} dimensions overflow int32; use at most {_MAX_DIMS}")
+    check_dims(queries_QD.shape[1])
     products_QK = _integer_products(queries_QD, keys_KD, out)
     norms_K = squared_norms(keys_KD) if key_norms_K is None else key_norms_K
     torch.sub(norms_K, products_QK, alpha=2, out=products_QK)
     return products_QK.add_(squared_norms(queries_QD)[:, None])
+
+
+def check_dims(num_dims: int) -> None:
+    """Refuse int8 codes whose distances could pass int32."""
+    if num_dims > _MAX_DIMS:
+        raise ValueError(f"int8 codes of {num_dims} dimensions overflow int32; use at most {_MAX_DIMS}")
 
 
 def distance_ranks(
@@ -47,6 +52,20 @@ def distance_ranks(
     if scratch is not None:
         scratch = scratch[: len(queries_QD) * len(keys_KD)].view(len(queries_QD), len(keys_KD))
     return squared_distances(queries_QD, keys_KD, out=scratch, key_norms_K=key_norms_K)
+
+
+def ranks_in_list(queries_MD: Tensor, keys_KD: Tensor, key_norms_K: Tensor | None, *, out: Tensor) -> None:
+    """Fill ``out`` (int32 [M, K], contiguous) with what orders the keys of a list for each query like the distances do.
+
+    For int8 codes the distance less the query's own squared length, which is the same in all the query's lists: one pass
+    less over the tile. For float keys the bits of the distance.
+    """
+    if not are_codes(queries_MD, keys_KD):
+        out.copy_(distance_ranks(queries_MD, keys_KD, None))
+        return
+    check_dims(queries_MD.shape[1])
+    norms_K = squared_norms(keys_KD) if key_norms_K is None else key_norms_K
+    torch.sub(norms_K, _integer_products(queries_MD, keys_KD, out), alpha=2, out=out)
 
 
 def are_codes(*arrays: Any) -> bool:
@@ -100,8 +119,12 @@ def squared_norms(codes_ND: Tensor) -> Tensor:
     )  # square_() of int32 took ten times as long (torch 2.13, CPU)
 
 
-def norms_of_codes(codes_ND: Any, *, block: int = 16384) -> np.ndarray:
-    """`squared_norms` of a NumPy array of codes (a memory map may be read-only), int32 [N], a block of rows at a time."""
-    starts = range(0, len(codes_ND), block)
-    blocks = [squared_norms(torch.from_numpy(np.array(codes_ND[start : start + block]))).numpy() for start in starts]
-    return np.concatenate(blocks) if blocks else np.empty(0, np.int32)
+def norms_of_codes(codes_ND: Any, *, block: int = 4096) -> np.ndarray:
+    """`squared_norms` of codes (a tensor, or an array that may be a read-only map), int32 [N], a block of rows at a time.
+
+    Each block's norms go into one array at once: kept one by one they broke the heap up, to 950 MB for 1e6 keys.
+    """
+    norms_N = np.empty(len(codes_ND), np.int32)
+    for start in range(0, len(codes_ND), block):
+        norms_N[start : start + block] = squared_norms(torch.from_numpy(np.array(codes_ND[start : start + block])))
+    return norms_N

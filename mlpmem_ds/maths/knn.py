@@ -5,9 +5,12 @@ devices, and ties are broken by id. Float keys take the same path through float3
 hand the search runs there (knn_on_device.py).
 
 Shape legend: Q queries, K keys at hand (or neighbours kept), N keys in all, D dimensions, P probes, L lists, S survivors,
-M queries that probe one list, C capacity of a buffer.
+M queries that probe one list, B queries of a block, T their probes of lists that are not empty,
+C capacity of a buffer.
 """
 
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -15,17 +18,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlpmem_ds.maths.distances import are_codes, distance_ranks
+from mlpmem_ds.maths.candidates import CandidateBlock
+from mlpmem_ds.maths.distances import are_codes, distance_ranks, norms_of_codes, ranks_in_list
 from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
-from mlpmem_ds.maths.neighbours import MISSING, NO_BOUND, Exclusion, Neighbours, check_probes, check_search, unpack
-from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, probed_lists
+from mlpmem_ds.maths.listed_keys import ListedKeys
+from mlpmem_ds.maths.neighbours import (
+    MISSING,
+    NO_BOUND,
+    Exclusion,
+    Neighbours,
+    PackedNeighbours,
+    check_probes,
+    check_search,
+    unpack,
+)
+from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, order_of_probes, probed_lists, sizes_of_probes
 
 __all__ = [
     "Exclusion",
     "Neighbours",
+    "PackedNeighbours",
     "exact_neighbours",
     "list_neighbours",
     "most_keys_for_exact",
+    "pack_exact_neighbours",
+    "pack_list_neighbours",
     "search_device",
 ]
 
@@ -53,7 +70,7 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 def exact_neighbours(
     queries_QD: Array | Tensor,
-    keys_ND: Array | Tensor,
+    keys_ND: Any,
     k: int,
     *,
     exclusion: Exclusion | None,
@@ -61,9 +78,27 @@ def exact_neighbours(
     key_block: int = 8192,
     device: torch.device | str | None = None,
 ) -> Neighbours:
+    """`pack_exact_neighbours`, unpacked."""
+    found = pack_exact_neighbours(
+        queries_QD, keys_ND, k, exclusion=exclusion, query_block=query_block, key_block=key_block, device=device
+    )
+    return unpack(found.packed_QK, found.id_bits, found.is_integer)
+
+
+def pack_exact_neighbours(
+    queries_QD: Array | Tensor,
+    keys_ND: Any,
+    k: int,
+    *,
+    exclusion: Exclusion | None,
+    query_block: int = 1024,
+    key_block: int = 8192,
+    device: torch.device | str | None = None,
+) -> PackedNeighbours:
     """The k nearest of all the keys for each query; key n has id n.
 
-    ``keys_ND`` may be a memory map: one block of it is in memory at a time. The blocks bound the memory of a CPU (about
+    ``keys_ND`` is an array, a tensor, or what has their `shape`, `dtype`, `nbytes` and slices (a memory map, rows of files):
+    one block of it is in memory at a time. The blocks bound the memory of a CPU (about
     ``query_block * key_block * 13`` bytes) and change nothing in the result for int8 codes, nor does the device (None:
     `search_device`).
     """
@@ -87,67 +122,97 @@ def exact_neighbours(
                 rows_S, ids_S, ranks_S = rows_S[keep_S], ids_S[keep_S], ranks_S[keep_S]
             best.add(rows_S, (ranks_S.astype(np.int64) << id_bits) | ids_S)
         packed_QK[query_start : query_start + query_block] = best.sorted()
-    return unpack(packed_QK, id_bits, is_integer)
+    return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
 
 
 def list_neighbours(
     queries_QD: Array | Tensor,
     probes_QP: Array,
-    list_offsets_L1: Array,
-    list_ids_N: Array,
-    codes: Any,
+    lists: ListedKeys,
     k: int,
     *,
     exclusion: Exclusion | None,
     candidate_budget: int = 2**24,
     device: torch.device | str | None = None,
-    key_norms_N: Array | None = None,
 ) -> Neighbours:
+    """`pack_list_neighbours`, unpacked."""
+    found = pack_list_neighbours(
+        queries_QD, probes_QP, lists, k, exclusion=exclusion, candidate_budget=candidate_budget, device=device
+    )
+    return unpack(found.packed_QK, found.id_bits, found.is_integer)
+
+
+def pack_list_neighbours(
+    queries_QD: Array | Tensor,
+    probes_QP: Array,
+    lists: ListedKeys,
+    k: int,
+    *,
+    exclusion: Exclusion | None,
+    candidate_budget: int = 2**24,
+    device: torch.device | str | None = None,
+) -> PackedNeighbours:
     """The k nearest for each query among the keys of the lists it probes (inverted file, list by list).
 
-    ``probes_QP`` int64 list numbers, each at most once in a row, -1 = none; list l holds the ids
-    ``list_ids_N[list_offsets_L1[l]:list_offsets_L1[l + 1]]``, and ``codes`` [num_keys, D] is indexed by an array of ids.
-    Queries are taken in blocks of at most ``candidate_budget`` (query, key) pairs (8 bytes each), or one query if it
-    has more; within a block each probed list is read once and multiplied with all the queries that probe it.
-    With every list probed the result is that of `exact_neighbours`, bit for bit for int8 codes. ``key_norms_N``, the
-    `squared_norms` of int8 codes, saves a CPU from computing them anew for each block (two thirds of the work outside the
-    products); it changes nothing else.
+    ``probes_QP`` int64 list numbers, nearest first, each at most once in a row, -1 = none.
+    Queries are taken in the order of their first list, in blocks of at most ``candidate_budget`` (query, key) pairs (4 bytes
+    each), or one query if it has more; within a block each probed list is read once and multiplied with all the queries
+    that probe it. With every list probed the result is that of `exact_neighbours`, bit for bit for int8 codes.
     """
     if _device(device).type != "cpu":
         return list_neighbours_on_device(
             queries_QD,
             probes_QP,
-            list_offsets_L1,
-            list_ids_N,
-            codes,
+            lists,
             k,
             exclusion=exclusion,
             candidate_budget=candidate_budget,
             device=_device(device),
         )
-    num_keys, num_dims = codes.shape
-    is_integer = are_codes(queries_QD, codes)
-    id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
-    check_probes(probes_QP, len(queries_QD), len(list_offsets_L1) - 1)
-    sizes_QP = np.where(probes_QP >= 0, np.diff(list_offsets_L1, append=0)[probes_QP], 0)
-    packed_QK = np.full((len(queries_QD), k), MISSING, np.int64)
-    blocks = list(budget_blocks(sizes_QP.sum(1), candidate_budget))
-    # One buffer for all blocks: page faults of a fresh one cost a third of the search.
-    buffer = np.empty(max((int(sizes_QP[start:stop].sum()) for start, stop in blocks), default=0), np.int64)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for start, stop in blocks:
-            candidates, starts_BP = buffer[: int(sizes_QP[start:stop].sum())], np.zeros_like(sizes_QP[start:stop])
-            for list_number, pairs_M, first in probed_lists(probes_QP[start:stop], sizes_QP[start:stop], starts_BP):
-                ids_K = list_ids_N[list_offsets_L1[list_number] : list_offsets_L1[list_number + 1]].astype(np.int64)
-                rows_M = start + pairs_M // probes_QP.shape[1]
-                tile_MK = candidates[first : first + len(rows_M) * len(ids_K)].reshape(len(rows_M), len(ids_K))
-                norms_K = None if key_norms_N is None else torch.from_numpy(key_norms_N[ids_K])
-                ranks_MK = distance_ranks(_tensor(queries_QD[rows_M]), _tensor(codes[ids_K]), None, norms_K)
-                torch.from_numpy(tile_MK).copy_(ranks_MK).mul_(1 << id_bits).add_(torch.from_numpy(ids_K))
-                if exclusion is not None:
-                    exclusion.hide(tile_MK, rows_M, ids_K)
-            _select(candidates, starts_BP, sizes_QP[start:stop], packed_QK[start:stop], pool)
-    return unpack(packed_QK, id_bits, is_integer)
+    is_integer = are_codes(queries_QD, lists)
+    id_bits = check_search(queries_QD, lists.num_dims, lists.num_keys, k, exclusion, is_integer)
+    check_probes(probes_QP, len(queries_QD), len(lists.sizes_L))
+    queries, sizes_QP = _tensor(queries_QD), sizes_of_probes(probes_QP, lists)
+    # What ranks_in_list leaves out of the distances of each query.
+    offsets_Q = norms_of_codes(queries).astype(np.int64) << id_bits if is_integer else np.zeros(len(queries), np.int64)
+    own_ids_Q = exclusion.query_ids_Q if exclusion is not None and exclusion.is_self_alone else None
+    packed_QK = np.empty((len(queries), k), np.int64)
+    order_Q = order_of_probes(probes_QP)
+    blocks = [order_Q[slice(*block)] for block in budget_blocks(sizes_QP[order_Q].sum(1), candidate_budget)]
+    # One buffer for all blocks: page faults of a fresh one cost a third of the search. Its last number pads short rows.
+    buffer = torch.empty(1 + max((int(sizes_QP[rows_B].sum()) for rows_B in blocks), default=0), dtype=torch.int32)
+    buffer[-1] = NO_BOUND
+    with _spread(torch.get_num_threads()) as spread:
+        for rows_B in blocks:
+            probes_BP, sizes_BP = probes_QP[rows_B], sizes_QP[rows_B]
+            starts_BP, firsts_BP = np.zeros_like(sizes_BP), np.zeros_like(sizes_BP)
+            order, probed = probed_lists(probes_BP, sizes_BP, starts_BP)
+            rows_T = rows_B[order // probes_QP.shape[1]]
+            queries_TD = queries[torch.from_numpy(rows_T)]  # those of one list side by side
+            ids = [lists.ids_of(number) for number, *_ in probed]
+            for (number, start, stop, first), ids_K in zip(probed, ids, strict=True):
+                tile_MK = buffer[first : first + (stop - start) * len(ids_K)].view(stop - start, len(ids_K))
+                ranks_in_list(queries_TD[start:stop], *lists.keys_of(number), out=tile_MK)
+                if exclusion is not None and own_ids_Q is None:
+                    tile_MK.numpy()[exclusion.covers(rows_T[start:stop, None], ids_K[None])] = NO_BOUND
+            num_ids = np.array([len(ids_K) for ids_K in ids], np.int64)
+            probes_of_list = [stop - start for _, start, stop, _ in probed]
+            firsts_BP.ravel()[order] = np.repeat(np.cumsum(num_ids) - num_ids, probes_of_list)
+            block = CandidateBlock(
+                ranks=buffer.numpy(),
+                starts_BP=starts_BP,
+                sizes_BP=sizes_BP,
+                ids=np.concatenate([np.empty(0, np.int64), *ids]),
+                first_ids_BP=firsts_BP,
+                offsets_B=offsets_Q[rows_B],
+                own_ids_B=None if own_ids_Q is None else own_ids_Q[rows_B],
+            )
+
+            def select(rows: range, rows_B: Array = rows_B, block: CandidateBlock = block) -> None:
+                packed_QK[rows_B[rows.start : rows.stop]] = block.nearest(rows, k, id_bits)
+
+            list(spread(select, block.split_rows()))
+    return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
 
 
 class _RunningBest:
@@ -188,22 +253,14 @@ def _below(ranks_QK: Tensor, bound_Q: Tensor) -> tuple[Array, Array, Array]:
     return rows_S, flat_S - rows_S * below_QK.shape[1], ranks_QK.numpy().ravel()[flat_S]
 
 
-def _select(candidates: Array, starts_QP: Array, sizes_QP: Array, packed_QK: Array, pool: ThreadPoolExecutor) -> None:
-    """Fill each row with its least candidates in order; a row's candidates lie in P pieces, one a probed list."""
-    k = packed_QK.shape[1]
-
-    def select_rows(rows: range) -> None:
-        for row in rows:
-            pieces = zip(starts_QP[row].tolist(), sizes_QP[row].tolist(), strict=True)
-            found = np.concatenate([candidates[start : start + size] for start, size in pieces])
-            if len(found) > k:
-                found.partition(k - 1)
-                found = found[:k]
-            found.sort()
-            packed_QK[row, : len(found)] = found
-
-    step = 256
-    list(pool.map(select_rows, (range(s, min(s + step, len(packed_QK))) for s in range(0, len(packed_QK), step))))
+@contextlib.contextmanager
+def _spread(num_threads: int) -> Iterator[Any]:
+    """`map` over this many threads."""
+    if num_threads == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        yield pool.map
 
 
 def _tensor(array: Any) -> Tensor:

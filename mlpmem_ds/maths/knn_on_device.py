@@ -7,6 +7,8 @@ Shape legend: Q queries (of a block), B keys of a block, K neighbours, N keys in
 S survivors, M queries that probe one list, W the most candidates of a query in a block.
 """
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,28 +16,29 @@ import torch
 from torch import Tensor
 
 from mlpmem_ds.maths.distances import are_codes, distance_ranks
-from mlpmem_ds.maths.neighbours import MISSING, NO_BOUND, Exclusion, Neighbours, check_probes, check_search, unpack
-from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, probed_lists
+from mlpmem_ds.maths.listed_keys import ListedKeys
+from mlpmem_ds.maths.neighbours import MISSING, NO_BOUND, Exclusion, PackedNeighbours, check_probes, check_search
+from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, order_of_probes, probed_lists, sizes_of_probes
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def exact_neighbours_on_device(
     queries_QD: Array | Tensor,
-    keys_ND: Array | Tensor,
+    keys_ND: Any,
     k: int,
     *,
     exclusion: Exclusion | None,
     device: torch.device,
     query_block: int = 2048,
     key_block: int = 2**17,
-) -> Neighbours:
+) -> PackedNeighbours:
     """`exact_neighbours` on a device; the distances at hand take ``query_block * key_block * 4`` bytes of it."""
     num_keys, num_dims = keys_ND.shape
     is_integer = are_codes(queries_QD, keys_ND)
     id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
     if _fits(keys_ND.nbytes, device):
-        keys_ND = _on(keys_ND, device)
+        keys_ND = _on(keys_ND[:], device)
     hidden = _Hidden(exclusion, device)
     packed_QK = np.empty((len(queries_QD), k), np.int64)
     for query_start in range(0, len(queries_QD), query_block):
@@ -49,50 +52,57 @@ def exact_neighbours_on_device(
             kept_S = ~hidden(rows_S + query_start, columns_S + start)
             best_QK = _least(best_QK, rows_S[kept_S], packed_S[kept_S])
         packed_QK[query_start : query_start + query_block] = best_QK.sort(dim=1).values.cpu().numpy()
-    return unpack(packed_QK, id_bits, is_integer)
+    return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
 
 
 def list_neighbours_on_device(
     queries_QD: Array | Tensor,
     probes_QP: Array,
-    list_offsets_L1: Array,
-    list_ids_N: Array,
-    codes: Any,
+    lists: ListedKeys,
     k: int,
     *,
     exclusion: Exclusion | None,
     device: torch.device,
     candidate_budget: int = 2**25,
-) -> Neighbours:
+) -> PackedNeighbours:
     """`list_neighbours` on a device: every list that a block of queries probes is multiplied once with all of them."""
-    num_keys, num_dims = codes.shape
-    is_integer = are_codes(queries_QD, codes)
-    id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
-    check_probes(probes_QP, len(queries_QD), len(list_offsets_L1) - 1)
-    sizes_QP = np.where(probes_QP >= 0, np.diff(list_offsets_L1, append=0)[probes_QP], 0)
-    if _fits(codes.nbytes, device):
-        codes = _on(codes, device)
+    is_integer = are_codes(queries_QD, lists)
+    id_bits = check_search(queries_QD, lists.num_dims, lists.num_keys, k, exclusion, is_integer)
+    check_probes(probes_QP, len(queries_QD), len(lists.sizes_L))
+    sizes_QP = sizes_of_probes(probes_QP, lists)
+    lists = _lists_near(lists, device)
     hidden = _Hidden(exclusion, device)
     packed_QK = np.full((len(queries_QD), k), MISSING, np.int64)
-    for start, stop in budget_blocks(sizes_QP.sum(1), candidate_budget):
-        sizes_MP = sizes_QP[start:stop]
+    order_Q = order_of_probes(probes_QP)
+    for start, stop in budget_blocks(sizes_QP[order_Q].sum(1), candidate_budget):
+        rows_B = order_Q[start:stop]
+        sizes_MP = sizes_QP[rows_B]
         columns_MP = np.cumsum(sizes_MP, axis=1) - sizes_MP  # where the candidates of each probe begin in their row
         width = max(k, int(sizes_MP.sum(1).max(initial=0)))
         candidates_MW = torch.full((stop - start, width), MISSING, dtype=torch.int64, device=device)
         unused = np.zeros_like(sizes_MP)
-        for list_number, pairs_M, _ in probed_lists(probes_QP[start:stop], sizes_MP, unused):
-            ids = list_ids_N[list_offsets_L1[list_number] : list_offsets_L1[list_number + 1]].astype(np.int64)
+        order, found = probed_lists(probes_QP[rows_B], sizes_MP, unused)
+        for list_number, start_pair, stop_pair, _ in found:
+            pairs_M = order[start_pair:stop_pair]
             rows = pairs_M // probes_QP.shape[1]
-            ids_B, rows_M = _on(ids, device), _on(rows, device)
-            keys_BD = codes[ids_B] if isinstance(codes, Tensor) else _on(codes[ids], device)
-            ranks_MB = distance_ranks(_on(queries_QD[start + rows], device), keys_BD, None)
+            ids_B, rows_M = _on(lists.ids_of(list_number), device), _on(rows, device)
+            keys_BD = lists.keys_of(list_number)[0].to(device)
+            ranks_MB = distance_ranks(_on(queries_QD[rows_B[rows]], device), keys_BD, None)
             packed_MB = (ranks_MB.to(torch.int64) << id_bits) + ids_B
-            packed_MB[hidden(rows_M[:, None] + start, ids_B[None])] = MISSING
+            packed_MB[hidden(_on(rows_B[rows], device)[:, None], ids_B[None])] = MISSING
             first_M = _on(columns_MP.ravel()[pairs_M], device)
-            places_MB = first_M[:, None] + torch.arange(len(ids), device=device)
+            places_MB = first_M[:, None] + torch.arange(len(ids_B), device=device)
             candidates_MW[rows_M[:, None], places_MB] = packed_MB
-        packed_QK[start:stop] = candidates_MW.topk(k, dim=1, largest=False, sorted=True).values.cpu().numpy()
-    return unpack(packed_QK, id_bits, is_integer)
+        packed_QK[rows_B] = candidates_MW.topk(k, dim=1, largest=False, sorted=True).values.cpu().numpy()
+    return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
+
+
+@lru_cache(maxsize=1)
+def _lists_near(lists: ListedKeys, device: torch.device) -> ListedKeys:
+    """The lists with their keys on the device if it has the room: once for all batches, which share them."""
+    if not _fits(lists.num_bytes, device):
+        return lists
+    return replace(lists, runs=[replace(run, keys_ND=run.keys_ND.to(device)) for run in lists.runs])
 
 
 class _Hidden:

@@ -16,7 +16,7 @@ from torch import Tensor
 Array: TypeAlias = np.ndarray[Any, Any]
 
 MISSING = np.iinfo(np.int64).max  # packed: no neighbour
-NO_BOUND = np.iinfo(np.int32).max  # a rank that every other is at most
+NO_BOUND = np.iinfo(np.int32).max  # a rank that every other is at most, and that of a key that is hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +58,27 @@ class Exclusion:
             hidden |= self.key_groups_N[key_ids] == self.query_groups_Q[query_rows]
         return hidden
 
-    def hide(self, packed_MK: Array, query_rows_M: Array, key_ids_K: Array) -> None:
-        """Set to MISSING what `covers` names; where a query hides itself alone and the ids ascend, by looking its id up."""
-        if self.window or self.query_groups_Q is not None or (np.diff(key_ids_K) <= 0).any():
-            packed_MK[self.covers(query_rows_M[:, None], key_ids_K[None])] = MISSING
-            return
-        own_M = self.query_ids_Q[query_rows_M]
-        places_M = np.minimum(np.searchsorted(key_ids_K, own_M), len(key_ids_K) - 1)
-        found_M = np.flatnonzero(key_ids_K[places_M] == own_M)
-        packed_MK[found_M, places_M[found_M]] = MISSING
+    @property
+    def is_self_alone(self) -> bool:
+        """Whether a query hides nothing but its own id."""
+        return not self.window and self.query_groups_Q is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedNeighbours:
+    """Neighbours as they are found, 8 bytes each: a row holds its packed neighbours in order, then MISSING."""
+
+    packed_QK: Array
+    id_bits: int
+    is_integer: bool
+
+    def rows(self, rows: slice) -> Neighbours:
+        """Those of some queries, unpacked into arrays of their own."""
+        return unpack(self.packed_QK[rows].copy(), self.id_bits, self.is_integer)
+
+    def count(self) -> Array:
+        """Neighbours of each query, int64 [Q]."""
+        return np.count_nonzero(self.packed_QK != MISSING, axis=1)
 
 
 def unpack(packed_QK: Array, id_bits: int, is_integer: bool) -> Neighbours:

@@ -48,8 +48,15 @@ def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
     return _unwidened_product(left_MK, right_KN).float()
 
 
+def logits_of_tile(hidden_CD: Tensor, weight_TD: Tensor) -> Tensor:
+    """hidden · weightᵀ, not differentiable: float32, or the operands' 16 bits on CPU, which whoever widens it does anyway."""
+    if hidden_CD.is_cuda:
+        return product(hidden_CD, weight_TD.t())
+    return _unwidened_product(hidden_CD, weight_TD.t())
+
+
 def _unwidened_product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
-    """The same as `product` on CPU, in the operands' dtype: for whoever copies it into a float32 tensor."""
+    """The same as `product` on CPU, in the operands' dtype."""
     if _suits_onednn(left_MK, right_KN):
         result_MN: Tensor = torch.ops.mkldnn._linear_pointwise(left_MK, right_KN.t(), None, "none", [], "")
         return result_MN
@@ -57,8 +64,10 @@ def _unwidened_product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
 
 
 def set_transposed_product(total_NM: Tensor, left_MK: Tensor, right_KN: Tensor, *, accumulate: bool) -> None:
-    """total = (left · right)ᵀ, or += it, in place; ``total_NM`` is float32. ``left_MK`` had best be contiguous."""
-    if left_MK.is_cuda and left_MK.dtype != torch.float32:
+    """total = (left · right)ᵀ, or += it, in place; ``total_NM`` is float32, or where nothing is added of the operands' dtype."""
+    if not accumulate and left_MK.dtype == total_NM.dtype != torch.float32:
+        torch.mm(right_KN.t(), left_MK.t(), out=total_NM)
+    elif left_MK.is_cuda and left_MK.dtype != torch.float32:
         _set_widened_product(total_NM, right_KN.t(), left_MK.t(), accumulate)
     elif _suits_onednn(left_MK, right_KN):
         result_NM = product(left_MK, right_KN).t()

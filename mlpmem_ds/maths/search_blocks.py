@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from mlpmem_ds.maths.listed_keys import ListedKeys
+
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _FIRST_KEY_BLOCK = 2048
@@ -33,16 +35,33 @@ def budget_blocks(costs_Q: Array, budget: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def probed_lists(probes_QP: Array, sizes_QP: Array, starts_QP: Array) -> Iterator[tuple[int, Array, int]]:
-    """Each list that is probed and not empty: its number, the flat places in ``probes_QP`` that name it, its first candidate.
+def sizes_of_probes(probes_QP: Array, lists: ListedKeys) -> Array:
+    """Keys in the list of each probe, int64 [Q, P]; 0 where there is no list."""
+    if not len(lists.sizes_L):
+        return np.zeros(probes_QP.shape, np.int64)
+    return np.where(probes_QP >= 0, lists.sizes_L[probes_QP], 0)
 
-    Candidates are laid out list by list, then query by query; ``starts_QP`` receives where those of each probe start.
+
+def order_of_probes(probes_QP: Array) -> Array:
+    """Queries in the order of their first list: neighbours in it probe the same lists, which are read once for many of them."""
+    return np.argsort(probes_QP[:, 0], kind="stable") if probes_QP.shape[1] else np.arange(len(probes_QP))
+
+
+def probed_lists(probes_BP: Array, sizes_BP: Array, starts_BP: Array) -> tuple[Array, list[tuple[int, int, int, int]]]:
+    """The lists that a block of queries probes and that are not empty, one after the other.
+
+    Candidates are laid out list by list, then query by query; ``starts_BP`` receives where those of each probe start.
+
+    Returns:
+        the flat places in ``probes_BP`` of all probes of these lists, list by list; and for each list its number, where its
+        probes start and stop among those places, and its first candidate.
     """
-    probes, sizes = probes_QP.ravel(), sizes_QP.ravel()
+    probes, sizes = probes_BP.ravel(), sizes_BP.ravel()
     order = np.argsort(probes, kind="stable")
     order = order[sizes[order] > 0]
     starts = np.cumsum(sizes[order]) - sizes[order]
-    starts_QP.ravel()[order] = starts
+    starts_BP.ravel()[order] = starts
     firsts = np.flatnonzero(np.diff(probes[order], prepend=-1))
-    for first, stop in zip(firsts, [*firsts[1:], len(order)], strict=False):
-        yield int(probes[order[first]]), order[first:stop], int(starts[first])
+    stops = np.append(firsts[1:], len(order))[: len(firsts)]
+    lists = zip(probes[order[firsts]].tolist(), firsts.tolist(), stops.tolist(), starts[firsts].tolist(), strict=True)
+    return order, list(lists)

@@ -7,8 +7,8 @@ Place in the pipeline: `convert_checkpoint` builds it from a trained memory, `ge
 mixing). At `lmbda = 0` they are the base's own logits, so that nothing at all changes. The memory has no cache: the
 caches are the base's.
 
-This file, with memory.py and backbone.py beside it, is written into every exported directory as remote code: it imports
-torch, transformers and the standard library only.
+This file, with memory.py, backbone.py and quantized.py beside it, is written into every exported directory as remote
+code: it imports torch, transformers and the standard library only.
 
 Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any leading dimensions.
 """
@@ -30,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backbone import CapturePoint, Tap, decoder_layers, output_head, resolve_layer
 from .memory import Memory, MemoryConfig, NormalLinear
+from .quantized import Int8Linear, quantize_linears
 
 
 class MemoryAugmentedConfig(PretrainedConfig):
@@ -219,6 +220,21 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     def lmbda(self, value: float) -> None:
         self.config.lmbda = checked_lmbda(value)
 
+    def quantize_memory(self) -> "MemoryAugmentedLM":
+        """Round the memory's matrices to int8, in place, for decoding; gives the model. See quantized.py.
+
+        On a CPU a step reads a quarter of float32's bytes for the memory, and takes less time by as much. Such a model is
+        neither trained nor saved.
+        """
+        quantize_linears(self.memory)
+        return self
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Raises ValueError after `quantize_memory`: the float weights are gone."""
+        if isinstance(self.memory.head, Int8Linear):
+            raise ValueError("a model with an int8 memory is not saved: save it before quantize_memory()")
+        return super().save_pretrained(*args, **kwargs)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -288,7 +304,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         return head
 
     def _mixture(self, base_logits_BKV: torch.Tensor, inputs_BKD: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = self.memory.head.weight  # type: ignore[assignment]
+        weight: torch.Tensor = self.memory.final_norm.weight  # type: ignore[assignment]
         hidden = self.memory(inputs_BKD.to(device=weight.device, dtype=weight.dtype))
         memory_logits_BKV = self.memory.head(hidden).to(base_logits_BKV.device)
         # A compiler makes one kernel of the plain function by itself.

@@ -50,16 +50,21 @@ class SparseHead(nn.Module):
         """The loss against `targets`, or the log-probabilities of `labels_N`.
 
         Returns:
-            with targets: the sum of the rows' losses (float32 scalar) and the detached sums [3] of `SUM_NAMES`;
+            with targets: the mean of the rows' losses (float32 scalar) and the detached sums [3] of `SUM_NAMES`;
             with labels: float32 [N].
         """
         if targets is None:
             assert labels_N is not None
             return label_log_probabilities(hidden_NH, self.weight, labels_N)
-        loss_sum, sums = sparse_loss(
-            hidden_NH, self.weight, targets, alpha=self.alpha, mixture_lambda=self.mixture_lambda
+        loss, sums = sparse_loss(
+            hidden_NH,
+            self.weight,
+            targets,
+            alpha=self.alpha,
+            mixture_lambda=self.mixture_lambda,
+            divisor=len(hidden_NH),
         )
-        return loss_sum, torch.stack([getattr(sums, name).float() for name in SUM_NAMES]).detach()
+        return loss, torch.stack([getattr(sums, name).float() for name in SUM_NAMES]).detach()
 
 
 class MemoryObjective(Memory):
@@ -78,8 +83,8 @@ class MemoryObjective(Memory):
         if targets is None:
             assert labels_N is not None
             return self.label_log_probabilities(inputs_NI, labels_N)
-        loss_sum, sums_3 = self.head(super().forward(inputs_NI), targets)
-        return loss_sum / len(inputs_NI), sums_3
+        loss, sums_3 = self.head(super().forward(inputs_NI), targets)
+        return loss, sums_3
 
     def label_log_probabilities(self, inputs_NI: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         """float32 [N]: the memory's log-probability of each row's label."""

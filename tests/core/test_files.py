@@ -7,12 +7,15 @@ import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import (
+    SEAL,
     canonical_json,
     fault_of_file,
     publish,
     publish_array,
     publish_bytes,
+    publish_json,
     read_json,
+    read_sealed_json,
     record_file,
     remove_stale_temporaries,
 )
@@ -47,6 +50,29 @@ def test_json_has_one_spelling() -> None:
     assert canonical_json({"b": 1, "a": [1.5, "é"]}) == canonical_json(dict([("a", [1.5, "é"]), ("b", 1)]))
     with pytest.raises(ValueError):
         canonical_json(float("nan"))
+
+
+def test_every_flipped_bit_of_a_sealed_file_is_found(tmp_path: Path) -> None:
+    value = {"name": "é", "count": 120, "by_rank": {10: 0.125, 9: (1, None)}, "corpus_sha256": "0" * 64}
+    plain = {**value, "by_rank": {"10": 0.125, "9": [1, None]}}
+    path = tmp_path / "manifest.json"
+    publish_json(path, value, seal=True)
+    assert read_sealed_json(path) == (plain, True) and SEAL not in read_json(path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in {0, place % 8}:
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            with pytest.raises(DamagedDataError, match=r"manifest\.json"):
+                read_json(path)
+    for stop in range(len(content) - 1):
+        path.write_bytes(content[:stop])
+        with pytest.raises(DamagedDataError):
+            read_json(path)
+
+
+def test_files_of_earlier_releases_are_not_sealed(tmp_path: Path) -> None:
+    publish_json(tmp_path / "x.json", {"a": "0" * 64})
+    assert read_sealed_json(tmp_path / "x.json") == ({"a": "0" * 64}, False)
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:

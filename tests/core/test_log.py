@@ -24,3 +24,23 @@ def test_progress_speaks_in_plain_lines_off_a_terminal(capsys: pytest.CaptureFix
         progress.close()
     text = capsys.readouterr().err
     assert text.count("10 of 10 positions") == 1 and "tool rank 0" in text
+
+
+def test_the_last_line_comes_once_and_only_where_something_was_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpmem_ds.core.log._SECONDS_BETWEEN_LINES", 0.0)
+    set_up_logging(World(), name="tool")
+    for total, amounts in ((9, []), (9, [4, 5]), (20, [7])):
+        progress = Progress(total, label="keys", unit="positions", world=World())
+        for amount in amounts:
+            progress.advance(amount)
+        progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ", 2)[2].split(" positions")[0] for line in lines] == [
+        "4 of 9",
+        "9 of 9",
+        "7 of 20",
+        "7 of 20",
+    ]
+    assert [" left" in line for line in lines] == [True, False, True, False]

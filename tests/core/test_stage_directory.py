@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 from mlpmem_ds.core import files
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import publish_array
+from mlpmem_ds.core.files import publish_array, publish_json, read_json
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage, read_manifest, require_free_bytes
 from mlpmem_ds.core.world import World
 
@@ -219,6 +219,94 @@ def test_a_damaged_record_costs_one_unit(tmp_path: Path, straight: dict[str, str
     (config.output / "done" / "1.json").write_text("{")
     assert run(config, World()) == ["1"]
     assert result_of(config.output) == straight
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "done/2.json", "identity.json"])
+def test_a_flipped_digit_of_our_own_notes_is_mended_by_the_same_command(
+    tmp_path: Path, straight: dict[str, str], name: str
+) -> None:
+    """Each of them still parses; that of the record would say that the unit came out different when made again."""
+    config = Config(output=tmp_path / "toy")
+    run(config, World())
+    path = config.output / name
+    flip(path, path.read_bytes().index({"identity.json": b"factor"}.get(name, b"sha256")) + 10)
+    assert run(config, World()) == (["2"] if name == "done/2.json" else [])
+    assert result_of(config.output) == straight
+
+
+def test_a_damaged_identity_is_written_anew_only_where_the_units_were_made_for_it(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    with pytest.raises(RuntimeError):
+        run(config, World(), fail_at="3")
+    for harm in ("not valid", "missing"):
+        if harm == "missing":
+            (config.output / "identity.json").unlink()
+        else:
+            (config.output / "identity.json").write_text("{")
+        with pytest.raises(DamagedDataError, match=rf"identity\.json is {harm}.*or remove .*toy to start anew"):
+            run(Config(output=tmp_path / "toy", factor=3), World())
+    assert run(config, World()) == ["3", "4"]
+
+    open_stage(tmp_path / "new", stage="toy", version=1, config=config, inputs={}, world=World())
+    (tmp_path / "new" / "identity.json").write_text("{")
+    run(Config(output=tmp_path / "new", factor=3), World())  # nothing was made yet
+    assert "3" in (tmp_path / "new" / "identity.json").read_text()
+
+
+def test_a_directory_of_an_earlier_release_stays_as_it_was(tmp_path: Path, straight: dict[str, str]) -> None:
+    """No checksums of its own notes, and a flag that decides nothing in its identity: what was made from it still fits."""
+
+    def run_again(**changes: Any) -> None:
+        again = replace(config, **changes)
+        directory = open_stage(
+            config.output,
+            stage="toy",
+            version=1,
+            config=again,
+            inputs={"corpus": "i"},
+            world=World(),
+            without_effect=["factor"],
+        )
+        directory.run_units(["2"], lambda _, writer: writer.array("part-2.npy", np.arange(4) * 4) or {"sum": 2})
+        directory.finish(UNITS, lambda: {"total": 10})
+
+    config = Config(output=tmp_path / "older")
+    run(config, World())
+    for path in (*config.output.glob("done/*.json"), config.output / "identity.json", config.output / "manifest.json"):
+        record = read_json(path)
+        record.pop("identity", None)
+        publish_json(path, record)
+    before = result_of(config.output)
+    flip(config.output / "part-2.npy", -1)
+    (config.output / "manifest.json").write_text("{")
+    run_again(factor=5)
+    assert result_of(config.output) == before
+
+
+def test_a_flag_without_effect_may_change(tmp_path: Path) -> None:
+    def open_with(factor: int, without_effect: list[str]) -> None:
+        config = Config(output=tmp_path / "toy", factor=factor)
+        open_stage(
+            config.output,
+            stage="toy",
+            version=1,
+            config=config,
+            inputs={},
+            world=World(),
+            without_effect=without_effect,
+        )
+
+    open_with(2, ["factor"])
+    open_with(3, ["factor"])
+    assert "factor" not in read_json(tmp_path / "toy" / "identity.json")["config"]
+    with pytest.raises(UserError, match=r"config\.factor was None, now 3"):
+        open_with(3, [])
 
 
 def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> None:

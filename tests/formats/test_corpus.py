@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json
 from mlpmem_ds.formats.corpus import SPLITS, num_tokens_of_splits, open_corpus, token_dtype
 
 
@@ -49,7 +50,7 @@ def test_empty_and_unknown_splits_are_refused(corpus_dir: Path, tmp_path: Path) 
 def test_a_contradicting_manifest_is_damaged(corpus_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "corpus"
     shutil.copytree(corpus_dir, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = read_json(copy / "manifest.json")
     manifest["splits"]["train"]["num_tokens"] += 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DamagedDataError, match="contradicts"):

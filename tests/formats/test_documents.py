@@ -1,3 +1,4 @@
+import fnmatch
 import gzip
 import json
 from pathlib import Path
@@ -71,3 +72,31 @@ def test_the_group_is_the_top_level_package(tmp_path: Path) -> None:
         "pkg",
         "single",
     ]
+
+
+def test_a_walk_gives_what_sorting_all_paths_gives(tmp_path: Path) -> None:
+    """The order and the choice of sorted(rglob) and fnmatch, which files were numbered by before."""
+    names = ["b.txt", "a/z.txt", "a-b/x.txt", "a.txt", "a/b/c.txt", "a/b.txt", "A/x.TXT", ".hidden/x.txt", "build/x.txt",
+             "a/build/x.txt", "a/x.py", "c.d/x.txt"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    for exclude in ((), ("build",), ("a/b/*", "A"), ("a/build",), ("*.txt",)):
+        wanted = []
+        for path in sorted(tmp_path.rglob("*")):
+            relative = path.relative_to(tmp_path)
+            parts = [relative.as_posix(), *relative.parts]
+            is_excluded = any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in exclude)
+            if path.is_file() and fnmatch.fnmatch(path.name, "*.txt") and not is_excluded:
+                wanted.append(relative.as_posix())
+        if wanted:
+            assert [file.name for file in find_files([str(tmp_path)], ("*.txt",), exclude)] == wanted, exclude
+
+
+def test_line_ends_are_read_as_python_reads_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes("one\r\ntwo\rthree\n\r\nfour \u00e4\r".encode())
+    (document,) = read_documents(find_files([str(path)], TEXT_PATTERNS, ())[0], text_field="text", group_field=None)
+    assert document.text == path.read_text(encoding="utf-8") and document.num_bytes == len(document.text.encode())

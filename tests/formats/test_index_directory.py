@@ -9,6 +9,7 @@ import pytest
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import blocks_of_shard, open_index
 from mlpmem_ds.stages.retrieval import build_index
@@ -50,7 +51,7 @@ def test_damage_is_refused(index_dir: Path) -> None:
     with pytest.raises(DamagedDataError, match="shard-1.faissindex has"):
         open_index(index_dir)
     shard.write_bytes(whole)
-    manifest = json.loads((index_dir / "manifest.json").read_text())
+    manifest = read_json(index_dir / "manifest.json")
     manifest["shards"][0]["num_vectors"] += 1
     (index_dir / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DamagedDataError, match="contradicts itself"):

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.formats import keys as keys_format
 from mlpmem_ds.formats.keys import (
+    CODEC_FILES,
     Codec,
     bfloat16_bits,
     bfloat16_values,
@@ -44,6 +46,18 @@ def test_few_files_are_mapped_at_a_time(keys_dir: Path, monkeypatch: pytest.Monk
     positions = np.random.default_rng(0).integers(0, keys.num_positions, 400)
     np.testing.assert_array_equal(keys.gather("keys", positions), everything[positions])
     assert len(keys._arrays) <= 2
+
+
+@pytest.mark.parametrize("name", CODEC_FILES)
+def test_a_damaged_codec_is_not_used(keys_dir: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(keys_dir, tmp_path / "keys")
+    keys = open_keys(tmp_path / "keys")
+    keys.load_codec()
+    content = bytearray((keys.root / name).read_bytes())
+    content[-5] ^= 1
+    (keys.root / name).write_bytes(content)
+    with pytest.raises(DamagedDataError, match=f"{name} does not have the checksum"):
+        keys.load_codec()
 
 
 def test_a_check_finds_a_flipped_byte_of_its_unit(keys_dir: Path, tmp_path: Path) -> None:
@@ -130,7 +144,7 @@ def test_raw_codecs_read_as_they_were_stored() -> None:
 def test_a_directory_from_before_the_codecs_of_inputs_reads_the_same(keys_dir: Path, tmp_path: Path) -> None:
     older = tmp_path / "older"
     shutil.copytree(keys_dir, older)
-    manifest = json.loads((older / "manifest.json").read_text())
+    manifest = read_json(older / "manifest.json")
     for name in (
         "input_codec",
         "input_point",
@@ -141,11 +155,14 @@ def test_a_directory_from_before_the_codecs_of_inputs_reads_the_same(keys_dir: P
     ):
         del manifest[name]
     del manifest["codec"]["raw_dtype"], manifest["codec"]["massive_dimensions"]
-    (older / "manifest.json").write_text(json.dumps(manifest))
     codec = json.loads((older / "codec/codec.json").read_text())
     del codec["massive_dimensions"]
     text = json.dumps(codec).ljust((older / "codec/codec.json").stat().st_size)
     (older / "codec/codec.json").write_text(text)
+    for entry in manifest["files"]:
+        if entry["name"] == "codec/codec.json":
+            entry["sha256"] = sha256_of_file(older / "codec/codec.json")
+    (older / "manifest.json").write_text(json.dumps(manifest))
     before, after = open_keys(older), open_keys(keys_dir)
     assert (before.input_codec, before.input_point, before.raw_dtype) == ("bf16", "ffn_input", "float16")
     assert before.base_sha256 == before.model_sha256 == after.base_sha256

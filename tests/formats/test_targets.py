@@ -21,6 +21,7 @@ import zstandard
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.targets import (
@@ -283,7 +284,7 @@ def test_a_shard_cut_short_is_refused(copy: Path, first: str) -> None:
 
 def rerecord(root: Path, name: str) -> None:
     """Make the manifest agree with an altered file, so that only the reader's own comparison is left."""
-    manifest = json.loads((root / "manifest.json").read_text())
+    manifest = read_json(root / "manifest.json")
     for entry in manifest["files"]:
         if entry["name"] == name:
             content = (root / name).read_bytes()
@@ -328,7 +329,7 @@ def test_an_index_that_disagrees_is_refused(
 
 
 def test_shards_must_cover_the_positions(copy: Path) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = read_json(copy / "manifest.json")
     for change, words in (
         ({"num_positions": 118}, "hold 117 of 118"),
         ({"shards": manifest["shards"][1:]}, "leave positions"),
@@ -369,7 +370,7 @@ def decode(arrays: dict[str, np.ndarray], meta: dict[str, Any], order_V: np.ndar
 def check_members(root: Path, name: str, members: dict[str, bytes]) -> None:
     """Decode a shard's members from the specification alone and compare with the source and with our reader."""
     rows, dropped = source()
-    manifest = json.loads((root / "manifest.json").read_text())
+    manifest = read_json(root / "manifest.json")
     shard = next(shard for shard in manifest["shards"] if shard["name"] == name)
     is_exact = manifest.get("encoding", "exact") == "exact"
     assert len(members) == (5 if is_exact else 7) * shard["samples"]
@@ -453,7 +454,7 @@ def test_stock_webdataset_reads_the_shards(root: Path, kind: tuple[Encoding, Con
 
 def test_a_directory_without_the_new_fields_is_the_first_version(tmp_path: Path) -> None:
     root = write_targets(tmp_path / "targets")
-    manifest = json.loads((root / "manifest.json").read_text())
+    manifest = read_json(root / "manifest.json")
     assert manifest["version"] == 1 and not {"encoding", "container"} & set(manifest)
     assert (open_targets(root).encoding, open_targets(root).container) == ("exact", "tar.zst")
     (root / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))

@@ -1,4 +1,7 @@
-"""The demo's script, whole, on a toy text and a toy model: every front-end as its own process, two ranks, then again."""
+"""The demo's script, whole, on a toy text and a toy model: every front-end as its own process, two ranks, then again.
+
+The first `python`, `torchrun` and `deepspeed` are the real ones, later ones are forked: a real start takes 5 to 15 s.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,9 +39,23 @@ def model_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def demo(*words: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with `python`, `torchrun` and `deepspeed`, see forked_launchers.py."""
+    path = tmp_path_factory.mktemp("launchers")
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forked_launchers.py")), str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n", "its stderr says why"
+    yield path
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def demo(*words: str, commands: Path = Path(sys.executable).parent) -> subprocess.CompletedProcess[str]:
     """Run launch/demo.sh in this test's environment; its whole process group ends with it."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(
         ["bash", str(ROOT / "launch" / "demo.sh"), "--no-setup", *words], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -50,15 +68,15 @@ def demo(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def test_the_whole_pipeline_on_ones_own_text_and_model(model_dir: Path, tmp_path: Path) -> None:
+def test_the_whole_pipeline_on_ones_own_text_and_model(model_dir: Path, launchers: Path, tmp_path: Path) -> None:
     run, text = tmp_path / "run", tmp_path / "text"
     generator = random.Random(0)
     for number in range(60):  # enough for an interval on each split
         path = text / f"package{number % 20}" / f"module{number}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(f"value{generator.randint(0, 99)} = {generator.random():.6f}" for _ in range(40)))
+        path.write_text("\n".join(f"value{generator.randint(0, 99)} = {generator.random():.6f}" for _ in range(20)))
     words = ["--corpus", str(text), "--base", str(model_dir), "--run", str(run), "--ranks", "2", "--seed", "3"]
-    first = demo(*words)
+    first = demo(*words, commands=launchers)
     assert first.returncode == 0, first.stderr[-5000:]
     evaluation = json.loads((run / "report" / "eval.json").read_text())
     arms = {arm["name"]: arm for arm in evaluation["arms"]}
@@ -77,7 +95,7 @@ def test_the_whole_pipeline_on_ones_own_text_and_model(model_dir: Path, tmp_path
     weights = (run / "memory" / "weights" / "model.safetensors").read_bytes()
     (run / "report" / "eval.json").unlink()
     shutil.rmtree(run / "export")
-    second = demo(*words)  # continues: the memory stays, what is missing is made again
+    second = demo(*words, commands=launchers)  # continues: the memory stays, what is missing is made again
     assert second.returncode == 0, second.stderr[-5000:]
     assert (run / "memory" / "weights" / "model.safetensors").read_bytes() == weights
     assert (run / "report" / "eval.json").is_file() and (run / "export" / "model.safetensors").is_file()

@@ -1,5 +1,7 @@
 """Neighbours against brute force in int64 and float64. Shape legend as in the module."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from mlpmem_ds.maths import distances
 from mlpmem_ds.maths.distances import norms_of_codes, squared_distances
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
+from mlpmem_ds.maths.listed_keys import ListedKeys, in_list_order, run_of
 
 MISSING = np.iinfo(np.int64).max
 
@@ -39,6 +42,17 @@ def inverted_lists(num_keys, num_lists, seed=1):
     list_ids_N = shuffled_N[np.argsort(list_of_key_N[shuffled_N], kind="stable")]
     offsets_L1 = np.concatenate([[0], np.cumsum(np.bincount(list_of_key_N, minlength=num_lists))])
     return list_of_key_N, offsets_L1, list_ids_N
+
+
+def in_runs(keys_ND, list_of_key_N, num_lists, run_keys):
+    """As a large datastore is written: each run of positions list by list, ids counted from the run's first."""
+    runs = []
+    for first in range(0, len(keys_ND), run_keys):
+        lists_R = list_of_key_N[first : first + run_keys]
+        order_R = np.argsort(lists_R, kind="stable")
+        offsets_L1 = np.concatenate([[0], np.cumsum(np.bincount(lists_R, minlength=num_lists))])
+        runs.append(run_of(first, offsets_L1, order_R.astype(np.uint32), keys_ND[first + order_R]))
+    return ListedKeys(runs=runs, num_keys=len(keys_ND))
 
 
 @pytest.mark.parametrize("num_dims", [1, 7, 256, 1040, 2049])
@@ -153,11 +167,8 @@ def test_exclusion_hides_self_window_and_group(window, grouped):
     assert_same(exact_neighbours(keys[query_ids], keys, 70, exclusion=exclusion, query_block=2, key_block=17), expected)
     list_of_key, offsets, list_ids = inverted_lists(90, 7)
     probes = np.tile(np.arange(7), (5, 1))
-    for norms in (None, norms_of_codes(keys, block=7)):
-        found = list_neighbours(
-            keys[query_ids], probes, offsets, list_ids, keys, 70, exclusion=exclusion, key_norms_N=norms
-        )
-        assert_same(found, expected)
+    for lists in (in_list_order(keys, offsets, list_ids), in_runs(keys, list_of_key, 7, 40)):
+        assert_same(list_neighbours(keys[query_ids], probes, lists, 70, exclusion=exclusion), expected)
 
 
 @pytest.mark.parametrize("budget", [1, 300, 2**25])
@@ -171,9 +182,10 @@ def test_lists_equal_brute_force_over_the_probed_keys(budget, k):
     probes[rng.random(probes.shape) < 0.2] = -1
     probes[3] = -1
     allowed = np.stack([np.isin(list_of_key, row[row >= 0]) for row in probes])
-    found = list_neighbours(queries, probes, offsets, list_ids, keys, k, exclusion=None, candidate_budget=budget)
-    assert_same(found, brute_force(queries, keys, k, allowed))
-    assert (found.ids_QK[3] == -1).all()
+    for lists in (in_list_order(keys, offsets, list_ids), in_runs(keys, list_of_key, 11, 64)):
+        found = list_neighbours(queries, probes, lists, k, exclusion=None, candidate_budget=budget)
+        assert_same(found, brute_force(queries, keys, k, allowed))
+        assert (found.ids_QK[3] == -1).all()
 
 
 def test_all_lists_probed_equal_exact_for_memory_maps(tmp_path):
@@ -184,9 +196,14 @@ def test_all_lists_probed_equal_exact_for_memory_maps(tmp_path):
     exclusion = Exclusion(query_ids_Q=np.arange(600))
     exact = exact_neighbours(mapped[:600], mapped, 64, exclusion=exclusion, query_block=256, key_block=1000)
     probes = np.tile(np.random.default_rng(0).permutation(13), (600, 1))
-    listed = list_neighbours(
-        mapped[:600], probes, offsets, list_ids, mapped, 64, exclusion=exclusion, candidate_budget=10**6
-    )
+    lists = in_list_order(keys, offsets, list_ids)
+    np.save(tmp_path / "listed.npy", lists.runs[0].keys_ND.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        listed_keys = np.load(tmp_path / "listed.npy", mmap_mode="r")
+        run = run_of(0, offsets, lists.runs[0].ids_N, listed_keys, norms_of_codes(listed_keys, block=7))
+    lists = ListedKeys(runs=[run], num_keys=5000)
+    listed = list_neighbours(mapped[:600], probes, lists, 64, exclusion=exclusion, candidate_budget=10**6)
     assert_same(listed, exact)
     sample = np.array([0, 77, 599])
     allowed = np.arange(5000)[None] != sample[:, None]
@@ -206,7 +223,11 @@ def test_float_keys_find_the_same_neighbours_in_float64(dtype):
         torch.from_numpy(keys[:50]), torch.from_numpy(keys), 450, exclusion=exclusion, key_block=64
     )
     listed = list_neighbours(
-        keys[:50], np.tile(np.arange(5), (50, 1)), offsets, list_ids, keys, 450, exclusion=exclusion
+        keys[:50],
+        np.tile(np.arange(5), (50, 1)),
+        in_list_order(keys, offsets, list_ids),
+        450,
+        exclusion=exclusion,
     )
     for found in (exact, listed):
         assert found.distances_QK.dtype == np.float64
@@ -232,7 +253,7 @@ def test_keys_that_are_not_finite_come_last():
     _, offsets, list_ids = inverted_lists(6, 3)
     for found in (
         exact_neighbours(keys[:1], keys, 6, exclusion=None),
-        list_neighbours(keys[:1], np.arange(3)[None], offsets, list_ids, keys, 6, exclusion=None),
+        list_neighbours(keys[:1], np.arange(3)[None], in_list_order(keys, offsets, list_ids), 6, exclusion=None),
     ):
         assert found.ids_QK[0, :4].tolist() == [0, 2, 4, 5]
         assert sorted(found.ids_QK[0, 4:].tolist()) == [1, 3]
@@ -247,6 +268,7 @@ def test_empty_inputs():
 def test_mistakes_are_named_with_their_numbers():
     keys = codes_of(9, 4)
     _, offsets, list_ids = inverted_lists(9, 3)
+    lists = in_list_order(keys, offsets, list_ids)
     with pytest.raises(ValueError, match="k is 0"):
         exact_neighbours(keys, keys, 0, exclusion=None)
     with pytest.raises(ValueError, match="queries have 3 dimensions, keys 4"):
@@ -263,8 +285,8 @@ def test_mistakes_are_named_with_their_numbers():
     with pytest.raises(ValueError, match="4 query groups for 9 query ids"):
         Exclusion(query_ids_Q=np.arange(9), query_groups_Q=np.zeros(4, int), key_groups_N=np.zeros(9, int))
     with pytest.raises(ValueError, match="there are 3 lists"):
-        list_neighbours(keys, np.full((9, 1), 3), offsets, list_ids, keys, 1, exclusion=None)
+        list_neighbours(keys, np.full((9, 1), 3), lists, 1, exclusion=None)
     with pytest.raises(ValueError, match="probes one list twice"):
-        list_neighbours(keys, np.zeros((9, 2), int), offsets, list_ids, keys, 1, exclusion=None)
+        list_neighbours(keys, np.zeros((9, 2), int), lists, 1, exclusion=None)
     with pytest.raises(ValueError, match="8 rows of probes for 9 queries"):
-        list_neighbours(keys, np.zeros((8, 1), int), offsets, list_ids, keys, 1, exclusion=None)
+        list_neighbours(keys, np.zeros((8, 1), int), lists, 1, exclusion=None)

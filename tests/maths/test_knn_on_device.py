@@ -10,6 +10,8 @@ from mlpmem_ds.maths import knn
 from mlpmem_ds.maths.distances import padded_products
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
 from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
+from mlpmem_ds.maths.listed_keys import in_list_order
+from mlpmem_ds.maths.neighbours import PackedNeighbours
 
 NUM_KEYS, DIM = 3000, 6
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -30,7 +32,8 @@ def exclusions(ids: np.ndarray) -> list[Exclusion | None]:
     ]
 
 
-def assert_same(found: Neighbours, expected: Neighbours) -> None:
+def assert_same(packed: PackedNeighbours, expected: Neighbours) -> None:
+    found = packed.rows(slice(None))
     np.testing.assert_array_equal(found.ids_QK, expected.ids_QK)
     np.testing.assert_array_equal(found.distances_QK, expected.distances_QK)
     assert found.ids_QK.dtype == expected.ids_QK.dtype and found.distances_QK.dtype == expected.distances_QK.dtype
@@ -59,7 +62,7 @@ def test_lists_are_the_same(device: torch.device, budget: int) -> None:
     probes[::5, 2] = -1
     for exclusion in exclusions(ids):
         for k in (30, 1500):
-            arguments = (codes()[ids], probes, offsets, list_ids, codes(), k)
+            arguments = (codes()[ids], probes, in_list_order(codes(), offsets, list_ids), k)
             expected = list_neighbours(*arguments, exclusion=exclusion, device="cpu")
             found = list_neighbours_on_device(*arguments, exclusion=exclusion, device=device, candidate_budget=budget)
             assert_same(found, expected)
@@ -69,7 +72,8 @@ def test_lists_are_the_same(device: torch.device, budget: int) -> None:
 def test_float_keys_find_the_same_neighbours(device: torch.device) -> None:
     keys = np.random.default_rng(5).standard_normal((500, 16)).astype(np.float16)
     expected = exact_neighbours(keys, keys, 9, exclusion=Exclusion(query_ids_Q=np.arange(500)), device="cpu")
-    found = exact_neighbours_on_device(keys, keys, 9, exclusion=Exclusion(query_ids_Q=np.arange(500)), device=device)
+    exclusion = Exclusion(query_ids_Q=np.arange(500))
+    found = exact_neighbours_on_device(keys, keys, 9, exclusion=exclusion, device=device).rows(slice(None))
     assert np.mean(found.ids_QK == expected.ids_QK) > 0.99
     np.testing.assert_allclose(found.distances_QK, expected.distances_QK, rtol=1e-4, atol=1e-4)
 
@@ -85,9 +89,11 @@ def test_padding_changes_no_product(num_queries: int, num_keys: int, num_dims: i
 def test_the_gpu_takes_over_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    nothing = PackedNeighbours(packed_QK=np.empty((0, 3), np.int64), id_bits=1, is_integer=True)
     for name in ("exact_neighbours_on_device", "list_neighbours_on_device"):
-        monkeypatch.setattr(knn, name, lambda *_, device, **__: calls.append(device.type))
+        monkeypatch.setattr(knn, name, lambda *_, device, **__: calls.append(device.type) or nothing)
     exact_neighbours(codes(2), codes(), 3, exclusion=None)
-    list_neighbours(codes(2), np.zeros((2, 1), int), np.array([0, 1]), np.array([0]), codes(), 3, exclusion=None)
+    lists = in_list_order(codes(), np.array([0, 1]), np.array([0]))
+    list_neighbours(codes(2), np.zeros((2, 1), int), lists, 3, exclusion=None)
     assert calls == ["cuda", "cuda"]
     assert knn.most_keys_for_exact() == 10_000_000 and knn.most_keys_for_exact("cpu") == 200_000

@@ -45,6 +45,14 @@ def test_a_transposed_product_is_set_and_then_added(library, dtype, bound):
     assert total[:20].isnan().all() and total[280:].isnan().all()
 
 
+def test_a_transposed_product_is_set_in_16_bits():
+    left, right = make_operands(torch.bfloat16)
+    total = torch.full((300, 70), torch.nan, dtype=torch.bfloat16)
+    set_transposed_product(total[20:280], left, right, accumulate=False)
+    assert relative_error(total[20:280], (left.double() @ right.double()).t()) <= 4e-3
+    assert total[:20].isnan().all() and total[280:].isnan().all()
+
+
 def test_logits_over_several_tiles(library):
     hidden, weight = make_operands(torch.float32, rows=17)[0], torch.randn(2100, 96)
     logits = torch.full((17, 2100), torch.nan)

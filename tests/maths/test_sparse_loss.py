@@ -218,6 +218,29 @@ def test_only_the_gradients_that_are_asked_for():
     torch.testing.assert_close(loss, both[0], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_a_chunk", [4, 100])
+def test_a_divisor_divides_the_loss_and_its_gradients(dtype, rows_a_chunk):
+    hidden, weight, targets = make_problem(dtype=dtype)
+    chunk_bytes = dtype.itemsize * len(weight) * rows_a_chunk
+    found = []
+    for divisor in (1.0, 7.0):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, sums = sparse_loss(*leaves, targets, alpha=0.4, divisor=divisor, chunk_bytes=chunk_bytes)
+        loss.backward()
+        found.append([divisor * part.double() for part in (loss.detach(), *(leaf.grad for leaf in leaves))] + [sums.kl])
+    for plain, divided in zip(*found, strict=True):
+        torch.testing.assert_close(divided, plain, rtol=0, atol=4 * torch.finfo(dtype).eps * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_logit_far_above_the_first_tile_takes_another_shift(dtype):
+    """Exponentials relative to the first tile would overflow; here a row's greatest logit is 150 above them."""
+    hidden, weight, targets = make_problem(num_rows=40, width=32, vocabulary=2100, dtype=dtype, most_entries=60)
+    weight[1500] = 150 * hidden[4] / hidden[4].float().square().sum()
+    check((hidden, weight, targets), tolerance=1e-6 if dtype == torch.float32 else 4e-3)
+
+
 def test_a_second_backward_is_an_error_not_a_wrong_number():
     hidden, weight, targets = make_problem()
     loss, _ = sparse_loss(hidden.requires_grad_(), weight, targets, alpha=0.4)

@@ -364,7 +364,7 @@ def test_an_export_loads_and_generates_without_this_package(tmp_path: Path) -> N
     ids_BS = random_ids()
     families = ("gpt2", "llama")
     joints = {family: export(family, tmp_path / family) for family in families}
-    assert {"hf.py", "memory.py", "backbone.py", "model.safetensors"} <= {
+    assert {"hf.py", "memory.py", "backbone.py", "quantized.py", "model.safetensors"} <= {
         file.name for file in (tmp_path / "gpt2").iterdir()
     }
     environment = {

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 
@@ -78,9 +77,12 @@ def test_every_leaf_is_initialised_in_its_own_constructor(family: str, monkeypat
 
 PARTITIONED = """
 import json, sys
-import deepspeed, torch
+import torch
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed import import_deepspeed, set_up_distributed
 from mlpmem_ds.models.memory import Memory, MemoryConfig
-deepspeed.init_distributed("gloo", verbose=False)
+deepspeed = import_deepspeed()
+set_up_distributed(World())
 torch.manual_seed(0)
 stage_3 = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
 result = {}
@@ -101,13 +103,9 @@ def test_initialisation_is_right_under_zero_3() -> None:
     configs = [
         config_of(family, input_size=96, hidden_size=128, intermediate_size=384, vocab_size=200) for family in FAMILIES
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = subprocess.run(
         [sys.executable, "-c", PARTITIONED, json.dumps([config.to_dict() for config in configs])],
-        env={**os.environ, **world, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

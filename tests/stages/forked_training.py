@@ -143,21 +143,32 @@ def undisturbed(job):
 
 
 def killed(job, size, kills, seed):
-    """Kill one rank or all at random moments, start again, until so many kills have hit; then let it complete."""
-    generator, hits = random.Random(seed), 0
+    """Kill one rank or all at random moments, start again, until so many kills have hit; then let it complete.
+
+    The last kill comes at the first checkpoint where no random one came between that and the end.
+    """
+    generator, hits, is_resumed = random.Random(seed), 0, False
+    output = Path(job["output"])
+    pointer = output / "latest.json"
     begin = time.monotonic()
     assert join(start(undisturbed(job), size)) == [0] * size
     duration = time.monotonic() - begin
     while hits < kills:
         pids = start(job, size)
         victims = pids if generator.random() < 0.5 else [generator.choice(pids)]
-        time.sleep(generator.uniform(0.2, 1) * duration)
+        moment = time.monotonic() + generator.uniform(0.2, 1) * duration
+        is_placed = hits == kills - 1 and not is_resumed
+        while time.monotonic() < (moment + 10 * duration if is_placed else moment):
+            if is_placed and pointer.exists():
+                break
+            time.sleep(0.001)
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         codes = ended(pids)
         hits += any(codes[pid] == -signal.SIGKILL for pid in victims)
-        if (Path(job["output"]) / "manifest.json").exists():
-            shutil.rmtree(job["output"])
+        if (output / "manifest.json").exists():
+            shutil.rmtree(output)
+        is_resumed |= pointer.exists()
     assert join(start(job, size)) == [0] * size
     return {"hits": hits}
 

@@ -35,7 +35,7 @@ def test_each_arm_generates_what_its_definition_says(bench: Any) -> None:
         parameter += 0.2 * torch.randn(parameter.shape)
     setting.joint.memory.head.weight.mul_(6)  # sure of itself, so that the mixture chooses other tokens than the base
     arms = bench.make_arms(config, setting)
-    assert set(arms) == {"base", "base_memory", "rag"} | {
+    assert set(arms) == {"base", "base_memory", "base_memory_int8", "rag"} | {
         f"knn_{kind}_{size}" for kind in ("exact", "ivfpq") for size in SIZES["datastore_sizes"]
     }
     prompts = bench.prompts_of(config, 2)
@@ -67,7 +67,13 @@ def test_report(bench: Any, tmp_path: Path) -> None:
     bench.run(bench.Config(output=tmp_path / "decode.json", **SIZES), World())
     report = json.loads((tmp_path / "decode.json").read_text())
     assert report["name"] == "decode"
-    assert {"overhead_batch1", "overhead_batch2", "overhead_over_bytes_ratio", "bytes_ratio"} <= set(report["ratios"])
+    assert {
+        "overhead_batch1",
+        "overhead_batch2",
+        "overhead_over_bytes_ratio",
+        "bytes_ratio",
+        "overhead_int8_batch1",
+    } <= set(report["ratios"])
     assert all(np.isfinite(value) and value > 0 for value in report["ratios"].values())
     rows = {(row["arm"], row["metric"]): row["median"] for row in report["rows"]}
     for batch in (1, 2):
@@ -79,6 +85,9 @@ def test_report(bench: Any, tmp_path: Path) -> None:
     memory = 3 * hidden * inner + hidden + 97 * hidden + hidden
     assert rows["base", "bytes_read"] == 4 * base
     assert report["ratios"]["bytes_ratio"] == pytest.approx(1 + memory / base)
+    # A byte a weight; 4 + 2 bytes for the scale of each of a block's 2 · inner + hidden rows and the head's; the norms.
+    small = 3 * hidden * inner + 97 * hidden + 6 * (2 * inner + hidden + 97) + 4 * 2 * hidden
+    assert report["ratios"]["bytes_ratio_int8"] == pytest.approx(1 + small / (4 * base))
 
 
 @pytest.mark.parametrize(

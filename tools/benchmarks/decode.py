@@ -2,6 +2,7 @@
 
 base            a Llama of random weights: `generate` of transformers, greedy, its own cache.
 base_memory     the joint model of that base and a random memory, the same call.
+base_memory_int8  the same with the memory's matrices in int8.
 knn_exact_N     kNN-LM: at every token a search among N stored int8 keys, all of them compared.
 knn_ivfpq_N     the same with IVF-PQ, the found distances computed anew from the stored keys.
 rag             the base alone with five passages before the prompt; finding them costs one product with all passages.
@@ -97,6 +98,7 @@ class Setting:
 
     base: Any
     joint: MemoryAugmentedLM
+    joint_int8: MemoryAugmentedLM
     projection_DE: Tensor
     keys_NE: np.ndarray
     norms_N: np.ndarray
@@ -188,8 +190,9 @@ def prepare(config: Config) -> Setting:
         input_size=config.width, hidden_size=config.width, intermediate_size=intermediate,
         num_blocks=config.memory_blocks, vocab_size=config.vocab_size, family="swiglu",
     )  # fmt: skip
-    joint = MemoryAugmentedLM.from_parts(
-        base, Memory(shape).requires_grad_(False), lmbda=_LAMBDA, input_point=CapturePoint(layer=-1)
+    memory = Memory(shape).requires_grad_(False)
+    joint, joint_int8 = (
+        MemoryAugmentedLM.from_parts(base, memory, lmbda=_LAMBDA, input_point=CapturePoint(layer=-1)) for _ in range(2)
     )
     num_keys = max(config.datastore_sizes)
     keys_NE = (40 * generator.standard_normal((num_keys, config.key_size), dtype=np.float32)).clip(-127, 127)
@@ -197,6 +200,7 @@ def prepare(config: Config) -> Setting:
     return Setting(
         base=base,
         joint=joint.requires_grad_(False),
+        joint_int8=joint_int8.requires_grad_(False).quantize_memory(),
         projection_DE=torch.randn(config.width, config.key_size) * 40 / config.width**0.5,
         keys_NE=keys_NE,
         norms_N=squared_norms(keys_NE),
@@ -211,6 +215,7 @@ def make_arms(config: Config, setting: Setting) -> dict[str, Callable[[int], tup
     arms: dict[str, Callable[[int], tuple[Tensor, list[float]]]] = {
         "base": partial(_generate, config, setting.base),
         "base_memory": partial(_generate, config, setting.joint),
+        "base_memory_int8": partial(_generate, config, setting.joint_int8),
     }
     trained = engine.train(
         setting.keys_NE[: engine.num_training_vectors(config.factory, config.key_size)], config.factory
@@ -292,9 +297,16 @@ def _measure(config: Config, arms: dict[str, Any], batch: int) -> list[Row]:
 
 def bytes_read(setting: Setting) -> dict[str, int]:
     """Bytes of weights that one step at batch 1 reads: every matrix once; of the tied embedding, the head's product."""
+
+    def size(module: torch.nn.Module) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
     base = sum(parameter.numel() * parameter.element_size() for parameter in setting.base.parameters())
-    memory = sum(parameter.numel() * parameter.element_size() for parameter in setting.joint.memory.parameters())
-    return {"base": base, "base_memory": base + memory}
+    return {
+        "base": base,
+        "base_memory": base + size(setting.joint.memory),
+        "base_memory_int8": base + size(setting.joint_int8.memory),
+    }
 
 
 def _ratios(config: Config, rows: list[Row]) -> dict[str, float]:
@@ -308,11 +320,13 @@ def _ratios(config: Config, rows: list[Row]) -> dict[str, float]:
     ratios = {
         "bytes_ratio": bytes_ratio,
         "overhead_over_bytes_ratio": step("base_memory", 1) / step("base", 1) / bytes_ratio,
+        "bytes_ratio_int8": median_of(rows, "base_memory_int8", "bytes_read") / median_of(rows, "base", "bytes_read"),
     }
     small, large = min(config.datastore_sizes), max(config.datastore_sizes)
     for batch in config.batch_sizes:
         ratios |= {
             f"overhead_batch{batch}": step("base_memory", batch) / step("base", batch),
+            f"overhead_int8_batch{batch}": step("base_memory_int8", batch) / step("base", batch),
             f"first_token_overhead_batch{batch}": first("base_memory", batch) / first("base", batch),
             f"speed_over_knn_exact_batch{batch}": step(f"knn_exact_{large}", batch) / step("base_memory", batch),
             f"speed_over_knn_ivfpq_batch{batch}": step(f"knn_ivfpq_{large}", batch) / step("base_memory", batch),

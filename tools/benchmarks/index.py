@@ -1,7 +1,7 @@
 """Benchmark `index`: keys → **neighbours**, by exact search and through inverted lists, ours beside faiss's own searches.
 
 exact             maths.knn.exact_neighbours: --exact-queries of the keys against --exact-keys of them, self excluded.
-ivf               maths.knn.list_neighbours as write_targets calls it: lists assigned, queries ordered by their first list,
+ivf               maths.knn.list_neighbours as write_targets calls it: lists assigned, keys read list by list,
                   exact distances of the codes, self excluded by id, rows sorted by (distance, id). As there, each
                   thread takes a share of the queries (exact does too).
 faiss_search      stock IndexIVFFlat.search for k + 1 of the same queries and probes, over the same lists; float32 vectors.
@@ -40,8 +40,8 @@ from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.maths.distances import norms_of_codes
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
+from mlpmem_ds.maths.listed_keys import ListedKeys, in_list_order
 from mlpmem_ds.maths.target_distance import recall, total_variation
 from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights
 
@@ -115,12 +115,10 @@ class Problem:
     """Keys, and the same lists as ours and as faiss's own index of whole vectors."""
 
     codes_ND: np.ndarray
-    norms_N: np.ndarray  # once for all keys, as write_targets has them
     values_N: np.ndarray
     queries_Q: np.ndarray
     trained: Any
-    offsets_L1: np.ndarray
-    ids_N: np.ndarray
+    lists: ListedKeys  # once for all queries, as write_targets has them
     flat: Any
     build_seconds: float
     factory: str
@@ -158,12 +156,10 @@ def make_problem(config: Config) -> Problem:
     engine.fill(flat, codes_ND, np.arange(len(codes_ND)))
     return Problem(
         codes_ND=codes_ND,
-        norms_N=norms_of_codes(codes_ND),
         values_N=values_N,
         queries_Q=np.arange(config.queries),
         trained=index,
-        offsets_L1=offsets_L1,
-        ids_N=ids_N,
+        lists=in_list_order(codes_ND, offsets_L1, ids_N),
         flat=flat,
         build_seconds=build_seconds,
         factory=factory,
@@ -187,7 +183,7 @@ def measure(config: Config, problem: Problem) -> tuple[list[Row], dict[str, floa
     scale = (100_000 / config.exact_queries) * (100_000 / config.exact_keys)
     rows.append(row_of("exact", "seconds_1e5", "s", [timing.wall * scale for timing in timings["exact"]]))
     rows.append(row_of("build", "seconds", "s", [problem.build_seconds]))
-    rows.append(row_of("build", "lists", "lists", [len(problem.offsets_L1) - 1]))
+    rows.append(row_of("build", "lists", "lists", [len(problem.lists.sizes_L)]))
     rows += _fidelity(config, problem, searches)
     arms: dict[str, Callable[[], Any]] = {"exact": partial(exact, config, problem), **searches}
     for arm, function in arms.items():
@@ -224,18 +220,10 @@ def ivf(config: Config, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         queries = problem.queries_Q[rows]
         queries_QD = problem.codes_ND[queries]
         probes_QP = engine.assign(problem.trained, queries_QD, config.nprobe)
-        order_Q = np.argsort(probes_QP[:, 0], kind="stable")
         found = list_neighbours(
-            queries_QD[order_Q],
-            probes_QP[order_Q],
-            problem.offsets_L1,
-            problem.ids_N,
-            problem.codes_ND,
-            config.k,
-            exclusion=Exclusion(query_ids_Q=queries[order_Q]),
-            key_norms_N=problem.norms_N,
+            queries_QD, probes_QP, problem.lists, config.k, exclusion=Exclusion(query_ids_Q=queries)
         )
-        distances_QK[rows[order_Q]], ids_QK[rows[order_Q]] = found.distances_QK, found.ids_QK
+        distances_QK[rows], ids_QK[rows] = found.distances_QK, found.ids_QK
 
     in_threads(search, np.arange(len(problem.queries_Q)))
     return distances_QK, ids_QK
@@ -295,17 +283,15 @@ def gpu_rows(config: Config, device: torch.device) -> list[Row]:
     offsets_L1 = np.concatenate([[0], np.cumsum(np.bincount(lists_N, minlength=trained.nlist))])
     queries = np.arange(min(config.gpu_queries, len(codes_ND)))
     probes_QP = engine.assign(trained, codes_ND[queries], config.nprobe)
-    order = np.argsort(probes_QP[:, 0], kind="stable")
+    lists = in_list_order(codes_ND, offsets_L1, ids_N)
 
     def search_lists() -> Neighbours:
         return list_neighbours(
-            codes_ND[queries[order]],
-            probes_QP[order],
-            offsets_L1,
-            ids_N,
-            codes_ND,
+            codes_ND[queries],
+            probes_QP,
+            lists,
             k,
-            exclusion=Exclusion(query_ids_Q=queries[order]),
+            exclusion=Exclusion(query_ids_Q=queries),
             candidate_budget=2**28,
             device=device,
         )

@@ -1,7 +1,7 @@
 """Benchmark `train`: sparse targets as read from disk → **one optimizer step of the memory**, ours beside the published loop.
 
 ours        what `stages.train` does: batch in CSR, chunked sparse loss in the forward of the head, ZeRO engine with fused AdamW.
-            bfloat16 products by ds_configs/zero2.json; ours_fp32 the same in float32 by ds_configs/cpu.json.
+            bfloat16 products by ds_configs/zero1.json; ours_fp32 the same in float32 by ds_configs/cpu.json.
 published   what the published loop (Binn0/MLPMemory, train_mlpmem_offline.py and utils/cal_loss.py) does, written anew: a Python
             loop that makes a dense row of each target, full logits, the rows that are not padding selected from them by a
             mask (a copy, whose backward adds into zeros one row after another), log_softmax + kl_div + cross_entropy,
@@ -175,7 +175,7 @@ def make_batch(config: Config, vocab_size: int) -> Batch:
 def make_steps(memory: MemoryConfig, batch: Batch, world: World) -> dict[str, Callable[[], float]]:
     """Name → one step of that arm, which gives its loss. All start from the same weights."""
     steps: dict[str, Callable[[], float]] = {}
-    for name, file in (("ours", "zero2.json"), ("ours_fp32", "cpu.json")):
+    for name, file in (("ours", "zero1.json"), ("ours_fp32", "cpu.json")):
         engine = make_engine(memory, file, len(batch.labels_N), world)
         steps[name] = partial(step_of_ours, engine, batch)
     for name, collate, as_shipped in (("published", collate_row_by_row, True), ("repaired", collate_at_once, False)):

@@ -2,7 +2,7 @@
 
     OUTPUT/
       config.json, generation_config.json, model*.safetensors     the joint model, the base included
-      hf.py, memory.py, backbone.py                               its code, for `trust_remote_code=True`
+      hf.py, memory.py, backbone.py, quantized.py                 its code, for `trust_remote_code=True`
       tokenizer*.json, …                                          the corpus's vocabulary
       README.md                                                   the model card
       mlpmem_export.json                                          format, inputs, verification, every file's checksum
@@ -42,6 +42,7 @@ from mlpmem_ds.core.files import (
     read_json,
     record_file,
     remove_stale_temporaries,
+    sealed_json,
 )
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import require_free_bytes
@@ -99,7 +100,7 @@ def run(config: Config, world: World) -> None:
             "verification": verification,
             "files": [record.to_json() for record in records],
         }
-        (export / EXPORT_FILE).write_bytes(canonical_json(manifest))
+        (export / EXPORT_FILE).write_bytes(sealed_json(manifest))
         _publish(export, output, aside=partial / "replaced")
     _logger.info(
         "complete: %s (λ %g, %s): %s", config.output, inputs.lmbda, config.dtype, describe_verification(verification)
@@ -211,8 +212,11 @@ def _write_and_verify(
         DamagedDataError: what was loaded is not what was trained.
     """
     point, dtype = _point(inputs), DTYPES[config.dtype]
+    layers_path = inputs.trained.provenance.get("input_layers_path")
     weights = _weights_of(joint, dtype)
-    as_stored = None if config.dtype == "float32" else read_parts(joint.base, joint.memory, point)
+    as_stored = (
+        None if config.dtype == "float32" else read_parts(joint.base, joint.memory, point, layers_path=layers_path)
+    )
     num_bytes = sum(weight.num_bytes for weight in weights.values())
     progress = Progress(num_bytes, label="weights", unit="bytes", world=world)
     max_bytes, records = int(config.max_shard_gigabytes * 1e9), export.parent / _RECORDS
@@ -220,7 +224,7 @@ def _write_and_verify(
     progress.close()
     write_description(joint, inputs.tokenizer, dtype, export)
     loaded = load_export(export, weights, inputs.lmbda, attention=config.attention)
-    probe = read_parts(*_parts_in_dtype(joint, loaded, dtype), point)
+    probe = read_parts(*_parts_in_dtype(joint, loaded, dtype), point, layers_path=layers_path)
     rounding = 0.0 if as_stored is None else total_variation(as_stored, probe, inputs.lmbda)
     if not rounding <= ROUNDING_BOUND:  # not a number, too
         raise UserError(

@@ -42,14 +42,14 @@ class Probe:
 
 
 @torch.no_grad()
-def read_parts(base: Any, memory: Memory, point: CapturePoint) -> Probe:
+def read_parts(base: Any, memory: Memory, point: CapturePoint, *, layers_path: str | None = None) -> Probe:
     """Both parts on random tokens, without the joint model: the base's logits, and the plain memory on a captured state."""
     text = base.config.get_text_config(decoder=True)
     num_sequences, num_tokens = _PROBE_SHAPE
     num_tokens = min(num_tokens, getattr(text, "max_position_embeddings", None) or num_tokens)
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(text.vocab_size, (num_sequences, num_tokens), generator=generator)
-    with capture(base, [point]).recording(num_sequences, num_tokens) as states:
+    with capture(base, [point], layers_path=layers_path).recording(num_sequences, num_tokens) as states:
         base_logits_BSV = base(input_ids=ids_BS, use_cache=False).logits
     memory_logits_BSV = memory.head(memory(states[point].to(memory.head.weight.dtype)))  # type: ignore[arg-type]
     return Probe(

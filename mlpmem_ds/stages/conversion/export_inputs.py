@@ -16,8 +16,9 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
-from mlpmem_ds.formats.reference_checkpoint import open_reference
+from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.models.hf import checked_lmbda
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.stages.conversion.checkpoint_weights import describe_checkpoint, find_checkpoint, with_weights
@@ -40,8 +41,10 @@ class Config:
         None,
     )
     step: int | None = option("with --checkpoint: the checkpoint of this step, also of a finished training", None)
-    from_reference: Path | None = option(
-        "instead: a memory that the method's authors published; needs --model, its base", None
+    from_reference: str | None = option(
+        "instead: a memory that the method's authors published, a directory or Hub name; needs --model, its base",
+        None,
+        metavar="PATH",
     )
     output: Path = option("directory to write")
     write: Literal["export", "memory"] = option(
@@ -181,12 +184,14 @@ def _open_published(config: Config) -> ExportInputs:
     assert config.from_reference is not None and config.model is not None
     if config.report is not None:
         raise UserError("--report is of a memory of ours: import it with --write memory, then evaluate and export that")
-    open_reference(config.from_reference)  # before the base, which may be large, is read
+    root = fetch_directory(config.from_reference, flag="--from-reference", subdirectory=SUBDIRECTORY)
+    open_reference(root)  # before the base, which may be large, is read
     base_sha256 = fingerprint_model(config.model)
     tokenizer, _ = _load_tokenizer(config, config.model, None)
     lmbda, rule = _choose_lambda(config, None)
     trained = read_reference(
-        config.from_reference,
+        root,
+        name=root.resolve().name if Path(config.from_reference).exists() else config.from_reference,
         model=config.model,
         base_sha256=base_sha256,
         vocabulary_sha256=vocabulary_sha256(tokenizer),
@@ -202,7 +207,7 @@ def _open_published(config: Config) -> ExportInputs:
         lmbda_rule=rule,
         report=None,
         report_sha256=None,
-        source=config.from_reference,
+        source=root,
         corpus=None,
         targets=None,
     )

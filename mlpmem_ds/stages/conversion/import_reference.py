@@ -35,12 +35,13 @@ class _Base:
 
 
 def read_reference(
-    root: Path, *, model: str, base_sha256: str, vocabulary_sha256: str, input_layer: float
+    root: Path, *, name: str, model: str, base_sha256: str, vocabulary_sha256: str, input_layer: float
 ) -> TrainedMemory:
     """The published memory as a trained one of ours, in float32.
 
     Args:
         root: their directory.
+        name: of the memory, for the record and the model card.
         model: the base that it was trained for: a directory or Hub name.
         base_sha256: its fingerprint.
         vocabulary_sha256: of its tokenizer.
@@ -58,9 +59,9 @@ def read_reference(
         "key_layer": layer,
         "input_layer": layer,
         "key_point": "ffn_input",
-        "imported": {"name": reference.root.resolve().name, "kind": reference.model_type, "sha256": reference.sha256},
+        "imported": {"name": name, "kind": reference.model_type, "sha256": reference.sha256},
     }
-    weights = {name: tensor.float() for name, tensor in reference.tensors()}
+    weights = {ours: tensor.float() for ours, tensor in reference.tensors()}
     _logger.info(
         "%s: %d %s blocks, %s parameters", root, memory.num_blocks, memory.family, f"{memory.num_parameters():,}"
     )

@@ -19,8 +19,8 @@ def model_card(
         header.append(f"base_model: {base}")
     example = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "# trust_remote_code runs hf.py, memory.py and backbone.py of this directory; transformers reads the tokenizer's\n"
-        "# directory through the same configuration class, and would ask without it.\n"
+        "# trust_remote_code runs hf.py, memory.py, backbone.py and quantized.py of this directory; transformers reads\n"
+        "# the tokenizer's directory through the same configuration class, and would ask without it.\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)\n'
         'prompt = tokenizer("…", return_tensors="pt")\n'

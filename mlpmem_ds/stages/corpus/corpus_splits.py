@@ -1,22 +1,19 @@
-"""Of the first stage: one reading of the inputs that names the units and deals every document to a split.
+"""Of the first stage: which documents are taken, and the split that each of them falls in.
 
-What is kept of a document is its size, group and hash (about 50 bytes), never its text. Two texts that are equal to the
-letter get the same hash and so the same split: nothing of the test text is trained on.
+What is known of a document here is its size, group and hash (about 50 bytes), never its text. Two texts that are equal to
+the letter get the same hash and so the same split: nothing of the test text is trained on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.formats.corpus import SPLITS
-from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
 
 _logger = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
@@ -34,44 +31,8 @@ class SplitRules:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class DocumentReader:
-    """How files become documents."""
-
-    text_field: str
-    group_field: str | None
-
-    def read(self, files: Iterable[SourceFile]) -> Iterator[Document]:
-        for file in files:
-            yield from read_documents(file, text_field=self.text_field, group_field=self.group_field)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusUnit:
-    """Some of the input files, and the numbers [first, stop) of their documents."""
-
-    files: tuple[SourceFile, ...]
-    first: int
-    stop: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What the inputs hold: units, and each document's split as an index into SPLITS (or UNWANTED)."""
-
-    units: list[CorpusUnit]
-    split_of: array[int] = field(repr=False)
-    num_bytes: int
-    """of all documents, wanted or not"""
-    sha256: str
-
-    @property
-    def num_wanted(self) -> int:
-        return len(self.split_of) - self.split_of.count(UNWANTED)
-
-
-class _Documents:
-    """What is kept of the documents while they are dealt, by number."""
+class KnownDocuments:
+    """What is kept of the documents until they are dealt, by number."""
 
     def __init__(self, *, with_names: bool) -> None:
         self.sizes = array("q")
@@ -83,70 +44,24 @@ class _Documents:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def add(self, document: Document) -> None:
-        self.sizes.append(document.num_bytes)
-        self.group_of.append(self.groups.setdefault(document.group, len(self.groups)))
-        self.digests += bytes.fromhex(document.sha256)
+    def extend(self, sizes: Sequence[int], groups: Iterable[str], digests: bytes, names: Iterable[str]) -> None:
+        """Some more documents: UTF-8 bytes, groups, SHA-256 digests (32 bytes each) and names."""
+        self.sizes.extend(sizes)
+        self.group_of.extend(self.groups.setdefault(group, len(self.groups)) for group in groups)
+        self.digests += digests
         if self.names is not None:
-            self.names.append(document.name)
+            self.names.extend(names)
 
     def digest(self, number: int) -> str:
         return self.digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES].hex()
 
 
-class _ListHash:
-    """`content_hash` of a list of [name, SHA-256], which is never whole in memory."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256(b"[")
-        self._is_empty = True
-
-    def add(self, name: str, sha256: str) -> None:
-        spelled = json.dumps(name, ensure_ascii=False)
-        separator = "" if self._is_empty else ","
-        self._digest.update(f'{separator}\n [\n  {spelled},\n  "{sha256}"\n ]'.encode())
-        self._is_empty = False
-
-    def hexdigest(self) -> str:
-        self._digest.update(b"]\n" if self._is_empty else b"\n]\n")
-        return self._digest.hexdigest()
-
-
-def survey_files(files: list[SourceFile], reader: DocumentReader, rules: SplitRules, *, unit_bytes: int) -> Survey:
-    """Read the inputs once: hash every document, sample whole groups, deal documents to splits.
-
-    Args:
-        files: in the order of the corpus.
-        reader: how they become documents.
-        rules: what is taken, and the shares.
-        unit_bytes: a unit is closed by the file in which it reaches this size.
+def check_splits(split_of: array[int], rules: SplitRules) -> None:
+    """Warn of empty splits.
 
     Raises:
-        UserError: two files of one name, or nothing for the training split.
+        UserError: nothing for the training split.
     """
-    if len({file.name for file in files}) != len(files):
-        raise UserError("two inputs hold documents of the same name: give their common parent directory as one --input")
-    documents, listed = _Documents(with_names=bool(rules.max_bytes)), _ListHash()
-    units: list[CorpusUnit] = []
-    of_unit: list[SourceFile] = []
-    first = size = 0
-    for file in files:
-        of_unit.append(file)
-        for document in reader.read([file]):
-            documents.add(document)
-            listed.add(document.name, document.sha256)
-            size += document.num_bytes
-        if size >= unit_bytes:
-            units.append(CorpusUnit(files=tuple(of_unit), first=first, stop=len(documents)))
-            of_unit, first, size = [], len(documents), 0
-    if of_unit:
-        units.append(CorpusUnit(files=tuple(of_unit), first=first, stop=len(documents)))
-    split_of = _deal(documents, rules)
-    _check_splits(split_of, rules)
-    return Survey(units=units, split_of=split_of, num_bytes=sum(documents.sizes), sha256=listed.hexdigest())
-
-
-def _check_splits(split_of: array[int], rules: SplitRules) -> None:
     fractions = {"tuning": rules.tuning_fraction, "test": rules.test_fraction, "heldout": rules.heldout_fraction}
     for split, fraction in fractions.items():
         if fraction and SPLITS.index(split) not in split_of:
@@ -158,7 +73,7 @@ def _check_splits(split_of: array[int], rules: SplitRules) -> None:
         )
 
 
-def _deal(documents: _Documents, rules: SplitRules) -> array[int]:
+def deal_documents(documents: KnownDocuments, rules: SplitRules) -> array[int]:
     """Each document's split. Held-out groups first, then tuning and test documents, each in the order of a hash.
 
     What would overfill a split's share of the bytes is passed over, so that one long document does not decide its size.
@@ -197,7 +112,7 @@ def _deal(documents: _Documents, rules: SplitRules) -> array[int]:
     return split_of
 
 
-def _sample(documents: _Documents, rules: SplitRules) -> Iterable[int]:
+def _sample(documents: KnownDocuments, rules: SplitRules) -> Iterable[int]:
     """Documents in hash order of their groups, as long as they fit in `max_bytes`; what does not fit is passed over."""
     if not rules.max_bytes or documents.names is None:
         return range(len(documents))

@@ -1,17 +1,17 @@
 """First stage: text → tokens. Documents are read, sampled, dealt to splits, tokenized and written as token shards.
 
-The inputs are read twice, as streams: once to name the units and deal the documents (corpus_splits.py), once to tokenize
-them (tokenization.py). What stays in memory is some tens of bytes a document and a few batches of text.
+The inputs are read twice, as streams and in several processes (workers.py): once to name the units (corpus_survey.py) and
+deal the documents (corpus_splits.py), once to tokenize them (tokenization.py). What stays in memory is some tens of bytes a
+document and a few batches of text.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlpmem_ds.core.config import option
-from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import FORMAT, SPLITS, VERSION, token_dtype
-from mlpmem_ds.formats.documents import TEXT_PATTERNS, Document, find_files
-from mlpmem_ds.stages.corpus.corpus_splits import UNWANTED, CorpusUnit, DocumentReader, SplitRules, Survey, survey_files
-from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, choose_processes, vocab_size
+from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files
+from mlpmem_ds.stages.corpus.corpus_splits import SplitRules
+from mlpmem_ds.stages.corpus.corpus_survey import DocumentReader, Survey, survey_files
+from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, read_wanted, vocab_size, wanted_of_unit
+from mlpmem_ds.stages.corpus.workers import choose_processes
 
 _logger = logging.getLogger(__name__)
 _UNIT_BYTES = 32 << 20
@@ -91,7 +93,7 @@ def run(config: Config, world: World) -> None:
         raise UserError(
             f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its tokenizer_config.json"
         )
-    survey = _survey(config)
+    survey = _survey(config, world)
     vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
     inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
     directory = open_stage(config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world)
@@ -105,7 +107,7 @@ def run(config: Config, world: World) -> None:
     names = [f"{number:05d}" for number in range(len(survey.units))]
     progress = Progress(survey.num_wanted, label="documents", unit="documents", world=world)
     processes = choose_processes(config.processes, world, survey.num_bytes)
-    with TokenizerPool(tokenizer, token_dtype(vocab_size(tokenizer)), processes) as pool:
+    with TokenizerPool(tokenizer, token_dtype(vocab_size(tokenizer)), _reader(config), processes) as pool:
 
         def tokenize(name: str, writer: UnitWriter) -> dict[str, Any]:
             return _tokenize_unit(config, survey, int(name), pool, writer, progress)
@@ -119,7 +121,7 @@ def _reader(config: Config) -> DocumentReader:
     return DocumentReader(text_field=config.text_field, group_field=config.group_field)
 
 
-def _survey(config: Config) -> Survey:
+def _survey(config: Config, world: World) -> Survey:
     rules = SplitRules(
         tuning_fraction=config.tuning_fraction,
         test_fraction=config.test_fraction,
@@ -128,25 +130,8 @@ def _survey(config: Config) -> Survey:
         seed=config.seed,
     )
     files = find_files(config.input, config.include, config.exclude)
-    return survey_files(files, _reader(config), rules, unit_bytes=_UNIT_BYTES)
-
-
-def _documents(config: Config, survey: Survey, unit: CorpusUnit) -> Iterator[tuple[Document, int]]:
-    """The unit's wanted documents, each with its split's index.
-
-    Raises:
-        DamagedDataError: the files do not hold what the survey found in them.
-    """
-    number = unit.first
-    for document in _reader(config).read(unit.files):
-        if number < unit.stop and survey.split_of[number] != UNWANTED:
-            yield document, survey.split_of[number]
-        number += 1
-    if number != unit.stop:
-        raise DamagedDataError(
-            f"the input changed while it was read ({unit.files[0].path} and after it hold {number - unit.first} documents, not "
-            f"{unit.stop - unit.first}): run again when it stands still, with another --output"
-        )
+    processes = choose_processes(config.processes, world, sum(file.num_bytes for file in files))
+    return survey_files(files, _reader(config), rules, unit_bytes=_UNIT_BYTES, processes=processes)
 
 
 def _load_tokenizer(name_or_path: str) -> Any:
@@ -186,10 +171,11 @@ def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    reader = _reader(config)
     texts = (
-        document.text
+        read_wanted(reader, item).text
         for unit in survey.units
-        for document, split in _documents(config, survey, unit)
+        for item, split in wanted_of_unit(reader, survey, unit)
         if SPLITS[split] == "train"
     )
     trained.train_from_iterator(texts, trainer)
@@ -211,15 +197,15 @@ def _tokenize_unit(
             ]
             for split in splits
         }
-        for document, split, ids in pool.tokenize(_documents(config, survey, unit)):
-            entry = {"name": document.name, "group": document.group, "bytes": document.num_bytes, "tokens": len(ids)}
-            outputs[split][0].write(ids.tobytes())
-            outputs[split][1].write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
-            counts = summary[SPLITS[split]]
-            counts["tokens"] += len(ids)
-            counts["documents"] += 1
-            counts["bytes"] += document.num_bytes
-            progress.advance(1)
+        for parts in pool.tokenize(survey, unit):
+            for split, part in parts.items():
+                outputs[split][0].write(part.ids)
+                outputs[split][1].write("".join(part.lines).encode())
+                counts = summary[SPLITS[split]]
+                counts["tokens"] += part.tokens
+                counts["documents"] += len(part.lines)
+                counts["bytes"] += part.num_bytes
+                progress.advance(len(part.lines))
     return summary
 
 

@@ -1,24 +1,41 @@
-"""Of the first stage: documents → token ids, in this process or in several, in order and with bounded memory."""
+"""Of the first stage: documents → token ids. A batch is what a process is given at once.
+
+Text files are read by the process that tokenizes them. Documents of files that hold many are streamed by this process,
+and their text goes with the batch.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.documents import Document
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.formats.documents import Document, SourceFile
+from mlpmem_ds.stages.corpus.corpus_splits import UNWANTED
+from mlpmem_ds.stages.corpus.corpus_survey import CorpusUnit, DocumentReader, Survey
+from mlpmem_ds.stages.corpus.workers import Workers
 
-BATCH_BYTES = 1 << 19
-"""text of a batch: large enough that its way to another process costs nothing beside tokenizing it"""
-_BATCHES_AHEAD = 3  # a process, so that none waits while the results of one before it are written
-_WORTH_BYTES = 8 << 20  # of text: below, starting processes takes longer than they save
+BATCH_BYTES = 1 << 17
+"""text of a batch: small beside a unit, so that no process idles at its end; large beside its way to another process"""
+Batch = list[tuple[SourceFile | Document, int]]
+"""what is to be tokenized, in its order, and each one's split; a file is a text file that is still to be read"""
 _inherited: list[Any] = []  # the tokenizer, in a worker process
+
+
+@dataclass(kw_only=True)
+class TokenizedText:
+    """Some documents of one split as they are written."""
+
+    ids: bytearray = field(default_factory=bytearray)
+    lines: list[str] = field(default_factory=list)
+    """JSON, an entry a document"""
+    tokens: int = 0
+    num_bytes: int = 0
 
 
 def vocab_size(tokenizer: Any) -> int:
@@ -32,72 +49,89 @@ def encode(tokenizer: Any, texts: Sequence[str], dtype: np.dtype[Any]) -> list[n
         lists = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     else:
         lists = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    return [np.array([*ids, tokenizer.eos_token_id], dtype=dtype) for ids in lists]
-
-
-def choose_processes(asked: int, world: World, num_bytes: int) -> int:
-    """How many processes tokenize: as asked; 0 is the cores of this machine where one rank has them, else one a rank."""
-    if asked:
-        return asked
-    if world.size > 1 or num_bytes < _WORTH_BYTES or "fork" not in multiprocessing.get_all_start_methods():
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for ids in lists:
+        ids.append(tokenizer.eos_token_id)
+    return [np.fromiter(ids, dtype, len(ids)) for ids in lists]
 
 
 class TokenizerPool:
-    """Tokenizes documents with a number of processes; one is this process itself. Close it, or use it in a `with`."""
+    """Tokenizes a survey's units with a number of processes; use it in a `with`."""
 
-    def __init__(self, tokenizer: Any, dtype: np.dtype[Any], processes: int) -> None:
-        self._tokenizer, self._dtype, self._processes = tokenizer, dtype, processes
-        self._executor: ProcessPoolExecutor | None = None
-        if processes > 1:
-            # Forked, so that a tokenizer of any kind is there without being pickled, and nothing is imported again.
-            _inherited[:] = [tokenizer]
-            context = multiprocessing.get_context("fork")
-            self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_use_one_thread)
+    def __init__(self, tokenizer: Any, dtype: np.dtype[Any], reader: DocumentReader, processes: int) -> None:
+        _inherited[:] = [tokenizer]
+        self._reader, self._workers = reader, Workers(processes)
+        self._tokenize = functools.partial(_tokenize_batch, reader, dtype)
 
     def __enter__(self) -> TokenizerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._workers.close()
 
-    def close(self) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+    def tokenize(self, survey: Survey, unit: CorpusUnit) -> Iterator[dict[int, TokenizedText]]:
+        """The unit's wanted documents by split, a batch at a time.
 
-    def tokenize(self, documents: Iterable[tuple[Document, int]]) -> Iterator[tuple[Document, int, np.ndarray]]:
-        """Each document and what came with it, with its ids, in their order."""
-        if self._executor is None:
-            for batch in _batches(documents):
-                arrays = encode(self._tokenizer, [document.text for document, _ in batch], self._dtype)
-                yield from _join(batch, arrays)
-            return
-        waiting: deque[tuple[list[tuple[Document, int]], Future[list[np.ndarray]]]] = deque()
-        for batch in _batches(documents):
-            texts = [document.text for document, _ in batch]
-            waiting.append((batch, self._executor.submit(_encode_inherited, texts, self._dtype)))
-            if len(waiting) >= _BATCHES_AHEAD * self._processes:
-                done, future = waiting.popleft()
-                yield from _join(done, future.result())
-        while waiting:
-            done, future = waiting.popleft()
-            yield from _join(done, future.result())
+        Raises:
+            DamagedDataError: the files do not hold what the survey found in them.
+        """
+        return self._workers.map(self._tokenize, _batches(wanted_of_unit(self._reader, survey, unit)))
 
 
-def _join(
-    batch: Sequence[tuple[Document, int]], arrays: Sequence[np.ndarray]
-) -> Iterator[tuple[Document, int, np.ndarray]]:
-    for (document, split), ids in zip(batch, arrays, strict=True):
-        yield document, split, ids
+def wanted_of_unit(
+    reader: DocumentReader, survey: Survey, unit: CorpusUnit
+) -> Iterator[tuple[SourceFile | Document, int]]:
+    """Each wanted document with its split; a text file as it is, unread.
+
+    Raises:
+        DamagedDataError: a file does not hold what the survey found in it.
+    """
+    number = unit.first
+    for file, count in zip(unit.files, unit.counts, strict=True):
+        splits = survey.split_of[number : number + count]
+        number += count
+        if file.kind == "text":
+            yield from ((file, split) for split in splits if split != UNWANTED)
+        elif splits.count(UNWANTED) < count:
+            yield from _wanted_of_file(reader, file, splits)
 
 
-def _batches(documents: Iterable[tuple[Document, int]]) -> Iterator[list[tuple[Document, int]]]:
-    batch: list[tuple[Document, int]] = []
+def _wanted_of_file(reader: DocumentReader, file: SourceFile, splits: Sequence[int]) -> Iterator[tuple[Document, int]]:
+    found = 0
+    for document in reader.read([file]):
+        if found < len(splits) and splits[found] != UNWANTED:
+            yield document, splits[found]
+        found += 1
+    if found != len(splits):
+        raise _changed(file, found, len(splits))
+
+
+def read_wanted(reader: DocumentReader, item: SourceFile | Document) -> Document:
+    """The document itself.
+
+    Raises:
+        DamagedDataError: the text file does not hold one any more.
+    """
+    if isinstance(item, Document):
+        return item
+    documents = list(reader.read([item]))
+    if len(documents) != 1:
+        raise _changed(item, len(documents), 1)
+    return documents[0]
+
+
+def _changed(file: SourceFile, found: int, expected: int) -> DamagedDataError:
+    return DamagedDataError(
+        f"the input changed while it was read ({file.path} holds {found} documents, not {expected}): run again when it stands "
+        "still, with another --output"
+    )
+
+
+def _batches(items: Iterator[tuple[SourceFile | Document, int]]) -> Iterator[Batch]:
+    batch: Batch = []
     size = 0
-    for document, split in documents:
-        batch.append((document, split))
-        size += len(document.text)
+    for item, split in items:
+        batch.append((item, split))
+        size += item.num_bytes
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -105,9 +139,16 @@ def _batches(documents: Iterable[tuple[Document, int]]) -> Iterator[list[tuple[D
         yield batch
 
 
-def _use_one_thread() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-
-
-def _encode_inherited(texts: list[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
-    return encode(_inherited[0], texts, dtype)
+def _tokenize_batch(reader: DocumentReader, dtype: np.dtype[Any], batch: Batch) -> dict[int, TokenizedText]:
+    """By split; in a worker, or in this process."""
+    documents = [read_wanted(reader, item) for item, _ in batch]
+    arrays = encode(_inherited[0], [document.text for document in documents], dtype)
+    of_split: dict[int, TokenizedText] = {}
+    for document, ids, (_, split) in zip(documents, arrays, batch, strict=True):
+        entry = {"name": document.name, "group": document.group, "bytes": document.num_bytes, "tokens": len(ids)}
+        part = of_split.setdefault(split, TokenizedText())
+        part.ids += ids.tobytes()
+        part.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        part.tokens += len(ids)
+        part.num_bytes += document.num_bytes
+    return of_split

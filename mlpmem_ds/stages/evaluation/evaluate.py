@@ -40,7 +40,7 @@ def run(config: Config, world: World) -> str | None:
         config=config,
         world=world,
         inputs=_hashes(inputs),
-        extra=_resolved(inputs),
+        extra=_resolved(config, inputs),
     )
     units = _list_units(config, inputs)
     progress = Progress(
@@ -81,10 +81,12 @@ def _hashes(inputs: Inputs) -> dict[str, str]:
     return hashes
 
 
-def _resolved(inputs: Inputs) -> dict[str, Any]:
+def _resolved(config: Config, inputs: Inputs) -> dict[str, Any]:
     """The values behind the defaults that decide the scores."""
     store = inputs.datastore
-    return {"dtype": inputs.source.dtype_name, "k": store and store.k, "temperature": store and store.temperature}
+    values = {"dtype": inputs.source.dtype_name, "k": store and store.k, "temperature": store and store.temperature}
+    # Only where it is not the default: reports of release 0.1.0 are continued.
+    return values | ({} if config.memory_weights == "float" else {"memory_weights": config.memory_weights})
 
 
 def _list_units(config: Config, inputs: Inputs) -> dict[str, Unit]:

@@ -30,6 +30,7 @@ from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import PretrainedMemory
 from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.quantized import quantize_linears
 from mlpmem_ds.stages.evaluation.evaluation_config import Config
 from mlpmem_ds.stages.retrieval.retriever import Retriever
 
@@ -117,6 +118,9 @@ def open_memory(
             f"{flag} {root} reads vectors of {memory.config.input_size} numbers, the base's have {source.width}: "
             "give the base that it was trained for"
         )
+    memory = memory.to(dtype=source.model.dtype, device=source.device).eval().requires_grad_(False)
+    if config.memory_weights == "int8":
+        quantize_linears(memory)
     return MemoryArm(
         arm=arm,
         root=root,
@@ -124,7 +128,7 @@ def open_memory(
         provenance=provenance,
         is_training=is_training,
         bytes=bytes_of_model(directory),
-        memory=memory.to(dtype=source.model.dtype, device=source.device).eval().requires_grad_(False),
+        memory=memory,
         point=resolve_point(source, layer, point, flag=flag),
     )
 
@@ -149,12 +153,22 @@ def _read_export(root: Path, flag: str) -> PretrainedMemory:
         raise UserError(f"{flag} {root} cannot be loaded ({error}): export the memory again") from error
 
 
-def open_model(root: Path, name: str, config: Config, corpus: CorpusSplit, *, device: str) -> ModelArm:
+def open_model(root: Path, name: str, config: Config, corpus: CorpusSplit, *, base: TransformersSource) -> ModelArm:
     flag = f"--control {name}"
     if (root / "identity.json").is_file() and not (root / "manifest.json").is_file():
         raise UserError(f"{flag}: {root} is not complete: run its stage again, it continues")
     sha256 = fingerprint_model(str(root))
-    source = TransformersSource(str(root), dtype=config.dtype, device=device, attention=config.attention)
+    is_alike = read_json(root / "config.json").get("model_type") == base.model.config.model_type
+    source = TransformersSource(
+        str(root),
+        dtype=config.dtype,
+        device=str(base.device),
+        attention=config.attention,
+        layers_path=base.layers_path
+        if is_alike
+        else None,  # a base that was trained on has its layers where it had them
+        flag=flag,
+    )
     check_source_reads(source, corpus, str(root), flag=flag)
     return ModelArm(arm=name, path=str(root), sha256=sha256, source=source)
 
@@ -194,11 +208,16 @@ def open_datastore(
         raise UserError(
             "the kNN arms need a temperature: give --targets, whose temperature they take, or --temperature"
         )
+    k = config.k or (targets["k"] if targets else _DEFAULT_K)
+    if k > keys.num_positions:
+        raise UserError(
+            f"{k:,} neighbours are more than the {keys.num_positions:,} of --keys {config.keys}: give a smaller --k"
+        )
     point = CapturePoint(layer=keys.manifest["key_layer"], point=keys.manifest["key_point"])
     return Retriever(
         keys=keys,
         index=index,
-        k=config.k or (targets["k"] if targets else _DEFAULT_K),
+        k=k,
         nprobe=config.nprobe,
         temperature=float(temperature),
         exact=config.exact,

@@ -39,7 +39,9 @@ class Config:
     model: str = option("base language model: a directory or Hub name", identity=False)
     corpus: Path = option("corpus directory with the text to predict")
     output: Path = option("report directory to write")
-    memory: Path | None = option("trained memory: an output of launch/train.py or an exported model", None)
+    memory: Path | None = option(
+        "trained memory: an output of launch/train.py, or an exported model or its Hub name", None
+    )
     keys: Path | None = option("key directory: adds the arm base+knn_exact", None)
     index: Path | None = option("index of those keys: adds the arm base+knn_ivfpq", None)
     targets: Path | None = option("targets of those keys: their temperature and k are taken", None)
@@ -50,10 +52,14 @@ class Config:
         metavar="NAME=DIR",
     )
     exact: bool = option("search all the keys as well; its cost grows with positions times keys", True)
-    tuning_split: str = option("split on which λ and the kNN temperature are chosen", "tuning")
+    tuning_split: str = option("split on which λ, and for kNN temperature and neighbours, are chosen", "tuning")
     test_split: str = option("split that is reported", "test")
     extra_splits: tuple[str, ...] = option("further test sets, where the corpus has them", ("heldout",))
-    k: int | None = option("neighbours (default: the targets', else 256)", None, identity=False)
+    k: int | None = option(
+        "neighbours (default: the targets', else 256); a quarter and a sixteenth of them are tried too",
+        None,
+        identity=False,
+    )
     temperature: float | None = option(
         "kNN temperature in squared key units (default: the targets'); 1/4 to 4 times it are tried",
         None,
@@ -68,9 +74,16 @@ class Config:
     )
     samples: int = option("passages continued without and with the memory in report.md", 3, identity=False)
     unit_positions: int = option("positions in a unit of work", 8192)
-    batch_windows: int = option("windows that the base reads at once", 16, identity=False)
+    batch_windows: int = option(
+        "windows that a GPU reads at once; on a CPU always as many as make 2,048 tokens, so that scores do not depend on it",
+        16,
+        identity=False,
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "of the forward passes; auto = bfloat16 on a GPU, float32 on a CPU", "auto", identity=False
+    )
+    memory_weights: Literal["float", "int8"] = option(
+        "the memories' matrices: as trained, or rounded to int8 as generate can read them", "float", identity=False
     )
     device: str = option("auto, cpu, cuda or cuda:N", "auto", identity=False)
     attention: str = option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")

@@ -5,6 +5,7 @@ N positions.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from mlpmem_ds.engines.hidden_states import (
     check_source_reads,
     fingerprint_model,
 )
+from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.stages.evaluation.evaluation_arms import (
     MemoryArm,
@@ -88,6 +90,7 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
     Raises:
         UserError: an input is missing, or does not belong to this base, corpus or datastore.
     """
+    config = _with_fetched_memories(config)
     splits = _open_splits(config)
     corpus = splits[config.test_split].corpus
     base_sha256 = fingerprint_model(config.model)
@@ -117,7 +120,7 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
                 "it: choose another name"
             )
         else:
-            models.append(open_model(root, name, config, corpus, device=str(source.device)))
+            models.append(open_model(root, name, config, corpus, base=source))
     if len({memory.arm for memory in memories}) < len(memories):
         raise UserError("two of the controls have the same name: choose another for one of them")
     datastore = open_datastore(config, corpus, source, base_sha256)
@@ -133,14 +136,23 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
     )
 
 
+def _with_fetched_memories(config: Config) -> Config:
+    """The same with directories in the place of Hub names."""
+    memory = None if config.memory is None else fetch_directory(str(config.memory), flag="--memory")
+    controls = control_directories(config.control).items()
+    fetched = tuple(f"{name}={fetch_directory(str(root), flag=f'--control {name}')}" for name, root in controls)
+    return dataclasses.replace(config, memory=memory, control=fetched)
+
+
 def _layers_path(config: Config) -> str | None:
-    """Where the base's layers are, if extraction had to be told: as the memory says, or the keys."""
-    if config.memory is not None:
-        weights, export = config.memory / "weights" / "config.json", config.memory / "config.json"
+    """Where the base's layers are, if extraction had to be told: as the memory says, a control's memory, or the keys."""
+    controls = control_directories(config.control).values()
+    for memory in (*([] if config.memory is None else [config.memory]), *controls):
+        weights, export = memory / "weights" / "config.json", memory / "config.json"
         if weights.is_file():
             return (read_json(weights).get("provenance") or {}).get("input_layers_path")
-        if export.is_file():
-            return read_json(export).get("layers_path")
+        if export.is_file() and "layers_path" in (description := read_json(export)):
+            return description["layers_path"]
     if config.keys is not None and (config.keys / "manifest.json").is_file():
         return read_json(config.keys / "manifest.json").get("layers_path")
     return None

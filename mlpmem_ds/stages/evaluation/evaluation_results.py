@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block
-from mlpmem_ds.core.files import publish_bytes, publish_json
+from mlpmem_ds.core.files import publish_bytes, publish_json, read_json
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
@@ -32,7 +32,7 @@ from mlpmem_ds.stages.report.report import BASE, MEMORY, Arm, Protocol, summaris
 from mlpmem_ds.stages.report.report_breakdowns import KIND, Groups, entropy_groups, frequency_groups
 from mlpmem_ds.stages.report.report_page import render_report
 from mlpmem_ds.stages.report.report_plots import plot_costs, plot_lambda_curves, plot_speeds, plot_wins
-from mlpmem_ds.stages.retrieval.retriever import TEMPERATURE_FACTORS
+from mlpmem_ds.stages.retrieval.retriever import NEIGHBOUR_DIVISORS, TEMPERATURE_FACTORS
 
 FORMAT, VERSION = "report", 1
 _COUNTED_TOKENS = 1 << 22
@@ -87,6 +87,7 @@ def evaluate_scores(
             "k": store and store.k,
             "temperature": store and store.temperature,
             "temperature_factors": list(TEMPERATURE_FACTORS),
+            "neighbour_divisors": list(NEIGHBOUR_DIVISORS),
             "nprobe": config.nprobe if store and store.index else None,
             "index_factory": store.index.factory if store and store.index else None,
             "bootstrap_samples": config.bootstrap_samples,
@@ -94,6 +95,7 @@ def evaluate_scores(
             "block_size": corpus.block_size,
             "stride": corpus.stride,
             "dtype": inputs.source.dtype_name,
+            "memory_weights": config.memory_weights,
             "device": first["device"],
             "threads": first["threads"],
         },
@@ -114,7 +116,7 @@ def _describe_arm(
         _bytes_of_source(config.model, inputs.source) if model is None else _bytes_of_source(model.path, model.source)
     )
     if memory is not None:
-        parameters, num_bytes = parameters + _num_parameters(memory.memory), num_bytes + memory.bytes
+        parameters, num_bytes = parameters + memory.memory.config.num_parameters(), num_bytes + memory.bytes
     store = inputs.datastore
     is_knn = store is not None and arm in store.arms
     if is_knn:
@@ -122,7 +124,10 @@ def _describe_arm(
         num_bytes += store.num_bytes(arm)
     mine = [unit for unit in units.values() if unit.model is model]
     alone = arm == BASE or model is not None
-    scores = _by_split(config, inputs, [(unit, unit.file(arm)) for unit in mine])
+    scores = _by_split(config, inputs, [(unit, unit.file(arm)) for unit in mine]) or {}
+    choices = store.choices if store is not None and is_knn else ()
+    if is_knn:  # a report begun by release 0.1.0 has the first of them only
+        choices = choices[: scores[config.test_split].shape[1]]
     guesses = _by_split(config, inputs, [(unit, unit.guess_file(arm)) for unit in mine])
     test_units = [unit for unit in mine if unit.stream == inputs.splits[config.test_split].corpus.name]
     parts = {arm} if model is not None else {BASE, arm}
@@ -132,26 +137,50 @@ def _describe_arm(
     ]
     return Arm(
         name=arm,
-        scores=scores or {},
+        scores=scores,
         alone=alone,
         parameters=parameters,
         bytes=num_bytes,
         seconds=inputs.seconds[arm],
         tokens_per_second=float(np.median(rates)),
-        temperatures=store.temperatures if store is not None and is_knn else (),
+        tokens=_tokens_read(arm, inputs),
+        temperatures=tuple(temperature for _, temperature in choices),
+        neighbours=tuple(count for count, _ in choices),
         guesses=guesses and {name: part[:, 0] if alone else part for name, part in guesses.items()},
         came=guesses and {name: part[:, 2] > 0 for name, part in guesses.items()} if alone else None,
         entropies=guesses and {name: part[:, 1] for name, part in guesses.items()} if alone else None,
     )
 
 
+def _tokens_read(arm: str, inputs: Inputs) -> int | None:
+    """What making the arm read beyond the base: positions of every training step, or the stored keys; None if not known."""
+    if inputs.datastore is not None and arm in inputs.datastore.arms:
+        return int(inputs.datastore.keys.num_positions)
+    for memory in inputs.memories:
+        if memory.arm == arm:
+            steps, size = memory.provenance.get("steps"), memory.provenance.get("batch_positions")
+            return steps * size if steps and size else None
+    for model in inputs.models:
+        manifest = Path(model.path) / "manifest.json"
+        if model.arm == arm and manifest.is_file():
+            values = read_json(manifest)
+            steps, size = values.get("steps"), values.get("config", {}).get("batch_tokens")
+            return steps * size if steps and size else None
+    return None
+
+
 def _by_split(config: Config, inputs: Inputs, files: Sequence[tuple[Unit, str]]) -> dict[str, np.ndarray] | None:
-    """Split → the rows of these files; None where one is missing: reports begun by release 0.1.0 have no guesses."""
+    """Split → the rows of these files, and the columns that all have; None where a file is missing.
+
+    Reports begun by release 0.1.0 have no guesses, and fewer columns for kNN.
+    """
     if not all((config.output / name).is_file() for _, name in files):
         return None
+    arrays = [(unit.stream, np.load(config.output / name, allow_pickle=False)) for unit, name in files]
+    least = min((array.shape[1] for _, array in arrays if array.ndim == 2), default=0)
     streams = {
         stream: np.concatenate(
-            [np.load(config.output / name, allow_pickle=False) for unit, name in files if unit.stream == stream]
+            [array[..., :least] if array.ndim == 2 else array for of, array in arrays if of == stream]
         )
         for stream in inputs.streams
     }

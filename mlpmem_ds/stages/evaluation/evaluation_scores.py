@@ -18,8 +18,11 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import HeadScores, head_scores, token_log_probabilities
 from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, logit_transform, output_head
 from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.quantized import Int8Linear
 
+_CPU_TOKENS = 2048  # of a forward on a CPU; from a few hundred on, more at once are no faster
 _MEMORY_ROWS = 2048  # rows whose activations are at hand: 4 · F bytes each and matrix, 117 MB for F = 14,336
+_INT8_ROWS = 256  # rows whose logits are at hand where the head is int8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,17 @@ class _ScoringSource:
         return result_N
 
 
+def windows_at_once(source: TransformersSource, corpus: CorpusSplit, batch_windows: int) -> int:
+    """How many windows go through the base in one forward: `batch_windows` on a GPU.
+
+    Products of another number of rows may round otherwise, and a sum over a corpus shows it. On a CPU, where more than a
+    few hundred rows at once gain nothing, every forward of a text is therefore cut alike, whatever `batch_windows` is.
+    """
+    if source.device.type != "cpu":
+        return batch_windows
+    return max(1, _CPU_TOKENS // min(corpus.block_size, max(1, corpus.num_positions)))
+
+
 def scan(
     source: TransformersSource,
     corpus: CorpusSplit,
@@ -65,13 +79,14 @@ def scan(
     *,
     batch_windows: int,
 ) -> PassScores:
-    """One pass over the windows that predict a block's positions.
+    """One pass over the windows that predict a block's positions; `batch_windows` as in `windows_at_once`.
 
     Raises:
         UserError: a log-probability is not finite.
     """
     scoring = _ScoringSource(source)
-    rows = list(scan_positions(scoring, corpus, block, points, batch_windows=batch_windows))
+    at_once = windows_at_once(source, corpus, batch_windows)
+    rows = list(scan_positions(scoring, corpus, block, points, batch_windows=at_once))
     log_probabilities_n = np.concatenate([batch.log_probabilities for batch in rows])
     if not np.isfinite(log_probabilities_n).all():
         position = block.start + int(np.flatnonzero(~np.isfinite(log_probabilities_n))[0])
@@ -100,11 +115,17 @@ def memory_log_probabilities(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ:
     Raises:
         UserError: one is not a number, as damaged weights or an overflow in float16 make it.
     """
-    weight_VH: torch.Tensor = memory.head.weight  # type: ignore[assignment]
+    norm: torch.Tensor = memory.final_norm.weight  # type: ignore[assignment]
     parts = inputs_nD.split(_MEMORY_ROWS)
-    hidden_nH = torch.cat([memory(part.to(dtype=weight_VH.dtype, device=weight_VH.device)) for part in parts])
-    tokens = torch.from_numpy(tokens_nJ).to(weight_VH.device)
-    result_nJ: np.ndarray = token_log_probabilities(hidden_nH, weight_VH, tokens).cpu().numpy()
+    hidden_nH = torch.cat([memory(part.to(dtype=norm.dtype, device=norm.device)) for part in parts])
+    tokens = torch.from_numpy(tokens_nJ).to(norm.device)
+    if isinstance(memory.head, Int8Linear):  # its own product, as generation meets it
+        pairs = zip(hidden_nH.split(_INT8_ROWS), tokens.split(_INT8_ROWS), strict=True)
+        scores_nJ = torch.cat([memory.head(rows).float().log_softmax(-1).gather(1, wanted) for rows, wanted in pairs])
+    else:
+        weight_VH: torch.Tensor = memory.head.weight  # type: ignore[assignment]
+        scores_nJ = token_log_probabilities(hidden_nH, weight_VH, tokens)
+    result_nJ: np.ndarray = scores_nJ.cpu().numpy()
     if not np.isfinite(result_nJ).all():
         raise UserError(
             f"{int((~np.isfinite(result_nJ)).sum())} of {result_nJ.size} log-probabilities of a memory are not finite: its "

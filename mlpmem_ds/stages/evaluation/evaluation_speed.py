@@ -18,7 +18,7 @@ from mlpmem_ds.engines.hidden_states import scan_positions
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.stages.evaluation.evaluation_config import Config
 from mlpmem_ds.stages.evaluation.evaluation_inputs import Inputs
-from mlpmem_ds.stages.evaluation.evaluation_scores import memory_log_probabilities
+from mlpmem_ds.stages.evaluation.evaluation_scores import memory_log_probabilities, windows_at_once
 from mlpmem_ds.stages.report.report import BASE
 from mlpmem_ds.stages.retrieval.retriever import Retriever
 
@@ -35,8 +35,10 @@ def measure_speeds(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
     block = Block(0, min(config.speed_positions, corpus.num_positions))
     points: dict[str, CapturePoint] = {memory.arm: memory.point for memory in inputs.memories} | {"key": store.point}
 
+    at_once = windows_at_once(inputs.source, corpus, config.batch_windows)
+
     def read() -> dict[str, torch.Tensor]:
-        rows = list(scan_positions(inputs.source, corpus, block, points, batch_windows=config.batch_windows))
+        rows = list(scan_positions(inputs.source, corpus, block, points, batch_windows=at_once))
         return {name: torch.cat([batch.states[name] for batch in rows]) for name in points}
 
     states, values_n = read(), corpus.values(*block)

@@ -48,6 +48,10 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "of the computation; auto = bfloat16 on a GPU, float32 on a CPU", "auto"
     )
+    memory_weights: Literal["float", "int8"] = option(
+        "the memory's matrices: as they are, or rounded to int8 (on a CPU a faster step; see docs/evaluation.md)",
+        "float",
+    )
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
 
     def __post_init__(self) -> None:
@@ -96,6 +100,8 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     context = getattr(settings, "max_position_embeddings", None) or math.inf
     ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
     model = load_model(config.model, device=config.device, dtype=config.dtype)
+    if config.memory_weights == "int8":
+        model.quantize_memory()
     texts = {
         value: _continue_all(config, model, tokenizer, ids, value, write if config.stream else None)
         for value in ((0.0, lmbda) if config.compare else (lmbda,))

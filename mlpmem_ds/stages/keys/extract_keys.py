@@ -20,7 +20,7 @@ import numpy as np
 
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, check_output, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import scan_positions
 from mlpmem_ds.formats.corpus import CorpusSplit
@@ -42,6 +42,7 @@ from mlpmem_ds.stages.keys.key_plan import PositionBytes, bytes_of_position, req
 __all__ = ["Config", "run"]
 
 _CODEC_UNIT = "codec"
+_FLAGS_OF_THE_FIT = ("fit_positions", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class _Rows:
 
 def run(config: Config, world: World) -> None:
     """Write the key directory; see formats/README.md."""
+    check_output(config.output, stage=FORMAT)  # before a large model is loaded
     inputs = open_inputs(config, world)
     corpus, bases, dim = inputs.corpus, inputs.bases, inputs.dim
     each = bytes_of_position(
@@ -89,6 +91,7 @@ def run(config: Config, world: World) -> None:
                 if (path := getattr(config, name)) is not None
             },
         },
+        without_effect=_FLAGS_OF_THE_FIT if config.codec == "raw" else (),
     )
 
     phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []

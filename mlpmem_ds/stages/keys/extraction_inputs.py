@@ -5,6 +5,7 @@ D width of a model.
 
 from __future__ import annotations
 
+import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,11 @@ Point = Literal["ffn_input", "layer_output", "final_norm"]
 
 def layer_number(text: str) -> int | float:
     """`-1` is an index, `0.7` a fraction of the depth."""
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError as error:
+        remedy = "give an index such as -1, or a fraction of the depth such as 0.7"
+        raise argparse.ArgumentTypeError(f"{text!r} is no layer: {remedy}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,7 @@ class Config:
     input_codec: Literal["bf16", "int8", "none"] = option(
         "the memory's inputs: 2 bytes a number, 1 byte a number and 4 for 128, or not stored (online training)", "bf16"
     )
-    fit_positions: int = option("positions of the sample that fits the codec", 16384)
+    fit_positions: int = option("positions of the sample that fits the int8 codec", 16384)
     unit_positions: int = option("positions in a unit of work", 65536)
     batch_windows: int = option("windows that the base reads at once", 16, identity=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
@@ -90,15 +95,18 @@ class Config:
         identity=False,
     )
     attention: str = option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")
-    seed: int = option("seed of the sample and of the rotation", 0)
+    seed: int = option("seed of the int8 codec's sample and rotation, and of the audit's samples", 0)
     audit: int = option(
-        "afterwards compare the targets of so many stored keys with those of the raw keys; 0 = no audit, 2000 is enough",
+        "afterwards one rank compares the targets of so many stored keys with those of the raw keys (killed, it starts anew); "
+        "0 = no audit, 2000 is enough",
         0,
         identity=False,
     )
     audit_dims: tuple[int, ...] = option("other sizes of int8 keys to measure in the audit", (), identity=False)
     audit_candidates: int = option(
-        "positions that the audit searches at most; the model reads them again", 1 << 20, identity=False
+        "positions that the audit searches at most, which bounds its time; the model reads them again",
+        1 << 20,
+        identity=False,
     )
 
     def __post_init__(self) -> None:

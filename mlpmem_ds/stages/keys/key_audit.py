@@ -90,7 +90,7 @@ def run_audit(
             "settings": plain,
             **measure(source, corpus, keys, point, settings, world),
         }
-        publish_json(keys.root / NAME, found)
+        publish_json(keys.root / NAME, found, seal=True)
     level = logging.INFO if world.is_first else logging.WARNING  # the others' information is not shown
     for line in table(found):
         _logger.log(level, line)

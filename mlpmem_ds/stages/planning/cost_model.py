@@ -2,7 +2,7 @@
 
 Bytes follow from the formats. Seconds are operations over rates, times a factor that a finished run gives (1 where there is
 none). The rates of a core were measured on two cores with AVX512-VNNI; those of a GPU are shares of its peak that nobody
-has measured here. Memory is the most that is resident, files that are mapped included.
+has measured here. Memory of index and targets is what is a rank's own, without the files that it maps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Literal
 
 from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.formats.key_lists import RUN_POSITIONS, bytes_of_key_lists
 from mlpmem_ds.maths.knn import most_keys_for_exact
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.stages.keys.key_plan import bytes_of_position
@@ -30,11 +31,17 @@ _SECONDS_OF_CANDIDATE = 2e-8  # of list search: product and selection
 _SECONDS_OF_NEIGHBOUR = 1.5e-7  # sorting it, weighing it, writing it
 _LIST_IMBALANCE = 1.3  # keys met in the lists that a query probes, over keys of as many average lists
 _GPU_FORWARD, _GPU_TRAINING, _GPU_SEARCH = 0.4, 0.35, 0.2  # shares of the dense 16-bit peak
-_PROCESS_BYTES = 300_000_000  # Python with torch, NumPy and faiss, before it does anything
-_CANDIDATE_BYTES = 8 * 2**24  # the buffer of list search, of a worker
+_PROCESS_BYTES = 300_000_000  # Python with torch, NumPy and faiss, before it does anything, libraries' files included
+_PRIVATE_PROCESS_BYTES = 157_000_000  # … and without them
+_CANDIDATE_BYTES = 4 * 2**24  # the buffer of list search, of a worker
 _BATCH_POSITIONS = 16384
 _MOST_WORKERS = 8  # threads of write_targets that share a batch
 _ROW_BYTES = 80_000_000  # rows being weighed and written, of a worker
+_LIST_SEARCH_BYTES = (
+    150_000_000  # of a worker besides its candidates: lists assigned, queries and ids side by side, selection
+)
+_GATHERED_BYTES = 2**28  # keys of the sample's lists, before the keys lie list by list
+_SAMPLE = 1000  # positions that are measured first
 _CODE_SAMPLE = 1 << 16  # vectors that are float32 at once while codes are trained
 _CHECKPOINT_BYTES, _WEIGHT_BYTES = 12, 4  # of a parameter: Adam's moments and the master weights; the published weights
 _TRAINING_BYTES = 18  # of a parameter, over the ranks with ZeRO-3: weights, gradients and the optimizer's state
@@ -93,12 +100,17 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one stage: bytes it leaves on disk, seconds by the clock, the most resident bytes of a rank, GPU hours."""
+    """Of one stage: bytes it leaves on disk, seconds by the clock, the most bytes of a rank, GPU hours.
+
+    The memory of index and targets is a rank's own; what they map is shared by the ranks of a machine, and more memory than
+    that only saves reading. `temporary_bytes` are on disk while the stage runs.
+    """
 
     bytes: int
     seconds: float
     rank_memory_bytes: int
     gpu_hours: float
+    temporary_bytes: int = 0
 
 
 STAGES = ("corpus", "keys", "index", "targets", "memory")
@@ -125,6 +137,7 @@ def costs(work: Workload, machine: Machine, calibration: Calibration | None = No
             seconds=seconds,
             rank_memory_bytes=memory_of(work, machine),
             gpu_hours=seconds * machine.gpus / 3600 if uses_gpu else 0.0,
+            temporary_bytes=list_bytes(work) if stage == "targets" else 0,
         )
     return result
 
@@ -199,29 +212,50 @@ def resolve_search(search: str, positions: int, machine: Machine) -> str:
 
 
 def index_memory(work: Workload, machine: Machine) -> int:
-    """Of the rank that trains: the mapped keys, the sample of codes, and some of them as float32; then a shard at a time."""
+    """Of the rank that trains: the sample of codes, and some of them as float32; then a shard at a time. Keys are mapped."""
     key = work.dim * (1 if work.codec == "int8" else 2)
     sample = min(work.positions, engine.num_training_vectors(work.factory, work.dim))
     floats = min(sample, max(_CODE_SAMPLE, work.num_lists)) * work.dim * 4
     shard = index_bytes(work) // work.num_shards
-    return _PROCESS_BYTES + work.positions * key + max(sample * key + 2 * floats, 3 * shard // 2)
+    return _PRIVATE_PROCESS_BYTES + max(sample * key + 2 * floats, 3 * shard // 2)
 
 
 def target_memory(work: Workload, machine: Machine) -> int:
-    """All keys (read from mapped files, so twice), values, list ids; of each worker candidates, or neighbours put in order."""
-    key = work.dim * (1 if work.codec == "int8" else 2) + token_dtype(work.vocab_size).itemsize
+    """Of a rank, keys mapped: the batch's neighbours, which its workers share, and what each of them compares.
+
+    With lists also the sample that is searched first and the run of keys that is being put in order.
+    """
+    key = work.dim * (1 if work.codec == "int8" else 2)
     batch = min(_BATCH_POSITIONS, work.positions)
     workers = min(machine.cores, _MOST_WORKERS)
-    neighbours = 8 * batch * work.k  # of all workers: they share the batch
+    neighbours = 8 * batch * work.k
     if work.search == "exact":
         comparing = 13 * 1024 * 8192 + 8 * 1024 * (work.k + 8192)
-        searching = workers * (comparing + _ROW_BYTES) + 2 * neighbours
-        return _PROCESS_BYTES + work.positions * 2 * key + searching
-    wanted = 8 * round(batch * _LIST_IMBALANCE * work.nprobe * work.positions / work.num_lists)
-    candidates = min(workers * _CANDIDATE_BYTES, wanted)
-    searching = max(candidates + neighbours, 4 * neighbours) + workers * _ROW_BYTES
-    reading = index_bytes(work) + 40 * work.positions  # all shards, and their ids being sorted into lists
-    return _PROCESS_BYTES + work.positions * (2 * key + 8) + max(searching, reading)
+        values = token_dtype(work.vocab_size).itemsize * work.positions
+        return _PRIVATE_PROCESS_BYTES + values + workers * (comparing + _ROW_BYTES) + neighbours
+    list_size = work.positions / work.num_lists
+    candidates = 4 * round(batch * _LIST_IMBALANCE * work.nprobe * list_size)
+    probes = min(candidates, workers * _CANDIDATE_BYTES) / 4 / list_size
+    ids = (
+        workers * 16 * min(work.positions, _CANDIDATE_BYTES // 4)
+    )  # of the lists that a block probes, and side by side
+    searching = min(candidates, workers * _CANDIDATE_BYTES) + round(probes * key) + ids + workers * _LIST_SEARCH_BYTES
+    sampling = min(_GATHERED_BYTES, work.positions * key) + min(candidates * _SAMPLE // batch, _CANDIDATE_BYTES)
+    ordering = 28 * min(work.positions, RUN_POSITIONS)
+    return _PRIVATE_PROCESS_BYTES + max(neighbours + searching, sampling + 8 * _SAMPLE * work.k * 6, ordering)
+
+
+def list_bytes(work: Workload) -> int:
+    """Keys in the order of the lists, on disk while targets are written."""
+    if work.search == "exact":
+        return 0
+    return bytes_of_key_lists(
+        work.positions,
+        work.num_lists,
+        work.dim * (1 if work.codec == "int8" else 2),
+        token_dtype(work.vocab_size).itemsize,
+        is_integer=work.codec == "int8",
+    )
 
 
 def _corpus_memory(work: Workload, machine: Machine) -> int:

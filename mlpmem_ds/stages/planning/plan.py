@@ -267,9 +267,11 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
         if machine.ranks * cost.rank_memory_bytes > machine.memory_bytes
     ]
     total = sum(cost.bytes for cost in result.values())
-    if total > machine.disk_bytes:
+    temporary = max(cost.temporary_bytes for cost in result.values())
+    if total + temporary > machine.disk_bytes:
         lines.append(
-            f"all stages together leave {_bytes(total)} and the disk has {_bytes(machine.disk_bytes)}: a larger disk, "
+            f"all stages together leave {_bytes(total)}, the targets want {_bytes(temporary)} more while they are written "
+            f"(elsewhere: --lists), and the disk has {_bytes(machine.disk_bytes)}: a larger disk, "
             "a smaller --dim, --input-codec int8 or none, or --encoding compact"
         )
     if machine.gpus:

@@ -95,7 +95,9 @@ def read_run(run: Path, *, checksums: bool, threads: int = 0) -> list[StageState
         checksums: read every file; without, sizes only.
         threads: that read and hash at once; 0 = one a core, at most eight.
     """
-    states = [_read_stage(run, path.parent) for path in sorted(run.rglob("identity.json"))]
+    roots = {path.parent for path in run.rglob("identity.json")}
+    roots |= {path.parent for path in run.rglob("manifest.json") if (path.parent / "done").is_dir()}
+    states = [_read_stage(run, root) for root in sorted(roots)]
     for owner in [run, *(state.root for state in states)]:
         states += [_read_checkpoint(run, path) for path in sorted(list_checkpoints(owner / "checkpoints"))]
     if run.name.startswith("step-") and (run / "manifest.json").is_file():
@@ -136,7 +138,9 @@ def _read_stage(run: Path, root: Path) -> StageState:
     if has_manifest:
         listed, made = set(_records(manifest, root / "manifest.json", faults)), {record for _, record in files}
         files += [(None, record) for record in sorted(listed - made, key=lambda record: record.name)]
-        faults += [f"{root / record.name} has a record that is not in the manifest" for record in made - listed]
+        faults += [
+            f"{root / record.name} has a record that is not in the manifest" for record in made - listed if manifest
+        ]
         if len(listed - made) > 0 and not faults:
             faults.append(
                 f"records of {len(listed - made)} files that the manifest names are missing in {root / 'done'}"
@@ -150,7 +154,7 @@ def _read_stage(run: Path, root: Path) -> StageState:
         root=root,
         name=_name(run, root),
         kind="stage",
-        format=str(identity.get("format", "?")),
+        format=str(identity.get("format") or manifest.get("format") or "?"),
         has_manifest=has_manifest,
         files=tuple(files),
         num_units=len(records),
@@ -219,7 +223,10 @@ def _records(found: Mapping[str, Any], path: Path, faults: list[str]) -> list[Fi
 
 
 def _leftovers(root: Path) -> Iterator[str]:
-    """Traces of killed or running processes, and checkpoints that were set aside."""
+    """Traces of killed or running processes, damaged audits, and checkpoints that were set aside."""
+    damage: list[str] = []
+    if (root / "audit.json").is_file() and not _read(root / "audit.json", damage):
+        yield f"{damage[0]} (with --audit), or remove it: nothing else needs it"
     temporaries = sum(1 for path in root.rglob(".*.tmp") if path.is_file())
     if temporaries:
         yield f"{temporaries} temporary files of running or killed processes (the next start removes the latter)"

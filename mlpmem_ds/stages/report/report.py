@@ -4,7 +4,7 @@ An *arm* is one way to predict: a model alone (`base`, a control), or the base m
 Nothing here runs a model: every number comes from log-probabilities of positions, two a position and arm, so that any
 λ, temperature or split costs nothing. Used by `evaluate`; natural logarithms, float64.
 
-N = positions of a split, T = temperatures, G = grid of λ.
+N = positions of a split, T = choices of a kNN (temperature and neighbours), G = grid of λ.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ BYTES_NOTE = "bytes on disk that the arm reads: weights and configuration; keys,
 class Arm:
     """One way to predict, and its price.
 
-    `scores` holds for each split the natural log-probabilities of the values: [N], or [N, T] where a temperature is still
-    to be chosen. `alone`: they are the arm's own; else they are mixed with the base's. `seconds` is what making the arm
-    took beyond the base; None where it is not known.
+    `scores` holds for each split the natural log-probabilities of the values: [N], or [N, T] where a temperature and a number
+    of neighbours are still to be chosen: column t has `temperatures[t]` and `neighbours[t]`. `alone`: they are the arm's own;
+    else they are mixed with the base's. `seconds` is what making the arm took beyond the base, `tokens` what it read for that,
+    each time that it read them; None where it is not known.
 
     `guesses`, for the calibration: the log-probability given to one token a position, as `scores` is shaped. The token is
     the arm's own likeliest where it is alone, and `came` says where it was the value; else it is the base's likeliest.
-    `entropies` [N], in nats, of an arm that is
-    alone. None where they were not stored.
+    `entropies` [N], in nats, of an arm that is alone. None where they were not stored.
     """
 
     name: str
@@ -45,7 +45,9 @@ class Arm:
     bytes: int
     seconds: float | None
     tokens_per_second: float | None
+    tokens: int | None = None
     temperatures: tuple[float, ...] = ()
+    neighbours: tuple[int, ...] = ()
     guesses: Mapping[str, np.ndarray] | None = None
     came: Mapping[str, np.ndarray] | None = None
     entropies: Mapping[str, np.ndarray] | None = None
@@ -64,7 +66,7 @@ class Protocol:
 
 
 def summarise(arms: Sequence[Arm], protocol: Protocol, groups: Sequence[Groups] = ()) -> dict[str, Any]:
-    """The numbers of eval.json: λ and temperature are chosen on the tuning split, everything else is read at that choice.
+    """The numbers of eval.json: λ, and for kNN temperature and neighbours, are chosen on the tuning split; the rest follows.
 
     Args:
         arms: the first is the base.
@@ -87,8 +89,10 @@ def summarise(arms: Sequence[Arm], protocol: Protocol, groups: Sequence[Groups] 
                 "splits": splits,
                 "lambda": choice["lambda"],
                 "temperature": choice["temperature"],
+                "neighbours": choice["neighbours"],
                 "parameters": arm.parameters,
                 "bytes": arm.bytes,
+                "tokens": arm.tokens,
                 "seconds": arm.seconds,
                 "tokens_per_second": arm.tokens_per_second,
                 "calibration": _calibration(base, arm, choice, protocol.tests[0]),
@@ -109,9 +113,9 @@ def summarise(arms: Sequence[Arm], protocol: Protocol, groups: Sequence[Groups] 
 
 
 def _choose(base: Arm, arm: Arm, protocol: Protocol) -> dict[str, Any]:
-    """The λ and temperature of the least perplexity on the tuning split, and the curve over λ at that temperature."""
+    """The λ and column of the least perplexity on the tuning split, and that column's curve over λ."""
     if arm.alone:
-        return {"lambda": None, "temperature": None, "temperature_index": None, "curve": None}
+        return {"lambda": None, "temperature": None, "neighbours": None, "column": None, "curve": None}
     base_N, other_NT = base.scores[protocol.tuning], arm.scores[protocol.tuning]
     grid_G = np.array(protocol.lambdas)
     # kNN gives most tokens no probability at all: alone it is no language model, so λ = 1 is not among its choices.
@@ -126,20 +130,21 @@ def _choose(base: Arm, arm: Arm, protocol: Protocol) -> dict[str, Any]:
     return {
         "lambda": float(grid_G[g]),
         "temperature": arm.temperatures[t] if arm.temperatures else None,
-        "temperature_index": int(t) if arm.temperatures else None,
+        "neighbours": arm.neighbours[t] if arm.neighbours else None,
+        "column": int(t) if arm.temperatures else None,
         "curve": curve,
     }
 
 
 def _other(scores: np.ndarray, choice: Mapping[str, Any]) -> np.ndarray:
-    """What is mixed with the base, [N], at the chosen temperature."""
-    return scores if choice["temperature_index"] is None else scores[:, choice["temperature_index"]]
+    """What is mixed with the base, [N], in the chosen column."""
+    return scores if choice["column"] is None else scores[:, choice["column"]]
 
 
 def _final_scores(
     base: Arm, arm: Arm, choice: Mapping[str, Any], of_arm: Mapping[str, np.ndarray], of_base: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Split → log-probabilities [N] of the arm at the chosen λ and temperature, from its own part's and the base's."""
+    """Split → log-probabilities [N] of the arm at the chosen λ and column, from its own part's and the base's."""
     if arm.alone:
         return {split: scores.astype(np.float64) for split, scores in of_arm.items()}
     mixed = {}

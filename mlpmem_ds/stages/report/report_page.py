@@ -40,6 +40,7 @@ def _table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "wins",
         "parameters",
         "on disk",
+        "tokens read",
         "made in",
         "tokens/s",
     ]
@@ -56,6 +57,7 @@ def _table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             number_text(arm["win_rate"], "{:.2f}"),
             scaled_text(arm["parameters"]),
             scaled_text(arm["bytes"], "B"),
+            "–" if arm["tokens"] is None else scaled_text(arm["tokens"]),
             "–" if arm["name"] == BASE else number_text(arm["seconds"], "{:.0f} s"),
             number_text(arm["tokens_per_second"], "{:,.0f}"),
         ]
@@ -151,7 +153,7 @@ def _equalities(evaluation: Mapping[str, Any]) -> list[str]:
     ]
     unequal = [
         "parameters, bytes, the time that making an arm took and the speed of scoring: the table's last columns",
-        "a kNN arm chooses a temperature besides λ",
+        "a kNN arm chooses a temperature and a number of neighbours besides λ",
     ]
     if KNN_IVFPQ in names:
         unequal.append(
@@ -175,17 +177,23 @@ def _choices(evaluation: Mapping[str, Any]) -> list[str]:
     lines += [
         f"- `{arm['name']}`: λ {arm['lambda']:g}"
         + (f", temperature {arm['temperature']:.6g}" if arm["temperature"] is not None else "")
+        + (f", {arm['neighbours']} neighbours" if arm["neighbours"] is not None else "")
+        + (" (the most that were tried)" if arm["neighbours"] == settings["k"] is not None else "")
         + (" (the end of the grid)" if arm["lambda"] in (lambdas[0], lambdas[-1]) else "")
         for arm in evaluation["arms"]
         if arm["lambda"] is not None
     ]
     if settings["k"] is not None:
         lines.append(
-            f"\nkNN: {settings['k']} neighbours, temperatures of "
-            f"{', '.join(f'{factor:g}' for factor in settings['temperature_factors'])} times {settings['temperature']:.6g}"
-            + (f"; IVF-PQ probes {settings['nprobe']} lists." if settings["nprobe"] is not None else ".")
+            f"\nkNN: of {_listed(sorted({max(1, settings['k'] // by) for by in settings['neighbour_divisors']}))} neighbours, "
+            f"with temperatures of {_listed(settings['temperature_factors'])} times {settings['temperature']:.6g}, the best on "
+            "that split" + (f"; IVF-PQ probes {settings['nprobe']} lists." if settings["nprobe"] is not None else ".")
         )
     return ["## How λ was chosen", "\n".join(lines)]
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _second_tests(evaluation: Mapping[str, Any]) -> list[str]:
@@ -221,7 +229,7 @@ def _breakdowns(evaluation: Mapping[str, Any]) -> list[str]:
             [
                 label,
                 f"{breakdown['positions'][number]:,}",
-                number_text(breakdown["base_ppl"][number], "{:,.2f}"),
+                number_text(breakdown["base_ppl"][number], "{:,.4g}"),
                 *(percent_text(breakdown["arms"][name]["ppl_change"][number]) for name in names),
             ]
             for number, label in enumerate(breakdown["labels"])
@@ -230,7 +238,10 @@ def _breakdowns(evaluation: Mapping[str, Any]) -> list[str]:
         sections += [f"### By {breakdown['name']}", "\n".join(table)]
     if not sections:
         return []
-    intro = f"Change of perplexity against the base on the {evaluation['test_split']} split, each arm at its λ."
+    intro = (
+        f"Change of perplexity against the base on the {evaluation['test_split']} split, each arm at its λ. In a group of a few "
+        "dozen positions it may be nothing but chance."
+    )
     return ["## Where the arms win and lose", intro, *sections]
 
 
@@ -288,7 +299,10 @@ def _reading(evaluation: Mapping[str, Any]) -> list[str]:
         f"{CALIBRATION_BINS} bins of equal width; for base+… arms the token is the base's likeliest, at the arm's λ",
         "wins: share of the positions where what is mixed in (or the control itself) gives the true token more probability "
         "than the base does; no λ changes it",
-        f"on disk: {BYTES_NOTE}",
+        f"on disk: {BYTES_NOTE}"
+        + ("; the memories were rounded to int8 once read" if settings.get("memory_weights") == "int8" else ""),
+        "tokens read: what making the arm read beyond the base, each time that it was read: positions of its training's steps; "
+        "stored keys for kNN; – where it is not known",
         "made in: wall-clock seconds of the stages that the arm needs and the base does not, from their logs; – where a "
         "log was not given",
         "tokens/s: scoring the test split here, the base's pass and the arm's own part, median over blocks, on "

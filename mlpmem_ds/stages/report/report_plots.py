@@ -13,14 +13,23 @@ from mlpmem_ds.core.files import publish
 from mlpmem_ds.stages.report.report_breakdowns import KIND
 from mlpmem_ds.stages.report.report_words import scaled_text
 
+_FAR_WORSE = 0.5  # of the base's perplexity, on top of it
+
 
 def plot_lambda_curves(evaluation: Mapping[str, Any], path: Path) -> None:
-    """Perplexity over λ on the tuning split, a line an arm; models alone are level lines."""
+    """Perplexity over λ on the tuning split, a line an arm; models alone are level lines.
+
+    What is far worse than the base is cut off, and the legend says at what level it lies: the choices are to be seen.
+    """
     figure, axes = _figure(1)
+    highest = 1.25 * evaluation["arms"][0]["splits"][evaluation["tuning_split"]]["ppl"]
+    chosen = []
     for number, arm in enumerate(evaluation["arms"]):
         tuning_ppl = arm["splits"][evaluation["tuning_split"]]["ppl"]
+        chosen.append(tuning_ppl)
         if arm["tuning_curve"] is None:
-            axes[0].axhline(tuning_ppl, linestyle="--", linewidth=1, color=f"C{number}", label=arm["name"])
+            label = arm["name"] if tuning_ppl < highest else f"{arm['name']}: {tuning_ppl:,.4g}, above"
+            axes[0].axhline(tuning_ppl, linestyle="--", linewidth=1.5, color=f"C{number}", label=label)
             continue
         points = [point for point in arm["tuning_curve"] if point["ppl"] is not None]
         axes[0].plot(
@@ -31,9 +40,8 @@ def plot_lambda_curves(evaluation: Mapping[str, Any], path: Path) -> None:
             label=arm["name"],
         )
         axes[0].plot([arm["lambda"]], [tuning_ppl], marker="o", markersize=9, fillstyle="none", color=f"C{number}")
-    highest = 1.25 * evaluation["arms"][0]["splits"][evaluation["tuning_split"]]["ppl"]
-    if axes[0].get_ylim()[1] > highest:
-        axes[0].set_ylim(top=highest)
+    lowest = min(chosen) - 0.1 * (highest - min(chosen))
+    axes[0].set_ylim(lowest, min(highest, max(axes[0].get_ylim()[1], lowest)))
     axes[0].set(
         xlabel="λ, weight of what is mixed with the base",
         ylabel=f"perplexity, {evaluation['tuning_split']} split",
@@ -44,14 +52,14 @@ def plot_lambda_curves(evaluation: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_costs(evaluation: Mapping[str, Any], path: Path) -> None:
-    """Bytes on disk, and microseconds to score a token, an arm a bar."""
+    """Bytes on disk, and microseconds to score a token, an arm a bar; the bars begin at 0."""
     figure, axes = _figure(2)
     names = [arm["name"] for arm in evaluation["arms"]]
     bytes_of_arms = [arm["bytes"] for arm in evaluation["arms"]]
     microseconds = [1e6 / arm["tokens_per_second"] if arm["tokens_per_second"] else 0.0 for arm in evaluation["arms"]]
     panels = (
-        ("on disk", bytes_of_arms, lambda value: scaled_text(value, "B")),
-        ("to score a token", microseconds, lambda value: f"{value:,.0f} µs"),
+        ("bytes on disk", bytes_of_arms, lambda value: scaled_text(value, "B")),
+        ("time to score a token", microseconds, lambda value: f"{value:,.0f} µs" if value else "not known"),
     )
     for axis, (title, values, label) in zip(axes, panels, strict=True):
         bars = axis.barh(names, values, color=[f"C{number}" for number in range(len(names))])
@@ -64,25 +72,38 @@ def plot_costs(evaluation: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_wins(evaluation: Mapping[str, Any], path: Path) -> None:
-    """Nats won (right) and lost (left) a thousand positions by kind of token, a bar an arm; the dot is their sum."""
+    """Nats won (right) and lost (left) a thousand positions by kind of token, a bar an arm; the dot is their sum.
+
+    Arms far worse than the base do not stretch the axis: their bars are cut off.
+    """
     groups = next(breakdown for breakdown in evaluation["breakdowns"] if breakdown["name"] == KIND)
     colours = {arm["name"]: f"C{number}" for number, arm in enumerate(evaluation["arms"])}
     present = [number for number, positions in enumerate(groups["positions"]) if positions]
     figure, axes = _figure(1)
     height = 0.8 / max(1, len(groups["arms"]))
+    changes = {arm["name"]: arm["ppl_change"] for arm in evaluation["arms"]}
+    close = [numbers for name, numbers in groups["arms"].items() if changes[name] < _FAR_WORSE] or [
+        *groups["arms"].values()
+    ]
     for row, (name, numbers) in enumerate(groups["arms"].items()):
         places = [place - 0.4 + height * (row + 0.5) for place in range(len(present))]
         won = [1000 * numbers["won"][number] for number in present]
         lost = [1000 * numbers["lost"][number] for number in present]
-        axes[0].barh(places, won, height=height, color=colours[name], label=name)
+        label = name if numbers in close else f"{name} (cut off)"
+        axes[0].barh(places, won, height=height, color=colours[name], label=label)
         axes[0].barh(places, lost, height=height, color=colours[name], alpha=0.45)
         axes[0].plot([up + down for up, down in zip(won, lost, strict=True)], places, "k.", markersize=4)
     labels = [f"{groups['labels'][number]}\n{groups['positions'][number]:,}" for number in present]
     axes[0].set_yticks(range(len(present)), labels, fontsize=8)
     axes[0].invert_yaxis()
     axes[0].axvline(0, color="black", linewidth=0.8)
+    most_lost, most_won = (
+        1000 * max(abs(numbers[side][number]) for numbers in close for number in present) for side in ("lost", "won")
+    )
+    margin = 0.05 * (most_lost + most_won)
+    axes[0].set_xlim(-most_lost - margin, most_won + margin)
     axes[0].set(
-        xlabel="nats won and lost against the base, by 1,000 positions of the split (dots: the sum)",
+        xlabel="← lost to the base (pale)    nats a 1,000 positions of the split, dots: the sum    won (full) →",
         title=f"Where the arms win and lose, {evaluation['test_split']} split",
     )
     axes[0].legend(fontsize=8)
@@ -97,14 +118,18 @@ def plot_speeds(evaluation: Mapping[str, Any], path: Path) -> None:
         rows = [row for row in evaluation["speeds"] if row["arm"] == name]
         rates = [row["tokens_per_second"] for row in rows]
         if rows[0]["keys"] is None:
-            axes[0].axhline(rates[0], linestyle="--", color=colours[name], label=name)
+            axes[0].axhline(rates[0], linestyle="--", color=colours[name], label=f"{name} (no keys)")
         else:
             axes[0].plot([row["keys"] for row in rows], rates, marker="o", color=colours[name], label=name)
+    sizes = sorted({row["keys"] for row in evaluation["speeds"] if row["keys"] is not None})
     axes[0].set(
-        xscale="log", xlabel="stored keys", ylabel="tokens a second, scoring", title="Speed against datastore size"
+        xscale="log", xlabel="stored keys", ylabel="tokens scored a second", title="Speed against datastore size"
     )
+    axes[0].set_xticks(sizes, [scaled_text(size) for size in sizes])
+    axes[0].set_xticks([], minor=True)
+    axes[0].yaxis.set_major_formatter("{x:,.0f}")
     axes[0].set_ylim(bottom=0)
-    axes[0].legend()
+    figure.legend(loc="outside right upper")
     _save(figure, path)
 
 

@@ -1,9 +1,9 @@
 """The kNN-LM beside the memory: stored keys, an index where there is one, and the probability that neighbours give a value.
 
 Used by `evaluate` for the arms base+knn_exact and base+knn_ivfpq. Keys and values of the whole datastore are held in
-memory, N · E bytes for int8 keys, as `write_targets` does.
+memory, N · E bytes for int8 keys.
 
-n queries, N stored keys, E size of a stored key, K neighbours, T temperatures, b rows of a chunk.
+n queries, N stored keys, E size of a stored key, K neighbours, T choices of neighbours and temperature, b rows of a chunk.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.stages.report.report import KNN_EXACT, KNN_IVFPQ
 
 TEMPERATURE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+NEIGHBOUR_DIVISORS = (1, 4, 16)  # one search serves them: the nearest few are among the nearest many
 _RESCORE_ELEMENTS = 1 << 21  # numbers of gathered keys at hand: 8 MB; ten times as many take twice as long
 _NORM_ROWS = 1 << 13
 
@@ -40,8 +41,10 @@ class Retriever:
     point: CapturePoint
 
     @property
-    def temperatures(self) -> tuple[float, ...]:
-        return tuple(self.temperature * factor for factor in TEMPERATURE_FACTORS)
+    def choices(self) -> tuple[tuple[int, float], ...]:
+        """Neighbours and temperature of each column of `log_probabilities`; all temperatures for the most neighbours first."""
+        counts = dict.fromkeys(max(1, self.k // divisor) for divisor in NEIGHBOUR_DIVISORS)
+        return tuple((count, self.temperature * factor) for count in counts for factor in TEMPERATURE_FACTORS)
 
     @property
     def arms(self) -> list[str]:
@@ -110,13 +113,21 @@ class Retriever:
         return Neighbours(ids_QK=ids_nK, distances_QK=rescore(queries_nE, ids_nK, self.stored_NE, self.norms_N))
 
     def log_probabilities(self, neighbours: Neighbours, values_n: np.ndarray) -> np.ndarray:
-        """log p_kNN(value) at each temperature, float32 [n, T]; -inf where no neighbour carries the value."""
-        valid_nK = neighbours.ids_QK >= 0
-        values_nK = np.where(valid_nK, self.values_N[neighbours.ids_QK], -1)
-        squared_nK = np.where(valid_nK, neighbours.distances_QK, 0).astype(np.float64) * self.codec.scale**2
+        """log p_kNN(value) for each of the `choices`, float32 [n, T]; -inf where no neighbour carries the value."""
+        order_nK = np.argsort(neighbours.distances_QK, axis=1, kind="stable")  # a missing one has the greatest
+        ids_nK, distances_nK = (
+            np.take_along_axis(array_QK, order_nK, axis=1) for array_QK in (neighbours.ids_QK, neighbours.distances_QK)
+        )
+        valid_nK = ids_nK >= 0
+        values_nK = np.where(valid_nK, self.values_N[ids_nK], -1)
+        squared_nK = np.where(valid_nK, distances_nK, 0).astype(np.float64) * self.codec.scale**2
         columns = [
-            knn_probability(neighbour_weights(squared_nK, temperature, valid_nK), values_nK, values_n)
-            for temperature in self.temperatures
+            knn_probability(
+                neighbour_weights(squared_nK[:, :count], temperature, valid_nK[:, :count]),
+                values_nK[:, :count],
+                values_n,
+            )
+            for count, temperature in self.choices
         ]
         with np.errstate(divide="ignore"):
             return np.log(np.stack(columns, axis=1)).astype(np.float32)

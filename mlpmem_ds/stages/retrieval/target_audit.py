@@ -26,6 +26,7 @@ from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.key_rows import KeyRows
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.maths.knn import exact_neighbours
@@ -110,13 +111,12 @@ def run(config: Config, world: World, *, datastore: Datastore, truth: Keys) -> N
     }
     shards = {f"rows-{shard['first']:012d}": shard for shard in targets.manifest["shards"]}
     progress = Progress(len(sample_n), label="audit", unit="positions", world=world)
-    truth_ND: list[np.ndarray] = []  # loaded when the first unit asks
+    truth_ND: list[KeyRows] = []  # checked when the first unit asks
 
     def compare(unit: str, writer: UnitWriter) -> None:
         if not truth_ND:
-            if truth is not datastore.keys:
-                truth.check("keys")
-            truth_ND.append(datastore.vectors_ND if truth is datastore.keys else truth.read("keys"))
+            truth.check("keys")
+            truth_ND.append(KeyRows(truth))
         compared = _compare(datastore, targets, truth, truth_ND[0], parts[unit])
         for column, values in asdict(compared).items():
             writer.array(f"{column}-{unit}.npy", values)
@@ -140,7 +140,7 @@ def run(config: Config, world: World, *, datastore: Datastore, truth: Keys) -> N
 
 
 def _compare(
-    datastore: Datastore, targets: Targets, truth: Keys, truth_ND: np.ndarray, positions_n: np.ndarray
+    datastore: Datastore, targets: Targets, truth: Keys, truth_ND: KeyRows, positions_n: np.ndarray
 ) -> Compared:
     """The search and the stored rows of some positions beside exact ones."""
     found = datastore.neighbours(positions_n)
@@ -148,13 +148,13 @@ def _compare(
     exact = exact_neighbours(truth_ND[positions_n], truth_ND, datastore.k, exclusion=datastore.exclusion(positions_n))
     squared_nK, valid_nK = squared_key_distances(exact, truth)
     weights_nK = neighbour_weights(squared_nK, targets.manifest["temperature"], valid_nK)
-    true_rows = aggregate(weights_nK, datastore.values_N[np.maximum(exact.ids_QK, 0)])
+    true_rows = aggregate(weights_nK, datastore.values_of(np.maximum(exact.ids_QK, 0)))
     stored = targets.gather(positions_n)
     rows = SparseRows(
         offsets=stored.offsets, ids=stored.ids.astype(np.int64), probabilities=stored.probabilities.astype(np.float64)
     )
     far = distances(true_rows, rows, stored.dropped, targets.manifest["vocab_size"])
-    gold_n = datastore.values_N[positions_n].astype(np.int64)
+    gold_n = datastore.values_of(positions_n).astype(np.int64)
     ids_nK, distances_nK = found.ids_QK, found.distances_QK
     both_nK = (ids_nK[:, 1:] >= 0) & (ids_nK[:, :-1] >= 0)
     closer_nK = distances_nK[:, 1:] < distances_nK[:, :-1]

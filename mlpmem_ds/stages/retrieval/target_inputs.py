@@ -6,6 +6,7 @@ Everything here raises UserError with the remedy. N positions.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,10 @@ import numpy as np
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
+from mlpmem_ds.formats.key_lists import FOLDER
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.maths.knn import most_keys_for_exact
+from mlpmem_ds.stages.retrieval.key_lists import check_key_lists
 
 if TYPE_CHECKING:
     from mlpmem_ds.stages.retrieval.write_targets import Config
@@ -60,6 +63,18 @@ def read_documents(config: Config, keys: Keys) -> tuple[np.ndarray | None, dict[
             f"--corpus {config.corpus} is not the one that --keys {config.keys} were extracted from: give that one"
         )
     return corpus.documents_of(np.arange(keys.num_positions)).astype(np.int32), {"corpus": corpus.sha256}
+
+
+def check_lists(config: Config, keys: Keys, index: IndexDirectory | None) -> Path | None:
+    """Where the keys will lie list by list; None with exact search."""
+    if index is None:
+        if config.lists is not None:
+            _logger.info("exact search leaves --lists unused")
+        return None
+    if config.lists is None:
+        return config.output / FOLDER
+    check_key_lists(config.lists, keys, index)
+    return config.lists
 
 
 def check_sizes(config: Config, keys: Keys) -> None:

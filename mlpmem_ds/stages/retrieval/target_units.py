@@ -109,12 +109,12 @@ def write(
 
     def make(batch: Block) -> tuple[list[TargetBlock], int, int]:
         first = shard.start + batch.start
-        neighbours = datastore.neighbours(np.arange(first, first + batch.size))
-        counts_n = (neighbours.ids_QK >= 0).sum(axis=1)
+        found = datastore.search(np.arange(first, first + batch.size))
+        counts_n = found.count()
         blocks = []
         for block in split_blocks(batch.size, block_size):
             positions_n = np.arange(first + block.start, first + block.stop)
-            rows, dropped_n = datastore.rows(_part(neighbours, block), positions_n, temperature, config.mass)
+            rows, dropped_n = datastore.rows(found.rows(slice(*block)), positions_n, temperature, config.mass)
             blocks.append(_pack(datastore, config, int(positions_n[0]), rows, dropped_n, order_V))
         return blocks, int((counts_n < config.k).sum()), int((counts_n == 0).sum())
 

@@ -28,6 +28,8 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, check_output, open_stage, require_free_bytes
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.formats.index_directory import IndexDirectory
+from mlpmem_ds.formats.key_lists import FOLDER
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import (
     FORMAT,
@@ -40,7 +42,14 @@ from mlpmem_ds.formats.targets import (
 )
 from mlpmem_ds.maths.knn import most_keys_for_exact
 from mlpmem_ds.stages.retrieval import target_audit
-from mlpmem_ds.stages.retrieval.target_inputs import check_sizes, open_index_over, read_documents, resolve_search
+from mlpmem_ds.stages.retrieval.key_lists import missing_bytes, remove_key_lists
+from mlpmem_ds.stages.retrieval.target_inputs import (
+    check_lists,
+    check_sizes,
+    open_index_over,
+    read_documents,
+    resolve_search,
+)
 from mlpmem_ds.stages.retrieval.target_search import Datastore
 from mlpmem_ds.stages.retrieval.target_units import Measured, bytes_per_position, measure, write
 
@@ -79,6 +88,12 @@ class Config:
     corpus: Path | None = option("corpus directory of the keys, for --exclude same-document", None, identity=False)
     shard_positions: int = option("positions in a shard file, a multiple of the corpus' block size", 131072)
     batch_positions: int = option("queries searched at once", 16384, identity=False)
+    lists: Path | None = option(
+        "with ivf: directory for the keys in the order of the lists, on a disk that all ranks share; kept for further runs "
+        "(default: inside --output, removed at the end)",
+        None,
+        identity=False,
+    )
     encoding: Encoding = option(
         "compact = half the bytes, within .0025 of total variation; exact = ids and float16 probabilities",
         "compact",
@@ -125,6 +140,7 @@ def run(config: Config, world: World) -> None:
     documents_N, inputs = read_documents(config, keys)
     inputs |= {"keys": keys.sha256} | ({"index": index.sha256} if index else {})
     check_sizes(config, keys)
+    lists = check_lists(config, keys, index)
     truth = target_audit.open_truth(config.raw_keys, keys) if config.audit else None
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -136,10 +152,12 @@ def run(config: Config, world: World) -> None:
         window=config.exclude_window,
         documents_N=documents_N,
         threads=config.threads,
+        lists=lists,
+        world=world,
     )
     order_V = _frequency_order(datastore) if config.encoding == "compact" else None
     is_new = not check_output(config.output, stage=FORMAT)
-    measured = _measure_first(datastore, config, order_V) if is_new else None
+    measured = _measure_first(datastore, config, order_V, index) if is_new else None
     version = version_of(config.encoding, config.container)
     resolved = {
         "search": search,
@@ -148,7 +166,14 @@ def run(config: Config, world: World) -> None:
         **({"encoding": config.encoding, "container": config.container} if version > 1 else {}),
     }
     stage = open_stage(
-        config.output, stage=FORMAT, version=version, config=config, inputs=inputs, world=world, extra=resolved
+        config.output,
+        stage=FORMAT,
+        version=version,
+        config=config,
+        inputs=inputs,
+        world=world,
+        extra=resolved,
+        without_effect=() if config.temperature == "auto" else ("neighbour_perplexity",),
     )
     stage.run_units([_TEMPERATURE], lambda unit, writer: (measured or measure(datastore, config)).summary)
     stage.wait_for([_TEMPERATURE])
@@ -172,6 +197,8 @@ def run(config: Config, world: World) -> None:
         return _describe(config, keys, search, summary, shards, stage.summaries(list(shards)))
 
     stage.finish(units, describe)
+    if config.lists is None and stage.manifest_path.is_file():
+        remove_key_lists(config.output / FOLDER)  # ranks that have it mapped may go on
     if truth is None:
         return
     stage.wait_for(units)
@@ -183,7 +210,9 @@ def run(config: Config, world: World) -> None:
     )
 
 
-def _measure_first(datastore: Datastore, config: Config, order_V: np.ndarray | None) -> Measured:
+def _measure_first(
+    datastore: Datastore, config: Config, order_V: np.ndarray | None, index: IndexDirectory | None
+) -> Measured:
     """Before anything is written: the temperature, and whether the targets fit on the disk."""
     measured = measure(datastore, config)
     num_bytes = bytes_per_position(datastore, config, measured, order_V)
@@ -197,7 +226,13 @@ def _measure_first(datastore: Datastore, config: Config, order_V: np.ndarray | N
         config.container,
         total / 1e9,
     )
-    require_free_bytes(config.output, int(total * _MARGIN_OF_BYTES), what="the targets")
+    wanted, what = int(total * _MARGIN_OF_BYTES), "the targets"
+    if index is not None and config.lists is None:
+        wanted, what = (
+            wanted + missing_bytes(config.output / FOLDER, datastore.keys, index),
+            ("the targets and, until they are written, the keys in list order (elsewhere: --lists)"),
+        )
+    require_free_bytes(config.output, wanted, what=what)
     return measured
 
 
@@ -243,8 +278,8 @@ def _describe(
 
 
 def _frequency_order(datastore: Datastore) -> np.ndarray:
-    vocab_size = datastore.keys.manifest["vocab_size"]
-    return frequency_order(np.bincount(datastore.values_N, minlength=vocab_size), dtype=token_dtype(vocab_size))
+    counts_V = datastore.count_values()
+    return frequency_order(counts_V, dtype=token_dtype(len(counts_V)))
 
 
 def _positive(text: str) -> bool:

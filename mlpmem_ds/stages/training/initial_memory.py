@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash, read_json
+from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 
@@ -50,6 +51,7 @@ def open_initial_memory(root: Path) -> InitialMemory:
         UserError: no memory there, or one that is not finished.
         DamagedDataError: its files contradict each other or cannot be read.
     """
+    root = fetch_directory(str(root), flag=_FLAG)
     place = root / "weights" if (root / "weights").is_dir() else root
     if not (place / "config.json").is_file():
         identity = root / "identity.json"

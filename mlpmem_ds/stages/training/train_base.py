@@ -188,10 +188,10 @@ def run(config: Config, world: World) -> None:
             f"the train split's {corpus.num_tokens:,} tokens do not fill one batch of {batch} sequences of "
             f"{length}: choose a smaller --batch-tokens or --context"
         )
-    model = _make_model(config, corpus, length)
     inputs = {"corpus": corpus.sha256}
     if config.init_from is not None:
-        inputs["init_from"] = fingerprint_model(config.init_from)
+        inputs["init_from"] = fingerprint_model(config.init_from, flag="--init-from")
+    model = _make_model(config, corpus, length)
     directory = open_stage(
         config.output,
         stage=_FORMAT,

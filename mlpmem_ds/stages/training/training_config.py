@@ -58,7 +58,8 @@ class Config:
     family: Literal["gelu", "swiglu"] | None = option("kind of block (default: gelu)", None)
     head: Literal["random", "base"] = option("start of the output head: random, or the base's own", "random")
     init_from: Path | None = option(
-        "memory whose weights and shape this training starts from: an output of launch/train.py, its weights/, or an export",
+        "memory whose weights and shape this training starts from: an output of launch/train.py, its weights/, or an export "
+        "or its Hub name",
         None,
     )
     alpha: float = option("weight of KL(kNN || memory); 1 - alpha is that of the cross entropy", 0.5)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -45,7 +47,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(published: Path, base_dir: Path, corpus_dir: Path, output: Path, **changes: Any) -> Config:
     values: dict[str, Any] = {
-        "from_reference": published, "model": str(base_dir), "tokenizer": str(corpus_dir / "tokenizer"), "output": output,
+        "from_reference": str(published), "model": str(base_dir), "tokenizer": str(corpus_dir / "tokenizer"), "output": output,
     }  # fmt: skip
     return Config(**{**values, **changes})
 
@@ -79,6 +81,30 @@ def test_memory_directory_and_export_of_a_published_memory(
     assert "imported from memory-of-others (mistral type" in card, card
 
 
+def test_a_published_memory_by_its_hub_name(
+    published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache as huggingface_hub lays it out, without a network; the record says the name, not the cache's path."""
+    snapshot = tmp_path / "cache" / "models--owner--memory" / "snapshots" / ("1" * 40)
+    shutil.copytree(published, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    changes = {"from_reference": "owner/memory", "write": "memory"}
+    convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "named", **changes), World())
+    convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "given", write="memory"), World())
+    named, given = (read_weights(tmp_path / name) for name in ("named", "given"))
+    assert named.provenance["imported"]["name"] == "owner/memory"
+    assert all(torch.equal(named.weights[name], tensor) for name, tensor in given.weights.items())
+    with pytest.raises(
+        UserError, match="--from-reference owner/other does not exist here, and the Hub gave no such model"
+    ):
+        changes["from_reference"] = "owner/other"
+        convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "out", **changes), World())
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_does_not_fit_is_refused_and_nothing_is_written(
     published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path
 ) -> None:
@@ -86,10 +112,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     other_words = save_published(tmp_path / "other_words", vocab=299)
     before = sorted(path.name for path in tmp_path.iterdir())
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"from_reference": wide}, "reads vectors of width 24, and --model .* has 16"),
-        ({"from_reference": other_words}, "predicts a vocabulary of 299, and --model .* has 300"),
-        ({"from_reference": tmp_path / "nowhere"}, "does not exist"),
-        ({"from_reference": base_dir}, "no part of a memory"),
+        ({"from_reference": str(wide)}, "reads vectors of width 24, and --model .* has 16"),
+        ({"from_reference": str(other_words)}, "predicts a vocabulary of 299, and --model .* has 300"),
+        ({"from_reference": str(tmp_path / "nowhere")}, "does not exist"),
+        ({"from_reference": str(base_dir)}, "no part of a memory"),
         ({"input_layer": 2.0}, "--input-layer: layer 2 does not exist"),
         ({"tokenizer": None}, "has no tokenizer: give --tokenizer"),
         ({"model": str(tmp_path / "nowhere")}, "neither a Hugging Face model directory"),

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import SPLITS, open_corpus
-from mlpmem_ds.stages.corpus import corpus_splits, prepare_corpus, tokenization
+from mlpmem_ds.stages.corpus import corpus_survey, prepare_corpus, tokenization, workers
 from mlpmem_ds.stages.corpus.prepare_corpus import Config
 
 
@@ -116,6 +119,29 @@ def test_a_sample_takes_whole_groups_up_to_a_size(text_dir: Path, tmp_path: Path
     assert size / 3 < corpus.num_bytes <= size / 2
 
 
+def test_the_survey_in_parts_is_the_whole(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts and units, for files of no, one and many documents whose ends fall on parts' ends and between them."""
+    (tmp_path / "text").mkdir()
+    for number, documents in enumerate((2, 0, 3, 1, 6, 0, 4)):
+        lines = "".join(json.dumps({"text": f"{number} {n}"}) + "\n" for n in range(documents))
+        (tmp_path / "text" / f"{number}.jsonl").write_text(lines)
+    config = config_of(
+        tmp_path / "text", tmp_path / "corpus", tuning_fraction=0.0, test_fraction=0.0, heldout_fraction=0.0
+    )
+    monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 9)
+    for part in (1, 2, 3, 5, 100):
+        monkeypatch.setattr(corpus_survey, "_PART_DOCUMENTS", part)
+        units = prepare_corpus._survey(config, World()).units
+        assert [unit.counts for unit in units] == [(2, 0, 3), (1, 6), (0, 4)], part
+        assert [(unit.first, unit.stop) for unit in units] == [(0, 5), (5, 12), (12, 16)]
+
+
+def test_a_killed_process_is_told(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="one of the 2 processes was killed.*fewer --processes"):
+        prepare_corpus.run(config_of(text_dir, tmp_path / "corpus", processes=2), World())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -147,16 +173,32 @@ def test_another_text_in_the_same_output_is_refused(text_dir: Path, tmp_path: Pa
 
 def test_processes_give_the_same_bytes(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 2000)
-    monkeypatch.setattr(
-        tokenization, "BATCH_BYTES", 300
-    )  # several batches a unit, and more than are ahead of the writer
-    prepare_corpus.run(config_of(text_dir, tmp_path / "one"), World())
-    prepare_corpus.run(config_of(text_dir, tmp_path / "three", processes=3), World())
-    assert result_of(tmp_path / "one") == result_of(tmp_path / "three")
-    assert tokenization.choose_processes(0, World(), 1 << 30) >= 1
-    assert tokenization.choose_processes(0, World(), 1000) == 1
-    assert tokenization.choose_processes(0, World(rank=1, size=2), 1 << 30) == 1
-    assert tokenization.choose_processes(5, World(rank=1, size=2), 1000) == 5
+    # several batches a unit, more than are ahead of the writer; several tasks of the survey, in parts
+    monkeypatch.setattr(tokenization, "BATCH_BYTES", 300)
+    monkeypatch.setattr(corpus_survey, "_GROUP_BYTES", 900)
+    monkeypatch.setattr(corpus_survey, "_PART_DOCUMENTS", 3)
+    texts = tmp_path / "texts"
+    shutil.copytree(text_dir, texts)
+    (texts / "many.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(40)))
+    (texts / "empty.txt").write_text(" \n")
+    (texts / "binary.txt").write_bytes(b"\xff\xfe")
+    for sample in (0.0, 4000.0):  # all of it; and a part, so that files are passed over
+        one, three = (tmp_path / f"{count}-{sample:g}" for count in ("one", "three"))
+        prepare_corpus.run(config_of(texts, one, max_bytes=sample), World())
+        prepare_corpus.run(config_of(texts, three, max_bytes=sample, processes=3), World())
+        assert result_of(one) == result_of(three)
+        names = {
+            document["name"]
+            for split in SPLITS
+            if (one / split).is_dir()
+            for document in open_corpus(one, split).documents
+        }
+        assert {"many.jsonl:7", "many.jsonl:40"} <= names or sample
+        assert not names & {"empty.txt", "binary.txt"}
+    assert workers.choose_processes(0, World(), 1 << 30) >= 1
+    assert workers.choose_processes(0, World(), 1000) == 1
+    assert workers.choose_processes(0, World(rank=1, size=2), 1 << 30) == 1
+    assert workers.choose_processes(5, World(rank=1, size=2), 1000) == 5
 
 
 def test_an_error_in_a_worker_reaches_the_user(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,28 +213,38 @@ def test_an_error_in_a_worker_reaches_the_user(text_dir: Path, tmp_path: Path, m
 
 def test_the_surveys_hash_is_that_of_the_whole_list(text_dir: Path, tmp_path: Path) -> None:
     config = config_of(text_dir, tmp_path / "corpus", group_field=None)
-    survey = prepare_corpus._survey(config)
-    documents = list(corpus_splits.DocumentReader(text_field="text", group_field=None).read(
+    survey = prepare_corpus._survey(config, World())
+    documents = list(corpus_survey.DocumentReader(text_field="text", group_field=None).read(
         file for unit in survey.units for file in unit.files))  # fmt: skip
     assert survey.sha256 == content_hash([[document.name, document.sha256] for document in documents])
     assert survey.num_bytes == sum(path.stat().st_size for path in text_dir.rglob("*.py"))
-    empty = corpus_splits._ListHash()
+    listed = corpus_survey._ListHash()
+    for entries in (b"", listed.entry("a", "1").encode(), b"", listed.entry("b\u00e4", "2").encode()):
+        listed.extend(entries)
+    assert listed.hexdigest() == content_hash([["a", "1"], ["b\u00e4", "2"]])
+    empty = corpus_survey._ListHash()
     assert empty.hexdigest() == content_hash([])
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt"])
 def test_an_input_that_changes_meanwhile_is_refused(
-    text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, processes: int, text_dir: Path, tmp_path: Path, corpus_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = tmp_path / "x.jsonl"
-    lines.write_text('{"text": "a b c"}\n' * 20)
+    changing = tmp_path / "text" / name
+    shutil.copytree(text_dir, changing.parent)
+    changing.write_text('{"text": "a b c"}\n' * 20)
     survey_files = prepare_corpus.survey_files
 
     def survey_and_change(*arguments: Any, **others: Any) -> Any:
         survey = survey_files(*arguments, **others)
-        lines.write_text('{"text": "a b c"}\n' * 19)
+        changing.write_text('{"text": "a b c"}\n' * 19 if name == "x.jsonl" else "\n")
         return survey
 
     monkeypatch.setattr(prepare_corpus, "survey_files", survey_and_change)
-    with pytest.raises(DamagedDataError, match="changed while it was read"):
-        prepare_corpus.run(config_of(text_dir, tmp_path / "corpus", input=(str(lines),), heldout_fraction=0.0), World())
+    tokenizer = str(corpus_dir / "tokenizer")
+    with pytest.raises(DamagedDataError, match=f"changed while it was read .*{name}"):
+        prepare_corpus.run(
+            config_of(changing.parent, tmp_path / "corpus", tokenizer=tokenizer, processes=processes), World()
+        )
     assert not (tmp_path / "corpus" / "manifest.json").exists()

@@ -104,6 +104,17 @@ def test_a_batch_of_prompts_gives_what_each_prompt_gives_alone(
     assert generate("--prompt", *PROMPTS, *flags, "--batch-size", 2) == together
 
 
+def test_int8_weights_are_the_joint_models_own(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str]
+) -> None:
+    joint = MemoryAugmentedLM.from_pretrained(export_dir).eval().quantize_memory()
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")
+    tokens = joint.generate(**ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0]
+    flags = ["--prompt", PROMPTS[0], "--max-new-tokens", NEW]
+    assert generate(*flags, "--memory-weights", "int8") == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+    assert generate(*flags, "--memory-weights", "int8", "--lambda", 0) == generate(*flags, "--lambda", 0)
+
+
 def test_without_the_memory_it_is_the_bases_own_generate(
     base_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str]
 ) -> None:

@@ -352,6 +352,23 @@ def test_a_broken_run_continues_to_the_same_bytes(
     assert result_of(config.output) == result_of(broken.output)
 
 
+def test_flags_that_fit_the_codec_do_not_bind_raw_keys(config: Config) -> None:
+    raw = replace(config, codec="raw", input_codec="none")
+    extract_keys.run(raw, World())
+    before = result_of(config.output)
+    extract_keys.run(replace(raw, seed=5, fit_positions=99), World())
+    assert result_of(config.output) == before
+    with pytest.raises(UserError, match=r"config\.codec was 'raw', now 'int8'"):
+        extract_keys.run(replace(config, input_codec="none"), World())
+
+
+def test_a_used_output_is_refused_before_the_model_is_loaded(config: Config) -> None:
+    config.output.mkdir()
+    (config.output / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty"):
+        extract_keys.run(replace(config, model="/no/such/model"), World())
+
+
 def test_another_model_in_the_same_output_is_refused(config: Config, tmp_path: Path) -> None:
     extract_keys.run(config, World())
     other = tmp_path / "other"

@@ -34,13 +34,28 @@ def test_an_unfinished_stage_is_not_damaged(run_dir: Path, tmp_path: Path) -> No
     assert inspect(run_dir, tmp_path / "found.json")["keys"]["complete"] is False
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest", "record", "record removed", "identity"])
+@pytest.mark.parametrize("name", ["manifest.json", "identity.json", "done/000000000256.json"])
+def test_a_flipped_digit_of_the_notes_themselves_is_found(run_dir: Path, name: str) -> None:
+    victim = run_dir / "keys" / name
+    content = bytearray(victim.read_bytes())
+    digit = next(place for place, byte in enumerate(content) if chr(byte).isdigit())
+    content[digit] ^= 1
+    json.loads(content)
+    victim.write_bytes(content)
+    with pytest.raises(DamagedDataError, match=f"{name} is damaged: it does not have the checksum that it carries"):
+        run(Config(run=run_dir), World())
+
+
+@pytest.mark.parametrize(
+    "harm", ["flip", "truncate", "remove", "manifest", "record", "record removed", "identity", "identity removed"]
+)
 def test_every_harm_is_found_and_named(run_dir: Path, harm: str) -> None:
     name, message = {
         "manifest": ("manifest.json", "manifest.json is not valid JSON"),
         "record": ("done/000000000256.json", "000000000256.json is not valid JSON"),
         "record removed": ("done/000000000256.json", "records of 4 files that the manifest names are missing"),
         "identity": ("identity.json", "identity.json is not valid JSON"),
+        "identity removed": ("identity.json", "identity.json is missing"),
     }.get(harm, ("values-000000000256.npy", r"unit 000000000256: .*values-000000000256\.npy"))
     victim = run_dir / "keys" / name
     content = bytearray(victim.read_bytes())
@@ -51,8 +66,15 @@ def test_every_harm_is_found_and_named(run_dir: Path, harm: str) -> None:
         victim.unlink()
     else:
         victim.write_bytes(content[:-3])
-    with pytest.raises(DamagedDataError, match=f"keys: .*{message}.*run its stage again"):
+    with pytest.raises(DamagedDataError, match=f"1 faults in 1 places .*keys: .*{message}.*run its stage again"):
         run(Config(run=run_dir), World())
+
+
+def test_a_damaged_audit_is_pointed_out(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run_dir / "keys" / "audit.json").write_text("{")
+    with caplog.at_level("WARNING"):
+        run(Config(run=run_dir), World())
+    assert "audit.json is not valid JSON" in caplog.text and "with --audit" in caplog.text
 
 
 def test_without_checksums_only_sizes_are_compared(run_dir: Path) -> None:
@@ -112,7 +134,7 @@ def test_checkpoints_and_exports_are_checked_too(run_dir: Path, tmp_path: Path) 
 
 def test_a_remade_input_is_pointed_out(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = run_dir / "corpus" / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes() + b"\n")
+    manifest.write_bytes(manifest.read_bytes() + b"\n")  # space is no content
     with caplog.at_level("WARNING"):
         run(Config(run=run_dir), World())
     assert "its corpus is not the one in this run directory" in caplog.text

@@ -187,4 +187,16 @@ def test_planned_memory_is_that_of_the_process(finished: Path) -> None:
         [cost.rank_memory_bytes for cost in costs(dataclasses.replace(work, positions=count), machine).values()]
         for count in (10**6, 10**7)
     ]
-    assert (np.array(sizes[1]) >= np.array(sizes[0])).all() and min(sizes[0]) > 2e8
+    assert (np.array(sizes[1]) >= np.array(sizes[0])).all() and min(sizes[0]) > 1.5e8
+
+
+def test_keys_are_mapped_and_not_a_ranks_own() -> None:
+    """A hundred times the positions, in lists as long: the same memory of a rank, and as much more on disk for a while."""
+    large = plan.make_plan(config(positions=10**9, factory="IVF262144,PQ64", search="ivf")).costs["targets"]
+    small = plan.make_plan(config(positions=10**7, factory="IVF2048,PQ64", search="ivf")).costs["targets"]
+    assert small.rank_memory_bytes == pytest.approx(large.rank_memory_bytes, rel=0.5) and large.rank_memory_bytes < 2e9
+    assert large.temporary_bytes == pytest.approx((256 + 4 + 4 + 4 + 4) * 10**9, rel=0.01)
+    exact = plan.make_plan(config(positions=10**5, search="exact")).costs["targets"]
+    assert not exact.temporary_bytes
+    words = "\n".join(plan.make_plan(config(positions=10**9, disk_gb=10.0, search="ivf")).warnings)
+    assert "272 GB more while they are written (elsewhere: --lists)" in words

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlpmem_ds.stages.report import report_plots
 from mlpmem_ds.stages.report.report import Arm, Protocol, summarise
 from mlpmem_ds.stages.report.report_breakdowns import KIND, Groups
 from mlpmem_ds.stages.report.report_page import render_report, render_table
@@ -41,7 +42,9 @@ def arms():
             knn[split] = np.log(probabilities).astype(np.float32)
     return [
         _arm("base", base, alone=True, seconds=0.0),
-        _arm("base+knn_exact", knn, temperatures=(1.0, 2.0, 4.0), seconds=None, bytes=2_300_000_000),
+        _arm(
+            "base+knn_exact", knn, temperatures=(1.0, 2.0, 4.0), neighbours=(8, 8, 2), seconds=None, bytes=2_300_000_000
+        ),
         _arm("base+memory", memory),
         _arm("base_trained_on", control, alone=True, tokens_per_second=None),
     ]
@@ -71,6 +74,7 @@ def evaluation(arms):
             "k": 8,
             "temperature": 2.0,
             "temperature_factors": [0.5, 1.0, 2.0],
+            "neighbour_divisors": [1, 4],
             "nprobe": None,
             "index_factory": None,
             "bootstrap_samples": 200,
@@ -154,6 +158,7 @@ def test_lambda_and_temperature_minimise_the_tuning_split_and_are_reported_on_th
         assert row["lambda"] == weight
         assert 0 < weight < 1
         assert row["temperature"] == (arm.temperatures[column] if columns > 1 else None)
+        assert row["neighbours"] == (arm.neighbours[column] if columns > 1 else None)
         for split in SPLITS:
             other = arm.scores[split].reshape(-1, columns)[:, column]
             wanted = _mixture_perplexity(base.scores[split], other, weight)
@@ -247,7 +252,7 @@ def test_report_says_what_a_reader_must_know(evaluation):
         f"{100 * evaluation['recovered_share']:.0f} % of what an exact search",
         "(lambda.png)",
         "(cost.png)",
-        "8 neighbours",
+        "of 2, 8 neighbours",
     ):
         assert needle in text, needle
     assert "None" not in text and "nan" not in text
@@ -273,6 +278,32 @@ def test_plots_are_png_and_the_same_from_the_same_numbers(evaluation, tmp_path):
         content = (tmp_path / "one.png").read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 5000
         assert content == (tmp_path / "two.png").read_bytes()
+
+
+def test_an_arm_that_is_far_worse_does_not_stretch_the_plots(arms, whole, monkeypatch, tmp_path):
+    groups = Groups(name=KIND, labels=("letters", "none", "digits"), of_N=np.arange(900) % 2 * 2)
+    hopeless = _arm("hopeless", {split: scores - 4.0 for split, scores in arms[0].scores.items()}, alone=True)
+    figures = []
+    monkeypatch.setattr(report_plots, "_save", lambda figure, path: figures.append(figure))
+    evaluation = {**whole, **summarise([*arms, hopeless], PROTOCOL, [groups])}
+    plot_lambda_curves(evaluation, tmp_path / "lambda.png")
+    plot_wins(evaluation, tmp_path / "wins.png")
+    base_ppl = evaluation["arms"][0]["splits"]["tuning"]["ppl"]
+    low, high = figures[0].axes[0].get_ylim()
+    assert (
+        0 < low < min(arm["splits"]["tuning"]["ppl"] for arm in evaluation["arms"]) and base_ppl < high < 2 * base_ppl
+    )
+    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert [label for label in labels if "above" in label] == [f"hopeless: {base_ppl * math.exp(4):,.4g}, above"]
+    (kinds,) = evaluation["breakdowns"]
+    others = [numbers for name, numbers in kinds["arms"].items() if name != "hopeless"]
+    most = 1000 * max(max(numbers["won"]) for numbers in others)
+    assert (
+        most < figures[1].axes[0].get_xlim()[1] < 1.2 * most + 1200 * max(-min(numbers["lost"]) for numbers in others)
+    )
+    assert figures[1].axes[0].get_xlim()[0] > 1000 * min(kinds["arms"]["hopeless"]["lost"])
+    labels = [text.get_text() for text in figures[1].axes[0].get_legend().get_texts()]
+    assert "hopeless (cut off)" in labels and sum("cut off" in label for label in labels) == 1
 
 
 @pytest.mark.parametrize(

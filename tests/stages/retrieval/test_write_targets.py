@@ -24,11 +24,15 @@ NUM_KEYS, DIM, VOCAB_SIZE, SCALE = 403, 6, 40, 0.5
 NUM_LISTS = 7
 
 
-def result_of(root: Path) -> dict[str, bytes]:
+def result_of(root: Path, *, without_lists: bool = False) -> dict[str, bytes]:
+    """Every file of the result; `without_lists`: but for keys in list order, which a killed run may leave to the next."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name not in ("run.json", "log.jsonl") and not path.name.endswith((".tmp", ".claim"))
+        if path.is_file()
+        and path.name not in ("run.json", "log.jsonl")
+        and not path.name.endswith((".tmp", ".claim"))
+        and not (without_lists and path.relative_to(root).parts[0] in ("lists", ".lists.removed"))
     }
 
 
@@ -244,9 +248,9 @@ def test_a_failed_unit_leaves_the_others(
 ) -> None:
     wanted = config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3, batch_positions=104, threads=1)
     calls = 0
-    original = Datastore.neighbours
+    original = Datastore.search
 
-    def neighbours(self: Any, positions: np.ndarray, **flags: Any) -> Any:
+    def search(self: Any, positions: np.ndarray, **flags: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > failing:
@@ -254,7 +258,7 @@ def test_a_failed_unit_leaves_the_others(
         return original(self, positions, **flags)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        patch.setattr(Datastore, "neighbours", neighbours)
+        patch.setattr(Datastore, "search", search)
         write_targets.run(wanted, World())
     done = tmp_path / "targets" / "done"  # the sample is measured before anything is written
     assert len(list(done.glob("*.json"))) == failing if failing else not done.parent.exists()
@@ -324,10 +328,10 @@ def test_killed_runs_leave_the_undisturbed_bytes(
 
     def check(output: Path) -> None:
         undisturbed.update(undisturbed or result_of(tmp_path / "targets-undisturbed"))
-        assert result_of(output) == undisturbed
+        assert result_of(output, without_lists=True) == undisturbed
 
     assert killed_runs(write_targets.run, wanted, ranks=2, kills=20, check=check) == 20
-    check(tmp_path / "targets")
+    assert result_of(tmp_path / "targets") == undisturbed and not (tmp_path / "targets/lists").exists()
 
 
 def test_a_flipped_byte_is_repaired_and_nothing_else_is_made(
@@ -452,7 +456,19 @@ def test_another_run_is_not_overwritten(keys: Path, undisturbed: Path) -> None:
 def test_unused_flags_do_not_change_the_identity(keys: Path, index: Path, tmp_path: Path) -> None:
     write_targets.run(config(keys, tmp_path / "targets", temperature="6"), World())
     before = result_of(tmp_path / "targets")
-    changes = {"temperature": "6.0", "nprobe": 5, "index": index, "search": "auto", "batch_positions": 8}
+    changes = {
+        "temperature": "6.0",
+        "nprobe": 5,
+        "index": index,
+        "search": "auto",
+        "batch_positions": 8,
+        "neighbour_perplexity": 7.0,
+    }
     write_targets.run(config(keys, tmp_path / "targets", **changes), World())
     assert result_of(tmp_path / "targets") == before
-    assert json.loads(before["identity.json"])["config"]["search"] == "exact"
+    identity = json.loads(before["identity.json"])["config"]
+    assert identity["search"] == "exact" and "neighbour_perplexity" not in identity  # a fixed temperature decides
+    fitted = {"temperature": "auto", "neighbour_perplexity": 7.0}
+    write_targets.run(config(keys, tmp_path / "fitted", **fitted), World())
+    with pytest.raises(UserError, match="another run"):
+        write_targets.run(config(keys, tmp_path / "fitted", **{**fitted, "neighbour_perplexity": 8.0}), World())

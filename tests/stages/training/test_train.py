@@ -1,6 +1,7 @@
 """Training, in real processes: launchers, worlds, ZeRO stages, resume, kill, damage.
 
-A process with DeepSpeed costs 10 s to start, so a driver runs a list of jobs in each.
+A process with DeepSpeed costs 10 s to start: most ranks are forked from one that has it (tests/stages/forked_training.py), and
+what mpirun starts runs a list of jobs. torchrun is in test_train_base.py.
 """
 
 import itertools
@@ -38,6 +39,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 N, VOCABULARY, WIDTH, BLOCK = 601, 61, 12, 64
 HALF, STEPS, BATCH = 10, 20, 48
 PARITY = 1e-5  # of float32 losses over all steps, relative
+COMPILES_ADAM = os.environ.get("MLPMEM_TEST_COMPILED_ADAM") == "1"
 BF16_PARITY = 2e-2  # of bfloat16 losses to float32's
 FLAGS = {
     "epochs": 1.6,
@@ -193,15 +195,16 @@ def publish_targets(root, name, keys, blocks, entries, *, cuts, left_out=None):
     publish_stage(root / name, "targets", {"keys": keys}, files, fields)
 
 
-def ds_config(root, stage, *, bf16=False, **zero):
-    """A small DeepSpeed file; fp32 unless told."""
-    path = root / f"stage{stage}{'_bf16' if bf16 else ''}{'_'.join(zero)}.json"
+def ds_config(root, stage, *, bf16=False, own_adam=False, **zero):
+    """A small DeepSpeed file; fp32 unless told, with torch's AdamW unless `own_adam`, which matters where it is offloaded."""
+    path = root / f"stage{stage}{'_bf16' if bf16 else ''}{'_adam' if own_adam else ''}{'_'.join(zero)}.json"
     section = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}), **zero}
     path.write_text(
         json.dumps(
             {
                 "bf16": {"enabled": bf16},
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": own_adam,
                 "gradient_clipping": "auto",
                 "train_micro_batch_size_per_gpu": "auto",
                 "zero_optimization": section,
@@ -240,8 +243,6 @@ def free_port():
 def launcher(kind, world):
     """The words before the script's."""
     tool = str(Path(sys.executable).parent / kind)
-    if kind == "torchrun":
-        return [tool, "--nproc-per-node", str(world), "--master-port", free_port()]
     if kind == "mpirun":
         return [tool, "--allow-run-as-root", "--oversubscribe", "-n", str(world), sys.executable]
     return [tool, "--num_accelerators", str(world), "--master_port", free_port()]
@@ -284,11 +285,11 @@ def drive(root, kind, world, jobs):
     return output
 
 
-def drive_alone(forked_training, jobs):
-    """Run jobs in a world of one; what they said."""
-    steps = [{"kind": "start", "signal_at": job.pop("signal_at", None), "job": job} for job in jobs]
+def drive_forked(forked_training, jobs, size=1):
+    """Run jobs in forked ranks; what they said."""
+    steps = [{"kind": "start", "signal_at": job.pop("signal_at", None), "job": job, "size": size} for job in jobs]
     results, said = forked_training(*steps)
-    assert results == [[0]] * len(jobs), "".join(said)
+    assert results == [[0] * size] * len(jobs), "".join(said)
     return "".join(said)
 
 
@@ -338,15 +339,16 @@ def single(root, forked_training):
         job(root, "one-stopped", ds_config(root, 2)),
         job(root, "one-uneven", ds_config(root, 2), targets=str(root / "uneven")),
         job(root, "one-ce", ds_config(root, 2), alpha=0.0),
+        job(root, "one-shipped1", REPOSITORY / "ds_configs" / "zero1.json"),
         job(root, "one-mixture", ds_config(root, 2), ce_through="mixture"),
         job(root, "one-from-memory", ds_config(root, 3), init_from=str(root / "one-stage2")),
     ]
-    return drive_alone(forked_training, jobs)
+    return drive_forked(forked_training, jobs)
 
 
 @pytest.fixture(scope="module")
-def pair(root, single):
-    """Two ranks, torchrun: every stage; bf16 ZeRO-3 straight, resumed, stopped; the single world's checkpoints taken over."""
+def pair(root, single, forked_training):
+    """Two ranks: every stage; bf16 ZeRO-3 straight, resumed, stopped; the single world's checkpoints taken over."""
     bf16 = ds_config(root, 3, bf16=True)
     rewind(root, "one-stage2", "one2-to-two3", 10)
     jobs = [job(root, f"two-stage{stage}", ds_config(root, stage)) for stage in (0, 1, 2, 3)]
@@ -355,10 +357,15 @@ def pair(root, single):
         job(root, "two-from-weights", ds_config(root, 2), init_from=str(root / "one-stage2" / "weights")),
         job(root, "one2-to-two3", ds_config(root, 3)),
         job(root, "two-bf16", bf16),
+        job(root, "two-shipped1", REPOSITORY / "ds_configs" / "zero1.json"),
         job(root, "two-stopped", bf16, signal_at=2),
         job(root, "two-stopped", bf16),
     ]
-    output = drive(root, "torchrun", 2, jobs)
+    if COMPILES_ADAM:
+        jobs.append(
+            job(root, "two-offload-adam", ds_config(root, 3, own_adam=True, offload_optimizer={"device": "cpu"}))
+        )
+    output = drive_forked(forked_training, jobs, size=2)
     rewind(root, "two-bf16", "two-rewound", 10)
     shutil.copytree(root / "two-bf16", root / "two-damaged")
     unfinish(root / "two-damaged")
@@ -377,9 +384,11 @@ def test_stages_and_worlds_give_the_losses_of_one_process(root, single, pair):
     plain = losses(root, "one-stage0")
     assert len(plain) == STEPS and plain[-1] < plain[0]
     names = [f"one-stage{stage}" for stage in (1, 2, 3)] + [f"two-stage{stage}" for stage in (1, 2, 3)]
+    names += ["two-offload"] + ["two-offload-adam"] * COMPILES_ADAM
     for name in names:
         np.testing.assert_allclose(losses(root, name), plain, rtol=PARITY, err_msg=name)
-    np.testing.assert_allclose(losses(root, "two-bf16"), plain, rtol=BF16_PARITY)
+    for name in ("two-bf16", "one-shipped1", "two-shipped1"):  # the latter by DeepSpeed's optimizer for bf16 at stage 1
+        np.testing.assert_allclose(losses(root, name), plain, rtol=BF16_PARITY, err_msg=name)
 
 
 def test_shards_of_uneven_sizes_give_the_same_weights(root, single):
@@ -422,7 +431,7 @@ def test_a_stopped_run_continues_to_the_same_weights(root, single, pair):
 
 def test_resume_at_another_world_and_stage(root, pair, forked_training):
     np.testing.assert_allclose(losses(root, "one2-to-two3"), losses(root, "one-stage0"), rtol=PARITY)
-    drive_alone(forked_training, [job(root, f"two3-to-one{stage}", ds_config(root, stage)) for stage in (1, 2, 3)])
+    drive_forked(forked_training, [job(root, f"two3-to-one{stage}", ds_config(root, stage)) for stage in (1, 2, 3)])
     three = {"kind": "start", "size": 3, "job": job(root, "two3-to-three2", ds_config(root, 2))}
     results, said = forked_training(three)
     assert results == [[0, 0, 0]] and "of 2 ranks at ZeRO stage 3, this run has 3 at stage 2" in said[0], said
@@ -468,7 +477,20 @@ def test_sigterm_to_the_launcher_saves_and_leaves_no_orphan(root, pair, forked_t
 
 @pytest.mark.parametrize(
     "name",
-    [*(f"{world}-stage{stage}" for world in ("one", "two") for stage in (0, 1, 2, 3)), "two-offload", "two-bf16"],
+    [
+        *(f"{world}-stage{stage}" for world in ("one", "two") for stage in (0, 1, 2, 3)),
+        "two-offload",
+        pytest.param(
+            "two-offload-adam",
+            marks=pytest.mark.skipif(
+                not COMPILES_ADAM,
+                reason="DeepSpeed compiles its Adam for 1 to 2 minutes: set MLPMEM_TEST_COMPILED_ADAM=1",
+            ),
+        ),
+        "two-bf16",
+        "one-shipped1",
+        "two-shipped1",
+    ],
 )
 def test_checkpoints_of_every_layout_convert(root, pair, tmp_path, name):
     """The last step's checkpoint holds the weights that the training wrote; an earlier one holds others."""

@@ -31,6 +31,7 @@ FLAGS = {
 DRIVER = """
 import json, os, sys, threading, time
 from pathlib import Path
+from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.log import set_up_logging
 from mlpmem_ds.core.world import world_from_environment
 from mlpmem_ds.stages.training import train_base
@@ -40,9 +41,9 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
     signal_at, age = job.pop("signal_at", None), job.pop("age", None)
     if age is not None:
         for path in Path(job["output"]).glob("checkpoints/*/manifest.json"):
-            manifest = json.loads(path.read_text())
+            manifest = read_json(path)
             manifest["values"]["seconds"] += age
-            path.write_text(json.dumps(manifest))
+            publish_json(path, manifest, seal=True)
     config = train_base.Config(**{k: Path(v) if k in ("ds_config", "corpus", "output") else v for k, v in job.items()})
     if signal_at is not None:
         def watch(path=config.output / "metrics.jsonl"):

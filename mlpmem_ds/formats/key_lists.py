@@ -1,0 +1,66 @@
+"""Keys in the order of an index's lists, mapped: what list search reads while targets are written. README.md specifies it.
+
+Shape legend: N positions, L lists, R positions of a run, D numbers in a key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.maths.listed_keys import ListedKeys, ListedRun, run_of
+
+FORMAT, VERSION = "lists", 1
+FOLDER = "lists"
+"""in a target directory, while the targets are being written"""
+RUN_POSITIONS = 1 << 24
+"""of a run: a slice of a list in it is then 64 keys at a billion positions in 262,144 lists, which is read at full speed"""
+VALUES_NAME = "values.npy"
+
+
+def run_blocks(num_positions: int, run_positions: int) -> dict[str, Block]:
+    """The positions of each run, by the name of the unit that makes it."""
+    return {f"run-{block.start:012d}": block for block in split_blocks(num_positions, run_positions)}
+
+
+def number_name(shard: int) -> str:
+    """The file with the list of each key of an index shard."""
+    return f"numbers-{shard}.npy"
+
+
+def array_name(array: str, first: int) -> str:
+    """`keys`, `ids`, `offsets` or `norms` of the run that starts at position `first`."""
+    return f"{array}-{first:012d}.npy"
+
+
+def open_key_lists(root: Path, num_positions: int, run_positions: int) -> tuple[ListedKeys, np.ndarray]:
+    """(keys list by list, value of each position) of a directory whose units are complete, all of it mapped."""
+
+    def run(first: int) -> ListedRun:
+        norms = root / array_name("norms", first)
+        return run_of(
+            first,
+            _map(root / array_name("offsets", first)),
+            _map(root / array_name("ids", first)),
+            _map(root / array_name("keys", first)),
+            _map(norms) if norms.is_file() else None,
+        )
+
+    runs = [run(block.start) for block in run_blocks(num_positions, run_positions).values()]
+    return ListedKeys(runs=runs, num_keys=num_positions), _map(root / VALUES_NAME)
+
+
+def bytes_of_key_lists(
+    num_positions: int, num_lists: int, key_bytes: int, value_bytes: int, *, is_integer: bool
+) -> int:
+    """On disk: key, its list, id, value and (of int8 codes) norm; and the offsets of each run."""
+    num_runs = -(-num_positions // RUN_POSITIONS)
+    each = key_bytes + 4 + 4 + value_bytes + (4 if is_integer else 0)
+    return num_positions * each + num_runs * 8 * (num_lists + 1)
+
+
+def _map(path: Path) -> Any:
+    return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,0 +1,56 @@
+"""A model's files by path and by Hub name, without a network: a cache as huggingface_hub lays it out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from transformers.utils import hub
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.model_files import fetch_directory, model_file
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hub cache, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: True, raising=False)
+    return tmp_path
+
+
+def add_to_cache(cache: Path, name: str, *files: str) -> Path:
+    root = cache / f"models--{name.replace('/', '--')}"
+    snapshot = root / "snapshots" / ("0" * 40)
+    for file in files:
+        (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / file).write_text("{}")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+def test_a_hub_name_becomes_its_directory(cache: Path) -> None:
+    snapshot = add_to_cache(cache, "owner/memory", "config.json", "pytorch_model.bin")
+    assert fetch_directory("owner/memory", flag="--x") == snapshot
+    below = add_to_cache(cache, "owner/joint", "knn_generator/config.json", "knn_generator/model.safetensors")
+    assert fetch_directory("owner/joint", flag="--x", subdirectory="knn_generator") == below / "knn_generator"
+    assert model_file("owner/memory", "model.safetensors") is None
+
+
+def test_paths_are_left_as_they_are(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cache)
+    (cache / "run" / "memory").mkdir(parents=True)
+    assert fetch_directory("run/memory", flag="--x") == Path("run/memory")
+    assert fetch_directory("/no/such/place", flag="--x") == Path("/no/such/place")  # its reader says what is missing
+
+
+@pytest.mark.parametrize("files", [(), ("config.json",)])
+def test_what_the_hub_does_not_give_is_refused(cache: Path, files: tuple[str, ...]) -> None:
+    if files:
+        add_to_cache(cache, "owner/gone", *files)
+    remedy = "has no weights" if files else "hf download owner/gone --local-dir DIR"
+    with pytest.raises(UserError, match=f"--x owner/gone .*{remedy}"):
+        fetch_directory("owner/gone", flag="--x")

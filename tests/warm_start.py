@@ -1,0 +1,56 @@
+"""What every stage imports or makes at its first start, done once: a process that is forked from here starts in milliseconds.
+
+The process server of `killed_runs` imports this file, and the launchers of the demo's test (`launch/forked_launchers.py`).
+One thread: a fork would be without the others that OpenMP counts on.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import tempfile
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
+
+from mlpmem_ds.engines.deepspeed import import_deepspeed
+
+_LATE_IMPORTS = (
+    "deepspeed.checkpoint.ds_to_universal",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "torch.utils.tensorboard",
+    "mlpmem_ds.stages.conversion.convert_checkpoint",
+    "mlpmem_ds.stages.corpus.prepare_corpus",
+    "mlpmem_ds.stages.evaluation.evaluate",
+    "mlpmem_ds.stages.evaluation.generate",
+    "mlpmem_ds.stages.keys.extract_keys",
+    "mlpmem_ds.stages.planning.inspect_run",
+    "mlpmem_ds.stages.report.report",
+    "mlpmem_ds.stages.retrieval.build_index",
+    "mlpmem_ds.stages.retrieval.write_targets",
+    "mlpmem_ds.stages.training.train",
+    "mlpmem_ds.stages.training.train_base",
+)
+
+
+def _no_flush(_: Any) -> None:
+    """As in `conftest._no_flush_to_disk`: a killed process loses nothing that it has written."""
+
+
+torch.set_num_threads(1)
+import_deepspeed()
+for _name in _LATE_IMPORTS:
+    importlib.import_module(_name)
+logging.disable_progress_bar()
+# The model's module and the tables of its weights' names: .2 s in each start.
+with tempfile.TemporaryDirectory() as _directory:
+    _shape = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(_shape).save_pretrained(_directory)
+    AutoModelForCausalLM.from_pretrained(_directory)
+os.fsync = _no_flush
+gc.collect()
+gc.freeze()
