@@ -13,7 +13,6 @@ NAMES = ("corpus", "decode", "evaluate", "extract", "index", "loss", "plan", "ta
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="bench.py",
         description=f"{__doc__} `NAME --help` shows the sizes, and how long the default ones take.",
         epilog="example: python tools/bench.py loss --output loss.json",
         allow_abbrev=False,
@@ -24,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         benchmark.Config,
         benchmark.run,
         argv=words[1:],
+        command=words[0],
         description=benchmark.DESCRIPTION,
         example=f"python tools/bench.py {words[0]} --output {words[0]}.json",
     )

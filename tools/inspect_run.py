@@ -8,13 +8,10 @@ from mlpmem_ds.stages.planning import inspect_run
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--run", *words]
     return run_front_end(
         inspect_run.Config,
         inspect_run.run,
-        argv=words,
+        argv=argv,
         description="Look at a run directory (or one stage's): what is there, complete or not, every checksum. "
         "Exit code 2 where something is damaged.",
         example="python tools/inspect_run.py run",

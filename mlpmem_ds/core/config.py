@@ -10,15 +10,19 @@ import argparse
 import dataclasses
 import math
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mlpmem_ds.core.errors import UserError
 
 ConfigType = TypeVar("ConfigType")
+_WIDTH = 118  # columns of the help
+_MOST_DIGITS = 20  # of a whole number, so that 1e999999 is refused and not written out
 
 
 def option(
@@ -29,6 +33,8 @@ def option(
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
     flag: str | None = None,
+    choices: tuple[str, ...] = (),
+    positional: bool = False,
 ) -> Any:
     """A field of a Config.
 
@@ -40,8 +46,18 @@ def option(
         parse: text to value, where the field's type alone does not say it.
         metavar: the placeholder in the help.
         flag: the flag's name without hyphens in front, where it is not the field's (`lambda` is a word of Python).
+        choices: the words allowed, where the type does not list them.
+        positional: the value is given as a word of its own; the flag is accepted too. For a required field.
     """
-    metadata = {"help": help, "identity": identity, "parse": parse, "metavar": metavar, "flag": flag}
+    metadata = {
+        "help": help,
+        "identity": identity,
+        "parse": parse,
+        "metavar": metavar,
+        "flag": flag,
+        "choices": choices,
+        "positional": positional,
+    }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,15 +69,18 @@ def parse_config(
     """Read a Config from the command line; on a wrong flag argparse prints the usage and exits with 2."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=description,
+        description=textwrap.fill(description, _WIDTH),
         epilog=f"example:\n  {example}",
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=_WIDTH),
     )
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         _add_flag(parser, field, hints[field.name])
     words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if field.metadata["positional"]:
+            words = [word.removeprefix(f"{_flag(field)}=") for word in words if word != _flag(field)]
     values = vars(parser.parse_args(words))
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         value = values[field.name]
@@ -86,6 +105,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     flag = _flag(field)
     required = field.default is dataclasses.MISSING
     base, is_tuple, choices = _read_hint(hint)
+    choices = choices or field.metadata["choices"] or None
     help_text = field.metadata["help"].replace("%", "%%")
     if not required and field.default not in (None, ()):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
@@ -96,13 +116,31 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     if base is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         return
-    settings["type"] = field.metadata["parse"] or base
+    settings["type"] = field.metadata["parse"] or (_whole_number if base is int else base)
     settings["metavar"] = field.metadata["metavar"] or (None if choices else _metavar(base))
+    if field.metadata["positional"]:
+        parser.add_argument(field.name, type=settings["type"], metavar=settings["metavar"], help=help_text)
+        return
     if is_tuple:
         settings["nargs"] = "+"
     if choices:
         settings["choices"] = choices
     parser.add_argument(flag, **settings)
+
+
+def _whole_number(word: str) -> int:
+    """`64`, `1_000_000` or `1e9`; a fraction is refused."""
+    try:
+        return int(word)
+    except ValueError:
+        pass
+    try:
+        number = Decimal(word)
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if not number.is_finite() or number.adjusted() > _MOST_DIGITS or number != number.to_integral_value():
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number, such as 1000000, 1_000_000 or 1e6")
+    return int(number)
 
 
 def _read_hint(hint: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] | None]:

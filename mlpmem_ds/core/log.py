@@ -27,6 +27,13 @@ def set_up_logging(world: World, *, name: str) -> None:
         force=True,
     )
     logging.getLogger("mlpmem_ds").setLevel(logging.INFO if world.is_first else logging.WARNING)
+    # Out of the Hub's reach it warns at each attempt; what fails in the end is said by its caller.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+
+
+def audible_level(world: World) -> int:
+    """The level of what one rank says for all, whichever it is: the information of ranks above 0 is not shown."""
+    return logging.INFO if world.is_first else logging.WARNING
 
 
 class EventLog:

@@ -44,11 +44,20 @@ from mlpmem_ds.core.files import (
     remove_stale_temporaries,
     sha256_of_file,
 )
-from mlpmem_ds.core.log import EventLog
+from mlpmem_ds.core.log import EventLog, audible_level
 from mlpmem_ds.core.run_description import IDENTITY_FIELD, describe_run, has_records, settle_identity
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
+_FRONT_ENDS = {
+    "corpus": "prepare_corpus",
+    "base": "train_base",
+    "keys": "extract_keys",
+    "index": "build_index",
+    "targets": "write_targets",
+    "memory": "train",
+    "report": "evaluate",
+}  # format → what writes it, for messages
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_WAITING_LINES = 60.0
 
@@ -264,7 +273,7 @@ class StageDirectory:
             files = [file for unit in units for file in self.read_record(unit)["files"]]
             publish_json(self.manifest_path, {**self.identity, **describe(), "files": files}, seal=self._is_sealed)
             self.remove_what_the_dead_left()
-        _logger.info("complete: %s (%.1f s)", self.root, seconds)
+        _logger.log(audible_level(self.world), "complete: %s (%.1f s)", self.root, seconds)
         return True
 
 
@@ -334,10 +343,24 @@ def check_output(output: Path, *, stage: str) -> bool:
     # Listed once: other ranks are starting too.
     names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
     if "identity.json" in names or has_records(output):
+        _refuse_other_format(output, stage)
         return True
     if any(not name.startswith(".") for name in names):
         raise UserError(f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it")
     return False
+
+
+def _refuse_other_format(output: Path, stage: str) -> None:
+    with contextlib.suppress(DamagedDataError, FileNotFoundError):  # what is damaged is judged with the whole identity
+        found = read_json(output / "identity.json")
+        if isinstance(found, dict) and found.get("format") != f"mlpmem-{stage}":
+            raise UserError(
+                f"--output {output} holds {found.get('format')}, not mlpmem-{stage}: choose another directory"
+            )
+
+
+def _remedy(stage: str) -> str:
+    return f": give the output of {_FRONT_ENDS[stage]}" if stage in _FRONT_ENDS else ""
 
 
 def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str, Any], str]:
@@ -358,19 +381,19 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
     """
     path = root / "manifest.json"
     if not root.is_dir():
-        raise UserError(f"{flag} {root} does not exist")
+        raise UserError(f"{flag} {root} {'is a file' if root.exists() else 'does not exist'}{_remedy(stage)}")
     if not path.is_file():
         state = (
             "is not complete: run its stage again, it continues"
             if (root / "identity.json").is_file()
-            else f"is not a directory of mlpmem {stage}"
+            else f"is not a directory of mlpmem {stage}{_remedy(stage)}"
         )
         raise UserError(f"{flag} {root} {state}")
     manifest = read_json(path)
     if not isinstance(manifest, dict):
         raise DamagedDataError(f"{path} is damaged: not a JSON object; run its stage again, it writes it anew")
     if manifest.get("format") != f"mlpmem-{stage}":
-        raise UserError(f"{flag} {root} holds {manifest.get('format')!r}, not mlpmem-{stage}")
+        raise UserError(f"{flag} {root} holds {manifest.get('format')}, not mlpmem-{stage}{_remedy(stage)}")
     if manifest.get("version") != version:
         raise DamagedDataError(
             f"{flag} {root} has version {manifest.get('version')}, this program reads {version}: "

@@ -19,13 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate.utils import align_module_device
-from tokenizers import Tokenizer
 from torch import nn
 
 from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
-from mlpmem_ds.engines.model_files import model_file
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import label_log_probabilities
@@ -116,7 +115,7 @@ class TransformersSource:
         self.num_layers = len(self._layers)
         self.width = config.hidden_size
         self.vocab_size = len(output_head(self.model)[0])
-        self.max_context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self.max_context = max_context_of(config)
         self._attention = attention
         self._length_seen = 0
 
@@ -213,34 +212,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 
 def check_source_reads(source: StateSource, corpus: CorpusSplit, model: str, *, flag: str = "--model") -> None:
-    """Refuse a corpus that this base cannot read: other tokens, a larger vocabulary, or longer blocks than its context.
-
-    Raises:
-        UserError: with what differs.
-    """
-    if corpus.vocab_size > source.vocab_size:
-        raise UserError(
-            f"the corpus {corpus.root} has a vocabulary of {corpus.vocab_size}, the model one of "
-            f"{source.vocab_size} ({flag} {model}): prepare the corpus with the model's own tokenizer"
-        )
-    if corpus.block_size > source.max_context:
-        raise UserError(
-            f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens, the model reads at most "
-            f"{source.max_context} ({flag} {model}): prepare it with a smaller --block-size"
-        )
-    own, common = model_file(model, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
-    if own is None or not common.is_file():
-        return
-    here, there = (Tokenizer.from_file(str(path)).get_vocab() for path in (common, own))
-    token_of = {number: token for token, number in there.items()}
-    for token, number in here.items():
-        # Either may have more tokens (added ones); but what both name must be the same.
-        if there.get(token, number) != number or token_of.get(number, token) != token:
-            raise UserError(
-                f"{flag} {model} has another vocabulary than the corpus: {token!r} is {number} in the corpus, and in the model "
-                f"it is {there.get(token, 'no token')} and {number} is {token_of.get(number, 'no token')!r}; prepare the corpus "
-                "with the model's own tokenizer"
-            )
+    """`check_model_reads` of a base that is loaded."""
+    check_model_reads(model, corpus, vocab_size=source.vocab_size, max_context=source.max_context, flag=flag)
 
 
 def resolve_point(source: StateSource, layer: int | float, point: str, *, flag: str) -> CapturePoint:

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import content_hash
+from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -19,7 +20,52 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def vocabulary_of_model(name_or_path: str) -> str | None:
     """SHA-256 of a model's vocabulary, as a corpus gives its own; None where the model comes without `tokenizer.json`."""
     path = model_file(name_or_path, "tokenizer.json")
-    return None if path is None else content_hash(sorted(Tokenizer.from_file(str(path)).get_vocab().items()))
+    return None if path is None else vocabulary_sha256(Tokenizer.from_file(str(path)))
+
+
+def max_context_of(config: PretrainedConfig) -> int:
+    """The most tokens that a model reads at once; practically endless where its configuration names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def check_model_reads(
+    name_or_path: str, corpus: CorpusSplit, *, vocab_size: int, max_context: int, flag: str = "--model"
+) -> None:
+    """Refuse a corpus that this model cannot read: other tokens, a larger vocabulary, or longer blocks than its context.
+
+    Args:
+        name_or_path: the model.
+        corpus: any of its splits.
+        vocab_size: rows of the model's output head, which may be more than its tokenizer has entries.
+        max_context: tokens.
+        flag: of the command line, for the messages.
+
+    Raises:
+        UserError: with what differs.
+    """
+    if corpus.vocab_size > vocab_size:
+        raise UserError(
+            f"the corpus {corpus.root} has a vocabulary of {corpus.vocab_size}, the model one of "
+            f"{vocab_size} ({flag} {name_or_path}): prepare the corpus with the model's own tokenizer"
+        )
+    if corpus.block_size > max_context:
+        raise UserError(
+            f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens, the model reads at most "
+            f"{max_context} ({flag} {name_or_path}): prepare it with a smaller --block-size"
+        )
+    own, common = model_file(name_or_path, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
+    if own is None or not common.is_file():
+        return
+    here, there = (Tokenizer.from_file(str(path)).get_vocab() for path in (common, own))
+    token_of = {number: token for token, number in there.items()}
+    for token, number in here.items():
+        # Either may have more tokens (added ones); but what both name must be the same.
+        if there.get(token, number) != number or token_of.get(number, token) != token:
+            raise UserError(
+                f"{flag} {name_or_path} has another vocabulary than the corpus: {token!r} is {number} in the corpus, and in "
+                f"the model it is {there.get(token, 'no token')} and {number} is {token_of.get(number, 'no token')!r}; "
+                "prepare the corpus with the model's own tokenizer"
+            )
 
 
 def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlpmem_ds.core.blocks import WindowSequence, split_windows
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.stage_directory import read_manifest
 
 FORMAT, VERSION = "corpus", 1
@@ -23,6 +24,11 @@ SPLITS = ("train", "tuning", "test", "heldout")
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """What two tokenizers (whatever has `get_vocab`) must share to be exchangeable: every token and its id."""
+    return content_hash(sorted(tokenizer.get_vocab().items()))
 
 
 @dataclass(frozen=True, kw_only=True)

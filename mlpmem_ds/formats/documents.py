@@ -53,7 +53,8 @@ TEXT_PATTERNS = (
     "*.jsonl.zst",
 )
 CONTAINER_PATTERNS = ("*.parquet", "*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
-"""these count in a directory too, unless the user said which names count"""
+FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
+"""names that count in a directory, unless the user said which do"""
 DATASET_PREFIX = "datasets:"
 """an input `datasets:NAME[:CONFIGURATION[:SPLIT]]` is a data set of the Hub, through the package `datasets`"""
 
@@ -104,18 +105,17 @@ class Document:
         return len(self.text) if self.text.isascii() else len(self.text.encode())
 
 
-def find_files(inputs: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> list[SourceFile]:
+def find_files(inputs: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str]) -> list[SourceFile]:
     """The files below `inputs` (files, directories, globs, saved or named data sets), sorted by name within each input.
 
     Args:
-        include: patterns that a file's name in a directory must match one of.
+        include: patterns that a file's name in a directory must match one of; None = FILE_PATTERNS.
         exclude: patterns; a file is left out if its path below the input, or any directory in it, matches one.
 
     Raises:
         UserError: an input does not exist, or nothing is left.
     """
-    if tuple(include) == TEXT_PATTERNS:
-        include = (*include, *CONTAINER_PATTERNS)
+    include = FILE_PATTERNS if include is None else include
     files: list[SourceFile] = []
     for given in inputs:
         if given.startswith(DATASET_PREFIX):

@@ -36,13 +36,6 @@ def lambda_curve(log_base_N: Array, log_other_N: Array, lambdas_G: Array) -> Arr
     return np.array([perplexity(np.logaddexp(base_N + log_keep, other_N + log_take)) for log_keep, log_take in pairs])
 
 
-def best_lambda(log_base_N: Array, log_other_N: Array, lambdas_G: Array) -> tuple[float, float]:
-    """The λ of the grid with the least perplexity (the first, if several) and that perplexity. Choose it on a tuning split."""
-    curve_G = lambda_curve(log_base_N, log_other_N, lambdas_G)
-    best = int(np.argmin(curve_G))
-    return float(lambdas_G[best]), float(curve_G[best])
-
-
 def bootstrap_interval(
     log_a_N: Array, log_b_N: Array, *, block: int = 512, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:

@@ -18,6 +18,7 @@ class Config:
     keep: bool = option("keep it", True)
     threads: int = option("threads", 1, identity=False)
     also: Path | None = option("a path that may be left out", None)
+    size: str | None = option("a named size", None, choices=("small", "large"))
 
 
 def parse(*words: str) -> Config:
@@ -57,7 +58,7 @@ def test_help_shows_defaults_and_the_example(capsys: pytest.CaptureFixture[str])
 
 def test_identity_leaves_out_paths_and_resources() -> None:
     config = Config(input=("a",), output=Path("o"))
-    assert identity_values(config) == {"block_size": 1024, "rate": None, "codec": "int8", "keep": True}
+    assert identity_values(config) == {"block_size": 1024, "rate": None, "codec": "int8", "keep": True, "size": None}
     assert identity_values(Config(input=("b",), output=Path("p"), also=Path("q"))) == identity_values(config)
     assert plain_values(config)["output"] == "o"
 
@@ -66,3 +67,43 @@ def test_numbers_that_are_none_are_refused() -> None:
     for word in ("nan", "inf"):
         with pytest.raises(UserError, match=f"--rate {word}: give a finite number"):
             parse("--input", "a", "--output", "o", "--rate", word)
+
+
+def test_words_that_the_type_does_not_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("--input", "a", "--output", "o", "--size", "large").size == "large"
+    with pytest.raises(SystemExit) as caught:
+        parse("--input", "a", "--output", "o", "--size", "huge")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "'huge'" in said and "small" in said and "large" in said
+
+
+@pytest.mark.parametrize(("word", "value"), [("1e9", 10**9), ("1_000_000", 10**6), ("2.5e3", 2500), ("64.0", 64)])
+def test_whole_numbers_may_be_written_short(word: str, value: int) -> None:
+    assert parse("--input", "a", "--output", "o", "--block-size", word).block_size == value
+
+
+@pytest.mark.parametrize("word", ["1.5", "many", "nan", "inf", "1e999999999"])
+def test_what_is_no_whole_number_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--input", "a", "--output", "o", "--block-size", word)
+    assert f"'{word}' is no whole number, such as" in capsys.readouterr().err
+
+
+def test_a_positional_word_is_also_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Look:
+        run: Path = option("directory", metavar="RUN", positional=True)
+        threads: int = option("threads", 1)
+
+    def look(*words: str) -> Look:
+        return parse_config(Look, words, prog="look.py", description="d " * 100, example="e")
+
+    for words in (["r", "--threads", "2"], ["--threads", "2", "r"], ["--run", "r", "--threads", "2"], ["--run=r"]):
+        assert look(*words).run == Path("r")
+    with pytest.raises(SystemExit):
+        look()
+    assert "required: RUN" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        look("--help")
+    text = capsys.readouterr().out
+    assert "usage: look.py [-h] [--threads INT] RUN" in text and max(map(len, text.splitlines())) <= 118

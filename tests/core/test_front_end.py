@@ -5,7 +5,7 @@ import pytest
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.front_end import run_front_end
+from mlpmem_ds.core.front_end import keep_bars_to_terminals, run_front_end
 from mlpmem_ds.core.world import World
 
 
@@ -45,3 +45,14 @@ def test_our_own_bugs_keep_their_traceback(error: Exception) -> None:
 
 def test_the_deepspeed_launchers_flag_is_ignored() -> None:
     assert run_with(None, "--local_rank=1", "--number", "2") == 0
+
+
+def test_libraries_draw_their_bars_on_terminals_only() -> None:
+    on_terminal: dict[str, str] = {}
+    in_log: dict[str, str] = {}
+    asked_for = {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+    keep_bars_to_terminals(on_terminal, is_terminal=True)
+    keep_bars_to_terminals(in_log, is_terminal=False)
+    keep_bars_to_terminals(asked_for, is_terminal=False)
+    assert (on_terminal, in_log) == ({}, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    assert asked_for == {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}

@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,9 @@ def test_the_last_line_comes_once_and_only_where_something_was_done(
         "7 of 20",
     ]
     assert [" left" in line for line in lines] == [True, False, True, False]
+
+
+def test_the_hubs_client_does_not_say_what_we_say() -> None:
+    set_up_logging(World(), name="tool")
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("huggingface_hub").isEnabledFor(logging.ERROR)

@@ -34,6 +34,11 @@ class Config:
     threads: int = option("threads", 1, identity=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherConfig:
+    depth: int = option("depth", 3)
+
+
 def run(
     config: Config, world: World, *, fail_at: str | None = None, input_hash: str = "i", take_over: bool = True
 ) -> list[str]:
@@ -398,6 +403,23 @@ def test_a_strangers_directory_or_file_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.tex"]
 
 
+def test_the_output_of_another_stage_is_refused_by_its_name(tmp_path: Path) -> None:
+    run(Config(output=tmp_path / "toy"), World())
+    before = result_of(tmp_path / "toy")
+    with pytest.raises(UserError, match="holds mlpmem-toy, not mlpmem-keys: choose another directory$"):
+        open_stage(tmp_path / "toy", stage="keys", version=1, config=OtherConfig(), inputs={}, world=World())
+    assert result_of(tmp_path / "toy") == before
+
+
+def test_whoever_completes_is_heard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        run(Config(output=tmp_path / "by_another"), World(rank=1, size=2))
+        run(Config(output=tmp_path / "by_the_first"), World(rank=0, size=2))
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if "complete: " in record.getMessage()]
+    assert [level for level, _ in said] == ["WARNING", "INFO"]  # of ranks above 0, warnings only are shown
+    assert "by_another" in said[0][1] and "by_the_first" in said[1][1]
+
+
 def test_readers_refuse_what_is_missing_foreign_or_damaged(tmp_path: Path) -> None:
     config = Config(output=tmp_path / "toy")
     with pytest.raises(UserError, match="does not exist"):
@@ -405,8 +427,10 @@ def test_readers_refuse_what_is_missing_foreign_or_damaged(tmp_path: Path) -> No
     run(config, World())
     manifest, sha256 = read_manifest(config.output, stage="toy", version=1, flag="--toy")
     assert manifest["total"] == 10 and len(sha256) == 64
-    with pytest.raises(UserError, match="not mlpmem-keys"):
+    with pytest.raises(UserError, match="holds mlpmem-toy, not mlpmem-keys: give the output of extract_keys"):
         read_manifest(config.output, stage="keys", version=1, flag="--keys")
+    with pytest.raises(UserError, match="is not a directory of mlpmem corpus: give the output of prepare_corpus"):
+        read_manifest(tmp_path, stage="corpus", version=1, flag="--corpus")
     with pytest.raises(DamagedDataError, match="version 1, this program reads 2"):
         read_manifest(config.output, stage="toy", version=2, flag="--toy")
     (config.output / "part-4.npy").write_bytes(b"short")

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files, read_documents
+from mlpmem_ds.formats.documents import find_files, read_documents
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
@@ -81,7 +81,7 @@ def documents_of(given: Path | str, **fields: Any) -> list[tuple[str, str]]:
     fields = {"text_field": "text", "group_field": "author"} | fields
     return [
         (document.group, document.text)
-        for file in find_files([str(given)], TEXT_PATTERNS, ())
+        for file in find_files([str(given)], None, ())
         for document in read_documents(file, **fields)
     ]
 
@@ -107,7 +107,7 @@ def test_every_container_gives_its_documents(name: str, write: Callable[[Path], 
         assert documents_of(path.parent) == [("beside", "plain"), *EXPECTED]
         files = find_files([str(path.parent)], ("*.txt",), ())
         assert [file.name for file in files] == ["beside.txt"]
-    (file, *_) = find_files([str(path)], TEXT_PATTERNS, ())
+    (file, *_) = find_files([str(path)], None, ())
     groups = {document.group for document in read_documents(file, text_field="text", group_field=None)}
     assert groups == {file.name}
 
@@ -116,7 +116,7 @@ def test_splits_of_a_saved_dataset_and_a_missing_file(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_saved_dataset(tmp_path / "both" / split)
     (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
-    names = [file.name for file in find_files([str(tmp_path / "both")], TEXT_PATTERNS, ())]
+    names = [file.name for file in find_files([str(tmp_path / "both")], None, ())]
     assert names == [f"{split}/data-0000{number}-of-00002.arrow" for split in ("train", "test") for number in range(2)]
     assert documents_of(tmp_path / "both") == EXPECTED * 2
     (tmp_path / "both" / "test" / "data-00001-of-00002.arrow").unlink()

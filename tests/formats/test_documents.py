@@ -11,7 +11,7 @@ from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files, read_document
 
 
 def names(*inputs: str, exclude: tuple[str, ...] = ()) -> list[str]:
-    return [file.name for file in find_files(inputs, TEXT_PATTERNS, exclude)]
+    return [file.name for file in find_files(inputs, None, exclude)]
 
 
 def test_directories_are_walked_in_order_and_filtered(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_json_lines_of_every_compression(tmp_path: Path, suffix: str) -> None:
     elif suffix.endswith(".zst"):  # two frames, as tools that append write them
         content = zstandard.compress(content[:10]) + zstandard.compress(content[10:])
     path.write_bytes(content)
-    (file,) = find_files([str(path)], TEXT_PATTERNS, ())
+    (file,) = find_files([str(path)], None, ())
     documents = list(read_documents(file, text_field="text", group_field="author"))
     assert [(document.group, document.text) for document in documents] == [("A", "one"), ("B", "zwei ü")]
     assert documents[1].name == f"books{suffix}:3"
@@ -48,7 +48,7 @@ def test_json_lines_of_every_compression(tmp_path: Path, suffix: str) -> None:
 
 def test_a_line_without_the_field_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
-    (file,) = find_files([str(tmp_path / "x.jsonl")], TEXT_PATTERNS, ())
+    (file,) = find_files([str(tmp_path / "x.jsonl")], None, ())
     with pytest.raises(UserError, match="line 2.*--text-field"):
         list(read_documents(file, text_field="text", group_field=None))
 
@@ -56,8 +56,8 @@ def test_a_line_without_the_field_is_named(tmp_path: Path) -> None:
 def test_binary_is_left_out_of_a_directory_but_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes(b"\xff\xfe\x00")
-    (walked,) = find_files([str(tmp_path)], TEXT_PATTERNS, ())
-    (named,) = find_files([str(path)], TEXT_PATTERNS, ())
+    (walked,) = find_files([str(tmp_path)], None, ())
+    (named,) = find_files([str(path)], None, ())
     assert list(read_documents(walked, text_field="text", group_field=None)) == []
     with pytest.raises(UserError, match="not UTF-8"):
         list(read_documents(named, text_field="text", group_field=None))
@@ -67,7 +67,7 @@ def test_the_group_is_the_top_level_package(tmp_path: Path) -> None:
     for name in ("pkg/deep/x.py", "single.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("text")
-    files = find_files([str(tmp_path)], TEXT_PATTERNS, ())
+    files = find_files([str(tmp_path)], None, ())
     assert [next(read_documents(file, text_field="text", group_field=None)).group for file in files] == [
         "pkg",
         "single",
@@ -98,5 +98,12 @@ def test_a_walk_gives_what_sorting_all_paths_gives(tmp_path: Path) -> None:
 def test_line_ends_are_read_as_python_reads_text(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes("one\r\ntwo\rthree\n\r\nfour \u00e4\r".encode())
-    (document,) = read_documents(find_files([str(path)], TEXT_PATTERNS, ())[0], text_field="text", group_field=None)
+    (document,) = read_documents(find_files([str(path)], None, ())[0], text_field="text", group_field=None)
     assert document.text == path.read_text(encoding="utf-8") and document.num_bytes == len(document.text.encode())
+
+
+def test_patterns_that_are_given_are_all_that_count(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.parquet", "c.tar.gz"):
+        (tmp_path / name).write_text("text")
+    assert [file.name for file in find_files([str(tmp_path)], None, ())] == ["a.txt", "b.parquet", "c.tar.gz"]
+    assert [file.name for file in find_files([str(tmp_path)], TEXT_PATTERNS, ())] == ["a.txt"]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.maths.scores import (
-    best_lambda,
     bits_per_byte,
     bootstrap_interval,
     calibration_error,
@@ -44,15 +43,6 @@ def test_a_zero_probability_of_one_side_is_carried_by_the_other():
     with np.errstate(all="raise"):
         curve = lambda_curve(base, other, np.array([0.0, 0.5, 1.0]))
     np.testing.assert_allclose(curve, [2, 2 * math.sqrt(2), math.inf])
-
-
-def test_best_lambda_is_the_least_of_the_grid():
-    rng = np.random.default_rng(1)
-    base, other = np.log(rng.random(500)), np.log(rng.random(500))
-    grid = np.linspace(0, 1, 21)
-    curve = lambda_curve(base, other, grid)
-    assert best_lambda(base, other, grid) == (grid[curve.argmin()], curve.min())
-    assert 0 < best_lambda(base, other, grid)[0] < 1
 
 
 def test_bootstrap_interval_of_a_constant_ratio_is_a_point():

@@ -24,7 +24,7 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files, read_documents
+from mlpmem_ds.formats.documents import find_files, read_documents
 from mlpmem_ds.stages.corpus import prepare_corpus
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
@@ -91,7 +91,7 @@ def _copy_texts(inputs: Sequence[str], wanted: float, place: Path) -> list[str]:
     place.mkdir()
     texts: list[str] = []
     size = 0
-    for file in find_files(inputs, TEXT_PATTERNS, ()):
+    for file in find_files(inputs, None, ()):
         for document in read_documents(file, text_field="text", group_field=None):
             if size >= wanted:
                 return texts

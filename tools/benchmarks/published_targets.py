@@ -9,7 +9,6 @@ Shape legend: N keys, Q queries, D numbers in a key, K neighbours, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
@@ -65,18 +64,6 @@ def published_rows(
         ids = np.flatnonzero(dense_V > _LEAST_PROBABILITY)
         rows.append((ids.astype(np.int32), dense_V[ids].astype(np.float16)))
     return rows
-
-
-def read_published(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The rows of such a file."""
-    content, start = path.read_bytes(), 0
-    while start < len(content):
-        count = int(np.frombuffer(content, np.uint32, 1, start)[0])
-        yield (
-            np.frombuffer(content, np.int32, count, start + 4),
-            np.frombuffer(content, np.float16, count, start + 4 + 4 * count),
-        )
-        start += 4 + 6 * count
 
 
 def stock_index(directory: Path, nprobe: int) -> faiss.Index:

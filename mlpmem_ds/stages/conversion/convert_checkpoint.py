@@ -48,6 +48,7 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import require_free_bytes
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES
+from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
 from mlpmem_ds.models.backbone import CapturePoint, load_base
 from mlpmem_ds.models.hf import MemoryAugmentedLM
@@ -62,7 +63,6 @@ from mlpmem_ds.stages.conversion.export_check import (
 from mlpmem_ds.stages.conversion.export_inputs import EXPORT_FILE, Config, ExportInputs, open_inputs
 from mlpmem_ds.stages.conversion.import_reference import write_memory
 from mlpmem_ds.stages.conversion.model_card import describe_verification, model_card
-from mlpmem_ds.stages.corpus.prepare_corpus import vocabulary_sha256
 
 _logger = logging.getLogger(__name__)
 _IDENTITY, _RECORDS = "identity.json", "shards"

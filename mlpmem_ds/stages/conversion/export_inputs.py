@@ -18,12 +18,12 @@ from mlpmem_ds.core.stage_directory import read_manifest
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
+from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.models.hf import checked_lmbda
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.stages.conversion.checkpoint_weights import describe_checkpoint, find_checkpoint, with_weights
 from mlpmem_ds.stages.conversion.import_reference import read_reference
-from mlpmem_ds.stages.corpus.prepare_corpus import vocabulary_sha256
 
 _logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mlpmem-export", 1

@@ -33,12 +33,11 @@ from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats import corpus as corpus_format
 from mlpmem_ds.formats import keys as keys_format
 from mlpmem_ds.formats.arrow_tables import DATASTORE, TARGETS, ArrowTable, key_width, open_arrow, read_keys, read_rows
-from mlpmem_ds.formats.corpus import SPLITS, token_dtype
+from mlpmem_ds.formats.corpus import SPLITS, token_dtype, vocabulary_sha256
 from mlpmem_ds.formats.keys import Keys, bfloat16_bits, open_keys, unit_name
 from mlpmem_ds.formats.targets import FORMAT as TARGETS_FORMAT
 from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, version_of, write_shard
 from mlpmem_ds.models.backbone import resolve_layer
-from mlpmem_ds.stages.corpus.prepare_corpus import vocabulary_sha256
 from mlpmem_ds.stages.corpus.tokenization import vocab_size
 
 _logger = logging.getLogger(__name__)

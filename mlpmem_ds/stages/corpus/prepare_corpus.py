@@ -11,7 +11,7 @@ import logging
 import multiprocessing
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import content_hash
-from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.log import Progress, audible_level
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.corpus import FORMAT, SPLITS, VERSION, token_dtype
-from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files
+from mlpmem_ds.formats.corpus import FORMAT, SPLITS, VERSION, token_dtype, vocabulary_sha256
+from mlpmem_ds.formats.documents import FILE_PATTERNS, TEXT_PATTERNS, find_files
 from mlpmem_ds.stages.corpus.corpus_splits import SplitRules
 from mlpmem_ds.stages.corpus.corpus_survey import DocumentReader, Survey, survey_files
 from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, read_wanted, vocab_size, wanted_of_unit
@@ -56,7 +55,9 @@ class Config:
     test_fraction: float = option("share of the documents for the test split", 0.0)
     heldout_fraction: float = option("share of the groups kept apart as a second test split", 0.0)
     max_bytes: float = option("bytes of text to take, group after group in the order of a hash; 0 = all", 0.0)
-    include: tuple[str, ...] = option("names that count in directories (patterns)", TEXT_PATTERNS, metavar="PATTERN")
+    include: tuple[str, ...] | None = option(
+        f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)})", None, metavar="PATTERN"
+    )
     exclude: tuple[str, ...] = option("paths or directory names left out (patterns)", (), metavar="PATTERN")
     text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
     group_field: str | None = option("the same: the field that names the group", None)
@@ -96,7 +97,11 @@ def run(config: Config, world: World) -> None:
     survey = _survey(config, world)
     vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
     inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
-    directory = open_stage(config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world)
+    # The default by the name that it had in the identity of earlier releases; the files themselves are in the inputs' hash.
+    extra = {"include": list(TEXT_PATTERNS)} if config.include is None else {}
+    directory = open_stage(
+        config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world, extra=extra
+    )
 
     directory.run_units([_TOKENIZER_UNIT], lambda _, writer: _write_tokenizer(config, survey, tokenizer, writer))
     directory.wait_for([_TOKENIZER_UNIT])
@@ -142,11 +147,6 @@ def _load_tokenizer(name_or_path: str) -> Any:
             f"--tokenizer {name_or_path} cannot be loaded ({str(error).splitlines()[0]}): give a tokenizer "
             "directory, a Hub name, or train:VOCAB"
         ) from error
-
-
-def vocabulary_sha256(tokenizer: Any) -> str:
-    """What two tokenizers must share to be exchangeable here: every token and its id."""
-    return content_hash(sorted(tokenizer.get_vocab().items()))
 
 
 def _write_tokenizer(config: Config, survey: Survey, tokenizer: Any | None, writer: UnitWriter) -> dict[str, Any]:
@@ -215,6 +215,19 @@ def _open_output(stack: ExitStack, writer: UnitWriter, name: str) -> BinaryIO:
     return stack.enter_context(open(path, "wb"))
 
 
+def _warn_of_small_splits(splits: Mapping[str, Mapping[str, Any]]) -> None:
+    small = [name for name in ("tuning", "test") if splits[name]["num_documents"] < 2]
+    if small:
+        _logger.warning(
+            "%s: train validates on tuning and evaluate reports on test; where you want either, prepare the corpus again with "
+            "%s",
+            ", ".join(
+                f"{name} has {'one document' if splits[name]['num_documents'] else 'no document'}" for name in small
+            ),
+            " and ".join(f"--{name}-fraction, such as .05" for name in small),
+        )
+
+
 def _describe(
     config: Config, directory: StageDirectory, names: Sequence[str], tokenizer: Any, vocabulary: str
 ) -> dict[str, Any]:
@@ -232,12 +245,14 @@ def _describe(
             "num_bytes": sum(unit["bytes"] for unit in units),
             "units": units,
         }
-    _logger.info(
+    _logger.log(
+        audible_level(directory.world),
         "; ".join(
             f"{name}: {entry['num_tokens']:,} tokens of {entry['num_documents']:,} documents"
             for name, entry in splits.items()
-        )
+        ),
     )
+    _warn_of_small_splits(splits)
     num_entries = vocab_size(tokenizer)
     return {
         "tokenizer": {

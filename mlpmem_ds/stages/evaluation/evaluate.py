@@ -9,6 +9,7 @@ n positions of a unit, D width of a state, T temperatures.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlpmem_ds.core.blocks import split_blocks
-from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.blocks import deal, split_blocks
+from mlpmem_ds.core.log import Progress, audible_level
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import unit_name
@@ -28,6 +29,8 @@ from mlpmem_ds.stages.evaluation.evaluation_results import FORMAT, VERSION, Unit
 from mlpmem_ds.stages.evaluation.evaluation_scores import memory_log_probabilities, scan
 from mlpmem_ds.stages.report.report import BASE
 from mlpmem_ds.stages.report.report_page import render_table
+
+_logger = logging.getLogger(__name__)
 
 
 def run(config: Config, world: World) -> str | None:
@@ -43,9 +46,8 @@ def run(config: Config, world: World) -> str | None:
         extra=_resolved(config, inputs),
     )
     units = _list_units(config, inputs)
-    progress = Progress(
-        sum(unit.block.size for unit in units.values()), label="evaluation", unit="positions", world=world
-    )
+    mine = deal(list(units.values()), world.rank, world.size)
+    progress = Progress(sum(unit.block.size for unit in mine), label="evaluation", unit="positions", world=world)
 
     def compute(name: str, writer: UnitWriter) -> dict[str, Any]:
         unit = units[name]
@@ -64,7 +66,8 @@ def run(config: Config, world: World) -> str | None:
         tables.append(render_table(evaluation))
         return {name: evaluation[name] for name in ("tokens", "settings")} | {"arms": inputs.arms}
 
-    directory.finish(list(units), describe)
+    if directory.finish(list(units), describe):
+        _logger.log(audible_level(world), "the report is %s", config.output / "report.md")
     return tables[0] if tables else None
 
 
@@ -85,6 +88,8 @@ def _resolved(config: Config, inputs: Inputs) -> dict[str, Any]:
     """The values behind the defaults that decide the scores."""
     store = inputs.datastore
     values = {"dtype": inputs.source.dtype_name, "k": store and store.k, "temperature": store and store.temperature}
+    if config.exact is None:  # as release 0.1.0 wrote its default: True, also where there are no keys
+        values["exact"] = store is None or store.exact
     # Only where it is not the default: reports of release 0.1.0 are continued.
     return values | ({} if config.memory_weights == "float" else {"memory_weights": config.memory_weights})
 

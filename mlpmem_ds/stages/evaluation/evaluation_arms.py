@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.maths.knn import most_keys_for_exact
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import PretrainedMemory
 from mlpmem_ds.models.memory import Memory, MemoryConfig
@@ -174,9 +176,12 @@ def open_model(root: Path, name: str, config: Config, corpus: CorpusSplit, *, ba
 
 
 def open_datastore(
-    config: Config, corpus: CorpusSplit, source: TransformersSource, base_sha256: str
+    config: Config, corpus: CorpusSplit, source: TransformersSource, base_sha256: str, *, num_queries: int
 ) -> Retriever | None:
-    """Open keys, index and targets, and make sure that they are of this base and of each other."""
+    """Open keys, index and targets, and make sure that they are of this base and of each other.
+
+    `num_queries` is how many positions will be searched for, which decides whether all keys are compared with them.
+    """
     if config.keys is None:
         return None
     keys = open_keys(config.keys)
@@ -220,9 +225,36 @@ def open_datastore(
         k=k,
         nprobe=config.nprobe,
         temperature=float(temperature),
-        exact=config.exact,
+        exact=_resolve_exact(config, keys.num_positions, num_queries),
         point=point,
     )
+
+
+def _resolve_exact(config: Config, num_keys: int, num_queries: int) -> bool:
+    """Whether the arm base+knn_exact is there: as the flag says, as the report was begun, else where it is no long work."""
+    if config.exact is not None:
+        return config.exact
+    if (begun := _exact_of_report(config.output)) is not None:
+        return begun
+    # write_targets compares so many keys with themselves before it would rather have an index.
+    exact = num_keys * num_queries <= most_keys_for_exact() ** 2
+    pairs = f"{num_queries:,} positions times {num_keys:,} keys"
+    if not exact and config.index is None:
+        raise UserError(
+            f"{pairs} are long work for exact search: give --index, or --exact to search all keys nevertheless"
+        )
+    if exact:
+        _logger.info("%s: all keys are searched too (base+knn_exact); --no-exact leaves that out", pairs)
+    else:
+        _logger.info("%s are long work: without base+knn_exact; --exact searches all keys nevertheless", pairs)
+    return exact
+
+
+def _exact_of_report(output: Path) -> bool | None:
+    with suppress(DamagedDataError, FileNotFoundError, NotADirectoryError, KeyError, TypeError):
+        found = read_json(output / "identity.json")["config"]["exact"]
+        return found if isinstance(found, bool) else None
+    return None
 
 
 def _read_targets(root: Path, keys: Keys) -> dict[str, Any]:

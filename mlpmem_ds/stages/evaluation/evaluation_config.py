@@ -12,6 +12,7 @@ from typing import Literal
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 
+DEFAULT_EXTRA_SPLITS = ("heldout",)
 _RESERVED_NAMES = ("base", "memory", "knn_exact", "knn_ivfpq")
 
 
@@ -51,10 +52,14 @@ class Config:
         identity=False,
         metavar="NAME=DIR",
     )
-    exact: bool = option("search all the keys as well; its cost grows with positions times keys", True)
+    exact: bool | None = option(
+        "search all the keys as well; its cost grows with positions times keys (default: where it is no more than what "
+        "--search auto of write_targets searches exactly)",
+        None,
+    )
     tuning_split: str = option("split on which λ, and for kNN temperature and neighbours, are chosen", "tuning")
     test_split: str = option("split that is reported", "test")
-    extra_splits: tuple[str, ...] = option("further test sets, where the corpus has them", ("heldout",))
+    extra_splits: tuple[str, ...] = option("further test sets, where the corpus has them", DEFAULT_EXTRA_SPLITS)
     k: int | None = option(
         "neighbours (default: the targets', else 256); a quarter and a sixteenth of them are tried too",
         None,

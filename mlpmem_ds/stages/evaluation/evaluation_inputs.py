@@ -32,7 +32,7 @@ from mlpmem_ds.stages.evaluation.evaluation_arms import (
     open_memory,
     open_model,
 )
-from mlpmem_ds.stages.evaluation.evaluation_config import Config, control_directories
+from mlpmem_ds.stages.evaluation.evaluation_config import DEFAULT_EXTRA_SPLITS, Config, control_directories
 from mlpmem_ds.stages.report.report import BASE, KNN_EXACT, KNN_IVFPQ, MEMORY
 from mlpmem_ds.stages.retrieval.retriever import Retriever
 
@@ -123,7 +123,8 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
             models.append(open_model(root, name, config, corpus, base=source))
     if len({memory.arm for memory in memories}) < len(memories):
         raise UserError("two of the controls have the same name: choose another for one of them")
-    datastore = open_datastore(config, corpus, source, base_sha256)
+    num_queries = sum({split.corpus.name: split.corpus.num_positions for split in splits.values()}.values())
+    datastore = open_datastore(config, corpus, source, base_sha256, num_queries=num_queries)
     _refuse_training_text(splits, memories, datastore)
     return Inputs(
         splits=splits,
@@ -166,7 +167,7 @@ def _open_splits(config: Config) -> dict[str, Split]:
         splits = _deal_halves(config)
     else:
         for name in config.extra_splits:
-            if name not in present:
+            if name not in present and config.extra_splits != DEFAULT_EXTRA_SPLITS:
                 _logger.info("the corpus has no split %s: the report goes without it", name)
         corpora = {name: open_corpus(config.corpus, name) for name in wanted}
         splits = {

@@ -21,9 +21,9 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
+from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.maths.interpolation import mixture_log_probabilities
 from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM, checked_lmbda
-from mlpmem_ds.stages.corpus.prepare_corpus import vocabulary_sha256
 
 _logger = logging.getLogger(__name__)
 _COLUMN_WIDTH = 58
@@ -157,6 +157,8 @@ def _wrap(text: str) -> list[str]:
 def _read_prompts(config: Config) -> list[str]:
     if config.prompts_file is None:
         return list(config.prompt)
+    if not config.prompts_file.exists():
+        raise UserError(f"--prompts-file {config.prompts_file} does not exist: give a text file with one prompt a line")
     try:
         lines = config.prompts_file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

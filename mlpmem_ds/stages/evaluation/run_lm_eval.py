@@ -187,6 +187,8 @@ def _ranking_task(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, flag: str, fault_of: Callable[[Any], str | None]) -> list[dict[str, Any]]:
+    if not path.exists():
+        raise UserError(f"{flag} {path} does not exist: give a file of JSON lines")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ from mlpmem_ds.core.blocks import Window, split_blocks
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.hashing import shuffled
-from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.log import Progress, audible_level
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
@@ -91,9 +91,8 @@ def run_audit(
             **measure(source, corpus, keys, point, settings, world),
         }
         publish_json(keys.root / NAME, found, seal=True)
-    level = logging.INFO if world.is_first else logging.WARNING  # the others' information is not shown
     for line in table(found):
-        _logger.log(level, line)
+        _logger.log(audible_level(world), line)
     return found
 
 

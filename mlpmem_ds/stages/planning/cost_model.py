@@ -88,6 +88,7 @@ class Machine:
     gpu_flops: float
     memory_bytes: int
     disk_bytes: int
+    disk_rate: float = 1e9  # bytes a second, of all ranks together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,8 @@ def costs(work: Workload, machine: Machine, calibration: Calibration | None = No
     result = {}
     for stage, (bytes_of, memory_of) in formulas.items():
         parts = seconds_of(stage, work, machine)
-        seconds = sum(value * known.seconds.get(part, 1.0) for part, value in parts.items())
+        computing = sum(value * known.seconds.get(part, 1.0) for part, value in parts.items())
+        seconds = max(computing, bytes_moved(stage, work, machine) / machine.disk_rate)
         size = bytes_of(work) * (known.target_bytes if stage == "targets" else 1)
         uses_gpu = stage in ("keys", "targets", "memory") and machine.gpus > 0
         result[stage] = Cost(
@@ -171,6 +173,21 @@ def target_bytes(work: Workload) -> int:
 def memory_bytes(work: Workload) -> int:
     """Checkpoints and the published weights of a training run."""
     return work.memory.num_parameters() * (_CHECKPOINT_BYTES * work.keep_checkpoints + _WEIGHT_BYTES)
+
+
+def bytes_moved(stage: str, work: Workload, machine: Machine) -> float:
+    """What a stage reads from the disk and writes to it; what fits in memory is read from the disk once."""
+    stored_keys = work.positions * work.dim * (1 if work.codec == "int8" else 2)
+    if stage == "corpus":
+        return corpus_bytes(work)
+    if stage == "keys":
+        return key_bytes(work)
+    if stage == "index":
+        return stored_keys + index_bytes(work)
+    if stage == "targets":
+        return stored_keys + 2 * list_bytes(work) + target_bytes(work)
+    read = key_bytes(work) - stored_keys + target_bytes(work)
+    return read * (max(1.0, work.epochs) if read > machine.memory_bytes else 1.0) + memory_bytes(work)
 
 
 def seconds_of(stage: str, work: Workload, machine: Machine) -> dict[str, float]:

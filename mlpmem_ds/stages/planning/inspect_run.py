@@ -19,7 +19,9 @@ _logger = logging.getLogger(__name__)
 class Config:
     """What to look at."""
 
-    run: Path = option("run directory, or one stage's, checkpoint's or export's directory", metavar="RUN")
+    run: Path = option(
+        "run directory, or one stage's, checkpoint's or export's directory", metavar="RUN", positional=True
+    )
     checksums: bool = option("read every file and compare its checksum; without, sizes only", True)
     threads: int = option("that read and hash at once; 0 = one a core, at most eight", 0)
     output: Path | None = option("also write what was found to this JSON file", None, metavar="FILE")

@@ -58,7 +58,7 @@ class Config:
     k: int | None = option("neighbours of a position (default: 1024)", None)
     neighbour_perplexity: float | None = option("how many neighbours count (default: 100)", None)
     encoding: Literal["exact", "compact"] | None = option("of the targets (default: compact)", None)
-    preset: str | None = option(f"size of the memory: {', '.join(PRESETS)} (default: 4 blocks of the width)", None)
+    preset: str | None = option("size of the memory (default: 4 blocks of the width)", None, choices=tuple(PRESETS))
     epochs: float | None = option("passes of the training over all positions (default: 5)", None)
     ranks: int = option("processes of each stage", 1)
     threads: int = option("CPU threads of a rank, 0 = the cores of this machine over the ranks", 0)
@@ -66,6 +66,9 @@ class Config:
     gpu_tflops: float = option("dense 16-bit peak of one GPU, in 10^12 operations a second", 990.0)
     memory_gb: float = option("memory of a node in 10^9 bytes, 0 = this machine's", 0.0)
     disk_gb: float = option("free disk in 10^9 bytes, 0 = what is free here", 0.0)
+    disk_gb_per_second: float = option(
+        "10^9 bytes that the disk reads or writes in a second, for all ranks together", 1.0
+    )
     calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
     output: Path | None = option("JSON file to write besides the table", None)
 
@@ -78,14 +81,12 @@ class Config:
         for name in ("threads", "gpus", "memory_gb", "disk_gb"):
             if getattr(self, name) < 0:
                 raise UserError(f"{_flag(name)} {getattr(self, name):g} must be 0 or more")
-        for name in ("epochs", "gpu_tflops"):
+        for name in ("epochs", "gpu_tflops", "disk_gb_per_second"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{_flag(name)} {value:g} must be above 0")
         if self.neighbour_perplexity is not None and self.neighbour_perplexity <= 1:
             raise UserError(f"--neighbour-perplexity {self.neighbour_perplexity:g} must be above 1")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise UserError(f"--preset {self.preset} is unknown: choose one of {', '.join(PRESETS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,11 @@ def make_plan(config: Config) -> Plan:
         calibrated = tuple(found)
     result = costs(work, machine, known)
     return Plan(
-        work=work, machine=machine, costs=result, calibrated=calibrated, warnings=tuple(_warnings(result, machine))
+        work=work,
+        machine=machine,
+        costs=result,
+        calibrated=calibrated,
+        warnings=(*_warnings(result, machine), *_warnings_of_machine(config, machine)),
     )
 
 
@@ -165,6 +170,9 @@ def table(plan: Plan) -> str:
         f"{_time(sum(cost.seconds for cost in all_costs)):>12}"
         f"{_bytes(max(cost.rank_memory_bytes for cost in all_costs)):>15}"
         f"{sum(cost.gpu_hours for cost in all_costs):>11.2f}"
+    )
+    lines.append(
+        f"A stage takes no less time than its bytes do at {machine.disk_rate / 1e9:g} GB/s of the disk (--disk-gb-per-second)."
     )
     return "\n".join([*lines, "", *(f"warning: {line}" for line in plan.warnings)]).rstrip() + "\n"
 
@@ -249,6 +257,7 @@ def _machine(config: Config) -> Machine:
         gpu_flops=config.gpu_tflops * 1e12,
         memory_bytes=round(config.memory_gb * 1e9) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         disk_bytes=round(config.disk_gb * 1e9) or shutil.disk_usage(here).free,
+        disk_rate=config.disk_gb_per_second * 1e9,
     )
 
 
@@ -274,7 +283,19 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
             f"(elsewhere: --lists), and the disk has {_bytes(machine.disk_bytes)}: a larger disk, "
             "a smaller --dim, --input-codec int8 or none, or --encoding compact"
         )
+    return lines
+
+
+def _warnings_of_machine(config: Config, machine: Machine) -> list[str]:
+    """What was not said of a machine with GPUs."""
+    lines = []
     if machine.gpus:
+        of_here = [name for name, flag in (("threads", config.threads), ("memory-gb", config.memory_gb)) if not flag]
+        if of_here:
+            lines.append(
+                f"{' and '.join(f'--{name}' for name in of_here)} not given: those of this machine are taken "
+                f"({machine.cores} threads a rank, {_bytes(machine.memory_bytes)} of memory)"
+            )
         lines.append("times on GPUs are shares of their peak (.4 forward, .35 training, .2 search), not measurements")
     return lines
 

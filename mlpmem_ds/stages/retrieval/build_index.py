@@ -68,6 +68,14 @@ def run(config: Config, world: World) -> None:
         torch.set_num_threads(config.threads)
         engine.set_num_threads(config.threads)
     shards = [f"shard-{shard}" for shard in range(config.num_shards)]
+    if world.size > config.num_shards:
+        _logger.info(
+            "%d ranks share %d shards, so that %d have nothing to do: --num-shards %d (another --output) gives each one",
+            world.size,
+            config.num_shards,
+            world.size - config.num_shards,
+            world.size,
+        )
     stage.run_units([_TRAINED], lambda unit, writer: _train(keys, factory, writer))
     stage.wait_for([_TRAINED])
     progress = Progress(len(deal(shards, world.rank, world.size)), label="index shards", unit="shards", world=world)

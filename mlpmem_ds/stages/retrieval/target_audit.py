@@ -271,7 +271,8 @@ def _log(record: dict[str, Any]) -> None:
             decile["total_variation"],
         )
     log = _logger.warning if any(faults.values()) else _logger.info
-    log("faulty rows of %s: %s", f"{record['rows_validated']:,}", faults)
+    shown = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in faults.items() if count) or "none"
+    log("faulty rows of %s: %s", f"{record['rows_validated']:,}", shown)
 
 
 def _plot(record: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +17,7 @@ from mlpmem_ds.formats.key_lists import FOLDER
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.maths.knn import most_keys_for_exact
 from mlpmem_ds.stages.retrieval.key_lists import check_key_lists
-
-if TYPE_CHECKING:
-    from mlpmem_ds.stages.retrieval.write_targets import Config
+from mlpmem_ds.stages.retrieval.target_config import Config
 
 _logger = logging.getLogger(__name__)
 

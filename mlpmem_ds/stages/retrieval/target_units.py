@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,10 +23,8 @@ from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.targets import TargetBlock, index_name, pack_block, shard_name, stored_bytes, write_shard
 from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.maths.targets import SparseRows, fit_temperature, neighbour_weights, weight_perplexity
+from mlpmem_ds.stages.retrieval.target_config import Config
 from mlpmem_ds.stages.retrieval.target_search import Datastore
-
-if TYPE_CHECKING:
-    from mlpmem_ds.stages.retrieval.write_targets import Config
 
 Made = TypeVar("Made")
 

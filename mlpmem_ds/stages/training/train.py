@@ -14,6 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
 from mlpmem_ds.models.objective import SUM_NAMES, MemoryObjective
 from mlpmem_ds.stages.training.curves import draw_curves
 from mlpmem_ds.stages.training.training_config import Config
+from mlpmem_ds.stages.training.training_defaults import default_learning_rate, warn_of_few_rows
 from mlpmem_ds.stages.training.training_inputs import TrainingInputs, base_head, open_inputs, provenance_of
 from mlpmem_ds.stages.training.training_loop import DECAY_SHARE, LoopSettings, Outcome, learning_rate_at, run_steps
 from mlpmem_ds.stages.training.training_metrics import Metrics
@@ -74,6 +76,8 @@ def run(config: Config, world: World) -> None:
             f"--batch-positions {config.batch_positions:,}: choose a smaller batch or more epochs"
         )
     head = base_head(config, inputs.memory)
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=default_learning_rate(inputs.memory.num_parameters()))
     directory = open_stage(
         config.output,
         stage=MEMORY_STAGE,
@@ -99,14 +103,16 @@ def run(config: Config, world: World) -> None:
     if world.is_first:
         publish_json(config.output / "ds_config.json", ds_config)
         _logger.info(
-            "%s parameters, %d steps of %d positions, ZeRO stage %d on %d ranks%s",
+            "%s parameters, %d steps of %d positions, learning rate %g, ZeRO stage %d on %d ranks%s",
             f"{inputs.memory.num_parameters():,}",
             num_steps,
             config.batch_positions,
+            config.learning_rate,
             zero_stage(ds_config),
             world.size,
             "; the keys store no inputs, the base computes them" if inputs.is_online else "",
         )
+        warn_of_few_rows(config.batch_positions, world, flag="--batch-positions", on_gpu=torch.cuda.is_available())
     set_up_distributed(world)
     _Training(config, inputs, ds_config, num_steps, head, directory).run()
 
@@ -200,6 +206,7 @@ class _Training:
 
     def _settings(self) -> LoopSettings:
         config, engine = self.config, self.engine
+        assert config.learning_rate is not None
         peak = peak_of(engine.device, engine.dtype)
         if self.world.is_first:
             _logger.info("MFU is of %.3g TFLOP/s a rank, %s", peak.flops / 1e12, peak.source)

@@ -3,7 +3,7 @@
 Place in the pipeline: before `extract_keys`, where no published base fits the corpus, and beside `train` as the control
 "the base trained on for the same time". After each epoch the tuning split's perplexity decides whether to go on.
 
-B sequences, S tokens of a sequence, D width.
+B sequences, S tokens of a sequence, T = S + 1, N = B * S, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from mlpmem_ds.commands import folder
@@ -30,26 +29,31 @@ from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish, publish_json
-from mlpmem_ds.core.hashing import shuffled
+from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import AdamWSettings, Engine, build_engine, resolve_ds_config, set_up_distributed
 from mlpmem_ds.engines.ds_config import compute_dtype, micro_batches_per_step, zero_stage
-from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.model_files import check_model_reads, fingerprint_model, max_context_of
 from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
 from mlpmem_ds.models.backbone import load_base, logit_transform, output_head
+from mlpmem_ds.stages.training.base_objective import BaseObjective, Sequences
 from mlpmem_ds.stages.training.curves import draw_curves
+from mlpmem_ds.stages.training.training_defaults import (
+    LEARNING_RATE_HELP,
+    TRAINED_ON_LEARNING_RATE,
+    default_learning_rate,
+    warn_of_few_rows,
+)
 from mlpmem_ds.stages.training.training_loop import SCHEDULE_HELP, LoopSettings, Schedule, learning_rate_at, run_steps
 from mlpmem_ds.stages.training.training_metrics import Metrics
 
 _logger = logging.getLogger(__name__)
 _UNIT = "model"
 _FORMAT, _VERSION = "base", 1
-_CHUNK_BYTES_CPU = 4 << 20  # of logits: what stays in a core's share of the cache
 _EVALUATED_WINDOWS = 16  # at once
 _DEFAULT_DS_CONFIG = folder("ds_configs") / "zero2.json"
 
@@ -72,15 +76,18 @@ class Config:
     epochs: int = option("most passes over the train split", 8)
     batch_tokens: int = option("tokens in a step, over all ranks", 2048)
     micro_batch_tokens: int = option("most tokens that a rank takes through the model at once", 16384, identity=False)
-    learning_rate: float = option("peak of the learning rate", 2e-3)
+    learning_rate: float | None = option(
+        f"peak of the learning rate (default: {LEARNING_RATE_HELP}, and with --init-from)", None
+    )
     warmup_fraction: float = option("share of the steps that warm up", 0.05)
     schedule: Schedule = option(SCHEDULE_HELP, "cosine")
     weight_decay: float = option("of matrices, not of biases and norms", 0.1)
     gradient_clipping: float = option("norm at which gradients are clipped; 0 = never", 1.0)
     early_stopping_patience: int = option("stop after so many epochs without a better tuning perplexity; 0 = never", 2)
     select: Literal["best", "last"] = option("which epoch's weights are written", "best")
-    max_seconds: float = option("stop after so many seconds of training, over all starts; 0 = no limit", 0.0)
+    time_budget: float = option("seconds of training, over all starts, after which it is finished; 0 = no limit", 0.0)
     seed: int = option("seed of the initial weights and of the order", 0)
+    save_every_steps: int = option("steps between checkpoints; there is one after each epoch too", 500, identity=False)
     keep_checkpoints: int = option("newest checkpoints kept", 1, identity=False)
     log_every_steps: int = option("steps between log lines", 10, identity=False)
 
@@ -92,6 +99,7 @@ class Config:
             "epochs",
             "batch_tokens",
             "micro_batch_tokens",
+            "save_every_steps",
             "keep_checkpoints",
             "log_every_steps",
         ):
@@ -101,66 +109,12 @@ class Config:
             raise UserError(f"--hidden-size {self.hidden_size} is not a multiple of --num-heads {self.num_heads}")
         if not 0 <= self.dropout < 1 or not 0 <= self.warmup_fraction <= 1:
             raise UserError("--dropout must lie in [0, 1) and --warmup-fraction in [0, 1]")
-        if not self.learning_rate > 0 or min(self.weight_decay, self.gradient_clipping, self.max_seconds) < 0:
-            raise UserError(
-                "--learning-rate must be more than 0; --weight-decay, --gradient-clipping and --max-seconds "
-                "must not be negative"
-            )
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise UserError(f"--learning-rate must be more than 0, not {self.learning_rate}")
+        if min(self.weight_decay, self.gradient_clipping, self.time_budget) < 0:
+            raise UserError("--weight-decay, --gradient-clipping and --time-budget must not be negative")
         if self.context is not None and self.context < 2:
             raise UserError(f"--context must be at least 2 tokens, not {self.context}")
-
-
-class BaseObjective(nn.Module):
-    """A causal language model whose forward is its loss, without ever holding all the logits."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def hidden(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """[B * S, D]: what the output head reads."""
-        states = self.model.base_model(input_ids=tokens_BS, use_cache=False).last_hidden_state
-        return states.reshape(-1, states.shape[-1])
-
-    def forward(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor]:
-        """The mean cross entropy of the tokens 1 … S of sequences of T = S + 1."""
-        labels_N = tokens_BT[:, 1:].reshape(-1)
-        nothing = torch.empty(0, device=labels_N.device)
-        targets = TargetBatch(
-            offsets_N1=torch.zeros(len(labels_N) + 1, dtype=torch.int64),
-            ids=nothing.long(),
-            probabilities=nothing,
-            labels_N=labels_N,
-        )
-        weight_VD = output_head(self.model)[0]
-        loss, _ = sparse_loss(
-            self.hidden(tokens_BT[:, :-1]),
-            weight_VD,
-            targets,
-            alpha=0.0,
-            chunk_bytes=_CHUNK_BYTES_CPU if weight_VD.device.type == "cpu" else DEFAULT_CHUNK_BYTES,
-        )
-        return (loss / len(labels_N),)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """The train split cut into sequences of S + 1 tokens, S apart; where the first starts changes with the epoch."""
-
-    tokens: np.ndarray
-    length: int
-    seed: int
-
-    @property
-    def per_epoch(self) -> int:
-        return (len(self.tokens) - self.length) // self.length
-
-    def batch(self, epoch: int, first: int, count: int) -> np.ndarray:
-        """int64 [count, S + 1]: the sequences [first, first + count) of the epoch's order."""
-        offset = int(shuffled(self.length, self.seed, epoch, 1)[0])
-        chosen = shuffled(self.per_epoch, self.seed, epoch, 0)[first : first + count]
-        starts = np.minimum(offset + chosen * self.length, len(self.tokens) - self.length - 1)
-        return self.tokens[starts[:, None] + np.arange(self.length + 1)]
 
 
 def run(config: Config, world: World) -> None:
@@ -192,6 +146,10 @@ def run(config: Config, world: World) -> None:
     if config.init_from is not None:
         inputs["init_from"] = fingerprint_model(config.init_from, flag="--init-from")
     model = _make_model(config, corpus, length)
+    num_parameters = model.num_parameters()
+    if config.learning_rate is None:
+        rate = TRAINED_ON_LEARNING_RATE if config.init_from is not None else default_learning_rate(num_parameters)
+        config = replace(config, learning_rate=rate)
     directory = open_stage(
         config.output,
         stage=_FORMAT,
@@ -207,13 +165,15 @@ def run(config: Config, world: World) -> None:
     if world.is_first:
         publish_json(config.output / "ds_config.json", ds_config)
         _logger.info(
-            "%s parameters, at most %d epochs of %d steps of %d sequences of %d tokens",
-            f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            "%s parameters, at most %d epochs of %d steps of %d sequences of %d tokens, learning rate %g",
+            f"{num_parameters:,}",
             config.epochs,
             steps_per_epoch,
             batch,
             length,
+            config.learning_rate,
         )
+        warn_of_few_rows(batch * length, world, flag="--batch-tokens", on_gpu=torch.cuda.is_available())
     set_up_distributed(world)
     tuning = open_corpus(config.corpus, "tuning") if has_tuning else None
     _train(config, corpus, tuning, sequences, model, ds_config, batch, steps_per_epoch, directory)
@@ -254,10 +214,12 @@ def _make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedM
             f"--init-from {config.init_from}: its output head has a bias, a scale or a soft cap, which this "
             "trainer does not know: train it with its own tools"
         )
-    if len(weight_VD) < corpus.vocab_size:
+    context = max_context_of(model.config)
+    check_model_reads(config.init_from, corpus, vocab_size=len(weight_VD), max_context=context, flag="--init-from")
+    if length > context:
         raise UserError(
-            f"--init-from {config.init_from} has a vocabulary of {len(weight_VD):,}, the corpus "
-            f"{corpus.vocab_size:,}: prepare the corpus with the model's tokenizer"
+            f"--context {length} is more than the {context} tokens that --init-from {config.init_from} reads: choose at "
+            f"most {context}"
         )
     return model.requires_grad_(True)
 
@@ -288,13 +250,14 @@ def _train(
     num_steps = config.epochs * steps_per_epoch
     seconds_before = 0.0 if saved is None else float(saved.values.get("seconds", 0.0))
     start = time.monotonic() - seconds_before
+    assert config.learning_rate is not None
     settings = LoopSettings(
         rows_per_step=batch * sequences.length,
         unit="tokens",
         num_steps=num_steps,
         log_every=config.log_every_steps,
-        save_every=num_steps + 1,
-        deadline=start + config.max_seconds if config.max_seconds else math.inf,
+        save_every=config.save_every_steps,
+        deadline=start + config.time_budget if config.time_budget else math.inf,
         learning_rate=partial(
             learning_rate_at,
             peak=config.learning_rate,
@@ -314,6 +277,10 @@ def _train(
         )
         directory.log.write("checkpoint", step=done)
 
+    def save_within_epoch(done: int) -> None:
+        if done % steps_per_epoch:  # an epoch's end is saved with its perplexity
+            save(done)
+
     progress = Progress((num_steps - step) * settings.rows_per_step, label="base", unit="tokens", world=world)
     metrics, stop_request = Metrics(config.output, world, step), StopRequest(engine.device)
     is_over = False
@@ -325,14 +292,15 @@ def _train(
             first=step,
             stop=stop,
             settings=settings,
-            save=lambda done: None,
+            save=save_within_epoch,
             stop_request=stop_request,
             progress=progress,
             metrics=metrics,
         )
         step, timed_out = outcome.steps, outcome.reason == "deadline"
         if outcome.reason == "asked":
-            save(step)
+            if step == stop:
+                save(step)
             break
         history.append(_evaluate(engine, tuning, world) if tuning is not None else math.nan)
         metrics.write(step, {"tuning_perplexity": history[-1]})
@@ -393,6 +361,8 @@ def _batches(
     """This rank's micro-batches of the steps [first, stop)."""
     for step in range(first, stop):
         start = time.perf_counter()
+        # Dropout as in a run that was never stopped.
+        torch.manual_seed(int(hash_fraction(f"{step}:{world.rank}", sequences.seed) * 2**63))
         epoch, at = divmod(step, steps_per_epoch)
         mine = sequences.batch(epoch, at * batch, batch)[world.rank :: world.size]
         parts = torch.from_numpy(mine).to(engine.device).chunk(micro_batches_per_step(ds_config))

@@ -10,6 +10,7 @@ from typing import Literal
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory import PRESETS
+from mlpmem_ds.stages.training.training_defaults import LEARNING_RATE_HELP
 from mlpmem_ds.stages.training.training_loop import DECAY_SHARE, SCHEDULE_HELP, Schedule
 from mlpmem_ds.stages.training.validation import DEFAULT_POSITIONS, VALIDATIONS_A_RUN
 
@@ -34,23 +35,11 @@ class Config:
         None,
         identity=False,
     )
-    preset: (
-        Literal[
-            "gelu-18x768",
-            "gelu-36x1024",
-            "gelu-54x1280",
-            "swiglu-8x4096-11008",
-            "swiglu-8x4096-14336",
-            "1b",
-            "3b",
-            "7b",
-            "13b",
-        ]
-        | None
-    ) = option(
+    preset: str | None = option(
         f"a named size of memory, instead of the four flags below; parameters at a vocabulary of {_PRESETS_VOCABULARY:,}: "
         + _PRESETS_HELP,
         None,
+        choices=tuple(PRESETS),
     )
     num_blocks: int | None = option("residual blocks (default: 4)", None)
     hidden_size: int | None = option("width (default: the inputs')", None)
@@ -72,7 +61,7 @@ class Config:
     micro_batch_positions: int = option(
         "most positions that a rank takes through the model at once", 8192, identity=False
     )
-    learning_rate: float = option("peak of the learning rate", 2e-3)
+    learning_rate: float | None = option(f"peak of the learning rate (default: {LEARNING_RATE_HELP})", None)
     warmup_fraction: float = option("share of the steps that warm up", 0.05)
     schedule: Schedule = option(SCHEDULE_HELP, "cosine")
     decay_fraction: float | None = option(
@@ -142,8 +131,9 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(self, name)}")
         for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
         if self.gradient_clipping < 0 or self.weight_decay < 0:
             raise UserError("--gradient-clipping and --weight-decay must not be negative")
         if not 0 < self.mixture_lambda <= 1:

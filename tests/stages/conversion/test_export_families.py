@@ -14,11 +14,11 @@ from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.checkpoint import read_weights, write_weights
+from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.export_inputs import Config
-from mlpmem_ds.stages.corpus.prepare_corpus import vocabulary_sha256
 
 pytestmark = pytest.mark.usefixtures("code_cache")
 VOCAB, WIDTH = 300, 16

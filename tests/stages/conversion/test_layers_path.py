@@ -17,10 +17,10 @@ from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.checkpoint import write_weights
+from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.export_inputs import Config
-from mlpmem_ds.stages.corpus.prepare_corpus import vocabulary_sha256
 from mlpmem_ds.stages.evaluation import evaluation_inputs
 from mlpmem_ds.stages.evaluation.evaluation_config import Config as EvaluationConfig
 

@@ -162,6 +162,18 @@ def test_wrong_inputs_leave_the_disk_untouched(
     assert not (tmp_path / "corpus").exists()
 
 
+def test_splits_that_are_too_small_to_judge_by_are_told(
+    text_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare_corpus.run(config_of(text_dir, tmp_path / "split"), World())
+    assert "validates" not in caplog.text
+    prepare_corpus.run(config_of(text_dir, tmp_path / "whole", tuning_fraction=0.0, test_fraction=0.0), World())
+    assert "tuning has no document, test has no document" in caplog.text
+    assert "--tuning-fraction, such as .05 and --test-fraction, such as .05" in caplog.text
+    identity = json.loads((tmp_path / "whole" / "identity.json").read_text())
+    assert identity["config"]["include"][0] == "*.txt"  # the default as earlier releases wrote it
+
+
 def test_another_text_in_the_same_output_is_refused(text_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "text"
     shutil.copytree(text_dir, copy)

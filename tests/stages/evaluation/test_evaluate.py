@@ -29,7 +29,7 @@ from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
-from mlpmem_ds.stages.evaluation import evaluate, evaluation_scores
+from mlpmem_ds.stages.evaluation import evaluate, evaluation_arms, evaluation_inputs, evaluation_scores
 from mlpmem_ds.stages.evaluation.evaluation_config import Config, lambda_grid
 from mlpmem_ds.stages.evaluation.evaluation_inputs import open_inputs
 from mlpmem_ds.stages.report.report_breakdowns import ENTROPY, FREQUENCY, KIND
@@ -601,6 +601,46 @@ def test_front_end_prints_the_table_and_refuses_with_2(config, finished, capsys,
     assert "base+memory_ce_only" in capsys.readouterr().out
     assert front_end.main([*_command(config), "--lambdas", "0:1.5:0.1"]) == 2
     assert "between 0 and 1" in capsys.readouterr().err
+
+
+def test_each_rank_counts_to_its_own_share_and_the_report_is_named(config, finished, monkeypatch, caplog):
+    shutil.copytree(finished[0].output, config.output)
+    totals = []
+    real = evaluate.Progress
+    monkeypatch.setattr(evaluate, "Progress", lambda total, **words: totals.append(total) or real(total, **words))
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        for rank in range(2):
+            evaluate.run(replace(config, speed_positions=0, samples=0), World(rank=rank, size=2))
+    inputs = open_inputs(config)
+    positions = sum(corpus.num_positions for corpus in inputs.streams.values()) * (1 + len(inputs.models))
+    assert sum(totals) == positions and 0 < min(totals) <= max(totals) < positions
+    assert caplog.text.count(f"the report is {config.output / 'report.md'}") == 1
+
+
+def test_a_further_split_that_is_not_there_is_told_where_it_was_asked_for(config, monkeypatch, caplog):
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        splits = evaluation_inputs._open_splits(replace(config, extra_splits=("nothing",)))
+        assert list(splits) == ["tuning", "test"] and caplog.text.count("has no split nothing") == 1
+        monkeypatch.setattr(evaluation_inputs, "DEFAULT_EXTRA_SPLITS", ("nothing",))
+        evaluation_inputs._open_splits(replace(config, extra_splits=("nothing",)))
+    assert caplog.text.count("has no split") == 1
+
+
+def test_all_keys_are_searched_where_that_is_no_long_work(config, finished, monkeypatch, caplog):
+    def exact_of(**changes):
+        with caplog.at_level("INFO", logger="mlpmem_ds"):
+            return open_inputs(replace(config, **changes)).datastore.exact
+
+    assert exact_of() and "all keys are searched too" in caplog.text
+    monkeypatch.setattr(evaluation_arms, "most_keys_for_exact", lambda: 10)
+    assert not exact_of() and "without base+knn_exact; --exact searches" in caplog.text
+    assert exact_of(exact=True) and not exact_of(exact=False)
+    with pytest.raises(UserError, match="long work for exact search: give --index, or --exact"):
+        exact_of(index=None)
+    shutil.copytree(finished[0].output, config.output)
+    identity = json.loads((config.output / "identity.json").read_text())
+    assert identity["config"]["exact"] is True  # as where the flag was on by default
+    assert exact_of()  # a report goes on as it was begun
 
 
 def test_a_damaged_score_is_found_and_made_again(config, finished):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
-from mlpmem_ds.stages.corpus.prepare_corpus import vocabulary_sha256
 from mlpmem_ds.stages.evaluation.generate import side_by_side
 
 ROOT = Path(__file__).parents[3]
@@ -230,7 +230,7 @@ def test_wrong_inputs_are_refused(
         (["--prompt", "in", "--prompts-file", empty], "give either --prompt or --prompts-file"),
         (["--prompts-file", empty], "holds no prompt"),
         (["--prompts-file", latin], "UTF-8"),
-        (["--prompts-file", tmp_path / "nowhere"], "cannot be read"),
+        (["--prompts-file", tmp_path / "nowhere"], "does not exist"),
         (["--prompt", "in", "--model", base_dir], "a gpt2 model without a memory"),
         (["--prompt", "in", "--model", tmp_path], "cannot be read"),
         (["--prompt", "in", "--model", tmp_path / "nowhere"], "tools/convert_checkpoint.py"),

@@ -132,7 +132,7 @@ def test_wrong_lines(flag: str, records: list[Any], needle: str, tmp_path: Path)
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": ')
     (tmp_path / "latin.jsonl").write_bytes(b"caf\xe9")
-    for name, needle in (("cut", "line 2 is not JSON"), ("latin", "UTF-8"), ("missing", "cannot be read")):
+    for name, needle in (("cut", "line 2 is not JSON"), ("latin", "UTF-8"), ("missing", "does not exist: give")):
         with pytest.raises(UserError, match=needle):
             build_tasks(Config(model="m", questions=tmp_path / f"{name}.jsonl"), tmp_path)
 

@@ -121,6 +121,21 @@ def test_gpus_take_over_and_are_counted() -> None:
     assert plan.make_plan(config(positions=10**6, gpus=1)).work.search == "exact"  # a GPU is quick enough
 
 
+def test_a_stage_takes_the_time_of_its_bytes_at_least() -> None:
+    sizes = {"positions": 10**9, "gpus": 64, "ranks": 64, "threads": 2, "memory_gb": 1000.0}
+    slow, quick = (plan.make_plan(config(**sizes, disk_gb_per_second=rate)) for rate in (0.5, 1e6))
+    assert slow.costs["keys"].seconds == pytest.approx(slow.costs["keys"].bytes / 0.5e9)
+    assert quick.costs["keys"].seconds == pytest.approx(2 * 1.5e9 * 1e9 / (0.4 * 64 * 990e12))
+    assert "at 0.5 GB/s of the disk (--disk-gb-per-second)" in plan.table(slow)
+    trained = quick.costs["memory"].seconds
+    assert slow.costs["memory"].seconds > trained
+    in_memory = plan.make_plan(config(**sizes | {"memory_gb": 1e6}, disk_gb_per_second=0.5)).costs["memory"].seconds
+    assert trained < in_memory < slow.costs["memory"].seconds / 4  # else each of the five epochs reads everything
+    assert not any("those of this machine" in line for line in slow.warnings)
+    unsaid = "\n".join(plan.make_plan(config(gpus=8, threads=0)).warnings)
+    assert "--threads and --memory-gb not given: those of this machine are taken" in unsaid
+
+
 def test_what_does_not_fit_is_said_with_a_remedy() -> None:
     fits = plan.make_plan(config(memory_gb=1000.0, disk_gb=10_000.0))
     assert not fits.warnings
@@ -155,9 +170,9 @@ def test_the_shape_of_a_base_is_read_without_its_weights(base_dir: Path, tmp_pat
     [
         ({"positions": 0}, "--positions 0 must be at least 1"),
         ({"gpus": -1}, "--gpus -1 must be 0 or more"),
+        ({"disk_gb_per_second": 0.0}, "--disk-gb-per-second 0 must be above 0"),
         ({"epochs": 0.0}, "--epochs 0 must be above 0"),
         ({"neighbour_perplexity": 1.0}, "must be above 1"),
-        ({"preset": "9t"}, "choose one of gelu-18x768"),
         ({"factory": "Flat"}, "must hold IVF"),
         ({"factory": "IVF16,PQ7"}, "does not fit"),
         ({"width": None}, "--width wanting: give them, or --model"),

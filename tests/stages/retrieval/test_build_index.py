@@ -81,6 +81,15 @@ def test_ranks_give_the_same_files(keys: Path, undisturbed: Path, tmp_path: Path
     assert result_of(tmp_path / "index") == result_of(undisturbed)
 
 
+def test_ranks_without_a_shard_are_told(
+    keys: Path, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "index")
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        build_index.run(config(keys, tmp_path / "index"), World(rank=0, size=64))
+    assert "so that " in caplog.text and "--num-shards 64 (another --output)" in caplog.text
+
+
 def test_threads_and_rerun_give_the_same_files(keys: Path, undisturbed: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads(), faiss.omp_get_max_threads()
     for _ in range(2):

@@ -134,7 +134,7 @@ def test_an_audit_goes_on_and_changes_no_target(
     assert calls == [100] * 4  # the part that was done is not done again
     assert (root / "manifest.json").read_bytes() == before
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert "recall at 1, 64, k = 12" in said and "faulty rows of 300: {'unsorted': 0" in said
+    assert "recall at 1, 64, k = 12" in said and "faulty rows of 300: none" in said
     write_targets.run(config(keys, root, audit=150), World())
     assert read_audit(root)["settings"]["positions"] < NUM_KEYS
 

@@ -372,7 +372,7 @@ def test_raw_keys_find_the_neighbours_of_the_oracle(make_keys: Callable[..., Pat
         ({"temperature": "nan"}, "--temperature nan"),
         ({"mass": 0.0}, "--mass 0"),
         ({"mass": 1.5}, "--mass 1.5"),
-        ({"temperature": "auto", "neighbour_perplexity": 20.0}, "--neighbour-perplexity 20"),
+        ({"temperature": "auto", "neighbour_perplexity": 20.0}, "--neighbour-perplexity 20 .* a quarter of --k"),
         ({"nprobe": 0}, "--nprobe 0"),
         ({"shard_positions": 0}, "--shard-positions 0"),
         ({"exclude_window": -1}, "window -1"),

@@ -648,3 +648,25 @@ def test_wrong_ds_configs_leave_the_disk_untouched(root, tmp_path, content, said
     with pytest.raises(UserError, match=said):
         train.run(train.Config(**values), World())
     assert not (root / "wrong").exists()
+
+
+def test_the_default_learning_rate_binds_as_a_number(root, tmp_path, monkeypatch):
+    class BegunError(Exception):
+        pass
+
+    def begin(world):
+        raise BegunError
+
+    def start(rate):
+        paths = ("ds_config", "corpus", "targets", "output")
+        values = {**job(root, "rate", ds_config(root, 2)), "learning_rate": rate, "output": tmp_path / "rate"}
+        train.run(train.Config(**{name: Path(v) if name in paths else v for name, v in values.items()}), World())
+
+    monkeypatch.setattr(train, "set_up_distributed", begin)
+    for rate in (None, 2e-3):
+        with pytest.raises(BegunError):
+            start(rate)
+        for file in ("identity.json", "run.json"):
+            assert json.loads((tmp_path / "rate" / file).read_text())["config"]["learning_rate"] == 2e-3
+    with pytest.raises(UserError, match="learning_rate was 0.002, now 0.001"):
+        start(1e-3)
