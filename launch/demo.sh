@@ -109,7 +109,7 @@ shared tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on
 say "8/9 evaluation"
 shared launch/evaluate.py --model "$base" --corpus "$run/corpus" --keys "$run/keys" --index "$run/index" --targets "$run/targets" \
     --memory "$run/memory" --control base+memory_ce_only="$run/memory_ce_only" base_trained_on="$run/base_trained_on" \
-    --extra-splits heldout --k 256 --output "$run/report"
+    --extra-splits heldout --k 1024 --output "$run/report"
 
 say "9/9 Hugging Face model, and a sample of text"
 python tools/convert_checkpoint.py --checkpoint "$run/memory" --model "$base" --report "$run/report" --output "$run/export"
