@@ -87,7 +87,7 @@ shared tools/build_index.py --keys "$run/keys" --output "$run/index" --num-shard
 
 say "5/9 targets: each key's neighbours in other documents, as a distribution"
 shared tools/write_targets.py --keys "$run/keys" --index "$run/index" --corpus "$run/corpus" --output "$run/targets" \
-    --k 256 --neighbour-perplexity 100 --exclude same-document --shard-positions 32768
+    --k 1024 --neighbour-perplexity 250 --exclude same-document --shard-positions 32768
 
 memory_flags=(--ds_config ds_configs/zero3.json --corpus "$run/corpus" --keys "$run/keys" --targets "$run/targets" --model "$base" --head base
               --num-blocks 4 --epochs 5 --learning-rate 2e-3 --batch-positions 2048 --ce-through mixture --mixture-lambda .25)
