@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 
 SEAL = "content_sha256"
 """the field of a sealed JSON object that holds the SHA-256 of the canonical JSON of the others"""
@@ -201,3 +202,18 @@ def is_alive(pid: int) -> bool:
     except (OSError, IndexError):  # no Linux, or gone in this moment
         return True
     return state != "Z"
+
+
+def require_free_bytes(path: Path, needed: int, *, what: str) -> None:
+    """Refuse to start where the disk cannot hold the result.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{what} need {needed / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB free: "
+            "free some space or choose another --output"
+        )

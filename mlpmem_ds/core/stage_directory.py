@@ -20,7 +20,6 @@ import contextlib
 import itertools
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,22 +41,12 @@ from mlpmem_ds.core.files import (
     read_json,
     record_file,
     remove_stale_temporaries,
-    sha256_of_file,
 )
 from mlpmem_ds.core.log import EventLog, audible_level
 from mlpmem_ds.core.run_description import IDENTITY_FIELD, describe_run, has_records, settle_identity
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
-_FRONT_ENDS = {
-    "corpus": "prepare_corpus",
-    "base": "train_base",
-    "keys": "extract_keys",
-    "index": "build_index",
-    "targets": "write_targets",
-    "memory": "train",
-    "report": "evaluate",
-}  # format → what writes it, for messages
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_WAITING_LINES = 60.0
 
@@ -357,70 +346,3 @@ def _refuse_other_format(output: Path, stage: str) -> None:
             raise UserError(
                 f"--output {output} holds {found.get('format')}, not mlpmem-{stage}: choose another directory"
             )
-
-
-def _remedy(stage: str) -> str:
-    return f": give the output of {_FRONT_ENDS[stage]}" if stage in _FRONT_ENDS else ""
-
-
-def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str, Any], str]:
-    """Read the manifest of a complete stage and check that its files are all there, by size.
-
-    Args:
-        root: the stage's directory.
-        stage: format name, such as "keys".
-        version: the version that the caller understands.
-        flag: how the user named the directory, for messages.
-
-    Returns:
-        the manifest and its SHA-256.
-
-    Raises:
-        UserError: missing, incomplete or of another kind.
-        DamagedDataError: of another version, unreadable, or with a file missing or of another size.
-    """
-    path = root / "manifest.json"
-    if not root.is_dir():
-        raise UserError(f"{flag} {root} {'is a file' if root.exists() else 'does not exist'}{_remedy(stage)}")
-    if not path.is_file():
-        state = (
-            "is not complete: run its stage again, it continues"
-            if (root / "identity.json").is_file()
-            else f"is not a directory of mlpmem {stage}{_remedy(stage)}"
-        )
-        raise UserError(f"{flag} {root} {state}")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict):
-        raise DamagedDataError(f"{path} is damaged: not a JSON object; run its stage again, it writes it anew")
-    if manifest.get("format") != f"mlpmem-{stage}":
-        raise UserError(f"{flag} {root} holds {manifest.get('format')}, not mlpmem-{stage}{_remedy(stage)}")
-    if manifest.get("version") != version:
-        raise DamagedDataError(
-            f"{flag} {root} has version {manifest.get('version')}, this program reads {version}: "
-            "use the release that wrote it, or remake it"
-        )
-    try:
-        records = [FileRecord(**entry) for entry in manifest["files"]]
-    except (KeyError, TypeError) as error:
-        raise DamagedDataError(
-            f"{path} is damaged: its list of files cannot be read; run its stage again, it writes it anew"
-        ) from error
-    for record in records:
-        if fault := fault_of_file(root, record, checksum=False):
-            raise DamagedDataError(f"{fault}: run the stage that made {root} again, it remakes only what is damaged")
-    return manifest, sha256_of_file(path)
-
-
-def require_free_bytes(path: Path, needed: int, *, what: str) -> None:
-    """Refuse to start where the disk cannot hold the result.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"{what} need {needed / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB free: "
-            "free some space or choose another --output"
-        )

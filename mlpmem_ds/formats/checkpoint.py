@@ -28,7 +28,8 @@ from mlpmem_ds.core.files import (
     record_file,
     sealed_json,
 )
-from mlpmem_ds.core.stage_directory import UnitWriter, read_manifest
+from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.stage_directory import UnitWriter
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "mlpmem-checkpoint", 1
 MEMORY_STAGE, MEMORY_VERSION = "memory", 1

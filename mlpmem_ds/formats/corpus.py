@@ -16,7 +16,7 @@ import numpy as np
 from mlpmem_ds.core.blocks import WindowSequence, split_windows
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash
-from mlpmem_ds.core.stage_directory import read_manifest
+from mlpmem_ds.core.manifest import read_manifest
 
 FORMAT, VERSION = "corpus", 1
 SPLITS = ("train", "tuning", "test", "heldout")

@@ -9,7 +9,7 @@ from typing import Any
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, fault_of_file
-from mlpmem_ds.core.stage_directory import read_manifest
+from mlpmem_ds.core.manifest import read_manifest
 
 FORMAT, VERSION = "index", 1
 TRAINED_NAME = "trained.faissindex"

@@ -17,7 +17,7 @@ import numpy as np
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import FileRecord, fault_of_file
-from mlpmem_ds.core.stage_directory import read_manifest
+from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.maths.codec import MassiveDimension, clip_massive
 
 FORMAT, VERSION = "keys", 1

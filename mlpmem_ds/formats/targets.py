@@ -18,7 +18,7 @@ import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json
-from mlpmem_ds.core.stage_directory import read_manifest
+from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.formats.target_encoding import (
     Encoding,
     TargetBlock,

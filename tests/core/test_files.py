@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     SEAL,
     canonical_json,
@@ -18,6 +18,7 @@ from mlpmem_ds.core.files import (
     read_sealed_json,
     record_file,
     remove_stale_temporaries,
+    require_free_bytes,
 )
 
 
@@ -90,3 +91,9 @@ def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_stale_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+
+
+def test_a_full_disk_is_refused_before_the_start(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="free some space"):
+        require_free_bytes(tmp_path / "not" / "yet", 1 << 60, what="the keys")
+    require_free_bytes(tmp_path, 1, what="the keys")

@@ -21,7 +21,8 @@ from mlpmem_ds.core import files
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import publish_array, publish_json, read_json
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage, read_manifest, require_free_bytes
+from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 
 UNITS = [f"{number}" for number in range(5)]
@@ -436,9 +437,3 @@ def test_readers_refuse_what_is_missing_foreign_or_damaged(tmp_path: Path) -> No
     (config.output / "part-4.npy").write_bytes(b"short")
     with pytest.raises(DamagedDataError, match=r"part-4\.npy has 5 bytes"):
         read_manifest(config.output, stage="toy", version=1, flag="--toy")
-
-
-def test_a_full_disk_is_refused_before_the_start(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="free some space"):
-        require_free_bytes(tmp_path / "not" / "yet", 1 << 60, what="the keys")
-    require_free_bytes(tmp_path, 1, what="the keys")

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mlpmem_ds.core import files, stage_directory
+from mlpmem_ds.core import files
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.stages.corpus import prepare_corpus
 from mlpmem_ds.stages.keys import extract_keys
@@ -126,7 +127,7 @@ def test_a_real_disk_that_fills_up(
         (disk / "ballast").write_bytes(bytes(900_000))
         # The check before the start would refuse: it is told that all is there, as if others had filled the disk since.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stage_directory.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
             assert extract(base_dir, corpus_dir, disk / "out") == 2
         assert "No space left on device" in capsys.readouterr().err
         left = {path.name for path in (disk / "out").rglob("*") if path.name.startswith(".")}

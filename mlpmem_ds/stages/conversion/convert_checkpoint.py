@@ -42,10 +42,10 @@ from mlpmem_ds.core.files import (
     read_json,
     record_file,
     remove_stale_temporaries,
+    require_free_bytes,
     sealed_json,
 )
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import require_free_bytes
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES
 from mlpmem_ds.formats.corpus import vocabulary_sha256

@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoTokenizer
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import content_hash, sha256_of_file
+from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_file
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage, require_free_bytes
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats import corpus as corpus_format

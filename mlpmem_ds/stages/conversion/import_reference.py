@@ -14,7 +14,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage, require_free_bytes
+from mlpmem_ds.core.files import require_free_bytes
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, TrainedMemory, write_weights
 from mlpmem_ds.formats.reference_checkpoint import ReferenceMemory, open_reference

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlpmem_ds.core.stage_directory import require_free_bytes
+from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.formats.keys import num_input_groups
 
 _logger = logging.getLogger(__name__)

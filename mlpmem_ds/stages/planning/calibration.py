@@ -12,7 +12,7 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import read_events, seconds_of_stage
-from mlpmem_ds.core.stage_directory import read_manifest
+from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.formats import index_directory, keys, targets
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, Machine, Workload, seconds_of, target_bytes

@@ -22,8 +22,8 @@ import numpy as np
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage, require_free_bytes
+from mlpmem_ds.core.files import read_json, require_free_bytes
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats import key_lists as layout
 from mlpmem_ds.formats.index_directory import IndexDirectory

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
+from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import UnitWriter, check_output, open_stage, require_free_bytes
+from mlpmem_ds.core.stage_directory import UnitWriter, check_output, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.index_directory import IndexDirectory

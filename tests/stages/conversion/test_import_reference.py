@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.stage_directory import read_manifest
+from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.checkpoint import read_weights
 from mlpmem_ds.models.memory import Memory, MemoryConfig

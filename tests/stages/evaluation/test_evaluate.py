@@ -19,7 +19,8 @@ from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import EventLog, seconds_of_stage
-from mlpmem_ds.core.stage_directory import open_stage, read_manifest
+from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.checkpoint import write_weights
