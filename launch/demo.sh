@@ -9,7 +9,7 @@
 #   --base MODEL       a causal LM, directory or Hub name (default: a small GPT-2 trained here on the corpus)
 #   --run DIR          where everything goes (default: runs/demo)
 #   --ranks N          processes of each stage (default: 2; 1 on a machine with one GPU)
-#   --max-bytes N      text to use at most (default: 1.2e6 bytes of the standard library, all of --corpus)
+#   --max-bytes N      text to use at most (default: 1e6 bytes of the standard library, all of --corpus)
 #   --seed N           of the hashes that deal documents to splits (default: 0)
 #   --no-setup         use the active environment instead of .venv
 set -euo pipefail
@@ -67,7 +67,7 @@ exclude=()
 if [ ${#corpus[@]} = 0 ]; then
     corpus=("$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')")
     exclude=(--include '*.py' --exclude site-packages dist-packages test tests idle_test encodings pydoc_data lib2to3 idlelib turtledemo)
-    max_bytes=${max_bytes:-1.2e6}
+    max_bytes=${max_bytes:-1e6}
 fi
 if [ -n "$base" ]; then tokenizer=$base; else tokenizer=train:4096; fi
 python tools/prepare_corpus.py --input "${corpus[@]}" ${exclude[@]+"${exclude[@]}"} --tokenizer "$tokenizer" --output "$run/corpus" \
@@ -90,7 +90,7 @@ shared tools/write_targets.py --keys "$run/keys" --index "$run/index" --corpus "
     --k 1024 --neighbour-perplexity 250 --exclude same-document --shard-positions 32768
 
 memory_flags=(--ds_config ds_configs/zero3.json --corpus "$run/corpus" --keys "$run/keys" --targets "$run/targets" --model "$base" --head base
-              --num-blocks 4 --epochs 5 --learning-rate 2e-3 --batch-positions 2048 --ce-through mixture --mixture-lambda .25)
+              --num-blocks 4 --epochs 5 --learning-rate 2e-3 --batch-positions 2048 --ce-through mixture --mixture-lambda .25 --validation-positions 8192)
 say "6/9 memory: imitates the retriever (DeepSpeed ZeRO-3)"
 trained launch/train.py "${memory_flags[@]}" --alpha .5 --output "$run/memory"
 

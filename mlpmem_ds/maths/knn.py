@@ -74,7 +74,7 @@ def exact_neighbours(
     k: int,
     *,
     exclusion: Exclusion | None,
-    query_block: int = 1024,
+    query_block: int = 512,
     key_block: int = 8192,
     device: torch.device | str | None = None,
 ) -> Neighbours:
@@ -91,7 +91,7 @@ def pack_exact_neighbours(
     k: int,
     *,
     exclusion: Exclusion | None,
-    query_block: int = 1024,
+    query_block: int = 512,
     key_block: int = 8192,
     device: torch.device | str | None = None,
 ) -> PackedNeighbours:
@@ -109,13 +109,14 @@ def pack_exact_neighbours(
     id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
     blocks = list(growing_blocks(num_keys, key_block))
     scratch = torch.empty(query_block * key_block, dtype=torch.int32)
+    is_below = torch.empty(query_block * key_block, dtype=torch.bool)
     packed_QK = np.empty((len(queries_QD), k), np.int64)
     for query_start in range(0, len(queries_QD), query_block):
         block_QD = _tensor(queries_QD[query_start : query_start + query_block])
         best = _RunningBest(len(block_QD), k, capacity=k + key_block)
         for start, stop in blocks:
             ranks_QK = distance_ranks(block_QD, _tensor(keys_ND[start:stop]), scratch)
-            rows_S, columns_S, ranks_S = _below(ranks_QK, best.ranks_bound_Q(id_bits))
+            rows_S, columns_S, ranks_S = _below(ranks_QK, best.ranks_bound_Q(id_bits), is_below)
             ids_S = columns_S + start
             if exclusion is not None:
                 keep_S = ~exclusion.covers(rows_S + query_start, ids_S)
@@ -245,12 +246,12 @@ class _RunningBest:
         return np.sort(self.packed_QC[:, : self.k], axis=1)
 
 
-def _below(ranks_QK: Tensor, bound_Q: Tensor) -> tuple[Array, Array, Array]:
-    """Rows, columns and ranks of the elements below their row's bound, row by row."""
-    below_QK = (ranks_QK < bound_Q[:, None]).numpy()
-    flat_S = np.flatnonzero(below_QK)
-    rows_S = np.repeat(np.arange(len(below_QK)), np.count_nonzero(below_QK, axis=1))
-    return rows_S, flat_S - rows_S * below_QK.shape[1], ranks_QK.numpy().ravel()[flat_S]
+def _below(ranks_QK: Tensor, bound_Q: Tensor, scratch: Tensor) -> tuple[Array, Array, Array]:
+    """Rows, columns and ranks of the elements below their row's bound, row by row; ``scratch`` bool, at least as many."""
+    below_QK = torch.lt(ranks_QK, bound_Q[:, None], out=scratch[: ranks_QK.numel()].view(ranks_QK.shape))
+    flat_S = np.flatnonzero(below_QK.numpy())
+    rows_S, columns_S = np.divmod(flat_S, ranks_QK.shape[1])
+    return rows_S, columns_S, ranks_QK.numpy().ravel()[flat_S]
 
 
 @contextlib.contextmanager

@@ -24,8 +24,11 @@ from mlpmem_ds.stages.report.report import KNN_EXACT, KNN_IVFPQ
 
 TEMPERATURE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 NEIGHBOUR_DIVISORS = (1, 4, 16)  # one search serves them: the nearest few are among the nearest many
-_RESCORE_ELEMENTS = 1 << 21  # numbers of gathered keys at hand: 8 MB; ten times as many take twice as long
+_RESCORE_ELEMENTS = (
+    1 << 18
+)  # numbers of gathered keys at hand: 1 MB as float32; what leaves the cache takes twice as long
 _NORM_ROWS = 1 << 13
+_WEIGHED_ROWS = 64  # whose weights are at hand: half a MB at 1,024 neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,23 +117,31 @@ class Retriever:
 
     def log_probabilities(self, neighbours: Neighbours, values_n: np.ndarray) -> np.ndarray:
         """log p_kNN(value) for each of the `choices`, float32 [n, T]; -inf where no neighbour carries the value."""
-        order_nK = np.argsort(neighbours.distances_QK, axis=1, kind="stable")  # a missing one has the greatest
-        ids_nK, distances_nK = (
-            np.take_along_axis(array_QK, order_nK, axis=1) for array_QK in (neighbours.ids_QK, neighbours.distances_QK)
-        )
-        valid_nK = ids_nK >= 0
-        values_nK = np.where(valid_nK, self.values_N[ids_nK], -1)
-        squared_nK = np.where(valid_nK, distances_nK, 0).astype(np.float64) * self.codec.scale**2
+        result_nT = np.empty((len(values_n), len(self.choices)), np.float32)
+        for start in range(0, len(values_n), _WEIGHED_ROWS):
+            rows = slice(start, start + _WEIGHED_ROWS)
+            probabilities_bT = self._probabilities(
+                neighbours.ids_QK[rows], neighbours.distances_QK[rows], values_n[rows]
+            )
+            with np.errstate(divide="ignore"):
+                result_nT[rows] = np.log(probabilities_bT)
+        return result_nT
+
+    def _probabilities(self, ids_bK: np.ndarray, distances_bK: np.ndarray, values_b: np.ndarray) -> np.ndarray:
+        order_bK = np.argsort(distances_bK, axis=1, kind="stable")  # a missing one has the greatest
+        ids_bK, distances_bK = (np.take_along_axis(array_bK, order_bK, axis=1) for array_bK in (ids_bK, distances_bK))
+        valid_bK = ids_bK >= 0
+        values_bK = np.where(valid_bK, self.values_N[ids_bK], -1)
+        squared_bK = np.where(valid_bK, distances_bK, 0).astype(np.float64) * self.codec.scale**2
         columns = [
             knn_probability(
-                neighbour_weights(squared_nK[:, :count], temperature, valid_nK[:, :count]),
-                values_nK[:, :count],
-                values_n,
+                neighbour_weights(squared_bK[:, :count], temperature, valid_bK[:, :count]),
+                values_bK[:, :count],
+                values_b,
             )
             for count, temperature in self.choices
         ]
-        with np.errstate(divide="ignore"):
-            return np.log(np.stack(columns, axis=1)).astype(np.float32)
+        return np.stack(columns, axis=1)
 
 
 def squared_norms(rows_NE: np.ndarray) -> np.ndarray:
@@ -155,7 +166,8 @@ def rescore(queries_nE: np.ndarray, ids_nK: np.ndarray, stored_NE: np.ndarray, n
     for start in range(0, len(ids_nK), step):
         rows = slice(start, start + step)
         ids_bK = ids[rows].clamp(min=0)
-        keys_bKE = stored[ids_bK.reshape(-1)].float().view(*ids_bK.shape, -1)
+        # index_select, for plain indexing takes seven times as long.
+        keys_bKE = stored.index_select(0, ids_bK.reshape(-1)).float().view(*ids_bK.shape, -1)
         # Products of int8 codes of up to 1,040 numbers: their float32 sums are exact integers, at most 2^24.
         products_bK = (keys_bKE @ torch.from_numpy(queries_nE[rows]).float()[:, :, None])[:, :, 0].numpy().astype(dtype)
         distances_nK[rows] = norms_N[ids_bK.numpy()] - 2 * products_bK + query_norms_n[rows, None]

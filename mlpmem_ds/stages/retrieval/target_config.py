@@ -12,6 +12,7 @@ from mlpmem_ds.formats.targets import Container, Encoding
 from mlpmem_ds.maths.knn import most_keys_for_exact
 
 _MOST_COUNTS = 2**16 - 1  # entries of a row are counted in uint16
+_DEFAULT_PERPLEXITY = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,9 @@ class Config:
     k: int = option("neighbours of a position", 1024)
     temperature: str = option("of the weights exp(-d²/T), in squared key units, or auto", "auto")
     neighbour_perplexity: float = option(
-        "with auto: how many neighbours shall count, exp of the weights' entropy", 100.0
+        "with auto: how many neighbours shall count, exp of the weights' entropy; 0 = "
+        f"{_DEFAULT_PERPLEXITY:g}, or half of --k where that is less",
+        0.0,
     )
     mass: float = option("probability to keep of each row, above 0 and at most 1", 0.999)
     search: Literal["auto", "exact", "ivf"] = option(
@@ -71,6 +74,8 @@ class Config:
             raise UserError(f"--k {self.k} must be 1 to {_MOST_COUNTS}")
         if self.temperature != "auto" and not _positive(self.temperature):
             raise UserError(f"--temperature {self.temperature} must be auto or a number above 0")
+        if self.neighbour_perplexity == 0:
+            object.__setattr__(self, "neighbour_perplexity", min(_DEFAULT_PERPLEXITY, self.k / 2))
         if self.temperature == "auto" and not 1 < self.neighbour_perplexity < self.k:
             raise UserError(
                 f"--neighbour-perplexity {self.neighbour_perplexity:g} must lie between 1 and --k {self.k}: give "

@@ -386,6 +386,11 @@ def test_bad_flags(keys: Path, tmp_path: Path, changes: dict[str, Any], words: s
         config(keys, tmp_path / "targets", **changes)
 
 
+@pytest.mark.parametrize(("k", "wanted"), [(1024, 100.0), (200, 100.0), (64, 32.0)])
+def test_perplexity_follows_a_small_k(keys: Path, tmp_path: Path, k: int, wanted: float) -> None:
+    assert config(keys, tmp_path / "targets", k=k, temperature="auto").neighbour_perplexity == wanted
+
+
 def test_bad_inputs_leave_nothing(
     keys: Path, index: Path, keys_dir: Path, corpus_dir: Path, make_keys: Callable[..., Path], tmp_path: Path
 ) -> None:
