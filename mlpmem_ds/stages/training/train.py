@@ -37,11 +37,13 @@ from mlpmem_ds.engines.deepspeed import (
 )
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.engines.ds_config import compute_dtype, micro_batches_per_step, zero_stage
+from mlpmem_ds.engines.hidden_states import resolve_device
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, list_checkpoints, write_weights
 from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
+from mlpmem_ds.models.memory import compiled_activation
 from mlpmem_ds.models.objective import SUM_NAMES, MemoryObjective
 from mlpmem_ds.stages.training.curves import draw_curves
 from mlpmem_ds.stages.training.training_config import Config
@@ -75,6 +77,8 @@ def run(config: Config, world: World) -> None:
             f"--epochs {config.epochs:g} of {inputs.keys.num_positions:,} positions do not fill one batch of "
             f"--batch-positions {config.batch_positions:,}: choose a smaller batch or more epochs"
         )
+    if config.compile:
+        _require_compiler(inputs.memory.family, world)
     head = base_head(config, inputs.memory)
     if config.learning_rate is None:
         config = replace(config, learning_rate=default_learning_rate(inputs.memory.num_parameters()))
@@ -297,6 +301,17 @@ class _Training:
         self.engine.wait()
 
 
+def _require_compiler(family: str, world: World) -> None:
+    try:
+        compiled_activation(family, resolve_device("auto", world.local_rank))
+    except Exception as error:  # each of the compilers under torch.compile raises its own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--compile: torch.compile does not work here ({reason}): install a C++ compiler (on a GPU Triton), or leave "
+            "--compile out"
+        ) from error
+
+
 def _build(
     config: Config, inputs: TrainingInputs, ds_config: Mapping[str, Any], head: torch.Tensor | None, world: World
 ) -> Engine:
@@ -308,6 +323,8 @@ def _build(
             set_parameter(model.head.weight, head)  # type: ignore[union-attr, arg-type]
         assert isinstance(model, MemoryObjective)
         model.recompute_activations(config.recompute_activations)
+        if config.compile:
+            model.compile_activations()
 
     mixture_lambda = config.mixture_lambda if config.ce_through == "mixture" else None
     return build_engine(

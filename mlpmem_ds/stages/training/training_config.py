@@ -97,6 +97,12 @@ class Config:
         False,
         identity=False,
     )
+    compile: bool = option(
+        "let torch.compile make one kernel of what stands between a block's matrices (swiglu gains); needs a C++ compiler, on "
+        "a GPU Triton",
+        False,
+        identity=False,
+    )
     save_every_steps: int = option("steps between checkpoints", 500, identity=False)
     keep_checkpoints: int = option("newest checkpoints kept", 2, identity=False)
     copy_to: Path | None = option(

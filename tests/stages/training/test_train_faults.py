@@ -26,6 +26,7 @@ from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training import train
 
+HAS_COMPILER = shutil.which("g++") is not None
 PATHS = ("ds_config", "corpus", "keys", "output", "copy_to")
 FLAGS = {
     "alpha": 0.0,
@@ -138,6 +139,7 @@ def driven(root, job, base_dir, bare_keys, damaged_keys, forked_training):
         "plain": start(job("plain", 3)),
         "three": start(job("three", 3), 3),
         "recomputed": start(job("recomputed", 3, recompute_activations=True)),
+        **({"compiled": start(job("compiled", 3, compile=True, recompute_activations=True))} if HAS_COMPILER else {}),
         "validated": start(job("validated", 2, **often, select="best")),
         "early": start(job("early", 2, **often, early_stopping_patience=2, learning_rate=3.0, schedule="constant")),
         **{f"nan-{stage}": start(job(f"nan-{stage}", stage, keys=str(damaged_keys)), 2) for stage in (0, 2, 3)},
@@ -167,6 +169,24 @@ def test_three_ranks_give_the_losses_of_one(root, driven):
 
 def test_recomputed_activations_give_the_same_weights(root, driven):
     assert_same_weights(root / "recomputed", root / "plain")
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile wants a C++ compiler")
+def test_compiled_activations_give_the_same_losses(root, driven):
+    np.testing.assert_allclose(losses(root / "compiled"), losses(root / "plain"), rtol=1e-5)
+
+
+def test_without_a_compiler_nothing_is_written(root, job, monkeypatch):
+    def compile_nothing(function):
+        raise RuntimeError("no g++\nmany lines")
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with pytest.raises(
+        UserError, match=r"--compile: torch.compile does not work here \(no g\+\+\): .* leave --compile out"
+    ):
+        values = job("uncompiled", 0, compile=True).items()
+        train.run(train.Config(**{name: Path(value) if name in PATHS else value for name, value in values}), World())
+    assert not (root / "uncompiled").exists()
 
 
 def test_validation_is_that_of_the_written_weights(root, driven, corpus_dir, base_dir, keys_dir):
