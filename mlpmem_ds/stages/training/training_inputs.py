@@ -141,12 +141,19 @@ def open_inputs(config: Config, world: World) -> TrainingInputs:
 
 
 def _open_base(model: str, keys: Keys, world: World, *, is_sharded: bool) -> TransformersSource:
-    dtype = keys.manifest.get("config", {}).get("dtype", "auto")
-    layers_path = keys.manifest.get("input_layers_path")
-    if not is_sharded or world.size == 1:  # one rank holds it whole in any case
-        return TransformersSource(model, dtype=dtype, local_rank=world.local_rank, layers_path=layers_path)
-    set_up_distributed(world)
-    return ShardedSource(model, dtype=dtype, local_rank=world.local_rank, layers_path=layers_path)
+    """The base as `extract_keys` ran it."""
+    flags = keys.manifest.get("config", {})
+    kind = TransformersSource
+    if is_sharded and world.size > 1:  # one rank holds it whole in any case
+        set_up_distributed(world)
+        kind = ShardedSource
+    return kind(
+        model,
+        dtype=flags.get("dtype", "auto"),
+        attention="eager" if flags.get("attention") == "eager" else "sdpa",  # some models have no other
+        local_rank=world.local_rank,
+        layers_path=keys.manifest.get("input_layers_path"),
+    )
 
 
 def _tuning_split(config: Config) -> CorpusSplit | None:
