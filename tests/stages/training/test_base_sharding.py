@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training import train
 
