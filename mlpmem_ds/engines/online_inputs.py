@@ -24,7 +24,7 @@ class OnlineInputs:
     """Called with ranges of positions, it gives their inputs one after another: bits of bfloat16, uint16 [n, D].
 
     Args:
-        source: the base, as `extract_keys` ran it.
+        source: the base, as `extract_keys` ran it; if it is collective, calls are too, and need all ranks' ranges (`others`).
         corpus: the split whose positions are meant.
         point: where the memory reads.
         batch_windows: windows that go through the base at once.

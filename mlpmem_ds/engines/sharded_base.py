@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from mlpmem_ds.engines.deepspeed import import_deepspeed
 from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
@@ -72,7 +72,7 @@ class ShardedSource(TransformersSource):
         return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in self._parameters())
 
     def _parameters(self) -> list[Any]:
-        """DeepSpeed's own attributes tell of the whole: ds_numel, ds_tensor."""
+        """DeepSpeed has put attributes of its own on them: ds_numel of the whole, ds_tensor, this rank's shard."""
         return list(self.model.parameters())
 
     def _load(
@@ -82,10 +82,8 @@ class ShardedSource(TransformersSource):
             "a base is cut over the ranks, or spread over their devices"
         )
         deepspeed = import_deepspeed()
-        # transformers looks for this object (a weak reference) and cuts what it loads while the object lives.
-        loading = HfDeepSpeedConfig(self._ds_config(persistent=0))
-        model = load_base(path, dtype=DTYPES[self.dtype_name], device=self.device, attention=attention)
-        del loading
+        with _cut_while_loading(self._ds_config(persistent=0)):
+            model = load_base(path, dtype=DTYPES[self.dtype_name], device=self.device, attention=attention)
         # The transformer without its head is what runs, as `Capture` calls it: the gathers follow its modules.
         body = model.base_model
         width = model.config.get_text_config().hidden_size
@@ -120,6 +118,17 @@ class ShardedSource(TransformersSource):
             },
             "steps_per_print": 1_000_000_000,
         }
+
+
+@contextlib.contextmanager
+def _cut_while_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """While open, `from_pretrained` makes and fills its models in shards."""
+    told = HfDeepSpeedConfig(ds_config)  # transformers keeps a weak reference to it
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del told
 
 
 def _gather_in_forward(head: nn.Module, deepspeed: Any) -> None:

@@ -87,8 +87,9 @@ def test_what_cannot_be_loaded_is_refused_as_without_shards(base_dir: Path, tmp_
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "h.1.mlp" not in name}
     weights.pop("lm_head.weight", None)
     model.save_pretrained(tmp_path / "holes", state_dict=weights)
-    with pytest.raises(UserError, match="lack 4 weights"):
+    with pytest.raises(UserError, match="lack 4 weights") as kept:  # a traceback, and what its frames hold
         ShardedSource(str(tmp_path / "holes"), device="cpu")
+    assert not is_deepspeed_zero3_enabled() and kept
     with pytest.raises(UserError, match="no model directory"):
         ShardedSource(str(tmp_path / "nothing"), device="cpu")
     assert not is_deepspeed_zero3_enabled()

@@ -143,7 +143,7 @@ def open_inputs(config: Config, world: World) -> TrainingInputs:
 def _open_base(model: str, keys: Keys, world: World, *, is_sharded: bool) -> TransformersSource:
     """The base as `extract_keys` ran it."""
     flags = keys.manifest.get("config", {})
-    kind = TransformersSource
+    kind: type[TransformersSource] = TransformersSource
     if is_sharded and world.size > 1:  # one rank holds it whole in any case
         set_up_distributed(world)
         kind = ShardedSource
