@@ -2,7 +2,7 @@
 
 Place in the pipeline: in `train`, beside the training, where the base is larger than one device. The base's weights are cut
 while they are loaded, so that no device ever holds them whole (rank 0 reads the files into its host's memory, once); a forward
-gathers those of one module after another, and the next ones meanwhile. What is computed is the same, number by number.
+gathers those of one module after another, and those of about one layer ahead. What is computed is the same, number by number.
 
 A forward is collective: see `StateSource.is_collective`. Every rank must run the same modules in the same order, which holds for
 all models but those that call an expert's own module only where one of its tokens asks for it.
@@ -24,11 +24,10 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from mlpmem_ds.engines.deepspeed import import_deepspeed
 from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.backbone import decoder_layers, load_base
 
 _logger = logging.getLogger(__name__)
 _PERSISTENT_WIDTHS = 10  # parameters of at most so many times the width (norms, biases) stay whole on each rank
-_PREFETCHED_NUMBERS = 200_000_000  # ahead of the module that runs
 
 
 class ShardedSource(TransformersSource):
@@ -82,14 +81,15 @@ class ShardedSource(TransformersSource):
             "a base is cut over the ranks, or spread over their devices"
         )
         deepspeed = import_deepspeed()
-        with _cut_while_loading(self._ds_config(persistent=0)):
+        with _cut_while_loading(self._ds_config()):
             model = load_base(path, dtype=DTYPES[self.dtype_name], device=self.device, attention=attention)
         # The transformer without its head is what runs, as `Capture` calls it: the gathers follow its modules.
         body = model.base_model
-        width = model.config.get_text_config().hidden_size
+        persistent = _PERSISTENT_WIDTHS * model.config.get_text_config().hidden_size
+        ahead = sum(parameter.ds_numel for parameter in decoder_layers(model, self.layers_path)[0].parameters())
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
-                model=body, config=self._ds_config(persistent=_PERSISTENT_WIDTHS * width), dist_init_required=False
+                model=body, config=self._ds_config(persistent=persistent, ahead=ahead), dist_init_required=False
             )
         head = model.get_output_embeddings()
         if head is not None and body is not model:
@@ -104,7 +104,8 @@ class ShardedSource(TransformersSource):
         with deepspeed.zero.GatheredParameters([] if head is None else list(head.parameters())):
             yield
 
-    def _ds_config(self, *, persistent: int) -> dict[str, Any]:
+    def _ds_config(self, *, persistent: int = 0, ahead: int = 0) -> dict[str, Any]:
+        """Numbers of the largest parameter that stays whole, and numbers that are gathered ahead of the module that runs."""
         return {
             "train_micro_batch_size_per_gpu": 1,
             "bf16": {"enabled": self.dtype_name == "bfloat16"},
@@ -112,7 +113,7 @@ class ShardedSource(TransformersSource):
             "zero_optimization": {
                 "stage": 3,
                 "stage3_param_persistence_threshold": persistent,
-                "stage3_prefetch_bucket_size": _PREFETCHED_NUMBERS,
+                "stage3_prefetch_bucket_size": ahead,
                 "stage3_max_reuse_distance": 0,  # each module runs once
                 "memory_efficient_linear": False,  # it would replace torch's, for the backward's sake, in the whole process
             },
