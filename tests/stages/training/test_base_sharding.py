@@ -111,7 +111,7 @@ def driven(root, corpus_dir, base_dir, bare, holes, keys_dir, forked_training):
         return {"kind": "start", "job": {**FLAGS, **paths, **bare["tied"], **changes}, "size": size}
 
     few = {"validation_positions": 1, "epochs": 0.5, **bare["untied"]}  # one window, and two ranks
-    uneven = {"batch_positions": 384, "keys": holes}  # 8 or 9 windows a rank, of which 8 go through the base at once
+    uneven = {"batch_positions": 408, "keys": holes}  # 9, 8 and 9 windows at first; 8 go through the base at once
     steps = {
         "whole": start("whole", 2),
         "cut": start("cut", 2, **CUT),
