@@ -63,16 +63,12 @@ class ShardedSource(TransformersSource):
             "the base is cut over %d ranks: this one holds %s of its %s numbers between forwards",
             torch.distributed.get_world_size(),
             f"{self.numbers_held():,}",
-            f"{sum(parameter.ds_numel for parameter in self._parameters()):,}",
+            f"{sum(parameter.ds_numel for parameter in _parameters(self.model)):,}",
         )
 
     def numbers_held(self) -> int:
         """How many numbers of the base this rank holds now: its shards, and what is whole."""
-        return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in self._parameters())
-
-    def _parameters(self) -> list[Any]:
-        """DeepSpeed has put attributes of its own on them: ds_numel of the whole, ds_tensor, this rank's shard."""
-        return list(self.model.parameters())
+        return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in _parameters(self.model))
 
     def _load(
         self, path: str, attention: str, device_map: str | dict[str, Any] | None, offload_folder: Path | None
@@ -86,7 +82,7 @@ class ShardedSource(TransformersSource):
         # The transformer without its head is what runs, as `Capture` calls it: the gathers follow its modules.
         body = model.base_model
         persistent = _PERSISTENT_WIDTHS * model.config.get_text_config().hidden_size
-        ahead = sum(parameter.ds_numel for parameter in decoder_layers(model, self.layers_path)[0].parameters())
+        ahead = sum(parameter.ds_numel for parameter in _parameters(decoder_layers(model, self.layers_path)[0]))
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=body, config=self._ds_config(persistent=persistent, ahead=ahead), dist_init_required=False
@@ -119,6 +115,11 @@ class ShardedSource(TransformersSource):
             },
             "steps_per_print": 1_000_000_000,
         }
+
+
+def _parameters(module: nn.Module) -> list[Any]:
+    """DeepSpeed has put attributes of its own on them: ds_numel of the whole, ds_tensor, this rank's shard."""
+    return list(module.parameters())
 
 
 @contextlib.contextmanager
