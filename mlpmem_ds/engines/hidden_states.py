@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
+from transformers import PreTrainedModel
 
 from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.core.errors import UserError
@@ -59,6 +60,9 @@ class StateSource(Protocol):
     """rows of the output head, which may be more than the tokenizer has entries"""
     max_context: int
     dtype_name: str
+    is_collective: bool
+    """whether the ranks hold the base together: then all of them must call `read` and `log_probabilities` in the same order,
+    equally often, and in one thread"""
 
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
         """Run windows of equal length, without padding."""
@@ -81,6 +85,8 @@ class PositionStates:
 class TransformersSource:
     """A Hugging Face causal language model as a StateSource. `layers_path` names its decoder's layers; `flag` named it."""
 
+    is_collective = False
+
     def __init__(
         self,
         path: str,
@@ -98,26 +104,31 @@ class TransformersSource:
         self.device = torch.device(resolve_device(device, local_rank))
         self.dtype_name = resolve_dtype(dtype, self.device)
         try:
-            self.model = load_base(
-                path,
-                dtype=DTYPES[self.dtype_name],
-                device=self.device,
-                attention=attention,
-                device_map=device_map,
-                offload_folder=offload_folder,
-            )
+            self.model = self._load(path, attention, device_map, offload_folder)
             self._layers = decoder_layers(self.model, layers_path)
+            self._transform = logit_transform(self.model, head_at_hand=self._head)
             with self._head():
-                self._transform = logit_transform(self.model)
+                self.vocab_size = len(output_head(self.model)[0])
         except ValueError as error:
             raise UserError(f"{flag} {path}: {error}") from error
         config = self.model.config.get_text_config()
         self.num_layers = len(self._layers)
         self.width = config.hidden_size
-        self.vocab_size = len(output_head(self.model)[0])
         self.max_context = max_context_of(config)
         self._attention = attention
         self._length_seen = 0
+
+    def _load(
+        self, path: str, attention: str, device_map: str | dict[str, Any] | None, offload_folder: Path | None
+    ) -> PreTrainedModel:
+        return load_base(
+            path,
+            dtype=DTYPES[self.dtype_name],
+            device=self.device,
+            attention=attention,
+            device_map=device_map,
+            offload_folder=offload_folder,
+        )
 
     @torch.no_grad()
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:

@@ -8,7 +8,8 @@ S tokens of a window, D width, n positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class OnlineInputs:
     """Called with ranges of positions, it gives their inputs one after another: bits of bfloat16, uint16 [n, D].
 
     Args:
-        source: the base, as `extract_keys` ran it.
+        source: the base, as `extract_keys` ran it; if it is collective, calls are too, and need all ranks' ranges (`others`).
         corpus: the split whose positions are meant.
         point: where the memory reads.
         batch_windows: windows that go through the base at once.
@@ -34,11 +35,21 @@ class OnlineInputs:
     ) -> None:
         self._source, self._corpus, self._point = source, corpus, point
         self._batch_windows = batch_windows
+        self.is_collective = source.is_collective
 
-    def __call__(self, runs: Sequence[Block]) -> np.ndarray:
+    def __call__(self, runs: Sequence[Block], others: Iterable[Sequence[Block]] = ()) -> np.ndarray:
         wanted = [(window, part) for run in runs for window, part in self._windows_of(run)]
         groups = [wanted[at : at + self._batch_windows] for at in range(0, len(wanted), self._batch_windows)]
-        return np.concatenate([self._read(group) for group in groups])
+        found = [self._read(group) for group in groups]
+        for _ in range(len(groups), max(map(self._num_groups, others), default=0)):
+            self._read(
+                groups[-1]
+            )  # others have more, and a forward of a base that is cut over the ranks takes all of them
+        return np.concatenate(found)
+
+    def _num_groups(self, runs: Sequence[Block]) -> int:
+        windows = self._corpus.windows()
+        return math.ceil(sum(len(windows.covering(run)) for run in runs) / self._batch_windows)
 
     def _windows_of(self, run: Block) -> list[tuple[Window, Block]]:
         """The windows that predict positions of `run`, each with those positions."""

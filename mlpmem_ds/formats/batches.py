@@ -18,10 +18,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,8 +33,6 @@ from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.targets import Targets
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 
-InputReader = Callable[[Sequence[Block]], np.ndarray]
-"""The inputs of ranges of positions, one after another: bit patterns of bfloat16, uint16 [n, I]."""
 _WINDOWS_KEPT = 2  # a batch may lie across the end of one window and the start of the next
 
 
@@ -141,6 +140,19 @@ def join_rows(parts: list[Rows]) -> Rows:
     )
 
 
+class InputReader(Protocol):
+    """Computes inputs that are not stored."""
+
+    is_collective: bool
+    """whether the ranks compute them together: then each calls this for every batch, in the thread that trains"""
+
+    def __call__(self, runs: Sequence[Block], others: Iterable[Sequence[Block]] = ()) -> np.ndarray:
+        """The inputs of ranges of positions, one after another: bit patterns of bfloat16, uint16 [n, I].
+
+        `others`, where it is collective: every rank's ranges of this batch, in rank order.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """What one forward of the trainer takes: bfloat16 inputs [n, I] and the rows' targets."""
@@ -186,8 +198,7 @@ class BatchReader:
 
     def read(self, batch: int) -> list[MicroBatch]:
         """This rank's rows of global batch number `batch`, in micro-batches."""
-        with self._lock:
-            return self._read_batch(batch)
+        return self._begin(batch)()
 
     def faulty_positions(self, batch: int) -> list[int]:
         """Those of this rank's positions in a batch whose inputs or targets are not finite numbers."""
@@ -201,8 +212,21 @@ class BatchReader:
         finite = torch.cat([_finite_rows(part) for part in micro_batches])
         return [int(position) for position in mine[~finite.numpy()]]
 
-    def _read_batch(self, batch: int) -> list[MicroBatch]:
-        rows = self._contiguous_rows(batch) if self._order.by_block else self._scattered_rows(batch)
+    def _begin(self, batch: int) -> Callable[[], list[MicroBatch]]:
+        """Read all that any thread may read; the call that comes back does the rest, and belongs to the thread that trains."""
+        with self._lock:
+            if not self._order.by_block:
+                micro_batches = self._cut(self._scattered_rows(batch))
+                return lambda: micro_batches
+            runs, inputs = self._runs_of(batch, self._rank), self._inputs
+            rows = join_rows([self._read(run, with_inputs=inputs is None) for run in runs])
+            if inputs is not None and inputs.is_collective:
+                all_runs = [self._runs_of(batch, rank) for rank in range(self._size)]
+                return lambda: self._cut(dataclasses.replace(rows, inputs_nI=inputs(runs, all_runs)))
+            micro_batches = self._cut(rows if inputs is None else dataclasses.replace(rows, inputs_nI=inputs(runs)))
+            return lambda: micro_batches
+
+    def _cut(self, rows: Rows) -> list[MicroBatch]:
         count = len(rows.values_n) // self._num_micro_batches
         return [self._micro_batch(rows, Block(at, at + count)) for at in range(0, len(rows.values_n), count)]
 
@@ -216,28 +240,28 @@ class BatchReader:
                 parts.append(self._load(window.blocks).take(self._rows_in(window.blocks, mine)))
         return join_rows(parts)
 
-    def _contiguous_rows(self, batch: int) -> Rows:
+    def _runs_of(self, batch: int, rank: int) -> list[Block]:
+        """A rank's positions in a batch, ordered by block."""
         share = self._batch_positions // self._size
-        start = batch * self._batch_positions + self._rank * share
-        runs = [
+        start = batch * self._batch_positions + rank * share
+        return [
             Block(int(positions[0]), int(positions[-1]) + 1) for _, positions in self._order.parts(start, start + share)
         ]
-        if self._inputs is None:
-            return join_rows([self._read(run) for run in runs])
-        rows = join_rows([self._read(run, with_inputs=False) for run in runs])
-        return dataclasses.replace(rows, inputs_nI=self._inputs(runs))
 
     def stream(self, first: int, stop: int) -> Iterator[tuple[list[MicroBatch], float]]:
-        """The batches [first, stop), the next one read meanwhile, each with the seconds that were spent waiting for it."""
+        """The batches [first, stop), the next one read meanwhile, each with the seconds that were spent waiting for it.
+
+        What the ranks compute together is computed when its batch is wanted, and counts as waiting.
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            pending = pool.submit(self.read, first) if first < stop else None
+            pending = pool.submit(self._begin, first) if first < stop else None
             for batch in range(first, stop):
                 assert pending is not None
                 start = perf_counter()
-                micro_batches = pending.result()
-                waited = perf_counter() - start
-                pending = pool.submit(self.read, batch + 1) if batch + 1 < stop else None
-                yield micro_batches, waited
+                finish = pending.result()
+                pending = pool.submit(self._begin, batch + 1) if batch + 1 < stop else None
+                micro_batches = finish()
+                yield micro_batches, perf_counter() - start
 
     def _rows_in(self, blocks: tuple[int, ...], positions_n: np.ndarray) -> np.ndarray:
         size = self._order.block_size

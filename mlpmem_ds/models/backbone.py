@@ -13,7 +13,7 @@ Shapes: B sequences, S tokens, D width of the base, V vocabulary, `...` any lead
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -184,9 +184,12 @@ def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | No
 
 
 @torch.no_grad()
-def logit_transform(model: PreTrainedModel) -> LogitTransform:
+def logit_transform(
+    model: PreTrainedModel, *, head_at_hand: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> LogitTransform:
     """What this base does after its output head, read from its config and checked by one forward of eight tokens.
 
+    `head_at_hand` is opened around each use of the head's weights outside the model, for a base whose weights lie elsewhere.
     Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's `lm_head_multiplier`) and soft caps
     (Gemma's `final_logit_softcapping`). Raises UnknownStructureError when the result differs from the model's logits.
     """
@@ -197,19 +200,22 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
     softcap = getattr(config, "final_logit_softcapping", None)
     transform = LogitTransform(scale=scale, softcap=None if softcap is None else float(softcap))
 
-    weight_VD, bias_V = output_head(model)
+    with head_at_hand():
+        vocab_size = len(output_head(model)[0])
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # its embeddings may lie on disk
-    probe_BS = (torch.arange(8, device=device) % weight_VD.shape[0]).unsqueeze(0)
+    probe_BS = (torch.arange(8, device=device) % vocab_size).unsqueeze(0)
     expected_BSV = model(input_ids=probe_BS, use_cache=False).logits.float()
     if not bool(torch.isfinite(expected_BSV).all()):
         return transform  # damaged weights: whoever reads the states says at which position and layer
     final_BSD = capture(model, [])(probe_BS).final_BSD
-    if final_BSD.shape[-1] == weight_VD.shape[1]:
-        logits_BSV = transform(nn.functional.linear(final_BSD.to(weight_VD.device), weight_VD, bias_V)).float()
-        # The same operations in the same dtype: what is left is the order of operations around the scale and the cap.
-        tolerance = 8 * torch.finfo(weight_VD.dtype).eps * max(1.0, float(expected_BSV.abs().max()))
-        if float((logits_BSV - expected_BSV.to(logits_BSV.device)).abs().max()) <= tolerance:
-            return transform
+    with head_at_hand():
+        weight_VD, bias_V = output_head(model)
+        if final_BSD.shape[-1] == weight_VD.shape[1]:
+            logits_BSV = transform(nn.functional.linear(final_BSD.to(weight_VD.device), weight_VD, bias_V)).float()
+            # The same operations in the same dtype: what is left is the order of operations around the scale and the cap.
+            tolerance = 8 * torch.finfo(weight_VD.dtype).eps * max(1.0, float(expected_BSV.abs().max()))
+            if float((logits_BSV - expected_BSV.to(logits_BSV.device)).abs().max()) <= tolerance:
+                return transform
     raise UnknownStructureError(
         f"{type(model).__name__} does something between its final hidden state and its logits that is not a known "
         "scale or soft cap: its log-probabilities cannot be computed from hidden states; use another base"

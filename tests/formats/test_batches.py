@@ -1,5 +1,7 @@
 """The training order and its reader: the same for every world, each position once an epoch."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,20 @@ class FakeTargets:
             ids=np.concatenate(ids),
             probabilities=np.concatenate(probabilities).astype(np.float64),
         )
+
+
+class Computed:
+    """Inputs as if they were computed; what was asked for, and in which threads."""
+
+    def __init__(self, keys, *, is_collective=False):
+        self.keys, self.is_collective, self.asked, self.threads = keys, is_collective, [], set()
+        self.others = []
+
+    def __call__(self, runs, others=()):
+        self.asked.extend(runs)
+        self.others.append([list(of_rank) for of_rank in others])
+        self.threads.add(threading.current_thread())
+        return np.concatenate([self.keys.arrays["inputs"][run.start : run.stop] for run in runs])
 
 
 def make_order(window_blocks=3, seed=1):
@@ -127,12 +143,8 @@ def test_the_stream_is_the_batches_in_order():
 
 def test_by_block_ranks_take_contiguous_parts_of_the_same_batches():
     """Also with inputs that are computed for the rows that a rank needs, and for no others."""
-    keys, asked = FakeKeys(), []
-
-    def compute(runs):
-        asked.extend(runs)
-        return np.concatenate([keys.arrays["inputs"][run.start : run.stop] for run in runs])
-
+    keys = FakeKeys()
+    compute = Computed(keys)
     order = TrainingOrder(num_positions=N, block_size=BLOCK, window_blocks=3, seed=1, by_block=True)
     epoch = order.positions(0, N)
     assert sorted(epoch) == list(range(N))
@@ -165,7 +177,35 @@ def test_by_block_ranks_take_contiguous_parts_of_the_same_batches():
             found, labels = batches(size, inputs)
             assert torch.equal(labels, expected)
             assert torch.equal(found, batches(1, None)[0])
-    assert sum(run.size for run in asked) == 3 * 480
+    assert sum(run.size for run in compute.asked) == 3 * 480
+
+
+def test_what_ranks_compute_together_is_computed_by_all_in_the_thread_that_trains():
+    """Each rank is told what all of them need, so that it knows how often they compute; the rest is read ahead."""
+    keys = FakeKeys()
+    order = TrainingOrder(num_positions=N, block_size=BLOCK, window_blocks=3, seed=1, by_block=True)
+    alone, together = Computed(keys), [Computed(keys, is_collective=True) for _ in range(3)]
+    streams = [
+        BatchReader(
+            keys,
+            None,
+            order,
+            batch_positions=24,
+            rank=rank,
+            size=3,
+            num_micro_batches=1,
+            with_log_probabilities=False,
+            inputs=inputs,
+        ).stream(0, 20)
+        for inputs, rank in ((alone, 1), *zip(together, range(3), strict=True))
+    ]
+    for (expected, _), *found in zip(*streams, strict=True):
+        assert torch.equal(found[1][0][0].inputs_NI, expected[0].inputs_NI)
+    assert threading.main_thread() not in alone.threads and alone.others == [[]] * 20
+    assert all(compute.threads == {threading.main_thread()} for compute in together)
+    assert together[0].others == together[1].others == together[2].others and len(together[0].others) == 20
+    for rank, compute in enumerate(together):
+        assert [run for batch in compute.others for run in batch[rank]] == compute.asked
 
 
 def test_positions_that_are_not_finite_are_named():

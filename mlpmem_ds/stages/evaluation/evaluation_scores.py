@@ -41,6 +41,8 @@ class PassScores:
 class _ScoringSource:
     """A source that keeps, beside each log-probability that it is asked for, the likeliest token and the entropy."""
 
+    is_collective = False
+
     def __init__(self, source: TransformersSource) -> None:
         self._source = source
         self._transform: LogitTransform = logit_transform(source.model)

@@ -62,7 +62,7 @@ _FAULTY_SHOWN = 5
 
 def run(config: Config, world: World) -> None:
     """Train, or continue, or say that it is complete; see formats/README.md for what is written."""
-    inputs = open_inputs(config, local_rank=world.local_rank)
+    inputs = open_inputs(config, world)
     ds_config = resolve_ds_config(
         config.ds_config,
         batch=config.batch_positions,

@@ -35,6 +35,12 @@ class Config:
         None,
         identity=False,
     )
+    base_sharding: Literal["none", "zero3"] = option(
+        "the base beside the training (keys without inputs, validation): whole on each rank, or cut over the ranks by ZeRO-3, "
+        "for one that is larger than a device; slower, the same numbers",
+        "none",
+        identity=False,
+    )
     preset: str | None = option(
         f"a named size of memory, instead of the four flags below; parameters at a vocabulary of {_PRESETS_VOCABULARY:,}: "
         + _PRESETS_HELP,

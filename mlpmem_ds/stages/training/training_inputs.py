@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed import set_up_distributed
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
+from mlpmem_ds.engines.sharded_base import ShardedSource
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
@@ -61,8 +64,8 @@ class TrainingInputs:
         return hashes
 
 
-def open_inputs(config: Config, *, local_rank: int = 0) -> TrainingInputs:
-    """Open everything and check that it belongs together.
+def open_inputs(config: Config, world: World) -> TrainingInputs:
+    """Open everything and check that it belongs together. A base that is to be cut over the ranks starts their group.
 
     Raises:
         UserError: with what does not fit, and the remedy.
@@ -113,13 +116,14 @@ def open_inputs(config: Config, *, local_rank: int = 0) -> TrainingInputs:
     tuning = _tuning_split(config)
     source = None
     if config.model is not None and (keys.input_size == 0 or tuning is not None):
-        source = TransformersSource(
-            config.model,
-            dtype=keys.manifest.get("config", {}).get("dtype", "auto"),
-            local_rank=local_rank,
-            layers_path=keys.manifest.get("input_layers_path"),
-        )
+        source = _open_base(config.model, keys, world, is_sharded=config.base_sharding == "zero3")
         check_source_reads(source, corpus, config.model)
+    elif config.base_sharding != "none":
+        raise UserError(
+            f"--base-sharding {config.base_sharding} cuts the base that runs beside the training, and none does here (--keys "
+            f"{keys.root} store the inputs, and nothing is validated): leave it out, or give --model, a corpus with a tuning "
+            "split and a --validate-every other than 0"
+        )
     input_size = keys.input_size or (0 if source is None else source.width)
     initial = None if config.init_from is None else open_initial_memory(config.init_from)
     return TrainingInputs(
@@ -133,6 +137,22 @@ def open_inputs(config: Config, *, local_rank: int = 0) -> TrainingInputs:
         source=source,
         tuning=tuning,
         initial=initial,
+    )
+
+
+def _open_base(model: str, keys: Keys, world: World, *, is_sharded: bool) -> TransformersSource:
+    """The base as `extract_keys` ran it."""
+    flags = keys.manifest.get("config", {})
+    kind: type[TransformersSource] = TransformersSource
+    if is_sharded and world.size > 1:  # one rank holds it whole in any case
+        set_up_distributed(world)
+        kind = ShardedSource
+    return kind(
+        model,
+        dtype=flags.get("dtype", "auto"),
+        attention="eager" if flags.get("attention") == "eager" else "sdpa",  # some models have no other
+        local_rank=world.local_rank,
+        layers_path=keys.manifest.get("input_layers_path"),
     )
 
 

@@ -71,10 +71,18 @@ class Validator:
     ) -> None:
         windows = corpus.windows()
         chosen = windows[:: max(1, math.ceil(corpus.num_positions / positions))]
-        parts = [
-            (next(scan_positions(source, corpus, Block(*span), {"input": point}, batch_windows=1)), span)
-            for span in [(window.start, window.stop) for window in deal(chosen, world.rank, world.size)]
+        mine = deal(chosen, world.rank, world.size)
+        # Every rank runs the base as often as rank 0, which has the most: one that is cut over the ranks takes all of them.
+        padded = mine + chosen[: len(deal(chosen, 0, world.size)) - len(mine)]
+        scanned = [
+            next(
+                scan_positions(
+                    source, corpus, Block(window.start, window.stop), {"input": point}, batch_windows=1, ahead=False
+                )
+            )
+            for window in padded
         ]
+        parts = [(part, tuple(part.block)) for part in scanned[: len(mine)]]
         inputs = [part.states["input"].to(torch.bfloat16) for part, _ in parts]
         self._world = world
         self._inputs_NI = torch.cat(inputs) if inputs else torch.zeros(0, source.width, dtype=torch.bfloat16)

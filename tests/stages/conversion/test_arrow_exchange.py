@@ -106,7 +106,7 @@ def test_every_number_is_there(imported: Path, keys_ND: np.ndarray) -> None:
 def test_the_trainer_takes_them(imported: Path, base_dir: Path, tmp_path: Path) -> None:
     config = train.Config(ds_config=ROOT / "ds_configs" / "cpu.json", corpus=imported / "corpus", targets=imported / "targets",
                           keys=imported / "keys", output=tmp_path / "memory", batch_positions=16)  # fmt: skip
-    inputs = training_inputs.open_inputs(config)
+    inputs = training_inputs.open_inputs(config, World())
     assert inputs.keys.num_positions == ROWS and inputs.memory.input_size == WIDTH
     assert inputs.keys.manifest["key_layer"] == 1
 

@@ -242,12 +242,12 @@ def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
         alpha=0.0,
         model=config.model,
     )
-    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings), 1)
+    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings, World()), 1)
     keys = open_keys(config.output)
     assert (provenance["base"], provenance["key_model"]) == (keys.base_sha256, keys.model_sha256)
     assert provenance["input_point"] == "ffn_input"
     with pytest.raises(UserError, match="is not the base that"):
-        training_inputs.open_inputs(replace(settings, model=str(other_base)))
+        training_inputs.open_inputs(replace(settings, model=str(other_base)), World())
     asked = evaluate.Config(
         model=config.model, corpus=config.corpus, keys=config.output, temperature=10.0, output=tmp_path / "report"
     )
@@ -312,7 +312,7 @@ def test_layers_path_reaches_the_model(config: Config) -> None:
     settings = training_inputs.Config(
         ds_config=Path("none"), corpus=config.corpus, keys=keys.root, output=config.output.parent / "memory", alpha=0.0
     )
-    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings), 1)
+    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings, World()), 1)
     assert provenance["input_layers_path"] == "transformer.h"  # evaluation and export load the base with it
     with pytest.raises(UserError, match=r"layers_path was 'transformer.h', now None"):
         extract_keys.run(config, World())

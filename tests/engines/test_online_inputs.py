@@ -1,0 +1,70 @@
+"""Inputs of a base that runs beside the training: the rows asked for, and a base that the ranks hold together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_ds.core.blocks import Block
+from mlpmem_ds.engines.hidden_states import BatchStates
+from mlpmem_ds.engines.online_inputs import OnlineInputs
+from mlpmem_ds.formats.batches import TrainingOrder
+from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
+from mlpmem_ds.models.backbone import CapturePoint
+
+POINT = CapturePoint(layer=0)
+
+
+class CountedSource:
+    """States that name the token and its place in the window; how often it was read."""
+
+    num_layers, width, vocab_size, max_context, dtype_name = 1, 2, 300, 64, "float32"
+
+    def __init__(self, *, is_collective: bool) -> None:
+        self.is_collective, self.num_reads = is_collective, 0
+
+    def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
+        self.num_reads += 1
+        places_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
+        states_BSD = torch.stack([tokens_BS, places_BS], dim=2).float()
+        return BatchStates(states=dict.fromkeys(points, states_BSD), final_BSD=states_BSD)
+
+    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> np.ndarray:
+        raise AssertionError("inputs need none")
+
+
+@pytest.fixture(scope="module")
+def corpus(corpus_dir: Path) -> CorpusSplit:
+    return open_corpus(corpus_dir)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_run_a_base_that_they_hold_together_equally_often(corpus: CorpusSplit, size: int) -> None:
+    """The ranks' parts lie on different numbers of windows; the rows do not change."""
+    order = TrainingOrder(
+        num_positions=corpus.num_positions, block_size=corpus.block_size, window_blocks=1, seed=0, by_block=True
+    )
+    share, batches = 50, corpus.num_positions // (50 * size)
+    own = np.zeros((batches, size), int)
+    padded = np.zeros((batches, size), int)
+    for batch in range(batches):
+        starts = [(batch * size + rank) * share for rank in range(size)]
+        runs = [
+            [Block(int(found[0]), int(found[-1]) + 1) for _, found in order.parts(start, start + share)]
+            for start in starts
+        ]
+        for rank in range(size):
+            alone, together = CountedSource(is_collective=False), CountedSource(is_collective=True)
+            expected = OnlineInputs(alone, corpus, POINT, batch_windows=1)(runs[rank])
+            found = OnlineInputs(together, corpus, POINT, batch_windows=1)(runs[rank], runs)
+            np.testing.assert_array_equal(found, expected)
+            tokens = [corpus.tokens(*run) for run in runs[rank]]
+            states = torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)[:, 0]
+            assert torch.equal(states, torch.from_numpy(np.concatenate(tokens)).bfloat16())
+            own[batch, rank], padded[batch, rank] = alone.num_reads, together.num_reads
+    assert (own.min(axis=1) < own.max(axis=1)).any(), "the ranks never differ: nothing is shown"
+    np.testing.assert_array_equal(padded, np.repeat(own.max(axis=1, keepdims=True), size, axis=1))
