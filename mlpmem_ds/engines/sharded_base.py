@@ -39,36 +39,9 @@ class ShardedSource(TransformersSource):
 
     is_collective = True
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        dtype: str = "auto",
-        device: str = "auto",
-        attention: str = "sdpa",
-        local_rank: int = 0,
-        layers_path: str | None = None,
-        flag: str = "--model",
-    ) -> None:
-        super().__init__(
-            path,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            local_rank=local_rank,
-            layers_path=layers_path,
-            flag=flag,
-        )
-        _logger.info(
-            "the base is cut over %d ranks: this one holds %s of its %s numbers between forwards",
-            torch.distributed.get_world_size(),
-            f"{self.numbers_held():,}",
-            f"{sum(parameter.ds_numel for parameter in _parameters(self.model)):,}",
-        )
-
     def numbers_held(self) -> int:
         """How many numbers of the base this rank holds now: its shards, and what is whole."""
-        return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in _parameters(self.model))
+        return _numbers_held(self.model)
 
     def _load(
         self, path: str, attention: str, device_map: str | dict[str, Any] | None, offload_folder: Path | None
@@ -90,6 +63,12 @@ class ShardedSource(TransformersSource):
         head = model.get_output_embeddings()
         if head is not None and body is not model:
             _gather_in_forward(head, deepspeed)
+        _logger.info(
+            "the base is cut over %d ranks: this one holds %s of its %s numbers between forwards",
+            torch.distributed.get_world_size(),
+            f"{_numbers_held(model):,}",
+            f"{sum(parameter.ds_numel for parameter in _parameters(model)):,}",
+        )
         return model.eval()
 
     @contextlib.contextmanager
@@ -120,6 +99,10 @@ class ShardedSource(TransformersSource):
 def _parameters(module: nn.Module) -> list[Any]:
     """DeepSpeed has put attributes of its own on them: ds_numel of the whole, ds_tensor, this rank's shard."""
     return list(module.parameters())
+
+
+def _numbers_held(model: nn.Module) -> int:
+    return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in _parameters(model))
 
 
 @contextlib.contextmanager
