@@ -60,6 +60,14 @@ def _environment_as_before() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(scope="module")
+def process_group() -> None:
+    """A group of one rank in this process. DeepSpeed keeps hold of a process's first group, so it is never left."""
+    from mlpmem_ds.engines.deepspeed import set_up_distributed
+
+    set_up_distributed(World())
+
+
 @pytest.fixture(scope="session")
 def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))

@@ -59,22 +59,17 @@ def import_deepspeed() -> Any:
 def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> None:
     """Start the process group (NCCL with CUDA, else gloo) whatever launcher started us; a world of one needs none.
 
-    It is left when the process ends; a second call changes nothing.
+    It is left when the process ends. DeepSpeed looks for the rank in the environment later too; a second call only puts it there.
 
     Raises:
         UserError: the ranks cannot find each other: MASTER_ADDR is unknown.
     """
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     if torch.distributed.is_initialized():
         return
     deepspeed = import_deepspeed()
     address, port = meeting_point(world, os.environ)
-    os.environ.update(
-        RANK=str(world.rank),
-        WORLD_SIZE=str(world.size),
-        LOCAL_RANK=str(world.local_rank),
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     keep_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())

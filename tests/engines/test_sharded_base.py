@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import set_up_distributed
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.engines.sharded_base import ShardedSource
 from mlpmem_ds.models.backbone import CapturePoint
@@ -34,14 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 POINTS = {"key": CapturePoint(layer=1), "input": CapturePoint(layer=0, point="layer_output")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    if torch.distributed.is_initialized():
-        yield
-        return
-    set_up_distributed(World())
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def save(family: str, path: Path) -> Path:

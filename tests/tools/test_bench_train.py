@@ -12,6 +12,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
+pytestmark = pytest.mark.usefixtures("process_group")
 SIZES = {"rows": 24, "width": 16, "num_blocks": 2, "entries": 5}
 
 
@@ -26,7 +27,6 @@ def bench():
 
 def test_every_arm_takes_the_same_step(bench, tmp_path):
     config = bench.Config(output=tmp_path / "out.json", **SIZES)
-    bench.set_up_distributed(World())
     batch = bench.make_batch(config, 40)
     assert torch.equal(bench.collate_row_by_row(batch, 40), bench.collate_at_once(batch, 40))
     steps = bench.make_steps(bench.memory_config(config, 40), batch, World())
