@@ -166,6 +166,12 @@ class TransformersSource:
             )
         return result_N.cpu().numpy()
 
+    @torch.no_grad()
+    def head_weight(self) -> torch.Tensor:
+        """A copy of the output head's weights, float32 [V, D] on the CPU."""
+        with self._head():
+            return output_head(self.model)[0].to("cpu", torch.float32, copy=True)
+
     def _head(self) -> contextlib.AbstractContextManager[None]:
         """The output head's weights at hand: where the base is spread over devices, they may lie on another or on disk."""
         if not hasattr(self.model, "hf_device_map"):
@@ -266,7 +272,7 @@ def scan_positions(
 
     starts = range(numbers.start, numbers.stop, batch_windows)
     if ahead is None:
-        ahead = isinstance(source, TransformersSource) and source.device.type == "cuda"
+        ahead = isinstance(source, TransformersSource) and source.device.type == "cuda" and not source.is_collective
     yield from _one_ahead(scan, starts) if ahead else map(scan, starts)
 
 

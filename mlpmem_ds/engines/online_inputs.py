@@ -42,9 +42,8 @@ class OnlineInputs:
         groups = [wanted[at : at + self._batch_windows] for at in range(0, len(wanted), self._batch_windows)]
         found = [self._read(group) for group in groups]
         for _ in range(len(groups), max(map(self._num_groups, others), default=0)):
-            self._read(
-                groups[-1]
-            )  # others have more, and a forward of a base that is cut over the ranks takes all of them
+            # Others have more, and a forward of a base that is cut over the ranks takes all of them.
+            self._read(groups[-1])
         return np.concatenate(found)
 
     def _num_groups(self, runs: Sequence[Block]) -> int:

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -26,7 +24,6 @@ from mlpmem_ds.engines.deepspeed import import_deepspeed
 from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
 from mlpmem_ds.models.backbone import decoder_layers, load_base
 
-_logger = logging.getLogger(__name__)
 _PERSISTENT_WIDTHS = 10  # parameters of at most so many times the width (norms, biases) stay whole on each rank
 
 
@@ -41,7 +38,11 @@ class ShardedSource(TransformersSource):
 
     def numbers_held(self) -> int:
         """How many numbers of the base this rank holds now: its shards, and what is whole."""
-        return _numbers_held(self.model)
+        return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in _parameters(self.model))
+
+    def numbers(self) -> int:
+        """How many numbers the base has."""
+        return sum(parameter.ds_numel for parameter in _parameters(self.model))
 
     def _load(
         self, path: str, attention: str, device_map: str | dict[str, Any] | None, offload_folder: Path | None
@@ -49,6 +50,10 @@ class ShardedSource(TransformersSource):
         assert device_map is None and offload_folder is None, (
             "a base is cut over the ranks, or spread over their devices"
         )
+        if self.dtype_name == "float16" and self.device.type == "cpu":
+            raise ValueError(
+                "DeepSpeed cuts no base in float16 on CPUs: leave out --base-sharding, or extract the keys with --dtype bfloat16"
+            )
         deepspeed = import_deepspeed()
         with _cut_while_loading(self._ds_config()):
             model = load_base(path, dtype=DTYPES[self.dtype_name], device=self.device, attention=attention)
@@ -63,12 +68,6 @@ class ShardedSource(TransformersSource):
         head = model.get_output_embeddings()
         if head is not None and body is not model:
             _gather_in_forward(head, deepspeed)
-        _logger.info(
-            "the base is cut over %d ranks: this one holds %s of its %s numbers between forwards",
-            torch.distributed.get_world_size(),
-            f"{_numbers_held(model):,}",
-            f"{sum(parameter.ds_numel for parameter in _parameters(model)):,}",
-        )
         return model.eval()
 
     @contextlib.contextmanager
@@ -99,10 +98,6 @@ class ShardedSource(TransformersSource):
 def _parameters(module: nn.Module) -> list[Any]:
     """DeepSpeed has put attributes of its own on them: ds_numel of the whole, ds_tensor, this rank's shard."""
     return list(module.parameters())
-
-
-def _numbers_held(model: nn.Module) -> int:
-    return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in _parameters(model))
 
 
 @contextlib.contextmanager

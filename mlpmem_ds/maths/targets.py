@@ -16,6 +16,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 _BISECTIONS = 60
 _MARGIN = 1e-9
+USUAL_PERPLEXITY = 100.0
+"""neighbours that count where nobody said how many, if k allows it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,11 @@ def neighbour_weights(squared_distances_QK: Array, temperature: float, valid_QK:
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it divides squared distances and must be above 0")
     return _normalise(_shifted(squared_distances_QK, valid_QK), temperature)
+
+
+def default_perplexity(k: int) -> float:
+    """The weight perplexity for k neighbours, at least 2, where none was asked for."""
+    return min(USUAL_PERPLEXITY, max(k / 2, 1.5))
 
 
 def weight_perplexity(weights_QK: Array) -> Array:

@@ -226,6 +226,8 @@ def test_compiled_activations_give_the_same_gradients(is_recomputed):
     for is_compiled in (False, True):
         if is_compiled:
             memory.compile_activations()
+            assert len({block.mlp.activation for block in memory.blocks}) == 1
+            assert all(block.mlp.activation is not type(block.mlp).activation for block in memory.blocks)
         memory.zero_grad()
         memory.head(memory(inputs_NI)).logsumexp(-1).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in memory.parameters()])

@@ -66,9 +66,15 @@ def check_splits(split_of: array[int], rules: SplitRules) -> None:
     for split, fraction in fractions.items():
         if fraction and SPLITS.index(split) not in split_of:
             _logger.warning("the %s split is empty: every document is larger than its share of the text", split)
+    num_wanted = len(split_of) - split_of.count(UNWANTED)
+    if rules.max_bytes and not num_wanted and len(split_of):
+        raise UserError(
+            f"--max-bytes {rules.max_bytes:g} is less than each of the {len(split_of)} documents of the inputs: give more, or 0 "
+            "for all of them"
+        )
     if SPLITS.index("train") not in split_of:
         raise UserError(
-            f"the inputs hold {len(split_of)} documents with text, {len(split_of) - split_of.count(UNWANTED)} of them "
+            f"the inputs hold {len(split_of)} documents with text, {num_wanted} of them "
             "wanted, and none fell in the training split: give more text or smaller fractions"
         )
 

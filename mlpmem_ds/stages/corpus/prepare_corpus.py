@@ -69,6 +69,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.processes < 0:
             raise UserError(f"--processes must not be negative, not {self.processes}")
+        if not self.max_bytes >= 0:
+            raise UserError(f"--max-bytes must not be negative, not {self.max_bytes:g}; 0 takes all the text")
         if self.processes > 1 and "fork" not in multiprocessing.get_all_start_methods():
             raise UserError(f"--processes {self.processes}: this system cannot fork; start several ranks instead")
         if not 1 <= self.stride <= self.block_size:

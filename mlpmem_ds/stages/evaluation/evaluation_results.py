@@ -29,7 +29,7 @@ from mlpmem_ds.stages.evaluation.evaluation_samples import continue_samples
 from mlpmem_ds.stages.evaluation.evaluation_speed import measure_speeds
 from mlpmem_ds.stages.evaluation.token_kinds import KINDS, kinds_of_positions, read_vocabulary_kinds
 from mlpmem_ds.stages.report.report import BASE, MEMORY, Arm, Protocol, summarise
-from mlpmem_ds.stages.report.report_breakdowns import KIND, Groups, entropy_groups, frequency_groups
+from mlpmem_ds.stages.report.report_breakdowns import KIND, Groups, entropy_groups, frequency_groups, shows_wins
 from mlpmem_ds.stages.report.report_page import render_report
 from mlpmem_ds.stages.report.report_plots import plot_costs, plot_lambda_curves, plot_speeds, plot_wins
 from mlpmem_ds.stages.retrieval.retriever import NEIGHBOUR_DIVISORS, TEMPERATURE_FACTORS
@@ -228,7 +228,7 @@ def write_report(output: Path, evaluation: Mapping[str, Any]) -> None:
     publish_json(output / "eval.json", evaluation)
     plot_lambda_curves(evaluation, output / "lambda.png")
     plot_costs(evaluation, output / "cost.png")
-    if any(breakdown["name"] == KIND for breakdown in evaluation["breakdowns"]):
+    if shows_wins(evaluation):
         plot_wins(evaluation, output / "wins.png")
     if evaluation["speeds"]:
         plot_speeds(evaluation, output / "speed.png")

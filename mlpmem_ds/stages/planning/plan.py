@@ -19,6 +19,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.maths.targets import USUAL_PERPLEXITY, default_perplexity
 from mlpmem_ds.models.memory import PRESETS, MemoryConfig
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
@@ -32,7 +33,6 @@ _DEFAULTS: dict[str, Any] = {
     "num_shards": 4,
     "nprobe": 32,
     "k": 1024,
-    "neighbour_perplexity": 100.0,
     "encoding": "compact",
     "epochs": 5.0,
     "keep_checkpoints": 2,
@@ -56,7 +56,9 @@ class Config:
     search: Literal["auto", "exact", "ivf"] = option("of the targets", "auto")
     nprobe: int | None = option("lists that a query probes (default: 32)", None)
     k: int | None = option("neighbours of a position (default: 1024)", None)
-    neighbour_perplexity: float | None = option("how many neighbours count (default: 100)", None)
+    neighbour_perplexity: float | None = option(
+        f"how many neighbours count (default: {USUAL_PERPLEXITY:g}, or half of --k where that is less)", None
+    )
     encoding: Literal["exact", "compact"] | None = option("of the targets (default: compact)", None)
     preset: str | None = option("size of the memory (default: 4 blocks of the width)", None, choices=tuple(PRESETS))
     epochs: float | None = option("passes of the training over all positions (default: 5)", None)
@@ -195,6 +197,9 @@ def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workl
     # Another base has other keys and another memory than the run's.
     inherited = of_run if not shape else {name: of_run[name] for name in of_run if name not in ("dim", "memory")}
     sizes: dict[str, Any] = _DEFAULTS | inherited | shape | flags
+    if "k" in flags and "neighbour_perplexity" not in flags:
+        sizes.pop("neighbour_perplexity", None)  # a run's own was for its own k
+    sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     missing = [name for name in ("parameters", "width", "vocab_size") if name not in sizes]
     if missing:
         raise UserError(
@@ -213,6 +218,7 @@ def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workl
 def _workload_of_run(of_run: dict[str, Any], machine: Machine) -> Workload:
     """The run's own sizes; stages that it lacks get the defaults, and no factor is taken of them."""
     sizes: dict[str, Any] = _DEFAULTS | {"parameters": 1, "search": "exact"} | of_run
+    sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     if "factory" not in sizes:
         sizes["factory"] = engine.choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
     memory = sizes.get("memory")

@@ -104,3 +104,9 @@ def _labels(edges: Sequence[str], *, first: str, middle: str, last: str) -> tupl
 def _plain(values_G: np.ndarray, positions_G: np.ndarray) -> list[float | None]:
     """Plain numbers; None for a group without positions."""
     return [float(value) if positions else None for value, positions in zip(values_G, positions_G, strict=True)]
+
+
+def shows_wins(evaluation: Mapping[str, Any]) -> bool:
+    """Whether there is something beside the base to compare with it by the kind of token."""
+    breakdowns = evaluation.get("breakdowns", [])
+    return any(breakdown["name"] == KIND and breakdown["arms"] for breakdown in breakdowns)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlpmem_ds.stages.report.report import BASE, BYTES_NOTE, KNN_EXACT, KNN_IVFPQ, MEMORY
-from mlpmem_ds.stages.report.report_breakdowns import CALIBRATION_BINS, KIND
+from mlpmem_ds.stages.report.report_breakdowns import CALIBRATION_BINS, shows_wins
 from mlpmem_ds.stages.report.report_words import interval_text, number_text, percent_text, scaled_text
 
 
@@ -93,7 +93,7 @@ def _calibration_error(arm: Mapping[str, Any]) -> float | None:
 
 def _plots(evaluation: Mapping[str, Any]) -> str:
     lines = ["![λ on the tuning split](lambda.png)", "![what a token costs](cost.png)"]
-    if any(breakdown["name"] == KIND for breakdown in evaluation.get("breakdowns", [])):
+    if shows_wins(evaluation):
         lines.append("![where the arms win and lose](wins.png)")
     if evaluation.get("speeds"):
         lines.append("![speed against datastore size](speed.png)")

@@ -100,8 +100,9 @@ def plot_wins(evaluation: Mapping[str, Any], path: Path) -> None:
     most_lost, most_won = (
         1000 * max(abs(numbers[side][number]) for numbers in close for number in present) for side in ("lost", "won")
     )
-    margin = 0.05 * (most_lost + most_won)
-    axes[0].set_xlim(-most_lost - margin, most_won + margin)
+    if most_lost + most_won > 0:  # else at its best λ nothing of any arm is mixed in
+        margin = 0.05 * (most_lost + most_won)
+        axes[0].set_xlim(-most_lost - margin, most_won + margin)
     axes[0].set(
         xlabel="← lost to the base (pale)    nats a 1,000 positions of the split, dots: the sum    won (full) →",
         title=f"Where the arms win and lose, {evaluation['test_split']} split",

@@ -24,9 +24,8 @@ from mlpmem_ds.stages.report.report import KNN_EXACT, KNN_IVFPQ
 
 TEMPERATURE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 NEIGHBOUR_DIVISORS = (1, 4, 16)  # one search serves them: the nearest few are among the nearest many
-_RESCORE_ELEMENTS = (
-    1 << 18
-)  # numbers of gathered keys at hand: 1 MB as float32; what leaves the cache takes twice as long
+# Numbers of gathered keys at hand: 1 MB as float32; what leaves the cache takes twice as long.
+_RESCORE_ELEMENTS = 1 << 18
 _NORM_ROWS = 1 << 13
 _WEIGHED_ROWS = 64  # whose weights are at hand: half a MB at 1,024 neighbours
 

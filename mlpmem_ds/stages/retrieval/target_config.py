@@ -10,9 +10,9 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.targets import Container, Encoding
 from mlpmem_ds.maths.knn import most_keys_for_exact
+from mlpmem_ds.maths.targets import USUAL_PERPLEXITY, default_perplexity
 
 _MOST_COUNTS = 2**16 - 1  # entries of a row are counted in uint16
-_DEFAULT_PERPLEXITY = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class Config:
     k: int = option("neighbours of a position", 1024)
     temperature: str = option("of the weights exp(-d²/T), in squared key units, or auto", "auto")
     neighbour_perplexity: float = option(
-        "with auto: how many neighbours shall count, exp of the weights' entropy; 0 = "
-        f"{_DEFAULT_PERPLEXITY:g}, or half of --k where that is less",
+        "with auto: how many neighbours shall count, exp of the weights' entropy; "
+        f"0 is {USUAL_PERPLEXITY:g}, or half of --k where that is less",
         0.0,
     )
     mass: float = option("probability to keep of each row, above 0 and at most 1", 0.999)
@@ -75,11 +75,13 @@ class Config:
         if self.temperature != "auto" and not _positive(self.temperature):
             raise UserError(f"--temperature {self.temperature} must be auto or a number above 0")
         if self.neighbour_perplexity == 0:
-            object.__setattr__(self, "neighbour_perplexity", min(_DEFAULT_PERPLEXITY, self.k / 2))
+            object.__setattr__(self, "neighbour_perplexity", default_perplexity(self.k))
+        if self.temperature == "auto" and self.k == 1:
+            raise UserError("--k 1: one neighbour has all the weight at any temperature: give --temperature 1")
         if self.temperature == "auto" and not 1 < self.neighbour_perplexity < self.k:
             raise UserError(
                 f"--neighbour-perplexity {self.neighbour_perplexity:g} must lie between 1 and --k {self.k}: give "
-                "--neighbour-perplexity, such as a quarter of --k"
+                "--neighbour-perplexity, such as half of --k"
             )
         if not 0 < self.mass <= 1:
             raise UserError(f"--mass {self.mass:g} must be above 0 and at most 1")

@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,8 @@ class MemoryTraining:
         self.engine = _build(config, inputs, ds_config, head, self.world)
         self.reader = _make_reader(config, inputs, self.world, micro_batches_per_step(ds_config))
         self.validator = _make_validator(config, inputs, self.world)
+        if not inputs.is_online:
+            self.inputs = replace(inputs, source=None)  # whose memory the training may want
         self.validate_every = 0
         if self.validator is not None:
             self.validate_every = config.validate_every or max(1, num_steps // VALIDATIONS_A_RUN)

@@ -21,6 +21,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import resolve_ds_config, set_up_distributed
 from mlpmem_ds.engines.ds_config import compute_dtype, zero_stage
 from mlpmem_ds.engines.hidden_states import resolve_device
+from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION
 from mlpmem_ds.models.memory import compiled_activation
 from mlpmem_ds.stages.training.memory_training import UNIT, MemoryTraining
@@ -50,8 +51,9 @@ def run(config: Config, world: World) -> None:
             f"--batch-positions {config.batch_positions:,}: choose a smaller batch or more epochs"
         )
     if config.compile:
+        set_up_distributed(world)
         _require_compiler(inputs.memory.family, world)
-    head = base_head(config, inputs.memory)
+    head = base_head(config, inputs)
     if config.learning_rate is None:
         config = replace(config, learning_rate=default_learning_rate(inputs.memory.num_parameters()))
     directory = open_stage(
@@ -90,15 +92,21 @@ def run(config: Config, world: World) -> None:
         )
         warn_of_few_rows(config.batch_positions, world, flag="--batch-positions", on_gpu=torch.cuda.is_available())
     set_up_distributed(world)
-    MemoryTraining(config, inputs, ds_config, num_steps, head, directory).run()
+    training = MemoryTraining(config, inputs, ds_config, num_steps, head, directory)
+    del inputs, head  # with them goes the base, where the training needs it no more
+    training.run()
 
 
 def _require_compiler(family: str, world: World) -> None:
+    """Raises UserError on all ranks where one of them has no compiler."""
+    reason = ""
     try:
         compiled_activation(family, resolve_device("auto", world.local_rank))
     except Exception as error:  # each of the compilers under torch.compile raises its own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"--compile: torch.compile does not work here ({reason}): install a C++ compiler (on a GPU Triton), or leave "
-            "--compile out"
-        ) from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    for rank, said in enumerate(gather_values(reason, world)):
+        if said:
+            raise UserError(
+                f"--compile: torch.compile does not work on rank {rank} ({said}): install a C++ compiler (on a GPU Triton), or "
+                "leave --compile out"
+            )

@@ -37,7 +37,7 @@ class Config:
     )
     base_sharding: Literal["none", "zero3"] = option(
         "the base beside the training (keys without inputs, validation): whole on each rank, or cut over the ranks by ZeRO-3, "
-        "for one that is larger than a device; slower, the same numbers",
+        "for one that is larger than a GPU; slower, the same numbers",
         "none",
         identity=False,
     )
@@ -119,7 +119,7 @@ class Config:
     )
     log_every_steps: int = option("steps between log lines", 10, identity=False)
     max_seconds: float = option(
-        "save and stop after so many seconds of steps; the same command continues (default 0: no limit)",
+        "save and stop after so many seconds of steps; the same command continues; 0 = no limit",
         0.0,
         identity=False,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,8 @@ from mlpmem_ds.models.memory import PRESETS, MemoryConfig
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, check_fits, open_initial_memory
 from mlpmem_ds.stages.training.training_config import Config
 from mlpmem_ds.stages.training.training_metrics import require_wandb
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,17 +146,25 @@ def open_inputs(config: Config, world: World) -> TrainingInputs:
 def _open_base(model: str, keys: Keys, world: World, *, is_sharded: bool) -> TransformersSource:
     """The base as `extract_keys` ran it."""
     flags = keys.manifest.get("config", {})
-    kind: type[TransformersSource] = TransformersSource
-    if is_sharded and world.size > 1:  # one rank holds it whole in any case
-        set_up_distributed(world)
-        kind = ShardedSource
-    return kind(
-        model,
-        dtype=flags.get("dtype", "auto"),
-        attention="eager" if flags.get("attention") == "eager" else "sdpa",  # some models have no other
-        local_rank=world.local_rank,
-        layers_path=keys.manifest.get("input_layers_path"),
+    settings = {
+        "dtype": flags.get("dtype", "auto"),
+        "attention": "eager" if flags.get("attention") == "eager" else "sdpa",  # some models have no other
+        "local_rank": world.local_rank,
+        "layers_path": keys.manifest.get("input_layers_path"),
+    }
+    if not is_sharded or world.size == 1:
+        if is_sharded:
+            _logger.warning("--base-sharding zero3 changes nothing on one rank, which holds the whole base")
+        return TransformersSource(model, **settings)
+    set_up_distributed(world)
+    source = ShardedSource(model, **settings)
+    _logger.info(
+        "the base is cut over %d ranks: this one holds %s of its %s numbers between forwards",
+        world.size,
+        f"{source.numbers_held():,}",
+        f"{source.numbers():,}",
     )
+    return source
 
 
 def _tuning_split(config: Config) -> CorpusSplit | None:
@@ -231,16 +242,19 @@ def _shape_of(
     return initial.memory
 
 
-def base_head(config: Config, memory: MemoryConfig) -> torch.Tensor | None:
-    """The base's output head, where the memory's starts from it."""
+def base_head(config: Config, inputs: TrainingInputs) -> torch.Tensor | None:
+    """The base's output head, float32 [V, D], where the memory's starts from it."""
     if config.head == "random":
         return None
     assert config.model is not None
-    try:
-        weight_VD = output_head(load_base(config.model, dtype=torch.float32, device="cpu"))[0]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    wanted = (memory.vocab_size, memory.hidden_size)
+    if inputs.source is not None and inputs.source.is_collective:  # it may be too large to be loaded whole by each rank
+        weight_VD = inputs.source.head_weight()
+    else:
+        try:
+            weight_VD = output_head(load_base(config.model, dtype=torch.float32, device="cpu"))[0]
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    wanted = (inputs.memory.vocab_size, inputs.memory.hidden_size)
     if tuple(weight_VD.shape) != wanted:
         raise UserError(
             f"--head base: the base's head is {tuple(weight_VD.shape)} (vocabulary, width), the memory's "

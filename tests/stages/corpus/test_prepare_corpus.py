@@ -151,7 +151,8 @@ def test_a_killed_process_is_told(text_dir: Path, tmp_path: Path, monkeypatch: p
         ({"stride": 33}, "between 1 and"),
         ({"stride": 5}, "multiple"),
         ({"tuning_fraction": 0.9, "test_fraction": 0.2}, "must leave something"),
-        ({"max_bytes": 1}, "none fell in the training split"),
+        ({"max_bytes": 1}, "--max-bytes 1 is less than each of"),
+        ({"max_bytes": -1}, "--max-bytes must not be negative"),
     ],
 )
 def test_wrong_inputs_leave_the_disk_untouched(

@@ -405,6 +405,13 @@ def test_a_gpu_reads_as_many_windows_as_the_flag_says(config, corpus_dir):
     assert evaluation_scores.windows_at_once(source, open_corpus(corpus_dir, "test"), 5) == 5
 
 
+def test_the_base_alone_has_a_report(config):
+    evaluate.run(replace(config, memory=None, keys=None, index=None, targets=None, control=()), World())
+    page = (config.output / "report.md").read_text()
+    assert (config.output / "manifest.json").is_file()
+    assert "cost.png" in page and "wins.png" not in page and not (config.output / "wins.png").exists()
+
+
 def test_a_report_begun_without_guesses_is_still_read(config, finished):
     shutil.copytree(finished[0].output, config.output)
     shutil.rmtree(config.output / "guesses")

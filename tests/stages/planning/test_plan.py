@@ -95,6 +95,11 @@ def test_flags_overrule_the_run(finished: Path) -> None:
     assert found.work.factory == "IVF4096,PQ4"
 
 
+def test_the_perplexity_follows_a_small_k() -> None:
+    small, given = (plan.make_plan(config(k=64, neighbour_perplexity=value)) for value in (None, 32.0))
+    assert small.work == given.work and plan.make_plan(config(k=1024)).work.neighbour_perplexity == 100
+
+
 def test_seconds_scale_with_ranks_calibration_and_size() -> None:
     work, machine = plan.make_plan(config()).work, plan.make_plan(config()).machine
     one = costs(work, machine)

@@ -367,12 +367,14 @@ def test_raw_keys_find_the_neighbours_of_the_oracle(make_keys: Callable[..., Pat
     [
         ({"k": 0}, "--k 0"),
         ({"k": 70_000}, "--k 70000"),
+        ({"temperature": "auto", "k": 1}, "--k 1: .* give --temperature 1"),
+        ({"temperature": "auto", "neighbour_perplexity": -1.0}, "--neighbour-perplexity -1"),
         ({"temperature": "hot"}, "--temperature hot"),
         ({"temperature": "-1"}, "--temperature -1"),
         ({"temperature": "nan"}, "--temperature nan"),
         ({"mass": 0.0}, "--mass 0"),
         ({"mass": 1.5}, "--mass 1.5"),
-        ({"temperature": "auto", "neighbour_perplexity": 20.0}, "--neighbour-perplexity 20 .* a quarter of --k"),
+        ({"temperature": "auto", "neighbour_perplexity": 20.0}, "--neighbour-perplexity 20 .* half of --k"),
         ({"nprobe": 0}, "--nprobe 0"),
         ({"shard_positions": 0}, "--shard-positions 0"),
         ({"exclude_window": -1}, "window -1"),
@@ -386,7 +388,7 @@ def test_bad_flags(keys: Path, tmp_path: Path, changes: dict[str, Any], words: s
         config(keys, tmp_path / "targets", **changes)
 
 
-@pytest.mark.parametrize(("k", "wanted"), [(1024, 100.0), (200, 100.0), (64, 32.0)])
+@pytest.mark.parametrize(("k", "wanted"), [(1024, 100.0), (200, 100.0), (64, 32.0), (3, 1.5), (2, 1.5)])
 def test_perplexity_follows_a_small_k(keys: Path, tmp_path: Path, k: int, wanted: float) -> None:
     assert config(keys, tmp_path / "targets", k=k, temperature="auto").neighbour_perplexity == wanted
 

@@ -3,11 +3,13 @@
 The ranks of every start are forked from one process that has imported DeepSpeed (tests/stages/forked_training.py).
 """
 
+import gc
 import json
 import math
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.checkpoint import fault_of_checkpoint, list_checkpoints
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import bfloat16_bits
 from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.keys import extract_keys
-from mlpmem_ds.stages.training import train
+from mlpmem_ds.stages.training import memory_training, train, training_inputs
 
 HAS_COMPILER = shutil.which("g++") is not None
 PATHS = ("ds_config", "corpus", "keys", "output", "copy_to")
@@ -182,11 +185,34 @@ def test_without_a_compiler_nothing_is_written(root, job, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     with pytest.raises(
-        UserError, match=r"--compile: torch.compile does not work here \(no g\+\+\): .* leave --compile out"
+        UserError, match=r"--compile: torch.compile does not work on rank 0 \(no g\+\+\): .* leave --compile out"
     ):
         values = job("uncompiled", 0, compile=True).items()
         train.run(train.Config(**{name: Path(value) if name in PATHS else value for name, value in values}), World())
     assert not (root / "uncompiled").exists()
+
+
+def test_the_base_is_let_go_where_the_inputs_are_stored(root, job, base_dir, process_group, monkeypatch):
+    class BegunError(Exception):
+        pass
+
+    bases = []
+
+    def load(*args, **settings):
+        source = TransformersSource(*args, **settings)
+        bases.append(weakref.ref(source.model))
+        return source
+
+    def begin(*args, **settings):
+        gc.collect()
+        raise BegunError(*[base() is None for base in bases])
+
+    monkeypatch.setattr(training_inputs, "TransformersSource", load)
+    monkeypatch.setattr(memory_training, "run_steps", begin)
+    values = job("let-go", 2, model=str(base_dir), validate_every=2).items()
+    with pytest.raises(BegunError) as raised:
+        train.run(train.Config(**{name: Path(value) if name in PATHS else value for name, value in values}), World())
+    assert raised.value.args == (True,)
 
 
 def test_validation_is_that_of_the_written_weights(root, driven, corpus_dir, base_dir, keys_dir):
