@@ -46,6 +46,7 @@ found=$(cd / && python -c "$look" 2>/dev/null | tail -n 1) ||
 read -r gpus cores <<< "$found"
 started=$SECONDS
 { [ ! -e "$run" ] || [ -d "$run" ]; } && mkdir -p "$run" 2>/dev/null || fail "--run $run cannot be made a directory: choose another"
+trap 'rmdir -- "$run" 2>/dev/null || true' EXIT  # where nothing came of it
 
 # Two processes on a CPU; on a GPU machine as many as there are GPUs, two at most.
 [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu
