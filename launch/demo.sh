@@ -2,7 +2,7 @@
 # The whole pipeline on real text: set up, prepare, train a base, extract keys, index, targets, memory, controls,
 # evaluate, convert, generate. Prints a table at the end. Interrupted, the same command continues where it was.
 #
-#   bash launch/demo.sh                                     the Python standard library's own source, 9 to 10 minutes
+#   bash launch/demo.sh                                     the Python standard library's own source, about 10 minutes
 #   bash launch/demo.sh --corpus PATH... --base NAME_OR_DIR --run DIR --ranks N
 #
 #   --corpus PATH...   text, Markdown, source or JSON lines: files or directories (default: the standard library)
