@@ -97,6 +97,17 @@ def _hyphenate(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
+def require_at_least(config: Any, least: int, names: Sequence[str]) -> None:
+    """Check numbers of a Config, in its `__post_init__`.
+
+    Raises:
+        UserError: the first that is less, as its flag.
+    """
+    for name in names:
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
+
+
 def _flag(field: dataclasses.Field[Any]) -> str:
     return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
 

@@ -26,7 +26,7 @@ def set_up_logging(world: World, *, name: str) -> None:
         stream=sys.stderr,
         force=True,
     )
-    logging.getLogger("mlpmem_ds").setLevel(logging.INFO if world.is_first else logging.WARNING)
+    logging.getLogger("mlpmem_ds").setLevel(audible_level(world))
     # Out of the Hub's reach it warns at each attempt; what fails in the end is said by its caller.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 

@@ -68,11 +68,8 @@ class SourceFile:
     is_named: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _source_file, (
-            str(self.path),
-            self.name,
-            self.is_named,
-        )  # a Path's own way to a process costs as much as a read
+        # A Path's own way to a process costs as much as a read.
+        return _source_file, (str(self.path), self.name, self.is_named)
 
     @cached_property
     def kind(self) -> str:

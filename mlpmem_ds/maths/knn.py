@@ -10,9 +10,10 @@ C capacity of a buffer.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ from mlpmem_ds.maths.neighbours import (
     PackedNeighbours,
     check_probes,
     check_search,
-    unpack,
 )
 from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, order_of_probes, probed_lists, sizes_of_probes
 
@@ -47,11 +47,15 @@ __all__ = [
 ]
 
 Array: TypeAlias = np.ndarray[Any, Any]
+_Arguments = ParamSpec("_Arguments")
 
 _MOST_KEYS_FOR_EXACT = {
     "cpu": 200_000,
     "cuda": 10_000_000,
 }  # minutes on two cores or one GPU; above, lists are worth it
+
+QUERY_BLOCK, KEY_BLOCK = 512, 8192
+"""queries and keys that exact search on a CPU compares at once"""
 
 
 def search_device() -> torch.device:
@@ -68,31 +72,14 @@ def _device(device: torch.device | str | None) -> torch.device:
     return search_device() if device is None else torch.device(device)
 
 
-def exact_neighbours(
-    queries_QD: Array | Tensor,
-    keys_ND: Any,
-    k: int,
-    *,
-    exclusion: Exclusion | None,
-    query_block: int = 512,
-    key_block: int = 8192,
-    device: torch.device | str | None = None,
-) -> Neighbours:
-    """`pack_exact_neighbours`, unpacked."""
-    found = pack_exact_neighbours(
-        queries_QD, keys_ND, k, exclusion=exclusion, query_block=query_block, key_block=key_block, device=device
-    )
-    return unpack(found.packed_QK, found.id_bits, found.is_integer)
-
-
 def pack_exact_neighbours(
     queries_QD: Array | Tensor,
     keys_ND: Any,
     k: int,
     *,
     exclusion: Exclusion | None,
-    query_block: int = 512,
-    key_block: int = 8192,
+    query_block: int = QUERY_BLOCK,
+    key_block: int = KEY_BLOCK,
     device: torch.device | str | None = None,
 ) -> PackedNeighbours:
     """The k nearest of all the keys for each query; key n has id n.
@@ -124,23 +111,6 @@ def pack_exact_neighbours(
             best.add(rows_S, (ranks_S.astype(np.int64) << id_bits) | ids_S)
         packed_QK[query_start : query_start + query_block] = best.sorted()
     return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
-
-
-def list_neighbours(
-    queries_QD: Array | Tensor,
-    probes_QP: Array,
-    lists: ListedKeys,
-    k: int,
-    *,
-    exclusion: Exclusion | None,
-    candidate_budget: int = 2**24,
-    device: torch.device | str | None = None,
-) -> Neighbours:
-    """`pack_list_neighbours`, unpacked."""
-    found = pack_list_neighbours(
-        queries_QD, probes_QP, lists, k, exclusion=exclusion, candidate_budget=candidate_budget, device=device
-    )
-    return unpack(found.packed_QK, found.id_bits, found.is_integer)
 
 
 def pack_list_neighbours(
@@ -214,6 +184,18 @@ def pack_list_neighbours(
 
             list(spread(select, block.split_rows()))
     return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
+
+
+def _unpacked(search: Callable[_Arguments, PackedNeighbours]) -> Callable[_Arguments, Neighbours]:
+    @functools.wraps(search)
+    def found(*args: _Arguments.args, **options: _Arguments.kwargs) -> Neighbours:
+        return search(*args, **options).unpack()
+
+    return found
+
+
+exact_neighbours = _unpacked(pack_exact_neighbours)
+list_neighbours = _unpacked(pack_list_neighbours)
 
 
 class _RunningBest:

@@ -7,7 +7,7 @@ them gives one answer in whatever order they come, on any device.
 Shape legend: Q queries, K neighbours, N keys in all, P probes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -72,26 +72,26 @@ class PackedNeighbours:
     id_bits: int
     is_integer: bool
 
+    def unpack(self) -> Neighbours:
+        """Ids and distances of all of them; takes the packed array over."""
+        packed_QK = self.packed_QK
+        missing_QK = packed_QK == MISSING
+        ids_QK = packed_QK & ((1 << self.id_bits) - 1)
+        ids_QK[missing_QK] = -1
+        packed_QK >>= self.id_bits
+        distances_QK: Array = packed_QK
+        if not self.is_integer:
+            distances_QK = packed_QK.astype(np.int32).view(np.float32).astype(np.float64)
+        distances_QK[missing_QK] = MISSING if self.is_integer else np.finfo(np.float64).max
+        return Neighbours(ids_QK=ids_QK, distances_QK=distances_QK)
+
     def rows(self, rows: slice) -> Neighbours:
         """Those of some queries, unpacked into arrays of their own."""
-        return unpack(self.packed_QK[rows].copy(), self.id_bits, self.is_integer)
+        return replace(self, packed_QK=self.packed_QK[rows].copy()).unpack()
 
     def count(self) -> Array:
         """Neighbours of each query, int64 [Q]."""
         return np.count_nonzero(self.packed_QK != MISSING, axis=1)
-
-
-def unpack(packed_QK: Array, id_bits: int, is_integer: bool) -> Neighbours:
-    """Ids and distances of packed neighbours; takes their array over."""
-    missing_QK = packed_QK == MISSING
-    ids_QK = packed_QK & ((1 << id_bits) - 1)
-    ids_QK[missing_QK] = -1
-    packed_QK >>= id_bits
-    distances_QK: Array = packed_QK
-    if not is_integer:
-        distances_QK = packed_QK.astype(np.int32).view(np.float32).astype(np.float64)
-    distances_QK[missing_QK] = MISSING if is_integer else np.finfo(np.float64).max
-    return Neighbours(ids_QK=ids_QK, distances_QK=distances_QK)
 
 
 def merge_neighbours(first: Neighbours, second: Neighbours, k: int) -> Neighbours:

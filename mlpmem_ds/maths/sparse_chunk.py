@@ -27,10 +27,8 @@ from .sparse_targets import PreparedTargets
 
 _LEAST_MASS = 1e-30
 _LARGEST_SUM = 1e20  # of exponentials: far below what float32 and bfloat16 hold, far above a vocabulary
-_LN_2, _LOG2_E = (
-    math.log(2),
-    math.log2(math.e),
-)  # exp2 takes a quarter of the time of exp on CPU (PyTorch 2.13: exp goes through MKL)
+# exp2 takes a quarter of the time of exp on CPU (PyTorch 2.13: exp goes through MKL).
+_LN_2, _LOG2_E = math.log(2), math.log2(math.e)
 
 Tiles = Iterable[tuple[slice, Tensor]]
 """Columns of the vocabulary, and the logits' gradient there [C, T], but for a factor of each row."""

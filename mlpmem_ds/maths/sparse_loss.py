@@ -141,9 +141,8 @@ def _length(chunk: slice) -> int:
 def _scaled(d_weight_VD: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """d_weight · d_loss in the weight's dtype; ``d_weight_VD`` is overwritten."""
     if dtype == d_weight_VD.dtype:
-        is_one = not d_loss.is_cuda and bool(
-            d_loss == 1
-        )  # as in a step of one micro-batch; a pass over the weight less
+        # As in a step of one micro-batch: a pass over the weight less.
+        is_one = not d_loss.is_cuda and bool(d_loss == 1)
         return d_weight_VD if is_one else d_weight_VD.mul_(d_loss)
     result_VD = torch.empty_like(d_weight_VD, dtype=dtype)
     for rows in cached_rows(d_weight_VD):

@@ -33,8 +33,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mlpmem_ds.core.config import option
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.config import option, require_at_least
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
@@ -89,9 +88,7 @@ class Config:
     toy: bool = option("tiny models and corpora: does it run at all?", False)
 
     def __post_init__(self) -> None:
-        for name in ("positions", "long_positions", "runs", "batch_windows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        require_at_least(self, 1, ("positions", "long_positions", "runs", "batch_windows"))
 
 
 def run(config: Config, world: World) -> None:

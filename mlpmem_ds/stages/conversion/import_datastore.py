@@ -23,7 +23,7 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import option, require_at_least
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_file
 from mlpmem_ds.core.log import Progress
@@ -70,9 +70,7 @@ class Config:
             raise UserError("--targets needs --datastore or --keys: which rows are these targets of?")
         if self.datastore and self.model is None:
             raise UserError("--datastore needs --model, the base that gave the keys")
-        for name in ("k", "block_size", "unit_positions", "shard_positions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        require_at_least(self, 1, ("k", "block_size", "unit_positions", "shard_positions"))
         if self.shard_positions % self.block_size:
             raise UserError(
                 f"--shard-positions {self.shard_positions} must be a multiple of --block-size {self.block_size}"

@@ -166,9 +166,8 @@ def open_model(root: Path, name: str, config: Config, corpus: CorpusSplit, *, ba
         dtype=config.dtype,
         device=str(base.device),
         attention=config.attention,
-        layers_path=base.layers_path
-        if is_alike
-        else None,  # a base that was trained on has its layers where it had them
+        # A base that was trained on has its layers where it had them.
+        layers_path=base.layers_path if is_alike else None,
         flag=flag,
     )
     check_source_reads(source, corpus, str(root), flag=flag)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import option, require_at_least
 from mlpmem_ds.core.errors import UserError
 
 DEFAULT_EXTRA_SPLITS = ("heldout",)
@@ -94,9 +94,7 @@ class Config:
     attention: str = option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")
 
     def __post_init__(self) -> None:
-        for name in ("nprobe", "bootstrap_block", "unit_positions", "batch_windows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        require_at_least(self, 1, ("nprobe", "bootstrap_block", "unit_positions", "batch_windows"))
         for name in ("speed_positions", "samples"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TextStreamer
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import option, require_at_least
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
@@ -55,9 +55,7 @@ class Config:
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        require_at_least(self, 1, ("max_new_tokens", "num_beams", "batch_size"))
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import option, require_at_least
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import (
@@ -110,9 +110,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("fit_positions", "unit_positions", "batch_windows", "audit_candidates"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        require_at_least(self, 1, ("fit_positions", "unit_positions", "batch_windows", "audit_candidates"))
         for dim in (self.dim, *self.audit_dims):
             if not 0 <= dim <= _MAX_EXACT_DIM or (dim == 0 and dim in self.audit_dims):
                 flag = "--audit-dims" if dim in self.audit_dims else "--dim"

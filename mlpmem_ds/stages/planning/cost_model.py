@@ -15,7 +15,7 @@ from typing import Literal
 from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.key_lists import RUN_POSITIONS, bytes_of_key_lists
-from mlpmem_ds.maths.knn import most_keys_for_exact
+from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK, most_keys_for_exact
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.stages.keys.key_plan import bytes_of_position
 from mlpmem_ds.stages.retrieval.build_index import training_operations
@@ -37,9 +37,8 @@ _CANDIDATE_BYTES = 4 * 2**24  # the buffer of list search, of a worker
 _BATCH_POSITIONS = 16384
 _MOST_WORKERS = 8  # threads of write_targets that share a batch
 _ROW_BYTES = 80_000_000  # rows being weighed and written, of a worker
-_LIST_SEARCH_BYTES = (
-    150_000_000  # of a worker besides its candidates: lists assigned, queries and ids side by side, selection
-)
+# Of a worker besides its candidates: lists assigned, queries and ids side by side, selection.
+_LIST_SEARCH_BYTES = 150_000_000
 _GATHERED_BYTES = 2**28  # keys of the sample's lists, before the keys lie list by list
 _SAMPLE = 1000  # positions that are measured first
 _CODE_SAMPLE = 1 << 16  # vectors that are float32 at once while codes are trained
@@ -247,15 +246,14 @@ def target_memory(work: Workload, machine: Machine) -> int:
     workers = min(machine.cores, _MOST_WORKERS)
     neighbours = 8 * batch * work.k
     if work.search == "exact":
-        comparing = 13 * 1024 * 8192 + 8 * 1024 * (work.k + 8192)
+        comparing = 13 * QUERY_BLOCK * KEY_BLOCK + 8 * QUERY_BLOCK * (work.k + KEY_BLOCK)
         values = token_dtype(work.vocab_size).itemsize * work.positions
         return _PRIVATE_PROCESS_BYTES + values + workers * (comparing + _ROW_BYTES) + neighbours
     list_size = work.positions / work.num_lists
     candidates = 4 * round(batch * _LIST_IMBALANCE * work.nprobe * list_size)
     probes = min(candidates, workers * _CANDIDATE_BYTES) / 4 / list_size
-    ids = (
-        workers * 16 * min(work.positions, _CANDIDATE_BYTES // 4)
-    )  # of the lists that a block probes, and side by side
+    # Of the lists that a block probes, and side by side.
+    ids = workers * 16 * min(work.positions, _CANDIDATE_BYTES // 4)
     searching = min(candidates, workers * _CANDIDATE_BYTES) + round(probes * key) + ids + workers * _LIST_SEARCH_BYTES
     sampling = min(_GATHERED_BYTES, work.positions * key) + min(candidates * _SAMPLE // batch, _CANDIDATE_BYTES)
     ordering = 28 * min(work.positions, RUN_POSITIONS)

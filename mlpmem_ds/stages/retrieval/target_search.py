@@ -109,7 +109,7 @@ class Datastore:
 
     def neighbours(self, positions_n: np.ndarray, *, exclude: bool = True) -> Neighbours:
         """The k nearest keys of each of these positions (int64); without `exclude` a position may find itself."""
-        return self.search(positions_n, exclude=exclude).rows(slice(None))
+        return self.search(positions_n, exclude=exclude).unpack()
 
     def search(self, positions_n: np.ndarray, *, exclude: bool = True) -> PackedNeighbours:
         """`neighbours`, to be unpacked in parts."""

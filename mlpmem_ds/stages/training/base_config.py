@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlpmem_ds.commands import folder
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import option, require_at_least
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.stages.training.training_defaults import LEARNING_RATE_HELP
 from mlpmem_ds.stages.training.training_loop import SCHEDULE_HELP, Schedule
@@ -49,19 +49,21 @@ class Config:
     log_every_steps: int = option("steps between log lines", 10, identity=False)
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "epochs",
-            "batch_tokens",
-            "micro_batch_tokens",
-            "save_every_steps",
-            "keep_checkpoints",
-            "log_every_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        require_at_least(
+            self,
+            1,
+            (
+                "num_layers",
+                "hidden_size",
+                "num_heads",
+                "epochs",
+                "batch_tokens",
+                "micro_batch_tokens",
+                "save_every_steps",
+                "keep_checkpoints",
+                "log_every_steps",
+            ),
+        )
         if self.hidden_size % self.num_heads:
             raise UserError(f"--hidden-size {self.hidden_size} is not a multiple of --num-heads {self.num_heads}")
         if not 0 <= self.dropout < 1 or not 0 <= self.warmup_fraction <= 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import option, require_at_least
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory import PRESETS
 from mlpmem_ds.stages.training.training_defaults import LEARNING_RATE_HELP
@@ -129,16 +129,18 @@ class Config:
     wandb_project: str | None = option("Weights & Biases project to log to as well", None, identity=False)
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_positions",
-            "micro_batch_positions",
-            "shuffle_window_blocks",
-            "save_every_steps",
-            "keep_checkpoints",
-            "log_every_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        require_at_least(
+            self,
+            1,
+            (
+                "batch_positions",
+                "micro_batch_positions",
+                "shuffle_window_blocks",
+                "save_every_steps",
+                "keep_checkpoints",
+                "log_every_steps",
+            ),
+        )
         for name in ("alpha", "warmup_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(self, name)}")
