@@ -1,9 +1,10 @@
 import logging
+import time
 from pathlib import Path
 
 import pytest
 
-from mlpmem_ds.core.log import EventLog, Progress, read_events, set_up_logging
+from mlpmem_ds.core.log import EventLog, Progress, read_events, seconds_of_stage, set_up_logging
 from mlpmem_ds.core.world import World
 
 
@@ -51,3 +52,25 @@ def test_the_hubs_client_does_not_say_what_we_say() -> None:
     set_up_logging(World(), name="tool")
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
     assert logging.getLogger("huggingface_hub").isEnabledFor(logging.ERROR)
+
+
+def test_seconds_of_a_stage_count_overlapping_ranks_once_and_add_resumed_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(when: float, rank: int, event: str) -> None:
+        monkeypatch.setattr(time, "time", lambda: when)
+        EventLog(tmp_path / "log.jsonl", World(rank=rank, size=2)).write(event)
+
+    assert seconds_of_stage(tmp_path) is None
+    for when, rank, event in (
+        (100, 0, "started"),
+        (101, 1, "started"),
+        (110, 0, "unit"),
+        (115, 1, "finished"),
+        (500, 0, "started"),
+        (500.5, 1, "started"),
+        (503, 1, "finished"),
+        (507, 0, "finished"),
+    ):
+        write(when, rank, event)
+    assert seconds_of_stage(tmp_path) == pytest.approx(15 + 7)
