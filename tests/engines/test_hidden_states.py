@@ -39,19 +39,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 POINTS = {"key": CapturePoint(layer=1), "input": CapturePoint(layer=0, point="layer_output")}
 
 
-def save_family(family: str, path: Path) -> Path:
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_windows_are_read_without_a_mask_and_scored_as_the_model_scores(family: str, tmp_path: Path) -> None:
-    path = str(save_family(family, tmp_path / family))
+def test_full_windows_are_read_without_a_mask_and_scored_as_the_model_scores(
+    family: str, tmp_path: Path, save_model: Any
+) -> None:
+    path = save_model(family, FAMILIES[family], tmp_path / family)
     attention = "eager" if family == "gemma2" else "sdpa"  # its soft cap of the scores is not in sdpa
     source = TransformersSource(path, device="cpu", attention=attention)
     tokens_BS = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mlpmem_ds.core.errors import UserError
@@ -34,20 +34,10 @@ POINTS = {"key": CapturePoint(layer=1), "input": CapturePoint(layer=0, point="la
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-def save(family: str, path: Path) -> Path:
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_numbers_are_those_of_the_whole_base(family: str, dtype: str, tmp_path: Path) -> None:
-    path = str(save(family, tmp_path / family))
+def test_the_numbers_are_those_of_the_whole_base(family: str, dtype: str, tmp_path: Path, save_model: Any) -> None:
+    path = save_model(family, FAMILIES[family], tmp_path / family)
     attention = "eager" if family == "gemma2" else "sdpa"  # its soft cap of the scores is not in sdpa
     whole, cut = (
         kind(path, device="cpu", dtype=dtype, attention=attention) for kind in (TransformersSource, ShardedSource)
