@@ -19,10 +19,15 @@ def main(argv: list[str] | None = None) -> int:
         evaluate.Config,
         run,
         argv=argv,
-        description="Score the base, kNN, memories and controls on unseen text; choose λ on the tuning split, report the test.",
-        example="python launch/evaluate.py --model run/base --corpus run/corpus --output run/report --memory run/memory "
-        "--keys run/keys --index run/index --targets run/targets "
-        "--control base+memory_ce_only=run/ce_only base_trained_on=run/base_trained_on",
+        description=(
+            "Score the base, kNN, memories and controls on unseen text; choose λ on the tuning split, report"
+            " the test."
+        ),
+        example=(
+            "python launch/evaluate.py --model run/base --corpus run/corpus --output run/report --memory"
+            " run/memory --keys run/keys --index run/index --targets run/targets --control"
+            " base+memory_ce_only=run/ce_only base_trained_on=run/base_trained_on"
+        ),
     )
 
 

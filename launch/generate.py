@@ -6,7 +6,7 @@ from functools import partial
 
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.core.world import World
-from mlpmem_ds.stages.evaluation import generate
+from mlpmem_ds.stages.generation import generate
 
 
 def run(config: generate.Config, world: World) -> None:
@@ -22,8 +22,14 @@ def main(argv: list[str] | None = None) -> int:
         generate.Config,
         run,
         argv=argv,
-        description="Continue prompts with the output of tools/convert_checkpoint.py; greedy unless --temperature is given.",
-        example='python launch/generate.py --model run/export --prompt "def read(self, " --max-new-tokens 40 --compare',
+        description=(
+            "Continue prompts with the output of tools/convert_checkpoint.py; greedy unless --temperature is"
+            " given."
+        ),
+        example=(
+            'python launch/generate.py --model run/export --prompt "def read(self, " --max-new-tokens 40'
+            " --compare"
+        ),
     )
 
 

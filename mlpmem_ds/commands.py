@@ -1,7 +1,9 @@
-"""The front-ends as commands: `mlpmem-train …` where the package is installed, `python -m mlpmem_ds train …` anywhere.
+"""The front-ends as commands: `mlpmem-train …` where the package is installed, `python -m mlpmem_ds train …`
+anywhere.
 
-Both run the very files of tools/ and launch/: beside the package in a checkout, inside it where a wheel was installed.
-With a launcher: `torchrun --nproc-per-node 2 -m mlpmem_ds extract-keys …`, `deepspeed --module mlpmem_ds train …`.
+Both run the very files of tools/ and launch/: beside the package in a checkout, inside it where a wheel was
+installed. With a launcher: `torchrun --nproc-per-node 2 -m mlpmem_ds extract-keys …`, `deepspeed --module
+mlpmem_ds train …`.
 """
 
 from __future__ import annotations
@@ -62,9 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = [
-        "usage: python -m mlpmem_ds COMMAND … (also installed as mlpmem-COMMAND; COMMAND --help shows its flags)",
+        (
+            "usage: python -m mlpmem_ds COMMAND … (also installed as mlpmem-COMMAND; COMMAND --help shows its"
+            " flags)"
+        ),
         "       python -m mlpmem_ds --version",
-        "       python -m mlpmem_ds --ds-configs      the directory of DeepSpeed configurations that came with it",
+        (
+            "       python -m mlpmem_ds --ds-configs      the directory of DeepSpeed configurations that came"
+            " with it"
+        ),
         "",
         "commands:",
     ]

@@ -1,4 +1,5 @@
-"""Small real parts that many tests read: text, a corpus, a random GPT-2 base, its keys. Made once a session; read-only."""
+"""Small real parts that many tests read: text, a corpus, a random GPT-2 base, its keys. Made once a session;
+read-only."""
 
 from __future__ import annotations
 
@@ -33,18 +34,35 @@ _SECONDS_OF_A_RANK = 60.0
 def write_text(root: Path, *, num_files: int = 24, seed: int = 0) -> Path:
     """A directory of small packages of repetitive source-like text."""
     generator = random.Random(seed)
-    words = ["alpha", "beta", "gamma", "delta", "return", "value", "index", "for", "in", "range", "import", "é"]
+    words = [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "return",
+        "value",
+        "index",
+        "for",
+        "in",
+        "range",
+        "import",
+        "é",
+    ]
     for number in range(num_files):
         path = root / f"package{number % 6}" / f"module{number}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [" ".join(generator.choices(words, k=generator.randint(3, 9))) for _ in range(generator.randint(8, 24))]
+        lines = [
+            " ".join(generator.choices(words, k=generator.randint(3, 9)))
+            for _ in range(generator.randint(8, 24))
+        ]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_flush_to_disk() -> Iterator[None]:
-    """Half of a small stage's time is fsync, which a test that kills processes, not machines, cannot tell from none."""
+    """Half of a small stage's time is fsync, which a test that kills processes, not machines, cannot tell
+    from none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -52,7 +70,8 @@ def _no_flush_to_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _environment_as_before() -> Iterator[None]:
-    """A training in this process leaves its rank in the environment, where the next file's stages would find it."""
+    """A training in this process leaves its rank in the environment, where the next file's stages would find
+    it."""
     before = dict(os.environ)
     yield
     for name in set(os.environ) - set(before):
@@ -62,7 +81,8 @@ def _environment_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def process_group() -> None:
-    """A group of one rank in this process. DeepSpeed keeps hold of a process's first group, so it is never left."""
+    """A group of one rank in this process. DeepSpeed keeps hold of a process's first group, so it is never
+    left."""
     from mlpmem_ds.engines.deepspeed import set_up_distributed
 
     set_up_distributed(World())
@@ -119,7 +139,8 @@ def keys_dir(corpus_dir: Path, base_dir: Path, tmp_path_factory: pytest.TempPath
     """int8 keys of the training split, units of 256 positions, with memory inputs."""
     output = tmp_path_factory.mktemp("keys") / "keys"
     extract_keys.run(
-        extract_keys.Config(model=str(base_dir), corpus=corpus_dir, output=output, unit_positions=256), World()
+        extract_keys.Config(model=str(base_dir), corpus=corpus_dir, output=output, unit_positions=256),
+        World(),
     )
     return output
 
@@ -128,10 +149,11 @@ def keys_dir(corpus_dir: Path, base_dir: Path, tmp_path_factory: pytest.TempPath
 def killed_runs() -> Callable[..., int]:
     """killed_runs(run, config, ranks=2, kills=20, seed=0, check=None) -> kills that hit a running process.
 
-    Starts `ranks` processes that each call `run(config, World(...))`, kills one or all of them (-9) at a random moment of
-    an undisturbed run's duration, lets the others end, starts again, until `kills` kills have hit. A run that completes
-    on the way is given to `check(output)`, removed, and begun anew, so that kills fall on every part of it. At last one
-    start without a kill completes `config.output`; the undisturbed run stays in `<output>-undisturbed`.
+    Starts `ranks` processes that each call `run(config, World(...))`, kills one or all of them (-9) at a
+    random moment of an undisturbed run's duration, lets the others end, starts again, until `kills` kills
+    have hit. A run that completes on the way is given to `check(output)`, removed, and begun anew, so that
+    kills fall on every part of it. At last one start without a kill completes `config.output`; the
+    undisturbed run stays in `<output>-undisturbed`.
 
     `run` is a function that can be imported (a stage's), `config` a dataclass with a field `output`.
     """
@@ -178,7 +200,8 @@ def _killed_runs(
 
 def _start_ranks(run: Callable[[Any, World], Any], config: Any, ranks: int) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    # One process server for the session, whichever stage comes first; it finds the file as its own search path says.
+    # One process server for the session, whichever stage comes first; it finds the file as its own search
+    # path says.
     context.set_forkserver_preload(["pytest", "warm_start"])
     processes = [
         context.Process(target=run, args=(config, World(rank=rank, size=ranks, local_rank=rank)))

@@ -86,7 +86,9 @@ def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = "import setuptools.build_meta as backend, sys; print(backend.build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -100,14 +102,19 @@ def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path:
     assert not sources - names, "[tool.setuptools] packages of pyproject.toml"
     assert {"mlpmem_ds/py.typed", "mlpmem_ds/formats/README.md", "mlpmem_ds/ds_configs/zero3.json"} <= names
     assert {f"mlpmem_ds/{path.parent.name}/{path.name}" for path in FRONT_ENDS.values()} <= names
-    assert {f"mlpmem_ds/tools/benchmarks/{path.name}" for path in (ROOT / "tools/benchmarks").glob("*.py")} <= names
+    assert {
+        f"mlpmem_ds/tools/benchmarks/{path.name}" for path in (ROOT / "tools/benchmarks").glob("*.py")
+    } <= names
     expected = {f"mlpmem-{name.replace('_', '-')}": "mlpmem_ds.commands:main" for name in FRONT_ENDS}
     assert dict(entry_points["console_scripts"]) == expected, "[project.scripts] of pyproject.toml"
-    # As it lies in the wheel, without the checkout: unpacked, it lists its commands and finds its configurations.
+    # As it lies in the wheel, without the checkout: unpacked, it lists its commands and finds its
+    # configurations.
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    script = "from mlpmem_ds import commands; print(sorted(commands.front_ends()), commands.folder('ds_configs'))"
+    script = (
+        "from mlpmem_ds import commands; print(sorted(commands.front_ends()), commands.folder('ds_configs'))"
+    )
     alone = subprocess.run([sys.executable, "-S", "-c", script], cwd=site, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     assert "'train'" in alone.stdout and str(site / "mlpmem_ds" / "ds_configs") in alone.stdout

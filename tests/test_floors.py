@@ -27,7 +27,9 @@ def imported_modules(source: str, package: tuple[str, ...]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            yield from ([f"{module}.{alias.name}" for alias in node.names] if module == "mlpmem_ds" else [module])
+            yield from (
+                [f"{module}.{alias.name}" for alias in node.names] if module == "mlpmem_ds" else [module]
+            )
 
 
 def violations(root: Path) -> list[str]:

@@ -1,7 +1,8 @@
-"""What every stage imports or makes at its first start, done once: a process that is forked from here starts in milliseconds.
+"""What every stage imports or makes at its first start, done once: a process that is forked from here starts
+in milliseconds.
 
-The process server of `killed_runs` imports this file, and the launchers of the demo's test (`launch/forked_launchers.py`).
-One thread: a fork would be without the others that OpenMP counts on.
+The process server of `killed_runs` imports this file, and the launchers of the demo's test
+(`launch/forked_launchers.py`). One thread: a fork would be without the others that OpenMP counts on.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _LATE_IMPORTS = (
     "mlpmem_ds.stages.conversion.convert_checkpoint",
     "mlpmem_ds.stages.corpus.prepare_corpus",
     "mlpmem_ds.stages.evaluation.evaluate",
-    "mlpmem_ds.stages.evaluation.generate",
+    "mlpmem_ds.stages.generation.generate",
     "mlpmem_ds.stages.keys.extract_keys",
-    "mlpmem_ds.stages.planning.inspect_run",
-    "mlpmem_ds.stages.report.report",
-    "mlpmem_ds.stages.retrieval.build_index",
-    "mlpmem_ds.stages.retrieval.write_targets",
+    "mlpmem_ds.stages.inspection.inspect_run",
+    "mlpmem_ds.stages.report.summary",
+    "mlpmem_ds.stages.index.build_index",
+    "mlpmem_ds.stages.targets.write_targets",
     "mlpmem_ds.stages.training.train",
-    "mlpmem_ds.stages.training.train_base",
+    "mlpmem_ds.stages.base.train_base",
 )
 
 
@@ -48,7 +49,9 @@ for _name in _LATE_IMPORTS:
 logging.disable_progress_bar()
 # The model's module and the tables of its weights' names: .2 s in each start.
 with tempfile.TemporaryDirectory() as _directory:
-    _shape = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    _shape = GPT2Config(
+        vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0
+    )
     GPT2LMHeadModel(_shape).save_pretrained(_directory)
     AutoModelForCausalLM.from_pretrained(_directory)
 os.fsync = _no_flush

@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages.retrieval import build_index
+from mlpmem_ds.stages.index import build_index
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,9 +12,13 @@ def main(argv: list[str] | None = None) -> int:
         convert_checkpoint.Config,
         convert_checkpoint.run,
         argv=argv,
-        description="Join a memory with its base into a Hugging Face directory, and verify it by loading it again.",
-        example="python tools/convert_checkpoint.py --checkpoint run/memory --model run/base --report run/report "
-        "--output run/export",
+        description=(
+            "Join a memory with its base into a Hugging Face directory, and verify it by loading it again."
+        ),
+        example=(
+            "python tools/convert_checkpoint.py --checkpoint run/memory --model run/base --report run/report "
+            "--output run/export"
+        ),
     )
 
 

@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages.conversion import export_datastore
+from mlpmem_ds.stages.exchange import export_datastore
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,7 +12,10 @@ def main(argv: list[str] | None = None) -> int:
         export_datastore.Config,
         export_datastore.run,
         argv=argv,
-        description="Write datastore.arrow (keys, vals) and targets.arrow (id_cnt, token_id, prob, label). Needs pyarrow.",
+        description=(
+            "Write datastore.arrow (keys, vals) and targets.arrow (id_cnt, token_id, prob, label). Needs"
+            " pyarrow."
+        ),
         example="python tools/export_datastore.py --keys run/keys --targets run/targets --output run/arrow",
     )
 

@@ -12,9 +12,14 @@ def main(argv: list[str] | None = None) -> int:
         extract_keys.Config,
         extract_keys.run,
         argv=argv,
-        description="Run a frozen causal LM over a corpus and store each position's key, value, log-probability and "
-        "memory input. Start it under torchrun, mpirun, srun or deepspeed to share the work.",
-        example="torchrun --nproc-per-node 2 tools/extract_keys.py --model run/base --corpus run/corpus --output run/keys",
+        description=(
+            "Run a frozen causal LM over a corpus and store each position's key, value, log-probability and "
+            "memory input. Start it under torchrun, mpirun, srun or deepspeed to share the work."
+        ),
+        example=(
+            "torchrun --nproc-per-node 2 tools/extract_keys.py --model run/base --corpus run/corpus --output"
+            " run/keys"
+        ),
     )
 
 

@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages.conversion import import_datastore
+from mlpmem_ds.stages.exchange import import_datastore
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,8 +12,14 @@ def main(argv: list[str] | None = None) -> int:
         import_datastore.Config,
         import_datastore.run,
         argv=argv,
-        description="Convert the Arrow files of the method's public code: datastores (keys, vals) and targets. Needs pyarrow.",
-        example="python tools/import_datastore.py --datastore dstore.arrow --targets knn.arrow --model BASE --output run",
+        description=(
+            "Convert the Arrow files of the method's public code: datastores (keys, vals) and targets. Needs"
+            " pyarrow."
+        ),
+        example=(
+            "python tools/import_datastore.py --datastore dstore.arrow --targets knn.arrow --model BASE"
+            " --output run"
+        ),
     )
 
 

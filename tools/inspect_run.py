@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages.planning import inspect_run
+from mlpmem_ds.stages.inspection import inspect_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,8 +12,10 @@ def main(argv: list[str] | None = None) -> int:
         inspect_run.Config,
         inspect_run.run,
         argv=argv,
-        description="Look at a run directory (or one stage's): what is there, complete or not, every checksum. "
-        "Exit code 2 where something is damaged.",
+        description=(
+            "Look at a run directory (or one stage's): what is there, complete or not, every checksum. "
+            "Exit code 2 where something is damaged."
+        ),
         example="python tools/inspect_run.py run",
     )
 

@@ -12,7 +12,9 @@ def main(argv: list[str] | None = None) -> int:
         plan.Config,
         lambda config, world: sys.stdout.write(plan.table(plan.run(config, world))),
         argv=argv,
-        description="Say what a run will need before it starts: bytes, time, memory and GPU hours of every stage.",
+        description=(
+            "Say what a run will need before it starts: bytes, time, memory and GPU hours of every stage."
+        ),
         example="python tools/plan.py --positions 1000000000 --model Qwen/Qwen2.5-1.5B --gpus 8 --ranks 8",
     )
 

@@ -12,10 +12,14 @@ def main(argv: list[str] | None = None) -> int:
         prepare_corpus.Config,
         prepare_corpus.run,
         argv=argv,
-        description="Tokenize text, Markdown, source code, JSON lines, Parquet, webdataset tars or data sets of `datasets` "
-        "into a corpus with train, tuning and test splits.",
-        example="python tools/prepare_corpus.py --input books/ --tokenizer train:4096 --output run/corpus "
-        "--tuning-fraction .05 --test-fraction .05",
+        description=(
+            "Tokenize text, Markdown, source code, JSON lines, Parquet, webdataset tars or data sets of"
+            " `datasets` into a corpus with train, tuning and test splits."
+        ),
+        example=(
+            "python tools/prepare_corpus.py --input books/ --tokenizer train:4096 --output run/corpus "
+            "--tuning-fraction .05 --test-fraction .05"
+        ),
     )
 
 

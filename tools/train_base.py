@@ -4,7 +4,7 @@
 import sys
 
 from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages.training import train_base
+from mlpmem_ds.stages.base import train_base
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,8 +12,13 @@ def main(argv: list[str] | None = None) -> int:
         train_base.Config,
         train_base.run,
         argv=argv,
-        description="Train a GPT-2-like language model on a corpus, or train an existing model on; any number of ranks.",
-        example="torchrun --nproc-per-node 2 tools/train_base.py --corpus run/corpus --output run/base --epochs 8",
+        description=(
+            "Train a GPT-2-like language model on a corpus, or train an existing model on; any number of"
+            " ranks."
+        ),
+        example=(
+            "torchrun --nproc-per-node 2 tools/train_base.py --corpus run/corpus --output run/base --epochs 8"
+        ),
     )
 
 

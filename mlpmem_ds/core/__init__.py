@@ -1,1 +1,2 @@
-"""The ground floor: world, blocks, configuration, files, stage directories, logs. Imports nothing else of ours."""
+"""The ground floor: world, blocks, configuration, files, stage directories, logs. Imports nothing else of
+ours."""

@@ -1,4 +1,5 @@
-"""Arithmetic of [start, stop) ranges: who owns which block, and which window of tokens predicts which positions."""
+"""Arithmetic of [start, stop) ranges: who owns which block, and which window of tokens predicts which
+positions."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Block(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Tokens [context_start, stop) go through the base; the positions [start, stop) are taken from the result."""
+    """Tokens [context_start, stop) go through the base; the positions [start, stop) are taken from the
+    result."""
 
     context_start: int
     start: int
@@ -40,7 +42,8 @@ def deal(items: Sequence[Item], rank: int, size: int) -> list[Item]:
 
 
 class WindowSequence(Sequence[Window]):
-    """The windows of a stream, by arithmetic: nothing is listed, whatever the stream's length. See `split_windows`."""
+    """The windows of a stream, by arithmetic: nothing is listed, whatever the stream's length. See
+    `split_windows`."""
 
     def __init__(self, total: int, block_size: int, stride: int) -> None:
         if not 1 <= stride <= block_size:

@@ -1,8 +1,10 @@
-"""Who is at a unit: a claim file beside the units' records, so that ranks that share only a file system waste no work.
+"""Who is at a unit: a claim file beside the units' records, so that ranks that share only a file system waste
+no work.
 
-A claim is a courtesy, not a lock: units are pure functions and files are published whole, so two processes at one unit
-do harm to nothing but time. That is why a claim may be broken as soon as its holder looks dead: on this host by its
-process id, elsewhere when its file has not been touched for a minute (a thread of the holder touches it).
+A claim is a courtesy, not a lock: units are pure functions and files are published whole, so two processes at
+one unit do harm to nothing but time. That is why a claim may be broken as soon as its holder looks dead: on
+this host by its process id, elsewhere when its file has not been touched for a minute (a thread of the holder
+touches it).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _SECONDS_TO_WRITE = 5.0
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[bool]:
-    """Hold the claim while the block runs, and remove it afterwards; gives False where another live process holds it."""
+    """Hold the claim while the block runs, and remove it afterwards; gives False where another live process
+    holds it."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:

@@ -1,7 +1,8 @@
-"""From a frozen dataclass to a command line: each field is a flag, its metadata the help, its default the default.
+"""From a frozen dataclass to a command line: each field is a flag, its metadata the help, its default the
+default.
 
-Flags are spelled with hyphens (`--block-size`) and accepted with underscores too (`--block_size`), which is how
-DeepSpeed's users write them.
+Flags are spelled with hyphens (`--block-size`) and accepted with underscores too (`--block_size`), which is
+how DeepSpeed's users write them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mlpmem_ds.core.errors import UserError
 
 ConfigType = TypeVar("ConfigType")
 _WIDTH = 118  # columns of the help
-_MOST_DIGITS = 20  # of a whole number, so that 1e999999 is refused and not written out
+_MAX_DIGITS = 20  # of a whole number, so that 1e999999 is refused and not written out
 
 
 def option(
@@ -41,11 +42,12 @@ def option(
     Args:
         help: one line with the unit.
         default: left out for a required flag.
-        identity: whether the field decides the bytes of the result; a rerun that changes such a field is refused,
-            while the others (batch sizes, devices, threads) may change from run to run.
+        identity: whether the field decides the bytes of the result; a rerun that changes such a field is
+            refused, while the others (batch sizes, devices, threads) may change from run to run.
         parse: text to value, where the field's type alone does not say it.
         metavar: the placeholder in the help.
-        flag: the flag's name without hyphens in front, where it is not the field's (`lambda` is a word of Python).
+        flag: the flag's name without hyphens in front, where it is not the field's (`lambda` is a word of
+            Python).
         choices: the words allowed, where the type does not list them.
         positional: the value is given as a word of its own; the flag is accepted too. For a required field.
     """
@@ -64,7 +66,12 @@ def option(
 
 
 def parse_config(
-    config_class: type[ConfigType], argv: Sequence[str] | None, *, prog: str | None, description: str, example: str
+    config_class: type[ConfigType],
+    argv: Sequence[str] | None,
+    *,
+    prog: str | None,
+    description: str,
+    example: str,
 ) -> ConfigType:
     """Read a Config from the command line; on a wrong flag argparse prints the usage and exits with 2."""
     parser = argparse.ArgumentParser(
@@ -72,7 +79,9 @@ def parse_config(
         description=textwrap.fill(description, _WIDTH),
         epilog=f"example:\n  {example}",
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=_WIDTH),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=32, width=_WIDTH
+        ),
     )
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
@@ -86,7 +95,9 @@ def parse_config(
         value = values[field.name]
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{_flag(field)} {value}: give a finite number")
-    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return config_class(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )
 
 
 def _hyphenate(word: str) -> str:
@@ -105,7 +116,9 @@ def require_at_least(config: Any, least: int, names: Sequence[str]) -> None:
     """
     for name in names:
         if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}"
+            )
 
 
 def _flag(field: dataclasses.Field[Any]) -> str:
@@ -149,7 +162,7 @@ def _whole_number(word: str) -> int:
         number = Decimal(word)
     except InvalidOperation:
         number = Decimal("NaN")
-    if not number.is_finite() or number.adjusted() > _MOST_DIGITS or number != number.to_integral_value():
+    if not number.is_finite() or number.adjusted() > _MAX_DIGITS or number != number.to_integral_value():
         raise argparse.ArgumentTypeError(f"{word!r} is no whole number, such as 1000000, 1_000_000 or 1e6")
     return int(number)
 
@@ -186,7 +199,8 @@ def plain_values(config: Any) -> dict[str, Any]:
 
 
 def identity_values(config: Any) -> dict[str, Any]:
-    """Those values of the Config that decide the bytes of the result; paths are left to the inputs' hashes."""
+    """Those values of the Config that decide the bytes of the result; paths are left to the inputs'
+    hashes."""
     values = plain_values(config)
     hints = typing.get_type_hints(type(config))
     return {

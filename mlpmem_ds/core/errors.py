@@ -1,4 +1,5 @@
-"""The errors that a front-end turns into exit code 2: they are the user's to mend, and the message says how."""
+"""The errors that a front-end turns into exit code 2: they are the user's to mend, and the message says
+how."""
 
 
 class UserError(ValueError):
@@ -6,4 +7,5 @@ class UserError(ValueError):
 
 
 class DamagedDataError(UserError):
-    """A file of ours that is truncated, altered, missing or of an unknown version; names the file and the remedy."""
+    """A file of ours that is truncated, altered, missing or of an unknown version; names the file and the
+    remedy."""

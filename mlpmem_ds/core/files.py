@@ -1,7 +1,7 @@
 """Files that appear whole or not at all: temporary name, fsync, rename; and checksums of what was written.
 
-Temporary files are named `.<name>.<host>.<pid>.tmp` in the directory of their target, so that a later run on the same
-host can tell those of dead processes and remove them.
+Temporary files are named `.<name>.<host>.<pid>.tmp` in the directory of their target, so that a later run on
+the same host can tell those of dead processes and remove them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class FileRecord:
 
 def sha256_of_file(path: Path) -> str:
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256(stream)
+        )
 
 
 def _sha256(stream: Any) -> str:
@@ -64,7 +68,8 @@ def content_hash(value: Any) -> str:
 
 @contextlib.contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; on leaving, flush it to disk and rename it to `path`; on an error, remove it."""
+    """Give a temporary path to write; on leaving, flush it to disk and rename it to `path`; on an error,
+    remove it."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -103,7 +108,8 @@ def sealed_json(value: Mapping[str, Any]) -> bytes:
 def publish_array(path: Path, array: np.ndarray) -> None:
     """Write `array` as .npy (never pickled)."""
     with publish(path) as temporary, open(temporary, "wb") as stream:
-        # Not np.save: it writes past Python's streams, and then a full disk is an error without a number or a name.
+        # Not np.save: it writes past Python's streams, and then a full disk is an error without a number or a
+        # name.
         np.lib.format.write_array(_Stream(stream), array, allow_pickle=False)
 
 
@@ -132,11 +138,13 @@ def read_sealed_json(path: Path) -> tuple[Any, bool]:
     except FileNotFoundError as error:
         raise DamagedDataError(f"{path} is missing") from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number that is none
-        raise DamagedDataError(f"{path} is not valid JSON ({error}); restore it or remake its stage") from error
+        raise DamagedDataError(
+            f"{path} is not valid JSON ({error}); restore it or remake its stage"
+        ) from error
     except _SealError as error:
         raise DamagedDataError(
-            f"{path} is damaged: it does not have the checksum that it carries; run the stage that wrote it again, or "
-            "restore it from a copy"
+            f"{path} is damaged: it does not have the checksum that it carries; run the stage that wrote it"
+            " again, or restore it from a copy"
         ) from error
     return value, is_sealed
 
@@ -164,7 +172,8 @@ def record_file(root: Path, name: str) -> FileRecord:
 
 
 def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> str | None:
-    """Say what is wrong with a published file, or None: missing, another size, or (if asked) another checksum."""
+    """Say what is wrong with a published file, or None: missing, another size, or (if asked) another
+    checksum."""
     path = root / record.name
     if not path.is_file():
         return f"{path} is missing"

@@ -1,8 +1,10 @@
-"""What each front-end does: parse, run, exit code. 0 done; 2 the user's to mend, with the remedy; 130 interrupted.
+"""What each front-end does: parse, run, exit code. 0 done; 2 the user's to mend, with the remedy; 130
+interrupted.
 
-A front-end imports this file before its stage. While the stage's libraries are loaded the garbage collector looks through a
-million objects again and again and finds nothing, and once more when the process ends: 1.7 s of a start's 4.2 s. So it waits.
-And where standard error is no terminal, those libraries are told before they are loaded to draw no progress bars into it.
+A front-end imports this file before its stage. While the stage's libraries are loaded the garbage collector
+looks through a million objects again and again and finds nothing, and once more when the process ends: 1.7 s
+of a start's 4.2 s. So it waits. And where standard error is no terminal, those libraries are told before they
+are loaded to draw no progress bars into it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _logger = logging.getLogger(__name__)
 
 
 def keep_bars_to_terminals(environment: MutableMapping[str, str], *, is_terminal: bool) -> None:
-    """Tell transformers and huggingface_hub, which look once when they are imported; a user's own word stands."""
+    """Tell transformers and huggingface_hub, which look once when they are imported; a user's own word
+    stands."""
     if not is_terminal:
         environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -39,7 +42,9 @@ keep_bars_to_terminals(os.environ, is_terminal=sys.stderr.isatty())
 
 _REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again: it continues where it was",
-    errno.EDQUOT: "raise the quota or free some space and run the same command again: it continues where it was",
+    errno.EDQUOT: (
+        "raise the quota or free some space and run the same command again: it continues where it was"
+    ),
     errno.EACCES: "choose another path or change its permissions",
     errno.EPERM: "choose another path or change its permissions",
     errno.ENOTDIR: "a part of the path is a file: choose another path",
@@ -59,7 +64,8 @@ def run_front_end(
     argv: Sequence[str] | None = None,
     command: str = "",
 ) -> int:
-    """Parse the command line into `config_class`, call `run(config, world)`, and turn the outcome into an exit code.
+    """Parse the command line into `config_class`, call `run(config, world)`, and turn the outcome into an
+    exit code.
 
     `command` is the word that was taken off before these flags, for the usage line.
     """

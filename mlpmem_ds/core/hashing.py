@@ -1,4 +1,5 @@
-"""Randomness that is a pure function of its keys: the same on every machine, whatever NumPy's or Python's version."""
+"""Randomness that is a pure function of its keys: the same on every machine, whatever NumPy's or Python's
+version."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def hash_fraction(key: str | int, seed: int = 0) -> float:
 
 
 def mix(numbers: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), elementwise: a bijection of uint64 that looks random."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014), elementwise: a bijection of uint64 that looks
+    random."""
     numbers = numbers + _GOLDEN
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,5 @@
-"""What a run says: a progress line on a terminal, plain lines elsewhere, JSON lines in the stage's log.jsonl."""
+"""What a run says: a progress line on a terminal, plain lines elsewhere, JSON lines in the stage's
+log.jsonl."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def set_up_logging(world: World, *, name: str) -> None:
-    """Send the library's messages to standard error: from rank 0 all of them, from the others warnings only."""
+    """Send the library's messages to standard error: from rank 0 all of them, from the others warnings
+    only."""
     prefix = name if world.size == 1 else f"{name} rank {world.rank}"
     logging.basicConfig(
         level=logging.WARNING,
@@ -32,7 +34,8 @@ def set_up_logging(world: World, *, name: str) -> None:
 
 
 def audible_level(world: World) -> int:
-    """The level of what one rank says for all, whichever it is: the information of ranks above 0 is not shown."""
+    """The level of what one rank says for all, whichever it is: the information of ranks above 0 is not
+    shown."""
     return logging.INFO if world.is_first else logging.WARNING
 
 
@@ -65,8 +68,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def seconds_of_stage(root: Path) -> float | None:
     """Wall-clock seconds that a stage's runs took, from its log.jsonl; None without one.
 
-    A rank is at work from its `started` to its last event before the next; where ranks overlap, time counts once. So
-    the runs of a resumed stage add up, a killed run's up to its last event.
+    A rank is at work from its `started` to its last event before the next; where ranks overlap, time counts
+    once. So the runs of a resumed stage add up, a killed run's up to its last event.
     """
     spans: list[list[float]] = []
     open_span: dict[int, list[float]] = {}
@@ -84,7 +87,8 @@ def seconds_of_stage(root: Path) -> float | None:
 
 
 class Progress:
-    """Counts work done: a tqdm bar on a terminal, else a log line with rate and time left every ten seconds (rank 0)."""
+    """Counts work done: a tqdm bar on a terminal, else a log line with rate and time left every ten seconds
+    (rank 0)."""
 
     def __init__(self, total: int, *, label: str, unit: str, world: World) -> None:
         self._total, self._label, self._unit = total, label, unit
@@ -93,14 +97,22 @@ class Progress:
         self._logger = logging.getLogger("mlpmem_ds")
         self._speaks = world.is_first
         show_bar = world.is_first and sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True) if show_bar else None
+        self._bar = (
+            tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True)
+            if show_bar
+            else None
+        )
 
     def advance(self, amount: int, note: str = "") -> None:
         self._done += amount
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
-        elif self._speaks and self._done != self._total and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+        elif (
+            self._speaks
+            and self._done != self._total
+            and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES
+        ):
             self._last = time.monotonic()
             self._logger.info(self._line(note, is_last=False))
 
@@ -117,6 +129,8 @@ class Progress:
         rate = self._done / seconds
         has_rest = not is_last and 0 < self._done < self._total
         left = f", {(self._total - self._done) / rate:.0f} s left" if has_rest else ""
-        total = max(self._total, self._done)  # units made again, or taken over from another rank, were not foreseen
+        total = max(
+            self._total, self._done
+        )  # units made again, or taken over from another rank, were not foreseen
         share = f"{self._label}: {self._done:,} of {total:,} {self._unit}"
         return f"{share} in {seconds:.0f} s ({rate:,.0f} {self._unit}/s{left}){' ' + note if note else ''}"

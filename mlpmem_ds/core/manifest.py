@@ -1,4 +1,5 @@
-"""What a later stage reads of an earlier one's directory first: its manifest, and whether its files are all there."""
+"""What a later stage reads of an earlier one's directory first: its manifest, and whether its files are all
+there."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
         raise UserError(f"{flag} {root} {state}")
     manifest = read_json(path)
     if not isinstance(manifest, dict):
-        raise DamagedDataError(f"{path} is damaged: not a JSON object; run its stage again, it writes it anew")
+        raise DamagedDataError(
+            f"{path} is damaged: not a JSON object; run its stage again, it writes it anew"
+        )
     if manifest.get("format") != f"mlpmem-{stage}":
         raise UserError(f"{flag} {root} holds {manifest.get('format')}, not mlpmem-{stage}{_remedy(stage)}")
     if manifest.get("version") != version:
@@ -63,7 +66,9 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
         ) from error
     for record in records:
         if fault := fault_of_file(root, record, checksum=False):
-            raise DamagedDataError(f"{fault}: run the stage that made {root} again, it remakes only what is damaged")
+            raise DamagedDataError(
+                f"{fault}: run the stage that made {root} again, it remakes only what is damaged"
+            )
     return manifest, sha256_of_file(path)
 
 

@@ -1,4 +1,5 @@
-"""What a run says of itself: identity.json, and how it differs from the one that is there; run.json, for people."""
+"""What a run says of itself: identity.json, and how it differs from the one that is there; run.json, for
+people."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ _VERSIONED_PACKAGES = ("torch", "transformers", "deepspeed", "faiss-cpu", "webda
 def settle_identity(
     output: Path, wanted: Mapping[str, Any], *, without_effect: Collection[str] = ()
 ) -> tuple[dict[str, Any], bool]:
-    """Write an output's identity, or compare it with the one that is there; damaged, it is written anew where it is proved.
+    """Write an output's identity, or compare it with the one that is there; damaged, it is written anew where
+    it is proved.
 
     Args:
         output: the stage's directory; made where it is not there.
@@ -36,7 +38,8 @@ def settle_identity(
         without_effect: flags that decide nothing beside the others: they are not compared.
 
     Returns:
-        the identity as it stands in the directory, and whether it is sealed (those of earlier releases are not).
+        the identity as it stands in the directory, and whether it is sealed (those of earlier releases are
+        not).
 
     Raises:
         UserError: the directory holds a run with another identity; says in what it differs.

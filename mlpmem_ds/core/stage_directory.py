@@ -1,17 +1,22 @@
-"""A stage's output directory: fixed units, each published whole with a record; the manifest last. Rerunning is resuming.
+"""A stage's output directory: fixed units, each published whole with a record; the manifest last. Rerunning
+is resuming.
 
     OUTPUT/
-      identity.json       what the bytes depend on: format, version, flags, hashes of the inputs; written first
-      run.json            the resolved flags, versions and machine of the latest start (for people; not part of the result)
+      identity.json       what the bytes depend on: format, version, flags, hashes of the inputs; written
+                          first
+      run.json            the resolved flags, versions and machine of the latest start (for people; not part
+                          of the result)
       done/<unit>.json    one record a unit: its files with sizes and checksums, and a summary
       manifest.json       written last, when every unit has its record: the directory is complete
       log.jsonl           events
 
-Identity, records and manifest carry their own checksums (core/files.py), so that a damaged one is never believed.
+Identity, records and manifest carry their own checksums (core/files.py), so that a damaged one is never
+believed.
 
-A unit is a pure function of (identity, unit name), so that any rank may compute it, at any time, and get the same
-bytes. Ranks share nothing but the file system: no rank waits for another inside a list of units. A rank that has made its
-own units makes those of the others that nobody is at (core/claims.py), so that a slow or dead rank delays nobody.
+A unit is a pure function of (identity, unit name), so that any rank may compute it, at any time, and get the
+same bytes. Ranks share nothing but the file system: no rank waits for another inside a list of units. A rank
+that has made its own units makes those of the others that nobody is at (core/claims.py), so that a slow or
+dead rank delays nobody.
 """
 
 from __future__ import annotations
@@ -77,7 +82,9 @@ class UnitWriter:
 class StageDirectory:
     """See the module's text. Made by `open_stage`; one per process and stage."""
 
-    def __init__(self, root: Path, identity: Mapping[str, Any], world: World, *, is_sealed: bool = True) -> None:
+    def __init__(
+        self, root: Path, identity: Mapping[str, Any], world: World, *, is_sealed: bool = True
+    ) -> None:
         self.root = root
         self.identity = dict(identity)
         self._identity_sha256 = content_hash(self.identity)
@@ -116,7 +123,8 @@ class StageDirectory:
         *,
         take_over: bool = True,
     ) -> int:
-        """Compute this rank's units that are not complete, then the others' that nobody is at; return how many.
+        """Compute this rank's units that are not complete, then the others' that nobody is at; return how
+        many.
 
         Args:
             units: every unit of this phase, in the same order on every rank.
@@ -130,15 +138,25 @@ class StageDirectory:
         )
         if take_over:
             self._compute_of_unit.update(dict.fromkeys(units, compute))
-            num_computed += sum(self._make(unit, compute, taken_over=True) for unit in self._without_record(units))
+            num_computed += sum(
+                self._make(unit, compute, taken_over=True) for unit in self._without_record(units)
+            )
         return num_computed
 
     def _without_record(self, units: Sequence[str]) -> Iterator[str]:
         """The others' units that have no record: each rank's last one first, for it gets there last."""
-        recorded = {entry.name for entry in os.scandir(self.root / "done")} if (self.root / "done").is_dir() else set()
+        recorded = (
+            {entry.name for entry in os.scandir(self.root / "done")}
+            if (self.root / "done").is_dir()
+            else set()
+        )
         rank, size = self.world.rank, self.world.size
         missing = [
-            [unit for unit in reversed(deal(units, (rank + step) % size, size)) if f"{unit}.json" not in recorded]
+            [
+                unit
+                for unit in reversed(deal(units, (rank + step) % size, size))
+                if f"{unit}.json" not in recorded
+            ]
             for step in range(1, size)
         ]
         for row in itertools.zip_longest(*missing):
@@ -161,7 +179,8 @@ class StageDirectory:
                 if fault is None:
                     return False
                 _logger.warning("%s: making the unit again", fault)
-                # Not complete meanwhile, for readers and for the other ranks, one of which may be about to finish.
+                # Not complete meanwhile, for readers and for the other ranks, one of which may be about to
+                # finish.
                 os.replace(self.record_path(unit), self._former_path(unit))
             self.manifest_path.unlink(missing_ok=True)
             former = self._former_files(unit)
@@ -189,7 +208,9 @@ class StageDirectory:
         except (DamagedDataError, KeyError, TypeError):
             return None
 
-    def _refuse_other_bytes(self, unit: str, former: Sequence[FileRecord] | None, files: Sequence[FileRecord]) -> None:
+    def _refuse_other_bytes(
+        self, unit: str, former: Sequence[FileRecord] | None, files: Sequence[FileRecord]
+    ) -> None:
         """A damaged unit must come out as it was: other units may have been made from it.
 
         Raises:
@@ -197,8 +218,9 @@ class StageDirectory:
         """
         if former is not None and list(former) != list(files):
             raise DamagedDataError(
-                f"unit {unit} of {self.root} was damaged and came out different when made again, so the other units may not "
-                "fit it (another machine or number of threads?): remove the directory and run again"
+                f"unit {unit} of {self.root} was damaged and came out different when made again, so the other"
+                " units may not fit it (another machine or number of threads?): remove the directory and run"
+                " again"
             )
 
     def _publish_record(self, unit: str, files: Sequence[FileRecord], summary: Mapping[str, Any]) -> None:
@@ -210,7 +232,8 @@ class StageDirectory:
         publish_json(path, record, seal=self._is_sealed)
 
     def wait_for(self, units: Sequence[str]) -> None:
-        """Wait until every unit of an earlier phase is complete; make those that nobody is at (a rank may have died)."""
+        """Wait until every unit of an earlier phase is complete; make those that nobody is at (a rank may
+        have died)."""
         self._wait_while_missing(units, lambda unit: self.fault_of_unit(unit) is not None)
 
     def _wait_while_missing(self, units: Sequence[str], is_missing: Callable[[str], bool]) -> None:
@@ -241,13 +264,14 @@ class StageDirectory:
     def finish(self, units: Sequence[str], describe: Callable[[], Mapping[str, Any]]) -> bool:
         """Publish the manifest when every unit has its record; one rank does it.
 
-        Units that live ranks are at are waited for, and made here if those ranks die: as long as one rank lives, the
-        directory is completed. Returns whether this rank is the one to speak of it: the one that completed it, or rank
-        0 where it was complete before.
+        Units that live ranks are at are waited for, and made here if those ranks die: as long as one rank
+        lives, the directory is completed. Returns whether this rank is the one to speak of it: the one that
+        completed it, or rank 0 where it was complete before.
 
         Args:
             units: every unit of every phase.
-            describe: the stage's own manifest fields, made from the units' summaries; called only when complete.
+            describe: the stage's own manifest fields, made from the units' summaries; called only when
+                complete.
         """
         others = [unit for unit in units if unit in self._compute_of_unit]
         self._wait_while_missing(others, lambda unit: not self.record_path(unit).is_file())
@@ -260,7 +284,9 @@ class StageDirectory:
             if is_done or not is_mine:
                 return False
             files = [file for unit in units for file in self.read_record(unit)["files"]]
-            publish_json(self.manifest_path, {**self.identity, **describe(), "files": files}, seal=self._is_sealed)
+            publish_json(
+                self.manifest_path, {**self.identity, **describe(), "files": files}, seal=self._is_sealed
+            )
             self.remove_what_the_dead_left()
         _logger.log(audible_level(self.world), "complete: %s (%.1f s)", self.root, seconds)
         return True
@@ -277,7 +303,8 @@ def open_stage(
     extra: Mapping[str, Any] | None = None,
     without_effect: Collection[str] = (),
 ) -> StageDirectory:
-    """Open or make a stage's output directory, refusing one that holds something else. Check the inputs before this.
+    """Open or make a stage's output directory, refusing one that holds something else. Check the inputs
+    before this.
 
     Args:
         output: the directory.
@@ -286,7 +313,8 @@ def open_stage(
         config: the stage's Config; its identity fields become part of the identity.
         inputs: name → hash of each input (manifest checksums, model fingerprints).
         extra: resolved values that decide the bytes but are not flags.
-        without_effect: flags that decide nothing beside the others that were given; they are no part of the identity.
+        without_effect: flags that decide nothing beside the others that were given; they are no part of the
+            identity.
 
     Raises:
         UserError: the directory holds files that are not this stage's, or a run with other inputs or flags.
@@ -335,12 +363,16 @@ def check_output(output: Path, *, stage: str) -> bool:
         _refuse_other_format(output, stage)
         return True
     if any(not name.startswith(".") for name in names):
-        raise UserError(f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it")
+        raise UserError(
+            f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it"
+        )
     return False
 
 
 def _refuse_other_format(output: Path, stage: str) -> None:
-    with contextlib.suppress(DamagedDataError, FileNotFoundError):  # what is damaged is judged with the whole identity
+    with contextlib.suppress(
+        DamagedDataError, FileNotFoundError
+    ):  # what is damaged is judged with the whole identity
         found = read_json(output / "identity.json")
         if isinstance(found, dict) and found.get("format") != f"mlpmem-{stage}":
             raise UserError(

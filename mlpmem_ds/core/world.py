@@ -1,6 +1,7 @@
 """The world is a value: rank and size, read from the launcher's environment once at the edge, then passed on.
 
-Launchers differ in the names they use (Open MPI, PMI, Slurm, torchrun, DeepSpeed); no launcher at all is a world of one.
+Launchers differ in the names they use (Open MPI, PMI, Slurm, torchrun, DeepSpeed); no launcher at all is a
+world of one.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 
 from mlpmem_ds.core.errors import UserError
 
-# (rank, size, local rank) in the order of trust. Slurm comes last and counts only inside a step of several tasks:
-# a plain python in an sbatch script sees SLURM_NTASKS of the job although it is one process.
+# (rank, size, local rank) in the order of trust. Slurm comes last and counts only inside a step of several
+# tasks: a plain python in an sbatch script sees SLURM_NTASKS of the job although it is one process.
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -30,7 +31,9 @@ class World:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
-            raise UserError(f"rank {self.rank} is not in a world of {self.size}: check the launcher's variables")
+            raise UserError(
+                f"rank {self.rank} is not in a world of {self.size}: check the launcher's variables"
+            )
 
     @property
     def is_first(self) -> bool:
@@ -50,8 +53,9 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
                 local_rank = int(environment.get(local_name, rank))
             except ValueError as error:
                 raise UserError(
-                    f"the launcher's {rank_name}={environment[rank_name]!r}, {size_name}={environment[size_name]!r} "
-                    "are not numbers: unset them or start through a launcher"
+                    f"the launcher's {rank_name}={environment[rank_name]!r},"
+                    f" {size_name}={environment[size_name]!r} are not numbers: unset them or start through a"
+                    " launcher"
                 ) from error
             return World(rank=rank, size=size, local_rank=local_rank)
     return World()

@@ -1,7 +1,8 @@
-"""Checkpoints of a training of many ranks: saved so that a kill at any moment leaves the last one, found and verified again.
+"""Checkpoints of a training of many ranks: saved so that a kill at any moment leaves the last one, found and
+verified again.
 
-Place in the pipeline: under `engines.deepspeed`, which gives the writer; the files on disk are `formats.checkpoint`'s. Every
-function is collective: all ranks call it alike.
+Place in the pipeline: under `engines.deepspeed`, which gives the writer; the files on disk are
+`formats.checkpoint`'s. Every function is collective: all ranks call it alike.
 """
 
 from __future__ import annotations
@@ -79,14 +80,15 @@ def save_checkpoint(
 
 
 def _prepare_place(root: Path, needed: int) -> str | None:
-    """Make the directory, remove what a killed run left there, and say so where the disk cannot hold a checkpoint."""
+    """Make the directory, remove what a killed run left there, and say so where the disk cannot hold a
+    checkpoint."""
     root.mkdir(parents=True, exist_ok=True)
     remove_unfinished(root)
     free = shutil.disk_usage(root).free
     if free < needed:
         return (
-            f"a checkpoint needs {needed / 1e9:.2f} GB, and {root} has {free / 1e9:.2f} GB free: free some space "
-            "and run the same command again, it continues from the newest checkpoint"
+            f"a checkpoint needs {needed / 1e9:.2f} GB, and {root} has {free / 1e9:.2f} GB free: free some"
+            " space and run the same command again, it continues from the newest checkpoint"
         )
     return None
 
@@ -96,14 +98,17 @@ def _give_up(place: Path, step: int, error: Exception) -> None:
     shutil.rmtree(place, ignore_errors=True)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise UserError(
-        f"the checkpoint of step {step} could not be written below {place.parent} ({reason}; "
-        f"{shutil.disk_usage(place.parent).free / 1e9:.2f} GB are free there): free some space and run the same command "
-        "again, it continues from the newest checkpoint, which is untouched"
+        f"the checkpoint of step {step} could not be written below {place.parent} ({reason};"
+        f" {shutil.disk_usage(place.parent).free / 1e9:.2f} GB are free there): free some space and run the"
+        " same command again, it continues from the newest checkpoint, which is untouched"
     ) from error
 
 
-def find_checkpoint(root: Path, *, copies: Path | None, fields: Mapping[str, Any], world: World) -> Checkpoint | None:
-    """The newest checkpoint whose files match its manifest; None where there is none at all. Damaged ones are set aside.
+def find_checkpoint(
+    root: Path, *, copies: Path | None, fields: Mapping[str, Any], world: World
+) -> Checkpoint | None:
+    """The newest checkpoint whose files match its manifest; None where there is none at all. Damaged ones are
+    set aside.
 
     Args:
         root: OUTPUT/checkpoints.
@@ -119,7 +124,9 @@ def find_checkpoint(root: Path, *, copies: Path | None, fields: Mapping[str, Any
     wait_for_all(world)
     places = [root] if copies is None else [root, copies]
     candidates = sorted(
-        (path for place in places for path in list_checkpoints(place)), key=lambda path: path.name, reverse=True
+        (path for place in places for path in list_checkpoints(place)),
+        key=lambda path: path.name,
+        reverse=True,
     )
     for path in candidates:
         faults = gather_values(fault_of_checkpoint(path, rank=world.rank, size=world.size), world)
@@ -144,6 +151,6 @@ def _refuse_other_training(checkpoint: Checkpoint, fields: Mapping[str, Any]) ->
     for name, wanted in fields.items():
         if checkpoint.manifest.get(name) != wanted:
             raise UserError(
-                f"{checkpoint.path} is of another training (its {name} differs): give each training its own --output and "
-                "--copy-to"
+                f"{checkpoint.path} is of another training (its {name} differs): give each training its own"
+                " --output and --copy-to"
             )

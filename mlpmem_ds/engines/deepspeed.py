@@ -1,9 +1,9 @@
 """DeepSpeed: process groups, its configuration file, and the ZeRO engine. No other file imports deepspeed.
 
-Place in the pipeline: under `train` and `train_base`. The library is imported inside functions, because it reads its
-environment (DS_ACCELERATOR) while it is imported. What DeepSpeed 0.19 does silently and we refuse or repair:
-unknown keys and a left "auto" are accepted; `latest` is written before every rank has finished; a missing checkpoint
-restarts from scratch; another world size or ZeRO stage cannot be loaded.
+Place in the pipeline: under `train` and `train_base`. The library is imported inside functions, because it
+reads its environment (DS_ACCELERATOR) while it is imported. What DeepSpeed 0.19 does silently and we refuse
+or repair: unknown keys and a left "auto" are accepted; `latest` is written before every rank has finished; a
+missing checkpoint restarts from scratch; another world size or ZeRO stage cannot be loaded.
 """
 
 from __future__ import annotations
@@ -57,9 +57,11 @@ def import_deepspeed() -> Any:
 
 
 def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> None:
-    """Start the process group (NCCL with CUDA, else gloo) whatever launcher started us; a world of one needs none.
+    """Start the process group (NCCL with CUDA, else gloo) whatever launcher started us; a world of one needs
+    none.
 
-    It is left when the process ends. DeepSpeed looks for the rank in the environment later too; a second call only puts it there.
+    It is left when the process ends. DeepSpeed looks for the rank in the environment later too; a second call
+    only puts it there.
 
     Raises:
         UserError: the ranks cannot find each other: MASTER_ADDR is unknown.
@@ -83,12 +85,19 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
 
 
 def resolve_ds_config(
-    path: Path, *, batch: int, batch_flag: str, world_size: int, max_micro_batch: int, gradient_clipping: float
+    path: Path,
+    *,
+    batch: int,
+    batch_flag: str,
+    world_size: int,
+    max_micro_batch: int,
+    gradient_clipping: float,
 ) -> dict[str, Any]:
     """`ds_config.resolve_numbers`, and DeepSpeed's own check of the sections; nothing is written.
 
     Raises:
-        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers or values that do not fit.
+        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers or values that
+            do not fit.
     """
     resolved = resolve_numbers(
         path,
@@ -121,7 +130,8 @@ class SavedState:
 
 
 class Engine:
-    """A model under ZeRO: steps, checkpoints, whole weights. Every method is collective: all ranks call it alike."""
+    """A model under ZeRO: steps, checkpoints, whole weights. Every method is collective: all ranks call it
+    alike."""
 
     def __init__(self, engine: Any, config: Mapping[str, Any], world: World) -> None:
         self._engine, self._config, self._world = engine, config, world
@@ -157,7 +167,8 @@ class Engine:
     def train_step(
         self, micro_batches: Sequence[tuple[Any, ...]], learning_rate: float
     ) -> list[tuple[torch.Tensor, ...]]:
-        """One optimizer step over this rank's micro-batches; what each forward returned, detached (loss first)."""
+        """One optimizer step over this rank's micro-batches; what each forward returned, detached (loss
+        first)."""
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         outputs = []
@@ -212,7 +223,9 @@ class Engine:
 
     # -- checkpoints
 
-    def save(self, root: Path, step: int, *, fields: Mapping[str, Any], values: Mapping[str, Any], keep: int) -> Path:
+    def save(
+        self, root: Path, step: int, *, fields: Mapping[str, Any], values: Mapping[str, Any], keep: int
+    ) -> Path:
         """Publish the checkpoint of `step` below `root` and remove all but the newest `keep`; where it is.
 
         Args:
@@ -255,7 +268,8 @@ class Engine:
             fields: the manifest's description of what is trained; a copy of another training is refused.
 
         Raises:
-            UserError: there are checkpoints and none of them is whole, or the ZeRO stage cannot be changed to this one.
+            UserError: there are checkpoints and none of them is whole, or the ZeRO stage cannot be changed to
+                this one.
         """
         checkpoint = find_checkpoint(root, copies=copies, fields=fields or {}, world=self._world)
         if checkpoint is None:
@@ -270,7 +284,9 @@ class Engine:
         if same_layout:
             path, _ = self._engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
             if path is None:
-                raise UserError(f"DeepSpeed found nothing to load in {checkpoint.path}: restore it from a copy")
+                raise UserError(
+                    f"DeepSpeed found nothing to load in {checkpoint.path}: restore it from a copy"
+                )
             return
         if 0 in (saved_stage, self.stage):
             raise UserError(
@@ -327,7 +343,7 @@ def build_engine(
     """Make the model (under zero.Init at stage 3, so that no rank ever holds the whole) and wrap it.
 
     Args:
-        make_model: each leaf must initialise itself in its own __init__.
+        make_model: each leaf must initialize itself in its own __init__.
         config: resolved.
         settings: of the optimizer.
         seed: of the initial weights, the same on all ranks.
@@ -338,20 +354,29 @@ def build_engine(
     config = json.loads(json.dumps(config))  # DeepSpeed writes into it
     random.seed(seed)
     torch.manual_seed(seed)
-    with deepspeed.zero.Init(config_dict_or_path=config) if zero_stage(config) == 3 else contextlib.nullcontext():
+    with (
+        deepspeed.zero.Init(config_dict_or_path=config)
+        if zero_stage(config) == 3
+        else contextlib.nullcontext()
+    ):
         model = make_model()
     if prepare is not None:
         prepare(model)
     optimizer = _make_optimizer(model, config, settings)
     with contextlib.redirect_stdout(io.StringIO()):  # stage 1 prints its memory in a dozen lines
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
     if world.size == 1 and hasattr(engine.optimizer, "get_grads_for_reduction"):
-        # Stage 1 would round the float32 sums to what ranks exchange, and back, though there is nobody to exchange them with.
+        # Stage 1 would round the float32 sums to what ranks exchange, and back, though there is nobody to
+        # exchange them with.
         engine.enable_backward_allreduce = False
     return Engine(engine, config, world)
 
 
-def _make_optimizer(model: nn.Module, config: Mapping[str, Any], settings: AdamWSettings) -> torch.optim.Optimizer:
+def _make_optimizer(
+    model: nn.Module, config: Mapping[str, Any], settings: AdamWSettings
+) -> torch.optim.Optimizer:
     """AdamW at learning rate 0 (each step sets it); biases and norms are not decayed."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -359,7 +384,9 @@ def _make_optimizer(model: nn.Module, config: Mapping[str, Any], settings: AdamW
         {"params": [p for p in parameters if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    offloads = (
+        config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    )
     if offloads and config.get("zero_force_ds_cpu_optimizer", True):
         adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
         optimizer: torch.optim.Optimizer = adam(groups, lr=0.0, betas=settings.betas, eps=settings.epsilon)

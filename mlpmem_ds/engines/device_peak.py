@@ -1,4 +1,5 @@
-"""How many matrix operations a second a device does at best: the denominator of MFU (model FLOPs utilisation).
+"""How many matrix operations a second a device does at best: the denominator of MFU (model FLOPs
+utilization).
 
 By the device's name where its data sheet is known (dense, bfloat16), else by a measured matrix product.
 """
@@ -37,7 +38,8 @@ class Peak:
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak for products of `dtype`: known by name for bfloat16 on a GPU, else the best of a few measured ones."""
+    """The peak for products of `dtype`: known by name for bfloat16 on a GPU, else the best of a few measured
+    ones."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         known = [key for key in _BFLOAT16_PEAKS if key in name]

@@ -1,8 +1,9 @@
-"""DeepSpeed's JSON file, read strictly: unknown and removed keys refused, our numbers put where it says "auto".
+"""DeepSpeed's JSON file, read strictly: unknown and removed keys refused, our numbers put where it says
+"auto".
 
-Place in the pipeline: under `train` and `train_base`, before anything is written. DeepSpeed itself accepts unknown keys and a
-left "auto" in silence. What only DeepSpeed can judge (the ZeRO section's values) is checked by its own classes, which
-`engines.deepspeed` passes in.
+Place in the pipeline: under `train` and `train_base`, before anything is written. DeepSpeed itself accepts
+unknown keys and a left "auto" in silence. What only DeepSpeed can judge (the ZeRO section's values) is
+checked by its own classes, which `engines.deepspeed` passes in.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ _REFUSED = {
     "optimizer": "remove it: the optimizer is AdamW, set by --learning-rate and --weight-decay",
     "scheduler": "remove it: the schedule is set by --schedule and --warmup-fraction",
     "fp16": "remove it and use bf16: the loss here is never scaled",
-    "elasticity": "remove it: --batch-positions fixes the batch at any number of GPUs, and a rerun resumes on another",
+    "elasticity": (
+        "remove it: --batch-positions fixes the batch at any number of GPUs, and a rerun resumes on another"
+    ),
     "nebula": "remove it: checkpoints are published by this program",
     "amp": "remove it and use bf16",
     "compression_training": "remove it: DeepSpeed's compression is gone",
-    "quantize_training": "remove it: DeepSpeed's quantised training is gone",
+    "quantize_training": "remove it: DeepSpeed's quantized training is gone",
     "sparse_gradients": "remove it: gradients here are dense",
     "sparse_attention": "remove it: the memory has no attention",
     "eigenvalue": "remove it: DeepSpeed no longer has it",
@@ -73,7 +76,9 @@ _REFUSED = {
     "autotuning": "remove it and set --micro-batch-positions",
 }
 _REFUSED_ZERO = {
-    "mics_shard_size": "remove it: DeepSpeed no longer has MiCS; zero_hpz_partition_size keeps shards inside a node",
+    "mics_shard_size": (
+        "remove it: DeepSpeed no longer has MiCS; zero_hpz_partition_size keeps shards inside a node"
+    ),
     "mics_hierarchical_params_gather": "remove it: DeepSpeed no longer has MiCS",
     "zeropp_loco_param": "remove it: DeepSpeed no longer has it",
     "elastic_checkpoint": "remove it: another world size resumes by itself",
@@ -81,7 +86,13 @@ _REFUSED_ZERO = {
 
 
 def resolve_numbers(
-    path: Path, *, batch: int, batch_flag: str, world_size: int, max_micro_batch: int, gradient_clipping: float
+    path: Path,
+    *,
+    batch: int,
+    batch_flag: str,
+    world_size: int,
+    max_micro_batch: int,
+    gradient_clipping: float,
 ) -> dict[str, Any]:
     """Read a DeepSpeed JSON strictly, and put our numbers where it says "auto".
 
@@ -94,7 +105,8 @@ def resolve_numbers(
         gradient_clipping: norm, 0 = none.
 
     Raises:
-        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers that do not fit.
+        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers that do not
+            fit.
     """
     config = _read_ds_config(path)
     _refuse_keys(path, config)
@@ -109,20 +121,22 @@ def resolve_numbers(
         micro = next(size for size in range(min(share, max_micro_batch), 0, -1) if share % size == 0)
     if not isinstance(micro, int) or micro < 1 or share % micro:
         raise UserError(
-            f"{path}: {_MICRO_BATCH} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,} over "
+            f"{path}: {_MICRO_BATCH} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,}"
+            " over "
             f'{world_size} ranks: write "auto"'
         )
     derived = {_MICRO_BATCH: micro, _ACCUMULATION: share // micro, "train_batch_size": batch}
     for name, value in derived.items():
         if config.get(name, _AUTO) not in (_AUTO, value):
             raise UserError(
-                f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks with "
+                f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks"
+                " with "
                 f'micro-batches of {micro:,} makes it {value:,}: write "auto" or leave it out'
             )
     if config.get(_CLIPPING, _AUTO) not in (_AUTO, gradient_clipping):
         raise UserError(
-            f"{path}: {_CLIPPING} is {config[_CLIPPING]!r}, but --gradient-clipping is {gradient_clipping}: write "
-            '"auto", or give the flag the same number'
+            f"{path}: {_CLIPPING} is {config[_CLIPPING]!r}, but --gradient-clipping is {gradient_clipping}:"
+            ' write "auto", or give the flag the same number'
         )
     resolved = {**config, **derived, _CLIPPING: gradient_clipping}
     for place in _find_auto(resolved):
@@ -172,7 +186,8 @@ def _find_auto(value: Any, place: str = "") -> Iterator[str]:
 
 
 def check_sections(path: Path, config: Mapping[str, Any], load: Callable[[str], Any]) -> None:
-    """Let DeepSpeed check the sections' keys and values now, before anything is written; `load` gives a module of its.
+    """Let DeepSpeed check the sections' keys and values now, before anything is written; `load` gives a
+    module of its.
 
     Raises:
         UserError: a section that it refuses, or an offload to NVMe that cannot work here.
@@ -186,7 +201,9 @@ def check_sections(path: Path, config: Mapping[str, Any], load: Callable[[str], 
             raise UserError(f"{path}: {name} must be an object, not {section!r}")
         try:
             getattr(load(module), model)(**section)
-        except Exception as error:  # pydantic's own family, which this file would only know by importing pydantic
+        except (
+            Exception
+        ) as error:  # pydantic's own family, which this file would only know by importing pydantic
             lines = [line.strip() for line in str(error).splitlines()]
             raise UserError(
                 f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key"

@@ -1,10 +1,10 @@
 """Pipeline: keys → **inverted-file index** → targets and evaluation. The only file that imports faiss.
 
-Vectors are int8 codes (as float32 inside faiss) or raw float keys. For codes the coarse centroids are rounded to int8 while
-they are trained and before any list is filled: then every comparison that places a key or chooses a query's lists is of
-exact integers, the same for any batch, number of threads and machine, with ties to the lower list number. Faiss sees those
-centroids as its ordinary coarse quantizer. Raw keys, and factories that transform the vectors first (OPQ, PCA), go through
-float32 in fixed batches.
+Vectors are int8 codes (as float32 inside faiss) or raw float keys. For codes the coarse centroids are rounded
+to int8 while they are trained and before any list is filled: then every comparison that places a key or
+chooses a query's lists is of exact integers, the same for any batch, number of threads and machine, with ties
+to the lower list number. Faiss sees those centroids as its ordinary coarse quantizer. Raw keys, and factories
+that transform the vectors first (OPQ, PCA), go through float32 in fixed batches.
 
 Shape legend: N vectors, Q queries, D dimensions, L lists, P probed lists of a query, K neighbours, S shards.
 """
@@ -43,11 +43,13 @@ _FILL_ROWS = 1 << 14  # vectors at hand as float32 while a shard is filled
 
 
 def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) -> tuple[str, str]:
-    """The factory string for N vectors of D dimensions in this memory (None: enough), and the reason in words.
+    """The factory string for N vectors of D dimensions in this memory (None: enough), and the reason in
+    words.
 
-    Lists: the power of two nearest to 4·sqrt(N), but at least 192 keys a list, so that 64 training points a list are at
-    most a third of the keys. Codes: one byte for each 4 dimensions, down to 16 while the index would fill more than half of the
-    memory; half a byte, or the vector itself, where there are too few keys to train a product quantizer.
+    Lists: the power of two nearest to 4·sqrt(N), but at least 192 keys a list, so that 64 training points a
+    list are at most a third of the keys. Codes: one byte for each 4 dimensions, down to 16 while the index
+    would fill more than half of the memory; half a byte, or the vector itself, where there are too few keys
+    to train a product quantizer.
     """
     wanted = 2 ** round(np.log2(4 * np.sqrt(max(num_vectors, 1))))
     most = max(1, num_vectors // _MIN_KEYS_PER_LIST)
@@ -56,15 +58,25 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) 
     bits = next((bits for bits in (8, 4) if num_vectors >= _MIN_POINTS_PER_CENTROID * 2**bits), 0)
     if not bits:
         return f"IVF{num_lists},Flat", f"{reason}; too few to train a product quantizer, so whole vectors"
-    divisors = [parts for parts in range(max(1, dim // 4), max(1, dim // 16) - 1, -1) if dim % parts == 0] or [1]
+    divisors = [
+        parts for parts in range(max(1, dim // 4), max(1, dim // 16) - 1, -1) if dim % parts == 0
+    ] or [1]
     parts = divisors[0]
     if memory_bytes is not None:
-        fitting = (parts for parts in divisors if 2 * num_vectors * (parts * bits // 8 + _ID_BYTES) <= memory_bytes)
+        fitting = (
+            parts for parts in divisors if 2 * num_vectors * (parts * bits // 8 + _ID_BYTES) <= memory_bytes
+        )
         parts = next(fitting, divisors[-1])
         if parts != divisors[0]:
-            reason += f"; {divisors[0]} bytes a key would fill more than half of {memory_bytes / 1e9:.1f} GB of memory"
+            reason += (
+                f"; {divisors[0]} bytes a key would fill more than half of {memory_bytes / 1e9:.1f} GB of"
+                " memory"
+            )
     suffix = "" if bits == 8 else f"x{bits}"
-    return f"IVF{num_lists},PQ{parts}{suffix}", f"{reason}; {bits} bits for each {dim // parts} of {dim} dimensions"
+    return (
+        f"IVF{num_lists},PQ{parts}{suffix}",
+        f"{reason}; {bits} bits for each {dim // parts} of {dim} dimensions",
+    )
 
 
 def index_bytes(factory: str, dim: int, num_vectors: int, num_shards: int) -> int:
@@ -80,13 +92,14 @@ def num_gpus() -> int:
 
 
 def check_factory(factory: str, dim: int, num_vectors: int) -> int:
-    """Make sure that `factory` gives an inverted file that N vectors of D dimensions can train; return its number of lists.
+    """Make sure that `factory` gives an inverted file that N vectors of D dimensions can train; return its
+    number of lists.
 
     Raises:
         ValueError: with the remedy.
     """
     index = _make(factory, dim)
-    ivf, needed = _inverted_file(index), _most_centroids(index)
+    ivf, needed = _inverted_file(index), _max_centroids(index)
     if num_vectors < needed:
         raise ValueError(
             f"factory {factory!r} needs at least {needed:,} keys to train and there are {num_vectors:,}: "
@@ -97,21 +110,24 @@ def check_factory(factory: str, dim: int, num_vectors: int) -> int:
 
 def num_training_vectors(factory: str, dim: int) -> int:
     """How many vectors training makes use of: 64 for each centroid."""
-    return POINTS_PER_CENTROID * _most_centroids(_make(factory, dim))
+    return POINTS_PER_CENTROID * _max_centroids(_make(factory, dim))
 
 
-def _most_centroids(index: Index) -> int:
+def _max_centroids(index: Index) -> int:
     """Of the coarse quantizer, the code's, and those of the 8-bit code that OPQ trains its rotation with."""
     ivf = _inverted_file(index)
     quantizer = getattr(ivf, "pq", None)
     chain: Any = index.chain if isinstance(index, faiss.IndexPreTransform) else None
-    steps = [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size() if chain else 0)]
+    steps = [
+        faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size() if chain else 0)
+    ]
     rotates = any(isinstance(step, faiss.OPQMatrix) for step in steps)
     return int(max(ivf.nlist, 0 if quantizer is None else quantizer.ksub, 256 if rotates else 0))
 
 
 def train(vectors_ND: Array, factory: str, *, seed: int = 0, two_level_above: int = TWO_LEVEL_ABOVE) -> Index:
-    """Train the coarse quantizer and the code of an empty index on a sample; int8 vectors give integer centroids.
+    """Train the coarse quantizer and the code of an empty index on a sample; int8 vectors give integer
+    centroids.
 
     Above `two_level_above` lists the coarse quantizer is trained in two levels.
     """
@@ -123,7 +139,9 @@ def train(vectors_ND: Array, factory: str, *, seed: int = 0, two_level_above: in
     if hasattr(ivf, "do_polysemous_training"):
         ivf.do_polysemous_training = False  # it only orders the codes for a Hamming filter, in 80 s of the 90
     if hasattr(ivf, "use_precomputed_table"):
-        ivf.use_precomputed_table = -1  # nlist x M x 1 kB that only a search reads; it is made when the index is read
+        ivf.use_precomputed_table = (
+            -1
+        )  # nlist x M x 1 kB that only a search reads; it is made when the index is read
     stride = max(1, len(vectors_ND) // max(_CODE_TRAINING_VECTORS, ivf.nlist))
     if vectors_ND.dtype == np.int8 and not isinstance(index, faiss.IndexPreTransform):
         centroids_LD = integer_centroids(
@@ -172,7 +190,8 @@ def _two_level_centroids(vectors_ND: Array, num_lists: int, seed: int) -> Array:
 
 
 def fill(index: Index, vectors_ND: Array, ids_N: Array) -> None:
-    """Add vectors under their ids (int64), each to its nearest list; a fixed number of them is at hand as float32."""
+    """Add vectors under their ids (int64), each to its nearest list; a fixed number of them is at hand as
+    float32."""
     ids_N = np.ascontiguousarray(ids_N, dtype=np.int64)
     for start in range(0, len(ids_N), _FILL_ROWS):
         rows = slice(start, start + _FILL_ROWS)
@@ -219,8 +238,9 @@ def search(shards: Sequence[Index], queries_QD: Array, k: int, nprobe: int) -> t
 def join(shards: Sequence[Index]) -> Index:
     """One index of all the shards' keys, in memory; the shards are left empty.
 
-    `search` then gives the same result sooner: the tables of distances to a list's code words are made once a probed
-    list, not once for each shard (4 shards, 1,024 lists, 32 probes: 1.04 ms of processor time a query before, 0.48 after).
+    `search` then gives the same result sooner: the tables of distances to a list's code words are made once a
+    probed list, not once for each shard (4 shards, 1,024 lists, 32 probes: 1.04 ms of processor time a query
+    before, 0.48 after).
     """
     first, *others = shards
     for other in others:
@@ -314,13 +334,15 @@ def _device() -> torch.device:
 
 
 def _bound(parameters: Any, seed: int, iterations: int) -> None:
-    """Make a k-means of faiss repeatable and of known cost; it warns on standard error unless few points are allowed."""
+    """Make a k-means of faiss repeatable and of known cost; it warns on standard error unless few points are
+    allowed."""
     parameters.niter, parameters.seed = iterations, seed
     parameters.min_points_per_centroid, parameters.max_points_per_centroid = 1, POINTS_PER_CENTROID
 
 
 def _transform(index: Index, vectors_ND: Array) -> Array:
-    """What the inverted file sees of the vectors: themselves, or what the transforms before it make of them."""
+    """What the inverted file sees of the vectors: themselves, or what the transforms before it make of
+    them."""
     chain: Any = index.chain if isinstance(index, faiss.IndexPreTransform) else None
     for number in range(chain.size() if chain else 0):
         vectors_ND = faiss.downcast_VectorTransform(chain.at(number)).apply(vectors_ND.astype(np.float32))
@@ -328,12 +350,15 @@ def _transform(index: Index, vectors_ND: Array) -> Array:
 
 
 def _nearest_lists(index: Index, vectors_QD: Array, nprobe: int) -> tuple[Array, Array]:
-    """(list numbers int64, squared distances float32), both [Q, P], of vectors as the inverted file sees them."""
+    """(list numbers int64, squared distances float32), both [Q, P], of vectors as the inverted file sees
+    them."""
     ivf = _inverted_file(index)
     centroids_LD = ivf.quantizer.reconstruct_n(0, ivf.nlist)
     if vectors_QD.dtype == np.int8 and (centroids_LD == centroids_LD.astype(np.int8)).all():
         centroids_LD = centroids_LD.astype(np.int8)
-    vectors = torch.from_numpy(np.require(vectors_QD, requirements=["C", "W"]))  # a read-only memory map is copied
+    vectors = torch.from_numpy(
+        np.require(vectors_QD, requirements=["C", "W"])
+    )  # a read-only memory map is copied
     return nearest_centroids(vectors, torch.from_numpy(centroids_LD).to(_device()), nprobe)
 
 
@@ -343,9 +368,13 @@ def _merge(distances_QC: Array, ids_QC: Array, k: int) -> tuple[Array, Array]:
     distances_QC = np.where(missing_QC, np.float32(np.inf), np.maximum(distances_QC, 0))
     if ids_QC.max(initial=0) >= 1 << 32:
         order_QK = np.lexsort((ids_QC, distances_QC), axis=1)[:, :k]
-        return np.take_along_axis(distances_QC, order_QK, axis=1), np.take_along_axis(ids_QC, order_QK, axis=1)
+        return np.take_along_axis(distances_QC, order_QK, axis=1), np.take_along_axis(
+            ids_QC, order_QK, axis=1
+        )
     # A non-negative float orders like its bits: one integer sort, eight times as fast.
-    packed_QC = (distances_QC.view(np.int32).astype(np.int64) << 32) | np.where(missing_QC, 0xFFFFFFFF, ids_QC)
+    packed_QC = (distances_QC.view(np.int32).astype(np.int64) << 32) | np.where(
+        missing_QC, 0xFFFFFFFF, ids_QC
+    )
     if k < packed_QC.shape[1]:
         packed_QC.partition(k - 1, axis=1)
     packed_QK = np.sort(packed_QC[:, :k], axis=1)

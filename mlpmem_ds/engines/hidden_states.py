@@ -1,7 +1,7 @@
 """The base's forward pass over a corpus: hidden states and label log-probabilities, position by position.
 
-`StateSource` is the protocol that another engine has to meet: a batch of token blocks in, the wanted states and the
-final hidden states' log-probabilities out. `TransformersSource` is the one we ship.
+`StateSource` is the protocol that another engine has to meet: a batch of token blocks in, the wanted states
+and the final hidden states' log-probabilities out. `TransformersSource` is the one we ship.
 
 B windows, S tokens, D width, n positions.
 """
@@ -45,7 +45,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStates:
-    """What one batch of windows gives: named states [B, S, D] as float32 on the CPU, and the final ones on the device."""
+    """What one batch of windows gives: named states [B, S, D] as float32 on the CPU, and the final ones on
+    the device."""
 
     states: Mapping[str, torch.Tensor]
     final_BSD: torch.Tensor
@@ -61,8 +62,8 @@ class StateSource(Protocol):
     max_context: int
     dtype_name: str
     is_collective: bool
-    """whether the ranks hold the base together: then all of them must call `read` and `log_probabilities` in the same order,
-    equally often, and in one thread"""
+    """whether the ranks hold the base together: then all of them must call `read` and `log_probabilities` in
+    the same order, equally often, and in one thread"""
 
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
         """Run windows of equal length, without padding."""
@@ -83,7 +84,8 @@ class PositionStates:
 
 
 class TransformersSource:
-    """A Hugging Face causal language model as a StateSource. `layers_path` names its decoder's layers; `flag` named it."""
+    """A Hugging Face causal language model as a StateSource. `layers_path` names its decoder's layers; `flag`
+    named it."""
 
     is_collective = False
 
@@ -141,8 +143,8 @@ class TransformersSource:
                 captured = reader(tokens_BS.to(self.device))
             if self._attention == "sdpa" and any(masks):
                 _logger.warning(
-                    "%d of %d layers read windows of %d tokens with an attention mask (a sliding window that is shorter?): "
-                    "slower than without",
+                    "%d of %d layers read windows of %d tokens with an attention mask (a sliding window that"
+                    " is shorter?): slower than without",
                     sum(masks),
                     self.num_layers,
                     length,
@@ -173,14 +175,16 @@ class TransformersSource:
             return output_head(self.model)[0].to("cpu", torch.float32, copy=True)
 
     def _head(self) -> contextlib.AbstractContextManager[None]:
-        """The output head's weights at hand: where the base is spread over devices, they may lie on another or on disk."""
+        """The output head's weights at hand: where the base is spread over devices, they may lie on another
+        or on disk."""
         if not hasattr(self.model, "hf_device_map"):
             return contextlib.nullcontext()
         return align_module_device(self.model.get_output_embeddings())
 
 
 def _to_cpu(state_BSD: torch.Tensor) -> torch.Tensor:
-    """A copy through pinned memory, in the base's own dtype, that is done when the device is; on a CPU the tensor itself."""
+    """A copy through pinned memory, in the base's own dtype, that is done when the device is; on a CPU the
+    tensor itself."""
     if not state_BSD.is_cuda:
         return state_BSD
     pinned_BSD = torch.empty(state_BSD.shape, dtype=state_BSD.dtype, pin_memory=True)
@@ -216,7 +220,9 @@ def resolve_device(device: str, local_rank: int = 0) -> str:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"--device {device} is not here ({reason}): give auto, cpu, cuda or cuda:N") from error
+            raise UserError(
+                f"--device {device} is not here ({reason}): give auto, cpu, cuda or cuda:N"
+            ) from error
         return device
     return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
@@ -228,7 +234,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def check_source_reads(source: StateSource, corpus: CorpusSplit, model: str, *, flag: str = "--model") -> None:
+def check_source_reads(
+    source: StateSource, corpus: CorpusSplit, model: str, *, flag: str = "--model"
+) -> None:
     """`check_model_reads` of a base that is loaded."""
     check_model_reads(model, corpus, vocab_size=source.vocab_size, max_context=source.max_context, flag=flag)
 
@@ -255,13 +263,16 @@ def scan_positions(
     with_log_probabilities: bool = True,
     ahead: bool | None = None,
 ) -> Iterator[PositionStates]:
-    """Run the base over the windows that predict the positions of `block`; give their rows in order, batch by batch.
+    """Run the base over the windows that predict the positions of `block`; give their rows in order, batch by
+    batch.
 
-    The batches are the same whoever asks for the block, so that its rows are too. Where the log-probabilities are not wanted
-    (keys of a model that is not the memory's base), the head is not multiplied, and their array is empty.
+    The batches are the same whoever asks for the block, so that its rows are too. Where the log-probabilities
+    are not wanted (keys of a model that is not the memory's base), the head is not multiplied, and their
+    array is empty.
 
-    `ahead`: a thread runs the next batch while the caller works on this one; None = where the base is on a GPU. (On a
-    CPU both would want the same cores.) The generator must be at its end, or dropped, before the base is used otherwise.
+    `ahead`: a thread runs the next batch while the caller works on this one; None = where the base is on a
+    GPU. (On a CPU both would want the same cores.) The generator must be at its end, or dropped, before the
+    base is used otherwise.
     """
     windows = corpus.windows()
     numbers = windows.covering(block)
@@ -272,7 +283,11 @@ def scan_positions(
 
     starts = range(numbers.start, numbers.stop, batch_windows)
     if ahead is None:
-        ahead = isinstance(source, TransformersSource) and source.device.type == "cuda" and not source.is_collective
+        ahead = (
+            isinstance(source, TransformersSource)
+            and source.device.type == "cuda"
+            and not source.is_collective
+        )
     yield from _one_ahead(scan, starts) if ahead else map(scan, starts)
 
 
@@ -299,7 +314,8 @@ def _scan_batch(
     batch = source.read(torch.from_numpy(tokens), points)
     rows = [
         slice(
-            max(window.start, block.start) - window.context_start, min(window.stop, block.stop) - window.context_start
+            max(window.start, block.start) - window.context_start,
+            min(window.stop, block.stop) - window.context_start,
         )
         for window in windows
     ]

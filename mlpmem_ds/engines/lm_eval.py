@@ -1,7 +1,8 @@
-"""The one file that imports EleutherAI's lm-evaluation-harness (package lm_eval), and only when it is asked to score.
+"""The one file that imports EleutherAI's lm-evaluation-harness (package lm_eval), and only when it is asked
+to score.
 
-Works with release 0.4.13, whose HFLM takes a loaded model and whose tasks may be dicts; nothing is fetched for tasks that
-read local files.
+Works with release 0.4.13, whose HFLM takes a loaded model and whose tasks may be dicts; nothing is fetched
+for tasks that read local files.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def score_tasks(
     """Task → metric → value, of a loaded causal language model.
 
     Args:
-        tasks: names that the harness knows (with `include_path`: of YAML files there too), or whole task configurations.
+        tasks: names that the harness knows (with `include_path`: of YAML files there too), or whole task
+            configurations.
         limit: documents of each task at most.
 
     Raises:
@@ -54,7 +56,8 @@ def score_tasks(
     unknown = [task for task in tasks if isinstance(task, str) and task not in manager.all_tasks]
     if unknown:
         raise UserError(
-            f"the harness has no task {', '.join(unknown)}: `lm_eval ls tasks` lists its own; give --include-path for yours"
+            f"the harness has no task {', '.join(unknown)}: `lm_eval ls tasks` lists its own; give"
+            " --include-path for yours"
         )
     harness_model = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     results = simple_evaluate(

@@ -1,4 +1,5 @@
-"""A model's files, in a directory or fetched from the Hub: its fingerprint, its vocabulary, its directory, without loading it."""
+"""A model's files, in a directory or fetched from the Hub: its fingerprint, its vocabulary, its directory,
+without loading it."""
 
 from __future__ import annotations
 
@@ -18,20 +19,23 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def vocabulary_of_model(name_or_path: str) -> str | None:
-    """SHA-256 of a model's vocabulary, as a corpus gives its own; None where the model comes without `tokenizer.json`."""
+    """SHA-256 of a model's vocabulary, as a corpus gives its own; None where the model comes without
+    `tokenizer.json`."""
     path = model_file(name_or_path, "tokenizer.json")
     return None if path is None else vocabulary_sha256(Tokenizer.from_file(str(path)))
 
 
 def max_context_of(config: PretrainedConfig) -> int:
-    """The most tokens that a model reads at once; practically endless where its configuration names no limit."""
+    """The most tokens that a model reads at once; practically endless where its configuration names no
+    limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def check_model_reads(
     name_or_path: str, corpus: CorpusSplit, *, vocab_size: int, max_context: int, flag: str = "--model"
 ) -> None:
-    """Refuse a corpus that this model cannot read: other tokens, a larger vocabulary, or longer blocks than its context.
+    """Refuse a corpus that this model cannot read: other tokens, a larger vocabulary, or longer blocks than
+    its context.
 
     Args:
         name_or_path: the model.
@@ -62,14 +66,15 @@ def check_model_reads(
         # Either may have more tokens (added ones); but what both name must be the same.
         if there.get(token, number) != number or token_of.get(number, token) != token:
             raise UserError(
-                f"{flag} {name_or_path} has another vocabulary than the corpus: {token!r} is {number} in the corpus, and in "
-                f"the model it is {there.get(token, 'no token')} and {number} is {token_of.get(number, 'no token')!r}; "
-                "prepare the corpus with the model's own tokenizer"
+                f"{flag} {name_or_path} has another vocabulary than the corpus: {token!r} is {number} in the"
+                f" corpus, and in the model it is {there.get(token, 'no token')} and {number} is"
+                f" {token_of.get(number, 'no token')!r}; prepare the corpus with the model's own tokenizer"
             )
 
 
 def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:
-    """SHA-256 of a model's configuration and weight files, whatever its directory is called; fetches them from the Hub.
+    """SHA-256 of a model's configuration and weight files, whatever its directory is called; fetches them
+    from the Hub.
 
     Raises:
         UserError: neither a model directory nor a Hub name that can be reached, or one without weights.
@@ -77,8 +82,8 @@ def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:
     config = model_file(name_or_path, "config.json")
     if config is None:
         raise UserError(
-            f"{flag} {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a model "
-            "that the Hub gave: check the path or the network"
+            f"{flag} {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a"
+            " model that the Hub gave: check the path or the network"
         )
     digest = hashlib.sha256()
     for path in [config, *_weight_files(name_or_path, flag)]:
@@ -90,7 +95,8 @@ def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:
 
 
 def fetch_directory(name_or_path: str, *, flag: str, subdirectory: str | None = None) -> Path:
-    """Of a Hub name (OWNER/NAME), the directory with its configuration and weights, fetched if need be; else the path as it is.
+    """Of a Hub name (OWNER/NAME), the directory with its configuration and weights, fetched if need be; else
+    the path as it is.
 
     Args:
         name_or_path: what the user gave.
@@ -108,8 +114,9 @@ def fetch_directory(name_or_path: str, *, flag: str, subdirectory: str | None = 
             _weight_files(name_or_path, flag, prefix)
             return config.parent
     raise UserError(
-        f"{flag} {name_or_path} does not exist here, and the Hub gave no such model: check the path or the name, the network "
-        f"and HF_HUB_OFFLINE; or fetch it elsewhere (hf download {name_or_path} --local-dir DIR) and give that directory"
+        f"{flag} {name_or_path} does not exist here, and the Hub gave no such model: check the path or the"
+        f" name, the network and HF_HUB_OFFLINE; or fetch it elsewhere (hf download {name_or_path}"
+        " --local-dir DIR) and give that directory"
     )
 
 

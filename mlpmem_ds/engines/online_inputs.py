@@ -1,7 +1,9 @@
-"""Memory inputs computed when they are wanted: the frozen base runs beside the training, over the windows of the corpus.
+"""Memory inputs computed when they are wanted: the frozen base runs beside the training, over the windows of
+the corpus.
 
-Place in the pipeline: in `train`, where the key directory stores no inputs, and for its validation. The windows, the layer and
-the rounding to bfloat16 are those of `extract_keys`, so that the same inputs come out but for the last bit of a float sum.
+Place in the pipeline: in `train`, where the key directory stores no inputs, and for its validation. The
+windows, the layer and the rounding to bfloat16 are those of `extract_keys`, so that the same inputs come out
+but for the last bit of a float sum.
 
 S tokens of a window, D width, n positions.
 """
@@ -21,10 +23,12 @@ from mlpmem_ds.models.backbone import CapturePoint
 
 
 class OnlineInputs:
-    """Called with ranges of positions, it gives their inputs one after another: bits of bfloat16, uint16 [n, D].
+    """Called with ranges of positions, it gives their inputs one after another: bits of bfloat16, uint16 [n,
+    D].
 
     Args:
-        source: the base, as `extract_keys` ran it; if it is collective, calls are too, and need all ranks' ranges (`others`).
+        source: the base, as `extract_keys` ran it; if it is collective, calls are too, and need all ranks'
+            ranges (`others`).
         corpus: the split whose positions are meant.
         point: where the memory reads.
         batch_windows: windows that go through the base at once.
@@ -54,7 +58,10 @@ class OnlineInputs:
         """The windows that predict positions of `run`, each with those positions."""
         windows = self._corpus.windows()
         return [
-            (windows[number], Block(max(windows[number].start, run.start), min(windows[number].stop, run.stop)))
+            (
+                windows[number],
+                Block(max(windows[number].start, run.start), min(windows[number].stop, run.stop)),
+            )
             for number in windows.covering(run)
         ]
 

@@ -1,7 +1,8 @@
-"""The ranks of a training as processes: where they meet, plain values exchanged, requests to stop, and the end.
+"""The ranks of a training as processes: where they meet, plain values exchanged, requests to stop, and the
+end.
 
-Place in the pipeline: under `train` and `train_base`; torch.distributed only. `engines.deepspeed.set_up_distributed` starts
-the group.
+Place in the pipeline: under `train` and `train_base`; torch.distributed only.
+`engines.deepspeed.set_up_distributed` starts the group.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def keep_freed_memory() -> None:
 def leave_process_group() -> None:
     """Before the interpreter ends: leave the group, and let gloo's threads drop the last tensors.
 
-    They take Python's lock to do so, and one that asks for it while the interpreter is being taken down aborts the
-    process ("terminate called without an active exception", one start in four with torch 2.13).
+    They take Python's lock to do so, and one that asks for it while the interpreter is being taken down
+    aborts the process ("terminate called without an active exception", one start in four with torch 2.13).
     """
     if torch.distributed.is_initialized():
         time.sleep(_SECONDS_FOR_THREADS)
@@ -66,7 +67,10 @@ def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, in
     port = int(environment.get("MASTER_PORT", 20000 + zlib.crc32(job.encode()) % 20000))
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"], port
-    if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size) or environment.get("SLURM_NNODES") == "1":
+    if (
+        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size)
+        or environment.get("SLURM_NNODES") == "1"
+    ):
         return "127.0.0.1", port
     if "SLURM_JOB_NODELIST" in environment:
         with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
@@ -99,7 +103,8 @@ def wait_for_all(world: World) -> None:
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 (and the death of the deepspeed launcher) ask for a stop at the next step that all agree on.
+    """SIGTERM and SIGUSR1 (and the death of the deepspeed launcher) ask for a stop at the next step that all
+    agree on.
 
     The answer of a step is the one that was asked at the step before: nobody waits for it.
     """
@@ -108,7 +113,9 @@ class StopRequest:
         self._asked = False
         self._device = device
         self._pending: tuple[torch.Tensor, Any] | None = None
-        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
         self._runner = _launcher_of_launcher()
 
     def _ask(self, *_: Any) -> None:
@@ -125,7 +132,10 @@ class StopRequest:
         if self._runner is not None and _launcher_of_launcher() != self._runner:
             self._asked = True
         flag = torch.tensor([float(self._asked)], device=self._device)
-        self._pending = flag, torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._pending = (
+            flag,
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True),
+        )
         return answer
 
     def close(self) -> None:
@@ -137,7 +147,8 @@ class StopRequest:
 
 
 def _launcher_of_launcher() -> int | None:
-    """The process above DeepSpeed's per-node launcher (the `deepspeed` command); None under other launchers."""
+    """The process above DeepSpeed's per-node launcher (the `deepspeed` command); None under other
+    launchers."""
     parent = Path("/proc") / str(os.getppid())
     try:
         if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():

@@ -1,11 +1,13 @@
 """A frozen base whose weights are cut over the ranks: ZeRO stage 3 without an optimizer.
 
-Place in the pipeline: in `train`, beside the training, where the base is larger than one device. The base's weights are cut
-while they are loaded, so that no device ever holds them whole (rank 0 reads the files into its host's memory, once); a forward
-gathers those of one module after another, and those of about one layer ahead. What is computed is the same, number by number.
+Place in the pipeline: in `train`, beside the training, where the base is larger than one device. The base's
+weights are cut while they are loaded, so that no device ever holds them whole (rank 0 reads the files into
+its host's memory, once); a forward gathers those of one module after another, and those of about one layer
+ahead. What is computed is the same, number by number.
 
-A forward is collective: see `StateSource.is_collective`. Every rank must run the same modules in the same order, which holds for
-all models but those that call an expert's own module only where one of its tokens asks for it.
+A forward is collective: see `StateSource.is_collective`. Every rank must run the same modules in the same
+order, which holds for all models but those that call an expert's own module only where one of its tokens asks
+for it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from mlpmem_ds.engines.deepspeed import import_deepspeed
 from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
 from mlpmem_ds.models.backbone import decoder_layers, load_base
 
-_PERSISTENT_WIDTHS = 10  # parameters of at most so many times the width (norms, biases) stay whole on each rank
+_PERSISTENT_WIDTHS = (
+    10  # parameters of at most so many times the width (norms, biases) stay whole on each rank
+)
 
 
 class ShardedSource(TransformersSource):
@@ -52,18 +56,24 @@ class ShardedSource(TransformersSource):
         )
         if self.dtype_name == "float16" and self.device.type == "cpu":
             raise ValueError(
-                "DeepSpeed cuts no base in float16 on CPUs: leave out --base-sharding, or extract the keys with --dtype bfloat16"
+                "DeepSpeed cuts no base in float16 on CPUs: leave out --base-sharding, or extract the keys"
+                " with --dtype bfloat16"
             )
         deepspeed = import_deepspeed()
         with _cut_while_loading(self._ds_config()):
             model = load_base(path, dtype=DTYPES[self.dtype_name], device=self.device, attention=attention)
-        # The transformer without its head is what runs, as `Capture` calls it: the gathers follow its modules.
+        # The transformer without its head is what runs, as `Capture` calls it: the gathers follow its
+        # modules.
         body = model.base_model
         persistent = _PERSISTENT_WIDTHS * model.config.get_text_config().hidden_size
-        ahead = sum(parameter.ds_numel for parameter in _parameters(decoder_layers(model, self.layers_path)[0]))
+        ahead = sum(
+            parameter.ds_numel for parameter in _parameters(decoder_layers(model, self.layers_path)[0])
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
-                model=body, config=self._ds_config(persistent=persistent, ahead=ahead), dist_init_required=False
+                model=body,
+                config=self._ds_config(persistent=persistent, ahead=ahead),
+                dist_init_required=False,
             )
         head = model.get_output_embeddings()
         if head is not None and body is not model:
@@ -79,7 +89,8 @@ class ShardedSource(TransformersSource):
             yield
 
     def _ds_config(self, *, persistent: int = 0, ahead: int = 0) -> dict[str, Any]:
-        """Numbers of the largest parameter that stays whole, and numbers that are gathered ahead of the module that runs."""
+        """Numbers of the largest parameter that stays whole, and numbers that are gathered ahead of the
+        module that runs."""
         return {
             "train_micro_batch_size_per_gpu": 1,
             "bf16": {"enabled": self.dtype_name == "bfloat16"},
@@ -89,14 +100,16 @@ class ShardedSource(TransformersSource):
                 "stage3_param_persistence_threshold": persistent,
                 "stage3_prefetch_bucket_size": ahead,
                 "stage3_max_reuse_distance": 0,  # each module runs once
-                "memory_efficient_linear": False,  # it would replace torch's, for the backward's sake, in the whole process
+                # it would replace torch's, for the backward's sake, in the whole process
+                "memory_efficient_linear": False,
             },
             "steps_per_print": 1_000_000_000,
         }
 
 
 def _parameters(module: nn.Module) -> list[Any]:
-    """DeepSpeed has put attributes of its own on them: ds_numel of the whole, ds_tensor, this rank's shard."""
+    """DeepSpeed has put attributes of its own on them: ds_numel of the whole, ds_tensor, this rank's
+    shard."""
     return list(module.parameters())
 
 
@@ -112,7 +125,8 @@ def _cut_while_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 
 
 def _gather_in_forward(head: nn.Module, deepspeed: Any) -> None:
-    """The head lies outside of what DeepSpeed's engine runs; only a forward of the whole model (the check of logits) uses it."""
+    """The head lies outside of what DeepSpeed's engine runs; only a forward of the whole model (the check of
+    logits) uses it."""
     gathered = contextlib.ExitStack()
 
     def before(*_: Any) -> None:

@@ -1,7 +1,7 @@
 """Whole weights and Adam's moments, out of and into the shards of DeepSpeed's ZeRO optimizers.
 
-Place in the pipeline: under `engines.deepspeed`, which passes the library's parts in: what they are called inside the library
-is known here, and the library is not imported. All functions are collective.
+Place in the pipeline: under `engines.deepspeed`, which passes the library's parts in: what they are called
+inside the library is known here, and the library is not imported. All functions are collective.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from mlpmem_ds.engines.processes import wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint
 
 # The lists of this rank's flat float32 weights in DeepSpeed's ZeRO-3, ZeRO-1/2 and bf16 ZeRO-1 optimizers.
-_FLAT_MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+_FLAT_MASTERS = (
+    "fp32_partitioned_groups_flat",
+    "single_partition_of_fp32_groups",
+    "fp32_groups_flat_partition",
+)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -87,7 +91,9 @@ def load_other_layout(
     _make_moments(state, steps_applied)
     for name, parameter in state.module.named_parameters():
         for part in ("fp32", *_MOMENTS):
-            loaded = torch.load(universal / "zero" / name / f"{part}.pt", map_location="cpu", weights_only=True)
+            loaded = torch.load(
+                universal / "zero" / name / f"{part}.pt", map_location="cpu", weights_only=True
+            )
             tensor = loaded["param"] if isinstance(loaded, dict) else loaded
             values = tensor.reshape(-1)[: whole_size(parameter)].float()
             _set_whole(state, parameter, part, values)
@@ -113,7 +119,8 @@ def _make_moments(state: ZeroState, steps: int) -> None:
 
 
 def _set_whole(state: ZeroState, parameter: nn.Parameter, part: str, values: torch.Tensor) -> None:
-    """Write this rank's share of a parameter's float32 weight or moment; `values` is the whole of it, flat."""
+    """Write this rank's share of a parameter's float32 weight or moment; `values` is the whole of it,
+    flat."""
     fragments = state.fragments
     if state.stage < 3:
         if part == "fp32":

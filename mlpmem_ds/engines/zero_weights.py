@@ -1,6 +1,7 @@
 """Whole float32 weights out of a checkpoint's files, without a process group, an engine or a GPU.
 
-Place in the pipeline: under `convert_checkpoint`, for a training that has not finished. DeepSpeed's own converter reads them.
+Place in the pipeline: under `convert_checkpoint`, for a training that has not finished. DeepSpeed's own
+converter reads them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from mlpmem_ds.formats.weight_shards import Weight
 
 
 def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
-    """The float32 weights of a checkpoint of any ZeRO stage and world size, by name; each is read when it is asked for.
+    """The float32 weights of a checkpoint of any ZeRO stage and world size, by name; each is read when it is
+    asked for.
 
-    The files are unpickled, which runs whatever code they hold. Under ZeRO-1 and 2 all float32 weights are merged in memory.
+    The files are unpickled, which runs whatever code they hold. Under ZeRO-1 and 2 all float32 weights are
+    merged in memory.
 
     Raises:
         DamagedDataError: they are not a checkpoint that DeepSpeed can put together.
@@ -41,7 +44,8 @@ def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
                 tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
     except Exception as error:  # KeyError, ValueError, FileNotFoundError, and pickle's and zip's own
         raise DamagedDataError(
-            f"{path} cannot be put together ({type(error).__name__}: {error}): choose another --step, or restore it from a copy"
+            f"{path} cannot be put together ({type(error).__name__}: {error}): choose another --step, or"
+            " restore it from a copy"
         ) from error
     return {name: _weight(tensor) for name, tensor in tensors.items()}
 
@@ -57,16 +61,20 @@ def _optimizer_state(file: Path) -> Any:
 
 
 def _joined_fragments(path: Path, model_file: str) -> dict[str, torch.Tensor]:
-    """Each rank's file has parts of its flat groups, by name; a weight's parts follow each other in the order of the ranks."""
+    """Each rank's file has parts of its flat groups, by name; a weight's parts follow each other in the order
+    of the ranks."""
     shapes: dict[str, Any] = {}
     for group in torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)["param_shapes"]:
         shapes |= group
     files = sorted(
-        path.glob("*_optim_states.pt"), key=lambda file: int(file.name.split("zero_pp_rank_")[1].split("_")[0])
+        path.glob("*_optim_states.pt"),
+        key=lambda file: int(file.name.split("zero_pp_rank_")[1].split("_")[0]),
     )
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in shapes}
     for state in map(_optimizer_state, files):
-        for flat, places in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):
+        for flat, places in zip(
+            state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True
+        ):
             for name, place in places.items():
                 parts[name].append(flat[place.start : place.start + place.numel])
     return {name: torch.cat(parts[name]).reshape(shapes[name]) for name in shapes}
@@ -74,4 +82,6 @@ def _joined_fragments(path: Path, model_file: str) -> dict[str, torch.Tensor]:
 
 def _weight(tensor: Any) -> Weight:
     """Of a tensor, or of DeepSpeed's stand-in for one whose parts lie in several files."""
-    return Weight(shape=tuple(tensor.shape), dtype=torch.float32, read=lambda: tensor.contiguous().to(torch.float32))
+    return Weight(
+        shape=tuple(tensor.shape), dtype=torch.float32, read=lambda: tensor.contiguous().to(torch.float32)
+    )

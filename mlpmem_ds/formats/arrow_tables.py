@@ -1,9 +1,11 @@
-"""Arrow streams as the method's authors exchange them: datastores (`keys`, `vals`) and targets (one row a position).
+"""Arrow streams as the method's authors exchange them: datastores (`keys`, `vals`) and targets (one row a
+position).
 
     datastore   keys: fixed-size list of float16 [D]; vals: int32
     targets     id_cnt: int32; token_id: list of int32; prob: list of float16, falling; label: int32
 
-Files are memory-mapped, so that a table of any size costs memory for its batches' descriptions only. pyarrow is optional.
+Files are memory-mapped, so that a table of any size costs memory for its batches' descriptions only. pyarrow
+is optional.
 
 n rows, D numbers of a key, E entries of all rows.
 """
@@ -72,15 +74,17 @@ def open_arrow(paths: Sequence[Path], columns: Sequence[str], *, flag: str) -> A
             tables.append((ipc.open_file(source) if is_file else ipc.open_stream(source)).read_all())
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{flag} {path} is no whole Arrow stream ({error}): a run that wrote it may have been killed; make or "
-                "download it again"
+                f"{flag} {path} is no whole Arrow stream ({error}): a run that wrote it may have been killed;"
+                " make or download it again"
             ) from error
         if missing := [name for name in columns if name not in tables[-1].column_names]:
             raise UserError(
-                f"{flag} {path} has no column {missing[0]!r} (it has {', '.join(tables[-1].column_names)}): wanted are "
-                f"{', '.join(columns)}"
+                f"{flag} {path} has no column {missing[0]!r} (it has {', '.join(tables[-1].column_names)}):"
+                f" wanted are {', '.join(columns)}"
             )
-    whole = import_arrow("lib", path=paths[0]).concat_tables([table.select(list(columns)) for table in tables])
+    whole = import_arrow("lib", path=paths[0]).concat_tables(
+        [table.select(list(columns)) for table in tables]
+    )
     return ArrowTable(num_rows=whole.num_rows, flag=f"{flag} {paths[0]}", _table=whole)
 
 
@@ -107,7 +111,9 @@ def read_keys(table: ArrowTable, start: int, stop: int) -> np.ndarray:
     return keys_nD
 
 
-def read_rows(table: ArrowTable, start: int, stop: int, vocab_size: int) -> tuple[SparseRows, np.ndarray, np.ndarray]:
+def read_rows(
+    table: ArrowTable, start: int, stop: int, vocab_size: int
+) -> tuple[SparseRows, np.ndarray, np.ndarray]:
     """(rows with ascending ids, the mass that they lack of 1 [n], labels [n]).
 
     Raises:
@@ -120,10 +126,13 @@ def read_rows(table: ArrowTable, start: int, stop: int, vocab_size: int) -> tupl
     values_E = np.asarray(probabilities.flatten()).astype(np.float64)
     declared_n = table.numbers("id_cnt", start, stop)
     if not (
-        np.array_equal(declared_n, counts_n) and np.array_equal(np.diff(np.asarray(probabilities.offsets)), counts_n)
+        np.array_equal(declared_n, counts_n)
+        and np.array_equal(np.diff(np.asarray(probabilities.offsets)), counts_n)
     ):
         wrong_n = (declared_n != counts_n) | (np.diff(np.asarray(probabilities.offsets)) != counts_n)
-        raise table.fault(start + int(np.flatnonzero(wrong_n)[0]), "id_cnt is not the length of token_id and prob")
+        raise table.fault(
+            start + int(np.flatnonzero(wrong_n)[0]), "id_cnt is not the length of token_id and prob"
+        )
     order_E = np.lexsort((ids_E, row_of_E))
     ids_E, values_E = ids_E[order_E], values_E[order_E]
     same_E = np.zeros(len(ids_E), dtype=bool)
@@ -160,8 +169,14 @@ def write_datastore(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], 
 def write_rows(path: Path, parts: Iterable[tuple[SparseRows, np.ndarray]]) -> int:
     """Write (rows, labels [n]) batch by batch, each row by falling probability; the number of rows."""
     arrow = import_arrow("lib", path=path)
-    schema = arrow.schema([("id_cnt", arrow.int32()), ("token_id", arrow.list_(arrow.int32())),
-                           ("prob", arrow.list_(arrow.float16())), ("label", arrow.int32())])  # fmt: skip
+    schema = arrow.schema(
+        [
+            ("id_cnt", arrow.int32()),
+            ("token_id", arrow.list_(arrow.int32())),
+            ("prob", arrow.list_(arrow.float16())),
+            ("label", arrow.int32()),
+        ]
+    )
 
     def batches() -> Iterable[list[Any]]:
         for rows, labels_n in parts:
@@ -171,8 +186,12 @@ def write_rows(path: Path, parts: Iterable[tuple[SparseRows, np.ndarray]]) -> in
             offsets = arrow.array(rows.offsets.astype(np.int32))
             ids = arrow.array(rows.ids[order_E].astype(np.int32))
             values = arrow.array(rows.probabilities[order_E].astype(np.float16))
-            yield [arrow.array(counts_n.astype(np.int32)), arrow.ListArray.from_arrays(offsets, ids),
-                   arrow.ListArray.from_arrays(offsets, values), arrow.array(labels_n.astype(np.int32))]  # fmt: skip
+            yield [
+                arrow.array(counts_n.astype(np.int32)),
+                arrow.ListArray.from_arrays(offsets, ids),
+                arrow.ListArray.from_arrays(offsets, values),
+                arrow.array(labels_n.astype(np.int32)),
+            ]
 
     return _write(path, schema, batches())
 

@@ -1,14 +1,15 @@
 """Training batches: which positions make up each batch, and their inputs, labels and targets read from disk.
 
-Place in the pipeline: between `keys` and `targets` on disk and the trainer. The order is a pure function of (seed, epoch):
-blocks of positions are permuted, `window_blocks` of them in that order make a window, and the positions of a window are
-permuted among themselves. The epochs follow one another without a gap: row g of the run is row g mod N of epoch g // N.
-Global batch b is the rows [b * G, (b + 1) * G), and rank r of W takes every W-th of them from r on. So the same batches
-come in the same order at any world size, every rank has equally many, and the whole state is the number of batches done.
-At the very end the rows that do not fill a batch are left out.
+Place in the pipeline: between `keys` and `targets` on disk and the trainer. The order is a pure function of
+(seed, epoch): blocks of positions are permuted, `window_blocks` of them in that order make a window, and the
+positions of a window are permuted among themselves. The epochs follow one another without a gap: row g of the
+run is row g mod N of epoch g // N. Global batch b is the rows [b * G, (b + 1) * G), and rank r of W takes
+every W-th of them from r on. So the same batches come in the same order at any world size, every rank has
+equally many, and the whole state is the number of batches done. At the very end the rows that do not fill a
+batch are left out.
 
-Ordered by block, only the blocks are permuted, and rank r takes the r-th of W contiguous parts of a batch: then inputs that are
-not stored can be computed window by window when they are wanted (`inputs`).
+Ordered by block, only the blocks are permuted, and rank r takes the r-th of W contiguous parts of a batch:
+then inputs that are not stored can be computed window by window when they are wanted (`inputs`).
 
 N positions, G global batch, B block size, n rows of one read, I input size, E entries of sparse targets.
 """
@@ -46,7 +47,8 @@ class Window:
 
 
 class TrainingOrder:
-    """See the module's text. Holds the latest windows' permutations. By block, a window is one block in its own order."""
+    """See the module's text. Holds the latest windows' permutations. By block, a window is one block in its
+    own order."""
 
     def __init__(
         self, *, num_positions: int, block_size: int, window_blocks: int, seed: int, by_block: bool = False
@@ -88,7 +90,9 @@ class TrainingOrder:
         window = Window(
             first_row=int(starts[index]),
             blocks=tuple(chosen.tolist()),
-            positions_n=inside if self.by_block else inside[shuffled(len(inside), self._seed, epoch, 1 + index)],
+            positions_n=(
+                inside if self.by_block else inside[shuffled(len(inside), self._seed, epoch, 1 + index)]
+            ),
         )
         self._windows[epoch, index] = window
         while len(self._windows) > _WINDOWS_KEPT:
@@ -98,7 +102,8 @@ class TrainingOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Consecutive stored rows of a window, or the rows of a batch: inputs as bfloat16 bits, targets in CSR."""
+    """Consecutive stored rows of a window, or the rows of a batch: inputs as bfloat16 bits, targets in
+    CSR."""
 
     inputs_nI: np.ndarray
     values_n: np.ndarray
@@ -144,7 +149,8 @@ class InputReader(Protocol):
     """Computes inputs that are not stored."""
 
     is_collective: bool
-    """whether the ranks compute them together: then each calls this for every batch, in the thread that trains"""
+    """whether the ranks compute them together: then each calls this for every batch, in the thread that
+    trains"""
 
     def __call__(self, runs: Sequence[Block], others: Iterable[Sequence[Block]] = ()) -> np.ndarray:
         """The inputs of ranges of positions, one after another: bit patterns of bfloat16, uint16 [n, I].
@@ -208,12 +214,15 @@ class BatchReader:
             positions = self._order.positions(start, start + self._batch_positions)
         share = self._batch_positions // self._size
         first = self._rank * share
-        mine = positions[first : first + share] if self._order.by_block else positions[self._rank :: self._size]
+        mine = (
+            positions[first : first + share] if self._order.by_block else positions[self._rank :: self._size]
+        )
         finite = torch.cat([_finite_rows(part) for part in micro_batches])
         return [int(position) for position in mine[~finite.numpy()]]
 
     def _begin(self, batch: int) -> Callable[[], list[MicroBatch]]:
-        """Read all that any thread may read; the call that comes back does the rest, and belongs to the thread that trains."""
+        """Read all that any thread may read; the call that comes back does the rest, and belongs to the
+        thread that trains."""
         with self._lock:
             if not self._order.by_block:
                 micro_batches = self._cut(self._scattered_rows(batch))
@@ -223,7 +232,9 @@ class BatchReader:
             if inputs is not None and inputs.is_collective:
                 all_runs = [self._runs_of(batch, rank) for rank in range(self._size)]
                 return lambda: self._cut(dataclasses.replace(rows, inputs_nI=inputs(runs, all_runs)))
-            micro_batches = self._cut(rows if inputs is None else dataclasses.replace(rows, inputs_nI=inputs(runs)))
+            micro_batches = self._cut(
+                rows if inputs is None else dataclasses.replace(rows, inputs_nI=inputs(runs))
+            )
             return lambda: micro_batches
 
     def _cut(self, rows: Rows) -> list[MicroBatch]:
@@ -245,11 +256,13 @@ class BatchReader:
         share = self._batch_positions // self._size
         start = batch * self._batch_positions + rank * share
         return [
-            Block(int(positions[0]), int(positions[-1]) + 1) for _, positions in self._order.parts(start, start + share)
+            Block(int(positions[0]), int(positions[-1]) + 1)
+            for _, positions in self._order.parts(start, start + share)
         ]
 
     def stream(self, first: int, stop: int) -> Iterator[tuple[list[MicroBatch], float]]:
-        """The batches [first, stop), the next one read meanwhile, each with the seconds that were spent waiting for it.
+        """The batches [first, stop), the next one read meanwhile, each with the seconds that were spent
+        waiting for it.
 
         What the ranks compute together is computed when its batch is wanted, and counts as waiting.
         """

@@ -1,7 +1,8 @@
 """Training checkpoints (DeepSpeed's files, published by us) and the trained weights. See README.md.
 
-A checkpoint directory appears whole: it is filled as `step-<n>.tmp`, described by a manifest with the size and checksum of
-every file, flushed, renamed, and only then named in `latest.json`. A reader believes the manifest, not the pointer.
+A checkpoint directory appears whole: it is filled as `step-<n>.tmp`, described by a manifest with the size
+and checksum of every file, flushed, renamed, and only then named in `latest.json`. A reader believes the
+manifest, not the pointer.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ class Checkpoint:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The published checkpoint directories below `root`, newest first; not yet verified."""
-    found = [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)] if root.is_dir() else []
+    found = (
+        [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+        if root.is_dir()
+        else []
+    )
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
@@ -71,7 +76,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     manifest = read_json(path / "manifest.json")
     kind = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
     if kind != (CHECKPOINT_FORMAT, CHECKPOINT_VERSION):
-        raise DamagedDataError(f"{path} is not a checkpoint of version {CHECKPOINT_VERSION}: its manifest says {kind}")
+        raise DamagedDataError(
+            f"{path} is not a checkpoint of version {CHECKPOINT_VERSION}: its manifest says {kind}"
+        )
     return Checkpoint(path=path, manifest=manifest)
 
 
@@ -92,7 +99,8 @@ def record_and_flush(root: Path, names: Sequence[str]) -> list[FileRecord]:
 
 
 def publish_checkpoint(root: Path, step: int, fields: Mapping[str, Any], files: Sequence[FileRecord]) -> Path:
-    """Turn `step-<n>.tmp`, whose files are flushed, into the checkpoint `step-<n>`, and point `latest.json` at it.
+    """Turn `step-<n>.tmp`, whose files are flushed, into the checkpoint `step-<n>`, and point `latest.json`
+    at it.
 
     Args:
         root: OUTPUT/checkpoints.
@@ -110,9 +118,15 @@ def publish_checkpoint(root: Path, step: int, fields: Mapping[str, Any], files: 
         "files": [record.to_json() for record in sorted(files, key=lambda record: record.name)],
     }
     (temporary / "manifest.json").write_bytes(sealed_json(manifest))
-    for path in (temporary / "manifest.json", *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+    for path in (
+        temporary / "manifest.json",
+        *(path for path in temporary.rglob("*") if path.is_dir()),
+        temporary,
+    ):
         flush(path)
-    if final.exists() and fault_of_checkpoint(final) is None:  # an earlier save of the same step: the same state
+    if (
+        final.exists() and fault_of_checkpoint(final) is None
+    ):  # an earlier save of the same step: the same state
         shutil.rmtree(temporary)
     else:
         if final.exists():
@@ -144,7 +158,11 @@ def remove_unfinished(root: Path) -> None:
 
 
 def write_weights(
-    writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, memory: Mapping[str, Any], provenance: Mapping[str, Any]
+    writer: UnitWriter,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    memory: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> None:
     """Write `weights/model.safetensors` and `weights/config.json` of a trained memory.
 
@@ -155,7 +173,9 @@ def write_weights(
         provenance: what the memory was made from and for; plain values.
     """
     with writer.file("weights/model.safetensors") as path:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"}
+        )
         path.chmod(0o644)
     with writer.file("weights/config.json") as path:
         path.write_bytes(
@@ -172,7 +192,8 @@ def write_weights(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedMemory:
-    """A trained memory as read from disk: `memory` is a MemoryConfig's dict, `weights` a plain Memory's state dict."""
+    """A trained memory as read from disk: `memory` is a MemoryConfig's dict, `weights` a plain Memory's state
+    dict."""
 
     sha256: str
     memory: dict[str, Any]
@@ -201,4 +222,6 @@ def read_weights(root: Path, *, flag: str = "--memory") -> TrainedMemory:
             f"{root}/weights/model.safetensors cannot be read ({error}): run the training again, "
             "it writes the weights from its last checkpoint"
         ) from error
-    return TrainedMemory(sha256=sha256, memory=config["memory"], provenance=config["provenance"], weights=weights)
+    return TrainedMemory(
+        sha256=sha256, memory=config["memory"], provenance=config["provenance"], weights=weights
+    )

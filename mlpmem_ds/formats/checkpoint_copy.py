@@ -1,7 +1,8 @@
-"""A second place for checkpoints: copied in the background, verified, published like the first. Rank 0 does it.
+"""A second place for checkpoints: copied in the background, verified, published like the first. Rank 0 does
+it.
 
-Place in the pipeline: under `train`, for the day when OUTPUT's disk is lost. A copy that fails costs a warning,
-never the training.
+Place in the pipeline: under `train`, for the day when OUTPUT's disk is lost. A copy that fails costs a
+warning, never the training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _logger = logging.getLogger(__name__)
 
 
 def copy_checkpoint(source: Path, root: Path) -> Path:
-    """Copy a published checkpoint below `root`; it appears there whole, its files checked against the manifest.
+    """Copy a published checkpoint below `root`; it appears there whole, its files checked against the
+    manifest.
 
     Raises:
         DamagedDataError: the copy does not match the manifest.
@@ -37,7 +39,11 @@ def copy_checkpoint(source: Path, root: Path) -> Path:
         if fault := fault_of_file(temporary, record):
             raise DamagedDataError(f"copied wrongly: {fault}")
     shutil.copyfile(source / "manifest.json", temporary / "manifest.json")
-    for path in (temporary / "manifest.json", *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+    for path in (
+        temporary / "manifest.json",
+        *(path for path in temporary.rglob("*") if path.is_dir()),
+        temporary,
+    ):
         flush(path)
     if final.exists():
         shutil.rmtree(final)
@@ -61,7 +67,9 @@ class CheckpointCopier:
     def start(self, checkpoint: Path) -> None:
         """Begin to copy; the checkpoint must stay until `wait` (or the next `start`) returns."""
         self.wait()
-        self._thread = threading.Thread(target=self._copy, args=(checkpoint,), name="checkpoint copy", daemon=True)
+        self._thread = threading.Thread(
+            target=self._copy, args=(checkpoint,), name="checkpoint copy", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -76,4 +84,6 @@ class CheckpointCopier:
             remove_old_checkpoints(self._root, self._keep)
         except (OSError, DamagedDataError) as error:
             shutil.rmtree(self._root / (checkpoint.name + ".tmp"), ignore_errors=True)
-            _logger.warning("%s was not copied to --copy-to %s (%s); training goes on", checkpoint, self._root, error)
+            _logger.warning(
+                "%s was not copied to --copy-to %s (%s); training goes on", checkpoint, self._root, error
+            )

@@ -1,4 +1,5 @@
-"""Read a corpus directory: token shards of several splits, seen as one stream of positions each. See README.md.
+"""Read a corpus directory: token shards of several splits, seen as one stream of positions each. See
+README.md.
 
 N = positions of a split (num_tokens - 1).
 """
@@ -27,7 +28,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def vocabulary_sha256(tokenizer: Any) -> str:
-    """What two tokenizers (whatever has `get_vocab`) must share to be exchangeable: every token and its id."""
+    """What two tokenizers (whatever has `get_vocab`) must share to be exchangeable: every token and its
+    id."""
     return content_hash(sorted(tokenizer.get_vocab().items()))
 
 
@@ -87,14 +89,21 @@ class CorpusSplit:
 
     @cached_property
     def _shards(self) -> list[Path]:
-        return [self.root / self.name / f"tokens-{unit['unit']}.bin" for unit in self._split["units"] if unit["tokens"]]
+        return [
+            self.root / self.name / f"tokens-{unit['unit']}.bin"
+            for unit in self._split["units"]
+            if unit["tokens"]
+        ]
 
     @cached_property
     def _shard_starts(self) -> np.ndarray:
-        return np.cumsum([0, *(unit["tokens"] for unit in self._split["units"] if unit["tokens"])], dtype=np.int64)
+        return np.cumsum(
+            [0, *(unit["tokens"] for unit in self._split["units"] if unit["tokens"])], dtype=np.int64
+        )
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64. Read, not memory-mapped: mapped pages would count as memory of this process."""
+        """Tokens [start, stop) as int64. Read, not memory-mapped: mapped pages would count as memory of this
+        process."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are not in a stream of {self.num_tokens}")
         tokens = np.empty(stop - start, dtype=np.int64)
@@ -102,7 +111,9 @@ class CorpusSplit:
         while at < stop:
             first, last = (int(edge) for edge in self._shard_starts[shard : shard + 2])
             count = min(stop, last) - at
-            part = np.fromfile(self._shards[shard], self.dtype, count, offset=(at - first) * self.dtype.itemsize)
+            part = np.fromfile(
+                self._shards[shard], self.dtype, count, offset=(at - first) * self.dtype.itemsize
+            )
             if len(part) != count:
                 raise DamagedDataError(
                     f"{self._shards[shard]} is shorter than its manifest says: prepare the corpus again"
@@ -116,7 +127,8 @@ class CorpusSplit:
         return self.tokens(start + 1, stop + 1)
 
     def windows(self) -> WindowSequence:
-        """What the base reads, in order: token windows and the positions that each predicts; computed, not listed."""
+        """What the base reads, in order: token windows and the positions that each predicts; computed, not
+        listed."""
         return split_windows(self.num_positions, self.block_size, self.stride)
 
     @cached_property

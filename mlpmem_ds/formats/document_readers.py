@@ -1,7 +1,8 @@
-"""Read files that hold many documents, as streams: JSON lines, Parquet, webdataset tars, saved and named data sets.
+"""Read files that hold many documents, as streams: JSON lines, Parquet, webdataset tars, saved and named data
+sets.
 
-Each reader yields records in the file's order and holds one of them, or one batch, in memory. A record without its text
-is an error that names the file and the record.
+Each reader yields records in the file's order and holds one of them, or one batch, in memory. A record
+without its text is an error that names the file and the record.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _DAMAGE = (UnicodeError, EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdE
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One document as a file holds it: `key` names it within the file; `group` is None where the file does not say."""
+    """One document as a file holds it: `key` names it within the file; `group` is None where the file does
+    not say."""
 
     key: str
     text: str
@@ -65,7 +67,8 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
 
 
 class _LastBlock:
-    """A stream that remembers the last block that was read from it: a whole tar ends with a block of zeros."""
+    """A stream that remembers the last block that was read from it: a whole tar ends with a block of
+    zeros."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -81,21 +84,28 @@ class _LastBlock:
         return self._tail == bytes(tarfile.BLOCKSIZE)
 
 
-def _record(path: Path, place: str, key: str, values: Any, text_field: str, group_field: str | None) -> Record | None:
+def _record(
+    path: Path, place: str, key: str, values: Any, text_field: str, group_field: str | None
+) -> Record | None:
     """The record of an object with the wanted fields; None where its text is null."""
     wanted = [text_field, *([group_field] if group_field else [])]
     if not isinstance(values, Mapping) or any(name not in values for name in wanted):
-        found = f"it has {', '.join(map(str, values)) or 'none'}" if isinstance(values, Mapping) else "it is no object"
+        found = (
+            f"it has {', '.join(map(str, values)) or 'none'}"
+            if isinstance(values, Mapping)
+            else "it is no object"
+        )
         raise UserError(
-            f"{path} {place} is not an object with the fields {', '.join(wanted)} ({found}): name them with --text-field "
-            "and --group-field"
+            f"{path} {place} is not an object with the fields {', '.join(wanted)} ({found}): name them with"
+            " --text-field and --group-field"
         )
     text = values[text_field]
     if text is None:
         return None
     if not isinstance(text, str):
         raise UserError(
-            f"{path} {place}: its {text_field} is {type(text).__name__}, not text: choose another --text-field"
+            f"{path} {place}: its {text_field} is {type(text).__name__}, not text: choose another"
+            " --text-field"
         )
     try:
         text.encode()  # a lone surrogate is no text
@@ -125,8 +135,8 @@ def read_json_lines(path: Path, text_field: str, group_field: str | None) -> Ite
                     yield record
     except _DAMAGE as error:
         raise UserError(
-            f"{path} is damaged or not UTF-8 near line {number + (not isinstance(error, UnicodeError))} ({error}): restore it "
-            "or leave it out"
+            f"{path} is damaged or not UTF-8 near line {number + (not isinstance(error, UnicodeError))}"
+            f" ({error}): restore it or leave it out"
         ) from error
 
 
@@ -135,7 +145,8 @@ def _open_tar(stream: Any) -> tarfile.TarFile:
 
 
 def read_tar(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
-    """The samples of a webdataset tar: the members that share a name up to the first dot; the key is that name.
+    """The samples of a webdataset tar: the members that share a name up to the first dot; the key is that
+    name.
 
     A sample's text is its member `txt`, `text` or `md`, else the text field of its member `json`.
     """
@@ -171,7 +182,9 @@ def _record_of_sample(
         plain = next((sample[name].decode("utf-8") for name in _TEXT_MEMBERS if name in sample), None)
         values = json.loads(sample["json"].decode("utf-8")) if "json" in sample else None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} {place} is not UTF-8 text or JSON ({error}): mend it or leave the file out") from error
+        raise UserError(
+            f"{path} {place} is not UTF-8 text or JSON ({error}): mend it or leave the file out"
+        ) from error
     if plain is None and values is None:
         return
     if plain is not None:
@@ -190,7 +203,9 @@ def import_arrow(name: str, *, path: Path) -> Any:
     try:
         return importlib.import_module(f"pyarrow.{name}")
     except ImportError as error:
-        raise UserError(f"{path} needs pyarrow, which is not installed: pip install 'mlpmem-ds[arrow]'") from error
+        raise UserError(
+            f"{path} needs pyarrow, which is not installed: pip install 'mlpmem-ds[arrow]'"
+        ) from error
 
 
 def read_parquet(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
@@ -225,7 +240,8 @@ def _columns(path: Path, names: list[str], text_field: str, group_field: str | N
     wanted = [text_field, *([group_field] if group_field else [])]
     if missing := [name for name in wanted if name not in names]:
         raise UserError(
-            f"{path} has no column {missing[0]!r} (it has {', '.join(names)}): name it with --text-field or --group-field"
+            f"{path} has no column {missing[0]!r} (it has {', '.join(names)}): name it with --text-field or"
+            " --group-field"
         )
     return list(dict.fromkeys(wanted))
 
@@ -257,21 +273,28 @@ def datasets_files(root: Path) -> list[Path]:
             return [file for split in splits for file in datasets_files(root / Path(split).name)]
         names = [entry["filename"] for entry in json.loads((root / "state.json").read_bytes())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--input {root} is a saved data set whose list of files cannot be read ({error!r})") from error
+        raise UserError(
+            f"--input {root} is a saved data set whose list of files cannot be read ({error!r})"
+        ) from error
     files = [root / Path(name).name for name in names]
     if missing := [file for file in files if not file.is_file()]:
-        raise UserError(f"--input {root} is a saved data set without its file {missing[0].name}: save or copy it again")
+        raise UserError(
+            f"--input {root} is a saved data set without its file {missing[0].name}: save or copy it again"
+        )
     return files
 
 
 def read_dataset_of_name(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
-    """`datasets:NAME[:CONFIGURATION[:SPLIT]]`, streamed by the package `datasets`; the split is `train` by default."""
+    """`datasets:NAME[:CONFIGURATION[:SPLIT]]`, streamed by the package `datasets`; the split is `train` by
+    default."""
     _, name, *rest = str(path).split(":")
     configuration, split = (rest[0] or None) if rest else None, rest[1] if len(rest) > 1 else "train"
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
-        raise UserError(f"{path} needs the package datasets, which is not installed: pip install datasets") from error
+        raise UserError(
+            f"{path} needs the package datasets, which is not installed: pip install datasets"
+        ) from error
     try:
         rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
     except Exception as error:  # a family of errors for each way to fail

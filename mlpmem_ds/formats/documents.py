@@ -1,8 +1,9 @@
-"""Documents from files, in a fixed order: text and source code, JSON lines, Parquet, webdataset tars, saved datasets.
+"""Documents from files, in a fixed order: text and source code, JSON lines, Parquet, webdataset tars, saved
+datasets.
 
-A directory is walked in sorted order; what is not UTF-8 text is left out there, but refused where the user named the
-file himself. A directory that `datasets` saved is read as one. Files that hold many documents are read as streams
-(document_readers.py); a text file is one document and is read whole.
+A directory is walked in sorted order; what is not UTF-8 text is left out there, but refused where the user
+named the file himself. A directory that `datasets` saved is read as one. Files that hold many documents are
+read as streams (document_readers.py); a text file is one document and is read whole.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ CONTAINER_PATTERNS = ("*.parquet", "*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
 FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
 """names that count in a directory, unless the user said which do"""
 DATASET_PREFIX = "datasets:"
-"""an input `datasets:NAME[:CONFIGURATION[:SPLIT]]` is a data set of the Hub, through the package `datasets`"""
+"""an input `datasets:NAME[:CONFIGURATION[:SPLIT]]` is a data set of the Hub, through the package
+`datasets`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +104,16 @@ class Document:
         return len(self.text) if self.text.isascii() else len(self.text.encode())
 
 
-def find_files(inputs: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str]) -> list[SourceFile]:
-    """The files below `inputs` (files, directories, globs, saved or named data sets), sorted by name within each input.
+def find_files(
+    inputs: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str]
+) -> list[SourceFile]:
+    """The files below `inputs` (files, directories, globs, saved or named data sets), sorted by name within
+    each input.
 
     Args:
         include: patterns that a file's name in a directory must match one of; None = FILE_PATTERNS.
-        exclude: patterns; a file is left out if its path below the input, or any directory in it, matches one.
+        exclude: patterns; a file is left out if its path below the input, or any directory in it, matches
+            one.
 
     Raises:
         UserError: an input does not exist, or nothing is left.
@@ -125,8 +131,8 @@ def find_files(inputs: Sequence[str], include: Sequence[str] | None, exclude: Se
         )
         if not paths:
             raise UserError(
-                f"--input {given} does not exist and matches nothing: check the path (a data set of the Hub is "
-                f"{DATASET_PREFIX}NAME)"
+                f"--input {given} does not exist and matches nothing: check the path (a data set of the Hub"
+                f" is {DATASET_PREFIX}NAME)"
             )
         for path in paths:
             if path.is_dir() and is_saved_dataset(path):
@@ -180,7 +186,8 @@ def read_documents(file: SourceFile, *, text_field: str, group_field: str | None
     """The documents of one file: the whole file, or one a record; empty ones are left out.
 
     Raises:
-        UserError: a named file is not UTF-8 text, or a record of it has no text; names the file and the record.
+        UserError: a named file is not UTF-8 text, or a record of it has no text; names the file and the
+            record.
     """
     if file.kind == "text":
         yield from _read_text(file)
@@ -189,7 +196,9 @@ def read_documents(file: SourceFile, *, text_field: str, group_field: str | None
     for record in reader(file.path, text_field, group_field):
         if record.text and not record.text.isspace():
             name = f"{file.name}:{record.key}"
-            yield Document(name=name, group=file.name if record.group is None else record.group, text=record.text)
+            yield Document(
+                name=name, group=file.name if record.group is None else record.group, text=record.text
+            )
 
 
 def _read_text(file: SourceFile) -> Iterator[Document]:
@@ -203,4 +212,6 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
             raise UserError(f"{file.path} is not UTF-8 text ({error}): convert it or leave it out") from error
         return
     if text and not text.isspace():
-        yield Document(name=file.name, group=file.name.split("/")[0].removesuffix(file.path.suffix), text=text)
+        yield Document(
+            name=file.name, group=file.name.split("/")[0].removesuffix(file.path.suffix), text=text
+        )

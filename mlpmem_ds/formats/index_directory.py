@@ -1,4 +1,5 @@
-"""Read an index directory: which files it has and which keys are in which shard. See README.md; faiss itself is in engines."""
+"""Read an index directory: which files it has and which keys are in which shard. See README.md; faiss itself
+is in engines."""
 
 from __future__ import annotations
 

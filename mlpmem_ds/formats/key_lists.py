@@ -1,4 +1,5 @@
-"""Keys in the order of an index's lists, mapped: what list search reads while targets are written. README.md specifies it.
+"""Keys in the order of an index's lists, mapped: what list search reads while targets are written. README.md
+specifies it.
 
 Shape legend: N positions, L lists, R positions of a run, D numbers in a key.
 """
@@ -17,7 +18,8 @@ FORMAT, VERSION = "lists", 1
 FOLDER = "lists"
 """in a target directory, while the targets are being written"""
 RUN_POSITIONS = 1 << 24
-"""of a run: a slice of a list in it is then 64 keys at a billion positions in 262,144 lists, which is read at full speed"""
+"""of a run: a slice of a list in it is then 64 keys at a billion positions in 262,144 lists, which is read at
+full speed"""
 VALUES_NAME = "values.npy"
 
 
@@ -37,7 +39,8 @@ def array_name(array: str, first: int) -> str:
 
 
 def open_key_lists(root: Path, num_positions: int, run_positions: int) -> tuple[ListedKeys, np.ndarray]:
-    """(keys list by list, value of each position) of a directory whose units are complete, all of it mapped."""
+    """(keys list by list, value of each position) of a directory whose units are complete, all of it
+    mapped."""
 
     def run(first: int) -> ListedRun:
         norms = root / array_name("norms", first)

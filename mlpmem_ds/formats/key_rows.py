@@ -1,6 +1,8 @@
-"""Rows of a key directory as one array that stays on disk: what is asked for is read from the mapped files of its units.
+"""Rows of a key directory as one array that stays on disk: what is asked for is read from the mapped files of
+its units.
 
-Ranks of one machine share what they read through the page cache; none holds a copy. N positions, E size of a stored key.
+Ranks of one machine share what they read through the page cache; none holds a copy. N positions, E size of a
+stored key.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from mlpmem_ds.formats.keys import Keys
 
 
 class KeyRows:
-    """`keys.read("keys")` without reading it: int8 codes, float16 keys, or float32 with the values of bfloat16 keys."""
+    """`keys.read("keys")` without reading it: int8 codes, float16 keys, or float32 with the values of
+    bfloat16 keys."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys

@@ -1,6 +1,7 @@
 """Read a key directory: keys, values, log-probabilities and memory inputs by position. See README.md.
 
-N, n positions, D width of the keys' base, E size of a stored key, I input size, G groups of an input's numbers.
+N, n positions, D width of the keys' base, E size of a stored key, I input size, G groups of an input's
+numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ FORMAT, VERSION = "keys", 1
 CODEC_FILES = ("codec/codec.json", "codec/mean.npy", "codec/rotation.npy")
 INPUT_GROUP = 128
 """numbers of an int8 input that share a scale"""
-_MOST_MAPPED = 1024  # files at a time: Linux allows a process 65,530 maps, and a large directory has more units
+_MAX_MAPPED = (
+    1024  # files at a time: Linux allows a process 65,530 maps, and a large directory has more units
+)
 
 
 def unit_name(first: int) -> str:
@@ -34,7 +37,8 @@ def unit_name(first: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """How a key is stored: int8 codes by mean [D] and rotation [D, E]; where both are None the key itself in `raw_dtype`."""
+    """How a key is stored: int8 codes by mean [D] and rotation [D, E]; where both are None the key itself in
+    `raw_dtype`."""
 
     mean_D: np.ndarray | None
     rotation_DE: np.ndarray | None
@@ -55,7 +59,8 @@ class Codec:
             return states_nD.astype(np.float16), 0
 
     def encode(self, states_nD: np.ndarray) -> np.ndarray:
-        """States as `Keys.read("keys")` gives stored ones: int8, float16, or float32 with bfloat16's values."""
+        """States as `Keys.read("keys")` gives stored ones: int8, float16, or float32 with bfloat16's
+        values."""
         stored, _ = self.store(states_nD)
         return bfloat16_values(stored) if stored.dtype == np.uint16 else stored
 
@@ -119,7 +124,8 @@ class Keys:
 
     @property
     def base_sha256(self) -> str:
-        """Fingerprint of the base that the memory joins: it gave the memory's inputs and the log-probabilities."""
+        """Fingerprint of the base that the memory joins: it gave the memory's inputs and the
+        log-probabilities."""
         return self.manifest["inputs"].get("input_model") or self.model_sha256
 
     @property
@@ -169,19 +175,21 @@ class Keys:
         self._check_files(f"{array}-{unit_name(unit.start)}.npy" for unit in units)
 
     def read_inputs(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The memory's inputs of the positions [start, stop) as bit patterns of bfloat16, uint16 [n, I], whatever their codec.
+        """The memory's inputs of the positions [start, stop) as bit patterns of bfloat16, uint16 [n, I],
+        whatever their codec.
 
         Raises:
             UserError: they are not stored.
         """
         if self.input_codec == "none":
             raise UserError(
-                f"{self.root} holds no memory inputs: extract the keys with --input-codec bf16 or int8, or train online"
+                f"{self.root} holds no memory inputs: extract the keys with --input-codec bf16 or int8, or"
+                " train online"
             )
         stored_nI = self.read("inputs", start, stop)
         if self.input_codec == "bf16":
             return stored_nI
-        return bfloat16_bits(dequantise_inputs(stored_nI, self.read("input_scales", start, stop)))
+        return bfloat16_bits(dequantize_inputs(stored_nI, self.read("input_scales", start, stop)))
 
     def load_codec(self) -> Codec:
         """How a state becomes a key of this directory.
@@ -197,7 +205,9 @@ class Keys:
     def _check_files(self, names: Iterable[str]) -> None:
         for name in names:
             record = self._records.get(name)
-            fault = f"the manifest does not record {name}" if record is None else fault_of_file(self.root, record)
+            fault = (
+                f"the manifest does not record {name}" if record is None else fault_of_file(self.root, record)
+            )
             if fault:
                 raise DamagedDataError(
                     f"{fault}: run the stage that made {self.root} again, it remakes only what is damaged"
@@ -213,7 +223,7 @@ class Keys:
         mapped = self._arrays.get(name)
         if mapped is None:
             mapped = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
-            if len(self._arrays) >= _MOST_MAPPED:
+            if len(self._arrays) >= _MAX_MAPPED:
                 self._arrays.clear()
             self._arrays[name] = mapped
         return mapped
@@ -244,7 +254,9 @@ def read_codec(root: Path) -> Codec:
     )
 
 
-def encode(states_ND: np.ndarray, mean_D: np.ndarray, rotation_DE: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
+def encode(
+    states_ND: np.ndarray, mean_D: np.ndarray, rotation_DE: np.ndarray, scale: float
+) -> tuple[np.ndarray, int]:
     """int8 codes [N, E] of states [N, D], and how many numbers were clipped."""
     scaled_NE = np.rint((states_ND.astype(np.float32) - mean_D) @ rotation_DE / np.float32(scale))
     return np.clip(scaled_NE, -127, 127).astype(np.int8), int((np.abs(scaled_NE) > 127).sum())
@@ -266,10 +278,12 @@ def num_input_groups(input_size: int) -> int:
     return -(-input_size // INPUT_GROUP)
 
 
-def quantise_inputs(inputs_nI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 codes [n, I] and float32 scales [n, G]: each group of `INPUT_GROUP` numbers of a row has its greatest at ±127.
+def quantize_inputs(inputs_nI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes [n, I] and float32 scales [n, G]: each group of `INPUT_GROUP` numbers of a row has its
+    greatest at ±127.
 
-    A scale a group and not a row: one massive activation then costs the numbers beside it and not the whole vector.
+    A scale a group and not a row: one massive activation then costs the numbers beside it and not the whole
+    vector.
     """
     grouped_nGg = _grouped(inputs_nI.astype(np.float32))
     scales_nG = np.abs(grouped_nGg).max(axis=2) / np.float32(127)
@@ -278,7 +292,7 @@ def quantise_inputs(inputs_nI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(codes_nGg.reshape(len(inputs_nI), -1)[:, : inputs_nI.shape[1]]), scales_nG
 
 
-def dequantise_inputs(codes_nI: np.ndarray, scales_nG: np.ndarray) -> np.ndarray:
+def dequantize_inputs(codes_nI: np.ndarray, scales_nG: np.ndarray) -> np.ndarray:
     """The inputs that these codes and scales stand for, float32 [n, I]."""
     values_nGg = _grouped(codes_nI.astype(np.float32)) * scales_nG[:, :, None]
     return np.ascontiguousarray(values_nGg.reshape(len(codes_nI), -1)[:, : codes_nI.shape[1]])

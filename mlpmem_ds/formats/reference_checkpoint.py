@@ -1,11 +1,15 @@
-"""Read the memories that the method's authors publish: a Hugging Face directory of theirs → a plain memory's tensors.
+"""Read the memories that the method's authors publish: a Hugging Face directory of theirs → a plain memory's
+tensors.
 
     DIR/config.json                                   a GPT-2, Llama or Mistral configuration
-    DIR/model*.safetensors or pytorch_model*.bin      tensors; pickles are read with `weights_only`, so no code runs
+    DIR/model*.safetensors or pytorch_model*.bin      tensors; pickles are read with `weights_only`, so no
+                                                      code runs
 
-Their names and ours, GPT-2-type (LayerNorm, tanh GELU, Conv1D weights [in, out]) and Llama/Mistral-type (RMSNorm, SwiGLU):
+Their names and ours, GPT-2-type (LayerNorm, tanh GELU, Conv1D weights [in, out]) and Llama/Mistral-type
+(RMSNorm, SwiGLU):
 
-    embedding_transform.*                                  input_projection.*      (where input and width differ)
+    embedding_transform.*                                  input_projection.*      (where input and width
+                                                           differ)
     h.N.ln_1.*            layers.N.input_layernorm.*       blocks.N.norm.*
     h.N.mlp.c_fc.*        layers.N.mlp.{gate,up}_proj.*    blocks.N.mlp.{gate,up}.*
     h.N.mlp.c_proj.*      layers.N.mlp.down_proj.*         blocks.N.mlp.down.*
@@ -52,7 +56,8 @@ _RULES = {
     ),
 }
 _FAMILY = {"gpt2": "gelu", "llama": "swiglu", "mistral": "swiglu"}
-# config field, the value that their code takes where it is missing, and the only values that our blocks compute
+# config field, the value that their code takes where it is missing, and the only values that our blocks
+# compute
 _ACTIVATION = {"gelu": ("activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
                "swiglu": ("hidden_act", "silu", ("silu", "swish"))}  # fmt: skip
 _EPSILON = {"gelu": ("layer_norm_epsilon", 1e-5), "swiglu": ("rms_norm_eps", 1e-6)}
@@ -77,7 +82,8 @@ class ReferenceMemory:
         """
         with ExitStack() as stack:
             open_files = {
-                path: _open(path, stack) for path in dict.fromkeys(place[0] for place in self._places.values())
+                path: _open(path, stack)
+                for path in dict.fromkeys(place[0] for place in self._places.values())
             }
             for name, (path, theirs, transposed) in self._places.items():
                 tensor = open_files[path].tensor(theirs)
@@ -90,14 +96,17 @@ def open_reference(root: Path) -> ReferenceMemory:
     """Look at a published memory: its kind, every tensor's name and shape. No weight is read yet.
 
     Raises:
-        UserError: not such a memory, of a kind that is not known, incomplete, damaged, or with code in its pickle.
+        UserError: not such a memory, of a kind that is not known, incomplete, damaged, or with code in its
+            pickle.
     """
     if not (root / "config.json").is_file() and (root / SUBDIRECTORY / "config.json").is_file():
         root = root / SUBDIRECTORY
     config = _read_config(root)
     model_type = str(config.get("model_type"))
     if model_type not in _FAMILY:
-        raise _foreign(root, f"its model_type is {model_type!r}; memories of {', '.join(_FAMILY)} type are known")
+        raise _foreign(
+            root, f"its model_type is {model_type!r}; memories of {', '.join(_FAMILY)} type are known"
+        )
     family = _FAMILY[model_type]
     name, default, allowed = _ACTIVATION[family]
     if config.get(name, default) not in allowed:
@@ -195,11 +204,14 @@ def _open(path: Path, stack: ExitStack) -> _Safetensors | _Pickle:
     except Exception as error:  # safetensors, zip and pickle each raise a family of their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {reason[:200]}): it is cut short, damaged, or a "
-            "pickle that would run code, which is never done; download it again, or take a safetensors version"
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {reason[:200]}): it is cut"
+            " short, damaged, or a pickle that would run code, which is never done; download it again, or"
+            " take a safetensors version"
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError(f"{path} holds {type(loaded).__name__}, not names and tensors: give a model's weights file")
+        raise UserError(
+            f"{path} holds {type(loaded).__name__}, not names and tensors: give a model's weights file"
+        )
     return _Pickle(loaded)
 
 
@@ -223,7 +235,9 @@ def _locate(root: Path, family: str) -> tuple[dict[str, tuple[int, ...]], dict[s
                 shapes[ours] = shape[::-1] if transposed else shape
                 places[ours] = (path, theirs, transposed)
     if unknown:
-        raise _foreign(root, f"{len(unknown)} tensors are no part of a memory, the first is {sorted(unknown)[0]}")
+        raise _foreign(
+            root, f"{len(unknown)} tensors are no part of a memory, the first is {sorted(unknown)[0]}"
+        )
     return shapes, dict(sorted(places.items()))
 
 
@@ -236,7 +250,8 @@ def _translate(family: str, theirs: str) -> tuple[str, bool] | None:
 
 
 def _shape_of_memory(root: Path, family: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The memory's configuration from its tensors' shapes; every tensor that it needs is there, of the right shape."""
+    """The memory's configuration from its tensors' shapes; every tensor that it needs is there, of the right
+    shape."""
     blocks = {int(match.group(1)) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     head, up = shapes.get("head.weight", ()), shapes.get("blocks.0.mlp.up.weight", ())
     if len(head) != 2 or len(up) != 2:
@@ -260,7 +275,8 @@ def _shape_of_memory(root: Path, family: str, shapes: Mapping[str, tuple[int, ..
     if projection is not None:
         wanted |= {"input_projection.weight": (hidden, projection[-1]), "input_projection.bias": (hidden,)}
     faults = [
-        f"{name} is {'missing' if name not in shapes else f'of shape {list(shapes[name])}, not {list(shape)}'}"
+        f"{name} is"
+        f" {'missing' if name not in shapes else f'of shape {list(shapes[name])}, not {list(shape)}'}"
         for name, shape in wanted.items()
         if shapes.get(name) != shape
     ] + [f"{name} is one too many" for name in shapes if name not in wanted]

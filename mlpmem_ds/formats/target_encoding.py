@@ -1,11 +1,12 @@
 """Sparse target rows ↔ the arrays of one sample, in two encodings. README.md is the specification.
 
 exact    token ids and float16 probabilities, as they are.
-compact  half the bytes. Ids as gaps between ranks in the vocabulary's order of frequency (frequent tokens come first, so that
-         gaps are small: 20 % fewer bytes than gaps between ids with a vocabulary of 50,257); probabilities as whole levels l
-         of p = (l / steps)^1.5, fine where p is large. The power that costs least at equal total variation: at .003 the
-         levels of a soft target take 244 B a token, those of p = l² 251, of p = l³ 264, of log p 309. `steps` is chosen for each
-         block so that the mean total variation from the float64 rows stays below `_TOTAL_VARIATION`.
+compact  half the bytes. Ids as gaps between ranks in the vocabulary's order of frequency (frequent tokens
+         come first, so that gaps are small: 20 % fewer bytes than gaps between ids with a vocabulary of
+         50,257); probabilities as whole levels l of p = (l / steps)^1.5, fine where p is large. The power
+         that costs least at equal total variation: at .003 the levels of a soft target take 244 B a token,
+         those of p = l² 251, of p = l³ 264, of log p 309. `steps` is chosen for each block so that the mean
+         total variation from the float64 rows stays below `_TOTAL_VARIATION`.
 
 Both keep the same entries: those that float16 does not round to 0.
 
@@ -26,8 +27,8 @@ Encoding: TypeAlias = Literal["exact", "compact"]
 
 _POWER = 1.5
 _TOTAL_VARIATION = 0.0025  # of the compact encoding, mean over a block's rows
-_FIRST_STEPS, _LEAST_STEPS, _STEPS_UNIT, _MOST_STEPS = 1024, 256, 64, 32768
-_TRIALS, _MOST_EXCESS = 5, 1.1
+_FIRST_STEPS, _MIN_STEPS, _STEPS_UNIT, _MAX_STEPS = 1024, 256, 64, 32768
+_TRIALS, _MAX_EXCESS = 5, 1.1
 _WIDE_GAP, _WIDE_LEVEL = 255, 0  # in the byte's place where a gap or a level does not fit in it
 _LEVEL_BITS = 16
 _ENTRIES_AT_ONCE = 8192
@@ -48,8 +49,8 @@ _ARRAYS: dict[str, dict[str, tuple[str, ...]]] = {
 class TargetRows:
     """Sparse targets of some positions: row r has ``ids[offsets[r]:offsets[r + 1]]``, ascending.
 
-    ``offsets`` int64 [n + 1], ``ids`` int32 [E], ``probabilities`` float32 [E] (not renormalised after truncation),
-    ``dropped`` float32 [n], the mass that truncation took away.
+    ``offsets`` int64 [n + 1], ``ids`` int32 [E], ``probabilities`` float32 [E] (not renormalized after
+    truncation), ``dropped`` float32 [n], the mass that truncation took away.
     """
 
     offsets: np.ndarray
@@ -60,7 +61,8 @@ class TargetRows:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetBlock:
-    """One sample as it is stored: its arrays by name, and what `meta.json` says besides first, count and entries."""
+    """One sample as it is stored: its arrays by name, and what `meta.json` says besides first, count and
+    entries."""
 
     first: int
     count: int
@@ -90,8 +92,8 @@ def pack_block(
 ) -> TargetBlock:
     """Bring float64 rows of consecutive positions to the precision of the format.
 
-    Entries that float16 rounds to 0 join the dropped mass. ``dtype`` of the ids (uint16 or uint32); ``order_V`` of
-    `frequency_order` is what the compact encoding numbers tokens by.
+    Entries that float16 rounds to 0 join the dropped mass. ``dtype`` of the ids (uint16 or uint32);
+    ``order_V`` of `frequency_order` is what the compact encoding numbers tokens by.
     """
     num_rows = len(dropped_n)
     row_of_E = np.repeat(np.arange(num_rows), np.diff(rows.offsets))
@@ -156,7 +158,9 @@ def _compact(
     dtype: np.dtype[Any],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if len(counts_n).bit_length() + _LEVEL_BITS + len(order_V).bit_length() > 63:
-        raise ValueError(f"a block of {len(counts_n)} rows over {len(order_V)} tokens is too large; use shorter blocks")
+        raise ValueError(
+            f"a block of {len(counts_n)} rows over {len(order_V)} tokens is too large; use shorter blocks"
+        )
     rank_of_V = np.empty(len(order_V), np.int64)
     rank_of_V[order_V.astype(np.int64)] = np.arange(len(order_V))
     place_E = np.argsort(row_of_E * len(order_V) + rank_of_V[ids_E], kind="stable")
@@ -180,10 +184,15 @@ def _compact(
     return arrays, {"version": 2, "steps": steps, "dropped_step": dropped_step}
 
 
-def _levels(row_of_E: np.ndarray, probabilities_E: np.ndarray, counts_n: np.ndarray) -> tuple[np.ndarray, int]:
-    """(level of each entry, at least 1; steps of the block). The error falls as 1/steps or faster, so few trials find them."""
+def _levels(
+    row_of_E: np.ndarray, probabilities_E: np.ndarray, counts_n: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """(level of each entry, at least 1; steps of the block). The error falls as 1/steps or faster, so few
+    trials find them."""
     roots_E = probabilities_E ** (1 / _POWER)
-    shares_E = probabilities_E / np.bincount(row_of_E, weights=probabilities_E, minlength=len(counts_n))[row_of_E]
+    shares_E = (
+        probabilities_E / np.bincount(row_of_E, weights=probabilities_E, minlength=len(counts_n))[row_of_E]
+    )
     steps: int = _FIRST_STEPS
     for _ in range(_TRIALS):
         levels_E = np.maximum(np.rint(roots_E * steps), 1)
@@ -192,8 +201,8 @@ def _levels(row_of_E: np.ndarray, probabilities_E: np.ndarray, counts_n: np.ndar
         variation = float(np.abs(shares_E - decoded_E / decoded_sums_n[row_of_E]).sum()) / 2
         excess = variation / max(1, int((counts_n > 0).sum())) / _TOTAL_VARIATION
         wanted = int(np.ceil(steps * excess / _STEPS_UNIT)) * _STEPS_UNIT
-        wanted = max(_LEAST_STEPS, min(wanted, _MOST_STEPS))
-        if wanted == steps or _MOST_EXCESS > excess > 1 / _MOST_EXCESS:
+        wanted = max(_MIN_STEPS, min(wanted, _MAX_STEPS))
+        if wanted == steps or _MAX_EXCESS > excess > 1 / _MAX_EXCESS:
             break
         steps = wanted
     return np.maximum(np.rint(roots_E * steps), 1).astype(np.int64), steps
@@ -202,14 +211,17 @@ def _levels(row_of_E: np.ndarray, probabilities_E: np.ndarray, counts_n: np.ndar
 def _expand(block: TargetBlock, counts_n: np.ndarray, offsets: np.ndarray, order_V: np.ndarray) -> TargetRows:
     """Compact arrays to rows whose ids ascend and whose probabilities and dropped mass add up to 1."""
     arrays, steps = block.arrays, block.details["steps"]
-    if not 1 <= steps <= _MOST_STEPS:
+    if not 1 <= steps <= _MAX_STEPS:
         raise ValueError(f"steps is {steps}")
     gaps_E = _widen(arrays["gaps"], _WIDE_GAP, arrays["wide_gaps"], np.uint32)
     levels_E = _widen(arrays["levels"], _WIDE_LEVEL, arrays["wide_levels"], np.uint16)
     dropped_n = (arrays["dropped"] * np.float64(block.details["dropped_step"])).astype(np.float32)
     if not block.entries:
         return TargetRows(
-            offsets=offsets, ids=np.empty(0, np.int32), probabilities=np.empty(0, np.float32), dropped=dropped_n
+            offsets=offsets,
+            ids=np.empty(0, np.int32),
+            probabilities=np.empty(0, np.float32),
+            dropped=dropped_n,
         )
     if levels_E.max() > steps or not levels_E.min():
         raise ValueError(f"levels lie in [{levels_E.min()}, {levels_E.max()}], there are {steps}")
@@ -237,11 +249,13 @@ def _expand(block: TargetBlock, counts_n: np.ndarray, offsets: np.ndarray, order
 
 
 def _row_groups(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    """[start, stop) of rows with few entries together: the arrays at work stay in the allocator's hands and in the cache (with
-    all rows of a block at once, page faults took half of the reader's time)."""
+    """[start, stop) of rows with few entries together: the arrays at work stay in the allocator's hands and
+    in the cache (with all rows of a block at once, page faults took half of the reader's time)."""
     start = 0
     while start < len(offsets) - 1:
-        stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + _ENTRIES_AT_ONCE, side="right")) - 1)
+        stop = max(
+            start + 1, int(np.searchsorted(offsets, offsets[start] + _ENTRIES_AT_ONCE, side="right")) - 1
+        )
         yield start, stop
         start = stop
 
@@ -255,8 +269,8 @@ def _expand_rows(
     level_bits: int,
     probability_of_level: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, probabilities) of some rows; ``placed_ids_V`` ids above the bits of a level, in the dtype to sort them in; ``kept_n``
-    what each row adds up to."""
+    """(ids, probabilities) of some rows; ``placed_ids_V`` ids above the bits of a level, in the dtype to sort
+    them in; ``kept_n`` what each row adds up to."""
     # Ranks: a running sum over all rows (modulo 2^32), less what it was where the row starts.
     ends_E = np.cumsum(gaps_E + np.uint32(1), dtype=np.uint32)
     full_n = np.flatnonzero(counts_n)

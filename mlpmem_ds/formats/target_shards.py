@@ -1,9 +1,11 @@
-"""Samples of target rows ↔ shard files, in two containers, each with an index of its samples beside it. See README.md.
+"""Samples of target rows ↔ shard files, in two containers, each with an index of its samples beside it. See
+README.md.
 
-tar.zst   multi-frame zstd: each sample is a piece of a tar in a frame of its own, the last frame closes the tar. So
-          `zstd -dc shard | tar x` and webdataset read the whole, and any sample is read without the rest.
-tar       a plain tar whose members are zstd frames (`….npy.zst`), for readers that want offsets in a tar. Headers and
-          padding are not compressed: about 6 kB a sample more.
+tar.zst   multi-frame zstd: each sample is a piece of a tar in a frame of its own, the last frame closes the
+          tar. So `zstd -dc shard | tar x` and webdataset read the whole, and any sample is read without the
+          rest.
+tar       a plain tar whose members are zstd frames (`….npy.zst`), for readers that want offsets in a tar.
+          Headers and padding are not compressed: about 6 kB a sample more.
 
 Every member is .npy or JSON; nothing is pickled.
 """
@@ -31,7 +33,10 @@ FORMAT = "targets"
 REMEDY = "run the stage that made it again, it remakes only what is damaged"
 _LEVEL = 3  # levels 1 to 19 give the same size within 3 %
 _HEADER_BYTES = tarfile.BLOCKSIZE
-_MOST_BYTES_AN_ENTRY, _MOST_OTHER_BYTES = 8, 1 << 16  # of a member: a damaged size must not ask for all the memory
+_MAX_BYTES_AN_ENTRY, _MAX_OTHER_BYTES = (
+    8,
+    1 << 16,
+)  # of a member: a damaged size must not ask for all the memory
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -85,7 +90,9 @@ def stored_bytes(block: TargetBlock, container: Container) -> int:
     return len(compressor.compress(_tar_of(block, None)))
 
 
-def read_sample(path: Path, stream: BinaryIO, sample: dict[str, Any], *, container: str, encoding: str) -> TargetBlock:
+def read_sample(
+    path: Path, stream: BinaryIO, sample: dict[str, Any], *, container: str, encoding: str
+) -> TargetBlock:
     """One sample of a shard, as stored; `sample` is its entry in the index.
 
     Raises:
@@ -101,9 +108,10 @@ def read_sample(path: Path, stream: BinaryIO, sample: dict[str, Any], *, contain
         if container == "tar":
             if sample["bytes"] != len(stored):
                 raise ValueError("the piece's size does not match the index")
-            most = _MOST_BYTES_AN_ENTRY * (sample["entries"] + sample["count"]) + _MOST_OTHER_BYTES
+            most = _MAX_BYTES_AN_ENTRY * (sample["entries"] + sample["count"]) + _MAX_OTHER_BYTES
             members = {
-                name.removesuffix(".zst"): _decompress(content, most=most) for name, content in _members(stored).items()
+                name.removesuffix(".zst"): _decompress(content, most=most)
+                for name, content in _members(stored).items()
             }
         else:
             members = _members(_decompress(stored, num_bytes=sample["bytes"]))
@@ -119,7 +127,11 @@ def fault_of_index(index: dict[str, Any], shard: dict[str, Any], size: int) -> s
         if sample["first"] != first or sample["offset"] != offset or sample["key"] != sample_key(first):
             return f"sample {sample['key']} does not follow the one before it"
         first, offset = first + sample["count"], offset + sample["compressed_bytes"]
-    totals = (first - shard["first"], sum(sample["entries"] for sample in index["samples"]), len(index["samples"]))
+    totals = (
+        first - shard["first"],
+        sum(sample["entries"] for sample in index["samples"]),
+        len(index["samples"]),
+    )
     if totals != (shard["count"], shard["entries"], shard["samples"]):
         return f"it counts {totals} positions, entries and samples where the manifest says otherwise"
     if index["end_offset"] != offset or not offset < size:
@@ -132,7 +144,8 @@ def _compressor() -> zstandard.ZstdCompressor:
 
 
 def _tar_of(block: TargetBlock, compressor: zstandard.ZstdCompressor | None) -> bytes:
-    """The members of one sample as a piece of a tar, without the end-of-archive blocks; compressed one by one if asked."""
+    """The members of one sample as a piece of a tar, without the end-of-archive blocks; compressed one by one
+    if asked."""
     meta = {
         "first": block.first,
         "count": block.count,
@@ -146,7 +159,9 @@ def _tar_of(block: TargetBlock, compressor: zstandard.ZstdCompressor | None) -> 
     for name, content in members:
         if compressor is not None:
             name, content = f"{name}.zst", compressor.compress(content)
-        header = tarfile.TarInfo(f"{sample_key(block.first)}.{name}")  # owner, group, time 0 and mode 0644 by default
+        header = tarfile.TarInfo(
+            f"{sample_key(block.first)}.{name}"
+        )  # owner, group, time 0 and mode 0644 by default
         header.size = len(content)
         pieces += [header.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)]
     return b"".join(pieces)
@@ -159,7 +174,8 @@ def _npy_of(array: np.ndarray) -> bytes:
 
 
 def _decompress(frame: bytes, *, num_bytes: int | None = None, most: int = 0) -> bytes:
-    """One frame, which must carry a checksum and say that it holds `num_bytes`, or at most `most`; ValueError or ZstdError."""
+    """One frame, which must carry a checksum and say that it holds `num_bytes`, or at most `most`; ValueError
+    or ZstdError."""
     parameters = zstandard.get_frame_parameters(frame)
     size = parameters.content_size
     if not parameters.has_checksum or (size > most if num_bytes is None else size != num_bytes):
@@ -168,7 +184,8 @@ def _decompress(frame: bytes, *, num_bytes: int | None = None, most: int = 0) ->
 
 
 def _members(content: bytes) -> dict[str, bytes]:
-    """The files in a piece of a tar. `tarfile` does the same and takes longer than all the rest of reading a sample."""
+    """The files in a piece of a tar. `tarfile` does the same and takes longer than all the rest of reading a
+    sample."""
     members, start = {}, 0
     while start < len(content):
         header = content[start : start + _HEADER_BYTES]
@@ -193,7 +210,9 @@ def _block_of(members: dict[str, bytes], sample: dict[str, Any], encoding: str) 
         for name in array_names(encoding)
     }
     meta = json.loads(members[f"{key}.meta.json"])
-    found, wanted = (tuple(record[name] for name in ("first", "count", "entries")) for record in (meta, sample))
+    found, wanted = (
+        tuple(record[name] for name in ("first", "count", "entries")) for record in (meta, sample)
+    )
     if found != wanted:
         raise ValueError(f"first, rows and entries are {found}, the index says {wanted}")
     details = {name: meta[name] for name in meta if name not in ("first", "count", "entries", "format")}

@@ -1,6 +1,8 @@
-"""kNN targets on disk: read any positions, in any order, as CSR rows; what is damaged is refused. README.md is the specification.
+"""kNN targets on disk: read any positions, in any order, as CSR rows; what is damaged is refused. README.md
+is the specification.
 
-A sample holds one block of positions. `target_encoding` says what its arrays mean, `target_shards` how samples become files.
+A sample holds one block of positions. `target_encoding` says what its arrays mean, `target_shards` how
+samples become files.
 
 Shape legend: n rows (positions) at hand, E entries of all rows, V token ids.
 """
@@ -112,7 +114,8 @@ class Targets:
         )
 
     def gather(self, positions_n: np.ndarray) -> TargetRows:
-        """The rows of any positions, in their order, repeated ones too; a sample that holds several of them is read once."""
+        """The rows of any positions, in their order, repeated ones too; a sample that holds several of them
+        is read once."""
         positions_n = np.asarray(positions_n, dtype=np.int64)
         if len(positions_n) and not 0 <= positions_n.min() <= positions_n.max() < self.num_positions:
             raise ValueError(f"some positions are not among {self.num_positions}")
@@ -165,7 +168,9 @@ class Targets:
         with open(path, "rb", buffering=0) as stream:
             for sample in samples:
                 if sample["first"] < stop and start < sample["first"] + sample["count"]:
-                    block = read_sample(path, stream, sample, container=self.container, encoding=self.encoding)
+                    block = read_sample(
+                        path, stream, sample, container=self.container, encoding=self.encoding
+                    )
                     try:
                         yield sample["first"], unpack_block(block, self.encoding, order_V)
                     except (ValueError, KeyError, TypeError) as error:
@@ -197,17 +202,21 @@ def open_targets(root: Path, *, flag: str = "--targets") -> Targets:
 
     Raises:
         UserError: no targets there.
-        DamagedDataError: files missing, of another size or version, or shards that do not cover the positions.
+        DamagedDataError: files missing, of another size or version, or shards that do not cover the
+            positions.
     """
     manifest, sha256 = read_manifest(root, stage=FORMAT, version=_version_there(root), flag=flag)
     stop = 0
     for shard in manifest["shards"]:
         if shard["first"] != stop:
-            raise DamagedDataError(f"the shards of {root} leave positions from {stop:,} out: write the targets again")
+            raise DamagedDataError(
+                f"the shards of {root} leave positions from {stop:,} out: write the targets again"
+            )
         stop += shard["count"]
     if stop != manifest["num_positions"]:
         raise DamagedDataError(
-            f"the shards of {root} hold {stop:,} of {manifest['num_positions']:,} positions: write the targets again"
+            f"the shards of {root} hold {stop:,} of {manifest['num_positions']:,} positions: write the"
+            " targets again"
         )
     return Targets(root=root, sha256=sha256, manifest=manifest)
 
@@ -226,7 +235,8 @@ def take_rows(rows: TargetRows, indices_n: np.ndarray) -> TargetRows:
 
 
 def _version_there(root: Path) -> int:
-    """The version of a directory, if it is one that this reader knows; else the newest, which its refusal then names."""
+    """The version of a directory, if it is one that this reader knows; else the newest, which its refusal
+    then names."""
     path = root / "manifest.json"
     found = read_json(path).get("version") if path.is_file() else None
     return found if found in _VERSIONS else _VERSIONS[-1]

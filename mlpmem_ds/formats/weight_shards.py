@@ -1,10 +1,11 @@
-"""Write weights as sharded safetensors, one tensor at a time: what is in memory is one tensor, whatever the shard.
+"""Write weights as sharded safetensors, one tensor at a time: what is in memory is one tensor, whatever the
+shard.
 
     model.safetensors                                   where one file is enough
     model-00001-of-00003.safetensors, …                 else, with model.safetensors.index.json
 
-The bytes depend on the tensors, their order and the largest shard alone. A shard appears whole, and a record of it then;
-a later call with the same directory of records keeps the shards that match theirs.
+The bytes depend on the tensors, their order and the largest shard alone. A shard appears whole, and a record
+of it then; a later call with the same directory of records keeps the shards that match theirs.
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, fault_of_file, publish, publish_json, read_json, record_file
 
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +51,8 @@ class Weight:
 
 
 def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in their order, packed into shards of at most `max_bytes`; a larger tensor has a shard of its own."""
+    """Names in their order, packed into shards of at most `max_bytes`; a larger tensor has a shard of its
+    own."""
     shards: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():
@@ -74,7 +84,9 @@ def write_weights_in_shards(
     shards = plan_shards({name: weight.num_bytes for name, weight in weights.items()}, max_bytes)
     count = len(shards)
     names = (
-        ["model.safetensors"] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
     )
     num_written = 0
     for file, members in zip(names, shards, strict=True):
@@ -88,7 +100,8 @@ def write_weights_in_shards(
         weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
         total = sum(weight.num_bytes for weight in weights.values())
         publish_json(
-            root / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+            root / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
     return num_written
 
@@ -114,7 +127,11 @@ def write_safetensors(path: Path, weights: Mapping[str, Weight]) -> None:
     for name in order:
         weight = weights[name]
         end = offset + weight.num_bytes
-        header[name] = {"dtype": _DTYPES[weight.dtype], "shape": list(weight.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": _DTYPES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -1,1 +1,2 @@
-"""Maths of the memory: functions from arrays to arrays; nothing here knows a rank, a path or a configuration."""
+"""Maths of the memory: functions from arrays to arrays; nothing here knows a rank, a path or a
+configuration."""

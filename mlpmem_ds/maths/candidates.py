@@ -1,9 +1,12 @@
-"""Part of list search: the ranks of a block's candidates → **the nearest of each query**, many queries in one call of NumPy.
+"""Part of list search: the ranks of a block's candidates → **the nearest of each query**, many queries in one
+call of NumPy.
 
-A loop over queries has ten short calls for each, and two threads of them hand the interpreter's lock to one another more often
-than they compute: they took half as long again as one. Here a call works on a hundred thousand candidates.
+A loop over queries has ten short calls for each, and two threads of them hand the interpreter's lock to one
+another more often than they compute: they took half as long again as one. Here a call works on a hundred
+thousand candidates.
 
-Shape legend: B queries of a block, P probes, R queries at hand, W candidates of the longest of them, S survivors, K neighbours.
+Shape legend: B queries of a block, P probes, R queries at hand, W candidates of the longest of them, S
+survivors, K neighbours.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ class CandidateBlock:
     """Candidates of a block of queries, in pieces, one a probed list.
 
     The ranks (int32) of query b in its p-th list are ``ranks[starts_BP[b, p]:][:sizes_BP[b, p]]``, their ids
-    ``ids[first_ids_BP[b, p]:]``. The last of `ranks` is NO_BOUND, which is that of a key that is hidden too. ``offsets_B`` is
-    added to a query's packed neighbours, ``own_ids_B`` (or None) is an id that it may not find.
+    ``ids[first_ids_BP[b, p]:]``. The last of `ranks` is NO_BOUND, which is that of a key that is hidden too.
+    ``offsets_B`` is added to a query's packed neighbours, ``own_ids_B`` (or None) is an id that it may not
+    find.
     """
 
     ranks: Array
@@ -44,7 +48,8 @@ class CandidateBlock:
         return [range(start, min(start + rows, len(totals_B))) for start in range(0, len(totals_B), rows)]
 
     def nearest(self, rows: range, k: int, id_bits: int) -> Array:
-        """The k least packed candidates of some queries in order, int64 [R, K], MISSING where there are fewer."""
+        """The k least packed candidates of some queries in order, int64 [R, K], MISSING where there are
+        fewer."""
         part = slice(rows.start, rows.stop)
         sizes_RP, num_rows = self.sizes_BP[part], len(rows)
         totals_R = sizes_RP.sum(axis=1)

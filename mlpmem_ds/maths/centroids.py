@@ -1,9 +1,11 @@
-"""Pipeline: keys → **coarse lists** → index. Which centroids are nearest, and k-means over int8 codes in whole numbers.
+"""Pipeline: keys → **coarse lists** → index. Which centroids are nearest, and k-means over int8 codes in
+whole numbers.
 
-A centroid of codes is rounded to int8 in every step, so that each comparison is of exact integers: the same result for any
-batch, number of threads and device, with ties to the lower number.
+A centroid of codes is rounded to int8 in every step, so that each comparison is of exact integers: the same
+result for any batch, number of threads and device, with ties to the lower number.
 
-Shape legend: N vectors, D dimensions, L centroids (lists), P centroids kept of each vector, B vectors of a tile.
+Shape legend: N vectors, D dimensions, L centroids (lists), P centroids kept of each vector, B vectors of a
+tile.
 """
 
 from __future__ import annotations
@@ -24,15 +26,17 @@ TWO_LEVEL_ABOVE = (
     65_536  # lists; one level then costs 64 · L² · D products an iteration: 70 s of one core at L = 65,536
 )
 ITERATIONS = 10
-_TILE_ELEMENTS = 2**21  # distances at hand: 8 MB, which stay in the cache between the product and the selection
+_TILE_ELEMENTS = (
+    2**21
+)  # distances at hand: 8 MB, which stay in the cache between the product and the selection
 _FIRST_LEVEL_POINTS = 256  # points a centroid of the first of two levels
 
 
 def nearest_centroids(vectors_ND: Tensor, centroids_LD: Tensor, count: int) -> tuple[Array, Array]:
     """The `count` nearest centroids of each vector in the order (distance, number).
 
-    Works on the device of the centroids. Two int8 tensors give exact distances whatever the batch and device; others go
-    through float32.
+    Works on the device of the centroids. Two int8 tensors give exact distances whatever the batch and device;
+    others go through float32.
 
     Returns:
         numbers int64 and squared distances float32, both [N, P], P = min(count, L).
@@ -44,14 +48,16 @@ def nearest_centroids(vectors_ND: Tensor, centroids_LD: Tensor, count: int) -> t
     ranks_NP = np.empty((num_vectors, count), np.int32)
     norms_L = squared_norms(centroids_LD) if is_integer else None
     step = max(1, _TILE_ELEMENTS // num_centroids)
-    buffer = torch.empty(min(step, num_vectors) * num_centroids, dtype=torch.int32, device=centroids_LD.device)
+    buffer = torch.empty(
+        min(step, num_vectors) * num_centroids, dtype=torch.int32, device=centroids_LD.device
+    )
     for start in range(0, num_vectors, step):
         tile_BD = vectors_ND[start : start + step].to(centroids_LD.device)
         out = buffer[: len(tile_BD) * num_centroids].view(len(tile_BD), num_centroids) if is_integer else None
         ranks_BL = squared_distances(tile_BD, centroids_LD, out=out, key_norms_K=norms_L)
         if not is_integer:
             ranks_BL = ranks_BL.abs_().view(torch.int32)  # a non-negative float orders like its bits
-        select = _least_on_host if ranks_BL.device.type == "cpu" else _least_on_device
+        select = _smallest_on_host if ranks_BL.device.type == "cpu" else _smallest_on_device
         numbers_NP[start : start + step], ranks_NP[start : start + step] = select(ranks_BL, count)
     return numbers_NP, ranks_NP.astype(np.float32) if is_integer else ranks_NP.view(np.float32)
 
@@ -67,9 +73,10 @@ def integer_centroids(
 ) -> Array:
     """k-means over int8 codes: centroids int8 [L, D], bit for bit the same on any machine.
 
-    Starts from L of the codes drawn by `seed`; a list that stays empty takes the code farthest from its centroid. With more
-    lists than `two_level_above`: about sqrt(L) centroids first, then lists within each in proportion to its codes, which
-    costs L · sqrt(L) in place of L² (the idea is that of faiss's `two_level_clustering`).
+    Starts from L of the codes drawn by `seed`; a list that stays empty takes the code farthest from its
+    centroid. With more lists than `two_level_above`: about sqrt(L) centroids first, then lists within each in
+    proportion to its codes, which costs L · sqrt(L) in place of L² (the idea is that of faiss's
+    `two_level_clustering`).
     """
 
     def cluster(vectors_ND: Array, count: int) -> Array:
@@ -82,7 +89,11 @@ def integer_centroids(
 
 
 def two_level_centroids(
-    vectors_ND: Array, num_lists: int, cluster: Callable[[Array, int], Array], *, device: torch.device | str = "cpu"
+    vectors_ND: Array,
+    num_lists: int,
+    cluster: Callable[[Array, int], Array],
+    *,
+    device: torch.device | str = "cpu",
 ) -> Array:
     """About sqrt(L) centroids of the vectors, then lists within each group in proportion to its size: [L, D].
 
@@ -99,7 +110,9 @@ def two_level_centroids(
     return np.concatenate([cluster(vectors_ND[group], share) for group, share in groups if share])
 
 
-def _one_level(codes: Tensor, num_lists: int, seed: int, iterations: int, device: torch.device | str) -> Array:
+def _one_level(
+    codes: Tensor, num_lists: int, seed: int, iterations: int, device: torch.device | str
+) -> Array:
     start_L = np.sort(np.random.default_rng(seed).choice(len(codes), num_lists, replace=False))
     codes = codes.to(device)
     centroids = codes[torch.from_numpy(start_L).to(device)]
@@ -119,7 +132,8 @@ def _one_level(codes: Tensor, num_lists: int, seed: int, iterations: int, device
 
 
 def _sums_of_lists(codes: Tensor, nearest_N: Tensor, num_lists: int) -> Tensor:
-    """int32 [L, D]: the sum of the codes of each list, block by block so that their int32 copy stays small."""
+    """int32 [L, D]: the sum of the codes of each list, block by block so that their int32 copy stays
+    small."""
     sums_LD = torch.zeros((num_lists, codes.shape[1]), dtype=torch.int32, device=codes.device)
     step = 1 << 16
     for start in range(0, len(codes), step):
@@ -127,11 +141,12 @@ def _sums_of_lists(codes: Tensor, nearest_N: Tensor, num_lists: int) -> Tensor:
     return sums_LD
 
 
-def _least_on_host(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:
+def _smallest_on_host(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:
     """(numbers, ranks), both [B, P], least first, ties to the lower number; int32 on the CPU.
 
-    NumPy's argmin takes a twentieth of packing the number beside the rank in 64 bits, and its first occurrence is the lower
-    number. For more than one the ranks alone are partitioned, and only what is not above the P-th is packed and sorted.
+    NumPy's argmin takes a twentieth of packing the number beside the rank in 64 bits, and its first
+    occurrence is the lower number. For more than one the ranks alone are partitioned, and only what is not
+    above the P-th is packed and sorted.
     """
     ranks = ranks_BL.numpy()
     if count == 1:
@@ -150,8 +165,8 @@ def _least_on_host(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:
     return packed_BC[:, :count] & 0xFFFFFFFF, (packed_BC[:, :count] >> 32).astype(np.int32)
 
 
-def _least_on_device(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:
-    """What `_least_on_host` gives, on an accelerator: rank and number packed in one integer without ties."""
+def _smallest_on_device(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:
+    """What `_smallest_on_host` gives, on a device: rank and number packed in one integer."""
     numbers_L = torch.arange(ranks_BL.shape[1], device=ranks_BL.device)
     packed_BL = ranks_BL.to(torch.int64).mul_(1 << 32).add_(numbers_L)
     if count == 1:

@@ -1,11 +1,12 @@
 """Pipeline: a sample of hidden states → **the int8 codec of the keys** (mean, rotation, scale) → key shards.
 
-Massive activations: in many language models a few fixed dimensions take values hundreds of times the others' at a few tokens
-("Massive Activations in Large Language Models", arXiv 2402.17762). One such dimension would stretch the one global scale
-until every other number of a code rounds to 0. So a dimension whose greatest deviation from its median in the sample is more
-than `MASSIVE_RATIO` times m, m being the median over the dimensions of their root-mean-square deviation, is clipped to its
-median ± `MASSIVE_LIMIT` · max(m, its median absolute deviation). What is usual in that dimension is kept, a position that
-carries the massive value stays apart from those that do not, and dimensions that are merely large everywhere keep their range.
+Massive activations: in many language models a few fixed dimensions take values hundreds of times the others'
+at a few tokens ("Massive Activations in Large Language Models", arXiv 2402.17762). One such dimension would
+stretch the one global scale until every other number of a code rounds to 0. So a dimension whose greatest
+deviation from its median in the sample is more than `MASSIVE_RATIO` times m, m being the median over the
+dimensions of their root-mean-square deviation, is clipped to its median ± `MASSIVE_LIMIT` · max(m, its median
+absolute deviation). What is usual in that dimension is kept, a position that carries the massive value stays
+apart from those that do not, and dimensions that are merely large everywhere keep their range.
 
 Shape legend: N states, D width of the base, E numbers of a code.
 """
@@ -25,7 +26,8 @@ _CLIP_QUANTILE = 0.9999  # of the code's numbers; the rest are clipped at ±127
 
 @dataclass(frozen=True, kw_only=True)
 class MassiveDimension:
-    """A dimension that is clipped to [low, high] before the mean is taken off; `largest` = its greatest |deviation| seen."""
+    """A dimension that is clipped to [low, high] before the mean is taken off; `largest` = its greatest
+    |deviation| seen."""
 
     dimension: int
     low: float
@@ -35,7 +37,8 @@ class MassiveDimension:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedCodec:
-    """mean [D] and rotation [D, E] in float64; `energy_kept` = share of the clipped sample's variance in E dimensions."""
+    """mean [D] and rotation [D, E] in float64; `energy_kept` = share of the clipped sample's variance in E
+    dimensions."""
 
     mean_D: Array
     rotation_DE: Array
@@ -45,7 +48,8 @@ class FittedCodec:
 
 
 def find_massive_dimensions(states_ND: Array) -> tuple[MassiveDimension, ...]:
-    """The massive dimensions of a sample, by the rule in the module's text; dimensions that never change do not count to m."""
+    """The massive dimensions of a sample, by the rule in the module's text; dimensions that never change do
+    not count to m."""
     medians_D = np.median(states_ND, axis=0).astype(states_ND.dtype)
     deviations_ND = np.abs(states_ND - medians_D)
     largest_D = deviations_ND.max(axis=0)
@@ -57,7 +61,9 @@ def find_massive_dimensions(states_ND: Array) -> tuple[MassiveDimension, ...]:
     for dimension in np.flatnonzero(largest_D > MASSIVE_RATIO * typical).tolist():
         limit = MASSIVE_LIMIT * max(typical, float(np.median(deviations_ND[:, dimension])))
         middle, largest = float(medians_D[dimension]), float(largest_D[dimension])
-        found.append(MassiveDimension(dimension=dimension, low=middle - limit, high=middle + limit, largest=largest))
+        found.append(
+            MassiveDimension(dimension=dimension, low=middle - limit, high=middle + limit, largest=largest)
+        )
     return tuple(found)
 
 
@@ -75,8 +81,8 @@ def clip_massive(states_ND: Array, massive: Sequence[MassiveDimension]) -> Array
 def fit_codec(states_ND: Array, dim: int, *, seed: int) -> FittedCodec:
     """The codec of E = `dim` numbers from a sample: leading principal directions, mixed by a random rotation.
 
-    The rotation makes the code's numbers alike, so that one scale serves them all; the squared distance of two codes is
-    then that of the states, up to what the other D - E directions hold and the rounding.
+    The rotation makes the code's numbers alike, so that one scale serves them all; the squared distance of
+    two codes is then that of the states, up to what the other D - E directions hold and the rounding.
 
     Raises:
         ValueError: all states are equal, or `dim` is not in [1, D].

@@ -1,4 +1,5 @@
-"""Pipeline: keys → **distances** → nearest neighbours. Squared Euclidean distances on any device, exact for int8 codes.
+"""Pipeline: keys → **distances** → nearest neighbours. Squared Euclidean distances on any device, exact for
+int8 codes.
 
 Shape legend: Q queries, K keys at hand, N rows, D dimensions.
 """
@@ -11,18 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_EXACT_DIMS_FLOAT32 = 1024  # 1024 * 128 * 128 = 2**24: below it every partial sum of int8 products is exact in float32
+_EXACT_DIMS_FLOAT32 = (
+    1024  # 1024 * 128 * 128 = 2**24: below it every partial sum of int8 products is exact in float32
+)
 _MAX_DIMS = np.iinfo(np.int32).max // 255**2
 
 
 def squared_distances(
     queries_QD: Tensor, keys_KD: Tensor, *, out: Tensor | None = None, key_norms_K: Tensor | None = None
 ) -> Tensor:
-    """Squared Euclidean distances [Q, K]: int32 and exact for two int8 tensors, else float32, at least 0, not bit-exact.
+    """Squared Euclidean distances [Q, K]: int32 and exact for two int8 tensors, else float32, at least 0, not
+    bit-exact.
 
-    ``out`` (int32 [Q, K], contiguous) may receive the integers: page faults of a fresh result cost as much as the product.
-    ``key_norms_K`` are the keys' `squared_norms` where they are at hand (int8 keys only).
-    Raises ValueError when an exact distance could pass int32 (more than 33,025 dimensions).
+    ``out`` (int32 [Q, K], contiguous) may receive the integers: page faults of a fresh result cost as much as
+    the product. ``key_norms_K`` are the keys' `squared_norms` where they are at hand (int8 keys only). Raises
+    ValueError when an exact distance could pass int32 (more than 33,025 dimensions).
     """
     if queries_QD.shape[1] != keys_KD.shape[1]:
         raise ValueError(f"queries have {queries_QD.shape[1]} dimensions, keys {keys_KD.shape[1]}")
@@ -48,17 +52,20 @@ def distance_ranks(
 ) -> Tensor:
     """int32 [Q, K] that orders like the distances; ``key_norms_K`` as in `squared_distances`."""
     if not are_codes(queries_QD, keys_KD):
-        return squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)  # abs: inf - inf has the sign bit
+        return (
+            squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)
+        )  # abs: inf - inf has the sign bit
     if scratch is not None:
         scratch = scratch[: len(queries_QD) * len(keys_KD)].view(len(queries_QD), len(keys_KD))
     return squared_distances(queries_QD, keys_KD, out=scratch, key_norms_K=key_norms_K)
 
 
 def ranks_in_list(queries_MD: Tensor, keys_KD: Tensor, key_norms_K: Tensor | None, *, out: Tensor) -> None:
-    """Fill ``out`` (int32 [M, K], contiguous) with what orders the keys of a list for each query like the distances do.
+    """Fill ``out`` (int32 [M, K], contiguous) with what orders the keys of a list for each query like the
+    distances do.
 
-    For int8 codes the distance less the query's own squared length, which is the same in all the query's lists: one pass
-    less over the tile. For float keys the bits of the distance.
+    For int8 codes the distance less the query's own squared length, which is the same in all the query's
+    lists: one pass less over the tile. For float keys the bits of the distance.
     """
     if not are_codes(queries_MD, keys_KD):
         out.copy_(distance_ranks(queries_MD, keys_KD, None))
@@ -88,7 +95,8 @@ def _integer_products(queries_QD: Tensor, keys_KD: Tensor, out: Tensor | None) -
 
 
 def padded_products(queries_QD: Tensor, keys_KD: Tensor) -> Tensor:
-    """Products int32 [Q, K] of int8 rows by `torch._int_mm`, which on CUDA wants more than 16 rows and multiples of 8.
+    """Products int32 [Q, K] of int8 rows by `torch._int_mm`, which on CUDA wants more than 16 rows and
+    multiples of 8.
 
     Rows and dimensions of zeros are added where they are wanting; they change no product.
     """
@@ -106,7 +114,8 @@ def _may_use_integer_matmul(queries_QD: Tensor, keys_KD: Tensor) -> bool:
 
 @cache
 def _cpu_integer_matmul_is_exact() -> bool:
-    """x86 before VNNI adds pairs of products in saturating int16: 127 * 127 comes out wrong (try ONEDNN_MAX_CPU_ISA=AVX2)."""
+    """x86 before VNNI adds pairs of products in saturating int16: 127 * 127 comes out wrong (try
+    ONEDNN_MAX_CPU_ISA=AVX2)."""
     codes = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(codes, codes.t()) == 64 * 127 * 127).all())
 
@@ -120,11 +129,15 @@ def squared_norms(codes_ND: Tensor) -> Tensor:
 
 
 def norms_of_codes(codes_ND: Any, *, block: int = 4096) -> np.ndarray:
-    """`squared_norms` of codes (a tensor, or an array that may be a read-only map), int32 [N], a block of rows at a time.
+    """`squared_norms` of codes (a tensor, or an array that may be a read-only map), int32 [N], a block of
+    rows at a time.
 
-    Each block's norms go into one array at once: kept one by one they broke the heap up, to 950 MB for 1e6 keys.
+    Each block's norms go into one array at once: kept one by one they broke the heap up, to 950 MB for 1e6
+    keys.
     """
     norms_N = np.empty(len(codes_ND), np.int32)
     for start in range(0, len(codes_ND), block):
-        norms_N[start : start + block] = squared_norms(torch.from_numpy(np.array(codes_ND[start : start + block])))
+        norms_N[start : start + block] = squared_norms(
+            torch.from_numpy(np.array(codes_ND[start : start + block]))
+        )
     return norms_N

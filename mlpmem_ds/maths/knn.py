@@ -1,11 +1,12 @@
-"""Pipeline: keys and index → **nearest neighbours** → targets. Exact search over all the keys, and over the lists an index names.
+"""Pipeline: keys and index → **nearest neighbours** → targets. Exact search over all the keys, and over the
+lists an index names.
 
-With int8 codes a squared distance is an exact integer, so neighbours and distances do not depend on batches, threads or
-devices, and ties are broken by id. Float keys take the same path through float32 and have no such promise. Where CUDA is at
-hand the search runs there (knn_on_device.py).
+With int8 codes a squared distance is an exact integer, so neighbours and distances do not depend on batches,
+threads or devices, and ties are broken by id. Float keys take the same path through float32 and have no such
+promise. Where CUDA is at hand the search runs there (knn_on_device.py).
 
-Shape legend: Q queries, K keys at hand (or neighbours kept), N keys in all, D dimensions, P probes, L lists, S survivors,
-M queries that probe one list, B queries of a block, T their probes of lists that are not empty,
+Shape legend: Q queries, K keys at hand (or neighbours kept), N keys in all, D dimensions, P probes, L lists,
+S survivors, M queries that probe one list, B queries of a block, T their probes of lists that are not empty,
 C capacity of a buffer.
 """
 
@@ -32,7 +33,13 @@ from mlpmem_ds.maths.neighbours import (
     check_probes,
     check_search,
 )
-from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, order_of_probes, probed_lists, sizes_of_probes
+from mlpmem_ds.maths.search_blocks import (
+    budget_blocks,
+    growing_blocks,
+    order_of_probes,
+    probed_lists,
+    sizes_of_probes,
+)
 
 __all__ = [
     "Exclusion",
@@ -40,7 +47,7 @@ __all__ = [
     "PackedNeighbours",
     "exact_neighbours",
     "list_neighbours",
-    "most_keys_for_exact",
+    "max_keys_for_exact",
     "pack_exact_neighbours",
     "pack_list_neighbours",
     "search_device",
@@ -49,7 +56,7 @@ __all__ = [
 Array: TypeAlias = np.ndarray[Any, Any]
 _Arguments = ParamSpec("_Arguments")
 
-_MOST_KEYS_FOR_EXACT = {
+_MAX_KEYS_FOR_EXACT = {
     "cpu": 200_000,
     "cuda": 10_000_000,
 }  # minutes on two cores or one GPU; above, lists are worth it
@@ -63,9 +70,9 @@ def search_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def most_keys_for_exact(device: torch.device | str | None = None) -> int:
+def max_keys_for_exact(device: torch.device | str | None = None) -> int:
     """Up to how many keys exact search is the right choice on this device (None: `search_device`)."""
-    return _MOST_KEYS_FOR_EXACT[_device(device).type]
+    return _MAX_KEYS_FOR_EXACT[_device(device).type]
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -84,10 +91,10 @@ def pack_exact_neighbours(
 ) -> PackedNeighbours:
     """The k nearest of all the keys for each query; key n has id n.
 
-    ``keys_ND`` is an array, a tensor, or what has their `shape`, `dtype`, `nbytes` and slices (a memory map, rows of files):
-    one block of it is in memory at a time. The blocks bound the memory of a CPU (about
-    ``query_block * key_block * 13`` bytes) and change nothing in the result for int8 codes, nor does the device (None:
-    `search_device`).
+    ``keys_ND`` is an array, a tensor, or what has their `shape`, `dtype`, `nbytes` and slices (a memory map,
+    rows of files): one block of it is in memory at a time. The blocks bound the memory of a CPU (about
+    ``query_block * key_block * 13`` bytes) and change nothing in the result for int8 codes, nor does the
+    device (None: `search_device`).
     """
     if _device(device).type != "cpu":
         return exact_neighbours_on_device(queries_QD, keys_ND, k, exclusion=exclusion, device=_device(device))
@@ -126,9 +133,10 @@ def pack_list_neighbours(
     """The k nearest for each query among the keys of the lists it probes (inverted file, list by list).
 
     ``probes_QP`` int64 list numbers, nearest first, each at most once in a row, -1 = none.
-    Queries are taken in the order of their first list, in blocks of at most ``candidate_budget`` (query, key) pairs (4 bytes
-    each), or one query if it has more; within a block each probed list is read once and multiplied with all the queries
-    that probe it. With every list probed the result is that of `exact_neighbours`, bit for bit for int8 codes.
+    Queries are taken in the order of their first list, in blocks of at most ``candidate_budget`` (query, key)
+    pairs (4 bytes each), or one query if it has more; within a block each probed list is read once and
+    multiplied with all the queries that probe it. With every list probed the result is that of
+    `exact_neighbours`, bit for bit for int8 codes.
     """
     if _device(device).type != "cpu":
         return list_neighbours_on_device(
@@ -145,13 +153,20 @@ def pack_list_neighbours(
     check_probes(probes_QP, len(queries_QD), len(lists.sizes_L))
     queries, sizes_QP = _tensor(queries_QD), sizes_of_probes(probes_QP, lists)
     # What ranks_in_list leaves out of the distances of each query.
-    offsets_Q = norms_of_codes(queries).astype(np.int64) << id_bits if is_integer else np.zeros(len(queries), np.int64)
+    offsets_Q = (
+        norms_of_codes(queries).astype(np.int64) << id_bits
+        if is_integer
+        else np.zeros(len(queries), np.int64)
+    )
     own_ids_Q = exclusion.query_ids_Q if exclusion is not None and exclusion.is_self_alone else None
     packed_QK = np.empty((len(queries), k), np.int64)
     order_Q = order_of_probes(probes_QP)
     blocks = [order_Q[slice(*block)] for block in budget_blocks(sizes_QP[order_Q].sum(1), candidate_budget)]
-    # One buffer for all blocks: page faults of a fresh one cost a third of the search. Its last number pads short rows.
-    buffer = torch.empty(1 + max((int(sizes_QP[rows_B].sum()) for rows_B in blocks), default=0), dtype=torch.int32)
+    # One buffer for all blocks: page faults of a fresh one cost a third of the search. Its last number pads
+    # short rows.
+    buffer = torch.empty(
+        1 + max((int(sizes_QP[rows_B].sum()) for rows_B in blocks), default=0), dtype=torch.int32
+    )
     buffer[-1] = NO_BOUND
     with _spread(torch.get_num_threads()) as spread:
         for rows_B in blocks:
@@ -208,8 +223,11 @@ class _RunningBest:
         self.filled_Q = np.zeros(num_rows, np.int64)
 
     def ranks_bound_Q(self, id_bits: int) -> Tensor:
-        """A key that comes now must have a rank below this (int32) to enter; an equal rank loses by its id."""
-        return torch.from_numpy(np.minimum(self.packed_QC[:, self.k - 1] >> id_bits, NO_BOUND).astype(np.int32))
+        """A key that comes now must have a rank below this (int32) to enter; an equal rank loses by its
+        id."""
+        return torch.from_numpy(
+            np.minimum(self.packed_QC[:, self.k - 1] >> id_bits, NO_BOUND).astype(np.int32)
+        )
 
     def add(self, rows_S: Array, packed_S: Array) -> None:
         """Take candidates, at most the capacity less k in one row; ``rows_S`` ascends."""
@@ -229,7 +247,8 @@ class _RunningBest:
 
 
 def _below(ranks_QK: Tensor, bound_Q: Tensor, scratch: Tensor) -> tuple[Array, Array, Array]:
-    """Rows, columns and ranks of the elements below their row's bound, row by row; ``scratch`` bool, at least as many."""
+    """Rows, columns and ranks of the elements below their row's bound, row by row; ``scratch`` bool, at least
+    as many."""
     below_QK = torch.lt(ranks_QK, bound_Q[:, None], out=scratch[: ranks_QK.numel()].view(ranks_QK.shape))
     flat_S = np.flatnonzero(below_QK.numpy())
     rows_S, columns_S = np.divmod(flat_S, ranks_QK.shape[1])

@@ -1,10 +1,12 @@
-"""Pipeline: keys and index → **nearest neighbours on a GPU** → targets: what knn.py does, in torch on any device.
+"""Pipeline: keys and index → **nearest neighbours on a GPU** → targets: what knn.py does, in torch on any
+device.
 
-The packed neighbours are those of the CPU, so int8 codes give the same ids and distances bit for bit; the tests run this
-path on the CPU too. The keys lie on the device where half of its free memory holds them, else they come block by block.
+The packed neighbours are those of the CPU, so int8 codes give the same ids and distances bit for bit; the
+tests run this path on the CPU too. The keys lie on the device where half of its free memory holds them, else
+they come block by block.
 
-Shape legend: Q queries (of a block), B keys of a block, K neighbours, N keys in all, D dimensions, P probes, L lists,
-S survivors, M queries that probe one list, W the most candidates of a query in a block.
+Shape legend: Q queries (of a block), B keys of a block, K neighbours, N keys in all, D dimensions, P probes,
+L lists, S survivors, M queries that probe one list, W the most candidates of a query in a block.
 """
 
 from dataclasses import replace
@@ -17,8 +19,21 @@ from torch import Tensor
 
 from mlpmem_ds.maths.distances import are_codes, distance_ranks
 from mlpmem_ds.maths.listed_keys import ListedKeys
-from mlpmem_ds.maths.neighbours import MISSING, NO_BOUND, Exclusion, PackedNeighbours, check_probes, check_search
-from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, order_of_probes, probed_lists, sizes_of_probes
+from mlpmem_ds.maths.neighbours import (
+    MISSING,
+    NO_BOUND,
+    Exclusion,
+    PackedNeighbours,
+    check_probes,
+    check_search,
+)
+from mlpmem_ds.maths.search_blocks import (
+    budget_blocks,
+    growing_blocks,
+    order_of_probes,
+    probed_lists,
+    sizes_of_probes,
+)
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -33,7 +48,8 @@ def exact_neighbours_on_device(
     query_block: int = 2048,
     key_block: int = 2**17,
 ) -> PackedNeighbours:
-    """`exact_neighbours` on a device; the distances at hand take ``query_block * key_block * 4`` bytes of it."""
+    """`exact_neighbours` on a device; the distances at hand take ``query_block * key_block * 4`` bytes of
+    it."""
     num_keys, num_dims = keys_ND.shape
     is_integer = are_codes(queries_QD, keys_ND)
     id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
@@ -65,7 +81,8 @@ def list_neighbours_on_device(
     device: torch.device,
     candidate_budget: int = 2**25,
 ) -> PackedNeighbours:
-    """`list_neighbours` on a device: every list that a block of queries probes is multiplied once with all of them."""
+    """`list_neighbours` on a device: every list that a block of queries probes is multiplied once with all of
+    them."""
     is_integer = are_codes(queries_QD, lists)
     id_bits = check_search(queries_QD, lists.num_dims, lists.num_keys, k, exclusion, is_integer)
     check_probes(probes_QP, len(queries_QD), len(lists.sizes_L))
@@ -77,7 +94,9 @@ def list_neighbours_on_device(
     for start, stop in budget_blocks(sizes_QP[order_Q].sum(1), candidate_budget):
         rows_B = order_Q[start:stop]
         sizes_MP = sizes_QP[rows_B]
-        columns_MP = np.cumsum(sizes_MP, axis=1) - sizes_MP  # where the candidates of each probe begin in their row
+        columns_MP = (
+            np.cumsum(sizes_MP, axis=1) - sizes_MP
+        )  # where the candidates of each probe begin in their row
         width = max(k, int(sizes_MP.sum(1).max(initial=0)))
         candidates_MW = torch.full((stop - start, width), MISSING, dtype=torch.int64, device=device)
         unused = np.zeros_like(sizes_MP)
@@ -112,7 +131,11 @@ class _Hidden:
         self.window = -1 if exclusion is None else exclusion.window
         self.query_ids_Q = torch.empty(0) if exclusion is None else _on(exclusion.query_ids_Q, device)
         self.query_groups_Q = self.key_groups_N = None
-        if exclusion is not None and exclusion.query_groups_Q is not None and exclusion.key_groups_N is not None:
+        if (
+            exclusion is not None
+            and exclusion.query_groups_Q is not None
+            and exclusion.key_groups_N is not None
+        ):
             self.query_groups_Q = _on(exclusion.query_groups_Q, device)
             self.key_groups_N = _on(exclusion.key_groups_N, device)
 
@@ -132,7 +155,9 @@ def _least(best_QK: Tensor, rows_S: Tensor, packed_S: Tensor) -> Tensor:
         return best_QK
     counts_Q = torch.bincount(rows_S, minlength=len(best_QK))
     firsts_Q = torch.cumsum(counts_Q, 0) - counts_Q
-    more_QW = torch.full((len(best_QK), int(counts_Q.max())), MISSING, dtype=torch.int64, device=best_QK.device)
+    more_QW = torch.full(
+        (len(best_QK), int(counts_Q.max())), MISSING, dtype=torch.int64, device=best_QK.device
+    )
     more_QW[rows_S, torch.arange(len(rows_S), device=rows_S.device) - firsts_Q[rows_S]] = packed_S
     both_QC = torch.cat([best_QK, more_QW], dim=1)
     return both_QC.topk(best_QK.shape[1], dim=1, largest=False, sorted=False).values

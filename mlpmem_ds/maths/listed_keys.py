@@ -1,8 +1,8 @@
 """Pipeline: keys and index → **keys list by list** → neighbours. What a search through inverted lists reads.
 
-The keys of a list lie side by side, in the order of their ids, so that a search multiplies with a slice of an array (often a
-memory map that the ranks of a machine share) where it would gather rows one by one. A large datastore is written in runs of
-positions; a list is then one slice of each run.
+The keys of a list lie side by side, in the order of their ids, so that a search multiplies with a slice of an
+array (often a memory map that the ranks of a machine share) where it would gather rows one by one. A large
+datastore is written in runs of positions; a list is then one slice of each run.
 
 Shape legend: R runs, L lists, N keys of a run, K keys of a list, D dimensions.
 """
@@ -28,8 +28,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 class ListedRun:
     """Some keys in the order (list, id): those of list l are rows ``offsets_L1[l]:offsets_L1[l + 1]``.
 
-    ``ids_N`` integers, the id less ``first``; ``keys_ND`` a tensor; ``norms_N`` int32, the `squared_norms` of int8 codes,
-    None for float keys.
+    ``ids_N`` integers, the id less ``first``; ``keys_ND`` a tensor; ``norms_N`` int32, the `squared_norms` of
+    int8 codes, None for float keys.
     """
 
     first: int
@@ -87,7 +87,9 @@ class ListedKeys:
         return torch.cat(keys), torch.cat(norms) if norms else None
 
     def _slices(self, number: int) -> list[tuple[ListedRun, slice]]:
-        return [(run, slice(int(run.offsets_L1[number]), int(run.offsets_L1[number + 1]))) for run in self.runs]
+        return [
+            (run, slice(int(run.offsets_L1[number]), int(run.offsets_L1[number + 1]))) for run in self.runs
+        ]
 
 
 def in_list_order(keys_ND: Array, offsets_L1: Array, ids_N: Array) -> ListedKeys:
@@ -99,8 +101,11 @@ def in_list_order(keys_ND: Array, offsets_L1: Array, ids_N: Array) -> ListedKeys
     return ListedKeys(runs=[run_of(0, offsets_L1, ids_N, listed_ND)], num_keys=len(keys_ND))
 
 
-def run_of(first: int, offsets_L1: Array, ids_N: Array, keys_ND: Array, norms_N: Array | None = None) -> ListedRun:
-    """A run of arrays that are in order already; they may be read-only memory maps. Norms are computed if not given."""
+def run_of(
+    first: int, offsets_L1: Array, ids_N: Array, keys_ND: Array, norms_N: Array | None = None
+) -> ListedRun:
+    """A run of arrays that are in order already; they may be read-only memory maps. Norms are computed if not
+    given."""
     if norms_N is None and are_codes(keys_ND):
         norms_N = norms_of_codes(keys_ND)
     return ListedRun(

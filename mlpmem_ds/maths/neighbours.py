@@ -1,8 +1,9 @@
-"""Pipeline: distances → **neighbours**: their record, what a query may not find, and how one neighbour is packed.
+"""Pipeline: distances → **neighbours**: their record, what a query may not find, and how one neighbour is
+packed.
 
-A neighbour is *packed* in one int64, ``rank << id_bits | id``, where the rank is the integer distance or the bit pattern of
-the non-negative float32 distance (which orders like the float). Packed values have no ties, so selecting the k least of
-them gives one answer in whatever order they come, on any device.
+A neighbour is *packed* in one int64, ``rank << id_bits | id``, where the rank is the integer distance or the
+bit pattern of the non-negative float32 distance (which orders like the float). Packed values have no ties, so
+selecting the k least of them gives one answer in whatever order they come, on any device.
 
 Shape legend: Q queries, K neighbours, N keys in all, P probes.
 """
@@ -23,8 +24,8 @@ NO_BOUND = np.iinfo(np.int32).max  # a rank that every other is at most, and tha
 class Neighbours:
     """Neighbours of each query, in the order (distance, id); those that are missing close the row.
 
-    ``ids_QK`` int64, -1 where missing. ``distances_QK`` squared distances, int64 for int8 codes and float64 for float keys,
-    the greatest value of the dtype where missing.
+    ``ids_QK`` int64, -1 where missing. ``distances_QK`` squared distances, int64 for int8 codes and float64
+    for float keys, the greatest value of the dtype where missing.
     """
 
     ids_QK: Array
@@ -33,9 +34,11 @@ class Neighbours:
 
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:
-    """What a query may not find: its own id; ids within ``window`` of it; keys of its own group (document), if groups are given.
+    """What a query may not find: its own id; ids within ``window`` of it; keys of its own group (document),
+    if groups are given.
 
-    ``query_ids_Q``, ``query_groups_Q`` and ``key_groups_N`` are integers; key n has id n and group ``key_groups_N[n]``.
+    ``query_ids_Q``, ``query_groups_Q`` and ``key_groups_N`` are integers; key n has id n and group
+    ``key_groups_N[n]``.
     """
 
     query_ids_Q: Array
@@ -45,7 +48,9 @@ class Exclusion:
 
     def __post_init__(self) -> None:
         if self.window < 0:
-            raise ValueError(f"window is {self.window}; it counts positions on either side and must be 0 or more")
+            raise ValueError(
+                f"window is {self.window}; it counts positions on either side and must be 0 or more"
+            )
         if (self.query_groups_Q is None) != (self.key_groups_N is None):
             raise ValueError("query_groups_Q and key_groups_N go together: give both or neither")
         if self.query_groups_Q is not None and len(self.query_groups_Q) != len(self.query_ids_Q):
@@ -66,7 +71,8 @@ class Exclusion:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedNeighbours:
-    """Neighbours as they are found, 8 bytes each: a row holds its packed neighbours in order, then MISSING."""
+    """Neighbours as they are found, 8 bytes each: a row holds its packed neighbours in order, then
+    MISSING."""
 
     packed_QK: Array
     id_bits: int
@@ -95,7 +101,8 @@ class PackedNeighbours:
 
 
 def merge_neighbours(first: Neighbours, second: Neighbours, k: int) -> Neighbours:
-    """The k nearest of both, in the order (distance, id); each is in that order, and `second`'s ids are the greater."""
+    """The k nearest of both, in the order (distance, id); each is in that order, and `second`'s ids are the
+    greater."""
     ids_QW = np.concatenate([first.ids_QK, second.ids_QK], axis=1)
     distances_QW = np.concatenate([first.distances_QK, second.distances_QK], axis=1)
     order_QK = np.argsort(distances_QW, axis=1, kind="stable")[:, :k]
@@ -106,7 +113,12 @@ def merge_neighbours(first: Neighbours, second: Neighbours, k: int) -> Neighbour
 
 
 def check_search(
-    queries_QD: Array | Tensor, num_dims: int, num_keys: int, k: int, exclusion: Exclusion | None, is_integer: bool
+    queries_QD: Array | Tensor,
+    num_dims: int,
+    num_keys: int,
+    k: int,
+    exclusion: Exclusion | None,
+    is_integer: bool,
 ) -> int:
     """Refuse what cannot be searched; return how many bits of a packed value hold the id."""
     if k < 1:
@@ -114,12 +126,20 @@ def check_search(
     if queries_QD.shape[1] != num_dims:
         raise ValueError(f"queries have {queries_QD.shape[1]} dimensions, keys {num_dims}")
     if exclusion is not None and len(exclusion.query_ids_Q) != len(queries_QD):
-        raise ValueError(f"exclusion names {len(exclusion.query_ids_Q)} query ids for {len(queries_QD)} queries")
-    if exclusion is not None and exclusion.key_groups_N is not None and len(exclusion.key_groups_N) != num_keys:
+        raise ValueError(
+            f"exclusion names {len(exclusion.query_ids_Q)} query ids for {len(queries_QD)} queries"
+        )
+    if (
+        exclusion is not None
+        and exclusion.key_groups_N is not None
+        and len(exclusion.key_groups_N) != num_keys
+    ):
         raise ValueError(f"exclusion has {len(exclusion.key_groups_N)} key groups for {num_keys} keys")
     id_bits = 63 - ((num_dims * 255**2).bit_length() if is_integer else 31)
     if num_keys >= 2**id_bits:
-        raise ValueError(f"{num_keys} keys of {num_dims} dimensions; at most {2**id_bits - 1} ids can be told apart")
+        raise ValueError(
+            f"{num_keys} keys of {num_dims} dimensions; at most {2**id_bits - 1} ids can be told apart"
+        )
     return id_bits
 
 
@@ -128,10 +148,12 @@ def check_probes(probes_QP: Array, num_queries: int, num_lists: int) -> None:
         raise ValueError(f"{len(probes_QP)} rows of probes for {num_queries} queries")
     if probes_QP.size and (probes_QP.max() >= num_lists or probes_QP.min() < -1):
         raise ValueError(
-            f"probes lie in [{probes_QP.min()}, {probes_QP.max()}]; there are {num_lists} lists, and -1 is none"
+            f"probes lie in [{probes_QP.min()}, {probes_QP.max()}]; there are {num_lists} lists, and -1 is"
+            " none"
         )
     sorted_QP = np.sort(probes_QP, axis=1)
     if ((sorted_QP[:, 1:] == sorted_QP[:, :-1]) & (sorted_QP[:, 1:] >= 0)).any():
         raise ValueError(
-            "a query probes one list twice, which would give it the same neighbour twice; drop repeated probes"
+            "a query probes one list twice, which would give it the same neighbour twice; drop repeated"
+            " probes"
         )

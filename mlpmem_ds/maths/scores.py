@@ -1,4 +1,5 @@
-"""Pipeline: two log-probabilities a position (base's and memory's, or kNN's) → **scores** → the report's table.
+"""Pipeline: two log-probabilities a position (base's and memory's, or kNN's) → **scores** → the report's
+table.
 
 Natural logarithms, float64. The interpolation weight λ is that of the second distribution.
 
@@ -25,36 +26,46 @@ def bits_per_byte(log_probabilities_N: Array, num_bytes: int) -> float:
 
 
 def lambda_curve(log_base_N: Array, log_other_N: Array, lambdas_G: Array) -> Array:
-    """Perplexity [G] of (1-λ)·base + λ·other for each λ in [0, 1]; the ends are exactly those of the two alone."""
+    """Perplexity [G] of (1-λ)·base + λ·other for each λ in [0, 1]; the ends are exactly those of the two
+    alone."""
     _check_pair(log_base_N, log_other_N)
     lambdas_G = _float64(lambdas_G)
     if not ((lambdas_G >= 0) & (lambdas_G <= 1)).all():
-        raise ValueError(f"λ in [{lambdas_G.min()}, {lambdas_G.max()}]; an interpolation weight lies in [0, 1]")
+        raise ValueError(
+            f"λ in [{lambdas_G.min()}, {lambdas_G.max()}]; an interpolation weight lies in [0, 1]"
+        )
     base_N, other_N = _float64(log_base_N), _float64(log_other_N)
     with np.errstate(divide="ignore"):
         pairs = list(zip(np.log1p(-lambdas_G), np.log(lambdas_G), strict=True))
-    return np.array([perplexity(np.logaddexp(base_N + log_keep, other_N + log_take)) for log_keep, log_take in pairs])
+    return np.array(
+        [perplexity(np.logaddexp(base_N + log_keep, other_N + log_take)) for log_keep, log_take in pairs]
+    )
 
 
 def bootstrap_interval(
     log_a_N: Array, log_b_N: Array, *, block: int = 512, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the relative perplexity change of b against a, ``ppl_b / ppl_a - 1``, by a paired block bootstrap.
+    """95 % interval of the relative perplexity change of b against a, ``ppl_b / ppl_a - 1``, by a paired
+    block bootstrap.
 
-    The positions are cut into contiguous blocks of ``block`` (the last may be shorter), since neighbouring positions of a
-    text are not independent. Each resample draws as many blocks as there are, with replacement, the same for a and b, and
-    gives exp(mean(log a) - mean(log b)) - 1 over its positions; the interval is the 2.5 and 97.5 percentiles. All
-    positions must have a positive probability under both. Raises ValueError for fewer than 2 blocks.
+    The positions are cut into contiguous blocks of ``block`` (the last may be shorter), since neighbouring
+    positions of a text are not independent. Each resample draws as many blocks as there are, with
+    replacement, the same for a and b, and gives exp(mean(log a) - mean(log b)) - 1 over its positions; the
+    interval is the 2.5 and 97.5 percentiles. All positions must have a positive probability under both.
+    Raises ValueError for fewer than 2 blocks.
     """
     _check_pair(log_a_N, log_b_N)
     differences_N = _float64(log_a_N) - _float64(log_b_N)
     starts_B = np.arange(0, len(differences_N), block)
     if len(starts_B) < 2:
         raise ValueError(
-            f"{len(differences_N)} positions make {len(starts_B)} blocks of {block}; a bootstrap needs 2 or more"
+            f"{len(differences_N)} positions make {len(starts_B)} blocks of {block}; a bootstrap needs 2 or"
+            " more"
         )
     if not np.isfinite(differences_N).all():
-        raise ValueError("a position has probability 0, so a perplexity is infinite; interpolate with the base first")
+        raise ValueError(
+            "a position has probability 0, so a perplexity is infinite; interpolate with the base first"
+        )
     sums_B = np.add.reduceat(differences_N, starts_B)
     sizes_B = np.diff(np.append(starts_B, len(differences_N)))
     generator = np.random.default_rng(seed)
@@ -74,28 +85,32 @@ def win_rate(log_a_N: Array, log_b_N: Array) -> float:
 
 
 def reliability(probabilities_N: Array, outcomes_N: Array, num_bins: int = 15) -> tuple[Array, Array, Array]:
-    """Bins of equal width over [0, 1]: positions [B], mean probability [B] and share of true outcomes [B] (0 where empty).
+    """Bins of equal width over [0, 1]: positions [B], mean probability [B] and share of true outcomes [B] (0
+    where empty).
 
-    ``probabilities_N`` are those given to an event at each position, ``outcomes_N`` whether it came. Raises ValueError
-    for probabilities outside [0, 1].
+    ``probabilities_N`` are those given to an event at each position, ``outcomes_N`` whether it came. Raises
+    ValueError for probabilities outside [0, 1].
     """
     _check_pair(probabilities_N, outcomes_N)
     probabilities_N = _float64(probabilities_N)
     if not ((probabilities_N >= 0) & (probabilities_N <= 1 + 1e-6)).all():
         raise ValueError(
-            f"probabilities between {probabilities_N.min()} and {probabilities_N.max()}; they must lie in [0, 1]"
+            f"probabilities between {probabilities_N.min()} and {probabilities_N.max()}; they must lie in"
+            " [0, 1]"
         )
     bins_N = np.minimum((probabilities_N * num_bins).astype(np.int64), num_bins - 1)
     counts_B = np.bincount(bins_N, minlength=num_bins)
     sums = (
-        np.bincount(bins_N, weights=values, minlength=num_bins) for values in (probabilities_N, _float64(outcomes_N))
+        np.bincount(bins_N, weights=values, minlength=num_bins)
+        for values in (probabilities_N, _float64(outcomes_N))
     )
     means_B, shares_B = (sums_B / np.maximum(counts_B, 1) for sums_B in sums)
     return counts_B, means_B, shares_B
 
 
 def calibration_error(probabilities_N: Array, outcomes_N: Array, num_bins: int = 15) -> float:
-    """Expected calibration error: mean over the positions of |mean probability - share of true outcomes| of their bin."""
+    """Expected calibration error: mean over the positions of |mean probability - share of true outcomes| of
+    their bin."""
     counts_B, means_B, shares_B = reliability(probabilities_N, outcomes_N, num_bins)
     return float((counts_B * np.abs(means_B - shares_B)).sum() / counts_B.sum())
 

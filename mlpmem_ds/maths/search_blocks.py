@@ -1,4 +1,5 @@
-"""Pipeline: probes → **blocks of a search**: how keys, queries and lists are taken in turn, so that memory stays bounded.
+"""Pipeline: probes → **blocks of a search**: how keys, queries and lists are taken in turn, so that memory
+stays bounded.
 
 Shape legend: Q queries, P probes, M queries that probe one list.
 """
@@ -16,7 +17,8 @@ _FIRST_KEY_BLOCK = 2048
 
 
 def growing_blocks(num_keys: int, key_block: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) over the keys: small at first, where every key enters for want of a bound, doubling to ``key_block``."""
+    """[start, stop) over the keys: small at first, where every key enters for want of a bound, doubling to
+    ``key_block``."""
     start, size = 0, min(_FIRST_KEY_BLOCK, key_block)
     while start < num_keys:
         stop = min(start + size, num_keys)
@@ -43,18 +45,22 @@ def sizes_of_probes(probes_QP: Array, lists: ListedKeys) -> Array:
 
 
 def order_of_probes(probes_QP: Array) -> Array:
-    """Queries in the order of their first list: neighbours in it probe the same lists, which are read once for many of them."""
+    """Queries in the order of their first list: neighbours in it probe the same lists, which are read once
+    for many of them."""
     return np.argsort(probes_QP[:, 0], kind="stable") if probes_QP.shape[1] else np.arange(len(probes_QP))
 
 
-def probed_lists(probes_BP: Array, sizes_BP: Array, starts_BP: Array) -> tuple[Array, list[tuple[int, int, int, int]]]:
+def probed_lists(
+    probes_BP: Array, sizes_BP: Array, starts_BP: Array
+) -> tuple[Array, list[tuple[int, int, int, int]]]:
     """The lists that a block of queries probes and that are not empty, one after the other.
 
-    Candidates are laid out list by list, then query by query; ``starts_BP`` receives where those of each probe start.
+    Candidates are laid out list by list, then query by query; ``starts_BP`` receives where those of each
+    probe start.
 
     Returns:
-        the flat places in ``probes_BP`` of all probes of these lists, list by list; and for each list its number, where its
-        probes start and stop among those places, and its first candidate.
+        the flat places in ``probes_BP`` of all probes of these lists, list by list; and for each list its
+        number, where its probes start and stop among those places, and its first candidate.
     """
     probes, sizes = probes_BP.ravel(), sizes_BP.ravel()
     order = np.argsort(probes, kind="stable")
@@ -63,5 +69,7 @@ def probed_lists(probes_BP: Array, sizes_BP: Array, starts_BP: Array) -> tuple[A
     starts_BP.ravel()[order] = starts
     firsts = np.flatnonzero(np.diff(probes[order], prepend=-1))
     stops = np.append(firsts[1:], len(order))[: len(firsts)]
-    lists = zip(probes[order[firsts]].tolist(), firsts.tolist(), stops.tolist(), starts[firsts].tolist(), strict=True)
+    lists = zip(
+        probes[order[firsts]].tolist(), firsts.tolist(), stops.tolist(), starts[firsts].tolist(), strict=True
+    )
     return order, list(lists)

@@ -1,18 +1,22 @@
-"""Pipeline: hidden states of a chunk of rows, prepared targets → **its part of the training loss, and of the gradients**.
+"""Pipeline: hidden states of a chunk of rows, prepared targets → **its part of the training loss, and of the
+gradients**.
 
-The logits come a tile of the vocabulary at a time, from one product each. What is kept of them is what the gradient is made
-of, exp(z - shift) in the operands' dtype, with the tiles one after another in memory, so that each is a matrix without gaps.
-With S its sum over a row, the gradient of the logits (see `sparse_loss`) is
+The logits come a tile of the vocabulary at a time, from one product each. What is kept of them is what the
+gradient is made of, exp(z - shift) in the operands' dtype, with the tiles one after another in memory, so
+that each is a matrix without gaps. With S its sum over a row, the gradient of the logits (see `sparse_loss`)
+is
 
     w (s softmax(z) - m) = (w s / S) (exp(z - shift) - S m / s),
 
-so the factor w s / S of a row goes to what is D wide, and nothing that is V wide is read a second time but by the products.
+so the factor w s / S of a row goes to what is D wide, and nothing that is V wide is read a second time but by
+the products.
 
-The shift is a row's greatest logit in the first tile: any number that keeps the exponentials finite is right. Where it does
-not (a logit elsewhere is larger by 46), the chunk is done again with the greatest of all. Exponentials are powers of two.
+The shift is a row's greatest logit in the first tile: any number that keeps the exponentials finite is right.
+Where it does not (a logit elsewhere is larger by 46), the chunk is done again with the greatest of all.
+Exponentials are powers of two.
 
-Shape legend: C rows of the chunk, D width of the hidden state, V vocabulary, T columns of a tile, E stored teacher entries,
-A the entries and after them the C labels.
+Shape legend: C rows of the chunk, D width of the hidden state, V vocabulary, T columns of a tile, E stored
+teacher entries, A the entries and after them the C labels.
 """
 
 import math
@@ -25,7 +29,7 @@ from torch import Tensor
 from .products import logits_of_tile, product, set_transposed_product, vocabulary_tiles
 from .sparse_targets import PreparedTargets
 
-_LEAST_MASS = 1e-30
+_MIN_MASS = 1e-30
 _LARGEST_SUM = 1e20  # of exponentials: far below what float32 and bfloat16 hold, far above a vocabulary
 # exp2 takes a quarter of the time of exp on CPU (PyTorch 2.13: exp goes through MKL).
 _LN_2, _LOG2_E = math.log(2), math.log2(math.e)
@@ -76,7 +80,8 @@ def chunk_by_torch(
     store: Tensor | None,
     divisor: float,
 ) -> ChunkResult:
-    """The same by PyTorch. `store` holds at least C · V numbers, and the gradient after this; None: it is not wanted.
+    """The same by PyTorch. `store` holds at least C · V numbers, and the gradient after this; None: it is not
+    wanted.
 
     The rows' factors are divided by `divisor`, the sums are not.
     """
@@ -104,7 +109,7 @@ def chunk_by_torch(
         return ChunkResult(sums_3=sums_3, tiles=[], scales_C=None)
 
     mass_C = alphas_C * targets.teacher_mass_N[chunk] + label_mass_C
-    inverse_C = torch.where(mass_C > _LEAST_MASS, 1 / mass_C, 0.0)  # s may underflow, and m with it
+    inverse_C = torch.where(mass_C > _MIN_MASS, 1 / mass_C, 0.0)  # s may underflow, and m with it
     shares_A = torch.cat([(alphas_C * inverse_C)[row_E] * named.teacher_E, label_mass_C * inverse_C])
     shares_A = _with_labels_joined(shares_A, named)
     values_A = found.exponents_A.exp2() - found.sums_C[named.row_A] * shares_A
@@ -121,11 +126,13 @@ def add_gradients(
     chunk: slice,
     result: ChunkResult,
 ) -> None:
-    """Set the chunk's rows of ``d_hidden_ND``, set or (after the first chunk) add to ``d_weight_VD``, whichever are wanted."""
+    """Set the chunk's rows of ``d_hidden_ND``, set or (after the first chunk) add to ``d_weight_VD``,
+    whichever are wanted."""
     hidden_CD, scales_C = hidden_ND[chunk], result.scales_C
     if scales_C is not None and d_weight_VD is not None:
         hidden_CD = (hidden_CD * scales_C[:, None]).to(hidden_ND.dtype)
-    # Which of the two has no gaps decides the speed of the product with the tile: oneDNN's float32, or PyTorch's of 16 bits.
+    # Which of the two has no gaps decides the speed of the product with the tile: oneDNN's float32, or
+    # PyTorch's of 16 bits.
     hidden_DC = hidden_CD.t().contiguous() if hidden_CD.dtype == torch.float32 else hidden_CD.t()
     d_hidden_CD = None
     for columns, d_logits_CT in result.tiles:
@@ -152,7 +159,10 @@ class _Named:
 
 
 def _named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> _Named:
-    entries, num_rows = slice(targets.offsets[chunk.start], targets.offsets[chunk.stop]), chunk.stop - chunk.start
+    entries, num_rows = (
+        slice(targets.offsets[chunk.start], targets.offsets[chunk.stop]),
+        chunk.stop - chunk.start,
+    )
     ids_E, teacher_E = targets.ids_E[entries], targets.teacher_E[entries]
     row_E = targets.row_of_entry_E[entries] - chunk.start
     has_mass_E = teacher_E > 0
@@ -169,7 +179,9 @@ def _named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> 
         row_A=row_A,
         id_A=id_A,
         place_A=start_A * num_rows + row_A * columns_A + (id_A - start_A),
-        by_tile_A=torch.argsort(tile_A.to(torch.int16), stable=True),  # 32,000 tiles: a vocabulary of 33 million
+        by_tile_A=torch.argsort(
+            tile_A.to(torch.int16), stable=True
+        ),  # 32,000 tiles: a vocabulary of 33 million
         num_by_tile=torch.bincount(tile_A, minlength=len(tiles)).tolist(),
         teacher_E=teacher_E,
         vocabulary_size=len(weight_VD),
@@ -177,7 +189,8 @@ def _named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> 
 
 
 def _with_labels_joined(shares_A: Tensor, named: _Named) -> Tensor:
-    """A label that is also an entry of its row: both get the sum of their shares, for both write the same place."""
+    """A label that is also an entry of its row: both get the sum of their shares, for both write the same
+    place."""
     num_entries = len(named.teacher_E)
     if num_entries == 0:
         return shares_A
@@ -201,7 +214,8 @@ class _Exponentials:
 def _exponentiate(
     hidden_CD: Tensor, weight_VD: Tensor, named: _Named, shift_C: Tensor | None, store: Tensor | None
 ) -> _Exponentials:
-    """One pass over the vocabulary; 2^x is left in the store, tile after tile. The shift is of z; None: of the first tile."""
+    """One pass over the vocabulary; 2^x is left in the store, tile after tile. The shift is of z; None: of
+    the first tile."""
     num_rows, device = len(hidden_CD), hidden_CD.device
     sums_C = torch.zeros(num_rows, device=device)
     place_A, done, parts = named.place_A[named.by_tile_A], 0, []
@@ -224,7 +238,9 @@ def _exponentiate(
             stored_CT.copy_(powers_CT)
     logits_A = torch.empty(len(place_A), device=device)
     logits_A[named.by_tile_A] = torch.cat(parts).float()
-    return _Exponentials(sums_C=sums_C, exponents_A=torch.add(shift_C1[named.row_A, 0], logits_A, alpha=_LOG2_E))
+    return _Exponentials(
+        sums_C=sums_C, exponents_A=torch.add(shift_C1[named.row_A, 0], logits_A, alpha=_LOG2_E)
+    )
 
 
 def _greatest_logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:

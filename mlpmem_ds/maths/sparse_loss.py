@@ -2,14 +2,15 @@
 
 Row n has the teacher's sparse distribution t, the label y and the weight w. With z = hidden · weightᵀ,
 
-    loss_n = w (α KL(t ‖ softmax z) + (1-α) CE),    CE = -log p_mem(y)  or  -log((1-λ) p_base(y) + λ p_mem(y)),
+    loss_n = w (α KL(t ‖ softmax z) + (1-α) CE),   CE = -log p_mem(y)  or  -log((1-λ) p_base(y) + λ p_mem(y)),
     m = α t + c (1-α) onehot(y),    s = Σ m,    dloss_n/dz = w (s softmax(z) - m),
 
-where c is 1, or the memory's responsibility λ p_mem(y) / mixture. The factor s is needed wherever a row's mass is not 1,
-else all its logits drift. A row whose teacher is empty is pure CE (its α is 0).
+where c is 1, or the memory's responsibility λ p_mem(y) / mixture. The factor s is needed wherever a row's
+mass is not 1, else all its logits drift. A row whose teacher is empty is pure CE (its α is 0).
 
-Neither a dense target nor all the logits ever exist: rows are taken in chunks, and a chunk's gradients are made while
-what they are made of is at hand (`sparse_chunk`). Statistics are float32; matrix products take the operands' dtype.
+Neither a dense target nor all the logits ever exist: rows are taken in chunks, and a chunk's gradients are
+made while what they are made of is at hand (`sparse_chunk`). Statistics are float32; matrix products take the
+operands' dtype.
 
 Shape legend: N rows, D width of the hidden state, V vocabulary, C rows of a chunk.
 """
@@ -30,7 +31,8 @@ from .sparse_targets import PreparedTargets, TargetBatch, prepare_targets
 __all__ = ["CUDA_CHUNK_BYTES", "DEFAULT_CHUNK_BYTES", "Sums", "TargetBatch", "row_chunks", "sparse_loss"]
 
 DEFAULT_CHUNK_BYTES = 128 * 2**20
-# On a GPU a chunk costs a pass over the weight's gradient: 2048 rows of a vocabulary of 128 k, float32 and their gradient.
+# On a GPU a chunk costs a pass over the weight's gradient: 2048 rows of a vocabulary of 128 k, float32 and
+# their gradient.
 CUDA_CHUNK_BYTES = 1536 * 2**20
 
 
@@ -50,20 +52,22 @@ def sparse_loss(
     *,
     alpha: float,
     mixture_lambda: float | None = None,
-    renormalise: bool = True,
+    renormalize: bool = True,
     divisor: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Sums]:
-    """Sum over the rows of the loss above / ``divisor`` (float32 scalar, differentiable once), and its parts, undivided.
+    """Sum over the rows of the loss above / ``divisor`` (float32 scalar, differentiable once), and its parts,
+    undivided.
 
-    ``alpha`` weighs KL against CE. With ``mixture_lambda`` CE goes through the mixture. ``renormalise`` divides each
-    teacher row by its sum; else a truncated row keeps its mass below 1. ``chunk_bytes`` bounds what a chunk's logits take
-    (None: as suits the device). On CUDA a Triton kernel does the row work, if Triton is installed.
+    ``alpha`` weighs KL against CE. With ``mixture_lambda`` CE goes through the mixture. ``renormalize``
+    divides each teacher row by its sum; else a truncated row keeps its mass below 1. ``chunk_bytes`` bounds
+    what a chunk's logits take (None: as suits the device). On CUDA a Triton kernel does the row work, if
+    Triton is installed.
     """
     _check(hidden_ND, weight_VD, targets, alpha, mixture_lambda)
     with torch.no_grad():
         prepared = prepare_targets(
-            targets, hidden_ND.device, alpha=alpha, mixture_lambda=mixture_lambda, renormalise=renormalise
+            targets, hidden_ND.device, alpha=alpha, mixture_lambda=mixture_lambda, renormalize=renormalize
         )
     if chunk_bytes is None:
         chunk_bytes = CUDA_CHUNK_BYTES if hidden_ND.is_cuda else DEFAULT_CHUNK_BYTES
@@ -71,7 +75,9 @@ def sparse_loss(
     return loss, Sums(kl=kl, ce=ce, weight=prepared.weights_N.sum())
 
 
-def row_chunks(num_rows: int, vocabulary_size: int, chunk_bytes: int, *, bytes_per_logit: int = 4) -> Iterator[slice]:
+def row_chunks(
+    num_rows: int, vocabulary_size: int, chunk_bytes: int, *, bytes_per_logit: int = 4
+) -> Iterator[slice]:
     """Slices over the rows, even in size, whose logits take at most ``chunk_bytes`` (or hold one row)."""
     most = max(1, chunk_bytes // (bytes_per_logit * vocabulary_size))
     num_chunks = -(-num_rows // most)
@@ -82,15 +88,23 @@ def row_chunks(num_rows: int, vocabulary_size: int, chunk_bytes: int, *, bytes_p
 class _FusedSparseLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets: PreparedTargets, divisor: float, chunk_bytes: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets: PreparedTargets,
+        divisor: float,
+        chunk_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         wants_gradient = wants_hidden or wants_weight
         dtype, device = hidden_ND.dtype, hidden_ND.device
         by_kernel = kernels.usable(hidden_ND)
-        # What a chunk holds for each logit: the kernel reads float32 logits and writes their gradient, PyTorch the latter only.
+        # What a chunk holds for each logit: the kernel reads float32 logits and writes their gradient,
+        # PyTorch the latter only.
         bytes_per_logit = (4 if by_kernel else 0) + (dtype.itemsize if wants_gradient else 0)
-        chunks = list(row_chunks(len(hidden_ND), len(weight_VD), chunk_bytes, bytes_per_logit=max(1, bytes_per_logit)))
+        chunks = list(
+            row_chunks(len(hidden_ND), len(weight_VD), chunk_bytes, bytes_per_logit=max(1, bytes_per_logit))
+        )
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight_VD = None
         if wants_weight:  # several chunks are summed in float32
@@ -121,7 +135,9 @@ class _FusedSparseLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, d_loss: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("sparse_loss keeps its gradients for one backward; call it again for another")
         d_hidden_ND, d_weight_VD = ctx.gradients
@@ -155,17 +171,19 @@ def _check(
 ) -> None:
     if hidden_ND.dtype != weight_VD.dtype or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
-            f"hidden states are {hidden_ND.dtype} of width {hidden_ND.shape[1]}, head weights {weight_VD.dtype} of width "
-            f"{weight_VD.shape[1]}; they must agree"
+            f"hidden states are {hidden_ND.dtype} of width {hidden_ND.shape[1]}, head weights"
+            f" {weight_VD.dtype} of width {weight_VD.shape[1]}; they must agree"
         )
     if len(targets.labels_N) != len(hidden_ND) or len(targets.offsets_N1) != len(hidden_ND) + 1:
         raise ValueError(
-            f"{len(hidden_ND)} hidden states, {len(targets.labels_N)} labels, {len(targets.offsets_N1)} offsets; "
-            "N, N and N + 1 are wanted"
+            f"{len(hidden_ND)} hidden states, {len(targets.labels_N)} labels, {len(targets.offsets_N1)}"
+            " offsets; N, N and N + 1 are wanted"
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; the weight of KL against CE lies in [0, 1]")
     if mixture_lambda is not None and not 0 < mixture_lambda <= 1:
         raise ValueError(f"mixture_lambda is {mixture_lambda}; it lies in (0, 1], or is None for plain CE")
     if mixture_lambda is not None and targets.base_log_probabilities_N is None:
-        raise ValueError(f"mixture_lambda is {mixture_lambda} but the targets have no base_log_probabilities_N")
+        raise ValueError(
+            f"mixture_lambda is {mixture_lambda} but the targets have no base_log_probabilities_N"
+        )

@@ -14,9 +14,9 @@ from torch import Tensor
 class TargetBatch:
     """Targets of N rows; row n has the teacher entries ``[offsets[n], offsets[n + 1])``.
 
-    ``offsets_N1`` int64, ``ids`` int64 [E] (an id may repeat within a row), ``probabilities`` float32 [E] (not negative),
-    ``labels_N`` int64, ``row_weights_N`` float32 (0 = ignored, whatever its label; None = all 1),
-    ``base_log_probabilities_N`` float32, log p_base(label), needed for CE through the mixture.
+    ``offsets_N1`` int64, ``ids`` int64 [E] (an id may repeat within a row), ``probabilities`` float32 [E]
+    (not negative), ``labels_N`` int64, ``row_weights_N`` float32 (0 = ignored, whatever its label; None = all
+    1), ``base_log_probabilities_N`` float32, log p_base(label), needed for CE through the mixture.
     """
 
     offsets_N1: Tensor
@@ -27,7 +27,8 @@ class TargetBatch:
     base_log_probabilities_N: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "TargetBatch":
-        """The same on another device, but for the offsets: they stay on the host, where they bound the chunks without a wait."""
+        """The same on another device, but for the offsets: they stay on the host, where they bound the chunks
+        without a wait."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -44,7 +45,8 @@ class TargetBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedTargets:
-    """Targets made ready: ignored rows are harmless, teacher rows scaled, α by row. Offsets are plain integers.
+    """Targets made ready: ignored rows are harmless, teacher rows scaled, α by row. Offsets are plain
+    integers.
 
     Ids ascend within a row; of an id that repeats one entry has all the mass, the others have none.
     """
@@ -63,7 +65,12 @@ class PreparedTargets:
 
 
 def prepare_targets(
-    targets: TargetBatch, device: torch.device, *, alpha: float, mixture_lambda: float | None, renormalise: bool
+    targets: TargetBatch,
+    device: torch.device,
+    *,
+    alpha: float,
+    mixture_lambda: float | None,
+    renormalize: bool,
 ) -> PreparedTargets:
     """See `sparse_loss` for what the arguments mean."""
     num_rows, num_entries = len(targets.labels_N), len(targets.ids)
@@ -71,10 +78,14 @@ def prepare_targets(
     row_of_entry_E = torch.repeat_interleave(offsets_N1.diff(), output_size=num_entries)
     teacher_E = targets.probabilities.float()
     mass_N = torch.zeros(num_rows, device=device).index_add_(0, row_of_entry_E, teacher_E)
-    if renormalise:
+    if renormalize:
         teacher_E = teacher_E / mass_N.clamp_min(torch.finfo(torch.float32).tiny)[row_of_entry_E]
     has_teacher_N = mass_N > 0
-    weights_N = torch.ones(num_rows, device=device) if targets.row_weights_N is None else targets.row_weights_N.float()
+    weights_N = (
+        torch.ones(num_rows, device=device)
+        if targets.row_weights_N is None
+        else targets.row_weights_N.float()
+    )
     ids_E, teacher_E = _merge_repeated(row_of_entry_E, targets.ids, teacher_E)
     ignored_N = weights_N == 0
     log_base_N = None
@@ -87,7 +98,7 @@ def prepare_targets(
         row_of_entry_E=row_of_entry_E,
         ids_E=ids_E,
         teacher_E=teacher_E,
-        teacher_mass_N=has_teacher_N.float() if renormalise else mass_N,
+        teacher_mass_N=has_teacher_N.float() if renormalize else mass_N,
         alphas_N=has_teacher_N.float() * alpha,
         labels_N=targets.labels_N.masked_fill(ignored_N, 0),
         weights_N=weights_N,
@@ -97,9 +108,12 @@ def prepare_targets(
 
 
 def _merge_repeated(row_of_entry_E: Tensor, ids_E: Tensor, teacher_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids ascending in each row, the mass of a repeated id on the first of its entries and 0 on the others."""
+    """Ids ascending in each row, the mass of a repeated id on the first of its entries and 0 on the
+    others."""
     ascends_E = (ids_E[1:] > ids_E[:-1]) | (row_of_entry_E[1:] != row_of_entry_E[:-1])
-    if not ids_E.is_cuda and bool(ascends_E.all()):  # as our shards have them; on a GPU asking would wait for it
+    if not ids_E.is_cuda and bool(
+        ascends_E.all()
+    ):  # as our shards have them; on a GPU asking would wait for it
         return ids_E, teacher_E
     order_E = torch.argsort(ids_E, stable=True)
     order_E = order_E[torch.argsort(row_of_entry_E[order_E], stable=True)]

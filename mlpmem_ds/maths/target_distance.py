@@ -1,6 +1,8 @@
-"""Pipeline: targets → **how far they are from the truth**. Recall of neighbours, distances of sparse distributions, row validity.
+"""Pipeline: targets → **how far they are from the truth**. Recall of neighbours, distances of sparse
+distributions, row validity.
 
-Shape legend: Q queries (rows), K neighbours a row, C of them at hand, W neighbours of both kinds, nnz stored entries.
+Shape legend: Q queries (rows), K neighbours a row, C of them at hand, W neighbours of both kinds, nnz stored
+entries.
 """
 
 from dataclasses import dataclass
@@ -12,8 +14,8 @@ from mlpmem_ds.maths.targets import SparseRows
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-_LEAST_SMOOTHING = 1e-6
-_MOST_SUM_ERROR = 1e-3
+_MIN_SMOOTHING = 1e-6
+_MAX_SUM_ERROR = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,11 @@ def recall(found_QK: Array, truth_QK: Array, count: int) -> Array:
 
 
 def distances(truth: SparseRows, found: SparseRows, dropped_Q: Array, vocab_size: int) -> Distances:
-    """How far found rows are from true ones; both are normalised first.
+    """How far found rows are from true ones; both are normalized first.
 
-    The divergence is KL(truth ‖ found), where the dropped mass (but at least 1e-6) of a found row is spread evenly over the
-    vocabulary: without that one missing id makes it infinite. Two empty rows agree; an empty and a full one are 1 apart.
+    The divergence is KL(truth ‖ found), where the dropped mass (but at least 1e-6) of a found row is spread
+    evenly over the vocabulary: without that one missing id makes it infinite. Two empty rows agree; an empty
+    and a full one are 1 apart.
     """
     num_rows = len(dropped_Q)
     keys_of_truth, shares_of_truth = _shares(truth, vocab_size)
@@ -56,7 +59,7 @@ def distances(truth: SparseRows, found: SparseRows, dropped_Q: Array, vocab_size
     rows = keys // vocab_size
     variation_Q = np.bincount(rows, weights=np.abs(p - q), minlength=num_rows) / 2
     one_empty_Q = (np.diff(truth.offsets) == 0) != (np.diff(found.offsets) == 0)
-    smoothing = np.maximum(dropped_Q, _LEAST_SMOOTHING)[rows]
+    smoothing = np.maximum(dropped_Q, _MIN_SMOOTHING)[rows]
     smooth_q = (1 - smoothing) * q + smoothing / vocab_size
     terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / smooth_q), 0.0)
     return Distances(
@@ -65,8 +68,11 @@ def distances(truth: SparseRows, found: SparseRows, dropped_Q: Array, vocab_size
     )
 
 
-def total_variation(weights_QK: Array, values_QK: Array, other_weights_QK: Array, other_values_QK: Array) -> Array:
-    """½ Σ_v |p(v) - q(v)| of each row's two sets of weighted neighbours, float64 [Q]; values are integers, weights ≥ 0."""
+def total_variation(
+    weights_QK: Array, values_QK: Array, other_weights_QK: Array, other_values_QK: Array
+) -> Array:
+    """½ Σ_v |p(v) - q(v)| of each row's two sets of weighted neighbours, float64 [Q]; values are integers,
+    weights ≥ 0."""
     signed_QW = np.concatenate([weights_QK, -other_weights_QK], axis=1)
     values_QW = np.concatenate([values_QK, other_values_QK], axis=1)
     order_QW = np.argsort(values_QW, axis=1, kind="stable")
@@ -87,8 +93,9 @@ def probability_of(rows: SparseRows, ids_Q: Array) -> Array:
 
 
 def count_faulty_rows(rows: SparseRows, dropped_Q: Array, vocab_size: int) -> dict[str, int]:
-    """Rows that no target may have: `unsorted` (ids must ascend), `outside` (an id that is no token, such as -1), `not_finite`
-    (NaN, infinite, zero or negative probabilities) and `wrong_sum` (kept and dropped mass more than 1e-3 from 1)."""
+    """Rows that no target may have: `unsorted` (ids must ascend), `outside` (an id that is no token, such as
+    -1), `not_finite` (NaN, infinite, zero or negative probabilities) and `wrong_sum` (kept and dropped mass
+    more than 1e-3 from 1)."""
     num_rows = len(dropped_Q)
     counts_Q = np.diff(rows.offsets)
     row_of_entry = np.repeat(np.arange(num_rows), counts_Q)
@@ -97,13 +104,15 @@ def count_faulty_rows(rows: SparseRows, dropped_Q: Array, vocab_size: int) -> di
         return len(np.unique(row_of[is_bad]))
 
     same_row = row_of_entry[1:] == row_of_entry[:-1]
-    sums_Q = np.bincount(row_of_entry, weights=np.nan_to_num(rows.probabilities), minlength=num_rows) + dropped_Q
+    sums_Q = (
+        np.bincount(row_of_entry, weights=np.nan_to_num(rows.probabilities), minlength=num_rows) + dropped_Q
+    )
     is_bad = ~(np.isfinite(rows.probabilities) & (rows.probabilities > 0))
     return {
         "unsorted": rows_with(same_row & (rows.ids[1:] <= rows.ids[:-1]), row_of_entry[1:]),
         "outside": rows_with((rows.ids < 0) | (rows.ids >= vocab_size), row_of_entry),
         "not_finite": rows_with(is_bad, row_of_entry),
-        "wrong_sum": int(((counts_Q > 0) & ~(np.abs(sums_Q - 1) <= _MOST_SUM_ERROR)).sum()),
+        "wrong_sum": int(((counts_Q > 0) & ~(np.abs(sums_Q - 1) <= _MAX_SUM_ERROR)).sum()),
     }
 
 

@@ -1,8 +1,8 @@
 """Pipeline: neighbours → **kNN targets** → target shards. Also the label's probability alone, for evaluation.
 
-``p(v) ∝ Σ_{j: value_j = v} exp(-d_j² / T)`` over the neighbours j of a position (kNN-LM, arXiv 1911.00172; MLP Memory,
-arXiv 2508.01832). All in float64, sparse, and every sum runs in the order of its row: a row's result does not depend on
-the rows beside it. (Across kinds of processor `exp` may differ in the last bit.)
+``p(v) ∝ Σ_{j: value_j = v} exp(-d_j² / T)`` over the neighbours j of a position (kNN-LM, arXiv 1911.00172;
+MLP Memory, arXiv 2508.01832). All in float64, sparse, and every sum runs in the order of its row: a row's
+result does not depend on the rows beside it. (Across kinds of processor `exp` may differ in the last bit.)
 
 Shape legend: Q queries (rows), K neighbours a row, W widest row, nnz stored entries.
 """
@@ -22,7 +22,8 @@ USUAL_PERPLEXITY = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class SparseRows:
-    """Sparse distributions: row q has ``ids[offsets[q]:offsets[q + 1]]``, ascending and distinct, with their probabilities.
+    """Sparse distributions: row q has ``ids[offsets[q]:offsets[q + 1]]``, ascending and distinct, with their
+    probabilities.
 
     ``offsets`` int64 [Q + 1], ``ids`` int64 [nnz], ``probabilities`` float64 [nnz].
     """
@@ -33,13 +34,14 @@ class SparseRows:
 
 
 def neighbour_weights(squared_distances_QK: Array, temperature: float, valid_QK: Array) -> Array:
-    """exp(-d²/T) normalised over the valid neighbours of each row, float64 [Q, K]; all zero where a row has none.
+    """exp(-d²/T) normalized over the valid neighbours of each row, float64 [Q, K]; all zero where a row has
+    none.
 
     ``temperature`` is in units of squared distance.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it divides squared distances and must be above 0")
-    return _normalise(_shifted(squared_distances_QK, valid_QK), temperature)
+    return _normalize(_shifted(squared_distances_QK, valid_QK), temperature)
 
 
 def default_perplexity(k: int) -> float:
@@ -48,31 +50,36 @@ def default_perplexity(k: int) -> float:
 
 
 def weight_perplexity(weights_QK: Array) -> Array:
-    """exp(entropy) of each row's weights, [Q]: how many neighbours count, 1 to K (1 for a row without neighbour)."""
+    """exp(entropy) of each row's weights, [Q]: how many neighbours count, 1 to K (1 for a row without
+    neighbour)."""
     logarithms_QK = np.log(weights_QK, out=np.zeros(weights_QK.shape), where=weights_QK > 0)
     return np.exp(-_row_sums(weights_QK * logarithms_QK))
 
 
 def fit_temperature(squared_distances_QK: Array, valid_QK: Array, perplexity: float) -> float:
-    """The temperature at which the rows' mean log weight perplexity is log(``perplexity``); rows without neighbour do not count.
+    """The temperature at which the rows' mean log weight perplexity is log(``perplexity``); rows without
+    neighbour do not count.
 
-    Bisection on log T, the same bits each time. Raises ValueError when no temperature reaches the perplexity: it must
-    lie between what the nearest neighbours' ties give (T → 0) and the number of neighbours (T → ∞), means over rows in the log.
+    Bisection on log T, the same bits each time. Raises ValueError when no temperature reaches the perplexity:
+    it must lie between what the nearest neighbours' ties give (T → 0) and the number of neighbours (T → ∞),
+    means over rows in the log.
     """
     has_neighbour_Q = valid_QK.any(axis=1)
     if not has_neighbour_Q.any():
-        raise ValueError("no row has a neighbour, so no temperature can be fitted; exclude less or search more lists")
+        raise ValueError(
+            "no row has a neighbour, so no temperature can be fitted; exclude less or search more lists"
+        )
     shifted_QK = _shifted(squared_distances_QK[has_neighbour_Q], valid_QK[has_neighbour_Q])
     least = float(np.exp(np.log((shifted_QK == 0).sum(axis=1)).mean()))
     most = float(np.exp(np.log(np.isfinite(shifted_QK).sum(axis=1)).mean()))
     if not least * (1 + _MARGIN) < perplexity < most * (1 - _MARGIN):
         raise ValueError(
-            f"perplexity {perplexity:g} cannot be reached: the nearest neighbours alone give {least:g}, all of them {most:g}; "
-            "choose one between, or raise k"
+            f"perplexity {perplexity:g} cannot be reached: the nearest neighbours alone give {least:g}, all"
+            f" of them {most:g}; choose one between, or raise k"
         )
 
     def is_too_hot(log_temperature: float) -> bool:
-        weights_QK = _normalise(shifted_QK, float(np.exp(log_temperature)))
+        weights_QK = _normalize(shifted_QK, float(np.exp(log_temperature)))
         return float(np.log(weight_perplexity(weights_QK)).mean()) > np.log(perplexity)
 
     low = high = float(np.log(shifted_QK[np.isfinite(shifted_QK)].max()))
@@ -89,8 +96,8 @@ def fit_temperature(squared_distances_QK: Array, valid_QK: Array, perplexity: fl
 def aggregate(weights_QK: Array, values_QK: Array) -> SparseRows:
     """Add the weights of neighbours with the same value; neighbours of weight 0 leave no entry.
 
-    ``values_QK`` non-negative integers (token ids) where the weight is positive. A value's weights are added in the
-    order of its neighbours in the row.
+    ``values_QK`` non-negative integers (token ids) where the weight is positive. A value's weights are added
+    in the order of its neighbours in the row.
     """
     num_rows, num_neighbours = weights_QK.shape
     if not weights_QK.size:
@@ -112,18 +119,23 @@ def aggregate(weights_QK: Array, values_QK: Array) -> SparseRows:
     return SparseRows(
         offsets=np.concatenate([[0], np.cumsum(num_entries_Q)]).astype(np.int64),
         ids=sorted_QK[is_first_QK],
-        probabilities=np.bincount(entries, weights=weights, minlength=int(num_entries_Q.sum())).astype(np.float64),
+        probabilities=np.bincount(entries, weights=weights, minlength=int(num_entries_Q.sum())).astype(
+            np.float64
+        ),
     )
 
 
 def truncate(rows: SparseRows, mass: float, keep_ids_Q: Array | None = None) -> tuple[SparseRows, Array]:
-    """Keep each row's most probable ids until they hold ``mass`` of its total; of equal ones the lower id comes first.
+    """Keep each row's most probable ids until they hold ``mass`` of its total; of equal ones the lower id
+    comes first.
 
-    ``keep_ids_Q``: one id a row (the gold token) that stays if the row has it. What is kept is not renormalised.
-    Returns the rows and the probability dropped from each, float64 [Q].
+    ``keep_ids_Q``: one id a row (the gold token) that stays if the row has it. What is kept is not
+    renormalized. Returns the rows and the probability dropped from each, float64 [Q].
     """
     if not 0 < mass <= 1:
-        raise ValueError(f"mass is {mass}; it is the share of a row's probability to keep, above 0 and at most 1")
+        raise ValueError(
+            f"mass is {mass}; it is the share of a row's probability to keep, above 0 and at most 1"
+        )
     counts_Q = np.diff(rows.offsets)
     row_of_entry = np.repeat(np.arange(len(counts_Q)), counts_Q)
     keep = _in_head(rows, counts_Q, row_of_entry, mass)
@@ -153,26 +165,30 @@ def _in_head(rows: SparseRows, counts_Q: Array, row_of_entry: Array, mass: float
     sorted_QW = np.take_along_axis(padded_QW, order_QW, axis=1)
     reached_QW = np.cumsum(sorted_QW, axis=1)
     needed_QW = np.zeros(padded_QW.shape, dtype=bool)
-    before_QW = np.concatenate([np.zeros((len(counts_Q), 1)), reached_QW[:, :-1]], axis=1)[:, : padded_QW.shape[1]]
+    before_QW = np.concatenate([np.zeros((len(counts_Q), 1)), reached_QW[:, :-1]], axis=1)[
+        :, : padded_QW.shape[1]
+    ]
     np.put_along_axis(needed_QW, order_QW, before_QW < mass * reached_QW[:, -1:], axis=1)
     return needed_QW[row_of_entry, columns]
 
 
 def _shifted(squared_distances_QK: Array, valid_QK: Array) -> Array:
-    """Distances less the row's least valid one, float64; infinite where not valid. The shift cancels in the weights."""
+    """Distances less the row's least valid one, float64; infinite where not valid. The shift cancels in the
+    weights."""
     distances_QK = np.where(valid_QK, squared_distances_QK.astype(np.float64), np.inf)
-    least_Q1 = distances_QK.min(axis=1, keepdims=True, initial=np.inf)
-    return np.subtract(distances_QK, np.where(np.isfinite(least_Q1), least_Q1, 0.0), out=distances_QK)
+    min_Q1 = distances_QK.min(axis=1, keepdims=True, initial=np.inf)
+    return np.subtract(distances_QK, np.where(np.isfinite(min_Q1), min_Q1, 0.0), out=distances_QK)
 
 
-def _normalise(shifted_QK: Array, temperature: float) -> Array:
+def _normalize(shifted_QK: Array, temperature: float) -> Array:
     weights_QK: Array = np.exp(-shifted_QK / temperature)
     sums_Q1 = _row_sums(weights_QK)[:, None]
     return np.divide(weights_QK, sums_Q1, out=np.zeros(weights_QK.shape), where=sums_Q1 > 0)
 
 
 def _row_sums(terms_QK: Array) -> Array:
-    """Sums along the rows, one term after the other: zeros at the end or other rows cannot change the rounding."""
+    """Sums along the rows, one term after the other: zeros at the end or other rows cannot change the
+    rounding."""
     if not terms_QK.shape[1]:
         return np.zeros(len(terms_QK))
     sums_Q: Array = np.add.accumulate(terms_QK, axis=1)[:, -1]

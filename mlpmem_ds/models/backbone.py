@@ -1,12 +1,13 @@
 """The base: a frozen Hugging Face causal language model, and the capture of its hidden states.
 
-Place in the pipeline: `extract_keys` reads keys and memory inputs here, `evaluate` reads the base's logits, and the
-joint model reads the memory's input. Everything is found by structure, not by a table of model names: the decoder's
-layers are the longest list of equal modules that each hold an MLP.
+Place in the pipeline: `extract_keys` reads keys and memory inputs here, `evaluate` reads the base's logits,
+and the joint model reads the memory's input. Everything is found by structure, not by a table of model names:
+the decoder's layers are the longest list of equal modules that each hold an MLP.
 
 Hooks exist only while a forward runs, and are removed also when it fails.
 
-This file travels with exported models as remote code: it imports torch, transformers and the standard library only.
+This file travels with exported models as remote code: it imports torch, transformers and the standard library
+only.
 
 Shapes: B sequences, S tokens, D width of the base, V vocabulary, `...` any leading dimensions.
 """
@@ -29,16 +30,17 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
 class UnknownStructureError(ValueError):
-    """The base's layers, MLP or output head could not be found; the message names what was seen and the remedy."""
+    """The base's layers, MLP or output head could not be found; the message names what was seen and the
+    remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CapturePoint:
     """Where a hidden state is read.
 
-    `layer` is an index into the decoder's layers, negative from the end. `point` is `ffn_input` (what that layer's MLP
-    reads: the kNN-LM's key), `layer_output` (the residual stream after the layer) or `final_norm` (what the output head
-    reads; it exists once, so its layer must be the last).
+    `layer` is an index into the decoder's layers, negative from the end. `point` is `ffn_input` (what that
+    layer's MLP reads: the kNN-LM's key), `layer_output` (the residual stream after the layer) or `final_norm`
+    (what the output head reads; it exists once, so its layer must be the last).
     """
 
     layer: int
@@ -53,7 +55,8 @@ class CapturePoint:
 class CapturedStates:
     """The states of one forward, without gradients, in the base's dtype, on the devices where they arose.
 
-    `states` holds a `[B, S, D]` tensor for each point as it was asked for; `final_BSD` is what the output head reads.
+    `states` holds a `[B, S, D]` tensor for each point as it was asked for; `final_BSD` is what the output
+    head reads.
     """
 
     states: Mapping[CapturePoint, torch.Tensor]
@@ -62,7 +65,8 @@ class CapturedStates:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
-    """What a base does to its head's output before it calls it logits: `softcap * tanh(scale * x / softcap)`."""
+    """What a base does to its head's output before it calls it logits: `softcap * tanh(scale * x /
+    softcap)`."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -92,15 +96,17 @@ def load_base(
     """A causal language model from a directory or from the Hub, in eval mode, without gradients.
 
     `attention` is a transformers attention implementation (`sdpa`, `eager`, `flash_attention_2`, ...). Raises
-    ValueError when the model cannot be loaded, and when its files lack weights (transformers would fill those at random
-    and go on).
+    ValueError when the model cannot be loaded, and when its files lack weights (transformers would fill those
+    at random and go on).
 
-    `device_map` spreads a model that is too large for one device over several, layer by layer (accelerate): `auto` and
-    its like, or a mapping of module paths to devices, `cpu` or `disk`; `device` is not used then.
+    `device_map` spreads a model that is too large for one device over several, layer by layer (accelerate):
+    `auto` and its like, or a mapping of module paths to devices, `cpu` or `disk`; `device` is not used then.
     """
     name = str(name_or_path)
     if _is_path(name) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"no model directory at {name}: give a directory with config.json and weights, or a Hub name")
+        raise ValueError(
+            f"no model directory at {name}: give a directory with config.json and weights, or a Hub name"
+        )
     source = str(Path(name).expanduser()) if _is_path(name) else name
     placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
     try:
@@ -112,25 +118,28 @@ def load_base(
         raise
     except Exception as error:  # each library under the loader raises a family of its own
         raise ValueError(
-            f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}): {error}\n"
-            "Give a directory written by save_pretrained or the name of a model on the Hub (with the network or its "
-            "cache at hand); attention 'eager' works for every model (--attention eager)."
+            f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}):"
+            f" {error}\nGive a directory written by save_pretrained or the name of a model on the Hub (with"
+            " the network or its cache at hand); attention 'eager' works for every model (--attention"
+            " eager)."
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
-            f"the files of {name} lack {len(missing)} weights ({shown}): not a complete causal language model. "
-            "Download or save it again."
+            f"the files of {name} lack {len(missing)} weights ({shown}): not a complete causal language"
+            " model. Download or save it again."
         )
     base: PreTrainedModel = model if device_map is not None else model.to(device)
     return base.eval().requires_grad_(False)
 
 
 def resolve_layer(spec: int | float, num_layers: int) -> int:
-    """The layer index in `[0, num_layers)` of an index (negative from the end) or of a fraction of the depth in (0, 1).
+    """The layer index in `[0, num_layers)` of an index (negative from the end) or of a fraction of the depth
+    in (0, 1).
 
-    0.7 of 36 layers is index 25, the layer that 70 % of the layers precede. Raises ValueError when out of range.
+    0.7 of 36 layers is index 25, the layer that 70 % of the layers precede. Raises ValueError when out of
+    range.
     """
     remedy = f"give an index in [-{num_layers}, {num_layers - 1}] or a fraction of the depth, such as 0.7"
     if isinstance(spec, bool) or not isinstance(spec, int | float):
@@ -146,10 +155,11 @@ def resolve_layer(spec: int | float, num_layers: int) -> int:
 
 
 def decoder_layers(model: PreTrainedModel, path: str | None = None) -> nn.ModuleList:
-    """The decoder's layers in order: those at `path`, or the longest list of equal modules that each hold an MLP.
+    """The decoder's layers in order: those at `path`, or the longest list of equal modules that each hold an
+    MLP.
 
-    Lists inside another list (the experts of a layer) do not count. Raises UnknownStructureError when there is no such
-    list, or two of the same length.
+    Lists inside another list (the experts of a layer) do not count. Raises UnknownStructureError when there
+    is no such list, or two of the same length.
     """
     if path is not None:
         return _layers_at(model, path)
@@ -161,23 +171,28 @@ def decoder_layers(model: PreTrainedModel, path: str | None = None) -> nn.Module
     longest = max((len(module) for _, module in candidates), default=0)
     found = [module for _, module in candidates if len(module) == longest]
     if len(found) != 1:
-        reason = "several lists that could be its layers" if found else "no list of equal layers that each hold an MLP"
+        reason = (
+            "several lists that could be its layers"
+            if found
+            else "no list of equal layers that each hold an MLP"
+        )
         raise UnknownStructureError(_structure_message(model, reason))
     return found[0]
 
 
 def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`(weight_VD, bias_V or None)` of the head that turns the final hidden state into logits; the live tensors.
+    """`(weight_VD, bias_V or None)` of the head that turns the final hidden state into logits; the live
+    tensors.
 
-    The exact logits are `logit_transform(model)(final @ weight.T + bias)`. Raises UnknownStructureError when there is
-    no such head.
+    The exact logits are `logit_transform(model)(final @ weight.T + bias)`. Raises UnknownStructureError when
+    there is no such head.
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         raise UnknownStructureError(
-            f"{type(model).__name__} has no linear output head (get_output_embeddings gives {type(head).__name__}): "
-            "give a causal language model"
+            f"{type(model).__name__} has no linear output head (get_output_embeddings gives"
+            f" {type(head).__name__}): give a causal language model"
         )
     bias = getattr(head, "bias", None)
     return weight, bias if isinstance(bias, torch.Tensor) else None
@@ -187,11 +202,13 @@ def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | No
 def logit_transform(
     model: PreTrainedModel, *, head_at_hand: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> LogitTransform:
-    """What this base does after its output head, read from its config and checked by one forward of eight tokens.
+    """What this base does after its output head, read from its config and checked by one forward of eight
+    tokens.
 
-    `head_at_hand` is opened around each use of the head's weights outside the model, for a base whose weights lie elsewhere.
-    Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's `lm_head_multiplier`) and soft caps
-    (Gemma's `final_logit_softcapping`). Raises UnknownStructureError when the result differs from the model's logits.
+    `head_at_hand` is opened around each use of the head's weights outside the model, for a base whose weights
+    lie elsewhere. Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's
+    `lm_head_multiplier`) and soft caps (Gemma's `final_logit_softcapping`). Raises UnknownStructureError when
+    the result differs from the model's logits.
     """
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -202,7 +219,9 @@ def logit_transform(
 
     with head_at_hand():
         vocab_size = len(output_head(model)[0])
-    device = torch.device("cpu") if model.device.type == "meta" else model.device  # its embeddings may lie on disk
+    device = (
+        torch.device("cpu") if model.device.type == "meta" else model.device
+    )  # its embeddings may lie on disk
     probe_BS = (torch.arange(8, device=device) % vocab_size).unsqueeze(0)
     expected_BSV = model(input_ids=probe_BS, use_cache=False).logits.float()
     if not bool(torch.isfinite(expected_BSV).all()):
@@ -211,23 +230,27 @@ def logit_transform(
     with head_at_hand():
         weight_VD, bias_V = output_head(model)
         if final_BSD.shape[-1] == weight_VD.shape[1]:
-            logits_BSV = transform(nn.functional.linear(final_BSD.to(weight_VD.device), weight_VD, bias_V)).float()
-            # The same operations in the same dtype: what is left is the order of operations around the scale and the cap.
+            logits_BSV = transform(
+                nn.functional.linear(final_BSD.to(weight_VD.device), weight_VD, bias_V)
+            ).float()
+            # The same operations in the same dtype: what is left is the order of operations around the scale
+            # and the cap.
             tolerance = 8 * torch.finfo(weight_VD.dtype).eps * max(1.0, float(expected_BSV.abs().max()))
             if float((logits_BSV - expected_BSV.to(logits_BSV.device)).abs().max()) <= tolerance:
                 return transform
     raise UnknownStructureError(
-        f"{type(model).__name__} does something between its final hidden state and its logits that is not a known "
-        "scale or soft cap: its log-probabilities cannot be computed from hidden states; use another base"
+        f"{type(model).__name__} does something between its final hidden state and its logits that is not a"
+        " known scale or soft cap: its log-probabilities cannot be computed from hidden states; use another"
+        " base"
     )
 
 
 class Capture:
     """Reads hidden states of a base at given points.
 
-    Called with `input_ids [B, S]` it runs one forward of the transformer, without the output head, without padding,
-    cache or gradients, and returns `CapturedStates`. `recording` lets the caller run the forward. Not for use by two
-    threads at a time on one model: both would be recorded.
+    Called with `input_ids [B, S]` it runs one forward of the transformer, without the output head, without
+    padding, cache or gradients, and returns `CapturedStates`. `recording` lets the caller run the forward.
+    Not for use by two threads at a time on one model: both would be recorded.
     """
 
     def __init__(
@@ -251,7 +274,8 @@ class Capture:
         states: dict[CapturePoint, torch.Tensor] = {}
         with ExitStack() as hooks:
             for point, (module, reads_input) in self._places.items():
-                # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores them.
+                # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores
+                # them.
                 shape = (num_sequences, num_tokens, -1)
                 hooks.enter_context(_hook(module, reads_input, shape, point, states))
             yield states
@@ -268,13 +292,16 @@ class Capture:
 class Tap:
     """Reads the state at one point, in a forward that may be compiled.
 
-    torch.compile can follow a hook that is there when it starts, but not the making of one, which `Capture` does at every
-    call. So this hook stays on the module, and does nothing while the tap is closed. It goes when `remove` is called.
-    Not for use by two threads at a time on one model.
+    torch.compile can follow a hook that is there when it starts, but not the making of one, which `Capture`
+    does at every call. So this hook stays on the module, and does nothing while the tap is closed. It goes
+    when `remove` is called. Not for use by two threads at a time on one model.
     """
 
-    def __init__(self, model: PreTrainedModel, point: CapturePoint, *, layers_path: str | None = None) -> None:
-        """Raises ValueError for a layer out of range and UnknownStructureError when the structure is not understood."""
+    def __init__(
+        self, model: PreTrainedModel, point: CapturePoint, *, layers_path: str | None = None
+    ) -> None:
+        """Raises ValueError for a layer out of range and UnknownStructureError when the structure is not
+        understood."""
         module, reads_input = _place(model, point, layers_path)
         self._shape: tuple[int, int, int] | None = None  # None: closed
         self._state: torch.Tensor | None = None
@@ -287,7 +314,8 @@ class Tap:
     def read(
         self, forward: Callable[..., Any], num_sequences: int, num_tokens: int, **arguments: Any
     ) -> tuple[Any, torch.Tensor]:
-        """`forward(**arguments)`, a forward of the model on `[num_sequences, num_tokens]` ids, and the state [B, S, D].
+        """`forward(**arguments)`, a forward of the model on `[num_sequences, num_tokens]` ids, and the state
+        [B, S, D].
 
         Raises UnknownStructureError when nothing passed the point.
         """
@@ -310,7 +338,9 @@ class Tap:
             self._state = _state_of_output(output).reshape(self._shape)
 
 
-def capture(model: PreTrainedModel, points: Sequence[CapturePoint], *, layers_path: str | None = None) -> Capture:
+def capture(
+    model: PreTrainedModel, points: Sequence[CapturePoint], *, layers_path: str | None = None
+) -> Capture:
     """A `Capture` of these points; `capture(model, points)(input_ids_BS)` gives their states.
 
     Raises ValueError for a layer out of range and UnknownStructureError when the structure is not understood.
@@ -362,7 +392,9 @@ def _hook(
 
 
 def _state_of_output(output: Any) -> torch.Tensor:
-    state: torch.Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else _first_tensor(output)
+    state: torch.Tensor = (
+        output.last_hidden_state if hasattr(output, "last_hidden_state") else _first_tensor(output)
+    )
     return state
 
 
@@ -372,7 +404,9 @@ def _first_tensor(values: Any) -> torch.Tensor:
     for value in values:
         if isinstance(value, torch.Tensor):
             return value
-    raise UnknownStructureError("a hooked module passes no tensor: name the list of decoder layers with --layers-path")
+    raise UnknownStructureError(
+        "a hooked module passes no tensor: name the list of decoder layers with --layers-path"
+    )
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
@@ -435,12 +469,13 @@ def _expansions(module: nn.Module) -> list[nn.Linear]:
 def _structure_message(model: PreTrainedModel, reason: str) -> str:
     lists = [(name, module) for name, module in _outer_lists(model)]
     seen = "\n".join(
-        f"  {name}: {len(module)} x {type(module[0]).__name__} ({_children(module[0])})" for name, module in lists
+        f"  {name}: {len(module)} x {type(module[0]).__name__} ({_children(module[0])})"
+        for name, module in lists
     )
     return (
-        f"the structure of {type(model).__name__} is not understood: {reason}. Its lists of modules are\n"
-        f"{seen or '  (none)'}\nName the list of decoder layers with --layers-path, for example --layers-path "
-        f"{lists[0][0] if lists else 'model.layers'}"
+        f"the structure of {type(model).__name__} is not understood: {reason}. Its lists of modules"
+        f" are\n{seen or '  (none)'}\nName the list of decoder layers with --layers-path, for example"
+        f" --layers-path {lists[0][0] if lists else 'model.layers'}"
     )
 
 

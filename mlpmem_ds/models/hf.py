@@ -1,16 +1,19 @@
-"""The joint model for Hugging Face users: a frozen base and its memory behind `generate` and `from_pretrained`.
+"""The joint model for Hugging Face users: a frozen base and its memory behind `generate` and
+`from_pretrained`.
 
-Place in the pipeline: `convert_checkpoint` builds it from a trained memory, `generate` and every outside user load it:
-`p(y|x) = (1 - lmbda) p_base(y|x) + lmbda p_mem(y|h(x))`, where `h(x)` is one of the base's hidden states.
+Place in the pipeline: `convert_checkpoint` builds it from a trained memory, `generate` and every outside user
+load it: `p(y|x) = (1 - lmbda) p_base(y|x) + lmbda p_mem(y|h(x))`, where `h(x)` is one of the base's hidden
+states.
 
-`logits` are log-probabilities of the mixture (float32; softmax gives the mixture back, and a temperature applies after
-mixing). At `lmbda = 0` they are the base's own logits, so that nothing at all changes. The memory has no cache: the
-caches are the base's.
+`logits` are log-probabilities of the mixture (float32; softmax gives the mixture back, and a temperature
+applies after mixing). At `lmbda = 0` they are the base's own logits, so that nothing at all changes. The
+memory has no cache: the caches are the base's.
 
-This file, with memory.py, backbone.py and quantized.py beside it, is written into every exported directory as remote
-code: it imports torch, transformers and the standard library only.
+This file, with memory.py, backbone.py and quantized.py beside it, is written into every exported directory as
+remote code: it imports torch, transformers and the standard library only.
 
-Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any leading dimensions.
+Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any leading
+dimensions.
 """
 
 import copy
@@ -36,11 +39,11 @@ from .quantized import Int8Linear, quantize_linears
 class MemoryAugmentedConfig(PretrainedConfig):
     """The base's config, the memory's config, and how they are joined.
 
-    `base_config` is the base's full config (a dict with its `model_type`, or the object), `memory_config` the dict of a
-    `MemoryConfig`, `lmbda` the memory's weight in [0, 1], `input_layer` and `input_point` the hidden state that the
-    memory reads (see `CapturePoint`), `layers_path` the base's list of layers where it cannot be found by structure,
-    `provenance` plain values about how the memory was made, `vocabulary_sha256` the fingerprint of the tokenizer's
-    vocabulary, empty when unknown.
+    `base_config` is the base's full config (a dict with its `model_type`, or the object), `memory_config` the
+    dict of a `MemoryConfig`, `lmbda` the memory's weight in [0, 1], `input_layer` and `input_point` the
+    hidden state that the memory reads (see `CapturePoint`), `layers_path` the base's list of layers where it
+    cannot be found by structure, `provenance` plain values about how the memory was made, `vocabulary_sha256`
+    the fingerprint of the tokenizer's vocabulary, empty when unknown.
     """
 
     model_type = "mlpmem"
@@ -58,10 +61,12 @@ class MemoryAugmentedConfig(PretrainedConfig):
         vocabulary_sha256: str = "",
         **kwargs: Any,
     ) -> None:
-        # The base's config comes last: transformers' own __init__ hands its attention implementation, None by default,
-        # down to every nested config that it finds, and a live base would lose its own.
+        # The base's config comes last: transformers' own __init__ hands its attention implementation, None by
+        # default, down to every nested config that it finds, and a live base would lose its own.
         self.base_config: PretrainedConfig | None = None
-        self.memory_config = None if memory_config is None else MemoryConfig.from_dict(memory_config).to_dict()
+        self.memory_config = (
+            None if memory_config is None else MemoryConfig.from_dict(memory_config).to_dict()
+        )
         self.lmbda = checked_lmbda(lmbda)
         self.input_layer = input_layer
         self.input_point = input_point
@@ -99,7 +104,8 @@ class MemoryAugmentedConfig(PretrainedConfig):
         return int(self._of_base("max_position_embeddings"))
 
     def _of_base(self, name: str) -> Any:
-        # AttributeError, so that hasattr() answers no for a config that holds no base yet or a base without the field.
+        # AttributeError, so that hasattr() answers no for a config that holds no base yet or a base without
+        # the field.
         if self.base_config is None:
             raise AttributeError(f"a MemoryAugmentedConfig without a base has no {name}")
         return getattr(self.base_config.get_text_config(decoder=True), name)
@@ -111,11 +117,12 @@ Mixture = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose next-token distribution is the mixture of its base's and its memory's.
 
-    `mixture`, a function as `mixture_log_probabilities` below, may be replaced by a faster one, such as the package's
-    `maths.interpolation.mixture_log_probabilities`, which is two launches on CUDA; it need not be differentiable.
+    `mixture`, a function as `mixture_log_probabilities` below, may be replaced by a faster one, such as the
+    package's `maths.interpolation.mixture_log_probabilities`, which is two launches on CUDA; it need not be
+    differentiable.
 
-    A forward can be compiled whole wherever the base's can: `model.generate(..., cache_implementation="static")` on CUDA
-    does so for each step, with CUDA graphs.
+    A forward can be compiled whole wherever the base's can: `model.generate(...,
+    cache_implementation="static")` on CUDA does so for each step, with CUDA graphs.
     """
 
     config_class = MemoryAugmentedConfig
@@ -126,16 +133,23 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(
-        self, config: MemoryAugmentedConfig, *, base: PreTrainedModel | None = None, memory: Memory | None = None
+        self,
+        config: MemoryAugmentedConfig,
+        *,
+        base: PreTrainedModel | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        """From a config alone the parts start fresh; `from_parts` passes trained ones, which are kept as they are."""
+        """From a config alone the parts start fresh; `from_parts` passes trained ones, which are kept as they
+        are."""
         if config.base_config is None or config.memory_config is None:
-            raise ValueError("a MemoryAugmentedConfig needs base_config and memory_config before a model can be built")
+            raise ValueError(
+                "a MemoryAugmentedConfig needs base_config and memory_config before a model can be built"
+            )
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
         config.base_config = self.base.config
         self.memory = Memory(MemoryConfig.from_dict(config.memory_config)) if memory is None else memory
-        # transformers initialises what it does not know to be initialised: parts that were given are.
+        # transformers initializes what it does not know to be initialized: parts that were given are.
         for part in (base, memory):
             for module in part.modules() if part is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -187,9 +201,9 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     ) -> "MemoryAugmentedLM":
         """Join a loaded base and a trained memory, in eval mode; no weight of the base is copied.
 
-        The memory is cast to the base's dtype and moved to its device (unless `cast` is false: then it stays as it is),
-        and a training head is replaced by the plain one with the same weight. Raises ValueError when the sizes of the two do
-        not fit, or lmbda or the point are invalid.
+        The memory is cast to the base's dtype and moved to its device (unless `cast` is false: then it stays
+        as it is), and a training head is replaced by the plain one with the same weight. Raises ValueError
+        when the sizes of the two do not fit, or lmbda or the point are invalid.
         """
         memory = _plain_memory(memory_module)
         if cast:
@@ -223,8 +237,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     def quantize_memory(self) -> "MemoryAugmentedLM":
         """Round the memory's matrices to int8, in place, for decoding; gives the model. See quantized.py.
 
-        On a CPU a step reads a quarter of float32's bytes for the memory, and takes less time by as much. Such a model is
-        neither trained nor saved.
+        On a CPU a step reads a quarter of float32's bytes for the memory, and takes less time by as much.
+        Such a model is neither trained nor saved.
         """
         quantize_linears(self.memory)
         return self
@@ -250,8 +264,9 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One forward of the base, and of the memory on the kept positions.
 
-        `logits [B, K, V]`: float32 log-probabilities of the mixture, or the base's own logits when lmbda is 0. `labels`
-        follow the convention of transformers: aligned with `input_ids`, shifted here, -100 ignored, mean loss in nats.
+        `logits [B, K, V]`: float32 log-probabilities of the mixture, or the base's own logits when lmbda is
+        0. `labels` follow the convention of transformers: aligned with `input_ids`, shifted here, -100
+        ignored, mean loss in nats.
         """
         given = {
             "input_ids": input_ids,
@@ -271,12 +286,16 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             logits = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
         else:
             shape = (input_ids if input_ids is not None else inputs_embeds).shape  # type: ignore[union-attr]
-            output, inputs_BSD = self._tap.read(self.base, shape[0], shape[1], **arguments, **kwargs, return_dict=True)
+            output, inputs_BSD = self._tap.read(
+                self.base, shape[0], shape[1], **arguments, **kwargs, return_dict=True
+            )
             base_logits_BKV = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
             logits = self._mixture(base_logits_BKV, _kept(inputs_BSD, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
+            loss = self.base.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments
+            )
         joint = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -292,7 +311,9 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The base's own: some bases watch their context length or build masks of their own here."""
         base: Any = self.base
-        inputs: dict[str, Any] = base.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs: dict[str, Any] = base.prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         return inputs
 
     def get_input_embeddings(self) -> nn.Module:
@@ -334,14 +355,17 @@ class PretrainedMemory:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "PretrainedMemory":
-        """From the output of a training (`weights/config.json` and `weights/model.safetensors`), or from an export.
+        """From the output of a training (`weights/config.json` and `weights/model.safetensors`), or from an
+        export.
 
         Raises:
             ValueError: there is no memory, or one that is damaged.
         """
         root = Path(path)
         if not (root / "weights" / "config.json").is_file():
-            joint, report = MemoryAugmentedLM.from_pretrained(str(path), dtype="auto", output_loading_info=True)
+            joint, report = MemoryAugmentedLM.from_pretrained(
+                str(path), dtype="auto", output_loading_info=True
+            )
             if report["missing_keys"]:  # transformers fills them at random and goes on
                 raise ValueError(
                     f"the files of {path} lack {len(report['missing_keys'])} weights: export the memory again"
@@ -395,10 +419,13 @@ class PretrainedMemory:
         )
 
 
-def mixture_log_probabilities(base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float) -> torch.Tensor:
+def mixture_log_probabilities(
+    base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float
+) -> torch.Tensor:
     """`log((1 - lmbda) softmax(base) + lmbda softmax(memory))` over the last dimension, in float32.
 
-    Both `[..., V]` in any float dtype. Exact at 0 and 1: the other side is not read, so its infinities do no harm.
+    Both `[..., V]` in any float dtype. Exact at 0 and 1: the other side is not read, so its infinities do no
+    harm.
     """
     if lmbda == 0.0:
         return torch.log_softmax(base_logits.float(), dim=-1)
@@ -417,7 +444,8 @@ def checked_lmbda(value: float) -> float:
 
 
 def register() -> None:
-    """Make transformers' Auto classes know the joint model, and `save_pretrained` write this code with the weights."""
+    """Make transformers' Auto classes know the joint model, and `save_pretrained` write this code with the
+    weights."""
     AutoConfig.register(MemoryAugmentedConfig.model_type, MemoryAugmentedConfig, exist_ok=True)
     AutoModelForCausalLM.register(MemoryAugmentedConfig, MemoryAugmentedLM, exist_ok=True)
     MemoryAugmentedConfig.register_for_auto_class("AutoConfig")
@@ -430,11 +458,15 @@ def _config_of_base(values: dict[str, Any] | PretrainedConfig) -> PretrainedConf
     values = dict(values)
     model_type = values.pop("model_type", None)
     if model_type is None:
-        raise ValueError("base_config has no model_type: give the dict that the base's config.to_dict() returns")
+        raise ValueError(
+            "base_config has no model_type: give the dict that the base's config.to_dict() returns"
+        )
     try:
         config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
     except ValueError as error:
-        raise ValueError(f"this transformers does not know the base's model type {model_type!r}: upgrade it") from error
+        raise ValueError(
+            f"this transformers does not know the base's model type {model_type!r}: upgrade it"
+        ) from error
     return config
 
 
@@ -454,8 +486,8 @@ def _check_sizes(memory: MemoryConfig, base_model: PreTrainedModel, point: Captu
     width = weight_VD.shape[1] if point.point == "final_norm" else text.hidden_size
     if memory.input_size != width:
         raise ValueError(
-            f"the memory reads vectors of {memory.input_size} numbers and {point.point} of the base has {width}: "
-            "give the base that the memory was trained for"
+            f"the memory reads vectors of {memory.input_size} numbers and {point.point} of the base has"
+            f" {width}: give the base that the memory was trained for"
         )
 
 
@@ -468,7 +500,8 @@ def _plain_memory(memory: Memory) -> Memory:
 
 
 def _kept(values_BSD: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions for which the base gives logits, by transformers' rule: the last ones (0: all), or indices."""
+    """The positions for which the base gives logits, by transformers' rule: the last ones (0: all), or
+    indices."""
     if isinstance(logits_to_keep, int):
         return values_BSD[:, -logits_to_keep:] if logits_to_keep else values_BSD
     if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
@@ -478,7 +511,7 @@ def _kept(values_BSD: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch
     return values_BSD[:, logits_to_keep]
 
 
-# Inside an exported directory transformers itself finds the classes through config.json; registering there as well
-# would replace an installed package's classes.
+# Inside an exported directory transformers itself finds the classes through config.json; registering there as
+# well would replace an installed package's classes.
 if not __name__.startswith("transformers_modules"):
     register()

@@ -1,10 +1,12 @@
-"""The memory: a stack of residual MLP blocks that maps one hidden state of the base to a next-token distribution.
+"""The memory: a stack of residual MLP blocks that maps one hidden state of the base to a next-token
+distribution.
 
-Place in the pipeline: `train` fits it to the retriever's targets, `evaluate` and the Hugging Face export read it. It
-has no attention and mixes no tokens, so it keeps no cache and its cost does not depend on the context.
+Place in the pipeline: `train` fits it to the retriever's targets, `evaluate` and the Hugging Face export read
+it. It has no attention and mixes no tokens, so it keeps no cache and its cost does not depend on the context.
 
-Every leaf initialises itself in its own `__init__`. Under `deepspeed.zero.Init` a parameter is cut into shards as soon
-as its module's `__init__` returns; an initialisation done later, from outside, would write into empty shards.
+Every leaf initializes itself in its own `__init__`. Under `deepspeed.zero.Init` a parameter is cut into
+shards as soon as its module's `__init__` returns; an initialization done later, from outside, would write
+into empty shards.
 
 This file travels with exported models as remote code: it imports torch and the standard library only.
 
@@ -27,9 +29,9 @@ FAMILIES = ("gelu", "swiglu")
 class MemoryConfig:
     """The shape of a memory: plain values only.
 
-    `family` is `gelu` (LayerNorm, two matrices with biases, tanh GELU: GPT-2's MLP) or `swiglu` (RMSNorm, three
-    matrices without bias: Llama's MLP). `initializer_range` is the standard deviation of every fresh weight, before the
-    1/sqrt(2 * num_blocks) of the matrices that write to the residual stream.
+    `family` is `gelu` (LayerNorm, two matrices with biases, tanh GELU: GPT-2's MLP) or `swiglu` (RMSNorm,
+    three matrices without bias: Llama's MLP). `initializer_range` is the standard deviation of every fresh
+    weight, before the 1/sqrt(2 * num_blocks) of the matrices that write to the residual stream.
     """
 
     input_size: int
@@ -59,11 +61,14 @@ class MemoryConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MemoryConfig":
-        """The config of these values. Raises ValueError for unknown or missing keys and for values out of range."""
+        """The config of these values. Raises ValueError for unknown or missing keys and for values out of
+        range."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown keys in a memory config: {', '.join(unknown)} (known: {', '.join(known)})")
+            raise ValueError(
+                f"unknown keys in a memory config: {', '.join(unknown)} (known: {', '.join(known)})"
+            )
         required = ("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size")
         missing = [name for name in required if name not in values]
         if missing:
@@ -135,12 +140,15 @@ class GeluMLP(nn.Module):
     """from what the first matrices give to what the last one reads; see `Memory.compile_activations`"""
 
     recompute_activations = False
-    """whether the backward computes the activation again instead of keeping it; see `Memory.recompute_activations`"""
+    """whether the backward computes the activation again instead of keeping it; see
+    `Memory.recompute_activations`"""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         std = config.initializer_range
-        self.up = NormalLinear(config.hidden_size, config.intermediate_size, bias=True, standard_deviation=std)
+        self.up = NormalLinear(
+            config.hidden_size, config.intermediate_size, bias=True, standard_deviation=std
+        )
         self.down = NormalLinear(
             config.intermediate_size, config.hidden_size, bias=True, standard_deviation=_residual_std(config)
         )
@@ -156,13 +164,18 @@ class SwigluMLP(nn.Module):
     """from what the first matrices give to what the last one reads; see `Memory.compile_activations`"""
 
     recompute_activations = False
-    """whether the backward computes the activation again instead of keeping it; see `Memory.recompute_activations`"""
+    """whether the backward computes the activation again instead of keeping it; see
+    `Memory.recompute_activations`"""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         std = config.initializer_range
-        self.gate = NormalLinear(config.hidden_size, config.intermediate_size, bias=False, standard_deviation=std)
-        self.up = NormalLinear(config.hidden_size, config.intermediate_size, bias=False, standard_deviation=std)
+        self.gate = NormalLinear(
+            config.hidden_size, config.intermediate_size, bias=False, standard_deviation=std
+        )
+        self.up = NormalLinear(
+            config.hidden_size, config.intermediate_size, bias=False, standard_deviation=std
+        )
         self.down = NormalLinear(
             config.intermediate_size, config.hidden_size, bias=False, standard_deviation=_residual_std(config)
         )
@@ -185,10 +198,12 @@ class MemoryBlock(nn.Module):
 
 
 class Memory(nn.Module):
-    """The memory. `forward` gives the hidden state after the final norm; `head` turns it into logits (or into a loss).
+    """The memory. `forward` gives the hidden state after the final norm; `head` turns it into logits (or into
+    a loss).
 
     The input projection exists only when input and hidden sizes differ. `head_class` is called as
-    `head_class(hidden_size, vocab_size, initializer_range=...)`, so that training can use a head that owns its loss.
+    `head_class(hidden_size, vocab_size, initializer_range=...)`, so that training can use a head that owns
+    its loss.
     """
 
     def __init__(self, config: MemoryConfig, head_class: HeadFactory = MemoryHead) -> None:
@@ -201,13 +216,16 @@ class Memory(nn.Module):
             )
         self.blocks = nn.ModuleList(MemoryBlock(config) for _ in range(config.num_blocks))
         self.final_norm = _norm(config)
-        self.head = head_class(config.hidden_size, config.vocab_size, initializer_range=config.initializer_range)
+        self.head = head_class(
+            config.hidden_size, config.vocab_size, initializer_range=config.initializer_range
+        )
 
     def recompute_activations(self, value: bool = True) -> None:
-        """Whether training keeps only what each activation reads, and computes the activation again in the backward.
+        """Whether training keeps only what each activation reads, and computes the activation again in the
+        backward.
 
-        The same numbers for less memory: a block of width d keeps 6 d instead of 10 d numbers a row (gelu), and about 2 F
-        less of 4 F + 2 d (swiglu). Matrix products are never repeated.
+        The same numbers for less memory: a block of width d keeps 6 d instead of 10 d numbers a row (gelu),
+        and about 2 F less of 4 F + 2 d (swiglu). Matrix products are never repeated.
         """
         for module in self.modules():
             if isinstance(module, GeluMLP | SwigluMLP):
@@ -216,8 +234,8 @@ class Memory(nn.Module):
     def compile_activations(self) -> None:
         """Let torch.compile make one kernel of what stands between the matrices, forward and backward.
 
-        Worth it for swiglu, whose product reads and writes two tensors: less time, and one of the kept tensors less. Numbers
-        may differ in the last bit. Raises what `compiled_activation` raises.
+        Worth it for swiglu, whose product reads and writes two tensors: less time, and one of the kept
+        tensors less. Numbers may differ in the last bit. Raises what `compiled_activation` raises.
         """
         activation = compiled_activation(self.config.family, next(self.parameters()).device)
         for module in self.modules():
@@ -225,7 +243,8 @@ class Memory(nn.Module):
                 module.activation = activation
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`inputs [..., I]` in the weights' dtype -> hidden `[..., H]`, after the final norm, before the head."""
+        """`inputs [..., I]` in the weights' dtype -> hidden `[..., H]`, after the final norm, before the
+        head."""
         hidden = inputs if self.input_projection is None else self.input_projection(inputs)
         for block in self.blocks:
             hidden = block(hidden)
@@ -236,7 +255,8 @@ class Memory(nn.Module):
 def compiled_activation(family: str, device: torch.device | str) -> Callable[..., torch.Tensor]:
     """A family's activation through torch.compile, tried on the device.
 
-    Raises what torch.compile raises, many kinds, where it finds no compiler: it wants one of C++ on a CPU, Triton on CUDA.
+    Raises what torch.compile raises, many kinds, where it finds no compiler: it wants one of C++ on a CPU,
+    Triton on CUDA.
     """
     activation = torch.compile(_gelu if family == "gelu" else _swiglu)
     activation(*[torch.zeros(2, 8, device=device)] * (1 if family == "gelu" else 2))
@@ -244,12 +264,15 @@ def compiled_activation(family: str, device: torch.device | str) -> Callable[...
 
 
 def _down_of(mlp: "GeluMLP | SwigluMLP", *before: torch.Tensor) -> torch.Tensor:
-    """`mlp.down(mlp.activation(*before))`; with recomputation the backward of `down` meets the activation made once more."""
+    """`mlp.down(mlp.activation(*before))`; with recomputation the backward of `down` meets the activation
+    made once more."""
     activated = mlp.activation(*before)
     if not (mlp.recompute_activations and torch.is_grad_enabled()):
         output: torch.Tensor = mlp.down(activated)
         return output
-    kept = [tensor.detach() for tensor in before]  # the same storage, which the activation's own backward keeps anyway
+    kept = [
+        tensor.detach() for tensor in before
+    ]  # the same storage, which the activation's own backward keeps anyway
     place, size = activated.data_ptr(), activated.numel()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
@@ -279,7 +302,9 @@ def _norm(config: MemoryConfig) -> nn.Module:
     return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
 
 
-def _preset(family: str, num_blocks: int, hidden_size: int, intermediate_size: int) -> Callable[[int], MemoryConfig]:
+def _preset(
+    family: str, num_blocks: int, hidden_size: int, intermediate_size: int
+) -> Callable[[int], MemoryConfig]:
     def config(vocab_size: int) -> MemoryConfig:
         return MemoryConfig(
             input_size=hidden_size,
@@ -293,9 +318,10 @@ def _preset(family: str, num_blocks: int, hidden_size: int, intermediate_size: i
     return config
 
 
-# Name -> function of the vocabulary's size. The first five are the paper's (arXiv 2508.01832, appendix and code); the
-# scale presets carry their name's number of parameters to within 5 % at a vocabulary of 32,000. The input size is the
-# hidden size; for a base of another width use dataclasses.replace(config, input_size=...).
+# Name -> function of the vocabulary's size. The first five are the paper's (arXiv 2508.01832, appendix and
+# code); the scale presets carry their name's number of parameters to within 5 % at a vocabulary of 32,000.
+# The input size is the hidden size; for a base of another width use dataclasses.replace(config,
+# input_size=...).
 PRESETS: dict[str, Callable[[int], MemoryConfig]] = {
     "gelu-18x768": _preset("gelu", 18, 768, 4 * 768),
     "gelu-36x1024": _preset("gelu", 36, 1024, 4 * 1024),

@@ -1,8 +1,8 @@
 """The memory as training sees it: the plain `Memory` with a head that owns its loss.
 
-Place in the pipeline: `train` builds this, its weights load into a plain `Memory` by the same names. The loss is computed
-inside the forward of the module that owns the head's weight, because under ZeRO-3 the weight exists as a whole only
-there: a function outside that reads `head.weight` would meet an empty tensor.
+Place in the pipeline: `train` builds this, its weights load into a plain `Memory` by the same names. The loss
+is computed inside the forward of the module that owns the head's weight, because under ZeRO-3 the weight
+exists as a whole only there: a function outside that reads `head.weight` would meet an empty tensor.
 
 Shapes: N rows (positions), H hidden size, I input size, V vocabulary.
 """
@@ -23,11 +23,13 @@ SUM_NAMES = ("kl", "ce", "weight")
 
 
 class SparseHead(nn.Module):
-    """The output head `[N, H] -> [V]` without bias; its forward is the loss against sparse targets, never the logits.
+    """The output head `[N, H] -> [V]` without bias; its forward is the loss against sparse targets, never the
+    logits.
 
     Args:
         alpha: weight of KL(target || memory); 1 - alpha is that of the cross entropy.
-        mixture_lambda: None for plain cross entropy; else the cross entropy of (1 - lambda) p_base + lambda p_memory.
+        mixture_lambda: None for plain cross entropy; else the cross entropy of (1 - lambda) p_base + lambda
+            p_memory.
     """
 
     def __init__(
@@ -45,13 +47,17 @@ class SparseHead(nn.Module):
         nn.init.normal_(self.weight, mean=0.0, std=initializer_range)
 
     def forward(
-        self, hidden_NH: torch.Tensor, targets: TargetBatch | None = None, *, labels_N: torch.Tensor | None = None
+        self,
+        hidden_NH: torch.Tensor,
+        targets: TargetBatch | None = None,
+        *,
+        labels_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """The loss against `targets`, or the log-probabilities of `labels_N`.
 
         Returns:
-            with targets: the mean of the rows' losses (float32 scalar) and the detached sums [3] of `SUM_NAMES`;
-            with labels: float32 [N].
+            with targets: the mean of the rows' losses (float32 scalar) and the detached sums [3] of
+            `SUM_NAMES`; with labels: float32 [N].
         """
         if targets is None:
             assert labels_N is not None
@@ -74,11 +80,15 @@ class MemoryObjective(Memory):
         super().__init__(config, head_class=partial(SparseHead, alpha=alpha, mixture_lambda=mixture_lambda))
 
     def forward(  # type: ignore[override]
-        self, inputs_NI: torch.Tensor, targets: TargetBatch | None = None, labels_N: torch.Tensor | None = None
+        self,
+        inputs_NI: torch.Tensor,
+        targets: TargetBatch | None = None,
+        labels_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """The mean loss over the N rows (float32 scalar) and the detached sums [3] of `SUM_NAMES`.
 
-        With labels in place of targets `label_log_probabilities`: under ZeRO-3 a module's own call gathers its weights.
+        With labels in place of targets `label_log_probabilities`: under ZeRO-3 a module's own call gathers
+            its weights.
         """
         if targets is None:
             assert labels_N is not None

@@ -1,11 +1,12 @@
-"""A memory whose matrices are int8, for decoding: a step at batch 1 reads every weight once, so fewer bytes are less time.
+"""A memory whose matrices are int8, for decoding: a step at batch 1 reads every weight once, so fewer bytes
+are less time.
 
-Place in the pipeline: `MemoryAugmentedLM.quantize_memory` after loading, hence `generate --memory-weights int8`; what is
-trained, evaluated by default and exported keeps its float weights.
+Place in the pipeline: `MemoryAugmentedLM.quantize_memory` after loading, hence `generate --memory-weights
+int8`; what is trained, evaluated by default and exported keeps its float weights.
 
-Only weights are rounded, with one scale a row (a row is one output). On a CPU PyTorch's own product of bfloat16 and int8
-reads them as they lie; elsewhere they are widened for each product, which saves memory and not time, unless a compiler
-fuses the two.
+Only weights are rounded, with one scale a row (a row is one output). On a CPU PyTorch's own product of
+bfloat16 and int8 reads them as they lie; elsewhere they are widened for each product, which saves memory and
+not time, unless a compiler fuses the two.
 
 This file travels with exported models as remote code: it imports torch and the standard library only.
 
@@ -17,14 +18,16 @@ from torch import nn
 from torch.nn import functional
 
 _COLUMNS = 64
-"""The CPU's product reads past the end of rows whose length is no multiple of 16 or 32 (PyTorch 2.13): zeros fill them up."""
+"""The CPU's product reads past the end of rows whose length is no multiple of 16 or 32 (PyTorch 2.13): zeros
+fill them up."""
 
 
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights: `[..., K] -> [..., N]` in the inputs' dtype.
 
-    On a CPU inputs and products are rounded to bfloat16. Measured on a trained memory of 4 blocks of 256: KL of .00014 nats to
-    the float memory's distribution (all in bfloat16: .00009), .01 % of the mixture's perplexity.
+    On a CPU inputs and products are rounded to bfloat16. Measured on a trained memory of 4 blocks of 256: KL
+    of .00014 nats to the float memory's distribution (all in bfloat16: .00009), .01 % of the mixture's
+    perplexity.
     """
 
     codes: torch.Tensor
@@ -63,7 +66,8 @@ def _has_product(device: torch.device) -> bool:
 
 
 def quantize_linears(module: nn.Module) -> None:
-    """Replace every linear layer below `module` by its int8 twin, in place; the given float weights are let go."""
+    """Replace every linear layer below `module` by its int8 twin, in place; the given float weights are let
+    go."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, Int8Linear(child))

@@ -1,4 +1,5 @@
-"""The shape of a base without its weights: how many parameters, how wide, how many tokens it knows. Read by `plan`."""
+"""The shape of a base without its weights: how many parameters, how wide, how many tokens it knows. Read by
+`plan`."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -24,7 +24,9 @@ def test_windows_predict_each_position_once_with_enough_context(
 ) -> None:
     stride = data.draw(st.integers(1, block_size))
     windows = split_windows(total, block_size, stride)
-    assert [position for window in windows for position in range(window.start, window.stop)] == list(range(total))
+    assert [position for window in windows for position in range(window.start, window.stop)] == list(
+        range(total)
+    )
     for window in windows:
         assert window.stop - window.context_start == min(block_size, total)
         assert window.context_start <= window.start < window.stop
@@ -44,13 +46,17 @@ def listed_windows(total: int, block_size: int, stride: int) -> list[Window]:
 
 
 @given(st.integers(0, 200), st.integers(1, 40), st.data())
-def test_windows_by_arithmetic_are_those_of_the_listing(total: int, block_size: int, data: st.DataObject) -> None:
+def test_windows_by_arithmetic_are_those_of_the_listing(
+    total: int, block_size: int, data: st.DataObject
+) -> None:
     stride = data.draw(st.integers(1, block_size))
     start, stop = sorted(data.draw(st.tuples(st.integers(0, 220), st.integers(0, 220))))
     windows, listed = split_windows(total, block_size, stride), listed_windows(total, block_size, stride)
     assert list(windows) == listed and len(windows) == len(listed)
     assert windows[start // 9 : stop // 9] == listed[start // 9 : stop // 9]
-    wanted = [window for window in listed if window.start < stop and window.stop > start] if start < stop else []
+    wanted = (
+        [window for window in listed if window.start < stop and window.stop > start] if start < stop else []
+    )
     assert [windows[number] for number in windows.covering(Block(start, stop))] == wanted
 
 

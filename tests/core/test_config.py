@@ -27,9 +27,21 @@ def parse(*words: str) -> Config:
 
 def test_flags_become_typed_fields() -> None:
     config = parse(
-        "--input", "a", "b", "--output", "out", "--block_size", "8", "--rate", ".5", "--no-keep", "--codec=raw"
+        "--input",
+        "a",
+        "b",
+        "--output",
+        "out",
+        "--block_size",
+        "8",
+        "--rate",
+        ".5",
+        "--no-keep",
+        "--codec=raw",
     )
-    assert config == Config(input=("a", "b"), output=Path("out"), block_size=8, rate=0.5, codec="raw", keep=False)
+    assert config == Config(
+        input=("a", "b"), output=Path("out"), block_size=8, rate=0.5, codec="raw", keep=False
+    )
 
 
 def test_underscores_and_hyphens_are_the_same_flag() -> None:
@@ -39,7 +51,12 @@ def test_underscores_and_hyphens_are_the_same_flag() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("--input", "a", "--output", "o", "--codec", "x"), ("--input", "a", "--output", "o", "--block", "3")]
+    "words",
+    [
+        (),
+        ("--input", "a", "--output", "o", "--codec", "x"),
+        ("--input", "a", "--output", "o", "--block", "3"),
+    ],
 )
 def test_wrong_flags_exit_with_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -58,7 +75,13 @@ def test_help_shows_defaults_and_the_example(capsys: pytest.CaptureFixture[str])
 
 def test_identity_leaves_out_paths_and_resources() -> None:
     config = Config(input=("a",), output=Path("o"))
-    assert identity_values(config) == {"block_size": 1024, "rate": None, "codec": "int8", "keep": True, "size": None}
+    assert identity_values(config) == {
+        "block_size": 1024,
+        "rate": None,
+        "codec": "int8",
+        "keep": True,
+        "size": None,
+    }
     assert identity_values(Config(input=("b",), output=Path("p"), also=Path("q"))) == identity_values(config)
     assert plain_values(config)["output"] == "o"
 
@@ -77,7 +100,9 @@ def test_words_that_the_type_does_not_list(capsys: pytest.CaptureFixture[str]) -
     assert caught.value.code == 2 and "'huge'" in said and "small" in said and "large" in said
 
 
-@pytest.mark.parametrize(("word", "value"), [("1e9", 10**9), ("1_000_000", 10**6), ("2.5e3", 2500), ("64.0", 64)])
+@pytest.mark.parametrize(
+    ("word", "value"), [("1e9", 10**9), ("1_000_000", 10**6), ("2.5e3", 2500), ("64.0", 64)]
+)
 def test_whole_numbers_may_be_written_short(word: str, value: int) -> None:
     assert parse("--input", "a", "--output", "o", "--block-size", word).block_size == value
 
@@ -98,7 +123,12 @@ def test_a_positional_word_is_also_a_flag(capsys: pytest.CaptureFixture[str]) ->
     def look(*words: str) -> Look:
         return parse_config(Look, words, prog="look.py", description="d " * 100, example="e")
 
-    for words in (["r", "--threads", "2"], ["--threads", "2", "r"], ["--run", "r", "--threads", "2"], ["--run=r"]):
+    for words in (
+        ["r", "--threads", "2"],
+        ["--threads", "2", "r"],
+        ["--run", "r", "--threads", "2"],
+        ["--run=r"],
+    ):
         assert look(*words).run == Path("r")
     with pytest.raises(SystemExit):
         look()

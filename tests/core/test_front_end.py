@@ -32,7 +32,9 @@ def run_with(error: BaseException | None, *words: str) -> int:
         (KeyboardInterrupt(), 130, "continues where it was"),
     ],
 )
-def test_exit_codes(error: BaseException | None, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(
+    error: BaseException | None, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_with(error) == code
     assert said in capsys.readouterr().err
 

@@ -88,7 +88,9 @@ def test_a_broken_run_continues_to_the_same_bytes(tmp_path: Path, straight: dict
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_any_number_of_ranks_gives_the_same_bytes(tmp_path: Path, straight: dict[str, str], size: int) -> None:
+def test_any_number_of_ranks_gives_the_same_bytes(
+    tmp_path: Path, straight: dict[str, str], size: int
+) -> None:
     config = Config(output=tmp_path / "shared")
     for rank in reversed(range(size)):
         assert run(config, World(rank=rank, size=size), take_over=False) == UNITS[rank::size]
@@ -127,7 +129,9 @@ def test_the_units_of_a_rank_that_died_are_made_and_of_a_live_one_waited_for(
 
 def test_a_rank_waits_for_a_phase_and_makes_it_when_its_owner_dies(tmp_path: Path) -> None:
     config = Config(output=tmp_path / "out")
-    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World(rank=1, size=2))
+    directory = open_stage(
+        config.output, stage="toy", version=1, config=config, inputs={}, world=World(rank=1, size=2)
+    )
     holder = subprocess.Popen(["sleep", "60"])
     (config.output / "done").mkdir()
     (config.output / "done" / ".first.claim").write_text(f"{socket.gethostname()} {holder.pid}")
@@ -143,7 +147,9 @@ def test_a_rank_waits_for_a_phase_and_makes_it_when_its_owner_dies(tmp_path: Pat
 
 def test_units_of_one_rank_alone_are_not_taken_over(tmp_path: Path) -> None:
     config = Config(output=tmp_path / "out")
-    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World(rank=1, size=2))
+    directory = open_stage(
+        config.output, stage="toy", version=1, config=config, inputs={}, world=World(rank=1, size=2)
+    )
     assert directory.run_units(["0"], lambda unit, writer: pytest.fail("not mine"), take_over=False) == 0
     assert directory.finish(["0"], dict) is False
 
@@ -237,7 +243,8 @@ def flip(path: Path, place: int) -> None:
 def test_a_flipped_digit_of_our_own_notes_is_mended_by_the_same_command(
     tmp_path: Path, straight: dict[str, str], name: str
 ) -> None:
-    """Each of them still parses; that of the record would say that the unit came out different when made again."""
+    """Each of them still parses; that of the record would say that the unit came out different when made
+    again."""
     config = Config(output=tmp_path / "toy")
     run(config, World())
     path = config.output / name
@@ -255,7 +262,9 @@ def test_a_damaged_identity_is_written_anew_only_where_the_units_were_made_for_i
             (config.output / "identity.json").unlink()
         else:
             (config.output / "identity.json").write_text("{")
-        with pytest.raises(DamagedDataError, match=rf"identity\.json is {harm}.*or remove .*toy to start anew"):
+        with pytest.raises(
+            DamagedDataError, match=rf"identity\.json is {harm}.*or remove .*toy to start anew"
+        ):
             run(Config(output=tmp_path / "toy", factor=3), World())
     assert run(config, World()) == ["3", "4"]
 
@@ -266,7 +275,8 @@ def test_a_damaged_identity_is_written_anew_only_where_the_units_were_made_for_i
 
 
 def test_a_directory_of_an_earlier_release_stays_as_it_was(tmp_path: Path, straight: dict[str, str]) -> None:
-    """No checksums of its own notes, and a flag that decides nothing in its identity: what was made from it still fits."""
+    """No checksums of its own notes, and a flag that decides nothing in its identity: what was made from it
+    still fits."""
 
     def run_again(**changes: Any) -> None:
         again = replace(config, **changes)
@@ -279,12 +289,18 @@ def test_a_directory_of_an_earlier_release_stays_as_it_was(tmp_path: Path, strai
             world=World(),
             without_effect=["factor"],
         )
-        directory.run_units(["2"], lambda _, writer: writer.array("part-2.npy", np.arange(4) * 4) or {"sum": 2})
+        directory.run_units(
+            ["2"], lambda _, writer: writer.array("part-2.npy", np.arange(4) * 4) or {"sum": 2}
+        )
         directory.finish(UNITS, lambda: {"total": 10})
 
     config = Config(output=tmp_path / "older")
     run(config, World())
-    for path in (*config.output.glob("done/*.json"), config.output / "identity.json", config.output / "manifest.json"):
+    for path in (
+        *config.output.glob("done/*.json"),
+        config.output / "identity.json",
+        config.output / "manifest.json",
+    ):
         record = read_json(path)
         record.pop("identity", None)
         publish_json(path, record)
@@ -319,7 +335,9 @@ def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> N
     config = Config(output=tmp_path / "toy")
     run(config, World())
     (config.output / "part-2.npy").write_bytes(b"")
-    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World())
+    directory = open_stage(
+        config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World()
+    )
     for _ in range(2):  # also the second time: the old record still says what it was
         with pytest.raises(DamagedDataError, match="came out different"):
             directory.run_units(UNITS, lambda unit, writer: writer.array(f"part-{unit}.npy", np.zeros(9)))
@@ -327,7 +345,8 @@ def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> N
 
 
 def test_a_damaged_unit_is_not_there_until_it_is_made_again(tmp_path: Path, straight: dict[str, str]) -> None:
-    """Another rank must not complete the directory meanwhile, and does not make again what was just mended."""
+    """Another rank must not complete the directory meanwhile, and does not make again what was just
+    mended."""
     config = Config(output=tmp_path / "toy")
     run(config, World())
     (config.output / "part-2.npy").write_bytes(b"")
@@ -370,7 +389,9 @@ def test_a_damaged_manifest_is_the_users_error(tmp_path: Path) -> None:
 def test_waiting_sees_through_a_record_whose_file_is_damaged(tmp_path: Path) -> None:
     config = Config(output=tmp_path / "toy")
     run(config, World())
-    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World())
+    directory = open_stage(
+        config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World()
+    )
     directory.wait_for(UNITS)
     good = (config.output / "part-1.npy").read_bytes()
     (config.output / "part-1.npy").write_bytes(good[:-1])
@@ -416,7 +437,11 @@ def test_whoever_completes_is_heard(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO"):
         run(Config(output=tmp_path / "by_another"), World(rank=1, size=2))
         run(Config(output=tmp_path / "by_the_first"), World(rank=0, size=2))
-    said = [(record.levelname, record.getMessage()) for record in caplog.records if "complete: " in record.getMessage()]
+    said = [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if "complete: " in record.getMessage()
+    ]
     assert [level for level, _ in said] == ["WARNING", "INFO"]  # of ranks above 0, warnings only are shown
     assert "by_another" in said[0][1] and "by_the_first" in said[1][1]
 
@@ -430,7 +455,9 @@ def test_readers_refuse_what_is_missing_foreign_or_damaged(tmp_path: Path) -> No
     assert manifest["total"] == 10 and len(sha256) == 64
     with pytest.raises(UserError, match="holds mlpmem-toy, not mlpmem-keys: give the output of extract_keys"):
         read_manifest(config.output, stage="keys", version=1, flag="--keys")
-    with pytest.raises(UserError, match="is not a directory of mlpmem corpus: give the output of prepare_corpus"):
+    with pytest.raises(
+        UserError, match="is not a directory of mlpmem corpus: give the output of prepare_corpus"
+    ):
         read_manifest(tmp_path, stage="corpus", version=1, flag="--corpus")
     with pytest.raises(DamagedDataError, match="version 1, this program reads 2"):
         read_manifest(config.output, stage="toy", version=2, flag="--toy")

@@ -11,7 +11,10 @@ from mlpmem_ds.core.world import World, world_from_environment
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World(rank=3, size=8, local_rank=1)),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, World(rank=1, size=2, local_rank=1)),
         ({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}, World(rank=0, size=4)),
-        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1"}, World(rank=5, size=6, local_rank=1)),
+        (
+            {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1"},
+            World(rank=5, size=6, local_rank=1),
+        ),
         # a plain python in a batch script of eight tasks is a world of one
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, World()),
         # torchrun inside mpirun: the nearest launcher counts

@@ -16,7 +16,13 @@ def save(root, step, *, content=b"weights", keep=9, num_parameters=10):
         (root / name / "inside").mkdir(parents=True)
         (root / name / "inside" / "rank0.pt").write_bytes(content)
 
-    described = {"world": 1, "zero_stage": 2, "skipped_steps": 0, "values": {"batches": step}, "memory": "small"}
+    described = {
+        "world": 1,
+        "zero_stage": 2,
+        "skipped_steps": 0,
+        "values": {"batches": step},
+        "memory": "small",
+    }
     return save_checkpoint(
         root, step, write=write, described=described, num_parameters=num_parameters, keep=keep, world=World()
     )

@@ -41,7 +41,14 @@ def test_shipped_files_resolve(path):
 
 
 def test_every_shipped_file_is_there():
-    assert [path.stem for path in SHIPPED] == ["cpu", "zero1", "zero2", "zero3", "zero3_nvme", "zero3_offload"]
+    assert [path.stem for path in SHIPPED] == [
+        "cpu",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero3_nvme",
+        "zero3_offload",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +63,10 @@ def test_every_shipped_file_is_there():
 )
 def test_micro_batch_is_the_largest_divisor_below_the_bound(batch, world_size, cap, micro, accumulation):
     config = resolve(SHIPPED[0], batch=batch, world_size=world_size, max_micro_batch=cap)
-    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (micro, accumulation)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (
+        micro,
+        accumulation,
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +74,7 @@ def test_micro_batch_is_the_largest_divisor_below_the_bound(batch, world_size, c
     [
         ("{", "not a JSON file"),
         ("[]", "must hold a JSON object"),
-        ('{"zero_optimisation": {}}', "did you mean 'zero_optimization'"),
+        ('{"zero_optimization": {}}', "did you mean 'zero_optimization'"),
         ('{"zzz_typo": 1}', "known are"),
         ('{"optimizer": {"type": "Adam"}}', "--learning-rate"),
         ('{"fp16": {"enabled": true}}', "use bf16"),
@@ -72,7 +82,10 @@ def test_micro_batch_is_the_largest_divisor_below_the_bound(batch, world_size, c
         ('{"zero_optimization": {"mics_shard_size": 2}}', "no longer has MiCS"),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization is not valid"),
         ('{"zero_optimization": {"stage3_prefetch_bukket_size": 7}}', "stage3_prefetch_bukket_size"),
-        ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', 'zero_optimization.reduce_bucket_size is "auto"'),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": "auto"}}',
+            'zero_optimization.reduce_bucket_size is "auto"',
+        ),
         ('{"zero_optimization": 3}', "must be an object"),
         ('{"train_micro_batch_size_per_gpu": 1000}', "does not divide a rank's 1,024"),
         ('{"gradient_accumulation_steps": 3}', "makes it 1"),
@@ -145,14 +158,16 @@ for name, file in json.loads(sys.argv[1]).items():
         engine.set_parameter(model.final_norm.bias, torch.full((64,), 0.5))
     config = engine.resolve_ds_config(Path(file), batch=4, batch_flag="--b", world_size=1, max_micro_batch=4,
                                       gradient_clipping=1.0)
-    built = engine.build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config, settings=engine.AdamWSettings(),
+    built = engine.build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config,
+        settings=engine.AdamWSettings(),
                                 seed=3, world=World(), prepare=start_head)
     torch.save(built.whole_weights(), sys.argv[2] + "/" + name + ".pt")
 """
 
 
 def test_initial_weights_are_right_at_every_stage(tmp_path):
-    """zero.Init cuts a parameter as soon as its module is made: an initialisation from outside would miss it."""
+    """zero.Init cuts a parameter as soon as its module is made: an initialization from outside would miss
+    it."""
     files = {}
     for stage, bf16 in ((0, False), (2, True), (3, False), (3, True)):
         path = tmp_path / f"stage{stage}{bf16}.json"

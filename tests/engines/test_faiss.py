@@ -38,7 +38,9 @@ def shards() -> list[faiss.Index]:
     parts = [faiss.deserialize_index(blob) for _ in range(3)]
     for start in range(0, NUM_VECTORS, 100):
         engine.fill(
-            parts[start // 100 % 2], codes()[start : start + 100], np.arange(start, min(start + 100, NUM_VECTORS))
+            parts[start // 100 % 2],
+            codes()[start : start + 100],
+            np.arange(start, min(start + 100, NUM_VECTORS)),
         )
     return parts
 
@@ -128,7 +130,8 @@ def test_automatic_factory_in_little_memory(memory_bytes: int | None, factory: s
 
 @pytest.mark.parametrize("factory", ["IVF32,Flat", "PCA8,IVF32,PQ4x4", "OPQ3,IVF32,PQ3x4", "IVF32,SQ8"])
 def test_two_levels_of_lists(factory: str) -> None:
-    """Trained in two levels every index finds a code by probing its nearest lists, whatever stands before them."""
+    """Trained in two levels every index finds a code by probing its nearest lists, whatever stands before
+    them."""
     indexes = [engine.train(codes(), factory, seed=1, two_level_above=above) for above in (8, 8, 32)]
     blobs = [faiss.serialize_index(index).tobytes() for index in indexes]
     assert blobs[0] == blobs[1] != blobs[2]
@@ -142,8 +145,12 @@ def test_two_levels_of_lists(factory: str) -> None:
 
 
 def test_a_gpu_build_of_faiss_trains_float_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With GPUs the k-means of floats is handed to them; codes stay in whole numbers, so their index is the same."""
-    expected = [faiss.serialize_index(engine.train(vectors, "IVF8,Flat", seed=1)) for vectors in (codes(), codes() / 2)]
+    """With GPUs the k-means of floats is handed to them; codes stay in whole numbers, so their index is the
+    same."""
+    expected = [
+        faiss.serialize_index(engine.train(vectors, "IVF8,Flat", seed=1))
+        for vectors in (codes(), codes() / 2)
+    ]
     handed: list[object] = []
 
     def clone(index: object) -> object:

@@ -1,4 +1,5 @@
-"""The forward pass over a corpus: unmasked, the same from a base that is spread out, exact log-probabilities."""
+"""The forward pass over a corpus: unmasked, the same from a base that is spread out, exact
+log-probabilities."""
 
 from __future__ import annotations
 
@@ -18,10 +19,18 @@ from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
 
 SIZES = {
-    "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 300, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "llama": SIZES,
@@ -67,12 +76,21 @@ def test_a_mask_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert caplog.text.count("2 of 2 layers read windows of 32 tokens with an attention mask") == 1
 
 
-@pytest.mark.parametrize("where", [{"transformer.h.1": "disk"}, {"lm_head": "disk", "transformer.wte": "disk"}])
+@pytest.mark.parametrize(
+    "where", [{"transformer.h.1": "disk"}, {"lm_head": "disk", "transformer.wte": "disk"}]
+)
 def test_a_base_that_is_spread_out_gives_the_same(
     base_dir: Path, corpus_dir: Path, tmp_path: Path, where: dict[str, str]
 ) -> None:
     """A part of it on disk stands for a second GPU: accelerate's hooks bring weights and states together."""
-    parts = ("transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f", "lm_head")
+    parts = (
+        "transformer.wte",
+        "transformer.wpe",
+        "transformer.h.0",
+        "transformer.h.1",
+        "transformer.ln_f",
+        "lm_head",
+    )
     spread = TransformersSource(
         str(base_dir),
         device="cpu",
@@ -80,7 +98,11 @@ def test_a_base_that_is_spread_out_gives_the_same(
         offload_folder=tmp_path / "offload",
     )
     assert spread.model.get_submodule(next(iter(where))).state_dict().popitem()[1].is_meta
-    whole, corpus, block = TransformersSource(str(base_dir), device="cpu"), open_corpus(corpus_dir), Block(10, 300)
+    whole, corpus, block = (
+        TransformersSource(str(base_dir), device="cpu"),
+        open_corpus(corpus_dir),
+        Block(10, 300),
+    )
     found = list(scan_positions(spread, corpus, block, POINTS, batch_windows=4))
     expected = list(scan_positions(whole, corpus, block, POINTS, batch_windows=4))
     assert [rows.block for rows in found] == [rows.block for rows in expected] and len(found) > 1

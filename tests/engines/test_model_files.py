@@ -44,7 +44,9 @@ def test_paths_are_left_as_they_are(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(cache)
     (cache / "run" / "memory").mkdir(parents=True)
     assert fetch_directory("run/memory", flag="--x") == Path("run/memory")
-    assert fetch_directory("/no/such/place", flag="--x") == Path("/no/such/place")  # its reader says what is missing
+    assert fetch_directory("/no/such/place", flag="--x") == Path(
+        "/no/such/place"
+    )  # its reader says what is missing
 
 
 @pytest.mark.parametrize("files", [(), ("config.json",)])

@@ -1,4 +1,5 @@
-"""Inputs of a base that runs beside the training: the rows asked for, and a base that the ranks hold together."""
+"""Inputs of a base that runs beside the training: the rows asked for, and a base that the ranks hold
+together."""
 
 from __future__ import annotations
 
@@ -46,7 +47,11 @@ def corpus(corpus_dir: Path) -> CorpusSplit:
 def test_ranks_run_a_base_that_they_hold_together_equally_often(corpus: CorpusSplit, size: int) -> None:
     """The ranks' parts lie on different numbers of windows; the rows do not change."""
     order = TrainingOrder(
-        num_positions=corpus.num_positions, block_size=corpus.block_size, window_blocks=1, seed=0, by_block=True
+        num_positions=corpus.num_positions,
+        block_size=corpus.block_size,
+        window_blocks=1,
+        seed=0,
+        by_block=True,
     )
     share, batches = 50, corpus.num_positions // (50 * size)
     own = np.zeros((batches, size), int)

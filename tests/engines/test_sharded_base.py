@@ -1,4 +1,5 @@
-"""A base under ZeRO-3, on one rank here: the same numbers as whole, gathered only while it runs. Two ranks: tests/stages."""
+"""A base under ZeRO-3, on one rank here: the same numbers as whole, gathered only while it runs. Two ranks:
+tests/stages."""
 
 from __future__ import annotations
 
@@ -17,17 +18,33 @@ from mlpmem_ds.engines.sharded_base import ShardedSource
 from mlpmem_ds.models.backbone import CapturePoint
 
 SIZES = {
-    "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
+}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"vocab_size": 300, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 0,
-             "eos_token_id": 0},  # tied, with biases
+    "gpt2": {
+        "vocab_size": 300,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },  # tied, with biases
     "llama": SIZES,  # not tied
-    "gemma2": SIZES | {"sliding_window": 64, "final_logit_softcapping": 0.5},  # tied; scaled embeddings, capped logits
+    # tied; scaled embeddings, capped logits
+    "gemma2": SIZES | {"sliding_window": 64, "final_logit_softcapping": 0.5},
     "mixtral": SIZES | {"num_local_experts": 3},  # experts
-}  # fmt: skip
+}
 POINTS = {"key": CapturePoint(layer=1), "input": CapturePoint(layer=0, point="layer_output")}
 
 
@@ -36,15 +53,20 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_numbers_are_those_of_the_whole_base(family: str, dtype: str, tmp_path: Path, save_model: Any) -> None:
+def test_the_numbers_are_those_of_the_whole_base(
+    family: str, dtype: str, tmp_path: Path, save_model: Any
+) -> None:
     path = save_model(family, FAMILIES[family], tmp_path / family)
     attention = "eager" if family == "gemma2" else "sdpa"  # its soft cap of the scores is not in sdpa
     whole, cut = (
-        kind(path, device="cpu", dtype=dtype, attention=attention) for kind in (TransformersSource, ShardedSource)
+        kind(path, device="cpu", dtype=dtype, attention=attention)
+        for kind in (TransformersSource, ShardedSource)
     )
     assert cut.is_collective and not whole.is_collective and not is_deepspeed_zero3_enabled()
     assert (
-        (cut.vocab_size, cut.width, cut.num_layers) == (whole.vocab_size, whole.width, whole.num_layers) == (300, 16, 2)
+        (cut.vocab_size, cut.width, cut.num_layers)
+        == (whole.vocab_size, whole.width, whole.num_layers)
+        == (300, 16, 2)
     )
     total = sum(parameter.numel() for parameter in whole.model.parameters())
     for size, length in ((2, 32), (3, 32), (1, 20), (2, 32)):

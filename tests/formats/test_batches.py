@@ -70,7 +70,9 @@ def test_each_position_once_an_epoch(window_blocks):
     for positions in epochs:
         assert sorted(positions) == list(range(N))
     assert not np.array_equal(epochs[0], epochs[1])
-    pieces = [make_order(window_blocks).positions(start, min(start + 7, 3 * N)) for start in range(0, 3 * N, 7)]
+    pieces = [
+        make_order(window_blocks).positions(start, min(start + 7, 3 * N)) for start in range(0, 3 * N, 7)
+    ]
     np.testing.assert_array_equal(np.concatenate(pieces), np.concatenate(epochs))
     assert not np.array_equal(make_order(window_blocks, seed=2).positions(0, N), epochs[0])
 
@@ -78,7 +80,9 @@ def test_each_position_once_an_epoch(window_blocks):
 def test_a_window_holds_whole_blocks():
     """The first window's positions are those of three blocks: reading stays sequential on disk."""
     window, _ = next(make_order(3).parts(0, 1))
-    assert {position // BLOCK for position in window.positions_n} == set(window.blocks) and len(window.blocks) == 3
+    assert {position // BLOCK for position in window.positions_n} == set(window.blocks) and len(
+        window.blocks
+    ) == 3
 
 
 def test_the_shuffle_is_fixed_for_ever():
@@ -119,14 +123,25 @@ def test_the_union_over_ranks_is_the_order(size, num_micro_batches):
                 inputs.view(torch.int16).numpy(), keys.arrays["inputs"][mine].astype(np.int16)
             )
             rows = [
-                (int(label), part.targets.ids[start:stop].tolist(), part.targets.probabilities[start:stop].tolist())
+                (
+                    int(label),
+                    part.targets.ids[start:stop].tolist(),
+                    part.targets.probabilities[start:stop].tolist(),
+                )
                 for part in micro_batches
                 for label, start, stop in zip(
-                    part.targets.labels_N, part.targets.offsets_N1[:-1], part.targets.offsets_N1[1:], strict=True
+                    part.targets.labels_N,
+                    part.targets.offsets_N1[:-1],
+                    part.targets.offsets_N1[1:],
+                    strict=True,
                 )
             ]
             assert rows == [
-                (position % VOCABULARY, list(range(position % 4)), [float(position + i) for i in range(position % 4)])
+                (
+                    position % VOCABULARY,
+                    list(range(position % 4)),
+                    [float(position + i) for i in range(position % 4)],
+                )
                 for position in mine.tolist()
             ]
             logs = torch.cat([part.targets.base_log_probabilities_N for part in micro_batches])
@@ -181,7 +196,8 @@ def test_by_block_ranks_take_contiguous_parts_of_the_same_batches():
 
 
 def test_what_ranks_compute_together_is_computed_by_all_in_the_thread_that_trains():
-    """Each rank is told what all of them need, so that it knows how often they compute; the rest is read ahead."""
+    """Each rank is told what all of them need, so that it knows how often they compute; the rest is read
+    ahead."""
     keys = FakeKeys()
     order = TrainingOrder(num_positions=N, block_size=BLOCK, window_blocks=3, seed=1, by_block=True)
     alone, together = Computed(keys), [Computed(keys, is_collective=True) for _ in range(3)]

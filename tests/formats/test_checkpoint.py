@@ -85,7 +85,9 @@ def test_weights_round_trip(tmp_path):
         pass
 
     weights = {"head.weight": torch.randn(5, 3), "final_norm.bias": torch.randn(3)}
-    directory = open_stage(tmp_path / "memory", stage="memory", version=1, config=Nothing(), inputs={}, world=World())
+    directory = open_stage(
+        tmp_path / "memory", stage="memory", version=1, config=Nothing(), inputs={}, world=World()
+    )
     with pytest.raises(UserError, match="not complete"):
         read_weights(tmp_path / "memory")
     directory.run_units(

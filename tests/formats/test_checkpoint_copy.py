@@ -36,7 +36,8 @@ def save(root, step, content):
 
 
 def crash_at(monkeypatch, number):
-    """The file operation of this number (from 0) is not done, and nothing after it. Gives the count of operations."""
+    """The file operation of this number (from 0) is not done, and nothing after it. Gives the count of
+    operations."""
     count = [0]
 
     def guard(function):
@@ -62,7 +63,8 @@ def crash_at(monkeypatch, number):
 
 
 def test_a_crash_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    """Also while the same step is saved again over its own earlier checkpoint, and while old ones are removed."""
+    """Also while the same step is saved again over its own earlier checkpoint, and while old ones are
+    removed."""
     for steps in ((1, 2), (1, 1)):
         for number in range(1000):
             root = tmp_path / f"{steps[1]}-{number}" / "checkpoints"
@@ -94,7 +96,9 @@ def test_copies_are_whole_verified_and_kept(tmp_path):
         copier.wait()
     assert [path.name for path in list_checkpoints(copies)] == ["step-00000003", "step-00000002"]
     assert all(fault_of_checkpoint(path) is None for path in list_checkpoints(copies))
-    assert read_checkpoint(copies / "step-00000003").manifest == read_checkpoint(root / "step-00000003").manifest
+    assert (
+        read_checkpoint(copies / "step-00000003").manifest == read_checkpoint(root / "step-00000003").manifest
+    )
 
 
 def test_a_copy_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):

@@ -30,7 +30,9 @@ def test_documents_end_where_their_end_token_stands(corpus_dir: Path) -> None:
         ends = np.flatnonzero(stream == corpus.end_of_document_id)
         np.testing.assert_array_equal(corpus.document_stops, ends + 1)
         positions = np.arange(corpus.num_positions)
-        expected = np.searchsorted(ends, positions + 1)  # the document whose end is the first at or after the value
+        expected = np.searchsorted(
+            ends, positions + 1
+        )  # the document whose end is the first at or after the value
         np.testing.assert_array_equal(corpus.documents_of(positions), expected)
         assert sum(document["bytes"] for document in corpus.documents) == corpus.num_bytes
 

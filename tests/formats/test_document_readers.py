@@ -1,4 +1,5 @@
-"""Files of many documents: each format gives the same documents; what is malformed is named by file and record."""
+"""Files of many documents: each format gives the same documents; what is malformed is named by file and
+record."""
 
 from __future__ import annotations
 
@@ -97,17 +98,21 @@ def documents_of(given: Path | str, **fields: Any) -> list[tuple[str, str]]:
         ("saved", write_saved_dataset),
     ],
 )
-def test_every_container_gives_its_documents(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_every_container_gives_its_documents(
+    name: str, write: Callable[[Path], None], tmp_path: Path
+) -> None:
     path = tmp_path / "in" / name
     path.parent.mkdir()
     write(path)
     assert documents_of(path) == EXPECTED
     (path.parent / "beside.txt").write_text("plain")
-    if path.is_file():  # a directory's containers count by default, and not where the user names other patterns
+    if (
+        path.is_file()
+    ):  # a directory's containers count by default, and not where the user names other patterns
         assert documents_of(path.parent) == [("beside", "plain"), *EXPECTED]
         files = find_files([str(path.parent)], ("*.txt",), ())
         assert [file.name for file in files] == ["beside.txt"]
-    (file, *_) = find_files([str(path)], None, ())
+    file, *_ = find_files([str(path)], None, ())
     groups = {document.group for document in read_documents(file, text_field="text", group_field=None)}
     assert groups == {file.name}
 
@@ -117,7 +122,9 @@ def test_splits_of_a_saved_dataset_and_a_missing_file(tmp_path: Path) -> None:
         write_saved_dataset(tmp_path / "both" / split)
     (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     names = [file.name for file in find_files([str(tmp_path / "both")], None, ())]
-    assert names == [f"{split}/data-0000{number}-of-00002.arrow" for split in ("train", "test") for number in range(2)]
+    assert names == [
+        f"{split}/data-0000{number}-of-00002.arrow" for split in ("train", "test") for number in range(2)
+    ]
     assert documents_of(tmp_path / "both") == EXPECTED * 2
     (tmp_path / "both" / "test" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(UserError, match="without its file data-00001"):
@@ -163,25 +170,63 @@ def damaged(write: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 BAD: list[tuple[str, Callable[[Path], object], str]] = [
-    ("a.jsonl", lambda path: path.write_bytes(b'{"text": "a", "author": 1}\n{"text": \n'), "a.jsonl line 2 is not JSON"),
-    ("b.jsonl", lambda path: path.write_bytes(b'{"text": "a", "author": 1}\n\xff\xfe\n'), "b.jsonl is .*near line 2"),
+    (
+        "a.jsonl",
+        lambda path: path.write_bytes(b'{"text": "a", "author": 1}\n{"text": \n'),
+        "a.jsonl line 2 is not JSON",
+    ),
+    (
+        "b.jsonl",
+        lambda path: path.write_bytes(b'{"text": "a", "author": 1}\n\xff\xfe\n'),
+        "b.jsonl is .*near line 2",
+    ),
     ("c.jsonl", lambda path: path.write_bytes(b"[1]\n"), "c.jsonl line 1 is not an object"),
-    ("d.jsonl", lambda path: path.write_bytes(b'{"text": 7, "author": 1}\n'), "d.jsonl line 1: its text is int"),
-    ("e.jsonl", lambda path: path.write_bytes(b'{"text": "\\ud800", "author": 1}\n'), "e.jsonl line 1.*UTF-8"),
-    ("f.jsonl.gz", lambda path: path.write_bytes(gzip.compress(b'{"text": "a", "author": 1}\n' * 99)[:-9]), "f.jsonl.gz is"),
+    (
+        "d.jsonl",
+        lambda path: path.write_bytes(b'{"text": 7, "author": 1}\n'),
+        "d.jsonl line 1: its text is int",
+    ),
+    (
+        "e.jsonl",
+        lambda path: path.write_bytes(b'{"text": "\\ud800", "author": 1}\n'),
+        "e.jsonl line 1.*UTF-8",
+    ),
+    (
+        "f.jsonl.gz",
+        lambda path: path.write_bytes(gzip.compress(b'{"text": "a", "author": 1}\n' * 99)[:-9]),
+        "f.jsonl.gz is",
+    ),
     ("g.jsonl.zst", lambda path: path.write_bytes(b"no frame"), "g.jsonl.zst is damaged"),
     ("h.tar", damaged(write_tar), "h.tar is cut short or damaged after sample 'shard/"),
     ("i.tar", lambda path: path.write_bytes(tar_bytes({"s1.json": b"{"})), "i.tar sample 's1' is not"),
-    ("j.tar", lambda path: path.write_bytes(tar_bytes({"s1.txt": b"\xff"})), "j.tar sample 's1' is not UTF-8"),
-    ("k.tar", lambda path: path.write_bytes(tar_bytes({"s1.json": b'{"x": 1}'})), "k.tar sample 's1' .*it has x"),
+    (
+        "j.tar",
+        lambda path: path.write_bytes(tar_bytes({"s1.txt": b"\xff"})),
+        "j.tar sample 's1' is not UTF-8",
+    ),
+    (
+        "k.tar",
+        lambda path: path.write_bytes(tar_bytes({"s1.json": b'{"x": 1}'})),
+        "k.tar sample 's1' .*it has x",
+    ),
     ("l.parquet", damaged(write_parquet), "l.parquet is cut short or damaged"),
-    ("m.parquet", lambda path: parquet.write_table(pyarrow.table({"body": ["a"]}), path), "no column 'text' .it has body"),
-    ("n.parquet", lambda path: parquet.write_table(pyarrow.table({"text": [1], "author": [1]}), path), "row 0: its text is int"),
-]  # fmt: skip
+    (
+        "m.parquet",
+        lambda path: parquet.write_table(pyarrow.table({"body": ["a"]}), path),
+        "no column 'text' .it has body",
+    ),
+    (
+        "n.parquet",
+        lambda path: parquet.write_table(pyarrow.table({"text": [1], "author": [1]}), path),
+        "row 0: its text is int",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "make", "message"), BAD, ids=[name for name, *_ in BAD])
-def test_what_is_malformed_is_named(name: str, make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+def test_what_is_malformed_is_named(
+    name: str, make: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
     make(tmp_path / name)
     with pytest.raises(UserError, match=message):
         documents_of(tmp_path / name)

@@ -32,7 +32,11 @@ def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_json_lines_of_every_compression(tmp_path: Path, suffix: str) -> None:
-    records = [{"text": "one", "author": "A"}, {"text": "  ", "author": "A"}, {"text": "zwei ü", "author": "B"}]
+    records = [
+        {"text": "one", "author": "A"},
+        {"text": "  ", "author": "A"},
+        {"text": "zwei ü", "author": "B"},
+    ]
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
     path = tmp_path / f"books{suffix}"
     if suffix.endswith(".gz"):
@@ -76,8 +80,20 @@ def test_the_group_is_the_top_level_package(tmp_path: Path) -> None:
 
 def test_a_walk_gives_what_sorting_all_paths_gives(tmp_path: Path) -> None:
     """The order and the choice of sorted(rglob) and fnmatch, which files were numbered by before."""
-    names = ["b.txt", "a/z.txt", "a-b/x.txt", "a.txt", "a/b/c.txt", "a/b.txt", "A/x.TXT", ".hidden/x.txt", "build/x.txt",
-             "a/build/x.txt", "a/x.py", "c.d/x.txt"]  # fmt: skip
+    names = [
+        "b.txt",
+        "a/z.txt",
+        "a-b/x.txt",
+        "a.txt",
+        "a/b/c.txt",
+        "a/b.txt",
+        "A/x.TXT",
+        ".hidden/x.txt",
+        "build/x.txt",
+        "a/build/x.txt",
+        "a/x.py",
+        "c.d/x.txt",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -99,7 +115,9 @@ def test_line_ends_are_read_as_python_reads_text(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes("one\r\ntwo\rthree\n\r\nfour \u00e4\r".encode())
     (document,) = read_documents(find_files([str(path)], None, ())[0], text_field="text", group_field=None)
-    assert document.text == path.read_text(encoding="utf-8") and document.num_bytes == len(document.text.encode())
+    assert document.text == path.read_text(encoding="utf-8") and document.num_bytes == len(
+        document.text.encode()
+    )
 
 
 def test_patterns_that_are_given_are_all_that_count(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import blocks_of_shard, open_index
-from mlpmem_ds.stages.retrieval import build_index
+from mlpmem_ds.stages.index import build_index
 
 
 @pytest.fixture
 def index_dir(keys_dir: Path, tmp_path: Path) -> Path:
     build_index.run(
-        build_index.Config(keys=keys_dir, output=tmp_path / "index", factory="IVF4,Flat", num_shards=2), World()
+        build_index.Config(keys=keys_dir, output=tmp_path / "index", factory="IVF4,Flat", num_shards=2),
+        World(),
     )
     return tmp_path / "index"
 

@@ -14,10 +14,10 @@ from mlpmem_ds.formats.keys import (
     Codec,
     bfloat16_bits,
     bfloat16_values,
-    dequantise_inputs,
+    dequantize_inputs,
     encode,
     open_keys,
-    quantise_inputs,
+    quantize_inputs,
 )
 
 
@@ -39,7 +39,7 @@ def test_any_range_and_any_order_of_positions(keys_dir: Path) -> None:
 
 
 def test_few_files_are_mapped_at_a_time(keys_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys_format, "_MOST_MAPPED", 2)
+    monkeypatch.setattr(keys_format, "_MAX_MAPPED", 2)
     keys = open_keys(keys_dir)
     everything = keys.read("keys")
     assert len(keys._arrays) <= 2
@@ -71,7 +71,9 @@ def test_a_check_finds_a_flipped_byte_of_its_unit(keys_dir: Path, tmp_path: Path
     keys.check("keys", keys.blocks[0])
     keys.check("values")
     for block in (None, keys.blocks[1]):
-        with pytest.raises(DamagedDataError, match=f"{path.name} does not have the checksum.*run the stage that made"):
+        with pytest.raises(
+            DamagedDataError, match=f"{path.name} does not have the checksum.*run the stage that made"
+        ):
             keys.check("keys", block)
 
 
@@ -103,7 +105,7 @@ def test_a_corpus_is_not_a_key_directory(corpus_dir: Path) -> None:
 def test_int8_inputs_are_within_half_a_step_of_their_group(size: int) -> None:
     inputs_nI = np.random.default_rng(size).standard_normal((20, size)).astype(np.float32)
     inputs_nI[3] = 0
-    codes_nI, scales_nG = quantise_inputs(inputs_nI)
+    codes_nI, scales_nG = quantize_inputs(inputs_nI)
     assert codes_nI.dtype == np.int8 and codes_nI.shape == inputs_nI.shape
     assert scales_nG.dtype == np.float32 and scales_nG.shape == (20, -(-size // 128))
     for group in range(scales_nG.shape[1]):
@@ -112,15 +114,15 @@ def test_int8_inputs_are_within_half_a_step_of_their_group(size: int) -> None:
         errors = np.abs(codes_nI[:, columns] * scales_nG[:, group : group + 1] - inputs_nI[:, columns])
         assert (errors <= 0.5001 * scales_nG[:, group : group + 1]).all()
     np.testing.assert_array_equal(
-        dequantise_inputs(codes_nI, scales_nG), codes_nI * np.repeat(scales_nG, 128, axis=1)[:, :size]
+        dequantize_inputs(codes_nI, scales_nG), codes_nI * np.repeat(scales_nG, 128, axis=1)[:, :size]
     )
-    assert not dequantise_inputs(codes_nI, scales_nG)[3].any()
+    assert not dequantize_inputs(codes_nI, scales_nG)[3].any()
 
 
 def test_a_massive_number_of_an_input_costs_its_own_group_alone() -> None:
     inputs_nI = np.random.default_rng(0).standard_normal((10, 256)).astype(np.float32)
     inputs_nI[:, 5] = 4000
-    found = dequantise_inputs(*quantise_inputs(inputs_nI))
+    found = dequantize_inputs(*quantize_inputs(inputs_nI))
     np.testing.assert_allclose(found[:, 5], 4000, rtol=1e-6)
     assert np.abs(found[:, 128:] - inputs_nI[:, 128:]).max() < 0.02
 

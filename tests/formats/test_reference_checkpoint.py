@@ -1,4 +1,5 @@
-"""Published memories: the same logits as an independent computation with their names, and no code run for a hostile file."""
+"""Published memories: the same logits as an independent computation with their names, and no code run for a
+hostile file."""
 
 from __future__ import annotations
 
@@ -32,25 +33,41 @@ def published_tensors(kind: str, *, input_size: int = WIDTH, seed: int = 0) -> d
 
     tensors = {"lm_head.weight": draw(VOCAB, WIDTH)}
     if input_size != WIDTH:
-        tensors |= {"embedding_transform.weight": draw(WIDTH, input_size), "embedding_transform.bias": draw(WIDTH)}
+        tensors |= {
+            "embedding_transform.weight": draw(WIDTH, input_size),
+            "embedding_transform.bias": draw(WIDTH),
+        }
     for block in range(BLOCKS):
         if kind == "gpt2":
             name = f"h.{block}"
-            tensors |= {f"{name}.ln_1.weight": 1 + draw(WIDTH), f"{name}.ln_1.bias": draw(WIDTH),
-                        f"{name}.mlp.c_fc.weight": draw(WIDTH, INNER), f"{name}.mlp.c_fc.bias": draw(INNER),
-                        f"{name}.mlp.c_proj.weight": draw(INNER, WIDTH), f"{name}.mlp.c_proj.bias": draw(WIDTH)}  # fmt: skip
+            tensors |= {
+                f"{name}.ln_1.weight": 1 + draw(WIDTH),
+                f"{name}.ln_1.bias": draw(WIDTH),
+                f"{name}.mlp.c_fc.weight": draw(WIDTH, INNER),
+                f"{name}.mlp.c_fc.bias": draw(INNER),
+                f"{name}.mlp.c_proj.weight": draw(INNER, WIDTH),
+                f"{name}.mlp.c_proj.bias": draw(WIDTH),
+            }
         else:
             name = f"layers.{block}"
-            tensors |= {f"{name}.input_layernorm.weight": 1 + draw(WIDTH), f"{name}.mlp.gate_proj.weight": draw(INNER, WIDTH),
-                        f"{name}.mlp.up_proj.weight": draw(INNER, WIDTH),
-                        f"{name}.mlp.down_proj.weight": draw(WIDTH, INNER)}  # fmt: skip
+            tensors |= {
+                f"{name}.input_layernorm.weight": 1 + draw(WIDTH),
+                f"{name}.mlp.gate_proj.weight": draw(INNER, WIDTH),
+                f"{name}.mlp.up_proj.weight": draw(INNER, WIDTH),
+                f"{name}.mlp.down_proj.weight": draw(WIDTH, INNER),
+            }
     if kind == "gpt2":
         return tensors | {"ln_f.weight": 1 + draw(WIDTH), "ln_f.bias": draw(WIDTH)}
     return tensors | {"norm.weight": 1 + draw(WIDTH)}
 
 
 def save_published(
-    root: Path, kind: str, tensors: dict[str, Any] | None = None, *, file: str = "model.safetensors", **changes: Any
+    root: Path,
+    kind: str,
+    tensors: dict[str, Any] | None = None,
+    *,
+    file: str = "model.safetensors",
+    **changes: Any,
 ) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps({**CONFIGS[kind], **changes}))
@@ -135,7 +152,9 @@ def test_shards_subdirectory_and_old_pickles(tmp_path: Path) -> None:
     (root / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-2.safetensors is missing"):
         open_reference(root)
-    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../whole/model.safetensors"}}))
+    (root / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../whole/model.safetensors"}})
+    )
     with pytest.raises(UserError, match="no weights file beside it"):
         open_reference(root)
 
@@ -175,7 +194,11 @@ def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], 
         ("gpt2", drop("h.1.mlp.c_fc.bias"), "blocks.1.mlp.up.bias is missing"),
         ("gpt2", drop("lm_head.weight"), "lacks lm_head.weight"),
         ("llama", drop("layers.2.mlp.gate_proj.weight"), "blocks.2.mlp.gate.weight is missing"),
-        ("llama", put("layers.7.input_layernorm.weight", torch.ones(WIDTH)), "numbered up to 7, but it has 4"),
+        (
+            "llama",
+            put("layers.7.input_layernorm.weight", torch.ones(WIDTH)),
+            "numbered up to 7, but it has 4",
+        ),
         ("llama", put("layers.0.self_attn.q_proj.weight", torch.ones(2, 2)), "no part of a memory"),
         ("gpt2", put("ln_f.bias", torch.ones(WIDTH + 1)), r"final_norm.bias is of shape \[17\], not \[16\]"),
         ("gpt2", put("embedding_transform.bias", torch.ones(WIDTH)), "input_projection.bias is one too many"),
@@ -196,17 +219,25 @@ def test_foreign_and_damaged_directories_are_refused(tmp_path: Path) -> None:
     cases: dict[str, Callable[[Path], object]] = {
         "does not exist": lambda root: None,
         "no config.json": lambda root: root.mkdir(),
-        "config.json is not JSON": lambda root: save_published(root, "gpt2") and (root / "config.json").write_text("{"),
-        "not a JSON object": lambda root: save_published(root, "gpt2") and (root / "config.json").write_text("[]"),
+        "config.json is not JSON": lambda root: (
+            save_published(root, "gpt2") and (root / "config.json").write_text("{")
+        ),
+        "not a JSON object": lambda root: (
+            save_published(root, "gpt2") and (root / "config.json").write_text("[]")
+        ),
         "model_type is 'bert'": lambda root: save_published(root, "gpt2", model_type="bert"),
-        "activation_function is 'relu'": lambda root: save_published(root, "gpt2", activation_function="relu"),
+        "activation_function is 'relu'": lambda root: save_published(
+            root, "gpt2", activation_function="relu"
+        ),
         "layer_norm_epsilon is": lambda root: save_published(root, "gpt2", layer_norm_epsilon="x"),
         "it has neither": lambda root: (save_published(root, "gpt2") / "model.safetensors").unlink(),
         "cut short": lambda root: os.truncate(save_published(root, "gpt2") / "model.safetensors", 3000),
         "cannot be read": lambda root: os.truncate(
             save_published(root, "gpt2", file="pytorch_model.bin") / "pytorch_model.bin", 3000
         ),
-        "holds list": lambda root: torch.save([1], save_published(root, "gpt2", file="x.bin") / "pytorch_model.bin"),
+        "holds list": lambda root: torch.save(
+            [1], save_published(root, "gpt2", file="x.bin") / "pytorch_model.bin"
+        ),
     }
     for number, (message, make) in enumerate(cases.items()):
         make(tmp_path / str(number))

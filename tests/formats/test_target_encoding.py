@@ -1,4 +1,5 @@
-"""The compact encoding against its promises: same entries, total variation, any gap and level, arrays that do not fit refused."""
+"""The compact encoding against its promises: same entries, total variation, any gap and level, arrays that do
+not fit refused."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mlpmem_ds.formats.target_encoding import TargetBlock, TargetRows, frequency_order, pack_block, unpack_block
+from mlpmem_ds.formats.target_encoding import (
+    TargetBlock,
+    TargetRows,
+    frequency_order,
+    pack_block,
+    unpack_block,
+)
 from mlpmem_ds.maths.targets import SparseRows
 
 VOCAB_SIZE = 100_000
@@ -64,7 +71,9 @@ def test_every_gap_and_level_comes_back() -> None:
     order = [np.argsort(ids) for ids, _ in both]
     rows = SparseRows(
         offsets=np.array([0, 8, 9, 9]),
-        ids=np.concatenate([ids[place] for (ids, _), place in zip(both, order, strict=True)]).astype(np.int64),
+        ids=np.concatenate([ids[place] for (ids, _), place in zip(both, order, strict=True)]).astype(
+            np.int64
+        ),
         probabilities=np.concatenate([p[place] for (_, p), place in zip(both, order, strict=True)]),
     )
     block = pack(rows, np.zeros(3))
@@ -77,7 +86,9 @@ def test_every_gap_and_level_comes_back() -> None:
 
 
 def test_what_float16_rounds_away_is_dropped_in_both() -> None:
-    rows = SparseRows(offsets=np.array([0, 2, 3]), ids=np.array([3, 5, 2]), probabilities=np.array([1e-9, 0.75, 1e-9]))
+    rows = SparseRows(
+        offsets=np.array([0, 2, 3]), ids=np.array([3, 5, 2]), probabilities=np.array([1e-9, 0.75, 1e-9])
+    )
     for encoding in ("exact", "compact"):
         found = unpack_block(pack(rows, np.array([0.25, 0.5]), encoding=encoding), encoding, ORDER)
         assert found.offsets.tolist() == [0, 1, 1] and found.ids.tolist() == [5]
@@ -98,7 +109,9 @@ def test_frequent_tokens_come_first() -> None:
 
 
 def test_a_block_that_does_not_fit_in_a_word_is_refused() -> None:
-    rows = SparseRows(offsets=np.zeros(2**33 % 7 + 1, np.int64), ids=np.zeros(0, np.int64), probabilities=np.zeros(0))
+    rows = SparseRows(
+        offsets=np.zeros(2**33 % 7 + 1, np.int64), ids=np.zeros(0, np.int64), probabilities=np.zeros(0)
+    )
     huge = np.lib.stride_tricks.as_strided(np.zeros(1, "<u4"), (2**60,), (0,))
     with pytest.raises(ValueError, match="use shorter blocks"):
         pack(rows, np.zeros(len(rows.offsets) - 1), order_V=huge)

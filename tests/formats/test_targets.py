@@ -1,5 +1,5 @@
-"""Target shards in both encodings and containers: what is written is read, by us, by zstd and tar, and by stock webdataset;
-damage is refused."""
+"""Target shards in both encodings and containers: what is written is read, by us, by zstd and tar, and by
+stock webdataset; damage is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,12 @@ def write_targets(root: Path, encoding: Encoding = "exact", container: Container
     version = version_of(encoding, container)
     shards = {f"knn-{block.start}": block for block in split_blocks(NUM_POSITIONS, SHARD_POSITIONS)}
     stage = open_stage(
-        root, stage=FORMAT, version=version, config=_Config(output=root), inputs={"keys": "0" * 64}, world=World()
+        root,
+        stage=FORMAT,
+        version=version,
+        config=_Config(output=root),
+        inputs={"keys": "0" * 64},
+        world=World(),
     )
 
     def write(unit: str, writer: UnitWriter) -> dict[str, int]:
@@ -122,7 +127,9 @@ def write_targets(root: Path, encoding: Encoding = "exact", container: Container
     return root
 
 
-@pytest.fixture(scope="module", params=[(e, c) for e in ("exact", "compact") for c in ("tar.zst", "tar")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(e, c) for e in ("exact", "compact") for c in ("tar.zst", "tar")], ids="-".join
+)
 def kind(request: pytest.FixtureRequest) -> tuple[Encoding, Container]:
     return request.param
 
@@ -147,7 +154,9 @@ def expect_rows(found: Any, start: int, stop: int, kind: tuple[Encoding, Contain
     expected = sparse(rows[start:stop])
     assert np.array_equal(found.offsets, expected.offsets) and np.array_equal(found.ids, expected.ids)
     if kind[0] == "exact":
-        assert np.array_equal(found.probabilities, expected.probabilities.astype(np.float16).astype(np.float32))
+        assert np.array_equal(
+            found.probabilities, expected.probabilities.astype(np.float16).astype(np.float32)
+        )
         assert np.array_equal(found.dropped, dropped[start:stop].astype(np.float16).astype(np.float32))
         return
     assert np.allclose(found.dropped, dropped[start:stop], rtol=1e-6)
@@ -190,7 +199,11 @@ def test_any_order_of_positions_is_read(root: Path) -> None:
     targets = open_targets(root)
     whole = targets.read_all()
     generator = np.random.default_rng(5)
-    for positions in (generator.integers(0, NUM_POSITIONS, 300), np.array([116, 0, 39, 40]), np.array([], np.int64)):
+    for positions in (
+        generator.integers(0, NUM_POSITIONS, 300),
+        np.array([116, 0, 39, 40]),
+        np.array([], np.int64),
+    ):
         found, expected = targets.gather(positions), [whole.dropped[positions]]
         for row, position in enumerate(positions):
             here = slice(found.offsets[row], found.offsets[row + 1])
@@ -203,13 +216,17 @@ def test_any_order_of_positions_is_read(root: Path) -> None:
             targets.gather(np.array(positions))
 
 
-def test_the_bytes_are_repeatable(root: Path, first: str, kind: tuple[Encoding, Container], tmp_path: Path) -> None:
+def test_the_bytes_are_repeatable(
+    root: Path, first: str, kind: tuple[Encoding, Container], tmp_path: Path
+) -> None:
     again = write_targets(tmp_path / "again", *kind)
     for name in [first, index_name(first), "manifest.json"]:
         assert (again / name).read_bytes() == (root / name).read_bytes()
 
 
-def test_only_the_samples_that_are_needed_are_touched(copy: Path, first: str, kind: tuple[Encoding, Container]) -> None:
+def test_only_the_samples_that_are_needed_are_touched(
+    copy: Path, first: str, kind: tuple[Encoding, Container]
+) -> None:
     targets = open_targets(copy)
     samples = json.loads((copy / index_name(first)).read_text())["samples"]
     path = copy / first
@@ -230,7 +247,8 @@ def same_rows(found: TargetRows, expected: TargetRows) -> bool:
 
 
 def test_no_altered_byte_gives_other_rows(copy: Path, first: str) -> None:
-    """600 places of the shard and its index; what only pads a tar may change, and the whole file's checksum sees that too."""
+    """600 places of the shard and its index; what only pads a tar may change, and the whole file's checksum
+    sees that too."""
     generator = np.random.default_rng(3)
     expected = open_targets(copy).read(0, SHARD_POSITIONS)
     refused = 0
@@ -310,7 +328,8 @@ def exchange_samples(index: dict[str, Any]) -> None:
         (lambda index: index["samples"][0].update(bytes=5), "does not match the index"),
         (
             lambda index: [
-                index["samples"][n].update(entries=index["samples"][n]["entries"] + d) for n, d in ((0, 1), (1, -1))
+                index["samples"][n].update(entries=index["samples"][n]["entries"] + d)
+                for n, d in ((0, 1), (1, -1))
             ],
             "index says",
         ),
@@ -349,7 +368,9 @@ def test_what_float16_rounds_away_is_dropped_mass() -> None:
     assert block.arrays["ids"].dtype == np.uint16
 
 
-def decode(arrays: dict[str, np.ndarray], meta: dict[str, Any], order_V: np.ndarray) -> list[dict[int, float]]:
+def decode(
+    arrays: dict[str, np.ndarray], meta: dict[str, Any], order_V: np.ndarray
+) -> list[dict[int, float]]:
     """The compact encoding by the words of the specification, entry by entry."""
     gaps, wide_gaps = arrays["gaps"].tolist(), arrays["wide_gaps"].tolist()
     levels, wide_levels = arrays["levels"].tolist(), arrays["wide_levels"].tolist()
@@ -368,7 +389,8 @@ def decode(arrays: dict[str, np.ndarray], meta: dict[str, Any], order_V: np.ndar
 
 
 def check_members(root: Path, name: str, members: dict[str, bytes]) -> None:
-    """Decode a shard's members from the specification alone and compare with the source and with our reader."""
+    """Decode a shard's members from the specification alone and compare with the source and with our
+    reader."""
     rows, dropped = source()
     manifest = read_json(root / "manifest.json")
     shard = next(shard for shard in manifest["shards"] if shard["name"] == name)
@@ -384,7 +406,12 @@ def check_members(root: Path, name: str, members: dict[str, bytes]) -> None:
             if member.startswith(key)
         }
         assert arrays["counts"].tolist() == np.diff(expected.offsets).tolist()
-        common = {"first": begin, "count": stop - begin, "entries": len(expected.ids), "format": "mlpmem-targets"}
+        common = {
+            "first": begin,
+            "count": stop - begin,
+            "entries": len(expected.ids),
+            "format": "mlpmem-targets",
+        }
         if is_exact:
             assert meta == {**common, "version": 1}
             assert arrays["ids"].dtype == np.uint32 and arrays["ids"].tolist() == expected.ids.tolist()
@@ -412,7 +439,9 @@ def test_zstd_and_tar_read_a_shard(root: Path, first: str, tmp_path: Path) -> No
         tar = subprocess.run(["zstd", "-dc", str(root / first)], check=True, capture_output=True).stdout
     else:
         tar = (root / first).read_bytes()
-    listing = subprocess.run(["tar", "-tv"], input=tar, check=True, capture_output=True, text=False).stdout.decode()
+    listing = subprocess.run(
+        ["tar", "-tv"], input=tar, check=True, capture_output=True, text=False
+    ).stdout.decode()
     assert listing.splitlines()[0].startswith("-rw-r--r-- 0/0") and "1970-01-01" in listing
     (tmp_path / "shard.tar").write_bytes(tar)
     with tarfile.open(tmp_path / "shard.tar") as archive:
@@ -421,7 +450,9 @@ def test_zstd_and_tar_read_a_shard(root: Path, first: str, tmp_path: Path) -> No
     assert [line.split()[-1] for line in listing.splitlines()] == list(members)
     if not first.endswith(".zst"):
         for sample in json.loads((root / index_name(first)).read_text())["samples"]:
-            assert offsets[f"{sample['key']}.counts.npy.zst"] == sample["offset"]  # random access by the tar's offsets
+            assert (
+                offsets[f"{sample['key']}.counts.npy.zst"] == sample["offset"]
+            )  # random access by the tar's offsets
         subprocess.run(["tar", "-xf", str(root / first), "-C", str(tmp_path)], check=True)
         name = f"{0:012d}.counts.npy.zst"
         plain = subprocess.run(["zstd", "-dc", str(tmp_path / name)], check=True, capture_output=True).stdout
@@ -449,7 +480,9 @@ def test_stock_webdataset_reads_the_shards(root: Path, kind: tuple[Encoding, Con
         return  # webdataset has no decoder of its own for .zst
     decoded = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert sum(len(sample["counts.npy"]) for sample in decoded) == NUM_POSITIONS
-    assert sum(sample["meta.json"]["entries"] for sample in decoded) == sum(shard["entries"] for shard in shards)
+    assert sum(sample["meta.json"]["entries"] for sample in decoded) == sum(
+        shard["entries"] for shard in shards
+    )
 
 
 def test_a_directory_without_the_new_fields_is_the_first_version(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Sharded safetensors of our own writing: what safetensors reads back, in shards of the wanted size, continued by records."""
+"""Sharded safetensors of our own writing: what safetensors reads back, in shards of the wanted size,
+continued by records."""
 
 from __future__ import annotations
 
@@ -42,7 +43,11 @@ def read(root: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("max_bytes", [1 << 20, 200, 1])
 def test_safetensors_reads_back_every_tensor(max_bytes: int, tmp_path: Path) -> None:
     num_files = write(tmp_path, max_bytes)
-    assert num_files == len(list(tmp_path.glob("*.safetensors"))) == {1 << 20: 1, 200: 2, 1: len(TENSORS)}[max_bytes]
+    assert (
+        num_files
+        == len(list(tmp_path.glob("*.safetensors")))
+        == {1 << 20: 1, 200: 2, 1: len(TENSORS)}[max_bytes]
+    )
     found = read(tmp_path)
     assert set(found) == set(TENSORS)
     for name, tensor in TENSORS.items():
@@ -58,8 +63,12 @@ def test_shards_hold_as_much_as_fits() -> None:
     assert plan_shards({"a": 99}, 10) == [["a"]]
 
 
-def test_finished_shards_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_shards, "write_safetensors", _stop_at("00003-of", weight_shards.write_safetensors))
+def test_finished_shards_are_kept_and_damaged_ones_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        weight_shards, "write_safetensors", _stop_at("00003-of", weight_shards.write_safetensors)
+    )
     with pytest.raises(RuntimeError, match="stopped"):
         write(tmp_path, 1)
     monkeypatch.undo()

@@ -1,8 +1,10 @@
-"""`python`, `torchrun` and `deepspeed` for a script's test: the first start of each is the real one, later ones are forks.
+"""`python`, `torchrun` and `deepspeed` for a script's test: the first start of each is the real one, later
+ones are forks.
 
-Run as a process of its own with a directory: it fills the directory with the three commands, says so on standard output,
-and serves them until it is killed. A fork gets the command's words, directory, environment and standard streams, runs the
-front-end as `__main__`, and differs from the real start by the seconds of its imports only.
+Run as a process of its own with a directory: it fills the directory with the three commands, says so on
+standard output, and serves them until it is killed. A fork gets the command's words, directory, environment
+and standard streams, runs the front-end as `__main__`, and differs from the real start by the seconds of its
+imports only.
 """
 
 from __future__ import annotations
@@ -46,12 +48,18 @@ def ranks_of(name: str, words: list[str]) -> tuple[list[str], list[dict[str, str
     if name == "python":
         return words, [{}], False
     parser = argparse.ArgumentParser(name, allow_abbrev=False)
-    parser.add_argument("--nproc-per-node" if name == "torchrun" else "--num_accelerators", type=int, dest="size")
+    parser.add_argument(
+        "--nproc-per-node" if name == "torchrun" else "--num_accelerators", type=int, dest="size"
+    )
     parser.add_argument("--standalone" if name == "torchrun" else "-q", action="store_true")
     parser.add_argument("--master_port", type=int, default=free_port())
     parser.add_argument("words", nargs=argparse.REMAINDER)
     given = parser.parse_args(words)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(given.master_port), "WORLD_SIZE": str(given.size)}
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(given.master_port),
+        "WORLD_SIZE": str(given.size),
+    }
     ranks = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(given.size)]
     return given.words, ranks, name == "deepspeed"
 

@@ -1,6 +1,8 @@
-"""The demo's script, whole, on a toy text and a toy model: every front-end as its own process, two ranks, then again.
+"""The demo's script, whole, on a toy text and a toy model: every front-end as its own process, two ranks,
+then again.
 
-The first `python`, `torchrun` and `deepspeed` are the real ones, later ones are forked: a real start takes 5 to 15 s.
+The first `python`, `torchrun` and `deepspeed` are the real ones, later ones are forked: a real start takes 5
+to 15 s.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlpmem_ds.core.world import World
-from mlpmem_ds.stages.planning import inspect_run
+from mlpmem_ds.stages.inspection import inspect_run
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 400
@@ -32,7 +34,9 @@ def model_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("model") / "model"
     torch.manual_seed(0)
     GPT2LMHeadModel(
-        GPT2Config(vocab_size=304, n_positions=256, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            vocab_size=304, n_positions=256, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
     ).save_pretrained(path)
     for file in (corpus_dir / "tokenizer").iterdir():
         shutil.copy(file, path)
@@ -68,14 +72,29 @@ def demo(*words: str, commands: Path = Path(sys.executable).parent) -> subproces
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def test_the_whole_pipeline_on_ones_own_text_and_model(model_dir: Path, launchers: Path, tmp_path: Path) -> None:
+def test_the_whole_pipeline_on_ones_own_text_and_model(
+    model_dir: Path, launchers: Path, tmp_path: Path
+) -> None:
     run, text = tmp_path / "run", tmp_path / "text"
     generator = random.Random(0)
     for number in range(60):  # enough for an interval on each split
         path = text / f"package{number % 20}" / f"module{number}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(f"value{generator.randint(0, 99)} = {generator.random():.6f}" for _ in range(20)))
-    words = ["--corpus", str(text), "--base", str(model_dir), "--run", str(run), "--ranks", "2", "--seed", "3"]
+        path.write_text(
+            "\n".join(f"value{generator.randint(0, 99)} = {generator.random():.6f}" for _ in range(20))
+        )
+    words = [
+        "--corpus",
+        str(text),
+        "--base",
+        str(model_dir),
+        "--run",
+        str(run),
+        "--ranks",
+        "2",
+        "--seed",
+        "3",
+    ]
     first = demo(*words, commands=launchers)
     assert first.returncode == 0, first.stderr[-5000:]
     evaluation = json.loads((run / "report" / "eval.json").read_text())

@@ -29,7 +29,7 @@ def test_nearest_equals_brute_force(monkeypatch: pytest.MonkeyPatch, on_device: 
     """Also as an accelerator selects; in tiles of 7 vectors; of 33 centroids 3 are equal to others."""
     monkeypatch.setattr(module, "_TILE_ELEMENTS", 33 * 7)
     if on_device:
-        monkeypatch.setattr(module, "_least_on_host", module._least_on_device)
+        monkeypatch.setattr(module, "_smallest_on_host", module._smallest_on_device)
     vectors, others = codes(100, seed=4), codes(33, seed=5)
     others[10:13] = others[:3]
     distances = exact_squared(vectors, others)

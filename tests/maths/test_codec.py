@@ -13,7 +13,8 @@ N, D = 1500, 24
 
 
 def make_states(seed=0):
-    """Clusters in D dimensions, each with values of its own: neighbours matter to the target. (states, values)"""
+    """Clusters in D dimensions, each with values of its own: neighbours matter to the target. (states,
+    values)"""
     generator = np.random.default_rng(seed)
     centres = generator.standard_normal((30, D))
     cluster_N = generator.integers(0, 30, N)
@@ -37,7 +38,9 @@ def targets_of(vectors, values_N, scale=1.0, temperature=None):
 
 def codes_of(states_ND, fitted):
     clipped = clip_massive(states_ND, fitted.massive)
-    return np.clip(np.rint((clipped - fitted.mean_D) @ fitted.rotation_DE / fitted.scale), -127, 127).astype(np.int8)
+    return np.clip(np.rint((clipped - fitted.mean_D) @ fitted.rotation_DE / fitted.scale), -127, 127).astype(
+        np.int8
+    )
 
 
 def test_ordinary_states_have_no_massive_dimension():
@@ -81,7 +84,9 @@ def test_clipping_a_massive_dimension_improves_the_targets(monkeypatch):
     assert len(handled.massive) == 1 and not plain.massive and plain.scale > 10 * handled.scale
     ordinary = np.arange(N) % 50 > 0
     found = {
-        name: total_variation(*truth, *targets_of(codes_of(states_ND, fitted), values_N, fitted.scale, temperature)[:2])
+        name: total_variation(
+            *truth, *targets_of(codes_of(states_ND, fitted), values_N, fitted.scale, temperature)[:2]
+        )
         for name, fitted in (("handled", handled), ("plain", plain))
     }
     assert found["handled"][ordinary].mean() < 0.02 < 0.3 < found["plain"][ordinary].mean()
@@ -93,7 +98,9 @@ def test_all_dimensions_keep_the_distances_and_fewer_the_leading_energy():
     whole = fit_codec(states_ND, D, seed=1)
     rotated = (states_ND - whole.mean_D) @ whole.rotation_DE
     exact = np.square(states_ND[:50, None] - states_ND[None, :50]).sum(-1)
-    np.testing.assert_allclose(np.square(rotated[:50, None] - rotated[None, :50]).sum(-1), exact, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        np.square(rotated[:50, None] - rotated[None, :50]).sum(-1), exact, rtol=1e-4, atol=1e-4
+    )
     assert whole.energy_kept == pytest.approx(1.0)
     variances = np.linalg.svd(states_ND - states_ND.mean(axis=0, dtype=np.float64), compute_uv=False) ** 2
     part = fit_codec(states_ND, 5, seed=1)

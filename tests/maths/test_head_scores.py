@@ -92,7 +92,9 @@ def test_a_row_is_the_same_in_any_batch():
         part = head_scores(hidden[rows], weight, tokens[rows], bias=bias)
         for field in ("log_probabilities_NJ", "top_ids_N", "top_N", "entropies_N"):
             assert torch.equal(getattr(part, field), getattr(whole, field)[rows])
-        assert torch.equal(token_log_probabilities(hidden[rows], weight, tokens[rows], bias=bias), named[rows])
+        assert torch.equal(
+            token_log_probabilities(hidden[rows], weight, tokens[rows], bias=bias), named[rows]
+        )
 
 
 def make_head(num_rows=23, width=32, vocabulary=101, dtype=torch.float32):
@@ -119,7 +121,9 @@ def test_label_log_probabilities_equal_float64(chunk_bytes):
 def test_bias_and_transform_are_part_of_the_logits():
     hidden, weight, labels = make_head()
     bias = torch.randn(101, generator=torch.Generator().manual_seed(2))
-    found = label_log_probabilities(hidden, weight, labels, bias=bias, transform=lambda z: 5 * torch.tanh(z / 5))
+    found = label_log_probabilities(
+        hidden, weight, labels, bias=bias, transform=lambda z: 5 * torch.tanh(z / 5)
+    )
     expected = oracle(hidden, weight, labels, transform=lambda z: 5 * torch.tanh(z / 5), bias=bias.double())
     assert (found.double() - expected).abs().max() <= 1e-5
     assert (found.double() - oracle(hidden, weight, labels)).abs().max() > 0.1

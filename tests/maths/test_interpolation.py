@@ -10,12 +10,16 @@ from mlpmem_ds.maths.interpolation import interpolate, mixture_log_probabilities
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_interpolation_is_the_log_of_the_mixture(dtype):
-    base, memory = torch.log_softmax(torch.randn(2, 5, 50, generator=torch.Generator().manual_seed(0), dtype=dtype), -1)
+    base, memory = torch.log_softmax(
+        torch.randn(2, 5, 50, generator=torch.Generator().manual_seed(0), dtype=dtype), -1
+    )
     for lmbda in (0.01, 0.35, 0.99):
         mixture = interpolate(base, memory, lmbda)
         assert mixture.dtype == dtype
         expected = torch.log((1 - lmbda) * base.double().exp() + lmbda * memory.double().exp())
-        torch.testing.assert_close(mixture.double(), expected, atol=2e-6 if dtype == torch.float32 else 1e-14, rtol=0)
+        torch.testing.assert_close(
+            mixture.double(), expected, atol=2e-6 if dtype == torch.float32 else 1e-14, rtol=0
+        )
         torch.testing.assert_close(
             interpolate(base, memory, torch.tensor(lmbda, dtype=torch.float64)), mixture, rtol=0, atol=0
         )
@@ -27,7 +31,12 @@ def test_interpolation_is_exact_at_its_ends_and_at_minus_infinity():
     assert torch.equal(interpolate(base, memory, 0.0), base)
     assert torch.equal(interpolate(base, memory, 1), memory)
     middle = interpolate(base, memory, 0.25)
-    expected = [math.log(0.75 * math.exp(-1) + 0.25 * math.exp(-2)), math.log(0.25) - 5, math.log(0.75) - 3, -math.inf]
+    expected = [
+        math.log(0.75 * math.exp(-1) + 0.25 * math.exp(-2)),
+        math.log(0.25) - 5,
+        math.log(0.75) - 3,
+        -math.inf,
+    ]
     torch.testing.assert_close(middle, torch.tensor(expected))
 
 

@@ -23,7 +23,9 @@ def brute_force(queries_QD, keys_ND, k, allowed_QN):
     ids_QK = np.full((len(queries_QD), k), -1)
     distances_QK = np.full((len(queries_QD), k), MISSING)
     for row, allowed_N in enumerate(allowed_QN):
-        found = sorted((distance, key) for key, distance in enumerate(distances_QN[row].tolist()) if allowed_N[key])[:k]
+        found = sorted(
+            (distance, key) for key, distance in enumerate(distances_QN[row].tolist()) if allowed_N[key]
+        )[:k]
         ids_QK[row, : len(found)] = [key for _, key in found]
         distances_QK[row, : len(found)] = [distance for distance, _ in found]
     return Neighbours(ids_QK=ids_QK, distances_QK=distances_QK)
@@ -45,7 +47,8 @@ def inverted_lists(num_keys, num_lists, seed=1):
 
 
 def in_runs(keys_ND, list_of_key_N, num_lists, run_keys):
-    """As a large datastore is written: each run of positions list by list, ids counted from the run's first."""
+    """As a large datastore is written: each run of positions list by list, ids counted from the run's
+    first."""
     runs = []
     for first in range(0, len(keys_ND), run_keys):
         lists_R = list_of_key_N[first : first + run_keys]
@@ -57,9 +60,9 @@ def in_runs(keys_ND, list_of_key_N, num_lists, run_keys):
 
 @pytest.mark.parametrize("num_dims", [1, 7, 256, 1040, 2049])
 def test_integer_distances_are_exact_at_the_extremes(num_dims):
-    queries = np.concatenate([codes_of(5, num_dims), np.full((1, num_dims), -128), np.full((1, num_dims), 127)]).astype(
-        np.int8
-    )
+    queries = np.concatenate(
+        [codes_of(5, num_dims), np.full((1, num_dims), -128), np.full((1, num_dims), 127)]
+    ).astype(np.int8)
     expected = ((queries[:, None].astype(np.int64) - queries[None].astype(np.int64)) ** 2).sum(2)
     distances = squared_distances(torch.from_numpy(queries), torch.from_numpy(queries))
     assert distances.dtype == torch.int32
@@ -70,7 +73,11 @@ def test_integer_distances_are_exact_at_the_extremes(num_dims):
 @pytest.mark.parametrize("num_dims", [3, 1024, 2049])
 def test_without_an_exact_integer_product_distances_are_the_same(monkeypatch, num_dims):
     queries, keys = torch.from_numpy(codes_of(9, num_dims)), torch.from_numpy(codes_of(14, num_dims, seed=1))
-    keys[0], keys[1], queries[0] = 127, -128, 127  # 127 * 127 * 2049 is odd and above 2**24: no float32 holds it
+    keys[0], keys[1], queries[0] = (
+        127,
+        -128,
+        127,
+    )  # 127 * 127 * 2049 is odd and above 2**24: no float32 holds it
     expected = squared_distances(queries, keys)
     monkeypatch.setattr(distances, "_may_use_integer_matmul", lambda *_: False)
     out = torch.full((9, 14), 5, dtype=torch.int32)
@@ -114,7 +121,9 @@ def test_mismatched_or_too_many_dimensions_are_refused():
         squared_distances(wide, wide)
 
 
-@pytest.mark.parametrize("blocks", [{}, {"query_block": 1, "key_block": 1}, {"query_block": 7, "key_block": 13}])
+@pytest.mark.parametrize(
+    "blocks", [{}, {"query_block": 1, "key_block": 1}, {"query_block": 7, "key_block": 13}]
+)
 @pytest.mark.parametrize("k", [1, 5, 200])
 def test_exact_equals_brute_force_whatever_the_blocks(blocks, k):
     keys = codes_of(101, 5, low=-2, high=3)  # few distinct distances: many ties
@@ -164,7 +173,10 @@ def test_exclusion_hides_self_window_and_group(window, grouped):
     )
     expected = brute_force(keys[query_ids], keys, 70, allowed)
     assert (expected.ids_QK == -1).any() == grouped
-    assert_same(exact_neighbours(keys[query_ids], keys, 70, exclusion=exclusion, query_block=2, key_block=17), expected)
+    assert_same(
+        exact_neighbours(keys[query_ids], keys, 70, exclusion=exclusion, query_block=2, key_block=17),
+        expected,
+    )
     list_of_key, offsets, list_ids = inverted_lists(90, 7)
     probes = np.tile(np.arange(7), (5, 1))
     for lists in (in_list_order(keys, offsets, list_ids), in_runs(keys, list_of_key, 7, 40)):
@@ -236,7 +248,9 @@ def test_float_keys_find_the_same_neighbours_in_float64(dtype):
         ids_QK, distances_QK = found.ids_QK[:, :399], found.distances_QK[:, :399]
         assert (np.diff(distances_QK) >= 0).all()
         np.testing.assert_array_equal(np.sort(ids_QK), [np.delete(np.arange(400), row) for row in range(50)])
-        np.testing.assert_allclose(distances_QK, np.take_along_axis(distances, ids_QK, axis=1), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            distances_QK, np.take_along_axis(distances, ids_QK, axis=1), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_equal_float_keys_are_in_order_of_id():
@@ -253,7 +267,9 @@ def test_keys_that_are_not_finite_come_last():
     _, offsets, list_ids = inverted_lists(6, 3)
     for found in (
         exact_neighbours(keys[:1], keys, 6, exclusion=None),
-        list_neighbours(keys[:1], np.arange(3)[None], in_list_order(keys, offsets, list_ids), 6, exclusion=None),
+        list_neighbours(
+            keys[:1], np.arange(3)[None], in_list_order(keys, offsets, list_ids), 6, exclusion=None
+        ),
     ):
         assert found.ids_QK[0, :4].tolist() == [0, 2, 4, 5]
         assert sorted(found.ids_QK[0, 4:].tolist()) == [1, 3]
@@ -276,7 +292,9 @@ def test_mistakes_are_named_with_their_numbers():
     with pytest.raises(ValueError, match="2 query ids for 9 queries"):
         exact_neighbours(keys, keys, 1, exclusion=Exclusion(query_ids_Q=np.arange(2)))
     with pytest.raises(ValueError, match="5 key groups for 9 keys"):
-        groups = Exclusion(query_ids_Q=np.arange(9), query_groups_Q=np.zeros(9, int), key_groups_N=np.zeros(5, int))
+        groups = Exclusion(
+            query_ids_Q=np.arange(9), query_groups_Q=np.zeros(9, int), key_groups_N=np.zeros(5, int)
+        )
         exact_neighbours(keys, keys, 1, exclusion=groups)
     with pytest.raises(ValueError, match="window is -1"):
         Exclusion(query_ids_Q=np.arange(9), window=-1)

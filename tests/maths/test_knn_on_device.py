@@ -1,4 +1,5 @@
-"""The search in torch gives what the search on the CPU gives, bit for bit for codes; its own path is run on the CPU as well."""
+"""The search in torch gives what the search on the CPU gives, bit for bit for codes; its own path is run on
+the CPU as well."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def assert_same(packed: PackedNeighbours, expected: Neighbours) -> None:
     found = packed.rows(slice(None))
     np.testing.assert_array_equal(found.ids_QK, expected.ids_QK)
     np.testing.assert_array_equal(found.distances_QK, expected.distances_QK)
-    assert found.ids_QK.dtype == expected.ids_QK.dtype and found.distances_QK.dtype == expected.distances_QK.dtype
+    assert (
+        found.ids_QK.dtype == expected.ids_QK.dtype
+        and found.distances_QK.dtype == expected.distances_QK.dtype
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -46,7 +50,9 @@ def test_exact_is_the_same(device: torch.device, k: int) -> None:
     for exclusion in exclusions(ids):
         expected = exact_neighbours(codes()[ids], codes(), k, exclusion=exclusion, device="cpu")
         for blocks in ({}, {"query_block": 7, "key_block": 2100}):
-            found = exact_neighbours_on_device(codes()[ids], codes(), k, exclusion=exclusion, device=device, **blocks)
+            found = exact_neighbours_on_device(
+                codes()[ids], codes(), k, exclusion=exclusion, device=device, **blocks
+            )
             assert_same(found, expected)
 
 
@@ -64,7 +70,9 @@ def test_lists_are_the_same(device: torch.device, budget: int) -> None:
         for k in (30, 1500):
             arguments = (codes()[ids], probes, in_list_order(codes(), offsets, list_ids), k)
             expected = list_neighbours(*arguments, exclusion=exclusion, device="cpu")
-            found = list_neighbours_on_device(*arguments, exclusion=exclusion, device=device, candidate_budget=budget)
+            found = list_neighbours_on_device(
+                *arguments, exclusion=exclusion, device=device, candidate_budget=budget
+            )
             assert_same(found, expected)
 
 
@@ -81,7 +89,9 @@ def test_float_keys_find_the_same_neighbours(device: torch.device) -> None:
 @pytest.mark.parametrize(("num_queries", "num_keys", "num_dims"), [(1, 1, 2), (17, 8, 8), (5, 23, 13)])
 def test_padding_changes_no_product(num_queries: int, num_keys: int, num_dims: int) -> None:
     generator = np.random.default_rng(0)
-    left, right = (generator.integers(-128, 128, (rows, num_dims)).astype(np.int8) for rows in (num_queries, num_keys))
+    left, right = (
+        generator.integers(-128, 128, (rows, num_dims)).astype(np.int8) for rows in (num_queries, num_keys)
+    )
     found = padded_products(torch.from_numpy(left), torch.from_numpy(right))
     np.testing.assert_array_equal(found.numpy(), left.astype(np.int64) @ right.T.astype(np.int64))
 
@@ -96,4 +106,4 @@ def test_the_gpu_takes_over_where_there_is_one(monkeypatch: pytest.MonkeyPatch) 
     lists = in_list_order(codes(), np.array([0, 1]), np.array([0]))
     list_neighbours(codes(2), np.zeros((2, 1), int), lists, 3, exclusion=None)
     assert calls == ["cuda", "cuda"]
-    assert knn.most_keys_for_exact() == 10_000_000 and knn.most_keys_for_exact("cpu") == 200_000
+    assert knn.max_keys_for_exact() == 10_000_000 and knn.max_keys_for_exact("cpu") == 200_000

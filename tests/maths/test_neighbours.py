@@ -15,7 +15,9 @@ def test_chunks_merged_are_the_search_over_all(k):
     whole = exact_neighbours(keys[rows], keys, k, exclusion=Exclusion(query_ids_Q=rows))
     merged = None
     for first in range(0, 80, 17):
-        part = exact_neighbours(keys[rows], keys[first : first + 17], k, exclusion=Exclusion(query_ids_Q=rows - first))
+        part = exact_neighbours(
+            keys[rows], keys[first : first + 17], k, exclusion=Exclusion(query_ids_Q=rows - first)
+        )
         ids = np.where(part.ids_QK >= 0, part.ids_QK + first, -1)
         part = Neighbours(ids_QK=ids, distances_QK=part.distances_QK)
         merged = part if merged is None else merge_neighbours(merged, part, k)

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from mlpmem_ds.maths import products
-from mlpmem_ds.maths.products import cached_rows, fill_logits, product, set_transposed_product, vocabulary_tiles
+from mlpmem_ds.maths.products import (
+    cached_rows,
+    fill_logits,
+    product,
+    set_transposed_product,
+    vocabulary_tiles,
+)
 
 
 @pytest.fixture(params=["oneDNN if there", "MKL"])
@@ -78,7 +84,9 @@ def test_rows_for_the_cache_cover_the_matrix():
 def test_onednn_is_spared_what_it_does_slowly_or_not_at_all(monkeypatch):
     monkeypatch.setattr(products, "_has_onednn", lambda: True)
     left, right = make_operands(torch.float32)
-    assert products._suits_onednn(left, right) and products._suits_onednn(left[:1], right.t().contiguous().t())
+    assert products._suits_onednn(left, right) and products._suits_onednn(
+        left[:1], right.t().contiguous().t()
+    )
     assert not products._suits_onednn(left, right[:, :200])  # rows with gaps: a reference loop
     assert not products._suits_onednn(left[:, :9], right[:9].contiguous())
     assert not products._suits_onednn(left.double(), right.double())

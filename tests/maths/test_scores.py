@@ -34,7 +34,9 @@ def test_lambda_curve_equals_the_mixture_and_its_ends_are_exact():
     base, other = rng.random(100), rng.random(100)
     lambdas = np.array([0, 0.1, 0.35, 1])
     curve = lambda_curve(np.log(base), np.log(other), lambdas)
-    np.testing.assert_allclose(curve, [np.exp(-np.log((1 - x) * base + x * other).mean()) for x in lambdas], rtol=1e-13)
+    np.testing.assert_allclose(
+        curve, [np.exp(-np.log((1 - x) * base + x * other).mean()) for x in lambdas], rtol=1e-13
+    )
     assert curve[0] == perplexity(np.log(base)) and curve[-1] == perplexity(np.log(other))
 
 
@@ -65,7 +67,9 @@ def test_bootstrap_interval_is_seeded_and_as_wide_as_the_theory_says():
 
 def test_blocks_widen_the_interval_of_correlated_positions():
     rng = np.random.default_rng(0)
-    differences = np.repeat(rng.standard_normal(400), 50)  # 50 equal neighbours: 400 independent draws, not 20,000
+    differences = np.repeat(
+        rng.standard_normal(400), 50
+    )  # 50 equal neighbours: 400 independent draws, not 20,000
     widths = [np.diff(bootstrap_interval(np.zeros(20_000), differences, block=block))[0] for block in (1, 50)]
     assert widths[1] / widths[0] == pytest.approx(math.sqrt(50), rel=0.2)
 
@@ -99,7 +103,9 @@ def test_reliability_by_brute_force():
     counts, means, shares = reliability(probabilities, outcomes, 7)
     error = 0.0
     for bin in range(7):
-        inside = [n for n, p in enumerate(probabilities) if bin / 7 <= p < (bin + 1) / 7 or (bin == 6 and p == 1)]
+        inside = [
+            n for n, p in enumerate(probabilities) if bin / 7 <= p < (bin + 1) / 7 or (bin == 6 and p == 1)
+        ]
         assert counts[bin] == len(inside)
         assert means[bin] == pytest.approx(probabilities[inside].mean())
         assert shares[bin] == pytest.approx(outcomes[inside].mean())

@@ -11,11 +11,18 @@ from mlpmem_ds.maths.sparse_loss import TargetBatch, row_chunks, sparse_loss
 
 
 def make_problem(
-    num_rows=13, width=16, vocabulary=37, dtype=torch.float32, seed=0, most_entries=9, mass=1.0, duplicates=True
+    num_rows=13,
+    width=16,
+    vocabulary=37,
+    dtype=torch.float32,
+    seed=0,
+    max_entries=9,
+    mass=1.0,
+    duplicates=True,
 ):
     """Rows with repeated and unordered ids, an empty row, rows ignored with an impossible label."""
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(1, most_entries + 1, (num_rows,), generator=generator)
+    counts = torch.randint(1, max_entries + 1, (num_rows,), generator=generator)
     if num_rows > 2:
         counts[1] = 0
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -24,7 +31,9 @@ def make_problem(
         ids = torch.randint(0, vocabulary, (len(row_of_entry),), generator=generator)
         ids[1::2] = ids[: len(ids) - 1 : 2]
     else:
-        ids = torch.cat([torch.randperm(vocabulary, generator=generator)[:n].sort().values for n in counts.tolist()])
+        ids = torch.cat(
+            [torch.randperm(vocabulary, generator=generator)[:n].sort().values for n in counts.tolist()]
+        )
     probabilities = torch.rand(len(ids), generator=generator) + 0.01
     sums = torch.zeros(num_rows).index_add_(0, row_of_entry, probabilities)
     probabilities = probabilities / sums[row_of_entry] * mass
@@ -47,7 +56,7 @@ def make_problem(
     return hidden, weight, targets
 
 
-def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalise):
+def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalize):
     """Loss, gradients, kl and ce in float64, from a dense target and all logits."""
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     num_rows, vocabulary = len(hidden), len(weight)
@@ -56,7 +65,7 @@ def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalise):
         for entry in range(targets.offsets_N1[row], targets.offsets_N1[row + 1]):
             teacher[row, targets.ids[entry]] += targets.probabilities[entry].double()
     mass = teacher.sum(1)
-    if renormalise:
+    if renormalize:
         teacher = torch.where(mass[:, None] > 0, teacher / mass[:, None], teacher)
     log_probabilities = torch.log_softmax(hidden @ weight.t(), 1)
     kl = (torch.xlogy(teacher, teacher) - teacher * log_probabilities).sum(1)
@@ -68,17 +77,34 @@ def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalise):
     else:
         base = targets.base_log_probabilities_N.double().where(counted, 0)
         log_keep = torch.tensor(1 - mixture_lambda, dtype=torch.float64).log()
-        ce = -torch.logaddexp(base + log_keep, log_label + math.log(mixture_lambda))  # float64 exp underflows at -745
+        ce = -torch.logaddexp(
+            base + log_keep, log_label + math.log(mixture_lambda)
+        )  # float64 exp underflows at -745
     alphas = alpha * (mass > 0)
     loss = (weights.double() * (alphas * kl + (1 - alphas) * ce)).sum()
     loss.backward()
-    parts = loss.detach(), hidden.grad, weight.grad, (weights * kl).sum().detach(), (weights * ce).sum().detach()
-    # The same with every difference turned into a sum: what rounding errors are in proportion to, where the parts nearly cancel.
+    parts = (
+        loss.detach(),
+        hidden.grad,
+        weight.grad,
+        (weights * kl).sum().detach(),
+        (weights * ce).sum().detach(),
+    )
+    # The same with every difference turned into a sum: what rounding errors are in proportion to, where the
+    # parts nearly cancel.
     with torch.no_grad():
         terms = weights[:, None] * (log_probabilities.exp() + teacher)
         terms[torch.arange(num_rows), targets.labels_N.where(counted, 0)] += weights
-        entropy = (weights[:, None] * (torch.xlogy(teacher, teacher).abs() + teacher * log_probabilities.abs())).sum()
-        uncancelled = (entropy + parts[4].abs(), terms @ weight.abs(), terms.t() @ hidden.abs(), entropy, parts[4])
+        entropy = (
+            weights[:, None] * (torch.xlogy(teacher, teacher).abs() + teacher * log_probabilities.abs())
+        ).sum()
+        uncancelled = (
+            entropy + parts[4].abs(),
+            terms @ weight.abs(),
+            terms.t() @ hidden.abs(),
+            entropy,
+            parts[4],
+        )
     return parts, uncancelled
 
 
@@ -86,12 +112,20 @@ def relative_error(found, expected, scale):
     return float((found.double() - expected).norm() / scale.norm().clamp_min(1e-30))
 
 
-def check(problem, *, tolerance, alpha=0.4, mixture_lambda=None, renormalise=True, may_cancel=False, **options):
+def check(
+    problem, *, tolerance, alpha=0.4, mixture_lambda=None, renormalize=True, may_cancel=False, **options
+):
     hidden, weight, targets = problem
-    expected, uncancelled = dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalise)
+    expected, uncancelled = dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalize)
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss, sums = sparse_loss(
-        hidden, weight, targets, alpha=alpha, mixture_lambda=mixture_lambda, renormalise=renormalise, **options
+        hidden,
+        weight,
+        targets,
+        alpha=alpha,
+        mixture_lambda=mixture_lambda,
+        renormalize=renormalize,
+        **options,
     )
     (loss / 7).backward()
     assert loss.dtype == torch.float32 and hidden.grad.dtype == hidden.dtype
@@ -104,11 +138,17 @@ def check(problem, *, tolerance, alpha=0.4, mixture_lambda=None, renormalise=Tru
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 37 * 5, 2**28])
 @pytest.mark.parametrize("mixture_lambda", [None, 0.25, 1.0])
-@pytest.mark.parametrize(("mass", "renormalise"), [(1.0, True), (0.6, True), (0.6, False)])
+@pytest.mark.parametrize(("mass", "renormalize"), [(1.0, True), (0.6, True), (0.6, False)])
 @pytest.mark.parametrize("duplicates", [True, False])
-def test_equals_dense_autograd(chunk_bytes, mixture_lambda, mass, renormalise, duplicates):
+def test_equals_dense_autograd(chunk_bytes, mixture_lambda, mass, renormalize, duplicates):
     problem = make_problem(mass=mass, duplicates=duplicates)
-    check(problem, tolerance=1e-6, mixture_lambda=mixture_lambda, renormalise=renormalise, chunk_bytes=chunk_bytes)
+    check(
+        problem,
+        tolerance=1e-6,
+        mixture_lambda=mixture_lambda,
+        renormalize=renormalize,
+        chunk_bytes=chunk_bytes,
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -125,11 +165,11 @@ def test_the_ends_of_alpha(alpha):
     mass=st.floats(0.1, 1.0),
     alpha=st.floats(0.05, 0.95),
     mixture_lambda=st.one_of(st.none(), st.floats(0.05, 0.95)),
-    renormalise=st.booleans(),
+    renormalize=st.booleans(),
     rows_a_chunk=st.integers(1, 25),
 )
 def test_any_shape_equals_dense_autograd(
-    num_rows, width, vocabulary, seed, mass, alpha, mixture_lambda, renormalise, rows_a_chunk
+    num_rows, width, vocabulary, seed, mass, alpha, mixture_lambda, renormalize, rows_a_chunk
 ):
     problem = make_problem(num_rows, width, vocabulary, seed=seed, mass=mass)
     check(
@@ -138,26 +178,26 @@ def test_any_shape_equals_dense_autograd(
         may_cancel=True,
         alpha=alpha,
         mixture_lambda=mixture_lambda,
-        renormalise=renormalise,
+        renormalize=renormalize,
         chunk_bytes=4 * vocabulary * rows_a_chunk,
     )
 
 
 @pytest.mark.parametrize("mixture_lambda", [None, 0.25])
 def test_bfloat16_operands(mixture_lambda):
-    problem = make_problem(num_rows=256, width=512, vocabulary=1009, dtype=torch.bfloat16, most_entries=40)
+    problem = make_problem(num_rows=256, width=512, vocabulary=1009, dtype=torch.bfloat16, max_entries=40)
     check(problem, tolerance=4e-3, mixture_lambda=mixture_lambda, chunk_bytes=4 * 1009 * 64)
 
 
 @pytest.mark.parametrize("mixture_lambda", [None, 0.25])
 @pytest.mark.parametrize("chunk_bytes", [4 * 2100 * 16, 2**28])
 def test_several_tiles_of_the_vocabulary(mixture_lambda, chunk_bytes):
-    problem = make_problem(num_rows=40, width=32, vocabulary=2100, most_entries=60)
+    problem = make_problem(num_rows=40, width=32, vocabulary=2100, max_entries=60)
     check(problem, tolerance=1e-6, mixture_lambda=mixture_lambda, chunk_bytes=chunk_bytes)
 
 
 def test_a_responsibility_that_underflows_leaves_no_gradient_and_no_nan():
-    hidden, weight, targets = make_problem(num_rows=4, most_entries=1)
+    hidden, weight, targets = make_problem(num_rows=4, max_entries=1)
     hidden = 100 * hidden
     base = torch.zeros(4)  # the base is certain, the memory all but rules the label out
     labels = (hidden @ weight.t()).argmin(1)
@@ -177,8 +217,10 @@ def test_a_responsibility_that_underflows_leaves_no_gradient_and_no_nan():
 def test_logits_do_not_drift_when_the_mass_is_below_one():
     hidden, weight, targets = make_problem(mass=0.6)
     weight = torch.eye(len(weight))  # then the gradient of the hidden states is that of the logits
-    hidden = torch.randn(len(hidden), len(weight), generator=torch.Generator().manual_seed(1)).requires_grad_()
-    loss, _ = sparse_loss(hidden, weight, targets, alpha=0.7, renormalise=False)
+    hidden = torch.randn(
+        len(hidden), len(weight), generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    loss, _ = sparse_loss(hidden, weight, targets, alpha=0.7, renormalize=False)
     loss.backward()
     assert hidden.grad.abs().max() > 0.1
     torch.testing.assert_close(hidden.grad.sum(1), torch.zeros(len(hidden)), atol=1e-6, rtol=0)
@@ -194,7 +236,10 @@ def test_rows_without_weight_have_no_gradient_and_no_say():
 def test_without_row_weights_every_row_counts_once():
     hidden, weight, targets = make_problem(num_rows=3)
     plain = TargetBatch(
-        offsets_N1=targets.offsets_N1, ids=targets.ids, probabilities=targets.probabilities, labels_N=targets.labels_N
+        offsets_N1=targets.offsets_N1,
+        ids=targets.ids,
+        probabilities=targets.probabilities,
+        labels_N=targets.labels_N,
     )
     check((hidden, weight, plain), tolerance=1e-6)
     _, sums = sparse_loss(hidden, weight, plain, alpha=0.5)
@@ -212,7 +257,9 @@ def test_only_the_gradients_that_are_asked_for():
         loss, _ = sparse_loss(leaf_hidden, leaf_weight, targets, alpha=0.4)
         (loss / 7).backward()
         assert (leaf_weight if ask_hidden else leaf_hidden).grad is None
-        assert torch.equal(leaf_hidden.grad if ask_hidden else leaf_weight.grad, both[1] if ask_hidden else both[2])
+        assert torch.equal(
+            leaf_hidden.grad if ask_hidden else leaf_weight.grad, both[1] if ask_hidden else both[2]
+        )
     loss, _ = sparse_loss(hidden, weight, targets, alpha=0.4)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, both[0], rtol=1e-6, atol=0)
@@ -228,15 +275,22 @@ def test_a_divisor_divides_the_loss_and_its_gradients(dtype, rows_a_chunk):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss, sums = sparse_loss(*leaves, targets, alpha=0.4, divisor=divisor, chunk_bytes=chunk_bytes)
         loss.backward()
-        found.append([divisor * part.double() for part in (loss.detach(), *(leaf.grad for leaf in leaves))] + [sums.kl])
+        found.append(
+            [divisor * part.double() for part in (loss.detach(), *(leaf.grad for leaf in leaves))] + [sums.kl]
+        )
     for plain, divided in zip(*found, strict=True):
-        torch.testing.assert_close(divided, plain, rtol=0, atol=4 * torch.finfo(dtype).eps * float(plain.abs().max()))
+        torch.testing.assert_close(
+            divided, plain, rtol=0, atol=4 * torch.finfo(dtype).eps * float(plain.abs().max())
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_logit_far_above_the_first_tile_takes_another_shift(dtype):
-    """Exponentials relative to the first tile would overflow; here a row's greatest logit is 150 above them."""
-    hidden, weight, targets = make_problem(num_rows=40, width=32, vocabulary=2100, dtype=dtype, most_entries=60)
+    """Exponentials relative to the first tile would overflow; here a row's greatest logit is 150 above
+    them."""
+    hidden, weight, targets = make_problem(
+        num_rows=40, width=32, vocabulary=2100, dtype=dtype, max_entries=60
+    )
     weight[1500] = 150 * hidden[4] / hidden[4].float().square().sum()
     check((hidden, weight, targets), tolerance=1e-6 if dtype == torch.float32 else 4e-3)
 
@@ -294,7 +348,10 @@ def test_mistakes_are_named_with_their_numbers():
     with pytest.raises(ValueError, match="mixture_lambda is 0"):
         sparse_loss(hidden, weight, targets, alpha=0.5, mixture_lambda=0)
     plain = TargetBatch(
-        offsets_N1=targets.offsets_N1, ids=targets.ids, probabilities=targets.probabilities, labels_N=targets.labels_N
+        offsets_N1=targets.offsets_N1,
+        ids=targets.ids,
+        probabilities=targets.probabilities,
+        labels_N=targets.labels_N,
     )
     with pytest.raises(ValueError, match="no base_log_probabilities_N"):
         sparse_loss(hidden, weight, plain, alpha=0.5, mixture_lambda=0.3)

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall, total_variation
+from mlpmem_ds.maths.target_distance import (
+    count_faulty_rows,
+    distances,
+    probability_of,
+    recall,
+    total_variation,
+)
 from mlpmem_ds.maths.targets import SparseRows
 
 VOCAB_SIZE = 12
@@ -31,7 +37,7 @@ def make_rows(seed, num_rows=40):
 
 def test_distances_equal_plain_loops():
     truth, found = make_rows(0), make_rows(1)
-    scale = np.linspace(0.9, 1, len(found))  # not normalised: truncation took the rest
+    scale = np.linspace(0.9, 1, len(found))  # not normalized: truncation took the rest
     dropped = np.where([bool(row) for row in found], 1 - scale, 0.0)
     cut = [{token: p * s for token, p in row.items()} for row, s in zip(found, scale, strict=True)]
     result = distances(sparse(truth), sparse(cut), dropped, VOCAB_SIZE)
@@ -42,7 +48,9 @@ def test_distances_equal_plain_loops():
         assert result.total_variation_Q[number] == pytest.approx(expected, abs=1e-12)
         smoothing = max(dropped[number], 1e-6)
         divergence = sum(
-            p[t] * np.log(p[t] / ((1 - smoothing) * q.get(t, 0) + smoothing / VOCAB_SIZE)) for t in p if p[t] > 0
+            p[t] * np.log(p[t] / ((1 - smoothing) * q.get(t, 0) + smoothing / VOCAB_SIZE))
+            for t in p
+            if p[t] > 0
         )
         assert result.divergence_Q[number] == pytest.approx(divergence, abs=1e-12)
     assert 0 < result.total_variation_Q.max() <= 1 and (result.total_variation_Q == 1).any()
@@ -87,7 +95,11 @@ def test_total_variation_equals_a_loop_over_values():
     other /= other.sum(1, keepdims=True)
     values, other_values = generator.integers(0, 7, (2, 6, 12))
     expected = [
-        sum(abs(weights[row][values[row] == v].sum() - other[row][other_values[row] == v].sum()) for v in range(7)) / 2
+        sum(
+            abs(weights[row][values[row] == v].sum() - other[row][other_values[row] == v].sum())
+            for v in range(7)
+        )
+        / 2
         for row in range(6)
     ]
     np.testing.assert_allclose(total_variation(weights, values, other, other_values), expected, atol=1e-12)

@@ -29,7 +29,9 @@ def make_rows(num_rows=29, k=17, vocabulary=7, seed=0):
 
 def as_dicts(rows: SparseRows):
     bounds = zip(rows.offsets[:-1], rows.offsets[1:], strict=True)
-    return [dict(zip(rows.ids[a:b].tolist(), rows.probabilities[a:b].tolist(), strict=True)) for a, b in bounds]
+    return [
+        dict(zip(rows.ids[a:b].tolist(), rows.probabilities[a:b].tolist(), strict=True)) for a, b in bounds
+    ]
 
 
 def plain_target(distances, values, valid, temperature):
@@ -60,7 +62,9 @@ def test_weights_and_aggregate_equal_the_plain_formula():
 
 def test_weights_are_stable_for_distances_far_beyond_the_temperature():
     weights = neighbour_weights(np.array([[1e9, 1e9 + 1, 5e9]]), 1.0, np.ones((1, 3), bool))
-    np.testing.assert_allclose(weights, [[1 / (1 + np.exp(-1)), np.exp(-1) / (1 + np.exp(-1)), 0]], rtol=1e-14)
+    np.testing.assert_allclose(
+        weights, [[1 / (1 + np.exp(-1)), np.exp(-1) / (1 + np.exp(-1)), 0]], rtol=1e-14
+    )
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_missing_neighbours_behind_it():
@@ -145,7 +149,9 @@ def test_truncate_keeps_the_fewest_most_probable_ids(mass, with_gold):
 
 def test_truncate_breaks_ties_by_id():
     rows = SparseRows(
-        offsets=np.array([0, 4, 6]), ids=np.array([2, 3, 5, 9, 1, 4]), probabilities=np.array([0.25] * 4 + [0.5] * 2)
+        offsets=np.array([0, 4, 6]),
+        ids=np.array([2, 3, 5, 9, 1, 4]),
+        probabilities=np.array([0.25] * 4 + [0.5] * 2),
     )
     kept, dropped = truncate(rows, 0.5)
     np.testing.assert_array_equal(kept.ids, [2, 3, 1])
@@ -168,7 +174,8 @@ def test_label_probability_equals_the_target_entry():
     weights = neighbour_weights(distances, 25.0, valid)
     labels = np.random.default_rng(4).integers(0, 9, len(weights))
     expected = [
-        row.get(int(label), 0.0) for row, label in zip(as_dicts(aggregate(weights, values)), labels, strict=True)
+        row.get(int(label), 0.0)
+        for row, label in zip(as_dicts(aggregate(weights, values)), labels, strict=True)
     ]
     assert 0 < np.count_nonzero(expected) < len(expected)
     np.testing.assert_allclose(knn_probability(weights, values, labels), expected, rtol=1e-14)

@@ -23,11 +23,26 @@ from mlpmem_ds.models.backbone import (
 )
 
 LLAMA_SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-GPT2_SIZES = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
-              "eos_token_id": 2}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2_SIZES = {
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 # model type -> (config, path of the layers, path of the module whose input is the MLP's, inside its layer)
@@ -38,23 +53,28 @@ FAMILIES: dict[str, tuple[dict[str, object], str, str]] = {
     "qwen2": (LLAMA_SIZES, "model.layers", "mlp"),
     "qwen3": ({**LLAMA_SIZES, "head_dim": 16}, "model.layers", "mlp"),
     "gemma2": (
-        {**LLAMA_SIZES, "head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 4}, "model.layers", "mlp",
+        {**LLAMA_SIZES, "head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 4},
+        "model.layers",
+        "mlp",
     ),
     "gemma3_text": ({**LLAMA_SIZES, "head_dim": 8, "sliding_window": 4}, "model.layers", "mlp"),
     "phi3": (LLAMA_SIZES, "model.layers", "mlp"),
     "gpt_neox": (LLAMA_SIZES, "gpt_neox.layers", "mlp"),
     "opt": (
-        {**LLAMA_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}, "model.decoder.layers", "fc1",
+        {**LLAMA_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        "model.decoder.layers",
+        "fc1",
     ),
     "opt_post_norm": (  # the 350 M shape: narrow embeddings, the norm after the MLP
         {**LLAMA_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
-        "model.decoder.layers", "fc1",
+        "model.decoder.layers",
+        "fc1",
     ),
     "mixtral": ({**LLAMA_SIZES, "num_local_experts": 7, "num_experts_per_tok": 2}, "model.layers", "mlp"),
     "qwen3_moe": ({**LLAMA_SIZES, **EXPERTS, "mlp_only_layers": [0]}, "model.layers", "mlp"),
     "cohere": ({**LLAMA_SIZES, "logit_scale": 0.3}, "model.layers", "mlp"),
     "granite": ({**LLAMA_SIZES, "logits_scaling": 7.0}, "model.layers", "mlp"),
-}  # fmt: skip
+}
 
 
 def tiny_base(family: str) -> PreTrainedModel:
@@ -71,7 +91,8 @@ def random_ids(num_sequences: int = 3, num_tokens: int = 9) -> torch.Tensor:
 
 
 def input_seen_by(model: PreTrainedModel, module: nn.Module, ids_BS: torch.Tensor) -> torch.Tensor:
-    """The oracle: a hook of the test's own, on a module named by the test, during a forward of the whole model."""
+    """The oracle: a hook of the test's own, on a module named by the test, during a forward of the whole
+    model."""
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     model(input_ids=ids_BS)
@@ -148,13 +169,17 @@ def test_hooks_are_removed_when_the_forward_fails() -> None:
     model = tiny_base("llama")
     before = hooks_in(model)
     with pytest.raises(IndexError):
-        capture(model, [CapturePoint(layer=0), CapturePoint(layer=1, point="layer_output")])(torch.full((1, 3), 999))
+        capture(model, [CapturePoint(layer=0), CapturePoint(layer=1, point="layer_output")])(
+            torch.full((1, 3), 999)
+        )
     assert hooks_in(model) == before
 
 
 def test_gradients_may_flow_through_what_reads_the_states() -> None:
     """Online training puts captured states into the memory: inference tensors would refuse."""
-    state_BSD = capture(tiny_base("gpt2"), [CapturePoint(layer=1)])(random_ids()).states[CapturePoint(layer=1)]
+    state_BSD = capture(tiny_base("gpt2"), [CapturePoint(layer=1)])(random_ids()).states[
+        CapturePoint(layer=1)
+    ]
     linear = nn.Linear(32, 1)
     linear(state_BSD).sum().backward()
     assert linear.weight.grad is not None and linear.weight.grad.any()
@@ -201,8 +226,14 @@ def test_the_experts_of_a_layer_are_not_taken_for_layers() -> None:
 
 
 def test_structures_that_are_not_understood_name_the_paths_and_the_remedy() -> None:
-    for make in (lambda: nn.Linear(32, 32), lambda: OddLayer(32, num_mlps=2), lambda: OddLayer(32, num_mlps=0)):
-        with pytest.raises(UnknownStructureError, match=r"transformer\.h: 3 x (?s:.*)--layers-path transformer\.h"):
+    for make in (
+        lambda: nn.Linear(32, 32),
+        lambda: OddLayer(32, num_mlps=2),
+        lambda: OddLayer(32, num_mlps=0),
+    ):
+        with pytest.raises(
+            UnknownStructureError, match=r"transformer\.h: 3 x (?s:.*)--layers-path transformer\.h"
+        ):
             decoder_layers(with_layers(make))
     twice = tiny_base("gpt2")
     twice.transformer.other = nn.ModuleList(OddLayer(32) for _ in range(3))
@@ -249,11 +280,17 @@ def test_load_base_is_frozen_and_refuses_what_is_not_whole(tmp_path: Path) -> No
     assert not base.training and not any(parameter.requires_grad for parameter in base.parameters())
     assert torch.equal(
         base(random_ids()).logits,
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")(random_ids()).logits,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")(
+            random_ids()
+        ).logits,
     )
     assert load_base(str(tmp_path / "base"), dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
 
-    weights = {key: value for key, value in model.state_dict().items() if "h.1.mlp" not in key and "lm_head" not in key}
+    weights = {
+        key: value
+        for key, value in model.state_dict().items()
+        if "h.1.mlp" not in key and "lm_head" not in key
+    }
     model.save_pretrained(tmp_path / "partial", state_dict=weights)
     with pytest.raises(ValueError, match=r"lack 4 weights .*h\.1\.mlp"):
         load_base(tmp_path / "partial", dtype=torch.float32, device="cpu")

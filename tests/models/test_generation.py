@@ -1,4 +1,5 @@
-"""Generation of the joint model beside transformers' own of the base alone: every way of choosing, padding, caches, streams."""
+"""Generation of the joint model beside transformers' own of the base alone: every way of choosing, padding,
+caches, streams."""
 
 from __future__ import annotations
 
@@ -13,15 +14,31 @@ from mlpmem_ds.models.memory import Memory, MemoryConfig
 
 VOCAB, WIDTH, PAD, NEW = 67, 24, 0, 10
 SIZES = {
-    "vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": WIDTH,
-    "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1,
-    "max_position_embeddings": 48, "head_dim": 8,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 48,
+    "head_dim": 8,
+}
 FAMILIES = {
-    "gpt2": {**{name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
-             "n_embd": WIDTH, "n_layer": 3, "n_head": 3, "n_positions": 48},
-    "llama": SIZES, "mistral": SIZES, "qwen2": SIZES, "qwen3": SIZES,
-}  # fmt: skip
+    "gpt2": {
+        **{name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
+        "n_embd": WIDTH,
+        "n_layer": 3,
+        "n_head": 3,
+        "n_positions": 48,
+    },
+    "llama": SIZES,
+    "mistral": SIZES,
+    "qwen2": SIZES,
+    "qwen3": SIZES,
+}
 WAYS = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
@@ -81,8 +98,13 @@ def test_each_padded_prompt_and_each_cache_gives_the_same_tokens(joint: MemoryAu
     for row in range(len(tokens)):
         prompt = tokens[row : row + 1, mask[row] == 1]
         alone = joint.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, eos_token_id=2
-        )[0, prompt.shape[1] :]  # fmt: skip
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=PAD,
+            eos_token_id=2,
+        )[0, prompt.shape[1] :]
         assert together[row, 9 : 9 + len(alone)].tolist() == alone.tolist()
 
 
@@ -98,7 +120,8 @@ def test_the_memory_sees_one_position_a_token_and_keeps_no_cache(joint: MemoryAu
     bare = joint.base.generate(tokens, attention_mask=mask, **options)
     assert type(mixed.past_key_values) is type(bare.past_key_values) is DynamicCache
     sizes = [
-        [(layer.keys.shape, layer.values.shape) for layer in output.past_key_values.layers] for output in (mixed, bare)
+        [(layer.keys.shape, layer.values.shape) for layer in output.past_key_values.layers]
+        for output in (mixed, bare)
     ]
     assert sizes[0] == sizes[1] and len(sizes[0]) == 3
 
@@ -139,7 +162,12 @@ def test_scores_of_generation_are_the_mixtures_log_probabilities(joint: MemoryAu
     joint.lmbda = 0.4
     tokens = prompts()[0][1:2]
     output = joint.generate(
-        tokens, max_new_tokens=4, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+        tokens,
+        max_new_tokens=4,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     with torch.no_grad():
         whole = joint(output.sequences).logits[0, 8:-1]

@@ -1,4 +1,5 @@
-"""The joint model: the mixture in fp64, generation beside the bare base, padding, and life outside this package."""
+"""The joint model: the mixture in fp64, generation beside the bare base, padding, and life outside this
+package."""
 
 import copy
 import gc
@@ -20,11 +21,23 @@ from mlpmem_ds.models.memory import Memory, MemoryConfig, MemoryHead
 VOCAB, WIDTH, PAD, EOS = 61, 32, 0, 2
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
 LLAMA_SIZES = {
-    **TOKENS, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+    **TOKENS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 BASES = {
-    "gpt2": {**TOKENS, "n_embd": WIDTH, "n_layer": 4, "n_head": 4, "n_positions": 64},  # head tied to the embeddings
+    "gpt2": {
+        **TOKENS,
+        "n_embd": WIDTH,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+    },  # head tied to the embeddings
     "llama": LLAMA_SIZES,
     "qwen2": {**LLAMA_SIZES, "tie_word_embeddings": True},
     "gemma2": {**LLAMA_SIZES, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 5.0},
@@ -42,14 +55,24 @@ def spread(model: nn.Module, seed: int) -> None:
 
 def tiny_base(family: str) -> PreTrainedModel:
     torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **BASES[family])).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **BASES[family]))
+        .eval()
+        .requires_grad_(False)
+    )
     spread(model, 6)
     return model
 
 
 def tiny_memory(**changes: object) -> Memory:
     torch.manual_seed(7)
-    values = {"input_size": WIDTH, "hidden_size": 24, "intermediate_size": 40, "num_blocks": 2, "vocab_size": VOCAB}
+    values = {
+        "input_size": WIDTH,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_blocks": 2,
+        "vocab_size": VOCAB,
+    }
     memory = Memory(MemoryConfig.from_dict({**values, **changes}))
     spread(memory, 8)
     return memory
@@ -63,7 +86,9 @@ def random_ids(num_sequences: int = 3, num_tokens: int = 7) -> torch.Tensor:
     return torch.randint(3, VOCAB, (num_sequences, num_tokens), generator=torch.Generator().manual_seed(9))
 
 
-def expected_log_probabilities(joint: MemoryAugmentedLM, ids_BS: torch.Tensor, point: CapturePoint) -> torch.Tensor:
+def expected_log_probabilities(
+    joint: MemoryAugmentedLM, ids_BS: torch.Tensor, point: CapturePoint
+) -> torch.Tensor:
     """The mixture in fp64 from its definition, the memory's input by a capture of its own."""
     state_BSD = capture(joint.base, [point])(ids_BS).states[point]
     base_BSV = joint.base(ids_BS).logits.double().softmax(-1)
@@ -92,7 +117,10 @@ def test_lmbda_is_settable_and_exact_at_its_ends() -> None:
     for lmbda in (1.0, 0.9):
         joint.lmbda = lmbda
         torch.testing.assert_close(
-            joint(ids_BS).logits.double(), expected_log_probabilities(joint, ids_BS, POINT), rtol=1e-5, atol=1e-5
+            joint(ids_BS).logits.double(),
+            expected_log_probabilities(joint, ids_BS, POINT),
+            rtol=1e-5,
+            atol=1e-5,
         )
     for wrong in (-0.01, 1.01, float("nan"), True, "0.3"):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
@@ -126,11 +154,17 @@ def test_greedy_generation_follows_the_mixture_without_a_cache(family: str) -> N
     generated = joint.generate(ids_BS, max_new_tokens=8, do_sample=False, eos_token_id=None)
     sequence = ids_BS
     for _ in range(8):
-        sequence = torch.cat([sequence, expected_log_probabilities(joint, sequence, POINT)[:, -1:].argmax(-1)], dim=1)
+        sequence = torch.cat(
+            [sequence, expected_log_probabilities(joint, sequence, POINT)[:, -1:].argmax(-1)], dim=1
+        )
     assert torch.equal(generated, sequence)
-    static = joint.generate(ids_BS, max_new_tokens=8, do_sample=False, eos_token_id=None, cache_implementation="static")
+    static = joint.generate(
+        ids_BS, max_new_tokens=8, do_sample=False, eos_token_id=None, cache_implementation="static"
+    )
     assert torch.equal(static, sequence)
-    assert not torch.equal(generated, joint.base.generate(ids_BS, max_new_tokens=8, do_sample=False, eos_token_id=None))
+    assert not torch.equal(
+        generated, joint.base.generate(ids_BS, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    )
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -194,13 +228,18 @@ def test_copies_are_apart_and_a_base_is_left_as_it_was(point: CapturePoint) -> N
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.modules())
 
     before = num_hooks()
-    joints = [MemoryAugmentedLM.from_parts(base, tiny_memory(), lmbda=lmbda, input_point=point) for lmbda in (0.4, 0.7)]
+    joints = [
+        MemoryAugmentedLM.from_parts(base, tiny_memory(), lmbda=lmbda, input_point=point)
+        for lmbda in (0.4, 0.7)
+    ]
     logits = [joint(ids_BS).logits for joint in joints]
     copied = copy.deepcopy(joints[0])
     for parameter in copied.base.parameters():
         parameter.zero_()
     assert not torch.equal(copied(ids_BS).logits, logits[0])
-    assert all(torch.equal(joint(ids_BS).logits, wanted) for joint, wanted in zip(joints, logits, strict=True))
+    assert all(
+        torch.equal(joint(ids_BS).logits, wanted) for joint, wanted in zip(joints, logits, strict=True)
+    )
     assert num_hooks() == before + 2
     del joints
     gc.collect()
@@ -260,17 +299,23 @@ def test_parts_are_kept_and_a_training_head_is_replaced() -> None:
 
     base = tiny_base("llama").to(torch.bfloat16)
     memory = Memory(tiny_memory().config, head_class=TrainingHead)
-    before = {name: tensor.clone() for name, tensor in [*base.state_dict().items(), *memory.state_dict().items()]}
+    before = {
+        name: tensor.clone() for name, tensor in [*base.state_dict().items(), *memory.state_dict().items()]
+    }
     attention, logits = base.config._attn_implementation, base(random_ids()).logits
     joint = MemoryAugmentedLM.from_parts(base, memory, lmbda=0.5, input_point=POINT)
-    assert base.config._attn_implementation == attention == "sdpa" and torch.equal(base(random_ids()).logits, logits)
+    assert base.config._attn_implementation == attention == "sdpa" and torch.equal(
+        base(random_ids()).logits, logits
+    )
     assert joint.base is base and joint.memory.head.weight.dtype == torch.bfloat16 and not joint.training
     assert joint(random_ids()).logits.isfinite().all()
     after = dict([*base.state_dict().items(), *memory.state_dict().items()])
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+    )
 
 
-def test_fresh_joint_model_initialises_the_memory_by_its_own_rule() -> None:
+def test_fresh_joint_model_initializes_the_memory_by_its_own_rule() -> None:
     config = MemoryAugmentedConfig(
         base_config=AutoConfig.for_model("llama", **LLAMA_SIZES).to_dict(),
         memory_config=MemoryConfig(
@@ -292,7 +337,10 @@ def test_the_bases_config_is_copied_into_the_joint_one() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     base = tiny_base("gpt2")
-    for changes, message in (({"vocab_size": 60}, "60 tokens and the base 61"), ({"input_size": 31}, "31 numbers")):
+    for changes, message in (
+        ({"vocab_size": 60}, "60 tokens and the base 61"),
+        ({"input_size": 31}, "31 numbers"),
+    ):
         with pytest.raises(ValueError, match=message):
             MemoryAugmentedLM.from_parts(base, tiny_memory(**changes), lmbda=0.5, input_point=POINT)
     with pytest.raises(ValueError, match="4 layers"):
@@ -309,9 +357,13 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def export(family: str, directory: Path) -> MemoryAugmentedLM:
     joint = MemoryAugmentedLM.from_parts(
-        tiny_base(family), tiny_memory(), lmbda=0.4, input_point=CapturePoint(layer=-2),
-        provenance={"corpus": "tiny", "temperature": 3.5}, vocabulary_sha256="ab12",
-    )  # fmt: skip
+        tiny_base(family),
+        tiny_memory(),
+        lmbda=0.4,
+        input_point=CapturePoint(layer=-2),
+        provenance={"corpus": "tiny", "temperature": 3.5},
+        vocabulary_sha256="ab12",
+    )
     joint.save_pretrained(directory)
     return joint
 
@@ -351,7 +403,8 @@ for directory in sys.argv[2:]:
     assert type(model).__module__.startswith("transformers_modules"), type(model)
     new = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
     with torch.no_grad():
-        result[directory] = {"logits": model(ids).logits.double().tolist(), "new": new.tolist(), "lmbda": model.lmbda}
+        result[directory] = {"logits": model(ids).logits.double().tolist(), "new": new.tolist(),
+            "lmbda": model.lmbda}
     model.save_pretrained(directory + "-again")
     again = AutoModelForCausalLM.from_pretrained(directory + "-again", trust_remote_code=True)
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -374,15 +427,29 @@ def test_an_export_loads_and_generates_without_this_package(tmp_path: Path) -> N
         "PATH": "/usr/bin",
     }
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, json.dumps(ids_BS.tolist()), *(str(tmp_path / name) for name in families)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-I",
+            "-c",
+            STRANGER,
+            json.dumps(ids_BS.tolist()),
+            *(str(tmp_path / name) for name in families),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     for family, joint in joints.items():
         seen = result[str(tmp_path / family)]
         torch.testing.assert_close(
-            torch.tensor(seen["logits"], dtype=torch.float64), joint(ids_BS).logits.double(), rtol=1e-6, atol=1e-6
+            torch.tensor(seen["logits"], dtype=torch.float64),
+            joint(ids_BS).logits.double(),
+            rtol=1e-6,
+            atol=1e-6,
         )
         expected = joint.generate(ids_BS, max_new_tokens=6, do_sample=False, eos_token_id=None)
         assert seen["new"] == expected.tolist() and seen["lmbda"] == 0.4

@@ -1,4 +1,5 @@
-"""A memory on its own: read from a training or an export, joined with a base by one call, saved, and used by a pipeline."""
+"""A memory on its own: read from a training or an export, joined with a base by one call, saved, and used by
+a pipeline."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("base") / "base"
     sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.3)).save_pretrained(path)
+    GPT2LMHeadModel(
+        GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.3)
+    ).save_pretrained(path)
     return path
 
 
@@ -65,7 +68,9 @@ def test_every_way_to_join_gives_the_same_model(
         joint,
         MemoryAugmentedLM.from_pretrained(base, found, lmbda=0.3),
         MemoryAugmentedLM.from_pretrained(tmp_path / "export"),
-        MemoryAugmentedLM.from_pretrained(str(base_dir), tmp_path / "export"),  # the memory of an export, and its λ
+        MemoryAugmentedLM.from_pretrained(
+            str(base_dir), tmp_path / "export"
+        ),  # the memory of an export, and its λ
     ]
     for number, model in enumerate(ways):
         assert model.lmbda == 0.3 and torch.equal(model(IDS).logits, logits), number
@@ -73,7 +78,9 @@ def test_every_way_to_join_gives_the_same_model(
     assert MemoryAugmentedLM.from_pretrained(base_dir, memory_dir).lmbda == 0.25
     half = MemoryAugmentedLM.from_pretrained(base_dir, memory_dir, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert memory.head.weight.dtype == found.module.head.weight.dtype == torch.float32  # the given one is left alone
+    assert (
+        memory.head.weight.dtype == found.module.head.weight.dtype == torch.float32
+    )  # the given one is left alone
 
 
 def test_a_base_whose_layers_had_to_be_named(base_dir: Path, memory_dir: Path) -> None:

@@ -1,4 +1,5 @@
-"""The memory: shapes, initialisation, the parameter formula, and its arithmetic against fp64 written out by hand."""
+"""The memory: shapes, initialization, the parameter formula, and its arithmetic against fp64 written out by
+hand."""
 
 import json
 import math
@@ -18,9 +19,13 @@ FAMILIES = ("gelu", "swiglu")
 
 def config_of(family: str, **changes: object) -> MemoryConfig:
     values = {
-        "input_size": 7, "hidden_size": 10, "intermediate_size": 23, "num_blocks": 3, "vocab_size": 31,
+        "input_size": 7,
+        "hidden_size": 10,
+        "intermediate_size": 23,
+        "num_blocks": 3,
+        "vocab_size": 31,
         "family": family,
-    }  # fmt: skip
+    }
     return MemoryConfig.from_dict({**values, **changes})
 
 
@@ -34,21 +39,30 @@ def test_parameter_formula_equals_the_module(family: str, input_size: int) -> No
 def test_presets_have_the_sizes_that_their_names_promise() -> None:
     for name, nominal in {"1b": 1e9, "3b": 3e9, "7b": 7e9, "13b": 13e9}.items():
         assert abs(PRESETS[name](32_000).num_parameters() / nominal - 1) < 0.05, name
-    # The paper's own counts, in millions (its tables 1 and 6): GPT-2's vocabulary, then Llama's and Mistral's.
+    # The paper's own counts, in millions (its tables 1 and 6): GPT-2's vocabulary, then Llama's and
+    # Mistral's.
     published = {
-        ("gelu-18x768", 50_257): 123.6, ("gelu-36x1024", 50_257): 353.7, ("gelu-54x1280", 50_257): 772.6,
-        ("swiglu-8x4096-11008", 32_000): 1213.2, ("swiglu-8x4096-14336", 32_768): 1543.5,
-    }  # fmt: skip
+        ("gelu-18x768", 50_257): 123.6,
+        ("gelu-36x1024", 50_257): 353.7,
+        ("gelu-54x1280", 50_257): 772.6,
+        ("swiglu-8x4096-11008", 32_000): 1213.2,
+        ("swiglu-8x4096-14336", 32_768): 1543.5,
+    }
     for (name, vocab_size), millions in published.items():
         assert PRESETS[name](vocab_size).num_parameters() / 1e6 == pytest.approx(millions, abs=0.3), name
     with torch.device("meta"):
         memory = Memory(PRESETS["13b"](32_000))
-    assert sum(parameter.numel() for parameter in memory.parameters()) == PRESETS["13b"](32_000).num_parameters()
+    assert (
+        sum(parameter.numel() for parameter in memory.parameters()) == PRESETS["13b"](32_000).num_parameters()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_leaf_is_initialised_in_its_own_constructor(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each leaf is measured when its constructor returns, which is when deepspeed.zero.Init cuts it into shards."""
+def test_every_leaf_is_initialized_in_its_own_constructor(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each leaf is measured when its constructor returns, which is when deepspeed.zero.Init cuts it into
+    shards."""
     measured: list[tuple[nn.Module, float]] = []
     constructor = NormalLinear.__init__
 
@@ -73,7 +87,9 @@ def test_every_leaf_is_initialised_in_its_own_constructor(family: str, monkeypat
     for name, parameter in memory.named_parameters():
         if "norm" in name:
             assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
-    assert any(name.endswith("bias") for name, _ in memory.named_parameters() if ".mlp." in name) == (family == "gelu")
+    assert any(name.endswith("bias") for name, _ in memory.named_parameters() if ".mlp." in name) == (
+        family == "gelu"
+    )
 
 
 PARTITIONED = """
@@ -94,21 +110,25 @@ for values in json.loads(sys.argv[1]):
         assert parameter.numel() == 0, "not partitioned"
         with deepspeed.zero.GatheredParameters([parameter]):
             whole = parameter.float()
-            result[values["family"] + " " + name] = [list(whole.shape), whole.mean().item(), whole.std().item()]
+            result[values["family"] + " " + name] = [list(whole.shape), whole.mean().item(),
+                whole.std().item()]
 print(json.dumps(result))
 """
 
 
-def test_initialisation_is_right_under_zero_3() -> None:
-    """The trap: under zero.Init an initialisation from outside the leaves leaves nn.Linear's own numbers."""
+def test_initialization_is_right_under_zero_3() -> None:
+    """The trap: under zero.Init an initialization from outside the leaves leaves nn.Linear's own numbers."""
     configs = [
-        config_of(family, input_size=96, hidden_size=128, intermediate_size=384, vocab_size=200) for family in FAMILIES
+        config_of(family, input_size=96, hidden_size=128, intermediate_size=384, vocab_size=200)
+        for family in FAMILIES
     ]
     done = subprocess.run(
         [sys.executable, "-c", PARTITIONED, json.dumps([config.to_dict() for config in configs])],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     assert len(measured) == sum(len(list(Memory(config).parameters())) for config in configs)
@@ -148,7 +168,11 @@ def test_forward_equals_the_equations_in_fp64(family: str, input_size: int) -> N
         if family == "gelu":
             up = up + weights[f"blocks.{block}.mlp.up.bias"]
             inner = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
-            x = x + inner @ weights[f"blocks.{block}.mlp.down.weight"].T + weights[f"blocks.{block}.mlp.down.bias"]
+            x = (
+                x
+                + inner @ weights[f"blocks.{block}.mlp.down.weight"].T
+                + weights[f"blocks.{block}.mlp.down.bias"]
+            )
         else:
             gate = y @ weights[f"blocks.{block}.mlp.gate.weight"].T
             x = x + (gate * torch.sigmoid(gate) * up) @ weights[f"blocks.{block}.mlp.down.weight"].T
@@ -185,16 +209,22 @@ def test_config_round_trip_and_refusals() -> None:
     with pytest.raises(ValueError, match="missing keys.*vocab_size"):
         MemoryConfig.from_dict({key: value for key, value in config.to_dict().items() if key != "vocab_size"})
     for name, value in {
-        "family": "relu", "hidden_size": 0, "num_blocks": 2.0, "vocab_size": True, "norm_epsilon": 0.0,
+        "family": "relu",
+        "hidden_size": 0,
+        "num_blocks": 2.0,
+        "vocab_size": True,
+        "norm_epsilon": 0.0,
         "initializer_range": float("inf"),
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(ValueError, match=name):
             MemoryConfig.from_dict({**config.to_dict(), name: value})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(family, monkeypatch):
-    config = MemoryConfig(input_size=8, hidden_size=8, intermediate_size=24, num_blocks=3, vocab_size=5, family=family)
+    config = MemoryConfig(
+        input_size=8, hidden_size=8, intermediate_size=24, num_blocks=3, vocab_size=5, family=family
+    )
     torch.manual_seed(0)
     memory, inputs_NI = Memory(config), torch.randn(6, 8)
     kept, hooks = [], torch.autograd.graph.saved_tensors_hooks

@@ -1,4 +1,5 @@
-"""The training objective: its loss is the sparse loss of a plain memory, and its weights are a plain memory's."""
+"""The training objective: its loss is the sparse loss of a plain memory, and its weights are a plain
+memory's."""
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def test_loss_and_gradients_equal_dense_autograd(mixture_lambda):
         base = make_targets().base_log_probabilities_N.double().exp()
         label = torch.log((1 - mixture_lambda) * base + mixture_lambda * label.exp())
     kl = (torch.xlogy(teacher, teacher) - teacher * logs).sum(1)
-    alphas = torch.tensor([ALPHA, 0.0, ALPHA], dtype=torch.float64)  # a row without a teacher is pure cross entropy
+    alphas = torch.tensor(
+        [ALPHA, 0.0, ALPHA], dtype=torch.float64
+    )  # a row without a teacher is pure cross entropy
     expected = (alphas * kl - (1 - alphas) * label).mean()
     expected.backward()
 

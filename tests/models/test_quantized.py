@@ -25,7 +25,9 @@ def joint_model(seed: int, family: str = "swiglu") -> MemoryAugmentedLM:
         input_size=32, hidden_size=24, intermediate_size=40, num_blocks=2, vocab_size=VOCAB, family=family,
         initializer_range=0.4,
     )  # fmt: skip
-    return MemoryAugmentedLM.from_parts(base.eval(), Memory(shape), lmbda=0.6, input_point=CapturePoint(layer=1))
+    return MemoryAugmentedLM.from_parts(
+        base.eval(), Memory(shape), lmbda=0.6, input_point=CapturePoint(layer=1)
+    )
 
 
 def layer_of(num_inputs: int, *, bias: bool) -> nn.Linear:
@@ -61,7 +63,10 @@ def test_without_the_processors_product_weights_are_widened(monkeypatch: pytest.
     layer = layer_of(50, bias=True)
     twin, inputs = Int8Linear(layer), torch.randn(4, 50)
     monkeypatch.setattr(quantized, "_has_product", lambda device: False)
-    wanted = inputs.double() @ (twin.codes[:, :50].double() * twin.scale.double()[:, None]).t() + layer.bias.double()
+    wanted = (
+        inputs.double() @ (twin.codes[:, :50].double() * twin.scale.double()[:, None]).t()
+        + layer.bias.double()
+    )
     torch.testing.assert_close(twin(inputs).double(), wanted, atol=1e-5, rtol=1e-5)
     assert twin((1000 * inputs).half()).isfinite().all()
 
@@ -72,8 +77,12 @@ def test_the_mixture_stays_close_and_the_base_untouched(family: str) -> None:
     num_floats = sum(tensor.numel() for tensor in plain.memory.parameters())
     assert rounded.quantize_memory() is rounded
     linears = [module for module in rounded.memory.modules() if isinstance(module, nn.Linear | Int8Linear)]
-    assert all(isinstance(module, Int8Linear) for module in linears) and len(linears) == (6 if family == "gelu" else 8)
-    assert sum(tensor.numel() for tensor in rounded.memory.parameters()) < num_floats / 10  # the norms are left
+    assert all(isinstance(module, Int8Linear) for module in linears) and len(linears) == (
+        6 if family == "gelu" else 8
+    )
+    assert (
+        sum(tensor.numel() for tensor in rounded.memory.parameters()) < num_floats / 10
+    )  # the norms are left
     tokens = torch.randint(VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, after = (model(tokens).logits.double() for model in (plain, rounded))

@@ -39,7 +39,12 @@ def _make_keys(
 ) -> Path:
     blocks = {unit_name(block.start): block for block in split_blocks(len(vectors_ND), unit_positions)}
     stage = open_stage(
-        root, stage=FORMAT, version=VERSION, config=_Config(output=root), inputs={"corpus": "0" * 64}, world=World()
+        root,
+        stage=FORMAT,
+        version=VERSION,
+        config=_Config(output=root),
+        inputs={"corpus": "0" * 64},
+        world=World(),
     )
 
     def write(unit: str, writer: UnitWriter) -> None:
@@ -48,7 +53,11 @@ def _make_keys(
         writer.array(f"values-{unit}.npy", values_N[rows].astype(token_dtype(vocab_size)))
 
     def describe() -> dict[str, Any]:
-        codec = {"name": "int8" if vectors_ND.dtype == np.int8 else "raw", "dim": vectors_ND.shape[1], "scale": scale}
+        codec = {
+            "name": "int8" if vectors_ND.dtype == np.int8 else "raw",
+            "dim": vectors_ND.shape[1],
+            "scale": scale,
+        }
         return {
             "codec": codec,
             "num_positions": len(vectors_ND),
@@ -85,9 +94,12 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def forked_training() -> Iterator[Callable[..., tuple[list[Any], list[str]]]]:
-    """forked_training(step, …) runs steps of trainings, see forked_training.py; their results, and what each said."""
+    """forked_training(step, …) runs steps of trainings, see forked_training.py; their results, and what each
+    said."""
     here = Path(__file__).resolve()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "MASTER"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "MASTER"))
+    }
     process = subprocess.Popen(
         [sys.executable, str(here.with_name("forked_training.py"))],
         env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[2]), "PYTHONWARNINGS": "ignore"},

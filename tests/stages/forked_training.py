@@ -1,6 +1,8 @@
-"""A process that has imported DeepSpeed, and forks the ranks of trainings: a start costs a fraction of a second, not 10 s.
+"""A process that has imported DeepSpeed, and forks the ranks of trainings: a start costs a fraction of a
+second, not 10 s.
 
-Run by the fixture `forked_training`: a line of JSON with steps in, a line with their results and what each said out.
+Run by the fixture `forked_training`: a line of JSON with steps in, a line with their results and what each
+said out.
 """
 
 import gc
@@ -41,8 +43,8 @@ FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
 def watch_saving(note, deadly):
     """Count the operations on the files of a checkpoint in the making, before each is done.
 
-    As Python's audit sees them, and torch.save, which it does not see. They are written to `note`; before number `deadly`
-    this process is killed.
+    As Python's audit sees them, and torch.save, which it does not see. They are written to `note`; before
+    number `deadly` this process is killed.
     """
     count, save = 0, torch.save
 
@@ -89,7 +91,9 @@ def run_rank(job, world, *, bytes_of_a_file=None, signal_at=None, note=None, dea
             watch_saving(note, deadly)
         if bytes_of_a_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
-        config = train.Config(**{name: Path(value) if name in PATHS else value for name, value in job.items()})
+        config = train.Config(
+            **{name: Path(value) if name in PATHS else value for name, value in job.items()}
+        )
         if signal_at is not None and world.rank == world.size - 1:
             signal_after(config.output / "metrics.jsonl", signal_at)
         train.run(config, world)
@@ -124,7 +128,8 @@ def join(pids):
 
 
 def ended(pids):
-    """The exit codes. A rank whose peer died before they met would wait for it: after 1 s it is killed, as launchers do."""
+    """The exit codes. A rank whose peer died before they met would wait for it: after 1 s it is killed, as
+    launchers do."""
     codes, deadline = {}, time.monotonic() + 1
     while len(codes) < len(pids):
         for pid in pids:
@@ -143,7 +148,8 @@ def undisturbed(job):
 
 
 def killed(job, size, kills, seed):
-    """Kill one rank or all at random moments, start again, until so many kills have hit; then let it complete.
+    """Kill one rank or all at random moments, start again, until so many kills have hit; then let it
+    complete.
 
     The last kill comes at the first checkpoint where no random one came between that and the end.
     """
@@ -174,7 +180,8 @@ def killed(job, size, kills, seed):
 
 
 def killed_while_saving(job, kills):
-    """Kill before one after another of the operations on checkpoints that an undisturbed start does; then let it complete."""
+    """Kill before one after another of the operations on checkpoints that an undisturbed start does; then let
+    it complete."""
     reader, writer = os.pipe()
     assert join(start(undisturbed(job), note=writer)) == [0]
     os.close(writer)

@@ -1,4 +1,5 @@
-"""kill -9 at random moments, on one, two and three ranks, and full disks; the same command then gives the undisturbed bytes."""
+"""kill -9 at random moments, on one, two and three ranks, and full disks; the same command then gives the
+undisturbed bytes."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ import pytest
 from mlpmem_ds.core import files
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.stages.corpus import prepare_corpus
+from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.keys import extract_keys
-from mlpmem_ds.stages.retrieval import build_index
 
 
 def result_of(root: Path) -> dict[str, str]:
@@ -31,13 +32,17 @@ def result_of(root: Path) -> dict[str, str]:
     }
 
 
-def stage_of(name: str, text_dir: Path, corpus_dir: Path, base_dir: Path, keys_dir: Path, output: Path) -> Any:
+def stage_of(
+    name: str, text_dir: Path, corpus_dir: Path, base_dir: Path, keys_dir: Path, output: Path
+) -> Any:
     if name == "prepare_corpus":
         return prepare_corpus.run, prepare_corpus.Config(
             input=(str(text_dir),), tokenizer="train:300", output=output, block_size=32, stride=16
         )
     if name == "build_index":
-        return build_index.run, build_index.Config(keys=keys_dir, output=output, num_shards=3, factory="IVF4,PQ4x4")
+        return build_index.run, build_index.Config(
+            keys=keys_dir, output=output, num_shards=3, factory="IVF4,PQ4x4"
+        )
     codec: Any = name.removeprefix("extract_keys ")
     return extract_keys.run, extract_keys.Config(
         model=str(base_dir), corpus=corpus_dir, output=output, codec=codec, unit_positions=128
@@ -83,7 +88,9 @@ def test_killed_at_random_and_run_again_is_undisturbed(
 
 def extract(base_dir: Path, corpus_dir: Path, output: Path) -> int:
     words = ["--model", base_dir, "--corpus", corpus_dir, "--output", output, "--unit-positions", "256"]
-    return run_front_end(extract_keys.Config, extract_keys.run, argv=list(map(str, words)), description="", example="")
+    return run_front_end(
+        extract_keys.Config, extract_keys.run, argv=list(map(str, words)), description="", example=""
+    )
 
 
 @pytest.mark.parametrize("room", [0, 3, 6, 11, 20])
@@ -96,7 +103,8 @@ def test_a_disk_that_fills_up_in_mid_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The flush of a file is where a delayed write fails: exit code 2, whole files only; with room again it finishes."""
+    """The flush of a file is where a delayed write fails: exit code 2, whole files only; with room again it
+    finishes."""
     real, flushed = files.flush, []
 
     def flush(path: Path) -> None:
@@ -125,7 +133,8 @@ def test_a_real_disk_that_fills_up(
         pytest.skip("may not mount a file system")
     try:
         (disk / "ballast").write_bytes(bytes(900_000))
-        # The check before the start would refuse: it is told that all is there, as if others had filled the disk since.
+        # The check before the start would refuse: it is told that all is there, as if others had filled the
+        # disk since.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
             assert extract(base_dir, corpus_dir, disk / "out") == 2

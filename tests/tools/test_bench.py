@@ -1,4 +1,5 @@
-"""tools/bench.py at tiny sizes: the arms of a comparison compute the same thing, and the JSON holds what DESIGN promises."""
+"""tools/bench.py at tiny sizes: the arms of a comparison compute the same thing, and the JSON holds what
+DESIGN promises."""
 
 from __future__ import annotations
 
@@ -17,7 +18,14 @@ from mlpmem_ds.core.errors import UserError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ROW = {"arm", "metric", "unit", "median", "min", "max", "runs"}
-LOSS = {"rows": 37, "width": 24, "vocab_size": 301, "entries": 7, "chunk_bytes": 4 * 301 * 5, "torch_chunk_rows": 16}
+LOSS = {
+    "rows": 37,
+    "width": 24,
+    "vocab_size": 301,
+    "entries": 7,
+    "chunk_bytes": 4 * 301 * 5,
+    "torch_chunk_rows": 16,
+}
 
 
 @pytest.fixture
@@ -28,7 +36,11 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def flags(sizes: dict[str, Any], **others: Any) -> list[str]:
-    return [word for name, value in (sizes | others).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [
+        word
+        for name, value in (sizes | others).items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def run_bench(*words: str) -> subprocess.CompletedProcess[str]:
@@ -47,9 +59,9 @@ def check_report(path: Path, name: str, *, arms: set[str], runs: int, ratios: se
     assert report["versions"]["torch"] == torch.__version__
     assert all(set(row) == ROW and row["min"] <= row["median"] <= row["max"] for row in report["rows"])
     for metric in ("wall_seconds", "cpu_seconds"):
-        assert {row["arm"]: row["runs"] for row in report["rows"] if row["metric"] == metric} == dict.fromkeys(
-            arms, runs
-        )
+        assert {
+            row["arm"]: row["runs"] for row in report["rows"] if row["metric"] == metric
+        } == dict.fromkeys(arms, runs)
     assert ratios <= set(report["ratios"])
     assert all(np.isfinite(value) and value >= 0 for value in report["ratios"].values())
     return report
@@ -120,7 +132,10 @@ def test_interleave_alternates(tools: Any) -> None:
         (["loss", "--output", "loss.json", "--vocab-size", "20"], "--entries 64 distinct ids do not fit"),
         (["loss", "--output", "loss.json", "--alpha", "2"], "--alpha 2.0 must lie in"),
         (["targets", "--output", "targets.json", "--index", "index"], "belong to --keys"),
-        (["targets", "--output", "targets.json", "--soft-perplexity", "2000"], "--soft-perplexity 2000 must lie"),
+        (
+            ["targets", "--output", "targets.json", "--soft-perplexity", "2000"],
+            "--soft-perplexity 2000 must lie",
+        ),
     ],
 )
 def test_wrong_flags(

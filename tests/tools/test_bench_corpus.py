@@ -1,4 +1,5 @@
-"""The corpus benchmark at a tiny size: both arms give the same number of tokens, and the JSON has its ratio."""
+"""The corpus benchmark at a tiny size: both arms give the same number of tokens, and the JSON has its
+ratio."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ def test_both_arms_and_the_ratio(tmp_path: Path, text_dir: Path, monkeypatch: py
 
     monkeypatch.setattr(corpus, "_BATCH_BYTES", 1000)
     config = corpus.Config(
-        output=tmp_path / "x.json", input=(str(text_dir),), megabytes=0.02, vocab_size=300, processes=2, runs=1
+        output=tmp_path / "x.json",
+        input=(str(text_dir),),
+        megabytes=0.02,
+        vocab_size=300,
+        processes=2,
+        runs=1,
     )
     corpus.run(config, World())  # raises where the arms' tokens differ
     report = json.loads((tmp_path / "x.json").read_text())

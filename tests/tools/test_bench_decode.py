@@ -1,4 +1,5 @@
-"""Benchmark `decode` at tiny sizes: each arm generates what its definition says, and the JSON holds what is promised."""
+"""Benchmark `decode` at tiny sizes: each arm generates what its definition says, and the JSON holds what is
+promised."""
 
 from __future__ import annotations
 
@@ -16,10 +17,22 @@ from mlpmem_ds.core.world import World
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SIZES: dict[str, Any] = {
-    "layers": 2, "width": 64, "vocab_size": 97, "memory_blocks": 1, "prompt_tokens": 6, "new_tokens": 4,
-    "batch_sizes": (1, 2), "datastore_sizes": (200, 400, 900), "key_size": 16, "k": 8, "factory": "IVF4,PQ4x4",
-    "nprobe": 4, "passages": 11, "passage_tokens": 3, "runs": 1,
-}  # fmt: skip
+    "layers": 2,
+    "width": 64,
+    "vocab_size": 97,
+    "memory_blocks": 1,
+    "prompt_tokens": 6,
+    "new_tokens": 4,
+    "batch_sizes": (1, 2),
+    "datastore_sizes": (200, 400, 900),
+    "key_size": 16,
+    "k": 8,
+    "factory": "IVF4,PQ4x4",
+    "nprobe": 4,
+    "passages": 11,
+    "passage_tokens": 3,
+    "runs": 1,
+}
 
 
 @pytest.fixture
@@ -33,7 +46,9 @@ def test_each_arm_generates_what_its_definition_says(bench: Any) -> None:
     setting = bench.prepare(config)
     for parameter in (*setting.base.parameters(), *setting.joint.memory.parameters()):
         parameter += 0.2 * torch.randn(parameter.shape)
-    setting.joint.memory.head.weight.mul_(6)  # sure of itself, so that the mixture chooses other tokens than the base
+    setting.joint.memory.head.weight.mul_(
+        6
+    )  # sure of itself, so that the mixture chooses other tokens than the base
     arms = bench.make_arms(config, setting)
     assert set(arms) == {"base", "base_memory", "base_memory_int8", "rag"} | {
         f"knn_{kind}_{size}" for kind in ("exact", "ivfpq") for size in SIZES["datastore_sizes"]
@@ -51,7 +66,9 @@ def test_each_arm_generates_what_its_definition_says(bench: Any) -> None:
     # The last token of the kNN arm from its definition, in float64 and by brute force.
     tokens = found["knn_exact_900"]
     caught: list[torch.Tensor] = []
-    handle = setting.base.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: caught.append(args[0][:, -1]))
+    handle = setting.base.model.layers[-1].mlp.register_forward_pre_hook(
+        lambda _, args: caught.append(args[0][:, -1])
+    )
     base_BV = setting.base(tokens[:, :-1]).logits[:, -1].double().softmax(-1).numpy()
     handle.remove()
     queries = (caught[0] @ setting.projection_DE).clamp(-127, 127).round().numpy().astype(np.int64)
@@ -79,13 +96,15 @@ def test_report(bench: Any, tmp_path: Path) -> None:
     for batch in (1, 2):
         step = rows["knn_ivfpq_400", f"seconds_per_step_batch{batch}"]
         assert rows["knn_ivfpq_400", f"tokens_per_second_batch{batch}"] == pytest.approx(batch / step)
-    # 2 layers of 4 attention and 3 MLP matrices, the tied embedding, the norms; and one block, a head, the norms.
+    # 2 layers of 4 attention and 3 MLP matrices, the tied embedding, the norms; and one block, a head, the
+    # norms.
     hidden, inner = 64, 128
     base = 2 * (4 * hidden**2 + 3 * hidden * inner + 2 * hidden) + 97 * hidden + hidden
     memory = 3 * hidden * inner + hidden + 97 * hidden + hidden
     assert rows["base", "bytes_read"] == 4 * base
     assert report["ratios"]["bytes_ratio"] == pytest.approx(1 + memory / base)
-    # A byte a weight; 4 + 2 bytes for the scale of each of a block's 2 · inner + hidden rows and the head's; the norms.
+    # A byte a weight; 4 + 2 bytes for the scale of each of a block's 2 · inner + hidden rows and the head's;
+    # the norms.
     small = 3 * hidden * inner + 97 * hidden + 6 * (2 * inner + hidden + 97) + 4 * 2 * hidden
     assert report["ratios"]["bytes_ratio_int8"] == pytest.approx(1 + small / (4 * base))
 

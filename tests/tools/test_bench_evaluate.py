@@ -1,4 +1,5 @@
-"""Benchmark `evaluate` at tiny sizes: the arms agree with each other and with fp64, and the JSON holds what is promised."""
+"""Benchmark `evaluate` at tiny sizes: the arms agree with each other and with fp64, and the JSON holds what
+is promised."""
 
 from __future__ import annotations
 
@@ -33,20 +34,28 @@ def test_arms_agree_with_the_mixture_in_float64(bench: Any) -> None:
     ):
         logits = hidden.double().numpy() @ weight.double().numpy().T
         exponentials = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities.append((exponentials / exponentials.sum(1, keepdims=True))[np.arange(len(labels)), labels])
+        probabilities.append(
+            (exponentials / exponentials.sum(1, keepdims=True))[np.arange(len(labels)), labels]
+        )
     base, memory = probabilities
-    wanted = [np.exp(-np.log((1 - weight) * base + weight * memory).mean()) for weight in np.linspace(0, 1, 6)]
+    wanted = [
+        np.exp(-np.log((1 - weight) * base + weight * memory).mean()) for weight in np.linspace(0, 1, 6)
+    ]
     for arm in bench.ARMS.values():
         np.testing.assert_allclose(arm(problem), wanted, rtol=1e-6)
     assert len({round(value, 3) for value in wanted}) == 6
 
 
 def test_report(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "in_child", lambda function, *arguments: function(*arguments))  # a child costs seconds
+    monkeypatch.setattr(
+        bench, "in_child", lambda function, *arguments: function(*arguments)
+    )  # a child costs seconds
     bench.run(bench.Config(output=tmp_path / "evaluate.json", **SIZES), World())
     report = json.loads((tmp_path / "evaluate.json").read_text())
     assert report["name"] == "evaluate" and report["settings"]["vocab_size"] == 1301
-    assert {"grid_over_single", "speed_over_dense_grid", "peak_memory_over_dense_grid"} <= set(report["ratios"])
+    assert {"grid_over_single", "speed_over_dense_grid", "peak_memory_over_dense_grid"} <= set(
+        report["ratios"]
+    )
     assert report["ratios"]["perplexity_difference"] < 1e-5
     assert all(np.isfinite(value) and value >= 0 for value in report["ratios"].values())
     metrics = {(row["arm"], row["metric"]): row["runs"] for row in report["rows"]}

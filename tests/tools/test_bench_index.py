@@ -1,4 +1,5 @@
-"""tools/bench.py index and plan at tiny sizes: the arms find the same neighbours, and the JSON holds what is promised."""
+"""tools/bench.py index and plan at tiny sizes: the arms find the same neighbours, and the JSON holds what is
+promised."""
 
 from __future__ import annotations
 
@@ -47,11 +48,18 @@ def test_index_report(tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     output = tmp_path / "index.json"
     bench.run(bench.Config(output=output, **SIZES), World())
     report = json.loads(output.read_text())
-    wanted = {"exact_seconds_1e5", "ivf_queries_per_second", "speed_over_big_batch_search", "speed_over_faiss_search"}
+    wanted = {
+        "exact_seconds_1e5",
+        "ivf_queries_per_second",
+        "speed_over_big_batch_search",
+        "speed_over_faiss_search",
+    }
     assert report["name"] == "index" and wanted | {"tv", "build_seconds"} <= set(report["ratios"])
     assert all(np.isfinite(value) and value > 0 for value in report["ratios"].values())
     arms = {"exact", "ivf", "faiss_search", "faiss_big_batch"}
-    assert {row["arm"] for row in report["rows"] if row["metric"] == "wall_seconds" and row["runs"] == 2} == arms
+    assert {
+        row["arm"] for row in report["rows"] if row["metric"] == "wall_seconds" and row["runs"] == 2
+    } == arms
     assert {row["arm"] for row in report["rows"] if row["metric"] == "peak_memory_above_start"} == arms
     (seconds,) = [row for row in report["rows"] if row["metric"] == "seconds_1e5"]
     (wall,) = [row for row in report["rows"] if (row["arm"], row["metric"]) == ("exact", "wall_seconds")]
@@ -131,7 +139,10 @@ def test_mistakes_name_the_flags(tools: Any, tmp_path: Path) -> None:
 
 
 def test_keys_that_do_not_suffice_are_refused(tools: Any, tmp_path: Path, keys_dir: Path) -> None:
-    for name, words in (("index", "--positions up to their number"), ("plan", "--positions up to half of them")):
+    for name, words in (
+        ("index", "--positions up to their number"),
+        ("plan", "--positions up to half of them"),
+    ):
         bench = tools(f"benchmarks.{name}")
         sizes = {"positions": 10**6} if name == "plan" else {}
         with pytest.raises(UserError, match=words):

@@ -1,4 +1,5 @@
-"""What the loss's benchmark has beside the arms of test_bench.py: oneDNN's arm, the rows of a GPU at toy sizes."""
+"""What the loss's benchmark has beside the arms of test_bench.py: oneDNN's arm, the rows of a GPU at toy
+sizes."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""tools/bench.py targets at tiny sizes: both arms make the targets that they claim, fidelity is that of a plain loop."""
+"""tools/bench.py targets at tiny sizes: both arms make the targets that they claim, fidelity is that of a
+plain loop."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def test_report(targets: Any, tmp_path: Path) -> None:
     ratios, rows = report["ratios"], {(row["arm"], row["metric"]): row["median"] for row in report["rows"]}
     assert report["name"] == "targets" and set(ratios) == RATIOS
     assert all(np.isfinite(value) and value > 0 for value in ratios.values())
-    # All lists probed: ours is exact but for the mass it drops and its encoding; half a byte for four numbers is not.
+    # All lists probed: ours is exact but for the mass it drops and its encoding; half a byte for four numbers
+    # is not.
     assert ratios["tv"] < 0.012 and ratios["tv_sharp"] < 0.012 and ratios["recall"] == 1
     assert ratios["tv_published_recipe"] > 0.02 and ratios["recall_published_recipe"] < 0.99
     assert abs(rows["both", "perplexity_soft"] - 20) < 1 and abs(rows["both", "perplexity_sharp"] - 5) < 0.5
@@ -82,7 +84,9 @@ def test_given_keys_and_the_published_index(targets: Any, tmp_path: Path) -> Non
     flags = {"keys": tmp_path / "given", "positions": 600, "runs": 1, "sample": 1024}
     targets.run(config(targets, tmp_path / "targets.json", **flags), World())
     report = json.loads((tmp_path / "targets.json").read_text())
-    assert report["ratios"]["targets_over_extraction"] > 0 and report["settings"]["keys"] == str(tmp_path / "given")
+    assert report["ratios"]["targets_over_extraction"] > 0 and report["settings"]["keys"] == str(
+        tmp_path / "given"
+    )
     keys = targets.open_keys(tmp_path / "given")
     assert targets.published_factory(keys) == "IVF4,PQ16"
 
@@ -109,7 +113,9 @@ def test_arms_agree_where_the_index_holds_whole_vectors(targets: Any, tmp_path: 
     ours = open_targets(tmp_path / "ours").read_all()
     codes_ND = setting.keys.read("keys")
     twins = {
-        bytes(codes) for codes, count in zip(*np.unique(codes_ND, axis=0, return_counts=True), strict=True) if count > 1
+        bytes(codes)
+        for codes, count in zip(*np.unique(codes_ND, axis=0, return_counts=True), strict=True)
+        if count > 1
     }
     rows_of_plain = list(read_published(tmp_path / "plain.bin"))
     assert len(rows_of_plain) == sizes.positions

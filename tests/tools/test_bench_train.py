@@ -44,10 +44,16 @@ def test_the_json_has_the_promised_ratios(bench, tmp_path):
         for other in ("published", "repaired"):
             assert record["ratios"][f"speed_over_{other}_v{vocab_size}"] > 0
         assert 0 < record["ratios"][f"outside_matmul_share_v{vocab_size}"] < 1
-    assert record["name"] == "train" and {"arm", "metric", "unit", "median", "runs"} <= record["rows"][0].keys()
+    assert (
+        record["name"] == "train" and {"arm", "metric", "unit", "median", "runs"} <= record["rows"][0].keys()
+    )
 
 
 def test_wrong_sizes_are_refused(bench, tmp_path):
-    for changes, said in (({"rows": 0}, "--rows"), ({"entries": 50}, "do not fit"), ({"gpu_preset": "9b"}, "none of")):
+    for changes, said in (
+        ({"rows": 0}, "--rows"),
+        ({"entries": 50}, "do not fit"),
+        ({"gpu_preset": "9b"}, "none of"),
+    ):
         with pytest.raises(UserError, match=said):
             bench.Config(output=tmp_path / "out.json", **{"vocab_sizes": (40,), "entries": 5, **changes})

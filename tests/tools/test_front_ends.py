@@ -1,4 +1,5 @@
-"""Every front-end: thin, with a --help that shows an example, and a wrong input that ends in exit code 2 and no files."""
+"""Every front-end: thin, with a --help that shows an example, and a wrong input that ends in exit code 2 and
+no files."""
 
 from __future__ import annotations
 

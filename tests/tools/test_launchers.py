@@ -34,7 +34,9 @@ def flags(base_dir: Path, corpus_dir: Path, output: Path) -> list[str]:
 
 def started_ranks(output: Path) -> set[tuple[int, int]]:
     return {
-        (event["rank"], event["world"]) for event in read_events(output / "log.jsonl") if event["event"] == "started"
+        (event["rank"], event["world"])
+        for event in read_events(output / "log.jsonl")
+        if event["event"] == "started"
     }
 
 
@@ -46,7 +48,9 @@ def started_ranks(output: Path) -> set[tuple[int, int]]:
     ],
     ids=lambda words: words[0],
 )
-def test_real_launchers(launcher: list[str], base_dir: Path, corpus_dir: Path, keys_dir: Path, tmp_path: Path) -> None:
+def test_real_launchers(
+    launcher: list[str], base_dir: Path, corpus_dir: Path, keys_dir: Path, tmp_path: Path
+) -> None:
     tool = BIN / launcher[0]
     if not tool.is_file():
         pytest.skip(f"{launcher[0]} is not installed")
@@ -67,7 +71,12 @@ def test_real_launchers(launcher: list[str], base_dir: Path, corpus_dir: Path, k
 
 
 VARIABLES = {
-    "srun": {"SLURM_PROCID": "{rank}", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "{rank}", "SLURM_NTASKS": "3"},
+    "srun": {
+        "SLURM_PROCID": "{rank}",
+        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_LOCALID": "{rank}",
+        "SLURM_NTASKS": "3",
+    },
     "deepspeed": {"RANK": "{rank}", "WORLD_SIZE": "3", "LOCAL_RANK": "{rank}", "MASTER_ADDR": "localhost"},
     "mpich": {"PMI_RANK": "{rank}", "PMI_SIZE": "3", "MPI_LOCALRANKID": "{rank}"},
 }
@@ -88,6 +97,8 @@ def test_launchers_known_by_their_variables(
         words = flags(base_dir, corpus_dir, tmp_path / "out")
         if launcher == "deepspeed":
             words.append(f"--local_rank={rank}")
-        assert run_front_end(extract_keys.Config, extract_keys.run, argv=words, description="", example="") == 0
+        assert (
+            run_front_end(extract_keys.Config, extract_keys.run, argv=words, description="", example="") == 0
+        )
     assert started_ranks(tmp_path / "out") == {(0, 3), (1, 3), (2, 3)}
     assert result_of(tmp_path / "out") == result_of(keys_dir)

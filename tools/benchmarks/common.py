@@ -1,7 +1,9 @@
-"""Benchmarks: what all of them share. Interleaved timing, peak memory of one arm, the machine in words, the JSON.
+"""Benchmarks: what all of them share. Interleaved timing, peak memory of one arm, the machine in words, the
+JSON.
 
-Rows hold medians over the runs; wall seconds suffer from whatever else the machine does, CPU seconds (all threads of this
-process) much less, so ratios are taken of CPU seconds where the work is computing. Load averages stand beside them.
+Rows hold medians over the runs; wall seconds suffer from whatever else the machine does, CPU seconds (all
+threads of this process) much less, so ratios are taken of CPU seconds where the work is computing. Load
+averages stand beside them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,16 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
-_PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu", "zstandard", "webdataset", "transformers", "deepspeed")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "zstandard",
+    "webdataset",
+    "transformers",
+    "deepspeed",
+)
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
@@ -84,7 +95,8 @@ def timed(function: Callable[[], Any]) -> Timing:
 
 
 def interleave(arms: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, list[Timing]]:
-    """Time the arms in turn, A B A B …, in this process, so that a busy minute of the machine falls on all of them."""
+    """Time the arms in turn, A B A B …, in this process, so that a busy minute of the machine falls on all of
+    them."""
     timings: dict[str, list[Timing]] = {arm: [] for arm in arms}
     for run in range(runs):
         for arm, function in arms.items():
@@ -106,8 +118,8 @@ def timing_rows(timings: Mapping[str, Sequence[Timing]]) -> list[Row]:
 def in_child(function: Callable[..., int], *arguments: Any) -> int:
     """Call a module-level function in a fresh process that has nothing of this one's memory.
 
-    It is forked from a server that has imported torch, and what torch's fused loss imports late, and done nothing else:
-    that saves seconds for each child.
+    It is forked from a server that has imported torch, and what torch's fused loss imports late, and done
+    nothing else: that saves seconds for each child.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo"])
@@ -118,8 +130,9 @@ def in_child(function: Callable[..., int], *arguments: Any) -> int:
 def peak_bytes_above_start(function: Callable[[], Any]) -> int:
     """The most resident memory of this process while `function` runs, less what was resident just before.
 
-    The kernel's own high-water mark (VmHWM), reset at the start: no sampling, so no peak is missed. Call it in a fresh
-    child after a small warm-up: memory that an earlier arm left in the allocator would hide in the start.
+    The kernel's own high-water mark (VmHWM), reset at the start: no sampling, so no peak is missed. Call it
+    in a fresh child after a small warm-up: memory that an earlier arm left in the allocator would hide in the
+    start.
 
     Raises:
         UserError: this system has no such mark.
@@ -195,9 +208,11 @@ class Report:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Cores, processor, memory, threads and the variables that rule them, the load (1, 5, 15 minutes) at this moment.
+    """Cores, processor, memory, threads and the variables that rule them, the load (1, 5, 15 minutes) at this
+    moment.
 
-    On a machine that others use, OMP_WAIT_POLICY decides much: by default threads spin while they wait for a busy core.
+    On a machine that others use, OMP_WAIT_POLICY decides much: by default threads spin while they wait for a
+    busy core.
     """
     return {
         "platform": platform.platform(),
@@ -205,7 +220,9 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "torch_threads": torch.get_num_threads(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "MKL_"))},
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "MKL_"))
+        },
         "load_average_before": list(os.getloadavg()),
     }
 
@@ -213,10 +230,15 @@ def describe_machine() -> dict[str, Any]:
 def describe_versions() -> dict[str, str]:
     versions = {"mlpmem_ds": mlpmem_ds.__version__, "python": platform.python_version()}
     installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    return versions | {package: importlib.metadata.version(package) for package in _PACKAGES if package in installed}
+    return versions | {
+        package: importlib.metadata.version(package) for package in _PACKAGES if package in installed
+    }
 
 
 def _processor_name() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

@@ -1,8 +1,9 @@
 """tools/prepare_corpus.py against the bare tokenizer: the same texts, the same tokenizer, as many processes.
 
-The comparator holds every text in memory beforehand, in one list of batches a process, and calls `encode_batch_fast`
-on each; what it gives is dropped in the process. Ours reads the files twice, deals the documents to splits, writes token
-shards with checksums, and starts its processes within the clock, as the comparator does.
+The comparator holds every text in memory beforehand, in one list of batches a process, and calls
+`encode_batch_fast` on each; what it gives is dropped in the process. Ours reads the files twice, deals the
+documents to splits, writes token shards with checksums, and starts its processes within the clock, as the
+comparator does.
 """
 
 from __future__ import annotations
@@ -77,11 +78,17 @@ def run(config: Config, world: World) -> None:
         timings = interleave({BARE: bare, OURS: ours}, config.runs)
         corpus = open_corpus(place / "corpus")
         if corpus.num_tokens != tokens[0] + len(corpus.documents):  # one end-of-document token each
-            raise AssertionError(f"the arms differ: {corpus.num_tokens} tokens, the bare tokenizer {tokens[0]}")
+            raise AssertionError(
+                f"the arms differ: {corpus.num_tokens} tokens, the bare tokenizer {tokens[0]}"
+            )
     rows: list[Row] = timing_rows(timings)
     for arm, values in timings.items():
-        rows.append(row_of(arm, "megabytes_per_second", "MB/s", [num_bytes / timing.wall / 1e6 for timing in values]))
-        rows.append(row_of(arm, "tokens_per_second", "1/s", [corpus.num_tokens / timing.wall for timing in values]))
+        rows.append(
+            row_of(arm, "megabytes_per_second", "MB/s", [num_bytes / timing.wall / 1e6 for timing in values])
+        )
+        rows.append(
+            row_of(arm, "tokens_per_second", "1/s", [corpus.num_tokens / timing.wall for timing in values])
+        )
     speed = median_of(rows, BARE, "wall_seconds") / median_of(rows, OURS, "wall_seconds")
     report.publish(config.output, rows, {"speed_over_tokenizer": speed})
 

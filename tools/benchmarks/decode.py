@@ -1,18 +1,22 @@
-"""Benchmark `decode`: a prompt → **time to the first token, tokens a second**, with and without memory, kNN-LM and RAG.
+"""Benchmark `decode`: a prompt → **time to the first token, tokens a second**, with and without memory,
+kNN-LM and RAG.
 
 base            a Llama of random weights: `generate` of transformers, greedy, its own cache.
 base_memory     the joint model of that base and a random memory, the same call.
 base_memory_int8  the same with the memory's matrices in int8.
 knn_exact_N     kNN-LM: at every token a search among N stored int8 keys, all of them compared.
 knn_ivfpq_N     the same with IVF-PQ, the found distances computed anew from the stored keys.
-rag             the base alone with five passages before the prompt; finding them costs one product with all passages.
+rag             the base alone with five passages before the prompt; finding them costs one product with all
+                passages.
 
-Each arm runs the same `generate`; a streamer takes the time of each token. A step's time is the median over the tokens after
-the first, an arm's the median over the runs; arms are interleaved. At batch 1 and without a GPU a step reads every weight
-once, so that its time should grow as the bytes do: `overhead_over_bytes_ratio` = overhead_batch1 / (bytes of base and
-memory / bytes of base), 1 where the memory costs what its bytes say. Embeddings that are only looked up do not count.
+Each arm runs the same `generate`; a streamer takes the time of each token. A step's time is the median over
+the tokens after the first, an arm's the median over the runs; arms are interleaved. At batch 1 and without a
+GPU a step reads every weight once, so that its time should grow as the bytes do: `overhead_over_bytes_ratio`
+= overhead_batch1 / (bytes of base and memory / bytes of base), 1 where the memory costs what its bytes say.
+Embeddings that are only looked up do not count.
 
-Shape legend: B prompts, S tokens of a prompt, V vocabulary, N stored keys, D width, E size of a key, K neighbours, P passages.
+Shape legend: B prompts, S tokens of a prompt, V vocabulary, N stored keys, D width, E size of a key, K
+neighbours, P passages.
 """
 
 from __future__ import annotations
@@ -30,7 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from mlpmem_ds.core.config import option
@@ -77,11 +87,22 @@ class Config:
     threads: int = option("CPU threads, 0 = as the environment says", 0)
 
     def __post_init__(self) -> None:
-        for name in ("layers", "memory_blocks", "prompt_tokens", "passages", "passage_tokens", "runs", "k", "nprobe"):
+        for name in (
+            "layers",
+            "memory_blocks",
+            "prompt_tokens",
+            "passages",
+            "passage_tokens",
+            "runs",
+            "k",
+            "nprobe",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.new_tokens < 2:
-            raise UserError(f"--new-tokens {self.new_tokens} must be at least 2: the first one is timed apart")
+            raise UserError(
+                f"--new-tokens {self.new_tokens} must be at least 2: the first one is timed apart"
+            )
         if self.width < 64 or self.width % 64:
             raise UserError(f"--width {self.width} must be a multiple of 64")
         if 1 not in self.batch_sizes or min(self.batch_sizes) < 1:
@@ -121,7 +142,8 @@ class _Clock(BaseStreamer):
 
 
 class KnnMixture(LogitsProcessor):  # type: ignore[misc]
-    """The kNN-LM: neighbours of what the last MLP reads at the last position, mixed with the base's distribution."""
+    """The kNN-LM: neighbours of what the last MLP reads at the last position, mixed with the base's
+    distribution."""
 
     def __init__(self, setting: Setting, num_keys: int, config: Config, index: Any = None) -> None:
         self._setting, self._num_keys, self._config, self._index = setting, num_keys, config, index
@@ -142,7 +164,9 @@ class KnnMixture(LogitsProcessor):  # type: ignore[misc]
             handle.remove()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        queries_BE = (self._state_BD @ self._setting.projection_DE).clamp(-127, 127).round().to(torch.int8).numpy()
+        queries_BE = (
+            (self._state_BD @ self._setting.projection_DE).clamp(-127, 127).round().to(torch.int8).numpy()
+        )
         found = self.neighbours(queries_BE)
         weights_BK = neighbour_weights(found.distances_QK.astype(np.float64), _TEMPERATURE, found.ids_QK >= 0)
         values_BK = torch.from_numpy(self._setting.values_N[found.ids_QK.clip(min=0)])
@@ -192,7 +216,8 @@ def prepare(config: Config) -> Setting:
     )  # fmt: skip
     memory = Memory(shape).requires_grad_(False)
     joint, joint_int8 = (
-        MemoryAugmentedLM.from_parts(base, memory, lmbda=_LAMBDA, input_point=CapturePoint(layer=-1)) for _ in range(2)
+        MemoryAugmentedLM.from_parts(base, memory, lmbda=_LAMBDA, input_point=CapturePoint(layer=-1))
+        for _ in range(2)
     )
     num_keys = max(config.datastore_sizes)
     keys_NE = (40 * generator.standard_normal((num_keys, config.key_size), dtype=np.float32)).clip(-127, 127)
@@ -261,7 +286,9 @@ def _generate(
     return sequences, [clock.moments[0], *clock.moments[2:]]  # the prompt is put at once
 
 
-def _generate_knn(config: Config, setting: Setting, mixture: KnnMixture, batch: int) -> tuple[Tensor, list[float]]:
+def _generate_knn(
+    config: Config, setting: Setting, mixture: KnnMixture, batch: int
+) -> tuple[Tensor, list[float]]:
     with mixture.listening():
         return _generate(config, setting.base, batch, processors=LogitsProcessorList([mixture]))
 
@@ -290,16 +317,21 @@ def _measure(config: Config, arms: dict[str, Any], batch: int) -> list[Row]:
         rows += [
             row_of(arm, f"seconds_to_first_token_batch{batch}", "s", firsts[arm]),
             row_of(arm, f"seconds_per_step_batch{batch}", "s", steps[arm]),
-            row_of(arm, f"tokens_per_second_batch{batch}", "1/s", [batch / seconds for seconds in steps[arm]]),
+            row_of(
+                arm, f"tokens_per_second_batch{batch}", "1/s", [batch / seconds for seconds in steps[arm]]
+            ),
         ]
     return rows
 
 
 def bytes_read(setting: Setting) -> dict[str, int]:
-    """Bytes of weights that one step at batch 1 reads: every matrix once; of the tied embedding, the head's product."""
+    """Bytes of weights that one step at batch 1 reads: every matrix once; of the tied embedding, the head's
+    product."""
 
     def size(module: torch.nn.Module) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+        return sum(
+            tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers())
+        )
 
     base = sum(parameter.numel() * parameter.element_size() for parameter in setting.base.parameters())
     return {
@@ -320,7 +352,9 @@ def _ratios(config: Config, rows: list[Row]) -> dict[str, float]:
     ratios = {
         "bytes_ratio": bytes_ratio,
         "overhead_over_bytes_ratio": step("base_memory", 1) / step("base", 1) / bytes_ratio,
-        "bytes_ratio_int8": median_of(rows, "base_memory_int8", "bytes_read") / median_of(rows, "base", "bytes_read"),
+        "bytes_ratio_int8": (
+            median_of(rows, "base_memory_int8", "bytes_read") / median_of(rows, "base", "bytes_read")
+        ),
     }
     small, large = min(config.datastore_sizes), max(config.datastore_sizes)
     for batch in config.batch_sizes:
@@ -328,10 +362,18 @@ def _ratios(config: Config, rows: list[Row]) -> dict[str, float]:
             f"overhead_batch{batch}": step("base_memory", batch) / step("base", batch),
             f"overhead_int8_batch{batch}": step("base_memory_int8", batch) / step("base", batch),
             f"first_token_overhead_batch{batch}": first("base_memory", batch) / first("base", batch),
-            f"speed_over_knn_exact_batch{batch}": step(f"knn_exact_{large}", batch) / step("base_memory", batch),
-            f"speed_over_knn_ivfpq_batch{batch}": step(f"knn_ivfpq_{large}", batch) / step("base_memory", batch),
-            f"knn_exact_growth_batch{batch}": step(f"knn_exact_{large}", batch) / step(f"knn_exact_{small}", batch),
-            f"knn_ivfpq_growth_batch{batch}": step(f"knn_ivfpq_{large}", batch) / step(f"knn_ivfpq_{small}", batch),
+            f"speed_over_knn_exact_batch{batch}": (
+                step(f"knn_exact_{large}", batch) / step("base_memory", batch)
+            ),
+            f"speed_over_knn_ivfpq_batch{batch}": (
+                step(f"knn_ivfpq_{large}", batch) / step("base_memory", batch)
+            ),
+            f"knn_exact_growth_batch{batch}": (
+                step(f"knn_exact_{large}", batch) / step(f"knn_exact_{small}", batch)
+            ),
+            f"knn_ivfpq_growth_batch{batch}": (
+                step(f"knn_ivfpq_{large}", batch) / step(f"knn_ivfpq_{small}", batch)
+            ),
             f"speed_over_rag_batch{batch}": step("rag", batch) / step("base_memory", batch),
             f"first_token_speed_over_rag_batch{batch}": first("rag", batch) / first("base_memory", batch),
         }

@@ -1,11 +1,15 @@
-"""Benchmark `evaluate`: hidden states and two heads → **perplexity of the mixture at each λ**, ours beside two plain ways.
+"""Benchmark `evaluate`: hidden states and two heads → **perplexity of the mixture at each λ**, ours beside
+two plain ways.
 
-ours          two log-probabilities a position (`label_log_probabilities`, no logits kept), every λ from these.
-dense_grid    the plain way: log_softmax of both heads over the whole vocabulary, the mixture of both for each λ.
+ours          two log-probabilities a position (`label_log_probabilities`, no logits kept), every λ from
+              these.
+dense_grid    the plain way: log_softmax of both heads over the whole vocabulary, the mixture of both for each
+              λ.
 dense_gather  less plain: log_softmax of both, then the labels' entries, every λ from these.
 
-All in float32 with sums in float64. CPU seconds are compared. What a λ costs is measured alone, for it is lost in the noise
-of the rest: `grid_over_single` = (heads + all λ) / (heads + one λ). Peak memory as in the benchmark `loss`.
+All in float32 with sums in float64. CPU seconds are compared. What a λ costs is measured alone, for it is
+lost in the noise of the rest: `grid_over_single` = (heads + all λ) / (heads + one λ). Peak memory as in the
+benchmark `loss`.
 
 Shape legend: N positions, D width, V vocabulary, G values of λ.
 """
@@ -99,7 +103,9 @@ def run(config: Config, world: World) -> None:
     del problem
     for arm in ARMS:
         rows.append(row_of(arm, "peak_memory_above_start", "B", [in_child(_peak_of_arm, arm, config)]))
-    ours, grid, single = (median_of(rows, arm, "cpu_seconds") for arm in ("ours", "lambda_grid", "lambda_single"))
+    ours, grid, single = (
+        median_of(rows, arm, "cpu_seconds") for arm in ("ours", "lambda_grid", "lambda_single")
+    )
     peak = partial(median_of, rows, metric="peak_memory_above_start")
     ratios = {
         "grid_over_single": ours / (ours - grid + single),
@@ -156,7 +162,10 @@ def dense_grid(problem: Problem) -> list[float]:
 
 @torch.no_grad()
 def dense_gather(problem: Problem) -> list[float]:
-    logs = [log_NV.gather(1, problem.labels_N[:, None])[:, 0].numpy() for log_NV in _dense_log_probabilities(problem)]
+    logs = [
+        log_NV.gather(1, problem.labels_N[:, None])[:, 0].numpy()
+        for log_NV in _dense_log_probabilities(problem)
+    ]
     curve: list[float] = lambda_curve(logs[0], logs[1], problem.lambdas_G).tolist()
     return curve
 
@@ -182,7 +191,9 @@ def greatest_difference(config: Config) -> float:
 
 def _warm_up_config(config: Config) -> Config:
     """Sizes that are over in a moment."""
-    return dataclasses.replace(config, **{name: min(size, getattr(config, name)) for name, size in _WARM_UP.items()})
+    return dataclasses.replace(
+        config, **{name: min(size, getattr(config, name)) for name, size in _WARM_UP.items()}
+    )
 
 
 def _peak_of_arm(name: str, config: Config) -> int:

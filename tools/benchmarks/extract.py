@@ -1,15 +1,18 @@
-"""Benchmark `extract`: corpus → **keys**, beside the bare forward pass of the same model over the same windows.
+"""Benchmark `extract`: corpus → **keys**, beside the bare forward pass of the same model over the same
+windows.
 
 forward   Hugging Face's own `model(input_ids).logits`, batches of windows, nothing kept.
 body      the same without the output head (`model.base_model`): no log-probability can be had from it.
-int8      the stage `extract_keys` with int8 keys of at most 256 numbers, inputs in bf16, values and log-probabilities: the
-          seconds of its units, which hold reading, forward, head, encoding, writing, checksums and fsync. Loading the model
-          and fitting the codec come once a run, whatever its length, and are left out.
+int8      the stage `extract_keys` with int8 keys of at most 256 numbers, inputs in bf16, values and
+          log-probabilities: the seconds of its units, which hold reading, forward, head, encoding, writing,
+          checksums and fsync. Loading the model and fitting the codec come once a run, whatever its length,
+          and are left out.
 raw       the same with float16 keys.
 
-Windows do not overlap here (stride = block), so that every arm computes the head for the same positions. All arms run in
-this process, in turn. Memory and bytes are those of a model of one layer, whose speed allows longer corpora: a process
-each for two lengths, the second eight times the first; bytes by `du` (blocks on disk of the whole directory).
+Windows do not overlap here (stride = block), so that every arm computes the head for the same positions. All
+arms run in this process, in turn. Memory and bytes are those of a model of one layer, whose speed allows
+longer corpora: a process each for two lengths, the second eight times the first; bytes by `du` (blocks on
+disk of the whole directory).
 
 Shape legend: B windows, S tokens.
 """
@@ -42,11 +45,21 @@ from mlpmem_ds.formats.corpus import FORMAT, VERSION, open_corpus, token_dtype
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.stages.keys import extract_keys
 
-from .common import Report, Row, check_output, in_child, median_of, peak_bytes_above_start, row_of, use_threads
+from .common import (
+    Report,
+    Row,
+    check_output,
+    in_child,
+    median_of,
+    peak_bytes_above_start,
+    row_of,
+    use_threads,
+)
 
 DESCRIPTION = (
-    "Extraction of keys beside the bare forward pass, a 4-layer d=256 and a 12-layer d=768 GPT-2 of random weights; peak "
-    "memory at two corpus lengths; bytes a position. The default sizes take about 3 minutes and 4 GB on two cores."
+    "Extraction of keys beside the bare forward pass, a 4-layer d=256 and a 12-layer d=768 GPT-2 of random"
+    " weights; peak memory at two corpus lengths; bytes a position. The default sizes take about 3 minutes"
+    " and 4 GB on two cores."
 )
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 _LENGTH_RATIO = 8
@@ -78,12 +91,16 @@ class Config:
     """Flags of tools/bench.py extract."""
 
     output: Path = option("JSON file to write")
-    positions: int = option("positions of a run of the d=768 model; the d=256 one reads four times as many", 4096)
+    positions: int = option(
+        "positions of a run of the d=768 model; the d=256 one reads four times as many", 4096
+    )
     long_positions: int = option("positions of the short corpus of the memory figures", 65536)
     runs: int = option("runs of each arm", 3)
     batch_windows: int = option("windows of 512 tokens that a forward pass reads at once", 4)
     dtype: Literal["auto", "float32", "bfloat16"] = option("of the forward pass", "auto")
-    device: str = option("auto, cpu, cuda or cuda:N; on a GPU a model of 1.5e9 parameters is measured too", "auto")
+    device: str = option(
+        "auto, cpu, cuda or cuda:N; on a GPU a model of 1.5e9 parameters is measured too", "auto"
+    )
     threads: int = option("threads of torch; 0 = as the environment says", 0)
     toy: bool = option("tiny models and corpora: does it run at all?", False)
 
@@ -132,13 +149,17 @@ def _toy(shape: Shape) -> Shape:
     return dataclasses.replace(shape, num_layers=1, width=32, vocab_size=211, block_size=32)
 
 
-def _measure_speed(config: Config, shape: Shape, positions: int, device: torch.device, root: Path) -> list[Row]:
+def _measure_speed(
+    config: Config, shape: Shape, positions: int, device: torch.device, root: Path
+) -> list[Row]:
     """Tokens a second of the four arms, in turn."""
     base, corpus = _write_base(shape, root / "base"), _write_corpus(shape, positions, root / "corpus")
     dtype = DTYPES[resolve_dtype(config.dtype, device)]
     model = load_base(base, dtype=dtype, device=device)
     arms: dict[str, Callable[[], float]] = {
-        "forward": lambda: _seconds_of_forward(config, corpus, device, lambda ids_BS: model(ids_BS, use_cache=False)),
+        "forward": lambda: _seconds_of_forward(
+            config, corpus, device, lambda ids_BS: model(ids_BS, use_cache=False)
+        ),
         "body": lambda: _seconds_of_forward(
             config, corpus, device, lambda ids_BS: model.base_model(ids_BS, use_cache=False)
         ),
@@ -154,9 +175,16 @@ def _measure_speed(config: Config, shape: Shape, positions: int, device: torch.d
             gc.collect()
             speeds[arm].append(positions / seconds_of())
             _logger.info(
-                "run %d of %d, %s %s: %.0f tokens/s", number + 1, config.runs, shape.name, arm, speeds[arm][-1]
+                "run %d of %d, %s %s: %.0f tokens/s",
+                number + 1,
+                config.runs,
+                shape.name,
+                arm,
+                speeds[arm][-1],
             )
-    return [row_of(f"{shape.name} {arm}", "tokens_per_second", "1/s", values) for arm, values in speeds.items()]
+    return [
+        row_of(f"{shape.name} {arm}", "tokens_per_second", "1/s", values) for arm, values in speeds.items()
+    ]
 
 
 @torch.no_grad()
@@ -169,7 +197,10 @@ def _seconds_of_forward(
     batches = [
         torch.from_numpy(
             np.stack(
-                [split.tokens(window.context_start, window.stop) for window in windows[at : at + config.batch_windows]]
+                [
+                    split.tokens(window.context_start, window.stop)
+                    for window in windows[at : at + config.batch_windows]
+                ]
             )
         ).to(device)
         for at in range(0, len(windows), config.batch_windows)
@@ -249,8 +280,11 @@ def _peak_of_run(config: Config, shape: Shape, positions: int) -> int:
         _write_corpus(shape, 4 * shape.block_size, warm)
         _write_corpus(shape, positions, corpus)
         for number, path in enumerate((warm, corpus)):
-            # Small units: within the first few the allocator is still growing, and the short corpus must reach its plateau.
-            extraction = _extraction(config, shape, base, path, root / f"keys{number}", codec="int8", unit_windows=8)
+            # Small units: within the first few the allocator is still growing, and the short corpus must
+            # reach its plateau.
+            extraction = _extraction(
+                config, shape, base, path, root / f"keys{number}", codec="int8", unit_windows=8
+            )
             if path == warm:
                 extract_keys.run(extraction, World())
         return peak_bytes_above_start(lambda: extract_keys.run(extraction, World()))
@@ -280,7 +314,12 @@ def _write_corpus(shape: Shape, positions: int, root: Path) -> Path:
         output: Path
 
     directory = open_stage(
-        root, stage=FORMAT, version=VERSION, config=Flags(output=root), inputs={"text": "random"}, world=World()
+        root,
+        stage=FORMAT,
+        version=VERSION,
+        config=Flags(output=root),
+        inputs={"text": "random"},
+        world=World(),
     )
     dtype = token_dtype(shape.vocab_size)
 

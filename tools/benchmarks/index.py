@@ -1,19 +1,24 @@
-"""Benchmark `index`: keys → **neighbours**, by exact search and through inverted lists, ours beside faiss's own searches.
+"""Benchmark `index`: keys → **neighbours**, by exact search and through inverted lists, ours beside faiss's
+own searches.
 
-exact             maths.knn.exact_neighbours: --exact-queries of the keys against --exact-keys of them, self excluded.
+exact             maths.knn.exact_neighbours: --exact-queries of the keys against --exact-keys of them, self
+                  excluded.
 ivf               maths.knn.list_neighbours as write_targets calls it: lists assigned, keys read list by list,
-                  exact distances of the codes, self excluded by id, rows sorted by (distance, id). As there, each
-                  thread takes a share of the queries (exact does too).
-faiss_search      stock IndexIVFFlat.search for k + 1 of the same queries and probes, over the same lists; float32 vectors.
+                  exact distances of the codes, self excluded by id, rows sorted by (distance, id). As there,
+                  each thread takes a share of the queries (exact does too).
+faiss_search      stock IndexIVFFlat.search for k + 1 of the same queries and probes, over the same lists;
+                  float32 vectors.
 faiss_big_batch   faiss.contrib.big_batch_search on that index, method knn_function.
 
-ivf and the two comparators have the same centroids, lists, probes and threads, and give exact distances of the same vectors:
-their neighbours differ in ties alone. Total variation is that of the kNN targets at a weight perplexity of --perplexity
-against exact search of all keys, mean over sampled queries. `exact_seconds_1e5` is the wall time of all of 1e5 queries
-against 1e5 keys, extrapolated in proportion from the queries and keys that were timed.
+ivf and the two comparators have the same centroids, lists, probes and threads, and give exact distances of
+the same vectors: their neighbours differ in ties alone. Total variation is that of the kNN targets at a
+weight perplexity of --perplexity against exact search of all keys, mean over sampled queries.
+`exact_seconds_1e5` is the wall time of all of 1e5 queries against 1e5 keys, extrapolated in proportion from
+the queries and keys that were timed.
 
-Without --keys codes and values are made up (clusters of clusters, Zipf values): they stand in for real ones in speed; judge
-fidelity on real ones. Where CUDA is at hand, exact and list search are timed there too, with their share of --gpu-tops.
+Without --keys codes and values are made up (clusters of clusters, Zipf values): they stand in for real ones
+in speed; judge fidelity on real ones. Where CUDA is at hand, exact and list search are timed there too, with
+their share of --gpu-tops.
 
 Shape legend: N keys, Q queries, D numbers in a key, K neighbours, P probes, L lists.
 """
@@ -62,8 +67,8 @@ with contextlib.redirect_stdout(io.StringIO()):  # it prints where scipy is want
     from faiss.contrib.big_batch_search import big_batch_search
 
 DESCRIPTION = (
-    "Exact search, list search and index building beside faiss's own searches. The default sizes take about 3 minutes on "
-    "two cores."
+    "Exact search, list search and index building beside faiss's own searches. The default sizes take about 3"
+    " minutes on two cores."
 )
 _SEED = 1
 
@@ -73,7 +78,9 @@ class Config:
     """Flags of tools/bench.py index."""
 
     output: Path = option("JSON file to write")
-    keys: Path | None = option("key directory (int8) to take keys and values from, in place of made-up ones", None)
+    keys: Path | None = option(
+        "key directory (int8) to take keys and values from, in place of made-up ones", None
+    )
     positions: int = option("keys of the list search: the first ones of --keys, or made-up ones", 500_000)
     dim: int = option("numbers in a made-up key", 256)
     vocab_size: int = option("vocabulary of the made-up values", 50257)
@@ -94,12 +101,23 @@ class Config:
     threads: int = option("CPU threads, 0 = as the environment says", 0)
 
     def __post_init__(self) -> None:
-        for name in ("positions", "dim", "vocab_size", "k", "nprobe", "queries", "exact_keys", "exact_queries", "runs"):
+        for name in (
+            "positions",
+            "dim",
+            "vocab_size",
+            "k",
+            "nprobe",
+            "queries",
+            "exact_keys",
+            "exact_queries",
+            "runs",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if not 1 <= self.sample <= self.queries <= self.positions:
             raise UserError(
-                f"--sample {self.sample}, --queries {self.queries} and --positions {self.positions} must ascend"
+                f"--sample {self.sample}, --queries {self.queries} and --positions {self.positions} must"
+                " ascend"
             )
         if self.exact_queries > self.exact_keys or self.exact_keys > self.positions:
             raise UserError(
@@ -137,7 +155,8 @@ def run(config: Config, world: World) -> None:
 
 
 def make_problem(config: Config) -> Problem:
-    """Take or make the keys, and build both indexes; the build that is timed is ours, of the asked factory."""
+    """Take or make the keys, and build both indexes; the build that is timed is ours, of the asked
+    factory."""
     codes_ND, values_N = _keys(config)
     factory = config.factory
     if factory == "auto":
@@ -178,8 +197,12 @@ def measure(config: Config, problem: Problem) -> tuple[list[Row], dict[str, floa
     for arm, values in timings.items():
         count = config.exact_queries if arm == "exact" else config.queries
         rows.append(row_of(arm, "queries", "queries", [count]))
-        rows.append(row_of(arm, "queries_per_second", "queries/s", [count / timing.wall for timing in values]))
-        rows.append(row_of(arm, "queries_per_cpu_second", "queries/s", [count / timing.cpu for timing in values]))
+        rows.append(
+            row_of(arm, "queries_per_second", "queries/s", [count / timing.wall for timing in values])
+        )
+        rows.append(
+            row_of(arm, "queries_per_cpu_second", "queries/s", [count / timing.cpu for timing in values])
+        )
     scale = (100_000 / config.exact_queries) * (100_000 / config.exact_keys)
     rows.append(row_of("exact", "seconds_1e5", "s", [timing.wall * scale for timing in timings["exact"]]))
     rows.append(row_of("build", "seconds", "s", [problem.build_seconds]))
@@ -230,7 +253,8 @@ def ivf(config: Config, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_threads(search: Callable[[np.ndarray], Any], queries_Q: np.ndarray) -> list[Any]:
-    """Each thread takes a share of the queries, one thread of torch's each, as write_targets does; what they return."""
+    """Each thread takes a share of the queries, one thread of torch's each, as write_targets does; what they
+    return."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -263,7 +287,8 @@ def without_self(distances_QC: np.ndarray, ids_QC: np.ndarray, queries_Q: np.nda
 
 
 def gpu_rows(config: Config, device: torch.device) -> list[Row]:
-    """Exact and list search on a device over made-up codes; seconds for all keys as queries, in proportion to those timed."""
+    """Exact and list search on a device over made-up codes; seconds for all keys as queries, in proportion to
+    those timed."""
     generator = np.random.default_rng(_SEED)
     keys_ND = generator.integers(-127, 128, (config.gpu_exact_keys, config.gpu_exact_dim), dtype=np.int8)
     queries = np.arange(min(config.gpu_queries, len(keys_ND)))
@@ -273,10 +298,14 @@ def gpu_rows(config: Config, device: torch.device) -> list[Row]:
         exclusion = Exclusion(query_ids_Q=queries)
         return exact_neighbours(keys_ND[queries], keys_ND, k, exclusion=exclusion, device=device)
 
-    rows = _gpu_arm("gpu_exact", search_exactly, config, queries, len(keys_ND), len(keys_ND), config.gpu_exact_dim)
+    rows = _gpu_arm(
+        "gpu_exact", search_exactly, config, queries, len(keys_ND), len(keys_ND), config.gpu_exact_dim
+    )
     codes_ND = synthetic_keys(config.gpu_keys, config.dim, 1000)[0]
     factory = engine.choose_factory(*codes_ND.shape)[0].partition(",")[0] + ",Flat"
-    sample = codes_ND[sample_positions(len(codes_ND), engine.num_training_vectors(factory, config.dim), seed=_SEED)]
+    sample = codes_ND[
+        sample_positions(len(codes_ND), engine.num_training_vectors(factory, config.dim), seed=_SEED)
+    ]
     trained = engine.train(sample, factory, seed=_SEED)
     lists_N = engine.assign(trained, codes_ND, 1)[:, 0]
     ids_N = np.argsort(lists_N, kind="stable")
@@ -316,7 +345,12 @@ def _gpu_arm(
     return [
         row_of(arm, "queries", "queries", [len(queries)]),
         row_of(arm, "seconds_of_all_keys", "s", seconds),
-        row_of(arm, "share_of_peak", "share", [operations / value / (config.gpu_tops * 1e12) for value in seconds]),
+        row_of(
+            arm,
+            "share_of_peak",
+            "share",
+            [operations / value / (config.gpu_tops * 1e12) for value in seconds],
+        ),
     ]
 
 
@@ -327,8 +361,8 @@ def _keys(config: Config) -> tuple[np.ndarray, np.ndarray]:
     keys = open_keys(config.keys)
     if keys.codec != "int8" or keys.num_positions < config.positions:
         raise UserError(
-            f"--keys {config.keys} holds {keys.num_positions:,} keys of codec {keys.codec}: give int8 keys, and "
-            f"--positions up to their number ({config.positions:,} now)"
+            f"--keys {config.keys} holds {keys.num_positions:,} keys of codec {keys.codec}: give int8 keys,"
+            f" and --positions up to their number ({config.positions:,} now)"
         )
     return keys.read("keys", 0, config.positions), keys.read("values", 0, config.positions)
 
@@ -359,7 +393,9 @@ def _fidelity(
             *weigh(wanted.ids_QK, wanted.distances_QK), *weigh(found.ids_QK, found.distances_QK)
         )
         rows.append(row_of(arm, "tv", "total variation", [float(np.mean(variations))]))
-        rows.append(row_of(arm, "recall_at_k", "share", [float(recall(found.ids_QK, wanted.ids_QK, config.k).mean())]))
+        rows.append(
+            row_of(arm, "recall_at_k", "share", [float(recall(found.ids_QK, wanted.ids_QK, config.k).mean())])
+        )
     return rows
 
 

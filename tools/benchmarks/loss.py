@@ -1,18 +1,23 @@
-"""Benchmark `loss`: sparse kNN targets → **loss and gradients of the memory's head**, ours beside three others.
+"""Benchmark `loss`: sparse kNN targets → **loss and gradients of the memory's head**, ours beside three
+others.
 
-ours                `maths.sparse_loss`: chunks of rows, gradients in forward, neither dense target nor all logits.
-dense               the published way: targets scattered to N x V, kl_div of log_softmax, cross entropy, autograd.
+ours                `maths.sparse_loss`: chunks of rows, gradients in forward, neither dense target nor all
+                    logits.
+dense               the published way: targets scattered to N x V, kl_div of log_softmax, cross entropy,
+                    autograd.
 torch_lce           torch's F.linear_cross_entropy in chunks: the hard label only, so less than is asked.
-torch_lce_plus_bag  the same made to compute our loss: Σ m = 1 gives L = CE(y) - Σ h · Σ_i (m_i - [i = y]) W_i + const.
-torch_lce_onednn    torch_lce with PyTorch's float32 products by oneDNN, as ours: what is left of the difference is our own.
-                    It rests on PyTorch's setting for 16-bit products inside float32, and is left out where the processor
-                    has such products, for there it would change the numbers.
-ours_bfloat16       ours with 16-bit operands (float32 statistics and gradient of the weight): another precision.
+torch_lce_plus_bag  the same made to compute our loss: Σ m = 1 gives L = CE(y) - Σ h · Σ_i (m_i - [i = y]) W_i
++ const. torch_lce_onednn    torch_lce with PyTorch's float32 products by oneDNN, as ours: what is left of the
+difference is our own.
+                    It rests on PyTorch's setting for 16-bit products inside float32, and is left out where
+                    the processor has such products, for there it would change the numbers.
+ours_bfloat16       ours with 16-bit operands (float32 statistics and gradient of the weight): another
+                    precision.
 
-All other arms are float32, forward and backward, with gradients of both the hidden states and the head's weight. CPU
-seconds are compared, for wall seconds depend on who else computes. Peak memory is that of one fresh process an arm, above
-its start (which holds hidden states, weight and sparse targets, but no gradient): see common.peak_bytes_above_start. Where
-there is a CUDA device, `loss_gpu` adds rows of its own.
+All other arms are float32, forward and backward, with gradients of both the hidden states and the head's
+weight. CPU seconds are compared, for wall seconds depend on who else computes. Peak memory is that of one
+fresh process an arm, above its start (which holds hidden states, weight and sparse targets, but no gradient):
+see common.peak_bytes_above_start. Where there is a CUDA device, `loss_gpu` adds rows of its own.
 
 Shape legend: N rows, D width, V vocabulary, K teacher entries a row, E = N K.
 """
@@ -50,8 +55,9 @@ from .common import (
 from .loss_gpu import gpu_rows
 
 DESCRIPTION = (
-    "Loss and gradients of the head for sparse targets: ours, dense autograd, torch's fused hard-label loss. "
-    "The default sizes take about 3 minutes and 6 GB on two cores; a CUDA device adds a minute and 8 GB of its own."
+    "Loss and gradients of the head for sparse targets: ours, dense autograd, torch's fused hard-label loss."
+    " The default sizes take about 3 minutes and 6 GB on two cores; a CUDA device adds a minute and 8 GB of"
+    " its own."
 )
 _SEED = 1
 _WARM_UP = {"rows": 96, "width": 32, "vocab_size": 640, "entries": 8}
@@ -83,7 +89,9 @@ class Config:
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
         if self.entries > self.vocab_size:
-            raise UserError(f"--entries {self.entries} distinct ids do not fit in --vocab-size {self.vocab_size}")
+            raise UserError(
+                f"--entries {self.entries} distinct ids do not fit in --vocab-size {self.vocab_size}"
+            )
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha {self.alpha} must lie in [0, 1]")
 
@@ -104,7 +112,9 @@ def run(config: Config, world: World) -> None:
     report = Report("loss", config)
     loss_difference, gradient_difference = differences(_warm_up_config(config))
     problem = make_problem(config)
-    timings = interleave({name: partial(arm, problem, config) for name, arm in timed_arms().items()}, config.runs)
+    timings = interleave(
+        {name: partial(arm, problem, config) for name, arm in timed_arms().items()}, config.runs
+    )
     rows = timing_rows(timings)
     del problem
     for arm in ARMS:
@@ -124,7 +134,9 @@ def run(config: Config, world: World) -> None:
     of_ours = median_of(rows, "ours", "cpu_seconds")
     ratios["cpu_time_bfloat16_over_float32"] = median_of(rows, "ours_bfloat16", "cpu_seconds") / of_ours
     if "torch_lce_onednn" in timings:
-        ratios["cpu_time_over_torch_lce_onednn"] = of_ours / median_of(rows, "torch_lce_onednn", "cpu_seconds")
+        ratios["cpu_time_over_torch_lce_onednn"] = of_ours / median_of(
+            rows, "torch_lce_onednn", "cpu_seconds"
+        )
     if torch.cuda.is_available():
         more_rows, more_ratios = gpu_rows("cuda", runs=config.runs)
         rows += more_rows
@@ -140,8 +152,9 @@ def make_problem(config: Config) -> Problem:
     """
     generator = torch.Generator().manual_seed(_SEED)
     num_rows, num_ids = config.rows, config.vocab_size
-    # Cloned, or all the permutations live until they are stacked; the hole that 1.6 GB leave in the heap would take the
-    # arms' large tensors and keep them after they are freed (peaks of 330, 540 or 740 MB for the same work).
+    # Cloned, or all the permutations live until they are stacked; the hole that 1.6 GB leave in the heap
+    # would take the arms' large tensors and keep them after they are freed (peaks of 330, 540 or 740 MB for
+    # the same work).
     ids_NK = torch.stack(
         [torch.randperm(num_ids, generator=generator)[: config.entries].clone() for _ in range(num_rows)]
     )
@@ -164,7 +177,9 @@ def make_problem(config: Config) -> Problem:
 
 def ours(problem: Problem, config: Config) -> Outcome:
     hidden_ND, weight_VD = _leaves(problem)
-    loss, _ = sparse_loss(hidden_ND, weight_VD, problem.targets, alpha=problem.alpha, chunk_bytes=config.chunk_bytes)
+    loss, _ = sparse_loss(
+        hidden_ND, weight_VD, problem.targets, alpha=problem.alpha, chunk_bytes=config.chunk_bytes
+    )
     return _outcome(loss, hidden_ND, weight_VD)
 
 
@@ -189,7 +204,9 @@ def torch_lce_plus_bag(problem: Problem, config: Config) -> Outcome:
     labels_N1 = problem.targets.labels_N[:, None]
     # m - onehot(y) = α t - α onehot(y)
     places_NJ = torch.cat([ids_NK, labels_N1], dim=1)
-    weights_NJ = problem.alpha * torch.cat([probabilities_NK, -torch.ones_like(labels_N1, dtype=torch.float32)], dim=1)
+    weights_NJ = problem.alpha * torch.cat(
+        [probabilities_NK, -torch.ones_like(labels_N1, dtype=torch.float32)], dim=1
+    )
     bags_ND = F.embedding_bag(places_NJ, weight_VD, per_sample_weights=weights_NJ, mode="sum")
     constant = problem.alpha * torch.xlogy(probabilities_NK, probabilities_NK).sum()
     cross_entropy = _fused_cross_entropy(hidden_ND, weight_VD, problem, config)
@@ -197,7 +214,9 @@ def torch_lce_plus_bag(problem: Problem, config: Config) -> Outcome:
 
 
 def ours_bfloat16(problem: Problem, config: Config) -> Outcome:
-    small = dataclasses.replace(problem, hidden_ND=problem.hidden_ND.bfloat16(), weight_VD=problem.weight_VD.bfloat16())
+    small = dataclasses.replace(
+        problem, hidden_ND=problem.hidden_ND.bfloat16(), weight_VD=problem.weight_VD.bfloat16()
+    )
     return ours(small, config)
 
 
@@ -219,7 +238,8 @@ def onednn_products() -> Iterator[None]:
 
 
 def onednn_products_are_float32() -> bool:
-    """Whether the setting leaves float32 products as they are; operands that bfloat16 cannot hold would show it."""
+    """Whether the setting leaves float32 products as they are; operands that bfloat16 cannot hold would show
+    it."""
     if not hasattr(torch.backends.mkldnn, "matmul") or not torch.backends.mkldnn.is_available():
         return False
     operand = 1 + torch.rand(256, 256, generator=torch.Generator().manual_seed(_SEED))
@@ -243,7 +263,8 @@ ARMS: dict[str, Callable[[Problem, Config], Outcome]] = {
 
 
 def differences(config: Config) -> tuple[float, float]:
-    """How far the other arms with our loss are from `dense`: the greatest relative difference of loss, and of gradients.
+    """How far the other arms with our loss are from `dense`: the greatest relative difference of loss, and of
+    gradients.
 
     Relative to the norm of the whole gradient.
     """

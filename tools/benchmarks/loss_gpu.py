@@ -1,12 +1,15 @@
-"""Benchmark `loss`, rows of a CUDA device: the head's loss at a large model's size, the mixture of two models' logits.
+"""Benchmark `loss`, rows of a CUDA device: the head's loss at a large model's size, the mixture of two
+models' logits.
 
-gpu_loss              `maths.sparse_loss`, bfloat16, forward and backward with K soft targets (a Triton kernel a chunk).
-gpu_matmuls           its three matrix products alone, by cuBLAS: no loss that makes both gradients can be faster.
+gpu_loss              `maths.sparse_loss`, bfloat16, forward and backward with K soft targets (a Triton kernel
+                      a chunk).
+gpu_matmuls           its three matrix products alone, by cuBLAS: no loss that makes both gradients can be
+                      faster.
 gpu_mixture           `mixture_log_probabilities`: two Triton launches.
 gpu_mixture_eager     log_softmax of both, two additions, logaddexp: what it replaces.
 
-Figures of others for (4096, 4096, 128256), hard labels, H200, from their repositories: Liger-Kernel 141 ms (Triton), 18.06
-(its CuTe kernel), QuACK 17.33.
+Figures of others for (4096, 4096, 128256), hard labels, H200, from their repositories: Liger-Kernel 141 ms
+(Triton), 18.06 (its CuTe kernel), QuACK 17.33.
 
 Shape legend: M rows, D width, V vocabulary, K teacher entries a row.
 """
@@ -54,7 +57,9 @@ def gpu_rows(device: str, *, runs: int, sizes: Sizes | None = None) -> tuple[lis
                 seconds[name].append(_seconds(device, arm))
         rows += [row_of(name, "device_seconds", "s", values) for name, values in seconds.items()]
         ours, other = (statistics.median(values) for values in seconds.values())
-        ratios["gpu_loss_over_matmuls" if make_arms is _loss_arms else "gpu_mixture_over_eager"] = ours / other
+        ratios["gpu_loss_over_matmuls" if make_arms is _loss_arms else "gpu_mixture_over_eager"] = (
+            ours / other
+        )
         if device == "cuda" and make_arms is _loss_arms:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -73,7 +78,11 @@ def _loss_arms(device: str, sizes: Sizes) -> dict[str, Callable[[], Any]]:
     hidden_MD = normal(sizes.rows, sizes.width).bfloat16().requires_grad_()
     weight_VD = (normal(sizes.vocab_size, sizes.width) / math.sqrt(sizes.width)).bfloat16().requires_grad_()
     steps_MK = torch.randint(
-        1, max(2, sizes.vocab_size // sizes.entries), (sizes.rows, sizes.entries), generator=generator, device=device
+        1,
+        max(2, sizes.vocab_size // sizes.entries),
+        (sizes.rows, sizes.entries),
+        generator=generator,
+        device=device,
     )
     targets = TargetBatch(
         offsets_N1=torch.arange(sizes.rows + 1) * sizes.entries,

@@ -24,7 +24,9 @@ _UNIT_POSITIONS = 16 * _BLOCK_SIZE
 def write_synthetic_keys(root: Path, config: Any, world: World) -> None:
     """A key directory as extract_keys leaves it, of made-up codes and values."""
     codes_ND, values_N = synthetic_keys(config.positions, config.dim, config.vocab_size)
-    stage = open_stage(root, stage=FORMAT, version=VERSION, config=config, inputs={"corpus": "made up"}, world=world)
+    stage = open_stage(
+        root, stage=FORMAT, version=VERSION, config=config, inputs={"corpus": "made up"}, world=world
+    )
     firsts = range(0, config.positions, _UNIT_POSITIONS)
 
     def write(unit: str, writer: UnitWriter) -> None:
@@ -38,7 +40,13 @@ def write_synthetic_keys(root: Path, config: Any, world: World) -> None:
     stage.finish(
         units,
         lambda: {
-            "codec": {"name": "int8", "dim": config.dim, "scale": _SCALE, "energy_kept": 1.0, "clipped_share": 0.0},
+            "codec": {
+                "name": "int8",
+                "dim": config.dim,
+                "scale": _SCALE,
+                "energy_kept": 1.0,
+                "clipped_share": 0.0,
+            },
             "num_positions": config.positions,
             "unit_positions": _UNIT_POSITIONS,
             "key_size": config.dim,
@@ -53,9 +61,9 @@ def write_synthetic_keys(root: Path, config: Any, world: World) -> None:
 def synthetic_keys(num_keys: int, dim: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """int8 codes [N, D] and values [N] (uint16 where they fit), by a fixed seed.
 
-    Centres around centres; cluster sizes and values by Zipf's law; standard deviations of the directions fall as
-    1/sqrt(rank), then a random rotation spreads them. Seven values of ten are one of their cluster's 64 tokens, so that
-    1,024 neighbours carry about 290 distinct ones, as on WikiText with a small base.
+    Centres around centres; cluster sizes and values by Zipf's law; standard deviations of the directions fall
+    as 1/sqrt(rank), then a random rotation spreads them. Seven values of ten are one of their cluster's 64
+    tokens, so that 1,024 neighbours carry about 290 distinct ones, as on WikiText with a small base.
     """
     generator = np.random.default_rng(_SEED)
     num_clusters = max(1, math.isqrt(num_keys) * 4)

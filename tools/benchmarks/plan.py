@@ -1,11 +1,14 @@
-"""Benchmark `plan`: **what tools/plan.py says** of a run twice the size of the one it was calibrated on, beside what came out.
+"""Benchmark `plan`: **what tools/plan.py says** of a run twice the size of the one it was calibrated on,
+beside what came out.
 
-Index and targets of 2 N keys, made up or real, and of half of them are made by the front-ends, each in a process of its own
-that tells the peak of its own memory (RssAnon every 5 ms: mapped files are shared by the ranks and not counted). The plan of
-2 N is made from flags and the run over N alone. Errors are fractions of what was measured: bytes of index and targets
-together, seconds of both together, and the memory of the worse of the two.
+Index and targets of 2 N keys, made up or real, and of half of them are made by the front-ends, each in a
+process of its own that tells the peak of its own memory (RssAnon every 5 ms: mapped files are shared by the
+ranks and not counted). The plan of 2 N is made from flags and the run over N alone. Errors are fractions of
+what was measured: bytes of index and targets together, seconds of both together, and the memory of the worse
+of the two.
 
-Keys come as the stage extract_keys would leave them, so their bytes are compared too; corpus and training are not run.
+Keys come as the stage extract_keys would leave them, so their bytes are compared too; corpus and training are
+not run.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ from .common import Report, Row, check_output, row_of, use_threads
 from .targets import synthetic_keys
 
 DESCRIPTION = (
-    "Bytes, memory and time of index and targets as planned from a run of half the size, and as measured. The default "
-    "sizes take about 3 minutes on two cores."
+    "Bytes, memory and time of index and targets as planned from a run of half the size, and as measured. The"
+    " default sizes take about 3 minutes on two cores."
 )
 _STAGES = ("index", "targets")
 _SEED = 1
@@ -68,7 +71,9 @@ class Config:
 
     output: Path = option("JSON file to write; a working directory beside it is removed at the end")
     positions: int = option("keys of the run that calibrates; the plan is for twice as many", 150_000)
-    keys: Path | None = option("key directory (int8) to take keys and values from, in place of made-up ones", None)
+    keys: Path | None = option(
+        "key directory (int8) to take keys and values from, in place of made-up ones", None
+    )
     dim: int = option("numbers in a made-up key", 256)
     vocab_size: int = option("vocabulary of the made-up values", 50257)
     k: int = option("neighbours of a position", 1024)
@@ -81,7 +86,9 @@ class Config:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if not 1 < self.neighbour_perplexity < self.k:
-            raise UserError(f"--neighbour-perplexity {self.neighbour_perplexity:g} must lie between 1 and --k {self.k}")
+            raise UserError(
+                f"--neighbour-perplexity {self.neighbour_perplexity:g} must lie between 1 and --k {self.k}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +124,9 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
         pairs = {"planned": (cost.bytes, cost.seconds, cost.rank_memory_bytes)}
         pairs["measured"] = (measured[stage].bytes, measured[stage].seconds, measured[stage].memory_bytes)
         for arm, values in pairs.items():
-            for metric, unit, value in zip(("bytes", "seconds", "peak_memory"), ("B", "s", "B"), values, strict=True):
+            for metric, unit, value in zip(
+                ("bytes", "seconds", "peak_memory"), ("B", "s", "B"), values, strict=True
+            ):
                 rows.append(row_of(arm, f"{stage}_{metric}", unit, [float(value)]))
     key_files = sum(entry["bytes"] for entry in open_keys(large / "keys").manifest["files"])
     rows.append(row_of("planned", "keys_bytes", "B", [float(planned.costs["keys"].bytes)]))
@@ -128,7 +137,9 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
             sum(cost.bytes for cost in costs) + planned.costs["keys"].bytes,
             sum(measured[stage].bytes for stage in _STAGES) + key_files,
         ),
-        "time_error": _error(sum(cost.seconds for cost in costs), sum(measured[stage].seconds for stage in _STAGES)),
+        "time_error": _error(
+            sum(cost.seconds for cost in costs), sum(measured[stage].seconds for stage in _STAGES)
+        ),
         "memory_error": max(
             _error(planned.costs[stage].rank_memory_bytes, measured[stage].memory_bytes) for stage in _STAGES
         ),
@@ -136,7 +147,9 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
     for stage in _STAGES:
         ratios[f"bytes_error_{stage}"] = _error(planned.costs[stage].bytes, measured[stage].bytes)
         ratios[f"time_error_{stage}"] = _error(planned.costs[stage].seconds, measured[stage].seconds)
-        ratios[f"memory_error_{stage}"] = _error(planned.costs[stage].rank_memory_bytes, measured[stage].memory_bytes)
+        ratios[f"memory_error_{stage}"] = _error(
+            planned.costs[stage].rank_memory_bytes, measured[stage].memory_bytes
+        )
     return rows, ratios
 
 
@@ -148,17 +161,23 @@ def keys_of(config: Config) -> tuple[np.ndarray, np.ndarray]:
     keys = open_keys(config.keys)
     if keys.codec != "int8" or keys.num_positions < wanted or keys.manifest["vocab_size"] > config.vocab_size:
         raise UserError(
-            f"--keys {config.keys} holds {keys.num_positions:,} keys of codec {keys.codec} and a vocabulary of "
-            f"{keys.manifest['vocab_size']:,}: give int8 keys, --positions up to half of them, and that --vocab-size"
+            f"--keys {config.keys} holds {keys.num_positions:,} keys of codec {keys.codec} and a vocabulary"
+            f" of {keys.manifest['vocab_size']:,}: give int8 keys, --positions up to half of them, and that"
+            " --vocab-size"
         )
     dtype = np.uint16 if config.vocab_size <= 2**16 else np.uint32
     return keys.read("keys", 0, wanted), keys.read("values", 0, wanted).astype(dtype)
 
 
 def plan_config(config: Config, positions: int, run_of_half: Path) -> plan.Config:
-    """The flags that a user gives: how many tokens, and the run to learn from; the base is of no matter here."""
+    """The flags that a user gives: how many tokens, and the run to learn from; the base is of no matter
+    here."""
     return plan.Config(
-        positions=positions, calibrate=run_of_half, parameters=1e6, threads=torch.get_num_threads(), search="ivf"
+        positions=positions,
+        calibrate=run_of_half,
+        parameters=1e6,
+        threads=torch.get_num_threads(),
+        search="ivf",
     )
 
 
@@ -192,7 +211,13 @@ def peak_of_front_end(name: str, *words: object) -> int:
     Raises:
         UserError: it failed; with what it said.
     """
-    command = [sys.executable, "-c", _TELL_PEAK, str(Path(__file__).parents[1] / f"{name}.py"), *map(str, words)]
+    command = [
+        sys.executable,
+        "-c",
+        _TELL_PEAK,
+        str(Path(__file__).parents[1] / f"{name}.py"),
+        *map(str, words),
+    ]
     paths = [str(Path(mlpmem_ds.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -203,7 +228,9 @@ def peak_of_front_end(name: str, *words: object) -> int:
 
 def write_keys(root: Path, codes_ND: np.ndarray, values_N: np.ndarray, config: Config, world: World) -> None:
     """A key directory as extract_keys leaves it, without inputs."""
-    stage = open_stage(root, stage=FORMAT, version=VERSION, config=config, inputs={"corpus": "made up"}, world=world)
+    stage = open_stage(
+        root, stage=FORMAT, version=VERSION, config=config, inputs={"corpus": "made up"}, world=world
+    )
     firsts = {unit_name(block.start): slice(*block) for block in split_blocks(len(codes_ND), _UNIT_POSITIONS)}
 
     def write(unit: str, writer: UnitWriter) -> None:

@@ -1,8 +1,8 @@
 """The published way to make kNN targets, written anew: what `targets` compares with.
 
-Stock faiss search batch by batch, the first hit dropped, the index's approximate distances into a softmax, a dense
-batch x vocabulary array, a Python loop that keeps p > 1e-8 of each row, padding to the widest row, rows of int32 ids and
-float16 probabilities appended to one file.
+Stock faiss search batch by batch, the first hit dropped, the index's approximate distances into a softmax, a
+dense batch x vocabulary array, a Python loop that keeps p > 1e-8 of each row, padding to the widest row, rows
+of int32 ids and float16 probabilities appended to one file.
 
 Shape legend: N keys, Q queries, D numbers in a key, K neighbours, V vocabulary, W widest row of a batch.
 """
@@ -18,11 +18,18 @@ import torch
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import Keys
 
-_LEAST_PROBABILITY = 1e-8
+_MIN_PROBABILITY = 1e-8
 
 
 def write_published(
-    keys: Keys, index: faiss.Index, k: int, temperature: float, output: Path, *, num_positions: int, batch: int
+    keys: Keys,
+    index: faiss.Index,
+    k: int,
+    temperature: float,
+    output: Path,
+    *,
+    num_positions: int,
+    batch: int,
 ) -> None:
     """Write the targets of the first positions, in order."""
     codes_ND, values_N = keys.read("keys"), keys.read("values")
@@ -61,7 +68,7 @@ def published_rows(
     dense_QV /= dense_QV.sum(dim=1, keepdim=True)
     rows = []
     for dense_V in dense_QV.numpy():  # NumPy: torch would wake all its threads for each row
-        ids = np.flatnonzero(dense_V > _LEAST_PROBABILITY)
+        ids = np.flatnonzero(dense_V > _MIN_PROBABILITY)
         rows.append((ids.astype(np.int32), dense_V[ids].astype(np.float16)))
     return rows
 

@@ -1,4 +1,5 @@
-"""How far targets are from exact ones, and how large: ours and the published recipe on the same sampled positions.
+"""How far targets are from exact ones, and how large: ours and the published recipe on the same sampled
+positions.
 
 Shape legend: Q sampled positions, D numbers in a key, K neighbours.
 """
@@ -20,7 +21,13 @@ from mlpmem_ds.formats.target_encoding import unpack_block
 from mlpmem_ds.formats.targets import frequency_order, index_name, pack_block, shard_name, write_shard
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours
 from mlpmem_ds.maths.target_distance import distances, recall
-from mlpmem_ds.maths.targets import SparseRows, aggregate, fit_temperature, neighbour_weights, weight_perplexity
+from mlpmem_ds.maths.targets import (
+    SparseRows,
+    aggregate,
+    fit_temperature,
+    neighbour_weights,
+    weight_perplexity,
+)
 from mlpmem_ds.stages.retrieval.target_search import Datastore, squared_key_distances
 
 from .common import Row, row_of
@@ -44,27 +51,34 @@ def sample_blocks(keys: Keys, wanted: int) -> np.ndarray:
     """Positions of as many whole blocks, drawn by hash, as hold `wanted`: int64 [Q], ascending."""
     size, total = keys.manifest["block_size"], keys.num_positions
     blocks = np.sort(shuffled(-(-total // size), _SEED)[: -(-wanted // size)])
-    return np.concatenate([np.arange(block * size, min((block + 1) * size, total)) for block in blocks.tolist()])
+    return np.concatenate(
+        [np.arange(block * size, min((block + 1) * size, total)) for block in blocks.tolist()]
+    )
 
 
 def exact_of(case: Case, positions_Q: np.ndarray, k: int) -> tuple[Neighbours, np.ndarray, np.ndarray]:
     """(true neighbours, their squared distances in key units, which are there)."""
     vectors_ND = case.truth.read("keys")
-    exact = exact_neighbours(vectors_ND[positions_Q], vectors_ND, k, exclusion=Exclusion(query_ids_Q=positions_Q))
+    exact = exact_neighbours(
+        vectors_ND[positions_Q], vectors_ND, k, exclusion=Exclusion(query_ids_Q=positions_Q)
+    )
     return (exact, *squared_key_distances(exact, case.truth))
 
 
 def temperatures_of(case: Case, config: Any) -> dict[str, float]:
-    """soft, sharp: where the geometric mean of the rows' weight perplexity is as asked; sharp_mean: the arithmetic one."""
+    """soft, sharp: where the geometric mean of the rows' weight perplexity is as asked; sharp_mean: the
+    arithmetic one."""
     _, squared_QK, valid_QK = exact_of(case, sample_blocks(case.keys, min(config.sample, 1024)), config.k)
     return _fit(squared_QK, valid_QK, config)
 
 
 def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) -> list[Row]:
-    """Rows `recall_…`, `tv_…`, `divergence_…`, `bytes_per_token_…`, `entries_per_token_…` of arms ours (compact), exact
-    (ours in the exact encoding) and plain."""
+    """Rows `recall_…`, `tv_…`, `divergence_…`, `bytes_per_token_…`, `entries_per_token_…` of arms ours
+    (compact), exact (ours in the exact encoding) and plain."""
     exact, squared_QK, valid_QK = exact_of(case, positions_Q, config.k)
-    store = Datastore(case.keys, open_index(case.index), k=config.k, nprobe=config.nprobe, threads=config.threads)
+    store = Datastore(
+        case.keys, open_index(case.index), k=config.k, nprobe=config.nprobe, threads=config.threads
+    )
     found = store.neighbours(positions_Q)
     stock = stock_index(case.published, config.nprobe)
     queries_QD = case.truth.gather("keys", positions_Q)
@@ -72,25 +86,33 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
     rows = []
     for arm, ids_QK in (("ours", found.ids_QK), ("plain", hits_QK)):
         for name, count in (("1", 1), ("64", 64), ("k", config.k)):
-            rows.append(row_of(arm, f"recall_{name}", "share", [float(recall(ids_QK, exact.ids_QK, count).mean())]))
+            rows.append(
+                row_of(arm, f"recall_{name}", "share", [float(recall(ids_QK, exact.ids_QK, count).mean())])
+            )
     for name, temperature in _fit(squared_QK, valid_QK, config).items():
         weights_QK = neighbour_weights(squared_QK, temperature, valid_QK)
         truth = aggregate(weights_QK, store.values_N[np.maximum(exact.ids_QK, 0)])
         perplexities_Q = weight_perplexity(weights_QK)
         rows += [
             row_of("both", f"temperature_{name}", "squared key units", [temperature]),
-            row_of("both", f"perplexity_{name}", "geometric mean", [float(np.exp(np.log(perplexities_Q).mean()))]),
+            row_of(
+                "both", f"perplexity_{name}", "geometric mean", [float(np.exp(np.log(perplexities_Q).mean()))]
+            ),
             row_of("both", f"perplexity_mean_{name}", "arithmetic mean", [float(perplexities_Q.mean())]),
         ]
         for arm, encoding in (("ours", "compact"), ("exact", "exact")):
-            kept, dropped_Q, num_bytes = _written(store, found, positions_Q, temperature, config.mass, encoding, work)
+            kept, dropped_Q, num_bytes = _written(
+                store, found, positions_Q, temperature, config.mass, encoding, work
+            )
             rows += _rows_of(arm, name, truth, kept, dropped_Q, num_bytes, case.keys)
         published = published_rows(case.truth, stock, queries_QD, store.values_N, config.k, temperature)
         counts_Q = np.array([len(ids) for ids, _ in published])
         sparse = SparseRows(
             offsets=np.concatenate([[0], np.cumsum(counts_Q)]),
             ids=np.concatenate([ids for ids, _ in published]).astype(np.int64),
-            probabilities=np.concatenate([probabilities for _, probabilities in published]).astype(np.float64),
+            probabilities=np.concatenate([probabilities for _, probabilities in published]).astype(
+                np.float64
+            ),
         )
         num_bytes = 4 * len(counts_Q) + 6 * int(counts_Q.sum())
         rows += _rows_of("plain", name, truth, sparse, np.zeros(len(counts_Q)), num_bytes, case.keys)
@@ -115,7 +137,9 @@ def _written(
     for block in split_blocks(len(positions_Q), keys.manifest["block_size"]):
         part = Neighbours(ids_QK=found.ids_QK[slice(*block)], distances_QK=found.distances_QK[slice(*block)])
         rows, dropped_n = store.rows(part, positions_Q[slice(*block)], temperature, mass)
-        blocks.append(pack_block(block.start, rows, dropped_n, dtype=dtype, encoding=encoding, order_V=order_V))
+        blocks.append(
+            pack_block(block.start, rows, dropped_n, dtype=dtype, encoding=encoding, order_V=order_V)
+        )
     path = work / shard_name(0, len(positions_Q))
     write_shard(path, work / index_name(path.name), blocks)
     num_bytes = path.stat().st_size + (work / index_name(path.name)).stat().st_size
@@ -129,7 +153,13 @@ def _written(
 
 
 def _rows_of(
-    arm: str, name: str, truth: SparseRows, found: SparseRows, dropped_Q: np.ndarray, num_bytes: int, keys: Keys
+    arm: str,
+    name: str,
+    truth: SparseRows,
+    found: SparseRows,
+    dropped_Q: np.ndarray,
+    num_bytes: int,
+    keys: Keys,
 ) -> list[Row]:
     far = distances(truth, found, dropped_Q, keys.manifest["vocab_size"])
     num_rows = len(dropped_Q)
@@ -144,7 +174,9 @@ def _rows_of(
 def _fit(squared_QK: np.ndarray, valid_QK: np.ndarray, config: Any) -> dict[str, float]:
     some = slice(None, None, max(1, len(squared_QK) // 1024))
     squared_QK, valid_QK = squared_QK[some], valid_QK[some]
-    soft, sharp = (fit_temperature(squared_QK, valid_QK, p) for p in (config.soft_perplexity, config.sharp_perplexity))
+    soft, sharp = (
+        fit_temperature(squared_QK, valid_QK, p) for p in (config.soft_perplexity, config.sharp_perplexity)
+    )
     low, high = sharp / 64, sharp  # the arithmetic mean is the larger, so its temperature is the lower
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5

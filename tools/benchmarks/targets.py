@@ -1,17 +1,19 @@
 """Benchmark `targets`: keys and index → **sparse kNN targets on disk**, ours beside the published recipe.
 
-ours      stages.write_targets: lists of the nearest centroids, exact distances of the stored keys, self excluded by id, cut at
-          a share of the mass, compact encoding in multi-frame zstd.
-plain     the published way (published_targets.py): faiss search, PQ distances, first hit dropped, dense scatter, loop over rows.
+ours      stages.write_targets: lists of the nearest centroids, exact distances of the stored keys, self
+          excluded by id, cut at a share of the mass, compact encoding in multi-frame zstd.
+plain     the published way (published_targets.py): faiss search, PQ distances, first hit dropped, dense
+          scatter, loop over rows.
 
-Speed, on made-up keys always: both read the same keys and index from disk, probe as many lists, use the same neighbours,
-temperature and threads, and write to the same disk. At the soft temperature (weight perplexity about 300), where rows are
-widest. `reader`: CPU time of reading ours back, blocks in random order.
+Speed, on made-up keys always: both read the same keys and index from disk, probe as many lists, use the same
+neighbours, temperature and threads, and write to the same disk. At the soft temperature (weight perplexity
+about 300), where rows are widest. `reader`: CPU time of reading ours back, blocks in random order.
 
-Fidelity and size, on --keys where given: whole blocks of positions drawn by hash, searched through the index that build_index
-chooses, beside the published index (IVF4096,PQ64, fewer lists where keys are few) over --raw-keys; the truth is exact search
-over the raw keys (or --keys), rows normalised. At three temperatures: soft and sharp (geometric mean of the rows' weight
-perplexity about 300 and 30), and sharp_mean (arithmetic mean about 30: rows differ much, so this one is sharper).
+Fidelity and size, on --keys where given: whole blocks of positions drawn by hash, searched through the index
+that build_index chooses, beside the published index (IVF4096,PQ64, fewer lists where keys are few) over
+--raw-keys; the truth is exact search over the raw keys (or --keys), rows normalized. At three temperatures:
+soft and sharp (geometric mean of the rows' weight perplexity about 300 and 30), and sharp_mean (arithmetic
+mean about 30: rows differ much, so this one is sharper).
 
 Shape legend: N positions, Q sampled ones, D numbers in a key, K neighbours.
 """
@@ -34,8 +36,9 @@ from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import open_targets
-from mlpmem_ds.stages.retrieval import build_index, write_targets
-from mlpmem_ds.stages.retrieval.target_audit import open_truth
+from mlpmem_ds.stages.index import build_index
+from mlpmem_ds.stages.targets import write_targets
+from mlpmem_ds.stages.targets.audit import open_truth
 
 from .common import Report, Row, check_output, interleave, median_of, row_of, timing_rows, use_threads
 from .made_up_keys import synthetic_keys, write_synthetic_keys
@@ -55,8 +58,9 @@ __all__ = [
 ]
 
 DESCRIPTION = (
-    "kNN targets from keys and an index: ours, and the published recipe (faiss search, dense scatter, loop over rows). "
-    "The default sizes take about 2 minutes on two cores, with --keys of 700,000 positions about 4."
+    "kNN targets from keys and an index: ours, and the published recipe (faiss search, dense scatter, loop"
+    " over rows). The default sizes take about 2 minutes on two cores, with --keys of 700,000 positions"
+    " about 4."
 )
 
 
@@ -82,7 +86,9 @@ class Config:
     mass: float = option("probability that ours keeps of each row", 0.999)
     soft_perplexity: float = option("neighbours that count at the soft temperature, which is timed", 300.0)
     sharp_perplexity: float = option("neighbours that count at the sharp temperature", 30.0)
-    plain_positions: int = option("positions that plain does, 0 = all; its rate does not depend on it", 20_000)
+    plain_positions: int = option(
+        "positions that plain does, 0 = all; its rate does not depend on it", 20_000
+    )
     plain_batch: int = option("queries that plain searches at once", 2048)
     sample: int = option("positions compared with exact search, in whole blocks", 4096)
     runs: int = option("timed runs of each arm", 3)
@@ -165,7 +171,8 @@ def case_of(setting: Setting, keys: Keys | None, truth: Keys | None, work: Path,
 
 
 def published_factory(keys: Keys) -> str:
-    """IVF4096,PQ64, with the power of two of lists that leaves at least 192 keys a list where keys are fewer."""
+    """IVF4096,PQ64, with the power of two of lists that leaves at least 192 keys a list where keys are
+    fewer."""
     lists = min(4096, 2 ** max(0, (keys.num_positions // 192).bit_length() - 1))
     parts = next(parts for parts in range(min(64, keys.dim), 0, -1) if keys.dim % parts == 0)
     return f"IVF{lists},PQ{parts}"
@@ -212,7 +219,9 @@ def measure_speed(
     for name in ("soft", "sharp"):
         rates = [read_rate(work / name) for _ in range(config.runs)]
         rows.append(row_of("reader", f"targets_per_cpu_second_{name}", "positions/s", rates))
-        ratios[f"reader_targets_per_cpu_second_{name}"] = median_of(rows, "reader", f"targets_per_cpu_second_{name}")
+        ratios[f"reader_targets_per_cpu_second_{name}"] = median_of(
+            rows, "reader", f"targets_per_cpu_second_{name}"
+        )
     return rows, ratios
 
 
@@ -273,7 +282,8 @@ def _ratio(rows: list[Row], metric: str) -> float:
 
 
 def _share_of_extraction(keys: Keys, positions_per_second: float) -> dict[str, float]:
-    """Seconds of search, aggregation and writing over those of one rank's extraction of the same number of positions."""
+    """Seconds of search, aggregation and writing over those of one rank's extraction of the same number of
+    positions."""
     path = keys.root / "log.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     seconds = sum(event.get("seconds", 0) for event in events if event["event"] == "unit")

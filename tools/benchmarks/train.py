@@ -1,19 +1,24 @@
-"""Benchmark `train`: sparse targets as read from disk → **one optimizer step of the memory**, ours beside the published loop.
+"""Benchmark `train`: sparse targets as read from disk → **one optimizer step of the memory**, ours beside the
+published loop.
 
-ours        what `stages.train` does: batch in CSR, chunked sparse loss in the forward of the head, ZeRO engine with fused AdamW.
-            bfloat16 products by ds_configs/zero1.json; ours_fp32 the same in float32 by ds_configs/cpu.json.
-published   what the published loop (Binn0/MLPMemory, train_mlpmem_offline.py and utils/cal_loss.py) does, written anew: a Python
-            loop that makes a dense row of each target, full logits, the rows that are not padding selected from them by a
-            mask (a copy, whose backward adds into zeros one row after another), log_softmax + kl_div + cross_entropy,
-            torch's plain AdamW, clipping, autograd's anomaly detection on. Its dropout is left out.
-repaired    the same without anomaly detection and without the selection, and with one vectorised scatter for the targets.
+ours        what `stages.train` does: batch in CSR, chunked sparse loss in the forward of the head, ZeRO
+            engine with fused AdamW. bfloat16 products by ds_configs/zero1.json; ours_fp32 the same in float32
+            by ds_configs/cpu.json.
+published   what the published loop (Binn0/MLPMemory, train_mlpmem_offline.py and utils/cal_loss.py) does,
+            written anew: a Python loop that makes a dense row of each target, full logits, the rows that are
+            not padding selected from them by a mask (a copy, whose backward adds into zeros one row after
+            another), log_softmax + kl_div + cross_entropy, torch's plain AdamW, clipping, autograd's anomaly
+            detection on. Its dropout is left out.
+repaired    the same without anomaly detection and without the selection, and with one vectorized scatter for
+            the targets.
 
-All have the same network, initial weights and batch; published and repaired are measured in float32 and, `_bf16`, under
-bfloat16 autocast. The ratios take the faster of each pair; `…_published_float32_…` compares with the published loop in float32,
-as it runs where nothing asks for another. A step starts from arrays in memory: reading is left out on both sides.
-`outside_matmul_share` is the share of a step's processor time (on a GPU: device time) that is not in matrix products.
+All have the same network, initial weights and batch; published and repaired are measured in float32 and,
+`_bf16`, under bfloat16 autocast. The ratios take the faster of each pair; `…_published_float32_…` compares
+with the published loop in float32, as it runs where nothing asks for another. A step starts from arrays in
+memory: reading is left out on both sides. `outside_matmul_share` is the share of a step's processor time (on
+a GPU: device time) that is not in matrix products.
 
-With a GPU also: model FLOPs utilisation and peak memory of a step of a larger preset.
+With a GPU also: model FLOPs utilization and peak memory of a step of a larger preset.
 
 Shape legend: N rows, D input size, V vocabulary, E entries.
 """
@@ -36,18 +41,24 @@ from torch.profiler import ProfilerActivity, profile
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import AdamWSettings, Engine, build_engine, resolve_ds_config, set_up_distributed
+from mlpmem_ds.engines.deepspeed import (
+    AdamWSettings,
+    Engine,
+    build_engine,
+    resolve_ds_config,
+    set_up_distributed,
+)
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory import PRESETS, Memory, MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
-from mlpmem_ds.stages.training.training_loop import most_memory
+from mlpmem_ds.stages.training.loop import max_memory
 
 from .common import Report, Row, check_output, interleave, median_of, row_of, timing_rows, use_threads
 
 DESCRIPTION = (
-    "A training step: ours, and the published loop as shipped and repaired, on the identical network and batch. "
-    "The default sizes take about 3 minutes and 6 GB on two cores."
+    "A training step: ours, and the published loop as shipped and repaired, on the identical network and"
+    " batch. The default sizes take about 3 minutes and 6 GB on two cores."
 )
 _SEED = 1
 _ALPHA, _LEARNING_RATE, _CLIPPING = 0.5, 1e-4, 1.0
@@ -128,19 +139,22 @@ def measure(config: Config, vocab_size: int, world: World) -> list[Row]:
 
 
 def ratios_of(rows: Sequence[Row], vocab_size: int) -> dict[str, float]:
-    """How many times faster ours is by the clock, and (`cpu_…`) in processor time; the faster of each pair of dtypes."""
+    """How many times faster ours is by the clock, and (`cpu_…`) in processor time; the faster of each pair of
+    dtypes."""
 
     def fastest(arms: Sequence[str], metric: str) -> float:
         return min(median_of(rows, f"{arm} v{vocab_size}", metric) for arm in arms)
 
     return {
-        f"{prefix}speed_over_{other}_v{vocab_size}": fastest([other, f"{other}_bf16"], metric)
-        / fastest(["ours", "ours_fp32"], metric)
+        f"{prefix}speed_over_{other}_v{vocab_size}": (
+            fastest([other, f"{other}_bf16"], metric) / fastest(["ours", "ours_fp32"], metric)
+        )
         for other in ("published", "repaired")
         for prefix, metric in (("", "wall_seconds"), ("cpu_", "cpu_seconds"))
     } | {
-        f"speed_over_published_float32_v{vocab_size}": fastest(["published"], "wall_seconds")
-        / fastest(["ours", "ours_fp32"], "wall_seconds"),
+        f"speed_over_published_float32_v{vocab_size}": (
+            fastest(["published"], "wall_seconds") / fastest(["ours", "ours_fp32"], "wall_seconds")
+        ),
         f"outside_matmul_share_v{vocab_size}": median_of(rows, f"ours v{vocab_size}", "outside_matmul_share"),
     }
 
@@ -178,7 +192,10 @@ def make_steps(memory: MemoryConfig, batch: Batch, world: World) -> dict[str, Ca
     for name, file in (("ours", "zero1.json"), ("ours_fp32", "cpu.json")):
         engine = make_engine(memory, file, len(batch.labels_N), world)
         steps[name] = partial(step_of_ours, engine, batch)
-    for name, collate, as_shipped in (("published", collate_row_by_row, True), ("repaired", collate_at_once, False)):
+    for name, collate, as_shipped in (
+        ("published", collate_row_by_row, True),
+        ("repaired", collate_at_once, False),
+    ):
         for suffix, autocast in (("", False), ("_bf16", True)):
             steps[name + suffix] = make_plain_step(
                 memory, batch, collate=collate, autocast=autocast, as_shipped=as_shipped
@@ -283,7 +300,7 @@ def share_outside_products(step: Callable[[], Any]) -> float:
 
 
 def measure_large_step(config: Config, world: World) -> list[Row]:
-    """On a GPU: utilisation of the measured peak, and most memory, of steps of a large memory with ZeRO-1."""
+    """On a GPU: utilization of the measured peak, and most memory, of steps of a large memory with ZeRO-1."""
     memory = PRESETS[config.gpu_preset](32_000)
     engine = make_engine(memory, "zero1.json", config.gpu_rows, world)
     small = make_batch(
@@ -299,6 +316,6 @@ def measure_large_step(config: Config, world: World) -> list[Row]:
     arm = f"ours {config.gpu_preset}"
     return [
         row_of(arm, "mfu", f"share of {peak.source}", [flops / second / peak.flops for second in seconds]),
-        row_of(arm, "peak_memory", "B", [most_memory(engine.device)]),
+        row_of(arm, "peak_memory", "B", [max_memory(engine.device)]),
         row_of(arm, "wall_seconds", "s", seconds),
     ]

@@ -1,9 +1,12 @@
-"""Triton twins of the row work in `maths`: one launch where PyTorch makes a dozen passes. Every twin has its torch original.
+"""Triton twins of the row work in `maths`: one launch where PyTorch makes a dozen passes. Every twin has its
+torch original.
 
 `sparse_rows`         loss and gradient of the head's logits, for `sparse_loss`
-`probability_rows`    label log-probabilities for `head_scores`, the mixture of two models' logits for `interpolation`
+`probability_rows`    label log-probabilities for `head_scores`, the mixture of two models' logits for
+                      `interpolation`
 
-Triton is imported only by those two files, and they only where `usable` says so: on a CUDA tensor, with Triton installed.
+Triton is imported only by those two files, and they only where `usable` says so: on a CUDA tensor, with
+Triton installed.
 """
 
 import importlib.util

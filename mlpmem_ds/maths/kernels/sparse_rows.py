@@ -1,8 +1,9 @@
-"""Triton twin of the row work in `maths.sparse_loss`: logits of a chunk → **KL, CE and the logits' gradient, one launch**.
+"""Triton twin of the row work in `maths.sparse_loss`: logits of a chunk → **KL, CE and the logits' gradient,
+one launch**.
 
-A program takes a row: one pass over its logits for their normaliser, one that writes s·softmax(z) - m. Where m is not 0 the
-value is written from float32 in one rounding, not read back, subtracted and rounded again (that cancels; measured 3.5e-3
-relative in bfloat16 where this has 2.8e-3).
+A program takes a row: one pass over its logits for their normalizer, one that writes s·softmax(z) - m. Where
+m is not 0 the value is written from float32 in one rounding, not read back, subtracted and rounded again
+(that cancels; measured 3.5e-3 relative in bfloat16 where this has 2.8e-3).
 
 Shape legend: C rows of a chunk, V vocabulary, E stored teacher entries of all rows.
 """
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_COLUMNS = 8192
+_MAX_COLUMNS = 8192
 _ENTRIES = 128
 
 
@@ -44,18 +45,20 @@ def sparse_rows_kernel(  # type: ignore[no-untyped-def]
     exp_sum = 0.0
     for start in range(0, vocabulary_size, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        logits = tl.load(logits_ptr + columns, mask=columns < vocabulary_size, other=-float("inf")).to(tl.float32)
+        logits = tl.load(logits_ptr + columns, mask=columns < vocabulary_size, other=-float("inf")).to(
+            tl.float32
+        )
         greater = tl.maximum(greatest, tl.max(logits, 0))
         exp_sum = exp_sum * tl.exp(greatest - greater) + tl.sum(tl.exp(logits - greater), 0)
         greatest = greater
-    log_normaliser = greatest + tl.log(exp_sum)
+    log_normalizer = greatest + tl.log(exp_sum)
 
     weight = tl.load(weights_ptr + row)
     alpha = tl.load(alphas_ptr + row)
     label = tl.load(labels_ptr + row)
     label_logit = tl.load(logits_ptr + label).to(tl.float32)
     label_mass = 1.0 - alpha
-    log_prediction = label_logit - log_normaliser
+    log_prediction = label_logit - log_normalizer
     if THROUGH_MIXTURE:
         log_base = tl.load(log_base_ptr + row)
         log_memory = log_prediction + log_lambda
@@ -73,7 +76,7 @@ def sparse_rows_kernel(  # type: ignore[no-untyped-def]
         ids = tl.load(ids_ptr + entries, mask=counts, other=0)
         logits = tl.load(logits_ptr + ids, mask=counts, other=0.0).to(tl.float32)
         log_teacher = tl.log(tl.where(counts, teacher, 1.0))
-        kl += tl.sum(teacher * (log_teacher - logits + log_normaliser), 0)
+        kl += tl.sum(teacher * (log_teacher - logits + log_normalizer), 0)
     tl.store(kl_ptr + row, weight * kl)
     tl.store(ce_ptr + row, -weight * log_prediction)
 
@@ -83,7 +86,7 @@ def sparse_rows_kernel(  # type: ignore[no-untyped-def]
             columns = start + tl.arange(0, COLUMNS)
             inside = columns < vocabulary_size
             logits = tl.load(logits_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            d_logits = weight * mass * tl.exp(logits - log_normaliser)
+            d_logits = weight * mass * tl.exp(logits - log_normalizer)
             tl.store(d_logits_ptr + columns, d_logits.to(d_logits_ptr.dtype.element_ty), mask=inside)
         tl.debug_barrier()  # the places below were written above, perhaps by other threads
         label_is_entry = 0
@@ -96,9 +99,9 @@ def sparse_rows_kernel(  # type: ignore[no-untyped-def]
             is_label = ids == label
             label_is_entry = tl.maximum(label_is_entry, tl.max(is_label.to(tl.int32), 0))
             target = alpha * teacher + tl.where(is_label, label_mass, 0.0)
-            d_logits = weight * (mass * tl.exp(logits - log_normaliser) - target)
+            d_logits = weight * (mass * tl.exp(logits - log_normalizer) - target)
             tl.store(d_logits_ptr + ids, d_logits.to(d_logits_ptr.dtype.element_ty), mask=counts)
-        d_label = weight * (mass * tl.exp(label_logit - log_normaliser) - label_mass)
+        d_label = weight * (mass * tl.exp(label_logit - log_normalizer) - label_mass)
         tl.store(d_logits_ptr + label, d_label.to(d_logits_ptr.dtype.element_ty), mask=label_is_entry == 0)
 
 
@@ -116,15 +119,17 @@ def sparse_rows(
     log_lambda: float,
     gradient_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """w KL and w CE of the rows, float32 [C], and the gradient of the logits [C, V] if a dtype is given for it.
+    """w KL and w CE of the rows, float32 [C], and the gradient of the logits [C, V] if a dtype is given for
+    it.
 
-    ``logits_CV`` float32, rows without gaps. ``offsets_C1`` point into the entries of all rows; an id has mass on one of
-    its entries at most. ``log_base_C`` is log((1-λ) p_base(label)), or None for plain CE; ``log_lambda`` is log λ.
+    ``logits_CV`` float32, rows without gaps. ``offsets_C1`` point into the entries of all rows; an id has
+    mass on one of its entries at most. ``log_base_C`` is log((1-λ) p_base(label)), or None for plain CE;
+    ``log_lambda`` is log λ.
     """
     num_rows, vocabulary_size = logits_CV.shape
     kl_C, ce_C = torch.empty_like(weights_C), torch.empty_like(weights_C)
     d_logits_CV = None if gradient_dtype is None else torch.empty_like(logits_CV, dtype=gradient_dtype)
-    columns = min(_MOST_COLUMNS, triton.next_power_of_2(vocabulary_size))
+    columns = min(_MAX_COLUMNS, triton.next_power_of_2(vocabulary_size))
     sparse_rows_kernel[(num_rows,)](
         logits_CV,
         logits_CV if d_logits_CV is None else d_logits_CV,

@@ -1,16 +1,18 @@
-"""After training: a finished memory and its base → one Hugging Face directory that loads without this package.
+"""After training: a finished memory and its base → one Hugging Face directory that loads without this
+package.
 
     OUTPUT/
       config.json, generation_config.json, model*.safetensors     the joint model, the base included
       hf.py, memory.py, backbone.py, quantized.py                 its code, for `trust_remote_code=True`
       tokenizer*.json, …                                          the corpus's vocabulary
       README.md                                                   the model card
-      mlpmem_export.json                                          format, inputs, verification, every file's checksum
+      mlpmem_export.json                                          format, inputs, verification, every file's
+                                                                  checksum
 
-All of it is written into `.OUTPUT.<host>.<pid>.partial/` beside OUTPUT, loaded again through its own code, compared with
-the base and the memory as trained (export_check.py), flushed, and only then renamed. What a killed run of the same export
-left is continued shard by shard; of another, removed. Weights stay in their files until they are written: in memory is one
-tensor, not a model.
+All of it is written into `.OUTPUT.<host>.<pid>.partial/` beside OUTPUT, loaded again through its own code,
+compared with the base and the memory as trained (check.py), flushed, and only then renamed. What a killed run
+of the same export left is continued shard by shard; of another, removed. Weights stay in their files until
+they are written: in memory is one tensor, not a model.
 """
 
 from __future__ import annotations
@@ -53,26 +55,27 @@ from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
 from mlpmem_ds.models.backbone import CapturePoint, load_base
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
-from mlpmem_ds.stages.conversion.export_check import (
+from mlpmem_ds.stages.conversion.check import (
     LOGIT_BOUND,
     compare_logits,
     load_export,
     read_parts,
     total_variation,
 )
-from mlpmem_ds.stages.conversion.export_inputs import EXPORT_FILE, Config, ExportInputs, open_inputs
 from mlpmem_ds.stages.conversion.import_reference import write_memory
+from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, Config, ExportInputs, open_inputs
 from mlpmem_ds.stages.conversion.model_card import describe_verification, model_card
 
 _logger = logging.getLogger(__name__)
 _IDENTITY, _RECORDS = "identity.json", "shards"
-# A 16-bit export against the parts as they are stored: mean total variation of the next-token distributions. Rounding
-# costs about 1e-2; more than this is an overflow or a base that the dtype cannot hold.
+# A 16-bit export against the parts as they are stored: mean total variation of the next-token distributions.
+# Rounding costs about 1e-2; more than this is an overflow or a base that the dtype cannot hold.
 ROUNDING_BOUND = 0.1
 
 
 def run(config: Config, world: World) -> None:
-    """Write, verify and publish the export, or say that it is complete. One process does it; other ranks return."""
+    """Write, verify and publish the export, or say that it is complete. One process does it; other ranks
+    return."""
     if not world.is_first:
         return
     inputs, output = open_inputs(config), config.output.resolve()
@@ -103,7 +106,11 @@ def run(config: Config, world: World) -> None:
         (export / EXPORT_FILE).write_bytes(sealed_json(manifest))
         _publish(export, output, aside=partial / "replaced")
     _logger.info(
-        "complete: %s (λ %g, %s): %s", config.output, inputs.lmbda, config.dtype, describe_verification(verification)
+        "complete: %s (λ %g, %s): %s",
+        config.output,
+        inputs.lmbda,
+        config.dtype,
+        describe_verification(verification),
     )
 
 
@@ -121,7 +128,9 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
     if not output.is_dir() or not any(output.iterdir()):
         return False
     if not (output / EXPORT_FILE).is_file():
-        raise UserError(f"--output {output} is not empty and holds no export: choose a new directory or empty it")
+        raise UserError(
+            f"--output {output} is not empty and holds no export: choose a new directory or empty it"
+        )
     found = read_json(output / EXPORT_FILE)
     if differences := [
         f"{name} was {_at(found, name)!r}, now {_at(identity, name)!r}"
@@ -129,8 +138,8 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
         if _at(found, name) != _at(identity, name)
     ]:
         raise UserError(
-            f"--output {output} already holds another export ({'; '.join(differences)}): choose another --output, "
-            "or remove it"
+            f"--output {output} already holds another export ({'; '.join(differences)}): choose another"
+            " --output, or remove it"
         )
     faults = [fault for entry in found["files"] if (fault := fault_of_file(output, FileRecord(**entry)))]
     if faults:
@@ -146,14 +155,19 @@ def _require_disk(config: Config, inputs: ExportInputs) -> None:
     size = torch.empty(0, dtype=DTYPES[config.dtype]).element_size()
     root = Path(inputs.model)
     base = (
-        sum(path.stat().st_size for path in (*root.glob("*.safetensors"), *root.glob("*.bin"))) if root.is_dir() else 0
+        sum(path.stat().st_size for path in (*root.glob("*.safetensors"), *root.glob("*.bin")))
+        if root.is_dir()
+        else 0
     )
-    require_free_bytes(config.output, base + size * inputs.memory.num_parameters(), what="the export's weights")
+    require_free_bytes(
+        config.output, base + size * inputs.memory.num_parameters(), what="the export's weights"
+    )
 
 
 @contextmanager
 def _partial_directory(output: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
-    """A directory beside `output`, removed on leaving; one that a killed run of the same export left is continued.
+    """A directory beside `output`, removed on leaving; one that a killed run of the same export left is
+    continued.
 
     Others of dead processes of this host are removed first.
     """
@@ -165,7 +179,11 @@ def _partial_directory(output: Path, identity: Mapping[str, Any]) -> Iterator[Pa
             pid = path.name[len(prefix) : -len(suffix)]
             if not pid.isdigit() or (int(pid) != os.getpid() and is_alive(int(pid))):
                 continue
-            if path != partial and not partial.exists() and _identity_of(path) == json.loads(canonical_json(identity)):
+            if (
+                path != partial
+                and not partial.exists()
+                and _identity_of(path) == json.loads(canonical_json(identity))
+            ):
                 os.replace(path, partial)
             else:
                 shutil.rmtree(path)
@@ -190,7 +208,8 @@ def _files_below(root: Path) -> list[Path]:
 
 
 def _publish(export: Path, output: Path, *, aside: Path) -> None:
-    """Flush every file and rename the directory to `output`; a damaged export there is moved `aside` first."""
+    """Flush every file and rename the directory to `output`; a damaged export there is moved `aside`
+    first."""
     for path in (*_files_below(export), *(path for path in export.rglob("*") if path.is_dir()), export):
         flush(path)
     if output.is_dir() and any(output.iterdir()):
@@ -205,7 +224,8 @@ def _publish(export: Path, output: Path, *, aside: Path) -> None:
 def _write_and_verify(
     config: Config, inputs: ExportInputs, joint: MemoryAugmentedLM, export: Path, world: World
 ) -> dict[str, Any]:
-    """Write the joint model and its tokenizer into `export`, load them again, and return the figures of the comparison.
+    """Write the joint model and its tokenizer into `export`, load them again, and return the figures of the
+    comparison.
 
     Raises:
         UserError: the dtype cannot hold the model.
@@ -215,7 +235,9 @@ def _write_and_verify(
     layers_path = inputs.trained.provenance.get("input_layers_path")
     weights = _weights_of(joint, dtype)
     as_stored = (
-        None if config.dtype == "float32" else read_parts(joint.base, joint.memory, point, layers_path=layers_path)
+        None
+        if config.dtype == "float32"
+        else read_parts(joint.base, joint.memory, point, layers_path=layers_path)
     )
     num_bytes = sum(weight.num_bytes for weight in weights.values())
     progress = Progress(num_bytes, label="weights", unit="bytes", world=world)
@@ -228,11 +250,14 @@ def _write_and_verify(
     rounding = 0.0 if as_stored is None else total_variation(as_stored, probe, inputs.lmbda)
     if not rounding <= ROUNDING_BOUND:  # not a number, too
         raise UserError(
-            f"--dtype {config.dtype} changes the model's distributions by {rounding:.3g} (total variation; at most "
-            f"{ROUNDING_BOUND} is accepted): it cannot hold this model; choose bfloat16 or float32"
+            f"--dtype {config.dtype} changes the model's distributions by {rounding:.3g} (total variation; at"
+            f" most {ROUNDING_BOUND} is accepted): it cannot hold this model; choose bfloat16 or float32"
         )
     difference = compare_logits(loaded, probe, inputs.lmbda)
-    if vocabulary_sha256(AutoTokenizer.from_pretrained(export)) != inputs.trained.provenance["vocabulary_sha256"]:
+    if (
+        vocabulary_sha256(AutoTokenizer.from_pretrained(export))
+        != inputs.trained.provenance["vocabulary_sha256"]
+    ):
         raise DamagedDataError(
             "the tokenizer does not survive being saved and loaded: nothing was published; give another "
             "form of it with --tokenizer"
@@ -247,7 +272,8 @@ def _write_and_verify(
 
 
 def _weights_of(joint: MemoryAugmentedLM, dtype: torch.dtype) -> dict[str, Weight]:
-    """What is written of the joint model: floating numbers in `dtype`; of tied tensors, the one that the others follow."""
+    """What is written of the joint model: floating numbers in `dtype`; of tied tensors, the one that the
+    others follow."""
     state = joint.state_dict()
     tied = {
         name
@@ -278,10 +304,11 @@ def write_description(joint: MemoryAugmentedLM, tokenizer: Any, dtype: torch.dty
 
 
 def _parts_in_dtype(joint: MemoryAugmentedLM, loaded: Any, dtype: torch.dtype) -> tuple[Any, Memory]:
-    """Base and memory with the written numbers: the trained ones where they were stored so, else the loaded tensors.
+    """Base and memory with the written numbers: the trained ones where they were stored so, else the loaded
+    tensors.
 
-    Those are known to be equal to the trained ones, rounded, and are mapped from the files: the modules and their
-    settings stay those of the base that was given, and nothing is copied.
+    Those are known to be equal to the trained ones, rounded, and are mapped from the files: the modules and
+    their settings stay those of the base that was given, and nothing is copied.
     """
     base, memory = joint.base, joint.memory
     if any(parameter.dtype != dtype for parameter in base.parameters()):
@@ -323,7 +350,9 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
             vocabulary_sha256=inputs.trained.provenance["vocabulary_sha256"],
         )
     except ValueError as error:
-        raise UserError(f"--model {inputs.model} and {_flag(config)} {inputs.source} do not fit: {error}") from error
+        raise UserError(
+            f"--model {inputs.model} and {_flag(config)} {inputs.source} do not fit: {error}"
+        ) from error
     generation: Any = joint.generation_config
     if generation.eos_token_id is None:
         generation.eos_token_id = inputs.tokenizer.eos_token_id

@@ -1,7 +1,9 @@
-"""Beside the pipeline: a memory that the method's authors published → a memory of ours, for a base that is at hand.
+"""Beside the pipeline: a memory that the method's authors published → a memory of ours, for a base that is at
+hand.
 
-The published files say neither which base they belong to nor which of its states they read. Their code reads the input
-of the last block's MLP, which is the default here; the base and its tokenizer are the user's to name.
+The published files say neither which base they belong to nor which of its states they read. Their code reads
+the input of the last block's MLP, which is the default here; the base and its tokenizer are the user's to
+name.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def read_reference(
         model: the base that it was trained for: a directory or Hub name.
         base_sha256: its fingerprint.
         vocabulary_sha256: of its tokenizer.
-        input_layer: an index, negative from the end, or a fraction of the depth: where the memory's input is read.
+        input_layer: an index, negative from the end, or a fraction of the depth: where the memory's input is
+            read.
 
     Raises:
         UserError: it cannot be read, or does not fit the base.
@@ -64,15 +67,23 @@ def read_reference(
     }
     weights = {ours: tensor.float() for ours, tensor in reference.tensors()}
     _logger.info(
-        "%s: %d %s blocks, %s parameters", root, memory.num_blocks, memory.family, f"{memory.num_parameters():,}"
+        "%s: %d %s blocks, %s parameters",
+        root,
+        memory.num_blocks,
+        memory.family,
+        f"{memory.num_parameters():,}",
     )
-    return TrainedMemory(sha256=reference.sha256, memory=memory.to_dict(), provenance=provenance, weights=weights)
+    return TrainedMemory(
+        sha256=reference.sha256, memory=memory.to_dict(), provenance=provenance, weights=weights
+    )
 
 
 def _read_base(model: str) -> _Base:
     try:
         config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
-        return _Base(num_layers=config.num_hidden_layers, width=config.hidden_size, vocab_size=config.vocab_size)
+        return _Base(
+            num_layers=config.num_hidden_layers, width=config.hidden_size, vocab_size=config.vocab_size
+        )
     except Exception as error:  # a family of errors for each kind of configuration
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--model {model} has no configuration of a language model ({reason})") from error
@@ -89,8 +100,8 @@ def _check(reference: ReferenceMemory, base: _Base, model: str) -> MemoryConfig:
     ):
         if found != wanted:
             raise UserError(
-                f"--from-reference {reference.root} {what} {found:,}, and --model {model} has {wanted:,}: give the base that the "
-                "memory was trained for"
+                f"--from-reference {reference.root} {what} {found:,}, and --model {model} has {wanted:,}:"
+                " give the base that the memory was trained for"
             )
     return memory
 

@@ -6,21 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.stages.conversion.export_inputs import EXPORT_FILE, Config, ExportInputs
+from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, Config, ExportInputs
 
 
 def model_card(
-    inputs: ExportInputs, config: Config, verification: Mapping[str, Any], num_base_parameters: int, weight_bytes: int
+    inputs: ExportInputs,
+    config: Config,
+    verification: Mapping[str, Any],
+    num_base_parameters: int,
+    weight_bytes: int,
 ) -> str:
     """README.md of the export, from what is known; what is not known is said to be unknown."""
     base = inputs.model if not Path(inputs.model).is_dir() else Path(inputs.model).resolve().name
-    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [mlp-memory, retrieval-imitation]"]
+    header = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [mlp-memory, retrieval-imitation]",
+    ]
     if not Path(inputs.model).is_dir():
         header.append(f"base_model: {base}")
     example = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "# trust_remote_code runs hf.py, memory.py, backbone.py and quantized.py of this directory; transformers reads\n"
-        "# the tokenizer's directory through the same configuration class, and would ask without it.\n"
+        "# trust_remote_code runs hf.py, memory.py, backbone.py and quantized.py of this directory;\n"
+        "# transformers reads the tokenizer through the same class, and would ask without it.\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)\n'
         'prompt = tokenizer("…", return_tensors="pt")\n'
@@ -28,32 +36,42 @@ def model_card(
         "model.lmbda = 0.0  # the base alone; any weight in [0, 1]"
     )
     verified = describe_verification(verification)
+    made_of = [
+        f"Base: {base}, {num_base_parameters:,} parameters, frozen"
+        f" (SHA-256 of its files {inputs.base_sha256})",
+        f"Weights: {config.dtype}, {weight_bytes:,} bytes"
+        f" ({_bytes_of(num_base_parameters + inputs.memory.num_parameters())})",
+        *_ingredients(inputs),
+    ]
     sections = [
         "---\n" + "\n".join(header) + "\n---",
         f"# {base} with an MLP memory",
-        "A frozen causal language model (the base) and a token-wise MLP (the memory) that was trained to give the next-token "
-        "distribution of a kNN retriever over a corpus (arXiv 2508.01832): `p = (1 - λ) p_base + λ p_memory`. No index and no "
-        "search are needed; the logits are log-probabilities of the mixture.",
+        "A frozen causal language model (the base) and a token-wise MLP (the memory) that was trained to"
+        " give the next-token distribution of a kNN retriever over a corpus (arXiv 2508.01832):"
+        " `p = (1 - λ) p_base + λ p_memory`. No index and no search are needed; the logits are"
+        " log-probabilities of the mixture.",
         f"```python\n{example}\n```",
-        "## What it is made of\n" + _bullet_list([
-            f"Base: {base}, {num_base_parameters:,} parameters, frozen (SHA-256 of its files {inputs.base_sha256})",
-            f"Weights: {config.dtype}, {weight_bytes:,} bytes "
-            f"({_bytes_of(num_base_parameters + inputs.memory.num_parameters())})",
-            *_ingredients(inputs),
-        ]),
+        "## What it is made of\n" + _bullet_list(made_of),
         "## How good it is\n" + _quality(inputs),
-        f"## Verification\n{verified[0].upper()}{verified[1:]}. `{EXPORT_FILE}` has the SHA-256 of every file.",
-        "## Limits\n" + _bullet_list([
-            "Not for decisions about people, nor for medical, legal, financial or safety-critical advice: it says what is "
-            "likely in its corpus, not what is true, and names no source.",
-            "Memorisation: the memory was trained to recall its corpus, and may give back passages of it word for word, personal "
-            "data, secrets and licensed text included. Publish it only where the corpus itself might be published.",
-            f"The licences of the base and of the corpus apply. Corpus: {config.corpus_license or 'its licence was not stated'}.",
-            "Facts are as old as the corpus. The figures above hold for text like it; elsewhere the memory may make the base "
-            "worse, which a smaller `lmbda` limits.",
-        ]),
-    ]  # fmt: skip
+        f"## Verification\n{verified[0].upper()}{verified[1:]}."
+        f" `{EXPORT_FILE}` has the SHA-256 of every file.",
+        "## Limits\n" + _bullet_list(_limits(config)),
+    ]
     return "\n\n".join(sections) + "\n"
+
+
+def _limits(config: Config) -> list[str]:
+    return [
+        "Not for decisions about people, nor for medical, legal, financial or safety-critical advice: it says"
+        " what is likely in its corpus, not what is true, and names no source.",
+        "Memorization: the memory was trained to recall its corpus, and may give back passages of it word for"
+        " word, personal data, secrets and licensed text included. Publish it only where the corpus itself"
+        " might be published.",
+        "The licences of the base and of the corpus apply."
+        f" Corpus: {config.corpus_license or 'its licence was not stated'}.",
+        "Facts are as old as the corpus. The figures above hold for text like it; elsewhere the memory may"
+        " make the base worse, which a smaller `lmbda` limits.",
+    ]
 
 
 def _bytes_of(num_parameters: int) -> str:
@@ -66,15 +84,21 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
     """The memory, its weight, its corpus and its training, a line each."""
     known, memory, corpus, targets = inputs.trained.provenance, inputs.memory, inputs.corpus, inputs.targets
     lines = [
-        f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of width "
-        f"{memory.hidden_size} ({memory.intermediate_size} inside), vocabulary {memory.vocab_size:,}; it reads the base's layer "
-        f"{known['input_layer']} ({known.get('input_point') or known['key_point']})",
+        (
+            f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of"
+            f" width {memory.hidden_size} ({memory.intermediate_size} inside), vocabulary"
+            f" {memory.vocab_size:,}; it reads the base's layer {known['input_layer']}"
+            f" ({known.get('input_point') or known['key_point']})"
+        ),
         f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",
         *_imported(known),
         f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {known.get('corpus', 'unknown')})",
-        f"Training: α {known.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of cross entropy, "
-        f"{known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')} steps{_planned(known)} of "
-        f"{known.get('batch_positions', 'unknown')} positions, {known.get('epochs', 'unknown')} epochs",
+        (
+            f"Training: α {known.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of cross"
+            f" entropy, {known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')}"
+            f" steps{_planned(known)} of {known.get('batch_positions', 'unknown')} positions,"
+            f" {known.get('epochs', 'unknown')} epochs"
+        ),
     ]
     if known.get("alpha") == 0:
         return [*lines, "Retriever: none (trained on cross entropy alone)"]
@@ -83,9 +107,11 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
         return [*lines, f"Retriever: unknown k and temperature (SHA-256 of its targets' manifest {sha256})"]
     return [
         *lines,
-        f"Retriever: k {targets['k']}, T {targets['temperature']:.6g} in squared key units "
-        f"({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}), keys of layer "
-        f"{known.get('key_layer', 'unknown')}",
+        (
+            f"Retriever: k {targets['k']}, T {targets['temperature']:.6g} in squared key units"
+            f" ({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}),"
+            f" keys of layer {known.get('key_layer', 'unknown')}"
+        ),
     ]
 
 
@@ -100,8 +126,8 @@ def _imported(known: Mapping[str, Any]) -> list[str]:
     if imported is None:
         return []
     return [
-        f"The memory was imported from {imported['name']} ({imported['kind']} type, SHA-256 of its shape and files "
-        f"{imported['sha256']}); its corpus, retriever and training are said there, not here"
+        f"The memory was imported from {imported['name']} ({imported['kind']} type, SHA-256 of its shape and"
+        f" files {imported['sha256']}); its corpus, retriever and training are said there, not here"
     ]
 
 
@@ -118,8 +144,14 @@ def _quality(inputs: ExportInputs) -> str:
     rows = ["| arm | test perplexity | change from the base (95 % interval) | λ |", "|---|---|---|---|"]
     for arm in inputs.report["arms"]:
         change, interval, lmbda = arm.get("ppl_change"), arm.get("ppl_interval"), arm.get("lambda")
-        shown = "" if change is None or not interval else f"{change:+.1%} ({interval[0]:+.1%} to {interval[1]:+.1%})"
-        rows.append(f"| {arm['name']} | {arm['ppl']:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |")
+        shown = (
+            ""
+            if change is None or not interval
+            else f"{change:+.1%} ({interval[0]:+.1%} to {interval[1]:+.1%})"
+        )
+        rows.append(
+            f"| {arm['name']} | {arm['ppl']:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |"
+        )
     curve = _curve(inputs.report)
     return (
         "\n".join(rows)
@@ -142,9 +174,9 @@ def _curve(report: Mapping[str, Any]) -> str:
 def describe_verification(verification: Mapping[str, Any]) -> str:
     """The verification in one sentence."""
     text = (
-        f"loaded again through its own code, every tensor is the trained one in its dtype, and log-probabilities on "
-        f"{verification['num_positions']} random tokens differ from those of base and memory by "
-        f"{verification['logit_difference']:.1g} relative (bound {verification['logit_bound']:g})"
+        "loaded again through its own code, every tensor is the trained one in its dtype, and"
+        f" log-probabilities on {verification['num_positions']} random tokens differ from those of base and"
+        f" memory by {verification['logit_difference']:.1g} relative (bound {verification['logit_bound']:g})"
     )
     if verification["rounding"]:
         text += (

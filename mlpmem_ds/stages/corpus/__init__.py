@@ -1,1 +1,1 @@
-"""Text to tokens: read, split, tokenise."""
+"""Text to tokens: read, split, tokenize."""

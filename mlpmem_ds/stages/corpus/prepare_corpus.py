@@ -1,8 +1,9 @@
-"""First stage: text → tokens. Documents are read, sampled, dealt to splits, tokenized and written as token shards.
+"""First stage: text → tokens. Documents are read, sampled, dealt to splits, tokenized and written as token
+shards.
 
-The inputs are read twice, as streams and in several processes (workers.py): once to name the units (corpus_survey.py) and
-deal the documents (corpus_splits.py), once to tokenize them (tokenization.py). What stays in memory is some tens of bytes a
-document and a few batches of text.
+The inputs are read twice, as streams and in several processes (workers.py): once to name the units
+(survey.py) and deal the documents (splits.py), once to tokenize them (tokenization.py). What stays in memory
+is some tens of bytes a document and a few batches of text.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stag
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import FORMAT, SPLITS, VERSION, token_dtype, vocabulary_sha256
 from mlpmem_ds.formats.documents import FILE_PATTERNS, TEXT_PATTERNS, find_files
-from mlpmem_ds.stages.corpus.corpus_splits import SplitRules
-from mlpmem_ds.stages.corpus.corpus_survey import DocumentReader, Survey, survey_files
+from mlpmem_ds.stages.corpus.splits import SplitRules
+from mlpmem_ds.stages.corpus.survey import DocumentReader, Survey, survey_files
 from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, read_wanted, vocab_size, wanted_of_unit
 from mlpmem_ds.stages.corpus.workers import choose_processes
 
@@ -47,7 +48,9 @@ class Config:
         identity=False,
         metavar="PATH",
     )
-    tokenizer: str = option("a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size")
+    tokenizer: str = option(
+        "a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size"
+    )
     output: Path = option("corpus directory to write")
     block_size: int = option("tokens that the base reads at once", 1024)
     stride: int = option("tokens between the starts of two blocks", 512)
@@ -56,14 +59,18 @@ class Config:
     heldout_fraction: float = option("share of the groups kept apart as a second test split", 0.0)
     max_bytes: float = option("bytes of text to take, group after group in the order of a hash; 0 = all", 0.0)
     include: tuple[str, ...] | None = option(
-        f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)})", None, metavar="PATTERN"
+        f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)})",
+        None,
+        metavar="PATTERN",
     )
     exclude: tuple[str, ...] = option("paths or directory names left out (patterns)", (), metavar="PATTERN")
     text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
     group_field: str | None = option("the same: the field that names the group", None)
     seed: int = option("seed of the hashes that deal documents to splits", 0)
     processes: int = option(
-        "processes that tokenize in this rank; 0 = the machine's cores for a single rank, else 1", 0, identity=False
+        "processes that tokenize in this rank; 0 = the machine's cores for a single rank, else 1",
+        0,
+        identity=False,
     )
 
     def __post_init__(self) -> None:
@@ -72,14 +79,18 @@ class Config:
         if not self.max_bytes >= 0:
             raise UserError(f"--max-bytes must not be negative, not {self.max_bytes:g}; 0 takes all the text")
         if self.processes > 1 and "fork" not in multiprocessing.get_all_start_methods():
-            raise UserError(f"--processes {self.processes}: this system cannot fork; start several ranks instead")
+            raise UserError(
+                f"--processes {self.processes}: this system cannot fork; start several ranks instead"
+            )
         if not 1 <= self.stride <= self.block_size:
             raise UserError(f"--stride {self.stride} must lie between 1 and --block-size {self.block_size}")
         if self.block_size % self.stride:
             raise UserError(f"--block-size {self.block_size} must be a multiple of --stride {self.stride}")
         fractions = (self.tuning_fraction, self.test_fraction, self.heldout_fraction)
         if min(fractions) < 0 or sum(fractions) >= 1:
-            raise UserError(f"the fractions {fractions} must not be negative and must leave something for training")
+            raise UserError(
+                f"the fractions {fractions} must not be negative and must leave something for training"
+            )
         if self.tokenizer.startswith("train:"):
             size = self.tokenizer.removeprefix("train:")
             if not size.isdigit() or int(size) < 257:
@@ -94,18 +105,22 @@ def run(config: Config, world: World) -> None:
     tokenizer = None if config.tokenizer.startswith("train:") else _load_tokenizer(config.tokenizer)
     if tokenizer is not None and tokenizer.eos_token_id is None:
         raise UserError(
-            f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its tokenizer_config.json"
+            f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its"
+            " tokenizer_config.json"
         )
     survey = _survey(config, world)
     vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
     inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
-    # The default by the name that it had in the identity of earlier releases; the files themselves are in the inputs' hash.
+    # The default by the name that it had in the identity of earlier releases; the files themselves are in the
+    # inputs' hash.
     extra = {"include": list(TEXT_PATTERNS)} if config.include is None else {}
     directory = open_stage(
         config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world, extra=extra
     )
 
-    directory.run_units([_TOKENIZER_UNIT], lambda _, writer: _write_tokenizer(config, survey, tokenizer, writer))
+    directory.run_units(
+        [_TOKENIZER_UNIT], lambda _, writer: _write_tokenizer(config, survey, tokenizer, writer)
+    )
     directory.wait_for([_TOKENIZER_UNIT])
     if tokenizer is None:
         tokenizer = _load_tokenizer(str(config.output / "tokenizer"))
@@ -121,7 +136,9 @@ def run(config: Config, world: World) -> None:
 
         directory.run_units(names, tokenize)
     progress.close()
-    directory.finish([_TOKENIZER_UNIT, *names], lambda: _describe(config, directory, names, tokenizer, vocabulary))
+    directory.finish(
+        [_TOKENIZER_UNIT, *names], lambda: _describe(config, directory, names, tokenizer, vocabulary)
+    )
 
 
 def _reader(config: Config) -> DocumentReader:
@@ -151,7 +168,9 @@ def _load_tokenizer(name_or_path: str) -> Any:
         ) from error
 
 
-def _write_tokenizer(config: Config, survey: Survey, tokenizer: Any | None, writer: UnitWriter) -> dict[str, Any]:
+def _write_tokenizer(
+    config: Config, survey: Survey, tokenizer: Any | None, writer: UnitWriter
+) -> dict[str, Any]:
     tokenizer = tokenizer or _train_tokenizer(config, survey)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
@@ -181,7 +200,9 @@ def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
         if SPLITS[split] == "train"
     )
     trained.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=_END_OF_DOCUMENT, bos_token=_END_OF_DOCUMENT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, eos_token=_END_OF_DOCUMENT, bos_token=_END_OF_DOCUMENT
+    )
 
 
 def _tokenize_unit(
@@ -221,10 +242,11 @@ def _warn_of_small_splits(splits: Mapping[str, Mapping[str, Any]]) -> None:
     small = [name for name in ("tuning", "test") if splits[name]["num_documents"] < 2]
     if small:
         _logger.warning(
-            "%s: train validates on tuning and evaluate reports on test; where you want either, prepare the corpus again with "
-            "%s",
+            "%s: train validates on tuning and evaluate reports on test; where you want either, prepare the"
+            " corpus again with %s",
             ", ".join(
-                f"{name} has {'one document' if splits[name]['num_documents'] else 'no document'}" for name in small
+                f"{name} has {'one document' if splits[name]['num_documents'] else 'no document'}"
+                for name in small
             ),
             " and ".join(f"--{name}-fraction, such as .05" for name in small),
         )

@@ -1,7 +1,7 @@
 """Of the first stage: documents → token ids. A batch is what a process is given at once.
 
-Text files are read by the process that tokenizes them. Documents of files that hold many are streamed by this process,
-and their text goes with the batch.
+Text files are read by the process that tokenizes them. Documents of files that hold many are streamed by this
+process, and their text goes with the batch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.formats.documents import Document, SourceFile
-from mlpmem_ds.stages.corpus.corpus_splits import UNWANTED
-from mlpmem_ds.stages.corpus.corpus_survey import CorpusUnit, DocumentReader, Survey
+from mlpmem_ds.stages.corpus.splits import UNWANTED
+from mlpmem_ds.stages.corpus.survey import CorpusUnit, DocumentReader, Survey
 from mlpmem_ds.stages.corpus.workers import Workers
 
 BATCH_BYTES = 1 << 17
-"""text of a batch: small beside a unit, so that no process idles at its end; large beside its way to another process"""
+"""text of a batch: small beside a unit, so that no process idles at its end; large beside its way to another
+process"""
 Batch = list[tuple[SourceFile | Document, int]]
-"""what is to be tokenized, in its order, and each one's split; a file is a text file that is still to be read"""
+"""what is to be tokenized, in its order, and each one's split; a file is a text file that is still to be
+read"""
 _inherited: list[Any] = []  # the tokenizer, in a worker process
 
 
@@ -48,7 +50,9 @@ def encode(tokenizer: Any, texts: Sequence[str], dtype: np.dtype[Any]) -> list[n
     if backend is None:
         lists = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     else:
-        lists = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        lists = [
+            encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
     for ids in lists:
         ids.append(tokenizer.eos_token_id)
     return [np.fromiter(ids, dtype, len(ids)) for ids in lists]
@@ -95,7 +99,9 @@ def wanted_of_unit(
             yield from _wanted_of_file(reader, file, splits)
 
 
-def _wanted_of_file(reader: DocumentReader, file: SourceFile, splits: Sequence[int]) -> Iterator[tuple[Document, int]]:
+def _wanted_of_file(
+    reader: DocumentReader, file: SourceFile, splits: Sequence[int]
+) -> Iterator[tuple[Document, int]]:
     found = 0
     for document in reader.read([file]):
         if found < len(splits) and splits[found] != UNWANTED:
@@ -121,8 +127,8 @@ def read_wanted(reader: DocumentReader, item: SourceFile | Document) -> Document
 
 def _changed(file: SourceFile, found: int, expected: int) -> DamagedDataError:
     return DamagedDataError(
-        f"the input changed while it was read ({file.path} holds {found} documents, not {expected}): run again when it stands "
-        "still, with another --output"
+        f"the input changed while it was read ({file.path} holds {found} documents, not {expected}): run"
+        " again when it stands still, with another --output"
     )
 
 
@@ -145,7 +151,12 @@ def _tokenize_batch(reader: DocumentReader, dtype: np.dtype[Any], batch: Batch) 
     arrays = encode(_inherited[0], [document.text for document in documents], dtype)
     of_split: dict[int, TokenizedText] = {}
     for document, ids, (_, split) in zip(documents, arrays, batch, strict=True):
-        entry = {"name": document.name, "group": document.group, "bytes": document.num_bytes, "tokens": len(ids)}
+        entry = {
+            "name": document.name,
+            "group": document.group,
+            "bytes": document.num_bytes,
+            "tokens": len(ids),
+        }
         part = of_split.setdefault(split, TokenizedText())
         part.ids += ids.tobytes()
         part.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,4 +1,5 @@
-"""Of the first stage: work on pieces of the input, in this process or in several, in order and with bounded memory."""
+"""Of the first stage: work on pieces of the input, in this process or in several, in order and with bounded
+memory."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _WORTH_BYTES = 8 << 20  # of text: below, starting processes takes longer than t
 
 
 def choose_processes(asked: int, world: World, num_bytes: int) -> int:
-    """How many processes work: as asked; 0 is the cores of this machine where one rank has them, else one a rank."""
+    """How many processes work: as asked; 0 is the cores of this machine where one rank has them, else one a
+    rank."""
     if asked:
         return asked
     if world.size > 1 or num_bytes < _WORTH_BYTES or "fork" not in multiprocessing.get_all_start_methods():
@@ -32,8 +34,8 @@ def choose_processes(asked: int, world: World, num_bytes: int) -> int:
 class Workers:
     """A number of processes; one is this process itself. Close it, or use it in a `with`.
 
-    They are forked at the first task, so that what this process holds (a tokenizer of any kind) is there without being
-    pickled, and nothing is imported again.
+    They are forked at the first task, so that what this process holds (a tokenizer of any kind) is there
+    without being pickled, and nothing is imported again.
     """
 
     def __init__(self, processes: int) -> None:
@@ -57,7 +59,8 @@ class Workers:
         """What `function` (of a module's top level) makes of each task, in their order.
 
         Raises:
-            UserError: a process was killed. What `function` raises is raised here, for the first task that failed.
+            UserError: a process was killed. What `function` raises is raised here, for the first task that
+                failed.
         """
         if self._executor is None:
             yield from map(function, tasks)
@@ -72,8 +75,8 @@ class Workers:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of the {self._processes} processes was killed, perhaps for want of memory: run the same command "
-                "again, with fewer --processes"
+                f"one of the {self._processes} processes was killed, perhaps for want of memory: run the same"
+                " command again, with fewer --processes"
             ) from error
 
 

@@ -1,8 +1,10 @@
-"""Last stage: the base, the retriever, the memory and the controls, side by side on text that none of them was trained on.
+"""Last stage: the base, the retriever, the memory and the controls, side by side on text that none of them
+was trained on.
 
-A unit is a block of positions of one split: one pass of the base over it serves every arm that stands on that base, and
-each arm leaves one file of log-probabilities. A control that is a model of its own has its own units. All choices and
-figures come afterwards from those files (`report`), so that another grid of λ costs a second and no forward pass.
+A unit is a block of positions of one split: one pass of the base over it serves every arm that stands on that
+base, and each arm leaves one file of log-probabilities. A control that is a model of its own has its own
+units. All choices and figures come afterwards from those files (`report`), so that another grid of λ costs a
+second and no forward pass.
 
 n positions of a unit, D width of a state, T temperatures.
 """
@@ -23,18 +25,19 @@ from mlpmem_ds.core.log import Progress, audible_level
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import unit_name
-from mlpmem_ds.stages.evaluation.evaluation_config import Config
-from mlpmem_ds.stages.evaluation.evaluation_inputs import Inputs, open_inputs
-from mlpmem_ds.stages.evaluation.evaluation_results import FORMAT, VERSION, Unit, evaluate_scores, write_report
-from mlpmem_ds.stages.evaluation.evaluation_scores import memory_log_probabilities, scan
-from mlpmem_ds.stages.report.report import BASE
-from mlpmem_ds.stages.report.report_page import render_table
+from mlpmem_ds.stages.evaluation.config import Config
+from mlpmem_ds.stages.evaluation.inputs import Inputs, open_inputs
+from mlpmem_ds.stages.evaluation.results import FORMAT, VERSION, Unit, evaluate_scores, write_report
+from mlpmem_ds.stages.evaluation.scores import memory_log_probabilities, scan
+from mlpmem_ds.stages.report.page import render_table
+from mlpmem_ds.stages.report.summary import BASE
 
 _logger = logging.getLogger(__name__)
 
 
 def run(config: Config, world: World) -> str | None:
-    """Score what is missing; the rank that completes the last unit writes the report and returns the table as text."""
+    """Score what is missing; the rank that completes the last unit writes the report and returns the table as
+    text."""
     inputs = open_inputs(config, world.local_rank)
     directory = open_stage(
         config.output,
@@ -47,7 +50,9 @@ def run(config: Config, world: World) -> str | None:
     )
     units = _list_units(config, inputs)
     mine = deal(list(units.values()), world.rank, world.size)
-    progress = Progress(sum(unit.block.size for unit in mine), label="evaluation", unit="positions", world=world)
+    progress = Progress(
+        sum(unit.block.size for unit in mine), label="evaluation", unit="positions", world=world
+    )
 
     def compute(name: str, writer: UnitWriter) -> dict[str, Any]:
         unit = units[name]
@@ -87,7 +92,11 @@ def _hashes(inputs: Inputs) -> dict[str, str]:
 def _resolved(config: Config, inputs: Inputs) -> dict[str, Any]:
     """The values behind the defaults that decide the scores."""
     store = inputs.datastore
-    values = {"dtype": inputs.source.dtype_name, "k": store and store.k, "temperature": store and store.temperature}
+    values = {
+        "dtype": inputs.source.dtype_name,
+        "k": store and store.k,
+        "temperature": store and store.temperature,
+    }
     if config.exact is None:  # as release 0.1.0 wrote its default: True, also where there are no keys
         values["exact"] = store is None or store.exact
     # Only where it is not the default: reports of release 0.1.0 are continued.

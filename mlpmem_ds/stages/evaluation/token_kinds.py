@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 KINDS = (
     "word start",
-    "capitalised word start",
+    "capitalized word start",
     "word continuation",
     "number",
     "punctuation",
@@ -39,8 +39,11 @@ class VocabularyKinds:
     """bool: ends with a letter, a digit or an underscore, so that letters after it go on with the word"""
 
 
-def read_vocabulary_kinds(tokenizer_path: Path, vocab_size: int, end_of_document_id: int) -> VocabularyKinds | None:
-    """The kinds of a tokenizer directory's entries; None where it has no tokenizer.json to decode single tokens with."""
+def read_vocabulary_kinds(
+    tokenizer_path: Path, vocab_size: int, end_of_document_id: int
+) -> VocabularyKinds | None:
+    """The kinds of a tokenizer directory's entries; None where it has no tokenizer.json to decode single
+    tokens with."""
     path = tokenizer_path / "tokenizer.json"
     if not path.is_file():
         return None
@@ -67,7 +70,8 @@ def read_vocabulary_kinds(tokenizer_path: Path, vocab_size: int, end_of_document
 
 
 def kinds_of_positions(kinds: VocabularyKinds, tokens_N: np.ndarray, values_N: np.ndarray) -> np.ndarray:
-    """int64 [N], indices into KINDS, of the values that follow the tokens: letters after letters continue a word."""
+    """int64 [N], indices into KINDS, of the values that follow the tokens: letters after letters continue a
+    word."""
     kinds_N = kinds.kinds_V[values_N]
     is_letters_N = kinds_N == _CONTINUATION
     starts_N = is_letters_N & (kinds.is_spaced_V[values_N] | ~kinds.ends_in_word_V[tokens_N])

@@ -1,10 +1,11 @@
-"""Second stage: corpus → keys. Run the frozen base once; keep each position's key, value, log-probability and memory input.
+"""Second stage: corpus → keys. Run the frozen base once; keep each position's key, value, log-probability and
+memory input.
 
-Phase 1 fits the int8 codec on a sample of windows (one unit); phase 2 is one unit for each block of positions. Afterwards, if
-asked, an audit compares the stored keys' targets with those of the raw keys.
+Phase 1 fits the int8 codec on a sample of windows (one unit); phase 2 is one unit for each block of
+positions. Afterwards, if asked, an audit compares the stored keys' targets with those of the raw keys.
 
-Keys may come from another model than the memory's inputs (the paper takes them from a larger one). The *base* of the memory is
-then the model of the inputs, and the log-probabilities are that base's.
+Keys may come from another model than the memory's inputs (the paper takes them from a larger one). The *base*
+of the memory is then the model of the inputs, and the log-probabilities are that base's.
 
 D width of the base, E size of a stored key, I input size, n positions.
 """
@@ -30,14 +31,20 @@ from mlpmem_ds.formats.keys import (
     Codec,
     bfloat16_bits,
     open_keys,
-    quantise_inputs,
+    quantize_inputs,
     read_codec,
     unit_name,
 )
-from mlpmem_ds.stages.keys.extraction_inputs import Bases, Config, describe_bases, open_inputs
-from mlpmem_ds.stages.keys.key_audit import AuditSettings, run_audit
-from mlpmem_ds.stages.keys.key_codec import check_log_probabilities, check_stored, checked, read_sample, write_codec
-from mlpmem_ds.stages.keys.key_plan import PositionBytes, bytes_of_position, require_disk
+from mlpmem_ds.stages.keys.audit import AuditSettings, run_audit
+from mlpmem_ds.stages.keys.codec import (
+    check_log_probabilities,
+    check_stored,
+    checked,
+    read_sample,
+    write_codec,
+)
+from mlpmem_ds.stages.keys.inputs import Bases, Config, describe_bases, open_inputs
+from mlpmem_ds.stages.keys.plan import PositionBytes, bytes_of_position, require_disk
 
 __all__ = ["Config", "run"]
 
@@ -105,7 +112,9 @@ def run(config: Config, world: World) -> None:
     raw = Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype=config.raw_dtype)
     codec = read_codec(config.output) if phase_1 else raw
 
-    blocks = {unit_name(block.start): block for block in split_blocks(corpus.num_positions, config.unit_positions)}
+    blocks = {
+        unit_name(block.start): block for block in split_blocks(corpus.num_positions, config.unit_positions)
+    }
     meter = _Meter(_num_to_do(directory, blocks, world), each, world)
 
     def extract(unit: str, writer: UnitWriter) -> dict[str, Any]:
@@ -148,7 +157,8 @@ def _num_to_do(directory: StageDirectory, blocks: dict[str, Block], world: World
 
 
 class _Meter:
-    """The progress line: rate and time left, bytes written, and the share of the time outside the forward pass."""
+    """The progress line: rate and time left, bytes written, and the share of the time outside the forward
+    pass."""
 
     def __init__(self, num_positions: int, each: PositionBytes, world: World) -> None:
         self._progress = Progress(num_positions, label="keys", unit="tokens", world=world)
@@ -179,7 +189,8 @@ class _Meter:
 
 
 def _read_block(config: Config, corpus: CorpusSplit, bases: Bases, block: Block) -> Iterator[_Rows]:
-    """The block's rows, batch by batch; where there are two models, each reads a batch of windows, one after the other."""
+    """The block's rows, batch by batch; where there are two models, each reads a batch of windows, one after
+    the other."""
     size = config.batch_windows
     own = {"input": bases.input_point} if config.input_codec != "none" else {}
     wanted = {"key": bases.key_point, **own} if bases.is_one else own
@@ -187,7 +198,9 @@ def _read_block(config: Config, corpus: CorpusSplit, bases: Bases, block: Block)
     if not bases.is_one:
         key = {"key": bases.key_point}
         readings.append(
-            scan_positions(bases.key_source, corpus, block, key, batch_windows=size, with_log_probabilities=False)
+            scan_positions(
+                bases.key_source, corpus, block, key, batch_windows=size, with_log_probabilities=False
+            )
         )
     while True:
         start = perf_counter()
@@ -207,7 +220,13 @@ def _read_block(config: Config, corpus: CorpusSplit, bases: Bases, block: Block)
 
 
 def _extract_unit(
-    config: Config, corpus: CorpusSplit, bases: Bases, codec: Codec, block: Block, writer: UnitWriter, meter: _Meter
+    config: Config,
+    corpus: CorpusSplit,
+    bases: Bases,
+    codec: Codec,
+    block: Block,
+    writer: UnitWriter,
+    meter: _Meter,
 ) -> dict[str, Any]:
     """One unit's files; each array is filled in place, so that a unit is in memory once."""
     arrays: dict[str, np.ndarray] = {"values": corpus.values(*block).astype(corpus.dtype)}
@@ -226,7 +245,7 @@ def _extract_unit(
         put("keys", rows, stored_nE)
         put("log_probabilities", rows, rows.log_probabilities_n)
         if rows.inputs_nI is not None and config.input_codec == "int8":
-            codes_nI, scales_nG = quantise_inputs(rows.inputs_nI)
+            codes_nI, scales_nG = quantize_inputs(rows.inputs_nI)
             put("inputs", rows, codes_nI)
             put("input_scales", rows, scales_nG)
         elif rows.inputs_nI is not None:

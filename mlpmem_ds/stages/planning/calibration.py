@@ -1,4 +1,5 @@
-"""Part of `plan`: what a finished run tells of its sizes, its bytes and its speed. Reads manifests, run.json and log.jsonl.
+"""Part of `plan`: what a finished run tells of its sizes, its bytes and its speed. Reads manifests, run.json
+and log.jsonl.
 
 A run is a directory that holds some of `corpus`, `keys`, `index`, `targets` and `memory`, each complete.
 """
@@ -15,7 +16,14 @@ from mlpmem_ds.core.log import read_events, seconds_of_stage
 from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.formats import index_directory, keys, targets
 from mlpmem_ds.models.shape import read_shape
-from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, Machine, Workload, seconds_of, target_bytes
+from mlpmem_ds.stages.planning.cost_model import (
+    STAGES,
+    Calibration,
+    Machine,
+    Workload,
+    seconds_of,
+    target_bytes,
+)
 
 
 def read_run(root: Path) -> dict[str, dict[str, Any]]:
@@ -32,7 +40,9 @@ def read_run(root: Path) -> dict[str, dict[str, Any]]:
         if (root / stage / "manifest.json").is_file()
     }
     if "keys" not in found:
-        raise UserError(f"--calibrate {root} holds no complete keys directory: name the directory of a finished run")
+        raise UserError(
+            f"--calibrate {root} holds no complete keys directory: name the directory of a finished run"
+        )
     for stage, version in (("keys", keys.VERSION), ("index", index_directory.VERSION)):
         if stage in found:
             _ = read_manifest(root / stage, stage=stage, version=version, flag="--calibrate")
@@ -87,7 +97,11 @@ def _seconds_of_parts(root: Path, stage: str, ranks: int) -> dict[str, float]:
     """Seconds by the clock of each part; of the index those of its units, which are logged when they end."""
     if stage != "index":
         return {stage: seconds_of_stage(root) or 0.0}
-    units = {event["unit"]: event["seconds"] for event in read_events(root / "log.jsonl") if event["event"] == "unit"}
+    units = {
+        event["unit"]: event["seconds"]
+        for event in read_events(root / "log.jsonl")
+        if event["event"] == "unit"
+    }
     trained = units.pop("trained", 0.0)
     return {"index.train": trained, "index.fill": sum(units.values()) / max(1, min(ranks, len(units)))}
 

@@ -1,8 +1,9 @@
 """Part of `plan`: what each stage costs, from the sizes of a run: bytes on disk, seconds, memory of a rank.
 
-Bytes follow from the formats. Seconds are operations over rates, times a factor that a finished run gives (1 where there is
-none). The rates of a core were measured on two cores with AVX512-VNNI; those of a GPU are shares of its peak that nobody
-has measured here. Memory of index and targets is what is a rank's own, without the files that it maps.
+Bytes follow from the formats. Seconds are operations over rates, times a factor that a finished run gives (1
+where there is none). The rates of a core were measured on two cores with AVX512-VNNI; those of a GPU are
+shares of its peak that nobody has measured here. Memory of index and targets is what is a rank's own, without
+the files that it maps.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Literal
 from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.key_lists import RUN_POSITIONS, bytes_of_key_lists
-from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK, most_keys_for_exact
+from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK, max_keys_for_exact
 from mlpmem_ds.models.memory import MemoryConfig
-from mlpmem_ds.stages.keys.key_plan import bytes_of_position
-from mlpmem_ds.stages.retrieval.build_index import training_operations
+from mlpmem_ds.stages.index.build_index import training_operations
+from mlpmem_ds.stages.keys.plan import bytes_of_position
 
 _CORE_TOKENS = 2.5e5  # tokens a second of a core while a corpus is made
 _CORE_FORWARD = 6e10  # float operations a second of a core in a forward pass,
 _CORE_TRAINING = 1.5e11  # … and in training, whose products are larger
-_CORE_INT8 = 6e11  # operations a second of a core in products of codes, with the selection of the nearest list
+_CORE_INT8 = (
+    6e11  # operations a second of a core in products of codes, with the selection of the nearest list
+)
 _CODE_TRAINING_SECONDS = 8.0  # of a product quantizer, on one core
 _SECONDS_OF_ENCODING = 5e-6  # of a key, 64 bytes
 _SECONDS_OF_PAIR = 3.2e-9  # of exact search: to select among the keys, beside the product
@@ -31,19 +34,26 @@ _SECONDS_OF_CANDIDATE = 2e-8  # of list search: product and selection
 _SECONDS_OF_NEIGHBOUR = 1.5e-7  # sorting it, weighing it, writing it
 _LIST_IMBALANCE = 1.3  # keys met in the lists that a query probes, over keys of as many average lists
 _GPU_FORWARD, _GPU_TRAINING, _GPU_SEARCH = 0.4, 0.35, 0.2  # shares of the dense 16-bit peak
-_PROCESS_BYTES = 300_000_000  # Python with torch, NumPy and faiss, before it does anything, libraries' files included
+_PROCESS_BYTES = (
+    300_000_000  # Python with torch, NumPy and faiss, before it does anything, libraries' files included
+)
 _PRIVATE_PROCESS_BYTES = 157_000_000  # … and without them
 _CANDIDATE_BYTES = 4 * 2**24  # the buffer of list search, of a worker
 _BATCH_POSITIONS = 16384
-_MOST_WORKERS = 8  # threads of write_targets that share a batch
+_MAX_WORKERS = 8  # threads of write_targets that share a batch
 _ROW_BYTES = 80_000_000  # rows being weighed and written, of a worker
 # Of a worker besides its candidates: lists assigned, queries and ids side by side, selection.
 _LIST_SEARCH_BYTES = 150_000_000
 _GATHERED_BYTES = 2**28  # keys of the sample's lists, before the keys lie list by list
 _SAMPLE = 1000  # positions that are measured first
 _CODE_SAMPLE = 1 << 16  # vectors that are float32 at once while codes are trained
-_CHECKPOINT_BYTES, _WEIGHT_BYTES = 12, 4  # of a parameter: Adam's moments and the master weights; the published weights
-_TRAINING_BYTES = 18  # of a parameter, over the ranks with ZeRO-3: weights, gradients and the optimizer's state
+_CHECKPOINT_BYTES, _WEIGHT_BYTES = (
+    12,
+    4,
+)  # of a parameter: Adam's moments and the master weights; the published weights
+_TRAINING_BYTES = (
+    18  # of a parameter, over the ranks with ZeRO-3: weights, gradients and the optimizer's state
+)
 
 Encoding = Literal["exact", "compact"]
 _ENTRY_BYTES = {"exact": 3.0, "compact": 1.7}  # of an entry of a row, compressed
@@ -79,7 +89,8 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What it runs on. `gpu_flops` is the dense 16-bit peak of one GPU, in operations a second; 0 GPUs: the CPU."""
+    """What it runs on. `gpu_flops` is the dense 16-bit peak of one GPU, in operations a second; 0 GPUs: the
+    CPU."""
 
     ranks: int
     cores: int
@@ -92,7 +103,8 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What a finished run says: measured over planned, by stage (`index` in two parts); 1 where it says nothing."""
+    """What a finished run says: measured over planned, by stage (`index` in two parts); 1 where it says
+    nothing."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     target_bytes: float = 1.0
@@ -102,8 +114,8 @@ class Calibration:
 class Cost:
     """Of one stage: bytes it leaves on disk, seconds by the clock, the most bytes of a rank, GPU hours.
 
-    The memory of index and targets is a rank's own; what they map is shared by the ranks of a machine, and more memory than
-    that only saves reading. `temporary_bytes` are on disk while the stage runs.
+    The memory of index and targets is a rank's own; what they map is shared by the ranks of a machine, and
+    more memory than that only saves reading. `temporary_bytes` are on disk while the stage runs.
     """
 
     bytes: int
@@ -164,7 +176,8 @@ def index_bytes(work: Workload) -> int:
 
 
 def target_bytes(work: Workload) -> int:
-    """Entries of a row grow as the neighbour-weight perplexity to the power .84 (44 at 30, 303 at 300), up to k."""
+    """Entries of a row grow as the neighbour-weight perplexity to the power .84 (44 at 30, 303 at 300), up to
+    k."""
     entries = min(work.k, 303 * (work.neighbour_perplexity / 300) ** 0.84)
     return round(work.positions * (_ROW_OVERHEAD_BYTES + entries * _ENTRY_BYTES[work.encoding]))
 
@@ -215,8 +228,14 @@ def seconds_of(stage: str, work: Workload, machine: Machine) -> dict[str, float]
         candidates = min(positions, _LIST_IMBALANCE * work.nprobe * positions / work.num_lists)
     if on_gpu:
         compared = 2.0 * positions * candidates * work.dim / (_GPU_SEARCH * gpu_flops)
-        return {stage: compared + positions * work.k * _SECONDS_OF_NEIGHBOUR / cores}  # rows are made on the CPU
-    pair = _SECONDS_OF_CANDIDATE * work.dim / 256 if work.search == "ivf" else 1e-12 * work.dim + _SECONDS_OF_PAIR
+        return {
+            stage: compared + positions * work.k * _SECONDS_OF_NEIGHBOUR / cores
+        }  # rows are made on the CPU
+    pair = (
+        _SECONDS_OF_CANDIDATE * work.dim / 256
+        if work.search == "ivf"
+        else 1e-12 * work.dim + _SECONDS_OF_PAIR
+    )
     return {stage: positions * (candidates * pair + work.k * _SECONDS_OF_NEIGHBOUR) / cores}
 
 
@@ -224,11 +243,12 @@ def resolve_search(search: str, positions: int, machine: Machine) -> str:
     """What `auto` becomes: exact up to as many keys as the device is quick with."""
     if search != "auto":
         return search
-    return "exact" if positions <= most_keys_for_exact("cuda" if machine.gpus else "cpu") else "ivf"
+    return "exact" if positions <= max_keys_for_exact("cuda" if machine.gpus else "cpu") else "ivf"
 
 
 def index_memory(work: Workload, machine: Machine) -> int:
-    """Of the rank that trains: the sample of codes, and some of them as float32; then a shard at a time. Keys are mapped."""
+    """Of the rank that trains: the sample of codes, and some of them as float32; then a shard at a time. Keys
+    are mapped."""
     key = work.dim * (1 if work.codec == "int8" else 2)
     sample = min(work.positions, engine.num_training_vectors(work.factory, work.dim))
     floats = min(sample, max(_CODE_SAMPLE, work.num_lists)) * work.dim * 4
@@ -237,13 +257,14 @@ def index_memory(work: Workload, machine: Machine) -> int:
 
 
 def target_memory(work: Workload, machine: Machine) -> int:
-    """Of a rank, keys mapped: the batch's neighbours, which its workers share, and what each of them compares.
+    """Of a rank, keys mapped: the batch's neighbours, which its workers share, and what each of them
+    compares.
 
     With lists also the sample that is searched first and the run of keys that is being put in order.
     """
     key = work.dim * (1 if work.codec == "int8" else 2)
     batch = min(_BATCH_POSITIONS, work.positions)
-    workers = min(machine.cores, _MOST_WORKERS)
+    workers = min(machine.cores, _MAX_WORKERS)
     neighbours = 8 * batch * work.k
     if work.search == "exact":
         comparing = 13 * QUERY_BLOCK * KEY_BLOCK + 8 * QUERY_BLOCK * (work.k + KEY_BLOCK)
@@ -254,8 +275,12 @@ def target_memory(work: Workload, machine: Machine) -> int:
     probes = min(candidates, workers * _CANDIDATE_BYTES) / 4 / list_size
     # Of the lists that a block probes, and side by side.
     ids = workers * 16 * min(work.positions, _CANDIDATE_BYTES // 4)
-    searching = min(candidates, workers * _CANDIDATE_BYTES) + round(probes * key) + ids + workers * _LIST_SEARCH_BYTES
-    sampling = min(_GATHERED_BYTES, work.positions * key) + min(candidates * _SAMPLE // batch, _CANDIDATE_BYTES)
+    searching = (
+        min(candidates, workers * _CANDIDATE_BYTES) + round(probes * key) + ids + workers * _LIST_SEARCH_BYTES
+    )
+    sampling = min(_GATHERED_BYTES, work.positions * key) + min(
+        candidates * _SAMPLE // batch, _CANDIDATE_BYTES
+    )
     ordering = 28 * min(work.positions, RUN_POSITIONS)
     return _PRIVATE_PROCESS_BYTES + max(neighbours + searching, sampling + 8 * _SAMPLE * work.k * 6, ordering)
 
@@ -278,7 +303,8 @@ def _corpus_memory(work: Workload, machine: Machine) -> int:
 
 
 def _key_memory(work: Workload, machine: Machine) -> int:
-    """Weights, float32 on a CPU and bfloat16 on a GPU (where they are the GPU's), and a unit of keys and inputs."""
+    """Weights, float32 on a CPU and bfloat16 on a GPU (where they are the GPU's), and a unit of keys and
+    inputs."""
     weights = work.parameters * (2 if machine.gpus else 4)
     return 2 * _PROCESS_BYTES + weights + 65536 * 4 * (work.dim + work.width)
 

@@ -1,7 +1,7 @@
 """Before the first stage: what a run will need, in bytes, hours, GPUs and memory, stage by stage.
 
-The bytes are the formats' own sums, the seconds operations over rates (cost_model.py). `--calibrate RUN` takes the sizes that
-no flag gives, and the rates, from a finished run on the same kind of machine.
+The bytes are the formats' own sums, the seconds operations over rates (cost_model.py). `--calibrate RUN`
+takes the sizes that no flag gives, and the rates, from a finished run on the same kind of machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Config:
     """Flags of tools/plan.py. What is left out is taken from --calibrate, or is the stage's own default."""
 
     positions: int = option("tokens of the training text")
-    model: str | None = option("base: a directory or Hub name, whose configuration gives the next three", None)
+    model: str | None = option(
+        "base: a directory or Hub name, whose configuration gives the next three", None
+    )
     parameters: float | None = option("parameters of the base, such as 1.5e9", None)
     width: int | None = option("size of its hidden states", None)
     vocab_size: int | None = option("entries of its vocabulary", None)
@@ -60,7 +62,9 @@ class Config:
         f"how many neighbours count (default: {USUAL_PERPLEXITY:g}, or half of --k where that is less)", None
     )
     encoding: Literal["exact", "compact"] | None = option("of the targets (default: compact)", None)
-    preset: str | None = option("size of the memory (default: 4 blocks of the width)", None, choices=tuple(PRESETS))
+    preset: str | None = option(
+        "size of the memory (default: 4 blocks of the width)", None, choices=tuple(PRESETS)
+    )
     epochs: float | None = option("passes of the training over all positions (default: 5)", None)
     ranks: int = option("processes of each stage", 1)
     threads: int = option("CPU threads of a rank, 0 = the cores of this machine over the ranks", 0)
@@ -75,7 +79,17 @@ class Config:
     output: Path | None = option("JSON file to write besides the table", None)
 
     def __post_init__(self) -> None:
-        at_least_one = ("positions", "parameters", "width", "vocab_size", "dim", "num_shards", "nprobe", "k", "ranks")
+        at_least_one = (
+            "positions",
+            "parameters",
+            "width",
+            "vocab_size",
+            "dim",
+            "num_shards",
+            "nprobe",
+            "k",
+            "ranks",
+        )
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -119,7 +133,9 @@ class Plan:
 def run(config: Config, world: World) -> Plan:
     """Plan a run; write the JSON where one is wanted."""
     if config.output is not None and (config.output.is_dir() or not config.output.parent.is_dir()):
-        raise UserError(f"--output {config.output}: name a file in a directory that exists, such as plan.json")
+        raise UserError(
+            f"--output {config.output}: name a file in a directory that exists, such as plan.json"
+        )
     plan = make_plan(config)
     if config.output is not None and world.is_first:
         publish_json(config.output, {**plan.to_json(), "settings": plain_values(config)})
@@ -151,13 +167,21 @@ def table(plan: Plan) -> str:
     work, machine = plan.work, plan.machine
     where = f"{machine.gpus} GPUs of {machine.gpu_flops / 1e12:.0f} TFLOP/s" if machine.gpus else "no GPU"
     lines = [
-        f"{work.positions:,} positions · base of {work.parameters / 1e6:,.1f} M parameters, width {work.width}, "
-        f"vocabulary {work.vocab_size:,} · keys {work.codec} x {work.dim} · {work.factory} · {work.search} search, "
-        f"k {work.k} · memory of {work.memory.num_parameters() / 1e6:,.1f} M parameters",
-        f"{machine.ranks} ranks of {machine.cores} threads, {where}, {machine.memory_bytes / 1e9:.1f} GB of memory, "
-        f"{machine.disk_bytes / 1e9:.1f} GB of disk",
+        (
+            f"{work.positions:,} positions · base of {work.parameters / 1e6:,.1f} M parameters, width"
+            f" {work.width}, vocabulary {work.vocab_size:,} · keys {work.codec} x {work.dim} · {work.factory}"
+            f" · {work.search} search, k {work.k} · memory of {work.memory.num_parameters() / 1e6:,.1f} M"
+            " parameters"
+        ),
+        (
+            f"{machine.ranks} ranks of {machine.cores} threads, {where}, {machine.memory_bytes / 1e9:.1f} GB"
+            f" of memory, {machine.disk_bytes / 1e9:.1f} GB of disk"
+        ),
         "",
-        f"{'stage':<9}{'on disk':>12}{'B/position':>12}{'time':>12}{'memory a rank':>15}{'GPU hours':>11}  figures",
+        (
+            f"{'stage':<9}{'on disk':>12}{'B/position':>12}{'time':>12}{'memory a rank':>15}{'GPU hours':>11}"
+            "  figures"
+        ),
     ]
     for name, cost in plan.costs.items():
         basis = "from the run" if name in plan.calibrated else "estimate"
@@ -174,13 +198,15 @@ def table(plan: Plan) -> str:
         f"{sum(cost.gpu_hours for cost in all_costs):>11.2f}"
     )
     lines.append(
-        f"A stage takes no less time than its bytes do at {machine.disk_rate / 1e9:g} GB/s of the disk (--disk-gb-per-second)."
+        f"A stage takes no less time than its bytes do at {machine.disk_rate / 1e9:g} GB/s of the disk"
+        " (--disk-gb-per-second)."
     )
     return "\n".join([*lines, "", *(f"warning: {line}" for line in plan.warnings)]).rstrip() + "\n"
 
 
 def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workload:
-    """The sizes: of the flags, of the model, of the calibrated run, of the stages' defaults, in this order."""
+    """The sizes: of the flags, of the model, of the calibrated run, of the stages' defaults, in this
+    order."""
     flags = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(Config)
@@ -195,7 +221,9 @@ def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workl
                 f"--model {config.model}: {error}; give --parameters, --width and --vocab-size instead"
             ) from error
     # Another base has other keys and another memory than the run's.
-    inherited = of_run if not shape else {name: of_run[name] for name in of_run if name not in ("dim", "memory")}
+    inherited = (
+        of_run if not shape else {name: of_run[name] for name in of_run if name not in ("dim", "memory")}
+    )
     sizes: dict[str, Any] = _DEFAULTS | inherited | shape | flags
     if "k" in flags and "neighbour_perplexity" not in flags:
         sizes.pop("neighbour_perplexity", None)  # a run's own was for its own k
@@ -261,7 +289,8 @@ def _machine(config: Config) -> Machine:
         cores=config.threads or max(1, (os.cpu_count() or 1) // config.ranks),
         gpus=config.gpus,
         gpu_flops=config.gpu_tflops * 1e12,
-        memory_bytes=round(config.memory_gb * 1e9) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=round(config.memory_gb * 1e9)
+        or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         disk_bytes=round(config.disk_gb * 1e9) or shutil.disk_usage(here).free,
         disk_rate=config.disk_gb_per_second * 1e9,
     )
@@ -276,8 +305,9 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
         "memory": "more ranks (ZeRO-3 spreads the state), or a smaller --preset",
     }
     lines = [
-        f"{machine.ranks} ranks of {name} want {_bytes(machine.ranks * cost.rank_memory_bytes)} of memory and one node has "
-        f"{_bytes(machine.memory_bytes)}: spread them over nodes, or take {remedies.get(name, 'fewer ranks')}"
+        f"{machine.ranks} ranks of {name} want {_bytes(machine.ranks * cost.rank_memory_bytes)} of memory and"
+        f" one node has {_bytes(machine.memory_bytes)}: spread them over nodes, or take"
+        f" {remedies.get(name, 'fewer ranks')}"
         for name, cost in result.items()
         if machine.ranks * cost.rank_memory_bytes > machine.memory_bytes
     ]
@@ -285,9 +315,9 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
     temporary = max(cost.temporary_bytes for cost in result.values())
     if total + temporary > machine.disk_bytes:
         lines.append(
-            f"all stages together leave {_bytes(total)}, the targets want {_bytes(temporary)} more while they are written "
-            f"(elsewhere: --lists), and the disk has {_bytes(machine.disk_bytes)}: a larger disk, "
-            "a smaller --dim, --input-codec int8 or none, or --encoding compact"
+            f"all stages together leave {_bytes(total)}, the targets want {_bytes(temporary)} more while they"
+            f" are written (elsewhere: --lists), and the disk has {_bytes(machine.disk_bytes)}: a larger"
+            " disk, a smaller --dim, --input-codec int8 or none, or --encoding compact"
         )
     return lines
 
@@ -296,13 +326,17 @@ def _warnings_of_machine(config: Config, machine: Machine) -> list[str]:
     """What was not said of a machine with GPUs."""
     lines = []
     if machine.gpus:
-        of_here = [name for name, flag in (("threads", config.threads), ("memory-gb", config.memory_gb)) if not flag]
+        of_here = [
+            name for name, flag in (("threads", config.threads), ("memory-gb", config.memory_gb)) if not flag
+        ]
         if of_here:
             lines.append(
                 f"{' and '.join(f'--{name}' for name in of_here)} not given: those of this machine are taken "
                 f"({machine.cores} threads a rank, {_bytes(machine.memory_bytes)} of memory)"
             )
-        lines.append("times on GPUs are shares of their peak (.4 forward, .35 training, .2 search), not measurements")
+        lines.append(
+            "times on GPUs are shares of their peak (.4 forward, .35 training, .2 search), not measurements"
+        )
     return lines
 
 

@@ -1,11 +1,13 @@
-"""Keys and index → the keys list by list, on disk: a stage directory of its own that write_targets makes before it searches.
+"""Keys and index → the keys list by list, on disk: a stage directory of its own that write_targets makes
+before it searches.
 
-List search reads whole lists. In the order of positions a list's keys lie all over the datastore; in memory they would be one
-copy a rank. Here they are written once, side by side, and all ranks of a machine read them through the page cache; what
-does not fit in memory streams from the disk. Made again whenever it is missing; a search does not depend on it.
+List search reads whole lists. In the order of positions a list's keys lie all over the datastore; in memory
+they would be one copy a rank. Here they are written once, side by side, and all ranks of a machine read them
+through the page cache; what does not fit in memory streams from the disk. Made again whenever it is missing;
+a search does not depend on it.
 
-Units: the list of every key as each index shard has it (`numbers-<shard>`), then runs of positions in the order of their
-lists, and the values in one file. Shape legend: N keys of a shard or run, L lists.
+Units: the list of every key as each index shard has it (`numbers-<shard>`), then runs of positions in the
+order of their lists, and the values in one file. Shape legend: N keys of a shard or run, L lists.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ def check_key_lists(root: Path, keys: Keys, index: IndexDirectory) -> None:
         found = read_json(identity)
         if found.get("format") != f"mlpmem-{layout.FORMAT}" or found.get("inputs") != _inputs(keys, index):
             raise UserError(
-                f"--lists {root} holds something else than the keys of {keys.root} in the lists of {index.root}: "
-                "choose another directory, or remove it"
+                f"--lists {root} holds something else than the keys of {keys.root} in the lists of"
+                f" {index.root}: choose another directory, or remove it"
             )
     elif root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir()):
         raise UserError(f"--lists {root} is not empty: choose a new directory or empty it")
@@ -78,14 +80,23 @@ def missing_bytes(root: Path, keys: Keys, index: IndexDirectory) -> int:
     return max(0, total - there)
 
 
-def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) -> tuple[ListedKeys, np.ndarray]:
-    """(keys list by list, value of each position), mapped; made by all ranks that ask, each its share, where they are missing.
+def make_key_lists(
+    root: Path, keys: Keys, index: IndexDirectory, world: World
+) -> tuple[ListedKeys, np.ndarray]:
+    """(keys list by list, value of each position), mapped; made by all ranks that ask, each its share, where
+    they are missing.
 
-    Inputs are compared with their checksums by the unit that reads them, what is made by every rank before it is used.
+    Inputs are compared with their checksums by the unit that reads them, what is made by every rank before it
+    is used.
     """
     config = Config(output=root, run_positions=layout.RUN_POSITIONS)
     stage = open_stage(
-        root, stage=layout.FORMAT, version=layout.VERSION, config=config, inputs=_inputs(keys, index), world=world
+        root,
+        stage=layout.FORMAT,
+        version=layout.VERSION,
+        config=config,
+        inputs=_inputs(keys, index),
+        world=world,
     )
     numbers = {f"numbers-{shard}": shard for shard in range(len(index.shard_paths))}
     runs = layout.run_blocks(keys.num_positions, config.run_positions)
@@ -98,14 +109,17 @@ def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) 
         )
     stage.run_units(list(numbers), lambda unit, writer: _write_numbers(keys, index, numbers[unit], writer))
     stage.wait_for(list(numbers))
-    stage.run_units([*runs, _VALUES], lambda unit, writer: _write_run(root, keys, index, runs.get(unit), writer))
+    stage.run_units(
+        [*runs, _VALUES], lambda unit, writer: _write_run(root, keys, index, runs.get(unit), writer)
+    )
     stage.wait_for([*runs, _VALUES])
     stage.finish([*numbers, *runs, _VALUES], lambda: {"num_positions": keys.num_positions})
     return layout.open_key_lists(root, keys.num_positions, config.run_positions)
 
 
 def remove_key_lists(root: Path) -> None:
-    """Remove a directory of lists, first its name: one that is there is never half gone. Who has it mapped may go on."""
+    """Remove a directory of lists, first its name: one that is there is never half gone. Who has it mapped
+    may go on."""
     former = root.with_name(f".{root.name}.removed")
     shutil.rmtree(former, ignore_errors=True)
     with contextlib.suppress(OSError):  # it is not there, or another rank is at it
@@ -153,7 +167,8 @@ def _rows_of_shard(keys: Keys, index: IndexDirectory, shard: int) -> int:
 
 
 def _write_run(root: Path, keys: Keys, index: IndexDirectory, run: Block | None, writer: UnitWriter) -> None:
-    """Keys, ids and norms of a run of positions in the order of their lists; without a run, the values of all positions."""
+    """Keys, ids and norms of a run of positions in the order of their lists; without a run, the values of all
+    positions."""
     if run is None:
         keys.check("values")
         with writer.file(layout.VALUES_NAME) as path:

@@ -1,9 +1,11 @@
-"""The kNN-LM beside the memory: stored keys, an index where there is one, and the probability that neighbours give a value.
+"""The kNN-LM beside the memory: stored keys, an index where there is one, and the probability that neighbours
+give a value.
 
-Used by `evaluate` for the arms base+knn_exact and base+knn_ivfpq. Keys and values of the whole datastore are held in
-memory, N · E bytes for int8 keys.
+Used by `evaluate` for the arms base+knn_exact and base+knn_ivfpq. Keys and values of the whole datastore are
+held in memory, N · E bytes for int8 keys.
 
-n queries, N stored keys, E size of a stored key, K neighbours, T choices of neighbours and temperature, b rows of a chunk.
+n queries, N stored keys, E size of a stored key, K neighbours, T choices of neighbours and temperature, b
+rows of a chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from mlpmem_ds.formats.keys import Codec, Keys
 from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
 from mlpmem_ds.maths.targets import knn_probability, neighbour_weights
 from mlpmem_ds.models.backbone import CapturePoint
-from mlpmem_ds.stages.report.report import KNN_EXACT, KNN_IVFPQ
+from mlpmem_ds.stages.report.summary import KNN_EXACT, KNN_IVFPQ
 
 TEMPERATURE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 NEIGHBOUR_DIVISORS = (1, 4, 16)  # one search serves them: the nearest few are among the nearest many
@@ -44,7 +46,8 @@ class Retriever:
 
     @property
     def choices(self) -> tuple[tuple[int, float], ...]:
-        """Neighbours and temperature of each column of `log_probabilities`; all temperatures for the most neighbours first."""
+        """Neighbours and temperature of each column of `log_probabilities`; all temperatures for the most
+        neighbours first."""
         counts = dict.fromkeys(max(1, self.k // divisor) for divisor in NEIGHBOUR_DIVISORS)
         return tuple((count, self.temperature * factor) for count in counts for factor in TEMPERATURE_FACTORS)
 
@@ -84,7 +87,9 @@ class Retriever:
 
         part = replace(self)
         # What is cached is put in place; the keys' arrays are views.
-        vars(part).update(stored_NE=self.stored_NE[:num_keys], values_N=self.values_N[:num_keys], codec=self.codec)
+        vars(part).update(
+            stored_NE=self.stored_NE[:num_keys], values_N=self.values_N[:num_keys], codec=self.codec
+        )
         if self.index is not None:
             index = engine.keep_first(self._read_index(), num_keys)
             vars(part).update(norms_N=self.norms_N[:num_keys], joined_index=index)
@@ -112,10 +117,13 @@ class Retriever:
         from mlpmem_ds.engines import faiss as engine
 
         _, ids_nK = engine.search([self.joined_index], queries_nE, self.k, self.nprobe)
-        return Neighbours(ids_QK=ids_nK, distances_QK=rescore(queries_nE, ids_nK, self.stored_NE, self.norms_N))
+        return Neighbours(
+            ids_QK=ids_nK, distances_QK=rescore(queries_nE, ids_nK, self.stored_NE, self.norms_N)
+        )
 
     def log_probabilities(self, neighbours: Neighbours, values_n: np.ndarray) -> np.ndarray:
-        """log p_kNN(value) for each of the `choices`, float32 [n, T]; -inf where no neighbour carries the value."""
+        """log p_kNN(value) for each of the `choices`, float32 [n, T]; -inf where no neighbour carries the
+        value."""
         result_nT = np.empty((len(values_n), len(self.choices)), np.float32)
         for start in range(0, len(values_n), _WEIGHED_ROWS):
             rows = slice(start, start + _WEIGHED_ROWS)
@@ -126,9 +134,13 @@ class Retriever:
                 result_nT[rows] = np.log(probabilities_bT)
         return result_nT
 
-    def _probabilities(self, ids_bK: np.ndarray, distances_bK: np.ndarray, values_b: np.ndarray) -> np.ndarray:
+    def _probabilities(
+        self, ids_bK: np.ndarray, distances_bK: np.ndarray, values_b: np.ndarray
+    ) -> np.ndarray:
         order_bK = np.argsort(distances_bK, axis=1, kind="stable")  # a missing one has the greatest
-        ids_bK, distances_bK = (np.take_along_axis(array_bK, order_bK, axis=1) for array_bK in (ids_bK, distances_bK))
+        ids_bK, distances_bK = (
+            np.take_along_axis(array_bK, order_bK, axis=1) for array_bK in (ids_bK, distances_bK)
+        )
         valid_bK = ids_bK >= 0
         values_bK = np.where(valid_bK, self.values_N[ids_bK], -1)
         squared_bK = np.where(valid_bK, distances_bK, 0).astype(np.float64) * self.codec.scale**2
@@ -153,13 +165,20 @@ def squared_norms(rows_NE: np.ndarray) -> np.ndarray:
     return norms_N
 
 
-def rescore(queries_nE: np.ndarray, ids_nK: np.ndarray, stored_NE: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
-    """Squared distances of each query to the stored keys of these ids [n, K]: int64 and exact for int8, else float64.
+def rescore(
+    queries_nE: np.ndarray, ids_nK: np.ndarray, stored_NE: np.ndarray, norms_N: np.ndarray
+) -> np.ndarray:
+    """Squared distances of each query to the stored keys of these ids [n, K]: int64 and exact for int8, else
+    float64.
 
     `norms_N` are the stored keys' `squared_norms`. Missing ids (-1) get the greatest value of the dtype.
     """
     dtype = _distance_dtype(stored_NE)
-    stored, ids, query_norms_n = torch.from_numpy(stored_NE), torch.from_numpy(ids_nK), squared_norms(queries_nE)
+    stored, ids, query_norms_n = (
+        torch.from_numpy(stored_NE),
+        torch.from_numpy(ids_nK),
+        squared_norms(queries_nE),
+    )
     distances_nK = np.empty(ids_nK.shape, dtype)
     step = max(1, _RESCORE_ELEMENTS // max(1, ids_nK.shape[1] * stored_NE.shape[1]))
     for start in range(0, len(ids_nK), step):
@@ -168,7 +187,9 @@ def rescore(queries_nE: np.ndarray, ids_nK: np.ndarray, stored_NE: np.ndarray, n
         # index_select, for plain indexing takes seven times as long.
         keys_bKE = stored.index_select(0, ids_bK.reshape(-1)).float().view(*ids_bK.shape, -1)
         # Products of int8 codes of up to 1,040 numbers: their float32 sums are exact integers, at most 2^24.
-        products_bK = (keys_bKE @ torch.from_numpy(queries_nE[rows]).float()[:, :, None])[:, :, 0].numpy().astype(dtype)
+        products_bK = (
+            (keys_bKE @ torch.from_numpy(queries_nE[rows]).float()[:, :, None])[:, :, 0].numpy().astype(dtype)
+        )
         distances_nK[rows] = norms_N[ids_bK.numpy()] - 2 * products_bK + query_norms_n[rows, None]
     greatest = np.iinfo(dtype).max if dtype == np.int64 else np.finfo(dtype).max
     return np.where(ids_nK >= 0, distances_nK.clip(min=0), greatest)

@@ -1,11 +1,12 @@
 """Keys (and index) → neighbours of any positions and their distributions, for targets and their audit.
 
-Nothing here holds all keys in memory: exact search takes blocks of the mapped key files, list search the mapped keys in list
-order (key_lists.py) once `load` has made them. Before that the keys of the probed lists are gathered for a few queries at
-a time: enough for a sample, and nothing is written for it. Both give the same neighbours, bit for bit for int8 codes.
+Nothing here holds all keys in memory: exact search takes blocks of the mapped key files, list search the
+mapped keys in list order (key_lists.py) once `load` has made them. Before that the keys of the probed lists
+are gathered for a few queries at a time: enough for a sample, and nothing is written for it. Both give the
+same neighbours, bit for bit for int8 codes.
 
-What is searched is compared with its checksums first: a flipped byte would be a wrong neighbour in silence, and reading for
-it (2 GB a second) is nothing beside the search.
+What is searched is compared with its checksums first: a flipped byte would be a wrong neighbour in silence,
+and reading for it (2 GB a second) is nothing beside the search.
 
 N positions, n positions at hand, D numbers in a key, K neighbours, P lists that a query probes, L lists.
 """
@@ -51,7 +52,8 @@ class Datastore:
         window: positions on either side that are no neighbours.
         documents_N: documents whose positions are no neighbours of one another; None where they are.
         threads: of faiss, 0 = as the environment says.
-        lists: where `load` finds or makes the keys in list order; None: they are gathered, which is slow for many queries.
+        lists: where `load` finds or makes the keys in list order; None: they are gathered, which is slow for
+            many queries.
         world: the ranks that make them together.
     """
 
@@ -108,7 +110,8 @@ class Datastore:
         return counts_V
 
     def neighbours(self, positions_n: np.ndarray, *, exclude: bool = True) -> Neighbours:
-        """The k nearest keys of each of these positions (int64); without `exclude` a position may find itself."""
+        """The k nearest keys of each of these positions (int64); without `exclude` a position may find
+        itself."""
         return self.search(positions_n, exclude=exclude).unpack()
 
     def search(self, positions_n: np.ndarray, *, exclude: bool = True) -> PackedNeighbours:
@@ -116,16 +119,21 @@ class Datastore:
         if self._index is None:
             _ = self._checked_keys
             exclusion = self.exclusion(positions_n) if exclude else None
-            return pack_exact_neighbours(self.vectors_ND[positions_n], self.vectors_ND, self.k, exclusion=exclusion)
+            return pack_exact_neighbours(
+                self.vectors_ND[positions_n], self.vectors_ND, self.k, exclusion=exclusion
+            )
         if self._listed is None:
             return self._search_gathered(positions_n, exclude)
         self._check_units_of(positions_n)
         queries_nD = self.vectors_ND[positions_n]
         exclusion = self.exclusion(positions_n) if exclude else None
-        return pack_list_neighbours(queries_nD, self._probes(queries_nD), self._listed[0], self.k, exclusion=exclusion)
+        return pack_list_neighbours(
+            queries_nD, self._probes(queries_nD), self._listed[0], self.k, exclusion=exclusion
+        )
 
     def _search_gathered(self, positions_n: np.ndarray, exclude: bool) -> PackedNeighbours:
-        """Before the keys lie list by list: those of the probed lists are gathered for some of the positions at a time."""
+        """Before the keys lie list by list: those of the probed lists are gathered for some of the positions
+        at a time."""
         _ = self._checked_keys
         queries_nD = self.vectors_ND[positions_n]
         probes_nP = self._probes(queries_nD)
@@ -135,7 +143,9 @@ class Datastore:
             rows = order_n[slice(*part)]
             exclusion = self.exclusion(positions_n[rows]) if exclude else None
             lists = self._gathered(probes_nP[rows])
-            parts.append(pack_list_neighbours(queries_nD[rows], probes_nP[rows], lists, self.k, exclusion=exclusion))
+            parts.append(
+                pack_list_neighbours(queries_nD[rows], probes_nP[rows], lists, self.k, exclusion=exclusion)
+            )
         packed_nK = np.empty((len(positions_n), self.k), np.int64)
         packed_nK[order_n] = np.concatenate([part.packed_QK for part in parts])
         return replace(parts[0], packed_QK=packed_nK)
@@ -143,7 +153,8 @@ class Datastore:
     def rows(
         self, neighbours: Neighbours, positions_n: np.ndarray, temperature: float, mass: float
     ) -> tuple[SparseRows, np.ndarray]:
-        """The distributions of these positions, cut at `mass` but for the position's own value, and what was cut, [n]."""
+        """The distributions of these positions, cut at `mass` but for the position's own value, and what was
+        cut, [n]."""
         squared_nK, valid_nK = self.squared_distances(neighbours)
         weights_nK = neighbour_weights(squared_nK, temperature, valid_nK)
         rows = aggregate(weights_nK, self.values_of(np.maximum(neighbours.ids_QK, 0)))
@@ -198,14 +209,15 @@ class Datastore:
         return sizes_L
 
     def _split_by_lists(self, probes_nP: np.ndarray) -> Iterator[Block]:
-        """Queries [start, stop) whose lists together hold no more keys than may be gathered, at least one query."""
-        most_keys, start = _GATHERED_BYTES // (self.keys.dim * self.vectors_ND.dtype.itemsize), 0
+        """Queries [start, stop) whose lists together hold no more keys than may be gathered, at least one
+        query."""
+        max_keys, start = _GATHERED_BYTES // (self.keys.dim * self.vectors_ND.dtype.itemsize), 0
         while start < len(probes_nP):
             stop, num_keys, is_taken_L = start, 0, np.zeros(len(self._sizes_L), bool)
             while stop < len(probes_nP):
                 more = probes_nP[stop][~is_taken_L[probes_nP[stop]]]
                 num_keys += int(self._sizes_L[more].sum())
-                if num_keys > most_keys and stop > start:
+                if num_keys > max_keys and stop > start:
                     break
                 is_taken_L[more], stop = True, stop + 1
             yield Block(start, stop)
@@ -239,7 +251,9 @@ class Datastore:
         """Compare the key files that hold these positions with their checksums, each once."""
         if "_checked_keys" in vars(self):
             return
-        for unit in set(np.unique(positions_n // self.keys.manifest["unit_positions"]).tolist()) - self._checked_units:
+        for unit in (
+            set(np.unique(positions_n // self.keys.manifest["unit_positions"]).tolist()) - self._checked_units
+        ):
             self.keys.check("keys", self.keys.blocks[unit])
             self._checked_units.add(unit)
 

@@ -1,4 +1,5 @@
-"""The curves of a training as one picture: OUTPUT/curves.png, drawn from metrics.jsonl when the training ends."""
+"""The curves of a training as one picture: OUTPUT/curves.png, drawn from metrics.jsonl when the training
+ends."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.files import publish
-from mlpmem_ds.stages.training.training_metrics import read_metrics
+from mlpmem_ds.stages.training.metrics import read_metrics
 
 # Title of a panel → (metric, label) of its lines; a panel without any of its metrics is left out.
 _PANELS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -40,7 +41,9 @@ def draw_curves(output: Path) -> bool:
     for number, (title, curves) in enumerate(panels.items(), start=1):
         axes: Any = figure.add_subplot((len(panels) + 1) // 2, 2, number)
         for label, points in curves:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None, linewidth=1)
+            axes.plot(
+                *zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None, linewidth=1
+            )
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -1,4 +1,5 @@
-"""Of the training: a memory whose weights another training starts from (`--init-from`), opened and checked, not yet read.
+"""Of the training: a memory whose weights another training starts from (`--init-from`), opened and checked,
+not yet read.
 
     OUTPUT of a training     its weights/ is taken
     OUTPUT/weights           config.json, model.safetensors
@@ -36,7 +37,8 @@ class InitialMemory:
     memory: MemoryConfig
     provenance: dict[str, Any]
     sha256: str
-    """of shape and float32 numbers: the same for a training's output, its weights/ and a float32 export of it"""
+    """of shape and float32 numbers: the same for a training's output, its weights/ and a float32 export of
+    it"""
     _places: Mapping[str, tuple[Path, str]] = field(repr=False)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -57,17 +59,20 @@ def open_initial_memory(root: Path) -> InitialMemory:
         identity = root / "identity.json"
         is_unfinished = identity.is_file() and read_json(identity).get("format") == f"mlpmem-{MEMORY_STAGE}"
         raise UserError(
-            f"{_FLAG} {root} is a training that has not finished: run its launch/train.py command again, or convert its newest "
-            "checkpoint with tools/convert_checkpoint.py and give that"
+            f"{_FLAG} {root} is a training that has not finished: run its launch/train.py command again, or"
+            " convert its newest checkpoint with tools/convert_checkpoint.py and give that"
             if is_unfinished
-            else f"{_FLAG} {root} holds no memory: give an output of launch/train.py, its weights/, or an export"
+            else (
+                f"{_FLAG} {root} holds no memory: give an output of launch/train.py, its weights/, or an"
+                " export"
+            )
         )
     description = read_json(place / "config.json")
     if description.get("format") == f"mlpmem-{MEMORY_STAGE}":
         if description.get("version") != MEMORY_VERSION:
             raise DamagedDataError(
-                f"{_FLAG} {root} has version {description.get('version')}, this program reads {MEMORY_VERSION}: use the "
-                "release that wrote it"
+                f"{_FLAG} {root} has version {description.get('version')}, this program reads"
+                f" {MEMORY_VERSION}: use the release that wrote it"
             )
         shape, prefix = description.get("memory"), ""
     elif description.get("model_type") == "mlpmem":
@@ -96,7 +101,11 @@ def _locate(place: Path, prefix: str) -> dict[str, tuple[Path, str]]:
     for path in sorted(place.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                places |= {name.removeprefix(prefix): (path, name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+                places |= {
+                    name.removeprefix(prefix): (path, name)
+                    for name in file.keys()  # noqa: SIM118
+                    if name.startswith(prefix)
+                }
         except Exception as error:  # safetensors raises a family of its own
             raise _damaged(path, error) from error
     return places
@@ -108,15 +117,16 @@ def _hash_tensors(root: Path, memory: MemoryConfig, places: Mapping[str, tuple[P
     if set(wanted) != set(places):
         differing = sorted(set(wanted) ^ set(places))
         raise DamagedDataError(
-            f"{_FLAG} {root}: {len(differing)} tensors are missing or too many, the first is {differing[0]}: make it again"
+            f"{_FLAG} {root}: {len(differing)} tensors are missing or too many, the first is {differing[0]}:"
+            " make it again"
         )
     hashes = []
     for name, shape in sorted(wanted.items()):
         tensor = _read(*places[name])
         if tuple(tensor.shape) != shape or not tensor.isfinite().all():
             raise DamagedDataError(
-                f"{_FLAG} {root}: {name} is of shape {list(tensor.shape)}, or not finite; finite numbers of shape "
-                f"{list(shape)} were to be expected: make it again"
+                f"{_FLAG} {root}: {name} is of shape {list(tensor.shape)}, or not finite; finite numbers of"
+                f" shape {list(shape)} were to be expected: make it again"
             )
         hashes.append([name, hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()])
     return content_hash([memory.to_dict(), hashes])
@@ -135,7 +145,9 @@ def _damaged(path: Path, error: Exception) -> DamagedDataError:
     return DamagedDataError(f"{_FLAG}: {path} cannot be read ({error}): make it again, or copy it again")
 
 
-def check_fits(initial: InitialMemory, *, wanted: Mapping[str, tuple[str, object]], vocabulary_sha256: str) -> None:
+def check_fits(
+    initial: InitialMemory, *, wanted: Mapping[str, tuple[str, object]], vocabulary_sha256: str
+) -> None:
     """Make sure that a training can start from this memory.
 
     Args:
@@ -150,12 +162,12 @@ def check_fits(initial: InitialMemory, *, wanted: Mapping[str, tuple[str, object
         found = getattr(initial.memory, name)
         if found != value:
             raise UserError(
-                f"{_FLAG} {initial.root} has {name.replace('_', ' ')} {found}, and {who} {value}: give a memory that fits, or "
-                "leave out the flag"
+                f"{_FLAG} {initial.root} has {name.replace('_', ' ')} {found}, and {who} {value}: give a"
+                " memory that fits, or leave out the flag"
             )
     known = initial.provenance.get("vocabulary_sha256", vocabulary_sha256)
     if known != vocabulary_sha256:
         raise UserError(
-            f"{_FLAG} {initial.root} was trained with another vocabulary ({str(known)[:12]}…) than --corpus has "
-            f"({vocabulary_sha256[:12]}…): its outputs mean other tokens; leave out the flag"
+            f"{_FLAG} {initial.root} was trained with another vocabulary ({str(known)[:12]}…) than --corpus"
+            f" has ({vocabulary_sha256[:12]}…): its outputs mean other tokens; leave out the flag"
         )

@@ -1,5 +1,5 @@
-"""One start of a training, from the built engine to the written weights: what its steps share, how it resumes, saves,
-validates and ends.
+"""One start of a training, from the built engine to the written weights: what its steps share, how it
+resumes, saves, validates and ends.
 
 Place in the pipeline: `train` checks everything and opens the directory, then hands over to this.
 """
@@ -31,11 +31,11 @@ from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.formats.checkpoint import list_checkpoints, write_weights
 from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
 from mlpmem_ds.models.objective import SUM_NAMES, MemoryObjective
+from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.curves import draw_curves
-from mlpmem_ds.stages.training.training_config import Config
-from mlpmem_ds.stages.training.training_inputs import TrainingInputs, provenance_of
-from mlpmem_ds.stages.training.training_loop import DECAY_SHARE, LoopSettings, Outcome, learning_rate_at, run_steps
-from mlpmem_ds.stages.training.training_metrics import Metrics
+from mlpmem_ds.stages.training.inputs import TrainingInputs, provenance_of
+from mlpmem_ds.stages.training.loop import DECAY_SHARE, LoopSettings, Outcome, learning_rate_at, run_steps
+from mlpmem_ds.stages.training.metrics import Metrics
 from mlpmem_ds.stages.training.validation import DEFAULT_POSITIONS, VALIDATIONS_A_RUN, BestWeights, Validator
 
 _logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class MemoryTraining:
             log_every=config.log_every_steps,
             save_every=config.save_every_steps,
             validate_every=self.validate_every,
-            most_skipped=config.most_skipped_steps,
+            max_skipped=config.max_skipped_steps,
             deadline=time.monotonic() + config.max_seconds if config.max_seconds else math.inf,
             flops_per_row=_FLOPS_OF_A_WEIGHT * self.inputs.memory.num_matrix_parameters(),
             peak_flops=sum(gather_values(peak.flops, self.world)),
@@ -207,13 +207,23 @@ class MemoryTraining:
     def _finish(self, outcome: Outcome) -> None:
         """Write the weights, the curves and the manifest."""
         config, world, best = self.config, self.world, self.best.best
-        weights = self.engine.whole_weights() if not config.selects_best else self.best.read() if world.is_first else {}
-        self.directory.run_units([UNIT], lambda _, writer: _write(writer, weights, self.fields), take_over=False)
+        weights = (
+            self.engine.whole_weights()
+            if not config.selects_best
+            else self.best.read()
+            if world.is_first
+            else {}
+        )
+        self.directory.run_units(
+            [UNIT], lambda _, writer: _write(writer, weights, self.fields), take_over=False
+        )
         if world.is_first:
             draw_curves(config.output)
             selected = best.step if best is not None and config.selects_best else outcome.steps
             if outcome.reason == "patience":
-                _logger.info("stopped early at step %d; the weights are those of step %d", outcome.steps, selected)
+                _logger.info(
+                    "stopped early at step %d; the weights are those of step %d", outcome.steps, selected
+                )
             self.directory.finish(
                 [UNIT],
                 lambda: {
@@ -228,7 +238,11 @@ class MemoryTraining:
 
 
 def _build(
-    config: Config, inputs: TrainingInputs, ds_config: Mapping[str, Any], head: torch.Tensor | None, world: World
+    config: Config,
+    inputs: TrainingInputs,
+    ds_config: Mapping[str, Any],
+    head: torch.Tensor | None,
+    world: World,
 ) -> Engine:
     def prepare(model: nn.Module) -> None:
         if inputs.initial is not None:
@@ -298,6 +312,8 @@ def _arguments(
         )
 
 
-def _write(writer: UnitWriter, weights: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> dict[str, Any]:
+def _write(
+    writer: UnitWriter, weights: Mapping[str, torch.Tensor], fields: Mapping[str, Any]
+) -> dict[str, Any]:
     write_weights(writer, weights, memory=fields["memory"], provenance=fields["provenance"])
     return {"parameters": sum(tensor.numel() for tensor in weights.values())}

@@ -2,9 +2,9 @@
 
     loss = alpha KL(kNN || memory) + (1 - alpha) CE
 
-Batches come in an order that depends on the seed alone (formats/batches.py), so the number of ranks may change from one
-start to the next, and a killed run continues from its newest whole checkpoint. Where the keys store no inputs the frozen base
-computes them beside the training.
+Batches come in an order that depends on the seed alone (formats/batches.py), so the number of ranks may
+change from one start to the next, and a killed run continues from its newest whole checkpoint. Where the keys
+store no inputs the frozen base computes them beside the training.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mlpmem_ds.engines.hidden_states import resolve_device
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION
 from mlpmem_ds.models.memory import compiled_activation
+from mlpmem_ds.stages.training.config import Config
+from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows
+from mlpmem_ds.stages.training.inputs import base_head, open_inputs
 from mlpmem_ds.stages.training.memory_training import UNIT, MemoryTraining
-from mlpmem_ds.stages.training.training_config import Config
-from mlpmem_ds.stages.training.training_defaults import default_learning_rate, warn_of_few_rows
-from mlpmem_ds.stages.training.training_inputs import base_head, open_inputs
 
 __all__ = ["Config", "run"]
 _logger = logging.getLogger(__name__)
@@ -67,13 +67,18 @@ def run(config: Config, world: World) -> None:
             **inputs.memory.to_dict(),
             "dtype": str(compute_dtype(ds_config)),
             "num_steps": num_steps,
-            **({} if inputs.model_sha256 is None or config.head == "random" else {"head_of": inputs.model_sha256}),
+            **(
+                {}
+                if inputs.model_sha256 is None or config.head == "random"
+                else {"head_of": inputs.model_sha256}
+            ),
         },
     )
     if directory.manifest_path.is_file() and directory.fault_of_unit(UNIT) is None:
         if config.resume == "never" and world.is_first:
             _logger.warning(
-                "--resume never: %s is complete and nothing was done; remove it or choose another --output to train anew",
+                "--resume never: %s is complete and nothing was done; remove it or choose another --output to"
+                " train anew",
                 config.output,
             )
         _logger.info("complete: %s (%d steps)", config.output, num_steps)
@@ -90,7 +95,9 @@ def run(config: Config, world: World) -> None:
             world.size,
             "; the keys store no inputs, the base computes them" if inputs.is_online else "",
         )
-        warn_of_few_rows(config.batch_positions, world, flag="--batch-positions", on_gpu=torch.cuda.is_available())
+        warn_of_few_rows(
+            config.batch_positions, world, flag="--batch-positions", on_gpu=torch.cuda.is_available()
+        )
     set_up_distributed(world)
     training = MemoryTraining(config, inputs, ds_config, num_steps, head, directory)
     del inputs, head  # with them goes the base, where the training needs it no more
@@ -107,6 +114,6 @@ def _require_compiler(family: str, world: World) -> None:
     for rank, said in enumerate(gather_values(reason, world)):
         if said:
             raise UserError(
-                f"--compile: torch.compile does not work on rank {rank} ({said}): install a C++ compiler (on a GPU Triton), or "
-                "leave --compile out"
+                f"--compile: torch.compile does not work on rank {rank} ({said}): install a C++ compiler (on"
+                " a GPU Triton), or leave --compile out"
             )

@@ -1,7 +1,8 @@
-"""Validation during training: perplexity of base, memory and their best interpolation on the corpus's tuning split.
+"""Validation during training: perplexity of base, memory and their best interpolation on the corpus's tuning
+split.
 
-Place in the pipeline: inside `train`. The base's log-probabilities and the memory's inputs are computed once, at the start, and
-held in memory; a validation is then a forward of the memory over some thousand rows.
+Place in the pipeline: inside `train`. The base's log-probabilities and the memory's inputs are computed once,
+at the start, and held in memory; a validation is then a forward of the memory over some thousand rows.
 
 N rows of this rank, I input size, G grid of interpolation weights.
 """
@@ -72,12 +73,18 @@ class Validator:
         windows = corpus.windows()
         chosen = windows[:: max(1, math.ceil(corpus.num_positions / positions))]
         mine = deal(chosen, world.rank, world.size)
-        # Every rank runs the base as often as rank 0, which has the most: one that is cut over the ranks takes all of them.
+        # Every rank runs the base as often as rank 0, which has the most: one that is cut over the ranks
+        # takes all of them.
         padded = mine + chosen[: len(deal(chosen, 0, world.size)) - len(mine)]
         scanned = [
             next(
                 scan_positions(
-                    source, corpus, Block(window.start, window.stop), {"input": point}, batch_windows=1, ahead=False
+                    source,
+                    corpus,
+                    Block(window.start, window.stop),
+                    {"input": point},
+                    batch_windows=1,
+                    ahead=False,
                 )
             )
             for window in padded
@@ -87,16 +94,21 @@ class Validator:
         self._world = world
         self._inputs_NI = torch.cat(inputs) if inputs else torch.zeros(0, source.width, dtype=torch.bfloat16)
         self._labels_N = torch.cat(
-            [torch.from_numpy(corpus.values(*span)) for _, span in parts] or [torch.zeros(0, dtype=torch.int64)]
+            [torch.from_numpy(corpus.values(*span)) for _, span in parts]
+            or [torch.zeros(0, dtype=torch.int64)]
         )
-        self._base_N = np.concatenate([part.log_probabilities for part, _ in parts] or [np.zeros(0)]).astype(np.float64)
+        self._base_N = np.concatenate([part.log_probabilities for part, _ in parts] or [np.zeros(0)]).astype(
+            np.float64
+        )
         self.num_positions = sum(gather_values(len(self._base_N), world))
         self._num_chunks = max(gather_values(math.ceil(len(self._base_N) / _ROWS_AT_ONCE), world))
 
     def run(self, engine: Engine, step: int) -> Validation:
         """Score the memory as it is now."""
         memory_N = self._score(engine)
-        pairs = [(math.log1p(-weight) if weight < 1 else -math.inf, math.log(weight)) for weight in _LAMBDAS_G]
+        pairs = [
+            (math.log1p(-weight) if weight < 1 else -math.inf, math.log(weight)) for weight in _LAMBDAS_G
+        ]
         sums = [
             self._base_N.sum(),
             memory_N.sum(),
@@ -123,7 +135,10 @@ class Validator:
                 if len(labels_N):
                     inputs_NI = self._inputs_NI[rows]
                 else:  # the others have more
-                    inputs_NI, labels_N = self._inputs_NI.new_zeros(1, self._inputs_NI.shape[1]), torch.zeros(1).long()
+                    inputs_NI, labels_N = (
+                        self._inputs_NI.new_zeros(1, self._inputs_NI.shape[1]),
+                        torch.zeros(1).long(),
+                    )
                 scores_N = engine.forward(
                     inputs_NI.to(engine.device, engine.dtype), None, labels_N.to(engine.device)
                 ).cpu()
@@ -134,8 +149,8 @@ class Validator:
 class BestWeights:
     """OUTPUT/best.json and OUTPUT/best/: the weights of the validation that was the best so far.
 
-    The files of earlier bests go when a checkpoint holds the later one: a run that falls back to an older checkpoint finds
-    the weights that its history names.
+    The files of earlier bests go when a checkpoint holds the later one: a run that falls back to an older
+    checkpoint finds the weights that its history names.
     """
 
     def __init__(self, output: Path, history: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -150,7 +165,9 @@ class BestWeights:
     def has_stalled(self, patience: int) -> bool:
         """Whether so many validations came after the best one; never with 0."""
         best = self.best
-        return patience > 0 and best is not None and len(self.history) - 1 - self.history.index(best) >= patience
+        return (
+            patience > 0 and best is not None and len(self.history) - 1 - self.history.index(best) >= patience
+        )
 
     def add(self, validation: Validation, engine: Engine, *, keep: bool) -> None:
         """Remember a validation; keep the weights if it is the best. Collective."""
@@ -199,7 +216,8 @@ class BestWeights:
             return load_file(self._path(best))
         except FileNotFoundError as error:
             raise UserError(
-                f"{self._path(best)}, the weights of the best validation, is gone: restore it, or train with --select last"
+                f"{self._path(best)}, the weights of the best validation, is gone: restore it, or train with"
+                " --select last"
             ) from error
 
     def _path(self, validation: Validation) -> Path:

@@ -1,5 +1,5 @@
-"""Where no GPU is, the twins run in Triton's interpreter (in a process of its own: it is chosen before the import) and are
-compiled ahead of time for three GPUs."""
+"""Where no GPU is, the twins run in Triton's interpreter (in a process of its own: it is chosen before the
+import) and are compiled ahead of time for three GPUs."""
 
 import importlib
 import os
@@ -31,7 +31,7 @@ _KERNELS = {
         "ENTRIES": 128,
     },
     "probability_rows.label_rows_kernel": {"COLUMNS": 8192},
-    "probability_rows.part_normalisers_kernel": {"COLUMNS": 2048},
+    "probability_rows.part_normalizers_kernel": {"COLUMNS": 2048},
     "probability_rows.mixture_rows_kernel": {"WEIGHT_BY_ROW": True, "COLUMNS": 2048, "PARTS": 128},
 }
 
@@ -39,7 +39,9 @@ _KERNELS = {
 def test_the_twins_equal_the_originals_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(TWINS)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
     passed, skipped = (int(re.search(rf"(\d+) {word}", finished.stdout)[1]) for word in ("passed", "skipped"))
     assert passed >= 25 and skipped == 2  # only what measures a GPU
@@ -64,7 +66,9 @@ def test_the_twins_compile_for_gpus_that_are_not_here(kernel, capability, tmp_pa
     }
     compiled = triton.compile(
         ASTSource(
-            function, signature, constexprs={(function.arg_names.index(key),): constants[key] for key in constants}
+            function,
+            signature,
+            constexprs={(function.arg_names.index(key),): constants[key] for key in constants},
         ),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": 4, "enable_fp_fusion": True},

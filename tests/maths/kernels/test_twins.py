@@ -1,4 +1,5 @@
-"""The Triton twins against the torch originals and float64: on a GPU, or in Triton's interpreter (see test_interpreter.py)."""
+"""The Triton twins against the torch originals and float64: on a GPU, or in Triton's interpreter (see
+test_interpreter.py)."""
 
 import math
 import os
@@ -10,7 +11,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device, or Triton's interpreter"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device, or Triton's interpreter"
+    ),
 ]
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -32,7 +35,8 @@ def twins(monkeypatch):
 
 
 def make_problem(num_rows, vocabulary, dtype, mass=1.0, seed=0):
-    """Repeated and unordered ids, more than a block of entries, an empty row, ignored rows, labels in and out of the entries."""
+    """Repeated and unordered ids, more than a block of entries, an empty row, ignored rows, labels in and out
+    of the entries."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(1, 9, (num_rows,), generator=generator)
     counts[1], counts[2] = 0, 150
@@ -72,10 +76,10 @@ def results(problem, **options):
 
 @pytest.mark.parametrize("vocabulary", [37, 1024, 8192 + 5])
 @pytest.mark.parametrize("mixture_lambda", [None, 0.25, 1.0])
-@pytest.mark.parametrize(("mass", "renormalise"), [(1.0, True), (0.6, False)])
-def test_the_loss_and_its_gradients_are_the_originals(twins, vocabulary, mixture_lambda, mass, renormalise):
+@pytest.mark.parametrize(("mass", "renormalize"), [(1.0, True), (0.6, False)])
+def test_the_loss_and_its_gradients_are_the_originals(twins, vocabulary, mixture_lambda, mass, renormalize):
     problem = make_problem(11, vocabulary, torch.float32, mass=mass)
-    options = {"alpha": 0.4, "mixture_lambda": mixture_lambda, "renormalise": renormalise}
+    options = {"alpha": 0.4, "mixture_lambda": mixture_lambda, "renormalize": renormalize}
     twins(False)
     expected = results(problem, **options)
     twins(True)
@@ -105,9 +109,13 @@ def test_bfloat16_gradients_of_the_logits_are_rounded_once(twins):
         sparse_rows(logits.to(DEVICE), log_base_C=None, log_lambda=0.0, gradient_dtype=dtype, **arguments)[2]
         for dtype in (torch.float32, torch.bfloat16)
     )
-    step = 2.0**-8 if DEVICE == "cuda" else 2.0**-7  # the interpreter truncates where a GPU rounds to the nearest
+    step = (
+        2.0**-8 if DEVICE == "cuda" else 2.0**-7
+    )  # the interpreter truncates where a GPU rounds to the nearest
     assert ((rounded.float() - exact).abs() <= step * exact.abs()).all()
-    wanted = torch.softmax(logits.double(), 1).scatter_add_(1, entries, torch.full((5, 4), -0.125, dtype=torch.double))
+    wanted = torch.softmax(logits.double(), 1).scatter_add_(
+        1, entries, torch.full((5, 4), -0.125, dtype=torch.double)
+    )
     wanted[torch.arange(5), entries[:, 0]] -= 0.5
     assert (exact.cpu() - wanted).norm() <= 1e-6 * wanted.norm()
 
@@ -132,7 +140,9 @@ def test_label_log_probabilities_are_the_originals(twins, vocabulary):
     labels[:4] = torch.tensor([0, 31, vocabulary - 1, 7])
     twins(True)
     tokens = torch.stack([labels, labels.flip(0)], dim=1)
-    found = token_log_probabilities(hidden.to(DEVICE), weight.to(DEVICE), tokens.to(DEVICE), bias=bias.to(DEVICE))
+    found = token_log_probabilities(
+        hidden.to(DEVICE), weight.to(DEVICE), tokens.to(DEVICE), bias=bias.to(DEVICE)
+    )
     exact = torch.log_softmax(hidden.double() @ weight.double().t() + bias, 1).gather(1, tokens)
     torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=1e-5)
     assert found[3, 0] == found[5, 1] == -math.inf
@@ -162,7 +172,9 @@ def test_the_mixture_ends_are_exactly_the_two_alone(twins):
     base, memory = torch.randn(2, 3, 4100, generator=generator).to(DEVICE)
     twins(True)
     assert torch.equal(mixture_log_probabilities(base, memory, 0), mixture_log_probabilities(base, base, 0.0))
-    assert torch.equal(mixture_log_probabilities(base, memory, 1), mixture_log_probabilities(memory, memory, 1.0))
+    assert torch.equal(
+        mixture_log_probabilities(base, memory, 1), mixture_log_probabilities(memory, memory, 1.0)
+    )
     alone = torch.log_softmax(base, -1)
     torch.testing.assert_close(mixture_log_probabilities(base, memory, 0), alone, rtol=0, atol=2e-6)
 

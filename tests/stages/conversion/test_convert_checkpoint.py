@@ -1,4 +1,5 @@
-"""The export: loads and generates where this package is not, equals base + memory, and is never published half or wrong."""
+"""The export: loads and generates where this package is not, equals base + memory, and is never published
+half or wrong."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ class _Flags:
 
 
 def convert(*words: object) -> int:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint_tool", ROOT / "tools" / "convert_checkpoint.py")
+    spec = importlib.util.spec_from_file_location(
+        "convert_checkpoint_tool", ROOT / "tools" / "convert_checkpoint.py"
+    )
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
@@ -56,15 +59,30 @@ def save_memory(root: Path, flags: _Flags, *, seed: int = 1, **changes: Any) -> 
     """A memory as launch/train.py leaves it, its weights random and wide."""
     torch.manual_seed(seed)
     shape = MemoryConfig(
-        input_size=16, hidden_size=24, intermediate_size=20, num_blocks=2, vocab_size=300, initializer_range=0.4
+        input_size=16,
+        hidden_size=24,
+        intermediate_size=20,
+        num_blocks=2,
+        vocab_size=300,
+        initializer_range=0.4,
     )
     corpus, keys = open_corpus(flags.corpus), open_keys(flags.keys)
     provenance = {
-        "base": keys.manifest["inputs"]["model"], "corpus": corpus.sha256, "keys": keys.sha256,
-        "targets": sha256_of_file(flags.targets / "manifest.json"), "vocabulary_sha256": corpus.vocabulary_sha256,
-        "key_layer": 1, "input_layer": 0, "key_point": "ffn_input", "alpha": 0.5, "ce_through": "plain", "steps": 7,
-        "batch_positions": 64, "epochs": 2.0, **changes,
-    }  # fmt: skip
+        "base": keys.manifest["inputs"]["model"],
+        "corpus": corpus.sha256,
+        "keys": keys.sha256,
+        "targets": sha256_of_file(flags.targets / "manifest.json"),
+        "vocabulary_sha256": corpus.vocabulary_sha256,
+        "key_layer": 1,
+        "input_layer": 0,
+        "key_point": "ffn_input",
+        "alpha": 0.5,
+        "ce_through": "plain",
+        "steps": 7,
+        "batch_positions": 64,
+        "epochs": 2.0,
+        **changes,
+    }
     directory = open_stage(root, stage="memory", version=1, config=flags, inputs={}, world=World())
 
     def write(_: str, writer: Any) -> None:
@@ -77,11 +95,25 @@ def save_memory(root: Path, flags: _Flags, *, seed: int = 1, **changes: Any) -> 
 
 def save_report(root: Path, memory: Path, *, lmbda: float | None = LAMBDA) -> Path:
     inputs = {"base+other": sha256_of_file(memory / "manifest.json")}
-    directory = open_stage(root, stage="report", version=1, config=_Flags(corpus=root, keys=root, targets=root),
-                           inputs=inputs, world=World())  # fmt: skip
-    arms = [{"name": "base", "ppl": 71.7, "ppl_change": None, "ppl_interval": None, "lambda": None},
-            {"name": "base+other", "ppl": 64.5, "ppl_change": -0.1, "ppl_interval": [-0.12, -0.08], "lambda": lmbda,
-             "tuning_curve": [{"lambda": 0.0, "ppl": 70.0}, {"lambda": 0.35, "ppl": 63.25}]}]  # fmt: skip
+    directory = open_stage(
+        root,
+        stage="report",
+        version=1,
+        config=_Flags(corpus=root, keys=root, targets=root),
+        inputs=inputs,
+        world=World(),
+    )
+    arms = [
+        {"name": "base", "ppl": 71.7, "ppl_change": None, "ppl_interval": None, "lambda": None},
+        {
+            "name": "base+other",
+            "ppl": 64.5,
+            "ppl_change": -0.1,
+            "ppl_interval": [-0.12, -0.08],
+            "lambda": lmbda,
+            "tuning_curve": [{"lambda": 0.0, "ppl": 70.0}, {"lambda": 0.35, "ppl": 63.25}],
+        },
+    ]
     publish_json(root / "eval.json", {"arms": arms})
     directory.finish([], dict)
     return root
@@ -113,7 +145,8 @@ def export_dir(tmp_path_factory: pytest.TempPathFactory, memory_dir: Path, base_
 
 @torch.no_grad()
 def expected_mixture(base_dir: Path, memory_dir: Path, ids_BS: torch.Tensor, lmbda: float) -> torch.Tensor:
-    """log((1-λ) p_base + λ p_memory) in float64; the memory's input through a hook of this test's own, on layer 0."""
+    """log((1-λ) p_base + λ p_memory) in float64; the memory's input through a hook of this test's own, on
+    layer 0."""
     trained = read_weights(memory_dir)
     memory = Memory(MemoryConfig.from_dict(trained.memory))
     memory.load_state_dict(trained.weights)
@@ -136,7 +169,8 @@ tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 base = AutoModelForCausalLM.from_pretrained(base_directory)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 way = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-result = {"lmbda": model.lmbda, "logits": model(ids).logits.double().tolist(), "new": model.generate(ids, **way).tolist(),
+result = {"lmbda": model.lmbda, "logits": model(ids).logits.double().tolist(), "new": model.generate(ids,
+    **way).tolist(),
           "text": tokenizer.decode(tokenizer("alpha beta return")["input_ids"])}
 model.lmbda = 0
 result["without"] = model.generate(ids, **way).tolist()
@@ -149,15 +183,26 @@ def test_an_export_loads_and_generates_without_this_package(
     export_dir: Path, base_dir: Path, memory_dir: Path, tmp_path: Path
 ) -> None:
     assert len(list(export_dir.glob("model-*.safetensors"))) > 1
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
+    environment = {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin",
+    }
     done = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, str(export_dir), str(base_dir), json.dumps(IDS.tolist())],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     expected_BSV = expected_mixture(base_dir, memory_dir, IDS, LAMBDA)
-    torch.testing.assert_close(torch.tensor(seen["logits"], dtype=torch.float64), expected_BSV, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(seen["logits"], dtype=torch.float64), expected_BSV, rtol=1e-5, atol=1e-5
+    )
     assert seen["lmbda"] == LAMBDA and seen["text"] == "alpha beta return"
     assert seen["without"] == seen["base"] != seen["new"]
     sequence = IDS
@@ -167,15 +212,37 @@ def test_an_export_loads_and_generates_without_this_package(
     assert seen["new"] == sequence.tolist()
 
 
-def test_what_the_export_says_of_itself(export_dir: Path, base_dir: Path, memory_dir: Path, corpus_dir: Path) -> None:
-    card, manifest = (export_dir / "README.md").read_text(), json.loads((export_dir / EXPORT_FILE).read_text())
+def test_what_the_export_says_of_itself(
+    export_dir: Path, base_dir: Path, memory_dir: Path, corpus_dir: Path
+) -> None:
+    card, manifest = (
+        (export_dir / "README.md").read_text(),
+        json.loads((export_dir / EXPORT_FILE).read_text()),
+    )
     trained = read_weights(memory_dir)
-    provenance, num_parameters = trained.provenance, sum(tensor.numel() for tensor in trained.weights.values())
+    provenance, num_parameters = (
+        trained.provenance,
+        sum(tensor.numel() for tensor in trained.weights.values()),
+    )
     tokens = open_corpus(corpus_dir).num_tokens
-    for words in ("71.70", "64.50", "-12.0% to -8.0%", f"λ: {LAMBDA} (least", provenance["base"], provenance["corpus"],
-                  f"{tokens:,} training tokens", "k 48, T 3.25", "α 0.5", "layer 0 (ffn_input)", "Memorisation",
-                  "Not for decisions", "by λ: 0: 70.00, 0.35: 63.25", "its licence was not stated", "bfloat16 or float16:",
-                  f"Memory: {num_parameters:,} parameters"):  # fmt: skip
+    for words in (
+        "71.70",
+        "64.50",
+        "-12.0% to -8.0%",
+        f"λ: {LAMBDA} (least",
+        provenance["base"],
+        provenance["corpus"],
+        f"{tokens:,} training tokens",
+        "k 48, T 3.25",
+        "α 0.5",
+        "layer 0 (ffn_input)",
+        "Memorization",
+        "Not for decisions",
+        "by λ: 0: 70.00, 0.35: 63.25",
+        "its licence was not stated",
+        "bfloat16 or float16:",
+        f"Memory: {num_parameters:,} parameters",
+    ):
         assert words in card, words
     assert str(base_dir.parent) not in card
     assert (manifest["format"], manifest["version"]) == ("mlpmem-export", 1)
@@ -194,14 +261,28 @@ def test_rerun_says_complete_and_a_damaged_export_is_made_again(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ("--checkpoint", memory_dir, "--model", base_dir, "--report", export_dir.parent / "report",
-             "--output", export_dir, "--max-shard-gigabytes", "2e-5")  # fmt: skip
+    words = (
+        "--checkpoint",
+        memory_dir,
+        "--model",
+        base_dir,
+        "--report",
+        export_dir.parent / "report",
+        "--output",
+        export_dir,
+        "--max-shard-gigabytes",
+        "2e-5",
+    )
     before = {path.name: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in export_dir.iterdir()}
     assert convert(*words) == 0
-    assert before == {path.name: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in export_dir.iterdir()}
+    assert before == {
+        path.name: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in export_dir.iterdir()
+    }
     assert convert(*words, "--lambda", "0.5") == 2
     assert "already holds another export (config" in capsys.readouterr().err
-    assert before == {path.name: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in export_dir.iterdir()}
+    assert before == {
+        path.name: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in export_dir.iterdir()
+    }
     damaged = next(export_dir.glob("model-*.safetensors"))
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
@@ -228,7 +309,17 @@ def test_16_bit_exports_are_rounded_and_nothing_more(
 ) -> None:
     output = tmp_path / "export"
     assert (
-        convert("--checkpoint", memory_dir, "--model", base_dir, "--output", output, "--lambda=0.5", "--dtype", dtype)
+        convert(
+            "--checkpoint",
+            memory_dir,
+            "--model",
+            base_dir,
+            "--output",
+            output,
+            "--lambda=0.5",
+            "--dtype",
+            dtype,
+        )
         == 0
     )
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
@@ -245,13 +336,18 @@ def test_16_bit_exports_are_rounded_and_nothing_more(
     assert "Not measured" in card and "0.5 (given by hand)" in card
 
 
-def test_the_card_says_what_is_not_known(flags: _Flags, base_dir: Path, corpus_dir: Path, tmp_path: Path) -> None:
+def test_the_card_says_what_is_not_known(
+    flags: _Flags, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
     words = ("--model", base_dir, "--tokenizer", corpus_dir / "tokenizer")
     gone = save_memory(tmp_path / "gone", flags, targets="1" * 64, corpus="2" * 64)
     assert convert("--checkpoint", gone, *words, "--output", tmp_path / "export-gone") == 0
     card = (tmp_path / "export-gone" / "README.md").read_text()
     assert "unknown k and temperature (SHA-256 of its targets' manifest 1111" in card
-    assert "unknown number of tokens (SHA-256 of its manifest 2222" in card and "0.25 (the default, not tuned)" in card
+    assert (
+        "unknown number of tokens (SHA-256 of its manifest 2222" in card
+        and "0.25 (the default, not tuned)" in card
+    )
     plain = save_memory(tmp_path / "plain", flags, alpha=0)
     assert convert("--checkpoint", plain, *words, "--output", tmp_path / "export-plain") == 0
     assert "Retriever: none" in (tmp_path / "export-plain" / "README.md").read_text()
@@ -292,9 +388,13 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_nothing_is_published(
-    fault: str, memory_dir: Path, base_dir: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    fault: str,
+    memory_dir: Path,
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     plant, said = FAULTS[fault]
     write = convert_checkpoint.write_description
 
@@ -331,7 +431,8 @@ def write_third_and_die(path, weights):
     if "00003-of" in path.name:
         os.kill(os.getpid(), signal.SIGKILL)
 weight_shards.write_safetensors = write_third_and_die
-run_front_end(convert_checkpoint.Config, convert_checkpoint.run, description="", example="", argv=sys.argv[1:])
+run_front_end(convert_checkpoint.Config, convert_checkpoint.run, description="", example="",
+    argv=sys.argv[1:])
 """
 
 
@@ -339,14 +440,31 @@ def test_a_killed_conversion_leaves_no_export_and_the_rerun_succeeds(
     memory_dir: Path, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "export"
-    flags = ["--checkpoint", str(memory_dir), "--model", str(base_dir), "--output", str(output),
-             "--max-shard-gigabytes", "1e-5"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    flags = [
+        "--checkpoint",
+        str(memory_dir),
+        "--model",
+        str(base_dir),
+        "--output",
+        str(output),
+        "--max-shard-gigabytes",
+        "1e-5",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = tmp_path.iterdir()
     finished = sorted(path.name for path in (left / "export").glob("model-*.safetensors"))
-    assert left.name.endswith(".partial") and [name[:11] for name in finished] == ["model-00001", "model-00002"]
+    assert left.name.endswith(".partial") and [name[:11] for name in finished] == [
+        "model-00001",
+        "model-00002",
+    ]
     # A conversion that is still running is left alone: this test's parent stands for its process.
     alive = left.with_name(left.name.replace(left.name.split(".")[-2], str(os.getppid())))
     alive.mkdir()
@@ -363,7 +481,9 @@ def test_a_killed_conversion_leaves_no_export_and_the_rerun_succeeds(
 
     with monkeypatch.context() as patch:
         patch.setattr(weight_shards, "write_safetensors", count)
-        patch.setattr(convert_checkpoint, "load_export", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            convert_checkpoint, "load_export", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         assert convert(*flags) == 130
     assert list(tmp_path.iterdir()) == [alive]
     assert written and not any(
@@ -386,7 +506,12 @@ def test_the_base_is_found_through_the_keys(
 
 
 def test_wrong_inputs_are_refused_and_nothing_is_touched(
-    memory_dir: Path, base_dir: Path, flags: _Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str], text_dir: Path
+    memory_dir: Path,
+    base_dir: Path,
+    flags: _Flags,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text_dir: Path,
 ) -> None:
     other_base = tmp_path / "other_base"
     model = GPT2LMHeadModel.from_pretrained(base_dir)

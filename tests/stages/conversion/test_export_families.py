@@ -1,4 +1,5 @@
-"""Every family of bases and memories, in every dtype: exported, loaded as transformers does it, equal to its parts."""
+"""Every family of bases and memories, in every dtype: exported, loaded as transformers does it, equal to its
+parts."""
 
 from __future__ import annotations
 
@@ -18,17 +19,35 @@ from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
-from mlpmem_ds.stages.conversion.export_inputs import Config
+from mlpmem_ds.stages.conversion.inputs import Config
 
 pytestmark = pytest.mark.usefixtures("code_cache")
 VOCAB, WIDTH = 300, 16
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
-SIZES = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
-         "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 BASES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": VOCAB, "initializer_range": 0.3,
-             "bos_token_id": 0, "eos_token_id": 0},
+    "gpt2": {
+        "n_embd": WIDTH,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "vocab_size": VOCAB,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "llama": {"tie_word_embeddings": False},
     "mistral": {"tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": True},
@@ -37,7 +56,7 @@ BASES: dict[str, dict[str, Any]] = {
     "phi3": {"tie_word_embeddings": False},
     "mixtral": {"tie_word_embeddings": False, "num_local_experts": 3, "num_experts_per_tok": 2},
     "gpt_neox": {"tie_word_embeddings": False},
-}  # fmt: skip
+}
 ATTENTION = {"gemma2": "eager"}  # its soft cap of attention needs it
 
 
@@ -61,28 +80,58 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def save_memory(root: Path, base: Path, tokenizer: Path, family: str) -> Path:
     torch.manual_seed(1)
-    shape = MemoryConfig(input_size=WIDTH, hidden_size=24, intermediate_size=20, num_blocks=2, vocab_size=VOCAB, family=family,
-                         initializer_range=0.3)  # fmt: skip
-    provenance = {"base": fingerprint_model(str(base)), "input_layer": 1, "key_layer": 1, "key_point": "ffn_input",
-                  "vocabulary_sha256": vocabulary_sha256(AutoTokenizer.from_pretrained(tokenizer))}  # fmt: skip
-    directory = open_stage(root, stage="memory", version=1, config=_Flags(output=root), inputs={}, world=World())
-    directory.run_units(["weights"], lambda _, writer: write_weights(
-        writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance))  # fmt: skip
+    shape = MemoryConfig(
+        input_size=WIDTH,
+        hidden_size=24,
+        intermediate_size=20,
+        num_blocks=2,
+        vocab_size=VOCAB,
+        family=family,
+        initializer_range=0.3,
+    )
+    provenance = {
+        "base": fingerprint_model(str(base)),
+        "input_layer": 1,
+        "key_layer": 1,
+        "key_point": "ffn_input",
+        "vocabulary_sha256": vocabulary_sha256(AutoTokenizer.from_pretrained(tokenizer)),
+    }
+    directory = open_stage(
+        root, stage="memory", version=1, config=_Flags(output=root), inputs={}, world=World()
+    )
+    directory.run_units(
+        ["weights"],
+        lambda _, writer: write_weights(
+            writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance
+        ),
+    )
     directory.finish(["weights"], dict)
     return root
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", BASES)
-def test_round_trip(family: str, dtype: str, bases: dict[str, Path], corpus_dir: Path, tmp_path: Path) -> None:
+def test_round_trip(
+    family: str, dtype: str, bases: dict[str, Path], corpus_dir: Path, tmp_path: Path
+) -> None:
     tokenizer = corpus_dir / "tokenizer"
     kind = "gelu" if family in ("gpt2", "gpt_neox") else "swiglu"
     root = save_memory(tmp_path / "memory", bases[family], tokenizer, kind)
-    config = Config(checkpoint=root, model=str(bases[family]), tokenizer=str(tokenizer), output=tmp_path / "export", lmbda=0.4,
-                    dtype=dtype, max_shard_gigabytes=2e-5, attention=ATTENTION.get(family, "sdpa"))  # fmt: skip
+    config = Config(
+        checkpoint=root,
+        model=str(bases[family]),
+        tokenizer=str(tokenizer),
+        output=tmp_path / "export",
+        lmbda=0.4,
+        dtype=dtype,
+        max_shard_gigabytes=2e-5,
+        attention=ATTENTION.get(family, "sdpa"),
+    )
     convert_checkpoint.run(config, World())
     wanted = getattr(torch, dtype)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True, dtype="auto")
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", output_loading_info=True, dtype="auto"
+    )
     assert not any(report.values()), report
     assert {parameter.dtype for parameter in loaded.parameters()} == {wanted}
     base = AutoModelForCausalLM.from_pretrained(bases[family], dtype=wanted).eval()

@@ -1,4 +1,5 @@
-"""A published memory becomes a memory directory and an export of ours, which give the base's and its own mixture."""
+"""A published memory becomes a memory directory and an export of ours, which give the base's and its own
+mixture."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.checkpoint import read_weights
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
-from mlpmem_ds.stages.conversion.export_inputs import Config
+from mlpmem_ds.stages.conversion.inputs import Config
 
 pytestmark = pytest.mark.usefixtures("code_cache")
 WIDTH, INNER, VOCAB = 16, 40, 300
@@ -29,12 +30,18 @@ IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
 def save_published(root: Path, *, width: int = WIDTH, vocab: int = VOCAB) -> Path:
     """A Llama-type memory of one block; `logits` below computes it plainly."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"layers.0.mlp.gate_proj.weight": (INNER, width), "layers.0.mlp.up_proj.weight": (INNER, width),
-              "layers.0.mlp.down_proj.weight": (width, INNER), "layers.0.input_layernorm.weight": (width,),
-              "norm.weight": (width,), "lm_head.weight": (vocab, width)}  # fmt: skip
+    shapes = {
+        "layers.0.mlp.gate_proj.weight": (INNER, width),
+        "layers.0.mlp.up_proj.weight": (INNER, width),
+        "layers.0.mlp.down_proj.weight": (width, INNER),
+        "layers.0.input_layernorm.weight": (width,),
+        "norm.weight": (width,),
+        "lm_head.weight": (vocab, width),
+    }
     root.mkdir()
     save_file(
-        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, root / "model.safetensors"
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+        root / "model.safetensors",
     )
     (root / "config.json").write_text(json.dumps({"model_type": "mistral", "rms_norm_eps": 1e-6}))
     return root
@@ -47,8 +54,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(published: Path, base_dir: Path, corpus_dir: Path, output: Path, **changes: Any) -> Config:
     values: dict[str, Any] = {
-        "from_reference": str(published), "model": str(base_dir), "tokenizer": str(corpus_dir / "tokenizer"), "output": output,
-    }  # fmt: skip
+        "from_reference": str(published),
+        "model": str(base_dir),
+        "tokenizer": str(corpus_dir / "tokenizer"),
+        "output": output,
+    }
     return Config(**{**values, **changes})
 
 
@@ -60,7 +70,10 @@ def test_memory_directory_and_export_of_a_published_memory(
     manifest, _ = read_manifest(tmp_path / "memory", stage="memory", version=1, flag="--memory")
     trained = read_weights(tmp_path / "memory")
     assert manifest["provenance"] == trained.provenance
-    assert trained.provenance["input_layer"] == 1 and trained.provenance["imported"]["name"] == "memory-of-others"
+    assert (
+        trained.provenance["input_layer"] == 1
+        and trained.provenance["imported"]["name"] == "memory-of-others"
+    )
     memory = Memory(MemoryConfig.from_dict(trained.memory))
     memory.load_state_dict(trained.weights)
     before = (tmp_path / "memory" / "manifest.json").stat().st_mtime_ns
@@ -68,7 +81,9 @@ def test_memory_directory_and_export_of_a_published_memory(
     assert (tmp_path / "memory" / "weights" / "model.safetensors").is_file()
     assert before <= (tmp_path / "memory" / "manifest.json").stat().st_mtime_ns
 
-    convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "export", lmbda=0.4), World())
+    convert_checkpoint.run(
+        config_of(published, base_dir, corpus_dir, tmp_path / "export", lmbda=0.4), World()
+    )
     base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
     states: list[torch.Tensor] = []
     base.transformer.h[1].mlp.register_forward_pre_hook(lambda _, args: states.append(args[0]))
@@ -84,7 +99,8 @@ def test_memory_directory_and_export_of_a_published_memory(
 def test_a_published_memory_by_its_hub_name(
     published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a cache as huggingface_hub lays it out, without a network; the record says the name, not the cache's path."""
+    """From a cache as huggingface_hub lays it out, without a network; the record says the name, not the
+    cache's path."""
     snapshot = tmp_path / "cache" / "models--owner--memory" / "snapshots" / ("1" * 40)
     shutil.copytree(published, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
@@ -93,7 +109,9 @@ def test_a_published_memory_by_its_hub_name(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     changes = {"from_reference": "owner/memory", "write": "memory"}
     convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "named", **changes), World())
-    convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "given", write="memory"), World())
+    convert_checkpoint.run(
+        config_of(published, base_dir, corpus_dir, tmp_path / "given", write="memory"), World()
+    )
     named, given = (read_weights(tmp_path / name) for name in ("named", "given"))
     assert named.provenance["imported"]["name"] == "owner/memory"
     assert all(torch.equal(named.weights[name], tensor) for name, tensor in given.weights.items())
@@ -101,7 +119,9 @@ def test_a_published_memory_by_its_hub_name(
         UserError, match="--from-reference owner/other does not exist here, and the Hub gave no such model"
     ):
         changes["from_reference"] = "owner/other"
-        convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "out", **changes), World())
+        convert_checkpoint.run(
+            config_of(published, base_dir, corpus_dir, tmp_path / "out", **changes), World()
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -122,11 +142,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
         ({"model": None}, "needs --model"),
         ({"checkpoint": tmp_path}, "give either --checkpoint"),
         ({"report": tmp_path}, "import it with --write memory"),
-        ({"from_reference": None, "checkpoint": tmp_path, "write": "memory"}, "is not a directory of mlpmem memory"),
+        (
+            {"from_reference": None, "checkpoint": tmp_path, "write": "memory"},
+            "is not a directory of mlpmem memory",
+        ),
     ]
     for write in ("export", "memory"):
         for changes, message in cases:
             with pytest.raises(UserError, match=message):
                 values = {"write": write, **changes}
-                convert_checkpoint.run(config_of(published, base_dir, corpus_dir, tmp_path / "out", **values), World())
+                convert_checkpoint.run(
+                    config_of(published, base_dir, corpus_dir, tmp_path / "out", **values), World()
+                )
             assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -1,4 +1,5 @@
-"""A base whose layers are found only where `--layers-path` says: exported, loaded, and evaluated with a control of its kind."""
+"""A base whose layers are found only where `--layers-path` says: exported, loaded, and evaluated with a
+control of its kind."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ from mlpmem_ds.formats.checkpoint import write_weights
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
-from mlpmem_ds.stages.conversion.export_inputs import Config
-from mlpmem_ds.stages.evaluation import evaluation_inputs
-from mlpmem_ds.stages.evaluation.evaluation_config import Config as EvaluationConfig
+from mlpmem_ds.stages.conversion.inputs import Config
+from mlpmem_ds.stages.evaluation import inputs as evaluation_inputs
+from mlpmem_ds.stages.evaluation.config import Config as EvaluationConfig
 
 pytestmark = pytest.mark.usefixtures("code_cache")
 PATH = "transformer.h"
@@ -49,8 +50,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoConfig.register("twin_gpt2", TwinConfig, exist_ok=True)
     AutoModelForCausalLM.register(TwinConfig, TwinModel, exist_ok=True)
     torch.manual_seed(0)
-    config = TwinConfig(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=300, initializer_range=0.3,
-                        bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = TwinConfig(
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        vocab_size=300,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     root = tmp_path_factory.mktemp("twin") / "base"
     TwinModel(config).save_pretrained(root)
     return root
@@ -60,23 +69,46 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def memory(base: Path, corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("memory") / "memory"
     shape = MemoryConfig(
-        input_size=16, hidden_size=16, intermediate_size=20, num_blocks=1, vocab_size=300, initializer_range=0.3
+        input_size=16,
+        hidden_size=16,
+        intermediate_size=20,
+        num_blocks=1,
+        vocab_size=300,
+        initializer_range=0.3,
     )
     tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
-    provenance = {"base": fingerprint_model(str(base)), "input_layer": 1, "key_layer": 1, "key_point": "ffn_input",
-                  "vocabulary_sha256": vocabulary_sha256(tokenizer), "input_layers_path": PATH}  # fmt: skip
+    provenance = {
+        "base": fingerprint_model(str(base)),
+        "input_layer": 1,
+        "key_layer": 1,
+        "key_point": "ffn_input",
+        "vocabulary_sha256": vocabulary_sha256(tokenizer),
+        "input_layers_path": PATH,
+    }
     config = EvaluationConfig(model="m", corpus=root, output=root)
     directory = open_stage(root, stage="memory", version=1, config=config, inputs={}, world=World())
-    directory.run_units(["weights"], lambda _, writer: write_weights(
-        writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance))  # fmt: skip
+    directory.run_units(
+        ["weights"],
+        lambda _, writer: write_weights(
+            writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance
+        ),
+    )
     directory.finish(["weights"], dict)
     return root
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_is_exported_and_loaded(dtype: str, base: Path, memory: Path, corpus_dir: Path, tmp_path: Path) -> None:
-    config = Config(checkpoint=memory, model=str(base), tokenizer=str(corpus_dir / "tokenizer"), output=tmp_path / "export",
-                    lmbda=0.4, dtype=dtype)  # fmt: skip
+def test_it_is_exported_and_loaded(
+    dtype: str, base: Path, memory: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    config = Config(
+        checkpoint=memory,
+        model=str(base),
+        tokenizer=str(corpus_dir / "tokenizer"),
+        output=tmp_path / "export",
+        lmbda=0.4,
+        dtype=dtype,
+    )
     convert_checkpoint.run(config, World())
     assert json.loads((tmp_path / "export" / "config.json").read_text())["layers_path"] == PATH
     joint = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
@@ -89,7 +121,9 @@ def test_it_is_exported_and_loaded(dtype: str, base: Path, memory: Path, corpus_
     torch.testing.assert_close(found_BSV, (0.6 * base_BSV + 0.4 * memory_BSV).log(), rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_evaluated_with_a_control_of_its_kind(base: Path, memory: Path, corpus_dir: Path, tmp_path: Path) -> None:
+def test_it_is_evaluated_with_a_control_of_its_kind(
+    base: Path, memory: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
     config = EvaluationConfig(
         model=str(base), corpus=corpus_dir, output=tmp_path / "report", control=(f"trained_on={base}",)
     )

@@ -15,7 +15,8 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import SPLITS, open_corpus
-from mlpmem_ds.stages.corpus import corpus_survey, prepare_corpus, tokenization, workers
+from mlpmem_ds.stages.corpus import prepare_corpus, tokenization, workers
+from mlpmem_ds.stages.corpus import survey as corpus_survey
 from mlpmem_ds.stages.corpus.prepare_corpus import Config
 
 
@@ -67,10 +68,14 @@ def test_equal_texts_share_a_split(tmp_path: Path, text_dir: Path) -> None:
     prepare_corpus.run(config_of(tmp_path / "twice", tmp_path / "corpus", heldout_fraction=0.0), World())
     for split in ("train", "tuning", "test"):
         names = [document["name"] for document in open_corpus(tmp_path / "corpus", split).documents]
-        assert {name[2:] for name in names if name.startswith("a/")} == {name[2:] for name in names if name[0] == "b"}
+        assert {name[2:] for name in names if name.startswith("a/")} == {
+            name[2:] for name in names if name[0] == "b"
+        }
 
 
-def test_reruns_and_ranks_give_the_same_bytes(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reruns_and_ranks_give_the_same_bytes(
+    text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 2000)  # several units
     one, two = tmp_path / "one", tmp_path / "two"
     prepare_corpus.run(config_of(text_dir, one), World())
@@ -103,7 +108,9 @@ def test_a_broken_run_continues_to_the_same_bytes(
 
 
 def test_an_existing_tokenizer_is_kept_as_it_is(text_dir: Path, corpus_dir: Path, tmp_path: Path) -> None:
-    prepare_corpus.run(config_of(text_dir, tmp_path / "again", tokenizer=str(corpus_dir / "tokenizer")), World())
+    prepare_corpus.run(
+        config_of(text_dir, tmp_path / "again", tokenizer=str(corpus_dir / "tokenizer")), World()
+    )
     first, second = open_corpus(corpus_dir), open_corpus(tmp_path / "again")
     assert first.vocabulary_sha256 == second.vocabulary_sha256
     assert first.tokens(0, 100).tolist() == second.tokens(0, 100).tolist()
@@ -112,15 +119,23 @@ def test_an_existing_tokenizer_is_kept_as_it_is(text_dir: Path, corpus_dir: Path
 def test_a_sample_takes_whole_groups_up_to_a_size(text_dir: Path, tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in text_dir.rglob("*.py"))
     config = config_of(
-        text_dir, tmp_path / "part", max_bytes=size / 2, tuning_fraction=0.0, test_fraction=0.0, heldout_fraction=0.0
+        text_dir,
+        tmp_path / "part",
+        max_bytes=size / 2,
+        tuning_fraction=0.0,
+        test_fraction=0.0,
+        heldout_fraction=0.0,
     )
     prepare_corpus.run(config, World())
     corpus = open_corpus(tmp_path / "part")
     assert size / 3 < corpus.num_bytes <= size / 2
 
 
-def test_the_survey_in_parts_is_the_whole(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts and units, for files of no, one and many documents whose ends fall on parts' ends and between them."""
+def test_the_survey_in_parts_is_the_whole(
+    text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts and units, for files of no, one and many documents whose ends fall on parts' ends and between
+    them."""
     (tmp_path / "text").mkdir()
     for number, documents in enumerate((2, 0, 3, 1, 6, 0, 4)):
         lines = "".join(json.dumps({"text": f"{number} {n}"}) + "\n" for n in range(documents))
@@ -168,7 +183,9 @@ def test_splits_that_are_too_small_to_judge_by_are_told(
 ) -> None:
     prepare_corpus.run(config_of(text_dir, tmp_path / "split"), World())
     assert "validates" not in caplog.text
-    prepare_corpus.run(config_of(text_dir, tmp_path / "whole", tuning_fraction=0.0, test_fraction=0.0), World())
+    prepare_corpus.run(
+        config_of(text_dir, tmp_path / "whole", tuning_fraction=0.0, test_fraction=0.0), World()
+    )
     assert "tuning has no document, test has no document" in caplog.text
     assert "--tuning-fraction, such as .05 and --test-fraction, such as .05" in caplog.text
     identity = json.loads((tmp_path / "whole" / "identity.json").read_text())
@@ -184,7 +201,9 @@ def test_another_text_in_the_same_output_is_refused(text_dir: Path, tmp_path: Pa
         prepare_corpus.run(config_of(copy, tmp_path / "corpus"), World())
 
 
-def test_processes_give_the_same_bytes(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_give_the_same_bytes(
+    text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepare_corpus, "_UNIT_BYTES", 2000)
     # several batches a unit, more than are ahead of the writer; several tasks of the survey, in parts
     monkeypatch.setattr(tokenization, "BATCH_BYTES", 300)
@@ -192,7 +211,9 @@ def test_processes_give_the_same_bytes(text_dir: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(corpus_survey, "_PART_DOCUMENTS", 3)
     texts = tmp_path / "texts"
     shutil.copytree(text_dir, texts)
-    (texts / "many.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(40)))
+    (texts / "many.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(40))
+    )
     (texts / "empty.txt").write_text(" \n")
     (texts / "binary.txt").write_bytes(b"\xff\xfe")
     for sample in (0.0, 4000.0):  # all of it; and a part, so that files are passed over
@@ -214,7 +235,9 @@ def test_processes_give_the_same_bytes(text_dir: Path, tmp_path: Path, monkeypat
     assert workers.choose_processes(5, World(rank=1, size=2), 1000) == 5
 
 
-def test_an_error_in_a_worker_reaches_the_user(text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_worker_reaches_the_user(
+    text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(tokenizer: Any, texts: list[str], dtype: Any) -> list[Any]:
         raise RuntimeError("in the worker")
 
@@ -242,7 +265,12 @@ def test_the_surveys_hash_is_that_of_the_whole_list(text_dir: Path, tmp_path: Pa
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", ["x.jsonl", "x.txt"])
 def test_an_input_that_changes_meanwhile_is_refused(
-    name: str, processes: int, text_dir: Path, tmp_path: Path, corpus_dir: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    processes: int,
+    text_dir: Path,
+    tmp_path: Path,
+    corpus_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changing = tmp_path / "text" / name
     shutil.copytree(text_dir, changing.parent)

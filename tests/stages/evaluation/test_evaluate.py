@@ -1,4 +1,5 @@
-"""The evaluation against brute force, over many ranks, killed and resumed, and refusing what does not belong together."""
+"""The evaluation against brute force, over many ranks, killed and resumed, and refusing what does not belong
+together."""
 
 from __future__ import annotations
 
@@ -29,11 +30,14 @@ from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
-from mlpmem_ds.stages.evaluation import evaluate, evaluation_arms, evaluation_inputs, evaluation_scores
-from mlpmem_ds.stages.evaluation.evaluation_config import Config, lambda_grid
-from mlpmem_ds.stages.evaluation.evaluation_inputs import open_inputs
-from mlpmem_ds.stages.report.report_breakdowns import ENTROPY, FREQUENCY, KIND
-from mlpmem_ds.stages.retrieval import build_index
+from mlpmem_ds.stages.evaluation import evaluate
+from mlpmem_ds.stages.evaluation import inputs as evaluation_inputs
+from mlpmem_ds.stages.evaluation import models as evaluation_arms
+from mlpmem_ds.stages.evaluation import scores as evaluation_scores
+from mlpmem_ds.stages.evaluation.config import Config, lambda_grid
+from mlpmem_ds.stages.evaluation.inputs import open_inputs
+from mlpmem_ds.stages.index import build_index
+from mlpmem_ds.stages.report.breakdowns import ENTROPY, FREQUENCY, KIND
 from mlpmem_ds.stages.retrieval.retriever import NEIGHBOUR_DIVISORS, TEMPERATURE_FACTORS
 
 ROOT = Path(__file__).parents[3]
@@ -86,7 +90,12 @@ def save_memory(root, keys, corpus, *, seed, alpha=0.5, **changes):
 def save_targets(root, keys_sha256, *, search="ivf", version=2):
     """Targets of no position: the evaluation reads what they were made with."""
     directory = open_stage(
-        root, stage="targets", version=version, config=_no_flags(), inputs={"keys": keys_sha256}, world=World()
+        root,
+        stage="targets",
+        version=version,
+        config=_no_flags(),
+        inputs={"keys": keys_sha256},
+        world=World(),
     )
     fields = {"temperature": TEMPERATURE, "k": K, "search": search, "shards": [], "num_positions": 0}
     _finish(directory, "none", lambda _, writer: None, **fields)
@@ -164,7 +173,11 @@ def finished(parts, corpus_dir, base_dir, keys_dir):
 
 def scores_of(root):
     folders = (root / "scores", root / "guesses")
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for folder in folders for path in folder.iterdir()}
+    return {
+        f"{path.parent.name}/{path.name}": path.read_bytes()
+        for folder in folders
+        for path in folder.iterdir()
+    }
 
 
 def read_scores(root, stream, arm, folder="scores"):
@@ -177,11 +190,14 @@ def read_scores(root, stream, arm, folder="scores"):
 
 
 def own_pass(base_dir, corpus):
-    """What the base says and what its last MLP reads, by hooks of the test's own: fp64 log-softmax [N, V], float32 [N, D]."""
+    """What the base says and what its last MLP reads, by hooks of the test's own: fp64 log-softmax [N, V],
+    float32 [N, D]."""
     model = GPT2LMHeadModel.from_pretrained(base_dir).eval()
     caught = {}
     for number, layer in enumerate(model.transformer.h):
-        layer.mlp.register_forward_pre_hook(lambda _, args, number=number: caught.__setitem__(number, args[0]))
+        layer.mlp.register_forward_pre_hook(
+            lambda _, args, number=number: caught.__setitem__(number, args[0])
+        )
     rows, states = [], []
     for first in range(0, corpus.num_positions, UNIT):
         last = min(first + UNIT, corpus.num_positions)
@@ -193,7 +209,8 @@ def own_pass(base_dir, corpus):
                 logits = model(torch.from_numpy(tokens)).logits.double().log_softmax(-1)
             for row, window in enumerate(batch):
                 wanted = slice(
-                    max(window.start, first) - window.context_start, min(window.stop, last) - window.context_start
+                    max(window.start, first) - window.context_start,
+                    min(window.stop, last) - window.context_start,
                 )
                 rows.append(logits[row, wanted].numpy())
                 states.append(caught[len(model.transformer.h) - 1][row, wanted].numpy())
@@ -241,7 +258,9 @@ def test_knn_arm_equals_a_brute_force_evaluation(finished, base_dir, keys_dir, c
     assert 0 < row["lambda"] < 1
 
 
-def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(finished, base_dir, keys_dir, corpus_dir):
+def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(
+    finished, base_dir, keys_dir, corpus_dir
+):
     _, _, evaluation = finished
     corpus = open_corpus(corpus_dir, "tuning")
     log_probabilities, states = own_pass(base_dir, corpus)
@@ -265,7 +284,9 @@ def test_base_memory_and_control_scores_are_those_of_plain_fp64_models(finished,
     labels = corpus.values(0, corpus.num_positions)
     log_probabilities, states = own_pass(base_dir, corpus)
     np.testing.assert_allclose(
-        read_scores(config.output, "test", "base"), log_probabilities[np.arange(len(labels)), labels], atol=1e-5
+        read_scores(config.output, "test", "base"),
+        log_probabilities[np.arange(len(labels)), labels],
+        atol=1e-5,
     )
     for arm, root in (("base+memory", "memory"), ("base+memory_ce_only", "ce_only")):
         shape = json.loads((parts / root / "weights" / "config.json").read_bytes())["memory"]
@@ -309,7 +330,9 @@ def test_guesses_are_those_of_plain_fp64_models(finished, parts, base_dir, keys_
         read_scores(config.output, "test", "base+memory", "guesses"), of_memory[rows, top], atol=1e-5
     )
     of_knn = np.exp(read_scores(config.output, "test", "base+knn_exact", "guesses").astype(np.float64))[:, 2]
-    np.testing.assert_allclose(of_knn, brute_force_knn(keys_dir, states, top, TEMPERATURE), rtol=2e-6, atol=1e-12)
+    np.testing.assert_allclose(
+        of_knn, brute_force_knn(keys_dir, states, top, TEMPERATURE), rtol=2e-6, atol=1e-12
+    )
     lmbda = {arm["name"]: arm for arm in evaluation["arms"]}["base+memory"]["lambda"]
     mixture = (1 - lmbda) * np.exp(log_probabilities[rows, top]) + lmbda * np.exp(of_memory[rows, top])
     bins = np.minimum((mixture * 15).astype(int), 14)
@@ -322,7 +345,8 @@ def test_guesses_are_those_of_plain_fp64_models(finished, parts, base_dir, keys_
 def test_breakdowns_speeds_and_samples(finished, corpus_dir):
     config, _, evaluation = finished
     entropy, frequency, kind = (
-        next(part for part in evaluation["breakdowns"] if part["name"] == name) for name in (ENTROPY, FREQUENCY, KIND)
+        next(part for part in evaluation["breakdowns"] if part["name"] == name)
+        for name in (ENTROPY, FREQUENCY, KIND)
     )
     corpus, train = open_corpus(corpus_dir, "test"), open_corpus(corpus_dir, "train")
     for part in (entropy, frequency, kind):
@@ -375,7 +399,9 @@ def test_no_score_depends_on_the_batch(config, monkeypatch):
     found, blocks = [], (Block(0, 80), Block(80, 200))
     for batch_windows in (1, 2, 16):
         parts = [
-            evaluation_scores.scan(inputs.source, corpus, block, {"input": memory.point}, batch_windows=batch_windows)
+            evaluation_scores.scan(
+                inputs.source, corpus, block, {"input": memory.point}, batch_windows=batch_windows
+            )
             for block in blocks
         ]
         logs = [
@@ -385,7 +411,11 @@ def test_no_score_depends_on_the_batch(config, monkeypatch):
             for part, block in zip(parts, blocks, strict=True)
         ]
         found.append(
-            (shapes.copy(), [part.log_probabilities_n.tobytes() for part in parts], np.concatenate(logs).tobytes())
+            (
+                shapes.copy(),
+                [part.log_probabilities_n.tobytes() for part in parts],
+                np.concatenate(logs).tobytes(),
+            )
         )
         shapes.clear()
     assert found[0] == found[1] == found[2]
@@ -427,7 +457,14 @@ def test_a_report_begun_without_guesses_is_still_read(config, finished):
 
 def test_eval_json_has_the_arms_by_name_and_their_prices(finished, parts, base_dir, keys_dir):
     config, table, evaluation = finished
-    names = ["base", "base+knn_exact", "base+knn_ivfpq", "base+memory", "base+memory_ce_only", "base_trained_on"]
+    names = [
+        "base",
+        "base+knn_exact",
+        "base+knn_ivfpq",
+        "base+memory",
+        "base+memory_ce_only",
+        "base_trained_on",
+    ]
     assert [arm["name"] for arm in evaluation["arms"]] == names
     arms = dict(zip(names, evaluation["arms"], strict=True))
     for arm in arms.values():
@@ -451,10 +488,14 @@ def test_eval_json_has_the_arms_by_name_and_their_prices(finished, parts, base_d
     base_parameters = sum(p.numel() for p in GPT2LMHeadModel.from_pretrained(base_dir).parameters())
     memory = json.loads((parts / "memory" / "weights" / "config.json").read_bytes())["memory"]
     assert arms["base"]["parameters"] == arms["base+knn_exact"]["parameters"] == base_parameters
-    assert arms["base+memory"]["parameters"] == base_parameters + MemoryConfig.from_dict(memory).num_parameters()
+    assert (
+        arms["base+memory"]["parameters"] == base_parameters + MemoryConfig.from_dict(memory).num_parameters()
+    )
     model_bytes = sum((base_dir / name).stat().st_size for name in ("config.json", "model.safetensors"))
     assert arms["base"]["bytes"] == model_bytes
-    key_bytes = sum(path.stat().st_size for name in ("keys-*", "values-*", "codec/*") for path in keys_dir.glob(name))
+    key_bytes = sum(
+        path.stat().st_size for name in ("keys-*", "values-*", "codec/*") for path in keys_dir.glob(name)
+    )
     assert arms["base+knn_exact"]["bytes"] == model_bytes + key_bytes
     index_bytes = sum(path.stat().st_size for path in (parts / "index").glob("*.faissindex"))
     assert arms["base+knn_ivfpq"]["bytes"] >= model_bytes + key_bytes + index_bytes
@@ -480,13 +521,18 @@ def test_eval_json_has_the_arms_by_name_and_their_prices(finished, parts, base_d
     assert arms["base_trained_on"]["seconds"] is None  # this model came without a log
     assert all(name in table for name in names)
     report = (config.output / "report.md").read_text()
-    assert table.splitlines()[2].split()[1] in report and "distances are then computed from the stored keys" in report
+    assert (
+        table.splitlines()[2].split()[1] in report
+        and "distances are then computed from the stored keys" in report
+    )
     assert (config.output / "lambda.png").is_file() and (config.output / "cost.png").is_file()
 
 
 def test_ivfpq_finds_less_than_exact_and_its_distances_are_exact(finished, keys_dir, parts):
     config, _, evaluation = finished
-    exact, approximate = (read_scores(config.output, "test", f"base+knn_{kind}") for kind in ("exact", "ivfpq"))
+    exact, approximate = (
+        read_scores(config.output, "test", f"base+knn_{kind}") for kind in ("exact", "ivfpq")
+    )
     assert exact.shape == approximate.shape
     assert not np.array_equal(exact, approximate)
     assert np.corrcoef(np.exp(exact[:, 2]), np.exp(approximate[:, 2]))[0, 1] > 0.5
@@ -512,7 +558,9 @@ def test_fewer_neighbours_are_the_nearest_in_whatever_order_they_were_found(fini
         distances_QK=np.take_along_axis(found.distances_QK, order, axis=1),
     )
     values = store.values_N[900:950]
-    assert [count for count, _ in store.choices] == [count for count in NEIGHBOURS for _ in TEMPERATURE_FACTORS]
+    assert [count for count, _ in store.choices] == [
+        count for count in NEIGHBOURS for _ in TEMPERATURE_FACTORS
+    ]
     wanted = store.log_probabilities(found, values)
     np.testing.assert_allclose(store.log_probabilities(shuffled, values), wanted, atol=1e-6)
     assert not np.allclose(np.exp(wanted[:, 0]), np.exp(wanted[:, -len(TEMPERATURE_FACTORS)]), atol=0.01)
@@ -533,7 +581,9 @@ def check_equal_results(root, evaluation, wanted):
 
 @pytest.mark.parametrize(("rank", "size"), [(1, 2), (2, 3)])
 def test_a_rank_that_is_left_alone_makes_the_same_bytes_in_its_own_order(config, finished, rank, size):
-    assert evaluate.run(replace(config, samples=0, speed_positions=0), World(rank=rank, size=size)) is not None
+    assert (
+        evaluate.run(replace(config, samples=0, speed_positions=0), World(rank=rank, size=size)) is not None
+    )
     check_equal_results(config.output, json.loads((config.output / "eval.json").read_bytes()), finished)
 
 
@@ -586,7 +636,9 @@ def _command(config):
 def test_front_end_prints_the_table_and_refuses_with_2(config, finished, capsys, monkeypatch):
     import importlib.util
 
-    specification = importlib.util.spec_from_file_location("evaluate_front_end", ROOT / "launch" / "evaluate.py")
+    specification = importlib.util.spec_from_file_location(
+        "evaluate_front_end", ROOT / "launch" / "evaluate.py"
+    )
     front_end = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(front_end)
     shutil.copytree(finished[0].output, config.output)
@@ -600,7 +652,9 @@ def test_each_rank_counts_to_its_own_share_and_the_report_is_named(config, finis
     shutil.copytree(finished[0].output, config.output)
     totals = []
     real = evaluate.Progress
-    monkeypatch.setattr(evaluate, "Progress", lambda total, **words: totals.append(total) or real(total, **words))
+    monkeypatch.setattr(
+        evaluate, "Progress", lambda total, **words: totals.append(total) or real(total, **words)
+    )
     with caplog.at_level("INFO", logger="mlpmem_ds"):
         for rank in range(2):
             evaluate.run(replace(config, speed_positions=0, samples=0), World(rank=rank, size=2))
@@ -625,7 +679,7 @@ def test_all_keys_are_searched_where_that_is_no_long_work(config, finished, monk
             return open_inputs(replace(config, **changes)).datastore.exact
 
     assert exact_of() and "all keys are searched too" in caplog.text
-    monkeypatch.setattr(evaluation_arms, "most_keys_for_exact", lambda: 10)
+    monkeypatch.setattr(evaluation_arms, "max_keys_for_exact", lambda: 10)
     assert not exact_of() and "without base+knn_exact; --exact searches" in caplog.text
     assert exact_of(exact=True) and not exact_of(exact=False)
     with pytest.raises(UserError, match="long work for exact search: give --index, or --exact"):
@@ -655,7 +709,9 @@ def test_another_grid_reads_the_same_scores(config, finished, monkeypatch):
     assert {arm["lambda"] for arm in evaluation["arms"]} <= {None, 0, 0.5}
 
 
-def test_an_exported_memory_scores_as_the_training_does(config, parts, base_dir, corpus_dir, keys_dir, finished):
+def test_an_exported_memory_scores_as_the_training_does(
+    config, parts, base_dir, corpus_dir, keys_dir, finished
+):
     memory_config = json.loads((parts / "memory" / "weights" / "config.json").read_bytes())
     memory = Memory(MemoryConfig.from_dict(memory_config["memory"]))
     from safetensors.torch import load_file
@@ -672,7 +728,9 @@ def test_an_exported_memory_scores_as_the_training_does(config, parts, base_dir,
     )
     joint.save_pretrained(config.output.parent / "export")
     evaluate.run(
-        replace(config, memory=config.output.parent / "export", keys=None, index=None, targets=None, control=()),
+        replace(
+            config, memory=config.output.parent / "export", keys=None, index=None, targets=None, control=()
+        ),
         World(),
     )
     found, wanted = (read_scores(root, "test", "base+memory") for root in (config.output, finished[0].output))
@@ -697,11 +755,17 @@ def test_an_export_that_lacks_weights_is_refused(config, parts, base_dir, tmp_pa
     assert not config.output.exists()
 
 
-def test_int8_memories_are_scored_as_generation_reads_them(config, finished, base_dir, parts, corpus_dir, monkeypatch):
-    config = replace(config, keys=None, index=None, targets=None, control=(), samples=0, memory_weights="int8")
+def test_int8_memories_are_scored_as_generation_reads_them(
+    config, finished, base_dir, parts, corpus_dir, monkeypatch
+):
+    config = replace(
+        config, keys=None, index=None, targets=None, control=(), samples=0, memory_weights="int8"
+    )
     monkeypatch.setattr(evaluation_scores, "_INT8_ROWS", 50)
     evaluate.run(config, World())
-    rounded, plain = (read_scores(root, "test", "base+memory") for root in (config.output, finished[0].output))
+    rounded, plain = (
+        read_scores(root, "test", "base+memory") for root in (config.output, finished[0].output)
+    )
     assert not np.array_equal(rounded, plain)
     np.testing.assert_allclose(rounded, plain, atol=0.2)
     corpus = open_corpus(corpus_dir, "test")
@@ -712,7 +776,9 @@ def test_int8_memories_are_scored_as_generation_reads_them(config, finished, bas
     np.testing.assert_allclose(
         rounded[:32], wanted, atol=2e-2
     )  # bfloat16 may round a state of another last bit otherwise
-    np.testing.assert_array_equal(*(read_scores(root, "test", "base") for root in (config.output, finished[0].output)))
+    np.testing.assert_array_equal(
+        *(read_scores(root, "test", "base") for root in (config.output, finished[0].output))
+    )
     evaluation = json.loads((config.output / "eval.json").read_bytes())
     wanted_row = next(arm for arm in finished[2]["arms"] if arm["name"] == "base+memory")
     assert evaluation["arms"][1]["parameters"] == wanted_row["parameters"]
@@ -731,9 +797,13 @@ def test_a_memory_is_read_in_parts_and_what_is_no_number_is_refused(parts, monke
     generator = torch.Generator().manual_seed(0)
     inputs, tokens = torch.randn(23, 16, generator=generator), np.arange(46).reshape(23, 2)
     with torch.no_grad():
-        wanted = memory.head(memory(inputs)).double().log_softmax(-1).gather(1, torch.from_numpy(tokens)).numpy()
+        wanted = (
+            memory.head(memory(inputs)).double().log_softmax(-1).gather(1, torch.from_numpy(tokens)).numpy()
+        )
     monkeypatch.setattr(evaluation_scores, "_MEMORY_ROWS", 5)
-    np.testing.assert_allclose(evaluation_scores.memory_log_probabilities(memory, inputs, tokens), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        evaluation_scores.memory_log_probabilities(memory, inputs, tokens), wanted, atol=1e-5
+    )
     inputs[7, 3] = math.nan
     with pytest.raises(UserError, match=r"2 of 46 log-probabilities .* --dtype float32"):
         evaluation_scores.memory_log_probabilities(memory, inputs, tokens)
@@ -750,7 +820,11 @@ def unsplit_dir(text_dir, corpus_dir, tmp_path_factory):
     output = tmp_path_factory.mktemp("unsplit") / "corpus"
     prepare_corpus.run(
         prepare_corpus.Config(
-            input=(str(text),), tokenizer=str(corpus_dir / "tokenizer"), output=output, block_size=32, stride=16
+            input=(str(text),),
+            tokenizer=str(corpus_dir / "tokenizer"),
+            output=output,
+            block_size=32,
+            stride=16,
         ),
         World(),
     )
@@ -771,7 +845,9 @@ def test_an_unsplit_corpus_is_dealt_in_halves_by_document(config, unsplit_dir, b
     for split, chosen, documents in (("tuning", is_tuning, halves), ("test", ~is_tuning, ~halves)):
         row = evaluation["arms"][0]["splits"][split]
         assert row["ppl"] == pytest.approx(math.exp(-scores[chosen].mean()))
-        num_bytes = sum(document["bytes"] for document, mine in zip(corpus.documents, documents, strict=True) if mine)
+        num_bytes = sum(
+            document["bytes"] for document, mine in zip(corpus.documents, documents, strict=True) if mine
+        )
         assert row["bits_per_byte"] == pytest.approx(-scores[chosen].sum() / math.log(2) / num_bytes)
 
 

@@ -1,4 +1,5 @@
-"""Kinds of tokens, of a byte-level vocabulary that this test trains and of a sentence-piece one written by hand."""
+"""Kinds of tokens, of a byte-level vocabulary that this test trains and of a sentence-piece one written by
+hand."""
 
 import numpy as np
 import pytest
@@ -29,10 +30,17 @@ def test_a_byte_level_vocabulary(tmp_path):
     tokenizer.train_from_iterator([" value alpha if"] * 9, trainer)
     found = kinds_of_text(tmp_path, tokenizer, TEXT)
     kinds = dict(reversed(found))
-    assert kinds["Ġvalue"] == "word start" and kinds["h"] == "word continuation" and kinds["END"] == "end of document"
+    assert (
+        kinds["Ġvalue"] == "word start"
+        and kinds["h"] == "word continuation"
+        and kinds["END"] == "end of document"
+    )
     assert kinds["4"] == "number" and kinds["("] == "punctuation" and kinds["Ċ"] == "whitespace"
-    assert kinds["Ã"] == "part of a character" and kinds["A"] == "capitalised word start"
-    assert found[[token for token, _ in found].index("(") + 1] == ("x", "word start")  # a letter after a bracket
+    assert kinds["Ã"] == "part of a character" and kinds["A"] == "capitalized word start"
+    assert found[[token for token, _ in found].index("(") + 1] == (
+        "x",
+        "word start",
+    )  # a letter after a bracket
     after_underscore = found[[token for token, _ in found].index("_") + 1]
     assert after_underscore[1] == "word continuation"
     assert kinds["Ġif"] == "word start"
@@ -49,7 +57,7 @@ def test_a_vocabulary_with_sentence_piece_marks(tmp_path):
     assert (
         kinds["▁val"] == "word start"
         and kinds["ue"] == "word continuation"
-        and kinds["▁The"] == "capitalised word start"
+        and kinds["▁The"] == "capitalized word start"
     )
     assert kinds["7"] == "number" and kinds["."] == "punctuation"
 

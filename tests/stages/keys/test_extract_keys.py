@@ -19,10 +19,11 @@ from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.stages.evaluation import evaluate
+from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.keys.extract_keys import Config
-from mlpmem_ds.stages.retrieval import build_index, write_targets
-from mlpmem_ds.stages.training import training_inputs
+from mlpmem_ds.stages.targets import write_targets
+from mlpmem_ds.stages.training import inputs as training_inputs
 
 
 def result_of(root: Path) -> dict[str, bytes]:
@@ -40,7 +41,8 @@ def config(base_dir: Path, corpus_dir: Path, tmp_path: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def oracle(base_dir: Path, corpus_dir: Path) -> dict[str, np.ndarray]:
-    """One window at a time, with hooks of the test's own: what each layer's MLP reads, and the label log-probabilities."""
+    """One window at a time, with hooks of the test's own: what each layer's MLP reads, and the label
+    log-probabilities."""
     corpus = open_corpus(corpus_dir)
     model = AutoModelForCausalLM.from_pretrained(base_dir)
     seen: dict[int, torch.Tensor] = {}
@@ -94,7 +96,8 @@ def test_fewer_dimensions_keep_less_energy(config: Config) -> None:
 
 
 def run_apart(config: Config, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank makes the units that it is dealt, and none of the others'; the last one completes the directory."""
+    """Each rank makes the units that it is dealt, and none of the others'; the last one completes the
+    directory."""
     with monkeypatch.context() as patch:
         patch.setattr(StageDirectory, "_without_record", lambda self, units: iter(()))
         patch.setattr(StageDirectory, "_wait_while_missing", lambda self, units, is_missing: None)
@@ -118,18 +121,23 @@ def test_ranks_share_the_work_byte_for_byte(
     config: Config, tmp_path: Path, other_base: Path, codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = CODECS[codec]
-    config = replace(config, **changes | ({"input_model": str(other_base)} if "input_model" in changes else {}))
+    config = replace(
+        config, **changes | ({"input_model": str(other_base)} if "input_model" in changes else {})
+    )
     extract_keys.run(config, World())
     for size in (2, 3):
         shared = replace(config, output=tmp_path / f"shared{size}")
         run_apart(shared, size, monkeypatch)
         assert result_of(config.output) == result_of(shared.output)
-        makers = {event["rank"] for event in read_events(shared.output / "log.jsonl") if event["event"] == "unit"}
+        makers = {
+            event["rank"] for event in read_events(shared.output / "log.jsonl") if event["event"] == "unit"
+        }
         assert makers == set(range(size))
 
 
 def test_batch_and_threads_change_few_codes_and_none_by_more_than_one(config: Config, tmp_path: Path) -> None:
-    """The bound that formats/README.md states: the codec is fitted window by window, so only the roundings differ."""
+    """The bound that formats/README.md states: the codec is fitted window by window, so only the roundings
+    differ."""
     extract_keys.run(replace(config, input_codec="int8", batch_windows=1), World())
     one, threads_before = open_keys(config.output), torch.get_num_threads()
     for size, threads in ((3, 1), (64, 1), (64, 3)):
@@ -168,10 +176,16 @@ def test_raw_keys_pass_through_index_and_targets(config: Config, tmp_path: Path,
     extract_keys.run(replace(config, codec="raw", raw_dtype=raw_dtype, input_codec="none"), World())
     keys = open_keys(config.output)
     build_index.run(
-        build_index.Config(keys=config.output, output=tmp_path / "index", factory="IVF4,Flat", num_shards=2), World()
+        build_index.Config(keys=config.output, output=tmp_path / "index", factory="IVF4,Flat", num_shards=2),
+        World(),
     )
     settings = write_targets.Config(
-        keys=config.output, output=tmp_path / "exact", k=50, neighbour_perplexity=10, shard_positions=1024, mass=1.0
+        keys=config.output,
+        output=tmp_path / "exact",
+        k=50,
+        neighbour_perplexity=10,
+        shard_positions=1024,
+        mass=1.0,
     )
     write_targets.run(settings, World())
     every_list = replace(settings, output=tmp_path / "ivf", index=tmp_path / "index", search="ivf", nprobe=4)
@@ -182,7 +196,9 @@ def test_raw_keys_pass_through_index_and_targets(config: Config, tmp_path: Path,
     squared[np.arange(100), np.arange(100)] = np.inf
     nearest = np.argsort(squared, axis=1, kind="stable")[:, :50]
     temperature = open_targets(settings.output).manifest["temperature"]
-    weights = np.exp(-(np.take_along_axis(squared, nearest, axis=1) - squared.min(1, keepdims=True)) / temperature)
+    weights = np.exp(
+        -(np.take_along_axis(squared, nearest, axis=1) - squared.min(1, keepdims=True)) / temperature
+    )
     values = keys.read("values")
     for row in range(100):
         expected = np.bincount(values[nearest[row]], weights=weights[row] / weights[row].sum(), minlength=300)
@@ -211,7 +227,12 @@ def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
     config: Config, other_base: Path, tmp_path: Path
 ) -> None:
     both = replace(
-        config, model=str(other_base), input_model=config.model, key_layer=-1, input_layer=0, input_point="layer_output"
+        config,
+        model=str(other_base),
+        input_model=config.model,
+        key_layer=-1,
+        input_layer=0,
+        input_point="layer_output",
     )
     extract_keys.run(both, World())
     key_side = replace(config, model=str(other_base), output=tmp_path / "key_side")
@@ -227,7 +248,11 @@ def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
     manifest = keys.manifest
     assert (manifest["key_size"], manifest["num_layers"], manifest["key_layer"]) == (24, 3, 2)
     assert (manifest["input_size"], manifest["input_num_layers"], manifest["input_layer"]) == (16, 2, 0)
-    assert (manifest["head_size"], keys.input_point, manifest["key_point"]) == (300, "layer_output", "ffn_input")
+    assert (manifest["head_size"], keys.input_point, manifest["key_point"]) == (
+        300,
+        "layer_output",
+        "ffn_input",
+    )
 
 
 def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
@@ -249,7 +274,11 @@ def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
     with pytest.raises(UserError, match="is not the base that"):
         training_inputs.open_inputs(replace(settings, model=str(other_base)), World())
     asked = evaluate.Config(
-        model=config.model, corpus=config.corpus, keys=config.output, temperature=10.0, output=tmp_path / "report"
+        model=config.model,
+        corpus=config.corpus,
+        keys=config.output,
+        temperature=10.0,
+        output=tmp_path / "report",
     )
     with pytest.raises(UserError, match="leave --keys out to compare without the kNN arms"):
         evaluate.run(asked, World())
@@ -263,7 +292,9 @@ def test_models_of_two_tokenizers_are_refused(config: Config, tmp_path: Path) ->
         tokenizer.add_tokens(more)
         tokenizer.save_pretrained(tmp_path / name)
     with pytest.raises(UserError, match="have different tokenizers"):
-        extract_keys.run(replace(config, model=str(tmp_path / "same"), input_model=str(tmp_path / "more")), World())
+        extract_keys.run(
+            replace(config, model=str(tmp_path / "same"), input_model=str(tmp_path / "more")), World()
+        )
     assert not config.output.exists()
 
 
@@ -274,7 +305,8 @@ def test_numbers_beyond_float16_name_position_layer_and_remedy(config: Config, t
     model.save_pretrained(tmp_path / "large")
     large = replace(config, model=str(tmp_path / "large"), codec="raw")
     message = (
-        r"key at position 0, layer 1 \(ffn_input\), holds -\d+.*65,504: choose --raw-dtype bfloat16, or --codec int8"
+        r"key at position 0, layer 1 \(ffn_input\), holds -\d+.*65,504: choose --raw-dtype bfloat16, or"
+        r" --codec int8"
     )
     with pytest.raises(UserError, match=message):
         extract_keys.run(large, World())
@@ -303,14 +335,20 @@ def test_massive_activations_are_reported_and_clipped(
 
 
 def test_layers_path_reaches_the_model(config: Config) -> None:
-    with pytest.raises(UserError, match="nothing at the path 'transformer.blocks'.*\n.*transformer.h: 2 x GPT2Block"):
+    with pytest.raises(
+        UserError, match="nothing at the path 'transformer.blocks'.*\n.*transformer.h: 2 x GPT2Block"
+    ):
         extract_keys.run(replace(config, layers_path="transformer.blocks"), World())
     assert not config.output.exists()
     extract_keys.run(replace(config, layers_path="transformer.h"), World())
     keys = open_keys(config.output)
     assert keys.manifest["input_layers_path"] == "transformer.h"
     settings = training_inputs.Config(
-        ds_config=Path("none"), corpus=config.corpus, keys=keys.root, output=config.output.parent / "memory", alpha=0.0
+        ds_config=Path("none"),
+        corpus=config.corpus,
+        keys=keys.root,
+        output=config.output.parent / "memory",
+        alpha=0.0,
     )
     provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings, World()), 1)
     assert provenance["input_layers_path"] == "transformer.h"  # evaluation and export load the base with it
@@ -318,7 +356,9 @@ def test_layers_path_reaches_the_model(config: Config) -> None:
         extract_keys.run(config, World())
 
 
-def test_what_a_position_takes_is_said_first_and_true(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_position_takes_is_said_first_and_true(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, logger="mlpmem_ds"):
         extract_keys.run(replace(config, input_codec="int8", dim=8), World())
     assert "at 34 bytes: key 8 (int8), input 20 (int8), value 2, log-probability 4, list id 0" in caplog.text
@@ -383,7 +423,11 @@ def test_another_model_in_the_same_output_is_refused(config: Config, tmp_path: P
 @pytest.mark.parametrize(
     ("weights", "row", "message"),
     [
-        ("h.1.ln_2.weight", slice(None), r"key at position 0, layer 1 \(ffn_input\), is not finite.*another --output"),
+        (
+            "h.1.ln_2.weight",
+            slice(None),
+            r"key at position 0, layer 1 \(ffn_input\), is not finite.*another --output",
+        ),
         ("ln_f.weight", slice(None), "log-probability at position 0 is not finite"),
         ("wpe.weight", 20, r"key at position \d+, layer 1 \(ffn_input\), is not finite"),
     ],
@@ -433,7 +477,9 @@ def test_wrong_inputs_leave_the_disk_untouched(config: Config, changes: dict[str
 
 def test_a_padded_head_is_recorded(config: Config, tmp_path: Path) -> None:
     GPT2LMHeadModel(
-        GPT2Config(vocab_size=320, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            vocab_size=320, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
     ).save_pretrained(tmp_path / "padded")
     extract_keys.run(replace(config, model=str(tmp_path / "padded")), World())
     manifest = open_keys(config.output).manifest
@@ -442,7 +488,9 @@ def test_a_padded_head_is_recorded(config: Config, tmp_path: Path) -> None:
 
 def test_a_small_vocabulary_model_is_refused(config: Config, tmp_path: Path) -> None:
     GPT2LMHeadModel(
-        GPT2Config(vocab_size=100, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            vocab_size=100, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
     ).save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="vocabulary of 300, the model one of 100"):
         extract_keys.run(replace(config, model=str(tmp_path / "small")), World())

@@ -16,9 +16,10 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.shape import read_shape
+from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.planning import plan
 from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, Machine, costs, seconds_of
-from mlpmem_ds.stages.retrieval import build_index, write_targets
+from mlpmem_ds.stages.targets import write_targets
 
 SHAPE = {"parameters": 1.5e9, "width": 1536, "vocab_size": 151_936}
 
@@ -60,11 +61,20 @@ def test_bytes_follow_the_formats() -> None:
     assert found["keys"].bytes == (256 + 2 * 1536 + 4 + 4) * 10**8
     assert found["index"].bytes == pytest.approx((64 + 8) * 10**8, rel=0.05)
     memory = MemoryConfig(
-        input_size=1536, hidden_size=1536, intermediate_size=6144, num_blocks=4, vocab_size=SHAPE["vocab_size"]
+        input_size=1536,
+        hidden_size=1536,
+        intermediate_size=6144,
+        num_blocks=4,
+        vocab_size=SHAPE["vocab_size"],
     )
     assert found["memory"].bytes == memory.num_parameters() * (2 * 12 + 4)
-    assert plan.make_plan(config(input_codec="none", codec="raw")).costs["keys"].bytes == (2 * 1536 + 4 + 4) * 10**8
-    exact, compact = (plan.make_plan(config(encoding=name)).costs["targets"].bytes for name in ("exact", "compact"))
+    assert (
+        plan.make_plan(config(input_codec="none", codec="raw")).costs["keys"].bytes
+        == (2 * 1536 + 4 + 4) * 10**8
+    )
+    exact, compact = (
+        plan.make_plan(config(encoding=name)).costs["targets"].bytes for name in ("exact", "compact")
+    )
     assert exact > compact > 100 * 10**8
 
 
@@ -89,7 +99,9 @@ def _model_of(root: Path) -> str:
 
 
 def test_flags_overrule_the_run(finished: Path) -> None:
-    found = plan.make_plan(plan.Config(positions=10**6, calibrate=finished, k=64, preset="gelu-18x768", epochs=2.0))
+    found = plan.make_plan(
+        plan.Config(positions=10**6, calibrate=finished, k=64, preset="gelu-18x768", epochs=2.0)
+    )
     assert (found.work.k, found.work.epochs, found.work.memory.num_blocks) == (64, 2.0, 18)
     assert found.work.memory.input_size == found.work.width == 16
     assert found.work.factory == "IVF4096,PQ4"
@@ -121,7 +133,9 @@ def test_gpus_take_over_and_are_counted() -> None:
     assert {name for name, cost in found.costs.items() if cost.gpu_hours} == {"keys", "targets", "memory"}
     assert found.costs["keys"].seconds < without.costs["keys"].seconds / 100
     assert found.costs["keys"].gpu_hours == pytest.approx(8 * found.costs["keys"].seconds / 3600)
-    assert any("not measurements" in line for line in found.warnings) and not any("GPUs" in w for w in without.warnings)
+    assert any("not measurements" in line for line in found.warnings) and not any(
+        "GPUs" in w for w in without.warnings
+    )
     assert plan.make_plan(config(positions=10**6)).work.search == "ivf"
     assert plan.make_plan(config(positions=10**6, gpus=1)).work.search == "exact"  # a GPU is quick enough
 
@@ -134,8 +148,12 @@ def test_a_stage_takes_the_time_of_its_bytes_at_least() -> None:
     assert "at 0.5 GB/s of the disk (--disk-gb-per-second)" in plan.table(slow)
     trained = quick.costs["memory"].seconds
     assert slow.costs["memory"].seconds > trained
-    in_memory = plan.make_plan(config(**sizes | {"memory_gb": 1e6}, disk_gb_per_second=0.5)).costs["memory"].seconds
-    assert trained < in_memory < slow.costs["memory"].seconds / 4  # else each of the five epochs reads everything
+    in_memory = (
+        plan.make_plan(config(**sizes | {"memory_gb": 1e6}, disk_gb_per_second=0.5)).costs["memory"].seconds
+    )
+    assert (
+        trained < in_memory < slow.costs["memory"].seconds / 4
+    )  # else each of the five epochs reads everything
     assert not any("those of this machine" in line for line in slow.warnings)
     unsaid = "\n".join(plan.make_plan(config(gpus=8, threads=0)).warnings)
     assert "--threads and --memory-gb not given: those of this machine are taken" in unsaid
@@ -157,7 +175,9 @@ def test_table_and_json(tmp_path: Path) -> None:
     written = json.loads(output.read_text())
     assert [stage["name"] for stage in written["stages"]] == list(STAGES)
     assert written["bytes"] == sum(stage["bytes"] for stage in written["stages"])
-    assert written["work"]["memory"]["vocab_size"] == SHAPE["vocab_size"] and written["format"] == "mlpmem-plan"
+    assert (
+        written["work"]["memory"]["vocab_size"] == SHAPE["vocab_size"] and written["format"] == "mlpmem-plan"
+    )
 
 
 def test_the_shape_of_a_base_is_read_without_its_weights(base_dir: Path, tmp_path: Path) -> None:
@@ -200,21 +220,29 @@ def test_a_directory_without_a_run_or_a_wrong_output_is_refused(tmp_path: Path) 
 
 
 def test_planned_memory_is_that_of_the_process(finished: Path) -> None:
-    """At toy size almost all of it is the process itself: the sum must not be far from it, nor fall with the size."""
+    """At toy size almost all of it is the process itself: the sum must not be far from it, nor fall with the
+    size."""
     machine = Machine(ranks=1, cores=1, gpus=0, gpu_flops=0.0, memory_bytes=10**10, disk_bytes=10**10)
     work = plan.make_plan(plan.Config(positions=10**6, calibrate=finished, search="ivf")).work
     sizes = [
-        [cost.rank_memory_bytes for cost in costs(dataclasses.replace(work, positions=count), machine).values()]
+        [
+            cost.rank_memory_bytes
+            for cost in costs(dataclasses.replace(work, positions=count), machine).values()
+        ]
         for count in (10**6, 10**7)
     ]
     assert (np.array(sizes[1]) >= np.array(sizes[0])).all() and min(sizes[0]) > 1.5e8
 
 
 def test_keys_are_mapped_and_not_a_ranks_own() -> None:
-    """A hundred times the positions, in lists as long: the same memory of a rank, and as much more on disk for a while."""
+    """A hundred times the positions, in lists as long: the same memory of a rank, and as much more on disk
+    for a while."""
     large = plan.make_plan(config(positions=10**9, factory="IVF262144,PQ64", search="ivf")).costs["targets"]
     small = plan.make_plan(config(positions=10**7, factory="IVF2048,PQ64", search="ivf")).costs["targets"]
-    assert small.rank_memory_bytes == pytest.approx(large.rank_memory_bytes, rel=0.5) and large.rank_memory_bytes < 2e9
+    assert (
+        small.rank_memory_bytes == pytest.approx(large.rank_memory_bytes, rel=0.5)
+        and large.rank_memory_bytes < 2e9
+    )
     assert large.temporary_bytes == pytest.approx((256 + 4 + 4 + 4 + 4) * 10**9, rel=0.01)
     exact = plan.make_plan(config(positions=10**5, search="exact")).costs["targets"]
     assert not exact.temporary_bytes

@@ -1,4 +1,5 @@
-"""Keys in the order of the lists: each list is its keys, in runs of any length; targets do not depend on them."""
+"""Keys in the order of the lists: each list is its keys, in runs of any length; targets do not depend on
+them."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.formats import key_lists as layout
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.stages.retrieval import build_index, write_targets
+from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval.key_lists import make_key_lists, missing_bytes, remove_key_lists
 from mlpmem_ds.stages.retrieval.target_search import Datastore
+from mlpmem_ds.stages.targets import write_targets
 
 NUM_KEYS, DIM, VOCAB_SIZE = 403, 6, 40
 
@@ -61,7 +63,9 @@ def test_a_list_is_its_keys(
         ids = lists.ids_of(number)
         found, norms = lists.keys_of(number)
         expected = stored.read("keys")[nearest == number]
-        assert np.array_equal(ids, np.flatnonzero(nearest == number)) and np.array_equal(found.numpy(), expected)
+        assert np.array_equal(ids, np.flatnonzero(nearest == number)) and np.array_equal(
+            found.numpy(), expected
+        )
         assert norms is not None and np.array_equal(norms.numpy(), (expected.astype(int) ** 2).sum(1))
     assert np.array_equal(values, stored.read("values"))
     there = sum(path.stat().st_size for path in (tmp_path / "lists").glob("*.npy"))
@@ -133,5 +137,7 @@ def test_an_index_of_other_keys_in_a_shard_is_damaged(keys: Path, index: Path, t
         def check(self, name: str) -> None:
             opened.check(name)
 
-    with pytest.raises(DamagedDataError, match="does not hold the keys that are its share: build the index again"):
+    with pytest.raises(
+        DamagedDataError, match="does not hold the keys that are its share: build the index again"
+    ):
         make_key_lists(tmp_path / "lists", open_keys(keys), Swapped(), World())  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""The retriever's own arithmetic; its arms are tested as parts of the evaluation (tests/stages/evaluation)."""
+"""The retriever's own arithmetic; its arms are tested as parts of the evaluation
+(tests/stages/evaluation)."""
 
 import numpy as np
 import pytest

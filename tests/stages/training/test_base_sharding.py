@@ -1,4 +1,5 @@
-"""A base that is cut over the ranks (ZeRO-3) beside the training: the same run as with one whole on each rank.
+"""A base that is cut over the ranks (ZeRO-3) beside the training: the same run as with one whole on each
+rank.
 
 The ranks are forked from one process that has imported DeepSpeed (tests/stages/forked_training.py).
 """
@@ -103,15 +104,26 @@ def holes(root, bare):
 
 @pytest.fixture(scope="module")
 def driven(root, corpus_dir, base_dir, bare, holes, keys_dir, forked_training):
-    (root / "stage2.json").write_text('{"zero_allow_untested_optimizer": true, "zero_optimization": {"stage": 2}}')
-    (root / "stage3.json").write_text('{"zero_allow_untested_optimizer": true, "zero_optimization": {"stage": 3}}')
+    (root / "stage2.json").write_text(
+        '{"zero_allow_untested_optimizer": true, "zero_optimization": {"stage": 2}}'
+    )
+    (root / "stage3.json").write_text(
+        '{"zero_allow_untested_optimizer": true, "zero_optimization": {"stage": 3}}'
+    )
 
     def start(name, size, *, stage=2, **changes):
-        paths = {"ds_config": str(root / f"stage{stage}.json"), "corpus": str(corpus_dir), "output": str(root / name)}
+        paths = {
+            "ds_config": str(root / f"stage{stage}.json"),
+            "corpus": str(corpus_dir),
+            "output": str(root / name),
+        }
         return {"kind": "start", "job": {**FLAGS, **paths, **bare["tied"], **changes}, "size": size}
 
     few = {"validation_positions": 1, "epochs": 0.5, **bare["untied"]}  # one window, and two ranks
-    uneven = {"batch_positions": 408, "keys": holes}  # 9, 8 and 9 windows at first; 8 go through the base at once
+    uneven = {
+        "batch_positions": 408,
+        "keys": holes,
+    }  # 9, 8 and 9 windows at first; 8 go through the base at once
     steps = {
         "whole": start("whole", 2),
         "cut": start("cut", 2, **CUT),
@@ -140,13 +152,20 @@ def test_a_cut_base_gives_the_losses_of_stored_inputs(root, driven):
     for name in ("cut", "stored", "part"):
         np.testing.assert_allclose(losses(root / name), losses(root / "offline"), rtol=1e-5, err_msg=name)
         validated = values_of(root / name, *VALIDATED)
-        np.testing.assert_allclose(validated, values_of(root / "offline", *VALIDATED), rtol=1e-5, err_msg=name)
-    assert "stopped after --max-seconds and saved at step 1 of" in driven["part"] and "(step 1)" in driven["rest"]
+        np.testing.assert_allclose(
+            validated, values_of(root / "offline", *VALIDATED), rtol=1e-5, err_msg=name
+        )
+    assert (
+        "stopped after --max-seconds and saved at step 1 of" in driven["part"]
+        and "(step 1)" in driven["rest"]
+    )
 
 
 def test_each_rank_holds_its_part(root, driven):
     for name, size in (("cut", 2), ("untied-cut", 2), ("three", 3)):
-        found = re.findall(r"cut over (\d) ranks: this one holds ([\d,]+) of its ([\d,]+) numbers", driven[name])
+        found = re.findall(
+            r"cut over (\d) ranks: this one holds ([\d,]+) of its ([\d,]+) numbers", driven[name]
+        )
         assert found, driven[name]
         for ranks, held, whole in ([int(number.replace(",", "")) for number in line] for line in found):
             assert ranks == size and 1 / size <= held / whole < 1 / size + 0.1  # norms and biases are on each
@@ -160,7 +179,13 @@ def test_a_fault_on_one_rank_is_named_by_all(root, driven):
 
 def test_nothing_to_cut_is_refused(root, corpus_dir, base_dir, keys_dir, tmp_path):
     ds_config = Path(__file__).parents[3] / "ds_configs" / "cpu.json"
-    given = {"ds_config": ds_config, "corpus": corpus_dir, "keys": keys_dir, "output": tmp_path / "wrong", "alpha": 0.0}
+    given = {
+        "ds_config": ds_config,
+        "corpus": corpus_dir,
+        "keys": keys_dir,
+        "output": tmp_path / "wrong",
+        "alpha": 0.0,
+    }
     for more in ({}, {"model": str(base_dir), "validate_every": 0}):
         with pytest.raises(
             UserError, match="--base-sharding zero3 cuts the base .* and none does here .*: leave it out"

@@ -1,7 +1,8 @@
 """Training, in real processes: launchers, worlds, ZeRO stages, resume, kill, damage.
 
-A process with DeepSpeed costs 10 s to start: most ranks are forked from one that has it (tests/stages/forked_training.py), and
-what mpirun starts runs a list of jobs. torchrun is in test_train_base.py.
+A process with DeepSpeed costs 10 s to start: most ranks are forked from one that has it
+(tests/stages/forked_training.py), and what mpirun starts runs a list of jobs. torchrun is in
+test_train_base.py.
 """
 
 import itertools
@@ -31,7 +32,7 @@ from mlpmem_ds.formats.keys import bfloat16_bits, open_keys
 from mlpmem_ds.formats.targets import index_name, open_targets, pack_block, shard_name, write_shard
 from mlpmem_ds.maths.targets import SparseRows
 from mlpmem_ds.models.memory import Memory, MemoryConfig
-from mlpmem_ds.stages.conversion.checkpoint_weights import describe_checkpoint, find_checkpoint, with_weights
+from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 from mlpmem_ds.stages.training import train
 from mlpmem_ds.stages.training.initial_memory import open_initial_memory
 
@@ -64,7 +65,8 @@ world = world_from_environment(os.environ)
 set_up_logging(world, name="driver")
 for job in json.loads(Path(sys.argv[1]).read_text()):
     signal_at = job.pop("signal_at", None)
-    config = train.Config(**{k: Path(v) if k in ("ds_config", "corpus", "targets", "keys", "output", "init_from") else v
+    config = train.Config(**{k: Path(v) if k in ("ds_config", "corpus", "targets", "keys", "output",
+        "init_from") else v
                              for k, v in job.items()})
     if signal_at is not None and world.rank == world.size - 1:
         def watch(path=config.output / "metrics.jsonl"):
@@ -96,7 +98,8 @@ def publish_stage(root, stage, inputs, files, fields):
 
 
 def make_inputs(root):
-    """A corpus, keys and targets that belong together, of N positions; rows of every kind, a row without targets too."""
+    """A corpus, keys and targets that belong together, of N positions; rows of every kind, a row without
+    targets too."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, VOCABULARY, N + 1)
     tokens_bytes = tokens.astype("<u2").tobytes()
@@ -125,7 +128,10 @@ def make_inputs(root):
     directions = generator.standard_normal((VOCABULARY, WIDTH))
     inputs = bfloat16_bits(directions[tokens[1:]] + 0.3 * generator.standard_normal((N, WIDTH)))
     logs = np.log(generator.uniform(0.01, 0.2, N)).astype(np.float32)
-    arrays, unit_positions = {"values": tokens[1:].astype("<u2"), "log_probabilities": logs, "inputs": inputs}, 256
+    arrays, unit_positions = (
+        {"values": tokens[1:].astype("<u2"), "log_probabilities": logs, "inputs": inputs},
+        256,
+    )
 
     def writer_of(array):
         return lambda path: np.save(open(path, "wb"), array)  # noqa: SIM115
@@ -161,7 +167,9 @@ def make_inputs(root):
         ]
         weights = [generator.dirichlet(np.ones(len(row))) if len(row) else np.empty(0) for row in rows]
         sparse = SparseRows(
-            offsets=np.cumsum([0, *map(len, rows)]), ids=np.concatenate(rows), probabilities=np.concatenate(weights)
+            offsets=np.cumsum([0, *map(len, rows)]),
+            ids=np.concatenate(rows),
+            probabilities=np.concatenate(weights),
         )
         entries.append(len(sparse.ids))
         blocks.append(pack_block(first, sparse, np.zeros(len(rows)), dtype=np.dtype("<u2")))
@@ -196,7 +204,8 @@ def publish_targets(root, name, keys, blocks, entries, *, cuts, left_out=None):
 
 
 def ds_config(root, stage, *, bf16=False, own_adam=False, **zero):
-    """A small DeepSpeed file; fp32 unless told, with torch's AdamW unless `own_adam`, which matters where it is offloaded."""
+    """A small DeepSpeed file; fp32 unless told, with torch's AdamW unless `own_adam`, which matters where it
+    is offloaded."""
     path = root / f"stage{stage}{'_bf16' if bf16 else ''}{'_adam' if own_adam else ''}{'_'.join(zero)}.json"
     section = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}), **zero}
     path.write_text(
@@ -231,7 +240,9 @@ def arguments(job):
 
 def environment():
     kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "SLURM", "MASTER"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMPI_", "PMIX", "SLURM", "MASTER"))
     }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
 
@@ -287,7 +298,9 @@ def drive(root, kind, world, jobs):
 
 def drive_forked(forked_training, jobs, size=1):
     """Run jobs in forked ranks; what they said."""
-    steps = [{"kind": "start", "signal_at": job.pop("signal_at", None), "job": job, "size": size} for job in jobs]
+    steps = [
+        {"kind": "start", "signal_at": job.pop("signal_at", None), "job": job, "size": size} for job in jobs
+    ]
     results, said = forked_training(*steps)
     assert results == [[0] * size] * len(jobs), "".join(said)
     return "".join(said)
@@ -348,7 +361,8 @@ def single(root, forked_training):
 
 @pytest.fixture(scope="module")
 def pair(root, single, forked_training):
-    """Two ranks: every stage; bf16 ZeRO-3 straight, resumed, stopped; the single world's checkpoints taken over."""
+    """Two ranks: every stage; bf16 ZeRO-3 straight, resumed, stopped; the single world's checkpoints taken
+    over."""
     bf16 = ds_config(root, 3, bf16=True)
     rewind(root, "one-stage2", "one2-to-two3", 10)
     jobs = [job(root, f"two-stage{stage}", ds_config(root, stage)) for stage in (0, 1, 2, 3)]
@@ -363,7 +377,11 @@ def pair(root, single, forked_training):
     ]
     if COMPILES_ADAM:
         jobs.append(
-            job(root, "two-offload-adam", ds_config(root, 3, own_adam=True, offload_optimizer={"device": "cpu"}))
+            job(
+                root,
+                "two-offload-adam",
+                ds_config(root, 3, own_adam=True, offload_optimizer={"device": "cpu"}),
+            )
         )
     output = drive_forked(forked_training, jobs, size=2)
     rewind(root, "two-bf16", "two-rewound", 10)
@@ -387,7 +405,11 @@ def test_stages_and_worlds_give_the_losses_of_one_process(root, single, pair):
     names += ["two-offload"] + ["two-offload-adam"] * COMPILES_ADAM
     for name in names:
         np.testing.assert_allclose(losses(root, name), plain, rtol=PARITY, err_msg=name)
-    for name in ("two-bf16", "one-shipped1", "two-shipped1"):  # the latter by DeepSpeed's optimizer for bf16 at stage 1
+    for name in (
+        "two-bf16",
+        "one-shipped1",
+        "two-shipped1",
+    ):  # the latter by DeepSpeed's optimizer for bf16 at stage 1
         np.testing.assert_allclose(losses(root, name), plain, rtol=BF16_PARITY, err_msg=name)
 
 
@@ -407,14 +429,17 @@ def test_too_few_shards_are_refused_before_anything_is_written(root, tmp_path, n
     paths = ("ds_config", "corpus", "output")
     with pytest.raises(UserError, match=said):
         train.run(
-            train.Config(**{name: Path(value) if name in paths else value for name, value in values.items()}), World()
+            train.Config(**{name: Path(value) if name in paths else value for name, value in values.items()}),
+            World(),
         )
     assert not (root / "wrong").exists()
 
 
 def test_weights_load_into_a_plain_memory(root, pair):
     memory = Memory(
-        MemoryConfig(input_size=WIDTH, hidden_size=16, intermediate_size=64, num_blocks=2, vocab_size=VOCABULARY)
+        MemoryConfig(
+            input_size=WIDTH, hidden_size=16, intermediate_size=64, num_blocks=2, vocab_size=VOCABULARY
+        )
     )
     trained = read_weights(root / "two-stage3")
     memory.load_state_dict(trained.weights)  # names and shapes
@@ -431,7 +456,9 @@ def test_a_stopped_run_continues_to_the_same_weights(root, single, pair):
 
 def test_resume_at_another_world_and_stage(root, pair, forked_training):
     np.testing.assert_allclose(losses(root, "one2-to-two3"), losses(root, "one-stage0"), rtol=PARITY)
-    drive_forked(forked_training, [job(root, f"two3-to-one{stage}", ds_config(root, stage)) for stage in (1, 2, 3)])
+    drive_forked(
+        forked_training, [job(root, f"two3-to-one{stage}", ds_config(root, stage)) for stage in (1, 2, 3)]
+    )
     three = {"kind": "start", "size": 3, "job": job(root, "two3-to-three2", ds_config(root, 2))}
     results, said = forked_training(three)
     assert results == [[0, 0, 0]] and "of 2 ranks at ZeRO stage 3, this run has 3 at stage 2" in said[0], said
@@ -440,10 +467,14 @@ def test_resume_at_another_world_and_stage(root, pair, forked_training):
 
 
 def test_resume_and_damage_and_complete(root, pair):
-    """20 steps = 10 + 10 bit for bit, through mpirun; a flipped byte costs the newest checkpoint and nothing else."""
+    """20 steps = 10 + 10 bit for bit, through mpirun; a flipped byte costs the newest checkpoint and nothing
+    else."""
     bf16 = ds_config(root, 3, bf16=True)
     output = drive(
-        root, "mpirun", 2, [job(root, "two-rewound", bf16), job(root, "two-damaged", bf16), job(root, "two-bf16", bf16)]
+        root,
+        "mpirun",
+        2,
+        [job(root, "two-rewound", bf16), job(root, "two-damaged", bf16), job(root, "two-bf16", bf16)],
     )
     assert_same_weights(root, "two-rewound", "two-bf16")
     np.testing.assert_array_equal(losses(root, "two-rewound"), losses(root, "two-bf16"))
@@ -455,7 +486,8 @@ def test_resume_and_damage_and_complete(root, pair):
 
 
 def test_sigterm_to_the_launcher_saves_and_leaves_no_orphan(root, pair, forked_training):
-    """`deepspeed` alone is told to stop, and does not tell its ranks; they save, end, and the same command continues."""
+    """`deepspeed` alone is told to stop, and does not tell its ranks; they save, end, and the same command
+    continues."""
     config = job(root, "terminated", ds_config(root, 3, bf16=True), save_every_steps=100, epochs=6.0)
     words = [*launcher("deepspeed", 2), "launch/train.py", *arguments(config)]
     process = start(words)
@@ -469,7 +501,9 @@ def test_sigterm_to_the_launcher_saves_and_leaves_no_orphan(root, pair, forked_t
     while members_of_group(process.pid):
         assert time.monotonic() < deadline, members_of_group(process.pid)
         time.sleep(0.05)
-    assert "stopped as asked and saved" in output and not (root / "terminated" / "manifest.json").exists(), output
+    assert "stopped as asked and saved" in output and not (root / "terminated" / "manifest.json").exists(), (
+        output
+    )
     results, said = forked_training({"kind": "start", "size": 2, "job": config})
     assert results == [[0, 0]] and "resuming from" in said[0], said
     assert len(losses(root, "terminated")) == 6 * N // BATCH  # each step once
@@ -521,7 +555,9 @@ def test_checkpoints_that_cannot_be_taken(root, pair, tmp_path, caplog):
         find_checkpoint(root / "corpus", None)
     shutil.copytree(root / "one-stage2", tmp_path / "damaged")
     for step, found in ((STEPS, HALF), (HALF, None)):
-        (tmp_path / "damaged" / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt").write_bytes(b"")
+        (
+            tmp_path / "damaged" / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt"
+        ).write_bytes(b"")
         if found is None:
             with pytest.raises(DamagedDataError, match="2 checkpoints are damaged"):
                 find_checkpoint(tmp_path / "damaged", None)
@@ -531,7 +567,8 @@ def test_checkpoints_that_cannot_be_taken(root, pair, tmp_path, caplog):
 
 
 def test_a_training_starts_from_a_memory(root, pair):
-    """Its first loss is the memory's own, by a dense oracle; from OUTPUT, from its weights/, at any stage and world."""
+    """Its first loss is the memory's own, by a dense oracle; from OUTPUT, from its weights/, at any stage and
+    world."""
     trained = read_weights(root / "one-stage2")
     memory = Memory(MemoryConfig.from_dict(trained.memory))
     memory.load_state_dict(trained.weights)
@@ -546,11 +583,13 @@ def test_a_training_starts_from_a_memory(root, pair):
         num_micro_batches=1,
         with_log_probabilities=False,
     )
-    ((batch,), _) = next(iter(reader.stream(0, 1)))
+    (batch,), _ = next(iter(reader.stream(0, 1)))
     logs_NV = memory.head(memory(batch.inputs_NI.float())).double().log_softmax(-1)
     label_logs_N = logs_NV.gather(1, batch.targets.labels_N[:, None])[:, 0]
     ce = -label_logs_N.mean().item()
-    lines = [json.loads(line) for line in (root / "one-from-memory" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (root / "one-from-memory" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert abs(lines[0]["ce"] - ce) < 2e-6 * ce
     assert lines[0]["loss"] < 0.9 * losses(root, "one-stage2")[0]
     np.testing.assert_allclose(losses(root, "two-from-weights"), losses(root, "one-from-memory"), rtol=PARITY)
@@ -575,7 +614,8 @@ def test_memories_that_do_not_fit_leave_the_disk_untouched(root, single, changes
     paths = ("ds_config", "corpus", "targets", "output")
     with pytest.raises(UserError, match=said):
         train.run(
-            train.Config(**{name: Path(value) if name in paths else value for name, value in values.items()}), World()
+            train.Config(**{name: Path(value) if name in paths else value for name, value in values.items()}),
+            World(),
         )
     assert not (root / "wrong").exists()
 
@@ -621,7 +661,9 @@ def test_wrong_inputs_leave_the_disk_untouched(root, changes, said):
         values["keys"] = root / changes["keys"]
     paths = ("ds_config", "corpus", "targets", "keys", "output")
     with pytest.raises(UserError, match=said):
-        config = train.Config(**{name: Path(value) if name in paths else value for name, value in values.items()})
+        config = train.Config(
+            **{name: Path(value) if name in paths else value for name, value in values.items()}
+        )
         train.run(config, World(rank=0, size=2))
     assert not (root / "wrong").exists()
 
@@ -660,7 +702,9 @@ def test_the_default_learning_rate_binds_as_a_number(root, tmp_path, monkeypatch
     def start(rate):
         paths = ("ds_config", "corpus", "targets", "output")
         values = {**job(root, "rate", ds_config(root, 2)), "learning_rate": rate, "output": tmp_path / "rate"}
-        train.run(train.Config(**{name: Path(v) if name in paths else v for name, v in values.items()}), World())
+        train.run(
+            train.Config(**{name: Path(v) if name in paths else v for name, v in values.items()}), World()
+        )
 
     monkeypatch.setattr(train, "set_up_distributed", begin)
     for rate in (None, 2e-3):

@@ -1,6 +1,7 @@
 """Training beside its base, validated, stopped early, killed at random, out of disk, with bad numbers.
 
-The ranks of every start are forked from one process that has imported DeepSpeed (tests/stages/forked_training.py).
+The ranks of every start are forked from one process that has imported DeepSpeed
+(tests/stages/forked_training.py).
 """
 
 import gc
@@ -27,7 +28,8 @@ from mlpmem_ds.formats.keys import bfloat16_bits
 from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.keys import extract_keys
-from mlpmem_ds.stages.training import memory_training, train, training_inputs
+from mlpmem_ds.stages.training import inputs as training_inputs
+from mlpmem_ds.stages.training import memory_training, train
 
 HAS_COMPILER = shutil.which("g++") is not None
 PATHS = ("ds_config", "corpus", "keys", "output", "copy_to")
@@ -123,7 +125,12 @@ def damaged_keys(root, keys_dir):
 @pytest.fixture(scope="module")
 def job(root, corpus_dir, keys_dir):
     def make(name, stage, **changes):
-        values = {**FLAGS, "ds_config": ds_config(root, stage), "corpus": str(corpus_dir), "keys": str(keys_dir)}
+        values = {
+            **FLAGS,
+            "ds_config": ds_config(root, stage),
+            "corpus": str(corpus_dir),
+            "keys": str(keys_dir),
+        }
         return {**values, "output": str(root / name), **{key: value for key, value in changes.items()}}
 
     return make
@@ -142,12 +149,21 @@ def driven(root, job, base_dir, bare_keys, damaged_keys, forked_training):
         "plain": start(job("plain", 3)),
         "three": start(job("three", 3), 3),
         "recomputed": start(job("recomputed", 3, recompute_activations=True)),
-        **({"compiled": start(job("compiled", 3, compile=True, recompute_activations=True))} if HAS_COMPILER else {}),
+        **(
+            {"compiled": start(job("compiled", 3, compile=True, recompute_activations=True))}
+            if HAS_COMPILER
+            else {}
+        ),
         "validated": start(job("validated", 2, **often, select="best")),
-        "early": start(job("early", 2, **often, early_stopping_patience=2, learning_rate=3.0, schedule="constant")),
-        **{f"nan-{stage}": start(job(f"nan-{stage}", stage, keys=str(damaged_keys)), 2) for stage in (0, 2, 3)},
+        "early": start(
+            job("early", 2, **often, early_stopping_patience=2, learning_rate=3.0, schedule="constant")
+        ),
+        **{
+            f"nan-{stage}": start(job(f"nan-{stage}", stage, keys=str(damaged_keys)), 2)
+            for stage in (0, 2, 3)
+        },
         "all-nan": start(
-            job("all-nan", 2, keys=str(damaged_keys), batch_positions=768, epochs=20.0, most_skipped_steps=2)
+            job("all-nan", 2, keys=str(damaged_keys), batch_positions=768, epochs=20.0, max_skipped_steps=2)
         ),
         "copied": start(job("copied", 2, copy_to=str(root / "copies"))),
         "timed": start(job("timed", 3, max_seconds=1e-3), 2),
@@ -185,10 +201,13 @@ def test_without_a_compiler_nothing_is_written(root, job, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     with pytest.raises(
-        UserError, match=r"--compile: torch.compile does not work on rank 0 \(no g\+\+\): .* leave --compile out"
+        UserError,
+        match=r"--compile: torch.compile does not work on rank 0 \(no g\+\+\): .* leave --compile out",
     ):
         values = job("uncompiled", 0, compile=True).items()
-        train.run(train.Config(**{name: Path(value) if name in PATHS else value for name, value in values}), World())
+        train.run(
+            train.Config(**{name: Path(value) if name in PATHS else value for name, value in values}), World()
+        )
     assert not (root / "uncompiled").exists()
 
 
@@ -211,7 +230,9 @@ def test_the_base_is_let_go_where_the_inputs_are_stored(root, job, base_dir, pro
     monkeypatch.setattr(memory_training, "run_steps", begin)
     values = job("let-go", 2, model=str(base_dir), validate_every=2).items()
     with pytest.raises(BegunError) as raised:
-        train.run(train.Config(**{name: Path(value) if name in PATHS else value for name, value in values}), World())
+        train.run(
+            train.Config(**{name: Path(value) if name in PATHS else value for name, value in values}), World()
+        )
     assert raised.value.args == (True,)
 
 
@@ -242,7 +263,9 @@ def test_validation_is_that_of_the_written_weights(root, driven, corpus_dir, bas
     base, own = (torch.cat(side) for side in zip(*pairs, strict=True))
     assert best["validation_base_perplexity"] == pytest.approx(float((-base.mean()).exp()), rel=1e-5)
     assert best["validation_memory_perplexity"] == pytest.approx(float((-own.mean()).exp()), rel=1e-4)
-    mixed = [float((-((1 - x) * base.exp() + x * own.exp()).log().mean()).exp()) for x in np.arange(1, 21) / 20]
+    mixed = [
+        float((-((1 - x) * base.exp() + x * own.exp()).log().mean()).exp()) for x in np.arange(1, 21) / 20
+    ]
     assert best["validation_perplexity"] == pytest.approx(min(mixed), rel=1e-4)
     assert best["validation_lambda"] == pytest.approx((1 + int(np.argmin(mixed))) / 20)
 
@@ -266,7 +289,15 @@ def test_training_stops_early_and_keeps_the_best(root, driven):
 
 def test_what_people_look_at(root, driven):
     line = lines(root / "plain")[-1]
-    assert {"loss", "kl", "ce", "learning_rate", "gradient_norm", "positions_per_second", "mfu"} <= line.keys()
+    assert {
+        "loss",
+        "kl",
+        "ce",
+        "learning_rate",
+        "gradient_norm",
+        "positions_per_second",
+        "mfu",
+    } <= line.keys()
     assert 0 < line["mfu"] < 1.5 and line["memory_bytes"] > 1e7 and 0 <= line["data_wait_share"] <= 1
     assert (root / "plain" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "MFU is of" in driven["plain"] and "a matrix product measured here" in driven["plain"]
@@ -290,7 +321,9 @@ def test_too_many_nan_in_a_row_stop_the_training(root, driven):
     assert not (root / "all-nan" / "manifest.json").exists()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(root, driven, job, forked_training):
+def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(
+    root, driven, job, forked_training
+):
     """A limit on file sizes stands for the full disk: torch.save meets the same short write."""
     shutil.copytree(root / "plain", root / "spare")
     for path in (root / "spare" / "checkpoints").glob("step-*"):
@@ -328,7 +361,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(roo
     np.testing.assert_allclose(losses(root / "three-from-one"), losses(root / "plain"), rtol=2e-6)
 
 
-def test_kills_at_random_and_at_each_phase_of_saving_end_in_the_undisturbed_weights(root, job, forked_training):
+def test_kills_at_random_and_at_each_phase_of_saving_end_in_the_undisturbed_weights(
+    root, job, forked_training
+):
     short = {"save_every_steps": 1, "epochs": 0.2}
     steps = [
         {"kind": "killed", "job": job("killed-2", 3, **short), "size": 2, "kills": 6, "seed": 1},
@@ -336,7 +371,9 @@ def test_kills_at_random_and_at_each_phase_of_saving_end_in_the_undisturbed_weig
     ]
     results, said = forked_training(*steps)
     assert results[0]["hits"] == 6
-    assert {"os.mkdir", "torch.save", "saved", "open", "os.rename", "shutil.rmtree"} <= set(results[1]["killed_before"])
+    assert {"os.mkdir", "torch.save", "saved", "open", "os.rename", "shutil.rmtree"} <= set(
+        results[1]["killed_before"]
+    )
     assert "resuming from" in said[0] and "resuming from" in said[1]
     for size in (1, 2):
         assert_same_weights(root / f"killed-{size}", root / f"killed-{size}-undisturbed")
@@ -362,6 +399,7 @@ def test_wrong_flags_leave_the_disk_untouched(root, job, base_dir, bare_keys, mo
     values = job("wrong", 2, **{name: places.get(value, value) for name, value in changes.items()})
     with pytest.raises(UserError, match=said):
         train.run(
-            train.Config(**{name: Path(value) if name in PATHS else value for name, value in values.items()}), World()
+            train.Config(**{name: Path(value) if name in PATHS else value for name, value in values.items()}),
+            World(),
         )
     assert not (root / "wrong").exists()

@@ -1,0 +1,152 @@
+"""Of the export: what base and memory give on a probe batch, and whether the written model, loaded again,
+gives the same.
+
+Weights that are not changed on their way (and those of the written files always) are memory-mapped, not
+copied: a model larger than the machine's memory is checked slowly, but is checked.
+
+B sequences, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.formats.weight_shards import Weight
+from mlpmem_ds.maths.interpolation import interpolate
+from mlpmem_ds.models.backbone import CapturePoint, capture
+from mlpmem_ds.models.memory import Memory
+
+# The loaded model and its parts do the same operations on the same numbers: what is left is float32 against
+# float64 in the softmax and the mixture. Largest difference of log-probabilities over the largest
+# log-probability; for every dtype.
+LOGIT_BOUND = 1e-6
+_PROBE_SHAPE = (4, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What the two parts give on the probe batch, float64 log-probabilities [B, S, V]."""
+
+    ids_BS: torch.Tensor
+    base_BSV: torch.Tensor
+    memory_BSV: torch.Tensor
+
+    def mixture_BSV(self, lmbda: float) -> torch.Tensor:
+        return interpolate(self.base_BSV, self.memory_BSV, lmbda)
+
+
+@torch.no_grad()
+def read_parts(base: Any, memory: Memory, point: CapturePoint, *, layers_path: str | None = None) -> Probe:
+    """Both parts on random tokens, without the joint model: the base's logits, and the plain memory on a
+    captured state."""
+    text = base.config.get_text_config(decoder=True)
+    num_sequences, num_tokens = _PROBE_SHAPE
+    num_tokens = min(num_tokens, getattr(text, "max_position_embeddings", None) or num_tokens)
+    generator = torch.Generator().manual_seed(0)
+    ids_BS = torch.randint(text.vocab_size, (num_sequences, num_tokens), generator=generator)
+    with capture(base, [point], layers_path=layers_path).recording(num_sequences, num_tokens) as states:
+        base_logits_BSV = base(input_ids=ids_BS, use_cache=False).logits
+    memory_logits_BSV = memory.head(memory(states[point].to(memory.head.weight.dtype)))  # type: ignore[arg-type]
+    return Probe(
+        ids_BS=ids_BS,
+        base_BSV=base_logits_BSV.double().log_softmax(-1),
+        memory_BSV=memory_logits_BSV.double().log_softmax(-1),
+    )
+
+
+def total_variation(one: Probe, other: Probe, lmbda: float) -> float:
+    """Mean total variation between the mixtures' distributions."""
+    pair = (parts.mixture_BSV(lmbda).exp() for parts in (one, other))
+    return float(torch.sub(*pair).abs().sum(-1).mean() / 2)
+
+
+def load_export(export: Path, weights: Mapping[str, Weight], lmbda: float, *, attention: str) -> Any:
+    """Load an export through its own code files and compare its tensors with what it was made from, bit for
+    bit.
+
+    Args:
+        export: the directory.
+        weights: what was to be written; read again, one at a time.
+        lmbda: the weight that it must have.
+        attention: of the loaded model.
+
+    Raises:
+        DamagedDataError: says what differs.
+    """
+    # AutoModelForCausalLM would take this package's classes here, which outsiders do not have.
+    reference = json.loads((export / "config.json").read_bytes())["auto_map"]["AutoModelForCausalLM"]
+    try:
+        model_class: Any = get_class_from_dynamic_module(reference, str(export))
+        loaded, report = model_class.from_pretrained(
+            export, dtype="auto", attn_implementation=attention, output_loading_info=True
+        )
+    except Exception as error:  # whatever is raised while code and weights are loaded: it does not load
+        raise _refusal(f"it does not load ({type(error).__name__}: {error})") from error
+    if faults := {name: sorted(map(str, values)) for name, values in report.items() if values}:
+        raise _refusal(f"transformers reports {faults}")
+    if loaded.lmbda != lmbda:
+        raise _refusal(f"its λ is {loaded.lmbda:g}, not {lmbda:g}")
+    found = loaded.state_dict()
+    tied = {name for name in found if name not in weights and _is_tied(found, name, weights)}
+    differing = sorted(
+        name
+        for name in {*found, *weights} - tied
+        if name not in found or name not in weights or not _same(found[name], weights[name].read())
+    )
+    if differing:
+        raise _refusal(f"{len(differing)} tensors differ, the first is {differing[0]}")
+    return loaded
+
+
+def _is_tied(found: Mapping[str, torch.Tensor], name: str, weights: Mapping[str, Weight]) -> bool:
+    """Whether a tensor that was not written shares its numbers with one that was."""
+    return any(other in found and found[other].data_ptr() == found[name].data_ptr() for other in weights)
+
+
+@torch.no_grad()
+def compare_logits(loaded: Any, probe: Probe, lmbda: float) -> float:
+    """Log-probabilities at λ = 0, the export's λ and 1 within `LOGIT_BOUND` of those of the parts.
+
+    Returns:
+        the largest difference of log-probabilities, over the largest log-probability.
+
+    Raises:
+        DamagedDataError: they differ by more.
+    """
+    worst = 0.0
+    for value in dict.fromkeys((0.0, lmbda, 1.0)):
+        loaded.lmbda = value
+        logits_BSV = loaded(input_ids=probe.ids_BS, use_cache=False).logits
+        difference = _relative_difference(logits_BSV.double().log_softmax(-1), probe.mixture_BSV(value))
+        if not difference <= LOGIT_BOUND:
+            raise _refusal(
+                f"log-probabilities at λ = {value:g} differ by {difference:.2g} relative, more than"
+                f" {LOGIT_BOUND:g}"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _refusal(reason: str) -> DamagedDataError:
+    return DamagedDataError(
+        f"the written model is not the trained one: {reason}. Nothing was published: run the same command "
+        "again; if this repeats, check the disk, and the version of transformers against requirements.txt"
+    )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _relative_difference(found_BSV: torch.Tensor, wanted_BSV: torch.Tensor) -> float:
+    """max |found - wanted| / max |wanted|; infinities must be equal. NaN where either has one."""
+    difference_BSV = torch.where(found_BSV == wanted_BSV, 0.0, found_BSV - wanted_BSV).abs()
+    return float(difference_BSV.max() / wanted_BSV[wanted_BSV.isfinite()].abs().max())

@@ -1,0 +1,359 @@
+"""The export's flags and inputs: all that a Hugging Face directory is made from, checked before a byte is
+written."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json, sha256_of_file
+from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.model_files import fetch_directory
+from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
+from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
+from mlpmem_ds.models.hf import checked_lmbda
+from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.stages.conversion.import_reference import read_reference
+from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
+
+_logger = logging.getLogger(__name__)
+FORMAT, VERSION = "mlpmem-export", 1
+EXPORT_FILE = "mlpmem_export.json"
+DEFAULT_LAMBDA = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is joined, and how it is stored."""
+
+    checkpoint: Path | None = option(
+        "output directory of launch/train.py; where it has not finished, its newest whole checkpoint is taken"
+        " (DeepSpeed's files are pickled: only from yourself)",
+        None,
+    )
+    step: int | None = option(
+        "with --checkpoint: the checkpoint of this step, also of a finished training", None
+    )
+    from_reference: str | None = option(
+        "instead: a memory that the method's authors published, a directory or Hub name; needs --model, its"
+        " base",
+        None,
+        metavar="PATH",
+    )
+    output: Path = option("directory to write")
+    write: Literal["export", "memory"] = option(
+        "a Hugging Face directory with base and memory; or, of a published memory or of a checkpoint, a"
+        " directory as training leaves it",
+        "export",
+    )
+    input_layer: float = option(
+        "with --from-reference: the layer whose MLP input the memory reads, an index or a fraction of the"
+        " depth",
+        -1.0,
+    )
+    model: str | None = option(
+        "the base: a directory or Hub name (default: the one that the keys were extracted with)", None
+    )
+    lmbda: float | None = option(
+        f"weight of the memory in [0, 1] (default: the report's choice, else {DEFAULT_LAMBDA})",
+        None,
+        flag="lambda",
+    )
+    report: Path | None = option(
+        "report of launch/evaluate.py: its λ, and its perplexities for the model card", None
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
+    tokenizer: str | None = option("directory or Hub name (default: the base's, else the corpus's)", None)
+    corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
+    max_shard_gigabytes: float = option("largest weights file, in GB", 5.0)
+    attention: str = option(
+        "attention implementation for the verification: sdpa, eager or flash_attention_2", "sdpa"
+    )
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.from_reference is None):
+            raise UserError(
+                "give either --checkpoint, a training's output, or --from-reference, a published memory"
+            )
+        if self.from_reference is not None and self.model is None:
+            raise UserError("--from-reference needs --model, the base that the memory was trained for")
+        if self.step is not None and (self.checkpoint is None or self.step < 0):
+            raise UserError(
+                f"--step {self.step} names a checkpoint of --checkpoint: give that, and a step of 0 or more"
+            )
+        if self.lmbda is not None:
+            try:
+                checked_lmbda(self.lmbda)
+            except ValueError as error:
+                raise UserError(
+                    f"--lambda {self.lmbda}: the memory's share of the mixture lies in [0, 1]"
+                ) from error
+        if not 0 < self.max_shard_gigabytes < math.inf:
+            raise UserError(f"--max-shard-gigabytes must be more than 0, not {self.max_shard_gigabytes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportInputs:
+    """The checked inputs; nothing has been written yet."""
+
+    trained: TrainedMemory
+    memory: MemoryConfig
+    model: str
+    base_sha256: str
+    tokenizer: Any
+    lmbda: float
+    lmbda_rule: str
+    report: dict[str, Any] | None
+    report_sha256: str | None
+    source: Path
+    """where the memory was read from"""
+    corpus: dict[str, Any] | None
+    """the corpus's manifest, where it is at hand"""
+    targets: dict[str, Any] | None
+    unread: Checkpoint | None = None
+    """where the weights are still to be read from; None = they are in `trained`"""
+
+    def read(self, output: Path) -> ExportInputs:
+        """The same with the weights at hand."""
+        if self.unread is None:
+            return self
+        return dataclasses.replace(self, trained=with_weights(self.trained, self.unread, output), unread=None)
+
+    def identity(self, config: Config) -> dict[str, Any]:
+        """What the weights and the configuration depend on."""
+        inputs = {
+            "memory": self.trained.sha256,
+            "base": self.base_sha256,
+            "vocabulary": self.trained.provenance["vocabulary_sha256"],
+        }
+        if self.report_sha256 is not None:
+            inputs["report"] = self.report_sha256
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "inputs": inputs,
+            "config": {
+                "lambda": self.lmbda,
+                "dtype": config.dtype,
+                "max_shard_gigabytes": config.max_shard_gigabytes,
+                **({} if config.corpus_license is None else {"corpus_license": config.corpus_license}),
+            },
+        }
+
+
+def open_inputs(config: Config) -> ExportInputs:
+    """Open and check everything that the export is made from.
+
+    Raises:
+        UserError: something is missing, or does not belong to this memory.
+    """
+    if config.checkpoint is None:
+        return _open_published(config)
+    trained, memory, unread = _read_trained(config)
+    report, report_sha256, report_lmbda = _read_report(config, trained)
+    lmbda, rule = _choose_lambda(config, report_lmbda)
+    model = config.model or _model_of_keys(config.checkpoint, trained)
+    base_sha256 = fingerprint_model(model)
+    if base_sha256 != trained.provenance["base"]:
+        raise UserError(
+            f"--model {model} ({base_sha256[:12]}…) is not the base that --checkpoint {config.checkpoint} was"
+            f" trained for ({trained.provenance['base'][:12]}…): give the model that its keys were extracted"
+            " with"
+        )
+    corpus_root = _input_of_training(config.checkpoint, "corpus", trained)
+    targets_root = _input_of_training(config.checkpoint, "targets", trained)
+    tokenizer, flag = _load_tokenizer(config, model, corpus_root)
+    found, wanted = vocabulary_sha256(tokenizer), trained.provenance["vocabulary_sha256"]
+    if found != wanted:
+        raise UserError(
+            f"{flag} has another vocabulary ({len(tokenizer)} tokens, {found[:12]}…) than the memory was "
+            f"trained with ({wanted[:12]}…): give --tokenizer RUN/corpus/tokenizer"
+        )
+    return ExportInputs(
+        trained=trained,
+        memory=memory,
+        model=model,
+        base_sha256=base_sha256,
+        tokenizer=tokenizer,
+        lmbda=lmbda,
+        lmbda_rule=rule,
+        report=report,
+        report_sha256=report_sha256,
+        source=config.checkpoint,
+        corpus=None if corpus_root is None else read_json(corpus_root / "manifest.json"),
+        targets=None if targets_root is None else read_json(targets_root / "manifest.json"),
+        unread=unread,
+    )
+
+
+def _open_published(config: Config) -> ExportInputs:
+    """The same for a memory that its authors published: what they did not write down is not known."""
+    assert config.from_reference is not None and config.model is not None
+    if config.report is not None:
+        raise UserError(
+            "--report is of a memory of ours: import it with --write memory, then evaluate and export that"
+        )
+    root = fetch_directory(config.from_reference, flag="--from-reference", subdirectory=SUBDIRECTORY)
+    open_reference(root)  # before the base, which may be large, is read
+    base_sha256 = fingerprint_model(config.model)
+    tokenizer, _ = _load_tokenizer(config, config.model, None)
+    lmbda, rule = _choose_lambda(config, None)
+    trained = read_reference(
+        root,
+        name=root.resolve().name if Path(config.from_reference).exists() else config.from_reference,
+        model=config.model,
+        base_sha256=base_sha256,
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+        input_layer=config.input_layer,
+    )
+    return ExportInputs(
+        trained=trained,
+        memory=MemoryConfig.from_dict(trained.memory),
+        model=config.model,
+        base_sha256=base_sha256,
+        tokenizer=tokenizer,
+        lmbda=lmbda,
+        lmbda_rule=rule,
+        report=None,
+        report_sha256=None,
+        source=root,
+        corpus=None,
+        targets=None,
+    )
+
+
+def _read_trained(config: Config) -> tuple[TrainedMemory, MemoryConfig, Checkpoint | None]:
+    """A training's memory, with all that an export needs to know of it; and the checkpoint, where its weights
+    lie there."""
+    assert config.checkpoint is not None
+    root, checkpoint = config.checkpoint, None
+    if (root / EXPORT_FILE).is_file():
+        raise UserError(
+            f"--checkpoint {root} is an export already: give the output directory of launch/train.py"
+        )
+    is_finished = (root / "manifest.json").is_file() or not (root / "identity.json").is_file()
+    if config.step is None and is_finished:
+        if config.write == "memory" and (root / "manifest.json").is_file():
+            raise UserError(
+                f"--write memory: --checkpoint {root} is finished, and such a directory already; the flag is"
+                " for --from-reference, for a training that has not finished, and for one --step of it"
+            )
+        trained = read_weights(root, flag="--checkpoint")
+    else:
+        checkpoint = find_checkpoint(root, config.step)
+        trained = describe_checkpoint(checkpoint)
+    wanted = {"base", "vocabulary_sha256", "input_layer", "key_point"}
+    if lacking := sorted(wanted - set(trained.provenance)):
+        raise DamagedDataError(f"--checkpoint {root} does not say its {', '.join(lacking)}: train it again")
+    try:
+        return trained, MemoryConfig.from_dict(trained.memory), checkpoint
+    except ValueError as error:
+        raise DamagedDataError(f"--checkpoint {root}: {error}: train it again") from error
+
+
+def _read_report(
+    config: Config, trained: TrainedMemory
+) -> tuple[dict[str, Any] | None, str | None, float | None]:
+    """(eval.json, the report's hash, the λ that it chose for this memory)."""
+    if config.report is None:
+        return None, None, None
+    manifest, sha256 = read_manifest(config.report, stage="report", version=1, flag="--report")
+    evaluation = read_json(config.report / "eval.json")
+    names = [name for name, value in manifest["inputs"].items() if value == trained.sha256]
+    chosen = [arm["lambda"] for arm in evaluation.get("arms", []) if arm["name"] in names]
+    if not chosen or chosen[0] is None:
+        raise UserError(
+            f"--report {config.report} does not evaluate the memory of --checkpoint {config.checkpoint}: run "
+            "launch/evaluate.py with that memory, or leave out --report and give --lambda"
+        )
+    return evaluation, sha256, float(chosen[0])
+
+
+def _choose_lambda(config: Config, report_lmbda: float | None) -> tuple[float, str]:
+    """λ, and in words where it comes from."""
+    if config.lmbda is not None:
+        return float(config.lmbda), "given by hand"
+    if report_lmbda is None:
+        _logger.warning(
+            "neither --lambda nor --report: λ is %g, which nobody tuned; it can be set at any time",
+            DEFAULT_LAMBDA,
+        )
+        return DEFAULT_LAMBDA, "the default, not tuned"
+    if report_lmbda == 0:
+        _logger.warning(
+            "the report chose λ = 0: the memory does not help this base, and the export is the base alone"
+        )
+    return report_lmbda, "least perplexity on the tuning split"
+
+
+def _input_of_training(checkpoint: Path, name: str, trained: TrainedMemory) -> Path | None:
+    """The directory that a memory was trained from, where training's flags or the run's layout lead to it.
+
+    Only a directory whose manifest has the hash in the memory's provenance is taken.
+    """
+    flags = (
+        read_json(checkpoint / "run.json").get("config", {}) if (checkpoint / "run.json").is_file() else {}
+    )
+    for place in (flags.get(name), checkpoint.resolve().parent / name):
+        if not place or not (Path(place) / "manifest.json").is_file():
+            continue
+        if sha256_of_file(Path(place) / "manifest.json") == trained.provenance.get(name):
+            return Path(place)
+    return None
+
+
+def _model_of_keys(checkpoint: Path, trained: TrainedMemory) -> str:
+    keys = _input_of_training(checkpoint, "keys", trained)
+    flags = (
+        read_json(keys / "run.json").get("config", {})
+        if keys is not None and (keys / "run.json").is_file()
+        else {}
+    )
+    model = flags.get("input_model") or flags.get("model")
+    if not model:
+        raise UserError(
+            f"--model is needed: the keys that --checkpoint {checkpoint} was trained from are not at hand "
+            "to say which base it belongs to"
+        )
+    return str(model)
+
+
+def _load_tokenizer(config: Config, model: str, corpus: Path | None) -> tuple[Any, str]:
+    """The first of --tokenizer, the base's and the corpus's, and what to call it."""
+    if config.tokenizer is not None:
+        name, flag = config.tokenizer, "--tokenizer"
+    elif _has_tokenizer(model):
+        name, flag = model, "the tokenizer of --model"
+    elif corpus is not None:
+        name, flag = str(corpus / "tokenizer"), "the corpus's tokenizer"
+    elif config.checkpoint is None:
+        raise UserError(f"--model {model} has no tokenizer: give --tokenizer, a directory or Hub name")
+    else:
+        raise UserError(
+            f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint} is not"
+            " beside it: give --tokenizer RUN/corpus/tokenizer"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name), f"{flag} {name}"
+    except Exception as error:  # each tokenizer library raises a family of its own
+        raise UserError(
+            f"{flag} {name} cannot be loaded ({str(error).splitlines()[0]}): give --tokenizer, a directory or"
+            " Hub name"
+        ) from error
+
+
+def _has_tokenizer(model: str) -> bool:
+    """Whether a model comes with a tokenizer; a Hub name is taken to."""
+    root = Path(model)
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+    return not root.is_dir() or any((root / name).is_file() for name in names)

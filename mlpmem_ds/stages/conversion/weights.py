@@ -1,0 +1,137 @@
+"""Of the export: the memory of a training that has not finished, or of one of its earlier steps, from
+DeepSpeed's checkpoints.
+
+The checkpoint's own files are pickled: they are only as trustworthy as who wrote them. Their checksums find
+damage, not malice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import socket
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json, remove_stale_temporaries, require_free_bytes, sha256_of_file
+from mlpmem_ds.engines.zero_weights import weights_of_checkpoint
+from mlpmem_ds.formats.checkpoint import (
+    CHECKPOINT_FORMAT,
+    MEMORY_STAGE,
+    Checkpoint,
+    TrainedMemory,
+    checkpoint_name,
+    fault_of_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+)
+from mlpmem_ds.formats.weight_shards import write_safetensors
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+
+_logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(root: Path, step: int | None, *, flag: str = "--checkpoint") -> Checkpoint:
+    """The checkpoint of `step` below a training's output, or the newest one that is whole; every checksum is
+    looked at.
+
+    Raises:
+        UserError: no training of a memory, no such step, or no checkpoint yet.
+        DamagedDataError: none that would do is whole.
+    """
+    if (root / "manifest.json").is_file() and read_json(root / "manifest.json").get(
+        "format"
+    ) == CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{flag} {root} is one checkpoint: give the training's output directory, and --step to choose one"
+        )
+    if (
+        not (root / "identity.json").is_file()
+        or read_json(root / "identity.json").get("format") != f"mlpmem-{MEMORY_STAGE}"
+    ):
+        raise UserError(f"{flag} {root} is no output directory of launch/train.py: give one")
+    found = list_checkpoints(root / "checkpoints")
+    if not found:
+        raise UserError(
+            f"{flag} {root} is not finished and has no checkpoint yet: run its launch/train.py command again,"
+            " with a smaller --save-every-steps if it shall have one sooner"
+        )
+    wanted = found if step is None else [path for path in found if path.name == checkpoint_name(step)]
+    if not wanted:
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in reversed(found))
+        raise UserError(f"--step {step}: {flag} {root} has checkpoints of steps {steps}: choose one of them")
+    for path in wanted:
+        fault = fault_of_checkpoint(path)
+        if fault is None:
+            return read_checkpoint(path)
+        _logger.warning("%s: not taking %s", fault, path)
+    raise DamagedDataError(
+        f"{flag} {root}: {len(wanted)} checkpoints are damaged, and none is whole: choose another --step,"
+        " restore one from a copy, or train on, which sets them aside"
+    )
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> TrainedMemory:
+    """What the manifest tells of the memory; `weights` is empty until `with_weights`.
+
+    Raises:
+        DamagedDataError: the manifest does not describe a memory.
+    """
+    manifest = checkpoint.manifest
+    if not isinstance(manifest.get("memory"), dict) or not isinstance(manifest.get("provenance"), dict):
+        raise DamagedDataError(f"{checkpoint.path} does not describe a memory: it is of another training")
+    planned = manifest["provenance"].get("steps")
+    return TrainedMemory(
+        sha256=sha256_of_file(checkpoint.path / "manifest.json"),
+        memory=manifest["memory"],
+        provenance={**manifest["provenance"], "steps": checkpoint.step, "steps_planned": planned},
+        weights={},
+    )
+
+
+def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -> TrainedMemory:
+    """The same with the float32 weights; they stay in a file beside `output` that has no name any more.
+
+    So memory is bounded by the largest tensor, or under ZeRO-1 and 2 by the checkpoint's float32 weights
+    while they are merged.
+
+    Raises:
+        UserError: the disk is too small.
+        DamagedDataError: the files do not hold these weights.
+    """
+    _logger.info(
+        "taking the weights of %s (ZeRO stage %s, %s ranks); its files are pickled: convert only checkpoints"
+        " of your own",
+        checkpoint.path,
+        checkpoint.manifest.get("zero_stage"),
+        checkpoint.manifest.get("world"),
+    )
+    weights = weights_of_checkpoint(checkpoint.path)
+    with torch.device("meta"):
+        wanted = {
+            name: tuple(tensor.shape)
+            for name, tensor in Memory(MemoryConfig.from_dict(trained.memory)).state_dict().items()
+        }
+    if wanted != {name: weight.shape for name, weight in weights.items()}:
+        raise DamagedDataError(
+            f"{checkpoint.path} holds other tensors than its memory has: choose another --step, or train it"
+            " again"
+        )
+    require_free_bytes(
+        output, sum(weight.num_bytes for weight in weights.values()), what="the checkpoint's weights"
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(output.parent)
+    scratch = output.parent / f".{output.name}.weights.{socket.gethostname()}.{os.getpid()}.tmp"
+    try:
+        write_safetensors(scratch, weights)
+        tensors = load_file(scratch)  # mapped: the numbers outlive the file's name
+    finally:
+        scratch.unlink(missing_ok=True)
+    if faulty := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise DamagedDataError(f"{checkpoint.path}: {faulty[0]} is not finite: choose an earlier --step")
+    return dataclasses.replace(trained, weights=tensors)

@@ -1,0 +1,161 @@
+"""Of the first stage: which documents are taken, and the split that each of them falls in.
+
+What is known of a document here is its size, group and hash (about 50 bytes), never its text. Two texts that
+are equal to the letter get the same hash and so the same split: nothing of the test text is trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.hashing import hash_fraction
+from mlpmem_ds.formats.corpus import SPLITS
+
+_logger = logging.getLogger(__name__)
+_DIGEST_BYTES = 32
+UNWANTED = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRules:
+    """Which documents are taken, and the share of each split; bytes and fractions of bytes."""
+
+    tuning_fraction: float
+    test_fraction: float
+    heldout_fraction: float
+    max_bytes: float
+    seed: int
+
+
+class KnownDocuments:
+    """What is kept of the documents until they are dealt, by number."""
+
+    def __init__(self, *, with_names: bool) -> None:
+        self.sizes = array("q")
+        self.group_of = array("q")
+        self.groups: dict[str, int] = {}
+        self.digests = bytearray()
+        self.names: list[str] | None = [] if with_names else None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def extend(
+        self, sizes: Sequence[int], groups: Iterable[str], digests: bytes, names: Iterable[str]
+    ) -> None:
+        """Some more documents: UTF-8 bytes, groups, SHA-256 digests (32 bytes each) and names."""
+        self.sizes.extend(sizes)
+        self.group_of.extend(self.groups.setdefault(group, len(self.groups)) for group in groups)
+        self.digests += digests
+        if self.names is not None:
+            self.names.extend(names)
+
+    def digest(self, number: int) -> str:
+        return self.digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES].hex()
+
+
+def check_splits(split_of: array[int], rules: SplitRules) -> None:
+    """Warn of empty splits.
+
+    Raises:
+        UserError: nothing for the training split.
+    """
+    fractions = {
+        "tuning": rules.tuning_fraction,
+        "test": rules.test_fraction,
+        "heldout": rules.heldout_fraction,
+    }
+    for split, fraction in fractions.items():
+        if fraction and SPLITS.index(split) not in split_of:
+            _logger.warning(
+                "the %s split is empty: every document is larger than its share of the text", split
+            )
+    num_wanted = len(split_of) - split_of.count(UNWANTED)
+    if rules.max_bytes and not num_wanted and len(split_of):
+        raise UserError(
+            f"--max-bytes {rules.max_bytes:g} is less than each of the {len(split_of)} documents of the"
+            " inputs: give more, or 0 for all of them"
+        )
+    if SPLITS.index("train") not in split_of:
+        raise UserError(
+            f"the inputs hold {len(split_of)} documents with text, {num_wanted} of them "
+            "wanted, and none fell in the training split: give more text or smaller fractions"
+        )
+
+
+def deal_documents(documents: KnownDocuments, rules: SplitRules) -> array[int]:
+    """Each document's split. Held-out groups first, then tuning and test documents, each in the order of a
+    hash.
+
+    What would overfill a split's share of the bytes is passed over, so that one long document does not decide
+    its size.
+    """
+    wanted = _sample(documents, rules)
+    total = sum(documents.sizes[number] for number in wanted)
+    names = list(documents.groups)
+    heldout_groups: set[str] = set()
+    if rules.heldout_fraction:
+        by_group: dict[str, int] = {}
+        for number in wanted:
+            group = names[documents.group_of[number]]
+            by_group[group] = by_group.get(group, 0) + documents.sizes[number]
+        heldout_groups = _fill(by_group, rules.heldout_fraction * total, f"group:{rules.seed}")
+    heldout = {documents.groups[name] for name in heldout_groups}
+    tuning: set[str] = set()
+    test: set[str] = set()
+    if rules.tuning_fraction or rules.test_fraction:
+        by_text: dict[str, int] = {}
+        for number in wanted:
+            if documents.group_of[number] not in heldout:
+                digest = documents.digest(number)
+                by_text[digest] = by_text.get(digest, 0) + documents.sizes[number]
+        tuning = _fill(by_text, rules.tuning_fraction * total, f"tuning:{rules.seed}")
+        rest = {text: size for text, size in by_text.items() if text not in tuning}
+        test = _fill(rest, rules.test_fraction * total, f"test:{rules.seed}")
+    in_heldout = {documents.digest(number) for number in wanted if documents.group_of[number] in heldout}
+    split_of = array("b", [UNWANTED]) * len(documents)
+    for number in wanted:
+        digest = documents.digest(number) if in_heldout or tuning or test else ""
+        if documents.group_of[number] in heldout or digest in in_heldout:
+            split = "heldout"
+        else:
+            split = "tuning" if digest in tuning else "test" if digest in test else "train"
+        split_of[number] = SPLITS.index(split)
+    return split_of
+
+
+def _sample(documents: KnownDocuments, rules: SplitRules) -> Iterable[int]:
+    """Documents in hash order of their groups, as long as they fit in `max_bytes`; what does not fit is
+    passed over."""
+    if not rules.max_bytes or documents.names is None:
+        return range(len(documents))
+    groups = list(documents.groups)
+    rank = {number: hash_fraction(f"sample:{group}", rules.seed) for number, group in enumerate(groups)}
+    names, group_of = documents.names, documents.group_of
+
+    def order(number: int) -> tuple[float, str, str]:
+        return rank[group_of[number]], groups[group_of[number]], names[number]
+
+    taken, total = [], 0
+    for number in sorted(range(len(documents)), key=order):
+        if total + documents.sizes[number] <= rules.max_bytes:
+            taken.append(number)
+            total += documents.sizes[number]
+    return taken
+
+
+def _fill(sizes: Mapping[str, int], quota: float, salt: str) -> set[str]:
+    """Keys in the order of a hash, as long as they fit in the quota of bytes."""
+    taken: set[str] = set()
+    if quota <= 0:
+        return taken
+    total = 0
+    for key in sorted(sizes, key=lambda key: (hash_fraction(f"{salt}:{key}"), key)):
+        if total + sizes[key] <= quota:
+            taken.add(key)
+            total += sizes[key]
+    return taken

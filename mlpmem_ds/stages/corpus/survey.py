@@ -1,0 +1,212 @@
+"""Of the first stage: one reading of the inputs, in several processes, that names the units and deals every
+document to a split.
+
+A process takes some files and leaves what it found in a file of its own, about 150 bytes a document, which
+this process reads in the order of the inputs: neither holds a text, nor the findings of all files at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pickle
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
+from mlpmem_ds.stages.corpus.splits import UNWANTED, KnownDocuments, SplitRules, check_splits, deal_documents
+from mlpmem_ds.stages.corpus.workers import Workers
+
+_GROUP_BYTES = 4 << 20  # of the files that a process takes at once
+_PART_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentReader:
+    """How files become documents."""
+
+    text_field: str
+    group_field: str | None
+
+    def read(self, files: Iterable[SourceFile]) -> Iterator[Document]:
+        for file in files:
+            yield from read_documents(file, text_field=self.text_field, group_field=self.group_field)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusUnit:
+    """Some of the input files, how many documents each holds, and the number of the first of them."""
+
+    files: tuple[SourceFile, ...]
+    counts: tuple[int, ...]
+    first: int
+
+    @property
+    def stop(self) -> int:
+        """One past the number of the last document."""
+        return self.first + sum(self.counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What the inputs hold: units, and each document's split as an index into SPLITS (or UNWANTED)."""
+
+    units: list[CorpusUnit]
+    split_of: array[int] = field(repr=False)
+    num_bytes: int
+    """of all documents, wanted or not"""
+    sha256: str
+
+    @property
+    def num_wanted(self) -> int:
+        return len(self.split_of) - self.split_of.count(UNWANTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Some documents of a few files, without their texts."""
+
+    sizes: array[int]
+    groups: list[str]
+    names: list[str]
+    digests: bytes
+    listed: bytes
+    """their entries in the list that `_ListHash` hashes"""
+    ends: list[int]
+    """for each file that ends in this part, the number of the part's documents up to there"""
+
+
+class _ListHash:
+    """`content_hash` of a list of [name, SHA-256], which is never whole in memory."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256(b"[")
+        self._is_empty = True
+
+    @staticmethod
+    def entry(name: str, sha256: str) -> str:
+        return f'\n [\n  {json.dumps(name, ensure_ascii=False)},\n  "{sha256}"\n ]'
+
+    def extend(self, entries: bytes) -> None:
+        """Entries with commas between them."""
+        if entries:
+            self._digest.update(entries if self._is_empty else b"," + entries)
+            self._is_empty = False
+
+    def hexdigest(self) -> str:
+        self._digest.update(b"]\n" if self._is_empty else b"\n]\n")
+        return self._digest.hexdigest()
+
+
+def survey_files(
+    files: list[SourceFile], reader: DocumentReader, rules: SplitRules, *, unit_bytes: int, processes: int = 1
+) -> Survey:
+    """Read the inputs once: hash every document, sample whole groups, deal documents to splits.
+
+    Args:
+        files: in the order of the corpus.
+        reader: how they become documents.
+        rules: what is taken, and the shares.
+        unit_bytes: a unit is closed by the file in which it reaches this size.
+        processes: that read; they do not change the result.
+
+    Raises:
+        UserError: two files of one name, or nothing for the training split.
+    """
+    if len({file.name for file in files}) != len(files):
+        raise UserError(
+            "two inputs hold documents of the same name: give their common parent directory as one --input"
+        )
+    documents, listed = KnownDocuments(with_names=bool(rules.max_bytes)), _ListHash()
+    units: list[CorpusUnit] = []
+    of_unit: dict[SourceFile, int] = {}
+    rest = iter(files)
+    stop_of_file = size = 0  # of the file before; of the unit
+    for part in _read_parts(files, reader, processes):
+        first, start = len(documents), 0
+        documents.extend(part.sizes, part.groups, part.digests, part.names)
+        listed.extend(part.listed)
+        for end in part.ends:
+            size += sum(part.sizes[start:end])
+            of_unit[next(rest)] = first + end - stop_of_file
+            start, stop_of_file = end, first + end
+            if size >= unit_bytes:
+                units.append(_unit(of_unit, stop_of_file))
+                of_unit, size = {}, 0
+        size += sum(part.sizes[start:])
+    if of_unit:
+        units.append(_unit(of_unit, len(documents)))
+    split_of = deal_documents(documents, rules)
+    check_splits(split_of, rules)
+    return Survey(units=units, split_of=split_of, num_bytes=sum(documents.sizes), sha256=listed.hexdigest())
+
+
+def _unit(counts: Mapping[SourceFile, int], stop: int) -> CorpusUnit:
+    return CorpusUnit(files=tuple(counts), counts=tuple(counts.values()), first=stop - sum(counts.values()))
+
+
+def _read_parts(files: list[SourceFile], reader: DocumentReader, processes: int) -> Iterator[_Part]:
+    """What is to be known of the documents, in their order."""
+    if processes == 1:
+        yield from _parts(files, reader)
+        return
+    with tempfile.TemporaryDirectory() as scratch, Workers(processes) as workers:
+        tasks = enumerate(_groups(files))
+        for path in workers.map(functools.partial(_write_parts, reader, Path(scratch)), tasks):
+            with open(path, "rb") as stream:
+                while (part := pickle.load(stream)) is not None:  # written by _write_parts a moment ago
+                    yield part
+            path.unlink()
+
+
+def _write_parts(reader: DocumentReader, scratch: Path, task: tuple[int, tuple[SourceFile, ...]]) -> Path:
+    """In a worker: the parts of some files, as a file of their own."""
+    number, files = task
+    with open(scratch / f"{number}", "wb") as stream:
+        for part in _parts(files, reader):
+            pickle.dump(part, stream)
+        pickle.dump(None, stream)
+    return scratch / f"{number}"
+
+
+def _parts(files: Iterable[SourceFile], reader: DocumentReader) -> Iterator[_Part]:
+    """What is to be known of the files' documents; only one text is in memory."""
+    known: list[tuple[str, str, int, str]] = []  # name, group, bytes, SHA-256
+    ends: list[int] = []
+    for file in files:
+        for document in reader.read([file]):
+            known.append((document.name, document.group, document.num_bytes, document.sha256))
+            if len(known) == _PART_DOCUMENTS:
+                yield _part(known, ends)
+                known, ends = [], []
+        ends.append(len(known))
+    yield _part(known, ends)
+
+
+def _part(known: list[tuple[str, str, int, str]], ends: list[int]) -> _Part:
+    return _Part(
+        sizes=array("q", (size for _, _, size, _ in known)),
+        groups=[group for _, group, _, _ in known],
+        names=[name for name, *_ in known],
+        digests=bytes.fromhex("".join(sha256 for *_, sha256 in known)),
+        listed=",".join(_ListHash.entry(name, sha256) for name, _, _, sha256 in known).encode(),
+        ends=ends,
+    )
+
+
+def _groups(files: Iterable[SourceFile]) -> Iterator[tuple[SourceFile, ...]]:
+    group: list[SourceFile] = []
+    size = 0
+    for file in files:
+        group.append(file)
+        size += file.num_bytes
+        if size >= _GROUP_BYTES:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)

@@ -1,0 +1,153 @@
+"""The flags of `evaluate`, and the checks that need nothing but them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mlpmem_ds.core.config import option, require_at_least
+from mlpmem_ds.core.errors import UserError
+
+DEFAULT_EXTRA_SPLITS = ("heldout",)
+_RESERVED_NAMES = ("base", "memory", "knn_exact", "knn_ivfpq")
+
+
+def lambda_grid(text: str) -> tuple[float, ...]:
+    """`0:1:0.05` → 0, 0.05, …, 1.
+
+    Raises:
+        UserError: not three numbers, or values outside [0, 1].
+    """
+    try:
+        first, last, step = (float(word) for word in text.split(":"))
+        if not 0 < step < math.inf:
+            raise ValueError
+    except ValueError as error:
+        raise UserError(
+            f"--lambdas {text}: give first:last:step with a step above 0, such as 0:1:0.05"
+        ) from error
+    if not 0 <= first <= last <= 1:
+        raise UserError(f"--lambdas {text}: an interpolation weight lies between 0 and 1, such as 0:1:0.05")
+    return tuple(round(first + step * number, 12) for number in range(int((last - first) / step + 1e-9) + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is compared, and on which text."""
+
+    model: str = option("base language model: a directory or Hub name", identity=False)
+    corpus: Path = option("corpus directory with the text to predict")
+    output: Path = option("report directory to write")
+    memory: Path | None = option(
+        "trained memory: an output of launch/train.py, or an exported model or its Hub name", None
+    )
+    keys: Path | None = option("key directory: adds the arm base+knn_exact", None)
+    index: Path | None = option("index of those keys: adds the arm base+knn_ivfpq", None)
+    targets: Path | None = option("targets of those keys: their temperature and k are taken", None)
+    control: tuple[str, ...] = option(
+        "further arms: base+NAME=a memory, NAME=a language model of its own",
+        (),
+        identity=False,
+        metavar="NAME=DIR",
+    )
+    exact: bool | None = option(
+        "search all the keys as well; its cost grows with positions times keys (default: where it is no more"
+        " than what --search auto of write_targets searches exactly)",
+        None,
+    )
+    tuning_split: str = option(
+        "split on which λ, and for kNN temperature and neighbours, are chosen", "tuning"
+    )
+    test_split: str = option("split that is reported", "test")
+    extra_splits: tuple[str, ...] = option(
+        "further test sets, where the corpus has them", DEFAULT_EXTRA_SPLITS
+    )
+    k: int | None = option(
+        "neighbours (default: the targets', else 256); a quarter and a sixteenth of them are tried too",
+        None,
+        identity=False,
+    )
+    temperature: float | None = option(
+        "kNN temperature in squared key units (default: the targets'); 1/4 to 4 times it are tried",
+        None,
+        identity=False,
+    )
+    nprobe: int = option("lists that base+knn_ivfpq probes", 32)
+    lambdas: str = option("values of λ to choose from, first:last:step", "0:1:0.05", identity=False)
+    bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, identity=False)
+    bootstrap_block: int = option("positions in a block of the bootstrap", 256, identity=False)
+    speed_positions: int = option(
+        "test positions on which speed is measured at a quarter, half and all of the keys; 0 = not",
+        512,
+        identity=False,
+    )
+    samples: int = option("passages continued without and with the memory in report.md", 3, identity=False)
+    unit_positions: int = option("positions in a unit of work", 8192)
+    batch_windows: int = option(
+        "windows that a GPU reads at once; on a CPU always as many as make 2,048 tokens, so that scores do"
+        " not depend on it",
+        16,
+        identity=False,
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "of the forward passes; auto = bfloat16 on a GPU, float32 on a CPU", "auto", identity=False
+    )
+    memory_weights: Literal["float", "int8"] = option(
+        "the memories' matrices: as trained, or rounded to int8 as generate can read them",
+        "float",
+        identity=False,
+    )
+    device: str = option("auto, cpu, cuda or cuda:N", "auto", identity=False)
+    attention: str = option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, ("nprobe", "bootstrap_block", "unit_positions", "batch_windows"))
+        for name in ("speed_positions", "samples"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
+        if self.bootstrap_samples < 100:
+            raise UserError(
+                f"--bootstrap-samples {self.bootstrap_samples}: a 95 % interval needs at least 100"
+            )
+        if self.k is not None and self.k < 1:
+            raise UserError(f"--k {self.k} must be at least 1")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature} must be a number above 0")
+        if lambda_grid(self.lambdas)[0] == 1 and self.keys is not None:
+            raise UserError(
+                f"--lambdas {self.lambdas}: kNN gives most tokens no probability at all, so that its arms"
+                " need a λ below 1"
+            )
+        splits = (self.tuning_split, self.test_split, *self.extra_splits)
+        if len(set(splits)) != len(splits):
+            raise UserError(
+                f"the splits {', '.join(splits)} must differ: nothing is tested on the text that λ is"
+                " chosen on"
+            )
+        if self.index is not None and self.keys is None:
+            raise UserError(
+                "--index needs --keys, the directory that it was built from: found distances are rescored"
+                " from it"
+            )
+        control_directories(self.control)
+
+
+def control_directories(controls: Sequence[str]) -> dict[str, Path]:
+    """NAME=DIR words → name of the arm and directory.
+
+    Raises:
+        UserError: not of that form, or a name that is taken.
+    """
+    directories: dict[str, Path] = {}
+    for word in controls:
+        name, sign, directory = word.partition("=")
+        if not sign or not directory or not re.fullmatch(r"(base\+)?\w+", name):
+            raise UserError(f"--control {word}: give NAME=DIR with a name of letters, digits and underscores")
+        if name in directories or name.removeprefix("base+") in _RESERVED_NAMES:
+            raise UserError(f"--control {word}: the name {name} is taken; choose another")
+        directories[name] = Path(directory)
+    return directories

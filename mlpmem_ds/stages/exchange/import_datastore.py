@@ -1,0 +1,384 @@
+"""Beside the pipeline: the authors' Arrow datastores and targets → a corpus, keys and targets of ours, ready
+to train.
+
+    OUTPUT/corpus    the values as one stream of tokens (their text is not in the files)
+    OUTPUT/keys      codec `raw`; the memory's inputs are the keys, as in the authors' training
+    OUTPUT/targets   encoding `exact`: the very probabilities
+
+Row i of a datastore and of its targets is position i. What the files do not hold is not made up: there are no
+base log-probabilities, so the loss through the mixture cannot be trained on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, AutoTokenizer
+
+from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.config import option, require_at_least
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_file
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.formats import corpus as corpus_format
+from mlpmem_ds.formats import keys as keys_format
+from mlpmem_ds.formats.arrow_tables import (
+    DATASTORE,
+    TARGETS,
+    ArrowTable,
+    key_width,
+    open_arrow,
+    read_keys,
+    read_rows,
+)
+from mlpmem_ds.formats.corpus import SPLITS, token_dtype, vocabulary_sha256
+from mlpmem_ds.formats.keys import Keys, bfloat16_bits, open_keys, unit_name
+from mlpmem_ds.formats.targets import FORMAT as TARGETS_FORMAT
+from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, version_of, write_shard
+from mlpmem_ds.models.backbone import resolve_layer
+from mlpmem_ds.stages.corpus.tokenization import vocab_size
+
+_logger = logging.getLogger(__name__)
+_TOKENIZER_UNIT = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is imported, and for which base."""
+
+    output: Path = option("run directory to write: OUTPUT/corpus, OUTPUT/keys, OUTPUT/targets")
+    datastore: tuple[Path, ...] = option("Arrow files of keys and values, in their order", (), metavar="FILE")
+    targets: tuple[Path, ...] = option("Arrow files of targets, in their order", (), metavar="FILE")
+    model: str | None = option("with --datastore: the base that gave the keys, a directory or Hub name", None)
+    tokenizer: str | None = option("its tokenizer (default: that of --model)", None)
+    key_layer: float = option(
+        "the layer whose MLP input the keys are: an index or a fraction of the depth", -1.0
+    )
+    keys: Path | None = option("without --datastore: the key directory whose rows the targets are of", None)
+    k: int = option("for the record: neighbours of a target", 1024)
+    temperature: float = option("for the record: of the targets, in squared key units", 16.0)
+    block_size: int = option("positions of a sample and of a window", 1024)
+    unit_positions: int = option("positions of a unit of keys", 65536)
+    shard_positions: int = option("positions of a target shard", 65536)
+
+    def __post_init__(self) -> None:
+        if not self.datastore and not self.targets:
+            raise UserError("give --datastore, --targets, or both: there is nothing to import")
+        if self.datastore and self.keys is not None:
+            raise UserError("give --datastore or --keys, not both: the targets are of one of them")
+        if not self.datastore and self.keys is None:
+            raise UserError("--targets needs --datastore or --keys: which rows are these targets of?")
+        if self.datastore and self.model is None:
+            raise UserError("--datastore needs --model, the base that gave the keys")
+        require_at_least(self, 1, ("k", "block_size", "unit_positions", "shard_positions"))
+        if self.shard_positions % self.block_size:
+            raise UserError(
+                f"--shard-positions {self.shard_positions} must be a multiple of --block-size"
+                f" {self.block_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A datastore and the base that gave it, checked."""
+
+    table: ArrowTable
+    width: int
+    tokenizer: Any
+    model_sha256: str
+    head_size: int
+    num_layers: int
+    layer: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return token_dtype(vocab_size(self.tokenizer))
+
+
+def run(config: Config, world: World) -> None:
+    """Import what is given; every input is looked at before anything is written."""
+    source = _open_source(config) if config.datastore else None
+    targets = open_arrow(config.targets, TARGETS, flag="--targets") if config.targets else None
+    keys = open_keys(config.keys) if config.keys is not None else None
+    num_rows = source.table.num_rows if source is not None else keys.num_positions if keys is not None else 0
+    if targets is not None and targets.num_rows != num_rows:
+        raise UserError(
+            f"--targets hold {targets.num_rows:,} rows, the keys {num_rows:,}: give those of the same"
+            " datastore"
+        )
+    if num_rows == 0:
+        raise UserError("--datastore is empty: give files with rows")
+    if source is not None:
+        each = 4 * source.width + 2 * source.dtype.itemsize
+        require_free_bytes(config.output, num_rows * each, what="the imported keys")
+        corpus_sha256 = _write_corpus(config, source, world)
+        _write_keys(config, source, corpus_sha256, world)
+        keys = open_keys(config.output / "keys")
+    if targets is not None:
+        assert keys is not None
+        _write_targets(config, targets, keys, world)
+
+
+def _open_source(config: Config) -> _Source:
+    assert config.model is not None
+    table = open_arrow(config.datastore, DATASTORE, flag="--datastore")
+    try:
+        base: Any = AutoConfig.from_pretrained(config.model).get_text_config(decoder=True)
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+        layer = int(config.key_layer) if config.key_layer.is_integer() else config.key_layer
+        layer = resolve_layer(layer, base.num_hidden_layers)
+    except Exception as error:  # a family of errors for each kind of model
+        raise UserError(
+            f"--model {config.model}, --tokenizer or --key-layer cannot be used ({error})"
+        ) from error
+    width = key_width(table)
+    if width != base.hidden_size:
+        raise UserError(
+            f"--datastore has keys of {width:,} numbers, --model {config.model} states of"
+            f" {base.hidden_size:,}: give the base that gave the keys"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--tokenizer {config.tokenizer or config.model} has no end-of-text token: set eos_token in it"
+        )
+    return _Source(
+        table=table,
+        width=width,
+        tokenizer=tokenizer,
+        model_sha256=fingerprint_model(config.model),
+        head_size=base.vocab_size,
+        num_layers=base.num_hidden_layers,
+        layer=layer,
+    )
+
+
+def _values(source: _Source, block: Block) -> np.ndarray:
+    values_n = source.table.numbers("vals", *block)
+    bad_n = (values_n < 0) | (values_n >= vocab_size(source.tokenizer))
+    if bad_n.any():
+        raise source.table.fault(
+            block.start + int(np.argmax(bad_n)), "its value is not in the tokenizer's vocabulary"
+        )
+    return values_n.astype(source.dtype)
+
+
+def _units(config: Config, num_rows: int) -> dict[str, Block]:
+    return {unit_name(block.start): block for block in split_blocks(num_rows, config.unit_positions)}
+
+
+def _hash_of(paths: tuple[Path, ...]) -> str:
+    return content_hash([[path.name, path.stat().st_size, sha256_of_file(path)] for path in paths])
+
+
+def _stage(
+    config: Config, name: str, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
+) -> StageDirectory:
+    """OUTPUT/name as a stage directory; the flags that do not decide its bytes are left out of its
+    identity."""
+    own = {
+        "corpus": (),
+        "keys": ("key_layer", "unit_positions"),
+        "targets": ("k", "temperature", "shard_positions"),
+    }[name]
+    settings = _Identity(output=config.output / name)
+    values = {field: getattr(config, field) for field in (*own, "block_size")}
+    return open_stage(
+        config.output / name,
+        stage=stage,
+        version=version,
+        config=settings,
+        inputs=inputs,
+        world=world,
+        extra=values | extra,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Identity:
+    output: Path = option("directory")
+
+
+def _write_corpus(config: Config, source: _Source, world: World) -> str:
+    units = _units(config, source.table.num_rows)
+    vocabulary = vocabulary_sha256(source.tokenizer)
+    inputs = {"datastore": _hash_of(config.datastore), "vocabulary": vocabulary}
+    stage = _stage(config, "corpus", corpus_format.FORMAT, corpus_format.VERSION, inputs, world,
+                   unit_positions=config.unit_positions)  # fmt: skip
+
+    def write_tokenizer(_: str, writer: UnitWriter) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            source.tokenizer.save_pretrained(scratch)
+            for path in sorted(Path(scratch).iterdir()):
+                with writer.file(f"tokenizer/{path.name}") as published:
+                    shutil.copyfile(path, published)
+
+    def write(unit: str, writer: UnitWriter) -> dict[str, Any]:
+        block = units[unit]
+        tokens_n = _values(source, block)
+        if block.start == 0:  # the stream's first token is nobody's value
+            tokens_n = np.concatenate([np.array([source.tokenizer.eos_token_id], source.dtype), tokens_n])
+        with writer.file(f"train/tokens-{unit}.bin") as path:
+            path.write_bytes(tokens_n.tobytes())
+        entry = {
+            "name": f"rows {block.start}-{block.stop}",
+            "group": "datastore",
+            "bytes": 0,
+            "tokens": len(tokens_n),
+        }
+        with writer.file(f"train/documents-{unit}.jsonl") as path:
+            path.write_text(json.dumps(entry) + "\n")
+        return {"tokens": len(tokens_n), "documents": 1, "bytes": 0}
+
+    def describe() -> dict[str, Any]:
+        parts = [
+            {"unit": unit, **summary}
+            for unit, summary in zip(units, stage.summaries(list(units)), strict=True)
+        ]
+        empty = {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "units": []}
+        train = {
+            "num_tokens": sum(part["tokens"] for part in parts),
+            "num_documents": len(parts),
+            "num_bytes": 0,
+            "units": parts,
+        }
+        size = vocab_size(source.tokenizer)
+        return {
+            "tokenizer": {
+                "vocabulary_sha256": vocabulary,
+                "vocab_size": size,
+                "end_of_document_id": source.tokenizer.eos_token_id,
+            },
+            "token_dtype": token_dtype(size).str,
+            "block_size": config.block_size,
+            "stride": config.block_size,
+            "splits": {split: train if split == "train" else empty for split in SPLITS},
+        }
+
+    stage.run_units([_TOKENIZER_UNIT], write_tokenizer)
+    stage.run_units(list(units), write)
+    return _finish(stage, [_TOKENIZER_UNIT, *units], describe)
+
+
+def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
+    """Complete the directory; the SHA-256 of its manifest. Ranks that are early wait for the others'
+    units."""
+    stage.wait_for(units)
+    stage.finish(units, describe)
+    return sha256_of_file(stage.manifest_path)
+
+
+def _write_keys(config: Config, source: _Source, corpus_sha256: str, world: World) -> None:
+    units, num_rows = _units(config, source.table.num_rows), source.table.num_rows
+    inputs = {"corpus": corpus_sha256, "model": source.model_sha256}
+    stage = _stage(config, "keys", keys_format.FORMAT, keys_format.VERSION, inputs, world)
+    progress = Progress(num_rows, label="keys", unit="positions", world=world)
+
+    def write(unit: str, writer: UnitWriter) -> None:
+        keys_nD = read_keys(source.table, *units[unit])
+        writer.array(f"keys-{unit}.npy", keys_nD)
+        writer.array(f"values-{unit}.npy", _values(source, units[unit]))
+        writer.array(f"inputs-{unit}.npy", bfloat16_bits(keys_nD))
+        progress.advance(len(keys_nD))
+
+    def describe() -> dict[str, Any]:
+        codec = {"name": "raw", "dim": source.width, "scale": 1.0, "raw_dtype": "float16", "energy_kept": 1.0,
+                 "clipped_share": 0.0, "massive_dimensions": []}  # fmt: skip
+        return {
+            "codec": codec,
+            "num_positions": num_rows,
+            "unit_positions": config.unit_positions,
+            "key_size": source.width,
+            "key_layer": source.layer,
+            "key_point": "ffn_input",
+            "num_layers": source.num_layers,
+            "layers_path": None,
+            "input_codec": "bf16",
+            "input_size": source.width,
+            "input_width": source.width,
+            "input_layer": source.layer,
+            "input_point": "ffn_input",
+            "input_num_layers": source.num_layers,
+            "input_layers_path": None,
+            "vocab_size": vocab_size(source.tokenizer),
+            "vocabulary_sha256": vocabulary_sha256(source.tokenizer),
+            "head_size": source.head_size,
+            "split": "train",
+            "block_size": config.block_size,
+        }
+
+    stage.run_units(list(units), write)
+    progress.close()
+    _finish(stage, list(units), describe)
+
+
+def _write_targets(config: Config, table: ArrowTable, keys: Keys, world: World) -> None:
+    size = keys.manifest["vocab_size"]
+    config = dataclasses.replace(
+        config, block_size=keys.manifest["block_size"]
+    )  # checks the shards' size again
+    shards = {f"{block.start:012d}": block for block in split_blocks(table.num_rows, config.shard_positions)}
+    inputs = {"keys": keys.sha256, "targets": _hash_of(config.targets)}
+    stage = _stage(config, "targets", TARGETS_FORMAT, version_of("exact", "tar.zst"), inputs, world)
+    progress = Progress(table.num_rows, label="targets", unit="positions", world=world)
+
+    def write(unit: str, writer: UnitWriter) -> dict[str, Any]:
+        shard, empty = shards[unit], 0
+
+        def blocks() -> Any:
+            nonlocal empty
+            for start in range(shard.start, shard.stop, config.block_size):
+                stop = min(start + config.block_size, shard.stop)
+                rows, lacking_n, labels_n = read_rows(table, start, stop, size)
+                wrong_n = labels_n != keys.read("values", start, stop)
+                if wrong_n.any():
+                    raise table.fault(
+                        start + int(np.argmax(wrong_n)), "its label is not the value of the key in this row"
+                    )
+                empty += int((np.diff(rows.offsets) == 0).sum())
+                yield pack_block(start, rows, lacking_n, dtype=token_dtype(size))
+                progress.advance(stop - start)
+
+        name = shard_name(shard.start, shard.size)
+        with writer.file(name) as shard_path, writer.file(index_name(name)) as index_path:
+            totals = write_shard(shard_path, index_path, blocks())
+        return {**totals, "rows_short_of_k": 0, "rows_without_neighbours": empty}
+
+    def describe() -> dict[str, Any]:
+        summaries = stage.summaries(list(shards))
+        totals = ("entries", "rows_short_of_k", "rows_without_neighbours")
+        return {
+            "num_positions": table.num_rows,
+            "block_size": config.block_size,
+            "shard_positions": config.shard_positions,
+            "vocab_size": size,
+            "k": config.k,
+            "temperature": config.temperature,
+            "neighbour_perplexity": None,
+            "temperature_rule": "imported",
+            "mass": 1.0,
+            "search": "imported",
+            "exclude": {"rule": "none", "window": 0},
+            "encoding": "exact",
+            "container": "tar.zst",
+            **{name: sum(summary[name] for summary in summaries) for name in totals},
+            "shards": [
+                {"name": shard_name(block.start, block.size), "first": block.start, "count": block.size,
+                 "entries": summary["entries"], "samples": summary["samples"]}
+                for block, summary in zip(shards.values(), summaries, strict=True)
+            ],
+        }  # fmt: skip
+
+    stage.run_units(list(shards), write)
+    progress.close()
+    _finish(stage, list(shards), describe)

@@ -1,0 +1,330 @@
+"""Last use of the pipeline: an exported model and prompts → text, with the memory, without it, or both side
+by side.
+
+B prompts of a batch, S tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TextStreamer
+
+from mlpmem_ds.core.config import option, require_at_least
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
+from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.maths.interpolation import mixture_log_probabilities
+from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM, checked_lmbda
+
+_logger = logging.getLogger(__name__)
+_COLUMN_WIDTH = 58
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is continued, and how the next token is chosen."""
+
+    model: str = option("exported model: a directory or Hub name")
+    prompt: tuple[str, ...] = option("texts to continue", ())
+    prompts_file: Path | None = option("instead: a UTF-8 file with one prompt a line", None)
+    max_new_tokens: int = option("tokens to add at most", 64)
+    temperature: float = option("of the mixture's distribution; 0 = always the likeliest token", 0.0)
+    top_p: float = option("sample from the likeliest tokens that hold this probability together", 1.0)
+    num_beams: int = option("beams; 1 = none", 1)
+    seed: int = option("seed of the sampling", 0)
+    lmbda: float | None = option(
+        "weight of the memory in [0, 1] (default: the export's)", None, flag="lambda"
+    )
+    compare: bool = option("show the base alone (λ = 0) beside base + memory", False)
+    stream: bool = option("write the text as it comes; for one prompt, without --compare and beams", False)
+    batch_size: int = option("prompts that are continued at once", 16)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "of the computation; auto = bfloat16 on a GPU, float32 on a CPU", "auto"
+    )
+    memory_weights: Literal["float", "int8"] = option(
+        "the memory's matrices: as they are, or rounded to int8 (on a CPU a faster step; see"
+        " docs/evaluation.md)",
+        "float",
+    )
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, ("max_new_tokens", "num_beams", "batch_size"))
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p must lie in (0, 1], not {self.top_p}")
+        if self.lmbda is not None:
+            try:
+                checked_lmbda(self.lmbda)
+            except ValueError as error:
+                raise UserError(
+                    f"--lambda {self.lmbda}: the memory's share of the mixture lies in [0, 1]"
+                ) from error
+        if bool(self.prompt) == (self.prompts_file is not None):
+            raise UserError("give either --prompt or --prompts-file")
+        if self.stream and (self.compare or self.num_beams > 1):
+            raise UserError("--stream writes one text as it comes: leave out --compare and --num-beams")
+
+
+class _Writer(TextStreamer):
+    """Gives whole words to a function as they come, the prompt first."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+def run(config: Config, world: World, *, write: Callable[[str], object] | None = None) -> str:
+    """The prompts with their continuations, as text for a terminal.
+
+    Args:
+        write: takes the pieces of the one text that `--stream` asks for; the returned text is the whole all
+            the same.
+    """
+    prompts = _read_prompts(config)
+    if config.stream and len(prompts) > 1:
+        raise UserError(
+            f"--stream writes one text as it comes, and there are {len(prompts)} prompts: give one"
+        )
+    if config.temperature == 0 and config.top_p < 1:
+        _logger.warning(
+            "--top-p %g is ignored: --temperature 0 always takes the likeliest token", config.top_p
+        )
+    settings, tokenizer = read_export(config.model)
+    lmbda = settings.lmbda if config.lmbda is None else config.lmbda
+    context = getattr(settings, "max_position_embeddings", None) or math.inf
+    ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
+    model = load_model(config.model, device=config.device, dtype=config.dtype)
+    if config.memory_weights == "int8":
+        model.quantize_memory()
+    texts = {
+        value: _continue_all(config, model, tokenizer, ids, value, write if config.stream else None)
+        for value in ((0.0, lmbda) if config.compare else (lmbda,))
+    }
+    if config.compare:
+        header = ("base", f"base + memory, λ = {lmbda:g}")
+        blocks = [
+            f"{prompt}\n\n{side_by_side(header, pair)}"
+            for prompt, *pair in zip(prompts, texts[0.0], texts[lmbda], strict=True)
+        ]
+    else:
+        blocks = [prompt + text for prompt, text in zip(prompts, texts[lmbda], strict=True)]
+    if len(blocks) == 1:
+        return blocks[0]
+    return "\n\n".join(
+        f"[{number} of {len(blocks)}]\n{block}" for number, block in enumerate(blocks, start=1)
+    )
+
+
+def continue_batch(
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    generation: GenerationConfig,
+    *,
+    streamer: TextStreamer | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, without its end token; `model` is a MemoryAugmentedLM or any model with
+    `generate`.
+
+    Prompts are padded on the left to one length.
+    """
+    num_tokens = max(map(len, ids))
+    padding, ends = generation.pad_token_id, _as_list(generation.eos_token_id)
+    tokens_BS = torch.tensor(
+        [[padding] * (num_tokens - len(row)) + list(row) for row in ids], device=model.device
+    )
+    mask_BS = torch.tensor(
+        [[0] * (num_tokens - len(row)) + [1] * len(row) for row in ids], device=model.device
+    )
+    generated = model.generate(
+        tokens_BS,
+        attention_mask=mask_BS,
+        generation_config=generation,
+        **({"streamer": streamer} if streamer else {}),
+    )
+    rows: list[list[int]] = generated[:, num_tokens:].tolist()
+    stops = [next((at for at, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
+
+
+def side_by_side(headers: tuple[str, str], texts: Sequence[str]) -> str:
+    """Two texts in two columns; their own line ends are kept, long lines are wrapped."""
+    columns = [
+        [header, "-" * _COLUMN_WIDTH, *_wrap(text)] for header, text in zip(headers, texts, strict=True)
+    ]
+    rows = zip_longest(*columns, fillvalue="")
+    return "\n".join(f"{left.ljust(_COLUMN_WIDTH)}  {right}".rstrip() for left, right in rows)
+
+
+def _wrap(text: str) -> list[str]:
+    lines = text.expandtabs(4).split("\n")
+    return [
+        piece
+        for line in lines
+        for piece in textwrap.wrap(line, _COLUMN_WIDTH, replace_whitespace=False, drop_whitespace=False)
+        or [""]
+    ]
+
+
+def _read_prompts(config: Config) -> list[str]:
+    if config.prompts_file is None:
+        return list(config.prompt)
+    if not config.prompts_file.exists():
+        raise UserError(
+            f"--prompts-file {config.prompts_file} does not exist: give a text file with one prompt a line"
+        )
+    try:
+        lines = config.prompts_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--prompts-file {config.prompts_file} cannot be read as UTF-8 text ({error}): give a text file"
+            " with one prompt a line"
+        ) from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts-file {config.prompts_file} holds no prompt: write one a line")
+    return prompts
+
+
+def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> MemoryAugmentedLM:
+    """The joint model by this package's classes: no code from the export is run.
+
+    Raises:
+        UserError: it is not an export, or this machine cannot hold it.
+        DamagedDataError: its files lack weights (transformers would fill those at random and go on).
+    """
+    chosen = resolve_device(device)
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used here ({reason}): give cpu or auto") from error
+    weights_dtype = DTYPES[resolve_dtype(dtype, torch.device(chosen))]
+    remedy = "run tools/convert_checkpoint.py again"
+    try:
+        loaded: Any = MemoryAugmentedLM.from_pretrained(name, dtype=weights_dtype, output_loading_info=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each library under the loader raises a family of its own
+        raise DamagedDataError(f"--model {name} cannot be loaded ({error}): {remedy}") from error
+    model, report = loaded
+    if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:
+        raise DamagedDataError(f"--model {name} does not hold the whole model ({faults}): {remedy}")
+    joint: MemoryAugmentedLM = model.to(chosen).eval()
+    joint.mixture = mixture_log_probabilities
+    return joint
+
+
+def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
+    """The export's configuration and tokenizer.
+
+    Raises:
+        UserError: there is no export of that name, or its tokenizer is gone or another.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # each library under these raises a family of its own
+        raise UserError(
+            f"--model {model} cannot be read ({str(error).splitlines()[0]}): give the output of "
+            "tools/convert_checkpoint.py, or check the network for a Hub name"
+        ) from error
+    if not isinstance(settings, MemoryAugmentedConfig):
+        raise UserError(
+            f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
+            "tools/convert_checkpoint.py"
+        )
+    # Where the files are missing, transformers gives a tokenizer without words.
+    if settings.vocabulary_sha256 and vocabulary_sha256(tokenizer) != settings.vocabulary_sha256:
+        raise UserError(
+            f"--model {model} has a tokenizer of {len(tokenizer)} tokens that is not the one it was made"
+            " with: run tools/convert_checkpoint.py again"
+        )
+    return settings, tokenizer
+
+
+def _encode(tokenizer: Any, prompts: Sequence[str], context: float, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Raises:
+        UserError: a prompt is empty, or does not fit the base's context together with the new tokens.
+    """
+    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
+    for number, row in enumerate(ids, start=1):
+        if not row:
+            raise UserError(f"prompt {number} is empty: give at least one word")
+        if len(row) >= context:
+            raise UserError(
+                f"prompt {number} has {len(row):,} tokens, and the model reads {context:,}: shorten it to "
+                f"{max(context - max_new_tokens, 1):,} or fewer"
+            )
+        if len(row) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {number} has {len(row):,} tokens, and with --max-new-tokens {max_new_tokens:,}"
+                f" passes the {context:,} that the model reads: shorten it, or ask for at most"
+                f" {context - len(row):,}"
+            )
+    return ids
+
+
+def _continue_all(
+    config: Config,
+    model: MemoryAugmentedLM,
+    tokenizer: Any,
+    ids: Sequence[Sequence[int]],
+    lmbda: float,
+    write: Callable[[str], object] | None,
+) -> list[str]:
+    """The continuation of each prompt at this λ; the same seed for each λ."""
+    model.lmbda = lmbda
+    generation = _generation_config(config, model, tokenizer)
+    torch.manual_seed(config.seed)
+    streamer = None if write is None else _Writer(tokenizer, write)
+    rows = [
+        row
+        for at in range(0, len(ids), config.batch_size)
+        for row in continue_batch(model, ids[at : at + config.batch_size], generation, streamer=streamer)
+    ]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any) -> GenerationConfig:
+    own: Any = model.generation_config
+    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    candidates = (
+        own.pad_token_id,
+        tokenizer.pad_token_id,
+        *_as_list(ends),
+        0,
+    )  # masked, so that any token does
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        num_beams=config.num_beams,
+        eos_token_id=ends,
+        bos_token_id=own.bos_token_id,
+        pad_token_id=next(token for token in candidates if token is not None),
+        **sampling,
+    )
+
+
+def _as_list(tokens: int | list[int] | None) -> list[int]:
+    if tokens is None:
+        return []
+    return tokens if isinstance(tokens, list) else [tokens]

@@ -1,0 +1,260 @@
+"""An exported model on question answering and ranking, through EleutherAI's lm-evaluation-harness, at several
+λ.
+
+Two kinds of local files need no network: questions with answers (NQ-open's way of asking and its exact
+match), and texts with choices that are ranked by likelihood. Any other task of the harness goes by name.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlpmem_ds.core.config import option, plain_values
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.lm_eval import require_harness, score_tasks
+from mlpmem_ds.models.hf import checked_lmbda
+from mlpmem_ds.stages.generation import generate
+
+_QUESTIONS, _RANKING = "local_questions", "local_ranking"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is asked of which model."""
+
+    model: str = option("exported model: a directory or Hub name")
+    questions: Path | None = option(
+        'JSON lines of {"question", "answer": text or list of texts}: exact match, asked as NQ-open is', None
+    )
+    ranking: Path | None = option(
+        'JSON lines of {"query", "choices": [texts], "gold": index}: accuracy of the likeliest choice', None
+    )
+    tasks: tuple[str, ...] = option("tasks of the harness by name (most fetch their data from the Hub)", ())
+    include_path: Path | None = option("directory with further task YAML files", None)
+    lambdas: tuple[float, ...] = option("weights of the memory to compare (default: 0 and the export's)", ())
+    num_fewshot: int | None = option(
+        "examples before each question (default: the task's own; local files: 0)", None
+    )
+    limit: int | None = option("documents of each task at most (default: all)", None)
+    batch_size: int = option("prompts at once", 8)
+    output: Path | None = option("JSON file to write", None)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "of the computation; auto = bfloat16 on a GPU, float32 on a CPU", "auto"
+    )
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+
+    def __post_init__(self) -> None:
+        if not (self.questions or self.ranking or self.tasks):
+            raise UserError("nothing to ask: give --questions, --ranking or --tasks")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(f"--num-fewshot must be 0 or more, not {self.num_fewshot}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit must be at least 1, not {self.limit}")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise UserError(
+                f"--include-path {self.include_path} is not a directory: give one with task YAML files"
+            )
+        if self.output is not None and not self.output.parent.is_dir():
+            raise UserError(f"--output {self.output}: {self.output.parent} does not exist; make it first")
+        for value in self.lambdas:
+            try:
+                checked_lmbda(value)
+            except ValueError as error:
+                raise UserError(
+                    f"--lambdas {value}: the memory's share of the mixture lies in [0, 1]"
+                ) from error
+
+
+def run(config: Config, world: World) -> str:
+    """A table of task, metric and value at each λ; with `--output` the numbers as JSON too."""
+    with tempfile.TemporaryDirectory(prefix="mlpmem-") as folder:
+        return _run_tasks(config, build_tasks(config, Path(folder)))
+
+
+def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]]) -> str:
+    require_harness()
+    settings, tokenizer = generate.read_export(config.model)
+    lambdas = tuple(dict.fromkeys(config.lambdas or (0.0, settings.lmbda)))
+    model = generate.load_model(config.model, device=config.device, dtype=config.dtype)
+    results: dict[float, dict[str, dict[str, Any]]] = {}
+    for value in lambdas:
+        model.lmbda = value
+        results[value] = score_tasks(
+            model,
+            tokenizer,
+            tasks,
+            batch_size=config.batch_size,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            include_path=config.include_path,
+        )
+    if config.output is not None:
+        rows = [{"lambda": value, "tasks": found} for value, found in results.items()]
+        publish_json(config.output, {"settings": plain_values(config), "results": rows})
+    return render(results)
+
+
+def build_tasks(config: Config, folder: Path) -> list[str | dict[str, Any]]:
+    """What the harness is given: names, and whole configurations for the local files, which are checked line
+    by line.
+
+    Args:
+        folder: takes copies with the known fields only, answers always lists: the harness's reader wants one
+            type a field.
+
+    Raises:
+        UserError: a file is missing, or a line is not as the flag says.
+    """
+    tasks: list[str | dict[str, Any]] = []
+    if config.questions is not None:
+        records = _read_lines(config.questions, "--questions", _fault_of_question)
+        questions = [
+            {"question": record["question"], "answer": _as_list(record["answer"])} for record in records
+        ]
+        tasks.append(_questions_task(_write_lines(folder / "questions.jsonl", questions)))
+    if config.ranking is not None:
+        records = _read_lines(config.ranking, "--ranking", _fault_of_ranking)
+        rankings = [{name: record[name] for name in ("query", "choices", "gold")} for record in records]
+        tasks.append(_ranking_task(_write_lines(folder / "ranking.jsonl", rankings)))
+    return [*tasks, *config.tasks]
+
+
+def render(results: Mapping[float, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Aligned columns: task, metric, a column for each λ."""
+    first = next(iter(results.values()))
+    cells = [["task", "metric", *(f"λ = {value:g}" for value in results)]]
+    for task, metrics in first.items():
+        for metric in metrics:
+            if "stderr" not in metric and metric != "sample_len":
+                values = [found[task][metric] for found in results.values()]
+                cells.append([task, metric.partition(",")[0], *(f"{value:.4f}" for value in values)])
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def _local_data(path: Path) -> dict[str, Any]:
+    return {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(path.resolve())}},
+        "validation_split": "validation",
+        "fewshot_split": "validation",
+    }
+
+
+def _questions_task(path: Path) -> dict[str, Any]:
+    """NQ-open's prompt, stops and exact match (as the harness's own task), on local questions."""
+    return {
+        "task": _QUESTIONS,
+        **_local_data(path),
+        "output_type": "generate_until",
+        "description": "Answer these questions:\n\n",
+        "doc_to_text": "Q: {{question}}?\nA:",
+        "doc_to_target": "{{answer}}",
+        "fewshot_delimiter": "\n",
+        "target_delimiter": " ",
+        "generation_kwargs": {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 32},
+        "filter_list": [
+            {
+                "name": "remove_whitespace",
+                "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
+            }
+        ],
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "ignore_case": True,
+                "ignore_punctuation": True,
+                "regexes_to_ignore": ["\\b(?:The |the |An |A |a |an )"],
+            }
+        ],
+        "metadata": {"version": 1.0},
+    }
+
+
+def _ranking_task(path: Path) -> dict[str, Any]:
+    """The choice with the greatest log-probability after the query; also normalized by its bytes."""
+    metrics = [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+    ]
+    return {
+        "task": _RANKING,
+        **_local_data(path),
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": " ",
+        "metric_list": metrics,
+        "metadata": {"version": 1.0},
+    }
+
+
+def _read_lines(path: Path, flag: str, fault_of: Callable[[Any], str | None]) -> list[dict[str, Any]]:
+    if not path.exists():
+        raise UserError(f"{flag} {path} does not exist: give a file of JSON lines")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{flag} {path} cannot be read as UTF-8 text ({error}): give a file of JSON lines"
+        ) from error
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{flag} {path} is empty: write one JSON object a line")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+            fault = fault_of(records[-1])
+        except json.JSONDecodeError as error:
+            fault = f"is not JSON ({error})"
+        if fault is not None:
+            raise UserError(f"{flag} {path}, line {number} {fault}: see --help for the fields")
+    return records
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def _as_list(value: Any) -> Any:
+    """One text as a list of one; anything else as it is."""
+    return [value] if isinstance(value, str) else value
+
+
+def _fault_of_question(record: Any) -> str | None:
+    if not isinstance(record, dict) or not isinstance(record.get("question"), str):
+        return "has no text in `question`"
+    answers = _as_list(record.get("answer"))
+    is_text = isinstance(answers, list) and answers and all(isinstance(text, str) for text in answers)
+    return None if is_text else "has no text or list in `answer`"
+
+
+def _fault_of_ranking(record: Any) -> str | None:
+    if not isinstance(record, dict) or not isinstance(record.get("query"), str):
+        return "has no text in `query`"
+    choices, gold = record.get("choices"), record.get("gold")
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(text, str) for text in choices)
+    ):
+        return "has no list of two or more texts in `choices`"
+    is_index = isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(choices)
+    return None if is_index else f"has {gold!r} in `gold`, which is no index into its {len(choices)} choices"

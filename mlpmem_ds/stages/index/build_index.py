@@ -1,0 +1,179 @@
+"""Third stage: keys → index. Sharded inverted lists with product-quantized vectors.
+
+Phase 1 trains the quantizers on a sample of the keys (one unit); phase 2 is one unit for each shard, filled
+from its share of the keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.blocks import deal
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.hashing import sample_positions
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.formats.index_directory import FORMAT, TRAINED_NAME, VERSION, blocks_of_shard, shard_name
+from mlpmem_ds.formats.keys import Keys, open_keys
+
+_logger = logging.getLogger(__name__)
+_TRAINED = "trained"
+_SEED = 1
+_OPERATIONS_PER_SECOND = (
+    6e11  # of one core with VNNI, products and selection of 256 dimensions; for the estimate alone
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of tools/build_index.py."""
+
+    keys: Path = option("key directory of extract_keys")
+    output: Path = option("index directory to write")
+    factory: str = option("faiss index factory that holds IVF, such as IVF1024,PQ64, or auto", "auto")
+    num_shards: int = option("files that the keys are spread over, filled by different ranks", 4)
+    threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity=False)
+
+    def __post_init__(self) -> None:
+        if self.num_shards < 1:
+            raise UserError(f"--num-shards {self.num_shards} must be at least 1")
+        if self.threads < 0:
+            raise UserError(f"--threads {self.threads} must be 0 or more")
+
+
+def run(config: Config, world: World) -> None:
+    keys = open_keys(config.keys)
+    factory, num_lists = _resolve_factory(config, keys)
+    stage = open_stage(
+        config.output,
+        stage=FORMAT,
+        version=VERSION,
+        config=config,
+        inputs={"keys": keys.sha256},
+        world=world,
+        extra={"factory": factory},
+    )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+        engine.set_num_threads(config.threads)
+    shards = [f"shard-{shard}" for shard in range(config.num_shards)]
+    if world.size > config.num_shards:
+        _logger.info(
+            "%d ranks share %d shards, so that %d have nothing to do: --num-shards %d (another --output)"
+            " gives each one",
+            world.size,
+            config.num_shards,
+            world.size - config.num_shards,
+            world.size,
+        )
+    stage.run_units([_TRAINED], lambda unit, writer: _train(keys, factory, writer))
+    stage.wait_for([_TRAINED])
+    progress = Progress(
+        len(deal(shards, world.rank, world.size)), label="index shards", unit="shards", world=world
+    )
+
+    def fill(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+        summary = _fill(keys, config.output / TRAINED_NAME, shards.index(unit), config.num_shards, writer)
+        progress.advance(1)
+        return summary
+
+    stage.run_units(shards, fill)
+    progress.close()
+
+    def describe() -> dict[str, Any]:
+        counts = [summary["num_vectors"] for summary in stage.summaries(shards)]
+        return {
+            "factory": factory,
+            "num_lists": num_lists,
+            "num_shards": config.num_shards,
+            "num_vectors": sum(counts),
+            "shards": [
+                {"name": shard_name(shard), "num_vectors": count} for shard, count in enumerate(counts)
+            ],
+        }
+
+    stage.finish([_TRAINED, *shards], describe)
+
+
+def _resolve_factory(config: Config, keys: Keys) -> tuple[str, int]:
+    """The faiss factory string and its number of lists; says what was chosen, why, and what it will cost."""
+    factory, reason = config.factory, "as asked"
+    if factory == "auto":
+        factory, reason = engine.choose_factory(keys.num_positions, keys.dim, _memory_bytes())
+        started = _factory_of_started_run(config.output)
+        if started and started != factory:
+            factory, reason = started, f"chosen when this run was first started; now it would be {factory}"
+    try:
+        num_lists = engine.check_factory(factory, keys.dim, keys.num_positions)
+    except ValueError as error:
+        raise UserError(f"--factory: {error}") from error
+    cores = config.threads or torch.get_num_threads()
+    _logger.info("index %s (%s)", factory, reason)
+    _logger.info(
+        "it will take %.2f GB on disk, and about %.0f s of a rank's %d threads to train on %s keys and %.0f s"
+        " to place all keys",
+        engine.index_bytes(factory, keys.dim, keys.num_positions, config.num_shards) / 1e9,
+        training_operations(factory, num_lists, keys.num_positions, keys.dim)
+        / (_OPERATIONS_PER_SECOND * cores),
+        cores,
+        f"{min(keys.num_positions, engine.num_training_vectors(factory, keys.dim)):,}",
+        2 * keys.num_positions * num_lists * keys.dim / (_OPERATIONS_PER_SECOND * cores),
+    )
+    return factory, num_lists
+
+
+def training_operations(factory: str, num_lists: int, num_positions: int, dim: int) -> float:
+    """Operations of the coarse k-means: two a product, in one level, or in two of about the square root of
+    the lists."""
+    points = min(num_positions, engine.num_training_vectors(factory, dim))
+    compared = num_lists if num_lists <= engine.TWO_LEVEL_ABOVE else 2 * math.isqrt(num_lists)
+    return 2.0 * engine.ITERATIONS * points * compared * dim
+
+
+def _factory_of_started_run(output: Path) -> str | None:
+    """What `auto` became when the output was started, maybe on a machine with other memory."""
+    path = output / "identity.json"
+    if not path.is_file():
+        return None
+    config = read_json(path).get("config", {})
+    factory = config.get("factory")
+    return factory if isinstance(factory, str) else None
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _train(keys: Keys, factory: str, writer: UnitWriter) -> dict[str, Any]:
+    keys.check("keys")  # a flipped byte would be a wrong centroid in silence
+    positions = sample_positions(
+        keys.num_positions, engine.num_training_vectors(factory, keys.dim), seed=_SEED
+    )
+    index = engine.train(keys.gather("keys", positions), factory, seed=_SEED)
+    with writer.file(TRAINED_NAME) as path:
+        engine.write_index(index, path)
+    return {"training_vectors": len(positions)}
+
+
+def _fill(keys: Keys, trained: Path, shard: int, num_shards: int, writer: UnitWriter) -> dict[str, Any]:
+    index = engine.read_index(trained, for_search=False)
+    blocks = blocks_of_shard(keys.blocks, shard, num_shards)
+    for block in blocks:
+        keys.check("keys", block)
+        engine.fill(index, keys.unit("keys", block.start), np.arange(block.start, block.stop))
+    with writer.file(shard_name(shard)) as path:
+        engine.write_index(index, path)
+    return {"num_vectors": sum(block.size for block in blocks)}

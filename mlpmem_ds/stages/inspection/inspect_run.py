@@ -1,0 +1,85 @@
+"""Look at a run directory: which stages are there, whether each is complete, and whether every checksum
+holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.inspection.contents import StageState, read_run, some
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to look at."""
+
+    run: Path = option(
+        "run directory, or one stage's, checkpoint's or export's directory", metavar="RUN", positional=True
+    )
+    checksums: bool = option("read every file and compare its checksum; without, sizes only", True)
+    threads: int = option("that read and hash at once; 0 = one a core, at most eight", 0)
+    output: Path | None = option("also write what was found to this JSON file", None, metavar="FILE")
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise UserError(f"--threads must be 0 or more, not {self.threads}")
+
+
+def run(config: Config, world: World) -> None:
+    """Report on every stage, checkpoint and export below `config.run`.
+
+    Raises:
+        UserError: nothing of ours is there.
+        DamagedDataError: something is damaged; the message lists it. (Not complete is not damaged.)
+    """
+    if not config.run.is_dir():
+        raise UserError(f"{config.run} is not a directory: give a run directory, such as the demo's --run")
+    states = read_run(config.run, checksums=config.checksums, threads=config.threads)
+    if not states:
+        raise UserError(
+            f"{config.run} holds no stage of ours (no identity.json below it): give a run directory"
+        )
+    for state in states:
+        _logger.info(state.line())
+        for note in (*_notes(state), *_broken_links(state, states)):
+            _logger.warning("  %s", note)
+        for fault in state.faults:
+            _logger.warning("  %s", fault)
+    if config.output is not None:
+        config.output.write_text(
+            json.dumps([state.to_json() for state in states], indent=1) + "\n", encoding="utf-8"
+        )
+    if damaged := [state for state in states if state.faults]:
+        shown = "; ".join(f"{state.name}: {state.faults[0]}: {state.remedy}" for state in damaged)
+        raise DamagedDataError(
+            f"{sum(len(state.faults) for state in damaged)} faults in {len(damaged)} places ({shown})"
+        )
+
+
+def _notes(state: StageState) -> list[str]:
+    notes = list(state.notes)
+    if state.missing:
+        notes.append(f"{len(state.missing):,} units have not been made: {some(state.missing)}")
+    if not state.has_manifest and state.kind == "stage":
+        notes.append(f"{state.name} is not complete: run its stage again with the same flags, it continues")
+    return notes
+
+
+def _broken_links(state: StageState, states: list[StageState]) -> list[str]:
+    """Inputs of a stage that are here, but were remade with other content since."""
+    here = {
+        other.format.removeprefix("mlpmem-"): {one.sha256 for one in states if one.format == other.format}
+        for other in states
+    }
+    return [
+        f"{state.name}: its {name} is not the one in this run directory (remade since?)"
+        for name, sha256 in state.inputs.items()
+        if state.kind == "stage" and name in here and sha256 not in here[name]
+    ]

@@ -1,0 +1,67 @@
+"""Part of `extract_keys`: what a position will take on disk, said before the run starts and compared with the
+free space."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpmem_ds.core.files import require_free_bytes
+from mlpmem_ds.formats.keys import num_input_groups
+
+_logger = logging.getLogger(__name__)
+LOG_PROBABILITY_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionBytes:
+    """Bytes of one position in a key directory."""
+
+    key: int
+    input: int
+    value: int
+    log_probability: int = LOG_PROBABILITY_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.key + self.input + self.value + self.log_probability
+
+
+def bytes_of_position(
+    *, codec: str, dim: int, input_codec: str, input_size: int, value_bytes: int
+) -> PositionBytes:
+    """What the codecs make of a key of `dim` numbers and an input of `input_size`."""
+    inputs = {"bf16": 2 * input_size, "int8": input_size + 4 * num_input_groups(input_size), "none": 0}
+    return PositionBytes(
+        key=dim * (1 if codec == "int8" else 2), input=inputs[input_codec], value=value_bytes
+    )
+
+
+def require_disk(
+    output: Path, each: PositionBytes, num_positions: int, *, codec: str, input_codec: str
+) -> None:
+    """Say what the directory will take, and refuse to start where the disk cannot hold what is still missing.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    total = each.total * num_positions
+    existing = next(parent for parent in (output, *output.resolve().parents) if parent.exists())
+    _logger.info(
+        "%s positions at %d bytes: key %d (%s), input %d (%s), value %d, log-probability %d, list id 0 (the"
+        " index holds it); %.3f GB in all, %.1f GB free",
+        f"{num_positions:,}",
+        each.total,
+        each.key,
+        codec,
+        each.input,
+        input_codec if each.input else "not stored: train online",
+        each.value,
+        each.log_probability,
+        total / 1e9,
+        shutil.disk_usage(existing).free / 1e9,
+    )
+    written = sum(path.stat().st_size for path in output.glob("*.npy")) if output.is_dir() else 0
+    require_free_bytes(output, total - written, what="the keys")

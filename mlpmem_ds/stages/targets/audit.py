@@ -1,0 +1,321 @@
+"""How faithful are the targets? Sampled positions against exact search over all keys, and every stored row
+for validity.
+
+The truth is exact search over the keys that the targets come from, or over raw keys of the same positions:
+then the loss of the int8 codes counts too. What is compared is what was written: the search that the stage
+does and the rows that the shards hold, after truncation and encoding. A stage directory of its own,
+`TARGETS/audit/<settings>/`, so that many ranks share the work and a killed audit goes on;
+`TARGETS/audit.json` and `audit.png` are made from it. The targets do not depend on it.
+
+n positions at hand, K neighbours, V token ids.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import content_hash, publish, publish_json
+from mlpmem_ds.core.hashing import sample_positions
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.formats.targets import Targets, open_targets
+from mlpmem_ds.maths.knn import exact_neighbours
+from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall
+from mlpmem_ds.maths.targets import SparseRows, aggregate, neighbour_weights
+from mlpmem_ds.stages.retrieval.target_search import Datastore, squared_key_distances
+
+_logger = logging.getLogger(__name__)
+_STAGE, _VERSION = "target-audit", 1
+_SEED = 3
+_UNIT_POSITIONS = 1024
+_ROWS_AT_ONCE = 8192
+_RECALLS = (1, 64)  # and k
+_FAULTS = ("unsorted", "outside", "not_finite", "wrong_sum")
+_SEARCH_FAULTS = ("has_self", "neighbours_unsorted", "gap_in_neighbours")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What decides an audit."""
+
+    targets: Path = option("target directory", identity=False)
+    positions: int = option("sampled positions", 10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One figure a sampled position: recalls at 1, 64 and k, distances of the rows, p(gold), and the size of
+    its list."""
+
+    recall_1: np.ndarray
+    recall_64: np.ndarray
+    recall_k: np.ndarray
+    total_variation: np.ndarray
+    divergence: np.ndarray
+    gold_truth: np.ndarray
+    gold_found: np.ndarray
+    self_found: np.ndarray
+    has_self: np.ndarray
+    neighbours_unsorted: np.ndarray
+    gap_in_neighbours: np.ndarray
+    list_size: np.ndarray
+
+
+def open_truth(raw_keys: Path | None, keys: Keys) -> Keys:
+    """The keys that exact search goes through: those of --raw-keys, or the targets' own.
+
+    Raises:
+        UserError: raw keys of other positions.
+    """
+    if raw_keys is None:
+        return keys
+    raw = open_keys(raw_keys, flag="--raw-keys")
+    if raw.codec != "raw":
+        raise UserError(f"--raw-keys {raw_keys} holds codec {raw.codec}: extract them with --codec raw")
+    same = ("num_positions", "split", "key_layer", "key_point", "layers_path")
+    there, here = (
+        {name: of.manifest.get(name) for name in same}
+        | {name: of.manifest["inputs"].get(name) for name in ("corpus", "model")}
+        for of in (raw, keys)
+    )
+    if there != here:
+        names = ", ".join(sorted(name for name in there if there[name] != here[name]))
+        raise UserError(
+            f"--raw-keys {raw_keys} were extracted otherwise than --keys {keys.root} ({names}): "
+            "use the same corpus, model and layer"
+        )
+    return raw
+
+
+def run(config: Config, world: World, *, datastore: Datastore, truth: Keys) -> None:
+    """Audit a complete target directory; `datastore` is the one that searched for it."""
+    targets = open_targets(config.targets)
+    inputs = {"targets": targets.sha256, "truth": truth.sha256}
+    name = content_hash({"version": _VERSION, "positions": config.positions, "inputs": inputs})[:12]
+    stage = open_stage(
+        config.targets / "audit" / name,
+        stage=_STAGE,
+        version=_VERSION,
+        config=config,
+        inputs=inputs,
+        world=world,
+    )
+    drawn_n = sample_positions(targets.num_positions, config.positions, seed=_SEED)
+    sample_n = drawn_n if len(drawn_n) else np.zeros(1, np.int64)
+    parts = {
+        f"sample-{block.start:08d}": sample_n[slice(*block)]
+        for block in split_blocks(len(sample_n), _UNIT_POSITIONS)
+    }
+    shards = {f"rows-{shard['first']:012d}": shard for shard in targets.manifest["shards"]}
+    progress = Progress(len(sample_n), label="audit", unit="positions", world=world)
+    truth_ND: list[KeyRows] = []  # checked when the first unit asks
+
+    def compare(unit: str, writer: UnitWriter) -> None:
+        if not truth_ND:
+            truth.check("keys")
+            truth_ND.append(KeyRows(truth))
+        compared = _compare(datastore, targets, truth, truth_ND[0], parts[unit])
+        for column, values in asdict(compared).items():
+            writer.array(f"{column}-{unit}.npy", values)
+        progress.advance(len(parts[unit]))
+
+    def validate(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+        return _validate(targets, shards[unit])
+
+    stage.run_units(list(shards), validate)
+    stage.run_units(list(parts), compare)
+    progress.close()
+    units = [*shards, *parts]
+    stage.wait_for(units)
+    if world.is_first:  # made anew each time, so that a kill between them leaves nothing undone
+        record = _summarize(stage, targets, truth, datastore, list(parts), stage.summaries(list(shards)))
+        publish_json(config.targets / "audit.json", record)
+        with publish(config.targets / "audit.png") as path:
+            _plot(record, path)
+        _log(record)
+    stage.finish(units, lambda: {})
+
+
+def _compare(
+    datastore: Datastore, targets: Targets, truth: Keys, truth_ND: KeyRows, positions_n: np.ndarray
+) -> Compared:
+    """The search and the stored rows of some positions beside exact ones."""
+    found = datastore.neighbours(positions_n)
+    loose = datastore.neighbours(positions_n, exclude=False)
+    exact = exact_neighbours(
+        truth_ND[positions_n], truth_ND, datastore.k, exclusion=datastore.exclusion(positions_n)
+    )
+    squared_nK, valid_nK = squared_key_distances(exact, truth)
+    weights_nK = neighbour_weights(squared_nK, targets.manifest["temperature"], valid_nK)
+    true_rows = aggregate(weights_nK, datastore.values_of(np.maximum(exact.ids_QK, 0)))
+    stored = targets.gather(positions_n)
+    rows = SparseRows(
+        offsets=stored.offsets,
+        ids=stored.ids.astype(np.int64),
+        probabilities=stored.probabilities.astype(np.float64),
+    )
+    far = distances(true_rows, rows, stored.dropped, targets.manifest["vocab_size"])
+    gold_n = datastore.values_of(positions_n).astype(np.int64)
+    ids_nK, distances_nK = found.ids_QK, found.distances_QK
+    both_nK = (ids_nK[:, 1:] >= 0) & (ids_nK[:, :-1] >= 0)
+    closer_nK = distances_nK[:, 1:] < distances_nK[:, :-1]
+    tied_nK = (distances_nK[:, 1:] == distances_nK[:, :-1]) & (ids_nK[:, 1:] <= ids_nK[:, :-1])
+    return Compared(
+        recall_1=recall(ids_nK, exact.ids_QK, _RECALLS[0]),
+        recall_64=recall(ids_nK, exact.ids_QK, _RECALLS[1]),
+        recall_k=recall(ids_nK, exact.ids_QK, datastore.k),
+        total_variation=far.total_variation_Q,
+        divergence=far.divergence_Q,
+        gold_truth=probability_of(true_rows, gold_n),
+        gold_found=probability_of(rows, gold_n),
+        self_found=(loose.ids_QK == positions_n[:, None]).any(axis=1),
+        has_self=(ids_nK == positions_n[:, None]).any(axis=1),
+        neighbours_unsorted=(both_nK & (closer_nK | tied_nK)).any(axis=1),
+        gap_in_neighbours=np.any((ids_nK[:, 1:] >= 0) & (ids_nK[:, :-1] < 0), axis=1),
+        list_size=datastore.list_sizes(positions_n),
+    )
+
+
+def _validate(targets: Targets, shard: Mapping[str, Any]) -> dict[str, int]:
+    """Faults of every row of a shard; its checksum is compared first."""
+    targets.check(shard["name"])
+    totals = dict.fromkeys(_FAULTS, 0)
+    for block in split_blocks(shard["count"], _ROWS_AT_ONCE):
+        rows = targets.read(shard["first"] + block.start, shard["first"] + block.stop)
+        sparse = SparseRows(offsets=rows.offsets, ids=rows.ids, probabilities=rows.probabilities)
+        for name, count in count_faulty_rows(sparse, rows.dropped, targets.manifest["vocab_size"]).items():
+            totals[name] += count
+    return totals
+
+
+def _summarize(
+    stage: StageDirectory,
+    targets: Targets,
+    truth: Keys,
+    datastore: Datastore,
+    parts: list[str],
+    validities: list[dict[str, int]],
+) -> dict[str, Any]:
+    def column(name: str) -> np.ndarray:
+        return np.concatenate(
+            [np.load(stage.root / f"{name}-{part}.npy", allow_pickle=False) for part in parts]
+        )
+
+    compared = Compared(**{name: column(name) for name in Compared.__dataclass_fields__})
+    sizes_n, edges = compared.list_size, np.linspace(0, len(compared.list_size), 11).astype(int)
+    order_n = np.argsort(sizes_n, kind="stable")
+    deciles = [order_n[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True) if stop > start]
+    stored = sum(shard_file["bytes"] for shard_file in targets.manifest["files"])
+    return {
+        "settings": {
+            "positions": len(sizes_n),
+            "truth": truth.codec,
+            "k": datastore.k,
+            "temperature": targets.manifest["temperature"],
+            "search": targets.manifest["search"],
+            "encoding": targets.encoding,
+            "inputs": stage.identity["inputs"],
+        },
+        "recall": {
+            "1": _mean(compared.recall_1),
+            "64": _mean(compared.recall_64),
+            "k": _mean(compared.recall_k),
+        },
+        "total_variation": _mean(compared.total_variation),
+        "total_variation_percentiles": {
+            str(share): float(np.percentile(compared.total_variation, share)) for share in (50, 90, 99, 100)
+        },
+        "divergence_nats": _mean(compared.divergence),
+        "gold_probability": {"truth": _mean(compared.gold_truth), "found": _mean(compared.gold_found)},
+        "self_found": _mean(compared.self_found),
+        "bytes_per_position": stored / targets.num_positions,
+        "faulty_rows": (
+            {name: sum(validity[name] for validity in validities) for name in _FAULTS}
+            | {name: int(getattr(compared, name).sum()) for name in _SEARCH_FAULTS}
+        ),
+        "rows_validated": targets.num_positions,
+        "by_list_size": [
+            {
+                "least": int(sizes_n[rows].min()),
+                "most": int(sizes_n[rows].max()),
+                "positions": len(rows),
+                "recall_k": _mean(compared.recall_k[rows]),
+                "total_variation": _mean(compared.total_variation[rows]),
+            }
+            for rows in deciles
+        ],
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())
+
+
+def _log(record: dict[str, Any]) -> None:
+    recalls, faults = record["recall"], record["faulty_rows"]
+    _logger.info(
+        "audit of %s positions against exact search of %s keys: total variation %.4f, KL %.4f nats, p(gold)"
+        " %.4f for %.4f",
+        f"{record['settings']['positions']:,}",
+        record["settings"]["truth"],
+        record["total_variation"],
+        record["divergence_nats"],
+        record["gold_probability"]["found"],
+        record["gold_probability"]["truth"],
+    )
+    _logger.info(
+        "recall at 1, 64, k = %d: %.4f, %.4f, %.4f; a position finds itself at a rate of %.4f when it may",
+        record["settings"]["k"],
+        recalls["1"],
+        recalls["64"],
+        recalls["k"],
+        record["self_found"],
+    )
+    with_lists = record["settings"]["search"] == "ivf"  # else all are in one list
+    for decile in record["by_list_size"] if with_lists else ():
+        _logger.info(
+            "  lists of %7d to %7d keys: recall %.4f, total variation %.4f",
+            decile["least"],
+            decile["most"],
+            decile["recall_k"],
+            decile["total_variation"],
+        )
+    log = _logger.warning if any(faults.values()) else _logger.info
+    shown = (
+        ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in faults.items() if count) or "none"
+    )
+    log("faulty rows of %s: %s", f"{record['rows_validated']:,}", shown)
+
+
+def _plot(record: dict[str, Any], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = [f"{decile['most']:,}" for decile in record["by_list_size"]]
+    places = range(len(labels))
+    panels = (
+        ("total_variation", "total variation from exact"),
+        ("recall_k", f"recall at {record['settings']['k']}"),
+    )
+    for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.bar(places, [decile[name] for decile in record["by_list_size"]])
+        overall = record["recall"]["k"] if name == "recall_k" else record["total_variation"]
+        axes.axhline(overall, color="black", linewidth=0.8, linestyle="--")
+        axes.set_xticks(list(places), labels, rotation=60, fontsize=7)
+        axes.set_xlabel("keys in the position's list, up to (deciles)")
+        axes.set_title(f"{title}: {overall:.4f}")
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

@@ -1,0 +1,189 @@
+"""The units of write_targets: what a sample shows before anything is written, and the rows of a shard.
+
+n positions at hand, K neighbours, V token ids.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.hashing import sample_positions
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.formats.targets import (
+    TargetBlock,
+    index_name,
+    pack_block,
+    shard_name,
+    stored_bytes,
+    write_shard,
+)
+from mlpmem_ds.maths.knn import Neighbours
+from mlpmem_ds.maths.targets import SparseRows, fit_temperature, neighbour_weights, weight_perplexity
+from mlpmem_ds.stages.retrieval.target_search import Datastore
+from mlpmem_ds.stages.targets.config import Config
+
+Made = TypeVar("Made")
+
+_SAMPLE = 1000
+_SEED = 2
+_MAX_WORKERS = 8  # more threads of Python get into one another's way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the sample shows: its positions, their neighbours, and the summary that the unit keeps."""
+
+    positions_n: np.ndarray
+    neighbours: Neighbours
+    summary: dict[str, Any]
+
+
+def measure(datastore: Datastore, config: Config) -> Measured:
+    """Fit or take the temperature, and measure the neighbour-weight perplexity, on sampled positions.
+
+    Raises:
+        UserError: no temperature gives the wanted perplexity.
+    """
+    positions_n = sample_positions(datastore.keys.num_positions, _SAMPLE, seed=_SEED)
+    neighbours = datastore.neighbours(positions_n)
+    squared_nK, valid_nK = datastore.squared_distances(neighbours)
+    if config.temperature == "auto":
+        try:
+            # Six digits: legible, and the same where another processor's exp differs in the last bit.
+            temperature = float(f"{fit_temperature(squared_nK, valid_nK, config.neighbour_perplexity):.6g}")
+        except ValueError as error:
+            raise UserError(
+                f"--neighbour-perplexity: {error}; or set --temperature (and another --output)"
+            ) from error
+    else:
+        temperature = float(config.temperature)
+    found_n = valid_nK.any(axis=1)
+    perplexities_n = weight_perplexity(neighbour_weights(squared_nK, temperature, valid_nK)[found_n])
+    summary = {
+        "temperature": temperature,
+        "sampled_positions": len(positions_n),
+        "neighbour_perplexity": float(np.exp(np.log(perplexities_n).mean())) if found_n.any() else 1.0,
+    }
+    return Measured(positions_n=positions_n, neighbours=neighbours, summary=summary)
+
+
+def bytes_per_position(
+    datastore: Datastore, config: Config, measured: Measured, order_V: np.ndarray | None
+) -> float:
+    """What a position will take on disk, by packing the sampled ones (a little more than neighbouring ones
+    would)."""
+    total = 0
+    for block in split_blocks(len(measured.positions_n), datastore.keys.manifest["block_size"]):
+        rows, dropped_n = datastore.rows(
+            _part(measured.neighbours, block),
+            measured.positions_n[slice(*block)],
+            measured.summary["temperature"],
+            config.mass,
+        )
+        total += stored_bytes(
+            _pack(datastore, config, block.start, rows, dropped_n, order_V), config.container
+        )
+    return total / len(measured.positions_n)
+
+
+def write(
+    datastore: Datastore,
+    config: Config,
+    shard: Block,
+    temperature: float,
+    order_V: np.ndarray | None,
+    writer: UnitWriter,
+    progress: Progress,
+) -> dict[str, Any]:
+    """One unit: search the shard's positions batch by batch and write their rows sample by sample.
+
+    Each thread takes a batch through search, aggregation and encoding by itself: most of that is NumPy, which
+    has one thread, and torch's own threads on matrices this small cost as much as they bring (24,576
+    positions, 2 threads: 4.0 s with torch's, as many as with one thread).
+    """
+    short = without = 0
+    block_size = datastore.keys.manifest["block_size"]
+    num_threads = torch.get_num_threads()
+    num_workers = min(num_threads, _MAX_WORKERS)
+    datastore.load()
+    size = block_size * max(1, config.batch_positions // num_workers // block_size)
+
+    def make(batch: Block) -> tuple[list[TargetBlock], int, int]:
+        first = shard.start + batch.start
+        found = datastore.search(np.arange(first, first + batch.size))
+        counts_n = found.count()
+        blocks = []
+        for block in split_blocks(batch.size, block_size):
+            positions_n = np.arange(first + block.start, first + block.stop)
+            rows, dropped_n = datastore.rows(found.rows(slice(*block)), positions_n, temperature, config.mass)
+            blocks.append(_pack(datastore, config, int(positions_n[0]), rows, dropped_n, order_V))
+        return blocks, int((counts_n < config.k).sum()), int((counts_n == 0).sum())
+
+    def blocks() -> Iterator[TargetBlock]:
+        nonlocal short, without
+        batches = split_blocks(shard.size, size)
+        for batch, (made, num_short, num_without) in zip(
+            batches, _in_threads(make, batches, num_workers), strict=True
+        ):
+            yield from made
+            short, without = short + num_short, without + num_without
+            progress.advance(batch.size)
+
+    name = shard_name(shard.start, shard.size, config.container)
+    with writer.file(name) as shard_path, writer.file(index_name(name)) as index_path:
+        totals = write_shard(shard_path, index_path, blocks(), container=config.container)
+    return {**totals, "rows_short_of_k": short, "rows_without_neighbours": without}
+
+
+def _in_threads(make: Callable[[Block], Made], batches: Sequence[Block], num_workers: int) -> Iterator[Made]:
+    """`make` of each batch in order, at most `num_workers` at work or waiting to be written; torch's threads
+    are shared out."""
+    if num_workers == 1:
+        yield from map(make, batches)
+        return
+    num_threads = torch.get_num_threads()
+    share = max(1, num_threads // num_workers)
+    pending: deque[Future[Made]] = deque()
+    try:
+        torch.set_num_threads(share)
+        with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+            try:
+                for batch in batches:
+                    pending.append(pool.submit(make, batch))
+                    if len(pending) > num_workers:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _part(neighbours: Neighbours, block: Block) -> Neighbours:
+    return Neighbours(
+        ids_QK=neighbours.ids_QK[slice(*block)], distances_QK=neighbours.distances_QK[slice(*block)]
+    )
+
+
+def _pack(
+    datastore: Datastore,
+    config: Config,
+    first: int,
+    rows: SparseRows,
+    dropped_n: np.ndarray,
+    order_V: np.ndarray | None,
+) -> TargetBlock:
+    dtype = token_dtype(datastore.keys.manifest["vocab_size"])
+    return pack_block(first, rows, dropped_n, dtype=dtype, encoding=config.encoding, order_V=order_V)

@@ -1,0 +1,210 @@
+"""Fourth stage: keys (and index) → targets. Each key's neighbours among all keys, as a next-token
+distribution.
+
+Phase 1 measures a sample: the temperature that gives the wanted neighbour-weight perplexity, or the
+perplexity that the given temperature has; an unreachable perplexity and a disk that is too small are refused
+before anything is written. Phase 2 is one unit for each shard file. The queries are the stored keys
+themselves and a position never finds itself; distances are those of the stored keys also where an index chose
+the candidates. With int8 keys they are exact integers, and a row depends on nothing but the keys and the
+flags.
+
+V token ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.blocks import Block, deal, split_blocks
+from mlpmem_ds.core.files import require_free_bytes
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import UnitWriter, check_output, open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.formats.index_directory import IndexDirectory
+from mlpmem_ds.formats.key_lists import FOLDER
+from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.formats.targets import (
+    FORMAT,
+    ORDER_NAME,
+    frequency_order,
+    shard_name,
+    version_of,
+)
+from mlpmem_ds.stages.retrieval.key_lists import missing_bytes, remove_key_lists
+from mlpmem_ds.stages.retrieval.target_search import Datastore
+from mlpmem_ds.stages.targets import audit as target_audit
+from mlpmem_ds.stages.targets.config import Config as Config
+from mlpmem_ds.stages.targets.inputs import (
+    check_lists,
+    check_sizes,
+    open_index_over,
+    read_documents,
+    resolve_search,
+)
+from mlpmem_ds.stages.targets.units import Measured, bytes_per_position, measure, write
+
+_logger = logging.getLogger(__name__)
+_TEMPERATURE, _ORDER = "temperature", "frequency_order"
+_MARGIN_OF_BYTES = 1.05
+_SECONDS_BETWEEN_LOOKS = 0.1
+
+
+def run(config: Config, world: World) -> None:
+    keys = open_keys(config.keys)
+    search = resolve_search(config, keys)
+    index = open_index_over(config, keys) if search == "ivf" else None
+    documents_N, inputs = read_documents(config, keys)
+    inputs |= {"keys": keys.sha256} | ({"index": index.sha256} if index else {})
+    check_sizes(config, keys)
+    lists = check_lists(config, keys, index)
+    truth = target_audit.open_truth(config.raw_keys, keys) if config.audit else None
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    datastore = Datastore(
+        keys,
+        index,
+        k=config.k,
+        nprobe=config.nprobe,
+        window=config.exclude_window,
+        documents_N=documents_N,
+        threads=config.threads,
+        lists=lists,
+        world=world,
+    )
+    order_V = _frequency_order(datastore) if config.encoding == "compact" else None
+    is_new = not check_output(config.output, stage=FORMAT)
+    measured = _measure_first(datastore, config, order_V, index) if is_new else None
+    version = version_of(config.encoding, config.container)
+    resolved = {
+        "search": search,
+        "nprobe": config.nprobe if index else None,
+        "temperature": "auto" if config.temperature == "auto" else float(config.temperature),
+        **({"encoding": config.encoding, "container": config.container} if version > 1 else {}),
+    }
+    stage = open_stage(
+        config.output,
+        stage=FORMAT,
+        version=version,
+        config=config,
+        inputs=inputs,
+        world=world,
+        extra=resolved,
+        without_effect=() if config.temperature == "auto" else ("neighbour_perplexity",),
+    )
+    stage.run_units([_TEMPERATURE], lambda unit, writer: (measured or measure(datastore, config)).summary)
+    stage.wait_for([_TEMPERATURE])
+    summary = stage.summaries([_TEMPERATURE])[0]
+    firsts = [_TEMPERATURE]
+    if order_V is not None:
+        firsts.append(_ORDER)
+        stage.run_units([_ORDER], lambda unit, writer: writer.array(ORDER_NAME, order_V))
+    shards = {
+        f"knn-{block.start:012d}": block for block in split_blocks(keys.num_positions, config.shard_positions)
+    }
+    mine = deal(list(shards.values()), world.rank, world.size)
+    progress = Progress(sum(block.size for block in mine), label="targets", unit="positions", world=world)
+
+    def write_shard(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+        return write(datastore, config, shards[unit], summary["temperature"], order_V, writer, progress)
+
+    stage.run_units(list(shards), write_shard)
+    progress.close()
+    units = [*firsts, *shards]
+
+    def describe() -> dict[str, Any]:
+        return _describe(config, keys, search, summary, shards, stage.summaries(list(shards)))
+
+    stage.finish(units, describe)
+    if config.lists is None and stage.manifest_path.is_file():
+        remove_key_lists(config.output / FOLDER)  # ranks that have it mapped may go on
+    if truth is None:
+        return
+    stage.wait_for(units)
+    while not stage.manifest_path.is_file():  # another rank is at it, or has died
+        stage.finish(units, describe)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    target_audit.run(
+        target_audit.Config(targets=config.output, positions=config.audit),
+        world,
+        datastore=datastore,
+        truth=truth,
+    )
+
+
+def _measure_first(
+    datastore: Datastore, config: Config, order_V: np.ndarray | None, index: IndexDirectory | None
+) -> Measured:
+    """Before anything is written: the temperature, and whether the targets fit on the disk."""
+    measured = measure(datastore, config)
+    num_bytes = bytes_per_position(datastore, config, measured, order_V)
+    total = num_bytes * datastore.keys.num_positions
+    _logger.info(
+        "temperature %.4g, neighbour-weight perplexity %.1f: about %.0f bytes a position (%s, %s), %.2f GB",
+        measured.summary["temperature"],
+        measured.summary["neighbour_perplexity"],
+        num_bytes,
+        config.encoding,
+        config.container,
+        total / 1e9,
+    )
+    wanted, what = int(total * _MARGIN_OF_BYTES), "the targets"
+    if index is not None and config.lists is None:
+        wanted, what = (
+            wanted + missing_bytes(config.output / FOLDER, datastore.keys, index),
+            ("the targets and, until they are written, the keys in list order (elsewhere: --lists)"),
+        )
+    require_free_bytes(config.output, wanted, what=what)
+    return measured
+
+
+def _describe(
+    config: Config,
+    keys: Keys,
+    search: str,
+    measured: dict[str, Any],
+    shards: dict[str, Block],
+    summaries: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The stage's own fields of the manifest."""
+    totals = {
+        name: sum(summary[name] for summary in summaries)
+        for name in ("entries", "rows_short_of_k", "rows_without_neighbours")
+    }
+    return {
+        "num_positions": keys.num_positions,
+        "block_size": keys.manifest["block_size"],
+        "shard_positions": config.shard_positions,
+        "vocab_size": keys.manifest["vocab_size"],
+        "k": config.k,
+        "temperature": measured["temperature"],
+        "neighbour_perplexity": measured["neighbour_perplexity"],
+        "temperature_rule": "auto" if config.temperature == "auto" else "fixed",
+        "mass": config.mass,
+        "search": search,
+        "exclude": {"rule": config.exclude, "window": config.exclude_window},
+        "encoding": config.encoding,
+        "container": config.container,
+        **totals,
+        "shards": [
+            {
+                "name": shard_name(block.start, block.size, config.container),
+                "first": block.start,
+                "count": block.size,
+                "entries": summary["entries"],
+                "samples": summary["samples"],
+            }
+            for block, summary in zip(shards.values(), summaries, strict=True)
+        ],
+    }
+
+
+def _frequency_order(datastore: Datastore) -> np.ndarray:
+    counts_V = datastore.count_values()
+    return frequency_order(counts_V, dtype=token_dtype(len(counts_V)))

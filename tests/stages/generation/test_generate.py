@@ -1,0 +1,280 @@
+"""The generation front-end: with and without memory, several prompts at once, sampling, and what it
+refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.models.backbone import CapturePoint, capture
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.stages.generation.generate import side_by_side
+
+ROOT = Path(__file__).parents[3]
+PROMPTS = ("alpha beta return", "in", "for value in range import é gamma")
+NEW = 12
+LAMBDA = 0.45
+
+
+@pytest.fixture(scope="module")
+def export_dir(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir: Path) -> Path:
+    """A joint model of the toy base and a random memory, with the corpus's tokenizer."""
+    output = tmp_path_factory.mktemp("generate") / "export"
+    torch.manual_seed(4)
+    shape = MemoryConfig(
+        input_size=16,
+        hidden_size=16,
+        intermediate_size=20,
+        num_blocks=2,
+        vocab_size=300,
+        initializer_range=0.4,
+    )
+    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
+    MemoryAugmentedLM.from_parts(
+        base,
+        Memory(shape),
+        lmbda=LAMBDA,
+        input_point=CapturePoint(layer=0),
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+    ).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def tokenizer(export_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(export_dir)
+
+
+@pytest.fixture
+def generate(export_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """generate(*flags) → standard output of the front-end on the toy export; a failure shows its message."""
+
+    def call(*words: object, model: Path = export_dir) -> str:
+        code = run_front_end("--model", model, *words)
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+
+    return call
+
+
+def run_front_end(*words: object) -> int:
+    spec = importlib.util.spec_from_file_location("generate_front_end", ROOT / "launch" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    front_end = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(front_end)
+    return int(front_end.main([str(word) for word in words]))
+
+
+@torch.no_grad()
+def greedy_ids(export_dir: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, lmbda: float) -> list[int]:
+    """The likeliest continuation under the mixture in float64, from the parts, without a cache or
+    `generate`."""
+    joint = MemoryAugmentedLM.from_pretrained(export_dir)
+    point = CapturePoint(layer=0)
+    ids = tokenizer(prompt)["input_ids"]
+    num_given = len(ids)
+    for _ in range(NEW):
+        state_D = capture(joint.base, [point])(torch.tensor([ids])).states[point][0, -1]
+        base_V = joint.base(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+        memory_V = joint.memory.head(joint.memory(state_D)).double().softmax(-1)
+        token = int(((1 - lmbda) * base_V + lmbda * memory_V).argmax())
+        if token == 0:  # end of text
+            break
+        ids = [*ids, token]
+    return ids[num_given:]
+
+
+def greedy(export_dir: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, lmbda: float) -> str:
+    return tokenizer.decode(greedy_ids(export_dir, tokenizer, prompt, lmbda))
+
+
+@pytest.mark.parametrize("lmbda", [0.0, None, 1.0])
+def test_a_batch_of_prompts_gives_what_each_prompt_gives_alone(
+    lmbda: float | None, export_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str]
+) -> None:
+    flags = ["--max-new-tokens", NEW, *([] if lmbda is None else [f"--lambda={lmbda}"])]
+    expected = [
+        prompt + greedy(export_dir, tokenizer, prompt, LAMBDA if lmbda is None else lmbda)
+        for prompt in PROMPTS
+    ]
+    assert generate("--prompt", PROMPTS[0], *flags) == expected[0] + "\n"
+    together = "\n\n".join(f"[{number} of 3]\n{text}" for number, text in enumerate(expected, start=1)) + "\n"
+    assert generate("--prompt", *PROMPTS, *flags) == together
+    assert generate("--prompt", *PROMPTS, *flags, "--batch-size", 2) == together
+
+
+def test_int8_weights_are_the_joint_models_own(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str]
+) -> None:
+    joint = MemoryAugmentedLM.from_pretrained(export_dir).eval().quantize_memory()
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")
+    tokens = joint.generate(**ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0]
+    flags = ["--prompt", PROMPTS[0], "--max-new-tokens", NEW]
+    assert (
+        generate(*flags, "--memory-weights", "int8")
+        == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+    )
+    assert generate(*flags, "--memory-weights", "int8", "--lambda", 0) == generate(*flags, "--lambda", 0)
+
+
+def test_without_the_memory_it_is_the_bases_own_generate(
+    base_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str]
+) -> None:
+    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
+    ids = tokenizer(PROMPTS[2], return_tensors="pt")
+    ways = (
+        ([], {"do_sample": False}),
+        (["--num-beams", 3], {"do_sample": False, "num_beams": 3}),
+        (
+            ["--temperature", 0.8, "--top-p", 0.9, "--seed", 5],
+            {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0},
+        ),
+    )
+    results = set()
+    for flags, options in ways:
+        torch.manual_seed(5)
+        expected = base.generate(**ids, max_new_tokens=NEW, pad_token_id=0, **options)[
+            0, ids["input_ids"].shape[1] :
+        ]
+        text = generate("--prompt", PROMPTS[2], "--max-new-tokens", NEW, "--lambda", 0, *flags)
+        assert text == PROMPTS[2] + tokenizer.decode(expected, skip_special_tokens=True) + "\n", flags
+        results.add(text)
+    assert len(results) == 3
+
+
+def test_sampling_follows_the_seed(generate: Callable[..., str]) -> None:
+    flags = ("--prompt", PROMPTS[0], "--temperature", 1.5, "--max-new-tokens", NEW)
+    first = generate(*flags, "--seed", 1)
+    assert first == generate(*flags, "--seed", 1) != generate(*flags, "--seed", 2)
+
+
+def test_generation_stops_at_the_end_token(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str], tmp_path: Path
+) -> None:
+    """The second new token of the first prompt is made the end; the other prompts of the batch go on."""
+    free = [greedy_ids(export_dir, tokenizer, prompt, LAMBDA) for prompt in PROMPTS]
+    copy = shutil.copytree(export_dir, tmp_path / "export")
+    settings = json.loads((copy / "generation_config.json").read_text())
+    end = free[0][1]
+    (copy / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [0, end]}))
+    cut = [ids[: ids.index(end)] if end in ids else ids for ids in free]
+    blocks = (
+        generate("--prompt", *PROMPTS, "--max-new-tokens", NEW, model=copy).removesuffix("\n").split("\n\n[")
+    )
+    found = [block.split("]\n", 1)[1] for block in blocks]
+    assert found == [prompt + tokenizer.decode(ids) for prompt, ids in zip(PROMPTS, cut, strict=True)]
+    assert len({len(ids) for ids in cut}) > 1
+
+
+def test_compare_shows_both(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str]
+) -> None:
+    text = generate("--prompt", PROMPTS[0], "--max-new-tokens", NEW, "--compare")
+    pair = [greedy(export_dir, tokenizer, PROMPTS[0], lmbda) for lmbda in (0.0, LAMBDA)]
+    assert pair[0] != pair[1]
+    assert text == f"{PROMPTS[0]}\n\n{side_by_side(('base', f'base + memory, λ = {LAMBDA}'), pair)}\n"
+
+
+@pytest.mark.parametrize("way", [[], ["--temperature", 0.8, "--seed", 3]])
+def test_a_stream_writes_the_same_text_in_pieces(
+    way: list[object], export_dir: Path, generate: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--prompt", PROMPTS[2], "--max-new-tokens", NEW, *way]
+    pieces: list[str] = []
+    write = sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "write", lambda text: (pieces.append(text), write(text))[1])
+    assert generate(*flags, "--stream") == generate(*flags)
+    streamed = pieces[: pieces.index("\n", 1) + 1]
+    assert (
+        len([piece for piece in streamed if piece.strip()]) > 1
+    )  # whole words: of random text there are few
+
+
+def test_columns_keep_line_ends_and_wrap_long_lines() -> None:
+    lines = side_by_side(("left", "right"), ("a\n    b", "x" * 70 + "\n\n" + "word " * 20)).split("\n")
+    assert all(len(line) <= 118 for line in lines)
+    assert lines[0].split() == ["left", "right"]
+    assert [line[:58].rstrip() for line in lines[2:4]] == ["a", "    b"]
+    right = [line[60:] for line in lines[2:]]
+    assert right[:3] == ["x" * 58, "x" * 12, ""] and "".join(right[3:]).replace(" ", "") == "word" * 20
+
+
+def test_prompts_from_a_file(tmp_path: Path, generate: Callable[..., str]) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join([PROMPTS[0], "", PROMPTS[2]]) + "\n", encoding="utf-8")
+    flags = ("--max-new-tokens", NEW)
+    assert generate("--prompts-file", path, *flags) == generate("--prompt", PROMPTS[0], PROMPTS[2], *flags)
+
+
+def test_a_setting_without_effect_is_said(export_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run_front_end("--model", export_dir, "--prompt", "in", "--top-p", "0.5", "--max-new-tokens", "1") == 0
+    )
+    assert "--top-p 0.5 is ignored" in capsys.readouterr().err
+
+
+def test_wrong_inputs_are_refused(
+    export_dir: Path, base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("\n \n")
+    latin.write_bytes(b"caf\xe9")
+    damaged = shutil.copytree(export_dir, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    wordless = shutil.copytree(export_dir, tmp_path / "wordless")
+    (wordless / "tokenizer.json").unlink()
+    other_words = shutil.copytree(export_dir, tmp_path / "other_words")
+    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    tokenizer.add_tokens(["new-word"])
+    tokenizer.save_pretrained(other_words)
+    long_prompt = "alpha " * 70
+    num_tokens = len(AutoTokenizer.from_pretrained(export_dir)(long_prompt)["input_ids"])
+    cases: list[tuple[list[object], str]] = [
+        (["--prompt", long_prompt], f"prompt 1 has {num_tokens:,} tokens, and the model reads 64"),
+        (["--prompt", "in", "alpha", "--max-new-tokens", 64], "with --max-new-tokens 64 passes the 64"),
+        (["--prompt", "in", "", "--max-new-tokens", 1], "prompt 2 is empty"),
+        (["--prompt", "in", "--lambda", 1.01], "--lambda 1.01"),
+        (["--prompt", "in", "--lambda=-0.1"], "--lambda -0.1"),
+        (["--prompt", "in", "--top-p", 0], "--top-p"),
+        (["--prompt", "in", "--temperature", -1], "--temperature"),
+        (["--prompt", "in", "--num-beams", 0], "--num-beams must be at least 1"),
+        (["--prompt", "in", "--max-new-tokens", 1, "--device", "nonsense"], "--device nonsense"),
+        (["--prompt", "in", "--stream", "--compare"], "leave out --compare"),
+        (["--prompt", "in", "--stream", "--num-beams", 2], "leave out --compare and --num-beams"),
+        (["--prompt", "in", "alpha", "--stream"], "there are 2 prompts"),
+        ([], "give either --prompt or --prompts-file"),
+        (["--prompt", "in", "--prompts-file", empty], "give either --prompt or --prompts-file"),
+        (["--prompts-file", empty], "holds no prompt"),
+        (["--prompts-file", latin], "UTF-8"),
+        (["--prompts-file", tmp_path / "nowhere"], "does not exist"),
+        (["--prompt", "in", "--model", base_dir], "a gpt2 model without a memory"),
+        (["--prompt", "in", "--model", tmp_path], "cannot be read"),
+        (["--prompt", "in", "--model", tmp_path / "nowhere"], "tools/convert_checkpoint.py"),
+        (
+            ["--prompt", "in", "--max-new-tokens", 1, "--model", damaged],
+            "run tools/convert_checkpoint.py again",
+        ),
+        (["--prompt", "in", "--model", wordless], "cannot be read"),
+        (
+            ["--prompt", "in", "--model", other_words],
+            "a tokenizer of 301 tokens that is not the one it was made with",
+        ),
+    ]
+    for words, said in cases:
+        assert run_front_end("--model", export_dir, *words) == 2, words
+        captured = capsys.readouterr()
+        assert said in captured.err and captured.out == "", (words, captured.err)

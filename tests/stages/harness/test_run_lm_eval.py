@@ -1,0 +1,187 @@
+"""The harness's front-end: what it is given, what is refused, and (where the harness is installed) a whole
+run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import lm_eval as engine
+from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.stages.harness import run_lm_eval
+from mlpmem_ds.stages.harness.run_lm_eval import Config, build_tasks
+
+ROOT = Path(__file__).parents[3]
+QUESTIONS = [
+    {"question": "who is alpha", "answer": ["beta", "gamma"]},
+    {"question": "what", "answer": "value"},
+]
+RANKING = [
+    {"query": "alpha", "choices": ["beta", "in range gamma"], "gold": 0},
+    {"query": "for", "choices": ["index", "é é", "value"], "gold": 2},
+]
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "questions.jsonl", QUESTIONS)
+
+
+@pytest.fixture
+def ranking(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "ranking.jsonl", RANKING)
+
+
+@pytest.fixture(scope="module")
+def export_dir(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir: Path) -> Path:
+    torch.manual_seed(6)
+    output = tmp_path_factory.mktemp("run_lm_eval") / "export"
+    shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=20, num_blocks=1, vocab_size=300)
+    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
+    MemoryAugmentedLM.from_parts(
+        base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)
+    ).save_pretrained(output)
+    AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").save_pretrained(output)
+    return output
+
+
+def test_local_files_become_whole_tasks_and_names_stay_names(
+    questions: Path, ranking: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    config = Config(model="m", questions=questions, ranking=ranking, tasks=("nq_open",))
+    asked, ranked, named = build_tasks(config, folder)
+    assert named == "nq_open"
+    answers_in_lists = [QUESTIONS[0], {"question": "what", "answer": ["value"]}]
+    for task, records in ((asked, answers_in_lists), (ranked, RANKING)):
+        assert isinstance(task, dict)
+        assert task["dataset_path"] == "json"
+        lines = Path(task["dataset_kwargs"]["data_files"]["validation"]).read_text().splitlines()
+        assert [json.loads(line) for line in lines] == records
+    assert isinstance(asked, dict) and isinstance(ranked, dict)
+    assert asked["output_type"] == "generate_until" and asked["metric_list"][0]["metric"] == "exact_match"
+    assert ranked["output_type"] == "multiple_choice"
+    assert [metric["metric"] for metric in ranked["metric_list"]] == ["acc", "acc_norm"]
+
+
+def test_each_lambda_is_scored_by_its_own_model(
+    export_dir: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def score(model: MemoryAugmentedLM, tokenizer: Any, tasks: Any, **settings: Any) -> dict[str, Any]:
+        seen.append((model.lmbda, len(tokenizer), len(tasks), settings["limit"]))
+        return {
+            "task": {"exact_match,none": model.lmbda / 2, "exact_match_stderr,none": 0.1, "sample_len": 2}
+        }
+
+    monkeypatch.setattr(run_lm_eval, "require_harness", lambda: None)
+    monkeypatch.setattr(run_lm_eval, "score_tasks", score)
+    output = tmp_path / "out.json"
+    table = run_lm_eval.run(
+        Config(model=str(export_dir), questions=questions, limit=3, output=output), World()
+    )
+    assert seen == [(0.0, 300, 1, 3), (0.35, 300, 1, 3)]
+    assert table.splitlines() == ["task  metric       λ = 0   λ = 0.35", "task  exact_match  0.0000  0.1750"]
+    written = json.loads(output.read_text())
+    assert [row["lambda"] for row in written["results"]] == [0.0, 0.35]
+    run_lm_eval.run(Config(model=str(export_dir), questions=questions, lambdas=(0.9, 0.1)), World())
+    assert [lmbda for lmbda, *_ in seen[2:]] == [0.9, 0.1]
+
+
+def test_without_the_harness_the_front_end_names_the_command(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("run_lm_eval_front_end", ROOT / "tools" / "run_lm_eval.py")
+    assert spec is not None and spec.loader is not None
+    front_end = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(front_end)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        engine.importlib.util, "find_spec", lambda name: None if name == "lm_eval" else real(name)
+    )
+    words = ["--model", "somewhere", "--questions", str(questions), "--output", str(tmp_path / "out.json")]
+    assert front_end.main(words) == 2
+    assert 'pip install "lm_eval>=0.4.13"' in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "records", "needle"),
+    [
+        ("questions", [QUESTIONS[0], {"question": "q"}], "line 2 has no text or list in `answer`"),
+        ("questions", [{"answer": "a"}], "line 1 has no text in `question`"),
+        ("questions", [{"question": "q", "answer": []}], "no text or list in `answer`"),
+        ("questions", [], "is empty"),
+        ("ranking", [{"query": "q", "choices": ["one"], "gold": 0}], "two or more texts"),
+        ("ranking", [RANKING[0], {"query": "q", "choices": ["a", "b"], "gold": 2}], "line 2 has 2 in `gold`"),
+        ("ranking", [{"query": "q", "choices": ["a", "b"], "gold": "a"}], "no index"),
+        ("ranking", [7], "no text in `query`"),
+    ],
+)
+def test_wrong_lines(flag: str, records: list[Any], needle: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "lines.jsonl", records)
+    with pytest.raises(UserError, match=needle):
+        build_tasks(Config(model="m", **{flag: path}), tmp_path)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "cut.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": ')
+    (tmp_path / "latin.jsonl").write_bytes(b"caf\xe9")
+    for name, needle in (
+        ("cut", "line 2 is not JSON"),
+        ("latin", "UTF-8"),
+        ("missing", "does not exist: give"),
+    ):
+        with pytest.raises(UserError, match=needle):
+            build_tasks(Config(model="m", questions=tmp_path / f"{name}.jsonl"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        ({"questions": None}, "nothing to ask"),
+        ({"lambdas": (0.5, 1.5)}, "--lambdas 1.5"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"num_fewshot": -1}, "--num-fewshot"),
+        ({"limit": 0}, "--limit"),
+        ({"include_path": Path("/nowhere")}, "--include-path /nowhere"),
+        ({"output": Path("/nowhere/out.json")}, "does not exist"),
+    ],
+)
+def test_wrong_flags(changes: dict[str, Any], needle: str) -> None:
+    with pytest.raises(UserError, match=needle):
+        Config(**{"model": "m", "questions": Path("questions.jsonl"), **changes})
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="the lm-evaluation-harness is not installed"
+)
+def test_the_harness_itself(export_dir: Path, questions: Path, ranking: Path) -> None:
+    table = run_lm_eval.run(
+        Config(model=str(export_dir), questions=questions, ranking=ranking, num_fewshot=1), World()
+    )
+    rows = [line.split()[:2] for line in table.splitlines()[1:]]
+    assert rows == [
+        ["local_questions", "exact_match"],
+        ["local_ranking", "acc"],
+        ["local_ranking", "acc_norm"],
+    ]
+    with pytest.raises(UserError, match="no task no_such_task"):
+        run_lm_eval.run(Config(model=str(export_dir), tasks=("no_such_task",)), World())

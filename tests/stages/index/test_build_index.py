@@ -1,0 +1,213 @@
+"""build_index: the same files from any number of ranks and threads, after a kill and after damage; stock
+faiss reads them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.index_directory import open_index
+from mlpmem_ds.stages.index import build_index
+
+NUM_KEYS, DIM = 1003, 16
+
+
+def result_of(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in ("run.json", "log.jsonl")
+    }
+
+
+def vectors(dtype: type = np.int8) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    centres = generator.integers(-80, 80, size=(20, DIM))
+    return (
+        centres[generator.integers(0, 20, NUM_KEYS)] + generator.integers(-20, 20, (NUM_KEYS, DIM))
+    ).astype(dtype)
+
+
+@pytest.fixture(scope="module")
+def keys(make_keys: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    values = np.random.default_rng(1).integers(0, 50, NUM_KEYS)
+    return make_keys(tmp_path_factory.mktemp("keys") / "keys", vectors(), values)
+
+
+def config(keys_dir: Path, output_dir: Path, **changes: object) -> build_index.Config:
+    return build_index.Config(
+        **{"keys": keys_dir, "output": output_dir, "factory": "IVF8,PQ4x4", "num_shards": 3, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("index") / "index"
+    build_index.run(config(keys, root), World())
+    return root
+
+
+def test_every_key_is_in_the_shard_of_its_unit(undisturbed: Path) -> None:
+    index = open_index(undisturbed)
+    assert index.num_vectors == NUM_KEYS and index.manifest["num_shards"] == 3
+    for number, path in enumerate(index.shard_paths):
+        shard = faiss.read_index(str(path))
+        units = np.arange(NUM_KEYS) // 96 % 3 == number
+        ids = [
+            faiss.rev_swig_ptr(shard.invlists.get_ids(lst), shard.invlists.list_size(lst)).tolist()
+            for lst in range(8)
+        ]
+        assert sorted(sum(ids, [])) == np.flatnonzero(units).tolist()
+        assert index.manifest["shards"][number]["num_vectors"] == shard.ntotal == units.sum()
+    assert faiss.read_index(str(index.trained_path)).ntotal == 0
+
+
+def test_stock_faiss_finds_the_key_itself(keys: Path, tmp_path: Path) -> None:
+    build_index.run(config(keys, tmp_path / "index", factory="IVF8,Flat", num_shards=1), World())
+    stock = faiss.read_index(str(open_index(tmp_path / "index").shard_paths[0]))
+    stock.nprobe = 8
+    distances, ids = stock.search(vectors().astype(np.float32), 1)
+    assert (distances == 0).all() and (vectors()[ids[:, 0]] == vectors()).all()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_give_the_same_files(keys: Path, undisturbed: Path, tmp_path: Path, size: int) -> None:
+    for rank in range(size):  # the owner of `trained` first, so that nobody waits
+        build_index.run(config(keys, tmp_path / "index"), World(rank=rank, size=size))
+    assert result_of(tmp_path / "index") == result_of(undisturbed)
+
+
+def test_ranks_without_a_shard_are_told(
+    keys: Path, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "index")
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        build_index.run(config(keys, tmp_path / "index"), World(rank=0, size=64))
+    assert "so that " in caplog.text and "--num-shards 64 (another --output)" in caplog.text
+
+
+def test_threads_and_rerun_give_the_same_files(keys: Path, undisturbed: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+    for _ in range(2):
+        build_index.run(config(keys, tmp_path / "index", threads=2), World())
+    torch.set_num_threads(threads[0])
+    faiss.omp_set_num_threads(threads[1])
+    assert result_of(tmp_path / "index") == result_of(undisturbed)
+
+
+@pytest.mark.parametrize("damaged", ["trained.faissindex", "shard-1.faissindex"])
+def test_damage_is_repaired(keys: Path, undisturbed: Path, tmp_path: Path, damaged: str) -> None:
+    root = tmp_path / "index"
+    build_index.run(config(keys, root), World())
+    content = bytearray((root / damaged).read_bytes())
+    content[len(content) // 2] ^= 1
+    (root / damaged).write_bytes(content)
+    untouched = (root / "shard-0.faissindex").stat().st_mtime_ns
+    build_index.run(config(keys, root), World())
+    assert result_of(root) == result_of(undisturbed)
+    assert (root / "shard-0.faissindex").stat().st_mtime_ns == untouched
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(2, 20)])
+def test_runs_killed_at_random_leave_the_bytes_of_an_undisturbed_one(
+    keys: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    killed_runs: Callable[..., int],
+    ranks: int,
+    kills: int,
+) -> None:
+    root = tmp_path / "index"
+    assert killed_runs(build_index.run, config(keys, root), ranks=ranks, kills=kills, seed=ranks) == kills
+    assert result_of(root) == result_of(undisturbed)
+
+
+def test_automatic_factory_is_kept_on_a_machine_with_other_memory(
+    make_keys: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run that is continued elsewhere must not become another run."""
+    many = np.tile(vectors(), (10, 1))
+    keys = make_keys(tmp_path / "keys", many, np.zeros(len(many), int), unit_positions=4096)
+    monkeypatch.setattr(build_index, "_memory_bytes", lambda: 10_000)  # little
+    automatic = config(keys, tmp_path / "index", factory="auto")
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        build_index.run(automatic, World())
+    assert open_index(tmp_path / "index").factory == "IVF32,PQ1"
+    assert (
+        "would fill more than half" in caplog.text
+        and "to train on" in caplog.text
+        and "GB on disk" in caplog.text
+    )
+    monkeypatch.undo()
+    caplog.clear()
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        build_index.run(automatic, World())
+    assert open_index(tmp_path / "index").factory == "IVF32,PQ1"
+    assert "when this run was first started" in caplog.text
+
+
+def test_automatic_factory_of_a_tiny_corpus(make_keys: Callable[..., Path], tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys", vectors()[:300], np.zeros(300, int))
+    build_index.run(config(keys, tmp_path / "index", factory="auto"), World())
+    index = open_index(tmp_path / "index")
+    assert index.factory == "IVF1,Flat" and index.manifest["config"]["factory"] == "IVF1,Flat"
+
+
+def test_raw_keys(make_keys: Callable[..., Path], tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys", vectors(np.float16) / 7, np.zeros(NUM_KEYS, int), scale=1)
+    for name in ("one", "two"):
+        build_index.run(config(keys, tmp_path / name), World())
+    assert result_of(tmp_path / "one") == result_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"factory": "Flat"}, "must hold IVF"),
+        ({"factory": "IVF8,PQ5"}, "does not fit"),
+        ({"factory": "IVF2048,Flat"}, "at least 2,048 keys"),
+        ({"keys": Path("nowhere")}, "does not exist"),
+    ],
+)
+def test_bad_inputs_leave_nothing(keys: Path, tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_index.run(config(keys, tmp_path / "index", **changes), World())
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_flipped_byte_of_the_keys_is_refused_and_then_continued(
+    keys: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(keys, tmp_path / "keys")
+    path = sorted((tmp_path / "keys").glob("keys-*.npy"))[-1]
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    settings = config(tmp_path / "keys", tmp_path / "index")
+    with pytest.raises(
+        DamagedDataError, match=f"{path.name} does not have the checksum.*run the stage that made"
+    ):
+        build_index.run(settings, World())
+    path.write_bytes(good)
+    build_index.run(settings, World())
+    assert result_of(tmp_path / "index") == result_of(undisturbed)
+
+
+def test_bad_flags_and_other_runs(keys: Path, undisturbed: Path) -> None:
+    for changes, words in (({"num_shards": 0}, "num-shards 0"), ({"threads": -1}, "threads -1")):
+        with pytest.raises(UserError, match=words):
+            config(keys, undisturbed, **changes)
+    before = result_of(undisturbed)
+    with pytest.raises(UserError, match="already holds another run"):
+        build_index.run(config(keys, undisturbed, factory="IVF4,Flat"), World())
+    assert result_of(undisturbed) == before

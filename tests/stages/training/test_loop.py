@@ -1,0 +1,124 @@
+"""The schedules; what a training says of itself; its picture."""
+
+import json
+import logging
+import sys
+import types
+
+import pytest
+
+from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.training.curves import draw_curves
+from mlpmem_ds.stages.training.loop import learning_rate_at
+from mlpmem_ds.stages.training.metrics import Metrics, progress_note, read_metrics
+from mlpmem_ds.stages.training.validation import BestWeights, Validation
+
+
+def rates(schedule, **changes):
+    settings = {"peak": 2.0, "num_steps": 110, "warmup_steps": 10, "schedule": schedule, **changes}
+    return [learning_rate_at(step, **settings) for step in range(110)]
+
+
+def test_schedules():
+    for schedule in ("cosine", "linear", "wsd", "constant"):
+        found = rates(schedule)
+        assert found[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+        assert found[10] == pytest.approx(2.0) and max(found) <= 2.0
+        assert all(later <= earlier + 1e-12 for earlier, later in zip(found[10:], found[11:], strict=False))
+    assert rates("cosine")[60] == pytest.approx(1.1) and rates("cosine")[109] == pytest.approx(0.2, abs=1e-3)
+    assert rates("linear")[60] == pytest.approx(1.0) and rates("linear")[109] == pytest.approx(0.02)
+    assert (
+        rates("wsd")[89] == 2.0
+        and rates("wsd")[100] == pytest.approx(1.0)
+        and rates("wsd")[109] == pytest.approx(0.1)
+    )
+    assert rates("wsd", decay_share=0.5)[85] == pytest.approx(1.0) and rates("wsd", decay_share=0.0) == rates(
+        "constant"
+    )
+
+
+class FakeWandb(types.ModuleType):
+    """Notes what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.logged = [], []
+
+    def init(self, **settings):
+        self.started.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.logged.append("finished")
+
+
+def test_metrics_are_written_once_a_step_and_to_wandb_if_asked(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    first = Metrics(tmp_path, World(), 0)
+    for step in (1, 2, 3):
+        first.write(step, {"loss": step / 2})
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 4, "lo')  # cut short by a crash
+    again = Metrics(tmp_path, World(), 2, wandb_project="memory", run_id="abc", description={"alpha": 0.5})
+    again.write(3, {"loss": float("nan"), "kl": 1.0})
+    again.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, None),
+    ]
+    assert wandb.started[0]["project"] == "memory" and wandb.started[0]["id"] == "abc"
+    assert wandb.logged == [(3, {"kl": 1.0}), "finished"]
+    Metrics(tmp_path / "nowhere", World(rank=1, size=2), 0).write(1, {"loss": 1.0})
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_note_names_what_is_there(caplog):
+    values = {
+        "loss": 2.0,
+        "learning_rate": 1e-3,
+        "data_wait_share": 0.25,
+        "memory_bytes": 2e9,
+        "skipped_steps": 0.0,
+    }
+    assert progress_note(values) == "loss 2, lr 0.001, wait 25%, 2.00 GB"
+    note = progress_note({**values, "mfu": 0.5, "skipped_steps": 3.0})
+    assert "MFU 50%" in note and "SKIPPED 3 steps" in note
+
+
+def test_curves(tmp_path):
+    assert not draw_curves(tmp_path) and not (tmp_path / "curves.png").exists()
+    lines = [{"step": step, "loss": 1 / step, "kl": None if step == 2 else 1.0} for step in (1, 2, 3)]
+    lines += [{"step": 3, "validation_perplexity": 9.0, "validation_base_perplexity": 10.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    assert draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def history_of(*perplexities):
+    best = BestWeights(None)  # type: ignore[arg-type]
+    best.history = [
+        Validation(step=step, perplexity=value, lmbda=0.5, memory_perplexity=value, base_perplexity=9.0)
+        for step, value in enumerate(perplexities)
+    ]
+    return best
+
+
+def test_patience_counts_validations_since_the_best():
+    assert history_of(5, 4, 4, 4.5).best.step == 1
+    assert not history_of().has_stalled(1) and history_of().best is None
+    assert [history_of(5, 4, 4, 4.5).has_stalled(patience) for patience in (0, 1, 2, 3)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert history_of(*[1.0]).plain() == [
+        {"step": 0, "perplexity": 1.0, "lmbda": 0.5, "memory_perplexity": 1.0, "base_perplexity": 9.0}
+    ]
