@@ -1,0 +1,140 @@
+"""Scores of the kNN arms against brute force over all keys."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.maths.knn import Neighbours
+from mlpmem_ds.stages.evaluation import evaluate
+from mlpmem_ds.stages.evaluation import models as evaluation_arms
+from mlpmem_ds.stages.evaluation.config import Config
+from mlpmem_ds.stages.evaluation.inputs import open_inputs
+from mlpmem_ds.stages.index import build_index
+from mlpmem_ds.stages.retrieval.retriever import TEMPERATURE_FACTORS
+
+from .conftest import NEIGHBOURS, TEMPERATURE, Finished, K, brute_force_knn, forward_base, read_scores
+
+
+def test_knn_arm_equals_a_brute_force_evaluation(
+    finished: Finished, base_dir: Path, keys_dir: Path, corpus_dir: Path
+) -> None:
+    config, _, evaluation = finished
+    row = next(arm for arm in evaluation["arms"] if arm["name"] == "base+knn_exact")
+    choices = [(k, factor * TEMPERATURE) for k in NEIGHBOURS for factor in TEMPERATURE_FACTORS]
+    column = choices.index((row["neighbours"], row["temperature"]))
+    for split in ("tuning", "test", "heldout"):
+        corpus = open_corpus(corpus_dir, split)
+        log_probabilities, states = forward_base(base_dir, corpus)
+        labels = corpus.values(0, corpus.num_positions)
+        p_base = np.exp(log_probabilities[np.arange(len(labels)), labels])
+        p_knn = brute_force_knn(keys_dir, states, labels, row["temperature"], row["neighbours"])
+        found = np.exp(read_scores(config.output, split, "base+knn_exact").astype(np.float64))[:, column]
+        np.testing.assert_allclose(found, p_knn, rtol=2e-6, atol=1e-12)
+        assert (p_knn == 0).any() and (p_knn > 0.01).any()
+        mixture = (1 - row["lambda"]) * p_base + row["lambda"] * p_knn
+        assert row["splits"][split]["ppl"] == pytest.approx(math.exp(-np.log(mixture).mean()), rel=1e-6)
+    assert 0 < row["lambda"] < 1
+
+
+def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(
+    finished: Finished, base_dir: Path, keys_dir: Path, corpus_dir: Path
+) -> None:
+    _, _, evaluation = finished
+    corpus = open_corpus(corpus_dir, "tuning")
+    log_probabilities, states = forward_base(base_dir, corpus)
+    labels = corpus.values(0, corpus.num_positions)
+    p_base = np.exp(log_probabilities[np.arange(len(labels)), labels])
+    perplexities = {}
+    for k in NEIGHBOURS:
+        for factor in TEMPERATURE_FACTORS:
+            p_knn = brute_force_knn(keys_dir, states, labels, factor * TEMPERATURE, k)
+            for weight in np.arange(0, 1, 0.05):
+                perplexities[round(weight, 10), factor * TEMPERATURE, k] = math.exp(
+                    -np.log((1 - weight) * p_base + weight * p_knn).mean()
+                )
+    row = next(arm for arm in evaluation["arms"] if arm["name"] == "base+knn_exact")
+    assert (row["lambda"], row["temperature"], row["neighbours"]) == min(perplexities, key=perplexities.get)
+
+
+def test_the_first_keys_of_a_datastore_are_searched_as_a_datastore_of_their_own(finished: Finished) -> None:
+    store = open_inputs(finished.config).datastore
+    part = store.first(700)
+    queries = store.stored_NE[900:950]
+    for arm in ("base+knn_exact", "base+knn_ivfpq"):
+        found = part.search(arm, queries).ids_QK
+        assert found.max() < 700 and (found >= 0).all()
+    distances = ((queries[:, None].astype(np.int64) - store.stored_NE[None, :700]) ** 2).sum(-1)
+    nearest = np.sort(distances, axis=1)[:, :K]
+    np.testing.assert_array_equal(part.search("base+knn_exact", queries).distances_QK, nearest)
+    assert store.search("base+knn_exact", queries).ids_QK.max() >= 900  # the whole is as it was
+    assert store.search("base+knn_ivfpq", queries).ids_QK.max() >= 900
+
+
+def test_ivfpq_scores_differ_from_exact_ones_but_follow_them(finished: Finished) -> None:
+    config, _, evaluation = finished
+    exact, approximate = (
+        read_scores(config.output, "test", f"base+knn_{kind}") for kind in ("exact", "ivfpq")
+    )
+    assert exact.shape == approximate.shape
+    assert not np.array_equal(exact, approximate)
+    assert np.corrcoef(np.exp(exact[:, 2]), np.exp(approximate[:, 2]))[0, 1] > 0.5
+
+
+def test_all_lists_of_whole_vectors_give_the_exact_scores(
+    config: Config, tmp_path: Path, keys_dir: Path, finished: Finished
+) -> None:
+    build_index.run(build_index.Config(keys=keys_dir, output=tmp_path / "flat", factory="IVF4,Flat"), World())
+    evaluate.run(replace(config, index=tmp_path / "flat", control=(), memory=None), World())
+    exact, all_lists = (read_scores(config.output, "test", f"base+knn_{kind}") for kind in ("exact", "ivfpq"))
+    np.testing.assert_array_equal(exact, read_scores(finished.config.output, "test", "base+knn_exact"))
+    # Equal distances at the k-th place may be cut differently by faiss; elsewhere every bit agrees.
+    assert (exact == all_lists).mean() > 0.99
+    np.testing.assert_allclose(np.exp(exact), np.exp(all_lists), atol=0.05)
+
+
+def test_fewer_neighbours_are_the_nearest_ones_in_any_order_of_the_search(finished: Finished) -> None:
+    store = open_inputs(finished.config).datastore
+    found = store.search("base+knn_exact", store.stored_NE[900:950])
+    generator = np.random.default_rng(0)
+    order = generator.permuted(np.tile(np.arange(K), (50, 1)), axis=1)
+    shuffled = Neighbours(
+        ids_QK=np.take_along_axis(found.ids_QK, order, axis=1),
+        distances_QK=np.take_along_axis(found.distances_QK, order, axis=1),
+    )
+    values = store.values_N[900:950]
+    assert [count for count, _ in store.choices] == [
+        count for count in NEIGHBOURS for _ in TEMPERATURE_FACTORS
+    ]
+    wanted = store.log_probabilities(found, values)
+    np.testing.assert_allclose(store.log_probabilities(shuffled, values), wanted, atol=1e-6)
+    assert not np.allclose(np.exp(wanted[:, 0]), np.exp(wanted[:, -len(TEMPERATURE_FACTORS)]), atol=0.01)
+
+
+def test_all_keys_are_searched_by_default_only_if_that_takes_little_time(
+    config: Config, finished: Finished, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def exact_of(**changes: Any) -> bool:
+        with caplog.at_level("INFO", logger="mlpmem_ds"):
+            return open_inputs(replace(config, **changes)).datastore.exact
+
+    assert exact_of() and "all keys are searched too" in caplog.text
+    monkeypatch.setattr(evaluation_arms, "max_keys_for_exact", lambda: 10)
+    assert not exact_of() and "without base+knn_exact; --exact searches" in caplog.text
+    assert exact_of(exact=True) and not exact_of(exact=False)
+    with pytest.raises(UserError, match="long work for exact search: give --index, or --exact"):
+        exact_of(index=None)
+    shutil.copytree(finished.config.output, config.output)
+    identity = json.loads((config.output / "identity.json").read_text())
+    assert identity["config"]["exact"] is True  # as where the flag was on by default
+    assert exact_of()  # a report goes on as it was begun

@@ -1,0 +1,148 @@
+"""What does not belong together, is damaged or cannot be is refused before a byte is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.stages.evaluation import evaluate
+from mlpmem_ds.stages.evaluation import inputs as evaluation_inputs
+from mlpmem_ds.stages.evaluation.config import Config
+
+from .conftest import Finished, save_memory, save_targets
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        ({"test_split": "train"}, "is the text that the keys"),
+        ({"test_split": "nothing"}, "choose another split"),
+        ({"bootstrap_block": 100_000}, "smaller block"),
+        ({"targets": None}, "need a temperature"),
+        ({"k": 10**6}, r"1,000,000 neighbours are more than the .* smaller --k"),
+        ({"memory": Path("/nowhere/memory")}, "does not exist"),
+        ({"keys": Path("/nowhere/keys")}, "does not exist"),
+        ({"model": "/nowhere/base"}, "/nowhere/base"),
+        ({"control": ("other=/nowhere/model",)}, "neither a memory nor a language model"),
+        ({"control": ("base+other={artifacts}/trained_on",)}, "choose another name"),
+        ({"control": ("a={artifacts}/ce_only", "base+a={artifacts}/ce_only")}, "the same name"),
+    ],
+)
+def test_bad_inputs_are_refused_and_leave_no_output(
+    config: Config, artifacts: Path, changes: dict[str, Any], needle: str
+) -> None:
+    if "control" in changes:
+        changes = {"control": tuple(word.format(artifacts=artifacts) for word in changes["control"])}
+    with pytest.raises(UserError, match=needle):
+        evaluate.run(replace(config, **changes), World())
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        ({"base": "0" * 64}, "another base"),
+        ({"vocabulary_sha256": "0" * 64}, "another vocabulary"),
+    ],
+)
+def test_a_memory_of_another_base_or_vocabulary_is_refused(
+    config: Config, keys_dir: Path, corpus_dir: Path, tmp_path: Path, changes: dict[str, Any], needle: str
+) -> None:
+    root = save_memory(tmp_path / "wrong", open_keys(keys_dir), open_corpus(corpus_dir), seed=3, **changes)
+    for flags in ({"memory": root}, {"control": (f"wrong={root}",)}):
+        with pytest.raises(UserError, match=needle):
+            evaluate.run(replace(config, **flags), World())
+        assert not config.output.exists()
+
+
+def test_keys_index_and_targets_made_from_other_inputs_are_refused(
+    config: Config, artifacts: Path, tmp_path: Path, corpus_dir: Path
+) -> None:
+    other = replace(config, model=str(artifacts / "trained_on"), memory=None, control=())
+    with pytest.raises(UserError, match="extracted from another base"):
+        evaluate.run(other, World())
+    targets = save_targets(tmp_path / "targets", "0" * 64, version=1)
+    with pytest.raises(UserError, match="are of other keys"):
+        evaluate.run(replace(config, targets=targets), World())
+    index = tmp_path / "index"
+    shutil.copytree(artifacts / "index", index)
+    manifest = read_json(index / "manifest.json")
+    manifest["inputs"]["keys"] = "0" * 64
+    (index / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is of other keys"):
+        evaluate.run(replace(config, index=index), World())
+    assert not config.output.exists()
+
+
+def test_an_unfinished_control_is_refused(config: Config, artifacts: Path, tmp_path: Path) -> None:
+    for kind, name in (("ce_only", "base+x"), ("trained_on", "x")):
+        shutil.copytree(artifacts / kind, tmp_path / kind)
+        (tmp_path / kind / "manifest.json").unlink(missing_ok=True)
+        if kind == "trained_on":
+            (tmp_path / kind / "identity.json").write_text(json.dumps({"format": "mlpmem-base"}))
+        with pytest.raises(UserError, match="is not complete: run its stage again"):
+            evaluate.run(replace(config, control=(f"{name}={tmp_path / kind}",)), World())
+        assert not config.output.exists()
+
+
+def test_a_model_with_another_vocabulary_is_refused(config: Config, artifacts: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifacts / "trained_on", tmp_path / "other_words")
+    path = tmp_path / "other_words" / "tokenizer.json"
+    tokenizer = json.loads(path.read_bytes())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[50:52]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="another vocabulary"):
+        evaluate.run(replace(config, control=(f"other={tmp_path / 'other_words'}",)), World())
+    assert not config.output.exists()
+
+
+def test_an_export_that_lacks_weights_is_refused(
+    config: Config, artifacts: Path, base_dir: Path, tmp_path: Path
+) -> None:
+    joint = MemoryAugmentedLM.from_pretrained(base_dir, artifacts / "memory")
+    joint.save_pretrained(tmp_path / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    weights = load_file(file)
+    del weights["memory.blocks.1.mlp.down.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 weights.*export the memory again"):
+        evaluate.run(replace(config, memory=tmp_path / "export"), World())
+    assert not config.output.exists()
+
+
+def test_another_run_in_the_output_is_refused_and_untouched(config: Config, finished: Finished) -> None:
+    shutil.copytree(finished.config.output, config.output)
+    before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="already holds another run"):
+        evaluate.run(replace(config, k=7), World())
+    assert {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_extra_split_is_reported_only_if_the_flag_names_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        splits = evaluation_inputs._open_splits(replace(config, extra_splits=("nothing",)))
+        assert list(splits) == ["tuning", "test"] and caplog.text.count("has no split nothing") == 1
+        monkeypatch.setattr(evaluation_inputs, "DEFAULT_EXTRA_SPLITS", ("nothing",))
+        evaluation_inputs._open_splits(replace(config, extra_splits=("nothing",)))
+    assert caplog.text.count("has no split") == 1
+
+
+def test_fingerprints_tell_the_models_apart(artifacts: Path, base_dir: Path) -> None:
+    assert fingerprint_model(str(base_dir)) != fingerprint_model(str(artifacts / "trained_on"))
