@@ -1,5 +1,4 @@
-"""From a frozen dataclass to a command line: each field is a flag, its metadata the help, its default the
-default.
+"""A command's Config: a frozen dataclass, of which each field is a flag with its help, default and bounds.
 
 Flags are spelled with hyphens (`--block-size`) and accepted with underscores too (`--block_size`), which is
 how DeepSpeed's users write them.
@@ -9,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
+import operator
 import sys
 import textwrap
 import types
@@ -17,20 +18,54 @@ import typing
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mlpmem_ds.core.errors import UserError
 
-ConfigType = TypeVar("ConfigType")
+ConfigType = TypeVar("ConfigType", bound="Flags")
+Identity = Literal["own", "resolved", "none"]
 _WIDTH = 118  # columns of the help
 _MAX_DIGITS = 20  # of a whole number, so that 1e999999 is refused and not written out
+_BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "at least": operator.ge,
+    "at most": operator.le,
+    "above": operator.gt,
+    "below": operator.lt,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What every Config inherits: however it is made, its numbers are finite and within their fields' bounds.
+
+    A Config defines `check` and not `__post_init__`, so that the bounds are always checked, and first.
+    """
+
+    def __init_subclass__(cls) -> None:
+        assert "__post_init__" not in vars(cls), f"{cls.__qualname__}: write check(self) for __post_init__"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_numbers(field, getattr(self, field.name))
+        self.check()
+
+    def check(self) -> None:
+        """Check what ties several flags together, or needs more than bounds.
+
+        Raises:
+            UserError: with the flags, their values and the remedy.
+        """
 
 
 def option(
     help: str,
     default: Any = dataclasses.MISSING,
     *,
-    identity: bool = True,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    identity: Identity = "own",
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
     flag: str | None = None,
@@ -42,8 +77,12 @@ def option(
     Args:
         help: one line with the unit.
         default: left out for a required flag.
-        identity: whether the field decides the bytes of the result; a rerun that changes such a field is
-            refused, while the others (batch sizes, devices, threads) may change from run to run.
+        at_least, at_most, above, below: bounds of the number, or of each number of a tuple; None and text are
+            not compared.
+        identity: what the flag decides. "own": its value decides the bytes of the result, so that a rerun
+            which changes it is refused. "resolved": the stage makes another value of it, which decides the
+            bytes in its place (`auto` becomes a number). "none": it changes no byte (batch sizes, devices,
+            threads) and may change from run to run.
         parse: text to value, where the field's type alone does not say it.
         metavar: the placeholder in the help.
         flag: the flag's name without hyphens in front, where it is not the field's (`lambda` is a word of
@@ -51,8 +90,10 @@ def option(
         choices: the words allowed, where the type does not list them.
         positional: the value is given as a word of its own; the flag is accepted too. For a required field.
     """
+    limits = {"at least": at_least, "at most": at_most, "above": above, "below": below}
     metadata = {
         "help": help,
+        "bounds": {words: limit for words, limit in limits.items() if limit is not None},
         "identity": identity,
         "parse": parse,
         "metavar": metavar,
@@ -84,20 +125,46 @@ def parse_config(
         ),
     )
     hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    for field in dataclasses.fields(config_class):
         _add_flag(parser, field, hints[field.name])
     words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    for field in dataclasses.fields(config_class):
         if field.metadata["positional"]:
-            words = [word.removeprefix(f"{_flag(field)}=") for word in words if word != _flag(field)]
+            words = [word.removeprefix(f"{flag_of(field)}=") for word in words if word != flag_of(field)]
+    _refuse_unknown_flags(parser, words)
     values = vars(parser.parse_args(words))
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        value = values[field.name]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{_flag(field)} {value}: give a finite number")
     return config_class(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     )
+
+
+def _refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Name a misspelt flag and the one most like it, before argparse says that the right one is missing."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for word in words:
+        flag = word.partition("=")[0]
+        if word == "--":
+            break
+        if flag.startswith("--") and " " not in word and flag not in flags:
+            similar = difflib.get_close_matches(flag, flags, n=1)
+            parser.error(f"there is no flag {flag}" + (f"; did you mean {similar[0]}?" if similar else ""))
+
+
+def _check_numbers(field: dataclasses.Field[Any], value: Any) -> None:
+    """Check a flag's number, or each of its numbers.
+
+    Raises:
+        UserError: the first that is not finite or breaks a bound, with the flag and all its bounds.
+    """
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, int | float):
+            continue
+        bounds = field.metadata["bounds"]
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{flag_of(field)} must be a finite number, not {number}")
+        if not all(_BOUNDS[words](number, limit) for words, limit in bounds.items()):
+            rule = " and ".join(f"{words} {limit}" for words, limit in bounds.items())
+            raise UserError(f"{flag_of(field)} must be {rule}, not {number}")
 
 
 def _hyphenate(word: str) -> str:
@@ -109,11 +176,7 @@ def _hyphenate(word: str) -> str:
 
 
 def require_at_least(config: Any, least: int, names: Sequence[str]) -> None:
-    """Check numbers of a Config, in its `__post_init__`.
-
-    Raises:
-        UserError: the first that is less, as its flag.
-    """
+    """Bounds of `train` and `train_base`, until they stand in the fields."""
     for name in names:
         if getattr(config, name) < least:
             raise UserError(
@@ -121,12 +184,13 @@ def require_at_least(config: Any, least: int, names: Sequence[str]) -> None:
             )
 
 
-def _flag(field: dataclasses.Field[Any]) -> str:
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """A field's flag, as users spell it: `--block-size`."""
     return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag = _flag(field)
+    flag = flag_of(field)
     required = field.default is dataclasses.MISSING
     base, is_tuple, choices = _read_hint(hint)
     choices = choices or field.metadata["choices"] or None
@@ -140,7 +204,10 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     if base is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         return
-    settings["type"] = field.metadata["parse"] or (_whole_number if base is int else base)
+    convert = field.metadata["parse"] or (_whole_number if base is int else base)
+    if base in (int, float) and type(None) in typing.get_args(hint):
+        convert = _number_or_none(convert)
+    settings["type"] = convert
     settings["metavar"] = field.metadata["metavar"] or (None if choices else _metavar(base))
     if field.metadata["positional"]:
         parser.add_argument(field.name, type=settings["type"], metavar=settings["metavar"], help=help_text)
@@ -165,6 +232,16 @@ def _whole_number(word: str) -> int:
     if not number.is_finite() or number.adjusted() > _MAX_DIGITS or number != number.to_integral_value():
         raise argparse.ArgumentTypeError(f"{word!r} is no whole number, such as 1000000, 1_000_000 or 1e6")
     return int(number)
+
+
+def _number_or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A number, or the word `none` for one that may be absent: off, or the default that the help names."""
+
+    def number(word: str) -> Any:
+        return None if word == "none" else convert(word)
+
+    number.__name__ = getattr(convert, "__name__", "number")  # argparse names it: "invalid float value"
+    return number
 
 
 def _read_hint(hint: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] | None]:
@@ -206,5 +283,5 @@ def identity_values(config: Any) -> dict[str, Any]:
     return {
         field.name: values[field.name]
         for field in dataclasses.fields(config)
-        if field.metadata.get("identity", True) and _read_hint(hints[field.name])[0] is not Path
+        if field.metadata["identity"] == "own" and _read_hint(hints[field.name])[0] is not Path
     }

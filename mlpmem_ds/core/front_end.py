@@ -17,9 +17,9 @@ import os
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mlpmem_ds.core.config import parse_config
+from mlpmem_ds.core.config import ConfigType, parse_config
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import set_up_logging
 from mlpmem_ds.core.world import World, world_from_environment
@@ -27,7 +27,6 @@ from mlpmem_ds.core.world import World, world_from_environment
 _COLLECTOR = gc.get_threshold()
 gc.set_threshold(100_000, *_COLLECTOR[1:])  # until `run_front_end`
 
-ConfigType = TypeVar("ConfigType")
 _logger = logging.getLogger(__name__)
 
 

@@ -1,22 +1,22 @@
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
-from mlpmem_ds.core.config import identity_values, option, parse_config, plain_values
+from mlpmem_ds.core.config import Flags, identity_values, option, parse_config, plain_values
 from mlpmem_ds.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    input: tuple[str, ...] = option("files", identity=False)
+class Config(Flags):
+    input: tuple[str, ...] = option("files", identity="none")
     output: Path = option("directory")
     block_size: int = option("tokens", 1024)
     rate: float | None = option("a rate in 100 % of cases", None)
     codec: Literal["int8", "raw"] = option("codec", "int8")
     keep: bool = option("keep it", True)
-    threads: int = option("threads", 1, identity=False)
+    threads: int = option("threads", 1, identity="none")
     also: Path | None = option("a path that may be left out", None)
     size: str | None = option("a named size", None, choices=("small", "large"))
 
@@ -88,7 +88,7 @@ def test_identity_leaves_out_paths_and_resources() -> None:
 
 def test_numbers_that_are_none_are_refused() -> None:
     for word in ("nan", "inf"):
-        with pytest.raises(UserError, match=f"--rate {word}: give a finite number"):
+        with pytest.raises(UserError, match=f"--rate must be a finite number, not {word}"):
             parse("--input", "a", "--output", "o", "--rate", word)
 
 
@@ -116,7 +116,7 @@ def test_what_is_no_whole_number_is_refused(word: str, capsys: pytest.CaptureFix
 
 def test_a_positional_word_is_also_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Look:
+    class Look(Flags):
         run: Path = option("directory", metavar="RUN", positional=True)
         threads: int = option("threads", 1)
 
@@ -137,3 +137,76 @@ def test_a_positional_word_is_also_a_flag(capsys: pytest.CaptureFixture[str]) ->
         look("--help")
     text = capsys.readouterr().out
     assert "usage: look.py [-h] [--threads INT] RUN" in text and max(map(len, text.splitlines())) <= 118
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded(Flags):
+    k: int = option("neighbours", 4, at_least=1, at_most=65535)
+    steps: int | None = option("steps", None, at_least=2)
+    share: float = option("a share", 0.5, above=0, below=1)
+    sizes: tuple[int, ...] = option("sizes", (1, 2), at_least=1)
+    lmbda: float = option("weight", 0.25, at_most=1, flag="lambda")
+
+    def check(self) -> None:
+        if self.steps is not None and self.steps > self.k:
+            raise UserError(f"--steps {self.steps} must not pass --k {self.k}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"k": 0}, "--k must be at least 1 and at most 65535, not 0"),
+        ({"k": 65536}, "--k must be at least 1 and at most 65535, not 65536"),
+        ({"steps": 1}, "--steps must be at least 2, not 1"),
+        ({"share": 0.0}, "--share must be above 0 and below 1, not 0.0"),
+        ({"share": float("nan")}, "--share must be a finite number, not nan"),
+        ({"sizes": (3, 0)}, "--sizes must be at least 1, not 0"),
+        ({"lmbda": 1.5}, "--lambda must be at most 1, not 1.5"),
+        ({"steps": 5}, "--steps 5 must not pass --k 4"),
+    ],
+)
+def test_a_number_out_of_its_fields_bounds_is_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Bounded(**flags)
+    assert str(caught.value) == message
+
+
+def test_numbers_on_their_bounds_and_what_is_left_out_are_taken() -> None:
+    assert Bounded(k=65535, steps=2, sizes=(), lmbda=1.0).steps == 2
+    assert Bounded().steps is None
+
+
+def test_a_config_cannot_forget_the_bounds() -> None:
+    with pytest.raises(AssertionError, match=r"write check\(self\)"):
+
+        class Forgetful(Flags):
+            def __post_init__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("--ouput", "there is no flag --ouput; did you mean --output?"),
+        ("--block_sise=3", "there is no flag --block-sise; did you mean --block-size?"),
+        ("--xyzzy", "there is no flag --xyzzy\n"),
+    ],
+)
+def test_a_misspelt_flag_is_named_with_the_one_most_like_it(
+    word: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--input", "a", word, "o")  # and --output is missing
+    assert caught.value.code == 2 and answer in capsys.readouterr().err
+
+
+def test_a_text_that_begins_with_hyphens_is_no_flag() -> None:
+    assert parse("--input", "--not a flag", "--output=--o").output == Path("--o")
+
+
+def test_a_number_that_may_be_absent_is_written_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("--input", "a", "--output", "o", "--rate", "none").rate is None
+    with pytest.raises(SystemExit):
+        parse("--input", "a", "--output", "o", "--block-size", "none")
+    with pytest.raises(SystemExit):
+        parse("--input", "a", "--output", "o", "--rate", "fast")
+    assert "invalid float value: 'fast'" in capsys.readouterr().err

@@ -32,7 +32,7 @@ UNITS = [f"{number}" for number in range(5)]
 class Config:
     output: Path = option("directory")
     factor: int = option("factor", 2)
-    threads: int = option("threads", 1, identity=False)
+    threads: int = option("threads", 1, identity="none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ class Config:
     output: Path = option("model directory to write (Hugging Face format)")
     ds_config: Path = option("DeepSpeed configuration of ZeRO stage 1 or 2", _DEFAULT_DS_CONFIG)
     init_from: str | None = option(
-        "train this model on, a directory or Hub name, instead of a new one", None, identity=False
+        "train this model on, a directory or Hub name, instead of a new one", None, identity="none"
     )
     num_layers: int = option("layers of a new model", 4)
     hidden_size: int = option("width of a new model", 256)
@@ -35,7 +35,7 @@ class Config:
     epochs: int = option("most passes over the train split", 8)
     batch_tokens: int = option("tokens in a step, over all ranks", 2048)
     micro_batch_tokens: int = option(
-        "most tokens that a rank takes through the model at once", 16384, identity=False
+        "most tokens that a rank takes through the model at once", 16384, identity="none"
     )
     learning_rate: float | None = option(
         f"peak of the learning rate (default: {LEARNING_RATE_HELP}, and with --init-from)", None
@@ -53,10 +53,10 @@ class Config:
     )
     seed: int = option("seed of the initial weights and of the order", 0)
     save_every_steps: int = option(
-        "steps between checkpoints; there is one after each epoch too", 500, identity=False
+        "steps between checkpoints; there is one after each epoch too", 500, identity="none"
     )
-    keep_checkpoints: int = option("newest checkpoints kept", 1, identity=False)
-    log_every_steps: int = option("steps between log lines", 10, identity=False)
+    keep_checkpoints: int = option("newest checkpoints kept", 1, identity="none")
+    log_every_steps: int = option("steps between log lines", 10, identity="none")
 
     def __post_init__(self) -> None:
         require_at_least(

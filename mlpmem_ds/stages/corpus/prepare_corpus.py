@@ -45,7 +45,7 @@ class Config:
 
     input: tuple[str, ...] = option(
         "files, directories, globs, saved data sets or datasets:NAME[:CONFIGURATION[:SPLIT]] to read",
-        identity=False,
+        identity="none",
         metavar="PATH",
     )
     tokenizer: str = option(
@@ -70,7 +70,7 @@ class Config:
     processes: int = option(
         "processes that tokenize in this rank; 0 = the machine's cores for a single rank, else 1",
         0,
-        identity=False,
+        identity="none",
     )
 
     def __post_init__(self) -> None:

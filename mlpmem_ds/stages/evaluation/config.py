@@ -39,7 +39,7 @@ def lambda_grid(text: str) -> tuple[float, ...]:
 class Config:
     """What is compared, and on which text."""
 
-    model: str = option("base language model: a directory or Hub name", identity=False)
+    model: str = option("base language model: a directory or Hub name", identity="none")
     corpus: Path = option("corpus directory with the text to predict")
     output: Path = option("report directory to write")
     memory: Path | None = option(
@@ -51,7 +51,7 @@ class Config:
     control: tuple[str, ...] = option(
         "further arms: base+NAME=a memory, NAME=a language model of its own",
         (),
-        identity=False,
+        identity="none",
         metavar="NAME=DIR",
     )
     exact: bool | None = option(
@@ -69,39 +69,39 @@ class Config:
     k: int | None = option(
         "neighbours (default: the targets', else 256); a quarter and a sixteenth of them are tried too",
         None,
-        identity=False,
+        identity="none",
     )
     temperature: float | None = option(
         "kNN temperature in squared key units (default: the targets'); 1/4 to 4 times it are tried",
         None,
-        identity=False,
+        identity="none",
     )
     nprobe: int = option("lists that base+knn_ivfpq probes", 32)
-    lambdas: str = option("values of λ to choose from, first:last:step", "0:1:0.05", identity=False)
-    bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, identity=False)
-    bootstrap_block: int = option("positions in a block of the bootstrap", 256, identity=False)
+    lambdas: str = option("values of λ to choose from, first:last:step", "0:1:0.05", identity="none")
+    bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, identity="none")
+    bootstrap_block: int = option("positions in a block of the bootstrap", 256, identity="none")
     speed_positions: int = option(
         "test positions on which speed is measured at a quarter, half and all of the keys; 0 = not",
         512,
-        identity=False,
+        identity="none",
     )
-    samples: int = option("passages continued without and with the memory in report.md", 3, identity=False)
+    samples: int = option("passages continued without and with the memory in report.md", 3, identity="none")
     unit_positions: int = option("positions in a unit of work", 8192)
     batch_windows: int = option(
         "windows that a GPU reads at once; on a CPU always as many as make 2,048 tokens, so that scores do"
         " not depend on it",
         16,
-        identity=False,
+        identity="none",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the forward passes; auto = bfloat16 on a GPU, float32 on a CPU", "auto", identity=False
+        "of the forward passes; auto = bfloat16 on a GPU, float32 on a CPU", "auto", identity="none"
     )
     memory_weights: Literal["float", "int8"] = option(
         "the memories' matrices: as trained, or rounded to int8 as generate can read them",
         "float",
-        identity=False,
+        identity="none",
     )
-    device: str = option("auto, cpu, cuda or cuda:N", "auto", identity=False)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto", identity="none")
     attention: str = option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ class Config:
     output: Path = option("index directory to write")
     factory: str = option("faiss index factory that holds IVF, such as IVF1024,PQ64, or auto", "auto")
     num_shards: int = option("files that the keys are spread over, filled by different ranks", 4)
-    threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity=False)
+    threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity="none")
 
     def __post_init__(self) -> None:
         if self.num_shards < 1:

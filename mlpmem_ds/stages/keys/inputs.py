@@ -50,12 +50,12 @@ def layer_number(text: str) -> int | float:
 class Config:
     """Which states are kept, and how."""
 
-    model: str = option("language model of the keys: a directory or Hub name", identity=False)
+    model: str = option("language model of the keys: a directory or Hub name", identity="none")
     input_model: str | None = option(
         "base of the memory, with the same tokenizer: gives its inputs and the log-probabilities; left out ="
         " --model",
         None,
-        identity=False,
+        identity="none",
     )
     corpus: Path = option("corpus directory")
     output: Path = option("key directory to write")
@@ -65,24 +65,24 @@ class Config:
         -1,
         parse=layer_number,
         metavar="LAYER",
-        identity=False,
+        identity="none",
     )
     key_point: Point = option("where in the layer the key is read", "ffn_input")
     input_layer: int | float = option(
-        "layer of the memory's inputs", -1, parse=layer_number, metavar="LAYER", identity=False
+        "layer of the memory's inputs", -1, parse=layer_number, metavar="LAYER", identity="none"
     )
     input_point: Point | None = option(
-        "where in the layer the memory's input is read; left out = as --key-point", None, identity=False
+        "where in the layer the memory's input is read; left out = as --key-point", None, identity="none"
     )
     layers_path: str | None = option(
         "dotted path to --model's list of decoder layers, where it is not found by itself",
         None,
-        identity=False,
+        identity="none",
     )
-    input_layers_path: str | None = option("the same for --input-model", None, identity=False)
+    input_layers_path: str | None = option("the same for --input-model", None, identity="none")
     codec: Literal["int8", "raw"] = option("int8 codes of the rotated key, or the raw key", "int8")
-    dim: int = option("numbers in an int8 key; 0 = the width of the model, at most 256", 0, identity=False)
-    raw_dtype: Literal["float16", "bfloat16"] = option("of raw keys", "float16", identity=False)
+    dim: int = option("numbers in an int8 key; 0 = the width of the model, at most 256", 0, identity="none")
+    raw_dtype: Literal["float16", "bfloat16"] = option("of raw keys", "float16", identity="none")
     input_codec: Literal["bf16", "int8", "none"] = option(
         "the memory's inputs: 2 bytes a number, 1 byte a number and 4 for 128, or not stored (online"
         " training)",
@@ -90,16 +90,16 @@ class Config:
     )
     fit_positions: int = option("positions of the sample that fits the int8 codec", 16384)
     unit_positions: int = option("positions in a unit of work", 65536)
-    batch_windows: int = option("windows that the base reads at once", 16, identity=False)
+    batch_windows: int = option("windows that the base reads at once", 16, identity="none")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the base's forward pass; auto = bfloat16 on a GPU, float32 on a CPU", "auto", identity=False
+        "of the base's forward pass; auto = bfloat16 on a GPU, float32 on a CPU", "auto", identity="none"
     )
-    device: str = option("auto, cpu, cuda or cuda:N", "auto", identity=False)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto", identity="none")
     device_map: Literal["none", "auto", "balanced", "balanced_low_0", "sequential"] = option(
         "spread a base that does not fit one GPU over all that this process sees (then start one rank a"
         " machine)",
         "none",
-        identity=False,
+        identity="none",
     )
     attention: str = option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")
     seed: int = option("seed of the int8 codec's sample and rotation, and of the audit's samples", 0)
@@ -107,15 +107,15 @@ class Config:
         "afterwards one rank compares the targets of so many stored keys with those of the raw keys (killed,"
         " it starts anew); 0 = no audit, 2000 is enough",
         0,
-        identity=False,
+        identity="none",
     )
     audit_dims: tuple[int, ...] = option(
-        "other sizes of int8 keys to measure in the audit", (), identity=False
+        "other sizes of int8 keys to measure in the audit", (), identity="none"
     )
     audit_candidates: int = option(
         "positions that the audit searches at most, which bounds its time; the model reads them again",
         1 << 20,
-        identity=False,
+        identity="none",
     )
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ _ROWS = 1 << 16  # rows at hand while a run is written
 class Config:
     """What decides a directory of keys in list order, besides its keys and index."""
 
-    output: Path = option("directory", identity=False)
+    output: Path = option("directory", identity="none")
     run_positions: int = option("positions of a run")
 
 

@@ -50,7 +50,7 @@ _SEARCH_FAULTS = ("has_self", "neighbours_unsorted", "gap_in_neighbours")
 class Config:
     """What decides an audit."""
 
-    targets: Path = option("target directory", identity=False)
+    targets: Path = option("target directory", identity="none")
     positions: int = option("sampled positions", 10_000)
 
 

@@ -22,7 +22,9 @@ class Config:
     keys: Path = option("key directory of extract_keys")
     output: Path = option("target directory to write")
     index: Path | None = option(
-        "index directory of build_index over the same keys; not needed for exact search", None, identity=False
+        "index directory of build_index over the same keys; not needed for exact search",
+        None,
+        identity="none",
     )
     k: int = option("neighbours of a position", 1024)
     temperature: str = option("of the weights exp(-d²/T), in squared key units, or auto", "auto")
@@ -43,35 +45,35 @@ class Config:
     )
     exclude_window: int = option("positions on either side that are no neighbours", 0)
     corpus: Path | None = option(
-        "corpus directory of the keys, for --exclude same-document", None, identity=False
+        "corpus directory of the keys, for --exclude same-document", None, identity="none"
     )
     shard_positions: int = option("positions in a shard file, a multiple of the corpus' block size", 131072)
-    batch_positions: int = option("queries searched at once", 16384, identity=False)
+    batch_positions: int = option("queries searched at once", 16384, identity="none")
     lists: Path | None = option(
         "with ivf: directory for the keys in the order of the lists, on a disk that all ranks share; kept for"
         " further runs (default: inside --output, removed at the end)",
         None,
-        identity=False,
+        identity="none",
     )
     encoding: Encoding = option(
         "compact = half the bytes, within .0025 of total variation; exact = ids and float16 probabilities",
         "compact",
-        identity=False,
+        identity="none",
     )
     container: Container = option(
-        "tar.zst = multi-frame zstd, smaller; tar = plain tar of zstd members", "tar.zst", identity=False
+        "tar.zst = multi-frame zstd, smaller; tar = plain tar of zstd members", "tar.zst", identity="none"
     )
     audit: int = option(
         "positions to compare with exact search over all keys when the targets are written, 0 = none",
         0,
-        identity=False,
+        identity="none",
     )
     raw_keys: Path | None = option(
         "with --audit: key directory of --codec raw over the same corpus and model, as the truth",
         None,
-        identity=False,
+        identity="none",
     )
-    threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity=False)
+    threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity="none")
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= _MAX_COUNTS:

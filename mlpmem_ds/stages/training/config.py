@@ -33,13 +33,13 @@ class Config:
         "base, a directory or Hub name: for --head base, for keys that store no inputs, and for validation on"
         " the corpus's tuning split",
         None,
-        identity=False,
+        identity="none",
     )
     base_sharding: Literal["none", "zero3"] = option(
         "the base beside the training (keys without inputs, validation): whole on each rank, or cut over the"
         " ranks by ZeRO-3, for one that is larger than a GPU; slower, the same numbers",
         "none",
-        identity=False,
+        identity="none",
     )
     preset: str | None = option(
         "a named size of memory, instead of the four flags below; parameters at a vocabulary of"
@@ -65,7 +65,7 @@ class Config:
     epochs: float = option("passes over all positions", 5.0)
     batch_positions: int = option("positions in a step, over all ranks", 2048)
     micro_batch_positions: int = option(
-        "most positions that a rank takes through the model at once", 8192, identity=False
+        "most positions that a rank takes through the model at once", 8192, identity="none"
     )
     learning_rate: float | None = option(f"peak of the learning rate (default: {LEARNING_RATE_HELP})", None)
     warmup_fraction: float = option("share of the steps that warm up", 0.05)
@@ -103,36 +103,36 @@ class Config:
     recompute_activations: bool = option(
         "compute activations again in the backward instead of keeping them: less memory, a little more time",
         False,
-        identity=False,
+        identity="none",
     )
     compile: bool = option(
         "let torch.compile make one kernel of what stands between a block's matrices (swiglu gains); needs a"
         " C++ compiler, on a GPU Triton",
         False,
-        identity=False,
+        identity="none",
     )
-    save_every_steps: int = option("steps between checkpoints", 500, identity=False)
-    keep_checkpoints: int = option("newest checkpoints kept", 2, identity=False)
+    save_every_steps: int = option("steps between checkpoints", 500, identity="none")
+    keep_checkpoints: int = option("newest checkpoints kept", 2, identity="none")
     copy_to: Path | None = option(
         "second place for checkpoints, copied in the background and resumed from if OUTPUT's are gone", None
     )
     resume: Literal["auto", "never"] = option(
         "continue from the newest whole checkpoint, or discard the checkpoints and start anew",
         "auto",
-        identity=False,
+        identity="none",
     )
-    log_every_steps: int = option("steps between log lines", 10, identity=False)
+    log_every_steps: int = option("steps between log lines", 10, identity="none")
     max_seconds: float = option(
         "save and stop after so many seconds of steps; the same command continues; 0 = no limit",
         0.0,
-        identity=False,
+        identity="none",
     )
     max_skipped_steps: int = option(
         "steps in a row without finite gradients after which the training stops; 0 = never",
         10,
-        identity=False,
+        identity="none",
     )
-    wandb_project: str | None = option("Weights & Biases project to log to as well", None, identity=False)
+    wandb_project: str | None = option("Weights & Biases project to log to as well", None, identity="none")
 
     def __post_init__(self) -> None:
         require_at_least(
