@@ -14,6 +14,7 @@ FLOORS = ("core", "maths", "formats", "models", "engines", "stages")
 OWNERS = {
     "faiss": {"engines/faiss.py"},
     "deepspeed": {"engines/deepspeed.py"},
+    "matplotlib": {"engines/plotting.py"},
     "triton": {"maths/kernels/sparse_rows.py", "maths/kernels/probability_rows.py"},
 }
 # What travels with an exported model imports nothing of ours but its neighbours.

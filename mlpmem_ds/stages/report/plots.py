@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.files import publish
+from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.stages.report.breakdowns import KIND
 from mlpmem_ds.stages.report.words import scaled_text
 
@@ -147,16 +148,10 @@ def plot_speeds(evaluation: Mapping[str, Any], path: Path) -> None:
 
 
 def _figure(num_panels: int) -> tuple[Any, list[Any]]:
-    # The object interface: no global state, no window system. Imported late, a second that only the last rank
-    # pays.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 4.5)
     return figure, [figure.add_subplot(1, num_panels, panel + 1) for panel in range(num_panels)]
 
 
 def _save(figure: Any, path: Path) -> None:
     with publish(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        save_png(figure, temporary)

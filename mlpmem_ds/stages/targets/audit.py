@@ -28,6 +28,7 @@ from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.formats.key_rows import KeyRows
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
@@ -300,11 +301,7 @@ def _log(record: dict[str, Any]) -> None:
 
 
 def _plot(record: dict[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 3.2)
     labels = [f"{decile['most']:,}" for decile in record["by_list_size"]]
     places = range(len(labels))
     panels = (
@@ -318,4 +315,4 @@ def _plot(record: dict[str, Any], path: Path) -> None:
         axes.set_xticks(list(places), labels, rotation=60, fontsize=7)
         axes.set_xlabel("keys in the position's list, up to (deciles)")
         axes.set_title(f"{title}: {overall:.4f}")
-    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+    save_png(figure, path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.files import publish
+from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.stages.training.metrics import read_metrics
 
 # Title of a panel → (metric, label) of its lines; a panel without any of its metrics is left out.
@@ -33,11 +34,7 @@ def draw_curves(output: Path) -> bool:
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 1 s to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3 * ((len(panels) + 1) // 2)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 3 * ((len(panels) + 1) // 2))
     for number, (title, curves) in enumerate(panels.items(), start=1):
         axes: Any = figure.add_subplot((len(panels) + 1) // 2, 2, number)
         for label, points in curves:
@@ -50,7 +47,7 @@ def draw_curves(output: Path) -> bool:
         if len(curves) > 1:
             axes.legend(fontsize=8)
     with publish(output / "curves.png") as path:
-        figure.savefig(path, format="png", dpi=110)
+        save_png(figure, path, dpi=110)
     return True
 
 
