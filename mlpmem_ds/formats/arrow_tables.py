@@ -21,7 +21,7 @@ import numpy as np
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.document_readers import import_arrow
-from mlpmem_ds.maths.targets import SparseRows
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 DATASTORE, TARGETS = ("keys", "vals"), ("id_cnt", "token_id", "prob", "label")
@@ -111,10 +111,8 @@ def read_keys(table: ArrowTable, start: int, stop: int) -> np.ndarray:
     return keys_nD
 
 
-def read_rows(
-    table: ArrowTable, start: int, stop: int, vocab_size: int
-) -> tuple[SparseRows, np.ndarray, np.ndarray]:
-    """(rows with ascending ids, the mass that they lack of 1 [n], labels [n]).
+def read_rows(table: ArrowTable, start: int, stop: int, vocab_size: int) -> tuple[SparseRows, np.ndarray]:
+    """(rows with ascending ids, whose dropped mass is what they lack of 1; labels [n]).
 
     Raises:
         UserError: names the first row that is no distribution over the vocabulary.
@@ -147,10 +145,9 @@ def read_rows(
     sums_n = np.bincount(row_of_E, weights=values_E, minlength=stop - start)
     if (sums_n > 1.01).any():
         raise table.fault(start + int(np.argmax(sums_n > 1.01)), "its probabilities sum to more than 1")
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_n)])
     lacking_n = np.where(counts_n > 0, np.maximum(1 - sums_n, 0), 0)
-    rows = SparseRows(offsets=offsets, ids=ids_E, probabilities=values_E)
-    return rows, lacking_n, table.numbers("label", start, stop)
+    rows = SparseRows.of_counts(counts_n, ids_E, values_E, lacking_n)
+    return rows, table.numbers("label", start, stop)
 
 
 def write_datastore(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], width: int) -> int:
@@ -180,14 +177,12 @@ def write_rows(path: Path, parts: Iterable[tuple[SparseRows, np.ndarray]]) -> in
 
     def batches() -> Iterable[list[Any]]:
         for rows, labels_n in parts:
-            counts_n = np.diff(rows.offsets)
-            row_of_E = np.repeat(np.arange(len(counts_n)), counts_n)
-            order_E = np.lexsort((rows.ids, -rows.probabilities, row_of_E))
+            order_E = np.lexsort((rows.ids, -rows.probabilities, rows.row_of_E))
             offsets = arrow.array(rows.offsets.astype(np.int32))
             ids = arrow.array(rows.ids[order_E].astype(np.int32))
             values = arrow.array(rows.probabilities[order_E].astype(np.float16))
             yield [
-                arrow.array(counts_n.astype(np.int32)),
+                arrow.array(rows.counts_n.astype(np.int32)),
                 arrow.ListArray.from_arrays(offsets, ids),
                 arrow.ListArray.from_arrays(offsets, values),
                 arrow.array(labels_n.astype(np.int32)),

@@ -33,13 +33,17 @@ from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.targets import Targets
 from mlpmem_ds.maths.sparse_loss import TargetBatch
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 _WINDOWS_KEPT = 2  # a batch may lie across the end of one window and the start of the next
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
-    """Rows [first_row, first_row + len(positions_n)) of an epoch, in training order; `blocks` ascending."""
+class TrainingWindow:
+    """Some blocks, whose positions are permuted together: rows [first_row, first_row + n) of an epoch.
+
+    `blocks` ascending; `positions_n` int64 [n], in training order.
+    """
 
     first_row: int
     blocks: tuple[int, ...]
@@ -47,8 +51,15 @@ class Window:
 
 
 class TrainingOrder:
-    """See the module's text. Holds the latest windows' permutations. By block, a window is one block in its
-    own order."""
+    """Which position is read at which row of a run: a pure function of the seed.
+
+    Args:
+        num_positions: N, the rows of an epoch.
+        block_size: B, positions of a block; the last one may be shorter.
+        window_blocks: blocks whose positions are permuted together.
+        seed: of all permutations.
+        by_block: only blocks are permuted; a window is then one block, its positions ascending.
+    """
 
     def __init__(
         self, *, num_positions: int, block_size: int, window_blocks: int, seed: int, by_block: bool = False
@@ -56,9 +67,9 @@ class TrainingOrder:
         self.num_positions, self.block_size, self.by_block = num_positions, block_size, by_block
         self._window_blocks, self._seed = 1 if by_block else window_blocks, seed
         self._num_blocks = -(-num_positions // block_size)
-        self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], TrainingWindow] = OrderedDict()
 
-    def parts(self, start: int, stop: int) -> Iterator[tuple[Window, np.ndarray]]:
+    def parts(self, start: int, stop: int) -> Iterator[tuple[TrainingWindow, np.ndarray]]:
         """The run's rows [start, stop): each window that they touch, with their positions in order."""
         while start < stop:
             epoch, row = divmod(start, self.num_positions)
@@ -72,7 +83,7 @@ class TrainingOrder:
         """int64: the positions at the run's rows [start, stop)."""
         return np.concatenate([positions for _, positions in self.parts(start, stop)])
 
-    def _window_of(self, epoch: int, row: int) -> Window:
+    def _window_of(self, epoch: int, row: int) -> TrainingWindow:
         for (of_epoch, _), window in self._windows.items():
             if of_epoch == epoch and 0 <= row - window.first_row < len(window.positions_n):
                 return window
@@ -87,7 +98,7 @@ class TrainingOrder:
                 for block in chosen
             ]
         )
-        window = Window(
+        window = TrainingWindow(
             first_row=int(starts[index]),
             blocks=tuple(chosen.tolist()),
             positions_n=(
@@ -101,48 +112,40 @@ class TrainingOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Consecutive stored rows of a window, or the rows of a batch: inputs as bfloat16 bits, targets in
-    CSR."""
+class TrainingRows:
+    """Rows of a window or of a batch.
+
+    `inputs_nI` bfloat16 bits; `log_probabilities_n` the base's of the values, None where the loss does not
+    need them; `targets` in int32 and float32.
+    """
 
     inputs_nI: np.ndarray
     values_n: np.ndarray
     log_probabilities_n: np.ndarray | None
-    offsets: np.ndarray
-    ids_E: np.ndarray
-    probabilities_E: np.ndarray
+    targets: SparseRows
 
-    def take(self, rows_n: np.ndarray) -> Rows:
+    def take(self, rows_m: np.ndarray) -> TrainingRows:
         """The rows at these indices, in their order."""
-        counts = self.offsets[rows_n + 1] - self.offsets[rows_n]
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        entries = np.repeat(self.offsets[rows_n] - offsets[:-1], counts) + np.arange(offsets[-1])
-        logs = None if self.log_probabilities_n is None else self.log_probabilities_n[rows_n]
-        return Rows(
-            inputs_nI=self.inputs_nI[rows_n],
-            values_n=self.values_n[rows_n],
-            log_probabilities_n=logs,
-            offsets=offsets,
-            ids_E=self.ids_E[entries],
-            probabilities_E=self.probabilities_E[entries],
+        logs_n = self.log_probabilities_n
+        return TrainingRows(
+            inputs_nI=self.inputs_nI[rows_m],
+            values_n=self.values_n[rows_m],
+            log_probabilities_n=None if logs_n is None else logs_n[rows_m],
+            targets=self.targets.take(rows_m),
         )
 
-
-def join_rows(parts: list[Rows]) -> Rows:
-    """The parts one after another."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
-    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
-    logs = [part.log_probabilities_n for part in parts if part.log_probabilities_n is not None]
-    return Rows(
-        inputs_nI=np.concatenate([part.inputs_nI for part in parts]),
-        values_n=np.concatenate([part.values_n for part in parts]),
-        log_probabilities_n=np.concatenate(logs) if logs else None,
-        offsets=np.concatenate([*offsets, starts[-1:]]),
-        ids_E=np.concatenate([part.ids_E for part in parts]),
-        probabilities_E=np.concatenate([part.probabilities_E for part in parts]),
-    )
+    @classmethod
+    def join(cls, parts: Sequence[TrainingRows]) -> TrainingRows:
+        """The rows of the parts (at least one), one part after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        logs = [part.log_probabilities_n for part in parts if part.log_probabilities_n is not None]
+        return cls(
+            inputs_nI=np.concatenate([part.inputs_nI for part in parts]),
+            values_n=np.concatenate([part.values_n for part in parts]),
+            log_probabilities_n=np.concatenate(logs) if logs else None,
+            targets=SparseRows.join([part.targets for part in parts]),
+        )
 
 
 class InputReader(Protocol):
@@ -199,7 +202,7 @@ class BatchReader:
         self._keys, self._targets, self._order = keys, targets, order
         self._batch_positions, self._rank, self._size = batch_positions, rank, size
         self._num_micro_batches, self._with_log_probabilities = num_micro_batches, with_log_probabilities
-        self._stored: OrderedDict[tuple[int, ...], Rows] = OrderedDict()
+        self._stored: OrderedDict[tuple[int, ...], TrainingRows] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, batch: int) -> list[MicroBatch]:
@@ -228,7 +231,7 @@ class BatchReader:
                 micro_batches = self._cut(self._scattered_rows(batch))
                 return lambda: micro_batches
             runs, inputs = self._runs_of(batch, self._rank), self._inputs
-            rows = join_rows([self._read(run, with_inputs=inputs is None) for run in runs])
+            rows = TrainingRows.join([self._read(run, with_inputs=inputs is None) for run in runs])
             if inputs is not None and inputs.is_collective:
                 all_runs = [self._runs_of(batch, rank) for rank in range(self._size)]
                 return lambda: self._cut(dataclasses.replace(rows, inputs_nI=inputs(runs, all_runs)))
@@ -237,11 +240,11 @@ class BatchReader:
             )
             return lambda: micro_batches
 
-    def _cut(self, rows: Rows) -> list[MicroBatch]:
+    def _cut(self, rows: TrainingRows) -> list[MicroBatch]:
         count = len(rows.values_n) // self._num_micro_batches
         return [self._micro_batch(rows, Block(at, at + count)) for at in range(0, len(rows.values_n), count)]
 
-    def _scattered_rows(self, batch: int) -> Rows:
+    def _scattered_rows(self, batch: int) -> TrainingRows:
         start = batch * self._batch_positions
         parts, skipped = [], self._rank
         for window, positions in self._order.parts(start, start + self._batch_positions):
@@ -249,7 +252,7 @@ class BatchReader:
             skipped = (skipped - len(positions)) % self._size
             if len(mine):
                 parts.append(self._load(window.blocks).take(self._rows_in(window.blocks, mine)))
-        return join_rows(parts)
+        return TrainingRows.join(parts)
 
     def _runs_of(self, batch: int, rank: int) -> list[Block]:
         """A rank's positions in a batch, ordered by block."""
@@ -280,12 +283,12 @@ class BatchReader:
         size = self._order.block_size
         return np.searchsorted(np.asarray(blocks), positions_n // size) * size + positions_n % size
 
-    def _load(self, blocks: tuple[int, ...]) -> Rows:
+    def _load(self, blocks: tuple[int, ...]) -> TrainingRows:
         """The stored rows of these blocks; kept, so that a run in one window reads its data once."""
         if blocks not in self._stored:
             while len(self._stored) >= _WINDOWS_KEPT:
                 self._stored.popitem(last=False)
-            self._stored[blocks] = join_rows([self._read(run) for run in self._runs(blocks)])
+            self._stored[blocks] = TrainingRows.join([self._read(run) for run in self._runs(blocks)])
         return self._stored[blocks]
 
     def _runs(self, blocks: tuple[int, ...]) -> list[Block]:
@@ -295,38 +298,24 @@ class BatchReader:
         groups = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
         return [Block(int(group[0]) * size, min((int(group[-1]) + 1) * size, total)) for group in groups]
 
-    def _read(self, run: Block, *, with_inputs: bool = True) -> Rows:
-        logs = self._keys.read("log_probabilities", *run) if self._with_log_probabilities else None
-        offsets, ids, probabilities = (
-            np.zeros(run.size + 1, dtype=np.int64),
-            np.empty(0, np.int32),
-            np.empty(0, np.float32),
-        )
-        if self._targets is not None:
-            sparse = self._targets.read(*run)
-            offsets, ids, probabilities = sparse.offsets, sparse.ids, sparse.probabilities.astype(np.float32)
-        return Rows(
+    def _read(self, run: Block, *, with_inputs: bool = True) -> TrainingRows:
+        targets = SparseRows.empty(run.size) if self._targets is None else self._targets.read(*run)
+        return TrainingRows(
             inputs_nI=self._keys.read_inputs(*run) if with_inputs else np.empty((run.size, 0), np.uint16),
             values_n=self._keys.read("values", *run),
-            log_probabilities_n=logs,
-            offsets=offsets,
-            ids_E=ids,
-            probabilities_E=probabilities,
+            log_probabilities_n=(
+                self._keys.read("log_probabilities", *run) if self._with_log_probabilities else None
+            ),
+            targets=targets.astype(np.int32, np.float32),
         )
 
     @staticmethod
-    def _micro_batch(rows: Rows, block: Block) -> MicroBatch:
+    def _micro_batch(rows: TrainingRows, block: Block) -> MicroBatch:
         part = rows.take(np.arange(*block))
-        logs = part.log_probabilities_n
-        targets = TargetBatch(
-            offsets_N1=torch.from_numpy(part.offsets),
-            ids=torch.from_numpy(part.ids_E.astype(np.int64)),
-            probabilities=torch.from_numpy(part.probabilities_E),
-            labels_N=torch.from_numpy(part.values_n.astype(np.int64)),
-            row_weights_N=None,
-            base_log_probabilities_N=None if logs is None else torch.from_numpy(logs),
+        return MicroBatch(
+            inputs_NI=torch.from_numpy(part.inputs_nI).view(torch.bfloat16),
+            targets=TargetBatch.of_rows(part.targets, part.values_n, part.log_probabilities_n),
         )
-        return MicroBatch(inputs_NI=torch.from_numpy(part.inputs_nI).view(torch.bfloat16), targets=targets)
 
 
 def _finite_rows(part: MicroBatch) -> torch.Tensor:

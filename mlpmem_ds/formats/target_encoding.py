@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from mlpmem_ds.maths.targets import SparseRows
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 Encoding: TypeAlias = Literal["exact", "compact"]
 
@@ -43,20 +43,6 @@ _ARRAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "dropped": ("|u1",),
     },
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetRows:
-    """Sparse targets of some positions: row r has ``ids[offsets[r]:offsets[r + 1]]``, ascending.
-
-    ``offsets`` int64 [n + 1], ``ids`` int32 [E], ``probabilities`` float32 [E] (not renormalized after
-    truncation), ``dropped`` float32 [n], the mass that truncation took away.
-    """
-
-    offsets: np.ndarray
-    ids: np.ndarray
-    probabilities: np.ndarray
-    dropped: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +70,6 @@ def frequency_order(counts_V: np.ndarray, *, dtype: np.dtype[Any]) -> np.ndarray
 def pack_block(
     first: int,
     rows: SparseRows,
-    dropped_n: np.ndarray,
     *,
     dtype: np.dtype[Any],
     encoding: Encoding = "exact",
@@ -95,13 +80,12 @@ def pack_block(
     Entries that float16 rounds to 0 join the dropped mass. ``dtype`` of the ids (uint16 or uint32);
     ``order_V`` of `frequency_order` is what the compact encoding numbers tokens by.
     """
-    num_rows = len(dropped_n)
-    row_of_E = np.repeat(np.arange(num_rows), np.diff(rows.offsets))
+    num_rows, row_of_E = rows.num_rows, rows.row_of_E
     kept_E = rows.probabilities.astype(np.float16) > 0
     lost_n = np.bincount(row_of_E[~kept_E], weights=rows.probabilities[~kept_E], minlength=num_rows)
     row_of_E, ids_E, probabilities_E = row_of_E[kept_E], rows.ids[kept_E], rows.probabilities[kept_E]
     counts_n = np.bincount(row_of_E, minlength=num_rows)
-    dropped_n = dropped_n + lost_n
+    dropped_n = rows.dropped + lost_n
     if encoding == "exact":
         details: dict[str, Any] = {"version": 1}
         arrays = {
@@ -116,8 +100,8 @@ def pack_block(
     return TargetBlock(first=first, count=num_rows, entries=len(ids_E), arrays=arrays, details=details)
 
 
-def unpack_block(block: TargetBlock, encoding: str, order_V: np.ndarray | None) -> TargetRows:
-    """The rows of a sample.
+def unpack_block(block: TargetBlock, encoding: str, order_V: np.ndarray | None) -> SparseRows:
+    """The rows of a sample, ids int32, probabilities and dropped mass float32.
 
     Raises:
         ValueError: the arrays do not fit together.
@@ -138,12 +122,12 @@ def unpack_block(block: TargetBlock, encoding: str, order_V: np.ndarray | None) 
     if offsets[-1] != block.entries:
         raise ValueError(f"the counts add up to {offsets[-1]} where there are {block.entries} entries")
     if encoding == "exact":
-        ids, probabilities, dropped = (
-            arrays["ids"].astype(np.int32),
-            arrays["probabilities"].astype(np.float32),
-            arrays["dropped"].astype(np.float32),
+        return SparseRows(
+            offsets=offsets,
+            ids=arrays["ids"].astype(np.int32),
+            probabilities=arrays["probabilities"].astype(np.float32),
+            dropped=arrays["dropped"].astype(np.float32),
         )
-        return TargetRows(offsets=offsets, ids=ids, probabilities=probabilities, dropped=dropped)
     assert order_V is not None
     return _expand(block, counts_n, offsets, order_V)
 
@@ -208,7 +192,7 @@ def _levels(
     return np.maximum(np.rint(roots_E * steps), 1).astype(np.int64), steps
 
 
-def _expand(block: TargetBlock, counts_n: np.ndarray, offsets: np.ndarray, order_V: np.ndarray) -> TargetRows:
+def _expand(block: TargetBlock, counts_n: np.ndarray, offsets: np.ndarray, order_V: np.ndarray) -> SparseRows:
     """Compact arrays to rows whose ids ascend and whose probabilities and dropped mass add up to 1."""
     arrays, steps = block.arrays, block.details["steps"]
     if not 1 <= steps <= _MAX_STEPS:
@@ -217,12 +201,8 @@ def _expand(block: TargetBlock, counts_n: np.ndarray, offsets: np.ndarray, order
     levels_E = _widen(arrays["levels"], _WIDE_LEVEL, arrays["wide_levels"], np.uint16)
     dropped_n = (arrays["dropped"] * np.float64(block.details["dropped_step"])).astype(np.float32)
     if not block.entries:
-        return TargetRows(
-            offsets=offsets,
-            ids=np.empty(0, np.int32),
-            probabilities=np.empty(0, np.float32),
-            dropped=dropped_n,
-        )
+        no_ids, no_probabilities = np.empty(0, np.int32), np.empty(0, np.float32)
+        return SparseRows(offsets=offsets, ids=no_ids, probabilities=no_probabilities, dropped=dropped_n)
     if levels_E.max() > steps or not levels_E.min():
         raise ValueError(f"levels lie in [{levels_E.min()}, {levels_E.max()}], there are {steps}")
     ids_E, probabilities_E = np.empty(block.entries, np.int32), np.empty(block.entries, np.float32)
@@ -245,7 +225,7 @@ def _expand(block: TargetBlock, counts_n: np.ndarray, offsets: np.ndarray, order
                 level_bits,
                 probability_of_level,
             )
-    return TargetRows(offsets=offsets, ids=ids_E, probabilities=probabilities_E, dropped=dropped_n)
+    return SparseRows(offsets=offsets, ids=ids_E, probabilities=probabilities_E, dropped=dropped_n)
 
 
 def _row_groups(offsets: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,6 @@ from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.formats.target_encoding import (
     Encoding,
     TargetBlock,
-    TargetRows,
     frequency_order,
     pack_block,
     unpack_block,
@@ -40,6 +39,7 @@ from mlpmem_ds.formats.target_shards import (
     stored_bytes,
     write_shard,
 )
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 __all__ = [
     "FORMAT",
@@ -47,7 +47,6 @@ __all__ = [
     "Container",
     "Encoding",
     "TargetBlock",
-    "TargetRows",
     "Targets",
     "frequency_order",
     "index_name",
@@ -55,7 +54,6 @@ __all__ = [
     "pack_block",
     "shard_name",
     "stored_bytes",
-    "take_rows",
     "version_of",
     "write_shard",
 ]
@@ -97,7 +95,7 @@ class Targets:
         """`tar.zst` or `tar`."""
         return self.manifest.get("container", "tar.zst")
 
-    def read(self, start: int, stop: int) -> TargetRows:
+    def read(self, start: int, stop: int) -> SparseRows:
         """The rows of positions [start, stop); only the samples that hold them are read.
 
         Raises:
@@ -105,15 +103,14 @@ class Targets:
         """
         if not 0 <= start <= stop <= self.num_positions:
             raise ValueError(f"positions [{start}, {stop}) are not among {self.num_positions}")
-        return _join(
-            [
-                _cut(rows, start - first, stop - first)
-                for shard in self._shards_of(start, stop)
-                for first, rows in self._samples_of(shard, start, stop)
-            ]
-        )
+        parts = [
+            rows.rows(max(start - first, 0), min(stop - first, rows.num_rows))
+            for shard in self._shards_of(start, stop)
+            for first, rows in self._samples_of(shard, start, stop)
+        ]
+        return SparseRows.join(parts) if parts else SparseRows.empty(0).astype(np.int32, np.float32)
 
-    def gather(self, positions_n: np.ndarray) -> TargetRows:
+    def gather(self, positions_n: np.ndarray) -> SparseRows:
         """The rows of any positions, in their order, repeated ones too; a sample that holds several of them
         is read once."""
         positions_n = np.asarray(positions_n, dtype=np.int64)
@@ -121,13 +118,15 @@ class Targets:
             raise ValueError(f"some positions are not among {self.num_positions}")
         wanted = np.unique(positions_n)
         size = self.manifest["block_size"]
+        if not len(wanted):
+            return self.read(0, 0)
         parts = []
-        for chosen in np.split(wanted, np.flatnonzero(np.diff(wanted // size)) + 1) if len(wanted) else []:
+        for chosen in np.split(wanted, np.flatnonzero(np.diff(wanted // size)) + 1):
             first = int(chosen[0]) // size * size
-            parts.append(take_rows(self.read(first, min(first + size, self.num_positions)), chosen - first))
-        return take_rows(_join(parts), np.searchsorted(wanted, positions_n))
+            parts.append(self.read(first, min(first + size, self.num_positions)).take(chosen - first))
+        return SparseRows.join(parts).take(np.searchsorted(wanted, positions_n))
 
-    def read_all(self) -> TargetRows:
+    def read_all(self) -> SparseRows:
         """Every row, after comparing each shard with its checksum."""
         for shard in self.manifest["shards"]:
             self.check(shard["name"])
@@ -161,7 +160,7 @@ class Targets:
         first = bisect_right(shards, start, key=lambda shard: shard["first"]) - 1
         return shards[first : bisect_left(shards, stop, key=lambda shard: shard["first"])]
 
-    def _samples_of(self, shard: dict[str, Any], start: int, stop: int) -> Iterator[tuple[int, TargetRows]]:
+    def _samples_of(self, shard: dict[str, Any], start: int, stop: int) -> Iterator[tuple[int, SparseRows]]:
         """(first position, rows) of the samples of a shard that hold some of the positions [start, stop)."""
         samples, order_V = self._index_of(shard), self._order_V
         path = self.root / shard["name"]
@@ -221,52 +220,9 @@ def open_targets(root: Path, *, flag: str = "--targets") -> Targets:
     return Targets(root=root, sha256=sha256, manifest=manifest)
 
 
-def take_rows(rows: TargetRows, indices_n: np.ndarray) -> TargetRows:
-    """The rows at these indices, in their order."""
-    counts_n = rows.offsets[indices_n + 1] - rows.offsets[indices_n]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_n)])
-    entries_E = np.repeat(rows.offsets[indices_n] - offsets[:-1], counts_n) + np.arange(offsets[-1])
-    return TargetRows(
-        offsets=offsets,
-        ids=rows.ids[entries_E],
-        probabilities=rows.probabilities[entries_E],
-        dropped=rows.dropped[indices_n],
-    )
-
-
 def _version_there(root: Path) -> int:
     """The version of a directory, if it is one that this reader knows; else the newest, which its refusal
     then names."""
     path = root / "manifest.json"
     found = read_json(path).get("version") if path.is_file() else None
     return found if found in _VERSIONS else _VERSIONS[-1]
-
-
-def _cut(rows: TargetRows, start: int, stop: int) -> TargetRows:
-    """Rows [start, stop) of a block, as far as it has them."""
-    low, high = max(start, 0), min(stop, len(rows.dropped))
-    if (low, high) == (0, len(rows.dropped)):
-        return rows
-    entries = slice(int(rows.offsets[low]), int(rows.offsets[high]))
-    return TargetRows(
-        offsets=rows.offsets[low : high + 1] - rows.offsets[low],
-        ids=rows.ids[entries],
-        probabilities=rows.probabilities[entries],
-        dropped=rows.dropped[low:high],
-    )
-
-
-def _join(parts: list[TargetRows]) -> TargetRows:
-    if len(parts) == 1:
-        return parts[0]
-    counts_n = _concatenate([np.diff(part.offsets) for part in parts], np.int64)
-    return TargetRows(
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_n)]),
-        ids=_concatenate([part.ids for part in parts], np.int32),
-        probabilities=_concatenate([part.probabilities for part in parts], np.float32),
-        dropped=_concatenate([part.dropped for part in parts], np.float32),
-    )
-
-
-def _concatenate(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate(parts, dtype=dtype) if parts else np.empty(0, dtype)

@@ -1,18 +1,24 @@
-"""Pipeline: sparse kNN targets as shards hold them → **targets made ready for the training loss**.
+"""Sparse kNN targets → tensors for the training loss: of one batch, and made ready for its chunks.
 
 Shape legend: N rows, E stored teacher entries.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetBatch:
-    """Targets of N rows; row n has the teacher entries ``[offsets[n], offsets[n + 1])``.
+    """What the loss takes besides hidden states: `SparseRows` of the teacher as tensors, and labels.
 
     ``offsets_N1`` int64, ``ids`` int64 [E] (an id may repeat within a row), ``probabilities`` float32 [E]
     (not negative), ``labels_N`` int64, ``row_weights_N`` float32 (0 = ignored, whatever its label; None = all
@@ -26,7 +32,34 @@ class TargetBatch:
     row_weights_N: Tensor | None = None
     base_log_probabilities_N: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> "TargetBatch":
+    @classmethod
+    def of_rows(
+        cls,
+        rows: SparseRows,
+        labels_N: np.ndarray[Any, Any],
+        base_log_probabilities_N: np.ndarray[Any, Any] | None = None,
+    ) -> TargetBatch:
+        """A batch on the host, of rows as shards hold them; the dropped mass plays no part in the loss."""
+        logs_N = base_log_probabilities_N
+        return cls(
+            offsets_N1=torch.from_numpy(rows.offsets),
+            ids=torch.from_numpy(rows.ids.astype(np.int64)),
+            probabilities=torch.from_numpy(rows.probabilities),
+            labels_N=torch.from_numpy(labels_N.astype(np.int64)),
+            base_log_probabilities_N=None if logs_N is None else torch.from_numpy(logs_N),
+        )
+
+    @classmethod
+    def of_labels(cls, labels_N: Tensor) -> TargetBatch:
+        """A batch without a teacher, on the labels' device: the loss is their cross entropy."""
+        return cls(
+            offsets_N1=torch.zeros(len(labels_N) + 1, dtype=torch.int64),
+            ids=labels_N.new_empty(0),
+            probabilities=torch.empty(0, device=labels_N.device),
+            labels_N=labels_N,
+        )
+
+    def to(self, device: torch.device | str) -> TargetBatch:
         """The same on another device, but for the offsets: they stay on the host, where they bound the chunks
         without a wait."""
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from mlpmem_ds.maths.targets import SparseRows
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -42,14 +42,14 @@ def recall(found_QK: Array, truth_QK: Array, count: int) -> Array:
     return np.where(num_true_Q > 0, hits_Q / np.maximum(num_true_Q, 1), 1.0)
 
 
-def distances(truth: SparseRows, found: SparseRows, dropped_Q: Array, vocab_size: int) -> Distances:
+def distances(truth: SparseRows, found: SparseRows, vocab_size: int) -> Distances:
     """How far found rows are from true ones; both are normalized first.
 
     The divergence is KL(truth ‖ found), where the dropped mass (but at least 1e-6) of a found row is spread
     evenly over the vocabulary: without that one missing id makes it infinite. Two empty rows agree; an empty
     and a full one are 1 apart.
     """
-    num_rows = len(dropped_Q)
+    num_rows = found.num_rows
     keys_of_truth, shares_of_truth = _shares(truth, vocab_size)
     keys_of_found, shares_of_found = _shares(found, vocab_size)
     keys, places = np.unique(np.concatenate([keys_of_truth, keys_of_found]), return_inverse=True)
@@ -58,8 +58,8 @@ def distances(truth: SparseRows, found: SparseRows, dropped_Q: Array, vocab_size
     q[places[len(keys_of_truth) :]] = shares_of_found
     rows = keys // vocab_size
     variation_Q = np.bincount(rows, weights=np.abs(p - q), minlength=num_rows) / 2
-    one_empty_Q = (np.diff(truth.offsets) == 0) != (np.diff(found.offsets) == 0)
-    smoothing = np.maximum(dropped_Q, _MIN_SMOOTHING)[rows]
+    one_empty_Q = (truth.counts_n == 0) != (found.counts_n == 0)
+    smoothing = np.maximum(found.dropped, _MIN_SMOOTHING)[rows]
     smooth_q = (1 - smoothing) * q + smoothing / vocab_size
     terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / smooth_q), 0.0)
     return Distances(
@@ -87,26 +87,23 @@ def total_variation(
 
 def probability_of(rows: SparseRows, ids_Q: Array) -> Array:
     """The probability of one id in each row, as stored, float64 [Q]; 0 where the row does not have it."""
-    row_of_entry = np.repeat(np.arange(len(ids_Q)), np.diff(rows.offsets))
+    row_of_entry = rows.row_of_E
     is_asked = rows.ids == ids_Q[row_of_entry]
     return np.bincount(row_of_entry[is_asked], weights=rows.probabilities[is_asked], minlength=len(ids_Q))
 
 
-def count_faulty_rows(rows: SparseRows, dropped_Q: Array, vocab_size: int) -> dict[str, int]:
+def count_faulty_rows(rows: SparseRows, vocab_size: int) -> dict[str, int]:
     """Rows that no target may have: `unsorted` (ids must ascend), `outside` (an id that is no token, such as
     -1), `not_finite` (NaN, infinite, zero or negative probabilities) and `wrong_sum` (kept and dropped mass
     more than 1e-3 from 1)."""
-    num_rows = len(dropped_Q)
-    counts_Q = np.diff(rows.offsets)
-    row_of_entry = np.repeat(np.arange(num_rows), counts_Q)
+    num_rows, counts_Q, row_of_entry = rows.num_rows, rows.counts_n, rows.row_of_E
 
     def rows_with(is_bad: Array, row_of: Array) -> int:
         return len(np.unique(row_of[is_bad]))
 
     same_row = row_of_entry[1:] == row_of_entry[:-1]
-    sums_Q = (
-        np.bincount(row_of_entry, weights=np.nan_to_num(rows.probabilities), minlength=num_rows) + dropped_Q
-    )
+    kept_Q = np.bincount(row_of_entry, weights=np.nan_to_num(rows.probabilities), minlength=num_rows)
+    sums_Q = kept_Q + rows.dropped
     is_bad = ~(np.isfinite(rows.probabilities) & (rows.probabilities > 0))
     return {
         "unsorted": rows_with(same_row & (rows.ids[1:] <= rows.ids[:-1]), row_of_entry[1:]),
@@ -118,7 +115,6 @@ def count_faulty_rows(rows: SparseRows, dropped_Q: Array, vocab_size: int) -> di
 
 def _shares(rows: SparseRows, vocab_size: int) -> tuple[Array, Array]:
     """(row * V + id, probability over the row's sum) of each entry."""
-    num_rows = len(rows.offsets) - 1
-    row_of_entry = np.repeat(np.arange(num_rows), np.diff(rows.offsets))
-    sums_Q = np.bincount(row_of_entry, weights=rows.probabilities, minlength=num_rows)
+    row_of_entry = rows.row_of_E
+    sums_Q = np.bincount(row_of_entry, weights=rows.probabilities, minlength=rows.num_rows)
     return row_of_entry * np.int64(vocab_size) + rows.ids, rows.probabilities / sums_Q[row_of_entry]

@@ -7,10 +7,11 @@ result does not depend on the rows beside it. (Across kinds of processor `exp` m
 Shape legend: Q queries (rows), K neighbours a row, W widest row, nnz stored entries.
 """
 
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -18,19 +19,6 @@ _BISECTIONS = 60
 _MARGIN = 1e-9
 USUAL_PERPLEXITY = 100.0
 """neighbours that count where nobody said how many, if k allows it"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseRows:
-    """Sparse distributions: row q has ``ids[offsets[q]:offsets[q + 1]]``, ascending and distinct, with their
-    probabilities.
-
-    ``offsets`` int64 [Q + 1], ``ids`` int64 [nnz], ``probabilities`` float64 [nnz].
-    """
-
-    offsets: Array
-    ids: Array
-    probabilities: Array
 
 
 def neighbour_weights(squared_distances_QK: Array, temperature: float, valid_QK: Array) -> Array:
@@ -101,9 +89,7 @@ def aggregate(weights_QK: Array, values_QK: Array) -> SparseRows:
     """
     num_rows, num_neighbours = weights_QK.shape
     if not weights_QK.size:
-        return SparseRows(
-            offsets=np.zeros(num_rows + 1, np.int64), ids=np.zeros(0, np.int64), probabilities=np.zeros(0)
-        )
+        return SparseRows.empty(num_rows)
     used_QK = weights_QK > 0
     # One integer sort does it all: value first, then place in the row; what has no weight goes last.
     last = np.iinfo(np.int64).max
@@ -116,39 +102,30 @@ def aggregate(weights_QK: Array, values_QK: Array) -> SparseRows:
     weights = np.take_along_axis(weights_QK, places_QK, axis=1)[kept_QK]
     entries = np.cumsum(is_first_QK[kept_QK]) - 1
     num_entries_Q = is_first_QK.sum(axis=1)
-    return SparseRows(
-        offsets=np.concatenate([[0], np.cumsum(num_entries_Q)]).astype(np.int64),
-        ids=sorted_QK[is_first_QK],
-        probabilities=np.bincount(entries, weights=weights, minlength=int(num_entries_Q.sum())).astype(
-            np.float64
-        ),
-    )
+    sums = np.bincount(entries, weights=weights, minlength=int(num_entries_Q.sum())).astype(np.float64)
+    return SparseRows.of_counts(num_entries_Q, sorted_QK[is_first_QK], sums)
 
 
-def truncate(rows: SparseRows, mass: float, keep_ids_Q: Array | None = None) -> tuple[SparseRows, Array]:
+def truncate(rows: SparseRows, mass: float, keep_ids_Q: Array | None = None) -> SparseRows:
     """Keep each row's most probable ids until they hold ``mass`` of its total; of equal ones the lower id
     comes first.
 
     ``keep_ids_Q``: one id a row (the gold token) that stays if the row has it. What is kept is not
-    renormalized. Returns the rows and the probability dropped from each, float64 [Q].
+    renormalized; what is not joins the rows' dropped mass.
     """
     if not 0 < mass <= 1:
         raise ValueError(
             f"mass is {mass}; it is the share of a row's probability to keep, above 0 and at most 1"
         )
-    counts_Q = np.diff(rows.offsets)
-    row_of_entry = np.repeat(np.arange(len(counts_Q)), counts_Q)
+    counts_Q, row_of_entry = rows.counts_n, rows.row_of_E
     keep = _in_head(rows, counts_Q, row_of_entry, mass)
     if keep_ids_Q is not None:
         keep |= rows.ids == keep_ids_Q[row_of_entry]
     kept_counts_Q = np.bincount(row_of_entry[keep], minlength=len(counts_Q))
-    kept = SparseRows(
-        offsets=np.concatenate([[0], np.cumsum(kept_counts_Q)]).astype(np.int64),
-        ids=rows.ids[keep],
-        probabilities=rows.probabilities[keep],
-    )
     dropped_Q = np.bincount(row_of_entry[~keep], weights=rows.probabilities[~keep], minlength=len(counts_Q))
-    return kept, dropped_Q.astype(np.float64)
+    return SparseRows.of_counts(
+        kept_counts_Q, rows.ids[keep], rows.probabilities[keep], rows.dropped + dropped_Q
+    )
 
 
 def knn_probability(weights_QK: Array, values_QK: Array, labels_Q: Array) -> Array:

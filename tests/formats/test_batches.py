@@ -8,7 +8,7 @@ import torch
 
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
-from mlpmem_ds.maths.targets import SparseRows
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 N, BLOCK, WIDTH, VOCABULARY = 203, 16, 3, 11
 
@@ -38,10 +38,8 @@ class FakeTargets:
         counts = np.arange(start, stop) % 4
         ids = [np.arange(count) for count in counts]
         probabilities = [position + row for position, row in zip(range(start, stop), ids, strict=True)]
-        return SparseRows(
-            offsets=np.concatenate([[0], np.cumsum(counts)]),
-            ids=np.concatenate(ids),
-            probabilities=np.concatenate(probabilities).astype(np.float64),
+        return SparseRows.of_counts(
+            counts, np.concatenate(ids), np.concatenate(probabilities).astype(np.float64)
         )
 
 

@@ -10,37 +10,32 @@ import pytest
 
 from mlpmem_ds.formats.target_encoding import (
     TargetBlock,
-    TargetRows,
     frequency_order,
     pack_block,
     unpack_block,
 )
-from mlpmem_ds.maths.targets import SparseRows
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 VOCAB_SIZE = 100_000
 ORDER = np.random.default_rng(0).permutation(VOCAB_SIZE).astype("<u4")
 
 
-def make_rows(num_rows: int, most: int, *, sharpness: float, seed: int = 0) -> tuple[SparseRows, np.ndarray]:
+def make_rows(num_rows: int, most: int, *, sharpness: float, seed: int = 0) -> SparseRows:
     generator = np.random.default_rng(seed)
     counts = generator.integers(0, most, num_rows)
     ids = [np.sort(generator.choice(VOCAB_SIZE, count, replace=False)) for count in counts]
     weights = [np.exp(sharpness * generator.normal(size=count)) for count in counts]
     weights = [np.maximum(row, 1e-6 * row.sum()) for row in weights]  # float16 keeps them
-    rows = SparseRows(
-        offsets=np.concatenate([[0], np.cumsum(counts)]),
-        ids=np.concatenate(ids),
-        probabilities=np.concatenate([0.999 * row / row.sum() if len(row) else row for row in weights]),
-    )
-    return rows, np.where(counts > 0, 0.001, 0.0)
+    probabilities = np.concatenate([0.999 * row / row.sum() if len(row) else row for row in weights])
+    return SparseRows.of_counts(counts, np.concatenate(ids), probabilities, np.where(counts > 0, 0.001, 0.0))
 
 
-def pack(rows: SparseRows, dropped: np.ndarray, **changes: object) -> TargetBlock:
+def pack(rows: SparseRows, **changes: object) -> TargetBlock:
     settings = {"dtype": np.dtype("<u4"), "encoding": "compact", "order_V": ORDER} | changes
-    return pack_block(40, rows, dropped, **settings)  # type: ignore[arg-type]
+    return pack_block(40, rows, **settings)  # type: ignore[arg-type]
 
 
-def variation(found: TargetRows, rows: SparseRows) -> float:
+def variation(found: SparseRows, rows: SparseRows) -> float:
     """Mean over the rows that have entries, of rows brought to sum 1."""
     distances = []
     for start, stop in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
@@ -52,9 +47,9 @@ def variation(found: TargetRows, rows: SparseRows) -> float:
 
 @pytest.mark.parametrize(("most", "sharpness"), [(9, 0.5), (60, 3.0), (400, 0.3), (400, 2.5)])
 def test_compact_keeps_the_entries_and_its_distance(most: int, sharpness: float) -> None:
-    rows, dropped = make_rows(120, most, sharpness=sharpness)
-    found = unpack_block(pack(rows, dropped), "compact", ORDER)
-    exact = unpack_block(pack(rows, dropped, encoding="exact"), "exact", None)
+    rows = make_rows(120, most, sharpness=sharpness)
+    found = unpack_block(pack(rows), "compact", ORDER)
+    exact = unpack_block(pack(rows, encoding="exact"), "exact", None)
     assert np.array_equal(found.offsets, exact.offsets) and np.array_equal(found.ids, exact.ids)
     assert found.ids.dtype == np.int32 and found.probabilities.dtype == found.dropped.dtype == np.float32
     assert variation(found, rows) < 0.003
@@ -69,14 +64,12 @@ def test_every_gap_and_level_comes_back() -> None:
     probabilities = np.array([3e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.2, 0.688899])
     both = [(ORDER[ranks], probabilities), (ORDER[[VOCAB_SIZE - 1]], np.ones(1)), (ORDER[:0], np.ones(0))]
     order = [np.argsort(ids) for ids, _ in both]
-    rows = SparseRows(
-        offsets=np.array([0, 8, 9, 9]),
-        ids=np.concatenate([ids[place] for (ids, _), place in zip(both, order, strict=True)]).astype(
-            np.int64
-        ),
-        probabilities=np.concatenate([p[place] for (_, p), place in zip(both, order, strict=True)]),
+    rows = SparseRows.of_counts(
+        np.array([8, 1, 0]),
+        np.concatenate([ids[place] for (ids, _), place in zip(both, order, strict=True)]).astype(np.int64),
+        np.concatenate([p[place] for (_, p), place in zip(both, order, strict=True)]),
     )
-    block = pack(rows, np.zeros(3))
+    block = pack(rows)
     assert block.arrays["wide_gaps"].tolist() == [255, 256, 65_534, VOCAB_SIZE - 1]
     assert len(block.arrays["wide_levels"]) >= 1
     found = unpack_block(block, "compact", ORDER)
@@ -86,20 +79,20 @@ def test_every_gap_and_level_comes_back() -> None:
 
 
 def test_what_float16_rounds_away_is_dropped_in_both() -> None:
-    rows = SparseRows(
-        offsets=np.array([0, 2, 3]), ids=np.array([3, 5, 2]), probabilities=np.array([1e-9, 0.75, 1e-9])
+    rows = SparseRows.of_counts(
+        np.array([2, 1]), np.array([3, 5, 2]), np.array([1e-9, 0.75, 1e-9]), np.array([0.25, 0.5])
     )
     for encoding in ("exact", "compact"):
-        found = unpack_block(pack(rows, np.array([0.25, 0.5]), encoding=encoding), encoding, ORDER)
+        found = unpack_block(pack(rows, encoding=encoding), encoding, ORDER)
         assert found.offsets.tolist() == [0, 1, 1] and found.ids.tolist() == [5]
         assert np.allclose(found.probabilities, 0.75, atol=1e-3)
         assert np.allclose(found.dropped, [0.25, 0.5], atol=1e-3)
 
 
 def test_empty_blocks() -> None:
-    rows = SparseRows(offsets=np.zeros(3, np.int64), ids=np.zeros(0, np.int64), probabilities=np.zeros(0))
+    rows = SparseRows.empty(2)
     for encoding in ("exact", "compact"):
-        found = unpack_block(pack(rows, np.zeros(2), encoding=encoding), encoding, ORDER)
+        found = unpack_block(pack(rows, encoding=encoding), encoding, ORDER)
         assert found.offsets.tolist() == [0, 0, 0] and not len(found.ids) and found.dropped.tolist() == [0, 0]
 
 
@@ -109,12 +102,10 @@ def test_frequent_tokens_come_first() -> None:
 
 
 def test_a_block_that_does_not_fit_in_a_word_is_refused() -> None:
-    rows = SparseRows(
-        offsets=np.zeros(2**33 % 7 + 1, np.int64), ids=np.zeros(0, np.int64), probabilities=np.zeros(0)
-    )
+    rows = SparseRows.empty(2**33 % 7)
     huge = np.lib.stride_tricks.as_strided(np.zeros(1, "<u4"), (2**60,), (0,))
     with pytest.raises(ValueError, match="use shorter blocks"):
-        pack(rows, np.zeros(len(rows.offsets) - 1), order_V=huge)
+        pack(rows, order_V=huge)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from mlpmem_ds.formats.targets import (
     ORDER_NAME,
     Container,
     Encoding,
-    TargetRows,
     index_name,
     open_targets,
     pack_block,
@@ -37,7 +36,7 @@ from mlpmem_ds.formats.targets import (
     version_of,
     write_shard,
 )
-from mlpmem_ds.maths.targets import SparseRows
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 NUM_POSITIONS, BLOCK_SIZE, SHARD_POSITIONS, VOCAB_SIZE = 117, 8, 40, 70_000
 
@@ -58,11 +57,12 @@ def source() -> tuple[list[dict[int, float]], np.ndarray]:
     return rows, np.array([0.1 if row else 0.0 for row in rows])
 
 
-def sparse(rows: list[dict[int, float]]) -> SparseRows:
-    return SparseRows(
-        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
-        ids=np.array([token for row in rows for token in row], np.int64),
-        probabilities=np.array([probability for row in rows for probability in row.values()]),
+def sparse(rows: list[dict[int, float]], dropped: np.ndarray | None = None) -> SparseRows:
+    return SparseRows.of_counts(
+        np.array([len(row) for row in rows]),
+        np.array([token for row in rows for token in row], np.int64),
+        np.array([probability for row in rows for probability in row.values()]),
+        dropped,
     )
 
 
@@ -89,8 +89,10 @@ def write_targets(root: Path, encoding: Encoding = "exact", container: Container
         blocks = [
             pack_block(
                 start + part.start,
-                sparse(rows[start + part.start : start + part.stop]),
-                dropped[start + part.start : start + part.stop],
+                sparse(
+                    rows[start + part.start : start + part.stop],
+                    dropped[start + part.start : start + part.stop],
+                ),
                 dtype=np.dtype("<u4"),
                 encoding=encoding,
                 order_V=order(),
@@ -241,7 +243,7 @@ def test_only_the_samples_that_are_needed_are_touched(
         targets.read_all()
 
 
-def same_rows(found: TargetRows, expected: TargetRows) -> bool:
+def same_rows(found: SparseRows, expected: SparseRows) -> bool:
     names = ("offsets", "ids", "probabilities", "dropped")
     return all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in names)
 
@@ -361,8 +363,8 @@ def test_shards_must_cover_the_positions(copy: Path) -> None:
 
 
 def test_what_float16_rounds_away_is_dropped_mass() -> None:
-    rows = sparse([{3: 1e-9, 5: 0.75}, {}, {2: 1e-9}])
-    block = pack_block(10, rows, np.array([0.25, 0.0, 0.5]), dtype=np.dtype("<u2"))
+    rows = sparse([{3: 1e-9, 5: 0.75}, {}, {2: 1e-9}], np.array([0.25, 0.0, 0.5]))
+    block = pack_block(10, rows, dtype=np.dtype("<u2"))
     found = {name: array.tolist() for name, array in block.arrays.items()}
     assert found == {"counts": [1, 0, 0], "ids": [5], "probabilities": [0.75], "dropped": [0.25, 0.0, 0.5]}
     assert block.arrays["ids"].dtype == np.uint16

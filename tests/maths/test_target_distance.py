@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.target_distance import (
     count_faulty_rows,
     distances,
@@ -10,16 +11,16 @@ from mlpmem_ds.maths.target_distance import (
     recall,
     total_variation,
 )
-from mlpmem_ds.maths.targets import SparseRows
 
 VOCAB_SIZE = 12
 
 
-def sparse(rows):
-    return SparseRows(
-        offsets=np.cumsum([0, *map(len, rows)]),
-        ids=np.array([token for row in rows for token in row], np.int64),
-        probabilities=np.array([p for row in rows for p in row.values()], np.float64),
+def sparse(rows, dropped=None):
+    return SparseRows.of_counts(
+        np.array([len(row) for row in rows]),
+        np.array([token for row in rows for token in row], np.int64),
+        np.array([p for row in rows for p in row.values()], np.float64),
+        dropped,
     )
 
 
@@ -40,7 +41,7 @@ def test_distances_equal_plain_loops():
     scale = np.linspace(0.9, 1, len(found))  # not normalized: truncation took the rest
     dropped = np.where([bool(row) for row in found], 1 - scale, 0.0)
     cut = [{token: p * s for token, p in row.items()} for row, s in zip(found, scale, strict=True)]
-    result = distances(sparse(truth), sparse(cut), dropped, VOCAB_SIZE)
+    result = distances(sparse(truth), sparse(cut, dropped), VOCAB_SIZE)
     for number, (p, q) in enumerate(zip(truth, found, strict=True)):
         tokens = set(p) | set(q)
         expected = sum(abs(p.get(t, 0) - q.get(t, 0)) for t in tokens) / 2
@@ -70,14 +71,13 @@ def test_probability_of_the_asked_id():
 
 
 def test_each_fault_is_counted_once_a_row():
-    good = sparse([{1: 0.5, 4: 0.5}, {}, {2: 0.9}])
-    dropped = np.array([0, 0, 0.1])
+    good = sparse([{1: 0.5, 4: 0.5}, {}, {2: 0.9}], np.array([0, 0, 0.1]))
     none = {"unsorted": 0, "outside": 0, "not_finite": 0, "wrong_sum": 0}
-    assert count_faulty_rows(good, dropped, VOCAB_SIZE) == none
+    assert count_faulty_rows(good, VOCAB_SIZE) == none
 
-    def faults(ids=good.ids, probabilities=good.probabilities, dropped=dropped):
-        rows = SparseRows(offsets=good.offsets, ids=np.array(ids), probabilities=np.array(probabilities))
-        return count_faulty_rows(rows, dropped, VOCAB_SIZE)
+    def faults(ids=good.ids, probabilities=good.probabilities, dropped=good.dropped):
+        rows = SparseRows.of_counts(good.counts_n, np.array(ids), np.array(probabilities), dropped)
+        return count_faulty_rows(rows, VOCAB_SIZE)
 
     assert faults(ids=[4, 1, 2]) == {**none, "unsorted": 1}
     assert faults(ids=[4, 4, 2]) == {**none, "unsorted": 1}

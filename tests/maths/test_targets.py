@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.targets import (
-    SparseRows,
     aggregate,
     fit_temperature,
     knn_probability,
@@ -86,9 +86,9 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_missing_neighbours_behind_it(
 def test_aggregate_of_nothing(shape):
     rows = aggregate(np.zeros(shape), np.zeros(shape, int))
     np.testing.assert_array_equal(rows.offsets, np.zeros(shape[0] + 1))
-    kept, dropped = truncate(rows, 0.9, np.zeros(shape[0], int))
+    kept = truncate(rows, 0.9, np.zeros(shape[0], int))
     np.testing.assert_array_equal(kept.offsets, rows.offsets)
-    np.testing.assert_array_equal(dropped, np.zeros(shape[0]))
+    np.testing.assert_array_equal(kept.dropped, np.zeros(shape[0]))
     np.testing.assert_array_equal(
         knn_probability(np.zeros(shape), np.zeros(shape, int), np.zeros(shape[0])), np.zeros(shape[0])
     )
@@ -131,7 +131,7 @@ def test_truncate_keeps_the_fewest_most_probable_ids(mass, with_gold):
     distances, values, valid = make_rows(num_rows=60, k=40, vocabulary=12)
     rows = aggregate(neighbour_weights(distances, 40.0, valid), values)
     gold = np.random.default_rng(3).integers(0, 14, 60)  # some ids no row has
-    kept, dropped = truncate(rows, mass, gold if with_gold else None)
+    kept = truncate(rows, mass, gold if with_gold else None)
     for row, (before, after) in enumerate(zip(as_dicts(rows), as_dicts(kept), strict=True)):
         total, reached, expected = sum(before.values()), 0.0, set()
         for token, probability in sorted(before.items(), key=lambda item: (-item[1], item[0])):
@@ -142,28 +142,26 @@ def test_truncate_keeps_the_fewest_most_probable_ids(mass, with_gold):
             expected.add(int(gold[row]))
         assert set(after) == expected and list(after) == sorted(after)
         assert all(after[token] == before[token] for token in after)
-        assert dropped[row] == pytest.approx(total - sum(after.values()), abs=1e-12)
+        assert kept.dropped[row] == pytest.approx(total - sum(after.values()), abs=1e-12)
     if mass == 1.0:
-        assert (dropped == 0).all()
+        assert (kept.dropped == 0).all()
 
 
 def test_truncate_breaks_ties_by_id():
-    rows = SparseRows(
-        offsets=np.array([0, 4, 6]),
-        ids=np.array([2, 3, 5, 9, 1, 4]),
-        probabilities=np.array([0.25] * 4 + [0.5] * 2),
+    rows = SparseRows.of_counts(
+        np.array([4, 2]), np.array([2, 3, 5, 9, 1, 4]), np.array([0.25] * 4 + [0.5] * 2)
     )
-    kept, dropped = truncate(rows, 0.5)
+    kept = truncate(rows, 0.5)
     np.testing.assert_array_equal(kept.ids, [2, 3, 1])
     np.testing.assert_array_equal(kept.offsets, [0, 2, 3])
-    np.testing.assert_array_equal(dropped, [0.5, 0.5])
-    kept, dropped = truncate(rows, 0.5, np.array([9, 7]))
+    np.testing.assert_array_equal(kept.dropped, [0.5, 0.5])
+    kept = truncate(rows, 0.5, np.array([9, 7]))
     np.testing.assert_array_equal(kept.ids, [2, 3, 9, 1])
-    np.testing.assert_array_equal(dropped, [0.25, 0.5])
+    np.testing.assert_array_equal(kept.dropped, [0.25, 0.5])
 
 
 def test_truncate_refuses_a_mass_that_is_not_a_share():
-    rows = SparseRows(offsets=np.array([0]), ids=np.zeros(0, int), probabilities=np.zeros(0))
+    rows = SparseRows.empty(0)
     for mass in (0, 1.01, float("nan")):
         with pytest.raises(ValueError, match="mass is"):
             truncate(rows, mass)

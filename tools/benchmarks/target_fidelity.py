@@ -20,9 +20,9 @@ from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.target_encoding import unpack_block
 from mlpmem_ds.formats.targets import frequency_order, index_name, pack_block, shard_name, write_shard
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours
+from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.target_distance import distances, recall
 from mlpmem_ds.maths.targets import (
-    SparseRows,
     aggregate,
     fit_temperature,
     neighbour_weights,
@@ -101,21 +101,17 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
             row_of("both", f"perplexity_mean_{name}", "arithmetic mean", [float(perplexities_Q.mean())]),
         ]
         for arm, encoding in (("ours", "compact"), ("exact", "exact")):
-            kept, dropped_Q, num_bytes = _written(
-                store, found, positions_Q, temperature, config.mass, encoding, work
-            )
-            rows += _rows_of(arm, name, truth, kept, dropped_Q, num_bytes, case.keys)
+            kept, num_bytes = _written(store, found, positions_Q, temperature, config.mass, encoding, work)
+            rows += _rows_of(arm, name, truth, kept, num_bytes, case.keys)
         published = published_rows(case.truth, stock, queries_QD, store.values_N, config.k, temperature)
         counts_Q = np.array([len(ids) for ids, _ in published])
-        sparse = SparseRows(
-            offsets=np.concatenate([[0], np.cumsum(counts_Q)]),
-            ids=np.concatenate([ids for ids, _ in published]).astype(np.int64),
-            probabilities=np.concatenate([probabilities for _, probabilities in published]).astype(
-                np.float64
-            ),
+        sparse = SparseRows.of_counts(
+            counts_Q,
+            np.concatenate([ids for ids, _ in published]).astype(np.int64),
+            np.concatenate([probabilities for _, probabilities in published]).astype(np.float64),
         )
         num_bytes = 4 * len(counts_Q) + 6 * int(counts_Q.sum())
-        rows += _rows_of("plain", name, truth, sparse, np.zeros(len(counts_Q)), num_bytes, case.keys)
+        rows += _rows_of("plain", name, truth, sparse, num_bytes, case.keys)
     return rows
 
 
@@ -127,8 +123,8 @@ def _written(
     mass: float,
     encoding: Any,
     work: Path,
-) -> tuple[SparseRows, np.ndarray, int]:
-    """(rows as they come back from a shard, dropped mass, bytes of the shard and its index)."""
+) -> tuple[SparseRows, int]:
+    """(rows as they come back from a shard, bytes of the shard and its index)."""
     keys = store.keys
     vocab_size = keys.manifest["vocab_size"]
     dtype = token_dtype(vocab_size)
@@ -136,20 +132,13 @@ def _written(
     blocks = []
     for block in split_blocks(len(positions_Q), keys.manifest["block_size"]):
         part = Neighbours(ids_QK=found.ids_QK[slice(*block)], distances_QK=found.distances_QK[slice(*block)])
-        rows, dropped_n = store.rows(part, positions_Q[slice(*block)], temperature, mass)
-        blocks.append(
-            pack_block(block.start, rows, dropped_n, dtype=dtype, encoding=encoding, order_V=order_V)
-        )
+        rows = store.rows(part, positions_Q[slice(*block)], temperature, mass)
+        blocks.append(pack_block(block.start, rows, dtype=dtype, encoding=encoding, order_V=order_V))
     path = work / shard_name(0, len(positions_Q))
     write_shard(path, work / index_name(path.name), blocks)
     num_bytes = path.stat().st_size + (work / index_name(path.name)).stat().st_size
-    parts = [unpack_block(block, encoding, order_V) for block in blocks]
-    kept = SparseRows(
-        offsets=np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]))]),
-        ids=np.concatenate([part.ids for part in parts]).astype(np.int64),
-        probabilities=np.concatenate([part.probabilities for part in parts]).astype(np.float64),
-    )
-    return kept, np.concatenate([part.dropped for part in parts]).astype(np.float64), num_bytes
+    kept = SparseRows.join([unpack_block(block, encoding, order_V) for block in blocks])
+    return kept.astype(np.int64, np.float64), num_bytes
 
 
 def _rows_of(
@@ -157,12 +146,11 @@ def _rows_of(
     name: str,
     truth: SparseRows,
     found: SparseRows,
-    dropped_Q: np.ndarray,
     num_bytes: int,
     keys: Keys,
 ) -> list[Row]:
-    far = distances(truth, found, dropped_Q, keys.manifest["vocab_size"])
-    num_rows = len(dropped_Q)
+    far = distances(truth, found, keys.manifest["vocab_size"])
+    num_rows = found.num_rows
     return [
         row_of(arm, f"tv_{name}", "total variation", [float(far.total_variation_Q.mean())]),
         row_of(arm, f"divergence_{name}", "nats", [float(far.divergence_Q.mean())]),

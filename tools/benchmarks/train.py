@@ -50,6 +50,7 @@ from mlpmem_ds.engines.deepspeed import (
 )
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.maths.sparse_loss import TargetBatch
+from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.models.memory import PRESETS, Memory, MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
 from mlpmem_ds.stages.training.loop import max_memory
@@ -99,13 +100,11 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A step's rows as arrays in memory, targets in CSR."""
+    """A step's rows in memory."""
 
     inputs_ND: Tensor
     labels_N: Tensor
-    offsets: np.ndarray
-    ids_E: np.ndarray
-    probabilities_E: np.ndarray
+    rows: SparseRows
 
 
 def run(config: Config, world: World) -> None:
@@ -180,9 +179,11 @@ def make_batch(config: Config, vocab_size: int) -> Batch:
     return Batch(
         inputs_ND=torch.randn(config.rows, config.width, generator=generator),
         labels_N=torch.randint(vocab_size, (config.rows,), generator=generator),
-        offsets=np.arange(config.rows + 1) * config.entries,
-        ids_E=torch.cat(ids).numpy(),
-        probabilities_E=logits.softmax(1).reshape(-1).numpy(),
+        rows=SparseRows.of_counts(
+            np.full(config.rows, config.entries),
+            torch.cat(ids).numpy(),
+            logits.softmax(1).reshape(-1).numpy(),
+        ),
     )
 
 
@@ -222,12 +223,7 @@ def make_engine(memory: MemoryConfig, file: str, rows: int, world: World) -> Eng
 
 
 def step_of_ours(engine: Engine, batch: Batch) -> float:
-    targets = TargetBatch(
-        offsets_N1=torch.from_numpy(batch.offsets),
-        ids=torch.from_numpy(batch.ids_E),
-        probabilities=torch.from_numpy(batch.probabilities_E),
-        labels_N=batch.labels_N,
-    )
+    targets = TargetBatch.of_rows(batch.rows, batch.labels_N.numpy())
     arguments = batch.inputs_ND.to(engine.device, engine.dtype), targets.to(engine.device)
     return float(engine.train_step([arguments], _LEARNING_RATE)[0][0])
 
@@ -271,9 +267,9 @@ def collate_row_by_row(batch: Batch, vocab_size: int) -> Tensor:
     """[N, V]: a dense row at a time, then stacked."""
     rows = []
     for row in range(len(batch.labels_N)):
-        entries = slice(batch.offsets[row], batch.offsets[row + 1])
+        entries = slice(batch.rows.offsets[row], batch.rows.offsets[row + 1])
         dense_V = torch.zeros(vocab_size)
-        dense_V[torch.tensor(batch.ids_E[entries])] = torch.tensor(batch.probabilities_E[entries])
+        dense_V[torch.tensor(batch.rows.ids[entries])] = torch.tensor(batch.rows.probabilities[entries])
         rows.append(dense_V)
     return torch.stack(rows)
 
@@ -281,8 +277,8 @@ def collate_row_by_row(batch: Batch, vocab_size: int) -> Tensor:
 def collate_at_once(batch: Batch, vocab_size: int) -> Tensor:
     """[N, V] by one scatter."""
     dense_NV = torch.zeros(len(batch.labels_N), vocab_size)
-    rows_E = torch.from_numpy(np.repeat(np.arange(len(batch.labels_N)), np.diff(batch.offsets)))
-    dense_NV[rows_E, torch.from_numpy(batch.ids_E)] = torch.from_numpy(batch.probabilities_E)
+    ids_E, teacher_E = torch.from_numpy(batch.rows.ids), torch.from_numpy(batch.rows.probabilities)
+    dense_NV[torch.from_numpy(batch.rows.row_of_E), ids_E] = teacher_E
     return dense_NV
 
 

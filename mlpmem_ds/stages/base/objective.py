@@ -34,18 +34,11 @@ class BaseObjective(nn.Module):
     def forward(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor]:
         """The mean cross entropy of the tokens 1 … S of sequences of T = S + 1."""
         labels_N = tokens_BT[:, 1:].reshape(-1)
-        nothing = torch.empty(0, device=labels_N.device)
-        targets = TargetBatch(
-            offsets_N1=torch.zeros(len(labels_N) + 1, dtype=torch.int64),
-            ids=nothing.long(),
-            probabilities=nothing,
-            labels_N=labels_N,
-        )
         weight_VD = output_head(self.model)[0]
         loss, _ = sparse_loss(
             self.hidden(tokens_BT[:, :-1]),
             weight_VD,
-            targets,
+            TargetBatch.of_labels(labels_N),
             alpha=0.0,
             chunk_bytes=_CHUNK_BYTES_CPU if weight_VD.device.type == "cpu" else DEFAULT_CHUNK_BYTES,
         )

@@ -23,7 +23,7 @@ from mlpmem_ds.formats.arrow_tables import write_datastore, write_rows
 from mlpmem_ds.formats.document_readers import import_arrow
 from mlpmem_ds.formats.keys import Keys, bfloat16_values, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
-from mlpmem_ds.maths.targets import SparseRows
+from mlpmem_ds.maths.sparse_rows import SparseRows
 
 FORMAT, VERSION = "arrow", 1
 _ROWS = 4096
@@ -103,7 +103,5 @@ def _keys_of(keys: Keys, progress: Progress) -> Iterator[tuple[np.ndarray, np.nd
 def _rows_of(keys: Keys, targets: Targets, progress: Progress) -> Iterator[tuple[SparseRows, np.ndarray]]:
     for start in range(0, keys.num_positions, _ROWS):
         stop = min(start + _ROWS, keys.num_positions)
-        found = targets.read(start, stop)
-        rows = SparseRows(offsets=found.offsets, ids=found.ids, probabilities=found.probabilities)
-        yield rows, keys.read("values", start, stop)
+        yield targets.read(start, stop), keys.read("values", start, stop)
         progress.advance(stop - start)

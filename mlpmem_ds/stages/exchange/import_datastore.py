@@ -339,14 +339,14 @@ def _write_targets(config: Config, table: ArrowTable, keys: Keys, world: World) 
             nonlocal empty
             for start in range(shard.start, shard.stop, config.block_size):
                 stop = min(start + config.block_size, shard.stop)
-                rows, lacking_n, labels_n = read_rows(table, start, stop, size)
+                rows, labels_n = read_rows(table, start, stop, size)
                 wrong_n = labels_n != keys.read("values", start, stop)
                 if wrong_n.any():
                     raise table.fault(
                         start + int(np.argmax(wrong_n)), "its label is not the value of the key in this row"
                     )
-                empty += int((np.diff(rows.offsets) == 0).sum())
-                yield pack_block(start, rows, lacking_n, dtype=token_dtype(size))
+                empty += int((rows.counts_n == 0).sum())
+                yield pack_block(start, rows, dtype=token_dtype(size))
                 progress.advance(stop - start)
 
         name = shard_name(shard.start, shard.size)

@@ -35,7 +35,8 @@ from mlpmem_ds.maths.knn import (
 )
 from mlpmem_ds.maths.listed_keys import ListedKeys, run_of
 from mlpmem_ds.maths.search_blocks import order_of_probes
-from mlpmem_ds.maths.targets import SparseRows, aggregate, neighbour_weights, truncate
+from mlpmem_ds.maths.sparse_rows import SparseRows
+from mlpmem_ds.maths.targets import aggregate, neighbour_weights, truncate
 from mlpmem_ds.stages.retrieval.key_lists import make_key_lists
 
 _GATHERED_BYTES = 1 << 28  # of keys of probed lists, before they lie list by list on disk
@@ -152,9 +153,8 @@ class Datastore:
 
     def rows(
         self, neighbours: Neighbours, positions_n: np.ndarray, temperature: float, mass: float
-    ) -> tuple[SparseRows, np.ndarray]:
-        """The distributions of these positions, cut at `mass` but for the position's own value, and what was
-        cut, [n]."""
+    ) -> SparseRows:
+        """The distributions of these positions, cut at `mass` but for the position's own value."""
         squared_nK, valid_nK = self.squared_distances(neighbours)
         weights_nK = neighbour_weights(squared_nK, temperature, valid_nK)
         rows = aggregate(weights_nK, self.values_of(np.maximum(neighbours.ids_QK, 0)))

@@ -34,7 +34,7 @@ from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.maths.knn import exact_neighbours
 from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall
-from mlpmem_ds.maths.targets import SparseRows, aggregate, neighbour_weights
+from mlpmem_ds.maths.targets import aggregate, neighbour_weights
 from mlpmem_ds.stages.retrieval.target_search import Datastore, squared_key_distances
 
 _logger = logging.getLogger(__name__)
@@ -161,13 +161,8 @@ def _compare(
     squared_nK, valid_nK = squared_key_distances(exact, truth)
     weights_nK = neighbour_weights(squared_nK, targets.manifest["temperature"], valid_nK)
     true_rows = aggregate(weights_nK, datastore.values_of(np.maximum(exact.ids_QK, 0)))
-    stored = targets.gather(positions_n)
-    rows = SparseRows(
-        offsets=stored.offsets,
-        ids=stored.ids.astype(np.int64),
-        probabilities=stored.probabilities.astype(np.float64),
-    )
-    far = distances(true_rows, rows, stored.dropped, targets.manifest["vocab_size"])
+    rows = targets.gather(positions_n).astype(np.int64, np.float64)
+    far = distances(true_rows, rows, targets.manifest["vocab_size"])
     gold_n = datastore.values_of(positions_n).astype(np.int64)
     ids_nK, distances_nK = found.ids_QK, found.distances_QK
     both_nK = (ids_nK[:, 1:] >= 0) & (ids_nK[:, :-1] >= 0)
@@ -195,8 +190,7 @@ def _validate(targets: Targets, shard: Mapping[str, Any]) -> dict[str, int]:
     totals = dict.fromkeys(_FAULTS, 0)
     for block in split_blocks(shard["count"], _ROWS_AT_ONCE):
         rows = targets.read(shard["first"] + block.start, shard["first"] + block.stop)
-        sparse = SparseRows(offsets=rows.offsets, ids=rows.ids, probabilities=rows.probabilities)
-        for name, count in count_faulty_rows(sparse, rows.dropped, targets.manifest["vocab_size"]).items():
+        for name, count in count_faulty_rows(rows, targets.manifest["vocab_size"]).items():
             totals[name] += count
     return totals
 

@@ -29,7 +29,8 @@ from mlpmem_ds.formats.targets import (
     write_shard,
 )
 from mlpmem_ds.maths.knn import Neighbours
-from mlpmem_ds.maths.targets import SparseRows, fit_temperature, neighbour_weights, weight_perplexity
+from mlpmem_ds.maths.sparse_rows import SparseRows
+from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights, weight_perplexity
 from mlpmem_ds.stages.retrieval.target_search import Datastore
 from mlpmem_ds.stages.targets.config import Config
 
@@ -85,15 +86,13 @@ def bytes_per_position(
     would)."""
     total = 0
     for block in split_blocks(len(measured.positions_n), datastore.keys.manifest["block_size"]):
-        rows, dropped_n = datastore.rows(
+        rows = datastore.rows(
             _part(measured.neighbours, block),
             measured.positions_n[slice(*block)],
             measured.summary["temperature"],
             config.mass,
         )
-        total += stored_bytes(
-            _pack(datastore, config, block.start, rows, dropped_n, order_V), config.container
-        )
+        total += stored_bytes(_pack(datastore, config, block.start, rows, order_V), config.container)
     return total / len(measured.positions_n)
 
 
@@ -126,8 +125,8 @@ def write(
         blocks = []
         for block in split_blocks(batch.size, block_size):
             positions_n = np.arange(first + block.start, first + block.stop)
-            rows, dropped_n = datastore.rows(found.rows(slice(*block)), positions_n, temperature, config.mass)
-            blocks.append(_pack(datastore, config, int(positions_n[0]), rows, dropped_n, order_V))
+            rows = datastore.rows(found.rows(slice(*block)), positions_n, temperature, config.mass)
+            blocks.append(_pack(datastore, config, int(positions_n[0]), rows, order_V))
         return blocks, int((counts_n < config.k).sum()), int((counts_n == 0).sum())
 
     def blocks() -> Iterator[TargetBlock]:
@@ -182,8 +181,7 @@ def _pack(
     config: Config,
     first: int,
     rows: SparseRows,
-    dropped_n: np.ndarray,
     order_V: np.ndarray | None,
 ) -> TargetBlock:
     dtype = token_dtype(datastore.keys.manifest["vocab_size"])
-    return pack_block(first, rows, dropped_n, dtype=dtype, encoding=config.encoding, order_V=order_V)
+    return pack_block(first, rows, dtype=dtype, encoding=config.encoding, order_V=order_V)

@@ -17,7 +17,8 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.formats.targets import TargetRows, index_name, open_targets
+from mlpmem_ds.formats.targets import index_name, open_targets
+from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval.target_search import Datastore
 from mlpmem_ds.stages.targets import write_targets
@@ -88,7 +89,7 @@ def undisturbed(keys: Path, index: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def expect_oracle(
-    found: TargetRows,
+    found: SparseRows,
     codes: np.ndarray,
     tokens: np.ndarray,
     *,

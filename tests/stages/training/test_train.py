@@ -30,7 +30,7 @@ from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.formats.checkpoint import read_weights
 from mlpmem_ds.formats.keys import bfloat16_bits, open_keys
 from mlpmem_ds.formats.targets import index_name, open_targets, pack_block, shard_name, write_shard
-from mlpmem_ds.maths.targets import SparseRows
+from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 from mlpmem_ds.stages.training import train
@@ -166,13 +166,11 @@ def make_inputs(root):
             for _ in range(min(BLOCK, N - first))
         ]
         weights = [generator.dirichlet(np.ones(len(row))) if len(row) else np.empty(0) for row in rows]
-        sparse = SparseRows(
-            offsets=np.cumsum([0, *map(len, rows)]),
-            ids=np.concatenate(rows),
-            probabilities=np.concatenate(weights),
+        sparse = SparseRows.of_counts(
+            np.array([len(row) for row in rows]), np.concatenate(rows), np.concatenate(weights)
         )
         entries.append(len(sparse.ids))
-        blocks.append(pack_block(first, sparse, np.zeros(len(rows)), dtype=np.dtype("<u2")))
+        blocks.append(pack_block(first, sparse, dtype=np.dtype("<u2")))
     publish_targets(root, "targets", keys, blocks, entries, cuts=())
     publish_targets(root, "uneven", keys, blocks, entries, cuts=(1, 3))
     publish_targets(root, "gap", keys, blocks, entries, cuts=(1, 3), left_out=1)
