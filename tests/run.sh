@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Set up if needed, check style and types, run the tests. Arguments go to pytest: bash tests/run.sh tests/maths -k loss
-#   --no-setup as the first argument uses the active environment; -n 0 among pytest's runs one test at a time (for --pdb).
+# Set up if needed, check style and types, run the tests. Arguments go to pytest:
+#   bash tests/run.sh tests/maths -k loss
+#   --no-setup as the first argument uses the active environment; -n 0 among pytest's arguments runs one test
+#   at a time (for --pdb).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=.venv/bin/
@@ -16,7 +18,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 "${bin}ruff" check mlpmem_ds tools launch tests
 "${bin}ruff" format --check mlpmem_ds tools launch tests
 "${bin}mypy"
-# A file of tests stays together: its fixtures are dear. In the order of the tree the long ones come in mid-run, not last.
+# A file of tests stays together: its fixtures are costly. In the order of the tree the long files are not
+# last.
 workers=()
 if "${bin}python" -c 'import xdist' 2>/dev/null; then
     cores=$("${bin}python" -c 'import os; print(len(os.sched_getaffinity(0)))')

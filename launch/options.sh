@@ -1,0 +1,99 @@
+# Sourced by demo.sh: reads its options, sets up the environment, chooses ranks and threads.
+#   sets corpus (array), base, run, ranks, max_bytes, seed; defines say, shared, trained, seconds_of
+# shellcheck shell=bash
+demo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/demo.sh
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$demo"; }
+fail() { echo "error: $1" >&2; exit 2; }
+
+corpus=() base="" run="" ranks="" setup=1 max_bytes="" seed=0
+while [ $# -gt 0 ]; do
+    option=$1
+    shift
+    case $option in
+        --corpus)
+            [ $# -gt 0 ] && [[ $1 != --* ]] || fail "--corpus needs a path"
+            while [ $# -gt 0 ] && [[ $1 != --* ]]; do
+                corpus+=("$(realpath -m -- "$1")")
+                shift
+            done
+            ;;
+        --base | --run | --ranks | --max-bytes | --seed)
+            [ $# -ge 1 ] || fail "$option needs a value"
+            case $option in
+                --base) if [ -e "$1" ]; then base=$(realpath -- "$1"); else base=$1; fi ;;
+                --run) run=$(realpath -m -- "$1") ;;
+                --ranks) ranks=$1 ;;
+                --max-bytes) max_bytes=$1 ;;
+                --seed) seed=$1 ;;
+            esac
+            shift
+            ;;
+        --no-setup) setup=0 ;;
+        -h | --help) usage; exit 0 ;;
+        *) fail "unknown option $option (see --help)" ;;
+    esac
+done
+[[ $ranks =~ ^([1-9][0-9]*)?$ ]] || fail "--ranks $ranks is not a number of processes"
+for path in ${corpus[@]+"${corpus[@]}"}; do
+    [ -e "$path" ] || fail "--corpus $path does not exist"
+done
+
+cd "$(dirname "$demo")/.."
+[ -n "$run" ] || run=$PWD/runs/demo
+if [ $setup = 1 ]; then
+    bash launch/setup.sh
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
+look='import os, torch, mlpmem_ds, deepspeed, faiss
+print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))'
+machine=$(cd / && python -c "$look" 2>/dev/null | tail -n 1) ||
+    fail "mlpmem_ds is not installed in this environment: leave out --no-setup, or pip install -e ."
+read -r gpus cores <<< "$machine"
+started=$SECONDS
+{ [ ! -e "$run" ] || [ -d "$run" ]; } && mkdir -p "$run" 2>/dev/null ||
+    fail "--run $run cannot be made a directory: choose another"
+trap 'rmdir -- "$run" 2>/dev/null || true' EXIT  # where nothing was written
+
+# Two processes on a CPU; on a GPU machine as many as there are GPUs, two at most.
+[ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu
+if [ -z "$ranks" ]; then
+    ranks=2
+    [ "$gpus" != 1 ] || ranks=1
+fi
+# One thread a rank where the ranks fill the cores; every process that torch starts sees this.
+threads=$(( cores / ranks ))
+[ "$threads" -ge 1 ] || threads=1
+export OMP_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=true
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
+# say TEXT...: a heading with the seconds since the start
+say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
+
+# shared FILE FLAGS...: run a front-end on all ranks
+shared() {
+    if [ "$ranks" = 1 ]; then
+        python "$@"
+    else
+        torchrun --standalone --nproc-per-node "$ranks" "$@"
+    fi
+}
+
+# trained FILE FLAGS...: the same with DeepSpeed's launcher, as on a cluster (starts and ends 5 s later)
+trained() {
+    if [ "$ranks" = 1 ]; then
+        python "$@"
+    else
+        deepspeed -q --master_port "$port" --num_accelerators "$ranks" "$@"
+    fi
+}
+
+# seconds_of STAGE...: what these stages of the run have taken, over all starts
+seconds_of() {
+    python -c '
+import sys
+from pathlib import Path
+from mlpmem_ds.core.log import seconds_of_stage
+run, *stages = sys.argv[1:]
+print(round(sum(seconds_of_stage(Path(run) / stage) or 0 for stage in stages)))' "$run" "$@"
+}
