@@ -1,9 +1,9 @@
 """Pipeline: two log-probabilities a position (base's and memory's, or kNN's) → **scores** → the report's
 table.
 
-Natural logarithms, float64. The interpolation weight λ is that of the second distribution.
+Natural logarithms, float64. Scores of a mixture of two are in `models/mixture_scores.py`.
 
-Shape legend: N positions, G grid of λ, B blocks, R resamples.
+Shape legend: N positions, B blocks, R resamples.
 """
 
 from typing import Any, TypeAlias
@@ -23,23 +23,6 @@ def bits_per_byte(log_probabilities_N: Array, num_bytes: int) -> float:
     if num_bytes < 1:
         raise ValueError(f"the text has {num_bytes} bytes; bits per byte need at least 1")
     return float(-_float64(log_probabilities_N).sum() / np.log(2.0) / num_bytes)
-
-
-def lambda_curve(log_base_N: Array, log_other_N: Array, lambdas_G: Array) -> Array:
-    """Perplexity [G] of (1-λ)·base + λ·other for each λ in [0, 1]; the ends are exactly those of the two
-    alone."""
-    _check_pair(log_base_N, log_other_N)
-    lambdas_G = _float64(lambdas_G)
-    if not ((lambdas_G >= 0) & (lambdas_G <= 1)).all():
-        raise ValueError(
-            f"λ in [{lambdas_G.min()}, {lambdas_G.max()}]; an interpolation weight lies in [0, 1]"
-        )
-    base_N, other_N = _float64(log_base_N), _float64(log_other_N)
-    with np.errstate(divide="ignore"):
-        pairs = list(zip(np.log1p(-lambdas_G), np.log(lambdas_G), strict=True))
-    return np.array(
-        [perplexity(np.logaddexp(base_N + log_keep, other_N + log_take)) for log_keep, log_take in pairs]
-    )
 
 
 def bootstrap_interval(
@@ -64,7 +47,7 @@ def bootstrap_interval(
         )
     if not np.isfinite(differences_N).all():
         raise ValueError(
-            "a position has probability 0, so a perplexity is infinite; interpolate with the base first"
+            "a position has probability 0, so a perplexity is infinite; mix it with the base first"
         )
     sums_B = np.add.reduceat(differences_N, starts_B)
     sizes_B = np.diff(np.append(starts_B, len(differences_N)))
@@ -88,8 +71,8 @@ def reliability(probabilities_N: Array, outcomes_N: Array, num_bins: int = 15) -
     """Bins of equal width over [0, 1]: positions [B], mean probability [B] and share of true outcomes [B] (0
     where empty).
 
-    ``probabilities_N`` are those given to an event at each position, ``outcomes_N`` whether it came. Raises
-    ValueError for probabilities outside [0, 1].
+    ``probabilities_N`` are those given to an event at each position, ``outcomes_N`` whether it happened.
+    Raises ValueError for probabilities outside [0, 1].
     """
     _check_pair(probabilities_N, outcomes_N)
     probabilities_N = _float64(probabilities_N)

@@ -9,8 +9,9 @@ states.
 applies after mixing). At `lmbda = 0` they are the base's own logits, so that nothing at all changes. The
 memory has no cache: the caches are the base's.
 
-This file, with memory.py, backbone.py and quantized.py beside it, is written into every exported directory as
-remote code: it imports torch, transformers and the standard library only.
+This file is written into every exported directory as remote code, together with those that it imports
+(mixture.py, memory.py, backbone.py and quantized.py): all import torch, transformers and the standard library
+only.
 
 Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any leading
 dimensions.
@@ -19,7 +20,6 @@ dimensions.
 import copy
 import inspect
 import json
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backbone import CapturePoint, Tap, decoder_layers, output_head, resolve_layer
 from .memory import Memory, MemoryConfig, NormalLinear
+from .mixture import DEFAULT_LAMBDA, checked_lmbda, log_mixture_of_logits
 from .quantized import Int8Linear, quantize_linears
 
 
@@ -53,7 +54,7 @@ class MemoryAugmentedConfig(PretrainedConfig):
         self,
         base_config: dict[str, Any] | PretrainedConfig | None = None,
         memory_config: dict[str, Any] | None = None,
-        lmbda: float = 0.25,
+        lmbda: float = DEFAULT_LAMBDA,
         input_layer: int = -1,
         input_point: str = "ffn_input",
         layers_path: str | None = None,
@@ -111,14 +112,14 @@ class MemoryAugmentedConfig(PretrainedConfig):
         return getattr(self.base_config.get_text_config(decoder=True), name)
 
 
-Mixture = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+Mixture = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor]
 
 
 class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose next-token distribution is the mixture of its base's and its memory's.
 
-    `mixture`, a function as `mixture_log_probabilities` below, may be replaced by a faster one, such as the
-    package's `maths.interpolation.mixture_log_probabilities`, which is two launches on CUDA; it need not be
+    `mixture`, the function `mixture.log_mixture_of_logits`, may be replaced by a faster one, such as the
+    package's `models.mixture_on_device.mixture_on_device`, which is two launches on CUDA; it need not be
     differentiable.
 
     A forward can be compiled whole wherever the base's can: `model.generate(...,
@@ -156,7 +157,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         self._tap = Tap(self.base, _checked_point(config, self.base), layers_path=config.layers_path)
         weakref.finalize(self, self._tap.remove)  # the base may outlive this model
         self._can_compile_fullgraph = bool(self.base._can_compile_fullgraph)
-        self.mixture: Mixture = mixture_log_probabilities
+        self.mixture: Mixture = log_mixture_of_logits
         self._base_parameters = frozenset(inspect.signature(self.base.forward).parameters)
         self.post_init()
 
@@ -169,7 +170,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         Args:
             name: the export; with `memory`, the base.
             memory: a `PretrainedMemory`, or the directory of one (see there).
-            lmbda: the memory's weight in [0, 1]; default: the export's, or 0.25.
+            lmbda: the memory's weight in [0, 1]; default: the export's, or `DEFAULT_LAMBDA`.
             args, kwargs: of transformers' own `from_pretrained`.
 
         Raises:
@@ -329,7 +330,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         hidden = self.memory(inputs_BKD.to(device=weight.device, dtype=weight.dtype))
         memory_logits_BKV = self.memory.head(hidden).to(base_logits_BKV.device)
         # A compiler makes one kernel of the plain function by itself.
-        mixture = mixture_log_probabilities if torch.compiler.is_compiling() else self.mixture
+        mixture = log_mixture_of_logits if torch.compiler.is_compiling() else self.mixture
         return mixture(base_logits_BKV, memory_logits_BKV, self.lmbda)
 
     @torch.no_grad()
@@ -411,36 +412,12 @@ class PretrainedMemory:
         return MemoryAugmentedLM.from_parts(
             base,
             self.module,
-            lmbda=0.25 if weight is None else weight,
+            lmbda=DEFAULT_LAMBDA if weight is None else weight,
             input_point=CapturePoint(layer=self.input_layer, point=self.input_point),  # type: ignore[arg-type]
             layers_path=self.provenance.get("input_layers_path"),
             provenance=self.provenance,
             vocabulary_sha256=self.vocabulary_sha256,
         )
-
-
-def mixture_log_probabilities(
-    base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float
-) -> torch.Tensor:
-    """`log((1 - lmbda) softmax(base) + lmbda softmax(memory))` over the last dimension, in float32.
-
-    Both `[..., V]` in any float dtype. Exact at 0 and 1: the other side is not read, so its infinities do no
-    harm.
-    """
-    if lmbda == 0.0:
-        return torch.log_softmax(base_logits.float(), dim=-1)
-    memory = torch.log_softmax(memory_logits.float(), dim=-1)
-    if lmbda == 1.0:
-        return memory
-    base = torch.log_softmax(base_logits.float(), dim=-1)
-    return torch.logaddexp(base + math.log1p(-lmbda), memory + math.log(lmbda))
-
-
-def checked_lmbda(value: float) -> float:
-    """`value` as a float. Raises ValueError unless it is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"lmbda is the memory's share of the mixture: a number in [0, 1], not {value!r}")
-    return float(value)
 
 
 def register() -> None:

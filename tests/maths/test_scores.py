@@ -9,7 +9,6 @@ from mlpmem_ds.maths.scores import (
     bits_per_byte,
     bootstrap_interval,
     calibration_error,
-    lambda_curve,
     perplexity,
     reliability,
     win_rate,
@@ -27,24 +26,6 @@ def test_perplexity_and_bits_per_byte_of_known_probabilities():
 
 def test_perplexity_sums_in_float64():
     assert perplexity(np.full(2**20, -0.1, np.float32)) == pytest.approx(math.exp(np.float32(0.1)), rel=1e-12)
-
-
-def test_lambda_curve_equals_the_mixture_and_its_ends_are_exact():
-    rng = np.random.default_rng(0)
-    base, other = rng.random(100), rng.random(100)
-    lambdas = np.array([0, 0.1, 0.35, 1])
-    curve = lambda_curve(np.log(base), np.log(other), lambdas)
-    np.testing.assert_allclose(
-        curve, [np.exp(-np.log((1 - x) * base + x * other).mean()) for x in lambdas], rtol=1e-13
-    )
-    assert curve[0] == perplexity(np.log(base)) and curve[-1] == perplexity(np.log(other))
-
-
-def test_a_zero_probability_of_one_side_is_carried_by_the_other():
-    base, other = np.log([0.5, 0.5]), np.array([math.log(0.5), -math.inf])
-    with np.errstate(all="raise"):
-        curve = lambda_curve(base, other, np.array([0.0, 0.5, 1.0]))
-    np.testing.assert_allclose(curve, [2, 2 * math.sqrt(2), math.inf])
 
 
 def test_bootstrap_interval_of_a_constant_ratio_is_a_point():
@@ -86,14 +67,12 @@ def test_win_rate_counts_a_tie_as_half():
     assert win_rate(np.zeros(4), np.array([1.0, 1, 1, -1])) == 0.75
 
 
-def test_mistaken_pairs_and_lambdas_are_refused():
-    for function in (win_rate, lambda a, b: lambda_curve(a, b, np.zeros(1)), bootstrap_interval):
+def test_mistaken_pairs_are_refused():
+    for function in (win_rate, bootstrap_interval):
         with pytest.raises(ValueError, match="3 and 4 log-probabilities"):
             function(np.zeros(3), np.zeros(4))
         with pytest.raises(ValueError, match="at least 1"):
             function(np.zeros(0), np.zeros(0))
-    with pytest.raises(ValueError, match=r"lies in \[0, 1\]"):
-        lambda_curve(np.zeros(3), np.zeros(3), np.array([0.5, 1.5]))
 
 
 def test_reliability_by_brute_force():

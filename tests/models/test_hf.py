@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from mlpmem_ds.maths import interpolation
 from mlpmem_ds.models.backbone import CapturePoint, capture
-from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM, mixture_log_probabilities
+from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig, MemoryHead
+from mlpmem_ds.models.mixture_on_device import mixture_on_device
 
 VOCAB, WIDTH, PAD, EOS = 61, 32, 0, 2
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
@@ -128,14 +128,6 @@ def test_lmbda_is_settable_and_exact_at_its_ends() -> None:
     assert joint.lmbda == 0.9
 
 
-def test_mixture_with_impossible_tokens() -> None:
-    infinite = float("-inf")
-    base, memory = torch.tensor([0.0, infinite, 0.0]), torch.tensor([infinite, infinite, 0.0])
-    assert mixture_log_probabilities(base, memory, 0.5).exp().tolist() == pytest.approx([0.25, 0.0, 0.75])
-    assert mixture_log_probabilities(base, memory, 0.0).exp().tolist() == pytest.approx([0.5, 0.0, 0.5])
-    assert mixture_log_probabilities(base, memory, 1.0).exp().tolist() == [0.0, 0.0, 1.0]
-
-
 @pytest.mark.parametrize("family", BASES)
 def test_without_the_memory_generation_is_the_bases(family: str) -> None:
     joint, ids_BS = tiny_joint(family, lmbda=0.0), random_ids()
@@ -211,7 +203,7 @@ def test_another_function_may_mix() -> None:
 
     def mixture(base: torch.Tensor, memory: torch.Tensor, lmbda: float) -> torch.Tensor:
         calls.append(lmbda)
-        return interpolation.mixture_log_probabilities(base, memory, lmbda)
+        return mixture_on_device(base, memory, lmbda)
 
     joint.mixture = mixture
     torch.testing.assert_close(joint(ids_BS).logits, plain, rtol=0, atol=1e-6)
@@ -417,7 +409,7 @@ def test_an_export_loads_and_generates_without_this_package(tmp_path: Path) -> N
     ids_BS = random_ids()
     families = ("gpt2", "llama")
     joints = {family: export(family, tmp_path / family) for family in families}
-    assert {"hf.py", "memory.py", "backbone.py", "quantized.py", "model.safetensors"} <= {
+    assert {"hf.py", "mixture.py", "memory.py", "backbone.py", "quantized.py", "model.safetensors"} <= {
         file.name for file in (tmp_path / "gpt2").iterdir()
     }
     environment = {

@@ -15,7 +15,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 
 TOOLS = Path(__file__).parents[2] / "tools"
-SIZES = {"positions": 70, "width": 12, "vocab_size": 1301, "lambdas": 6, "runs": 1}
+SIZES = {"positions": 70, "width": 12, "vocab_size": 1301, "num_lambdas": 6, "runs": 1}
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_report(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert metrics[arm, "cpu_seconds"] == 1 and metrics[arm, "peak_memory_above_start"] == 1
 
 
-@pytest.mark.parametrize("name", ["positions", "width", "vocab_size", "lambdas", "runs"])
+@pytest.mark.parametrize("name", ["positions", "width", "vocab_size", "num_lambdas", "runs"])
 def test_wrong_sizes(bench: Any, name: str) -> None:
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0 must be at least"):
         bench.Config(output=Path("unused"), **{**SIZES, name: 0})

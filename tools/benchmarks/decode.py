@@ -47,12 +47,12 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
-from mlpmem_ds.maths.interpolation import interpolate
 from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
 from mlpmem_ds.maths.targets import neighbour_weights
 from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.mixture import log_mixture
 from mlpmem_ds.stages.retrieval.retriever import rescore, squared_norms
 
 from .common import Report, Row, check_output, median_of, row_of, use_threads
@@ -171,7 +171,7 @@ class KnnMixture(LogitsProcessor):  # type: ignore[misc]
         weights_BK = neighbour_weights(found.distances_QK.astype(np.float64), _TEMPERATURE, found.ids_QK >= 0)
         values_BK = torch.from_numpy(self._setting.values_N[found.ids_QK.clip(min=0)])
         knn_BV = torch.zeros(scores.shape).scatter_add_(1, values_BK, torch.from_numpy(weights_BK).float())
-        return interpolate(torch.log_softmax(scores, dim=-1), knn_BV.log(), _LAMBDA)
+        return log_mixture(torch.log_softmax(scores, dim=-1), knn_BV.log(), _LAMBDA)
 
     def neighbours(self, queries_BE: np.ndarray) -> Neighbours:
         keys_NE = self._setting.keys_NE[: self._num_keys]

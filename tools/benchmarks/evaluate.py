@@ -31,7 +31,8 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.maths.scores import lambda_curve
+from mlpmem_ds.models.mixture import Grid
+from mlpmem_ds.models.mixture_scores import lambda_curve
 
 from .common import (
     Report,
@@ -61,7 +62,7 @@ class Config:
     positions: int = option("positions to score", 2048)
     width: int = option("numbers in a hidden state", 512)
     vocab_size: int = option("rows of each head's weight", 50257)
-    lambdas: int = option("values of λ, from 0 to 1", 21)
+    num_lambdas: int = option("values of λ, from 0 to 1", 21)
     runs: int = option("timed runs of each arm", 3)
     threads: int = option("CPU threads, 0 = as the environment says", 0)
 
@@ -69,8 +70,8 @@ class Config:
         for name in ("positions", "width", "vocab_size", "runs"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.lambdas < 2:
-            raise UserError(f"--lambdas {self.lambdas} must be at least 2: the ends, 0 and 1")
+        if self.num_lambdas < 2:
+            raise UserError(f"--num-lambdas {self.num_lambdas} must be at least 2: the ends, 0 and 1")
         if self.threads < 0:
             raise UserError(f"--threads {self.threads} must be 0 or more")
 
@@ -84,7 +85,7 @@ class Problem:
     memory_hidden_ND: Tensor
     memory_weight_VD: Tensor
     labels_N: Tensor
-    lambdas_G: np.ndarray
+    grid: Grid
 
 
 def run(config: Config, world: World) -> None:
@@ -96,8 +97,8 @@ def run(config: Config, world: World) -> None:
     rows = timing_rows(interleave({name: partial(arm, problem) for name, arm in ARMS.items()}, config.runs))
     logs = label_logs(problem)
     parts = {
-        "lambda_grid": partial(lambda_curve, *logs, problem.lambdas_G),
-        "lambda_single": partial(lambda_curve, *logs, problem.lambdas_G[1:2]),
+        "lambda_grid": partial(lambda_curve, *logs, problem.grid),
+        "lambda_single": partial(lambda_curve, *logs, Grid(problem.grid.lambdas[1:2])),
     }
     rows += timing_rows(interleave(parts, 5 * config.runs))
     del problem
@@ -131,7 +132,7 @@ def make_problem(config: Config) -> Problem:
         memory_hidden_ND=normal(config.positions, 1.0),
         memory_weight_VD=normal(config.vocab_size, 2 / math.sqrt(config.width)),
         labels_N=torch.randint(config.vocab_size, (config.positions,), generator=generator),
-        lambdas_G=np.linspace(0, 1, config.lambdas),
+        grid=Grid(tuple(np.linspace(0, 1, config.num_lambdas).tolist())),
     )
 
 
@@ -144,7 +145,7 @@ def label_logs(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def ours(problem: Problem) -> list[float]:
     """Perplexity at each λ."""
-    curve: list[float] = lambda_curve(*label_logs(problem), problem.lambdas_G).tolist()
+    curve: list[float] = lambda_curve(*label_logs(problem), problem.grid).tolist()
     return curve
 
 
@@ -153,7 +154,7 @@ def dense_grid(problem: Problem) -> list[float]:
     base_NV, memory_NV = _dense_log_probabilities(problem)
     labels_N1 = problem.labels_N[:, None]
     perplexities = []
-    for weight in problem.lambdas_G.tolist():
+    for weight in problem.grid.lambdas:
         keep, take = (math.log(share) if share > 0 else -math.inf for share in (1 - weight, weight))
         mixture_NV = torch.logaddexp(base_NV + keep, memory_NV + take)
         perplexities.append(math.exp(-mixture_NV.gather(1, labels_N1).double().mean()))
@@ -166,7 +167,7 @@ def dense_gather(problem: Problem) -> list[float]:
         log_NV.gather(1, problem.labels_N[:, None])[:, 0].numpy()
         for log_NV in _dense_log_probabilities(problem)
     ]
-    curve: list[float] = lambda_curve(logs[0], logs[1], problem.lambdas_G).tolist()
+    curve: list[float] = lambda_curve(logs[0], logs[1], problem.grid).tolist()
     return curve
 
 

@@ -5,7 +5,7 @@ gpu_loss              `maths.sparse_loss`, bfloat16, forward and backward with K
                       a chunk).
 gpu_matmuls           its three matrix products alone, by cuBLAS: no loss that makes both gradients can be
                       faster.
-gpu_mixture           `mixture_log_probabilities`: two Triton launches.
+gpu_mixture           `mixture_on_device`: two Triton launches.
 gpu_mixture_eager     log_softmax of both, two additions, logaddexp: what it replaces.
 
 Figures of others for (4096, 4096, 128256), hard labels, H200, from their repositories: Liger-Kernel 141 ms
@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from mlpmem_ds.maths.interpolation import mixture_log_probabilities
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
+from mlpmem_ds.models.mixture_on_device import mixture_on_device
 
 from .common import Row, row_of
 
@@ -111,7 +111,7 @@ def _mixture_arms(device: str, sizes: Sizes) -> dict[str, Callable[[], Any]]:
     shape = (2, sizes.mixture_batch, sizes.mixture_vocab_size)
     base, memory = torch.randn(shape, generator=generator, device=device).bfloat16()
     return {
-        "gpu_mixture": lambda: mixture_log_probabilities(base, memory, 0.25),
+        "gpu_mixture": lambda: mixture_on_device(base, memory, 0.25),
         "gpu_mixture_eager": lambda: torch.logaddexp(
             base.float().log_softmax(-1) + math.log(0.75), memory.float().log_softmax(-1) + math.log(0.25)
         ),

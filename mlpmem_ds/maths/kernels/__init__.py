@@ -3,7 +3,7 @@ torch original.
 
 `sparse_rows`         loss and gradient of the head's logits, for `sparse_loss`
 `probability_rows`    label log-probabilities for `head_scores`, the mixture of two models' logits for
-                      `interpolation`
+                      `models.mixture_on_device`
 
 Triton is imported only by those two files, and they only where `usable` says so: on a CUDA tensor, with
 Triton installed.

@@ -1,4 +1,4 @@
-"""Triton twins for `maths.head_scores` and `maths.interpolation`: rows of logits → **label log-probabilities,
+"""Triton twins for `maths.head_scores` and `models.mixture`: rows of logits → **label log-probabilities,
 mixture of two models**.
 
 The mixture takes two launches: 64 rows are too few programs for a GPU, so a row is cut into parts, whose

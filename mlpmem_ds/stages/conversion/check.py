@@ -20,9 +20,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.formats.weight_shards import Weight
-from mlpmem_ds.maths.interpolation import interpolate
 from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.mixture import log_mixture
 
 # The loaded model and its parts do the same operations on the same numbers: what is left is float32 against
 # float64 in the softmax and the mixture. Largest difference of log-probabilities over the largest
@@ -40,7 +40,7 @@ class Probe:
     memory_BSV: torch.Tensor
 
     def mixture_BSV(self, lmbda: float) -> torch.Tensor:
-        return interpolate(self.base_BSV, self.memory_BSV, lmbda)
+        return log_mixture(self.base_BSV, self.memory_BSV, lmbda)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ package.
 
     OUTPUT/
       config.json, generation_config.json, model*.safetensors     the joint model, the base included
-      hf.py, memory.py, backbone.py, quantized.py                 its code, for `trust_remote_code=True`
+      hf.py, mixture.py, memory.py, …                             its code, for `trust_remote_code=True`
       tokenizer*.json, …                                          the corpus's vocabulary
       README.md                                                   the model card
       mlpmem_export.json                                          format, inputs, verification, every file's

@@ -21,15 +21,14 @@ from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
-from mlpmem_ds.models.hf import checked_lmbda
 from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.mixture import DEFAULT_LAMBDA, checked_lmbda
 from mlpmem_ds.stages.conversion.import_reference import read_reference
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 
 _logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mlpmem-export", 1
 EXPORT_FILE = "mlpmem_export.json"
-DEFAULT_LAMBDA = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ def model_card(
         header.append(f"base_model: {base}")
     example = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "# trust_remote_code runs hf.py, memory.py, backbone.py and quantized.py of this directory;\n"
+        "# trust_remote_code runs hf.py and the other Python files of this directory;\n"
         "# transformers reads the tokenizer through the same class, and would ask without it.\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)\n'

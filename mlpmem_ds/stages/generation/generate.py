@@ -23,8 +23,9 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
 from mlpmem_ds.formats.corpus import vocabulary_sha256
-from mlpmem_ds.maths.interpolation import mixture_log_probabilities
-from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM, checked_lmbda
+from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM
+from mlpmem_ds.models.mixture import checked_lmbda
+from mlpmem_ds.models.mixture_on_device import mixture_on_device
 
 _logger = logging.getLogger(__name__)
 _COLUMN_WIDTH = 58
@@ -225,7 +226,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Memor
     if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:
         raise DamagedDataError(f"--model {name} does not hold the whole model ({faults}): {remedy}")
     joint: MemoryAugmentedLM = model.to(chosen).eval()
-    joint.mixture = mixture_log_probabilities
+    joint.mixture = mixture_on_device
     return joint
 
 

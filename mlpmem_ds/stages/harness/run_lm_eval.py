@@ -19,7 +19,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.lm_eval import require_harness, score_tasks
-from mlpmem_ds.models.hf import checked_lmbda
+from mlpmem_ds.models.mixture import checked_lmbda
 from mlpmem_ds.stages.generation import generate
 
 _QUESTIONS, _RANKING = "local_questions", "local_ranking"

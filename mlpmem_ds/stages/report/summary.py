@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from mlpmem_ds.maths.interpolation import interpolate
-from mlpmem_ds.maths.scores import bits_per_byte, bootstrap_interval, lambda_curve, perplexity, win_rate
+from mlpmem_ds.maths.scores import bits_per_byte, bootstrap_interval, perplexity, win_rate
+from mlpmem_ds.models.mixture import Grid
+from mlpmem_ds.models.mixture_scores import lambda_curve, mixed_scores
 from mlpmem_ds.stages.report.breakdowns import Groups, breakdown, calibration
 
 BASE, KNN_EXACT, KNN_IVFPQ, MEMORY = "base", "base+knn_exact", "base+knn_ivfpq", "base+memory"
@@ -124,7 +124,8 @@ def _choose(base: Arm, arm: Arm, protocol: Protocol) -> dict[str, Any]:
     # choices.
     allowed_G = grid_G < 1 if arm.temperatures else np.ones(len(grid_G), dtype=bool)
     columns = other_NT[:, None] if other_NT.ndim == 1 else other_NT
-    curves_TG = np.array([lambda_curve(base_N, columns[:, t], grid_G) for t in range(columns.shape[1])])
+    grid = Grid(protocol.lambdas)
+    curves_TG = np.array([lambda_curve(base_N, columns[:, t], grid) for t in range(columns.shape[1])])
     t, g = np.unravel_index(np.argmin(np.where(allowed_G, curves_TG, np.inf)), curves_TG.shape)
     curve = [
         {"lambda": float(lmbda), "ppl": float(ppl) if np.isfinite(ppl) else None}
@@ -155,14 +156,10 @@ def _final_scores(
     base's."""
     if arm.alone:
         return {split: scores.astype(np.float64) for split, scores in of_arm.items()}
-    mixed = {}
-    for split, base_N in of_base.items():
-        other_N = _other(of_arm[split], choice)
-        log_base_N, log_other_N = (
-            torch.from_numpy(scores.astype(np.float64)) for scores in (base_N, other_N)
-        )
-        mixed[split] = interpolate(log_base_N, log_other_N, choice["lambda"]).numpy()
-    return mixed
+    return {
+        split: mixed_scores(base_N, _other(of_arm[split], choice), choice["lambda"])
+        for split, base_N in of_base.items()
+    }
 
 
 def _calibration(base: Arm, arm: Arm, choice: Mapping[str, Any], split: str) -> dict[str, Any] | None:

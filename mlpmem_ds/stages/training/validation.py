@@ -29,10 +29,12 @@ from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.checkpoint import checkpoint_name
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.mixture import Grid
+from mlpmem_ds.models.mixture_scores import mixed_scores
 
 DEFAULT_POSITIONS = 16_384
 VALIDATIONS_A_RUN = 5
-_LAMBDAS_G = np.arange(1, 21) / 20
+_GRID = Grid.parse(["0.05:1:0.05"])
 _ROWS_AT_ONCE = 4096
 
 
@@ -106,13 +108,10 @@ class Validator:
     def run(self, engine: Engine, step: int) -> Validation:
         """Score the memory as it is now."""
         memory_N = self._score(engine)
-        pairs = [
-            (math.log1p(-weight) if weight < 1 else -math.inf, math.log(weight)) for weight in _LAMBDAS_G
-        ]
         sums = [
             self._base_N.sum(),
             memory_N.sum(),
-            *(np.logaddexp(self._base_N + keep, memory_N + take).sum() for keep, take in pairs),
+            *(mixed_scores(self._base_N, memory_N, gate.lmbda).sum() for gate in _GRID),
         ]
         totals = np.array(gather_values([float(value) for value in sums], self._world)).sum(axis=0)
         base, memory, *mixtures = np.exp(-totals / self.num_positions).tolist()
@@ -120,7 +119,7 @@ class Validator:
         return Validation(
             step=step,
             perplexity=mixtures[best],
-            lmbda=float(_LAMBDAS_G[best]),
+            lmbda=_GRID.lambdas[best],
             memory_perplexity=memory,
             base_perplexity=base,
         )

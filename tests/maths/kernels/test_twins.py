@@ -19,8 +19,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from mlpmem_ds.maths import kernels, products  # noqa: E402
 from mlpmem_ds.maths.head_scores import token_log_probabilities  # noqa: E402
-from mlpmem_ds.maths.interpolation import interpolate, mixture_log_probabilities  # noqa: E402
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss  # noqa: E402
+from mlpmem_ds.models.mixture import log_mixture  # noqa: E402
+from mlpmem_ds.models.mixture_on_device import mixture_on_device  # noqa: E402
 
 
 @pytest.fixture
@@ -160,8 +161,8 @@ def test_the_mixture_is_the_originals(twins, dtype, vocabulary):
     by_row = torch.tensor([[0.0, 0.3, 0.5], [0.9, 1.0, 0.1]], dtype=torch.float64)
     for lmbda in (0, 0.25, 1.0, by_row):
         weight = lmbda.to(DEVICE) if isinstance(lmbda, torch.Tensor) else lmbda
-        found = mixture_log_probabilities(base.to(DEVICE), memory.to(DEVICE), weight).cpu()
-        wanted = interpolate(*logs, lmbda[..., None] if isinstance(lmbda, torch.Tensor) else lmbda)
+        found = mixture_on_device(base.to(DEVICE), memory.to(DEVICE), weight).cpu()
+        wanted = log_mixture(*logs, lmbda)
         assert found.dtype == torch.float32 and found.shape == base.shape
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.double().exp().sum(-1), torch.ones(2, 3).double(), rtol=0, atol=2e-6)
@@ -171,12 +172,10 @@ def test_the_mixture_ends_are_exactly_the_two_alone(twins):
     generator = torch.Generator().manual_seed(0)
     base, memory = torch.randn(2, 3, 4100, generator=generator).to(DEVICE)
     twins(True)
-    assert torch.equal(mixture_log_probabilities(base, memory, 0), mixture_log_probabilities(base, base, 0.0))
-    assert torch.equal(
-        mixture_log_probabilities(base, memory, 1), mixture_log_probabilities(memory, memory, 1.0)
-    )
+    assert torch.equal(mixture_on_device(base, memory, 0), mixture_on_device(base, base, 0.0))
+    assert torch.equal(mixture_on_device(base, memory, 1), mixture_on_device(memory, memory, 1.0))
     alone = torch.log_softmax(base, -1)
-    torch.testing.assert_close(mixture_log_probabilities(base, memory, 0), alone, rtol=0, atol=2e-6)
+    torch.testing.assert_close(mixture_on_device(base, memory, 0), alone, rtol=0, atol=2e-6)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

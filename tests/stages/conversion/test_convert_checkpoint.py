@@ -380,7 +380,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "base": (flip("transformer.wpe"), "1 tensors differ, the first is base.transformer.wpe.weight"),
     "layer": (rewrite("config.json", '"input_layer": 0', '"input_layer": 1'), "log-probabilities at λ = 0.3"),
     "lambda": (rewrite("config.json", '"lmbda": 0.3', '"lmbda": 0.4'), "its λ is 0.4, not 0.3"),
-    "code": (rewrite("hf.py", "math.log1p(-lmbda)", "math.log(lmbda)"), "log-probabilities at λ = 0.3"),
+    "code": (
+        rewrite("mixture.py", "math.log1p(-weight)", "math.log(weight)"),
+        "log-probabilities at λ = 0.3",
+    ),
     "syntax": (rewrite("memory.py", "class Memory(", "class Memory["), "it does not load (SyntaxError"),
     "missing": (lambda directory: (directory / "backbone.py").unlink(), "it does not load"),
 }

@@ -1,0 +1,261 @@
+"""The mixture of base and memory, and the gates that say how much of each: the only home of both.
+
+`p(y|x) = (1 - λ) p_base(y|x) + λ p_mem(y|x)`, where a *gate* gives λ, the memory's weight, at each position.
+`hf` mixes logits with it, evaluation and validation mix the log-probabilities that two models gave to the
+token that followed. Twins that must follow a change here: `maths/kernels/probability_rows.py` (Triton), and
+the training loss through the mixture with its derivative (`maths/sparse_chunk.py`, a test ties it to this).
+
+To add a gate: a class here (a member of `GATES`, if a model is to hold it), its training, a flag, and a line
+in `formats/README.md` for what an export stores of it.
+
+This file travels with exported models as remote code: it imports torch and the standard library only.
+
+Shapes: `...` any leading dimensions, V vocabulary, D width of the base, N positions, G weights of a grid.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+
+if TYPE_CHECKING:
+    from .backbone import CapturePoint
+
+DEFAULT_LAMBDA = 0.25
+"""λ where nothing was tuned: the weight of the memory that the paper's language-modelling results use."""
+
+_NO_STATES: Mapping[str, Any] = MappingProxyType({})
+
+
+def checked_lmbda(value: float) -> float:
+    """`value` as a float. Raises ValueError unless it is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"λ (lmbda) is the memory's share of the mixture: a number in [0, 1], not {value!r}")
+    return float(value)
+
+
+def log_mixture(base: torch.Tensor, memory: torch.Tensor, lmbda: float | torch.Tensor) -> torch.Tensor:
+    """`log((1 - λ) e^base + λ e^memory)`, elementwise, from two tensors of log-probabilities.
+
+    Exact where λ is 0 (base, bit for bit) or 1 (memory), and where either side is -inf. Several memories are
+    mixed one after the other.
+
+    Args:
+        base, memory: of one shape, or of shapes that broadcast.
+        lmbda: a number; or a tensor, with a value for each row of the inputs (one dimension fewer: it holds
+            along the last) or of any shape that broadcasts with theirs.
+
+    Returns:
+        float32, or float64 if either input is. Of a number λ = 0 or 1 the other side is not read. The
+        gradient of a tensor λ is 0 where it is exactly 0 or 1.
+
+    Raises:
+        ValueError: λ is a number outside [0, 1] (a tensor's values outside give NaN: it may lie on a
+            device), or has a shape that does not fit.
+    """
+    dtype = torch.promote_types(torch.promote_types(base.dtype, memory.dtype), torch.float32)
+    base, memory = base.to(dtype), memory.to(dtype)
+    if isinstance(lmbda, torch.Tensor):
+        keep, take = _log_weights(_along_rows(lmbda, base))
+        return torch.logaddexp(base + keep.to(dtype), memory + take.to(dtype))
+    weight = checked_lmbda(lmbda)
+    if weight in (0.0, 1.0):
+        return memory if weight else base
+    return torch.logaddexp(base + math.log1p(-weight), memory + math.log(weight))
+
+
+def log_mixture_of_logits(
+    base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float | torch.Tensor
+) -> torch.Tensor:
+    """`log((1 - λ) softmax(base) + λ softmax(memory))` over the last dimension, float32 `[..., V]`.
+
+    The logits are `[..., V]` in any floating dtype, λ a number or a value a row `[...]`. Raises ValueError as
+    `log_mixture`, and where the shapes differ.
+    """
+    check_rows(base_logits, memory_logits, lmbda)
+    if not isinstance(lmbda, torch.Tensor):
+        weight = checked_lmbda(lmbda)
+        if weight in (0.0, 1.0):
+            return torch.log_softmax((memory_logits if weight else base_logits).float(), dim=-1)
+    base, memory = (torch.log_softmax(logits.float(), dim=-1) for logits in (base_logits, memory_logits))
+    return log_mixture(base, memory, lmbda)
+
+
+def check_rows(base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float | torch.Tensor) -> None:
+    """Raises ValueError unless both logits have one shape, and a tensor λ a value for each of their rows."""
+    if base_logits.shape != memory_logits.shape:
+        raise ValueError(
+            f"logits of the base are {list(base_logits.shape)}, of the memory {list(memory_logits.shape)};"
+            " they must agree"
+        )
+    if isinstance(lmbda, torch.Tensor) and lmbda.shape != base_logits.shape[:-1]:
+        raise ValueError(
+            f"λ is {list(lmbda.shape)}; it is a number, or one for each of the rows"
+            f" {list(base_logits.shape[:-1])}"
+        )
+
+
+def _along_rows(lmbda: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """λ in a shape that broadcasts with the values: one a row holds along the last dimension."""
+    if lmbda.ndim == 0 or lmbda.ndim >= values.ndim:
+        return lmbda
+    if lmbda.shape != values.shape[:-1]:
+        raise ValueError(
+            f"λ is {list(lmbda.shape)}; it is a number, one for each of the rows {list(values.shape[:-1])},"
+            f" or of a shape that broadcasts with {list(values.shape)}"
+        )
+    return lmbda[..., None]
+
+
+def _log_weights(lmbda: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log(1 - λ) and log λ, float64; at λ = 0 and 1 exactly 0 and -inf, with no gradient there: that of a
+    logarithm at 0, infinite, would meet a factor of 0 and make the sum not a number."""
+    lmbda = lmbda.double()
+    is_zero, is_one = lmbda == 0, lmbda == 1
+    inside = torch.where(is_zero | is_one, 0.5, lmbda)
+    keep = torch.where(is_zero, 0.0, torch.where(is_one, -math.inf, torch.log1p(-inside)))
+    take = torch.where(is_one, 0.0, torch.where(is_zero, -math.inf, torch.log(inside)))
+    return keep, take
+
+
+# Gates
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateInputs:
+    """What a gate may read at each position, before the token that follows is known.
+
+    A field more is how a new kind of evidence comes in (the probabilities that both gave to the tokens
+    before, for a gate with a history); a host that cannot give one leaves it None, and the gate that needs it
+    says so.
+    """
+
+    base_logits: torch.Tensor | None = None  # [..., V]
+    memory_logits: torch.Tensor | None = None  # [..., V]
+    states: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [..., D], by the names of `Gate.reads`
+
+
+NOTHING = GateInputs()
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """Gives λ, the memory's weight in [0, 1], at each position.
+
+    Why this signature. A gate is a function of what is known at a position and no more: whoever runs the
+    models (the joint model at each forward, evaluation over a corpus) computes the evidence and applies the
+    λ, so that neither knows what kind of gate it holds. All evidence comes in one record, of which a gate
+    reads what it needs: entropies and greatest probabilities are a line each from the logits that the host
+    has anyway, and hidden states are captured only where `reads` names them. A record, not arguments: new
+    evidence adds a field and touches no other gate. How a gate was fitted is not part of the protocol, since
+    only its own training knows; a fitted one may be a `torch.nn.Module`, whose weights are then saved with
+    the joint model that holds it.
+    """
+
+    @property
+    def reads(self) -> "Mapping[str, CapturePoint]":
+        """Hidden states of the base that it needs in `GateInputs.states`, by name."""
+        ...
+
+    def __call__(self, inputs: GateInputs = NOTHING, /) -> float | torch.Tensor:
+        """λ: one number for all positions, or `[...]`, a value for each."""
+        ...
+
+
+@runtime_checkable
+class StoredGate(Gate, Protocol):
+    """A gate that a joint model holds and an export stores."""
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values for config.json: `kind`, a name in `GATES`, and all that its entry there needs but the
+        model's `lmbda`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same λ at every position."""
+
+    lmbda: float = DEFAULT_LAMBDA
+    reads: ClassVar[Mapping[str, Any]] = _NO_STATES
+
+    def __post_init__(self) -> None:
+        checked_lmbda(self.lmbda)
+
+    def __call__(self, _: GateInputs = NOTHING, /) -> float:
+        return float(self.lmbda)
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "constant"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Several constants to choose from, in evaluation and validation.
+
+    As a gate it gives `[G, 1]` float64: with log-probabilities `[N]` the mixture is `[G, N]`. Iterated, it
+    gives the constants one by one, where that would be too large.
+    """
+
+    lambdas: tuple[float, ...]
+    reads: ClassVar[Mapping[str, Any]] = _NO_STATES
+
+    def __post_init__(self) -> None:
+        if not self.lambdas:
+            raise ValueError("a grid needs at least one λ, such as 0:1:0.05")
+        for value in self.lambdas:
+            checked_lmbda(value)
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> "Grid":
+        """From the words of a flag: each is a number, or `first:last:step`, such as `0:1:0.05` for 0, 0.05,
+        …, 1.
+
+        Values that come twice are taken once. Raises ValueError for what is neither, and outside [0, 1].
+        """
+        return cls(tuple(dict.fromkeys(value for word in words for value in _values_of(word))))
+
+    def __iter__(self) -> Iterator[Constant]:
+        return map(Constant, self.lambdas)
+
+    def __call__(self, _: GateInputs = NOTHING, /) -> torch.Tensor:
+        return torch.tensor(self.lambdas, dtype=torch.float64)[:, None]
+
+
+def _values_of(word: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in word.split(":")]
+        if len(numbers) not in (1, 3) or (len(numbers) == 3 and not 0 < numbers[2] < math.inf):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"{word} is neither a number nor first:last:step with a step above 0, such as 0:1:0.05"
+        ) from None
+    first, last, step = numbers if len(numbers) == 3 else (numbers[0], numbers[0], 1.0)
+    if not 0 <= first <= last <= 1:
+        raise ValueError(f"{word}: the memory's share of the mixture lies between 0 and 1")
+    return [round(first + step * number, 12) for number in range(int((last - first) / step + 1e-9) + 1)]
+
+
+GATES: Mapping[str, Callable[[float, Mapping[str, Any]], StoredGate]] = {
+    "constant": lambda lmbda, _: Constant(lmbda),
+}
+"""The gates that a model can hold: kind → function of the model's `lmbda` and the gate's other settings."""
+
+
+def open_gate(settings: Mapping[str, Any], lmbda: float) -> StoredGate:
+    """The gate that `StoredGate.settings` described.
+
+    Raises:
+        ValueError: this version does not have the kind, or λ is out of range.
+    """
+    others = dict(settings)
+    kind = others.pop("kind", None)
+    if kind not in GATES:
+        raise ValueError(
+            f"the gate's kind {kind!r} is none of {', '.join(GATES)}: it needs a newer version of this code"
+        )
+    return GATES[kind](checked_lmbda(lmbda), others)
