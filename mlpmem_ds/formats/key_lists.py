@@ -21,6 +21,7 @@ RUN_POSITIONS = 1 << 24
 """of a run: a slice of a list in it is then 64 keys at a billion positions in 262,144 lists, which is read at
 full speed"""
 VALUES_NAME = "values.npy"
+"""the value of each position"""
 
 
 def run_blocks(num_positions: int, run_positions: int) -> dict[str, Block]:
@@ -38,22 +39,21 @@ def array_name(array: str, first: int) -> str:
     return f"{array}-{first:012d}.npy"
 
 
-def open_key_lists(root: Path, num_positions: int, run_positions: int) -> tuple[ListedKeys, np.ndarray]:
-    """(keys list by list, value of each position) of a directory whose units are complete, all of it
-    mapped."""
+def open_key_lists(root: Path, num_positions: int, run_positions: int) -> ListedKeys:
+    """The keys list by list of a directory whose units are complete, all of it mapped."""
 
     def run(first: int) -> ListedRun:
         norms = root / array_name("norms", first)
         return run_of(
             first,
-            _map(root / array_name("offsets", first)),
-            _map(root / array_name("ids", first)),
-            _map(root / array_name("keys", first)),
-            _map(norms) if norms.is_file() else None,
+            map_array(root / array_name("offsets", first)),
+            map_array(root / array_name("ids", first)),
+            map_array(root / array_name("keys", first)),
+            map_array(norms) if norms.is_file() else None,
         )
 
     runs = [run(block.start) for block in run_blocks(num_positions, run_positions).values()]
-    return ListedKeys(runs=runs, num_keys=num_positions), _map(root / VALUES_NAME)
+    return ListedKeys(runs=runs, num_keys=num_positions)
 
 
 def bytes_of_key_lists(
@@ -65,5 +65,6 @@ def bytes_of_key_lists(
     return num_positions * each + num_runs * 8 * (num_lists + 1)
 
 
-def _map(path: Path) -> Any:
+def map_array(path: Path) -> Any:
+    """An array of such a directory, mapped."""
     return np.load(path, mmap_mode="r", allow_pickle=False)

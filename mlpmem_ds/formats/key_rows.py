@@ -17,11 +17,12 @@ from mlpmem_ds.formats.keys import Keys
 
 class KeyRows:
     """`keys.read("keys")` without reading it: int8 codes, float16 keys, or float32 with the values of
-    bfloat16 keys."""
+    bfloat16 keys; the first `num_keys` of them."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
-        self.shape = (keys.num_positions, keys.dim)
+    def __init__(self, keys: Keys, num_keys: int | None = None) -> None:
+        self.keys = keys
+        self.shape = (keys.num_positions if num_keys is None else num_keys, keys.dim)
+        self._checked_units: set[int] = set()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -30,13 +31,29 @@ class KeyRows:
         """Rows [start, stop) or those at any positions, copied to memory."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
-            return self._keys.read("keys", start, stop)[::step]
-        return self._keys.gather("keys", rows)
+            return self.keys.read("keys", start, stop)[::step]
+        return self.keys.gather("keys", rows)
+
+    def check(self, positions_n: np.ndarray | None = None) -> None:
+        """Compare the key files of all rows, or those of some positions, with their checksums, each once.
+
+        Raises:
+            DamagedDataError: one has another.
+        """
+        size = self.keys.manifest["unit_positions"]
+        units = (
+            range(-(-len(self) // size)) if positions_n is None else np.unique(positions_n // size).tolist()
+        )
+        for unit in units:
+            if unit not in self._checked_units:
+                self.keys.check("keys", self.keys.blocks[unit])
+                self._checked_units.add(unit)
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        return self._keys.read("keys", 0, 1).dtype
+        return self.keys.read("keys", 0, 1).dtype
 
     @property
     def nbytes(self) -> int:
+        """Of all rows in memory."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize

@@ -158,12 +158,20 @@ class Keys:
         unit_of_N = positions_N // self.manifest["unit_positions"]
         sample = self._stored(array, 0)
         rows = np.empty((len(positions_N), *sample.shape[1:]), dtype=sample.dtype)
-        order_N = np.argsort(unit_of_N, kind="stable")
+        whole_rows_N = _whole_rows(rows)
+        # NumPy sorts 16-bit integers by their digits, in a tenth of the time.
+        is_short = self.num_positions <= self.manifest["unit_positions"] << 16
+        order_N = np.argsort(unit_of_N.astype(np.uint16) if is_short else unit_of_N, kind="stable")
         starts = np.flatnonzero(np.diff(unit_of_N[order_N], prepend=-1))
         for chosen in np.split(order_N, starts[1:]) if len(order_N) else ():
             first = int(unit_of_N[chosen[0]]) * self.manifest["unit_positions"]
-            rows[chosen] = self._stored(array, first)[positions_N[chosen] - first]
+            whole_rows_N[chosen] = _whole_rows(self._stored(array, first))[positions_N[chosen] - first]
         return self._decoded(array, rows)
+
+    def num_bytes(self, *arrays: str) -> int:
+        """Bytes on disk of these arrays; `codec` counts as one."""
+        starts = tuple("codec/" if array == "codec" else f"{array}-" for array in arrays)
+        return sum(entry["bytes"] for entry in self.manifest["files"] if entry["name"].startswith(starts))
 
     def check(self, array: str, block: Block | None = None) -> None:
         """Compare an array's files, all of them or that of one unit, with their checksums.
@@ -230,6 +238,13 @@ class Keys:
 
     def _decoded(self, array: str, rows: np.ndarray) -> np.ndarray:
         return bfloat16_values(rows) if array == "keys" and rows.dtype == np.uint16 else rows
+
+
+def _whole_rows(rows: np.ndarray) -> np.ndarray:
+    """The same memory with a row as one item: rows are then copied whole, in half the time."""
+    if rows.ndim == 1:
+        return rows
+    return np.asarray(rows).view(f"V{rows.shape[1] * rows.itemsize}")[:, 0]
 
 
 def open_keys(root: Path, *, flag: str = "--keys") -> Keys:

@@ -21,6 +21,7 @@ import numpy as np
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json
 from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.formats.target_encoding import (
     Encoding,
     TargetBlock,
@@ -40,6 +41,7 @@ from mlpmem_ds.formats.target_shards import (
     write_shard,
 )
 from mlpmem_ds.maths.sparse_rows import SparseRows
+from mlpmem_ds.maths.weighting import Weighting
 
 __all__ = [
     "FORMAT",
@@ -94,6 +96,12 @@ class Targets:
     def container(self) -> str:
         """`tar.zst` or `tar`."""
         return self.manifest.get("container", "tar.zst")
+
+    @property
+    def weighting(self) -> Weighting:
+        """How the neighbours were weighted."""
+        where = str(self.root / "manifest.json")
+        return from_json(Weighting, self.manifest["weighting"], where=where, version=_VERSIONS[-1])
 
     def read(self, start: int, stop: int) -> SparseRows:
         """The rows of positions [start, stop); only the samples that hold them are read.

@@ -63,6 +63,15 @@ class Exclusion:
             hidden |= self.key_groups_N[key_ids] == self.query_groups_Q[query_rows]
         return hidden
 
+    def rows(self, rows: Array) -> "Exclusion":
+        """The same for some of the queries."""
+        groups_Q = self.query_groups_Q
+        return replace(
+            self,
+            query_ids_Q=self.query_ids_Q[rows],
+            query_groups_Q=None if groups_Q is None else groups_Q[rows],
+        )
+
     @property
     def is_self_alone(self) -> bool:
         """Whether a query hides nothing but its own id."""

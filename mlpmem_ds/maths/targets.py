@@ -12,73 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mlpmem_ds.maths.sparse_rows import SparseRows
+from mlpmem_ds.maths.weighting import row_sums
 
 Array: TypeAlias = np.ndarray[Any, Any]
-
-_BISECTIONS = 60
-_MARGIN = 1e-9
-USUAL_PERPLEXITY = 100.0
-"""neighbours that count where nobody said how many, if k allows it"""
-
-
-def neighbour_weights(squared_distances_QK: Array, temperature: float, valid_QK: Array) -> Array:
-    """exp(-d²/T) normalized over the valid neighbours of each row, float64 [Q, K]; all zero where a row has
-    none.
-
-    ``temperature`` is in units of squared distance.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it divides squared distances and must be above 0")
-    return _normalize(_shifted(squared_distances_QK, valid_QK), temperature)
-
-
-def default_perplexity(k: int) -> float:
-    """The weight perplexity for k neighbours, at least 2, where none was asked for."""
-    return min(USUAL_PERPLEXITY, max(k / 2, 1.5))
-
-
-def weight_perplexity(weights_QK: Array) -> Array:
-    """exp(entropy) of each row's weights, [Q]: how many neighbours count, 1 to K (1 for a row without
-    neighbour)."""
-    logarithms_QK = np.log(weights_QK, out=np.zeros(weights_QK.shape), where=weights_QK > 0)
-    return np.exp(-_row_sums(weights_QK * logarithms_QK))
-
-
-def fit_temperature(squared_distances_QK: Array, valid_QK: Array, perplexity: float) -> float:
-    """The temperature at which the rows' mean log weight perplexity is log(``perplexity``); rows without
-    neighbour do not count.
-
-    Bisection on log T, the same bits each time. Raises ValueError when no temperature reaches the perplexity:
-    it must lie between what the nearest neighbours' ties give (T → 0) and the number of neighbours (T → ∞),
-    means over rows in the log.
-    """
-    has_neighbour_Q = valid_QK.any(axis=1)
-    if not has_neighbour_Q.any():
-        raise ValueError(
-            "no row has a neighbour, so no temperature can be fitted; exclude less or search more lists"
-        )
-    shifted_QK = _shifted(squared_distances_QK[has_neighbour_Q], valid_QK[has_neighbour_Q])
-    least = float(np.exp(np.log((shifted_QK == 0).sum(axis=1)).mean()))
-    most = float(np.exp(np.log(np.isfinite(shifted_QK).sum(axis=1)).mean()))
-    if not least * (1 + _MARGIN) < perplexity < most * (1 - _MARGIN):
-        raise ValueError(
-            f"perplexity {perplexity:g} cannot be reached: the nearest neighbours alone give {least:g}, all"
-            f" of them {most:g}; choose one between, or raise k"
-        )
-
-    def is_too_hot(log_temperature: float) -> bool:
-        weights_QK = _normalize(shifted_QK, float(np.exp(log_temperature)))
-        return float(np.log(weight_perplexity(weights_QK)).mean()) > np.log(perplexity)
-
-    low = high = float(np.log(shifted_QK[np.isfinite(shifted_QK)].max()))
-    while is_too_hot(low):
-        low -= 4.0
-    while not is_too_hot(high):
-        high += 4.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if is_too_hot(middle) else (middle, high)
-    return float(np.exp((low + high) / 2))
 
 
 def aggregate(weights_QK: Array, values_QK: Array) -> SparseRows:
@@ -130,7 +66,7 @@ def truncate(rows: SparseRows, mass: float, keep_ids_Q: Array | None = None) -> 
 
 def knn_probability(weights_QK: Array, values_QK: Array, labels_Q: Array) -> Array:
     """Probability that the kNN distribution gives the label, float64 [Q]; 0 if no neighbour carries it."""
-    return _row_sums(np.where(values_QK == labels_Q[:, None], weights_QK, 0.0))
+    return row_sums(np.where(values_QK == labels_Q[:, None], weights_QK, 0.0))
 
 
 def _in_head(rows: SparseRows, counts_Q: Array, row_of_entry: Array, mass: float) -> Array:
@@ -147,26 +83,3 @@ def _in_head(rows: SparseRows, counts_Q: Array, row_of_entry: Array, mass: float
     ]
     np.put_along_axis(needed_QW, order_QW, before_QW < mass * reached_QW[:, -1:], axis=1)
     return needed_QW[row_of_entry, columns]
-
-
-def _shifted(squared_distances_QK: Array, valid_QK: Array) -> Array:
-    """Distances less the row's least valid one, float64; infinite where not valid. The shift cancels in the
-    weights."""
-    distances_QK = np.where(valid_QK, squared_distances_QK.astype(np.float64), np.inf)
-    min_Q1 = distances_QK.min(axis=1, keepdims=True, initial=np.inf)
-    return np.subtract(distances_QK, np.where(np.isfinite(min_Q1), min_Q1, 0.0), out=distances_QK)
-
-
-def _normalize(shifted_QK: Array, temperature: float) -> Array:
-    weights_QK: Array = np.exp(-shifted_QK / temperature)
-    sums_Q1 = _row_sums(weights_QK)[:, None]
-    return np.divide(weights_QK, sums_Q1, out=np.zeros(weights_QK.shape), where=sums_Q1 > 0)
-
-
-def _row_sums(terms_QK: Array) -> Array:
-    """Sums along the rows, one term after the other: zeros at the end or other rows cannot change the
-    rounding."""
-    if not terms_QK.shape[1]:
-        return np.zeros(len(terms_QK))
-    sums_Q: Array = np.add.accumulate(terms_QK, axis=1)[:, -1]
-    return sums_Q

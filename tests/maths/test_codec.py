@@ -7,7 +7,7 @@ from mlpmem_ds.maths import codec
 from mlpmem_ds.maths.codec import MASSIVE_LIMIT, clip_massive, find_massive_dimensions, fit_codec
 from mlpmem_ds.maths.knn import Exclusion, exact_neighbours
 from mlpmem_ds.maths.target_distance import total_variation
-from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights
+from mlpmem_ds.maths.weighting import Weighting, fit_weighting
 
 N, D = 1500, 24
 
@@ -32,8 +32,8 @@ def targets_of(vectors, values_N, scale=1.0, temperature=None):
     found = exact_neighbours(vectors, vectors, 100, exclusion=Exclusion(query_ids_Q=np.arange(len(vectors))))
     squared = found.distances_QK.astype(np.float64) * scale**2
     valid = found.ids_QK >= 0
-    temperature = temperature or fit_temperature(squared, valid, 20.0)
-    return neighbour_weights(squared, temperature, valid), values_N[found.ids_QK], temperature
+    temperature = temperature or fit_weighting("softmax", squared, valid, 20.0).temperature
+    return Weighting(temperature=temperature).weights(squared, valid), values_N[found.ids_QK], temperature
 
 
 def codes_of(states_ND, fitted):

@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.maths.sparse_rows import SparseRows
-from mlpmem_ds.maths.targets import (
-    aggregate,
-    fit_temperature,
-    knn_probability,
-    neighbour_weights,
-    truncate,
-    weight_perplexity,
-)
+from mlpmem_ds.maths.targets import aggregate, knn_probability, truncate
+from mlpmem_ds.maths.weighting import Weighting
 
 
 def make_rows(num_rows=29, k=17, vocabulary=7, seed=0):
@@ -49,7 +43,7 @@ def plain_target(distances, values, valid, temperature):
 
 def test_weights_and_aggregate_equal_the_plain_formula():
     distances, values, valid = make_rows()
-    weights = neighbour_weights(distances, 25.0, valid)
+    weights = Weighting(temperature=25.0).weights(distances, valid)
     np.testing.assert_allclose(weights.sum(1), valid.any(1), rtol=1e-14)
     assert (weights[0] == 0).all() and (weights[~valid] == 0).all()
     rows = aggregate(weights, values)
@@ -60,23 +54,16 @@ def test_weights_and_aggregate_equal_the_plain_formula():
         assert found == pytest.approx(expected, rel=1e-13)
 
 
-def test_weights_are_stable_for_distances_far_beyond_the_temperature():
-    weights = neighbour_weights(np.array([[1e9, 1e9 + 1, 5e9]]), 1.0, np.ones((1, 3), bool))
-    np.testing.assert_allclose(
-        weights, [[1 / (1 + np.exp(-1)), np.exp(-1) / (1 + np.exp(-1)), 0]], rtol=1e-14
-    )
-
-
 def test_a_row_does_not_depend_on_its_batch_nor_on_missing_neighbours_behind_it():
     distances, values, valid = make_rows(num_rows=41, k=133, vocabulary=5)
-    whole = aggregate(neighbour_weights(distances, 30.0, valid), values)
+    whole = aggregate(Weighting(temperature=30.0).weights(distances, valid), values)
     for row in range(41):
         here = slice(row, row + 1)
         used = max(1, int(valid[row].sum()))
         for columns in (slice(None), slice(0, used)):
             part = (array[here, columns] for array in (distances, valid, values))
             part_distances, part_valid, part_values = part
-            alone = aggregate(neighbour_weights(part_distances, 30.0, part_valid), part_values)
+            alone = aggregate(Weighting(temperature=30.0).weights(part_distances, part_valid), part_values)
             inside = slice(whole.offsets[row], whole.offsets[row + 1])
             np.testing.assert_array_equal(alone.ids, whole.ids[inside])
             np.testing.assert_array_equal(alone.probabilities, whole.probabilities[inside])
@@ -94,42 +81,11 @@ def test_aggregate_of_nothing(shape):
     )
 
 
-def test_perplexity_of_known_weights():
-    weights = np.array([[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(weight_perplexity(weights), [4, 1, 2, 1], rtol=1e-15)
-
-
-@pytest.mark.parametrize("perplexity", [1.5, 4.0, 6.0])
-@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
-def test_fitted_temperature_gives_the_perplexity(perplexity, scale):
-    distances, _, valid = make_rows(num_rows=200)
-    distances[valid] = (distances[valid] + np.random.default_rng(1).random(int(valid.sum()))) * scale
-    temperature = fit_temperature(distances, valid, perplexity)
-    has_neighbour = valid.any(1)
-    weights = neighbour_weights(distances, temperature, valid)[has_neighbour]
-    assert np.exp(np.log(weight_perplexity(weights)).mean()) == pytest.approx(perplexity, rel=1e-6)
-    assert temperature == fit_temperature(distances, valid, perplexity)
-
-
-def test_a_perplexity_out_of_reach_is_refused():
-    distances = np.tile(np.arange(8.0), (3, 1))
-    valid = np.ones((3, 8), bool)
-    for perplexity in (8.0, 9.0, 1.0, 0.5, float("nan")):
-        with pytest.raises(ValueError, match="cannot be reached.*all of them 8"):
-            fit_temperature(distances, valid, perplexity)
-    with pytest.raises(ValueError, match="the nearest neighbours alone give 8"):
-        fit_temperature(np.ones((3, 8)), valid, 4.0)
-    with pytest.raises(ValueError, match="no row has a neighbour"):
-        fit_temperature(distances, ~valid, 4.0)
-    with pytest.raises(ValueError, match="temperature is 0"):
-        neighbour_weights(distances, 0, valid)
-
-
 @pytest.mark.parametrize("mass", [0.05, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("with_gold", [False, True])
 def test_truncate_keeps_the_fewest_most_probable_ids(mass, with_gold):
     distances, values, valid = make_rows(num_rows=60, k=40, vocabulary=12)
-    rows = aggregate(neighbour_weights(distances, 40.0, valid), values)
+    rows = aggregate(Weighting(temperature=40.0).weights(distances, valid), values)
     gold = np.random.default_rng(3).integers(0, 14, 60)  # some ids no row has
     kept = truncate(rows, mass, gold if with_gold else None)
     for row, (before, after) in enumerate(zip(as_dicts(rows), as_dicts(kept), strict=True)):
@@ -169,7 +125,7 @@ def test_truncate_refuses_a_mass_that_is_not_a_share():
 
 def test_label_probability_equals_the_target_entry():
     distances, values, valid = make_rows()
-    weights = neighbour_weights(distances, 25.0, valid)
+    weights = Weighting(temperature=25.0).weights(distances, valid)
     labels = np.random.default_rng(4).integers(0, 9, len(weights))
     expected = [
         row.get(int(label), 0.0)

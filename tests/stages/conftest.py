@@ -16,6 +16,7 @@ import pytest
 from transformers import dynamic_module_utils
 
 from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.config import option
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
@@ -24,7 +25,7 @@ from mlpmem_ds.formats.keys import FORMAT, VERSION, unit_name
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    output: Path
+    output: Path = option("directory", identity="none")
 
 
 def _make_keys(

@@ -48,12 +48,12 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
-from mlpmem_ds.maths.targets import neighbour_weights
+from mlpmem_ds.maths.rescoring import rescore
+from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.models.mixture import log_mixture
-from mlpmem_ds.stages.retrieval.retriever import rescore, squared_norms
 
 from .common import Report, Row, check_output, median_of, row_of, use_threads
 
@@ -122,7 +122,6 @@ class Setting:
     joint_int8: MemoryAugmentedLM
     projection_DE: Tensor
     keys_NE: np.ndarray
-    norms_N: np.ndarray
     values_N: np.ndarray
     passage_vectors_PD: Tensor
     passages_PS: Tensor
@@ -168,7 +167,8 @@ class KnnMixture(LogitsProcessor):  # type: ignore[misc]
             (self._state_BD @ self._setting.projection_DE).clamp(-127, 127).round().to(torch.int8).numpy()
         )
         found = self.neighbours(queries_BE)
-        weights_BK = neighbour_weights(found.distances_QK.astype(np.float64), _TEMPERATURE, found.ids_QK >= 0)
+        weighting = Weighting(temperature=_TEMPERATURE)
+        weights_BK = weighting.weights(found.distances_QK, found.ids_QK >= 0)
         values_BK = torch.from_numpy(self._setting.values_N[found.ids_QK.clip(min=0)])
         knn_BV = torch.zeros(scores.shape).scatter_add_(1, values_BK, torch.from_numpy(weights_BK).float())
         return log_mixture(torch.log_softmax(scores, dim=-1), knn_BV.log(), _LAMBDA)
@@ -178,8 +178,7 @@ class KnnMixture(LogitsProcessor):  # type: ignore[misc]
         if self._index is None:
             return exact_neighbours(queries_BE, keys_NE, self._config.k, exclusion=None)
         _, ids_BK = engine.search([self._index], queries_BE, self._config.k, self._config.nprobe)
-        distances_BK = rescore(queries_BE, ids_BK, keys_NE, self._setting.norms_N[: self._num_keys])
-        return Neighbours(ids_QK=ids_BK, distances_QK=distances_BK)
+        return rescore(queries_BE, ids_BK, keys_NE).unpack()
 
 
 def run(config: Config, world: World) -> None:
@@ -228,7 +227,6 @@ def prepare(config: Config) -> Setting:
         joint_int8=joint_int8.requires_grad_(False).quantize_memory(),
         projection_DE=torch.randn(config.width, config.key_size) * 40 / config.width**0.5,
         keys_NE=keys_NE,
-        norms_N=squared_norms(keys_NE),
         values_N=generator.integers(config.vocab_size, size=num_keys),
         passage_vectors_PD=torch.randn(config.passages, config.width),
         passages_PS=torch.randint(config.vocab_size, (config.passages, config.passage_tokens)),

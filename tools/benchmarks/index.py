@@ -48,7 +48,7 @@ from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
 from mlpmem_ds.maths.listed_keys import ListedKeys, in_list_order
 from mlpmem_ds.maths.target_distance import recall, total_variation
-from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights
+from mlpmem_ds.maths.weighting import fit_weighting
 
 from .common import (
     Report,
@@ -377,13 +377,13 @@ def _fidelity(
         problem.codes_ND[positions], problem.codes_ND, config.k, exclusion=Exclusion(query_ids_Q=positions)
     )
     wanted_distances = np.where(wanted.ids_QK >= 0, wanted.distances_QK, np.inf)
-    temperature = fit_temperature(wanted_distances, wanted.ids_QK >= 0, config.perplexity)
+    weighting = fit_weighting("softmax", wanted_distances, wanted.ids_QK >= 0, config.perplexity)
     values_N = problem.values_N.astype(np.int64)
 
     def weigh(ids_QK: np.ndarray, distances_QK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         valid_QK = ids_QK >= 0
         squared_QK = np.where(valid_QK, distances_QK, 0).astype(np.float64)
-        return neighbour_weights(squared_QK, temperature, valid_QK), values_N[np.maximum(ids_QK, 0)]
+        return weighting.weights(squared_QK, valid_QK), values_N[np.maximum(ids_QK, 0)]
 
     rows = []
     for arm, search in searches.items():

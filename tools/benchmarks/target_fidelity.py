@@ -22,13 +22,10 @@ from mlpmem_ds.formats.targets import frequency_order, index_name, pack_block, s
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.target_distance import distances, recall
-from mlpmem_ds.maths.targets import (
-    aggregate,
-    fit_temperature,
-    neighbour_weights,
-    weight_perplexity,
-)
-from mlpmem_ds.stages.retrieval.target_search import Datastore, squared_key_distances
+from mlpmem_ds.maths.targets import aggregate
+from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity
+from mlpmem_ds.stages.retrieval.neighbour_search import open_search, squared_key_distances
+from mlpmem_ds.stages.targets.teacher import Teacher
 
 from .common import Row, row_of
 from .published_targets import published_hits, published_rows, stock_index
@@ -62,7 +59,7 @@ def exact_of(case: Case, positions_Q: np.ndarray, k: int) -> tuple[Neighbours, n
     exact = exact_neighbours(
         vectors_ND[positions_Q], vectors_ND, k, exclusion=Exclusion(query_ids_Q=positions_Q)
     )
-    return (exact, *squared_key_distances(exact, case.truth))
+    return (exact, *squared_key_distances(exact, case.truth.scale))
 
 
 def temperatures_of(case: Case, config: Any) -> dict[str, float]:
@@ -76,10 +73,12 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
     """Rows `recall_…`, `tv_…`, `divergence_…`, `bytes_per_token_…`, `entries_per_token_…` of arms ours
     (compact), exact (ours in the exact encoding) and plain."""
     exact, squared_QK, valid_QK = exact_of(case, positions_Q, config.k)
-    store = Datastore(
-        case.keys, open_index(case.index), k=config.k, nprobe=config.nprobe, threads=config.threads
+    search = open_search(
+        case.keys, open_index(case.index), how="lists", nprobe=config.nprobe, threads=config.threads
     )
-    found = store.neighbours(positions_Q)
+    teacher = Teacher(keys=case.keys, search=search, k=config.k)
+    values_N = case.keys.read("values")
+    found = teacher.find(positions_Q).unpack()
     stock = stock_index(case.published, config.nprobe)
     queries_QD = case.truth.gather("keys", positions_Q)
     hits_QK = published_hits(stock, queries_QD, config.k)[1]
@@ -90,8 +89,8 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
                 row_of(arm, f"recall_{name}", "share", [float(recall(ids_QK, exact.ids_QK, count).mean())])
             )
     for name, temperature in _fit(squared_QK, valid_QK, config).items():
-        weights_QK = neighbour_weights(squared_QK, temperature, valid_QK)
-        truth = aggregate(weights_QK, store.values_N[np.maximum(exact.ids_QK, 0)])
+        weights_QK = Weighting(temperature=temperature).weights(squared_QK, valid_QK)
+        truth = aggregate(weights_QK, values_N[np.maximum(exact.ids_QK, 0)])
         perplexities_Q = weight_perplexity(weights_QK)
         rows += [
             row_of("both", f"temperature_{name}", "squared key units", [temperature]),
@@ -101,9 +100,9 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
             row_of("both", f"perplexity_mean_{name}", "arithmetic mean", [float(perplexities_Q.mean())]),
         ]
         for arm, encoding in (("ours", "compact"), ("exact", "exact")):
-            kept, num_bytes = _written(store, found, positions_Q, temperature, config.mass, encoding, work)
+            kept, num_bytes = _written(teacher, found, positions_Q, temperature, config.mass, encoding, work)
             rows += _rows_of(arm, name, truth, kept, num_bytes, case.keys)
-        published = published_rows(case.truth, stock, queries_QD, store.values_N, config.k, temperature)
+        published = published_rows(case.truth, stock, queries_QD, values_N, config.k, temperature)
         counts_Q = np.array([len(ids) for ids, _ in published])
         sparse = SparseRows.of_counts(
             counts_Q,
@@ -116,7 +115,7 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
 
 
 def _written(
-    store: Datastore,
+    teacher: Teacher,
     found: Neighbours,
     positions_Q: np.ndarray,
     temperature: float,
@@ -125,14 +124,14 @@ def _written(
     work: Path,
 ) -> tuple[SparseRows, int]:
     """(rows as they come back from a shard, bytes of the shard and its index)."""
-    keys = store.keys
+    keys = teacher.keys
     vocab_size = keys.manifest["vocab_size"]
     dtype = token_dtype(vocab_size)
-    order_V = frequency_order(np.bincount(store.values_N, minlength=vocab_size), dtype=dtype)
+    order_V = frequency_order(np.bincount(keys.read("values"), minlength=vocab_size), dtype=dtype)
     blocks = []
     for block in split_blocks(len(positions_Q), keys.manifest["block_size"]):
         part = Neighbours(ids_QK=found.ids_QK[slice(*block)], distances_QK=found.distances_QK[slice(*block)])
-        rows = store.rows(part, positions_Q[slice(*block)], temperature, mass)
+        rows = teacher.rows(part, positions_Q[slice(*block)], Weighting(temperature=temperature), mass)
         blocks.append(pack_block(block.start, rows, dtype=dtype, encoding=encoding, order_V=order_V))
     path = work / shard_name(0, len(positions_Q))
     write_shard(path, work / index_name(path.name), blocks)
@@ -163,12 +162,15 @@ def _fit(squared_QK: np.ndarray, valid_QK: np.ndarray, config: Any) -> dict[str,
     some = slice(None, None, max(1, len(squared_QK) // 1024))
     squared_QK, valid_QK = squared_QK[some], valid_QK[some]
     soft, sharp = (
-        fit_temperature(squared_QK, valid_QK, p) for p in (config.soft_perplexity, config.sharp_perplexity)
+        fit_weighting("softmax", squared_QK, valid_QK, perplexity).temperature
+        for perplexity in (config.soft_perplexity, config.sharp_perplexity)
     )
     low, high = sharp / 64, sharp  # the arithmetic mean is the larger, so its temperature is the lower
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5
-        perplexity = float(weight_perplexity(neighbour_weights(squared_QK, middle, valid_QK)).mean())
+        perplexity = float(
+            weight_perplexity(Weighting(temperature=middle).weights(squared_QK, valid_QK)).mean()
+        )
         low, high = (low, middle) if perplexity > config.sharp_perplexity else (middle, high)
         if high / low < 1 + 1e-4:
             break

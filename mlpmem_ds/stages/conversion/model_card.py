@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, Config, ExportInputs
 
 
@@ -109,7 +108,7 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
     return [
         *lines,
         (
-            f"Retriever: k {targets['k']}, T {targets['temperature']:.6g} in squared key units"
+            f"Retriever: k {targets['k']}, T {targets['weighting']['temperature']:.6g} in squared key units"
             f" ({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}),"
             f" keys of layer {known.get('key_layer', 'unknown')}"
         ),
@@ -132,11 +131,11 @@ def _imported(known: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tokens(corpus: CorpusManifest | None) -> str:
+def _tokens(corpus: Mapping[str, Any] | None) -> str:
     if corpus is None:
         return "unknown number of tokens"
-    train = corpus.splits["train"]
-    return f"{train.num_tokens:,} training tokens of {train.num_documents:,} documents"
+    train = corpus["splits"]["train"]
+    return f"{train['num_tokens']:,} training tokens of {train['num_documents']:,} documents"
 
 
 def _quality(inputs: ExportInputs) -> str:

@@ -95,7 +95,7 @@ def _resolved(config: Config, inputs: Inputs) -> dict[str, Any]:
     values = {
         "dtype": inputs.source.dtype_name,
         "k": store and store.k,
-        "temperature": store and store.temperature,
+        "temperature": store and store.weighting.temperature,
     }
     if config.exact is None:  # as release 0.1.0 wrote its default: True, also where there are no keys
         values["exact"] = store is None or store.exact
@@ -120,21 +120,20 @@ def _score_base_unit(config: Config, inputs: Inputs, unit: Unit, writer: UnitWri
     corpus, store = inputs.streams[unit.stream], inputs.datastore
     seconds: dict[str, float] = {}
     points = {memory.arm: memory.point for memory in inputs.memories}
-    if store is not None and store.arms:
+    if store is not None and store.names:
         points["key"] = store.point
     with _timed(seconds, BASE):
         base = scan(inputs.source, corpus, unit.block, points, batch_windows=config.batch_windows)
     writer.array(unit.file(BASE), base.log_probabilities_n)
     writer.array(unit.guess_file(BASE), base.guesses_n3)
     values_n = corpus.values(*unit.block)
-    for arm in store.arms if store is not None else []:
-        assert store is not None
-        store.load(arm)
+    for arm, scorer in store.scorers.items() if store is not None else ():
+        scorer.prepare()
         with _timed(seconds, arm):
-            neighbours = store.search(arm, store.encode(base.states["key"].numpy()))
-            scores_nT = store.log_probabilities(neighbours, values_n)
+            neighbours = scorer.neighbours(base.states["key"].numpy())
+            scores_nT = scorer.log_probabilities(neighbours, values_n)
         writer.array(unit.file(arm), scores_nT)
-        writer.array(unit.guess_file(arm), store.log_probabilities(neighbours, base.top_ids_n))
+        writer.array(unit.guess_file(arm), scorer.log_probabilities(neighbours, base.top_ids_n))
     tokens_n2 = np.stack([values_n, base.top_ids_n], axis=1)
     for memory in inputs.memories:
         with _timed(seconds, memory.arm):

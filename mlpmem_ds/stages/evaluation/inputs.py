@@ -27,6 +27,7 @@ from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.stages.evaluation.config import DEFAULT_EXTRA_SPLITS, Config, control_directories
 from mlpmem_ds.stages.evaluation.models import (
+    KnnArms,
     MemoryArm,
     ModelArm,
     holds_memory,
@@ -35,7 +36,6 @@ from mlpmem_ds.stages.evaluation.models import (
     open_model,
 )
 from mlpmem_ds.stages.report.summary import BASE, KNN_EXACT, KNN_IVFPQ, MEMORY
-from mlpmem_ds.stages.retrieval.retriever import Retriever
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Inputs:
     splits: Mapping[str, Split]  # in the order tuning, test, extra
     source: TransformersSource
     base_sha256: str
-    datastore: Retriever | None
+    datastore: KnnArms | None
     memories: Sequence[MemoryArm]
     models: Sequence[ModelArm]
     seconds: Mapping[str, float | None] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Inputs:
     @property
     def base_arms(self) -> list[str]:
         """The arms that one pass of the base gives, itself first."""
-        kinds = [] if self.datastore is None else self.datastore.arms
+        kinds = [] if self.datastore is None else self.datastore.names
         return [BASE, *kinds, *(memory.arm for memory in self.memories)]
 
     @property
@@ -218,7 +218,7 @@ def _deal_halves(config: Config) -> dict[str, Split]:
 
 
 def _refuse_training_text(
-    splits: Mapping[str, Split], memories: Sequence[MemoryArm], datastore: Retriever | None
+    splits: Mapping[str, Split], memories: Sequence[MemoryArm], datastore: KnnArms | None
 ) -> None:
     """No arm may be judged on the text that the datastore holds or the memory was trained on."""
     trained = {

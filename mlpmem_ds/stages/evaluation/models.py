@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,19 @@ from mlpmem_ds.engines.hidden_states import (
 )
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, read_weights
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.formats.index_directory import open_index
+from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
-from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.maths.knn import max_keys_for_exact
+from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import PretrainedMemory
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.models.quantized import quantize_linears
 from mlpmem_ds.stages.evaluation.config import Config
-from mlpmem_ds.stages.retrieval.retriever import Retriever
+from mlpmem_ds.stages.report.summary import KNN_EXACT, KNN_IVFPQ
+from mlpmem_ds.stages.retrieval.knn_scorer import KnnScorer
+from mlpmem_ds.stages.retrieval.neighbour_search import How, open_search
 
 _logger = logging.getLogger(__name__)
 _DEFAULT_K = 256
@@ -63,6 +67,40 @@ class ModelArm:
     path: str
     sha256: str
     source: TransformersSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnArms:
+    """Stored keys to be searched, exactly and by their index: the retriever's arms.
+
+    Attributes:
+        index: of the arm `base+knn_ivfpq`; None without it.
+        exact: whether there is the arm `base+knn_exact`.
+        point: where in the base a query is read.
+    """
+
+    keys: Keys
+    index: IndexDirectory | None
+    k: int
+    nprobe: int
+    weighting: Weighting
+    exact: bool
+    point: CapturePoint
+
+    @property
+    def names(self) -> list[str]:
+        return [KNN_EXACT] * self.exact + [KNN_IVFPQ] * (self.index is not None)
+
+    @cached_property
+    def scorers(self) -> dict[str, KnnScorer]:
+        """By the arm's name."""
+        return {name: self.scorer(name) for name in self.names}
+
+    def scorer(self, name: str, num_keys: int | None = None) -> KnnScorer:
+        """One over the first keys only, or all."""
+        how: How = "exact" if name == KNN_EXACT else "index"
+        search = open_search(self.keys, self.index, how=how, nprobe=self.nprobe, num_keys=num_keys)
+        return KnnScorer(keys=self.keys, search=search, k=self.k, weighting=self.weighting)
 
 
 def holds_memory(root: Path, flag: str) -> bool:
@@ -184,7 +222,7 @@ def open_model(
 
 def open_datastore(
     config: Config, corpus: CorpusSplit, source: TransformersSource, base_sha256: str, *, num_queries: int
-) -> Retriever | None:
+) -> KnnArms | None:
     """Open keys, index and targets, and make sure that they are of this base and of each other.
 
     `num_queries` is how many positions will be searched for, which decides whether all keys are compared with
@@ -218,24 +256,28 @@ def open_datastore(
             f"--index {config.index} is of other keys than --keys {config.keys}: build it again from these"
         )
     targets = None if config.targets is None else _read_targets(config.targets, keys)
-    temperature = config.temperature or (targets["temperature"] if targets else None)
-    if temperature is None:
+    if config.temperature:
+        kind = "softmax" if targets is None else targets.weighting.kind
+        weighting = Weighting(kind=kind, temperature=config.temperature)
+    elif targets is not None:
+        weighting = targets.weighting
+    else:
         raise UserError(
             "the kNN arms need a temperature: give --targets, whose temperature they take, or --temperature"
         )
-    k = config.k or (targets["k"] if targets else _DEFAULT_K)
+    k = config.k or (targets.manifest["k"] if targets else _DEFAULT_K)
     if k > keys.num_positions:
         raise UserError(
             f"{k:,} neighbours are more than the {keys.num_positions:,} of --keys {config.keys}: give a"
             " smaller --k"
         )
     point = CapturePoint(layer=keys.manifest["key_layer"], point=keys.manifest["key_point"])
-    return Retriever(
+    return KnnArms(
         keys=keys,
         index=index,
         k=k,
         nprobe=config.nprobe,
-        temperature=float(temperature),
+        weighting=weighting,
         exact=_resolve_exact(config, keys.num_positions, num_queries),
         point=point,
     )
@@ -272,13 +314,13 @@ def _exact_of_report(output: Path) -> bool | None:
     return None
 
 
-def _read_targets(root: Path, keys: Keys) -> dict[str, Any]:
+def _read_targets(root: Path, keys: Keys) -> Targets:
     targets = open_targets(root)
     if targets.keys_sha256 != keys.sha256:
         raise UserError(
             f"--targets {root} are of other keys than --keys {keys.root}: write them again from these"
         )
-    return targets.manifest
+    return targets
 
 
 def bytes_of_model(root: Path) -> int:

@@ -33,7 +33,7 @@ from mlpmem_ds.stages.report.breakdowns import KIND, Groups, entropy_groups, fre
 from mlpmem_ds.stages.report.page import render_report
 from mlpmem_ds.stages.report.plots import plot_costs, plot_lambda_curves, plot_speeds, plot_wins
 from mlpmem_ds.stages.report.summary import BASE, MEMORY, Arm, Protocol, summarize
-from mlpmem_ds.stages.retrieval.retriever import NEIGHBOUR_DIVISORS, TEMPERATURE_FACTORS
+from mlpmem_ds.stages.retrieval.knn_scorer import NEIGHBOUR_DIVISORS, TEMPERATURE_FACTORS
 
 FORMAT, VERSION = "report", 1
 _COUNTED_TOKENS = 1 << 22
@@ -86,7 +86,7 @@ def evaluate_scores(
         "lambdas": list(protocol.lambdas),
         "settings": {
             "k": store and store.k,
-            "temperature": store and store.temperature,
+            "temperature": store and store.weighting.temperature,
             "temperature_factors": list(TEMPERATURE_FACTORS),
             "neighbour_divisors": list(NEIGHBOUR_DIVISORS),
             "nprobe": config.nprobe if store and store.index else None,
@@ -125,14 +125,14 @@ def _describe_arm(
     if memory is not None:
         parameters, num_bytes = parameters + memory.memory.config.num_parameters(), num_bytes + memory.bytes
     store = inputs.datastore
-    is_knn = store is not None and arm in store.arms
+    is_knn = store is not None and arm in store.names
     if is_knn:
         assert store is not None
-        num_bytes += store.num_bytes(arm)
+        num_bytes += store.scorers[arm].num_bytes
     mine = [unit for unit in units.values() if unit.model is model]
     alone = arm == BASE or model is not None
     scores = _by_split(config, inputs, [(unit, unit.file(arm)) for unit in mine]) or {}
-    choices = store.choices if store is not None and is_knn else ()
+    choices = store.scorers[arm].choices if store is not None and is_knn else ()
     if is_knn:  # a report begun by release 0.1.0 has the first of them only
         choices = choices[: scores[config.test_split].shape[1]]
     guesses = _by_split(config, inputs, [(unit, unit.guess_file(arm)) for unit in mine])
@@ -152,7 +152,7 @@ def _describe_arm(
         seconds=inputs.seconds[arm],
         tokens_per_second=float(np.median(rates)),
         tokens=_tokens_read(arm, inputs),
-        temperatures=tuple(temperature for _, temperature in choices),
+        temperatures=tuple(weighting.temperature for _, weighting in choices),
         neighbours=tuple(count for count, _ in choices),
         guesses=guesses and {name: part[:, 0] if alone else part for name, part in guesses.items()},
         came=guesses and {name: part[:, 2] > 0 for name, part in guesses.items()} if alone else None,
@@ -163,7 +163,7 @@ def _describe_arm(
 def _tokens_read(arm: str, inputs: Inputs) -> int | None:
     """What making the arm read beyond the base: positions of every training step, or the stored keys; None if
     not known."""
-    if inputs.datastore is not None and arm in inputs.datastore.arms:
+    if inputs.datastore is not None and arm in inputs.datastore.names:
         return int(inputs.datastore.keys.num_positions)
     for memory in inputs.memories:
         if memory.arm == arm:

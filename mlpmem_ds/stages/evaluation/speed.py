@@ -20,9 +20,10 @@ from mlpmem_ds.engines.hidden_states import scan_positions
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import Inputs
+from mlpmem_ds.stages.evaluation.models import KnnArms
 from mlpmem_ds.stages.evaluation.scores import memory_log_probabilities, windows_at_once
 from mlpmem_ds.stages.report.summary import BASE
-from mlpmem_ds.stages.retrieval.retriever import Retriever
+from mlpmem_ds.stages.retrieval.knn_scorer import KnnScorer
 
 SHARES = (0.25, 0.5, 1.0)
 _RUNS = 3
@@ -32,7 +33,7 @@ def measure_speeds(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
     """`arm`, `keys` (None without a datastore), `positions`, `tokens_per_second` (median of three); []
     without a datastore."""
     store = inputs.datastore
-    if store is None or not store.arms or config.speed_positions == 0:
+    if store is None or not store.names or config.speed_positions == 0:
         return []
     corpus = inputs.splits[config.test_split].corpus
     block = Block(0, min(config.speed_positions, corpus.num_positions))
@@ -55,9 +56,10 @@ def measure_speeds(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
         )
         found.append((memory.arm, None, seconds))
     for num_keys in _sizes(store):
-        part = store.first(num_keys)
-        for arm in store.arms:
-            seconds = _median_seconds(partial(_score, part, arm, states["key"], values_n))
+        for arm in store.names:
+            scorer = store.scorer(arm, num_keys)
+            scorer.prepare()
+            seconds = _median_seconds(partial(_score, scorer, states["key"], values_n))
             found.append((arm, num_keys, seconds))
     return [
         {
@@ -70,13 +72,13 @@ def measure_speeds(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
     ]
 
 
-def _sizes(store: Retriever) -> list[int]:
+def _sizes(store: KnnArms) -> list[int]:
     whole = store.keys.num_positions
     return sorted({max(min(store.k, whole), int(whole * share)) for share in SHARES})
 
 
-def _score(store: Retriever, arm: str, states_nD: torch.Tensor, values_n: Any) -> None:
-    store.log_probabilities(store.search(arm, store.encode(states_nD.numpy())), values_n)
+def _score(scorer: KnnScorer, states_nD: torch.Tensor, values_n: Any) -> None:
+    scorer.log_probabilities(scorer.neighbours(states_nD.numpy()), values_n)
 
 
 def _median_seconds(work: Callable[[], Any]) -> float:

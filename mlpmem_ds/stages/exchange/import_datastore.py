@@ -29,8 +29,10 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_file
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.formats import corpus as corpus_format
 from mlpmem_ds.formats import keys as keys_format
 from mlpmem_ds.formats.arrow_tables import (
     DATASTORE,
@@ -41,18 +43,11 @@ from mlpmem_ds.formats.arrow_tables import (
     read_keys,
     read_rows,
 )
-from mlpmem_ds.formats.corpus import (
-    SPLITS,
-    CorpusManifest,
-    CorpusUnit,
-    SplitManifest,
-    TokenizerFacts,
-    token_dtype,
-    vocabulary_sha256,
-)
+from mlpmem_ds.formats.corpus import SPLITS, token_dtype, vocabulary_sha256
 from mlpmem_ds.formats.keys import Keys, bfloat16_bits, open_keys, unit_name
 from mlpmem_ds.formats.targets import FORMAT as TARGETS_FORMAT
 from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, version_of, write_shard
+from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.backbone import resolve_layer
 from mlpmem_ds.stages.corpus.tokenization import vocab_size
 
@@ -189,19 +184,19 @@ def _hash_of(paths: tuple[Path, ...]) -> str:
 
 
 def _stage(
-    config: Config, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
+    config: Config, name: str, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
 ) -> StageDirectory:
-    """OUTPUT/stage as a stage directory; the flags that do not decide its bytes are left out of its
+    """OUTPUT/name as a stage directory; the flags that do not decide its bytes are left out of its
     identity."""
     own = {
         "corpus": (),
         "keys": ("key_layer", "unit_positions"),
         "targets": ("k", "temperature", "shard_positions"),
-    }[stage]
-    settings = _Identity(output=config.output / stage)
+    }[name]
+    settings = _Identity(output=config.output / name)
     values = {field: getattr(config, field) for field in (*own, "block_size")}
     return open_stage(
-        config.output / stage,
+        config.output / name,
         stage=stage,
         version=version,
         config=settings,
@@ -220,14 +215,8 @@ def _write_corpus(config: Config, source: _Source, world: World) -> str:
     units = _units(config, source.table.num_rows)
     vocabulary = vocabulary_sha256(source.tokenizer)
     inputs = {"datastore": _hash_of(config.datastore), "vocabulary": vocabulary}
-    stage = _stage(
-        config,
-        CorpusManifest.FORMAT,
-        CorpusManifest.VERSION,
-        inputs,
-        world,
-        unit_positions=config.unit_positions,
-    )
+    stage = _stage(config, "corpus", corpus_format.FORMAT, corpus_format.VERSION, inputs, world,
+                   unit_positions=config.unit_positions)  # fmt: skip
 
     def write_tokenizer(_: str, writer: UnitWriter) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -253,23 +242,30 @@ def _write_corpus(config: Config, source: _Source, world: World) -> str:
             path.write_text(json.dumps(entry) + "\n")
         return {"tokens": len(tokens_n), "documents": 1, "bytes": 0}
 
-    def describe() -> CorpusManifest:
-        train = [
-            CorpusUnit(unit=unit, **summary)
+    def describe() -> dict[str, Any]:
+        parts = [
+            {"unit": unit, **summary}
             for unit, summary in zip(units, stage.summaries(list(units)), strict=True)
         ]
+        empty = {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "units": []}
+        train = {
+            "num_tokens": sum(part["tokens"] for part in parts),
+            "num_documents": len(parts),
+            "num_bytes": 0,
+            "units": parts,
+        }
         size = vocab_size(source.tokenizer)
-        return CorpusManifest(
-            tokenizer=TokenizerFacts(
-                vocabulary_sha256=vocabulary,
-                vocab_size=size,
-                end_of_document_id=source.tokenizer.eos_token_id,
-            ),
-            token_dtype=token_dtype(size).str,
-            block_size=config.block_size,
-            stride=config.block_size,
-            splits={split: SplitManifest.of_units(train if split == "train" else []) for split in SPLITS},
-        )
+        return {
+            "tokenizer": {
+                "vocabulary_sha256": vocabulary,
+                "vocab_size": size,
+                "end_of_document_id": source.tokenizer.eos_token_id,
+            },
+            "token_dtype": token_dtype(size).str,
+            "block_size": config.block_size,
+            "stride": config.block_size,
+            "splits": {split: train if split == "train" else empty for split in SPLITS},
+        }
 
     stage.run_units([_TOKENIZER_UNIT], write_tokenizer)
     stage.run_units(list(units), write)
@@ -287,7 +283,7 @@ def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
 def _write_keys(config: Config, source: _Source, corpus_sha256: str, world: World) -> None:
     units, num_rows = _units(config, source.table.num_rows), source.table.num_rows
     inputs = {"corpus": corpus_sha256, "model": source.model_sha256}
-    stage = _stage(config, keys_format.FORMAT, keys_format.VERSION, inputs, world)
+    stage = _stage(config, "keys", keys_format.FORMAT, keys_format.VERSION, inputs, world)
     progress = Progress(num_rows, label="keys", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> None:
@@ -335,7 +331,7 @@ def _write_targets(config: Config, table: ArrowTable, keys: Keys, world: World) 
     )  # checks the shards' size again
     shards = {f"{block.start:012d}": block for block in split_blocks(table.num_rows, config.shard_positions)}
     inputs = {"keys": keys.sha256, "targets": _hash_of(config.targets)}
-    stage = _stage(config, TARGETS_FORMAT, version_of("exact", "tar.zst"), inputs, world)
+    stage = _stage(config, "targets", TARGETS_FORMAT, version_of("exact", "tar.zst"), inputs, world)
     progress = Progress(table.num_rows, label="targets", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> dict[str, Any]:
@@ -369,7 +365,7 @@ def _write_targets(config: Config, table: ArrowTable, keys: Keys, world: World) 
             "shard_positions": config.shard_positions,
             "vocab_size": size,
             "k": config.k,
-            "temperature": config.temperature,
+            "weighting": to_json(Weighting(temperature=config.temperature)),
             "neighbour_perplexity": None,
             "temperature_rule": "imported",
             "mass": 1.0,

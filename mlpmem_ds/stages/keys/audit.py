@@ -28,12 +28,13 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import Codec, Keys
-from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours
-from mlpmem_ds.maths.neighbours import merge_neighbours
+from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, merge_neighbours
 from mlpmem_ds.maths.target_distance import recall, total_variation
-from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights
+from mlpmem_ds.maths.weighting import fit_weighting
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.stages.keys.codec import fit_sample, read_sample, read_windows, sample_windows
+from mlpmem_ds.stages.retrieval.exact_search import ExactSearch
+from mlpmem_ds.stages.retrieval.neighbour_search import squared_key_distances
 
 _logger = logging.getLogger(__name__)
 
@@ -260,10 +261,10 @@ def _row_blocks(num_queries: int) -> list[slice]:
 def _keep_nearest(arm: _Arm, vectors_mE: np.ndarray, first: int, query_rows: np.ndarray, k: int) -> None:
     """Let a chunk of candidates, numbered from `first`, into each query's k nearest so far; never the query
     itself."""
-    parts = []
+    parts, search = [], ExactSearch(vectors_mE)
     for rows in _row_blocks(len(query_rows)):
         exclusion = Exclusion(query_ids_Q=query_rows[rows] - first)
-        found = exact_neighbours(arm.queries[rows], vectors_mE, k, exclusion=exclusion)
+        found = search.search(arm.queries[rows], k, exclusion).unpack()
         ids_QK = np.where(found.ids_QK >= 0, found.ids_QK + first, -1)
         found = Neighbours(ids_QK=ids_QK, distances_QK=found.distances_QK)
         if arm.best is None:
@@ -313,11 +314,10 @@ def _weights(arm: _Arm, temperature: str) -> np.ndarray | None:
     """Its neighbours' weights at the temperature where they have the wanted perplexity; None where none
     has."""
     assert arm.best is not None
-    valid_QK = arm.best.ids_QK >= 0
-    squared_QK = np.where(valid_QK, arm.best.distances_QK, 0).astype(np.float64) * arm.scale**2
+    squared_QK, valid_QK = squared_key_distances(arm.best, arm.scale)
     try:
-        fitted = fit_temperature(squared_QK, valid_QK, PERPLEXITIES[temperature])
+        weighting = fit_weighting("softmax", squared_QK, valid_QK, PERPLEXITIES[temperature])
     except ValueError as error:
         _logger.warning("audit, %s keys, %s temperature: %s", arm.name, temperature, error)
         return None
-    return neighbour_weights(squared_QK, fitted, valid_QK)
+    return weighting.weights(squared_QK, valid_QK)

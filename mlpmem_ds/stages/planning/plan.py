@@ -19,7 +19,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
-from mlpmem_ds.maths.targets import USUAL_PERPLEXITY, default_perplexity
+from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, default_perplexity
 from mlpmem_ds.models.memory import PRESETS, MemoryConfig
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
@@ -59,7 +59,8 @@ class Config:
     nprobe: int | None = option("lists that a query probes (default: 32)", None)
     k: int | None = option("neighbours of a position (default: 1024)", None)
     neighbour_perplexity: float | None = option(
-        f"how many neighbours count (default: {USUAL_PERPLEXITY:g}, or half of --k where that is less)", None
+        f"how many neighbours count (default: {DEFAULT_PERPLEXITY:g}, or half of --k where that is less)",
+        None,
     )
     encoding: Literal["exact", "compact"] | None = option("of the targets (default: compact)", None)
     preset: str | None = option(

@@ -80,11 +80,8 @@ def missing_bytes(root: Path, keys: Keys, index: IndexDirectory) -> int:
     return max(0, total - there)
 
 
-def make_key_lists(
-    root: Path, keys: Keys, index: IndexDirectory, world: World
-) -> tuple[ListedKeys, np.ndarray]:
-    """(keys list by list, value of each position), mapped; made by all ranks that ask, each its share, where
-    they are missing.
+def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) -> ListedKeys:
+    """The keys list by list, mapped; made by all ranks that ask, each its share, where they are missing.
 
     Inputs are compared with their checksums by the unit that reads them, what is made by every rank before it
     is used.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ from mlpmem_ds.core.files import content_hash, publish, publish_json
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.plotting import new_figure, save_png
-from mlpmem_ds.formats.key_rows import KeyRows
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
-from mlpmem_ds.maths.knn import exact_neighbours
 from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall
-from mlpmem_ds.maths.targets import aggregate, neighbour_weights
-from mlpmem_ds.stages.retrieval.target_search import Datastore, squared_key_distances
+from mlpmem_ds.stages.retrieval.neighbour_search import open_search
+from mlpmem_ds.stages.targets.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
 _STAGE, _VERSION = "target-audit", 1
@@ -100,8 +99,8 @@ def open_truth(raw_keys: Path | None, keys: Keys) -> Keys:
     return raw
 
 
-def run(config: Config, world: World, *, datastore: Datastore, truth: Keys) -> None:
-    """Audit a complete target directory; `datastore` is the one that searched for it."""
+def run(config: Config, world: World, *, teacher: Teacher, truth: Keys) -> None:
+    """Audit a complete target directory; `teacher` is the one that searched for it."""
     targets = open_targets(config.targets)
     inputs = {"targets": targets.sha256, "truth": truth.sha256}
     name = content_hash({"version": _VERSION, "positions": config.positions, "inputs": inputs})[:12]
@@ -121,13 +120,10 @@ def run(config: Config, world: World, *, datastore: Datastore, truth: Keys) -> N
     }
     shards = {f"rows-{shard['first']:012d}": shard for shard in targets.manifest["shards"]}
     progress = Progress(len(sample_n), label="audit", unit="positions", world=world)
-    truth_ND: list[KeyRows] = []  # checked when the first unit asks
+    true_teacher = replace(teacher, keys=truth, search=open_search(truth, how="exact"), lists=None)
 
     def compare(unit: str, writer: UnitWriter) -> None:
-        if not truth_ND:
-            truth.check("keys")
-            truth_ND.append(KeyRows(truth))
-        compared = _compare(datastore, targets, truth, truth_ND[0], parts[unit])
+        compared = _compare(teacher, true_teacher, targets, parts[unit])
         for column, values in asdict(compared).items():
             writer.array(f"{column}-{unit}.npy", values)
         progress.advance(len(parts[unit]))
@@ -141,7 +137,7 @@ def run(config: Config, world: World, *, datastore: Datastore, truth: Keys) -> N
     units = [*shards, *parts]
     stage.wait_for(units)
     if world.is_first:  # made anew each time, so that a kill between them leaves nothing undone
-        record = _summarize(stage, targets, truth, datastore, list(parts), stage.summaries(list(shards)))
+        record = _summarize(stage, targets, truth, teacher, list(parts), stage.summaries(list(shards)))
         publish_json(config.targets / "audit.json", record)
         with publish(config.targets / "audit.png") as path:
             _plot(record, path)
@@ -149,21 +145,15 @@ def run(config: Config, world: World, *, datastore: Datastore, truth: Keys) -> N
     stage.finish(units, lambda: {})
 
 
-def _compare(
-    datastore: Datastore, targets: Targets, truth: Keys, truth_ND: KeyRows, positions_n: np.ndarray
-) -> Compared:
-    """The search and the stored rows of some positions beside exact ones."""
-    found = datastore.neighbours(positions_n)
-    loose = datastore.neighbours(positions_n, exclude=False)
-    exact = exact_neighbours(
-        truth_ND[positions_n], truth_ND, datastore.k, exclusion=datastore.exclusion(positions_n)
-    )
-    squared_nK, valid_nK = squared_key_distances(exact, truth)
-    weights_nK = neighbour_weights(squared_nK, targets.manifest["temperature"], valid_nK)
-    true_rows = aggregate(weights_nK, datastore.values_of(np.maximum(exact.ids_QK, 0)))
+def _compare(teacher: Teacher, true_teacher: Teacher, targets: Targets, positions_n: np.ndarray) -> Compared:
+    """The search and the stored rows of some positions, next to exact ones."""
+    found = teacher.find(positions_n).unpack()
+    loose = teacher.find(positions_n, exclude=False).unpack()
+    exact = true_teacher.find(positions_n).unpack()
+    true_rows = true_teacher.whole_rows(exact, targets.weighting)
     rows = targets.gather(positions_n).astype(np.int64, np.float64)
     far = distances(true_rows, rows, targets.manifest["vocab_size"])
-    gold_n = datastore.values_of(positions_n).astype(np.int64)
+    gold_n = teacher.values_of(positions_n).astype(np.int64)
     ids_nK, distances_nK = found.ids_QK, found.distances_QK
     both_nK = (ids_nK[:, 1:] >= 0) & (ids_nK[:, :-1] >= 0)
     closer_nK = distances_nK[:, 1:] < distances_nK[:, :-1]
@@ -171,7 +161,7 @@ def _compare(
     return Compared(
         recall_1=recall(ids_nK, exact.ids_QK, _RECALLS[0]),
         recall_64=recall(ids_nK, exact.ids_QK, _RECALLS[1]),
-        recall_k=recall(ids_nK, exact.ids_QK, datastore.k),
+        recall_k=recall(ids_nK, exact.ids_QK, teacher.k),
         total_variation=far.total_variation_Q,
         divergence=far.divergence_Q,
         gold_truth=probability_of(true_rows, gold_n),
@@ -180,7 +170,7 @@ def _compare(
         has_self=(ids_nK == positions_n[:, None]).any(axis=1),
         neighbours_unsorted=(both_nK & (closer_nK | tied_nK)).any(axis=1),
         gap_in_neighbours=np.any((ids_nK[:, 1:] >= 0) & (ids_nK[:, :-1] < 0), axis=1),
-        list_size=datastore.list_sizes(positions_n),
+        list_size=teacher.list_sizes(positions_n),
     )
 
 
@@ -199,7 +189,7 @@ def _summarize(
     stage: StageDirectory,
     targets: Targets,
     truth: Keys,
-    datastore: Datastore,
+    teacher: Teacher,
     parts: list[str],
     validities: list[dict[str, int]],
 ) -> dict[str, Any]:
@@ -217,8 +207,8 @@ def _summarize(
         "settings": {
             "positions": len(sizes_n),
             "truth": truth.codec,
-            "k": datastore.k,
-            "temperature": targets.manifest["temperature"],
+            "k": teacher.k,
+            "weighting": to_json(targets.weighting),
             "search": targets.manifest["search"],
             "encoding": targets.encoding,
             "inputs": stage.identity["inputs"],

@@ -10,7 +10,7 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.targets import Container, Encoding
 from mlpmem_ds.maths.knn import max_keys_for_exact
-from mlpmem_ds.maths.targets import USUAL_PERPLEXITY, default_perplexity
+from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, default_perplexity
 
 _MAX_COUNTS = 2**16 - 1  # entries of a row are counted in uint16
 
@@ -30,7 +30,7 @@ class Config:
     temperature: str = option("of the weights exp(-d²/T), in squared key units, or auto", "auto")
     neighbour_perplexity: float = option(
         "with auto: how many neighbours shall count, exp of the weights' entropy; "
-        f"0 is {USUAL_PERPLEXITY:g}, or half of --k where that is less",
+        f"0 is {DEFAULT_PERPLEXITY:g}, or half of --k where that is less",
         0.0,
     )
     mass: float = option("probability to keep of each row, above 0 and at most 1", 0.999)

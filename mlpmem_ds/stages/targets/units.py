@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.targets import (
     TargetBlock,
@@ -30,9 +31,9 @@ from mlpmem_ds.formats.targets import (
 )
 from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
-from mlpmem_ds.maths.targets import fit_temperature, neighbour_weights, weight_perplexity
-from mlpmem_ds.stages.retrieval.target_search import Datastore
+from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity
 from mlpmem_ds.stages.targets.config import Config
+from mlpmem_ds.stages.targets.teacher import Teacher
 
 Made = TypeVar("Made")
 
@@ -43,64 +44,67 @@ _MAX_WORKERS = 8  # more threads of Python get into one another's way
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the sample shows: its positions, their neighbours, and the summary that the unit keeps."""
+    """What the sample shows: its positions, their neighbours, the weighting, and the summary that the unit
+    keeps."""
 
     positions_n: np.ndarray
     neighbours: Neighbours
+    weighting: Weighting
     summary: dict[str, Any]
 
 
-def measure(datastore: Datastore, config: Config) -> Measured:
+def measure(teacher: Teacher, config: Config) -> Measured:
     """Fit or take the temperature, and measure the neighbour-weight perplexity, on sampled positions.
 
     Raises:
         UserError: no temperature gives the wanted perplexity.
     """
-    positions_n = sample_positions(datastore.keys.num_positions, _SAMPLE, seed=_SEED)
-    neighbours = datastore.neighbours(positions_n)
-    squared_nK, valid_nK = datastore.squared_distances(neighbours)
+    positions_n = sample_positions(teacher.keys.num_positions, _SAMPLE, seed=_SEED)
+    neighbours = teacher.find(positions_n).unpack()
+    squared_nK, valid_nK = teacher.squared_distances(neighbours)
     if config.temperature == "auto":
         try:
-            # Six digits: legible, and the same where another processor's exp differs in the last bit.
-            temperature = float(f"{fit_temperature(squared_nK, valid_nK, config.neighbour_perplexity):.6g}")
+            weighting = fit_weighting("softmax", squared_nK, valid_nK, config.neighbour_perplexity)
         except ValueError as error:
             raise UserError(
                 f"--neighbour-perplexity: {error}; or set --temperature (and another --output)"
             ) from error
+        # Six digits: legible, and the same where another processor's exp differs in the last bit.
+        weighting = replace(weighting, temperature=float(f"{weighting.temperature:.6g}"))
     else:
-        temperature = float(config.temperature)
+        weighting = Weighting(temperature=float(config.temperature))
     found_n = valid_nK.any(axis=1)
-    perplexities_n = weight_perplexity(neighbour_weights(squared_nK, temperature, valid_nK)[found_n])
+    perplexities_n = weight_perplexity(weighting.weights(squared_nK, valid_nK)[found_n])
     summary = {
-        "temperature": temperature,
+        "weighting": to_json(weighting),
         "sampled_positions": len(positions_n),
         "neighbour_perplexity": float(np.exp(np.log(perplexities_n).mean())) if found_n.any() else 1.0,
     }
-    return Measured(positions_n=positions_n, neighbours=neighbours, summary=summary)
+    return Measured(positions_n=positions_n, neighbours=neighbours, weighting=weighting, summary=summary)
 
 
 def bytes_per_position(
-    datastore: Datastore, config: Config, measured: Measured, order_V: np.ndarray | None
+    teacher: Teacher, config: Config, measured: Measured, order_V: np.ndarray | None
 ) -> float:
     """What a position will take on disk, by packing the sampled ones (a little more than neighbouring ones
     would)."""
     total = 0
-    for block in split_blocks(len(measured.positions_n), datastore.keys.manifest["block_size"]):
-        rows = datastore.rows(
+    for block in split_blocks(len(measured.positions_n), teacher.keys.manifest["block_size"]):
+        rows = teacher.rows(
             _part(measured.neighbours, block),
             measured.positions_n[slice(*block)],
-            measured.summary["temperature"],
+            measured.weighting,
             config.mass,
         )
-        total += stored_bytes(_pack(datastore, config, block.start, rows, order_V), config.container)
+        total += stored_bytes(_pack(teacher, config, block.start, rows, order_V), config.container)
     return total / len(measured.positions_n)
 
 
 def write(
-    datastore: Datastore,
+    teacher: Teacher,
     config: Config,
     shard: Block,
-    temperature: float,
+    weighting: Weighting,
     order_V: np.ndarray | None,
     writer: UnitWriter,
     progress: Progress,
@@ -112,21 +116,21 @@ def write(
     positions, 2 threads: 4.0 s with torch's, as many as with one thread).
     """
     short = without = 0
-    block_size = datastore.keys.manifest["block_size"]
+    block_size = teacher.keys.manifest["block_size"]
     num_threads = torch.get_num_threads()
     num_workers = min(num_threads, _MAX_WORKERS)
-    datastore.load()
+    teacher.prepare()
     size = block_size * max(1, config.batch_positions // num_workers // block_size)
 
     def make(batch: Block) -> tuple[list[TargetBlock], int, int]:
         first = shard.start + batch.start
-        found = datastore.search(np.arange(first, first + batch.size))
+        found = teacher.find(np.arange(first, first + batch.size))
         counts_n = found.count()
         blocks = []
         for block in split_blocks(batch.size, block_size):
             positions_n = np.arange(first + block.start, first + block.stop)
-            rows = datastore.rows(found.rows(slice(*block)), positions_n, temperature, config.mass)
-            blocks.append(_pack(datastore, config, int(positions_n[0]), rows, order_V))
+            rows = teacher.rows(found.rows(slice(*block)), positions_n, weighting, config.mass)
+            blocks.append(_pack(teacher, config, int(positions_n[0]), rows, order_V))
         return blocks, int((counts_n < config.k).sum()), int((counts_n == 0).sum())
 
     def blocks() -> Iterator[TargetBlock]:
@@ -177,11 +181,11 @@ def _part(neighbours: Neighbours, block: Block) -> Neighbours:
 
 
 def _pack(
-    datastore: Datastore,
+    teacher: Teacher,
     config: Config,
     first: int,
     rows: SparseRows,
     order_V: np.ndarray | None,
 ) -> TargetBlock:
-    dtype = token_dtype(datastore.keys.manifest["vocab_size"])
+    dtype = token_dtype(teacher.keys.manifest["vocab_size"])
     return pack_block(first, rows, dtype=dtype, encoding=config.encoding, order_V=order_V)

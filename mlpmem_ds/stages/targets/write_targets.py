@@ -25,6 +25,7 @@ from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, check_output, open_stage
+from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.index_directory import IndexDirectory
@@ -37,8 +38,9 @@ from mlpmem_ds.formats.targets import (
     shard_name,
     version_of,
 )
+from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.retrieval.key_lists import missing_bytes, remove_key_lists
-from mlpmem_ds.stages.retrieval.target_search import Datastore
+from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from mlpmem_ds.stages.targets import audit as target_audit
 from mlpmem_ds.stages.targets.config import Config as Config
 from mlpmem_ds.stages.targets.inputs import (
@@ -48,10 +50,11 @@ from mlpmem_ds.stages.targets.inputs import (
     read_documents,
     resolve_search,
 )
+from mlpmem_ds.stages.targets.teacher import Teacher
 from mlpmem_ds.stages.targets.units import Measured, bytes_per_position, measure, write
 
 _logger = logging.getLogger(__name__)
-_TEMPERATURE, _ORDER = "temperature", "frequency_order"
+_WEIGHTING, _ORDER = "weighting", "frequency_order"
 _MARGIN_OF_BYTES = 1.05
 _SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -67,20 +70,25 @@ def run(config: Config, world: World) -> None:
     truth = target_audit.open_truth(config.raw_keys, keys) if config.audit else None
     if config.threads:
         torch.set_num_threads(config.threads)
-    datastore = Datastore(
-        keys,
-        index,
+    teacher = Teacher(
+        keys=keys,
+        search=open_search(
+            keys,
+            index,
+            how="lists" if search == "ivf" else "exact",
+            nprobe=config.nprobe,
+            lists=lists,
+            threads=config.threads,
+            world=world,
+        ),
         k=config.k,
-        nprobe=config.nprobe,
         window=config.exclude_window,
         documents_N=documents_N,
-        threads=config.threads,
         lists=lists,
-        world=world,
     )
-    order_V = _frequency_order(datastore) if config.encoding == "compact" else None
+    order_V = _frequency_order(teacher) if config.encoding == "compact" else None
     is_new = not check_output(config.output, stage=FORMAT)
-    measured = _measure_first(datastore, config, order_V, index) if is_new else None
+    measured = _measure_first(teacher, config, order_V, index) if is_new else None
     version = version_of(config.encoding, config.container)
     resolved = {
         "search": search,
@@ -98,10 +106,11 @@ def run(config: Config, world: World) -> None:
         extra=resolved,
         without_effect=() if config.temperature == "auto" else ("neighbour_perplexity",),
     )
-    stage.run_units([_TEMPERATURE], lambda unit, writer: (measured or measure(datastore, config)).summary)
-    stage.wait_for([_TEMPERATURE])
-    summary = stage.summaries([_TEMPERATURE])[0]
-    firsts = [_TEMPERATURE]
+    stage.run_units([_WEIGHTING], lambda unit, writer: (measured or measure(teacher, config)).summary)
+    stage.wait_for([_WEIGHTING])
+    summary = stage.summaries([_WEIGHTING])[0]
+    weighting = from_json(Weighting, summary["weighting"], where=str(config.output), version=version)
+    firsts = [_WEIGHTING]
     if order_V is not None:
         firsts.append(_ORDER)
         stage.run_units([_ORDER], lambda unit, writer: writer.array(ORDER_NAME, order_V))
@@ -112,7 +121,7 @@ def run(config: Config, world: World) -> None:
     progress = Progress(sum(block.size for block in mine), label="targets", unit="positions", world=world)
 
     def write_shard(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
-        return write(datastore, config, shards[unit], summary["temperature"], order_V, writer, progress)
+        return write(teacher, config, shards[unit], weighting, order_V, writer, progress)
 
     stage.run_units(list(shards), write_shard)
     progress.close()
@@ -133,21 +142,21 @@ def run(config: Config, world: World) -> None:
     target_audit.run(
         target_audit.Config(targets=config.output, positions=config.audit),
         world,
-        datastore=datastore,
+        teacher=teacher,
         truth=truth,
     )
 
 
 def _measure_first(
-    datastore: Datastore, config: Config, order_V: np.ndarray | None, index: IndexDirectory | None
+    teacher: Teacher, config: Config, order_V: np.ndarray | None, index: IndexDirectory | None
 ) -> Measured:
     """Before anything is written: the temperature, and whether the targets fit on the disk."""
-    measured = measure(datastore, config)
-    num_bytes = bytes_per_position(datastore, config, measured, order_V)
-    total = num_bytes * datastore.keys.num_positions
+    measured = measure(teacher, config)
+    num_bytes = bytes_per_position(teacher, config, measured, order_V)
+    total = num_bytes * teacher.keys.num_positions
     _logger.info(
         "temperature %.4g, neighbour-weight perplexity %.1f: about %.0f bytes a position (%s, %s), %.2f GB",
-        measured.summary["temperature"],
+        measured.weighting.temperature,
         measured.summary["neighbour_perplexity"],
         num_bytes,
         config.encoding,
@@ -157,7 +166,7 @@ def _measure_first(
     wanted, what = int(total * _MARGIN_OF_BYTES), "the targets"
     if index is not None and config.lists is None:
         wanted, what = (
-            wanted + missing_bytes(config.output / FOLDER, datastore.keys, index),
+            wanted + missing_bytes(config.output / FOLDER, teacher.keys, index),
             ("the targets and, until they are written, the keys in list order (elsewhere: --lists)"),
         )
     require_free_bytes(config.output, wanted, what=what)
@@ -183,7 +192,7 @@ def _describe(
         "shard_positions": config.shard_positions,
         "vocab_size": keys.manifest["vocab_size"],
         "k": config.k,
-        "temperature": measured["temperature"],
+        "weighting": measured["weighting"],
         "neighbour_perplexity": measured["neighbour_perplexity"],
         "temperature_rule": "auto" if config.temperature == "auto" else "fixed",
         "mass": config.mass,
@@ -205,6 +214,6 @@ def _describe(
     }
 
 
-def _frequency_order(datastore: Datastore) -> np.ndarray:
-    counts_V = datastore.count_values()
+def _frequency_order(teacher: Teacher) -> np.ndarray:
+    counts_V = teacher.count_values()
     return frequency_order(counts_V, dtype=token_dtype(len(counts_V)))

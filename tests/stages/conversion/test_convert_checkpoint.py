@@ -124,7 +124,15 @@ def flags(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, keys_dir: 
     targets = tmp_path_factory.mktemp("targets")
     found = _Flags(corpus=corpus_dir, keys=keys_dir, targets=targets)
     stage = open_stage(targets, stage="targets", version=1, config=found, inputs={}, world=World())
-    stage.finish([], lambda: {"k": 48, "temperature": 3.25, "search": "exact", "exclude": "self"})
+    stage.finish(
+        [],
+        lambda: {
+            "k": 48,
+            "weighting": {"kind": "softmax", "temperature": 3.25},
+            "search": "exact",
+            "exclude": "self",
+        },
+    )
     return found
 
 

@@ -26,7 +26,7 @@ from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.index import build_index
-from mlpmem_ds.stages.retrieval.retriever import NEIGHBOUR_DIVISORS
+from mlpmem_ds.stages.retrieval.knn_scorer import NEIGHBOUR_DIVISORS
 
 UNIT, K, TEMPERATURE = 96, 24, 3.0
 NEIGHBOURS = [K // divisor for divisor in NEIGHBOUR_DIVISORS]
@@ -92,7 +92,13 @@ def save_targets(root: Path, keys_sha256: str, *, search: str = "ivf", version: 
         inputs={"keys": keys_sha256},
         world=World(),
     )
-    fields = {"temperature": TEMPERATURE, "k": K, "search": search, "shards": [], "num_positions": 0}
+    fields = {
+        "weighting": {"kind": "softmax", "temperature": TEMPERATURE},
+        "k": K,
+        "search": search,
+        "shards": [],
+        "num_positions": 0,
+    }
     _finish(directory, "none", lambda _, writer: None, **fields)
     return root
 

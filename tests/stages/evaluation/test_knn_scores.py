@@ -16,12 +16,13 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.maths.knn import Neighbours
+from mlpmem_ds.maths.rescoring import rescore
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation import models as evaluation_arms
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
 from mlpmem_ds.stages.index import build_index
-from mlpmem_ds.stages.retrieval.retriever import TEMPERATURE_FACTORS
+from mlpmem_ds.stages.retrieval.knn_scorer import TEMPERATURE_FACTORS
 
 from .conftest import NEIGHBOURS, TEMPERATURE, Finished, K, brute_force_knn, forward_base, read_scores
 
@@ -69,16 +70,17 @@ def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(
 
 def test_the_first_keys_of_a_datastore_are_searched_as_a_datastore_of_their_own(finished: Finished) -> None:
     store = open_inputs(finished.config).datastore
-    part = store.first(700)
-    queries = store.stored_NE[900:950]
-    for arm in ("base+knn_exact", "base+knn_ivfpq"):
-        found = part.search(arm, queries).ids_QK
-        assert found.max() < 700 and (found >= 0).all()
-    distances = ((queries[:, None].astype(np.int64) - store.stored_NE[None, :700]) ** 2).sum(-1)
+    assert store is not None
+    stored = store.keys.read("keys")
+    queries = stored[900:950]
+    distances = ((queries[:, None].astype(np.int64) - stored[None, :700]) ** 2).sum(-1)
     nearest = np.sort(distances, axis=1)[:, :K]
-    np.testing.assert_array_equal(part.search("base+knn_exact", queries).distances_QK, nearest)
-    assert store.search("base+knn_exact", queries).ids_QK.max() >= 900  # the whole is as it was
-    assert store.search("base+knn_ivfpq", queries).ids_QK.max() >= 900
+    for arm in ("base+knn_exact", "base+knn_ivfpq"):
+        found = store.scorer(arm, 700).search.search(queries, K).unpack()
+        assert found.ids_QK.max() < 700 and (found.ids_QK >= 0).all()
+        if arm == "base+knn_exact":
+            np.testing.assert_array_equal(found.distances_QK, nearest)
+        assert store.scorers[arm].search.search(queries, K).unpack().ids_QK.max() >= 900
 
 
 def test_ivfpq_scores_differ_from_exact_ones_but_follow_them(finished: Finished) -> None:
@@ -105,20 +107,25 @@ def test_all_lists_of_whole_vectors_give_the_exact_scores(
 
 def test_fewer_neighbours_are_the_nearest_ones_in_any_order_of_the_search(finished: Finished) -> None:
     store = open_inputs(finished.config).datastore
-    found = store.search("base+knn_exact", store.stored_NE[900:950])
-    generator = np.random.default_rng(0)
-    order = generator.permuted(np.tile(np.arange(K), (50, 1)), axis=1)
-    shuffled = Neighbours(
-        ids_QK=np.take_along_axis(found.ids_QK, order, axis=1),
-        distances_QK=np.take_along_axis(found.distances_QK, order, axis=1),
-    )
-    values = store.values_N[900:950]
-    assert [count for count, _ in store.choices] == [
-        count for count in NEIGHBOURS for _ in TEMPERATURE_FACTORS
+    assert store is not None
+    scorer = store.scorers["base+knn_exact"]
+    queries, values = store.keys.read("keys", 900, 950), store.keys.read("values", 900, 950)
+    packed = scorer.search.search(queries, K)
+    found = packed.rows(slice(None))
+    order = np.random.default_rng(0).permuted(np.tile(np.arange(K), (50, 1)), axis=1)
+    shuffled = rescore(queries, np.take_along_axis(found.ids_QK, order, axis=1), store.keys.read("keys"))
+    np.testing.assert_array_equal(shuffled.packed_QK, packed.packed_QK)
+    choices = [(count, weighting.temperature) for count, weighting in scorer.choices]
+    assert choices == [
+        (count, factor * TEMPERATURE) for count in NEIGHBOURS for factor in TEMPERATURE_FACTORS
     ]
-    wanted = store.log_probabilities(found, values)
-    np.testing.assert_allclose(store.log_probabilities(shuffled, values), wanted, atol=1e-6)
-    assert not np.allclose(np.exp(wanted[:, 0]), np.exp(wanted[:, -len(TEMPERATURE_FACTORS)]), atol=0.01)
+    scores = scorer.log_probabilities(found, values)
+    for column, (count, _) in enumerate(choices):
+        few = Neighbours(ids_QK=found.ids_QK[:, :count], distances_QK=found.distances_QK[:, :count])
+        np.testing.assert_array_equal(
+            replace(scorer, k=count).log_probabilities(few, values)[:, column % 5], scores[:, column]
+        )
+    assert not np.allclose(np.exp(scores[:, 0]), np.exp(scores[:, -len(TEMPERATURE_FACTORS)]), atol=0.01)
 
 
 def test_all_keys_are_searched_by_default_only_if_that_takes_little_time(

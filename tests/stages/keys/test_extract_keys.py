@@ -195,7 +195,7 @@ def test_raw_keys_pass_through_index_and_targets(config: Config, tmp_path: Path,
     squared = np.square(vectors[:100, None] - vectors[None]).sum(-1)
     squared[np.arange(100), np.arange(100)] = np.inf
     nearest = np.argsort(squared, axis=1, kind="stable")[:, :50]
-    temperature = open_targets(settings.output).manifest["temperature"]
+    temperature = open_targets(settings.output).weighting.temperature
     weights = np.exp(
         -(np.take_along_axis(squared, nearest, axis=1) - squared.min(1, keepdims=True)) / temperature
     )

@@ -18,8 +18,9 @@ from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval.key_lists import make_key_lists, missing_bytes, remove_key_lists
-from mlpmem_ds.stages.retrieval.target_search import Datastore
+from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from mlpmem_ds.stages.targets import write_targets
+from mlpmem_ds.stages.targets.teacher import Teacher
 
 NUM_KEYS, DIM, VOCAB_SIZE = 403, 6, 40
 
@@ -57,7 +58,7 @@ def test_a_list_is_its_keys(
     stored, opened = open_keys(keys), open_index(index)
     nearest = engine.assign(engine.read_index(index / "trained.faissindex"), stored.read("keys"), 1)[:, 0]
     for rank in range(2):  # the second finds what the first has made
-        lists, values = make_key_lists(tmp_path / "lists", stored, opened, World(rank=rank, size=2))
+        lists = make_key_lists(tmp_path / "lists", stored, opened, World(rank=rank, size=2))
     assert len(lists.runs) == -(-NUM_KEYS // run_positions) and lists.sizes_L.sum() == NUM_KEYS
     for number in range(7):
         ids = lists.ids_of(number)
@@ -67,7 +68,7 @@ def test_a_list_is_its_keys(
             found.numpy(), expected
         )
         assert norms is not None and np.array_equal(norms.numpy(), (expected.astype(int) ** 2).sum(1))
-    assert np.array_equal(values, stored.read("values"))
+    assert np.array_equal(layout.map_array(tmp_path / "lists" / layout.VALUES_NAME), stored.read("values"))
     there = sum(path.stat().st_size for path in (tmp_path / "lists").glob("*.npy"))
     assert missing_bytes(tmp_path / "lists", stored, opened) < there / 10
     if run_positions > NUM_KEYS:
@@ -94,14 +95,21 @@ def test_targets_do_not_depend_on_runs_or_on_where_the_lists_lie(
 def test_before_the_lists_lie_there_the_search_is_the_same(
     keys: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = Datastore(open_keys(keys), open_index(index), k=20, nprobe=3, lists=tmp_path / "lists")
-    gathered = Datastore(open_keys(keys), open_index(index), k=20, nprobe=3)
-    stored.load()
+    stored, gathered = (
+        Teacher(
+            keys=open_keys(keys),
+            search=open_search(open_keys(keys), open_index(index), how="lists", nprobe=3, lists=lists),
+            k=20,
+            lists=lists,
+        )
+        for lists in (tmp_path / "lists", None)
+    )
+    stored.prepare()
     positions = np.arange(0, NUM_KEYS, 7)[::-1]
-    expected = stored.neighbours(positions)
+    expected = stored.find(positions).unpack()
     for most in (1 << 28, 900, 1):
-        monkeypatch.setattr("mlpmem_ds.stages.retrieval.target_search._GATHERED_BYTES", most)
-        found = gathered.neighbours(positions)
+        monkeypatch.setattr("mlpmem_ds.stages.retrieval.list_search._GATHERED_BYTES", most)
+        found = gathered.find(positions).unpack()
         assert np.array_equal(found.ids_QK, expected.ids_QK)
         assert np.array_equal(found.distances_QK, expected.distances_QK)
     assert np.array_equal(gathered.list_sizes(positions), stored.list_sizes(positions))

@@ -20,8 +20,8 @@ from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import index_name, open_targets
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.stages.index import build_index
-from mlpmem_ds.stages.retrieval.target_search import Datastore
 from mlpmem_ds.stages.targets import write_targets
+from mlpmem_ds.stages.targets.teacher import Teacher
 
 NUM_KEYS, DIM, VOCAB_SIZE, SCALE = 403, 6, 40, 0.5
 NUM_LISTS = 7
@@ -130,7 +130,12 @@ def test_exact_search_equals_the_oracle(keys: Path, tmp_path: Path) -> None:
     targets = open_targets(tmp_path / "targets")
     expect_oracle(targets.read_all(), vectors(), values(), k=20, temperature=6.0, mass=0.9)
     manifest = targets.manifest
-    assert (manifest["search"], manifest["k"], manifest["temperature"], manifest["temperature_rule"]) == (
+    assert (
+        manifest["search"],
+        manifest["k"],
+        targets.weighting.temperature,
+        manifest["temperature_rule"],
+    ) == (
         "exact",
         20,
         6,
@@ -232,7 +237,7 @@ def test_temperature_reaches_the_wanted_perplexity(keys: Path, tmp_path: Path) -
         ((vectors()[:, None].astype(float) - vectors()[None]) ** 2).sum(-1) + np.diag([np.inf] * NUM_KEYS),
         axis=1,
     )
-    weights = np.exp(-squared[:, :20] * SCALE**2 / manifest["temperature"])
+    weights = np.exp(-squared[:, :20] * SCALE**2 / manifest["weighting"]["temperature"])
     weights /= weights.sum(1, keepdims=True)
     entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(1)
     assert abs(np.exp(entropy.mean()) - 12) < 1e-3
@@ -271,7 +276,7 @@ def test_a_failed_unit_leaves_the_others(
         keys, tmp_path / "targets", index=index, search="ivf", nprobe=3, batch_positions=104, threads=1
     )
     calls = 0
-    original = Datastore.search
+    original = Teacher.find
 
     def search(self: Any, positions: np.ndarray, **flags: Any) -> Any:
         nonlocal calls
@@ -281,7 +286,7 @@ def test_a_failed_unit_leaves_the_others(
         return original(self, positions, **flags)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        patch.setattr(Datastore, "search", search)
+        patch.setattr(Teacher, "find", search)
         write_targets.run(wanted, World())
     done = tmp_path / "targets" / "done"  # the sample is measured before anything is written
     assert len(list(done.glob("*.json"))) == failing if failing else not done.parent.exists()

@@ -1,0 +1,37 @@
+"""Exact search: each query is compared with all keys, a block of them in memory at a time.
+
+N keys, Q queries, D numbers in a key.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.maths.knn import pack_exact_neighbours
+from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
+
+
+class ExactSearch:
+    """All keys: rows of key files, or an array [N, D] in memory."""
+
+    def __init__(self, keys_ND: KeyRows | np.ndarray) -> None:
+        self._keys_ND = keys_ND
+
+    @property
+    def num_bytes(self) -> int:
+        keys_ND = self._keys_ND
+        return keys_ND.keys.num_bytes("keys") if isinstance(keys_ND, KeyRows) else keys_ND.nbytes
+
+    def prepare(self) -> None:
+        """Compare the key files with their checksums: a flipped byte would be a wrong neighbour in
+        silence."""
+        if isinstance(self._keys_ND, KeyRows):
+            self._keys_ND.check()
+
+    def search(self, queries_QD: np.ndarray, k: int, exclusion: Exclusion | None = None) -> PackedNeighbours:
+        self.prepare()
+        return pack_exact_neighbours(queries_QD, self._keys_ND, k, exclusion=exclusion)
+
+    def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
+        return np.full(len(queries_QD), len(self._keys_ND))

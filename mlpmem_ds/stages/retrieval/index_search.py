@@ -1,0 +1,55 @@
+"""Index search: what faiss finds by its own codes, in the order of the distances to the stored keys.
+
+The distances of product-quantized codes alone would cost .04 to .19 of total variation in a kNN distribution;
+those of the keys, of the same candidates, .007 to .011. The index is held in memory (codes and ids), the keys
+are not.
+
+N keys, Q queries, D numbers in a key, K neighbours.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.formats.index_directory import IndexDirectory
+from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
+from mlpmem_ds.maths.rescoring import rescore
+
+
+class IndexSearch:
+    """The k nearest by the index's distances, rescored."""
+
+    def __init__(self, keys_ND: KeyRows, index: IndexDirectory, *, nprobe: int, threads: int) -> None:
+        self._keys_ND, self._directory, self._nprobe = keys_ND, index, nprobe
+        self._threads = threads
+
+    @property
+    def num_bytes(self) -> int:
+        return self._keys_ND.keys.num_bytes("keys") + self._directory.num_bytes
+
+    def prepare(self) -> None:
+        self._keys_ND.check()
+        _ = self._index
+
+    def search(self, queries_QD: np.ndarray, k: int, exclusion: Exclusion | None = None) -> PackedNeighbours:
+        if exclusion is not None:
+            raise ValueError("index search hides no keys from a query: search by lists, or all keys")
+        self.prepare()
+        _, ids_QK = engine.search([self._index], queries_QD, k, self._nprobe)
+        return rescore(queries_QD, ids_QK, self._keys_ND)
+
+    def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
+        return engine.list_sizes(self._index)[engine.assign(self._index, queries_QD, 1)[:, 0]]
+
+    @cached_property
+    def _index(self) -> Any:
+        if self._threads:
+            engine.set_num_threads(self._threads)
+        index = engine.join([engine.read_index(path) for path in self._directory.shard_paths])
+        is_whole = len(self._keys_ND) == self._directory.num_vectors
+        return index if is_whole else engine.keep_first(index, len(self._keys_ND))

@@ -1,0 +1,135 @@
+"""List search: each query is compared with all keys of the lists that it probes.
+
+Once `prepare` has brought the keys in the order of the lists (key_lists.py), they are read from mapped files
+that the ranks of a machine share. Before that the keys of the probed lists are gathered for a few queries at
+a time: enough for a sample, and nothing is written for it. Both give the same neighbours, bit for bit for
+int8 codes.
+
+Q queries, D numbers in a key, K neighbours, P lists that a query probes, L lists, M gathered keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.core.blocks import Block
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.formats.index_directory import TRAINED_NAME, IndexDirectory
+from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.maths.knn import pack_list_neighbours
+from mlpmem_ds.maths.listed_keys import ListedKeys, run_of
+from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
+from mlpmem_ds.maths.search_blocks import order_of_probes
+from mlpmem_ds.stages.retrieval.key_lists import make_key_lists
+
+_GATHERED_BYTES = 1 << 28  # keys of probed lists that are in memory before they lie list by list on disk
+
+
+class ListSearch:
+    """All keys of the nearest lists; see `open_search` for the arguments."""
+
+    def __init__(
+        self,
+        keys_ND: KeyRows,
+        index: IndexDirectory,
+        *,
+        nprobe: int,
+        lists: Path | None,
+        threads: int,
+        world: World,
+    ) -> None:
+        self._keys_ND, self._index, self._nprobe = keys_ND, index, nprobe
+        self._lists_path, self._threads, self._world = lists, threads, world
+        self._listed: ListedKeys | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self._keys_ND.keys.num_bytes("keys") + self._index.num_bytes
+
+    def prepare(self) -> None:
+        """Make the keys in the order of the lists where they are missing, each rank its share, and map
+        them."""
+        _ = self._trained
+        if self._listed is None and self._lists_path is not None:
+            self._listed = make_key_lists(self._lists_path, self._keys_ND.keys, self._index, self._world)
+
+    def search(self, queries_QD: np.ndarray, k: int, exclusion: Exclusion | None = None) -> PackedNeighbours:
+        probes_QP = self._probes(queries_QD)
+        if self._listed is None:
+            return self._search_gathered(queries_QD, probes_QP, k, exclusion)
+        return pack_list_neighbours(queries_QD, probes_QP, self._listed, k, exclusion=exclusion)
+
+    def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
+        return self._sizes_L[self._probes(queries_QD)[:, 0]]
+
+    def _search_gathered(
+        self, queries_QD: np.ndarray, probes_QP: np.ndarray, k: int, exclusion: Exclusion | None
+    ) -> PackedNeighbours:
+        self._keys_ND.check()
+        order_Q = order_of_probes(probes_QP)
+        parts = []
+        for block in self._split_by_lists(probes_QP[order_Q]):
+            rows = order_Q[slice(*block)]
+            part = exclusion and exclusion.rows(rows)
+            lists = self._gathered(probes_QP[rows])
+            parts.append(pack_list_neighbours(queries_QD[rows], probes_QP[rows], lists, k, exclusion=part))
+        packed_QK = np.empty((len(queries_QD), k), np.int64)
+        packed_QK[order_Q] = np.concatenate([part.packed_QK for part in parts])
+        return replace(parts[0], packed_QK=packed_QK)
+
+    @cached_property
+    def _trained(self) -> Any:
+        if self._threads:
+            engine.set_num_threads(self._threads)
+        self._index.check(TRAINED_NAME)
+        return engine.read_index(self._index.trained_path, for_search=False)
+
+    @cached_property
+    def _shards(self) -> list[Any]:
+        """The index's shards, their lists in the files."""
+        self._index.check()
+        return [engine.read_index(path, mapped=True) for path in self._index.shard_paths]
+
+    @cached_property
+    def _sizes_L(self) -> np.ndarray:
+        if self._listed is not None:
+            return self._listed.sizes_L
+        sizes_L: np.ndarray = np.sum([engine.list_sizes(shard) for shard in self._shards], axis=0)
+        return sizes_L
+
+    def _split_by_lists(self, probes_QP: np.ndarray) -> Iterator[Block]:
+        """Queries [start, stop) whose lists together hold no more keys than may be gathered, at least one
+        query."""
+        row_bytes = self._keys_ND.shape[1] * self._keys_ND.dtype.itemsize
+        max_keys, start = _GATHERED_BYTES // row_bytes, 0
+        while start < len(probes_QP):
+            stop, num_keys, is_taken_L = start, 0, np.zeros(len(self._sizes_L), bool)
+            while stop < len(probes_QP):
+                more = probes_QP[stop][~is_taken_L[probes_QP[stop]]]
+                num_keys += int(self._sizes_L[more].sum())
+                if num_keys > max_keys and stop > start:
+                    break
+                is_taken_L[more], stop = True, stop + 1
+            yield Block(start, stop)
+            start = stop
+
+    def _gathered(self, probes_QP: np.ndarray) -> ListedKeys:
+        """The keys of the lists that are probed, in memory; the other lists are empty."""
+        sizes_L, ids = np.zeros(len(self._sizes_L), np.int64), [np.empty(0, np.int64)]
+        for number in np.unique(probes_QP).tolist():
+            ids.append(np.sort(np.concatenate([engine.ids_of_list(shard, number) for shard in self._shards])))
+            sizes_L[number] = len(ids[-1])
+        ids_M = np.concatenate(ids)
+        offsets_L1 = np.concatenate([[0], np.cumsum(sizes_L)])
+        run = run_of(0, offsets_L1, ids_M, self._keys_ND[ids_M])
+        return ListedKeys(runs=[run], num_keys=len(self._keys_ND))
+
+    def _probes(self, queries_QD: np.ndarray) -> np.ndarray:
+        return engine.assign(self._trained, queries_QD, self._nprobe)

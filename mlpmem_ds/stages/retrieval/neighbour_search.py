@@ -1,0 +1,100 @@
+"""One door to every neighbour search: the protocol, and `open_search`, which opens one by its name.
+
+Q queries, D numbers in a key, K neighbours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.index_directory import IndexDirectory
+from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours
+from mlpmem_ds.stages.retrieval.exact_search import ExactSearch
+
+How = Literal["exact", "lists", "index"]
+"""all keys; all keys of the nearest lists; what the index finds by its codes"""
+
+
+class NeighbourSearch(Protocol):
+    """The nearest of a set of keys; key n has id n."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it searches, in bytes on disk."""
+
+    def prepare(self) -> None:
+        """Read, check or make what all searches need; before threads share the search, and before a clock
+        runs."""
+
+    def search(self, queries_QD: np.ndarray, k: int, exclusion: Exclusion | None = None) -> PackedNeighbours:
+        """The k nearest keys of each query in the order (distance, id), but for those that it may not find.
+
+        Queries have the dtype of the stored keys. With int8 codes distances are exact integers. Many queries
+        in one call cost less than one call each.
+        """
+
+    def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
+        """Keys in the list that each query falls in, int64 [Q]; all keys where there are no lists."""
+
+
+def open_search(
+    keys: Keys,
+    index: IndexDirectory | None = None,
+    *,
+    how: How,
+    nprobe: int = 32,
+    num_keys: int | None = None,
+    lists: Path | None = None,
+    threads: int = 0,
+    world: World | None = None,
+) -> NeighbourSearch:
+    """A search of these keys.
+
+    Args:
+        keys: what is searched; no search holds all of them in memory.
+        index: over these keys; needed for `lists` and `index`.
+        how: see `How`.
+        nprobe: lists that a query probes.
+        num_keys: search the first keys only (not with `lists`); None = all.
+        lists: with `lists`: where `prepare` finds or makes the keys in the order of the lists; None = keys of
+            the probed lists are gathered at every call, which is slow for many queries.
+        threads: of faiss; 0 = as the environment says.
+        world: with `lists`: the ranks that make that directory together.
+
+    Raises:
+        UserError: `how` needs an index and there is none.
+    """
+    keys_ND = KeyRows(keys, num_keys)
+    if how == "exact":
+        return ExactSearch(keys_ND)
+    if index is None:
+        raise UserError(f"a search of {keys.root} by {how} needs --index: build one with build_index")
+    # faiss is imported only where an index is searched: it takes a second.
+    if how == "lists":
+        from mlpmem_ds.stages.retrieval.list_search import ListSearch
+
+        assert num_keys is None
+        return ListSearch(
+            keys_ND,
+            index,
+            nprobe=nprobe,
+            lists=lists,
+            threads=threads,
+            world=World() if world is None else world,
+        )
+    from mlpmem_ds.stages.retrieval.index_search import IndexSearch
+
+    return IndexSearch(keys_ND, index, nprobe=nprobe, threads=threads)
+
+
+def squared_key_distances(neighbours: Neighbours, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """(distances² in key units, float64 [Q, K]; which are neighbours, bool [Q, K]) of keys of this scale."""
+    valid_QK = neighbours.ids_QK >= 0
+    return np.where(valid_QK, neighbours.distances_QK, 0).astype(np.float64) * scale**2, valid_QK

@@ -1,0 +1,115 @@
+"""Part of `write_targets`: what the memory will imitate. Each position's neighbours among all keys, as a
+distribution over their values.
+
+The queries are the stored keys themselves, and a position never finds itself.
+
+n positions, N all positions, K neighbours, V token ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from mlpmem_ds.formats.key_lists import VALUES_NAME, map_array
+from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours
+from mlpmem_ds.maths.sparse_rows import SparseRows
+from mlpmem_ds.maths.targets import aggregate, truncate
+from mlpmem_ds.maths.weighting import Weighting
+from mlpmem_ds.stages.retrieval.neighbour_search import NeighbourSearch, squared_key_distances
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The positions of a key directory, a search of their keys, and what a position may not find.
+
+    Attributes:
+        keys: the keys that `search` goes through, with their values.
+        search: how neighbours are found.
+        k: neighbours of a position.
+        window: positions on either side that are no neighbours.
+        documents_N: the document of each position, whose positions are no neighbours of one another; None
+            where they are.
+        lists: where `search.prepare` makes the keys in the order of the lists, with the values in one file;
+            None where it makes none.
+    """
+
+    keys: Keys
+    search: NeighbourSearch
+    k: int
+    window: int = 0
+    documents_N: np.ndarray | None = None
+    lists: Path | None = None
+
+    def prepare(self) -> None:
+        """Make and read what many positions need, before threads share this."""
+        self.search.prepare()
+        _ = self._values_N
+
+    def find(self, positions_n: np.ndarray, *, exclude: bool = True) -> PackedNeighbours:
+        """The k nearest keys of each of these positions (int64); without `exclude` a position may find
+        itself."""
+        self._queries_ND.check(positions_n)
+        exclusion = self._exclusion(positions_n) if exclude else None
+        return self.search.search(self._queries_ND[positions_n], self.k, exclusion)
+
+    def rows(
+        self, neighbours: Neighbours, positions_n: np.ndarray, weighting: Weighting, mass: float
+    ) -> SparseRows:
+        """The distributions of these positions, cut at `mass` but for the position's own value."""
+        rows = self.whole_rows(neighbours, weighting)
+        return truncate(rows, mass, self.values_of(positions_n).astype(np.int64))
+
+    def whole_rows(self, neighbours: Neighbours, weighting: Weighting) -> SparseRows:
+        """The distributions of these neighbours' values, nothing cut."""
+        weights_nK = weighting.weights(*self.squared_distances(neighbours))
+        return aggregate(weights_nK, self.values_of(np.maximum(neighbours.ids_QK, 0)))
+
+    def squared_distances(self, neighbours: Neighbours) -> tuple[np.ndarray, np.ndarray]:
+        """(distances² in key units, float64 [n, K]; which are neighbours, bool [n, K])."""
+        return squared_key_distances(neighbours, self.keys.scale)
+
+    def list_sizes(self, positions_n: np.ndarray) -> np.ndarray:
+        """Keys in the list that each position falls in, int64 [n]; all keys where there are no lists."""
+        return self.search.list_sizes(self._queries_ND[positions_n])
+
+    def values_of(self, positions: np.ndarray) -> np.ndarray:
+        """The values of any positions, in the shape of `positions`."""
+        if self.lists is None or "_values_N" in vars(self):
+            return self._values_N[positions]
+        return self.keys.gather("values", positions.ravel()).reshape(positions.shape)
+
+    def count_values(self) -> np.ndarray:
+        """How often each token is a value, int64 [V]."""
+        self.keys.check("values")
+        counts_V = np.zeros(self.keys.manifest["vocab_size"], np.int64)
+        for block in self.keys.blocks:
+            counts_V += np.bincount(self.keys.unit("values", block.start), minlength=len(counts_V))
+        return counts_V
+
+    @cached_property
+    def _queries_ND(self) -> KeyRows:
+        return KeyRows(self.keys)
+
+    @cached_property
+    def _values_N(self) -> np.ndarray:
+        """The value of each position: mapped from one file where there is one, else copied to memory."""
+        if self.lists is not None:
+            values_N: np.ndarray = map_array(self.lists / VALUES_NAME)
+            return values_N
+        self.keys.check("values")
+        return self.keys.read("values")
+
+    def _exclusion(self, positions_n: np.ndarray) -> Exclusion:
+        documents_N = self.documents_N
+        return Exclusion(
+            query_ids_Q=positions_n,
+            window=self.window,
+            key_groups_N=documents_N,
+            query_groups_Q=None if documents_N is None else documents_N[positions_n],
+        )

@@ -1,0 +1,57 @@
+"""Weights of neighbours against plain loops in float64."""
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity
+
+
+def make_rows(num_rows=29, k=17, vocabulary=7, seed=0):
+    rng = np.random.default_rng(seed)
+    distances = np.sort(rng.integers(1000, 1200, (num_rows, k)), axis=1).astype(np.float64)
+    counts = rng.integers(0, k + 1, num_rows)
+    counts[:3] = [0, 1, k]
+    valid = np.arange(k)[None] < counts[:, None]
+    return (
+        np.where(valid, distances, np.finfo(np.float64).max),
+        np.where(valid, rng.integers(0, vocabulary, (num_rows, k)), -1),
+        valid,
+    )
+
+
+def test_weights_are_stable_for_distances_far_beyond_the_temperature():
+    weights = Weighting(temperature=1.0).weights(np.array([[1e9, 1e9 + 1, 5e9]]), np.ones((1, 3), bool))
+    np.testing.assert_allclose(
+        weights, [[1 / (1 + np.exp(-1)), np.exp(-1) / (1 + np.exp(-1)), 0]], rtol=1e-14
+    )
+
+
+def test_perplexity_of_known_weights():
+    weights = np.array([[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(weight_perplexity(weights), [4, 1, 2, 1], rtol=1e-15)
+
+
+@pytest.mark.parametrize("perplexity", [1.5, 4.0, 6.0])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_fitted_temperature_gives_the_perplexity(perplexity, scale):
+    distances, _, valid = make_rows(num_rows=200)
+    distances[valid] = (distances[valid] + np.random.default_rng(1).random(int(valid.sum()))) * scale
+    weighting = fit_weighting("softmax", distances, valid, perplexity)
+    has_neighbour = valid.any(1)
+    weights = weighting.weights(distances, valid)[has_neighbour]
+    assert np.exp(np.log(weight_perplexity(weights)).mean()) == pytest.approx(perplexity, rel=1e-6)
+    assert weighting == fit_weighting("softmax", distances, valid, perplexity)
+
+
+def test_a_perplexity_out_of_reach_is_refused():
+    distances = np.tile(np.arange(8.0), (3, 1))
+    valid = np.ones((3, 8), bool)
+    for perplexity in (8.0, 9.0, 1.0, 0.5, float("nan")):
+        with pytest.raises(ValueError, match="cannot be reached.*all of them 8"):
+            fit_weighting("softmax", distances, valid, perplexity)
+    with pytest.raises(ValueError, match="the nearest neighbours alone give 8"):
+        fit_weighting("softmax", np.ones((3, 8)), valid, 4.0)
+    with pytest.raises(ValueError, match="no row has a neighbour"):
+        fit_weighting("softmax", distances, ~valid, 4.0)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        Weighting(temperature=0)
