@@ -1,1 +1,9 @@
-"""Text to tokens: read, split, tokenize."""
+"""`prepare_corpus`: text → token shards, dealt to the splits train, tuning, test and heldout.
+
+Read in this order:
+    prepare_corpus  `run`: the stage from its inputs to its manifest
+    survey          first reading of the inputs: names the units, hashes every document
+    splits          which documents are taken, and the split of each
+    tokenization    second reading: documents → token ids, batch by batch
+    workers         the processes that both readings share
+"""

@@ -1,9 +1,8 @@
-"""First stage: text → tokens. Documents are read, sampled, dealt to splits, tokenized and written as token
-shards.
+"""`prepare_corpus`: text → tokens. Documents are sampled, dealt to splits, tokenized and written in shards.
 
 The inputs are read twice, as streams and in several processes (workers.py): once to name the units
-(survey.py) and deal the documents (splits.py), once to tokenize them (tokenization.py). What stays in memory
-is some tens of bytes a document and a few batches of text.
+(survey.py) and deal the documents (splits.py), once to tokenize them (tokenization.py). Memory holds
+some tens of bytes a document and a few batches of text.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from mlpmem_ds.formats.corpus import FORMAT, SPLITS, VERSION, token_dtype, vocab
 from mlpmem_ds.formats.documents import FILE_PATTERNS, TEXT_PATTERNS, find_files
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import DocumentReader, Survey, survey_files
-from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, read_wanted, vocab_size, wanted_of_unit
+from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, documents_of_unit, read_document, vocab_size
 from mlpmem_ds.stages.corpus.workers import choose_processes
 
 _logger = logging.getLogger(__name__)
@@ -127,7 +126,7 @@ def run(config: Config, world: World) -> None:
     vocabulary = vocabulary or vocabulary_sha256(tokenizer)
 
     names = [f"{number:05d}" for number in range(len(survey.units))]
-    progress = Progress(survey.num_wanted, label="documents", unit="documents", world=world)
+    progress = Progress(survey.num_taken, label="documents", unit="documents", world=world)
     processes = choose_processes(config.processes, world, survey.num_bytes)
     with TokenizerPool(tokenizer, token_dtype(vocab_size(tokenizer)), _reader(config), processes) as pool:
 
@@ -194,9 +193,9 @@ def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
     )
     reader = _reader(config)
     texts = (
-        read_wanted(reader, item).text
+        read_document(reader, item).text
         for unit in survey.units
-        for item, split in wanted_of_unit(reader, survey, unit)
+        for item, split in documents_of_unit(reader, survey, unit)
         if SPLITS[split] == "train"
     )
     trained.train_from_iterator(texts, trainer)
@@ -242,8 +241,8 @@ def _warn_of_small_splits(splits: Mapping[str, Mapping[str, Any]]) -> None:
     small = [name for name in ("tuning", "test") if splits[name]["num_documents"] < 2]
     if small:
         _logger.warning(
-            "%s: train validates on tuning and evaluate reports on test; where you want either, prepare the"
-            " corpus again with %s",
+            "%s: train validates on tuning and evaluate reports on test; to use them, prepare the corpus"
+            " again with %s",
             ", ".join(
                 f"{name} has {'one document' if splits[name]['num_documents'] else 'no document'}"
                 for name in small

@@ -1,7 +1,7 @@
-"""Of the first stage: which documents are taken, and the split that each of them falls in.
+"""Part of `prepare_corpus`: which documents are taken, and the split of each.
 
-What is known of a document here is its size, group and hash (about 50 bytes), never its text. Two texts that
-are equal to the letter get the same hash and so the same split: nothing of the test text is trained on.
+A document stands here as its size, group and hash (about 50 bytes), without its text. Two equal texts have
+the same hash and so the same split: no text of the test split is trained on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlpmem_ds.formats.corpus import SPLITS
 
 _logger = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
-UNWANTED = -1
+NOT_TAKEN = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class SplitRules:
     seed: int
 
 
-class KnownDocuments:
-    """What is kept of the documents until they are dealt, by number."""
+class SurveyedDocuments:
+    """Sizes, groups and hashes of the documents, by number, until they are dealt."""
 
     def __init__(self, *, with_names: bool) -> None:
         self.sizes = array("q")
@@ -74,33 +74,33 @@ def check_splits(split_of: array[int], rules: SplitRules) -> None:
             _logger.warning(
                 "the %s split is empty: every document is larger than its share of the text", split
             )
-    num_wanted = len(split_of) - split_of.count(UNWANTED)
-    if rules.max_bytes and not num_wanted and len(split_of):
+    num_taken = len(split_of) - split_of.count(NOT_TAKEN)
+    if rules.max_bytes and not num_taken and len(split_of):
         raise UserError(
             f"--max-bytes {rules.max_bytes:g} is less than each of the {len(split_of)} documents of the"
             " inputs: give more, or 0 for all of them"
         )
     if SPLITS.index("train") not in split_of:
         raise UserError(
-            f"the inputs hold {len(split_of)} documents with text, {num_wanted} of them "
-            "wanted, and none fell in the training split: give more text or smaller fractions"
+            f"the inputs hold {len(split_of)} documents with text, {num_taken} of them "
+            "are taken, and none of these is in the training split: give more text or smaller fractions"
         )
 
 
-def deal_documents(documents: KnownDocuments, rules: SplitRules) -> array[int]:
+def deal_documents(documents: SurveyedDocuments, rules: SplitRules) -> array[int]:
     """Each document's split. Held-out groups first, then tuning and test documents, each in the order of a
     hash.
 
     What would overfill a split's share of the bytes is passed over, so that one long document does not decide
     its size.
     """
-    wanted = _sample(documents, rules)
-    total = sum(documents.sizes[number] for number in wanted)
+    taken = _sample(documents, rules)
+    total = sum(documents.sizes[number] for number in taken)
     names = list(documents.groups)
     heldout_groups: set[str] = set()
     if rules.heldout_fraction:
         by_group: dict[str, int] = {}
-        for number in wanted:
+        for number in taken:
             group = names[documents.group_of[number]]
             by_group[group] = by_group.get(group, 0) + documents.sizes[number]
         heldout_groups = _fill(by_group, rules.heldout_fraction * total, f"group:{rules.seed}")
@@ -109,16 +109,16 @@ def deal_documents(documents: KnownDocuments, rules: SplitRules) -> array[int]:
     test: set[str] = set()
     if rules.tuning_fraction or rules.test_fraction:
         by_text: dict[str, int] = {}
-        for number in wanted:
+        for number in taken:
             if documents.group_of[number] not in heldout:
                 digest = documents.digest(number)
                 by_text[digest] = by_text.get(digest, 0) + documents.sizes[number]
         tuning = _fill(by_text, rules.tuning_fraction * total, f"tuning:{rules.seed}")
         rest = {text: size for text, size in by_text.items() if text not in tuning}
         test = _fill(rest, rules.test_fraction * total, f"test:{rules.seed}")
-    in_heldout = {documents.digest(number) for number in wanted if documents.group_of[number] in heldout}
-    split_of = array("b", [UNWANTED]) * len(documents)
-    for number in wanted:
+    in_heldout = {documents.digest(number) for number in taken if documents.group_of[number] in heldout}
+    split_of = array("b", [NOT_TAKEN]) * len(documents)
+    for number in taken:
         digest = documents.digest(number) if in_heldout or tuning or test else ""
         if documents.group_of[number] in heldout or digest in in_heldout:
             split = "heldout"
@@ -128,7 +128,7 @@ def deal_documents(documents: KnownDocuments, rules: SplitRules) -> array[int]:
     return split_of
 
 
-def _sample(documents: KnownDocuments, rules: SplitRules) -> Iterable[int]:
+def _sample(documents: SurveyedDocuments, rules: SplitRules) -> Iterable[int]:
     """Documents in hash order of their groups, as long as they fit in `max_bytes`; what does not fit is
     passed over."""
     if not rules.max_bytes or documents.names is None:

@@ -1,8 +1,8 @@
-"""Of the first stage: one reading of the inputs, in several processes, that names the units and deals every
-document to a split.
+"""Part of `prepare_corpus`: the first reading of the inputs names the units and deals documents to splits.
 
-A process takes some files and leaves what it found in a file of its own, about 150 bytes a document, which
-this process reads in the order of the inputs: neither holds a text, nor the findings of all files at once.
+A worker process reads some files and writes what it found to a file of its own, about 150 bytes a document.
+The main process reads these in the order of the inputs. Neither holds a text, or the findings of all files,
+at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
-from mlpmem_ds.stages.corpus.splits import UNWANTED, KnownDocuments, SplitRules, check_splits, deal_documents
+from mlpmem_ds.stages.corpus.splits import (
+    NOT_TAKEN,
+    SplitRules,
+    SurveyedDocuments,
+    check_splits,
+    deal_documents,
+)
 from mlpmem_ds.stages.corpus.workers import Workers
 
 _GROUP_BYTES = 4 << 20  # of the files that a process takes at once
@@ -54,17 +60,17 @@ class CorpusUnit:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What the inputs hold: units, and each document's split as an index into SPLITS (or UNWANTED)."""
+    """What the inputs hold: units, and each document's split as an index into SPLITS (or NOT_TAKEN)."""
 
     units: list[CorpusUnit]
     split_of: array[int] = field(repr=False)
     num_bytes: int
-    """of all documents, wanted or not"""
+    """of all documents, taken or not"""
     sha256: str
 
     @property
-    def num_wanted(self) -> int:
-        return len(self.split_of) - self.split_of.count(UNWANTED)
+    def num_taken(self) -> int:
+        return len(self.split_of) - self.split_of.count(NOT_TAKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +128,9 @@ def survey_files(
         raise UserError(
             "two inputs hold documents of the same name: give their common parent directory as one --input"
         )
-    documents, listed = KnownDocuments(with_names=bool(rules.max_bytes)), _ListHash()
+    documents, listed = SurveyedDocuments(with_names=bool(rules.max_bytes)), _ListHash()
     units: list[CorpusUnit] = []
-    of_unit: dict[SourceFile, int] = {}
+    counts: dict[SourceFile, int] = {}
     rest = iter(files)
     stop_of_file = size = 0  # of the file before; of the unit
     for part in _read_parts(files, reader, processes):
@@ -133,14 +139,14 @@ def survey_files(
         listed.extend(part.listed)
         for end in part.ends:
             size += sum(part.sizes[start:end])
-            of_unit[next(rest)] = first + end - stop_of_file
+            counts[next(rest)] = first + end - stop_of_file
             start, stop_of_file = end, first + end
             if size >= unit_bytes:
-                units.append(_unit(of_unit, stop_of_file))
-                of_unit, size = {}, 0
+                units.append(_unit(counts, stop_of_file))
+                counts, size = {}, 0
         size += sum(part.sizes[start:])
-    if of_unit:
-        units.append(_unit(of_unit, len(documents)))
+    if counts:
+        units.append(_unit(counts, len(documents)))
     split_of = deal_documents(documents, rules)
     check_splits(split_of, rules)
     return Survey(units=units, split_of=split_of, num_bytes=sum(documents.sizes), sha256=listed.hexdigest())
@@ -151,7 +157,7 @@ def _unit(counts: Mapping[SourceFile, int], stop: int) -> CorpusUnit:
 
 
 def _read_parts(files: list[SourceFile], reader: DocumentReader, processes: int) -> Iterator[_Part]:
-    """What is to be known of the documents, in their order."""
+    """Sizes, groups, names and hashes of the documents, in their order."""
     if processes == 1:
         yield from _parts(files, reader)
         return
@@ -165,7 +171,7 @@ def _read_parts(files: list[SourceFile], reader: DocumentReader, processes: int)
 
 
 def _write_parts(reader: DocumentReader, scratch: Path, task: tuple[int, tuple[SourceFile, ...]]) -> Path:
-    """In a worker: the parts of some files, as a file of their own."""
+    """Run in a worker: write the parts of some files to one file, and return its path."""
     number, files = task
     with open(scratch / f"{number}", "wb") as stream:
         for part in _parts(files, reader):
@@ -175,26 +181,26 @@ def _write_parts(reader: DocumentReader, scratch: Path, task: tuple[int, tuple[S
 
 
 def _parts(files: Iterable[SourceFile], reader: DocumentReader) -> Iterator[_Part]:
-    """What is to be known of the files' documents; only one text is in memory."""
-    known: list[tuple[str, str, int, str]] = []  # name, group, bytes, SHA-256
+    """Sizes, groups, names and hashes of the files' documents; only one text is in memory."""
+    entries: list[tuple[str, str, int, str]] = []  # name, group, bytes, SHA-256
     ends: list[int] = []
     for file in files:
         for document in reader.read([file]):
-            known.append((document.name, document.group, document.num_bytes, document.sha256))
-            if len(known) == _PART_DOCUMENTS:
-                yield _part(known, ends)
-                known, ends = [], []
-        ends.append(len(known))
-    yield _part(known, ends)
+            entries.append((document.name, document.group, document.num_bytes, document.sha256))
+            if len(entries) == _PART_DOCUMENTS:
+                yield _part(entries, ends)
+                entries, ends = [], []
+        ends.append(len(entries))
+    yield _part(entries, ends)
 
 
-def _part(known: list[tuple[str, str, int, str]], ends: list[int]) -> _Part:
+def _part(entries: list[tuple[str, str, int, str]], ends: list[int]) -> _Part:
     return _Part(
-        sizes=array("q", (size for _, _, size, _ in known)),
-        groups=[group for _, group, _, _ in known],
-        names=[name for name, *_ in known],
-        digests=bytes.fromhex("".join(sha256 for *_, sha256 in known)),
-        listed=",".join(_ListHash.entry(name, sha256) for name, _, _, sha256 in known).encode(),
+        sizes=array("q", (size for _, _, size, _ in entries)),
+        groups=[group for _, group, _, _ in entries],
+        names=[name for name, *_ in entries],
+        digests=bytes.fromhex("".join(sha256 for *_, sha256 in entries)),
+        listed=",".join(_ListHash.entry(name, sha256) for name, _, _, sha256 in entries).encode(),
         ends=ends,
     )
 

@@ -1,7 +1,7 @@
-"""Of the first stage: documents → token ids. A batch is what a process is given at once.
+"""Part of `prepare_corpus`: the second reading of the inputs, documents → token ids, batch by batch.
 
-Text files are read by the process that tokenizes them. Documents of files that hold many are streamed by this
-process, and their text goes with the batch.
+A text file is read by the process that tokenizes it. A file of many documents is read by the main process,
+which sends their text with the batch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.formats.documents import Document, SourceFile
-from mlpmem_ds.stages.corpus.splits import UNWANTED
+from mlpmem_ds.stages.corpus.splits import NOT_TAKEN
 from mlpmem_ds.stages.corpus.survey import CorpusUnit, DocumentReader, Survey
 from mlpmem_ds.stages.corpus.workers import Workers
 
 BATCH_BYTES = 1 << 17
-"""text of a batch: small beside a unit, so that no process idles at its end; large beside its way to another
-process"""
+"""text of a batch: small compared with a unit, so that no process idles at its end, and large compared with
+the cost of sending it to another process"""
 Batch = list[tuple[SourceFile | Document, int]]
-"""what is to be tokenized, in its order, and each one's split; a file is a text file that is still to be
+"""what is to be tokenized, in order, each with its split; a SourceFile is a text file that is still to be
 read"""
 _inherited: list[Any] = []  # the tokenizer, in a worker process
 
@@ -73,18 +73,18 @@ class TokenizerPool:
         self._workers.close()
 
     def tokenize(self, survey: Survey, unit: CorpusUnit) -> Iterator[dict[int, TokenizedText]]:
-        """The unit's wanted documents by split, a batch at a time.
+        """The unit's documents that are taken, by split, a batch at a time.
 
         Raises:
             DamagedDataError: the files do not hold what the survey found in them.
         """
-        return self._workers.map(self._tokenize, _batches(wanted_of_unit(self._reader, survey, unit)))
+        return self._workers.map(self._tokenize, _batches(documents_of_unit(self._reader, survey, unit)))
 
 
-def wanted_of_unit(
+def documents_of_unit(
     reader: DocumentReader, survey: Survey, unit: CorpusUnit
 ) -> Iterator[tuple[SourceFile | Document, int]]:
-    """Each wanted document with its split; a text file as it is, unread.
+    """Each document that is taken, with its split; a text file as a SourceFile, unread.
 
     Raises:
         DamagedDataError: a file does not hold what the survey found in it.
@@ -94,28 +94,28 @@ def wanted_of_unit(
         splits = survey.split_of[number : number + count]
         number += count
         if file.kind == "text":
-            yield from ((file, split) for split in splits if split != UNWANTED)
-        elif splits.count(UNWANTED) < count:
-            yield from _wanted_of_file(reader, file, splits)
+            yield from ((file, split) for split in splits if split != NOT_TAKEN)
+        elif splits.count(NOT_TAKEN) < count:
+            yield from _documents_of_file(reader, file, splits)
 
 
-def _wanted_of_file(
+def _documents_of_file(
     reader: DocumentReader, file: SourceFile, splits: Sequence[int]
 ) -> Iterator[tuple[Document, int]]:
     found = 0
     for document in reader.read([file]):
-        if found < len(splits) and splits[found] != UNWANTED:
+        if found < len(splits) and splits[found] != NOT_TAKEN:
             yield document, splits[found]
         found += 1
     if found != len(splits):
         raise _changed(file, found, len(splits))
 
 
-def read_wanted(reader: DocumentReader, item: SourceFile | Document) -> Document:
+def read_document(reader: DocumentReader, item: SourceFile | Document) -> Document:
     """The document itself.
 
     Raises:
-        DamagedDataError: the text file does not hold one any more.
+        DamagedDataError: the text file no longer holds exactly one.
     """
     if isinstance(item, Document):
         return item
@@ -128,7 +128,7 @@ def read_wanted(reader: DocumentReader, item: SourceFile | Document) -> Document
 def _changed(file: SourceFile, found: int, expected: int) -> DamagedDataError:
     return DamagedDataError(
         f"the input changed while it was read ({file.path} holds {found} documents, not {expected}): run"
-        " again when it stands still, with another --output"
+        " again when the files no longer change, with another --output"
     )
 
 
@@ -146,10 +146,10 @@ def _batches(items: Iterator[tuple[SourceFile | Document, int]]) -> Iterator[Bat
 
 
 def _tokenize_batch(reader: DocumentReader, dtype: np.dtype[Any], batch: Batch) -> dict[int, TokenizedText]:
-    """By split; in a worker, or in this process."""
-    documents = [read_wanted(reader, item) for item, _ in batch]
+    """Tokenized documents by split; runs in a worker or in the main process."""
+    documents = [read_document(reader, item) for item, _ in batch]
     arrays = encode(_inherited[0], [document.text for document in documents], dtype)
-    of_split: dict[int, TokenizedText] = {}
+    texts: dict[int, TokenizedText] = {}
     for document, ids, (_, split) in zip(documents, arrays, batch, strict=True):
         entry = {
             "name": document.name,
@@ -157,9 +157,9 @@ def _tokenize_batch(reader: DocumentReader, dtype: np.dtype[Any], batch: Batch) 
             "bytes": document.num_bytes,
             "tokens": len(ids),
         }
-        part = of_split.setdefault(split, TokenizedText())
+        part = texts.setdefault(split, TokenizedText())
         part.ids += ids.tobytes()
         part.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
         part.tokens += len(ids)
         part.num_bytes += document.num_bytes
-    return of_split
+    return texts

@@ -1,5 +1,4 @@
-"""Of the first stage: work on pieces of the input, in this process or in several, in order and with bounded
-memory."""
+"""Part of `prepare_corpus`: map over pieces of the input, in one process or several, in their order."""
 
 from __future__ import annotations
 
@@ -21,11 +20,10 @@ _TASKS_AHEAD = 4  # a process, so that none waits while the results of one befor
 _WORTH_BYTES = 8 << 20  # of text: below, starting processes takes longer than they save
 
 
-def choose_processes(asked: int, world: World, num_bytes: int) -> int:
-    """How many processes work: as asked; 0 is the cores of this machine where one rank has them, else one a
-    rank."""
-    if asked:
-        return asked
+def choose_processes(requested: int, world: World, num_bytes: int) -> int:
+    """The number of processes; `requested` = 0 means the machine's cores for a single rank, else one."""
+    if requested:
+        return requested
     if world.size > 1 or num_bytes < _WORTH_BYTES or "fork" not in multiprocessing.get_all_start_methods():
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -34,8 +32,8 @@ def choose_processes(asked: int, world: World, num_bytes: int) -> int:
 class Workers:
     """A number of processes; one is this process itself. Close it, or use it in a `with`.
 
-    They are forked at the first task, so that what this process holds (a tokenizer of any kind) is there
-    without being pickled, and nothing is imported again.
+    They are forked at the first task, so that they share what this process holds (a tokenizer of any kind)
+    without pickling it, and import nothing again.
     """
 
     def __init__(self, processes: int) -> None:
@@ -75,11 +73,11 @@ class Workers:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of the {self._processes} processes was killed, perhaps for want of memory: run the same"
-                " command again, with fewer --processes"
+                f"one of the {self._processes} processes was killed, perhaps because memory ran out: run the"
+                " same command again, with fewer --processes"
             ) from error
 
 
 def _begin() -> None:
-    gc.freeze()  # what came from the parent is not looked through again, and so not copied
+    gc.freeze()  # the collector leaves the parent's objects alone, so that their memory stays shared
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
