@@ -48,7 +48,8 @@ shared tools/write_targets.py --keys "$run/keys" --index "$run/index" --corpus "
 
 say "6/9 memory: imitates the retriever (DeepSpeed ZeRO-3)"
 memory_flags=(--ds_config ds_configs/zero3.json --corpus "$run/corpus" --keys "$run/keys"
-    --targets "$run/targets" --model "$base" --head base --num-blocks 4 --epochs 5 --learning-rate 2e-3 --batch-positions 2048
+    --targets "$run/targets" --model "$base" --head base --num-blocks 4
+    --epochs 5 --learning-rate 2e-3 --batch-positions 2048
     --ce-through mixture --mixture-lambda .25 --validation-positions 8192)
 trained launch/train.py "${memory_flags[@]}" --alpha .5 --output "$run/memory"
 

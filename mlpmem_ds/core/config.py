@@ -283,5 +283,5 @@ def identity_values(config: Any) -> dict[str, Any]:
     return {
         field.name: values[field.name]
         for field in dataclasses.fields(config)
-        if field.metadata["identity"] == "own" and _read_hint(hints[field.name])[0] is not Path
+        if field.metadata.get("identity", "own") == "own" and _read_hint(hints[field.name])[0] is not Path
     }

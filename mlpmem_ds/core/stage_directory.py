@@ -48,7 +48,9 @@ from mlpmem_ds.core.files import (
     remove_stale_temporaries,
 )
 from mlpmem_ds.core.log import EventLog, audible_level
+from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.run_description import IDENTITY_FIELD, describe_run, has_records, settle_identity
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
@@ -261,7 +263,7 @@ class StageDirectory:
     def summaries(self, units: Sequence[str]) -> list[dict[str, Any]]:
         return [self.read_record(unit)["summary"] for unit in units]
 
-    def finish(self, units: Sequence[str], describe: Callable[[], Mapping[str, Any]]) -> bool:
+    def finish(self, units: Sequence[str], describe: Callable[[], Manifest | Mapping[str, Any]]) -> bool:
         """Publish the manifest when every unit has its record; one rank does it.
 
         Units that live ranks are at are waited for, and made here if those ranks die: as long as one rank
@@ -285,7 +287,9 @@ class StageDirectory:
                 return False
             files = [file for unit in units for file in self.read_record(unit)["files"]]
             publish_json(
-                self.manifest_path, {**self.identity, **describe(), "files": files}, seal=self._is_sealed
+                self.manifest_path,
+                {**self.identity, **to_json(describe()), "files": files},
+                seal=self._is_sealed,
             )
             self.remove_what_the_dead_left()
         _logger.log(audible_level(self.world), "complete: %s (%.1f s)", self.root, seconds)

@@ -7,19 +7,19 @@ N = positions of a split (num_tokens - 1).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mlpmem_ds.core.blocks import WindowSequence, split_windows
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash
-from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 
-FORMAT, VERSION = "corpus", 1
 SPLITS = ("train", "tuning", "test", "heldout")
 
 
@@ -34,21 +34,70 @@ def vocabulary_sha256(tokenizer: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusSplit:
+class TokenizerFacts:
+    """What later stages need to know of the tokenizer; `vocab_size` is the largest id + 1."""
+
+    vocabulary_sha256: str
+    vocab_size: int
+    end_of_document_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusUnit:
+    """What a unit adds to a split; `bytes` of UTF-8 text."""
+
+    unit: str
+    tokens: int
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitManifest:
+    """A split's units, in the order of its stream, and their totals; `num_bytes` of UTF-8 text."""
+
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    units: tuple[CorpusUnit, ...]
+
+    @classmethod
+    def of_units(cls, units: Sequence[CorpusUnit]) -> SplitManifest:
+        return cls(
+            num_tokens=sum(unit.tokens for unit in units),
+            num_documents=sum(unit.documents for unit in units),
+            num_bytes=sum(unit.bytes for unit in units),
+            units=tuple(units),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusManifest(Manifest):
+    """A corpus: `block_size` and `stride`, in tokens, are the windows that the base reads."""
+
+    FORMAT: ClassVar[str] = "corpus"
+    VERSION: ClassVar[int] = 1
+
+    tokenizer: TokenizerFacts
+    token_dtype: str
+    block_size: int
+    stride: int
+    splits: Mapping[str, SplitManifest]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSplit(CompleteStage[CorpusManifest]):
     """One split of a corpus as a stream; tokens stay on disk until asked for."""
 
-    root: Path
     name: str
-    sha256: str
-    manifest: dict[str, Any] = field(repr=False)
 
     @property
-    def _split(self) -> dict[str, Any]:
-        return self.manifest["splits"][self.name]
+    def _split(self) -> SplitManifest:
+        return self.manifest.splits[self.name]
 
     @property
     def num_tokens(self) -> int:
-        return self._split["num_tokens"]
+        return self._split.num_tokens
 
     @property
     def num_positions(self) -> int:
@@ -57,27 +106,27 @@ class CorpusSplit:
     @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the split's text."""
-        return self._split["num_bytes"]
+        return self._split.num_bytes
 
     @property
     def vocab_size(self) -> int:
-        return self.manifest["tokenizer"]["vocab_size"]
+        return self.manifest.tokenizer.vocab_size
 
     @property
     def vocabulary_sha256(self) -> str:
-        return self.manifest["tokenizer"]["vocabulary_sha256"]
+        return self.manifest.tokenizer.vocabulary_sha256
 
     @property
     def end_of_document_id(self) -> int:
-        return self.manifest["tokenizer"]["end_of_document_id"]
+        return self.manifest.tokenizer.end_of_document_id
 
     @property
     def block_size(self) -> int:
-        return self.manifest["block_size"]
+        return self.manifest.block_size
 
     @property
     def stride(self) -> int:
-        return self.manifest["stride"]
+        return self.manifest.stride
 
     @property
     def tokenizer_path(self) -> Path:
@@ -85,21 +134,16 @@ class CorpusSplit:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.manifest["token_dtype"])
+        return np.dtype(self.manifest.token_dtype)
 
     @cached_property
     def _shards(self) -> list[Path]:
-        return [
-            self.root / self.name / f"tokens-{unit['unit']}.bin"
-            for unit in self._split["units"]
-            if unit["tokens"]
-        ]
+        folder = self.root / self.name
+        return [folder / f"tokens-{unit.unit}.bin" for unit in self._split.units if unit.tokens]
 
     @cached_property
     def _shard_starts(self) -> np.ndarray:
-        return np.cumsum(
-            [0, *(unit["tokens"] for unit in self._split["units"] if unit["tokens"])], dtype=np.int64
-        )
+        return np.cumsum([0, *(unit.tokens for unit in self._split.units if unit.tokens)], dtype=np.int64)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64. Read, not memory-mapped: mapped pages would count as memory of this
@@ -135,9 +179,9 @@ class CorpusSplit:
     def documents(self) -> list[dict[str, Any]]:
         """`name`, `group`, `bytes`, `tokens` of each document in stream order."""
         lines = []
-        for unit in self._split["units"]:
-            if unit["documents"]:
-                path = self.root / self.name / f"documents-{unit['unit']}.jsonl"
+        for unit in self._split.units:
+            if unit.documents:
+                path = self.root / self.name / f"documents-{unit.unit}.jsonl"
                 lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return lines
 
@@ -158,16 +202,15 @@ def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> 
         UserError: no corpus there, or the split is empty or unknown.
         DamagedDataError: files missing, of another size or version.
     """
-    manifest, sha256 = read_manifest(root, stage=FORMAT, version=VERSION, flag=flag)
-    splits = manifest["splits"]
-    if splits.get(split, {}).get("num_tokens", 0) < 2:
-        present = ", ".join(f"{name} ({entry['num_tokens']:,} tokens)" for name, entry in splits.items())
+    corpus = read_stage(CorpusSplit, CorpusManifest, root, flag=flag, name=split)
+    splits = corpus.manifest.splits
+    if split not in splits or splits[split].num_tokens < 2:
+        present = ", ".join(f"{name} ({entry.num_tokens:,} tokens)" for name, entry in splits.items())
         raise UserError(
             f"{flag} {root} has no text in split {split!r}; it has {present or 'none'}: choose another "
             "split, or prepare the corpus with fractions for it"
         )
-    corpus = CorpusSplit(root=root, name=split, sha256=sha256, manifest=manifest)
-    if sum(unit["tokens"] for unit in splits[split]["units"]) != corpus.num_tokens:
+    if sum(unit.tokens for unit in splits[split].units) != corpus.num_tokens:
         raise DamagedDataError(
             f"the manifest of {root} contradicts itself on split {split!r}: prepare the corpus again"
         )
@@ -176,5 +219,10 @@ def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> 
 
 def num_tokens_of_splits(root: Path, *, flag: str = "--corpus") -> dict[str, int]:
     """Split name → number of tokens, of a complete corpus."""
-    manifest, _ = read_manifest(root, stage=FORMAT, version=VERSION, flag=flag)
-    return {name: entry["num_tokens"] for name, entry in manifest["splits"].items()}
+    return {name: split.num_tokens for name, split in read_corpus_manifest(root, flag=flag).splits.items()}
+
+
+def read_corpus_manifest(root: Path, *, flag: str = "--corpus") -> CorpusManifest:
+    """What a complete corpus says of all its splits; raises as `open_corpus` does."""
+    stage: CompleteStage[CorpusManifest] = read_stage(CompleteStage, CorpusManifest, root, flag=flag)
+    return stage.manifest

@@ -3,16 +3,14 @@ is in engines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import FileRecord, fault_of_file
-from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 
-FORMAT, VERSION = "index", 1
 TRAINED_NAME = "trained.faissindex"
 
 
@@ -27,34 +25,47 @@ def blocks_of_shard(blocks: list[Block], shard: int, num_shards: int) -> list[Bl
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexDirectory:
-    """A complete index directory."""
+class IndexShard:
+    """A file of the index and how many keys it holds."""
 
-    root: Path
-    sha256: str
-    manifest: dict[str, Any] = field(repr=False, hash=False)
+    name: str
+    num_vectors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexManifest(Manifest):
+    """An index: the faiss factory that it was made by, its coarse lists, and its shards in order."""
+
+    FORMAT: ClassVar[str] = "index"
+    VERSION: ClassVar[int] = 1
+
+    factory: str
+    num_lists: int
+    num_shards: int
+    num_vectors: int
+    shards: tuple[IndexShard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexDirectory(CompleteStage[IndexManifest]):
+    """A complete index directory."""
 
     @property
     def factory(self) -> str:
-        return self.manifest["factory"]
+        return self.manifest.factory
 
     @property
     def num_lists(self) -> int:
-        return self.manifest["num_lists"]
+        return self.manifest.num_lists
 
     @property
     def num_vectors(self) -> int:
-        return self.manifest["num_vectors"]
+        return self.manifest.num_vectors
 
     @property
     def keys_sha256(self) -> str:
         """The manifest checksum of the keys that the index holds."""
-        return self.manifest["inputs"]["keys"]
-
-    @property
-    def num_bytes(self) -> int:
-        """All its files on disk."""
-        return sum(entry["bytes"] for entry in self.manifest["files"])
+        return self.inputs["keys"]
 
     @property
     def trained_path(self) -> Path:
@@ -66,17 +77,11 @@ class IndexDirectory:
         Raises:
             DamagedDataError: one has another.
         """
-        for entry in self.manifest["files"]:
-            if name is not None and entry["name"] != name:
-                continue
-            if fault := fault_of_file(self.root, FileRecord(**entry)):
-                raise DamagedDataError(
-                    f"{fault}: run the stage that made {self.root} again, it remakes only what is damaged"
-                )
+        self.check_files(None if name is None else [name])
 
     @property
     def shard_paths(self) -> list[Path]:
-        return [self.root / shard["name"] for shard in self.manifest["shards"]]
+        return [self.root / shard.name for shard in self.manifest.shards]
 
 
 def open_index(root: Path, *, flag: str = "--index") -> IndexDirectory:
@@ -86,9 +91,9 @@ def open_index(root: Path, *, flag: str = "--index") -> IndexDirectory:
         UserError: no index there.
         DamagedDataError: files missing, of another size or version.
     """
-    manifest, sha256 = read_manifest(root, stage=FORMAT, version=VERSION, flag=flag)
-    if sum(shard["num_vectors"] for shard in manifest["shards"]) != manifest["num_vectors"]:
+    index = read_stage(IndexDirectory, IndexManifest, root, flag=flag)
+    if sum(shard.num_vectors for shard in index.manifest.shards) != index.num_vectors:
         raise DamagedDataError(
             f"the manifest of {root} contradicts itself on the number of vectors: build the index again"
         )
-    return IndexDirectory(root=root, sha256=sha256, manifest=manifest)
+    return index

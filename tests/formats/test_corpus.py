@@ -1,4 +1,3 @@
-import json
 import shutil
 from pathlib import Path
 
@@ -6,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.formats.corpus import SPLITS, num_tokens_of_splits, open_corpus, token_dtype
 
 
@@ -54,6 +53,19 @@ def test_a_contradicting_manifest_is_damaged(corpus_dir: Path, tmp_path: Path) -
     shutil.copytree(corpus_dir, copy)
     manifest = read_json(copy / "manifest.json")
     manifest["splits"]["train"]["num_tokens"] += 1
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    publish_json(copy / "manifest.json", manifest, seal=True)
     with pytest.raises(DamagedDataError, match="contradicts"):
+        open_corpus(copy)
+
+
+def test_keys_that_this_version_does_not_have_are_refused(corpus_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus_dir, copy)
+    manifest = read_json(copy / "manifest.json")
+    publish_json(copy / "manifest.json", {**manifest, "language": "en"}, seal=True)
+    with pytest.raises(DamagedDataError, match="manifest.json: unknown key language.*version 1"):
+        open_corpus(copy)
+    del manifest["splits"]["train"]["num_bytes"]
+    publish_json(copy / "manifest.json", manifest, seal=True)
+    with pytest.raises(DamagedDataError, match="key num_bytes is missing in splits.train"):
         open_corpus(copy)

@@ -9,7 +9,7 @@ import pytest
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import blocks_of_shard, open_index
 from mlpmem_ds.stages.index import build_index
@@ -54,6 +54,6 @@ def test_damage_is_refused(index_dir: Path) -> None:
     shard.write_bytes(whole)
     manifest = read_json(index_dir / "manifest.json")
     manifest["shards"][0]["num_vectors"] += 1
-    (index_dir / "manifest.json").write_text(json.dumps(manifest))
+    publish_json(index_dir / "manifest.json", manifest, seal=True)
     with pytest.raises(DamagedDataError, match="contradicts itself"):
         open_index(index_dir)

@@ -41,7 +41,14 @@ from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
-from mlpmem_ds.formats.corpus import FORMAT, VERSION, open_corpus, token_dtype
+from mlpmem_ds.formats.corpus import (
+    CorpusManifest,
+    CorpusUnit,
+    SplitManifest,
+    TokenizerFacts,
+    open_corpus,
+    token_dtype,
+)
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.stages.keys import extract_keys
 
@@ -315,8 +322,8 @@ def _write_corpus(shape: Shape, positions: int, root: Path) -> Path:
 
     directory = open_stage(
         root,
-        stage=FORMAT,
-        version=VERSION,
+        stage=CorpusManifest.FORMAT,
+        version=CorpusManifest.VERSION,
         config=Flags(output=root),
         inputs={"text": "random"},
         world=World(),
@@ -328,20 +335,17 @@ def _write_corpus(shape: Shape, positions: int, root: Path) -> Path:
         with writer.file(f"train/tokens-{unit}.bin") as path:
             path.write_bytes(generator.integers(shape.vocab_size, size=positions + 1, dtype=dtype).tobytes())
 
-    def describe() -> dict[str, Any]:
-        unit = {"unit": "00000", "tokens": positions + 1, "documents": 0, "bytes": 0}
-        split = {"num_tokens": positions + 1, "num_documents": 0, "num_bytes": 0, "units": [unit]}
-        return {
-            "tokenizer": {
-                "vocabulary_sha256": "0" * 64,
-                "vocab_size": shape.vocab_size,
-                "end_of_document_id": 0,
-            },
-            "token_dtype": dtype.str,
-            "block_size": shape.block_size,
-            "stride": shape.block_size,
-            "splits": {"train": split},
-        }
+    def describe() -> CorpusManifest:
+        unit = CorpusUnit(unit="00000", tokens=positions + 1, documents=0, bytes=0)
+        return CorpusManifest(
+            tokenizer=TokenizerFacts(
+                vocabulary_sha256="0" * 64, vocab_size=shape.vocab_size, end_of_document_id=0
+            ),
+            token_dtype=dtype.str,
+            block_size=shape.block_size,
+            stride=shape.block_size,
+            splits={"train": SplitManifest.of_units([unit])},
+        )
 
     directory.run_units(["00000"], write)
     directory.finish(["00000"], describe)

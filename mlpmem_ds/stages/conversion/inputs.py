@@ -19,7 +19,7 @@ from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
-from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.formats.corpus import CorpusManifest, read_corpus_manifest, vocabulary_sha256
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.mixture import DEFAULT_LAMBDA, checked_lmbda
@@ -116,8 +116,8 @@ class ExportInputs:
     report_sha256: str | None
     source: Path
     """where the memory was read from"""
-    corpus: dict[str, Any] | None
-    """the corpus's manifest, where it is at hand"""
+    corpus: CorpusManifest | None
+    """None where the corpus cannot be found"""
     targets: dict[str, Any] | None
     unread: Checkpoint | None = None
     """where the weights are still to be read from; None = they are in `trained`"""
@@ -189,7 +189,7 @@ def open_inputs(config: Config) -> ExportInputs:
         report=report,
         report_sha256=report_sha256,
         source=config.checkpoint,
-        corpus=None if corpus_root is None else read_json(corpus_root / "manifest.json"),
+        corpus=None if corpus_root is None else read_corpus_manifest(corpus_root),
         targets=None if targets_root is None else read_json(targets_root / "manifest.json"),
         unread=unread,
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, Config, ExportInputs
 
 
@@ -131,11 +132,11 @@ def _imported(known: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tokens(corpus: Mapping[str, Any] | None) -> str:
+def _tokens(corpus: CorpusManifest | None) -> str:
     if corpus is None:
         return "unknown number of tokens"
-    train = corpus["splits"]["train"]
-    return f"{train['num_tokens']:,} training tokens of {train['num_documents']:,} documents"
+    train = corpus.splits["train"]
+    return f"{train.num_tokens:,} training tokens of {train.num_documents:,} documents"
 
 
 def _quality(inputs: ExportInputs) -> str:

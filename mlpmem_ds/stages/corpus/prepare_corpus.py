@@ -25,7 +25,15 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import Progress, audible_level
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.corpus import FORMAT, SPLITS, VERSION, token_dtype, vocabulary_sha256
+from mlpmem_ds.formats.corpus import (
+    SPLITS,
+    CorpusManifest,
+    CorpusUnit,
+    SplitManifest,
+    TokenizerFacts,
+    token_dtype,
+    vocabulary_sha256,
+)
 from mlpmem_ds.formats.documents import FILE_PATTERNS, TEXT_PATTERNS, find_files
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import DocumentReader, Survey, survey_files
@@ -114,7 +122,13 @@ def run(config: Config, world: World) -> None:
     # inputs' hash.
     extra = {"include": list(TEXT_PATTERNS)} if config.include is None else {}
     directory = open_stage(
-        config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world, extra=extra
+        config.output,
+        stage=CorpusManifest.FORMAT,
+        version=CorpusManifest.VERSION,
+        config=config,
+        inputs=inputs,
+        world=world,
+        extra=extra,
     )
 
     directory.run_units(
@@ -237,14 +251,14 @@ def _open_output(stack: ExitStack, writer: UnitWriter, name: str) -> BinaryIO:
     return stack.enter_context(open(path, "wb"))
 
 
-def _warn_of_small_splits(splits: Mapping[str, Mapping[str, Any]]) -> None:
-    small = [name for name in ("tuning", "test") if splits[name]["num_documents"] < 2]
+def _warn_of_small_splits(splits: Mapping[str, SplitManifest]) -> None:
+    small = [name for name in ("tuning", "test") if splits[name].num_documents < 2]
     if small:
         _logger.warning(
             "%s: train validates on tuning and evaluate reports on test; to use them, prepare the corpus"
             " again with %s",
             ", ".join(
-                f"{name} has {'one document' if splits[name]['num_documents'] else 'no document'}"
+                f"{name} has {'one document' if splits[name].num_documents else 'no document'}"
                 for name in small
             ),
             " and ".join(f"--{name}-fraction, such as .05" for name in small),
@@ -253,38 +267,34 @@ def _warn_of_small_splits(splits: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _describe(
     config: Config, directory: StageDirectory, names: Sequence[str], tokenizer: Any, vocabulary: str
-) -> dict[str, Any]:
+) -> CorpusManifest:
     """The manifest's own fields, from the units' summaries."""
     splits = {}
     for split in SPLITS:
-        units = [
-            {"unit": name, **summary[split]}
-            for name, summary in zip(names, directory.summaries(names), strict=True)
-            if split in summary
-        ]
-        splits[split] = {
-            "num_tokens": sum(unit["tokens"] for unit in units),
-            "num_documents": sum(unit["documents"] for unit in units),
-            "num_bytes": sum(unit["bytes"] for unit in units),
-            "units": units,
-        }
+        splits[split] = SplitManifest.of_units(
+            [
+                CorpusUnit(unit=name, **summary[split])
+                for name, summary in zip(names, directory.summaries(names), strict=True)
+                if split in summary
+            ]
+        )
     _logger.log(
         audible_level(directory.world),
         "; ".join(
-            f"{name}: {entry['num_tokens']:,} tokens of {entry['num_documents']:,} documents"
+            f"{name}: {entry.num_tokens:,} tokens of {entry.num_documents:,} documents"
             for name, entry in splits.items()
         ),
     )
     _warn_of_small_splits(splits)
     num_entries = vocab_size(tokenizer)
-    return {
-        "tokenizer": {
-            "vocabulary_sha256": vocabulary,
-            "vocab_size": num_entries,
-            "end_of_document_id": tokenizer.eos_token_id,
-        },
-        "token_dtype": token_dtype(num_entries).str,
-        "block_size": config.block_size,
-        "stride": config.stride,
-        "splits": splits,
-    }
+    return CorpusManifest(
+        tokenizer=TokenizerFacts(
+            vocabulary_sha256=vocabulary,
+            vocab_size=num_entries,
+            end_of_document_id=tokenizer.eos_token_id,
+        ),
+        token_dtype=token_dtype(num_entries).str,
+        block_size=config.block_size,
+        stride=config.stride,
+        splits=splits,
+    )

@@ -32,7 +32,6 @@ from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stag
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
-from mlpmem_ds.formats import corpus as corpus_format
 from mlpmem_ds.formats import keys as keys_format
 from mlpmem_ds.formats.arrow_tables import (
     DATASTORE,
@@ -43,7 +42,15 @@ from mlpmem_ds.formats.arrow_tables import (
     read_keys,
     read_rows,
 )
-from mlpmem_ds.formats.corpus import SPLITS, token_dtype, vocabulary_sha256
+from mlpmem_ds.formats.corpus import (
+    SPLITS,
+    CorpusManifest,
+    CorpusUnit,
+    SplitManifest,
+    TokenizerFacts,
+    token_dtype,
+    vocabulary_sha256,
+)
 from mlpmem_ds.formats.keys import Keys, bfloat16_bits, open_keys, unit_name
 from mlpmem_ds.formats.targets import FORMAT as TARGETS_FORMAT
 from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, version_of, write_shard
@@ -184,19 +191,19 @@ def _hash_of(paths: tuple[Path, ...]) -> str:
 
 
 def _stage(
-    config: Config, name: str, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
+    config: Config, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
 ) -> StageDirectory:
-    """OUTPUT/name as a stage directory; the flags that do not decide its bytes are left out of its
+    """OUTPUT/stage as a stage directory; the flags that do not decide its bytes are left out of its
     identity."""
     own = {
         "corpus": (),
         "keys": ("key_layer", "unit_positions"),
         "targets": ("k", "temperature", "shard_positions"),
-    }[name]
-    settings = _Identity(output=config.output / name)
+    }[stage]
+    settings = _Identity(output=config.output / stage)
     values = {field: getattr(config, field) for field in (*own, "block_size")}
     return open_stage(
-        config.output / name,
+        config.output / stage,
         stage=stage,
         version=version,
         config=settings,
@@ -215,8 +222,14 @@ def _write_corpus(config: Config, source: _Source, world: World) -> str:
     units = _units(config, source.table.num_rows)
     vocabulary = vocabulary_sha256(source.tokenizer)
     inputs = {"datastore": _hash_of(config.datastore), "vocabulary": vocabulary}
-    stage = _stage(config, "corpus", corpus_format.FORMAT, corpus_format.VERSION, inputs, world,
-                   unit_positions=config.unit_positions)  # fmt: skip
+    stage = _stage(
+        config,
+        CorpusManifest.FORMAT,
+        CorpusManifest.VERSION,
+        inputs,
+        world,
+        unit_positions=config.unit_positions,
+    )
 
     def write_tokenizer(_: str, writer: UnitWriter) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -242,30 +255,23 @@ def _write_corpus(config: Config, source: _Source, world: World) -> str:
             path.write_text(json.dumps(entry) + "\n")
         return {"tokens": len(tokens_n), "documents": 1, "bytes": 0}
 
-    def describe() -> dict[str, Any]:
-        parts = [
-            {"unit": unit, **summary}
+    def describe() -> CorpusManifest:
+        train = [
+            CorpusUnit(unit=unit, **summary)
             for unit, summary in zip(units, stage.summaries(list(units)), strict=True)
         ]
-        empty = {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "units": []}
-        train = {
-            "num_tokens": sum(part["tokens"] for part in parts),
-            "num_documents": len(parts),
-            "num_bytes": 0,
-            "units": parts,
-        }
         size = vocab_size(source.tokenizer)
-        return {
-            "tokenizer": {
-                "vocabulary_sha256": vocabulary,
-                "vocab_size": size,
-                "end_of_document_id": source.tokenizer.eos_token_id,
-            },
-            "token_dtype": token_dtype(size).str,
-            "block_size": config.block_size,
-            "stride": config.block_size,
-            "splits": {split: train if split == "train" else empty for split in SPLITS},
-        }
+        return CorpusManifest(
+            tokenizer=TokenizerFacts(
+                vocabulary_sha256=vocabulary,
+                vocab_size=size,
+                end_of_document_id=source.tokenizer.eos_token_id,
+            ),
+            token_dtype=token_dtype(size).str,
+            block_size=config.block_size,
+            stride=config.block_size,
+            splits={split: SplitManifest.of_units(train if split == "train" else []) for split in SPLITS},
+        )
 
     stage.run_units([_TOKENIZER_UNIT], write_tokenizer)
     stage.run_units(list(units), write)
@@ -283,7 +289,7 @@ def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
 def _write_keys(config: Config, source: _Source, corpus_sha256: str, world: World) -> None:
     units, num_rows = _units(config, source.table.num_rows), source.table.num_rows
     inputs = {"corpus": corpus_sha256, "model": source.model_sha256}
-    stage = _stage(config, "keys", keys_format.FORMAT, keys_format.VERSION, inputs, world)
+    stage = _stage(config, keys_format.FORMAT, keys_format.VERSION, inputs, world)
     progress = Progress(num_rows, label="keys", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> None:
@@ -331,7 +337,7 @@ def _write_targets(config: Config, table: ArrowTable, keys: Keys, world: World) 
     )  # checks the shards' size again
     shards = {f"{block.start:012d}": block for block in split_blocks(table.num_rows, config.shard_positions)}
     inputs = {"keys": keys.sha256, "targets": _hash_of(config.targets)}
-    stage = _stage(config, "targets", TARGETS_FORMAT, version_of("exact", "tar.zst"), inputs, world)
+    stage = _stage(config, TARGETS_FORMAT, version_of("exact", "tar.zst"), inputs, world)
     progress = Progress(table.num_rows, label="targets", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> dict[str, Any]:

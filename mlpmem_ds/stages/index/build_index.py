@@ -26,7 +26,13 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
-from mlpmem_ds.formats.index_directory import FORMAT, TRAINED_NAME, VERSION, blocks_of_shard, shard_name
+from mlpmem_ds.formats.index_directory import (
+    TRAINED_NAME,
+    IndexManifest,
+    IndexShard,
+    blocks_of_shard,
+    shard_name,
+)
 from mlpmem_ds.formats.keys import Keys, open_keys
 
 _logger = logging.getLogger(__name__)
@@ -59,8 +65,8 @@ def run(config: Config, world: World) -> None:
     factory, num_lists = _resolve_factory(config, keys)
     stage = open_stage(
         config.output,
-        stage=FORMAT,
-        version=VERSION,
+        stage=IndexManifest.FORMAT,
+        version=IndexManifest.VERSION,
         config=config,
         inputs={"keys": keys.sha256},
         world=world,
@@ -93,17 +99,17 @@ def run(config: Config, world: World) -> None:
     stage.run_units(shards, fill)
     progress.close()
 
-    def describe() -> dict[str, Any]:
+    def describe() -> IndexManifest:
         counts = [summary["num_vectors"] for summary in stage.summaries(shards)]
-        return {
-            "factory": factory,
-            "num_lists": num_lists,
-            "num_shards": config.num_shards,
-            "num_vectors": sum(counts),
-            "shards": [
-                {"name": shard_name(shard), "num_vectors": count} for shard, count in enumerate(counts)
-            ],
-        }
+        return IndexManifest(
+            factory=factory,
+            num_lists=num_lists,
+            num_shards=config.num_shards,
+            num_vectors=sum(counts),
+            shards=tuple(
+                IndexShard(name=shard_name(shard), num_vectors=count) for shard, count in enumerate(counts)
+            ),
+        )
 
     stage.finish([_TRAINED, *shards], describe)
 

@@ -43,7 +43,7 @@ def read_run(root: Path) -> dict[str, dict[str, Any]]:
         raise UserError(
             f"--calibrate {root} holds no complete keys directory: name the directory of a finished run"
         )
-    for stage, version in (("keys", keys.VERSION), ("index", index_directory.VERSION)):
+    for stage, version in (("keys", keys.VERSION), ("index", index_directory.IndexManifest.VERSION)):
         if stage in found:
             _ = read_manifest(root / stage, stage=stage, version=version, flag="--calibrate")
     if "targets" in found:

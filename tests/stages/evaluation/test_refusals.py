@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.corpus import open_corpus
@@ -81,7 +81,7 @@ def test_keys_index_and_targets_made_from_other_inputs_are_refused(
     shutil.copytree(artifacts / "index", index)
     manifest = read_json(index / "manifest.json")
     manifest["inputs"]["keys"] = "0" * 64
-    (index / "manifest.json").write_text(json.dumps(manifest))
+    publish_json(index / "manifest.json", manifest, seal=True)
     with pytest.raises(UserError, match="is of other keys"):
         evaluate.run(replace(config, index=index), World())
     assert not config.output.exists()

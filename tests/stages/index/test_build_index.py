@@ -57,7 +57,7 @@ def undisturbed(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_key_is_in_the_shard_of_its_unit(undisturbed: Path) -> None:
     index = open_index(undisturbed)
-    assert index.num_vectors == NUM_KEYS and index.manifest["num_shards"] == 3
+    assert index.num_vectors == NUM_KEYS and index.manifest.num_shards == 3
     for number, path in enumerate(index.shard_paths):
         shard = faiss.read_index(str(path))
         units = np.arange(NUM_KEYS) // 96 % 3 == number
@@ -66,7 +66,7 @@ def test_every_key_is_in_the_shard_of_its_unit(undisturbed: Path) -> None:
             for lst in range(8)
         ]
         assert sorted(sum(ids, [])) == np.flatnonzero(units).tolist()
-        assert index.manifest["shards"][number]["num_vectors"] == shard.ntotal == units.sum()
+        assert index.manifest.shards[number].num_vectors == shard.ntotal == units.sum()
     assert faiss.read_index(str(index.trained_path)).ntotal == 0
 
 
@@ -161,7 +161,7 @@ def test_automatic_factory_of_a_tiny_corpus(make_keys: Callable[..., Path], tmp_
     keys = make_keys(tmp_path / "keys", vectors()[:300], np.zeros(300, int))
     build_index.run(config(keys, tmp_path / "index", factory="auto"), World())
     index = open_index(tmp_path / "index")
-    assert index.factory == "IVF1,Flat" and index.manifest["config"]["factory"] == "IVF1,Flat"
+    assert index.factory == "IVF1,Flat" and index.config["factory"] == "IVF1,Flat"
 
 
 def test_raw_keys(make_keys: Callable[..., Path], tmp_path: Path) -> None:

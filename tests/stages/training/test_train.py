@@ -28,6 +28,7 @@ from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.formats.checkpoint import read_weights
+from mlpmem_ds.formats.corpus import CorpusManifest, CorpusUnit, SplitManifest, TokenizerFacts
 from mlpmem_ds.formats.keys import bfloat16_bits, open_keys
 from mlpmem_ds.formats.targets import index_name, open_targets, pack_block, shard_name, write_shard
 from mlpmem_ds.maths.sparse_rows import SparseRows
@@ -103,26 +104,20 @@ def make_inputs(root):
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, VOCABULARY, N + 1)
     tokens_bytes = tokens.astype("<u2").tobytes()
-    tokenizer = {"vocabulary_sha256": "v" * 64, "vocab_size": VOCABULARY, "end_of_document_id": 0}
     corpus = publish_stage(
         root / "corpus",
         "corpus",
         {},
         {"train/tokens-0.bin": lambda path: path.write_bytes(tokens_bytes)},
-        {
-            "tokenizer": tokenizer,
-            "token_dtype": "<u2",
-            "block_size": BLOCK,
-            "stride": BLOCK // 2,
-            "splits": {
-                "train": {
-                    "num_tokens": N + 1,
-                    "num_documents": 1,
-                    "num_bytes": N,
-                    "units": [{"unit": "0", "tokens": N + 1, "documents": 1}],
-                }
+        CorpusManifest(
+            tokenizer=TokenizerFacts(vocabulary_sha256="v" * 64, vocab_size=VOCABULARY, end_of_document_id=0),
+            token_dtype="<u2",
+            block_size=BLOCK,
+            stride=BLOCK // 2,
+            splits={
+                "train": SplitManifest.of_units([CorpusUnit(unit="0", tokens=N + 1, documents=1, bytes=N)])
             },
-        },
+        ),
     )
     # The input tells the label (and noise): there is something to learn.
     directions = generator.standard_normal((VOCABULARY, WIDTH))
