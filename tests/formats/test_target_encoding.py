@@ -126,7 +126,7 @@ def test_a_block_that_does_not_fit_in_a_word_is_refused() -> None:
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(name: str, change: object, words: str) -> None:
-    block = pack(*make_rows(30, 40, sharpness=2.0))
+    block = pack(make_rows(30, 40, sharpness=2.0))
     assert len(block.arrays["wide_gaps"]) and len(block.arrays["wide_levels"])
     damaged = dataclasses.replace(block, arrays={**block.arrays, name: change(block.arrays[name])})  # type: ignore[operator]
     with pytest.raises(ValueError, match=words):
