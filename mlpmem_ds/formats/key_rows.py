@@ -28,11 +28,15 @@ class KeyRows:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Rows [start, stop) or those at any positions, copied to memory."""
-        if isinstance(rows, slice):
-            start, stop, step = rows.indices(len(self))
-            return self.keys.read("keys", start, stop)[::step]
-        return self.keys.gather("keys", rows)
+        """Rows [start, stop), mapped where they lie in one file, or those at any positions, in memory."""
+        if not isinstance(rows, slice):
+            return self.keys.gather("keys", rows)
+        start, stop, step = rows.indices(len(self))
+        size = self.keys.manifest["unit_positions"]
+        first = start // size * size
+        if start < stop <= first + size:
+            return np.asarray(self.keys.unit("keys", first)[start - first : stop - first : step])
+        return self.keys.read("keys", start, stop)[::step]
 
     def check(self, positions_n: np.ndarray | None = None) -> None:
         """Compare the key files of all rows, or those of some positions, with their checksums, each once.

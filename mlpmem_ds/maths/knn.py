@@ -23,7 +23,7 @@ from torch import Tensor
 from mlpmem_ds.maths.candidates import CandidateBlock
 from mlpmem_ds.maths.distances import are_codes, distance_ranks, norms_of_codes, ranks_in_list
 from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
-from mlpmem_ds.maths.listed_keys import ListedKeys
+from mlpmem_ds.maths.listed_keys import ListedKeys, view_of
 from mlpmem_ds.maths.neighbours import (
     MISSING,
     NO_BOUND,
@@ -266,7 +266,5 @@ def _spread(num_threads: int) -> Iterator[Any]:
 
 
 def _tensor(array: Any) -> Tensor:
-    """A CPU tensor of an array; read-only arrays (memory maps) are copied."""
-    if isinstance(array, Tensor):
-        return array.cpu()
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    """A CPU tensor of an array, over its own memory if that is in one piece; nothing here writes to it."""
+    return array.cpu() if isinstance(array, Tensor) else view_of(np.ascontiguousarray(array))

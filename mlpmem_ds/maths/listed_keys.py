@@ -112,13 +112,13 @@ def run_of(
         first=first,
         offsets_L1=np.asarray(offsets_L1),
         ids_N=np.asarray(ids_N),  # slices of a memory map's own class cost five times as much
-        keys_ND=_view(keys_ND),
-        norms_N=None if norms_N is None else _view(norms_N),
+        keys_ND=view_of(keys_ND),
+        norms_N=None if norms_N is None else view_of(norms_N),
     )
 
 
-def _view(array: Array) -> Tensor:
-    """A tensor over the array's own memory; nothing here writes to it."""
+def view_of(array: Array) -> Tensor:
+    """A tensor over the array's own memory, which may be a read-only map; nothing may write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

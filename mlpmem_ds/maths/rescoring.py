@@ -54,8 +54,12 @@ def _of_codes(queries_BD: Tensor, keys_BCD: Tensor) -> Tensor:
     distances_BC = torch.empty(keys_BCD.shape[:2], dtype=torch.int32)
     dtype = torch.float32 if keys_BCD.shape[2] <= _EXACT_DIMS_FLOAT32 else torch.float64
     queries_BD = queries_BD.to(dtype)
-    for rows in _cached_rows(keys_BCD):
-        keys, queries = keys_BCD[rows].to(dtype), queries_BD[rows]
+    chunks = _cached_rows(keys_BCD)
+    buffer = torch.empty(
+        keys_BCD[chunks[0]].shape, dtype=dtype
+    )  # page faults of fresh ones cost as much again
+    for rows in chunks:
+        queries, keys = queries_BD[rows], buffer[: len(queries_BD[rows])].copy_(keys_BCD[rows])
         products = (keys @ queries[:, :, None])[:, :, 0].to(torch.int32)
         norms = keys.square_().sum(dim=2).to(torch.int32)
         norms += queries.square().sum(dim=1, keepdim=True).to(torch.int32)
