@@ -26,7 +26,7 @@ fi
 python tools/prepare_corpus.py --input "${corpus[@]}" ${which_files[@]+"${which_files[@]}"} \
     --tokenizer "${base:-train:4096}" --output "$run/corpus" --block-size 256 --stride 256 \
     --tuning-fraction .06 --test-fraction .09 --heldout-fraction .07 \
-    --seed "$seed" --max-bytes "${max_bytes:-0}"
+    --seed "$seed" --max-bytes "${max_bytes:-none}"
 
 if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"
@@ -59,8 +59,8 @@ spent=$(seconds_of keys index targets memory)
 say "      the memory's own pipeline took $spent s; the base gets as many"
 [ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
 shared tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
-    --time-budget-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 \
-    --warmup-fraction .0005 --early-stopping-patience none --select best --epochs 1000
+    --time-budget "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 \
+    --warmup-fraction .0005 --early-stopping-patience 0 --epochs 1000
 
 say "8/9 evaluation"
 shared launch/evaluate.py --model "$base" --corpus "$run/corpus" \

@@ -5,11 +5,12 @@ import sys
 
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.stages.exchange import export_datastore
+from mlpmem_ds.stages.exchange.config import ExportConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     return run_front_end(
-        export_datastore.Config,
+        ExportConfig,
         export_datastore.run,
         argv=argv,
         description=(

@@ -5,11 +5,12 @@ import sys
 
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.stages.exchange import import_datastore
+from mlpmem_ds.stages.exchange.config import ImportConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     return run_front_end(
-        import_datastore.Config,
+        ImportConfig,
         import_datastore.run,
         argv=argv,
         description=(

@@ -28,8 +28,8 @@ _WIDTH = 118  # columns of the help
 _MAX_DIGITS = 20  # of a whole number, so that 1e999999 is refused and not written out
 _BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
     "at least": operator.ge,
-    "at most": operator.le,
     "above": operator.gt,
+    "at most": operator.le,
     "below": operator.lt,
 }
 
@@ -90,7 +90,7 @@ def option(
         choices: the words allowed, where the type does not list them.
         positional: the value is given as a word of its own; the flag is accepted too. For a required field.
     """
-    limits = {"at least": at_least, "at most": at_most, "above": above, "below": below}
+    limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {
         "help": help,
         "bounds": {words: limit for words, limit in limits.items() if limit is not None},
@@ -159,7 +159,7 @@ def _check_numbers(field: dataclasses.Field[Any], value: Any) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         if not isinstance(number, int | float):
             continue
-        bounds = field.metadata["bounds"]
+        bounds = field.metadata.get("bounds", {})
         if isinstance(number, float) and not math.isfinite(number):
             raise UserError(f"{flag_of(field)} must be a finite number, not {number}")
         if not all(_BOUNDS[words](number, limit) for words, limit in bounds.items()):
@@ -260,6 +260,13 @@ def _read_hint(hint: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] |
 
 def _metavar(base: Any) -> str:
     return {int: "INT", float: "NUMBER", Path: "PATH"}.get(base, "TEXT")
+
+
+def default_of(config_class: type[Any], name: str) -> Any:
+    """The default of the field `name`, which must have one."""
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
+    assert field.default is not dataclasses.MISSING, f"--{name} is required"
+    return field.default
 
 
 def plain_values(config: Any) -> dict[str, Any]:

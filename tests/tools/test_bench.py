@@ -128,9 +128,12 @@ def test_interleave_alternates(tools: Any) -> None:
     ("words", "said"),
     [
         (["loss", "--output", "absent/loss.json"], "absent does not exist"),
-        (["loss", "--output", "loss.json", "--rows", "0"], "--rows 0 must be at least 1"),
+        (["loss", "--output", "loss.json", "--rows", "0"], "--rows must be at least 1, not 0"),
         (["loss", "--output", "loss.json", "--vocab-size", "20"], "--entries 64 distinct ids do not fit"),
-        (["loss", "--output", "loss.json", "--alpha", "2"], "--alpha 2.0 must lie in"),
+        (
+            ["loss", "--output", "loss.json", "--alpha", "2"],
+            "--alpha must be at least 0 and at most 1, not 2.0",
+        ),
         (["targets", "--output", "targets.json", "--index", "index"], "belong to --keys"),
         (
             ["targets", "--output", "targets.json", "--soft-perplexity", "2000"],

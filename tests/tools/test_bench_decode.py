@@ -112,12 +112,12 @@ def test_report(bench: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "needle"),
     [
-        ({"new_tokens": 1}, "--new-tokens 1 must be at least 2"),
+        ({"new_tokens": 1}, "--new-tokens must be at least 2, not 1"),
         ({"width": 100}, "multiple of 64"),
         ({"batch_sizes": (2,)}, "must hold 1"),
         ({"k": 300}, "at least --k 300"),
-        ({"layers": 0}, "--layers 0 must be at least 1"),
-        ({"threads": -1}, "--threads -1"),
+        ({"layers": 0}, "--layers must be at least 1, not 0"),
+        ({"threads": -1}, "--threads must be at least 1, not -1"),
     ],
 )
 def test_wrong_sizes(bench: Any, changes: dict[str, Any], needle: str) -> None:

@@ -65,7 +65,7 @@ def test_report(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["positions", "width", "vocab_size", "num_lambdas", "runs"])
 def test_wrong_sizes(bench: Any, name: str) -> None:
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0 must be at least"):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must be at least [12], not 0"):
         bench.Config(output=Path("unused"), **{**SIZES, name: 0})
-    with pytest.raises(UserError, match="--threads -1"):
+    with pytest.raises(UserError, match="--threads must be at least 1, not -1"):
         bench.Config(output=Path("unused"), threads=-1)

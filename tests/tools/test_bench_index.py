@@ -127,14 +127,14 @@ def test_mistakes_name_the_flags(tools: Any, tmp_path: Path) -> None:
         ({"queries": 5000}, "--queries 5000 and --positions 1500 must ascend"),
         ({"exact_keys": 50}, "--exact-queries 100, --exact-keys 50"),
         ({"perplexity": 50.0}, "--perplexity 50 must lie between 1 and --k 40"),
-        ({"runs": 0}, "--runs 0 must be at least 1"),
+        ({"runs": 0}, "--runs must be at least 1, not 0"),
     ):
         with pytest.raises(UserError, match=words):
             bench.Config(output=tmp_path / "x", **{**SIZES, **changes})
     plan = tools("benchmarks.plan")
-    with pytest.raises(UserError, match="--positions 0"):
+    with pytest.raises(UserError, match="--positions must be at least 1, not 0"):
         plan.Config(output=tmp_path / "x", positions=0)
-    with pytest.raises(UserError, match="write_targets failed.*--k 0"):
+    with pytest.raises(UserError, match="write_targets failed.*--k must be at least 1"):
         plan.peak_of_front_end("write_targets", "--keys", tmp_path, "--output", tmp_path / "y", "--k", 0)
 
 

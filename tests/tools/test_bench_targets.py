@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "sharp_perplexity": 5.0,
     "sample": 1500,
     "plain_batch": 130,
-    "plain_positions": 0,
+    "plain_positions": None,
     "mass": 1.0,
 }
 RATIOS = {

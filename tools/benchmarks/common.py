@@ -159,9 +159,9 @@ def _status_bytes(field: str) -> int:
     raise UserError(f"/proc/self/status has no {field}: run it on Linux")
 
 
-def use_threads(count: int) -> None:
-    """Threads of torch in this process; 0 leaves what the environment says."""
-    if count:
+def use_threads(count: int | None) -> None:
+    """Threads of torch in this process; None leaves what the environment says."""
+    if count is not None:
         torch.set_num_threads(count)
 
 

@@ -21,8 +21,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from benchmarks.common import Report, Row, check_output, interleave, median_of, row_of, timing_rows
-from mlpmem_ds.core.config import option
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.documents import find_files, read_documents
@@ -36,22 +35,20 @@ _texts: list[list[str]] = []  # batches, inherited by the comparator's processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """What is tokenized, and how often."""
 
     output: Path = option("JSON file to write")
     input: tuple[str, ...] = option("files, directories or globs (default: Python's standard library)", ())
-    megabytes: float = option("text to take, in MB", 48.0)
+    megabytes: float = option("text to take, in MB", 48.0, above=0)
     tokenizer: str | None = option(
         "tokenizer directory or Hub name (default: one trained on a tenth of the text)", None
     )
-    vocab_size: int = option("otherwise: entries of the byte-level vocabulary that is trained", 8192)
-    processes: int = option("processes of each arm; 0 = the machine's cores", 0)
-    runs: int = option("runs of each arm", 3)
-
-    def __post_init__(self) -> None:
-        if self.megabytes <= 0 or self.processes < 0 or self.runs < 1:
-            raise UserError("--megabytes must be more than 0, --processes 0 or more, and --runs 1 or more")
+    vocab_size: int = option(
+        "otherwise: entries of the byte-level vocabulary that is trained", 8192, at_least=257
+    )
+    processes: int | None = option("processes of each arm (default: the machine's cores)", None, at_least=1)
+    runs: int = option("runs of each arm", 3, at_least=1)
 
 
 def run(config: Config, world: World) -> None:

@@ -43,7 +43,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
@@ -54,6 +54,7 @@ from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.models.mixture import log_mixture
+from mlpmem_ds.stages import shared_flags
 
 from .common import Report, Row, check_output, median_of, row_of, use_threads
 
@@ -65,52 +66,34 @@ _SEED, _LAMBDA, _TEMPERATURE, _NUM_PASSAGES_READ = 4, 0.4, 50_000.0, 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """Flags of tools/bench.py decode."""
 
     output: Path = option("JSON file to write")
-    layers: int = option("layers of the base", 12)
-    width: int = option("numbers in a hidden state; heads are 64 wide", 768)
+    layers: int = option("layers of the base", 12, at_least=1)
+    width: int = option("numbers in a hidden state; heads are 64 wide", 768, at_least=64)
     vocab_size: int = option("tokens", 16384)
-    memory_blocks: int = option("blocks of the memory, as wide as the base's own", 8)
-    prompt_tokens: int = option("tokens of a prompt", 64)
-    new_tokens: int = option("tokens to generate", 16)
-    batch_sizes: tuple[int, ...] = option("prompts at once", (1, 16))
+    memory_blocks: int = option("blocks of the memory, as wide as the base's own", 8, at_least=1)
+    prompt_tokens: int = option("tokens of a prompt", 64, at_least=1)
+    new_tokens: int = option("tokens to generate; the first one is timed apart", 16, at_least=2)
+    batch_sizes: tuple[int, ...] = option("prompts at once", (1, 16), at_least=1)
     datastore_sizes: tuple[int, ...] = option("stored keys of the kNN arms", (25_000, 100_000, 400_000))
     key_size: int = option("numbers in a stored int8 key", 256)
-    k: int = option("neighbours", 256)
+    k: int = option("neighbours", 256, at_least=1)
     factory: str = option("faiss factory of the index", "IVF512,PQ32")
-    nprobe: int = option("lists that the index probes", 32)
-    passages: int = option("passages that RAG chooses from", 20_000)
-    passage_tokens: int = option("tokens of a passage", 64)
-    runs: int = option("timed runs of each arm", 3)
-    threads: int = option("CPU threads, 0 = as the environment says", 0)
+    nprobe: int = option("lists that the index probes", 32, at_least=1)
+    passages: int = option("passages that RAG chooses from", 20_000, at_least=1)
+    passage_tokens: int = option("tokens of a passage", 64, at_least=1)
+    runs: int = option("timed runs of each arm", 3, at_least=1)
+    threads: int | None = shared_flags.threads()
 
-    def __post_init__(self) -> None:
-        for name in (
-            "layers",
-            "memory_blocks",
-            "prompt_tokens",
-            "passages",
-            "passage_tokens",
-            "runs",
-            "k",
-            "nprobe",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.new_tokens < 2:
-            raise UserError(
-                f"--new-tokens {self.new_tokens} must be at least 2: the first one is timed apart"
-            )
-        if self.width < 64 or self.width % 64:
+    def check(self) -> None:
+        if self.width % 64:
             raise UserError(f"--width {self.width} must be a multiple of 64")
-        if 1 not in self.batch_sizes or min(self.batch_sizes) < 1:
+        if 1 not in self.batch_sizes:
             raise UserError("--batch-sizes must hold 1, whose overhead is compared with the bytes read")
         if min(self.datastore_sizes) < self.k:
             raise UserError(f"--datastore-sizes must be at least --k {self.k}")
-        if self.threads < 0:
-            raise UserError(f"--threads {self.threads} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlpmem_ds.core.config import option
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.world import World
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.models.mixture_scores import lambda_curve
+from mlpmem_ds.stages import shared_flags
 
 from .common import (
     Report,
@@ -55,25 +55,16 @@ _WARM_UP = {"positions": 64, "width": 16, "vocab_size": 600}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """Flags of tools/bench.py evaluate."""
 
     output: Path = option("JSON file to write")
-    positions: int = option("positions to score", 2048)
-    width: int = option("numbers in a hidden state", 512)
-    vocab_size: int = option("rows of each head's weight", 50257)
-    num_lambdas: int = option("values of λ, from 0 to 1", 21)
-    runs: int = option("timed runs of each arm", 3)
-    threads: int = option("CPU threads, 0 = as the environment says", 0)
-
-    def __post_init__(self) -> None:
-        for name in ("positions", "width", "vocab_size", "runs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.num_lambdas < 2:
-            raise UserError(f"--num-lambdas {self.num_lambdas} must be at least 2: the ends, 0 and 1")
-        if self.threads < 0:
-            raise UserError(f"--threads {self.threads} must be 0 or more")
+    positions: int = option("positions to score", 2048, at_least=1)
+    width: int = option("numbers in a hidden state", 512, at_least=1)
+    vocab_size: int = option("rows of each head's weight", 50257, at_least=1)
+    num_lambdas: int = option("values of λ, from 0 to 1", 21, at_least=2)
+    runs: int = option("timed runs of each arm", 3, at_least=1)
+    threads: int | None = shared_flags.threads()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mlpmem_ds.core.config import option, require_at_least
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
@@ -50,6 +50,7 @@ from mlpmem_ds.formats.corpus import (
     token_dtype,
 )
 from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.keys import extract_keys
 
 from .common import (
@@ -94,25 +95,24 @@ _LONG = Shape(name="one_layer", num_layers=1, width=256, vocab_size=512)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """Flags of tools/bench.py extract."""
 
     output: Path = option("JSON file to write")
     positions: int = option(
-        "positions of a run of the d=768 model; the d=256 one reads four times as many", 4096
+        "positions of a run of the d=768 model; the d=256 one reads four times as many",
+        4096,
+        at_least=1,
     )
-    long_positions: int = option("positions of the short corpus of the memory figures", 65536)
-    runs: int = option("runs of each arm", 3)
-    batch_windows: int = option("windows of 512 tokens that a forward pass reads at once", 4)
+    long_positions: int = option("positions of the short corpus of the memory figures", 65536, at_least=1)
+    runs: int = option("runs of each arm", 3, at_least=1)
+    batch_windows: int = option("windows of 512 tokens that a forward pass reads at once", 4, at_least=1)
     dtype: Literal["auto", "float32", "bfloat16"] = option("of the forward pass", "auto")
     device: str = option(
         "auto, cpu, cuda or cuda:N; on a GPU a model of 1.5e9 parameters is measured too", "auto"
     )
-    threads: int = option("threads of torch; 0 = as the environment says", 0)
+    threads: int | None = shared_flags.threads()
     toy: bool = option("tiny models and corpora: does it run at all?", False)
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, ("positions", "long_positions", "runs", "batch_windows"))
 
 
 def run(config: Config, world: World) -> None:

@@ -39,7 +39,7 @@ import faiss
 import numpy as np
 import torch
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.world import World
@@ -49,6 +49,7 @@ from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_ne
 from mlpmem_ds.maths.listed_keys import ListedKeys, in_list_order
 from mlpmem_ds.maths.target_distance import recall, total_variation
 from mlpmem_ds.maths.weighting import fit_weighting
+from mlpmem_ds.stages import shared_flags
 
 from .common import (
     Report,
@@ -74,46 +75,35 @@ _SEED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """Flags of tools/bench.py index."""
 
     output: Path = option("JSON file to write")
     keys: Path | None = option(
         "key directory (int8) to take keys and values from, in place of made-up ones", None
     )
-    positions: int = option("keys of the list search: the first ones of --keys, or made-up ones", 500_000)
-    dim: int = option("numbers in a made-up key", 256)
-    vocab_size: int = option("vocabulary of the made-up values", 50257)
+    positions: int = option(
+        "keys of the list search: the first ones of --keys, or made-up ones", 500_000, at_least=1
+    )
+    dim: int = option("numbers in a made-up key", 256, at_least=1)
+    vocab_size: int = option("vocabulary of the made-up values", 50257, at_least=1)
     factory: str = option("faiss factory of the index that is built and timed, or auto", "auto")
-    k: int = option("neighbours of a query", 1024)
-    nprobe: int = option("lists that a query probes", 16)
-    queries: int = option("queries of the list search: the first keys", 16384)
-    exact_keys: int = option("keys of the exact search: the first ones", 100_000)
-    exact_queries: int = option("queries of the exact search: the first keys", 20_000)
+    k: int = option("neighbours of a query", 1024, at_least=1)
+    nprobe: int = option("lists that a query probes", 16, at_least=1)
+    queries: int = option("queries of the list search: the first keys", 16384, at_least=1)
+    exact_keys: int = option("keys of the exact search: the first ones", 100_000, at_least=1)
+    exact_queries: int = option("queries of the exact search: the first keys", 20_000, at_least=1)
     perplexity: float = option("neighbours that count, for the total variation", 300.0)
-    sample: int = option("queries compared with exact search of all keys", 300)
+    sample: int = option("queries compared with exact search of all keys", 300, at_least=1)
     gpu_keys: int = option("where CUDA is: made-up keys of the list search there", 10_000_000)
     gpu_exact_keys: int = option("where CUDA is: made-up keys of the exact search there", 1_000_000)
     gpu_exact_dim: int = option("where CUDA is: numbers in a key of the exact search there", 1024)
     gpu_queries: int = option("where CUDA is: queries timed, of all keys as queries", 65536)
     gpu_tops: float = option("dense int8 peak of the GPU, in 10^12 operations a second", 1979.0)
-    runs: int = option("timed runs of each arm", 3)
-    threads: int = option("CPU threads, 0 = as the environment says", 0)
+    runs: int = option("timed runs of each arm", 3, at_least=1)
+    threads: int | None = shared_flags.threads()
 
-    def __post_init__(self) -> None:
-        for name in (
-            "positions",
-            "dim",
-            "vocab_size",
-            "k",
-            "nprobe",
-            "queries",
-            "exact_keys",
-            "exact_queries",
-            "runs",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+    def check(self) -> None:
         if not 1 <= self.sample <= self.queries <= self.positions:
             raise UserError(
                 f"--sample {self.sample}, --queries {self.queries} and --positions {self.positions} must"

@@ -36,10 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
+from mlpmem_ds.stages import shared_flags
 
 from .common import (
     Report,
@@ -67,33 +68,27 @@ Outcome: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """Flags of tools/bench.py loss."""
 
     output: Path = option("JSON file to write")
-    rows: int = option("rows of hidden states (tokens)", 4096)
-    width: int = option("numbers in a hidden state", 512)
-    vocab_size: int = option("rows of the head's weight", 50257)
-    entries: int = option("teacher entries of each row", 64)
-    alpha: float = option("weight of KL against cross entropy, 0 to 1", 0.5)
-    chunk_bytes: int = option("bytes of logits that ours holds at once", DEFAULT_CHUNK_BYTES)
-    torch_chunk_rows: int = option("rows of a chunk of torch's fused loss, 0 = its own choice", 512)
-    runs: int = option("timed runs of each arm", 5)
-    threads: int = option("CPU threads, 0 = as the environment says", 0)
+    rows: int = option("rows of hidden states (tokens)", 4096, at_least=1)
+    width: int = option("numbers in a hidden state", 512, at_least=1)
+    vocab_size: int = option("rows of the head's weight", 50257, at_least=1)
+    entries: int = option("teacher entries of each row", 64, at_least=1)
+    alpha: float = option("weight of KL against cross entropy", 0.5, at_least=0, at_most=1)
+    chunk_bytes: int = option("bytes of logits that ours holds at once", DEFAULT_CHUNK_BYTES, at_least=1)
+    torch_chunk_rows: int | None = option(
+        "rows of a chunk of torch's fused loss; none = its own choice", 512, at_least=1
+    )
+    runs: int = option("timed runs of each arm", 5, at_least=1)
+    threads: int | None = shared_flags.threads()
 
-    def __post_init__(self) -> None:
-        for name in ("rows", "width", "vocab_size", "entries", "runs", "chunk_bytes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        for name in ("torch_chunk_rows", "threads"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+    def check(self) -> None:
         if self.entries > self.vocab_size:
             raise UserError(
                 f"--entries {self.entries} distinct ids do not fit in --vocab-size {self.vocab_size}"
             )
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"--alpha {self.alpha} must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

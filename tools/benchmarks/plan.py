@@ -25,7 +25,7 @@ import torch
 
 import mlpmem_ds
 from mlpmem_ds.core.blocks import split_blocks
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import seconds_of_stage
@@ -34,6 +34,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import FORMAT, VERSION, open_keys, unit_name
 from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.planning import plan
 
 from .common import Report, Row, check_output, row_of, use_threads
@@ -66,25 +67,24 @@ print(most[0])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """Flags of tools/bench.py plan."""
 
     output: Path = option("JSON file to write; a working directory beside it is removed at the end")
-    positions: int = option("keys of the run that calibrates; the plan is for twice as many", 150_000)
+    positions: int = option(
+        "keys of the run that calibrates; the plan is for twice as many", 150_000, at_least=1
+    )
     keys: Path | None = option(
         "key directory (int8) to take keys and values from, in place of made-up ones", None
     )
-    dim: int = option("numbers in a made-up key", 256)
-    vocab_size: int = option("vocabulary of the made-up values", 50257)
-    k: int = option("neighbours of a position", 1024)
-    nprobe: int = option("lists that a query probes", 16)
+    dim: int = option("numbers in a made-up key", 256, at_least=1)
+    vocab_size: int = option("vocabulary of the made-up values", 50257, at_least=1)
+    k: int = option("neighbours of a position", 1024, at_least=1)
+    nprobe: int = option("lists that a query probes", 16, at_least=1)
     neighbour_perplexity: float = option("neighbours that count", 100.0)
-    threads: int = option("CPU threads, 0 = as the environment says", 0)
+    threads: int | None = shared_flags.threads()
 
-    def __post_init__(self) -> None:
-        for name in ("positions", "dim", "vocab_size", "k", "nprobe"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+    def check(self) -> None:
         if not 1 < self.neighbour_perplexity < self.k:
             raise UserError(
                 f"--neighbour-perplexity {self.neighbour_perplexity:g} must lie between 1 and --k {self.k}"
@@ -186,7 +186,7 @@ def run_stages(
 ) -> dict[str, Measured]:
     """Index and targets of these keys in `root`; what they took."""
     write_keys(root / "keys", codes_ND, values_N, config, world)
-    threads = ("--threads", config.threads)
+    threads = ("--threads", config.threads or "none")
     keys, index = ("--keys", root / "keys"), root / "index"
     peaks = {"index": peak_of_front_end("build_index", *keys, "--output", index, *threads)}
     peaks["targets"] = peak_of_front_end(

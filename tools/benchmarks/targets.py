@@ -30,12 +30,13 @@ from pathlib import Path
 
 import faiss
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.targets import write_targets
 from mlpmem_ds.stages.targets.audit import open_truth
@@ -65,7 +66,7 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """Flags of tools/bench.py targets."""
 
     output: Path = option("JSON file to write; a working directory beside it is removed at the end")
@@ -74,33 +75,27 @@ class Config:
         "with --keys: the same positions in --codec raw, as truth and for the published index", None
     )
     index: Path | None = option("index directory over --keys; left out, one is built", None)
-    positions: int = option("made-up keys", 50_000)
-    dim: int = option("numbers in a made-up key", 256)
-    vocab_size: int = option("vocabulary of the made-up values", 50257)
+    positions: int = option("made-up keys", 50_000, at_least=1)
+    dim: int = option("numbers in a made-up key", 256, at_least=1)
+    vocab_size: int = option("vocabulary of the made-up values", 50257, at_least=1)
     factory: str = option("faiss factory of our index, or auto", "auto")
     published_factory: str = option(
         "faiss factory of the published index, or auto = IVF4096,PQ64 scaled to the keys", "auto"
     )
-    k: int = option("neighbours of a position", 1024)
-    nprobe: int = option("lists that a query probes", 32)
-    mass: float = option("probability that ours keeps of each row", 0.999)
+    k: int = option("neighbours of a position", 1024, at_least=1)
+    nprobe: int = option("lists that a query probes", 32, at_least=1)
+    mass: float = option("probability that ours keeps of each row", 0.999, above=0, at_most=1)
     soft_perplexity: float = option("neighbours that count at the soft temperature, which is timed", 300.0)
     sharp_perplexity: float = option("neighbours that count at the sharp temperature", 30.0)
-    plain_positions: int = option(
-        "positions that plain does, 0 = all; its rate does not depend on it", 20_000
+    plain_positions: int | None = option(
+        "positions that plain does, none = all; its rate does not depend on it", 20_000, at_least=1
     )
-    plain_batch: int = option("queries that plain searches at once", 2048)
-    sample: int = option("positions compared with exact search, in whole blocks", 4096)
-    runs: int = option("timed runs of each arm", 3)
-    threads: int = option("CPU threads, 0 = as the environment says", 0)
+    plain_batch: int = option("queries that plain searches at once", 2048, at_least=1)
+    sample: int = option("positions compared with exact search, in whole blocks", 4096, at_least=1)
+    runs: int = option("timed runs of each arm", 3, at_least=1)
+    threads: int | None = shared_flags.threads()
 
-    def __post_init__(self) -> None:
-        for name in ("positions", "dim", "vocab_size", "k", "nprobe", "plain_batch", "sample", "runs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        for name in ("plain_positions", "threads"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+    def check(self) -> None:
         if self.keys is None and (self.index is not None or self.raw_keys is not None):
             raise UserError("--index and --raw-keys belong to --keys: give that too, or none of them")
         for name in ("soft_perplexity", "sharp_perplexity"):

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import (
@@ -53,6 +53,7 @@ from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.models.memory import PRESETS, Memory, MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.training.loop import max_memory
 
 from .common import Report, Row, check_output, interleave, median_of, row_of, timing_rows, use_threads
@@ -70,26 +71,21 @@ _PADDING = -10_000  # the number that fills the published loop's padded rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """Flags of tools/bench.py train."""
 
     output: Path = option("JSON file to write")
-    rows: int = option("positions in a step", 1024)
-    width: int = option("numbers in an input and in a hidden state", 256)
-    num_blocks: int = option("residual blocks of the memory", 6)
-    vocab_sizes: tuple[int, ...] = option("vocabularies, one after another", (8192, 50257))
-    entries: int = option("teacher entries of each row", 64)
-    runs: int = option("timed steps of each arm", 3)
-    threads: int = option("CPU threads, 0 = as the environment says", 0)
+    rows: int = option("positions in a step", 1024, at_least=1)
+    width: int = option("numbers in an input and in a hidden state", 256, at_least=1)
+    num_blocks: int = option("residual blocks of the memory", 6, at_least=1)
+    vocab_sizes: tuple[int, ...] = option("vocabularies, one after another", (8192, 50257), at_least=1)
+    entries: int = option("teacher entries of each row", 64, at_least=1)
+    runs: int = option("timed steps of each arm", 3, at_least=1)
+    threads: int | None = shared_flags.threads()
     gpu_preset: str = option("memory whose step is measured where there is a GPU", "1b")
-    gpu_rows: int = option("positions in that step", 16384)
+    gpu_rows: int = option("positions in that step", 16384, at_least=1)
 
-    def __post_init__(self) -> None:
-        for name in ("rows", "width", "num_blocks", "entries", "runs", "gpu_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.threads < 0:
-            raise UserError(f"--threads {self.threads} must be 0 or more")
+    def check(self) -> None:
         if self.entries > min(self.vocab_sizes):
             raise UserError(
                 f"--entries {self.entries} distinct ids do not fit in --vocab-sizes {min(self.vocab_sizes)}"

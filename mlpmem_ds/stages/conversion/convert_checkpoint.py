@@ -62,8 +62,9 @@ from mlpmem_ds.stages.conversion.check import (
     read_parts,
     total_variation,
 )
+from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.import_reference import write_memory
-from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, Config, ExportInputs, open_inputs
+from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs, open_inputs
 from mlpmem_ds.stages.conversion.model_card import describe_verification, model_card
 
 _logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, TrainedMe
 from mlpmem_ds.formats.reference_checkpoint import ReferenceMemory, open_reference
 from mlpmem_ds.models.backbone import resolve_layer
 from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.stages.shared_flags import Layer
 
 _logger = logging.getLogger(__name__)
 _UNIT = "weights"
@@ -38,7 +39,7 @@ class _Base:
 
 
 def read_reference(
-    root: Path, *, name: str, model: str, base_sha256: str, vocabulary_sha256: str, input_layer: float
+    root: Path, *, name: str, model: str, base_sha256: str, vocabulary_sha256: str, input_layer: Layer
 ) -> TrainedMemory:
     """The published memory as a trained one of ours, in float32.
 
@@ -106,10 +107,9 @@ def _check(reference: ReferenceMemory, base: _Base, model: str) -> MemoryConfig:
     return memory
 
 
-def _layer(input_layer: float, base: _Base) -> int:
-    whole = int(input_layer) if float(input_layer).is_integer() else input_layer
+def _layer(input_layer: Layer, base: _Base) -> int:
     try:
-        return resolve_layer(whole, base.num_layers)
+        return resolve_layer(input_layer, base.num_layers)
     except ValueError as error:
         raise UserError(f"--input-layer: {error}") from error
 

@@ -1,18 +1,16 @@
-"""The export's flags and inputs: all that a Hugging Face directory is made from, checked before a byte is
+"""The export's inputs: all that a Hugging Face directory is made from, checked before a byte is
 written."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoTokenizer
 
-from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.core.manifest import read_manifest
@@ -22,83 +20,14 @@ from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
 from mlpmem_ds.formats.corpus import CorpusManifest, read_corpus_manifest, vocabulary_sha256
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.models.memory import MemoryConfig
-from mlpmem_ds.models.mixture import DEFAULT_LAMBDA, checked_lmbda
+from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
+from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.import_reference import read_reference
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 
 _logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mlpmem-export", 1
 EXPORT_FILE = "mlpmem_export.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is joined, and how it is stored."""
-
-    checkpoint: Path | None = option(
-        "output directory of launch/train.py; where it has not finished, its newest whole checkpoint is taken"
-        " (DeepSpeed's files are pickled: only from yourself)",
-        None,
-    )
-    step: int | None = option(
-        "with --checkpoint: the checkpoint of this step, also of a finished training", None
-    )
-    from_reference: str | None = option(
-        "instead: a memory that the method's authors published, a directory or Hub name; needs --model, its"
-        " base",
-        None,
-        metavar="PATH",
-    )
-    output: Path = option("directory to write")
-    write: Literal["export", "memory"] = option(
-        "a Hugging Face directory with base and memory; or, of a published memory or of a checkpoint, a"
-        " directory as training leaves it",
-        "export",
-    )
-    input_layer: float = option(
-        "with --from-reference: the layer whose MLP input the memory reads, an index or a fraction of the"
-        " depth",
-        -1.0,
-    )
-    model: str | None = option(
-        "the base: a directory or Hub name (default: the one that the keys were extracted with)", None
-    )
-    lmbda: float | None = option(
-        f"weight of the memory in [0, 1] (default: the report's choice, else {DEFAULT_LAMBDA})",
-        None,
-        flag="lambda",
-    )
-    report: Path | None = option(
-        "report of launch/evaluate.py: its λ, and its perplexities for the model card", None
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
-    tokenizer: str | None = option("directory or Hub name (default: the base's, else the corpus's)", None)
-    corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
-    max_shard_gigabytes: float = option("largest weights file, in GB", 5.0)
-    attention: str = option(
-        "attention implementation for the verification: sdpa, eager or flash_attention_2", "sdpa"
-    )
-
-    def __post_init__(self) -> None:
-        if (self.checkpoint is None) == (self.from_reference is None):
-            raise UserError(
-                "give either --checkpoint, a training's output, or --from-reference, a published memory"
-            )
-        if self.from_reference is not None and self.model is None:
-            raise UserError("--from-reference needs --model, the base that the memory was trained for")
-        if self.step is not None and (self.checkpoint is None or self.step < 0):
-            raise UserError(
-                f"--step {self.step} names a checkpoint of --checkpoint: give that, and a step of 0 or more"
-            )
-        if self.lmbda is not None:
-            try:
-                checked_lmbda(self.lmbda)
-            except ValueError as error:
-                raise UserError(
-                    f"--lambda {self.lmbda}: the memory's share of the mixture lies in [0, 1]"
-                ) from error
-        if not 0 < self.max_shard_gigabytes < math.inf:
-            raise UserError(f"--max-shard-gigabytes must be more than 0, not {self.max_shard_gigabytes}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.formats.corpus import CorpusManifest
-from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, Config, ExportInputs
+from mlpmem_ds.stages.conversion.config import Config
+from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs
 
 
 def model_card(

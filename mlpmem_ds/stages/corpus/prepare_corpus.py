@@ -8,19 +8,16 @@ some tens of bytes a document and a few batches of text.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import Progress, audible_level
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
@@ -34,7 +31,8 @@ from mlpmem_ds.formats.corpus import (
     token_dtype,
     vocabulary_sha256,
 )
-from mlpmem_ds.formats.documents import FILE_PATTERNS, TEXT_PATTERNS, find_files
+from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files
+from mlpmem_ds.stages.corpus.config import Config
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import DocumentReader, Survey, survey_files
 from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, documents_of_unit, read_document, vocab_size
@@ -44,67 +42,6 @@ _logger = logging.getLogger(__name__)
 _UNIT_BYTES = 32 << 20
 _END_OF_DOCUMENT = "<|endoftext|>"
 _TOKENIZER_UNIT = "tokenizer"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """How text becomes a corpus."""
-
-    input: tuple[str, ...] = option(
-        "files, directories, globs, saved data sets or datasets:NAME[:CONFIGURATION[:SPLIT]] to read",
-        identity="none",
-        metavar="PATH",
-    )
-    tokenizer: str = option(
-        "a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size"
-    )
-    output: Path = option("corpus directory to write")
-    block_size: int = option("tokens that the base reads at once", 1024)
-    stride: int = option("tokens between the starts of two blocks", 512)
-    tuning_fraction: float = option("share of the documents for the tuning split", 0.0)
-    test_fraction: float = option("share of the documents for the test split", 0.0)
-    heldout_fraction: float = option("share of the groups kept apart as a second test split", 0.0)
-    max_bytes: float = option("bytes of text to take, group after group in the order of a hash; 0 = all", 0.0)
-    include: tuple[str, ...] | None = option(
-        f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)})",
-        None,
-        metavar="PATTERN",
-    )
-    exclude: tuple[str, ...] = option("paths or directory names left out (patterns)", (), metavar="PATTERN")
-    text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
-    group_field: str | None = option("the same: the field that names the group", None)
-    seed: int = option("seed of the hashes that deal documents to splits", 0)
-    processes: int = option(
-        "processes that tokenize in this rank; 0 = the machine's cores for a single rank, else 1",
-        0,
-        identity="none",
-    )
-
-    def __post_init__(self) -> None:
-        if self.processes < 0:
-            raise UserError(f"--processes must not be negative, not {self.processes}")
-        if not self.max_bytes >= 0:
-            raise UserError(f"--max-bytes must not be negative, not {self.max_bytes:g}; 0 takes all the text")
-        if self.processes > 1 and "fork" not in multiprocessing.get_all_start_methods():
-            raise UserError(
-                f"--processes {self.processes}: this system cannot fork; start several ranks instead"
-            )
-        if not 1 <= self.stride <= self.block_size:
-            raise UserError(f"--stride {self.stride} must lie between 1 and --block-size {self.block_size}")
-        if self.block_size % self.stride:
-            raise UserError(f"--block-size {self.block_size} must be a multiple of --stride {self.stride}")
-        fractions = (self.tuning_fraction, self.test_fraction, self.heldout_fraction)
-        if min(fractions) < 0 or sum(fractions) >= 1:
-            raise UserError(
-                f"the fractions {fractions} must not be negative and must leave something for training"
-            )
-        if self.tokenizer.startswith("train:"):
-            size = self.tokenizer.removeprefix("train:")
-            if not size.isdigit() or int(size) < 257:
-                raise UserError(
-                    f"--tokenizer {self.tokenizer}: a byte-level vocabulary needs at least 257 entries, "
-                    "as in train:4096"
-                )
 
 
 def run(config: Config, world: World) -> None:

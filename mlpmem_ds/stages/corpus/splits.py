@@ -27,7 +27,8 @@ class SplitRules:
     tuning_fraction: float
     test_fraction: float
     heldout_fraction: float
-    max_bytes: float
+    max_bytes: float | None
+    """None: all"""
     seed: int
 
 
@@ -75,10 +76,10 @@ def check_splits(split_of: array[int], rules: SplitRules) -> None:
                 "the %s split is empty: every document is larger than its share of the text", split
             )
     num_taken = len(split_of) - split_of.count(NOT_TAKEN)
-    if rules.max_bytes and not num_taken and len(split_of):
+    if rules.max_bytes is not None and not num_taken and len(split_of):
         raise UserError(
             f"--max-bytes {rules.max_bytes:g} is less than each of the {len(split_of)} documents of the"
-            " inputs: give more, or 0 for all of them"
+            " inputs: give more, or leave it out for all of them"
         )
     if SPLITS.index("train") not in split_of:
         raise UserError(
@@ -131,7 +132,7 @@ def deal_documents(documents: SurveyedDocuments, rules: SplitRules) -> array[int
 def _sample(documents: SurveyedDocuments, rules: SplitRules) -> Iterable[int]:
     """Documents in hash order of their groups, as long as they fit in `max_bytes`; what does not fit is
     passed over."""
-    if not rules.max_bytes or documents.names is None:
+    if rules.max_bytes is None or documents.names is None:
         return range(len(documents))
     groups = list(documents.groups)
     rank = {number: hash_fraction(f"sample:{group}", rules.seed) for number, group in enumerate(groups)}

@@ -128,7 +128,7 @@ def survey_files(
         raise UserError(
             "two inputs hold documents of the same name: give their common parent directory as one --input"
         )
-    documents, listed = SurveyedDocuments(with_names=bool(rules.max_bytes)), _ListHash()
+    documents, listed = SurveyedDocuments(with_names=rules.max_bytes is not None), _ListHash()
     units: list[CorpusUnit] = []
     counts: dict[SourceFile, int] = {}
     rest = iter(files)

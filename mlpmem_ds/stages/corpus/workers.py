@@ -20,9 +20,9 @@ _TASKS_AHEAD = 4  # a process, so that none waits while the results of one befor
 _WORTH_BYTES = 8 << 20  # of text: below, starting processes takes longer than they save
 
 
-def choose_processes(requested: int, world: World, num_bytes: int) -> int:
-    """The number of processes; `requested` = 0 means the machine's cores for a single rank, else one."""
-    if requested:
+def choose_processes(requested: int | None, world: World, num_bytes: int) -> int:
+    """The number of processes: as requested, else the machine's cores for a single rank, else one."""
+    if requested is not None:
         return requested
     if world.size > 1 or num_bytes < _WORTH_BYTES or "fork" not in multiprocessing.get_all_start_methods():
         return 1

@@ -1,4 +1,4 @@
-"""The flags of `evaluate`, and the checks that need nothing but them."""
+"""The flags of `evaluate`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from mlpmem_ds.core.config import option, require_at_least
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.stages import shared_flags
 
 DEFAULT_EXTRA_SPLITS = ("heldout",)
 _RESERVED_NAMES = ("base", "memory", "knn_exact", "knn_ivfpq")
@@ -36,8 +37,18 @@ def lambda_grid(text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is compared, and on which text."""
+class Config(Flags):
+    """Base, retriever, memory and controls on unseen text, in one table.
+
+    Scores the base, kNN, memories and controls on unseen text; λ is chosen on the tuning split, the test
+    split is reported.
+    """
+
+    example: ClassVar[str] = (
+        "python launch/evaluate.py --model run/base --corpus run/corpus --output run/report"
+        " --memory run/memory --keys run/keys --index run/index --targets run/targets"
+        " --control base+memory_ce_only=run/ce_only base_trained_on=run/base_trained_on"
+    )
 
     model: str = option("base language model: a directory or Hub name", identity="none")
     corpus: Path = option("corpus directory with the text to predict")
@@ -58,6 +69,7 @@ class Config:
         "search all the keys as well; its cost grows with positions times keys (default: where it is no more"
         " than what --search auto of write_targets searches exactly)",
         None,
+        identity="resolved",
     )
     tuning_split: str = option(
         "split on which λ, and for kNN temperature and neighbours, are chosen", "tuning"
@@ -69,54 +81,45 @@ class Config:
     k: int | None = option(
         "neighbours (default: the targets', else 256); a quarter and a sixteenth of them are tried too",
         None,
-        identity="none",
+        at_least=1,
+        identity="resolved",
     )
     temperature: float | None = option(
         "kNN temperature in squared key units (default: the targets'); 1/4 to 4 times it are tried",
         None,
-        identity="none",
+        above=0,
+        identity="resolved",
     )
-    nprobe: int = option("lists that base+knn_ivfpq probes", 32)
+    nprobe: int = option("lists that base+knn_ivfpq probes", 32, at_least=1)
     lambdas: str = option("values of λ to choose from, first:last:step", "0:1:0.05", identity="none")
-    bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, identity="none")
-    bootstrap_block: int = option("positions in a block of the bootstrap", 256, identity="none")
-    speed_positions: int = option(
-        "test positions on which speed is measured at a quarter, half and all of the keys; 0 = not",
+    bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
+    bootstrap_block: int = option("positions in a block of the bootstrap", 256, at_least=1, identity="none")
+    speed_positions: int | None = option(
+        "test positions on which speed is measured at a quarter, half and all of the keys; none = not",
         512,
+        at_least=1,
         identity="none",
     )
-    samples: int = option("passages continued without and with the memory in report.md", 3, identity="none")
-    unit_positions: int = option("positions in a unit of work", 8192)
+    samples: int = option(
+        "passages continued without and with the memory in report.md", 3, at_least=0, identity="none"
+    )
+    unit_positions: int = option("positions in a unit of work", 8192, at_least=1)
     batch_windows: int = option(
         "windows that a GPU reads at once; on a CPU always as many as make 2,048 tokens, so that scores do"
         " not depend on it",
         16,
+        at_least=1,
         identity="none",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the forward passes; auto = bfloat16 on a GPU, float32 on a CPU", "auto", identity="none"
-    )
+    dtype: shared_flags.Dtype = shared_flags.dtype("resolved")
     memory_weights: Literal["float", "int8"] = option(
         "the memories' matrices: as trained, or rounded to int8 as generate can read them",
         "float",
-        identity="none",
     )
-    device: str = option("auto, cpu, cuda or cuda:N", "auto", identity="none")
-    attention: str = option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")
+    device: str = shared_flags.device()
+    attention: str = shared_flags.attention()
 
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, ("nprobe", "bootstrap_block", "unit_positions", "batch_windows"))
-        for name in ("speed_positions", "samples"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
-        if self.bootstrap_samples < 100:
-            raise UserError(
-                f"--bootstrap-samples {self.bootstrap_samples}: a 95 % interval needs at least 100"
-            )
-        if self.k is not None and self.k < 1:
-            raise UserError(f"--k {self.k} must be at least 1")
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature} must be a number above 0")
+    def check(self) -> None:
         if lambda_grid(self.lambdas)[0] == 1 and self.keys is not None:
             raise UserError(
                 f"--lambdas {self.lambdas}: kNN gives most tokens no probability at all, so that its arms"

@@ -97,10 +97,7 @@ def _resolved(config: Config, inputs: Inputs) -> dict[str, Any]:
         "k": store and store.k,
         "temperature": store and store.weighting.temperature,
     }
-    if config.exact is None:  # as release 0.1.0 wrote its default: True, also where there are no keys
-        values["exact"] = store is None or store.exact
-    # Only where it is not the default: reports of release 0.1.0 are continued.
-    return values | ({} if config.memory_weights == "float" else {"memory_weights": config.memory_weights})
+    return values | {"exact": config.exact if store is None else store.exact}
 
 
 def _list_units(config: Config, inputs: Inputs) -> dict[str, Unit]:

@@ -33,7 +33,7 @@ def measure_speeds(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
     """`arm`, `keys` (None without a datastore), `positions`, `tokens_per_second` (median of three); []
     without a datastore."""
     store = inputs.datastore
-    if store is None or not store.names or config.speed_positions == 0:
+    if store is None or not store.names or config.speed_positions is None:
         return []
     corpus = inputs.splits[config.test_split].corpus
     block = Block(0, min(config.speed_positions, corpus.num_positions))

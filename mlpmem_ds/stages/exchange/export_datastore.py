@@ -7,13 +7,10 @@ OUTPUT/targets.arrow     one row a position, by falling probability; row i of bo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.log import Progress
@@ -24,26 +21,13 @@ from mlpmem_ds.formats.document_readers import import_arrow
 from mlpmem_ds.formats.keys import Keys, bfloat16_values, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.maths.sparse_rows import SparseRows
+from mlpmem_ds.stages.exchange.config import ExportConfig
 
 FORMAT, VERSION = "arrow", 1
 _ROWS = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is written."""
-
-    keys: Path = option("key directory")
-    targets: Path | None = option("target directory of these keys", None)
-    output: Path = option("directory to write")
-    datastore: bool = option("write the datastore too", True)
-
-    def __post_init__(self) -> None:
-        if self.targets is None and not self.datastore:
-            raise UserError("--no-datastore without --targets: there is nothing to write")
-
-
-def run(config: Config, world: World) -> None:
+def run(config: ExportConfig, world: World) -> None:
     """Write the files; each appears whole. Ranks take one each."""
     keys = open_keys(config.keys)
     targets = None if config.targets is None else open_targets(config.targets)

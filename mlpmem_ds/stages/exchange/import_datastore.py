@@ -24,7 +24,7 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.core.config import option, require_at_least
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_file
 from mlpmem_ds.core.log import Progress
@@ -57,45 +57,10 @@ from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, versio
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.backbone import resolve_layer
 from mlpmem_ds.stages.corpus.tokenization import vocab_size
+from mlpmem_ds.stages.exchange.config import ImportConfig
 
 _logger = logging.getLogger(__name__)
 _TOKENIZER_UNIT = "tokenizer"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is imported, and for which base."""
-
-    output: Path = option("run directory to write: OUTPUT/corpus, OUTPUT/keys, OUTPUT/targets")
-    datastore: tuple[Path, ...] = option("Arrow files of keys and values, in their order", (), metavar="FILE")
-    targets: tuple[Path, ...] = option("Arrow files of targets, in their order", (), metavar="FILE")
-    model: str | None = option("with --datastore: the base that gave the keys, a directory or Hub name", None)
-    tokenizer: str | None = option("its tokenizer (default: that of --model)", None)
-    key_layer: float = option(
-        "the layer whose MLP input the keys are: an index or a fraction of the depth", -1.0
-    )
-    keys: Path | None = option("without --datastore: the key directory whose rows the targets are of", None)
-    k: int = option("for the record: neighbours of a target", 1024)
-    temperature: float = option("for the record: of the targets, in squared key units", 16.0)
-    block_size: int = option("positions of a sample and of a window", 1024)
-    unit_positions: int = option("positions of a unit of keys", 65536)
-    shard_positions: int = option("positions of a target shard", 65536)
-
-    def __post_init__(self) -> None:
-        if not self.datastore and not self.targets:
-            raise UserError("give --datastore, --targets, or both: there is nothing to import")
-        if self.datastore and self.keys is not None:
-            raise UserError("give --datastore or --keys, not both: the targets are of one of them")
-        if not self.datastore and self.keys is None:
-            raise UserError("--targets needs --datastore or --keys: which rows are these targets of?")
-        if self.datastore and self.model is None:
-            raise UserError("--datastore needs --model, the base that gave the keys")
-        require_at_least(self, 1, ("k", "block_size", "unit_positions", "shard_positions"))
-        if self.shard_positions % self.block_size:
-            raise UserError(
-                f"--shard-positions {self.shard_positions} must be a multiple of --block-size"
-                f" {self.block_size}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +80,7 @@ class _Source:
         return token_dtype(vocab_size(self.tokenizer))
 
 
-def run(config: Config, world: World) -> None:
+def run(config: ImportConfig, world: World) -> None:
     """Import what is given; every input is looked at before anything is written."""
     source = _open_source(config) if config.datastore else None
     targets = open_arrow(config.targets, TARGETS, flag="--targets") if config.targets else None
@@ -139,14 +104,13 @@ def run(config: Config, world: World) -> None:
         _write_targets(config, targets, keys, world)
 
 
-def _open_source(config: Config) -> _Source:
+def _open_source(config: ImportConfig) -> _Source:
     assert config.model is not None
     table = open_arrow(config.datastore, DATASTORE, flag="--datastore")
     try:
         base: Any = AutoConfig.from_pretrained(config.model).get_text_config(decoder=True)
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
-        layer = int(config.key_layer) if config.key_layer.is_integer() else config.key_layer
-        layer = resolve_layer(layer, base.num_hidden_layers)
+        layer = resolve_layer(config.key_layer, base.num_hidden_layers)
     except Exception as error:  # a family of errors for each kind of model
         raise UserError(
             f"--model {config.model}, --tokenizer or --key-layer cannot be used ({error})"
@@ -182,7 +146,7 @@ def _values(source: _Source, block: Block) -> np.ndarray:
     return values_n.astype(source.dtype)
 
 
-def _units(config: Config, num_rows: int) -> dict[str, Block]:
+def _units(config: ImportConfig, num_rows: int) -> dict[str, Block]:
     return {unit_name(block.start): block for block in split_blocks(num_rows, config.unit_positions)}
 
 
@@ -191,7 +155,7 @@ def _hash_of(paths: tuple[Path, ...]) -> str:
 
 
 def _stage(
-    config: Config, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
+    config: ImportConfig, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
 ) -> StageDirectory:
     """OUTPUT/stage as a stage directory; the flags that do not decide its bytes are left out of its
     identity."""
@@ -214,11 +178,11 @@ def _stage(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Identity:
+class _Identity(Flags):
     output: Path = option("directory")
 
 
-def _write_corpus(config: Config, source: _Source, world: World) -> str:
+def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
     units = _units(config, source.table.num_rows)
     vocabulary = vocabulary_sha256(source.tokenizer)
     inputs = {"datastore": _hash_of(config.datastore), "vocabulary": vocabulary}
@@ -286,7 +250,7 @@ def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
     return sha256_of_file(stage.manifest_path)
 
 
-def _write_keys(config: Config, source: _Source, corpus_sha256: str, world: World) -> None:
+def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world: World) -> None:
     units, num_rows = _units(config, source.table.num_rows), source.table.num_rows
     inputs = {"corpus": corpus_sha256, "model": source.model_sha256}
     stage = _stage(config, keys_format.FORMAT, keys_format.VERSION, inputs, world)
@@ -330,7 +294,7 @@ def _write_keys(config: Config, source: _Source, corpus_sha256: str, world: Worl
     _finish(stage, list(units), describe)
 
 
-def _write_targets(config: Config, table: ArrowTable, keys: Keys, world: World) -> None:
+def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: World) -> None:
     size = keys.manifest["vocab_size"]
     config = dataclasses.replace(
         config, block_size=keys.manifest["block_size"]

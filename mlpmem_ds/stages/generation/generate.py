@@ -10,72 +10,22 @@ import logging
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TextStreamer
 
-from mlpmem_ds.core.config import option, require_at_least
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM
-from mlpmem_ds.models.mixture import checked_lmbda
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
+from mlpmem_ds.stages.generation.config import Config
 
 _logger = logging.getLogger(__name__)
 _COLUMN_WIDTH = 58
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is continued, and how the next token is chosen."""
-
-    model: str = option("exported model: a directory or Hub name")
-    prompt: tuple[str, ...] = option("texts to continue", ())
-    prompts_file: Path | None = option("instead: a UTF-8 file with one prompt a line", None)
-    max_new_tokens: int = option("tokens to add at most", 64)
-    temperature: float = option("of the mixture's distribution; 0 = always the likeliest token", 0.0)
-    top_p: float = option("sample from the likeliest tokens that hold this probability together", 1.0)
-    num_beams: int = option("beams; 1 = none", 1)
-    seed: int = option("seed of the sampling", 0)
-    lmbda: float | None = option(
-        "weight of the memory in [0, 1] (default: the export's)", None, flag="lambda"
-    )
-    compare: bool = option("show the base alone (λ = 0) beside base + memory", False)
-    stream: bool = option("write the text as it comes; for one prompt, without --compare and beams", False)
-    batch_size: int = option("prompts that are continued at once", 16)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the computation; auto = bfloat16 on a GPU, float32 on a CPU", "auto"
-    )
-    memory_weights: Literal["float", "int8"] = option(
-        "the memory's matrices: as they are, or rounded to int8 (on a CPU a faster step; see"
-        " docs/evaluation.md)",
-        "float",
-    )
-    device: str = option("auto, cpu, cuda or cuda:N", "auto")
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, ("max_new_tokens", "num_beams", "batch_size"))
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p must lie in (0, 1], not {self.top_p}")
-        if self.lmbda is not None:
-            try:
-                checked_lmbda(self.lmbda)
-            except ValueError as error:
-                raise UserError(
-                    f"--lambda {self.lmbda}: the memory's share of the mixture lies in [0, 1]"
-                ) from error
-        if bool(self.prompt) == (self.prompts_file is not None):
-            raise UserError("give either --prompt or --prompts-file")
-        if self.stream and (self.compare or self.num_beams > 1):
-            raise UserError("--stream writes one text as it comes: leave out --compare and --num-beams")
 
 
 class _Writer(TextStreamer):

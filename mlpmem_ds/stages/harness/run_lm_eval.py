@@ -10,68 +10,18 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mlpmem_ds.core.config import option, plain_values
+from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.lm_eval import require_harness, score_tasks
-from mlpmem_ds.models.mixture import checked_lmbda
 from mlpmem_ds.stages.generation import generate
+from mlpmem_ds.stages.harness.config import Config
 
 _QUESTIONS, _RANKING = "local_questions", "local_ranking"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is asked of which model."""
-
-    model: str = option("exported model: a directory or Hub name")
-    questions: Path | None = option(
-        'JSON lines of {"question", "answer": text or list of texts}: exact match, asked as NQ-open is', None
-    )
-    ranking: Path | None = option(
-        'JSON lines of {"query", "choices": [texts], "gold": index}: accuracy of the likeliest choice', None
-    )
-    tasks: tuple[str, ...] = option("tasks of the harness by name (most fetch their data from the Hub)", ())
-    include_path: Path | None = option("directory with further task YAML files", None)
-    lambdas: tuple[float, ...] = option("weights of the memory to compare (default: 0 and the export's)", ())
-    num_fewshot: int | None = option(
-        "examples before each question (default: the task's own; local files: 0)", None
-    )
-    limit: int | None = option("documents of each task at most (default: all)", None)
-    batch_size: int = option("prompts at once", 8)
-    output: Path | None = option("JSON file to write", None)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the computation; auto = bfloat16 on a GPU, float32 on a CPU", "auto"
-    )
-    device: str = option("auto, cpu, cuda or cuda:N", "auto")
-
-    def __post_init__(self) -> None:
-        if not (self.questions or self.ranking or self.tasks):
-            raise UserError("nothing to ask: give --questions, --ranking or --tasks")
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise UserError(f"--num-fewshot must be 0 or more, not {self.num_fewshot}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit must be at least 1, not {self.limit}")
-        if self.include_path is not None and not self.include_path.is_dir():
-            raise UserError(
-                f"--include-path {self.include_path} is not a directory: give one with task YAML files"
-            )
-        if self.output is not None and not self.output.parent.is_dir():
-            raise UserError(f"--output {self.output}: {self.output.parent} does not exist; make it first")
-        for value in self.lambdas:
-            try:
-                checked_lmbda(value)
-            except ValueError as error:
-                raise UserError(
-                    f"--lambdas {value}: the memory's share of the mixture lies in [0, 1]"
-                ) from error
 
 
 def run(config: Config, world: World) -> str:

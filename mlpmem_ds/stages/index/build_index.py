@@ -10,7 +10,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import deal
-from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.hashing import sample_positions
@@ -34,6 +32,7 @@ from mlpmem_ds.formats.index_directory import (
     shard_name,
 )
 from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.stages.index.config import Config
 
 _logger = logging.getLogger(__name__)
 _TRAINED = "trained"
@@ -41,23 +40,6 @@ _SEED = 1
 _OPERATIONS_PER_SECOND = (
     6e11  # of one core with VNNI, products and selection of 256 dimensions; for the estimate alone
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of tools/build_index.py."""
-
-    keys: Path = option("key directory of extract_keys")
-    output: Path = option("index directory to write")
-    factory: str = option("faiss index factory that holds IVF, such as IVF1024,PQ64, or auto", "auto")
-    num_shards: int = option("files that the keys are spread over, filled by different ranks", 4)
-    threads: int = option("CPU threads of each rank, 0 = as the environment says", 0, identity="none")
-
-    def __post_init__(self) -> None:
-        if self.num_shards < 1:
-            raise UserError(f"--num-shards {self.num_shards} must be at least 1")
-        if self.threads < 0:
-            raise UserError(f"--threads {self.threads} must be 0 or more")
 
 
 def run(config: Config, world: World) -> None:
@@ -72,7 +54,7 @@ def run(config: Config, world: World) -> None:
         world=world,
         extra={"factory": factory},
     )
-    if config.threads:
+    if config.threads is not None:
         torch.set_num_threads(config.threads)
         engine.set_num_threads(config.threads)
     shards = [f"shard-{shard}" for shard in range(config.num_shards)]

@@ -88,13 +88,13 @@ class StageState:
         }
 
 
-def read_run(run: Path, *, checksums: bool, threads: int = 0) -> list[StageState]:
+def read_run(run: Path, *, checksums: bool, threads: int | None = None) -> list[StageState]:
     """Everything of ours at or below `run`, in the order of the paths.
 
     Args:
         run: a run directory, or one stage's, checkpoint's or export's.
         checksums: read every file; without, sizes only.
-        threads: that read and hash at once; 0 = one a core, at most eight.
+        threads: that read and hash at once; default: one a core, at most eight.
     """
     roots = {path.parent for path in run.rglob("identity.json")}
     roots |= {path.parent for path in run.rglob("manifest.json") if (path.parent / "done").is_dir()}

@@ -5,31 +5,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
-from pathlib import Path
 
-from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.inspection.config import Config
 from mlpmem_ds.stages.inspection.contents import StageState, read_run, some
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to look at."""
-
-    run: Path = option(
-        "run directory, or one stage's, checkpoint's or export's directory", metavar="RUN", positional=True
-    )
-    checksums: bool = option("read every file and compare its checksum; without, sizes only", True)
-    threads: int = option("that read and hash at once; 0 = one a core, at most eight", 0)
-    output: Path | None = option("also write what was found to this JSON file", None, metavar="FILE")
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise UserError(f"--threads must be 0 or more, not {self.threads}")
 
 
 def run(config: Config, world: World) -> None:

@@ -43,7 +43,8 @@ from mlpmem_ds.stages.keys.codec import (
     read_sample,
     write_codec,
 )
-from mlpmem_ds.stages.keys.inputs import Bases, Config, describe_bases, open_inputs
+from mlpmem_ds.stages.keys.config import Config
+from mlpmem_ds.stages.keys.inputs import Bases, describe_bases, open_inputs
 from mlpmem_ds.stages.keys.plan import PositionBytes, bytes_of_position, require_disk
 
 __all__ = ["Config", "run"]
@@ -92,13 +93,8 @@ def run(config: Config, world: World) -> None:
             "input_layer": bases.input_point.layer,
             "input_point": bases.input_point.point,
             **({"raw_dtype": config.raw_dtype} if config.codec == "raw" else {}),
-            **{
-                name: path
-                for name in ("layers_path", "input_layers_path")
-                if (path := getattr(config, name)) is not None
-            },
+            **({name: getattr(config, name) for name in _FLAGS_OF_THE_FIT} if config.codec == "int8" else {}),
         },
-        without_effect=_FLAGS_OF_THE_FIT if config.codec == "raw" else (),
     )
 
     phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []
@@ -146,7 +142,7 @@ def run(config: Config, world: World) -> None:
         }
 
     speaks = directory.finish([*phase_1, *blocks], describe)
-    if config.audit and speaks:
+    if config.audit is not None and speaks:
         _audit(config, corpus, bases, world)
 
 
@@ -258,6 +254,7 @@ def _extract_unit(
 
 
 def _audit(config: Config, corpus: CorpusSplit, bases: Bases, world: World) -> None:
+    assert config.audit is not None
     settings = AuditSettings(
         queries=config.audit,
         candidates=config.audit_candidates,

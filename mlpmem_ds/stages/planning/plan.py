@@ -12,98 +12,22 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mlpmem_ds.core.config import option, plain_values
+from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import faiss as engine
-from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, default_perplexity
+from mlpmem_ds.maths.weighting import default_perplexity
 from mlpmem_ds.models.memory import PRESETS, MemoryConfig
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
+from mlpmem_ds.stages.planning.config import DEFAULTS, Config
 from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, Machine, Workload, costs, resolve_search
 
 _logger = logging.getLogger(__name__)
 _FORMAT, _VERSION = "mlpmem-plan", 1
-_DEFAULTS: dict[str, Any] = {
-    "codec": "int8",
-    "input_codec": "bf16",
-    "num_shards": 4,
-    "nprobe": 32,
-    "k": 1024,
-    "encoding": "compact",
-    "epochs": 5.0,
-    "keep_checkpoints": 2,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of tools/plan.py. What is left out is taken from --calibrate, or is the stage's own default."""
-
-    positions: int = option("tokens of the training text")
-    model: str | None = option(
-        "base: a directory or Hub name, whose configuration gives the next three", None
-    )
-    parameters: float | None = option("parameters of the base, such as 1.5e9", None)
-    width: int | None = option("size of its hidden states", None)
-    vocab_size: int | None = option("entries of its vocabulary", None)
-    dim: int | None = option("numbers in a key (default: the width, at most 256)", None)
-    codec: Literal["int8", "raw"] | None = option("of keys (default: int8)", None)
-    input_codec: Literal["bf16", "int8", "none"] | None = option("of memory inputs (default: bf16)", None)
-    factory: str = option("faiss factory of the index, or auto", "auto")
-    num_shards: int | None = option("files of the index (default: 4)", None)
-    search: Literal["auto", "exact", "ivf"] = option("of the targets", "auto")
-    nprobe: int | None = option("lists that a query probes (default: 32)", None)
-    k: int | None = option("neighbours of a position (default: 1024)", None)
-    neighbour_perplexity: float | None = option(
-        f"how many neighbours count (default: {DEFAULT_PERPLEXITY:g}, or half of --k where that is less)",
-        None,
-    )
-    encoding: Literal["exact", "compact"] | None = option("of the targets (default: compact)", None)
-    preset: str | None = option(
-        "size of the memory (default: 4 blocks of the width)", None, choices=tuple(PRESETS)
-    )
-    epochs: float | None = option("passes of the training over all positions (default: 5)", None)
-    ranks: int = option("processes of each stage", 1)
-    threads: int = option("CPU threads of a rank, 0 = the cores of this machine over the ranks", 0)
-    gpus: int = option("GPUs of the run, 0 = none", 0)
-    gpu_tflops: float = option("dense 16-bit peak of one GPU, in 10^12 operations a second", 990.0)
-    memory_gb: float = option("memory of a node in 10^9 bytes, 0 = this machine's", 0.0)
-    disk_gb: float = option("free disk in 10^9 bytes, 0 = what is free here", 0.0)
-    disk_gb_per_second: float = option(
-        "10^9 bytes that the disk reads or writes in a second, for all ranks together", 1.0
-    )
-    calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
-    output: Path | None = option("JSON file to write besides the table", None)
-
-    def __post_init__(self) -> None:
-        at_least_one = (
-            "positions",
-            "parameters",
-            "width",
-            "vocab_size",
-            "dim",
-            "num_shards",
-            "nprobe",
-            "k",
-            "ranks",
-        )
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{_flag(name)} {value:g} must be at least 1")
-        for name in ("threads", "gpus", "memory_gb", "disk_gb"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{_flag(name)} {getattr(self, name):g} must be 0 or more")
-        for name in ("epochs", "gpu_tflops", "disk_gb_per_second"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{_flag(name)} {value:g} must be above 0")
-        if self.neighbour_perplexity is not None and self.neighbour_perplexity <= 1:
-            raise UserError(f"--neighbour-perplexity {self.neighbour_perplexity:g} must be above 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +149,7 @@ def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workl
     inherited = (
         of_run if not shape else {name: of_run[name] for name in of_run if name not in ("dim", "memory")}
     )
-    sizes: dict[str, Any] = _DEFAULTS | inherited | shape | flags
+    sizes: dict[str, Any] = DEFAULTS | inherited | shape | flags
     if "k" in flags and "neighbour_perplexity" not in flags:
         sizes.pop("neighbour_perplexity", None)  # a run's own was for its own k
     sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
@@ -246,7 +170,7 @@ def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workl
 
 def _workload_of_run(of_run: dict[str, Any], machine: Machine) -> Workload:
     """The run's own sizes; stages that it lacks get the defaults, and no factor is taken of them."""
-    sizes: dict[str, Any] = _DEFAULTS | {"parameters": 1, "search": "exact"} | of_run
+    sizes: dict[str, Any] = DEFAULTS | {"parameters": 1, "search": "exact"} | of_run
     sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     if "factory" not in sizes:
         sizes["factory"] = engine.choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
@@ -284,15 +208,20 @@ def _factory(factory: str, sizes: dict[str, Any], machine: Machine) -> str:
 
 
 def _machine(config: Config) -> Machine:
-    here = Path.cwd() if config.output is None else config.output.parent
+    folder = Path.cwd() if config.output is None else config.output.parent
     return Machine(
         ranks=config.ranks,
         cores=config.threads or max(1, (os.cpu_count() or 1) // config.ranks),
         gpus=config.gpus,
         gpu_flops=config.gpu_tflops * 1e12,
-        memory_bytes=round(config.memory_gb * 1e9)
-        or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        disk_bytes=round(config.disk_gb * 1e9) or shutil.disk_usage(here).free,
+        memory_bytes=(
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if config.memory_gb is None
+            else round(config.memory_gb * 1e9)
+        ),
+        disk_bytes=(
+            shutil.disk_usage(folder).free if config.disk_gb is None else round(config.disk_gb * 1e9)
+        ),
         disk_rate=config.disk_gb_per_second * 1e9,
     )
 
@@ -327,12 +256,10 @@ def _warnings_of_machine(config: Config, machine: Machine) -> list[str]:
     """What was not said of a machine with GPUs."""
     lines = []
     if machine.gpus:
-        of_here = [
-            name for name, flag in (("threads", config.threads), ("memory-gb", config.memory_gb)) if not flag
-        ]
-        if of_here:
+        missing = [_flag(name) for name in ("threads", "memory_gb") if getattr(config, name) is None]
+        if missing:
             lines.append(
-                f"{' and '.join(f'--{name}' for name in of_here)} not given: those of this machine are taken "
+                f"{' and '.join(missing)} not given: those of this machine are taken "
                 f"({machine.cores} threads a rank, {_bytes(machine.memory_bytes)} of memory)"
             )
         lines.append(

@@ -24,7 +24,7 @@ from mlpmem_ds.maths.rescoring import rescore
 class IndexSearch:
     """The k nearest by the index's distances, rescored."""
 
-    def __init__(self, keys_ND: KeyRows, index: IndexDirectory, *, nprobe: int, threads: int) -> None:
+    def __init__(self, keys_ND: KeyRows, index: IndexDirectory, *, nprobe: int, threads: int | None) -> None:
         self._keys_ND, self._directory, self._nprobe = keys_ND, index, nprobe
         self._threads = threads
 
@@ -48,7 +48,7 @@ class IndexSearch:
 
     @cached_property
     def _index(self) -> Any:
-        if self._threads:
+        if self._threads is not None:
             engine.set_num_threads(self._threads)
         index = engine.join([engine.read_index(path) for path in self._directory.shard_paths])
         is_whole = len(self._keys_ND) == self._directory.num_vectors

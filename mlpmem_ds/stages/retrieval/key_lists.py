@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, require_free_bytes
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
@@ -39,11 +39,11 @@ _ROWS = 1 << 16  # rows at hand while a run is written
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     """What decides a directory of keys in list order, besides its keys and index."""
 
     output: Path = option("directory", identity="none")
-    run_positions: int = option("positions of a run")
+    run_positions: int = option("positions of a run", at_least=1)
 
 
 def check_key_lists(root: Path, keys: Keys, index: IndexDirectory) -> None:

@@ -42,7 +42,7 @@ class ListSearch:
         *,
         nprobe: int,
         lists: Path | None,
-        threads: int,
+        threads: int | None,
         world: World,
     ) -> None:
         self._keys_ND, self._index, self._nprobe = keys_ND, index, nprobe
@@ -86,7 +86,7 @@ class ListSearch:
 
     @cached_property
     def _trained(self) -> Any:
-        if self._threads:
+        if self._threads is not None:
             engine.set_num_threads(self._threads)
         self._index.check(TRAINED_NAME)
         return engine.read_index(self._index.trained_path, for_search=False)

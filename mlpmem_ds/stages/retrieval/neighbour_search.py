@@ -52,7 +52,7 @@ def open_search(
     nprobe: int = 32,
     num_keys: int | None = None,
     lists: Path | None = None,
-    threads: int = 0,
+    threads: int | None = None,
     world: World | None = None,
 ) -> NeighbourSearch:
     """A search of these keys.
@@ -65,7 +65,7 @@ def open_search(
         num_keys: search the first keys only (not with `lists`); None = all.
         lists: with `lists`: where `prepare` finds or makes the keys in the order of the lists; None = keys of
             the probed lists are gathered at every call, which is slow for many queries.
-        threads: of faiss; 0 = as the environment says.
+        threads: of faiss; None = as the environment says.
         world: with `lists`: the ranks that make that directory together.
 
     Raises:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from mlpmem_ds.core.blocks import split_blocks
-from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, publish, publish_json
 from mlpmem_ds.core.hashing import sample_positions
@@ -34,6 +33,7 @@ from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
+from mlpmem_ds.stages.targets.config import AuditConfig
 from mlpmem_ds.stages.targets.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
@@ -44,14 +44,6 @@ _ROWS_AT_ONCE = 8192
 _RECALLS = (1, 64)  # and k
 _FAULTS = ("unsorted", "outside", "not_finite", "wrong_sum")
 _SEARCH_FAULTS = ("has_self", "neighbours_unsorted", "gap_in_neighbours")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What decides an audit."""
-
-    targets: Path = option("target directory", identity="none")
-    positions: int = option("sampled positions", 10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +91,7 @@ def open_truth(raw_keys: Path | None, keys: Keys) -> Keys:
     return raw
 
 
-def run(config: Config, world: World, *, teacher: Teacher, truth: Keys) -> None:
+def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> None:
     """Audit a complete target directory; `teacher` is the one that searched for it."""
     targets = open_targets(config.targets)
     inputs = {"targets": targets.sha256, "truth": truth.sha256}

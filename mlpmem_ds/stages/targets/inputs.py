@@ -86,8 +86,8 @@ def check_sizes(config: Config, keys: Keys) -> None:
             f"{block_size}: choose {nearest}"
         )
     others = keys.num_positions - 1
-    if config.temperature == "auto" and others <= config.neighbour_perplexity:
+    if config.temperature == "auto" and others <= config.perplexity:
         raise UserError(
-            f"--neighbour-perplexity {config.neighbour_perplexity:g} cannot be reached with {others} other"
+            f"--neighbour-perplexity {config.perplexity:g} cannot be reached with {others} other"
             " keys: choose a smaller one, or set --temperature"
         )

@@ -64,7 +64,7 @@ def measure(teacher: Teacher, config: Config) -> Measured:
     squared_nK, valid_nK = teacher.squared_distances(neighbours)
     if config.temperature == "auto":
         try:
-            weighting = fit_weighting("softmax", squared_nK, valid_nK, config.neighbour_perplexity)
+            weighting = fit_weighting("softmax", squared_nK, valid_nK, config.perplexity)
         except ValueError as error:
             raise UserError(
                 f"--neighbour-perplexity: {error}; or set --temperature (and another --output)"

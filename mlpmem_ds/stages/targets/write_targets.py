@@ -42,7 +42,7 @@ from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.retrieval.key_lists import missing_bytes, remove_key_lists
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from mlpmem_ds.stages.targets import audit as target_audit
-from mlpmem_ds.stages.targets.config import Config as Config
+from mlpmem_ds.stages.targets.config import AuditConfig, Config
 from mlpmem_ds.stages.targets.inputs import (
     check_lists,
     check_sizes,
@@ -67,8 +67,8 @@ def run(config: Config, world: World) -> None:
     inputs |= {"keys": keys.sha256} | ({"index": index.sha256} if index else {})
     check_sizes(config, keys)
     lists = check_lists(config, keys, index)
-    truth = target_audit.open_truth(config.raw_keys, keys) if config.audit else None
-    if config.threads:
+    truth = target_audit.open_truth(config.raw_keys, keys) if config.audit is not None else None
+    if config.threads is not None:
         torch.set_num_threads(config.threads)
     teacher = Teacher(
         keys=keys,
@@ -94,7 +94,7 @@ def run(config: Config, world: World) -> None:
         "search": search,
         "nprobe": config.nprobe if index else None,
         "temperature": "auto" if config.temperature == "auto" else float(config.temperature),
-        **({"encoding": config.encoding, "container": config.container} if version > 1 else {}),
+        **({"neighbour_perplexity": config.perplexity} if config.temperature == "auto" else {}),
     }
     stage = open_stage(
         config.output,
@@ -104,7 +104,6 @@ def run(config: Config, world: World) -> None:
         inputs=inputs,
         world=world,
         extra=resolved,
-        without_effect=() if config.temperature == "auto" else ("neighbour_perplexity",),
     )
     stage.run_units([_WEIGHTING], lambda unit, writer: (measured or measure(teacher, config)).summary)
     stage.wait_for([_WEIGHTING])
@@ -139,8 +138,9 @@ def run(config: Config, world: World) -> None:
     while not stage.manifest_path.is_file():  # another rank is at it, or has died
         stage.finish(units, describe)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+    assert config.audit is not None
     target_audit.run(
-        target_audit.Config(targets=config.output, positions=config.audit),
+        AuditConfig(targets=config.output, positions=config.audit),
         world,
         teacher=teacher,
         truth=truth,

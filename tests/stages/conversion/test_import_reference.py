@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
         ({"from_reference": str(other_words)}, "predicts a vocabulary of 299, and --model .* has 300"),
         ({"from_reference": str(tmp_path / "nowhere")}, "does not exist"),
         ({"from_reference": str(base_dir)}, "no part of a memory"),
-        ({"input_layer": 2.0}, "--input-layer: layer 2 does not exist"),
+        ({"input_layer": 2}, "--input-layer: layer 2 does not exist"),
         ({"tokenizer": None}, "has no tokenizer: give --tokenizer"),
         ({"model": str(tmp_path / "nowhere")}, "neither a Hugging Face model directory"),
         ({"model": None}, "needs --model"),

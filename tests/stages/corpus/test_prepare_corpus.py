@@ -163,11 +163,12 @@ def test_a_killed_process_is_told(text_dir: Path, tmp_path: Path, monkeypatch: p
         ({"input": ("/no/such/path",)}, "does not exist"),
         ({"tokenizer": "/no/such/tokenizer"}, "cannot be loaded"),
         ({"tokenizer": "train:12"}, "at least 257"),
-        ({"stride": 33}, "between 1 and"),
+        ({"stride": 0}, "--stride must be at least 1, not 0"),
+        ({"stride": 33}, "--block-size 32 must be a multiple of --stride 33"),
         ({"stride": 5}, "multiple"),
         ({"tuning_fraction": 0.9, "test_fraction": 0.2}, "must leave something"),
         ({"max_bytes": 1}, "--max-bytes 1 is less than each of"),
-        ({"max_bytes": -1}, "--max-bytes must not be negative"),
+        ({"max_bytes": -1}, "--max-bytes must be above 0, not -1"),
     ],
 )
 def test_wrong_inputs_leave_the_disk_untouched(
@@ -216,8 +217,8 @@ def test_processes_give_the_same_bytes(
     )
     (texts / "empty.txt").write_text(" \n")
     (texts / "binary.txt").write_bytes(b"\xff\xfe")
-    for sample in (0.0, 4000.0):  # all of it; and a part, so that files are passed over
-        one, three = (tmp_path / f"{count}-{sample:g}" for count in ("one", "three"))
+    for sample in (None, 4000.0):  # all of it; and a part, so that files are passed over
+        one, three = (tmp_path / f"{count}-{sample}" for count in ("one", "three"))
         prepare_corpus.run(config_of(texts, one, max_bytes=sample), World())
         prepare_corpus.run(config_of(texts, three, max_bytes=sample, processes=3), World())
         assert result_of(one) == result_of(three)
@@ -229,9 +230,9 @@ def test_processes_give_the_same_bytes(
         }
         assert {"many.jsonl:7", "many.jsonl:40"} <= names or sample
         assert not names & {"empty.txt", "binary.txt"}
-    assert workers.choose_processes(0, World(), 1 << 30) >= 1
-    assert workers.choose_processes(0, World(), 1000) == 1
-    assert workers.choose_processes(0, World(rank=1, size=2), 1 << 30) == 1
+    assert workers.choose_processes(None, World(), 1 << 30) >= 1
+    assert workers.choose_processes(None, World(), 1000) == 1
+    assert workers.choose_processes(None, World(rank=1, size=2), 1 << 30) == 1
     assert workers.choose_processes(5, World(rank=1, size=2), 1000) == 5
 
 

@@ -37,7 +37,8 @@ def test_one_rank_of_several_working_alone_writes_the_bytes_of_one_rank(
     config: Config, finished: Finished, rank: int, size: int
 ) -> None:
     assert (
-        evaluate.run(replace(config, samples=0, speed_positions=0), World(rank=rank, size=size)) is not None
+        evaluate.run(replace(config, samples=0, speed_positions=None), World(rank=rank, size=size))
+        is not None
     )
     check_equal_results(config.output, read_evaluation(config.output), finished)
 
@@ -45,7 +46,7 @@ def test_one_rank_of_several_working_alone_writes_the_bytes_of_one_rank(
 def test_three_ranks_killed_at_random_leave_the_bytes_of_one(
     config: Config, finished: Finished, killed_runs: Callable[..., int]
 ) -> None:
-    config = replace(config, samples=0, speed_positions=0)
+    config = replace(config, samples=0, speed_positions=None)
     assert killed_runs(evaluate.run, config, ranks=3, kills=1, seed=3) == 1
     for root in (config.output, config.output.with_name(f"{config.output.name}-undisturbed")):
         check_equal_results(root, read_evaluation(root), finished)
@@ -105,7 +106,7 @@ def test_progress_of_each_rank_counts_its_own_share_and_one_rank_names_the_repor
     )
     with caplog.at_level("INFO", logger="mlpmem_ds"):
         for rank in range(2):
-            evaluate.run(replace(config, speed_positions=0, samples=0), World(rank=rank, size=2))
+            evaluate.run(replace(config, speed_positions=None, samples=0), World(rank=rank, size=2))
     inputs = open_inputs(config)
     positions = sum(corpus.num_positions for corpus in inputs.streams.values()) * (1 + len(inputs.models))
     assert sum(totals) == positions and 0 < min(totals) <= max(totals) < positions

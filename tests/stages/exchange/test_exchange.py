@@ -15,6 +15,7 @@ from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import bfloat16_bits, bfloat16_values, open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.stages.exchange import export_datastore, import_datastore
+from mlpmem_ds.stages.exchange.config import ExportConfig, ImportConfig
 from mlpmem_ds.stages.training import inputs as training_inputs
 from mlpmem_ds.stages.training import train
 
@@ -95,7 +96,7 @@ def config_of(
         "unit_positions": 64,
         "shard_positions": 64,
     }
-    return import_datastore.Config(**{**values, **changes})
+    return ImportConfig(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +137,13 @@ def test_the_trainer_takes_them(imported: Path, base_dir: Path, tmp_path: Path) 
         output=tmp_path / "memory",
         batch_positions=16,
     )
-    inputs = training_inputs.open_inputs(config)
-    assert inputs.keys.num_positions == ROWS and inputs.keys.input_size == WIDTH
+    inputs = training_inputs.open_inputs(config, World())
+    assert inputs.keys.num_positions == ROWS and inputs.memory.input_size == WIDTH
     assert inputs.keys.manifest["key_layer"] == 1
 
 
 def test_out_again_they_are_what_came_in(imported: Path, keys_ND: np.ndarray, tmp_path: Path) -> None:
-    config = export_datastore.Config(
-        keys=imported / "keys", targets=imported / "targets", output=tmp_path / "arrow"
-    )
+    config = ExportConfig(keys=imported / "keys", targets=imported / "targets", output=tmp_path / "arrow")
     export_datastore.run(config, World())
     store = pa.ipc.open_stream(tmp_path / "arrow" / "datastore.arrow").read_all()
     assert (
@@ -287,7 +286,7 @@ def test_wrong_files_are_refused_and_nothing_is_written(
         ({"datastore": (), "targets": ()}, "nothing to import"),
         ({"datastore": ()}, "needs --datastore or --keys"),
         ({"keys": imported / "keys"}, "not both"),
-        ({"key_layer": 7.0}, "layer 7 does not exist"),
+        ({"key_layer": 7}, "layer 7 does not exist"),
         ({"shard_positions": 33}, "multiple of --block-size"),
     ]
     for changes, message in cases:
@@ -296,9 +295,9 @@ def test_wrong_files_are_refused_and_nothing_is_written(
         assert sorted(path.name for path in tmp_path.iterdir()) == before, changes
     with pytest.raises(UserError, match="not of --keys"):
         export_datastore.run(
-            export_datastore.Config(keys=keys_dir, targets=imported / "targets", output=tmp_path / "out"),
+            ExportConfig(keys=keys_dir, targets=imported / "targets", output=tmp_path / "out"),
             World(),
         )
     with pytest.raises(UserError, match="nothing to write"):
-        export_datastore.Config(keys=keys_dir, output=tmp_path / "out", datastore=False)
+        ExportConfig(keys=keys_dir, output=tmp_path / "out", datastore=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -157,7 +157,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     ("changes", "needle"),
     [
         ({"questions": None}, "nothing to ask"),
-        ({"lambdas": (0.5, 1.5)}, "--lambdas 1.5"),
+        ({"lambdas": (0.5, 1.5)}, "--lambdas must be at least 0 and at most 1, not 1.5"),
         ({"batch_size": 0}, "--batch-size"),
         ({"num_fewshot": -1}, "--num-fewshot"),
         ({"limit": 0}, "--limit"),

@@ -159,7 +159,13 @@ def test_candidates_are_bounded_and_a_temperature_out_of_reach_is_no_number(conf
 @pytest.mark.parametrize("raw_dtype", ["float16", "bfloat16"])
 def test_raw_keys_are_audited_too(config: Config, tmp_path: Path, raw_dtype: str) -> None:
     raw = replace(
-        config, codec="raw", raw_dtype=raw_dtype, dim=0, audit=10, audit_dims=(16,), output=tmp_path / "raw"
+        config,
+        codec="raw",
+        raw_dtype=raw_dtype,
+        dim=None,
+        audit=10,
+        audit_dims=(16,),
+        output=tmp_path / "raw",
     )
     stored, codes = audit_of(raw)["arms"]
     assert stored["name"] == f"stored {raw_dtype} 16" and stored["bytes"] == 32

@@ -24,7 +24,6 @@ from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.keys.extract_keys import Config
 from mlpmem_ds.stages.targets import write_targets
 from mlpmem_ds.stages.training import inputs as training_inputs
-from mlpmem_ds.stages.training.memory_shape import memory_shape
 
 
 def result_of(root: Path) -> dict[str, bytes]:
@@ -160,7 +159,7 @@ def test_batch_and_threads_change_few_codes_and_none_by_more_than_one(config: Co
 def test_codecs_give_back_what_an_independent_pass_sees(
     config: Config, oracle: dict[str, np.ndarray], codec: str
 ) -> None:
-    extract_keys.run(replace(config, **{**CODECS[codec], "dim": 0}, input_layer=0), World())
+    extract_keys.run(replace(config, **{**CODECS[codec], "dim": None}, input_layer=0), World())
     keys = open_keys(config.output)
     inputs = torch.from_numpy(keys.read_inputs(5, 300)).view(torch.bfloat16).double().numpy()
     largest = np.abs(oracle["layer0"][5:300]).max(axis=1, keepdims=True)
@@ -256,13 +255,6 @@ def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
     )
 
 
-def provenance_of(settings: training_inputs.Config) -> dict[str, Any]:
-    """Of the memory that a training with these flags would make."""
-    inputs = training_inputs.open_inputs(settings)
-    memory = memory_shape(settings, inputs, inputs.keys.input_size)
-    return training_inputs.provenance_of(settings, inputs, memory, num_steps=1)
-
-
 def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
     config: Config, other_base: Path, tmp_path: Path
 ) -> None:
@@ -275,12 +267,12 @@ def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
         alpha=0.0,
         model=config.model,
     )
-    provenance = provenance_of(settings)
+    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings, World()), 1)
     keys = open_keys(config.output)
     assert (provenance["base"], provenance["key_model"]) == (keys.base_sha256, keys.model_sha256)
     assert provenance["input_point"] == "ffn_input"
     with pytest.raises(UserError, match="is not the base that"):
-        training_inputs.open_inputs(replace(settings, model=str(other_base)))
+        training_inputs.open_inputs(replace(settings, model=str(other_base)), World())
     asked = evaluate.Config(
         model=config.model,
         corpus=config.corpus,
@@ -358,7 +350,7 @@ def test_layers_path_reaches_the_model(config: Config) -> None:
         output=config.output.parent / "memory",
         alpha=0.0,
     )
-    provenance = provenance_of(settings)
+    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings, World()), 1)
     assert provenance["input_layers_path"] == "transformer.h"  # evaluation and export load the base with it
     with pytest.raises(UserError, match=r"layers_path was 'transformer.h', now None"):
         extract_keys.run(config, World())
@@ -463,16 +455,16 @@ def test_weights_that_are_not_finite_name_position_and_layer(
         ({"device": "banana"}, "--device banana is not here"),
         ({"input_layer": 1.5}, "--input-layer"),
         ({"dim": 17}, "more than the model's width 16"),
-        ({"dim": 2000}, "1 to 1040"),
+        ({"dim": 2000}, "--dim must be at least 1 and at most 1040, not 2000"),
         ({"unit_positions": 100}, "multiple of the corpus's block size 32"),
         ({"batch_windows": 0}, "--batch-windows must be at least 1"),
         ({"codec": "raw", "dim": 8}, "--codec raw keeps all 16 numbers"),
         ({"input_model": "/no/such/model"}, "--input-model /no/such/model"),
         ({"input_layers_path": "transformer.h"}, "give --layers-path for --model"),
         ({"input_point": "final_norm", "input_layer": 0}, "final_norm is read after the last layer"),
-        ({"audit": -1}, "--audit must be 0 or more"),
+        ({"audit": -1}, "--audit must be at least 1, not -1"),
         ({"audit": 10, "audit_dims": (17,)}, "--audit-dims 17 is more than"),
-        ({"audit": 10, "audit_dims": (0,)}, "--audit-dims 0: int8 keys have 1 to 1040"),
+        ({"audit": 10, "audit_dims": (0,)}, "--audit-dims must be at least 1 and at most 1040, not 0"),
         ({"audit_dims": (8,)}, "give --audit 2000 too"),
         ({"audit": 10, "audit_candidates": 12}, "give at least 20"),
     ],

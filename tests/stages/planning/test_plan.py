@@ -155,7 +155,7 @@ def test_a_stage_takes_the_time_of_its_bytes_at_least() -> None:
         trained < in_memory < slow.costs["memory"].seconds / 4
     )  # else each of the five epochs reads everything
     assert not any("those of this machine" in line for line in slow.warnings)
-    unsaid = "\n".join(plan.make_plan(config(gpus=8, threads=0)).warnings)
+    unsaid = "\n".join(plan.make_plan(config(gpus=8, threads=None)).warnings)
     assert "--threads and --memory-gb not given: those of this machine are taken" in unsaid
 
 
@@ -193,10 +193,10 @@ def test_the_shape_of_a_base_is_read_without_its_weights(base_dir: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"positions": 0}, "--positions 0 must be at least 1"),
-        ({"gpus": -1}, "--gpus -1 must be 0 or more"),
-        ({"disk_gb_per_second": 0.0}, "--disk-gb-per-second 0 must be above 0"),
-        ({"epochs": 0.0}, "--epochs 0 must be above 0"),
+        ({"positions": 0}, "--positions must be at least 1, not 0"),
+        ({"gpus": -1}, "--gpus must be at least 0, not -1"),
+        ({"disk_gb_per_second": 0.0}, "--disk-gb-per-second must be above 0, not 0.0"),
+        ({"epochs": 0.0}, "--epochs must be above 0, not 0.0"),
         ({"neighbour_perplexity": 1.0}, "must be above 1"),
         ({"factory": "Flat"}, "must hold IVF"),
         ({"factory": "IVF16,PQ7"}, "does not fit"),

@@ -128,7 +128,7 @@ def test_an_audit_goes_on_and_changes_no_target(
     keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "targets"
-    write_targets.run(config(keys, root, audit=0), World())
+    write_targets.run(config(keys, root, audit=None), World())
     before = (root / "manifest.json").read_bytes()
     calls = []
     original = target_audit._compare
@@ -156,7 +156,7 @@ def test_an_audit_goes_on_and_changes_no_target(
 
 def test_damaged_shards_are_not_audited(keys: Path, tmp_path: Path) -> None:
     root = tmp_path / "targets"
-    write_targets.run(config(keys, root, audit=0), World())
+    write_targets.run(config(keys, root, audit=None), World())
     targets = open_targets(root)
     shard = targets.manifest["shards"][0]
     content = bytearray((root / shard["name"]).read_bytes())

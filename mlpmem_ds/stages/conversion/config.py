@@ -1,0 +1,76 @@
+"""The flags of `convert_checkpoint`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
+from mlpmem_ds.stages import shared_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Join a memory with its base into a Hugging Face directory, and verify it by loading it again."""
+
+    example: ClassVar[str] = (
+        "python tools/convert_checkpoint.py --checkpoint run/memory --model run/base --report run/report"
+        " --output run/export"
+    )
+
+    checkpoint: Path | None = option(
+        "output directory of launch/train.py; where it has not finished, its newest whole checkpoint is taken"
+        " (DeepSpeed's files are pickled: only from yourself)",
+        None,
+    )
+    step: int | None = option(
+        "with --checkpoint: the checkpoint of this step, also of a finished training", None, at_least=0
+    )
+    from_reference: str | None = option(
+        "instead: a memory that the method's authors published, a directory or Hub name; needs --model, its"
+        " base",
+        None,
+        metavar="PATH",
+    )
+    output: Path = option("directory to write")
+    write: Literal["export", "memory"] = option(
+        "a Hugging Face directory with base and memory; or, of a published memory or of a checkpoint, a"
+        " directory as training leaves it",
+        "export",
+    )
+    input_layer: shared_flags.Layer = shared_flags.layer(
+        "with --from-reference: the layer whose MLP input the memory reads", identity="own"
+    )
+    model: str | None = option(
+        "the base: a directory or Hub name (default: the one that the keys were extracted with)", None
+    )
+    lmbda: float | None = option(
+        f"weight of the memory (default: the report's choice, else {DEFAULT_LAMBDA})",
+        None,
+        at_least=0,
+        at_most=1,
+        flag="lambda",
+    )
+    report: Path | None = option(
+        "report of launch/evaluate.py: its λ, and its perplexities for the model card", None
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
+    tokenizer: str | None = option("directory or Hub name (default: the base's, else the corpus's)", None)
+    corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
+    max_shard_gigabytes: float = option("largest weights file, in GB", 5.0, above=0)
+    attention: str = option(
+        "attention implementation for the verification: sdpa, eager or flash_attention_2", "sdpa"
+    )
+
+    def check(self) -> None:
+        if (self.checkpoint is None) == (self.from_reference is None):
+            raise UserError(
+                "give either --checkpoint, a training's output, or --from-reference, a published memory"
+            )
+        if self.from_reference is not None and self.model is None:
+            raise UserError("--from-reference needs --model, the base that the memory was trained for")
+        if self.step is not None and self.checkpoint is None:
+            raise UserError(f"--step {self.step} names a checkpoint of --checkpoint: give that too")

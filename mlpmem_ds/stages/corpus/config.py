@@ -1,0 +1,76 @@
+"""The flags of `prepare_corpus`."""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.documents import FILE_PATTERNS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Tokenize text into a corpus with train, tuning and test splits.
+
+    Reads text, Markdown, source code, JSON lines, Parquet, webdataset tars and data sets of `datasets`.
+    """
+
+    example: ClassVar[str] = (
+        "python tools/prepare_corpus.py --input books/ --tokenizer train:4096 --output run/corpus"
+        " --tuning-fraction .05 --test-fraction .05"
+    )
+
+    input: tuple[str, ...] = option(
+        "files, directories, globs, saved data sets or datasets:NAME[:CONFIGURATION[:SPLIT]] to read",
+        identity="none",
+        metavar="PATH",
+    )
+    tokenizer: str = option(
+        "a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size"
+    )
+    output: Path = option("corpus directory to write")
+    block_size: int = option("tokens that the base reads at once", 1024, at_least=1)
+    stride: int = option("tokens between the starts of two blocks", 512, at_least=1)
+    tuning_fraction: float = option("share of the documents for the tuning split", 0.0, at_least=0)
+    test_fraction: float = option("share of the documents for the test split", 0.0, at_least=0)
+    heldout_fraction: float = option("share of the groups kept apart as a second test split", 0.0, at_least=0)
+    max_bytes: float | None = option(
+        "bytes of text to take, group after group in the order of a hash (default: all)", None, above=0
+    )
+    include: tuple[str, ...] | None = option(
+        f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)})",
+        None,
+        metavar="PATTERN",
+    )
+    exclude: tuple[str, ...] = option("paths or directory names left out (patterns)", (), metavar="PATTERN")
+    text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
+    group_field: str | None = option("the same: the field that names the group", None)
+    seed: int = option("seed of the hashes that deal documents to splits", 0)
+    processes: int | None = option(
+        "processes that tokenize in this rank (default: the machine's cores for a single rank, else 1)",
+        None,
+        at_least=1,
+        identity="none",
+    )
+
+    def check(self) -> None:
+        if self.processes not in (None, 1) and "fork" not in multiprocessing.get_all_start_methods():
+            raise UserError(
+                f"--processes {self.processes}: this system cannot fork; start several ranks instead"
+            )
+        if self.block_size % self.stride:
+            raise UserError(f"--block-size {self.block_size} must be a multiple of --stride {self.stride}")
+        fractions = (self.tuning_fraction, self.test_fraction, self.heldout_fraction)
+        if sum(fractions) >= 1:
+            raise UserError(f"the fractions {fractions} must leave something for training")
+        if self.tokenizer.startswith("train:"):
+            size = self.tokenizer.removeprefix("train:")
+            if not size.isdigit() or int(size) < 257:
+                raise UserError(
+                    f"--tokenizer {self.tokenizer}: a byte-level vocabulary needs at least 257 entries,"
+                    " as in train:4096"
+                )

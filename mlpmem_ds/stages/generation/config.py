@@ -1,0 +1,53 @@
+"""The flags of `generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.stages import shared_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Continue prompts with the output of convert_checkpoint; greedy unless --temperature is given."""
+
+    example: ClassVar[str] = (
+        'python launch/generate.py --model run/export --prompt "def read(self, " --max-new-tokens 40'
+        " --compare"
+    )
+
+    model: str = option("exported model: a directory or Hub name")
+    prompt: tuple[str, ...] = option("texts to continue", ())
+    prompts_file: Path | None = option("instead: a UTF-8 file with one prompt a line", None)
+    max_new_tokens: int = option("largest number of tokens to add", 64, at_least=1)
+    temperature: float = option(
+        "of the mixture's distribution; 0 = always the likeliest token", 0.0, at_least=0
+    )
+    top_p: float = option(
+        "sample from the likeliest tokens that hold this probability together", 1.0, above=0, at_most=1
+    )
+    num_beams: int = option("beams; 1 = none", 1, at_least=1)
+    seed: int = option("seed of the sampling", 0)
+    lmbda: float | None = option(
+        "weight of the memory (default: the export's)", None, at_least=0, at_most=1, flag="lambda"
+    )
+    compare: bool = option("show the base alone (λ = 0) next to base + memory", False)
+    stream: bool = option("write the text as it is made; for one prompt, without --compare and beams", False)
+    batch_size: int = option("prompts that are continued at once", 16, at_least=1)
+    dtype: shared_flags.Dtype = shared_flags.dtype("none")
+    memory_weights: Literal["float", "int8"] = option(
+        "the memory's matrices: as they are, or rounded to int8 (on a CPU a faster step; see"
+        " docs/evaluation.md)",
+        "float",
+    )
+    device: str = shared_flags.device()
+
+    def check(self) -> None:
+        if bool(self.prompt) == (self.prompts_file is not None):
+            raise UserError("give either --prompt or --prompts-file")
+        if self.stream and (self.compare or self.num_beams > 1):
+            raise UserError("--stream writes one text as it is made: leave out --compare and --num-beams")

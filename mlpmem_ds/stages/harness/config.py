@@ -1,0 +1,55 @@
+"""The flags of `run_lm_eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.stages import shared_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Ask an exported model questions through the lm-evaluation-harness, without and with its memory.
+
+    Exact match on questions and accuracy on ranked choices, of the base (λ = 0) and with the memory.
+    """
+
+    example: ClassVar[str] = (
+        "python tools/run_lm_eval.py --model run/export --questions nq_open.jsonl --lambdas 0 0.5"
+        " --limit 1000"
+    )
+
+    model: str = option("exported model: a directory or Hub name")
+    questions: Path | None = option(
+        'JSON lines of {"question", "answer": text or list of texts}: exact match, asked as NQ-open is', None
+    )
+    ranking: Path | None = option(
+        'JSON lines of {"query", "choices": [texts], "gold": index}: accuracy of the likeliest choice', None
+    )
+    tasks: tuple[str, ...] = option("tasks of the harness by name (most fetch their data from the Hub)", ())
+    include_path: Path | None = option("directory with further task YAML files", None)
+    lambdas: tuple[float, ...] = option(
+        "weights of the memory to compare (default: 0 and the export's)", (), at_least=0, at_most=1
+    )
+    num_fewshot: int | None = option(
+        "examples before each question (default: the task's own; local files: 0)", None, at_least=0
+    )
+    limit: int | None = option("largest number of documents of each task (default: all)", None, at_least=1)
+    batch_size: int = option("prompts at once", 8, at_least=1)
+    output: Path | None = option("JSON file to write", None)
+    dtype: shared_flags.Dtype = shared_flags.dtype("none")
+    device: str = shared_flags.device()
+
+    def check(self) -> None:
+        if not (self.questions or self.ranking or self.tasks):
+            raise UserError("nothing to ask: give --questions, --ranking or --tasks")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise UserError(
+                f"--include-path {self.include_path} is not a directory: give one with task YAML files"
+            )
+        if self.output is not None and not self.output.parent.is_dir():
+            raise UserError(f"--output {self.output}: {self.output.parent} does not exist; make it first")

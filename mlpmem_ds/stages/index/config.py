@@ -1,0 +1,23 @@
+"""The flags of `build_index`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.stages import shared_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Build a sharded inverted-file index (faiss) over a key directory."""
+
+    example: ClassVar[str] = "mpirun -n 4 python tools/build_index.py --keys RUN/keys --output RUN/index"
+
+    keys: Path = option("key directory of extract_keys")
+    output: Path = option("index directory to write")
+    factory: str = option("faiss index factory that holds IVF, such as IVF1024,PQ64, or auto", "auto")
+    num_shards: int = option("files that the keys are spread over, filled by different ranks", 4, at_least=1)
+    threads: int | None = shared_flags.threads()

@@ -1,0 +1,84 @@
+"""The flags of `plan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from mlpmem_ds.core.config import Flags, default_of, option
+from mlpmem_ds.models.memory import PRESETS
+from mlpmem_ds.stages.index.config import Config as IndexConfig
+from mlpmem_ds.stages.keys.config import Config as KeysConfig
+from mlpmem_ds.stages.targets.config import Config as TargetsConfig
+from mlpmem_ds.stages.training.config import Config as TrainingConfig
+
+DEFAULTS: dict[str, Any] = {
+    name: default_of(config_class, name)
+    for config_class, names in (
+        (KeysConfig, ("codec", "input_codec")),
+        (IndexConfig, ("num_shards",)),
+        (TargetsConfig, ("nprobe", "k", "encoding")),
+        (TrainingConfig, ("epochs", "keep_checkpoints")),
+    )
+    for name in names
+}
+"""flag → the default that its stage gives it"""
+
+
+def _of_stage(name: str, help: str, **bounds: Any) -> Any:
+    """A flag of another stage; left out, it is the calibrated run's, or that stage's default."""
+    return option(f"{help} (default: {DEFAULTS[name]})", None, **bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Say what a run will need before it starts: bytes, time, memory and GPU hours of every stage.
+
+    What is left out is taken from --calibrate, or is the stage's own default.
+    """
+
+    example: ClassVar[str] = (
+        "python tools/plan.py --positions 1000000000 --model Qwen/Qwen2.5-1.5B --gpus 8 --ranks 8"
+    )
+
+    positions: int = option("tokens of the training text", at_least=1)
+    model: str | None = option(
+        "base: a directory or Hub name, whose configuration gives the next three", None
+    )
+    parameters: float | None = option("parameters of the base, such as 1.5e9", None, at_least=1)
+    width: int | None = option("size of its hidden states", None, at_least=1)
+    vocab_size: int | None = option("entries of its vocabulary", None, at_least=1)
+    dim: int | None = option("numbers in a key (default: the width, at most 256)", None, at_least=1)
+    codec: Literal["int8", "raw"] | None = _of_stage("codec", "of keys")
+    input_codec: Literal["bf16", "int8", "none"] | None = _of_stage("input_codec", "of memory inputs")
+    factory: str = option("faiss factory of the index, or auto", "auto")
+    num_shards: int | None = _of_stage("num_shards", "files of the index", at_least=1)
+    search: Literal["auto", "exact", "ivf"] = option("of the targets", "auto")
+    nprobe: int | None = _of_stage("nprobe", "lists that a query probes", at_least=1)
+    k: int | None = _of_stage("k", "neighbours of a position", at_least=1)
+    neighbour_perplexity: float | None = option(
+        "how many neighbours count (default: as write_targets chooses it for --k)", None, above=1
+    )
+    encoding: Literal["exact", "compact"] | None = _of_stage("encoding", "of the targets")
+    preset: str | None = option(
+        "size of the memory (default: 4 blocks of the width)", None, choices=tuple(PRESETS)
+    )
+    epochs: float | None = _of_stage("epochs", "passes of the training over all positions", above=0)
+    ranks: int = option("processes of each stage", 1, at_least=1)
+    threads: int | None = option(
+        "CPU threads of a rank (default: the cores of this machine over the ranks)", None, at_least=1
+    )
+    gpus: int = option("GPUs of the run", 0, at_least=0)
+    gpu_tflops: float = option("dense 16-bit peak of one GPU, in 10^12 operations a second", 990.0, above=0)
+    memory_gb: float | None = option(
+        "memory of a node in 10^9 bytes (default: this machine's)", None, above=0
+    )
+    disk_gb: float | None = option(
+        "free disk in 10^9 bytes (default: what is free on this one)", None, above=0
+    )
+    disk_gb_per_second: float = option(
+        "10^9 bytes that the disk reads or writes in a second, for all ranks together", 1.0, above=0
+    )
+    calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
+    output: Path | None = option("JSON file to write besides the table", None)
