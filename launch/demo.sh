@@ -59,8 +59,8 @@ spent=$(seconds_of keys index targets memory)
 say "      the memory's own pipeline took $spent s; the base gets as many"
 [ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
 shared tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
-    --time-budget "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 \
-    --warmup-fraction .0005 --early-stopping-patience 0 --epochs 1000
+    --time-budget-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 \
+    --warmup-fraction .0005 --early-stopping-patience none --select best --epochs 1000
 
 say "8/9 evaluation"
 shared launch/evaluate.py --model "$base" --corpus "$run/corpus" \

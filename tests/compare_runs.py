@@ -218,7 +218,7 @@ def hashes(root: Path) -> dict[str, str]:
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
-        if path.name.endswith(DATA) and "checkpoints" not in path.parts
+        if path.name.endswith(DATA) and not {"checkpoints", "best"} & set(path.parts)  # before the end
     }
 
 

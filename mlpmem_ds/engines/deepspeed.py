@@ -91,7 +91,7 @@ def resolve_ds_config(
     batch_flag: str,
     world_size: int,
     max_micro_batch: int,
-    gradient_clipping: float,
+    gradient_clipping: float | None,
 ) -> dict[str, Any]:
     """`ds_config.resolve_numbers`, and DeepSpeed's own check of the sections; nothing is written.
 
@@ -362,6 +362,7 @@ def build_engine(
         model = make_model()
     if prepare is not None:
         prepare(model)
+    model.train()  # a model that was loaded from files evaluates
     optimizer = _make_optimizer(model, config, settings)
     with contextlib.redirect_stdout(io.StringIO()):  # stage 1 prints its memory in a dozen lines
         engine, *_ = deepspeed.initialize(

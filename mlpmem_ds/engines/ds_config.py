@@ -92,7 +92,7 @@ def resolve_numbers(
     batch_flag: str,
     world_size: int,
     max_micro_batch: int,
-    gradient_clipping: float,
+    gradient_clipping: float | None,
 ) -> dict[str, Any]:
     """Read a DeepSpeed JSON strictly, and put our numbers where it says "auto".
 
@@ -102,7 +102,7 @@ def resolve_numbers(
         batch_flag: the flag that set it, for messages.
         world_size: number of ranks.
         max_micro_batch: upper bound of a rank's micro-batch; the largest divisor below it is taken.
-        gradient_clipping: norm, 0 = none.
+        gradient_clipping: norm, None = never clipped.
 
     Raises:
         UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers that do not
@@ -133,12 +133,13 @@ def resolve_numbers(
                 " with "
                 f'micro-batches of {micro:,} makes it {value:,}: write "auto" or leave it out'
             )
-    if config.get(_CLIPPING, _AUTO) not in (_AUTO, gradient_clipping):
+    clipping = gradient_clipping or 0.0  # DeepSpeed's own default is 1
+    if config.get(_CLIPPING, _AUTO) not in (_AUTO, clipping):
         raise UserError(
             f"{path}: {_CLIPPING} is {config[_CLIPPING]!r}, but --gradient-clipping is {gradient_clipping}:"
             ' write "auto", or give the flag the same number'
         )
-    resolved = {**config, **derived, _CLIPPING: gradient_clipping}
+    resolved = {**config, **derived, _CLIPPING: clipping}
     for place in _find_auto(resolved):
         raise UserError(
             f'{path}: {place} is "auto", which only Hugging Face\'s Trainer resolves: give a number ("auto" '

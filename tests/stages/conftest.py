@@ -1,26 +1,36 @@
-"""A key directory with codes and values of the test's own choosing."""
+"""A key directory with codes and values of the test's own choosing; short trainings, forked."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import option
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.keys import FORMAT, VERSION, unit_name
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_FORKED_TRAINING = Path(__file__).resolve().with_name("forked_training.py")
+ForkedTraining = Callable[..., tuple[list[Any], list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +103,23 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
+def _environment() -> dict[str, str]:
+    """Of a process that trains: ours, without what a launcher has left there."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMPI_", "PMIX", "SLURM", "MASTER"))
+    }
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_REPOSITORY), "PYTHONWARNINGS": "ignore"}
+
+
 @pytest.fixture(scope="session")
-def forked_training() -> Iterator[Callable[..., tuple[list[Any], list[str]]]]:
+def forked_training() -> Iterator[ForkedTraining]:
     """forked_training(step, …) runs steps of trainings, see forked_training.py; their results, and what each
     said."""
-    here = Path(__file__).resolve()
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX", "MASTER"))
-    }
     process = subprocess.Popen(
-        [sys.executable, str(here.with_name("forked_training.py"))],
-        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[2]), "PYTHONWARNINGS": "ignore"},
+        [sys.executable, _FORKED_TRAINING],
+        env=_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -122,3 +138,154 @@ def forked_training() -> Iterator[Callable[..., tuple[list[Any], list[str]]]]:
     yield run
     stdin.close()
     process.wait(60)
+
+
+class Runs:
+    """Short trainings below one directory: their jobs, their starts, and what they left.
+
+    Args:
+        root: each training is in a folder of its name there.
+        forked_training: the fixture.
+        flags: of every job; JSON values.
+        stage: `train` or `train_base`.
+    """
+
+    def __init__(
+        self, root: Path, forked_training: ForkedTraining, flags: Mapping[str, Any], *, stage: str = "train"
+    ) -> None:
+        self.root, self._run, self._flags, self._stage = root, forked_training, flags, stage
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+    def ds_config(self, stage: int, *, bf16: bool = False, own_adam: bool = False, **zero: Any) -> str:
+        """A small DeepSpeed file.
+
+        float32 unless told; with torch's AdamW unless `own_adam`, which matters where it is offloaded.
+        """
+        name = f"stage{stage}{'_bf16' if bf16 else ''}{'_adam' if own_adam else ''}{'_'.join(zero)}.json"
+        whole = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+        content = {
+            "bf16": {"enabled": bf16},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": own_adam,
+            "gradient_clipping": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": stage, **whole, **zero},
+        }
+        (self.root / name).write_text(json.dumps(content))
+        return str(self.root / name)
+
+    def job(self, name: str, ds_config: int | str, **changes: Any) -> dict[str, Any]:
+        """The flags of one training; `ds_config` is a file, or a ZeRO stage. Paths become text."""
+        path = self.ds_config(ds_config) if isinstance(ds_config, int) else ds_config
+        job = {**self._flags, "ds_config": path, "output": self.root / name, **changes}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
+
+    def start(self, name: str, ds_config: int | str, *, size: int = 1, **changes: Any) -> dict[str, Any]:
+        """A step that starts a job with `size` ranks; `changes` may hold flags of `run_rank` too."""
+        special = ("signal_at", "kill_at", "bytes_of_a_file")
+        more = {key: changes.pop(key) for key in special if key in changes}
+        job = self.job(name, ds_config, **changes)
+        return {"kind": "start", "job": job, "size": size, "stage": self._stage, **more}
+
+    def run(self, *steps: dict[str, Any]) -> tuple[list[Any], list[str]]:
+        """The exit codes of each step's ranks, and what they said."""
+        return self._run(*steps)
+
+    def succeed(self, *steps: dict[str, Any]) -> list[str]:
+        """What each step said; every rank of every step has to end well."""
+        results, said = self._run(*steps)
+        assert not any(code for codes in results for code in codes), "".join(said)
+        return said
+
+    def launch(self, launcher: Sequence[str | Path], *steps: dict[str, Any]) -> str:
+        """Run steps one after another in the ranks of mpirun or torchrun; what they said."""
+        (self.root / "steps.json").write_text(json.dumps(steps))
+        result = subprocess.run(
+            [*launcher, _FORKED_TRAINING, self.root / "steps.json"],
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=150,
+        )
+        assert result.returncode == 0, result.stdout
+        return result.stdout
+
+    def train(self, name: str, ds_config: int | str, world: World | None = None, **changes: Any) -> None:
+        """A training in this process, of a world of one unless told."""
+        ranks = _ranks()
+        job = self.job(name, ds_config, **changes)
+        ranks.STAGES[self._stage].run(ranks.config_of(job, self._stage), world or World())
+
+    def refuse(
+        self, said: str, name: str, ds_config: int | str, world: World | None = None, **changes: Any
+    ) -> None:
+        """A training is refused with these words, and nothing is written."""
+        with pytest.raises(UserError, match=said):
+            self.train(name, ds_config, world, **changes)
+        assert not (self.root / name).exists()
+
+    # -- what they left
+
+    def manifest(self, name: str) -> Any:
+        return json.loads((self.root / name / "manifest.json").read_text())
+
+    def lines(self, name: str, metric: str = "loss") -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that have this metric."""
+        text = (self.root / name / "metrics.jsonl").read_text()
+        return [line for line in map(json.loads, text.splitlines()) if metric in line]
+
+    def losses(self, name: str) -> np.ndarray:
+        """One of each step from the first on."""
+        lines = self.lines(name)
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return np.array([line["loss"] for line in lines])
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        path = "weights/model.safetensors" if self._stage == "train" else "model.safetensors"
+        return load_file(self.root / name / path)
+
+    def assert_same_weights(self, one: str, other: str) -> None:
+        """Bit for bit."""
+        first, second = self.weights(one), self.weights(other)
+        assert first.keys() == second.keys()
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+
+    def unfinish(self, name: str) -> None:
+        """Take the result away; the checkpoints stay."""
+        (self.root / name / "manifest.json").unlink()
+        shutil.rmtree(self.root / name / "weights")
+        shutil.rmtree(self.root / name / "done")
+
+    def rewind(self, source: str, target: str, step: int) -> None:
+        """A copy of a finished training, as if it had been killed after the checkpoint of `step`."""
+        shutil.copytree(self.root / source, self.root / target)
+        for path in (self.root / target / "checkpoints").glob("step-*"):
+            if path.name > f"step-{step:08d}":
+                shutil.rmtree(path)
+        self.unfinish(target)
+
+
+@functools.cache
+def _ranks() -> Any:
+    """forked_training.py as a module."""
+    spec = importlib.util.spec_from_file_location("forked_training", _FORKED_TRAINING)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def make_runs(
+    tmp_path_factory: pytest.TempPathFactory, forked_training: ForkedTraining
+) -> Callable[..., Runs]:
+    """make_runs(flags, stage="train") gives a `Runs` in a directory of its own."""
+
+    def make(flags: Mapping[str, Any], *, stage: str = "train") -> Runs:
+        return Runs(tmp_path_factory.mktemp("runs"), forked_training, flags, stage=stage)
+
+    return make

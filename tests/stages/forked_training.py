@@ -2,7 +2,7 @@
 second, not 10 s.
 
 Run by the fixture `forked_training`: a line of JSON with steps in, a line with their results and what each
-said out.
+said out. With a file of jobs as its argument it is one rank of a launcher's, and runs them one after another.
 """
 
 import gc
@@ -19,17 +19,20 @@ import tempfile
 import threading
 import time
 import traceback
+import typing
 from pathlib import Path
 
 import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import set_up_logging
-from mlpmem_ds.core.world import World
+from mlpmem_ds.core.world import World, world_from_environment
 from mlpmem_ds.engines.deepspeed import import_deepspeed
+from mlpmem_ds.stages.base import train_base
 from mlpmem_ds.stages.training import train
+from mlpmem_ds.stages.training.metrics import Metrics
 
-PATHS = ("ds_config", "corpus", "keys", "targets", "output", "copy_to", "init_from")
+STAGES = {"train": train, "train_base": train_base}
 LATE_IMPORTS = (  # 2 s in each start
     "deepspeed.checkpoint.ds_to_universal",
     "deepspeed.runtime.zero.muon.original_muon",
@@ -83,7 +86,38 @@ def signal_after(path, num_lines):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_rank(job, world, *, bytes_of_a_file=None, signal_at=None, note=None, deadly=None):
+def kill_at_metrics(step):
+    """Kill this process when it has written the metrics of a step."""
+    write = Metrics.write
+
+    def write_and_die(self, written_step, values):
+        write(self, written_step, values)
+        if written_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Metrics.write = write_and_die
+
+
+def config_of(job, stage="train"):
+    """The Config of a job, whose paths are text."""
+    hints = typing.get_type_hints(STAGES[stage].Config)
+    is_path = {name: Path in (hint, *typing.get_args(hint)) for name, hint in hints.items()}
+    return STAGES[stage].Config(
+        **{name: Path(value) if is_path[name] else value for name, value in job.items()}
+    )
+
+
+def run_rank(
+    job,
+    world,
+    *,
+    stage="train",
+    bytes_of_a_file=None,
+    signal_at=None,
+    kill_at=None,
+    note=None,
+    deadly=None,
+):
     """A rank's exit code."""
     set_up_logging(world, name="train")
     try:
@@ -91,12 +125,12 @@ def run_rank(job, world, *, bytes_of_a_file=None, signal_at=None, note=None, dea
             watch_saving(note, deadly)
         if bytes_of_a_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
-        config = train.Config(
-            **{name: Path(value) if name in PATHS else value for name, value in job.items()}
-        )
+        config = config_of(job, stage)
         if signal_at is not None and world.rank == world.size - 1:
             signal_after(config.output / "metrics.jsonl", signal_at)
-        train.run(config, world)
+        if kill_at is not None:
+            kill_at_metrics(kill_at)
+        STAGES[stage].run(config, world)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -197,7 +231,19 @@ def killed_while_saving(job, kills):
     return {"killed_before": [operations[place] for place in places]}
 
 
+def run_as_a_rank(path):
+    """Run the jobs of a file; a launcher started this rank and tells it so in the environment."""
+    world = world_from_environment(os.environ)
+    for step in json.loads(path.read_text()):
+        code = run_rank(step["job"], world, stage=step["stage"])
+        if code:
+            sys.exit(code)
+
+
 def main():
+    if len(sys.argv) > 1:
+        run_as_a_rank(Path(sys.argv[1]))
+        return
     answers = os.fdopen(os.dup(1), "w")
     own_errors = os.dup(2)
     os.dup2(2, 1)

@@ -17,7 +17,6 @@ _PANELS: dict[str, tuple[tuple[str, str], ...]] = {
         ("validation_base_perplexity", "base"),
         ("validation_memory_perplexity", "memory"),
         ("validation_perplexity", "best interpolation"),
-        ("tuning_perplexity", "model"),
     ),
     "gradient norm": (("gradient_norm", "before clipping"),),
     "learning rate": (("learning_rate", "learning rate"),),

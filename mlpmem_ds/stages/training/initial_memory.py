@@ -146,19 +146,19 @@ def _damaged(path: Path, error: Exception) -> DamagedDataError:
 
 
 def check_fits(
-    initial: InitialMemory, *, wanted: Mapping[str, tuple[str, object]], vocabulary_sha256: str
+    initial: InitialMemory, *, required: Mapping[str, tuple[str, object]], vocabulary_sha256: str
 ) -> None:
     """Make sure that a training can start from this memory.
 
     Args:
         initial: the memory.
-        wanted: field of MemoryConfig → (what asks for it, the value).
+        required: field of MemoryConfig → (what asks for it, the value).
         vocabulary_sha256: of the corpus.
 
     Raises:
         UserError: says what differs.
     """
-    for name, (who, value) in wanted.items():
+    for name, (who, value) in required.items():
         found = getattr(initial.memory, name)
         if found != value:
             raise UserError(

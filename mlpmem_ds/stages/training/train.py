@@ -1,41 +1,59 @@
-"""Fifth stage: keys' inputs + targets → a trained memory, under DeepSpeed.
-
-    loss = alpha KL(kNN || memory) + (1 - alpha) CE
+"""`train`: keys' inputs + targets → a trained memory, under DeepSpeed.
 
 Batches come in an order that depends on the seed alone (formats/batches.py), so the number of ranks may
 change from one start to the next, and a killed run continues from its newest whole checkpoint. Where the keys
-store no inputs the frozen base computes them beside the training.
+store no inputs the frozen base computes them during the training.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import publish_json
-from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import resolve_ds_config, set_up_distributed
-from mlpmem_ds.engines.ds_config import compute_dtype, zero_stage
-from mlpmem_ds.engines.hidden_states import resolve_device
+from mlpmem_ds.engines.deepspeed import (
+    AdamWSettings,
+    build_engine,
+    resolve_ds_config,
+    set_parameter,
+    set_up_distributed,
+)
+from mlpmem_ds.engines.ds_config import compute_dtype, micro_batches_per_step
+from mlpmem_ds.engines.hidden_states import StateSource, resolve_device
+from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
-from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION
-from mlpmem_ds.models.memory import compiled_activation
+from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
+from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, write_weights
+from mlpmem_ds.models.memory import MemoryConfig, compiled_activation
+from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows
-from mlpmem_ds.stages.training.inputs import base_head, open_inputs
-from mlpmem_ds.stages.training.memory_training import UNIT, MemoryTraining
+from mlpmem_ds.stages.training.frozen_base import base_head, open_base
+from mlpmem_ds.stages.training.initial_memory import InitialMemory
+from mlpmem_ds.stages.training.inputs import TrainingInputs, open_inputs, provenance_of
+from mlpmem_ds.stages.training.memory_shape import memory_shape
+from mlpmem_ds.stages.training.memory_validation import MemoryValidator
+from mlpmem_ds.stages.training.objectives import OBJECTIVES, MemoryObjective
+from mlpmem_ds.stages.training.parts import Steps
+from mlpmem_ds.stages.training.training import Training, announce, is_complete
 
 __all__ = ["Config", "run"]
 _logger = logging.getLogger(__name__)
+_VALIDATIONS_A_RUN = 5
 
 
 def run(config: Config, world: World) -> None:
-    """Train, or continue, or say that it is complete; see formats/README.md for what is written."""
-    inputs = open_inputs(config, world)
+    """Train, or continue, or say that it is complete; formats/README.md says what is written."""
+    # What a rank can refuse alone.
+    inputs = open_inputs(config)
     ds_config = resolve_ds_config(
         config.ds_config,
         batch=config.batch_positions,
@@ -44,64 +62,174 @@ def run(config: Config, world: World) -> None:
         max_micro_batch=config.micro_batch_positions,
         gradient_clipping=config.gradient_clipping,
     )
+    steps = _steps(config, inputs)
+
+    # From here on the ranks work together; nothing is written yet.
+    set_up_distributed(world)
+    base = open_base(config, inputs, world)
+    memory = memory_shape(config, inputs, inputs.keys.input_size or (0 if base is None else base.width))
+    head = base_head(config, base, memory)
+    if config.compile:
+        _require_compiler(memory.family, world)
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=default_learning_rate(memory.num_parameters()))
+
+    directory = _open_directory(config, inputs, memory, ds_config, steps, world)
+    if is_complete(directory, config):
+        return
+    training = _build(config, inputs, ds_config, steps, directory, memory=memory, base=base, head=head)
+    del base, head  # the training holds the base only where it computes the inputs
+    training.run()
+
+
+def _steps(config: Config, inputs: TrainingInputs) -> Steps:
     num_steps = int(config.epochs * inputs.keys.num_positions) // config.batch_positions
     if num_steps < 1:
         raise UserError(
             f"--epochs {config.epochs:g} of {inputs.keys.num_positions:,} positions do not fill one batch of "
             f"--batch-positions {config.batch_positions:,}: choose a smaller batch or more epochs"
         )
-    if config.compile:
-        set_up_distributed(world)
-        _require_compiler(inputs.memory.family, world)
-    head = base_head(config, inputs)
-    if config.learning_rate is None:
-        config = replace(config, learning_rate=default_learning_rate(inputs.memory.num_parameters()))
-    directory = open_stage(
+    every = config.validate_every
+    if every == "auto":
+        every = max(1, num_steps // _VALIDATIONS_A_RUN)
+    return Steps(count=num_steps, rows=config.batch_positions, validate_every=every or 0)
+
+
+def _open_directory(
+    config: Config,
+    inputs: TrainingInputs,
+    memory: MemoryConfig,
+    ds_config: Mapping[str, Any],
+    steps: Steps,
+    world: World,
+) -> StageDirectory:
+    resolved = {**memory.to_dict(), "dtype": str(compute_dtype(ds_config)), "num_steps": steps.count}
+    if inputs.model_sha256 is not None and config.head == "base":
+        resolved["head_of"] = inputs.model_sha256
+    return open_stage(
         config.output,
         stage=MEMORY_STAGE,
         version=MEMORY_VERSION,
         config=config,
         inputs=inputs.hashes,
         world=world,
-        extra={
-            **inputs.memory.to_dict(),
-            "dtype": str(compute_dtype(ds_config)),
-            "num_steps": num_steps,
-            **(
-                {}
-                if inputs.model_sha256 is None or config.head == "random"
-                else {"head_of": inputs.model_sha256}
-            ),
-        },
+        extra=resolved,
     )
-    if directory.manifest_path.is_file() and directory.fault_of_unit(UNIT) is None:
-        if config.resume == "never" and world.is_first:
-            _logger.warning(
-                "--resume never: %s is complete and nothing was done; remove it or choose another --output to"
-                " train anew",
-                config.output,
-            )
-        _logger.info("complete: %s (%d steps)", config.output, num_steps)
-        return
+
+
+def _build(
+    config: Config,
+    inputs: TrainingInputs,
+    ds_config: Mapping[str, Any],
+    steps: Steps,
+    directory: StageDirectory,
+    *,
+    memory: MemoryConfig,
+    base: StateSource | None,
+    head: torch.Tensor | None,
+) -> Training:
+    world, objective = directory.world, OBJECTIVES[config.objective](config, memory)
+    announce(
+        directory,
+        config,
+        ds_config,
+        num_parameters=memory.num_parameters(),
+        steps=steps,
+        rows=objective.rows,
+    )
     if world.is_first:
-        publish_json(config.output / "ds_config.json", ds_config)
-        _logger.info(
-            "%s parameters, %d steps of %d positions, learning rate %g, ZeRO stage %d on %d ranks%s",
-            f"{inputs.memory.num_parameters():,}",
-            num_steps,
-            config.batch_positions,
-            config.learning_rate,
-            zero_stage(ds_config),
-            world.size,
-            "; the keys store no inputs, the base computes them" if inputs.is_online else "",
-        )
+        if inputs.is_online:
+            _logger.info("the keys store no inputs, the base computes them")
         warn_of_few_rows(
             config.batch_positions, world, flag="--batch-positions", on_gpu=torch.cuda.is_available()
         )
-    set_up_distributed(world)
-    training = MemoryTraining(config, inputs, ds_config, num_steps, head, directory)
-    del inputs, head  # with them goes the base, where the training needs it no more
-    training.run()
+    engine = build_engine(
+        objective.make_module,
+        config=ds_config,
+        settings=AdamWSettings(weight_decay=config.weight_decay),
+        seed=config.seed,
+        world=world,
+        prepare=partial(_prepare, config=config, initial=inputs.initial, head=head),
+    )
+    fields = {
+        "memory": memory.to_dict(),
+        "provenance": provenance_of(config, inputs, memory, num_steps=steps.count),
+    }
+    return Training(
+        engine=engine,
+        objective=objective,
+        batches=_batches(config, inputs, objective, base, world, micro_batches_per_step(ds_config)),
+        validator=_validator(config, inputs, base, world),
+        options=config,
+        steps=steps,
+        directory=directory,
+        fields=fields,
+        write=partial(_write, fields=fields),
+    )
+
+
+def _prepare(
+    model: nn.Module, *, config: Config, initial: InitialMemory | None, head: torch.Tensor | None
+) -> None:
+    """Give the module the weights that the training starts from, and say how it computes."""
+    if initial is not None:
+        for name, parameter in model.named_parameters():
+            set_parameter(parameter, initial.tensor(name))
+    if head is not None:
+        set_parameter(model.head.weight, head)  # type: ignore[union-attr, arg-type]
+    assert isinstance(model, MemoryModule)
+    model.recompute_activations(config.recompute_activations)
+    if config.compile:
+        model.compile_activations()
+
+
+def _batches(
+    config: Config,
+    inputs: TrainingInputs,
+    objective: MemoryObjective,
+    base: StateSource | None,
+    world: World,
+    num_micro_batches: int,
+) -> BatchReader:
+    online = None
+    if inputs.is_online:
+        assert base is not None
+        online = OnlineInputs(base, inputs.corpus, inputs.point)
+    return BatchReader(
+        inputs.keys,
+        inputs.targets if objective.needs_targets else None,
+        TrainingOrder(
+            num_positions=inputs.keys.num_positions,
+            block_size=inputs.keys.manifest["block_size"],
+            window_blocks=config.shuffle_window_blocks,
+            seed=config.seed,
+            by_block=config.order == "blocks" or inputs.is_online,
+        ),
+        batch_positions=config.batch_positions,
+        rank=world.rank,
+        size=world.size,
+        num_micro_batches=num_micro_batches,
+        with_log_probabilities=objective.needs_base_log_probabilities,
+        inputs=online,
+    )
+
+
+def _validator(
+    config: Config, inputs: TrainingInputs, base: StateSource | None, world: World
+) -> MemoryValidator | None:
+    if inputs.tuning is None:
+        return None
+    assert base is not None
+    return MemoryValidator(
+        base, inputs.tuning, inputs.point, positions=config.validation_positions, world=world
+    )
+
+
+def _write(
+    writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    write_weights(writer, weights, memory=fields["memory"], provenance=fields["provenance"])
+    return {"parameters": sum(tensor.numel() for tensor in weights.values())}
 
 
 def _require_compiler(family: str, world: World) -> None:

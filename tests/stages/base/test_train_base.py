@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -14,10 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.stages.base import train_base
 from mlpmem_ds.stages.corpus import prepare_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -30,124 +29,76 @@ FLAGS = {
     "log_every_steps": 1,
     "learning_rate": 0.01,
 }
-DRIVER = """
-import json, os, sys, threading, time
-from pathlib import Path
-from mlpmem_ds.core.files import publish_json, read_json
-from mlpmem_ds.core.log import set_up_logging
-from mlpmem_ds.core.world import world_from_environment
-from mlpmem_ds.stages.base import train_base
-world = world_from_environment(os.environ)
-set_up_logging(world, name="driver")
-for job in json.loads(Path(sys.argv[1]).read_text()):
-    signal_at, age = job.pop("signal_at", None), job.pop("age", None)
-    if age is not None:
-        for path in Path(job["output"]).glob("checkpoints/*/manifest.json"):
-            manifest = read_json(path)
-            manifest["values"]["seconds"] += age
-            publish_json(path, manifest, seal=True)
-    kill_at = job.pop("kill_at", None)
-    config = train_base.Config(**{k: Path(v) if k in ("ds_config", "corpus", "output") else v for k,
-        v in job.items()})
-    if kill_at is not None:  # in a child, while this process has no group of ranks yet
-        child = os.fork()
-        if child:
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
-            continue
-        write = train_base.Metrics.write
-        def write_and_die(self, step, values, write=write):
-            write(self, step, values)
-            if step == kill_at:
-                os.kill(os.getpid(), 9)
-        train_base.Metrics.write = write_and_die
-    if signal_at is not None:
-        def watch(path=config.output / "metrics.jsonl"):
-            while not path.exists() or path.read_text().count("\\n") < signal_at:
-                time.sleep(0.001)
-            os.kill(os.getpid(), 15)
-        threading.Thread(target=watch, daemon=True).start()
-    train_base.run(config, world)
-"""
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
+    """A corpus with a tuning split, and one without."""
     root = tmp_path_factory.mktemp("base")
     generator = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "one", "two", "three"]
     for number in range(12):
         (root / "text").mkdir(exist_ok=True)
         (root / "text" / f"{number}.txt").write_text(" ".join(generator.choice(words, 350)))
-    prepare_corpus.run(
-        prepare_corpus.Config(
-            input=(str(root / "text"),),
-            tokenizer="train:270",
-            output=root / "corpus",
-            block_size=32,
-            stride=16,
-            tuning_fraction=0.25,
-        ),
-        World(),
-    )
-    (root / "fp32.json").write_text(
-        json.dumps({"zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}})
-    )
+    for name, tuning_fraction in (("corpus", 0.25), ("untuned", 0.0)):
+        prepare_corpus.run(
+            prepare_corpus.Config(
+                input=(str(root / "text"),),
+                tokenizer="train:270",
+                output=root / name,
+                block_size=32,
+                stride=16,
+                tuning_fraction=tuning_fraction,
+            ),
+            World(),
+        )
     return root
 
 
-def job(root, name, **changes):
-    return {
-        **FLAGS,
-        "ds_config": str(root / "fp32.json"),
-        "corpus": str(root / "corpus"),
-        "output": str(root / name),
-        **changes,
-    }
-
-
-def drive(root, words, jobs):
-    (root / "driver.py").write_text(DRIVER)
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        [*words, str(root / "driver.py"), str(root / "jobs.json")],
-        env=environment,
-        timeout=150,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stderr
-
-
-def perplexities(root, name):
-    return json.loads((root / name / "manifest.json").read_text())["tuning_perplexities"]
+@pytest.fixture(scope="module")
+def runs(make_runs, root):
+    return make_runs({**FLAGS, "corpus": root / "corpus"}, stage="train_base")
 
 
 @pytest.fixture(scope="module")
-def single(root):
-    return drive(
-        root,
-        [sys.executable],
-        [
-            job(root, "killed", dropout=0.1, epochs=2, save_every_steps=2, kill_at=5),
-            job(root, "killed", dropout=0.1, epochs=2, save_every_steps=2),
-            job(root, "straight", dropout=0.1, epochs=2),
-            job(root, "one"),
-            job(root, "stopped", signal_at=5),
-            job(root, "stopped"),
-            job(root, "on", init_from=str(root / "one"), epochs=1, select="last", learning_rate=None),
-            job(root, "over", learning_rate=2.0, schedule="constant", early_stopping_patience=1, epochs=9),
-            job(root, "short", time_budget=0.001, learning_rate=None),
-            job(root, "late", time_budget=5000.0, signal_at=5),
-            job(root, "late", time_budget=5000.0, age=6000.0),
-        ],
-    )
+def single(runs, root):
+    """One rank; what all said."""
+    dropout = {"dropout": 0.1, "epochs": 2}
+    steps = [
+        runs.start("killed", 2, **dropout, save_every_steps=2, kill_at=5),
+        runs.start("killed", 2, **dropout, save_every_steps=2),
+        runs.start("straight", 2, **dropout),
+        runs.start("one", 2),
+        runs.start("stopped", 2, signal_at=5),
+        runs.start("stopped", 2),
+        runs.start("on", 2, init_from=runs / "one", epochs=1, select="last", learning_rate=None),
+        runs.start("over", 2, learning_rate=2.0, schedule="constant", early_stopping_patience=1, epochs=9),
+        runs.start("short", 2, time_budget_seconds=0.001, learning_rate=None),
+        runs.start("untuned", 2, corpus=root / "untuned", epochs=1),
+        runs.start("late", 2, time_budget_seconds=5000.0, signal_at=5),
+    ]
+    results, said = runs.run(*steps)
+    assert results == [[-signal.SIGKILL]] + [[0]] * (len(steps) - 1), "".join(said)
+    grow_old(runs / "late", 6000.0)
+    said += runs.succeed(runs.start("late", 2, time_budget_seconds=5000.0))
+    return "".join(said)
 
 
-def test_the_result_is_a_model_with_its_tokenizer_and_the_perplexity_it_says(root, single):
-    model = AutoModelForCausalLM.from_pretrained(root / "one").eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(root / "one")
+def grow_old(output, seconds):
+    """Let the checkpoints say that a training has already taken so many seconds more."""
+    for path in output.glob("checkpoints/*/manifest.json"):
+        manifest = read_json(path)
+        manifest["values"]["seconds"] += seconds
+        publish_json(path, manifest, seal=True)
+
+
+def perplexities(runs, name):
+    return [validation["perplexity"] for validation in runs.manifest(name)["validations"]]
+
+
+def test_the_result_is_a_model_with_its_tokenizer_and_the_perplexity_it_says(runs, root, single):
+    model = AutoModelForCausalLM.from_pretrained(runs / "one").eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(runs / "one")
     corpus = open_corpus(root / "corpus", "tuning")
     assert len(tokenizer) <= model.config.vocab_size == corpus.vocab_size
     total = 0.0
@@ -156,63 +107,63 @@ def test_the_result_is_a_model_with_its_tokenizer_and_the_perplexity_it_says(roo
         logs = torch.log_softmax(model(tokens[None, :-1]).logits[0].double(), dim=1)
         scores = logs.gather(1, tokens[1:, None])[:, 0]
         total += float(scores[window.start - window.context_start :].sum())
-    found = perplexities(root, "one")
-    assert math.exp(-total / corpus.num_positions) == pytest.approx(min(found), rel=1e-5)
-    assert len(found) == 3 and found[-1] < found[0] < corpus.vocab_size
+    said = perplexities(runs, "one")
+    assert math.exp(-total / corpus.num_positions) == pytest.approx(min(said), rel=1e-5)
+    assert len(said) == 3 and said[-1] < said[0] < corpus.vocab_size
 
 
-def test_a_stopped_run_continues_to_the_same_bytes(root, single):
+def assert_same_bytes(runs, one, other):
+    first, second = ((runs / name / "model.safetensors").read_bytes() for name in (one, other))
+    assert first == second
+
+
+def test_a_stopped_run_continues_to_the_same_bytes(runs, single):
     assert "stopped as asked" in single
-    assert (root / "stopped" / "model.safetensors").read_bytes() == (
-        root / "one" / "model.safetensors"
-    ).read_bytes()
+    assert_same_bytes(runs, "stopped", "one")
 
 
-def test_a_run_killed_within_an_epoch_loses_few_steps_and_no_bit(root, single):
+def test_a_run_killed_within_an_epoch_loses_few_steps_and_no_bit(runs, single):
     """Dropout included, which draws random numbers at each step."""
     assert re.search(r"resuming from \S+/killed/checkpoints/\S+ \(step 4\)", single)
-    assert (
-        json.loads((root / "killed" / "manifest.json").read_text())["steps"] > 2 * 5
-    )  # the fifth was within an epoch
-    assert (
-        perplexities(root, "killed") == perplexities(root, "straight")
-        and len(perplexities(root, "killed")) == 2
-    )
-    assert (root / "killed" / "model.safetensors").read_bytes() == (
-        root / "straight" / "model.safetensors"
-    ).read_bytes()
+    assert runs.manifest("killed")["steps"] > 2 * 5  # the fifth was within an epoch
+    assert perplexities(runs, "killed") == perplexities(runs, "straight")
+    assert len(perplexities(runs, "killed")) == 2
+    assert_same_bytes(runs, "killed", "straight")
 
 
-def test_the_default_learning_rate_is_written_as_a_number(root, single):
+def test_the_default_learning_rate_is_written_as_a_number(runs, single):
     for name, rate in {"short": 2e-3, "on": 3e-4, "one": 0.01}.items():
         for file in ("identity.json", "run.json"):
-            assert json.loads((root / name / file).read_text())["config"]["learning_rate"] == rate, (
-                name,
-                file,
-            )
+            config = json.loads((runs / name / file).read_text())["config"]
+            assert config["learning_rate"] == rate, (name, file)
     assert "learning rate 0.0003" in single
 
 
-def test_two_ranks_are_one(root, single):
-    tool = str(Path(sys.executable).parent / "torchrun")
-    said = drive(
-        root,
-        [tool, "--nproc-per-node", "2", "--master-port", str(30000 + os.getpid() % 20000)],
-        [job(root, "two")],
-    )
-    np.testing.assert_allclose(perplexities(root, "two"), perplexities(root, "one"), rtol=1e-4)
+def test_two_ranks_are_one(runs, single):
+    port = str(30000 + os.getpid() % 20000)
+    torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", port]
+    said = runs.launch(torchrun, runs.start("two", 2))
+    np.testing.assert_allclose(perplexities(runs, "two"), perplexities(runs, "one"), rtol=1e-4)
     assert "FutureWarning" not in said  # of PyTorch's new names, about what DeepSpeed calls
 
 
-def test_early_stop_deadline_and_training_on(root, single):
-    over = json.loads((root / "over" / "manifest.json").read_text())
-    found = over["tuning_perplexities"]
-    best = int(np.argmin(found))
-    assert len(found) == best + 2 < 9 and over["selected_epoch"] == best + 1
-    assert json.loads((root / "short" / "manifest.json").read_text())["steps"] == 1
-    late = json.loads((root / "late" / "manifest.json").read_text())  # the seconds of earlier starts count
-    assert 6 <= late["steps"] < json.loads((root / "one" / "manifest.json").read_text())["steps"]
-    assert perplexities(root, "on")[0] < perplexities(root, "one")[0]
+def test_early_stop_deadline_and_training_on(runs, single):
+    over = runs.manifest("over")
+    numbers = perplexities(runs, "over")
+    best = int(np.argmin(numbers))
+    assert len(numbers) == best + 2 < 9
+    assert over["selected_step"] == over["validations"][best]["step"]
+    assert runs.manifest("short")["steps"] == 1
+    # The seconds of earlier starts count.
+    assert 6 <= runs.manifest("late")["steps"] < runs.manifest("one")["steps"]
+    assert perplexities(runs, "on")[0] < perplexities(runs, "one")[0]
+
+
+def test_without_a_tuning_split_the_last_weights_are_written(runs, single):
+    manifest = runs.manifest("untuned")
+    assert manifest["validations"] == [] and manifest["selected_step"] == manifest["steps"] > 3
+    assert "has no tuning split to validate on: no early stopping" in single
+    assert runs.losses("untuned")[-1] < runs.losses("untuned")[0]
 
 
 @pytest.mark.parametrize(
@@ -222,23 +173,15 @@ def test_early_stop_deadline_and_training_on(root, single):
         ({"init_from": "/nowhere/at/all"}, "nowhere"),
         ({"num_heads": 3}, "not a multiple"),
         ({"save_every_steps": 0}, "--save-every-steps must be at least 1"),
-        ({"learning_rate": 0.0}, "--learning-rate must be more than 0, not 0.0"),
-        ({"time_budget": -1.0}, "--time-budget must not be negative"),
+        ({"learning_rate": 0.0}, "--learning-rate must be above 0, not 0.0"),
+        ({"time_budget_seconds": -1.0}, "--time-budget-seconds must be above 0"),
+        ({"validate_every": None}, "--early-stopping-patience and --select best need validation"),
+        ({"decay_fraction": 0.5}, "of --schedule wsd"),
+        ({"ds_config": REPOSITORY / "ds_configs" / "zero3.json"}, "stage 1 or 2"),
     ],
 )
-def test_wrong_inputs_leave_the_disk_untouched(root, changes, said):
-    values = {**job(root, "wrong"), **changes}
-    with pytest.raises(UserError, match=said):
-        train_base.run(
-            train_base.Config(
-                **{
-                    name: Path(value) if name in ("ds_config", "corpus", "output") else value
-                    for name, value in values.items()
-                }
-            ),
-            World(),
-        )
-    assert not (root / "wrong").exists()
+def test_wrong_inputs_leave_the_disk_untouched(runs, changes, said):
+    runs.refuse(said, "wrong", **{"ds_config": 2, **changes})
 
 
 @pytest.mark.parametrize(
@@ -255,7 +198,7 @@ def test_wrong_inputs_leave_the_disk_untouched(root, changes, said):
         ({"swap": True}, {}, "--init-from .* has another vocabulary than the corpus.*model's own tokenizer"),
     ],
 )
-def test_a_model_that_cannot_read_the_corpus_is_refused(root, tmp_path, shape, changes, said):
+def test_a_model_that_cannot_read_the_corpus_is_refused(runs, root, tmp_path, shape, changes, said):
     values = {"vocab_size": open_corpus(root / "corpus").vocab_size, "n_positions": 64, **shape}
     if values.pop("swap", False):
         tokenizer = json.loads((open_corpus(root / "corpus").tokenizer_path / "tokenizer.json").read_text())
@@ -264,23 +207,4 @@ def test_a_model_that_cannot_read_the_corpus_is_refused(root, tmp_path, shape, c
         (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     shape = GPT2Config(n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0, **values)
     GPT2LMHeadModel(shape).save_pretrained(tmp_path)
-    config = train_base.Config(
-        corpus=root / "corpus", output=root / "wrong", batch_tokens=256, init_from=str(tmp_path), **changes
-    )
-    with pytest.raises(UserError, match=said):
-        train_base.run(config, World())
-    assert not (root / "wrong").exists()
-
-
-def test_stage_3_is_refused(root):
-    with pytest.raises(UserError, match="stage 1 or 2"):
-        train_base.run(
-            train_base.Config(
-                corpus=root / "corpus",
-                output=root / "wrong",
-                batch_tokens=256,
-                ds_config=REPOSITORY / "ds_configs" / "zero3.json",
-            ),
-            World(),
-        )
-    assert not (root / "wrong").exists()
+    runs.refuse(said, "wrong", 2, init_from=tmp_path, **changes)

@@ -24,6 +24,7 @@ from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.keys.extract_keys import Config
 from mlpmem_ds.stages.targets import write_targets
 from mlpmem_ds.stages.training import inputs as training_inputs
+from mlpmem_ds.stages.training.memory_shape import memory_shape
 
 
 def result_of(root: Path) -> dict[str, bytes]:
@@ -255,6 +256,13 @@ def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
     )
 
 
+def provenance_of(settings: training_inputs.Config) -> dict[str, Any]:
+    """Of the memory that a training with these flags would make."""
+    inputs = training_inputs.open_inputs(settings)
+    memory = memory_shape(settings, inputs, inputs.keys.input_size)
+    return training_inputs.provenance_of(settings, inputs, memory, num_steps=1)
+
+
 def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
     config: Config, other_base: Path, tmp_path: Path
 ) -> None:
@@ -267,12 +275,12 @@ def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
         alpha=0.0,
         model=config.model,
     )
-    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings, World()), 1)
+    provenance = provenance_of(settings)
     keys = open_keys(config.output)
     assert (provenance["base"], provenance["key_model"]) == (keys.base_sha256, keys.model_sha256)
     assert provenance["input_point"] == "ffn_input"
     with pytest.raises(UserError, match="is not the base that"):
-        training_inputs.open_inputs(replace(settings, model=str(other_base)), World())
+        training_inputs.open_inputs(replace(settings, model=str(other_base)))
     asked = evaluate.Config(
         model=config.model,
         corpus=config.corpus,
@@ -350,7 +358,7 @@ def test_layers_path_reaches_the_model(config: Config) -> None:
         output=config.output.parent / "memory",
         alpha=0.0,
     )
-    provenance = training_inputs.provenance_of(settings, training_inputs.open_inputs(settings, World()), 1)
+    provenance = provenance_of(settings)
     assert provenance["input_layers_path"] == "transformer.h"  # evaluation and export load the base with it
     with pytest.raises(UserError, match=r"layers_path was 'transformer.h', now None"):
         extract_keys.run(config, World())

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import types
 
@@ -9,8 +10,8 @@ import pytest
 
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.training.curves import draw_curves
-from mlpmem_ds.stages.training.loop import learning_rate_at
 from mlpmem_ds.stages.training.metrics import Metrics, progress_note, read_metrics
+from mlpmem_ds.stages.training.schedule import learning_rate_at
 from mlpmem_ds.stages.training.validation import BestWeights, Validation
 
 
@@ -104,7 +105,7 @@ def test_curves(tmp_path):
 def history_of(*perplexities):
     best = BestWeights(None)  # type: ignore[arg-type]
     best.history = [
-        Validation(step=step, perplexity=value, lmbda=0.5, memory_perplexity=value, base_perplexity=9.0)
+        Validation(step=step, perplexity=value, details={"base_perplexity": 9.0})
         for step, value in enumerate(perplexities)
     ]
     return best
@@ -113,12 +114,27 @@ def history_of(*perplexities):
 def test_patience_counts_validations_since_the_best():
     assert history_of(5, 4, 4, 4.5).best.step == 1
     assert not history_of().has_stalled(1) and history_of().best is None
-    assert [history_of(5, 4, 4, 4.5).has_stalled(patience) for patience in (0, 1, 2, 3)] == [
+    assert [history_of(5, 4, 4, 4.5).has_stalled(patience) for patience in (None, 1, 2, 3)] == [
         False,
         True,
         True,
         False,
     ]
-    assert history_of(*[1.0]).plain() == [
-        {"step": 0, "perplexity": 1.0, "lmbda": 0.5, "memory_perplexity": 1.0, "base_perplexity": 9.0}
+
+
+def test_validations_are_kept_as_json():
+    history = history_of(1.0, math.inf)
+    assert history.best.step == 0
+    entries = history.to_json()
+    assert entries == [
+        {"step": 0, "perplexity": 1.0, "base_perplexity": 9.0},
+        {"step": 1, "perplexity": None, "base_perplexity": 9.0},
     ]
+    again = BestWeights(None, entries)  # type: ignore[arg-type]
+    assert again.history[0] == history.history[0] and math.isnan(again.history[1].perplexity)
+    assert again.to_json() == entries
+    assert str(history.history[0]) == "tuning perplexity 1.000 (base perplexity 9)"
+    assert history.history[0].metrics() == {
+        "validation_perplexity": 1.0,
+        "validation_base_perplexity": 9.0,
+    }

@@ -1,0 +1,70 @@
+"""Part of `train_base`: the train split cut into sequences, and dealt to steps, ranks and micro-batches.
+
+S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.hashing import hash_fraction, shuffled
+from mlpmem_ds.core.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """The train split cut into sequences of S + 1 tokens, S apart; where the first starts changes with the
+    epoch."""
+
+    tokens: np.ndarray
+    length: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        return (len(self.tokens) - self.length) // self.length
+
+    def batch(self, epoch: int, first: int, count: int) -> np.ndarray:
+        """int64 [count, S + 1]: the sequences [first, first + count) of the epoch's order."""
+        offset = int(shuffled(self.length, self.seed, epoch, 1)[0])
+        chosen = shuffled(self.per_epoch, self.seed, epoch, 0)[first : first + count]
+        starts = np.minimum(offset + chosen * self.length, len(self.tokens) - self.length - 1)
+        return self.tokens[starts[:, None] + np.arange(self.length + 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceBatches:
+    """This rank's sequences of each step (`stages.training.parts.Batches`).
+
+    What is left of an epoch and fills no batch is left out.
+    """
+
+    sequences: Sequences
+    per_step: int
+    """sequences of a step, over all ranks"""
+    num_micro_batches: int
+    world: World
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sequences.per_epoch // self.per_step
+
+    def stream(self, first: int, stop: int) -> Iterator[tuple[tuple[torch.Tensor, ...], float]]:
+        """Micro-batches are int64 [sequences, S + 1]."""
+        rank, size = self.world.rank, self.world.size
+        for step in range(first, stop):
+            start = time.perf_counter()
+            # Dropout as in a run that was never stopped.
+            torch.manual_seed(int(hash_fraction(f"{step}:{rank}", self.sequences.seed) * 2**63))
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            mine = self.sequences.batch(epoch, batch * self.per_step, self.per_step)[rank::size]
+            yield torch.from_numpy(mine).chunk(self.num_micro_batches), time.perf_counter() - start
+
+    def faulty_positions(self, step: int) -> list[int]:
+        """None: tokens are whole numbers."""
+        return []

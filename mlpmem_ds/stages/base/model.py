@@ -1,0 +1,112 @@
+"""Part of `train_base`: the model that is trained, new or an existing one, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
+from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.models.backbone import load_base, logit_transform, output_head
+from mlpmem_ds.stages.base.config import Config
+
+_MODULE_PREFIX = "model."  # of the model's names inside `NextTokenModule`
+
+
+def make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedModel:
+    """A GPT-2-like model of the flags' shape, or that of --init-from, in float32 on the CPU.
+
+    Raises:
+        UserError: the model cannot be trained here, or cannot read sequences of this length of the corpus.
+    """
+    if config.init_from is not None:
+        return _load(config.init_from, corpus, length)
+    torch.manual_seed(config.seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=corpus.vocab_size,
+            n_positions=max(length, corpus.block_size),
+            n_embd=config.hidden_size,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout,
+            attn_pdrop=config.dropout,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's, as one kernel
+            bos_token_id=corpus.end_of_document_id,
+            eos_token_id=corpus.end_of_document_id,
+            attn_implementation=_attention(),  # type: ignore[call-arg]
+        )
+    )
+
+
+def _load(init_from: str, corpus: CorpusSplit, length: int) -> PreTrainedModel:
+    try:
+        model = load_base(init_from, dtype=torch.float32, device="cpu", attention=_attention())
+        weight_VD, bias_V = output_head(model)
+        is_linear = bias_V is None and logit_transform(model).is_identity
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not is_linear:
+        raise UserError(
+            f"--init-from {init_from}: its output head has a bias, a scale or a soft cap, which this "
+            "trainer does not know: train it with its own tools"
+        )
+    context = max_context_of(model.config)
+    check_model_reads(init_from, corpus, vocab_size=len(weight_VD), max_context=context, flag="--init-from")
+    if length > context:
+        raise UserError(
+            f"--context {length} is more than the {context} tokens that --init-from {init_from} reads:"
+            f" choose at most {context}"
+        )
+    return model.requires_grad_(True)
+
+
+def _attention() -> str:
+    """On a CPU in bfloat16 the fused attention is the slower one: 6.5k against 8.9k tokens/s of a 4-layer d
+    256 model."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's configuration as plain values, without the version of the library that runs it now."""
+    values = json.loads(json.dumps(model.config.to_dict()))
+    return {name: value for name, value in values.items() if name != "transformers_version"}
+
+
+def write_model(
+    writer: UnitWriter,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    model: PreTrainedModel,
+    corpus: CorpusSplit,
+) -> dict[str, Any]:
+    """Write float32 weights with configuration and tokenizer, in Hugging Face's layout.
+
+    Args:
+        writer: of the directory's one unit.
+        weights: by their names inside a `NextTokenModule`; a tied one once.
+        model: the trained model; takes the weights.
+        corpus: whose tokenizer goes along.
+    """
+    model.float()
+    model.load_state_dict(
+        {name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in weights.items()}, strict=False
+    )
+    model.tie_weights()
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        sources = [*sorted(Path(scratch).iterdir()), *sorted(corpus.tokenizer_path.iterdir())]
+        for source in sources:
+            with writer.file(source.name) as path:
+                shutil.copyfile(source, path)
+    return {"parameters": model.num_parameters()}

@@ -1,0 +1,79 @@
+"""Part of `train`: the frozen base that runs next to the training, whole on each rank or cut over the ranks.
+
+It computes the inputs where the keys store none, and what validations compare the memory with.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
+from mlpmem_ds.engines.sharded_base import ShardedSource
+from mlpmem_ds.models.backbone import load_base, output_head
+from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.stages.training.config import Config
+from mlpmem_ds.stages.training.inputs import TrainingInputs
+
+_logger = logging.getLogger(__name__)
+
+
+def open_base(config: Config, inputs: TrainingInputs, world: World) -> TransformersSource | None:
+    """The base as `extract_keys` ran it; None where nothing needs it. Collective if it is cut over the ranks.
+
+    Raises:
+        UserError: it cannot read the corpus.
+    """
+    if config.model is None or not inputs.needs_base:
+        return None
+    manifest = inputs.keys.manifest
+    flags = manifest.get("config", {})
+    settings = {
+        "dtype": flags.get("dtype", "auto"),
+        "attention": "eager" if flags.get("attention") == "eager" else "sdpa",  # some models have no other
+        "local_rank": world.local_rank,
+        "layers_path": manifest.get("input_layers_path"),
+    }
+    source: TransformersSource
+    if config.base_sharding == "zero3" and world.size > 1:
+        source = sharded = ShardedSource(config.model, **settings)
+        _logger.info(
+            "the base is cut over %d ranks: this one holds %s of its %s numbers between forwards",
+            world.size,
+            f"{sharded.numbers_held():,}",
+            f"{sharded.numbers():,}",
+        )
+    else:
+        if config.base_sharding == "zero3":
+            _logger.warning("--base-sharding zero3 changes nothing on one rank, which holds the whole base")
+        source = TransformersSource(config.model, **settings)
+    check_source_reads(source, inputs.corpus, config.model)
+    return source
+
+
+def base_head(config: Config, source: TransformersSource | None, memory: MemoryConfig) -> torch.Tensor | None:
+    """The base's output head, float32 [V, D], where the memory's starts from it.
+
+    Raises:
+        UserError: it does not have the memory's vocabulary and width.
+    """
+    if config.head == "random":
+        return None
+    assert config.model is not None
+    if source is not None and source.is_collective:  # it may be too large to be loaded whole by each rank
+        weight_VD = source.head_weight()
+    else:
+        try:
+            weight_VD = output_head(load_base(config.model, dtype=torch.float32, device="cpu"))[0]
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    expected = (memory.vocab_size, memory.hidden_size)
+    if tuple(weight_VD.shape) != expected:
+        raise UserError(
+            f"--head base: the base's head is {tuple(weight_VD.shape)} (vocabulary, width), the memory's "
+            f"{expected}: leave out --hidden-size, or use --head random"
+        )
+    return weight_VD.detach().clone()

@@ -1,0 +1,60 @@
+"""Part of `train`: the objective that imitates the retriever.
+
+loss = alpha KL(kNN || memory) + (1 - alpha) CE
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mlpmem_ds.formats.batches import MicroBatch
+from mlpmem_ds.maths.sparse_loss import TargetBatch
+from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.objective import SUM_NAMES, MemoryObjective
+from mlpmem_ds.stages.training.config import Config
+
+_FLOPS_OF_A_WEIGHT = 6  # a multiplication and an addition, forward, and for each of the two gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imitation:
+    """The loss above; with a `mixture_lambda` its CE is that of the mixture with the base."""
+
+    memory: MemoryConfig
+    alpha: float
+    mixture_lambda: float | None
+
+    rows = "positions"
+    sums = SUM_NAMES
+
+    @classmethod
+    def of(cls, config: Config, memory: MemoryConfig) -> Imitation:
+        through_mixture = config.ce_through == "mixture"
+        return cls(
+            memory=memory,
+            alpha=config.alpha,
+            mixture_lambda=config.mixture_lambda if through_mixture else None,
+        )
+
+    @property
+    def flops_per_row(self) -> float:
+        return _FLOPS_OF_A_WEIGHT * self.memory.num_matrix_parameters()
+
+    @property
+    def needs_targets(self) -> bool:
+        return self.alpha > 0
+
+    @property
+    def needs_base_log_probabilities(self) -> bool:
+        return self.mixture_lambda is not None
+
+    def make_module(self) -> nn.Module:
+        return MemoryObjective(self.memory, alpha=self.alpha, mixture_lambda=self.mixture_lambda)
+
+    def arguments(
+        self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, TargetBatch]:
+        return micro_batch.inputs_NI.to(device, dtype), micro_batch.targets.to(device)

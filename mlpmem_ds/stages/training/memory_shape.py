@@ -1,0 +1,61 @@
+"""Part of `train`: the shape of the memory, from the flags or from the memory that it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.models.memory import PRESETS, MemoryConfig
+from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
+from mlpmem_ds.stages.training.initial_memory import InitialMemory, check_fits
+from mlpmem_ds.stages.training.inputs import TrainingInputs
+
+
+def memory_shape(config: Config, inputs: TrainingInputs, input_size: int) -> MemoryConfig:
+    """The memory's shape, for inputs of this width.
+
+    It has as many outputs as the base's head, which may be padded beyond the tokenizer's entries: the two are
+    mixed.
+
+    Raises:
+        UserError: the flags contradict each other, or the memory of --init-from.
+    """
+    vocab_size = inputs.keys.manifest["head_size"]
+    if inputs.initial is not None:
+        return _shape_of(inputs.initial, config, inputs, input_size, vocab_size)
+    if config.preset is not None:
+        return dataclasses.replace(PRESETS[config.preset](vocab_size), input_size=input_size)
+    hidden_size = config.hidden_size or input_size
+    try:
+        return MemoryConfig(
+            input_size=input_size,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            family=config.family or "gelu",
+            intermediate_size=(
+                4 * hidden_size if config.intermediate_size is None else config.intermediate_size
+            ),
+            num_blocks=4 if config.num_blocks is None else config.num_blocks,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _shape_of(
+    initial: InitialMemory, config: Config, inputs: TrainingInputs, input_size: int, vocab_size: int
+) -> MemoryConfig:
+    """The shape of the memory that the training starts from; the flags may repeat it."""
+    source: object = config
+    if config.preset is not None:
+        source = PRESETS[config.preset](initial.memory.vocab_size)
+    required: dict[str, tuple[str, object]] = {
+        "input_size": (f"the inputs of --keys {inputs.keys.root} have", input_size),
+        "vocab_size": ("the base's output head has", vocab_size),
+    }
+    for name in SHAPE_FLAGS:
+        value = getattr(source, name)
+        if value is not None:
+            flag = "preset" if config.preset else name.replace("_", "-")
+            required[name] = (f"--{flag} asks for", value)
+    check_fits(initial, required=required, vocabulary_sha256=inputs.corpus.vocabulary_sha256)
+    return initial.memory

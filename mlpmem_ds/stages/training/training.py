@@ -1,0 +1,305 @@
+"""Part of `train` and `train_base`: one training, from the built engine to the written weights.
+
+It resumes from the newest checkpoint, runs the steps, saves, validates, keeps the best weights, stops early
+or when its time is over, and writes the result. `train` and `train_base` build its parts (parts.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from mlpmem_ds.core.files import content_hash, publish_json
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
+from mlpmem_ds.engines.deepspeed import Engine, SavedState
+from mlpmem_ds.engines.device_peak import peak_of
+from mlpmem_ds.engines.ds_config import zero_stage
+from mlpmem_ds.engines.processes import StopRequest, gather_values
+from mlpmem_ds.formats.checkpoint import list_checkpoints
+from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
+from mlpmem_ds.stages.training.curves import draw_curves
+from mlpmem_ds.stages.training.loop import Hooks, LoopSettings, Outcome, run_steps
+from mlpmem_ds.stages.training.metrics import Metrics
+from mlpmem_ds.stages.training.options import TrainingOptions
+from mlpmem_ds.stages.training.parts import Batches, Objective, Steps, Validator
+from mlpmem_ds.stages.training.schedule import learning_rate_at
+from mlpmem_ds.stages.training.validation import BestWeights
+
+_logger = logging.getLogger(__name__)
+_UNIT = "weights"
+"""the one unit of a training's directory: the result"""
+_MAX_FAULTY_SHOWN = 5
+
+
+def is_complete(directory: StageDirectory, options: TrainingOptions) -> bool:
+    """Whether the result has been written, which is said; asked before anything costly is built."""
+    if not directory.manifest_path.is_file() or directory.fault_of_unit(_UNIT) is not None:
+        return False
+    if options.resume == "never" and directory.world.is_first:
+        _logger.warning(
+            "--resume never: %s is complete and nothing was done; remove it or choose another --output to"
+            " train anew",
+            options.output,
+        )
+    _logger.info("complete: %s", options.output)
+    return True
+
+
+def announce(
+    directory: StageDirectory,
+    options: TrainingOptions,
+    ds_config: Mapping[str, Any],
+    *,
+    num_parameters: int,
+    steps: Steps,
+    rows: str,
+) -> None:
+    """Say what this start trains, and write OUTPUT/ds_config.json; rank 0."""
+    if not directory.world.is_first:
+        return
+    publish_json(options.output / "ds_config.json", ds_config)
+    _logger.info(
+        "%s parameters, %s%d steps of %d %s, learning rate %g, ZeRO stage %d on %d ranks",
+        f"{num_parameters:,}",
+        "at most " if options.may_end_early else "",
+        steps.count,
+        steps.rows,
+        rows,
+        options.learning_rate,
+        zero_stage(ds_config),
+        directory.world.size,
+    )
+
+
+class Training:
+    """One start of a training; `run` does it.
+
+    Args:
+        engine: the objective's module.
+        objective: what is minimized.
+        batches: what each step takes.
+        validator: None = no validation.
+        options: the flags; the learning rate is a number by now.
+        steps: how many, of how many rows, and how often they are validated.
+        directory: the stage's.
+        fields: what is trained, as plain values: part of every checkpoint and of the manifest. A checkpoint
+            with others is refused.
+        write: given the float32 weights by name, writes the result; returns its summary.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        objective: Objective,
+        batches: Batches,
+        validator: Validator | None,
+        options: TrainingOptions,
+        steps: Steps,
+        directory: StageDirectory,
+        fields: Mapping[str, Any],
+        write: Callable[[UnitWriter, Mapping[str, torch.Tensor]], Mapping[str, Any]],
+    ) -> None:
+        self._engine, self._objective, self._batches = engine, objective, batches
+        self._validator, self._options, self._steps = validator, options, steps
+        self._directory, self._fields, self._write = directory, fields, write
+        self._world, self._checkpoints = directory.world, options.output / "checkpoints"
+        self._copier = None
+        if options.copy_to is not None and self._world.is_first:
+            self._copier = CheckpointCopier(options.copy_to, options.keep_checkpoints)
+
+    def run(self) -> None:
+        """Train until the end, or until a stop that the same command continues."""
+        saved = self._resume()
+        first, values = (0, {}) if saved is None else (saved.step, saved.values)
+        self._best = BestWeights(self._options.output, values.get("validations", ()))
+        self._began = time.monotonic() - values.get("seconds", 0.0)
+        self._metrics = Metrics(
+            self._options.output,
+            self._world,
+            first,
+            wandb_project=self._options.wandb_project,
+            run_id=content_hash(self._directory.identity)[:16],
+            description=self._directory.identity["config"],
+        )
+        outcome = self._run_steps(first)
+        self._metrics.close()
+        if self._copier is not None:
+            self._copier.wait()
+        if outcome.is_over:
+            self._finish(outcome)
+        else:
+            self._say_stopped(outcome)
+
+    # -- the start
+
+    def _resume(self) -> SavedState | None:
+        """Load the newest checkpoint; with --resume never, discard all of them."""
+        if self._options.resume == "auto":
+            return self._engine.resume(self._checkpoints, copies=self._options.copy_to, fields=self._fields)
+        if self._world.is_first:
+            for path in (*list_checkpoints(self._checkpoints), *self._checkpoints.glob("step-*.damaged")):
+                _logger.warning("--resume never: discarding %s", path)
+                shutil.rmtree(path)
+        self._engine.wait()
+        return None
+
+    def _settings(self) -> LoopSettings:
+        options, engine, steps = self._options, self._engine, self._steps
+        assert options.learning_rate is not None
+        peak_flops = 0.0
+        if self._objective.flops_per_row:
+            peak = peak_of(engine.device, engine.dtype)
+            peak_flops = sum(gather_values(peak.flops, self._world))
+            if self._world.is_first:
+                _logger.info("MFU is of %.3g TFLOP/s a rank, %s", peak.flops / 1e12, peak.source)
+        return LoopSettings(
+            steps=steps,
+            rows=self._objective.rows,
+            sums=self._objective.sums,
+            learning_rate=partial(
+                learning_rate_at,
+                peak=options.learning_rate,
+                num_steps=steps.count,
+                warmup_steps=round(options.warmup_fraction * steps.count),
+                schedule=options.schedule,
+                decay_share=options.decay_share,
+            ),
+            log_every=options.log_every_steps,
+            save_every=options.save_every_steps,
+            max_skipped=options.max_skipped_steps,
+            stops_at=_moment(time.monotonic(), options.stop_after_seconds),
+            ends_at=_moment(self._began, options.time_budget_seconds),
+            flops_per_row=self._objective.flops_per_row,
+            peak_flops=peak_flops,
+        )
+
+    # -- the steps
+
+    def _run_steps(self, first: int) -> Outcome:
+        if self._has_stalled():  # in an earlier start, which was killed just before its end
+            return Outcome(steps=first, reason="patience")
+        rows_left = (self._steps.count - first) * self._steps.rows
+        progress = Progress(rows_left, label="training", unit=self._objective.rows, world=self._world)
+        stop_request = StopRequest(self._engine.device)
+        outcome = run_steps(
+            self._engine,
+            self._arguments(first),
+            first=first,
+            settings=self._settings(),
+            hooks=Hooks(
+                save=self._save,
+                validate=None if self._validator is None else self._validate,
+                explain=self._explain,
+            ),
+            stop_request=stop_request,
+            progress=progress,
+            metrics=self._metrics,
+        )
+        stop_request.close()
+        progress.close()
+        return outcome
+
+    def _arguments(self, first: int) -> Iterator[tuple[list[tuple[Any, ...]], float]]:
+        """Each step's micro-batches as the forward takes them, and the seconds waited for them."""
+        device, dtype = self._engine.device, self._engine.dtype
+        for micro_batches, seconds in self._batches.stream(first, self._steps.count):
+            yield [self._objective.arguments(part, device, dtype) for part in micro_batches], seconds
+
+    def _save(self, step: int) -> None:
+        if self._copier is not None:
+            self._copier.wait()  # what it copies may be the oldest, which goes now
+        path = self._engine.save(
+            self._checkpoints,
+            step,
+            fields=self._fields,
+            values={
+                "batches": step,
+                "validations": self._best.to_json(),
+                "seconds": time.monotonic() - self._began,
+            },
+            keep=self._options.keep_checkpoints,
+        )
+        self._directory.log.write("checkpoint", step=step)
+        if self._world.is_first:
+            self._best.remove_others()
+        if self._copier is not None:
+            self._copier.start(path)
+
+    def _validate(self, step: int) -> bool:
+        assert self._validator is not None
+        validation = self._validator.run(self._engine, step)
+        self._best.add(validation, self._engine, keep=self._options.selects_best)
+        self._metrics.write(step, validation.metrics())
+        if self._world.is_first:
+            is_best = ", the best so far" if self._best.best is validation else ""
+            _logger.info("step %d: %s%s", step, validation, is_best)
+        return self._has_stalled()
+
+    def _has_stalled(self) -> bool:
+        return self._best.has_stalled(self._options.early_stopping_patience)
+
+    def _explain(self, step: int) -> str:
+        """Which positions of a step are not finite, of all ranks; collective."""
+        shares = gather_values(self._batches.faulty_positions(step), self._world)
+        faulty = sorted(position for share in shares for position in share)
+        if not faulty:
+            return ""
+        shown = ", ".join(map(str, faulty[:_MAX_FAULTY_SHOWN]))
+        rest = ", ..." if len(faulty) > _MAX_FAULTY_SHOWN else ""
+        return f"inputs or targets of {len(faulty)} positions are not finite: {shown}{rest}"
+
+    # -- the end
+
+    def _say_stopped(self, outcome: Outcome) -> None:
+        self._directory.log.write("stopped", step=outcome.steps)
+        if self._world.is_first:
+            _logger.info(
+                "stopped %s and saved at step %d of %d: the same command continues",
+                "as asked" if outcome.reason == "asked" else "after --stop-after-seconds",
+                outcome.steps,
+                self._steps.count,
+            )
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Write the weights, the curves and the manifest."""
+        best = self._best.best if self._options.selects_best else None
+        selected = outcome.steps if best is None else best.step
+        if best is None:
+            weights = self._engine.whole_weights()
+        else:
+            weights = self._best.read() if self._world.is_first else {}
+        self._directory.run_units([_UNIT], lambda _, writer: self._write(writer, weights), take_over=False)
+        if self._world.is_first:
+            draw_curves(self._options.output)
+            if outcome.reason in ("patience", "budget"):
+                _logger.info(
+                    "stopped %s at step %d; the weights are those of step %d",
+                    "early" if outcome.reason == "patience" else "after --time-budget-seconds",
+                    outcome.steps,
+                    selected,
+                )
+            self._directory.finish(
+                [_UNIT],
+                lambda: {
+                    **self._fields,
+                    "steps": outcome.steps,
+                    "selected_step": selected,
+                    "validations": self._best.to_json(),
+                    "weights_dtype": "float32",
+                },
+            )
+        self._engine.wait()
+
+
+def _moment(start: float, seconds: float | None) -> float:
+    """So many seconds after a moment of time.monotonic(); never with None."""
+    return math.inf if seconds is None else start + seconds

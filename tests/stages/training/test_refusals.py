@@ -1,0 +1,153 @@
+"""What a training refuses: always before anything is written, with the remedy."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.formats.targets import shard_name
+from mlpmem_ds.stages.keys import extract_keys
+from mlpmem_ds.stages.training import train
+
+FLAGS = {
+    "epochs": 1.6,
+    "batch_positions": 48,
+    "hidden_size": 16,
+    "num_blocks": 2,
+    "micro_batch_positions": 12,
+    "learning_rate": 0.02,
+}
+
+
+@pytest.fixture(scope="module")
+def runs(make_runs, inputs_dir):
+    return make_runs({**FLAGS, "corpus": inputs_dir / "corpus", "targets": inputs_dir / "targets"})
+
+
+@pytest.fixture(scope="module")
+def tuned_runs(make_runs, corpus_dir, keys_dir):
+    """Of a corpus with a tuning split, without targets."""
+    return make_runs({**FLAGS, "corpus": corpus_dir, "keys": keys_dir, "alpha": 0.0, "validate_every": None})
+
+
+@pytest.fixture(scope="module")
+def bare_keys(corpus_dir, base_dir, tmp_path_factory):
+    """The keys of `keys_dir`, without memory inputs."""
+    output = tmp_path_factory.mktemp("bare") / "keys"
+    config = extract_keys.Config(
+        model=str(base_dir), corpus=corpus_dir, output=output, unit_positions=256, input_codec="none"
+    )
+    extract_keys.run(config, World())
+    return output
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("gap", "leave positions from {block} out"),
+        ("short", "hold {held} of {all}"),
+        ("uneven", "is missing"),
+    ],
+)
+def test_too_few_shards(runs, inputs_dir, tmp_path, name, said):
+    keys = open_keys(inputs_dir / "keys")
+    block = keys.manifest["block_size"]
+    shutil.copytree(inputs_dir / name, tmp_path / "targets")
+    if name == "uneven":
+        (tmp_path / "targets" / shard_name(block, 2 * block)).unlink()
+    said = said.format(block=block, held=3 * block, all=keys.num_positions)
+    runs.refuse(said, "wrong", 2, targets=tmp_path / "targets", keys=inputs_dir / "keys")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"batch_positions": 1000}, "do not fill one batch"),
+        ({"batch_positions": 47}, "cannot be dealt evenly to 2 ranks"),
+        ({"model": "/nowhere/at/all", "head": "base"}, "--model"),
+        ({"keys": "corpus"}, "--keys"),
+    ],
+)
+def test_wrong_inputs(runs, inputs_dir, changes, said):
+    if "keys" in changes:
+        changes = {"keys": inputs_dir / changes["keys"]}
+    runs.refuse(said, "wrong", 2, World(rank=0, size=2), **changes)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
+        ({"elasticity": {}}, "--batch-positions fixes the batch"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}},
+            'stage3_prefetch_bucket_size is "auto"',
+        ),
+    ],
+)
+def test_wrong_ds_configs(runs, tmp_path, content, said):
+    (tmp_path / "wrong.json").write_text(json.dumps(content))
+    runs.refuse(said, "wrong", str(tmp_path / "wrong.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keys": "bare"}, "hold no memory inputs: give --model"),
+        ({"keys": "bare", "model": "base", "order": "positions"}, "leave out --order positions"),
+        ({"validate_every": 3}, "--validate-every needs --model"),
+        ({"validate_every": 3, "select": "best"}, "need validation"),
+        ({"select": "best"}, "need validation"),
+        ({"validate_every": "auto", "early_stopping_patience": 0, "model": "base"}, "must be at least 1"),
+        ({"decay_fraction": 0.5}, "of --schedule wsd"),
+        ({"stop_after_seconds": -1.0}, "--stop-after-seconds must be above 0"),
+        ({"time_budget_seconds": 0.0}, "--time-budget-seconds must be above 0"),
+        ({"wandb_project": "memory"}, "pip install wandb"),
+    ],
+)
+def test_wrong_flags(tuned_runs, base_dir, bare_keys, monkeypatch, changes, said):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    paths = {"bare": bare_keys, "base": str(base_dir)}
+    tuned_runs.refuse(said, "wrong", 2, **{name: paths.get(value, value) for name, value in changes.items()})
+
+
+def test_no_compiler(tuned_runs, monkeypatch):
+    def compile_nothing(function):
+        raise RuntimeError("no g++\nmany lines")
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    said = r"--compile: torch.compile does not work on rank 0 \(no g\+\+\): .* leave --compile out"
+    tuned_runs.refuse(said, "wrong", 0, compile=True)
+
+
+@pytest.mark.parametrize("without_validation", [False, True])
+def test_no_base_to_cut(tuned_runs, base_dir, without_validation):
+    changes = (
+        {"model": base_dir, "validate_every": None} if without_validation else {"validate_every": "auto"}
+    )
+    said = "--base-sharding zero3 cuts the base .* and none does here .*: leave it out"
+    tuned_runs.refuse(said, "wrong", 2, base_sharding="zero3", **changes)
+
+
+def test_another_learning_rate_than_the_default_one(runs, monkeypatch):
+    """The default depends on the size of the memory, and binds as a number."""
+
+    class BegunError(Exception):
+        pass
+
+    def begin(*args, **settings):
+        raise BegunError
+
+    monkeypatch.setattr(train, "build_engine", begin)
+    for rate in (None, 2e-3):
+        with pytest.raises(BegunError):
+            runs.train("rate", 2, learning_rate=rate)
+        for file in ("identity.json", "run.json"):
+            assert json.loads((runs / "rate" / file).read_text())["config"]["learning_rate"] == 2e-3
+    with pytest.raises(UserError, match="learning_rate was 0.002, now 0.001"):
+        runs.train("rate", 2, learning_rate=1e-3)
