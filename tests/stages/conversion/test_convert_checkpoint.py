@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
+from mlpmem_ds.core.config import option
 from mlpmem_ds.core.files import publish_json, sha256_of_file
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
@@ -40,9 +41,9 @@ LAMBDA = 0.35
 
 @dataclass(frozen=True, kw_only=True)
 class _Flags:
-    corpus: Path
-    keys: Path
-    targets: Path
+    corpus: Path = option("corpus directory")
+    keys: Path = option("key directory")
+    targets: Path = option("target directory")
 
 
 def convert(*words: object) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mlpmem_ds.core.config import option
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
@@ -62,7 +63,7 @@ ATTENTION = {"gemma2": "eager"}  # its soft cap of attention needs it
 
 @dataclass(frozen=True, kw_only=True)
 class _Flags:
-    output: Path
+    output: Path = option("directory to write")
 
 
 @pytest.fixture(scope="module")
