@@ -64,7 +64,9 @@ OWNERS: dict[str, set[str]] = {
         "engines/sharded_base.py",
         "models/backbone.py",
         "models/hf.py",
+        "models/hf_config.py",
         "models/shape.py",
+        "models/structure.py",
         "stages/base/model.py",
         "stages/base/objective.py",
         "stages/conversion/check.py",
@@ -81,9 +83,11 @@ OWNERS: dict[str, set[str]] = {
 EXPORTED = {
     "models/backbone.py",
     "models/hf.py",
+    "models/hf_config.py",
     "models/memory.py",
     "models/mixture.py",
     "models/quantized.py",
+    "models/structure.py",
 }
 
 

@@ -29,15 +29,8 @@ from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import (
-    CapturePoint,
-    capture,
-    decoder_layers,
-    load_base,
-    logit_transform,
-    output_head,
-    resolve_layer,
-)
+from mlpmem_ds.models.backbone import CapturePoint, capture, load_base, logit_transform
+from mlpmem_ds.models.structure import decoder_layers, output_head, resolve_layer
 
 _logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,7 +101,7 @@ class TransformersSource:
         try:
             self.model = self._load(path, attention, device_map, offload_folder)
             self._layers = decoder_layers(self.model, layers_path)
-            self._transform = logit_transform(self.model, head_at_hand=self._head)
+            self._transform = logit_transform(self.model, with_head=self._head)
             with self._head():
                 self.vocab_size = len(output_head(self.model)[0])
         except ValueError as error:

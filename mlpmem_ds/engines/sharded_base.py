@@ -24,7 +24,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from mlpmem_ds.engines.deepspeed import import_deepspeed
 from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
-from mlpmem_ds.models.backbone import decoder_layers, load_base
+from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.structure import decoder_layers
 
 _PERSISTENT_WIDTHS = (
     10  # parameters of at most so many times the width (norms, biases) stay whole on each rank

@@ -1,10 +1,9 @@
 """The base: a frozen Hugging Face causal language model, and the capture of its hidden states.
 
 Place in the pipeline: `extract_keys` reads keys and memory inputs here, `evaluate` reads the base's logits,
-and the joint model reads the memory's input. Everything is found by structure, not by a table of model names:
-the decoder's layers are the longest list of equal modules that each hold an MLP.
+and the joint model reads the memory's input. Layers, MLPs and heads are found by `structure`.
 
-Hooks exist only while a forward runs, and are removed also when it fails.
+The hooks of a `Capture` exist only while a forward runs, and are removed also when it fails.
 
 This file travels with exported models as remote code: it imports torch, transformers and the standard library
 only.
@@ -12,7 +11,6 @@ only.
 Shapes: B sequences, S tokens, D width of the base, V vocabulary, `...` any leading dimensions.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,15 +21,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .structure import (
+    UnknownStructureError,
+    decoder,
+    decoder_layers,
+    find_mlp,
+    names_of_parts,
+    output_head,
+    resolve_layer,
+    structure_message,
+)
+
 Point = Literal["ffn_input", "layer_output", "final_norm"]
 POINTS: tuple[str, ...] = get_args(Point)
-
-_MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-
-
-class UnknownStructureError(ValueError):
-    """The base's layers, MLP or output head could not be found; the message names what was seen and the
-    remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,9 @@ def load_base(
     except Exception as error:  # each library under the loader raises a family of its own
         raise ValueError(
             f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}):"
-            f" {error}\nGive a directory written by save_pretrained or the name of a model on the Hub (with"
-            " the network or its cache at hand); attention 'eager' works for every model (--attention"
-            " eager)."
+            f" {error}\nGive a directory written by save_pretrained or the name of a model on the Hub (which"
+            " needs the network, or its cache on this machine); attention 'eager' works for every model"
+            " (--attention eager)."
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -134,81 +136,17 @@ def load_base(
     return base.eval().requires_grad_(False)
 
 
-def resolve_layer(spec: int | float, num_layers: int) -> int:
-    """The layer index in `[0, num_layers)` of an index (negative from the end) or of a fraction of the depth
-    in (0, 1).
-
-    0.7 of 36 layers is index 25, the layer that 70 % of the layers precede. Raises ValueError when out of
-    range.
-    """
-    remedy = f"give an index in [-{num_layers}, {num_layers - 1}] or a fraction of the depth, such as 0.7"
-    if isinstance(spec, bool) or not isinstance(spec, int | float):
-        raise ValueError(f"a layer must be a number, not {spec!r}: {remedy}")
-    if isinstance(spec, int):
-        if not -num_layers <= spec < num_layers:
-            raise ValueError(f"layer {spec} does not exist in a model of {num_layers} layers: {remedy}")
-        return spec % num_layers
-    if not 0.0 < spec < 1.0:
-        raise ValueError(f"layer {spec} is not a fraction of the depth: {remedy}")
-    # The small term undoes the rounding of products such as 0.29 * 100 = 28.999...
-    return min(math.floor(spec * num_layers + 1e-9), num_layers - 1)
-
-
-def decoder_layers(model: PreTrainedModel, path: str | None = None) -> nn.ModuleList:
-    """The decoder's layers in order: those at `path`, or the longest list of equal modules that each hold an
-    MLP.
-
-    Lists inside another list (the experts of a layer) do not count. Raises UnknownStructureError when there
-    is no such list, or two of the same length.
-    """
-    if path is not None:
-        return _layers_at(model, path)
-    candidates: list[tuple[str, nn.ModuleList]] = []
-    for name, module in _outer_lists(_decoder(model)):
-        same_class = len({type(layer) for layer in module}) == 1
-        if same_class and all(_find_mlp(layer) is not None for layer in module):
-            candidates.append((name, module))
-    longest = max((len(module) for _, module in candidates), default=0)
-    found = [module for _, module in candidates if len(module) == longest]
-    if len(found) != 1:
-        reason = (
-            "several lists that could be its layers"
-            if found
-            else "no list of equal layers that each hold an MLP"
-        )
-        raise UnknownStructureError(_structure_message(model, reason))
-    return found[0]
-
-
-def output_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`(weight_VD, bias_V or None)` of the head that turns the final hidden state into logits; the live
-    tensors.
-
-    The exact logits are `logit_transform(model)(final @ weight.T + bias)`. Raises UnknownStructureError when
-    there is no such head.
-    """
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-        raise UnknownStructureError(
-            f"{type(model).__name__} has no linear output head (get_output_embeddings gives"
-            f" {type(head).__name__}): give a causal language model"
-        )
-    bias = getattr(head, "bias", None)
-    return weight, bias if isinstance(bias, torch.Tensor) else None
-
-
 @torch.no_grad()
 def logit_transform(
-    model: PreTrainedModel, *, head_at_hand: Callable[[], AbstractContextManager[None]] = nullcontext
+    model: PreTrainedModel, *, with_head: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> LogitTransform:
     """What this base does after its output head, read from its config and checked by one forward of eight
     tokens.
 
-    `head_at_hand` is opened around each use of the head's weights outside the model, for a base whose weights
-    lie elsewhere. Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's
-    `lm_head_multiplier`) and soft caps (Gemma's `final_logit_softcapping`). Raises UnknownStructureError when
-    the result differs from the model's logits.
+    `with_head` is opened around each use of the head's weights outside the model, for a base whose weights
+    lie elsewhere until they are used. Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`,
+    Falcon-H1's `lm_head_multiplier`) and soft caps (Gemma's `final_logit_softcapping`). Raises
+    UnknownStructureError when the result differs from the model's logits.
     """
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -217,7 +155,7 @@ def logit_transform(
     softcap = getattr(config, "final_logit_softcapping", None)
     transform = LogitTransform(scale=scale, softcap=None if softcap is None else float(softcap))
 
-    with head_at_hand():
+    with with_head():
         vocab_size = len(output_head(model)[0])
     device = (
         torch.device("cpu") if model.device.type == "meta" else model.device
@@ -225,9 +163,9 @@ def logit_transform(
     probe_BS = (torch.arange(8, device=device) % vocab_size).unsqueeze(0)
     expected_BSV = model(input_ids=probe_BS, use_cache=False).logits.float()
     if not bool(torch.isfinite(expected_BSV).all()):
-        return transform  # damaged weights: whoever reads the states says at which position and layer
+        return transform  # damaged weights: the reader of the states says at which position and layer
     final_BSD = capture(model, [])(probe_BS).final_BSD
-    with head_at_hand():
+    with with_head():
         weight_VD, bias_V = output_head(model)
         if final_BSD.shape[-1] == weight_VD.shape[1]:
             logits_BSV = transform(
@@ -285,57 +223,75 @@ class Capture:
         silent = [point for point in self._places if point not in states]
         if silent:
             raise UnknownStructureError(
-                _structure_message(self._model, f"the layers did not run where {silent[0]} should be read")
+                structure_message(self._model, f"the layers did not run where {silent[0]} should be read")
             )
 
 
-class Tap:
-    """Reads the state at one point, in a forward that may be compiled.
+class Taps:
+    """Reads the states at some points, by name, in a forward that may be compiled.
 
-    torch.compile can follow a hook that is there when it starts, but not the making of one, which `Capture`
-    does at every call. So this hook stays on the module, and does nothing while the tap is closed. It goes
-    when `remove` is called. Not for use by two threads at a time on one model.
+    torch.compile can follow a hook that exists when it starts, but not the making of one, which `Capture`
+    does at every call. So these hooks stay on their modules, and do nothing between the calls of `read`. They
+    go when `remove` is called. Not for use by two threads at a time on one model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, point: CapturePoint, *, layers_path: str | None = None
+        self, model: PreTrainedModel, points: Mapping[str, CapturePoint], *, layers_path: str | None = None
     ) -> None:
         """Raises ValueError for a layer out of range and UnknownStructureError when the structure is not
         understood."""
+        self._taps = {name: _Tap(model, point, layers_path) for name, point in points.items()}
+
+    def read(
+        self, forward: Callable[..., Any], num_sequences: int, num_tokens: int, **arguments: Any
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """`forward(**arguments)`, a forward of the model on `[num_sequences, num_tokens]` ids, and the states
+        [B, S, D].
+
+        Raises UnknownStructureError when nothing passed a point.
+        """
+        for tap in self._taps.values():
+            # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores them.
+            tap.shape, tap.state = (num_sequences, num_tokens, -1), None
+        states: dict[str, torch.Tensor] = {}
+        try:
+            output = forward(**arguments)
+        finally:
+            for name, tap in self._taps.items():
+                if tap.state is not None:
+                    states[name] = tap.state
+                tap.shape, tap.state = None, None
+        for name in self._taps:
+            if name not in states:
+                raise UnknownStructureError(f"the layers did not run where the {name} should be read")
+        return output, states
+
+    def remove(self) -> None:
+        """Take the hooks off the model; may be called again."""
+        for tap in self._taps.values():
+            tap.remove()
+
+
+class _Tap:
+    """One point of `Taps`: a hook that keeps the state of a forward while `shape` is set."""
+
+    def __init__(self, model: PreTrainedModel, point: CapturePoint, layers_path: str | None) -> None:
         module, reads_input = _place(model, point, layers_path)
-        self._shape: tuple[int, int, int] | None = None  # None: closed
-        self._state: torch.Tensor | None = None
+        self.shape: tuple[int, int, int] | None = None
+        self.state: torch.Tensor | None = None
         # Bound methods: a deep copy of the model has hooks of its own.
         if reads_input:
             self.remove = module.register_forward_pre_hook(self._before, with_kwargs=True).remove
         else:
             self.remove = module.register_forward_hook(self._after).remove
 
-    def read(
-        self, forward: Callable[..., Any], num_sequences: int, num_tokens: int, **arguments: Any
-    ) -> tuple[Any, torch.Tensor]:
-        """`forward(**arguments)`, a forward of the model on `[num_sequences, num_tokens]` ids, and the state
-        [B, S, D].
-
-        Raises UnknownStructureError when nothing passed the point.
-        """
-        # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores them.
-        self._shape, self._state = (num_sequences, num_tokens, -1), None
-        try:
-            output = forward(**arguments)
-        finally:
-            state, self._shape, self._state = self._state, None, None
-        if state is None:
-            raise UnknownStructureError("the layers did not run where the memory's input should be read")
-        return output, state
-
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._shape is not None:
-            self._state = _first_tensor((*args, *kwargs.values())).reshape(self._shape)
+        if self.shape is not None:
+            self.state = _first_tensor((*args, *kwargs.values())).reshape(self.shape)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._shape is not None:
-            self._state = _state_of_output(output).reshape(self._shape)
+        if self.shape is not None:
+            self.state = _state_of_output(output).reshape(self.shape)
 
 
 def capture(
@@ -358,13 +314,15 @@ def _place(model: PreTrainedModel, point: CapturePoint, layers_path: str | None)
                 f"final_norm is read after the last layer, not at layer {point.layer} of {len(layers)}: "
                 "give layer -1, or another point"
             )
-        return _decoder(model), False
+        return decoder(model), False
     if point.point == "layer_output":
         return layers[index], False
-    mlp = _find_mlp(layers[index])
+    mlp = find_mlp(layers[index])
     if mlp is None:
         raise UnknownStructureError(
-            _structure_message(model, f"no MLP in layer {index}, whose parts are {_children(layers[index])}")
+            structure_message(
+                model, f"no MLP in layer {index}, whose parts are {names_of_parts(layers[index])}"
+            )
         )
     return mlp, True
 
@@ -407,80 +365,6 @@ def _first_tensor(values: Any) -> torch.Tensor:
     raise UnknownStructureError(
         "a hooked module passes no tensor: name the list of decoder layers with --layers-path"
     )
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    # The language model inside a wrapper (OPT's decoder, the text half of a model that also sees pictures).
-    decoder: nn.Module = model.get_decoder()
-    return decoder
-
-
-def _outer_lists(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    for name, child in root.named_children():
-        path = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList):
-            if len(child) > 0:
-                yield path, child
-        else:
-            yield from _outer_lists(child, f"{path}.")
-
-
-def _layers_at(model: PreTrainedModel, path: str) -> nn.ModuleList:
-    try:
-        layers = model.get_submodule(path)
-    except AttributeError:
-        raise UnknownStructureError(_structure_message(model, f"nothing at the path {path!r}")) from None
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-        reason = f"{path!r} is a {type(layers).__name__}, not a list of layers"
-        raise UnknownStructureError(_structure_message(model, reason))
-    return layers
-
-
-def _find_mlp(layer: nn.Module) -> nn.Module | None:
-    """The module whose input is the MLP's input: the MLP by name, or by its pair of matrices D -> F -> D."""
-    children = dict(layer.named_children())
-    for name in _MLP_NAMES:
-        if name in children:
-            return children[name]
-    first_matrices = _expansions(layer)
-    if len(first_matrices) == 1:  # no MLP module at all: OPT's fc1 and fc2 lie in the layer itself
-        return first_matrices[0]
-    holders = [
-        child
-        for name, child in children.items()
-        if "att" not in name.lower() and "att" not in type(child).__name__.lower() and _expansions(child)
-    ]
-    return holders[0] if len(holders) == 1 else None
-
-
-def _expansions(module: nn.Module) -> list[nn.Linear]:
-    """The linear children that some later linear child maps back: `D -> F` before `F -> D`."""
-    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
-    return [
-        first
-        for index, first in enumerate(linears)
-        if any(
-            (second.out_features, second.in_features) == (first.in_features, first.out_features)
-            for second in linears[index + 1 :]
-        )
-    ]
-
-
-def _structure_message(model: PreTrainedModel, reason: str) -> str:
-    lists = [(name, module) for name, module in _outer_lists(model)]
-    seen = "\n".join(
-        f"  {name}: {len(module)} x {type(module[0]).__name__} ({_children(module[0])})"
-        for name, module in lists
-    )
-    return (
-        f"the structure of {type(model).__name__} is not understood: {reason}. Its lists of modules"
-        f" are\n{seen or '  (none)'}\nName the list of decoder layers with --layers-path, for example"
-        f" --layers-path {lists[0][0] if lists else 'model.layers'}"
-    )
-
-
-def _children(module: nn.Module) -> str:
-    return ", ".join(name for name, _ in module.named_children()) or "no parts"
 
 
 def _is_path(name: str) -> bool:

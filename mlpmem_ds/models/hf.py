@@ -6,12 +6,13 @@ load it: `p(y|x) = (1 - lmbda) p_base(y|x) + lmbda p_mem(y|h(x))`, where `h(x)` 
 states.
 
 `logits` are log-probabilities of the mixture (float32; softmax gives the mixture back, and a temperature
-applies after mixing). At `lmbda = 0` they are the base's own logits, so that nothing at all changes. The
-memory has no cache: the caches are the base's.
+applies after mixing). How much of the memory there is at a position is said by a gate (see `mixture`), by
+default the same `lmbda` everywhere; at `lmbda = 0` they are the base's own logits, so that nothing at all
+changes. The memory has no cache: the caches are the base's.
 
 This file is written into every exported directory as remote code, together with those that it imports
-(mixture.py, memory.py, backbone.py and quantized.py): all import torch, transformers and the standard library
-only.
+(hf_config, mixture, memory, backbone, structure, quantized): all import torch, transformers and the standard
+library only.
 
 Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any leading
 dimensions.
@@ -28,88 +29,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .backbone import CapturePoint, Tap, decoder_layers, output_head, resolve_layer
+from .backbone import CapturePoint, Taps
+from .hf_config import MemoryAugmentedConfig
 from .memory import Memory, MemoryConfig, NormalLinear
-from .mixture import DEFAULT_LAMBDA, checked_lmbda, log_mixture_of_logits
+from .mixture import DEFAULT_LAMBDA, Constant, GateInputs, StoredGate, log_mixture_of_logits, open_gate
 from .quantized import Int8Linear, quantize_linears
+from .structure import decoder_layers, output_head, resolve_layer
 
-
-class MemoryAugmentedConfig(PretrainedConfig):
-    """The base's config, the memory's config, and how they are joined.
-
-    `base_config` is the base's full config (a dict with its `model_type`, or the object), `memory_config` the
-    dict of a `MemoryConfig`, `lmbda` the memory's weight in [0, 1], `input_layer` and `input_point` the
-    hidden state that the memory reads (see `CapturePoint`), `layers_path` the base's list of layers where it
-    cannot be found by structure, `provenance` plain values about how the memory was made, `vocabulary_sha256`
-    the fingerprint of the tokenizer's vocabulary, empty when unknown.
-    """
-
-    model_type = "mlpmem"
-    sub_configs = {"base_config": AutoConfig}
-
-    def __init__(
-        self,
-        base_config: dict[str, Any] | PretrainedConfig | None = None,
-        memory_config: dict[str, Any] | None = None,
-        lmbda: float = DEFAULT_LAMBDA,
-        input_layer: int = -1,
-        input_point: str = "ffn_input",
-        layers_path: str | None = None,
-        provenance: dict[str, Any] | None = None,
-        vocabulary_sha256: str = "",
-        **kwargs: Any,
-    ) -> None:
-        # The base's config comes last: transformers' own __init__ hands its attention implementation, None by
-        # default, down to every nested config that it finds, and a live base would lose its own.
-        self.base_config: PretrainedConfig | None = None
-        self.memory_config = (
-            None if memory_config is None else MemoryConfig.from_dict(memory_config).to_dict()
-        )
-        self.lmbda = checked_lmbda(lmbda)
-        self.input_layer = input_layer
-        self.input_point = input_point
-        self.layers_path = layers_path
-        self.provenance = dict(provenance or {})
-        self.vocabulary_sha256 = vocabulary_sha256
-        # Each submodel ties its own weights; there is nothing to tie across them.
-        kwargs["tie_word_embeddings"] = False
-        super().__init__(**kwargs)
-        if base_config is not None:
-            self.base_config = _config_of_base(base_config)
-            if self._attn_implementation is not None:
-                self._attn_implementation = self._attn_implementation  # hands it down
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
-        """The base's: generation reads the shapes of the caches and the vocabulary from it."""
-        if self.base_config is None:
-            return self
-        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._of_base("vocab_size"))
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self._of_base("hidden_size"))
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return int(self._of_base("num_hidden_layers"))
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return int(self._of_base("max_position_embeddings"))
-
-    def _of_base(self, name: str) -> Any:
-        # AttributeError, so that hasattr() answers no for a config that holds no base yet or a base without
-        # the field.
-        if self.base_config is None:
-            raise AttributeError(f"a MemoryAugmentedConfig without a base has no {name}")
-        return getattr(self.base_config.get_text_config(decoder=True), name)
+MEMORY_INPUT = "memory_input"
+"""Name of the state that the memory reads; a gate finds it in `GateInputs.states` too."""
 
 
 Mixture = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor]
@@ -121,6 +52,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     `mixture`, the function `mixture.log_mixture_of_logits`, may be replaced by a faster one, such as the
     package's `models.mixture_on_device.mixture_on_device`, which is two launches on CUDA; it need not be
     differentiable.
+
+    `gate` finds the memory's weight at each position; `set_gate` takes another.
 
     A forward can be compiled whole wherever the base's can: `model.generate(...,
     cache_implementation="static")` on CUDA does so for each step, with CUDA graphs.
@@ -150,12 +83,12 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         self.base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
         config.base_config = self.base.config
         self.memory = Memory(MemoryConfig.from_dict(config.memory_config)) if memory is None else memory
-        # transformers initializes what it does not know to be initialized: parts that were given are.
+        # transformers initializes what is not marked as initialized: parts that were given are.
         for part in (base, memory):
             for module in part.modules() if part is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        self._tap = Tap(self.base, _checked_point(config, self.base), layers_path=config.layers_path)
-        weakref.finalize(self, self._tap.remove)  # the base may outlive this model
+        self.gate: StoredGate = open_gate(config.gate, config.lmbda)
+        self._taps = self._make_taps()
         self._can_compile_fullgraph = bool(self.base._can_compile_fullgraph)
         self.mixture: Mixture = log_mixture_of_logits
         self._base_parameters = frozenset(inspect.signature(self.base.forward).parameters)
@@ -228,12 +161,27 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 
     @property
     def lmbda(self) -> float:
-        """The memory's weight in [0, 1]; it may be set at any time, and is saved with the model."""
+        """The memory's weight in [0, 1]; it may be set at any time, and is saved with the model.
+
+        Setting it makes it the weight at every position: a gate that varied it is replaced.
+        """
         return float(self.config.lmbda)
 
     @lmbda.setter
     def lmbda(self, value: float) -> None:
-        self.config.lmbda = checked_lmbda(value)
+        self.set_gate(Constant(value))
+
+    def set_gate(self, gate: StoredGate) -> None:
+        """Let this gate find the memory's weight at each position; it is saved with the model."""
+        is_read = dict(gate.reads) == dict(self.gate.reads)
+        del self.gate  # torch lets no plain object take the name of a module
+        self.gate = gate
+        self.config.gate = gate.settings()
+        if isinstance(gate, Constant):
+            self.config.lmbda = float(gate.lmbda)
+        if not is_read:
+            self._taps.remove()
+            self._taps = self._make_taps()
 
     def quantize_memory(self) -> "MemoryAugmentedLM":
         """Round the memory's matrices to int8, in place, for decoding; gives the model. See quantized.py.
@@ -282,16 +230,18 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         if base_keeps:
             arguments["logits_to_keep"] = logits_to_keep
         loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
-        if self.lmbda == 0.0:
+        if isinstance(self.gate, Constant) and self.gate.lmbda == 0.0:
+            # A shortcut, not another way to mix: the memory need not run, and the logits stay as they are.
             output = self.base(**arguments, **kwargs, return_dict=True)
             logits = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
         else:
             shape = (input_ids if input_ids is not None else inputs_embeds).shape  # type: ignore[union-attr]
-            output, inputs_BSD = self._tap.read(
+            output, states = self._taps.read(
                 self.base, shape[0], shape[1], **arguments, **kwargs, return_dict=True
             )
             base_logits_BKV = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
-            logits = self._mixture(base_logits_BKV, _kept(inputs_BSD, logits_to_keep))
+            kept_states = {name: _kept(state_BSD, logits_to_keep) for name, state_BSD in states.items()}
+            logits = self._mixture(base_logits_BKV, kept_states)
         loss = None
         if labels is not None:
             loss = self.base.loss_function(
@@ -325,13 +275,23 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         head: nn.Module = self.base.get_output_embeddings()
         return head
 
-    def _mixture(self, base_logits_BKV: torch.Tensor, inputs_BKD: torch.Tensor) -> torch.Tensor:
+    def _make_taps(self) -> Taps:
+        config: Any = self.config
+        points = {**self.gate.reads, MEMORY_INPUT: _checked_point(config, self.base)}
+        taps = Taps(self.base, points, layers_path=config.layers_path)
+        weakref.finalize(self, taps.remove)  # the base may outlive this model
+        return taps
+
+    def _mixture(self, base_logits_BKV: torch.Tensor, states: dict[str, torch.Tensor]) -> torch.Tensor:
         weight: torch.Tensor = self.memory.final_norm.weight  # type: ignore[assignment]
-        hidden = self.memory(inputs_BKD.to(device=weight.device, dtype=weight.dtype))
+        hidden = self.memory(states[MEMORY_INPUT].to(device=weight.device, dtype=weight.dtype))
         memory_logits_BKV = self.memory.head(hidden).to(base_logits_BKV.device)
+        lmbda = self.gate(
+            GateInputs(base_logits=base_logits_BKV, memory_logits=memory_logits_BKV, states=states)
+        )
         # A compiler makes one kernel of the plain function by itself.
         mixture = log_mixture_of_logits if torch.compiler.is_compiling() else self.mixture
-        return mixture(base_logits_BKV, memory_logits_BKV, self.lmbda)
+        return mixture(base_logits_BKV, memory_logits_BKV, lmbda)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -344,7 +304,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 class PretrainedMemory:
     """A trained memory without its base, and which of the base's states it reads.
 
-    `lmbda` is None where nobody chose one. `provenance` holds plain values about how it was made.
+    `lmbda` is None where none was chosen. `provenance` holds plain values about how it was made.
     """
 
     module: Memory = field(repr=False)
@@ -387,8 +347,8 @@ class PretrainedMemory:
             with torch.device("meta"):
                 module = Memory(MemoryConfig.from_dict(description["memory"]))
             module.load_state_dict(load_file(root / "weights" / "model.safetensors"), assign=True)
-            known = description["provenance"]
-            layer, point = known["input_layer"], known.get("input_point", known["key_point"])
+            provenance = description["provenance"]
+            layer, point = provenance["input_layer"], provenance.get("input_point", provenance["key_point"])
         except Exception as error:  # safetensors raises a family of its own
             raise ValueError(
                 f"{root} holds no whole memory ({type(error).__name__}: {error}): finish its training"
@@ -398,8 +358,8 @@ class PretrainedMemory:
             input_layer=layer,
             input_point=point,
             lmbda=None,
-            vocabulary_sha256=known.get("vocabulary_sha256", ""),
-            provenance=known,
+            vocabulary_sha256=provenance.get("vocabulary_sha256", ""),
+            provenance=provenance,
         )
 
     def attach(self, base: PreTrainedModel, *, lmbda: float | None = None) -> MemoryAugmentedLM:
@@ -427,24 +387,6 @@ def register() -> None:
     AutoModelForCausalLM.register(MemoryAugmentedConfig, MemoryAugmentedLM, exist_ok=True)
     MemoryAugmentedConfig.register_for_auto_class("AutoConfig")
     MemoryAugmentedLM.register_for_auto_class("AutoModelForCausalLM")
-
-
-def _config_of_base(values: dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
-    if isinstance(values, PretrainedConfig):
-        return copy.deepcopy(values)
-    values = dict(values)
-    model_type = values.pop("model_type", None)
-    if model_type is None:
-        raise ValueError(
-            "base_config has no model_type: give the dict that the base's config.to_dict() returns"
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
-    except ValueError as error:
-        raise ValueError(
-            f"this transformers does not know the base's model type {model_type!r}: upgrade it"
-        ) from error
-    return config
 
 
 def _checked_point(config: MemoryAugmentedConfig, base: PreTrainedModel) -> CapturePoint:

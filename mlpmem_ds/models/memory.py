@@ -63,11 +63,10 @@ class MemoryConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "MemoryConfig":
         """The config of these values. Raises ValueError for unknown or missing keys and for values out of
         range."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
             raise ValueError(
-                f"unknown keys in a memory config: {', '.join(unknown)} (known: {', '.join(known)})"
+                f"unknown keys in a memory config: {', '.join(unknown)} (known: {', '.join(names)})"
             )
         required = ("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size")
         missing = [name for name in required if name not in values]

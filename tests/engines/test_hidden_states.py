@@ -16,7 +16,8 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.hidden_states import TransformersSource, masks_of_layers, scan_positions
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
+from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.structure import decoder_layers
 
 SIZES = {
     "vocab_size": 300,

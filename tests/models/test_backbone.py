@@ -10,17 +10,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mlpmem_ds.models.backbone import (
-    CapturePoint,
-    LogitTransform,
-    UnknownStructureError,
-    capture,
-    decoder_layers,
-    load_base,
-    logit_transform,
-    output_head,
-    resolve_layer,
-)
+from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, capture, load_base, logit_transform
+from mlpmem_ds.models.structure import UnknownStructureError, decoder_layers, output_head, resolve_layer
 
 LLAMA_SIZES = {
     "vocab_size": 61,

@@ -50,10 +50,11 @@ from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
 from mlpmem_ds.maths.rescoring import rescore
 from mlpmem_ds.maths.weighting import Weighting
-from mlpmem_ds.models.backbone import CapturePoint, decoder_layers
+from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.models.mixture import log_mixture
+from mlpmem_ds.models.structure import decoder_layers
 from mlpmem_ds.stages import shared_flags
 
 from .common import Report, Row, check_output, median_of, row_of, use_threads

@@ -16,7 +16,8 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.models.backbone import load_base, logit_transform, output_head
+from mlpmem_ds.models.backbone import load_base, logit_transform
+from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.base.config import Config
 
 _MODULE_PREFIX = "model."  # of the model's names inside `NextTokenModule`

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
-from mlpmem_ds.models.backbone import output_head
+from mlpmem_ds.models.structure import output_head
 
 _CHUNK_BYTES_CPU = 4 << 20  # of logits: what stays in a core's share of the cache
 

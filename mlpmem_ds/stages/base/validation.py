@@ -17,7 +17,7 @@ from mlpmem_ds.engines.deepspeed import Engine
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import output_head
+from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.base.objective import NextTokenModule
 from mlpmem_ds.stages.training.validation import Validation
 

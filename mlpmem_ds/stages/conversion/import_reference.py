@@ -21,8 +21,8 @@ from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, TrainedMemory, write_weights
 from mlpmem_ds.formats.reference_checkpoint import ReferenceMemory, open_reference
-from mlpmem_ds.models.backbone import resolve_layer
 from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.structure import resolve_layer
 from mlpmem_ds.stages.shared_flags import Layer
 
 _logger = logging.getLogger(__name__)

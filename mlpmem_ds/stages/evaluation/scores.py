@@ -17,9 +17,10 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.hidden_states import BatchStates, TransformersSource, scan_positions
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import HeadScores, head_scores, token_log_probabilities
-from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, logit_transform, output_head
+from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, logit_transform
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.quantized import Int8Linear
+from mlpmem_ds.models.structure import output_head
 
 _CPU_TOKENS = 2048  # of a forward on a CPU; from a few hundred on, more at once are no faster
 _MEMORY_ROWS = 2048  # rows whose activations are at hand: 4 · F bytes each and matrix, 117 MB for F = 14,336

@@ -55,7 +55,7 @@ from mlpmem_ds.formats.keys import Keys, bfloat16_bits, open_keys, unit_name
 from mlpmem_ds.formats.targets import FORMAT as TARGETS_FORMAT
 from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, version_of, write_shard
 from mlpmem_ds.maths.weighting import Weighting
-from mlpmem_ds.models.backbone import resolve_layer
+from mlpmem_ds.models.structure import resolve_layer
 from mlpmem_ds.stages.corpus.tokenization import vocab_size
 from mlpmem_ds.stages.exchange.config import ImportConfig
 

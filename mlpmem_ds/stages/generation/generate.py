@@ -20,7 +20,8 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
 from mlpmem_ds.formats.corpus import vocabulary_sha256
-from mlpmem_ds.models.hf import MemoryAugmentedConfig, MemoryAugmentedLM
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
 from mlpmem_ds.stages.generation.config import Config
 
