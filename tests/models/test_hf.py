@@ -1,104 +1,30 @@
-"""The joint model: the mixture in fp64, generation beside the bare base, padding, and life outside this
-package."""
+"""The joint model: the mixture in fp64, generation compared with the bare base, padding, and parts."""
 
 import copy
 import gc
-import json
-import subprocess
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import AutoConfig, StaticCache
 
-from mlpmem_ds.models import mixture
-from mlpmem_ds.models.backbone import CapturePoint, capture
-from mlpmem_ds.models.hf import MEMORY_INPUT, MemoryAugmentedLM
+from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.memory import Memory, MemoryConfig, MemoryHead
-from mlpmem_ds.models.mixture import Constant, GateInputs, log_mixture_of_logits
-from mlpmem_ds.models.mixture_on_device import mixture_on_device
 
-VOCAB, WIDTH, PAD, EOS = 61, 32, 0, 2
-TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
-LLAMA_SIZES = {
-    **TOKENS,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-BASES = {
-    "gpt2": {
-        **TOKENS,
-        "n_embd": WIDTH,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_positions": 64,
-    },  # head tied to the embeddings
-    "llama": LLAMA_SIZES,
-    "qwen2": {**LLAMA_SIZES, "tie_word_embeddings": True},
-    "gemma2": {**LLAMA_SIZES, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 5.0},
-    "opt": {**LLAMA_SIZES, "ffn_dim": 48, "word_embed_proj_dim": WIDTH},
-}
-POINT = CapturePoint(layer=2)
-
-
-def spread(model: nn.Module, seed: int) -> None:
-    """Weights far from the start, so that distributions are peaked and mistakes show."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-
-
-def tiny_base(family: str) -> PreTrainedModel:
-    torch.manual_seed(5)
-    model = (
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **BASES[family]))
-        .eval()
-        .requires_grad_(False)
-    )
-    spread(model, 6)
-    return model
-
-
-def tiny_memory(**changes: object) -> Memory:
-    torch.manual_seed(7)
-    values = {
-        "input_size": WIDTH,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_blocks": 2,
-        "vocab_size": VOCAB,
-    }
-    memory = Memory(MemoryConfig.from_dict({**values, **changes}))
-    spread(memory, 8)
-    return memory
-
-
-def tiny_joint(family: str, lmbda: float = 0.4, point: CapturePoint = POINT) -> MemoryAugmentedLM:
-    return MemoryAugmentedLM.from_parts(tiny_base(family), tiny_memory(), lmbda=lmbda, input_point=point)
-
-
-def random_ids(num_sequences: int = 3, num_tokens: int = 7) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (num_sequences, num_tokens), generator=torch.Generator().manual_seed(9))
-
-
-def expected_log_probabilities(
-    joint: MemoryAugmentedLM, ids_BS: torch.Tensor, point: CapturePoint
-) -> torch.Tensor:
-    """The mixture in fp64 from its definition, the memory's input by a capture of its own."""
-    state_BSD = capture(joint.base, [point])(ids_BS).states[point]
-    base_BSV = joint.base(ids_BS).logits.double().softmax(-1)
-    memory_BSV = joint.memory.head(joint.memory(state_BSD)).double().softmax(-1)
-    return ((1 - joint.lmbda) * base_BSV + joint.lmbda * memory_BSV).log()
+from .conftest import (
+    BASES,
+    LLAMA_SIZES,
+    PAD,
+    POINT,
+    VOCAB,
+    WIDTH,
+    expected_log_probabilities,
+    random_ids,
+    tiny_base,
+    tiny_joint,
+    tiny_memory,
+)
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -113,24 +39,6 @@ def test_logits_are_the_mixture(family: str) -> None:
         assert logits_BSV.dtype == torch.float32
         torch.testing.assert_close(logits_BSV.double(), expected_BSV, rtol=1e-5, atol=1e-5)
         assert (expected_BSV.exp() - joint.base(ids_BS).logits.double().softmax(-1)).abs().max() > 0.02
-
-
-def test_lmbda_is_settable_and_exact_at_its_ends() -> None:
-    joint, ids_BS = tiny_joint("gpt2"), random_ids()
-    joint.lmbda = 0
-    assert torch.equal(joint(ids_BS).logits, joint.base(ids_BS).logits)
-    for lmbda in (1.0, 0.9):
-        joint.lmbda = lmbda
-        torch.testing.assert_close(
-            joint(ids_BS).logits.double(),
-            expected_log_probabilities(joint, ids_BS, POINT),
-            rtol=1e-5,
-            atol=1e-5,
-        )
-    for wrong in (-0.01, 1.01, float("nan"), True, "0.3"):
-        with pytest.raises(ValueError, match=r"\[0, 1\]"):
-            joint.lmbda = wrong  # type: ignore[assignment]
-    assert joint.lmbda == 0.9
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -199,87 +107,6 @@ def test_a_step_with_a_static_cache_compiles_whole(family: str) -> None:
         traced[:, 0].double(), expected_log_probabilities(joint, sequence, POINT)[:, -1], rtol=1e-4, atol=1e-4
     )
     torch.compiler.reset()
-
-
-def test_another_function_may_mix() -> None:
-    joint, ids_BS = tiny_joint("llama"), random_ids()
-    plain = joint(ids_BS).logits
-    calls: list[float] = []
-
-    def mixture(base: torch.Tensor, memory: torch.Tensor, lmbda: float) -> torch.Tensor:
-        calls.append(lmbda)
-        return mixture_on_device(base, memory, lmbda)
-
-    joint.mixture = mixture
-    torch.testing.assert_close(joint(ids_BS).logits, plain, rtol=0, atol=1e-6)
-    joint.lmbda = 0.0
-    assert torch.equal(joint(ids_BS).logits, joint.base(ids_BS).logits) and calls == [0.4]
-
-
-class LearnedGate(nn.Module):
-    """λ from the base's entropy and two of its states, one of them the memory's own input."""
-
-    reads = {"middle": CapturePoint(layer=1, point="layer_output")}
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2 * width + 1, 1)
-
-    def forward(self, inputs: GateInputs, /) -> torch.Tensor:
-        assert inputs.base_logits is not None and inputs.memory_logits is not None
-        assert inputs.base_logits.shape == inputs.memory_logits.shape
-        log_base = inputs.base_logits.log_softmax(-1)
-        entropy = -(log_base.exp() * log_base).sum(-1, keepdim=True)
-        features = torch.cat([entropy, inputs.states["middle"], inputs.states[MEMORY_INPUT]], dim=-1)
-        weight: torch.Tensor = self.layer(features).sigmoid()[..., 0]
-        return weight
-
-    def settings(self) -> dict[str, object]:
-        return {"kind": "learned", "width": WIDTH}
-
-
-@torch.no_grad()
-def test_a_learned_gate_is_one_more_member(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def build(lmbda: float, settings: Mapping[str, Any]) -> LearnedGate:
-        assert lmbda == 0.4
-        return LearnedGate(settings["width"])
-
-    monkeypatch.setattr(mixture, "GATES", {**mixture.GATES, "learned": build})
-    base, ids_BS = tiny_base("llama"), random_ids()
-    joint = MemoryAugmentedLM.from_parts(base, tiny_memory(), lmbda=0.4, input_point=POINT)
-    torch.manual_seed(1)
-    gate = LearnedGate(WIDTH)
-    joint.set_gate(gate)
-    states = capture(base, [POINT, gate.reads["middle"]])(ids_BS).states
-    base_logits, memory_logits = base(ids_BS).logits, joint.memory.head(joint.memory(states[POINT]))
-    inputs = GateInputs(
-        base_logits=base_logits,
-        memory_logits=memory_logits,
-        states={"middle": states[gate.reads["middle"]], MEMORY_INPUT: states[POINT]},
-    )
-    lmbda_BS = gate(inputs)
-    assert lmbda_BS.shape == ids_BS.shape and float(lmbda_BS.std()) > 0.01
-    expected_BSV = log_mixture_of_logits(base_logits, memory_logits, lmbda_BS)
-    torch.testing.assert_close(joint(ids_BS).logits, expected_BSV, rtol=1e-5, atol=1e-5)
-    compiled = torch.compile(joint, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(ids_BS).logits, expected_BSV, rtol=1e-5, atol=1e-5)
-    torch.compiler.reset()
-    last_BV = joint(ids_BS, logits_to_keep=1).logits[:, -1]
-    torch.testing.assert_close(last_BV, expected_BSV[:, -1], rtol=1e-5, atol=1e-5)
-    generated = joint.generate(ids_BS, max_new_tokens=4, do_sample=False, eos_token_id=None)
-
-    joint.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["gate"] == {"kind": "learned", "width": WIDTH}
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(ids_BS).logits, joint(ids_BS).logits)
-    again = loaded.generate(ids_BS, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    assert torch.equal(again, generated)
-
-    joint.lmbda = 0.7
-    assert joint.gate == Constant(0.7) and joint.config.gate == {"kind": "constant"}
-    assert not any(name.startswith("gate") for name in joint.state_dict())
-    expected_BSV = expected_log_probabilities(joint, ids_BS, POINT)
-    torch.testing.assert_close(joint(ids_BS).logits.double(), expected_BSV, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -416,110 +243,3 @@ def test_what_does_not_fit_is_refused() -> None:
         MemoryAugmentedConfig(base_config={"hidden_size": 3})
     with pytest.raises(ValueError, match="'nosuchmodel'"):
         MemoryAugmentedConfig(base_config={"model_type": "nosuchmodel"})
-
-
-def export(family: str, directory: Path) -> MemoryAugmentedLM:
-    joint = MemoryAugmentedLM.from_parts(
-        tiny_base(family),
-        tiny_memory(),
-        lmbda=0.4,
-        input_point=CapturePoint(layer=-2),
-        provenance={"corpus": "tiny", "temperature": 3.5},
-        vocabulary_sha256="ab12",
-    )
-    joint.save_pretrained(directory)
-    return joint
-
-
-@pytest.mark.parametrize("family", BASES)
-def test_round_trip_inside_the_package(family: str, tmp_path: Path) -> None:
-    joint, ids_BS = export(family, tmp_path), random_ids()
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is MemoryAugmentedLM and not any(report.values()), report
-    assert torch.equal(loaded(ids_BS).logits, joint(ids_BS).logits)
-    tied = joint.base.config.tie_word_embeddings
-    for model in (joint, loaded):
-        head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-        assert (head.data_ptr() == embeddings.data_ptr()) == tied
-    config = loaded.config
-    assert (config.lmbda, config.input_layer, config.input_point) == (0.4, 2, "ffn_input")
-    assert config.provenance == {"corpus": "tiny", "temperature": 3.5} and config.vocabulary_sha256 == "ab12"
-    assert loaded.generation_config.eos_token_id == EOS
-    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (VOCAB, WIDTH, 4)
-    loaded.lmbda = 0.7
-    loaded.save_pretrained(tmp_path / "again")
-    assert AutoConfig.from_pretrained(tmp_path / "again").lmbda == 0.7
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
-    assert half.base.config._attn_implementation == "eager"
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-
-
-CODE_FILES = (
-    "hf.py",
-    "hf_config.py",
-    "mixture.py",
-    "memory.py",
-    "backbone.py",
-    "structure.py",
-    "quantized.py",
-)
-STRANGER = """
-import json, sys
-sys.modules["mlpmem_ds"] = None  # any import of the package is an ImportError from here on
-import torch
-from transformers import AutoModelForCausalLM
-ids = torch.tensor(json.loads(sys.argv[1]))
-result = {}
-for directory in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules"), type(model)
-    new = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    with torch.no_grad():
-        result[directory] = {"logits": model(ids).logits.double().tolist(), "new": new.tolist(),
-            "lmbda": model.lmbda}
-    model.save_pretrained(directory + "-again")
-    again = AutoModelForCausalLM.from_pretrained(directory + "-again", trust_remote_code=True)
-    assert torch.equal(again(ids).logits, model(ids).logits)
-assert not any(name.startswith("mlpmem_ds.") for name in sys.modules)
-print(json.dumps(result))
-"""
-
-
-def test_an_export_loads_and_generates_without_this_package(tmp_path: Path) -> None:
-    ids_BS = random_ids()
-    families = ("gpt2", "llama")
-    joints = {family: export(family, tmp_path / family) for family in families}
-    assert {*CODE_FILES, "model.safetensors"} <= {file.name for file in (tmp_path / "gpt2").iterdir()}
-    environment = {
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": "/usr/bin",
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-I",
-            "-c",
-            STRANGER,
-            json.dumps(ids_BS.tolist()),
-            *(str(tmp_path / name) for name in families),
-        ],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    for family, joint in joints.items():
-        seen = result[str(tmp_path / family)]
-        torch.testing.assert_close(
-            torch.tensor(seen["logits"], dtype=torch.float64),
-            joint(ids_BS).logits.double(),
-            rtol=1e-6,
-            atol=1e-6,
-        )
-        expected = joint.generate(ids_BS, max_new_tokens=6, do_sample=False, eos_token_id=None)
-        assert seen["new"] == expected.tolist() and seen["lmbda"] == 0.4
