@@ -42,7 +42,7 @@ WORDS = {
     r"the dead": "killed ranks, ended processes",
     r"(?!at_)\w*(?<![a-z])(?<!at_)(most|least)_\w+": "max_, min_",
     r"\w*(?<!at)_(most|least)": "max_, min_",
-    r"of_[a-zN]\w*": "a noun: memory_scores, not of_memory",
+    r"of_[a-z]\w*": "a noun: memory_scores, not of_memory",
     r"\w*(tokenis|quantis|normalis|initialis|optimis|serialis|organis|recognis|summaris)\w+": "-ize",
     r"(First|Second|Third|Last) (stage|use)": "the name of the command",
     r"Of the (first|second|third|last) (stage|use)": "the name of the command",
@@ -215,11 +215,11 @@ def dialect(root: Path) -> Iterator[Violation]:
             continue
         for number, line in enumerate(text.splitlines(), start=1):
             for word, instead in WORDS.items():
-                for match in re.finditer(rf"\b{word}\b", line):
+                for match in re.finditer(rf"\b{word}\b", line, re.IGNORECASE):
                     yield Violation(path, f"line {number} says {match.group()!r}; say {instead}")
 
 
-ANY_WORD = re.compile("|".join(rf"\b{word}\b" for word in WORDS))
+ANY_WORD = re.compile("|".join(rf"\b{word}\b" for word in WORDS), re.IGNORECASE)
 
 
 def empty_names(root: Path) -> Iterator[Violation]:
@@ -306,7 +306,7 @@ def test_the_tree_keeps_the_rule(rule: Rule) -> None:
         (misplaced_configs, "mlpmem_ds/stages/a/planted.py", "class Config:\n    x: int = option('help', 3)"),
         (prints, "mlpmem_ds/core/planted.py", "def f():\n    print(3)"),
         (dialect, "mlpmem_ds/core/planted.py", "# the keys at hand"),
-        (dialect, "docs/planted.md", "The index lies beside the keys."),
+        (dialect, "docs/planted.md", "Beside the keys."),
         (dialect, "tools/planted.py", "most_rows = 3"),
         (dialect, "launch/planted.sh", "# whatever it is"),
         (dialect, "mlpmem_ds/core/planted.py", "def f(of_rows): ..."),

@@ -1,5 +1,4 @@
-"""The one file that imports EleutherAI's lm-evaluation-harness (package lm_eval), and only when it is asked
-to score.
+"""The one file that imports EleutherAI's lm-evaluation-harness (package lm_eval), and only to score.
 
 Works with release 0.4.13, whose HFLM takes a loaded model and whose tasks may be dicts; nothing is fetched
 for tasks that read local files.
@@ -18,7 +17,7 @@ INSTALL = 'pip install "lm_eval>=0.4.13"'
 
 
 def require_harness() -> None:
-    """Refuse to go on without the package.
+    """Check that the package is installed.
 
     Raises:
         UserError: it is not installed; with the command that installs it.

@@ -1,6 +1,7 @@
 """`prepare_corpus`: text → token shards, dealt to the splits train, tuning, test and heldout.
 
 Read in this order:
+    config          the flags
     prepare_corpus  `run`: the stage from its inputs to its manifest
     survey          first reading of the inputs: names the units, hashes every document
     splits          which documents are taken, and the split of each

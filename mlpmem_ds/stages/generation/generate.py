@@ -1,7 +1,6 @@
-"""Last use of the pipeline: an exported model and prompts → text, with the memory, without it, or both side
-by side.
+"""`generate`: an exported model and prompts → text, with the memory, without it, or both next to each other.
 
-B prompts of a batch, S tokens of the longest.
+Shapes: B prompts of a batch, S tokens of the longest.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _COLUMN_WIDTH = 58
 
 
 class _Writer(TextStreamer):
-    """Gives whole words to a function as they come, the prompt first."""
+    """Gives whole words to a function as they are generated, the prompt first."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -44,13 +43,13 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     """The prompts with their continuations, as text for a terminal.
 
     Args:
-        write: takes the pieces of the one text that `--stream` asks for; the returned text is the whole all
-            the same.
+        write: receives the pieces of the one text if `--stream` is given; the returned text is whole in any
+            case.
     """
     prompts = _read_prompts(config)
     if config.stream and len(prompts) > 1:
         raise UserError(
-            f"--stream writes one text as it comes, and there are {len(prompts)} prompts: give one"
+            f"--stream writes one text as it is generated, and there are {len(prompts)} prompts: give one"
         )
     if config.temperature == 0 and config.top_p < 1:
         _logger.warning(
@@ -157,7 +156,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Memor
 
     Raises:
         UserError: it is not an export, or this machine cannot hold it.
-        DamagedDataError: its files lack weights (transformers would fill those at random and go on).
+        DamagedDataError: its files lack weights (transformers would fill them at random and continue).
     """
     chosen = resolve_device(device)
     try:
@@ -185,7 +184,7 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
     """The export's configuration and tokenizer.
 
     Raises:
-        UserError: there is no export of that name, or its tokenizer is gone or another.
+        UserError: there is no export of that name, or its tokenizer is missing or another one.
     """
     try:
         settings = AutoConfig.from_pretrained(model)

@@ -1,1 +1,6 @@
-""""""
+"""`run_lm_eval`: question answering and ranking with an exported model, at several λ.
+
+Read in this order:
+    config       the flags
+    run_lm_eval  `run`: tasks → a table; engines/lm_eval.py calls the harness
+"""

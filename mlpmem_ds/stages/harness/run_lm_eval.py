@@ -1,8 +1,7 @@
-"""An exported model on question answering and ranking, through EleutherAI's lm-evaluation-harness, at several
-λ.
+"""`run_lm_eval`: an exported model in EleutherAI's lm-evaluation-harness, at several λ.
 
-Two kinds of local files need no network: questions with answers (NQ-open's way of asking and its exact
-match), and texts with choices that are ranked by likelihood. Any other task of the harness goes by name.
+Two kinds of local files need no network: questions with answers (NQ-open's prompt and its exact match), and
+texts with choices that are ranked by likelihood. Any other task of the harness is given by its name.
 """
 
 from __future__ import annotations
@@ -54,12 +53,11 @@ def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]]) -> str:
 
 
 def build_tasks(config: Config, folder: Path) -> list[str | dict[str, Any]]:
-    """What the harness is given: names, and whole configurations for the local files, which are checked line
-    by line.
+    """Tasks for the harness: names, and whole configurations for the local files, which are checked by line.
 
     Args:
-        folder: takes copies with the known fields only, answers always lists: the harness's reader wants one
-            type a field.
+        folder: receives copies of the files with the fields of the task alone, answers always as lists: the
+            harness's reader needs one type for each field.
 
     Raises:
         UserError: a file is missing, or a line is not as the flag says.

@@ -1,8 +1,8 @@
-"""What lies in a run directory: stages, training checkpoints and exports; each checked against its own
+"""Part of `inspect_run`: the stages, checkpoints and exports in a run directory, checked against their
 records.
 
-Every file is compared with the size and checksum that was written beside it, by several threads (hashing
-leaves Python's lock). What is wrong is said by file and by unit, for a unit is what the stage makes again.
+Every file is compared with the size and checksum in its record, by several threads (hashing releases Python's
+lock). A fault names its file and its unit, for a unit is what the stage makes again.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class StageState:
     """(unit, file) of each file that was published; the unit is None where a kind has none"""
     num_units: int
     missing: tuple[str, ...]
-    """units that are known to be wanted and have not been made"""
+    """units that belong to the stage and have not been made"""
     notes: tuple[str, ...]
-    """what is not wrong, but good to know"""
+    """remarks that are no faults"""
     faults: tuple[str, ...]
     sha256: str | None
     """of the manifest; None where there is none"""
@@ -93,7 +93,7 @@ def read_run(run: Path, *, checksums: bool, threads: int | None = None) -> list[
 
     Args:
         run: a run directory, or one stage's, checkpoint's or export's.
-        checksums: read every file; without, sizes only.
+        checksums: read every file; if False, compare sizes only.
         threads: that read and hash at once; default: one a core, at most eight.
     """
     roots = {path.parent for path in run.rglob("identity.json")}
@@ -208,7 +208,7 @@ def _read_listed(run: Path, root: Path, path: Path, kind: Kind, expected: str) -
 
 
 def _read(path: Path, faults: list[str]) -> dict[str, Any]:
-    """A JSON object; where it is damaged, {} and a fault."""
+    """Read a JSON object; if it is damaged, return {} and add a fault."""
     try:
         found = read_json(path)
         if isinstance(found, dict):
@@ -230,7 +230,7 @@ def _records(found: Mapping[str, Any], path: Path, faults: list[str]) -> list[Fi
 
 
 def _leftovers(root: Path) -> Iterator[str]:
-    """Traces of killed or running processes, damaged audits, and checkpoints that were set aside."""
+    """Traces of killed or running processes, damaged audits, and damaged checkpoints that were renamed."""
     damage: list[str] = []
     if (root / "audit.json").is_file() and not _read(root / "audit.json", damage):
         yield f"{damage[0]} (with --audit), or remove it: nothing else needs it"
@@ -243,11 +243,11 @@ def _leftovers(root: Path) -> Iterator[str]:
     if claims := sorted(path.name[1:].removesuffix(".claim") for path in (root / "done").glob(".*.claim")):
         yield f"{len(claims)} units claimed by running or killed processes: {some(claims)}"
     for path in sorted((root / "checkpoints").glob("step-*.damaged")):
-        yield f"{path.name} was found damaged and set aside: remove it when you have looked at it"
+        yield f"{path.name} was found damaged and renamed: remove it if you do not need it"
 
 
 def _missing_units(state: StageState, states: Sequence[StageState]) -> tuple[str, ...]:
-    """The units of a key directory that have not been made, where its corpus is in the run too."""
+    """The units of a key directory that have not been made; () if its corpus is not in the run."""
     if state.has_manifest or state.format != "mlpmem-keys":
         return ()
     corpora = [other for other in states if other.sha256 and other.sha256 == state.inputs.get("corpus")]

@@ -1,4 +1,4 @@
-"""Look at a run directory: which stages are there, whether each is complete, and whether every checksum
+"""`inspect_run`: which stages a run directory holds, whether each is complete, whether every checksum
 holds."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def run(config: Config, world: World) -> None:
     """Report on every stage, checkpoint and export below `config.run`.
 
     Raises:
-        UserError: nothing of ours is there.
+        UserError: there is no stage, checkpoint or export of this project.
         DamagedDataError: something is damaged; the message lists it. (Not complete is not damaged.)
     """
     if not config.run.is_dir():
@@ -26,7 +26,7 @@ def run(config: Config, world: World) -> None:
     states = read_run(config.run, checksums=config.checksums, threads=config.threads)
     if not states:
         raise UserError(
-            f"{config.run} holds no stage of ours (no identity.json below it): give a run directory"
+            f"{config.run} holds no stage of this project (no identity.json below it): give a run directory"
         )
     for state in states:
         _logger.info(state.line())
@@ -55,13 +55,13 @@ def _notes(state: StageState) -> list[str]:
 
 
 def _broken_links(state: StageState, states: list[StageState]) -> list[str]:
-    """Inputs of a stage that are here, but were remade with other content since."""
-    here = {
+    """Inputs of a stage that the run directory holds with other content: they were made again since."""
+    hashes = {
         other.format.removeprefix("mlpmem-"): {one.sha256 for one in states if one.format == other.format}
         for other in states
     }
     return [
-        f"{state.name}: its {name} is not the one in this run directory (remade since?)"
+        f"{state.name}: its {name} is not the one in this run directory (was it made again?)"
         for name, sha256 in state.inputs.items()
-        if state.kind == "stage" and name in here and sha256 not in here[name]
+        if state.kind == "stage" and name in hashes and sha256 not in hashes[name]
     ]

@@ -153,7 +153,7 @@ def test_a_remade_input_is_pointed_out(run_dir: Path, caplog: pytest.LogCaptureF
 
 
 def test_a_strange_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no stage of ours"):
+    with pytest.raises(UserError, match="holds no stage of this project"):
         run(Config(run=tmp_path), World())
     with pytest.raises(UserError, match="not a directory"):
         run(Config(run=tmp_path / "none"), World())
