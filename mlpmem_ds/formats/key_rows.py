@@ -32,7 +32,7 @@ class KeyRows:
         if not isinstance(rows, slice):
             return self.keys.gather("keys", rows)
         start, stop, step = rows.indices(len(self))
-        size = self.keys.manifest["unit_positions"]
+        size = self.keys.manifest.unit_positions
         first = start // size * size
         if start < stop <= first + size:
             return np.asarray(self.keys.unit("keys", first)[start - first : stop - first : step])
@@ -44,7 +44,7 @@ class KeyRows:
         Raises:
             DamagedDataError: one has another.
         """
-        size = self.keys.manifest["unit_positions"]
+        size = self.keys.manifest.unit_positions
         units = (
             range(-(-len(self) // size)) if positions_n is None else np.unique(positions_n // size).tolist()
         )

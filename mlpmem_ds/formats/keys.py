@@ -6,22 +6,21 @@ numbers.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, fault_of_file
-from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
+from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.maths.codec import MassiveDimension, clip_massive
 
-FORMAT, VERSION = "keys", 1
+Point: TypeAlias = Literal["ffn_input", "layer_output", "final_norm"]
+"""where in a layer a vector was read, as `models.backbone` has it (which must not import this)"""
 CODEC_FILES = ("codec/codec.json", "codec/mean.npy", "codec/rotation.npy")
 INPUT_GROUP = 128
 """numbers of an int8 input that share a scale"""
@@ -33,6 +32,70 @@ _MAX_MAPPED = (
 def unit_name(first: int) -> str:
     """The unit that starts at position `first`, as in its file names."""
     return f"{first:012d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecFile:
+    """codec/codec.json: what an int8 codec was fitted on, and what it keeps of it."""
+
+    scale: float
+    energy_kept: float
+    positions: int
+    massive_dimensions: tuple[MassiveDimension, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecManifest:
+    """How keys are stored.
+
+    `dim` numbers a key; `scale` 1 for raw keys, `raw_dtype` None for int8 ones; `energy_kept` of the sample's
+    variance, `clipped_share` of the stored numbers.
+    """
+
+    name: Literal["int8", "raw"]
+    dim: int
+    scale: float
+    raw_dtype: Literal["float16", "bfloat16"] | None
+    energy_kept: float
+    clipped_share: float
+    massive_dimensions: tuple[MassiveDimension, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysManifest(Manifest):
+    """Keys: their positions, and where in which model keys and memory inputs were read.
+
+    `key_size` and `input_width` numbers in a state of the keys' model and of the base; `input_size` the
+    latter, or 0 where inputs are not stored; `num_layers` and `layers_path` of the keys' model,
+    `input_num_layers` and `input_layers_path` of the base; `head_size` rows of the base's output head;
+    `dtype` and `attention` of the forward passes, None where they were not ours.
+    """
+
+    FORMAT: ClassVar[str] = "keys"
+    VERSION: ClassVar[int] = 1
+
+    codec: CodecManifest
+    num_positions: int
+    unit_positions: int
+    split: str
+    block_size: int
+    vocab_size: int
+    vocabulary_sha256: str
+    key_size: int
+    key_layer: int
+    key_point: Point
+    num_layers: int
+    layers_path: str | None
+    input_codec: Literal["none", "bf16", "int8"]
+    input_size: int
+    input_width: int
+    input_layer: int
+    input_point: Point
+    input_num_layers: int
+    input_layers_path: str | None
+    head_size: int
+    dtype: str | None
+    attention: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,72 +129,69 @@ class Codec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keys:
+class Keys(CompleteStage[KeysManifest]):
     """A complete key directory; arrays are memory-mapped until asked for."""
 
-    root: Path
-    sha256: str
-    manifest: dict[str, Any] = field(repr=False, hash=False)
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_positions(self) -> int:
-        return self.manifest["num_positions"]
+        return self.manifest.num_positions
 
     @property
     def codec(self) -> str:
         """`int8` or `raw`."""
-        return self.manifest["codec"]["name"]
+        return self.manifest.codec.name
 
     @property
     def raw_dtype(self) -> str:
         """`float16` or `bfloat16`, of the codec `raw`."""
-        return self.manifest["codec"].get("raw_dtype") or "float16"
+        return self.manifest.codec.raw_dtype or "float16"
 
     @property
     def dim(self) -> int:
         """Numbers in a key on disk."""
-        return self.manifest["codec"]["dim"]
+        return self.manifest.codec.dim
 
     @property
     def scale(self) -> float:
         """Squared key units = scale² x squared distance of the stored vectors (1 for raw keys)."""
-        return self.manifest["codec"]["scale"]
+        return self.manifest.codec.scale
 
     @property
     def input_codec(self) -> str:
         """`bf16`, `int8`, or `none` where the memory's inputs are not stored."""
-        return self.manifest.get("input_codec") or ("bf16" if self.input_size else "none")
+        return self.manifest.input_codec
 
     @property
     def input_size(self) -> int:
         """Numbers in a stored memory input; 0 where inputs are not stored."""
-        return self.manifest["input_size"]
+        return self.manifest.input_size
 
     @property
-    def input_point(self) -> Any:
-        """Where in the input layer the memory's inputs are read: a point of `models.backbone`, as text."""
-        return self.manifest.get("input_point") or self.manifest["key_point"]
+    def input_point(self) -> Point:
+        """Where in the input layer the memory's inputs are read."""
+        return self.manifest.input_point
 
     @property
     def corpus_sha256(self) -> str:
-        return self.manifest["inputs"]["corpus"]
+        return self.inputs["corpus"]
 
     @property
     def model_sha256(self) -> str:
         """Fingerprint of the model that gave the keys."""
-        return self.manifest["inputs"]["model"]
+        return self.inputs["model"]
 
     @property
     def base_sha256(self) -> str:
         """Fingerprint of the base that the memory joins: it gave the memory's inputs and the
         log-probabilities."""
-        return self.manifest["inputs"].get("input_model") or self.model_sha256
+        return self.inputs.get("input_model", self.model_sha256)
 
     @property
     def blocks(self) -> list[Block]:
         """The units as ranges of positions."""
-        return split_blocks(self.num_positions, self.manifest["unit_positions"])
+        return split_blocks(self.num_positions, self.manifest.unit_positions)
 
     def unit(self, array: str, first: int) -> np.ndarray:
         """One unit's array, memory-mapped: `keys`, `values`, `log_probabilities`, `inputs` or `input_scales`.
@@ -143,7 +203,7 @@ class Keys:
     def read(self, array: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """An array's rows [start, stop) across units, copied to memory."""
         stop = self.num_positions if stop is None else min(stop, self.num_positions)
-        size = self.manifest["unit_positions"]
+        size = self.manifest.unit_positions
         sample = self._stored(array, 0)
         rows = np.empty((max(stop - start, 0), *sample.shape[1:]), sample.dtype)
         for first in range(start // size * size, stop, size):
@@ -155,23 +215,23 @@ class Keys:
     def gather(self, array: str, positions_N: np.ndarray) -> np.ndarray:
         """An array's rows at any positions, in their order."""
         positions_N = np.asarray(positions_N, dtype=np.int64)
-        unit_of_N = positions_N // self.manifest["unit_positions"]
+        unit_of_N = positions_N // self.manifest.unit_positions
         sample = self._stored(array, 0)
         rows = np.empty((len(positions_N), *sample.shape[1:]), dtype=sample.dtype)
         whole_rows_N = _whole_rows(rows)
         # NumPy sorts 16-bit integers by their digits, in a tenth of the time.
-        is_short = self.num_positions <= self.manifest["unit_positions"] << 16
+        is_short = self.num_positions <= self.manifest.unit_positions << 16
         order_N = np.argsort(unit_of_N.astype(np.uint16) if is_short else unit_of_N, kind="stable")
         starts = np.flatnonzero(np.diff(unit_of_N[order_N], prepend=-1))
         for chosen in np.split(order_N, starts[1:]) if len(order_N) else ():
-            first = int(unit_of_N[chosen[0]]) * self.manifest["unit_positions"]
+            first = int(unit_of_N[chosen[0]]) * self.manifest.unit_positions
             whole_rows_N[chosen] = _whole_rows(self._stored(array, first))[positions_N[chosen] - first]
         return self._decoded(array, rows)
 
-    def num_bytes(self, *arrays: str) -> int:
+    def bytes_of(self, *arrays: str) -> int:
         """Bytes on disk of these arrays; `codec` counts as one."""
         starts = tuple("codec/" if array == "codec" else f"{array}-" for array in arrays)
-        return sum(entry["bytes"] for entry in self.manifest["files"] if entry["name"].startswith(starts))
+        return sum(record.bytes for record in self.files if record.name.startswith(starts))
 
     def check(self, array: str, block: Block | None = None) -> None:
         """Compare an array's files, all of them or that of one unit, with their checksums.
@@ -180,7 +240,7 @@ class Keys:
             DamagedDataError: one has another.
         """
         units = self.blocks if block is None else [block]
-        self._check_files(f"{array}-{unit_name(unit.start)}.npy" for unit in units)
+        self.check_files(f"{array}-{unit_name(unit.start)}.npy" for unit in units)
 
     def read_inputs(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The memory's inputs of the positions [start, stop) as bit patterns of bfloat16, uint16 [n, I],
@@ -207,23 +267,8 @@ class Keys:
         """
         if self.codec == "raw":
             return Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype=self.raw_dtype)
-        self._check_files(CODEC_FILES)
+        self.check_files(CODEC_FILES)
         return read_codec(self.root)
-
-    def _check_files(self, names: Iterable[str]) -> None:
-        for name in names:
-            record = self._records.get(name)
-            fault = (
-                f"the manifest does not record {name}" if record is None else fault_of_file(self.root, record)
-            )
-            if fault:
-                raise DamagedDataError(
-                    f"{fault}: run the stage that made {self.root} again, it remakes only what is damaged"
-                )
-
-    @cached_property
-    def _records(self) -> dict[str, FileRecord]:
-        return {entry["name"]: FileRecord(**entry) for entry in self.manifest["files"]}
 
     def _stored(self, array: str, first: int) -> np.ndarray:
         """One unit's array as it is on disk, memory-mapped."""
@@ -254,18 +299,18 @@ def open_keys(root: Path, *, flag: str = "--keys") -> Keys:
         UserError: no keys there.
         DamagedDataError: files missing, of another size or version.
     """
-    manifest, sha256 = read_manifest(root, stage=FORMAT, version=VERSION, flag=flag)
-    return Keys(root=root, sha256=sha256, manifest=manifest)
+    return read_stage(Keys, KeysManifest, root, flag=flag)
 
 
 def read_codec(root: Path) -> Codec:
     """The int8 codec of a key directory, complete or not."""
-    summary = json.loads((root / "codec/codec.json").read_bytes())
+    path = root / "codec/codec.json"
+    fitted = from_json(CodecFile, read_json(path), where=str(path), version=KeysManifest.VERSION)
     return Codec(
         mean_D=np.load(root / "codec/mean.npy", allow_pickle=False),
         rotation_DE=np.load(root / "codec/rotation.npy", allow_pickle=False),
-        scale=summary["scale"],
-        massive=tuple(MassiveDimension(**entry) for entry in summary.get("massive_dimensions", ())),
+        scale=fitted.scale,
+        massive=fitted.massive_dimensions,
     )
 
 

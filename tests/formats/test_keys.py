@@ -1,17 +1,18 @@
-import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json, sha256_of_file
+from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.formats import keys as keys_format
 from mlpmem_ds.formats.keys import (
     CODEC_FILES,
     Codec,
+    Point,
     bfloat16_bits,
     bfloat16_values,
     dequantize_inputs,
@@ -19,6 +20,7 @@ from mlpmem_ds.formats.keys import (
     open_keys,
     quantize_inputs,
 )
+from mlpmem_ds.models.backbone import POINTS
 
 
 def test_any_range_and_any_order_of_positions(keys_dir: Path) -> None:
@@ -143,31 +145,18 @@ def test_raw_codecs_read_as_they_were_stored() -> None:
     np.testing.assert_array_equal(wide.encode(states_nD), expected)
 
 
-def test_a_directory_from_before_the_codecs_of_inputs_reads_the_same(keys_dir: Path, tmp_path: Path) -> None:
-    older = tmp_path / "older"
-    shutil.copytree(keys_dir, older)
-    manifest = read_json(older / "manifest.json")
-    for name in (
-        "input_codec",
-        "input_point",
-        "input_width",
-        "input_num_layers",
-        "layers_path",
-        "input_layers_path",
-    ):
-        del manifest[name]
-    del manifest["codec"]["raw_dtype"], manifest["codec"]["massive_dimensions"]
-    codec = json.loads((older / "codec/codec.json").read_text())
-    del codec["massive_dimensions"]
-    text = json.dumps(codec).ljust((older / "codec/codec.json").stat().st_size)
-    (older / "codec/codec.json").write_text(text)
-    for entry in manifest["files"]:
-        if entry["name"] == "codec/codec.json":
-            entry["sha256"] = sha256_of_file(older / "codec/codec.json")
-    (older / "manifest.json").write_text(json.dumps(manifest))
-    before, after = open_keys(older), open_keys(keys_dir)
-    assert (before.input_codec, before.input_point, before.raw_dtype) == ("bf16", "ffn_input", "float16")
-    assert before.base_sha256 == before.model_sha256 == after.base_sha256
-    np.testing.assert_array_equal(before.read_inputs(200, 300), after.read("inputs", 200, 300))
-    states = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
-    np.testing.assert_array_equal(before.load_codec().encode(states), after.load_codec().encode(states))
+def test_keys_that_this_version_does_not_have_are_refused(keys_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "keys"
+    shutil.copytree(keys_dir, copy)
+    manifest = read_json(copy / "manifest.json")
+    publish_json(copy / "manifest.json", {**manifest, "layer": 3}, seal=True)
+    with pytest.raises(DamagedDataError, match="manifest.json: unknown key layer.*version 1"):
+        open_keys(copy)
+    del manifest["codec"]["raw_dtype"]
+    publish_json(copy / "manifest.json", manifest, seal=True)
+    with pytest.raises(DamagedDataError, match="key raw_dtype is missing in codec"):
+        open_keys(copy)
+
+
+def test_points_are_those_of_the_models() -> None:
+    assert get_args(Point) == POINTS

@@ -26,7 +26,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
-from mlpmem_ds.formats.keys import FORMAT, VERSION, unit_name
+from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, unit_name
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _FORKED_TRAINING = Path(__file__).resolve().with_name("forked_training.py")
@@ -36,6 +36,49 @@ ForkedTraining = Callable[..., tuple[list[Any], list[str]]]
 @dataclass(frozen=True, kw_only=True)
 class _Config:
     output: Path = option("directory", identity="none")
+
+
+def codec_manifest(**changes: Any) -> CodecManifest:
+    """An int8 codec of four numbers a key, with these fields changed."""
+    fields = {
+        "name": "int8",
+        "dim": 4,
+        "scale": 1.0,
+        "raw_dtype": None,
+        "energy_kept": 1.0,
+        "clipped_share": 0.0,
+        "massive_dimensions": (),
+    }
+    return CodecManifest(**fields | changes)
+
+
+def keys_manifest(**changes: Any) -> KeysManifest:
+    """Keys of no model in particular, without memory inputs, with these fields changed."""
+    fields = {
+        "codec": codec_manifest(),
+        "num_positions": 403,
+        "unit_positions": 96,
+        "split": "train",
+        "block_size": 8,
+        "vocab_size": 50,
+        "vocabulary_sha256": "v" * 64,
+        "key_size": 4,
+        "key_layer": 1,
+        "key_point": "ffn_input",
+        "num_layers": 2,
+        "layers_path": None,
+        "input_codec": "none",
+        "input_size": 0,
+        "input_width": 4,
+        "input_layer": 1,
+        "input_point": "ffn_input",
+        "input_num_layers": 2,
+        "input_layers_path": None,
+        "head_size": 50,
+        "dtype": None,
+        "attention": None,
+    }
+    return KeysManifest(**fields | changes)
 
 
 def _make_keys(
@@ -51,8 +94,8 @@ def _make_keys(
     blocks = {unit_name(block.start): block for block in split_blocks(len(vectors_ND), unit_positions)}
     stage = open_stage(
         root,
-        stage=FORMAT,
-        version=VERSION,
+        stage=KeysManifest.FORMAT,
+        version=KeysManifest.VERSION,
         config=_Config(output=root),
         inputs={"corpus": "0" * 64},
         world=World(),
@@ -63,24 +106,20 @@ def _make_keys(
         writer.array(f"keys-{unit}.npy", vectors_ND[rows])
         writer.array(f"values-{unit}.npy", values_N[rows].astype(token_dtype(vocab_size)))
 
-    def describe() -> dict[str, Any]:
-        codec = {
-            "name": "int8" if vectors_ND.dtype == np.int8 else "raw",
-            "dim": vectors_ND.shape[1],
-            "scale": scale,
-        }
-        return {
-            "codec": codec,
-            "num_positions": len(vectors_ND),
-            "unit_positions": unit_positions,
-            "input_size": 0,
-            "vocab_size": vocab_size,
-            "split": "train",
-            "block_size": block_size,
-        }
-
     stage.run_units(list(blocks), write)
-    stage.finish(list(blocks), describe)
+    manifest = keys_manifest(
+        codec=codec_manifest(
+            name="int8" if vectors_ND.dtype == np.int8 else "raw",
+            dim=vectors_ND.shape[1],
+            scale=scale,
+            raw_dtype=None if vectors_ND.dtype == np.int8 else "float16",
+        ),
+        num_positions=len(vectors_ND),
+        unit_positions=unit_positions,
+        vocab_size=vocab_size,
+        block_size=block_size,
+    )
+    stage.finish(list(blocks), lambda: manifest)
     return root
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.keys import FORMAT, VERSION, unit_name
+from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, unit_name
 
 _SEED = 1
 _SCALE = 1 / 16
@@ -24,38 +25,75 @@ _UNIT_POSITIONS = 16 * _BLOCK_SIZE
 def write_synthetic_keys(root: Path, config: Any, world: World) -> None:
     """A key directory as extract_keys leaves it, of made-up codes and values."""
     codes_ND, values_N = synthetic_keys(config.positions, config.dim, config.vocab_size)
+    write_made_up_keys(root, codes_ND, values_N, config, world, unit_positions=_UNIT_POSITIONS)
+
+
+def write_made_up_keys(
+    root: Path, codes_ND: np.ndarray, values_N: np.ndarray, config: Any, world: World, *, unit_positions: int
+) -> None:
+    """A key directory of these int8 codes and values, without memory inputs; no model gave them.
+
+    Args:
+        root: the directory.
+        codes_ND, values_N: the keys and their values.
+        config: flags that it is made for; `vocab_size` is one of them.
+        world: this rank.
+        unit_positions: positions of a unit.
+    """
     stage = open_stage(
-        root, stage=FORMAT, version=VERSION, config=config, inputs={"corpus": "made up"}, world=world
+        root,
+        stage=KeysManifest.FORMAT,
+        version=KeysManifest.VERSION,
+        config=config,
+        inputs={"corpus": "made up"},
+        world=world,
     )
-    firsts = range(0, config.positions, _UNIT_POSITIONS)
+    units = {unit_name(block.start): slice(*block) for block in split_blocks(len(codes_ND), unit_positions)}
 
     def write(unit: str, writer: UnitWriter) -> None:
-        rows = slice(int(unit), int(unit) + _UNIT_POSITIONS)
+        rows = units[unit]
         writer.array(f"keys-{unit}.npy", codes_ND[rows])
         writer.array(f"values-{unit}.npy", values_N[rows])
         writer.array(f"log_probabilities-{unit}.npy", np.zeros(len(values_N[rows]), np.float32))
 
-    units = [unit_name(first) for first in firsts]
-    stage.run_units(units, write)
-    stage.finish(
-        units,
-        lambda: {
-            "codec": {
-                "name": "int8",
-                "dim": config.dim,
-                "scale": _SCALE,
-                "energy_kept": 1.0,
-                "clipped_share": 0.0,
-            },
-            "num_positions": config.positions,
-            "unit_positions": _UNIT_POSITIONS,
-            "key_size": config.dim,
-            "input_size": 0,
-            "vocab_size": config.vocab_size,
-            "split": "train",
-            "block_size": _BLOCK_SIZE,
-        },
-    )
+    def describe() -> KeysManifest:
+        dim = codes_ND.shape[1]
+        codec = CodecManifest(
+            name="int8",
+            dim=dim,
+            scale=_SCALE,
+            raw_dtype=None,
+            energy_kept=1.0,
+            clipped_share=0.0,
+            massive_dimensions=(),
+        )
+        return KeysManifest(
+            codec=codec,
+            num_positions=len(codes_ND),
+            unit_positions=unit_positions,
+            split="train",
+            block_size=_BLOCK_SIZE,
+            vocab_size=config.vocab_size,
+            vocabulary_sha256="made up",
+            key_size=dim,
+            key_layer=0,
+            key_point="ffn_input",
+            num_layers=1,
+            layers_path=None,
+            input_codec="none",
+            input_size=0,
+            input_width=dim,
+            input_layer=0,
+            input_point="ffn_input",
+            input_num_layers=1,
+            input_layers_path=None,
+            head_size=config.vocab_size,
+            dtype=None,
+            attention=None,
+        )
+
+    stage.run_units(list(units), write)
+    stage.finish(list(units), describe)
 
 
 def synthetic_keys(num_keys: int, dim: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,21 +24,19 @@ import numpy as np
 import torch
 
 import mlpmem_ds
-from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import seconds_of_stage
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import open_index
-from mlpmem_ds.formats.keys import FORMAT, VERSION, open_keys, unit_name
+from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.planning import plan
 
 from .common import Report, Row, check_output, row_of, use_threads
-from .targets import synthetic_keys
+from .made_up_keys import synthetic_keys, write_made_up_keys
 
 DESCRIPTION = (
     "Bytes, memory and time of index and targets as planned from a run of half the size, and as measured. The"
@@ -128,7 +126,7 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
                 ("bytes", "seconds", "peak_memory"), ("B", "s", "B"), values, strict=True
             ):
                 rows.append(row_of(arm, f"{stage}_{metric}", unit, [float(value)]))
-    key_files = sum(entry["bytes"] for entry in open_keys(large / "keys").manifest["files"])
+    key_files = open_keys(large / "keys").num_bytes
     rows.append(row_of("planned", "keys_bytes", "B", [float(planned.costs["keys"].bytes)]))
     rows.append(row_of("measured", "keys_bytes", "B", [float(key_files)]))
     costs = [planned.costs[stage] for stage in _STAGES]
@@ -159,10 +157,10 @@ def keys_of(config: Config) -> tuple[np.ndarray, np.ndarray]:
     if config.keys is None:
         return synthetic_keys(wanted, config.dim, config.vocab_size)
     keys = open_keys(config.keys)
-    if keys.codec != "int8" or keys.num_positions < wanted or keys.manifest["vocab_size"] > config.vocab_size:
+    if keys.codec != "int8" or keys.num_positions < wanted or keys.manifest.vocab_size > config.vocab_size:
         raise UserError(
             f"--keys {config.keys} holds {keys.num_positions:,} keys of codec {keys.codec} and a vocabulary"
-            f" of {keys.manifest['vocab_size']:,}: give int8 keys, --positions up to half of them, and that"
+            f" of {keys.manifest.vocab_size:,}: give int8 keys, --positions up to half of them, and that"
             " --vocab-size"
         )
     dtype = np.uint16 if config.vocab_size <= 2**16 else np.uint32
@@ -185,7 +183,7 @@ def run_stages(
     config: Config, codes_ND: np.ndarray, values_N: np.ndarray, root: Path, world: World
 ) -> dict[str, Measured]:
     """Index and targets of these keys in `root`; what they took."""
-    write_keys(root / "keys", codes_ND, values_N, config, world)
+    write_made_up_keys(root / "keys", codes_ND, values_N, config, world, unit_positions=_UNIT_POSITIONS)
     threads = ("--threads", config.threads or "none")
     keys, index = ("--keys", root / "keys"), root / "index"
     peaks = {"index": peak_of_front_end("build_index", *keys, "--output", index, *threads)}
@@ -194,10 +192,13 @@ def run_stages(
         *("--k", config.k, "--nprobe", config.nprobe, "--search", "ivf"),
         *("--neighbour-perplexity", config.neighbour_perplexity),
     )
-    manifests = {"index": open_index(index).manifest, "targets": open_targets(root / "targets").manifest}
+    num_bytes = {
+        "index": open_index(index).num_bytes,
+        "targets": sum(entry["bytes"] for entry in open_targets(root / "targets").manifest["files"]),
+    }
     return {
         stage: Measured(
-            bytes=sum(entry["bytes"] for entry in manifests[stage]["files"]),
+            bytes=num_bytes[stage],
             seconds=seconds_of_stage(root / stage) or 0.0,
             memory_bytes=peaks[stage],
         )
@@ -224,41 +225,6 @@ def peak_of_front_end(name: str, *words: object) -> int:
     if done.returncode:
         raise UserError(f"{name} failed, so there is nothing to compare with: {done.stderr.strip()}")
     return int(done.stdout.split()[-1]) * 1024
-
-
-def write_keys(root: Path, codes_ND: np.ndarray, values_N: np.ndarray, config: Config, world: World) -> None:
-    """A key directory as extract_keys leaves it, without inputs."""
-    stage = open_stage(
-        root, stage=FORMAT, version=VERSION, config=config, inputs={"corpus": "made up"}, world=world
-    )
-    firsts = {unit_name(block.start): slice(*block) for block in split_blocks(len(codes_ND), _UNIT_POSITIONS)}
-
-    def write(unit: str, writer: UnitWriter) -> None:
-        rows = firsts[unit]
-        writer.array(f"keys-{unit}.npy", codes_ND[rows])
-        writer.array(f"values-{unit}.npy", values_N[rows])
-        writer.array(f"log_probabilities-{unit}.npy", np.zeros(len(values_N[rows]), np.float32))
-
-    stage.run_units(list(firsts), write)
-    stage.finish(
-        list(firsts),
-        lambda: {
-            "codec": {
-                "name": "int8",
-                "dim": codes_ND.shape[1],
-                "scale": 1 / 16,
-                "energy_kept": 1.0,
-                "clipped_share": 0.0,
-            },
-            "num_positions": len(codes_ND),
-            "unit_positions": _UNIT_POSITIONS,
-            "key_size": codes_ND.shape[1],
-            "input_size": 0,
-            "vocab_size": config.vocab_size,
-            "split": "train",
-            "block_size": 1024,
-        },
-    )
 
 
 def _error(planned: float, measured: float) -> float:

@@ -63,7 +63,7 @@ def published_rows(
     distances_QK, ids_QK = published_hits(index, queries_QD, k)
     weights_QK = torch.softmax(-torch.from_numpy(distances_QK) * (keys.scale**2 / temperature), dim=1)
     values_QK = torch.from_numpy(values_N[ids_QK].astype(np.int64))
-    dense_QV = torch.zeros(len(queries_QD), keys.manifest["vocab_size"])
+    dense_QV = torch.zeros(len(queries_QD), keys.manifest.vocab_size)
     dense_QV.scatter_add_(1, values_QK, weights_QK)
     dense_QV /= dense_QV.sum(dim=1, keepdim=True)
     rows = []

@@ -46,7 +46,7 @@ class Case:
 
 def sample_blocks(keys: Keys, wanted: int) -> np.ndarray:
     """Positions of as many whole blocks, drawn by hash, as hold `wanted`: int64 [Q], ascending."""
-    size, total = keys.manifest["block_size"], keys.num_positions
+    size, total = keys.manifest.block_size, keys.num_positions
     blocks = np.sort(shuffled(-(-total // size), _SEED)[: -(-wanted // size)])
     return np.concatenate(
         [np.arange(block * size, min((block + 1) * size, total)) for block in blocks.tolist()]
@@ -125,11 +125,11 @@ def _written(
 ) -> tuple[SparseRows, int]:
     """(rows as they come back from a shard, bytes of the shard and its index)."""
     keys = teacher.keys
-    vocab_size = keys.manifest["vocab_size"]
+    vocab_size = keys.manifest.vocab_size
     dtype = token_dtype(vocab_size)
     order_V = frequency_order(np.bincount(keys.read("values"), minlength=vocab_size), dtype=dtype)
     blocks = []
-    for block in split_blocks(len(positions_Q), keys.manifest["block_size"]):
+    for block in split_blocks(len(positions_Q), keys.manifest.block_size):
         part = Neighbours(ids_QK=found.ids_QK[slice(*block)], distances_QK=found.distances_QK[slice(*block)])
         rows = teacher.rows(part, positions_Q[slice(*block)], Weighting(temperature=temperature), mass)
         blocks.append(pack_block(block.start, rows, dtype=dtype, encoding=encoding, order_V=order_V))
@@ -148,7 +148,7 @@ def _rows_of(
     num_bytes: int,
     keys: Keys,
 ) -> list[Row]:
-    far = distances(truth, found, keys.manifest["vocab_size"])
+    far = distances(truth, found, keys.manifest.vocab_size)
     num_rows = found.num_rows
     return [
         row_of(arm, f"tv_{name}", "total variation", [float(far.total_variation_Q.mean())]),

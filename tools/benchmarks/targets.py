@@ -235,7 +235,7 @@ def ours(setting: Setting, temperature: float, output: Path, world: World) -> No
             search="ivf",
             nprobe=config.nprobe,
             threads=config.threads,
-            shard_positions=128 * setting.keys.manifest["block_size"],
+            shard_positions=128 * setting.keys.manifest.block_size,
         ),
         world,
     )

@@ -25,6 +25,7 @@ from mlpmem_ds.engines.hidden_states import (
 )
 from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
+from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.stages.evaluation.config import DEFAULT_EXTRA_SPLITS, Config, control_directories
 from mlpmem_ds.stages.evaluation.models import (
     KnnArms,
@@ -159,7 +160,7 @@ def _layers_path(config: Config) -> str | None:
         if export.is_file() and "layers_path" in (description := read_json(export)):
             return description["layers_path"]
     if config.keys is not None and (config.keys / "manifest.json").is_file():
-        return read_json(config.keys / "manifest.json").get("layers_path")
+        return open_keys(config.keys).manifest.layers_path
     return None
 
 
@@ -225,7 +226,7 @@ def _refuse_training_text(
         (memory.provenance.get("corpus"), memory.provenance.get("split", "train")) for memory in memories
     }
     if datastore is not None:
-        trained.add((datastore.keys.corpus_sha256, datastore.keys.manifest["split"]))
+        trained.add((datastore.keys.corpus_sha256, datastore.keys.manifest.split))
     for split in splits.values():
         if (split.corpus.sha256, split.corpus.name) in trained:
             raise UserError(

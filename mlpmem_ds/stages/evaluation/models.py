@@ -239,15 +239,15 @@ def open_datastore(
             f"--keys {config.keys} were extracted from another base ({keys.model_sha256[:12]}…) than --model "
             f"{config.model} ({base_sha256[:12]}…): {remedy}"
         )
-    if keys.manifest["vocab_size"] != corpus.vocab_size:
+    if keys.manifest.vocab_size != corpus.vocab_size:
         raise UserError(
-            f"--keys {config.keys} have a vocabulary of {keys.manifest['vocab_size']}, the corpus one of"
+            f"--keys {config.keys} have a vocabulary of {keys.manifest.vocab_size}, the corpus one of"
             f" {corpus.vocab_size}: prepare the corpus with the same tokenizer"
         )
-    if keys.manifest["config"].get("dtype", source.dtype_name) != source.dtype_name:
+    if keys.manifest.dtype not in (None, source.dtype_name):
         _logger.warning(
             "the keys were extracted in %s and the queries are computed in %s: --dtype makes them equal",
-            keys.manifest["config"]["dtype"],
+            keys.manifest.dtype,
             source.dtype_name,
         )
     index = None if config.index is None else open_index(config.index)
@@ -271,7 +271,7 @@ def open_datastore(
             f"{k:,} neighbours are more than the {keys.num_positions:,} of --keys {config.keys}: give a"
             " smaller --k"
         )
-    point = CapturePoint(layer=keys.manifest["key_layer"], point=keys.manifest["key_point"])
+    point = CapturePoint(layer=keys.manifest.key_layer, point=keys.manifest.key_point)
     return KnnArms(
         keys=keys,
         index=index,

@@ -32,7 +32,6 @@ from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stag
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
-from mlpmem_ds.formats import keys as keys_format
 from mlpmem_ds.formats.arrow_tables import (
     DATASTORE,
     TARGETS,
@@ -51,7 +50,7 @@ from mlpmem_ds.formats.corpus import (
     token_dtype,
     vocabulary_sha256,
 )
-from mlpmem_ds.formats.keys import Keys, bfloat16_bits, open_keys, unit_name
+from mlpmem_ds.formats.keys import CodecManifest, Keys, KeysManifest, bfloat16_bits, open_keys, unit_name
 from mlpmem_ds.formats.targets import FORMAT as TARGETS_FORMAT
 from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, version_of, write_shard
 from mlpmem_ds.maths.weighting import Weighting
@@ -253,7 +252,7 @@ def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
 def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world: World) -> None:
     units, num_rows = _units(config, source.table.num_rows), source.table.num_rows
     inputs = {"corpus": corpus_sha256, "model": source.model_sha256}
-    stage = _stage(config, keys_format.FORMAT, keys_format.VERSION, inputs, world)
+    stage = _stage(config, KeysManifest.FORMAT, KeysManifest.VERSION, inputs, world)
     progress = Progress(num_rows, label="keys", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> None:
@@ -263,31 +262,40 @@ def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world
         writer.array(f"inputs-{unit}.npy", bfloat16_bits(keys_nD))
         progress.advance(len(keys_nD))
 
-    def describe() -> dict[str, Any]:
-        codec = {"name": "raw", "dim": source.width, "scale": 1.0, "raw_dtype": "float16", "energy_kept": 1.0,
-                 "clipped_share": 0.0, "massive_dimensions": []}  # fmt: skip
-        return {
-            "codec": codec,
-            "num_positions": num_rows,
-            "unit_positions": config.unit_positions,
-            "key_size": source.width,
-            "key_layer": source.layer,
-            "key_point": "ffn_input",
-            "num_layers": source.num_layers,
-            "layers_path": None,
-            "input_codec": "bf16",
-            "input_size": source.width,
-            "input_width": source.width,
-            "input_layer": source.layer,
-            "input_point": "ffn_input",
-            "input_num_layers": source.num_layers,
-            "input_layers_path": None,
-            "vocab_size": vocab_size(source.tokenizer),
-            "vocabulary_sha256": vocabulary_sha256(source.tokenizer),
-            "head_size": source.head_size,
-            "split": "train",
-            "block_size": config.block_size,
-        }
+    def describe() -> KeysManifest:
+        codec = CodecManifest(
+            name="raw",
+            dim=source.width,
+            scale=1.0,
+            raw_dtype="float16",
+            energy_kept=1.0,
+            clipped_share=0.0,
+            massive_dimensions=(),
+        )
+        return KeysManifest(
+            codec=codec,
+            num_positions=num_rows,
+            unit_positions=config.unit_positions,
+            split="train",
+            block_size=config.block_size,
+            vocab_size=vocab_size(source.tokenizer),
+            vocabulary_sha256=vocabulary_sha256(source.tokenizer),
+            key_size=source.width,
+            key_layer=source.layer,
+            key_point="ffn_input",
+            num_layers=source.num_layers,
+            layers_path=None,
+            input_codec="bf16",
+            input_size=source.width,
+            input_width=source.width,
+            input_layer=source.layer,
+            input_point="ffn_input",
+            input_num_layers=source.num_layers,
+            input_layers_path=None,
+            head_size=source.head_size,
+            dtype=None,
+            attention=None,
+        )
 
     stage.run_units(list(units), write)
     progress.close()
@@ -295,10 +303,8 @@ def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world
 
 
 def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: World) -> None:
-    size = keys.manifest["vocab_size"]
-    config = dataclasses.replace(
-        config, block_size=keys.manifest["block_size"]
-    )  # checks the shards' size again
+    size = keys.manifest.vocab_size
+    config = dataclasses.replace(config, block_size=keys.manifest.block_size)  # checks the shards' size again
     shards = {f"{block.start:012d}": block for block in split_blocks(table.num_rows, config.shard_positions)}
     inputs = {"keys": keys.sha256, "targets": _hash_of(config.targets)}
     stage = _stage(config, TARGETS_FORMAT, version_of("exact", "tar.zst"), inputs, world)

@@ -201,14 +201,13 @@ def _arms(
     source: StateSource, corpus: CorpusSplit, keys: Keys, point: CapturePoint, settings: AuditSettings
 ) -> Iterator[_Arm]:
     """The stored keys, and int8 codes of the other sizes asked for, fitted as the stored ones are."""
-    stored = keys.manifest["codec"]
     name = f"stored {'int8' if keys.codec == 'int8' else keys.raw_dtype} {keys.dim}"
     num_bytes = keys.dim * (1 if keys.codec == "int8" else 2)
     yield _Arm(
         name=name,
         dim=keys.dim,
         bytes=num_bytes,
-        energy_kept=stored["energy_kept"],
+        energy_kept=keys.manifest.codec.energy_kept,
         scale=keys.scale,
         encode=None,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,10 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import canonical_json
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.keys import CodecFile
 from mlpmem_ds.maths.codec import FittedCodec, MassiveDimension, fit_codec
 from mlpmem_ds.models.backbone import CapturePoint
 
@@ -83,12 +84,14 @@ def write_codec(states_ND: np.ndarray, dim: int, seed: int, writer: UnitWriter) 
     fitted = fit_sample(states_ND, dim, seed)
     writer.array("codec/mean.npy", fitted.mean_D.astype(np.float32))
     writer.array("codec/rotation.npy", fitted.rotation_DE.astype(np.float32))
-    summary = {
-        "scale": fitted.scale,
-        "energy_kept": fitted.energy_kept,
-        "positions": len(states_ND),
-        "massive_dimensions": [asdict(entry) for entry in fitted.massive],
-    }
+    summary: dict[str, Any] = to_json(
+        CodecFile(
+            scale=fitted.scale,
+            energy_kept=fitted.energy_kept,
+            positions=len(states_ND),
+            massive_dimensions=fitted.massive,
+        )
+    )
     with writer.file("codec/codec.json") as path:
         path.write_bytes(canonical_json(summary))
     _logger.info(

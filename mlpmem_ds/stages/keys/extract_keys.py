@@ -26,9 +26,9 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import scan_positions
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import (
-    FORMAT,
-    VERSION,
     Codec,
+    CodecManifest,
+    KeysManifest,
     bfloat16_bits,
     open_keys,
     quantize_inputs,
@@ -44,7 +44,7 @@ from mlpmem_ds.stages.keys.codec import (
     write_codec,
 )
 from mlpmem_ds.stages.keys.config import Config
-from mlpmem_ds.stages.keys.inputs import Bases, describe_bases, open_inputs
+from mlpmem_ds.stages.keys.inputs import Bases, describe_keys, open_inputs
 from mlpmem_ds.stages.keys.plan import PositionBytes, bytes_of_position, require_disk
 
 __all__ = ["Config", "run"]
@@ -67,7 +67,7 @@ class _Rows:
 
 def run(config: Config, world: World) -> None:
     """Write the key directory; see formats/README.md."""
-    check_output(config.output, stage=FORMAT)  # before a large model is loaded
+    check_output(config.output, stage=KeysManifest.FORMAT)  # before a large model is loaded
     inputs = open_inputs(config, world)
     corpus, bases, dim = inputs.corpus, inputs.bases, inputs.dim
     each = bytes_of_position(
@@ -81,8 +81,8 @@ def run(config: Config, world: World) -> None:
     require_disk(config.output, each, corpus.num_positions, codec=codec_name, input_codec=config.input_codec)
     directory = open_stage(
         config.output,
-        stage=FORMAT,
-        version=VERSION,
+        stage=KeysManifest.FORMAT,
+        version=KeysManifest.VERSION,
         config=config,
         world=world,
         inputs=inputs.hashes,
@@ -119,27 +119,18 @@ def run(config: Config, world: World) -> None:
     directory.run_units(list(blocks), extract)
     meter.close(directory)
 
-    def describe() -> dict[str, Any]:
+    def describe() -> KeysManifest:
         clipped = sum(summary["clipped"] for summary in directory.summaries(list(blocks)))
-        fit = directory.summaries(phase_1)[0] if phase_1 else {"energy_kept": 1.0, "massive_dimensions": []}
-        return {
-            "codec": {
-                "name": config.codec,
-                "dim": dim,
-                "scale": codec.scale,
-                "raw_dtype": config.raw_dtype if config.codec == "raw" else None,
-                "energy_kept": fit["energy_kept"],
-                "clipped_share": clipped / (corpus.num_positions * dim),
-                "massive_dimensions": fit.get("massive_dimensions", []),
-            },
-            "num_positions": corpus.num_positions,
-            "unit_positions": config.unit_positions,
-            "vocab_size": corpus.vocab_size,
-            "vocabulary_sha256": corpus.vocabulary_sha256,
-            "split": config.split,
-            "block_size": corpus.block_size,
-            **describe_bases(config, bases),
-        }
+        stored = CodecManifest(
+            name=config.codec,
+            dim=dim,
+            scale=codec.scale,
+            raw_dtype=config.raw_dtype if config.codec == "raw" else None,
+            energy_kept=directory.summaries(phase_1)[0]["energy_kept"] if phase_1 else 1.0,
+            clipped_share=clipped / (corpus.num_positions * dim),
+            massive_dimensions=codec.massive,
+        )
+        return describe_keys(config, inputs, stored)
 
     speaks = directory.finish([*phase_1, *blocks], describe)
     if config.audit is not None and speaks:

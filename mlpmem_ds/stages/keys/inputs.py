@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from mlpmem_ds.engines.hidden_states import (
     vocabulary_of_model,
 )
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
+from mlpmem_ds.formats.keys import CodecManifest, KeysManifest
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.stages.keys.codec import check_log_probabilities, checked
 from mlpmem_ds.stages.keys.config import Config
@@ -74,23 +74,33 @@ def open_inputs(config: Config, world: World) -> ExtractionInputs:
     )
 
 
-def describe_bases(config: Config, bases: Bases) -> dict[str, Any]:
-    """What the manifest says of the models and of where they were read."""
-    return {
-        "key_size": bases.key_source.width,
-        "key_layer": bases.key_point.layer,
-        "key_point": bases.key_point.point,
-        "num_layers": bases.key_source.num_layers,
-        "layers_path": config.layers_path,
-        "input_codec": config.input_codec,
-        "input_size": 0 if config.input_codec == "none" else bases.input_source.width,
-        "input_width": bases.input_source.width,
-        "input_layer": bases.input_point.layer,
-        "input_point": bases.input_point.point,
-        "input_num_layers": bases.input_source.num_layers,
-        "input_layers_path": config.layers_path if bases.is_one else config.input_layers_path,
-        "head_size": bases.input_source.vocab_size,
-    }
+def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest) -> KeysManifest:
+    """The manifest of the keys that these inputs give."""
+    corpus, bases = inputs.corpus, inputs.bases
+    return KeysManifest(
+        codec=codec,
+        num_positions=corpus.num_positions,
+        unit_positions=config.unit_positions,
+        split=config.split,
+        block_size=corpus.block_size,
+        vocab_size=corpus.vocab_size,
+        vocabulary_sha256=corpus.vocabulary_sha256,
+        key_size=bases.key_source.width,
+        key_layer=bases.key_point.layer,
+        key_point=bases.key_point.point,
+        num_layers=bases.key_source.num_layers,
+        layers_path=config.layers_path,
+        input_codec=config.input_codec,
+        input_size=0 if config.input_codec == "none" else bases.input_source.width,
+        input_width=bases.input_source.width,
+        input_layer=bases.input_point.layer,
+        input_point=bases.input_point.point,
+        input_num_layers=bases.input_source.num_layers,
+        input_layers_path=config.layers_path if bases.is_one else config.input_layers_path,
+        head_size=bases.input_source.vocab_size,
+        dtype=bases.key_source.dtype_name,
+        attention=config.attention,
+    )
 
 
 def _fingerprints(config: Config) -> dict[str, str]:

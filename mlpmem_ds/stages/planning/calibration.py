@@ -13,8 +13,9 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import read_events, seconds_of_stage
-from mlpmem_ds.core.manifest import read_manifest
-from mlpmem_ds.formats import index_directory, keys, targets
+from mlpmem_ds.formats.index_directory import open_index
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning.cost_model import (
     STAGES,
@@ -43,11 +44,11 @@ def read_run(root: Path) -> dict[str, dict[str, Any]]:
         raise UserError(
             f"--calibrate {root} holds no complete keys directory: name the directory of a finished run"
         )
-    for stage, version in (("keys", keys.VERSION), ("index", index_directory.IndexManifest.VERSION)):
-        if stage in found:
-            _ = read_manifest(root / stage, stage=stage, version=version, flag="--calibrate")
+    _ = open_keys(root / "keys", flag="--calibrate")
+    if "index" in found:
+        _ = open_index(root / "index", flag="--calibrate")
     if "targets" in found:
-        _ = targets.open_targets(root / "targets")
+        _ = open_targets(root / "targets", flag="--calibrate")
     return found
 
 

@@ -21,7 +21,7 @@ class ExactSearch:
     @property
     def num_bytes(self) -> int:
         keys_ND = self._keys_ND
-        return keys_ND.keys.num_bytes("keys") if isinstance(keys_ND, KeyRows) else keys_ND.nbytes
+        return keys_ND.keys.bytes_of("keys") if isinstance(keys_ND, KeyRows) else keys_ND.nbytes
 
     def prepare(self) -> None:
         """Compare the key files with their checksums: a flipped byte would be a wrong neighbour in

@@ -30,7 +30,7 @@ class IndexSearch:
 
     @property
     def num_bytes(self) -> int:
-        return self._keys_ND.keys.num_bytes("keys") + self._directory.num_bytes
+        return self._keys_ND.keys.bytes_of("keys") + self._directory.num_bytes
 
     def prepare(self) -> None:
         self._keys_ND.check()

@@ -154,7 +154,7 @@ def _damaged(index: IndexDirectory, shard: int) -> DamagedDataError:
 
 def _place(keys: Keys, index: IndexDirectory, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(shard, row among the shard's keys) of positions: key units are dealt to the shards in turn."""
-    unit_size, num_shards = keys.manifest["unit_positions"], len(index.shard_paths)
+    unit_size, num_shards = keys.manifest.unit_positions, len(index.shard_paths)
     units = positions // unit_size
     return units % num_shards, units // num_shards * unit_size + positions % unit_size
 
@@ -203,7 +203,7 @@ def _numbers_of_run(root: Path, keys: Keys, index: IndexDirectory, run: Block) -
         for shard in range(len(index.shard_paths))
     ]
     numbers_N = np.empty(run.size, np.int32)
-    unit_size = keys.manifest["unit_positions"]
+    unit_size = keys.manifest.unit_positions
     start = run.start
     while start < run.stop:
         stop = min(run.stop, (start // unit_size + 1) * unit_size)

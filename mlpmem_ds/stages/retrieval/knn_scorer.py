@@ -53,7 +53,7 @@ class KnnScorer:
     @property
     def num_bytes(self) -> int:
         """On disk: what is searched, the values, and the codec that makes queries of states."""
-        return self.search.num_bytes + self.keys.num_bytes("values", "codec")
+        return self.search.num_bytes + self.keys.bytes_of("values", "codec")
 
     def prepare(self) -> None:
         """Read and check what all queries need, so that no clock of a few of them counts it."""

@@ -51,7 +51,7 @@ class ListSearch:
 
     @property
     def num_bytes(self) -> int:
-        return self._keys_ND.keys.num_bytes("keys") + self._index.num_bytes
+        return self._keys_ND.keys.bytes_of("keys") + self._index.num_bytes
 
     def prepare(self) -> None:
         """Make the keys in the order of the lists where they are missing, each rank its share, and map

@@ -76,19 +76,29 @@ def open_truth(raw_keys: Path | None, keys: Keys) -> Keys:
     raw = open_keys(raw_keys, flag="--raw-keys")
     if raw.codec != "raw":
         raise UserError(f"--raw-keys {raw_keys} holds codec {raw.codec}: extract them with --codec raw")
-    same = ("num_positions", "split", "key_layer", "key_point", "layers_path")
-    there, here = (
-        {name: of.manifest.get(name) for name in same}
-        | {name: of.manifest["inputs"].get(name) for name in ("corpus", "model")}
-        for of in (raw, keys)
-    )
-    if there != here:
-        names = ", ".join(sorted(name for name in there if there[name] != here[name]))
+    facts = _where_read(keys)
+    differences = sorted(name for name, value in _where_read(raw).items() if value != facts[name])
+    if differences:
+        names = ", ".join(differences)
         raise UserError(
             f"--raw-keys {raw_keys} were extracted otherwise than --keys {keys.root} ({names}): "
             "use the same corpus, model and layer"
         )
     return raw
+
+
+def _where_read(keys: Keys) -> dict[str, object]:
+    """What two key directories share where a row of both is the same state."""
+    manifest = keys.manifest
+    return {
+        "num_positions": keys.num_positions,
+        "split": manifest.split,
+        "key_layer": manifest.key_layer,
+        "key_point": manifest.key_point,
+        "layers_path": manifest.layers_path,
+        "corpus": keys.inputs.get("corpus"),
+        "model": keys.inputs.get("model"),
+    }
 
 
 def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> None:

@@ -55,7 +55,7 @@ def read_documents(config: Config, keys: Keys) -> tuple[np.ndarray | None, dict[
             _logger.warning("--corpus is not used without --exclude same-document")
         return None, {}
     assert config.corpus is not None
-    corpus = open_corpus(config.corpus, keys.manifest["split"])
+    corpus = open_corpus(config.corpus, keys.manifest.split)
     if corpus.sha256 != keys.corpus_sha256:
         raise UserError(
             f"--corpus {config.corpus} is not the one that --keys {config.keys} were extracted from: give"
@@ -78,7 +78,7 @@ def check_lists(config: Config, keys: Keys, index: IndexDirectory | None) -> Pat
 
 def check_sizes(config: Config, keys: Keys) -> None:
     """Refuse shards that cut blocks, and a perplexity above the number of keys."""
-    block_size = keys.manifest["block_size"]
+    block_size = keys.manifest.block_size
     if config.shard_positions % block_size:
         nearest = max(block_size, round(config.shard_positions / block_size) * block_size)
         raise UserError(

@@ -87,7 +87,7 @@ class Teacher:
     def count_values(self) -> np.ndarray:
         """How often each token is a value, int64 [V]."""
         self.keys.check("values")
-        counts_V = np.zeros(self.keys.manifest["vocab_size"], np.int64)
+        counts_V = np.zeros(self.keys.manifest.vocab_size, np.int64)
         for block in self.keys.blocks:
             counts_V += np.bincount(self.keys.unit("values", block.start), minlength=len(counts_V))
         return counts_V

@@ -89,7 +89,7 @@ def bytes_per_position(
     """What a position will take on disk, by packing the sampled ones (a little more than neighbouring ones
     would)."""
     total = 0
-    for block in split_blocks(len(measured.positions_n), teacher.keys.manifest["block_size"]):
+    for block in split_blocks(len(measured.positions_n), teacher.keys.manifest.block_size):
         rows = teacher.rows(
             _part(measured.neighbours, block),
             measured.positions_n[slice(*block)],
@@ -116,7 +116,7 @@ def write(
     positions, 2 threads: 4.0 s with torch's, as many as with one thread).
     """
     short = without = 0
-    block_size = teacher.keys.manifest["block_size"]
+    block_size = teacher.keys.manifest.block_size
     num_threads = torch.get_num_threads()
     num_workers = min(num_threads, _MAX_WORKERS)
     teacher.prepare()
@@ -187,5 +187,5 @@ def _pack(
     rows: SparseRows,
     order_V: np.ndarray | None,
 ) -> TargetBlock:
-    dtype = token_dtype(teacher.keys.manifest["vocab_size"])
+    dtype = token_dtype(teacher.keys.manifest.vocab_size)
     return pack_block(first, rows, dtype=dtype, encoding=config.encoding, order_V=order_V)

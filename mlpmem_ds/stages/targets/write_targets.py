@@ -188,9 +188,9 @@ def _describe(
     }
     return {
         "num_positions": keys.num_positions,
-        "block_size": keys.manifest["block_size"],
+        "block_size": keys.manifest.block_size,
         "shard_positions": config.shard_positions,
-        "vocab_size": keys.manifest["vocab_size"],
+        "vocab_size": keys.manifest.vocab_size,
         "k": config.k,
         "weighting": measured["weighting"],
         "neighbour_perplexity": measured["neighbour_perplexity"],

@@ -6,6 +6,7 @@ It computes the inputs where the keys store none, and what validations compare t
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -31,12 +32,11 @@ def open_base(config: Config, inputs: TrainingInputs, world: World) -> Transform
     if config.model is None or not inputs.needs_base:
         return None
     manifest = inputs.keys.manifest
-    flags = manifest.get("config", {})
-    settings = {
-        "dtype": flags.get("dtype", "auto"),
-        "attention": "eager" if flags.get("attention") == "eager" else "sdpa",  # some models have no other
+    settings: dict[str, Any] = {
+        "dtype": manifest.dtype or "auto",
+        "attention": "eager" if manifest.attention == "eager" else "sdpa",  # some models have no other
         "local_rank": world.local_rank,
-        "layers_path": manifest.get("input_layers_path"),
+        "layers_path": manifest.input_layers_path,
     }
     source: TransformersSource
     if config.base_sharding == "zero3" and world.size > 1:

@@ -49,7 +49,7 @@ class TrainingInputs:
     @cached_property
     def point(self) -> CapturePoint:
         """Where the memory reads."""
-        return CapturePoint(layer=self.keys.manifest["input_layer"], point=self.keys.input_point)
+        return CapturePoint(layer=self.keys.manifest.input_layer, point=self.keys.input_point)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -117,11 +117,11 @@ def _check_one_corpus(config: Config, corpus: CorpusSplit, keys: Keys, targets: 
             f"--keys {keys.root} were extracted from another corpus than --corpus {config.corpus}: give that "
             "corpus, or extract the keys again"
         )
-    if keys.manifest["split"] != corpus.name:
+    if keys.manifest.split != corpus.name:
         raise UserError(
-            f"--keys {keys.root} are of split {keys.manifest['split']!r}: extract those of {corpus.name!r}"
+            f"--keys {keys.root} are of split {keys.manifest.split!r}: extract those of {corpus.name!r}"
         )
-    vocab_size = keys.manifest["vocab_size"]
+    vocab_size = keys.manifest.vocab_size
     sizes = {
         "--corpus": corpus.vocab_size,
         **({} if targets is None else {"--targets": targets.manifest["vocab_size"]}),
@@ -192,11 +192,11 @@ def provenance_of(
                 "key_model": inputs.keys.model_sha256,
                 **inputs.hashes,
                 "vocabulary_sha256": inputs.corpus.vocabulary_sha256,
-                "key_layer": manifest["key_layer"],
-                "input_layer": manifest["input_layer"],
+                "key_layer": manifest.key_layer,
+                "input_layer": manifest.input_layer,
                 "input_point": inputs.keys.input_point,
-                "key_point": manifest["key_point"],
-                **({"input_layers_path": path} if (path := manifest.get("input_layers_path")) else {}),
+                "key_point": manifest.key_point,
+                **({"input_layers_path": path} if (path := manifest.input_layers_path) else {}),
                 "objective": config.objective,
                 "alpha": config.alpha,
                 "ce_through": config.ce_through,

@@ -20,7 +20,7 @@ def memory_shape(config: Config, inputs: TrainingInputs, input_size: int) -> Mem
     Raises:
         UserError: the flags contradict each other, or the memory of --init-from.
     """
-    vocab_size = inputs.keys.manifest["head_size"]
+    vocab_size = inputs.keys.manifest.head_size
     if inputs.initial is not None:
         return _shape_of(inputs.initial, config, inputs, input_size, vocab_size)
     if config.preset is not None:

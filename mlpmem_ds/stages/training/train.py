@@ -200,7 +200,7 @@ def _batches(
         inputs.targets if objective.needs_targets else None,
         TrainingOrder(
             num_positions=inputs.keys.num_positions,
-            block_size=inputs.keys.manifest["block_size"],
+            block_size=inputs.keys.manifest.block_size,
             window_blocks=config.shuffle_window_blocks,
             seed=config.seed,
             by_block=config.order == "blocks" or inputs.is_online,

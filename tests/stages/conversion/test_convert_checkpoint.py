@@ -69,7 +69,7 @@ def save_memory(root: Path, flags: _Flags, *, seed: int = 1, **changes: Any) -> 
     )
     corpus, keys = open_corpus(flags.corpus), open_keys(flags.keys)
     provenance = {
-        "base": keys.manifest["inputs"]["model"],
+        "base": keys.inputs["model"],
         "corpus": corpus.sha256,
         "keys": keys.sha256,
         "targets": sha256_of_file(flags.targets / "manifest.json"),

@@ -54,12 +54,12 @@ def save_memory(
         initializer_range=0.3,
     )
     provenance = {
-        "base": keys.manifest["inputs"]["model"],
+        "base": keys.inputs["model"],
         "corpus": corpus.sha256,
         "keys": keys.sha256,
         "vocabulary_sha256": corpus.vocabulary_sha256,
-        "input_layer": keys.manifest["input_layer"],
-        "key_point": keys.manifest["key_point"],
+        "input_layer": keys.manifest.input_layer,
+        "key_point": keys.manifest.key_point,
         "alpha": alpha,
         "steps": 7,
         "batch_positions": 512,

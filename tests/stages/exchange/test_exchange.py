@@ -139,7 +139,7 @@ def test_the_trainer_takes_them(imported: Path, base_dir: Path, tmp_path: Path) 
     )
     inputs = training_inputs.open_inputs(config)
     assert inputs.keys.num_positions == ROWS and inputs.keys.input_size == WIDTH
-    assert inputs.keys.manifest["key_layer"] == 1
+    assert inputs.keys.manifest.key_layer == 1
 
 
 def test_out_again_they_are_what_came_in(imported: Path, keys_ND: np.ndarray, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_int8_distances_are_those_of_the_states(config: Config, oracle: dict[str
     states = oracle["layer1"][chosen].astype(np.float64)
     found = keys.scale**2 * ((codes[:, None] - codes[None]) ** 2).sum(-1)
     exact = ((states[:, None] - states[None]) ** 2).sum(-1)
-    assert keys.manifest["codec"]["energy_kept"] == pytest.approx(1, abs=1e-6)
+    assert keys.manifest.codec.energy_kept == pytest.approx(1, abs=1e-6)
     assert np.abs(found - exact).mean() < 0.01 * exact.mean()
 
 
@@ -92,7 +92,7 @@ def test_fewer_dimensions_keep_less_energy(config: Config) -> None:
     extract_keys.run(replace(config, dim=4, input_codec="none"), World())
     keys = open_keys(config.output)
     assert keys.read("keys").shape[1] == 4
-    assert 0 < keys.manifest["codec"]["energy_kept"] < 1
+    assert 0 < keys.manifest.codec.energy_kept < 1
     assert keys.input_size == 0 and not list(config.output.glob("inputs-*"))
 
 
@@ -247,9 +247,9 @@ def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
     assert keys.model_sha256 == of_key.model_sha256
     assert keys.base_sha256 == of_input.base_sha256 == of_input.model_sha256
     manifest = keys.manifest
-    assert (manifest["key_size"], manifest["num_layers"], manifest["key_layer"]) == (24, 3, 2)
-    assert (manifest["input_size"], manifest["input_num_layers"], manifest["input_layer"]) == (16, 2, 0)
-    assert (manifest["head_size"], keys.input_point, manifest["key_point"]) == (
+    assert (manifest.key_size, manifest.num_layers, manifest.key_layer) == (24, 3, 2)
+    assert (manifest.input_size, manifest.input_num_layers, manifest.input_layer) == (16, 2, 0)
+    assert (manifest.head_size, keys.input_point, manifest.key_point) == (
         300,
         "layer_output",
         "ffn_input",
@@ -336,10 +336,10 @@ def test_massive_activations_are_reported_and_clipped(
         extract_keys.run(replace(config, model=str(tmp_path / "massive"), key_point="layer_output"), World())
     assert "1 dimensions with massive activations: 5 (up to 5000 from its median, clipped to [" in caplog.text
     keys = open_keys(config.output)
-    (entry,) = keys.manifest["codec"]["massive_dimensions"]
-    assert entry["dimension"] == 5 and entry["largest"] > 4000 and entry["high"] < 200
+    (entry,) = keys.manifest.codec.massive_dimensions
+    assert entry.dimension == 5 and entry.largest > 4000 and entry.high < 200
     (in_codec,) = keys.load_codec().massive
-    assert in_codec.high == entry["high"]
+    assert in_codec.high == entry.high
 
 
 def test_layers_path_reaches_the_model(config: Config) -> None:
@@ -350,7 +350,7 @@ def test_layers_path_reaches_the_model(config: Config) -> None:
     assert not config.output.exists()
     extract_keys.run(replace(config, layers_path="transformer.h"), World())
     keys = open_keys(config.output)
-    assert keys.manifest["input_layers_path"] == "transformer.h"
+    assert keys.manifest.input_layers_path == "transformer.h"
     settings = training_inputs.Config(
         ds_config=Path("none"),
         corpus=config.corpus,
@@ -491,7 +491,7 @@ def test_a_padded_head_is_recorded(config: Config, tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "padded")
     extract_keys.run(replace(config, model=str(tmp_path / "padded")), World())
     manifest = open_keys(config.output).manifest
-    assert (manifest["vocab_size"], manifest["head_size"]) == (300, 320)
+    assert (manifest.vocab_size, manifest.head_size) == (300, 320)
 
 
 def test_a_small_vocabulary_model_is_refused(config: Config, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def write_targets(root: Path, keys: Keys, *, cuts: Sequence[int] = (), left_out:
 
     Shard number `left_out` is on disk and not in the manifest.
     """
-    num_positions, vocab_size = keys.num_positions, keys.manifest["vocab_size"]
+    num_positions, vocab_size = keys.num_positions, keys.manifest.vocab_size
     generator = np.random.default_rng(0)
     blocks = [
         random_block(generator, first, min(BLOCK, num_positions - first), vocab_size)

@@ -56,7 +56,7 @@ def bare_keys(corpus_dir, base_dir, tmp_path_factory):
 )
 def test_too_few_shards(runs, inputs_dir, tmp_path, name, said):
     keys = open_keys(inputs_dir / "keys")
-    block = keys.manifest["block_size"]
+    block = keys.manifest.block_size
     shutil.copytree(inputs_dir / name, tmp_path / "targets")
     if name == "uneven":
         (tmp_path / "targets" / shard_name(block, 2 * block)).unlink()

@@ -126,7 +126,7 @@ def test_weights_load_into_a_plain_memory(runs, pair, inputs_dir):
             hidden_size=16,
             intermediate_size=64,
             num_blocks=2,
-            vocab_size=keys.manifest["head_size"],
+            vocab_size=keys.manifest.head_size,
         )
     )
     trained = read_weights(runs / "two-stage3")
@@ -240,7 +240,7 @@ def test_a_training_starts_from_a_memory(runs, pair, inputs_dir):
         open_targets(inputs_dir / "targets"),
         TrainingOrder(
             num_positions=keys.num_positions,
-            block_size=keys.manifest["block_size"],
+            block_size=keys.manifest.block_size,
             window_blocks=FLAGS["shuffle_window_blocks"],
             seed=0,
         ),
