@@ -83,7 +83,7 @@ def _environment_as_before() -> Iterator[None]:
 def process_group() -> None:
     """A group of one rank in this process. DeepSpeed keeps hold of a process's first group, so it is never
     left."""
-    from mlpmem_ds.engines.deepspeed import set_up_distributed
+    from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 
     set_up_distributed(World())
 

@@ -31,13 +31,13 @@ ORDER = list(FLOORS)
 OWNERS: dict[str, set[str]] = {
     "accelerate": {"engines/hidden_states.py"},
     "datasets": {"formats/document_readers.py"},
-    "deepspeed": {"engines/deepspeed.py", "engines/zero_weights.py"},
+    "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss.py"},
     "lm_eval": {"engines/lm_eval.py"},
     "matplotlib": {"engines/plotting.py"},
     "mpi4py": set(),  # DeepSpeed reads it under mpirun
     "pyarrow": {"formats/document_readers.py"},
-    "torch.distributed": {"engines/deepspeed.py", "engines/processes.py"},
+    "torch.distributed": {"engines/processes.py"},
     "torch.utils.tensorboard": {"stages/training/metrics.py"},
     "tqdm": {"core/log.py"},
     "triton": {"maths/kernels/sparse_rows.py", "maths/kernels/probability_rows.py"},
@@ -61,7 +61,7 @@ OWNERS: dict[str, set[str]] = {
     "transformers": {
         "engines/hidden_states.py",
         "engines/model_files.py",
-        "engines/sharded_base.py",
+        "engines/deepspeed/sharded_base.py",
         "models/backbone.py",
         "models/hf.py",
         "models/hf_config.py",

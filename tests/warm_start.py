@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from mlpmem_ds.engines.deepspeed import import_deepspeed
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed
 
 _LATE_IMPORTS = (
     "deepspeed.checkpoint.ds_to_universal",

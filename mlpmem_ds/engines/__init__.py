@@ -1,2 +1,11 @@
-"""One file per heavy library (DeepSpeed, faiss, transformers' forward pass); nobody else imports that library
-for the purpose."""
+"""What runs on a heavy library, behind functions of ours; tests/test_floors.py says who may import which.
+
+- `hidden_states`: a causal language model of transformers reads windows of tokens; `model_files` finds one,
+  `online_inputs` computes a memory's inputs with one
+- `faiss`: the inverted-file index
+- `deepspeed/`: the ZeRO engine of the trainings
+- `checkpoints`: saved so that a kill at any moment leaves the last one
+- `processes`: torch.distributed: values exchanged, requests to stop
+- `device_peak`: FLOP/s of a device
+- `lm_eval`, `plotting`: the evaluation harness; matplotlib
+"""

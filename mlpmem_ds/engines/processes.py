@@ -1,8 +1,7 @@
-"""The ranks of a training as processes: where they meet, plain values exchanged, requests to stop, and the
-end.
+"""The ranks of a training as processes: where they meet, values exchanged, requests to stop, and the end.
 
-Place in the pipeline: under `train` and `train_base`; torch.distributed only.
-`engines.deepspeed.set_up_distributed` starts the group.
+Part of `train` and `train_base`; the one file that uses torch.distributed.
+`engines.deepspeed.process_group` starts the group.
 """
 
 from __future__ import annotations
@@ -36,13 +35,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def has_group() -> bool:
+    """Whether this process is in a group."""
+    return torch.distributed.is_initialized()
+
+
 def leave_process_group() -> None:
     """Before the interpreter ends: leave the group, and let gloo's threads drop the last tensors.
 
     They take Python's lock to do so, and one that asks for it while the interpreter is being taken down
     aborts the process ("terminate called without an active exception", one start in four with torch 2.13).
     """
-    if torch.distributed.is_initialized():
+    if has_group():
         time.sleep(_SECONDS_FOR_THREADS)
         torch.distributed.destroy_process_group()
     time.sleep(_SECONDS_FOR_THREADS)
@@ -96,8 +100,15 @@ def gather_values(value: Any, world: World) -> list[Any]:
     return values
 
 
+def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
+    """The sum of every rank's tensor, which is overwritten."""
+    if world.size > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
 def wait_for_all(world: World) -> None:
-    """Until every rank is here."""
+    """Until every rank calls this."""
     if world.size > 1:
         torch.distributed.barrier()
 
@@ -106,7 +117,7 @@ class StopRequest:
     """SIGTERM and SIGUSR1 (and the death of the deepspeed launcher) ask for a stop at the next step that all
     agree on.
 
-    The answer of a step is the one that was asked at the step before: nobody waits for it.
+    The answer of a step is the one that was asked for at the step before, so that no step waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -116,7 +127,7 @@ class StopRequest:
         self._previous = {
             number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)
         }
-        self._runner = _launcher_of_launcher()
+        self._command = _deepspeed_command()
 
     def _ask(self, *_: Any) -> None:
         self._asked = True
@@ -129,7 +140,7 @@ class StopRequest:
             work.wait()
             answer = bool(flag.item())
         # The deepspeed command does not pass SIGTERM on; its death is the only thing that the ranks can see.
-        if self._runner is not None and _launcher_of_launcher() != self._runner:
+        if self._command is not None and _deepspeed_command() != self._command:
             self._asked = True
         flag = torch.tensor([float(self._asked)], device=self._device)
         self._pending = (
@@ -146,8 +157,8 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def _launcher_of_launcher() -> int | None:
-    """The process above DeepSpeed's per-node launcher (the `deepspeed` command); None under other
+def _deepspeed_command() -> int | None:
+    """The process id of the `deepspeed` command, above DeepSpeed's launcher of this node; None under other
     launchers."""
     parent = Path("/proc") / str(os.getppid())
     try:

@@ -96,7 +96,8 @@ PARTITIONED = """
 import json, sys
 import torch
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import import_deepspeed, set_up_distributed
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed
+from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 deepspeed = import_deepspeed()
 set_up_distributed(World())

@@ -27,7 +27,7 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import set_up_logging
 from mlpmem_ds.core.world import World, world_from_environment
-from mlpmem_ds.engines.deepspeed import import_deepspeed
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed
 from mlpmem_ds.stages.base import train_base
 from mlpmem_ds.stages.training import train
 from mlpmem_ds.stages.training.metrics import Metrics

@@ -41,13 +41,9 @@ from torch.profiler import ProfilerActivity, profile
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import (
-    AdamWSettings,
-    Engine,
-    build_engine,
-    resolve_ds_config,
-    set_up_distributed,
-)
+from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, Engine, build_engine
+from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.maths.sparse_rows import SparseRows

@@ -17,8 +17,14 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import AdamWSettings, build_engine, resolve_ds_config, set_up_distributed
-from mlpmem_ds.engines.ds_config import compute_dtype, micro_batches_per_step, zero_stage
+from mlpmem_ds.engines.deepspeed.config import (
+    compute_dtype,
+    micro_batches_per_step,
+    resolve_ds_config,
+    zero_stage,
+)
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
+from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.stages.base.batches import SequenceBatches, Sequences

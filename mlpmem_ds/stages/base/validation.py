@@ -13,7 +13,7 @@ import torch
 
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import Engine
+from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import label_log_probabilities

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, remove_stale_temporaries, require_free_bytes, sha256_of_file
-from mlpmem_ds.engines.zero_weights import weights_of_checkpoint
+from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
 from mlpmem_ds.formats.checkpoint import (
     CHECKPOINT_FORMAT,
     MEMORY_STAGE,

@@ -12,8 +12,8 @@ import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed.sharded_base import ShardedSource
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
-from mlpmem_ds.engines.sharded_base import ShardedSource
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.structure import output_head

@@ -18,7 +18,7 @@ import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.engines.deepspeed import Engine
+from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.engines.processes import StopRequest
 from mlpmem_ds.stages.training.metrics import Metrics, progress_note
 from mlpmem_ds.stages.training.parts import Steps

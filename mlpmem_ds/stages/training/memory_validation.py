@@ -15,7 +15,7 @@ import torch
 
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import Engine
+from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.engines.hidden_states import StateSource, scan_positions
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mlpmem_ds.engines.deepspeed import Engine
+from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.stages.training.validation import Validation
 
 

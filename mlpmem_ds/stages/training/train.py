@@ -19,14 +19,10 @@ from torch import nn
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed import (
-    AdamWSettings,
-    build_engine,
-    resolve_ds_config,
-    set_parameter,
-    set_up_distributed,
-)
-from mlpmem_ds.engines.ds_config import compute_dtype, micro_batches_per_step
+from mlpmem_ds.engines.deepspeed.config import compute_dtype, micro_batches_per_step, resolve_ds_config
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
+from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
+from mlpmem_ds.engines.deepspeed.zero_state import set_parameter
 from mlpmem_ds.engines.hidden_states import StateSource, resolve_device
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values

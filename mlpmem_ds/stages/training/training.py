@@ -19,9 +19,9 @@ import torch
 from mlpmem_ds.core.files import content_hash, publish_json
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
-from mlpmem_ds.engines.deepspeed import Engine, SavedState
+from mlpmem_ds.engines.deepspeed.config import zero_stage
+from mlpmem_ds.engines.deepspeed.engine import Engine, SavedState
 from mlpmem_ds.engines.device_peak import peak_of
-from mlpmem_ds.engines.ds_config import zero_stage
 from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish, publish_json
-from mlpmem_ds.engines.deepspeed import Engine
+from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.formats.checkpoint import checkpoint_name
 
 

@@ -1,9 +1,9 @@
 """A frozen base whose weights are cut over the ranks: ZeRO stage 3 without an optimizer.
 
-Place in the pipeline: in `train`, beside the training, where the base is larger than one device. The base's
-weights are cut while they are loaded, so that no device ever holds them whole (rank 0 reads the files into
-its host's memory, once); a forward gathers those of one module after another, and those of about one layer
-ahead. What is computed is the same, number by number.
+Part of `train`, where the base that runs next to the training is larger than one device. The base's weights
+are cut while they are loaded, so that no device ever holds them whole (rank 0 reads the files into its host's
+memory, once); a forward gathers those of one module after another, and those of about one layer ahead. What
+is computed is the same, number by number.
 
 A forward is collective: see `StateSource.is_collective`. Every rank must run the same modules in the same
 order, which holds for all models but those that call an expert's own module only where one of its tokens asks
@@ -13,7 +13,6 @@ for it.
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from mlpmem_ds.engines.deepspeed import import_deepspeed
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, silenced
 from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.structure import decoder_layers
@@ -70,7 +69,7 @@ class ShardedSource(TransformersSource):
         ahead = sum(
             parameter.ds_numel for parameter in _parameters(decoder_layers(model, self.layers_path)[0])
         )
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silenced():
             self._engine, *_ = deepspeed.initialize(
                 model=body,
                 config=self._ds_config(persistent=persistent, ahead=ahead),
@@ -117,12 +116,12 @@ def _parameters(module: nn.Module) -> list[Any]:
 @contextlib.contextmanager
 def _cut_while_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     """While open, `from_pretrained` makes and fills its models in shards."""
-    told = HfDeepSpeedConfig(ds_config)  # transformers keeps a weak reference to it
+    config = HfDeepSpeedConfig(ds_config)  # transformers keeps a weak reference to it
     try:
         yield
     finally:
         unset_hf_deepspeed_config()
-        del told
+        del config
 
 
 def _gather_in_forward(head: nn.Module, deepspeed: Any) -> None:

@@ -1,13 +1,15 @@
 """Whole weights and Adam's moments, out of and into the shards of DeepSpeed's ZeRO optimizers.
 
-Place in the pipeline: under `engines.deepspeed`, which passes the library's parts in: what they are called
-inside the library is known here, and the library is not imported. All functions are collective.
+What they are called inside the library is known here. All functions are collective.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part, silenced
 from mlpmem_ds.engines.processes import wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint
 
@@ -37,8 +40,6 @@ class ZeroState:
     """DeepSpeed's optimizer"""
     optimizer: torch.optim.Optimizer
     """the one inside it"""
-    fragments: Any
-    """the module deepspeed.utils, which reads and writes parts of parameters"""
     stage: int
     world: World
 
@@ -56,23 +57,23 @@ def whole_size(parameter: nn.Parameter) -> int:
 
 def whole_weights(state: ZeroState) -> dict[str, torch.Tensor]:
     """The float32 master weights by name, on the CPU of rank 0; an empty dict elsewhere."""
-    weights = {}
+    weights, fragments = {}, import_part("utils")
     for name, parameter in state.module.named_parameters():
         has_master = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-        whole = state.fragments.safe_get_full_fp32_param(parameter) if has_master else parameter.detach()
+        whole = fragments.safe_get_full_fp32_param(parameter) if has_master else parameter.detach()
         if state.world.is_first:
             weights[name] = whole.detach().reshape(whole_shape(parameter)).to("cpu", torch.float32, copy=True)
     return weights
 
 
-def load_other_layout(
-    checkpoint: Checkpoint,
-    state: ZeroState,
-    *,
-    steps_applied: int,
-    convert: Callable[[Path, Path], None],
-    set_parameter: Callable[[nn.Parameter, torch.Tensor], None],
-) -> None:
+def set_parameter(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Give a parameter these values, whole or cut in shards; called by every rank with the same values."""
+    deepspeed = import_deepspeed()
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        parameter.copy_(values.reshape(parameter.shape))
+
+
+def load_other_layout(checkpoint: Checkpoint, state: ZeroState, *, steps_applied: int) -> None:
     """Load a checkpoint of another world size or ZeRO stage.
 
     It goes through DeepSpeed's universal format: whole float32 weights and moments, a folder a parameter.
@@ -81,12 +82,10 @@ def load_other_layout(
         checkpoint: of stages 1 to 3.
         state: what is loaded into, of stages 1 to 3.
         steps_applied: optimizer steps done, less those that were skipped.
-        convert: writes a checkpoint's folder anew, in the universal format, into another.
-        set_parameter: gives a parameter, whole or cut, these values.
     """
     universal = checkpoint.path.with_name(checkpoint.path.name + ".universal.tmp")
     if state.world.is_first:
-        convert(checkpoint.path, universal)
+        _convert_to_universal(checkpoint.path, universal)
     wait_for_all(state.world)
     _make_moments(state, steps_applied)
     for name, parameter in state.module.named_parameters():
@@ -105,8 +104,26 @@ def load_other_layout(
         (checkpoint.path.parent / "latest_universal").unlink(missing_ok=True)
 
 
+def _convert_to_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's converter, without its prints; one process."""
+    shutil.rmtree(target, ignore_errors=True)
+    converter = import_part("checkpoint.ds_to_universal")
+    with silenced(), contextlib.redirect_stderr(io.StringIO()):
+        converter.main(
+            Namespace(
+                input_folder=str(source),
+                output_folder=str(target),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+
+
 def _make_moments(state: ZeroState, steps: int) -> None:
-    """Adam's state, which would only come into being in the first step: zero moments after so many steps."""
+    """Adam's state, which the first step would make: zero moments after so many steps."""
     is_torch = isinstance(state.optimizer, torch.optim.AdamW)
     flat = next(getattr(state.wrapper, name) for name in _FLAT_MASTERS if hasattr(state.wrapper, name))
     for master in flat:
@@ -121,7 +138,7 @@ def _make_moments(state: ZeroState, steps: int) -> None:
 def _set_whole(state: ZeroState, parameter: nn.Parameter, part: str, values: torch.Tensor) -> None:
     """Write this rank's share of a parameter's float32 weight or moment; `values` is the whole of it,
     flat."""
-    fragments = state.fragments
+    fragments = import_part("utils")
     if state.stage < 3:
         if part == "fp32":
             fragments.safe_set_full_fp32_param(parameter, values.to(parameter.device))

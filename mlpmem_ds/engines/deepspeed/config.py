@@ -1,22 +1,22 @@
-"""DeepSpeed's JSON file, read strictly: unknown and removed keys refused, our numbers put where it says
+"""DeepSpeed's JSON file, read strictly: unknown and removed keys are refused, our numbers put where it says
 "auto".
 
-Place in the pipeline: under `train` and `train_base`, before anything is written. DeepSpeed itself accepts
-unknown keys and a left "auto" in silence. What only DeepSpeed can judge (the ZeRO section's values) is
-checked by its own classes, which `engines.deepspeed` passes in.
+Part of `train` and `train_base`: before anything is written. DeepSpeed itself accepts unknown keys and a left
+"auto" in silence; what only DeepSpeed can judge, the values of its sections, is checked by its own classes.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 
 _AUTO = "auto"
 _MICRO_BATCH, _ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
@@ -85,7 +85,7 @@ _REFUSED_ZERO = {
 }
 
 
-def resolve_numbers(
+def resolve_ds_config(
     path: Path,
     *,
     batch: int,
@@ -94,7 +94,7 @@ def resolve_numbers(
     max_micro_batch: int,
     gradient_clipping: float | None,
 ) -> dict[str, Any]:
-    """Read a DeepSpeed JSON strictly, and put our numbers where it says "auto".
+    """Read a DeepSpeed JSON strictly, put our numbers where it says "auto", and let DeepSpeed check the rest.
 
     Args:
         path: the file.
@@ -105,11 +105,46 @@ def resolve_numbers(
         gradient_clipping: norm, None = never clipped.
 
     Raises:
-        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers that do not
-            fit.
+        UserError: not JSON, an unknown or removed key, an "auto" without a meaning here, numbers or values
+            that do not fit, or an offload to NVMe that cannot work here.
     """
     config = _read_ds_config(path)
     _refuse_keys(path, config)
+    sizes = _batch_sizes(
+        path,
+        config,
+        batch=batch,
+        batch_flag=batch_flag,
+        world_size=world_size,
+        max_micro_batch=max_micro_batch,
+    )
+    clipping = gradient_clipping or 0.0  # DeepSpeed's own default is 1
+    if config.get(_CLIPPING, _AUTO) not in (_AUTO, clipping):
+        raise UserError(
+            f"{path}: {_CLIPPING} is {config[_CLIPPING]!r}, but --gradient-clipping is {gradient_clipping}:"
+            ' write "auto", or give the flag the same number'
+        )
+    resolved = {**config, **sizes, _CLIPPING: clipping}
+    for place in _find_auto(resolved):
+        raise UserError(
+            f'{path}: {place} is "auto", which only Hugging Face\'s Trainer resolves: give a number ("auto" '
+            f"is for {', '.join(_OWNED)})"
+        )
+    import_deepspeed()
+    _check_sections(path, resolved)
+    return resolved
+
+
+def _batch_sizes(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    batch: int,
+    batch_flag: str,
+    world_size: int,
+    max_micro_batch: int,
+) -> dict[str, int]:
+    """DeepSpeed's three names of how a batch is cut."""
     if batch % world_size:
         raise UserError(
             f"{batch_flag} {batch:,} cannot be dealt evenly to {world_size} ranks: choose a multiple of "
@@ -122,30 +157,16 @@ def resolve_numbers(
     if not isinstance(micro, int) or micro < 1 or share % micro:
         raise UserError(
             f"{path}: {_MICRO_BATCH} {micro!r} does not divide a rank's {share:,} of {batch_flag} {batch:,}"
-            " over "
-            f'{world_size} ranks: write "auto"'
+            f' over {world_size} ranks: write "auto"'
         )
     derived = {_MICRO_BATCH: micro, _ACCUMULATION: share // micro, "train_batch_size": batch}
     for name, value in derived.items():
         if config.get(name, _AUTO) not in (_AUTO, value):
             raise UserError(
                 f"{path}: {name} is {config[name]!r}, but {batch_flag} {batch:,} over {world_size} ranks"
-                " with "
-                f'micro-batches of {micro:,} makes it {value:,}: write "auto" or leave it out'
+                f' with micro-batches of {micro:,} makes it {value:,}: write "auto" or leave it out'
             )
-    clipping = gradient_clipping or 0.0  # DeepSpeed's own default is 1
-    if config.get(_CLIPPING, _AUTO) not in (_AUTO, clipping):
-        raise UserError(
-            f"{path}: {_CLIPPING} is {config[_CLIPPING]!r}, but --gradient-clipping is {gradient_clipping}:"
-            ' write "auto", or give the flag the same number'
-        )
-    resolved = {**config, **derived, _CLIPPING: clipping}
-    for place in _find_auto(resolved):
-        raise UserError(
-            f'{path}: {place} is "auto", which only Hugging Face\'s Trainer resolves: give a number ("auto" '
-            f"is for {', '.join(_OWNED)})"
-        )
-    return resolved
+    return derived
 
 
 def _read_ds_config(path: Path) -> dict[str, Any]:
@@ -168,10 +189,10 @@ def _refuse_keys(path: Path, config: Mapping[str, Any]) -> None:
         if name in _REFUSED:
             raise UserError(f"{path}: {name!r} is not taken: {_REFUSED[name]}")
         if name not in _KNOWN:
-            near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.5)
+            similar = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.5)
             raise UserError(
                 f"{path}: unknown key {name!r}; "
-                f"{f'did you mean {near[0]!r}?' if near else f'known are {sorted(_KNOWN)}'}"
+                f"{f'did you mean {similar[0]!r}?' if similar else f'known are {sorted(_KNOWN)}'}"
             )
     for name in zero:
         if name in _REFUSED_ZERO:
@@ -186,43 +207,41 @@ def _find_auto(value: Any, place: str = "") -> Iterator[str]:
         yield place
 
 
-def check_sections(path: Path, config: Mapping[str, Any], load: Callable[[str], Any]) -> None:
-    """Let DeepSpeed check the sections' keys and values now, before anything is written; `load` gives a
-    module of its.
-
-    Raises:
-        UserError: a section that it refuses, or an offload to NVMe that cannot work here.
-    """
+def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
+    """Let DeepSpeed check the sections' keys and values now, before anything is written."""
     for name, module, model in (
-        ("zero_optimization", "deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
-        ("bf16", "deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
+        ("zero_optimization", "runtime.zero.config", "DeepSpeedZeroConfig"),
+        ("bf16", "runtime.precision_config", "DeepSpeedBF16Config"),
     ):
         section = config.get(name, {})
         if not isinstance(section, dict):
             raise UserError(f"{path}: {name} must be an object, not {section!r}")
         try:
-            getattr(load(module), model)(**section)
-        except (
-            Exception
-        ) as error:  # pydantic's own family, which this file would only know by importing pydantic
+            getattr(import_part(module), model)(**section)
+        except Exception as error:  # pydantic's own family, which is known only where pydantic is imported
             lines = [line.strip() for line in str(error).splitlines()]
             raise UserError(
                 f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key"
             ) from error
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
-        if not load("deepspeed.ops").__compatible_ops__.get("async_io", False):
-            raise UserError(
-                f"{path} offloads to NVMe, and DeepSpeed's async_io does not build here: install libaio "
-                "(libaio-dev) or use ds_configs/zero3_offload.json"
-            )
-        if not Path(str(offload.get("nvme_path"))).is_dir():
-            raise UserError(
-                f"{path}: nvme_path {offload.get('nvme_path')!r} is not a directory: name one on a local NVMe"
-            )
+        _check_nvme(path, offload)
+
+
+def _check_nvme(path: Path, offload: Mapping[str, Any]) -> None:
+    if not import_part("ops").__compatible_ops__.get("async_io", False):
+        raise UserError(
+            f"{path} offloads to NVMe, and DeepSpeed's async_io does not build here: install libaio "
+            "(libaio-dev) or use ds_configs/zero3_offload.json"
+        )
+    if not Path(str(offload.get("nvme_path"))).is_dir():
+        raise UserError(
+            f"{path}: nvme_path {offload.get('nvme_path')!r} is not a directory: name one on a local NVMe"
+        )
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
+    """0 to 3."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -232,4 +251,5 @@ def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def micro_batches_per_step(config: Mapping[str, Any]) -> int:
+    """Of each rank, in a resolved configuration."""
     return int(config["gradient_accumulation_steps"])

@@ -1,13 +1,11 @@
 """Whole float32 weights out of a checkpoint's files, without a process group, an engine or a GPU.
 
-Place in the pipeline: under `convert_checkpoint`, for a training that has not finished. DeepSpeed's own
-converter reads them.
+Part of `convert_checkpoint`, for a training that has not finished. DeepSpeed's own converter reads them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.engines.deepspeed import import_deepspeed
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part, silenced
 from mlpmem_ds.formats.weight_shards import Weight
 
 
@@ -30,9 +28,9 @@ def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
         DamagedDataError: they are not a checkpoint that DeepSpeed can put together.
     """
     import_deepspeed()
-    converter = importlib.import_module("deepspeed.utils.zero_to_fp32")
+    converter = import_part("utils.zero_to_fp32")
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with silenced(), contextlib.redirect_stderr(io.StringIO()):
             if _is_of_bf16_optimizer(path):
                 tensors = _joined_fragments(path, converter.get_model_state_files(str(path))[0])
             elif list(path.glob("*_optim_states.pt")):

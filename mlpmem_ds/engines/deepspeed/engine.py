@@ -1,25 +1,14 @@
-"""DeepSpeed: process groups, its configuration file, and the ZeRO engine. No other file imports deepspeed.
+"""A model under ZeRO: optimizer steps, checkpoints, whole weights.
 
-Place in the pipeline: under `train` and `train_base`. The library is imported inside functions, because it
-reads its environment (DS_ACCELERATOR) while it is imported. What DeepSpeed 0.19 does silently and we refuse
-or repair: unknown keys and a left "auto" are accepted; `latest` is written before every rank has finished; a
-missing checkpoint restarts from scratch; another world size or ZeRO stage cannot be loaded.
+Part of `train` and `train_base`.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import datetime
-import importlib
-import io
 import json
 import logging
-import os
 import random
-import shutil
-import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,85 +20,19 @@ from torch import nn
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.checkpoints import find_checkpoint, save_checkpoint
-from mlpmem_ds.engines.ds_config import check_sections, compute_dtype, resolve_numbers, zero_stage
-from mlpmem_ds.engines.processes import keep_freed_memory, leave_process_group, meeting_point, wait_for_all
-from mlpmem_ds.engines.zero_state import ZeroState, load_other_layout, whole_shape, whole_size, whole_weights
+from mlpmem_ds.engines.deepspeed.config import compute_dtype, zero_stage
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part, silenced
+from mlpmem_ds.engines.deepspeed.zero_state import (
+    ZeroState,
+    load_other_layout,
+    whole_shape,
+    whole_size,
+    whole_weights,
+)
+from mlpmem_ds.engines.processes import sum_over_ranks, wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint
 
 _logger = logging.getLogger(__name__)
-
-
-def import_deepspeed() -> Any:
-    """Import the library, on the CPU accelerator where there is no CUDA, and silence its chatter."""
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        library = importlib.import_module("deepspeed")
-    for name in ("DeepSpeed", "deepspeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # PyTorch 2.13 has new names for what DeepSpeed calls: a warning of each rank in each run.
-    warnings.filterwarnings("ignore", message="`torch\\.distributed", category=FutureWarning)
-    # A just-in-time C++ build that only inference uses: 31 s, and fatal where there is no compiler.
-    compatible = getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
-    compatible["deepspeed_shm_comm"] = False
-    return library
-
-
-def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> None:
-    """Start the process group (NCCL with CUDA, else gloo) whatever launcher started us; a world of one needs
-    none.
-
-    It is left when the process ends. DeepSpeed looks for the rank in the environment later too; a second call
-    only puts it there.
-
-    Raises:
-        UserError: the ranks cannot find each other: MASTER_ADDR is unknown.
-    """
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
-    if torch.distributed.is_initialized():
-        return
-    deepspeed = import_deepspeed()
-    address, port = meeting_point(world, os.environ)
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    keep_freed_memory()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timeout,
-        verbose=False,
-    )
-    atexit.register(leave_process_group)
-
-
-def resolve_ds_config(
-    path: Path,
-    *,
-    batch: int,
-    batch_flag: str,
-    world_size: int,
-    max_micro_batch: int,
-    gradient_clipping: float | None,
-) -> dict[str, Any]:
-    """`ds_config.resolve_numbers`, and DeepSpeed's own check of the sections; nothing is written.
-
-    Raises:
-        UserError: not JSON, an unknown or removed key, an "auto" that nobody resolves, numbers or values that
-            do not fit.
-    """
-    resolved = resolve_numbers(
-        path,
-        batch=batch,
-        batch_flag=batch_flag,
-        world_size=world_size,
-        max_micro_batch=max_micro_batch,
-        gradient_clipping=gradient_clipping,
-    )
-    import_deepspeed()
-    check_sections(path, resolved, importlib.import_module)
-    return resolved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +53,7 @@ class SavedState:
 
 
 class Engine:
-    """A model under ZeRO: steps, checkpoints, whole weights. Every method is collective: all ranks call it
-    alike."""
+    """A model under ZeRO. Every method is collective: all ranks call it alike."""
 
     def __init__(self, engine: Any, config: Mapping[str, Any], world: World) -> None:
         self._engine, self._config, self._world = engine, config, world
@@ -141,7 +63,7 @@ class Engine:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that speaks."""
+        """Whether this is rank 0, which logs for all."""
         return self._world.is_first
 
     @property
@@ -150,7 +72,6 @@ class Engine:
             module=self.module,
             wrapper=self._engine.optimizer,
             optimizer=self._engine.basic_optimizer,
-            fragments=importlib.import_module("deepspeed.utils"),
             stage=self.stage,
             world=self._world,
         )
@@ -306,8 +227,6 @@ class Engine:
             checkpoint,
             self._state,
             steps_applied=checkpoint.step - skipped,
-            convert=_convert_to_universal,
-            set_parameter=set_parameter,
         )
         self._engine.global_steps, self._engine.skipped_steps = checkpoint.step, skipped
 
@@ -321,14 +240,12 @@ class Engine:
         return whole_weights(self._state)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Until every rank calls this."""
         wait_for_all(self._world)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks."""
-        if self._world.size > 1:
-            torch.distributed.all_reduce(values)
-        return values / self._world.size
+        """The mean over ranks; `values` is overwritten."""
+        return sum_over_ranks(values, self._world) / self._world.size
 
 
 def build_engine(
@@ -364,13 +281,13 @@ def build_engine(
         prepare(model)
     model.train()  # a model that was loaded from files evaluates
     optimizer = _make_optimizer(model, config, settings)
-    with contextlib.redirect_stdout(io.StringIO()):  # stage 1 prints its memory in a dozen lines
+    with silenced():  # stage 1 prints its memory in a dozen lines
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
     if world.size == 1 and hasattr(engine.optimizer, "get_grads_for_reduction"):
-        # Stage 1 would round the float32 sums to what ranks exchange, and back, though there is nobody to
-        # exchange them with.
+        # Stage 1 would round the float32 sums to what ranks exchange, and back, though one rank exchanges
+        # nothing.
         engine.enable_backward_allreduce = False
     return Engine(engine, config, world)
 
@@ -389,32 +306,7 @@ def _make_optimizer(
         config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     )
     if offloads and config.get("zero_force_ds_cpu_optimizer", True):
-        adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+        adam = import_part("ops.adam").DeepSpeedCPUAdam
         optimizer: torch.optim.Optimizer = adam(groups, lr=0.0, betas=settings.betas, eps=settings.epsilon)
         return optimizer
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.epsilon, fused=True)
-
-
-def set_parameter(parameter: nn.Parameter, values: torch.Tensor) -> None:
-    """Give a parameter these values, whole or cut in shards; called by every rank with the same values."""
-    deepspeed = import_deepspeed()
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-        parameter.copy_(values.reshape(parameter.shape))
-
-
-def _convert_to_universal(source: Path, target: Path) -> None:
-    """DeepSpeed's converter, without its prints; one process."""
-    shutil.rmtree(target, ignore_errors=True)
-    converter = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        converter.main(
-            Namespace(
-                input_folder=str(source),
-                output_folder=str(target),
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
-        )

@@ -1,0 +1,49 @@
+"""The one file that imports DeepSpeed.
+
+It is imported inside functions, because it reads its environment (DS_ACCELERATOR) while it is imported, and
+takes seconds. What DeepSpeed 0.19 does silently, and this package refuses or repairs: unknown keys and a left
+"auto" are accepted; `latest` is written before every rank has finished; a missing checkpoint restarts from
+scratch; another world size or ZeRO stage cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def import_deepspeed() -> Any:
+    """The library, on its CPU accelerator where there is no CUDA, and without its prints."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with silenced():
+        library = importlib.import_module("deepspeed")
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # PyTorch 2.13 has new names for what DeepSpeed calls: a warning of each rank in each run.
+    warnings.filterwarnings("ignore", message="`torch\\.distributed", category=FutureWarning)
+    # A just-in-time C++ build that only inference uses: 31 s, and fatal where there is no compiler.
+    compatible = getattr(import_part("ops"), "__compatible_ops__", {})
+    compatible["deepspeed_shm_comm"] = False
+    return library
+
+
+def import_part(name: str) -> Any:
+    """The module `deepspeed.<name>`; after `import_deepspeed`."""
+    return importlib.import_module(f"deepspeed.{name}")
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """What DeepSpeed prints inside is not shown."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,78 @@
+"""Models as the engine makes them, at every ZeRO stage."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
+from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
+from mlpmem_ds.engines.deepspeed.zero_state import set_parameter
+from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.objective import MemoryObjective
+set_up_distributed(World())
+memory = MemoryConfig(input_size=48, hidden_size=64, intermediate_size=256, num_blocks=2, vocab_size=500)
+for name, file in json.loads(sys.argv[1]).items():
+    def start_head(model):
+        set_parameter(model.final_norm.bias, torch.full((64,), 0.5))
+    config = resolve_ds_config(Path(file), batch=4, batch_flag="--b", world_size=1, max_micro_batch=4,
+                               gradient_clipping=1.0)
+    built = build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config, settings=AdamWSettings(),
+                         seed=3, world=World(), prepare=start_head)
+    torch.save(built.whole_weights(), sys.argv[2] + "/" + name + ".pt")
+"""
+
+
+def test_initial_weights_are_right_at_every_stage(tmp_path):
+    """zero.Init cuts a parameter as soon as its module is made: an initialization from outside would miss
+    it."""
+    files = {}
+    for stage, bf16 in ((0, False), (2, True), (3, False), (3, True)):
+        path = tmp_path / f"stage{stage}{bf16}.json"
+        path.write_text(
+            json.dumps(
+                {
+                    "bf16": {"enabled": bf16},
+                    "zero_allow_untested_optimizer": True,
+                    "zero_optimization": {"stage": stage},
+                }
+            )
+        )
+        files[path.stem] = str(path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    (tmp_path / "script.py").write_text(SCRIPT)
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), json.dumps(files), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    weights = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in files}
+    for name, tensors in weights.items():
+        for key, tensor in tensors.items():
+            assert tensor.dtype == torch.float32 and tensor.shape == weights["stage0False"][key].shape
+            if key == "final_norm.bias":  # what `prepare` wrote
+                assert torch.equal(tensor, torch.full((64,), 0.5)), name
+            elif key.endswith("bias"):
+                assert not tensor.any(), (name, key)
+            elif "norm" in key:
+                assert torch.equal(tensor, torch.ones_like(tensor)), (name, key)
+            else:
+                expected = 0.02 / 2 if "down" in key else 0.02
+                assert tensor.std().item() == pytest.approx(expected, rel=0.05), (name, key)
+    for key, tensor in weights["stage0False"].items():
+        assert torch.equal(tensor, weights["stage3False"][key]), key
