@@ -1,4 +1,4 @@
-"""A key directory with codes and values of the test's own choosing; short trainings, forked."""
+"""Builders: a key directory, an eval.json of the test's own numbers, short trainings, forked."""
 
 from __future__ import annotations
 
@@ -26,11 +26,84 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.formats.evaluation import (
+    ArmFigures,
+    Calibration,
+    CurvePoint,
+    Evaluation,
+    Machine,
+    Settings,
+    SplitFigures,
+)
 from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, unit_name
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _FORKED_TRAINING = Path(__file__).resolve().with_name("forked_training.py")
 ForkedTraining = Callable[..., tuple[list[Any], list[str]]]
+
+
+def make_arm(name: str, ppl: float, **changes: Any) -> ArmFigures:
+    """An arm of this test perplexity; the base's other figures."""
+    figures = {
+        "ppl": ppl,
+        "bits_per_byte": 1.0,
+        "ppl_change": changes.get("ppl_change"),
+        "ppl_interval": changes.get("ppl_interval"),
+        "win_rate": None,
+    }
+    fields = {
+        "description": "a way to predict",
+        "splits": {split: SplitFigures(**figures) for split in ("tuning", "test")},
+        "lmbda": None,
+        "chosen": {},
+        "tried": {},
+        "parameters": 1000,
+        "bytes": 4000,
+        "tokens": None,
+        "seconds": None,
+        "tokens_per_second": 100.0,
+        "calibration": Calibration(error=0.01, bins=()),
+        "tuning_curve": None,
+        "settings": {},
+    }
+    return ArmFigures(name=name, **(figures | fields | changes))
+
+
+def make_curve(points: dict[float, float]) -> tuple[CurvePoint, ...]:
+    return tuple(CurvePoint(lmbda=lmbda, ppl=ppl) for lmbda, ppl in points.items())
+
+
+def make_evaluation(*arms: ArmFigures, **changes: Any) -> Evaluation:
+    """An evaluation of these arms, the base first."""
+    fields = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "machine": Machine(platform="Linux", cores=2),
+        "model": "run/base",
+        "corpus": "run/corpus",
+        "tuning_split": "tuning",
+        "test_split": "test",
+        "extra_splits": (),
+        "tokens": {"tuning": 700, "test": 900},
+        "lambdas": (0.0, 0.5, 1.0),
+        "settings": Settings(
+            bootstrap_samples=200,
+            bootstrap_block=50,
+            block_size=256,
+            stride=128,
+            dtype="float32",
+            device="cpu",
+            threads=2,
+        ),
+        "subject": None,
+        "reference": None,
+        "recovered_share": None,
+        "against": {},
+        "wins": {},
+        "breakdowns": (),
+        "speeds": (),
+        "samples": (),
+    }
+    return Evaluation(arms=arms, **(fields | changes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, sha256_of_file
-from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
 from mlpmem_ds.formats.corpus import CorpusManifest, read_corpus_manifest, vocabulary_sha256
+from mlpmem_ds.formats.evaluation import Report, open_report
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
@@ -41,8 +41,7 @@ class ExportInputs:
     tokenizer: Any
     lmbda: float
     lmbda_rule: str
-    report: dict[str, Any] | None
-    report_sha256: str | None
+    report: Report | None
     source: Path
     """where the memory was read from"""
     corpus: CorpusManifest | None
@@ -64,8 +63,8 @@ class ExportInputs:
             "base": self.base_sha256,
             "vocabulary": self.trained.provenance["vocabulary_sha256"],
         }
-        if self.report_sha256 is not None:
-            inputs["report"] = self.report_sha256
+        if self.report is not None:
+            inputs["report"] = self.report.sha256
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -88,7 +87,7 @@ def open_inputs(config: Config) -> ExportInputs:
     if config.checkpoint is None:
         return _open_published(config)
     trained, memory, unread = _read_trained(config)
-    report, report_sha256, report_lmbda = _read_report(config, trained)
+    report, report_lmbda = _read_report(config, trained)
     lmbda, rule = _choose_lambda(config, report_lmbda)
     model = config.model or _model_of_keys(config.checkpoint, trained)
     base_sha256 = fingerprint_model(model)
@@ -116,7 +115,6 @@ def open_inputs(config: Config) -> ExportInputs:
         lmbda=lmbda,
         lmbda_rule=rule,
         report=report,
-        report_sha256=report_sha256,
         source=config.checkpoint,
         corpus=None if corpus_root is None else read_corpus_manifest(corpus_root),
         targets=None if targets_root is None else read_json(targets_root / "manifest.json"),
@@ -153,7 +151,6 @@ def _open_published(config: Config) -> ExportInputs:
         lmbda=lmbda,
         lmbda_rule=rule,
         report=None,
-        report_sha256=None,
         source=root,
         corpus=None,
         targets=None,
@@ -189,22 +186,19 @@ def _read_trained(config: Config) -> tuple[TrainedMemory, MemoryConfig, Checkpoi
         raise DamagedDataError(f"--checkpoint {root}: {error}: train it again") from error
 
 
-def _read_report(
-    config: Config, trained: TrainedMemory
-) -> tuple[dict[str, Any] | None, str | None, float | None]:
-    """(eval.json, the report's hash, the λ that it chose for this memory)."""
+def _read_report(config: Config, trained: TrainedMemory) -> tuple[Report | None, float | None]:
+    """(the report, the λ that it chose for this memory)."""
     if config.report is None:
-        return None, None, None
-    manifest, sha256 = read_manifest(config.report, stage="report", version=1, flag="--report")
-    evaluation = read_json(config.report / "eval.json")
-    names = [name for name, value in manifest["inputs"].items() if value == trained.sha256]
-    chosen = [arm["lambda"] for arm in evaluation.get("arms", []) if arm["name"] in names]
+        return None, None
+    report = open_report(config.report)
+    names = [name for name, value in report.inputs.items() if value == trained.sha256]
+    chosen = [arm.lmbda for arm in report.evaluation.arms if arm.name in names]
     if not chosen or chosen[0] is None:
         raise UserError(
             f"--report {config.report} does not evaluate the memory of --checkpoint {config.checkpoint}: run "
             "launch/evaluate.py with that memory, or leave out --report and give --lambda"
         )
-    return evaluation, sha256, float(chosen[0])
+    return report, float(chosen[0])
 
 
 def _choose_lambda(config: Config, report_lmbda: float | None) -> tuple[float, str]:

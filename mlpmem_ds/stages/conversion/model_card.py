@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.formats.corpus import CorpusManifest
+from mlpmem_ds.formats.evaluation import ArmFigures
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs
 
@@ -144,33 +145,29 @@ def _quality(inputs: ExportInputs) -> str:
     if inputs.report is None:
         return "Not measured: the export was made without a report of `launch/evaluate.py`."
     rows = ["| arm | test perplexity | change from the base (95 % interval) | λ |", "|---|---|---|---|"]
-    for arm in inputs.report["arms"]:
-        change, interval, lmbda = arm.get("ppl_change"), arm.get("ppl_interval"), arm.get("lambda")
+    arms = inputs.report.evaluation.arms
+    for arm in arms:
+        change, interval, lmbda = arm.ppl_change, arm.ppl_interval, arm.lmbda
         shown = (
             ""
-            if change is None or not interval
+            if change is None or interval is None
             else f"{change:+.1%} ({interval[0]:+.1%} to {interval[1]:+.1%})"
         )
-        rows.append(
-            f"| {arm['name']} | {arm['ppl']:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |"
-        )
-    curve = _curve(inputs.report)
+        rows.append(f"| {arm.name} | {arm.ppl:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |")
     return (
         "\n".join(rows)
-        + curve
+        + "".join(_curve(arm) for arm in arms)
         + "\n\nλ was chosen on a tuning split; the figures are of the test split, at each arm's own λ."
     )
 
 
-def _curve(report: Mapping[str, Any]) -> str:
-    """Tuning perplexity by λ of the arms that have a curve, a line each; "" where the report has none."""
-    lines = []
-    for arm in report["arms"]:
-        known = [point for point in arm.get("tuning_curve") or [] if point.get("ppl") is not None]
-        if known:
-            points = ", ".join(f"{point['lambda']:g}: {point['ppl']:.2f}" for point in known)
-            lines.append(f"\n\nTuning perplexity of {arm['name']} by λ: {points}.")
-    return "".join(lines)
+def _curve(arm: ArmFigures) -> str:
+    """A line with an arm's tuning perplexity by λ; "" for one that is not mixed with the base."""
+    points = [point for point in arm.tuning_curve or () if point.ppl is not None]
+    if not points:
+        return ""
+    curve = ", ".join(f"{point.lmbda:g}: {point.ppl:.2f}" for point in points)
+    return f"\n\nTuning perplexity of {arm.name} by λ: {curve}."
 
 
 def describe_verification(verification: Mapping[str, Any]) -> str:

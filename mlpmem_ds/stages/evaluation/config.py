@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,29 +10,23 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.stages import shared_flags
 
 DEFAULT_EXTRA_SPLITS = ("heldout",)
 _RESERVED_NAMES = ("base", "memory", "knn_exact", "knn_ivfpq")
 
 
-def lambda_grid(text: str) -> tuple[float, ...]:
+def lambda_grid(text: str) -> Grid:
     """`0:1:0.05` → 0, 0.05, …, 1.
 
     Raises:
-        UserError: not three numbers, or values outside [0, 1].
+        UserError: neither a number nor three, or values outside [0, 1].
     """
     try:
-        first, last, step = (float(word) for word in text.split(":"))
-        if not 0 < step < math.inf:
-            raise ValueError
+        return Grid.parse([text])
     except ValueError as error:
-        raise UserError(
-            f"--lambdas {text}: give first:last:step with a step above 0, such as 0:1:0.05"
-        ) from error
-    if not 0 <= first <= last <= 1:
-        raise UserError(f"--lambdas {text}: an interpolation weight lies between 0 and 1, such as 0:1:0.05")
-    return tuple(round(first + step * number, 12) for number in range(int((last - first) / step + 1e-9) + 1))
+        raise UserError(f"--lambdas {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +108,13 @@ class Config(Flags):
     memory_weights: Literal["float", "int8"] = option(
         "the memories' matrices: as trained, or rounded to int8 as generate can read them",
         "float",
+        identity="resolved",
     )
     device: str = shared_flags.device()
     attention: str = shared_flags.attention()
 
     def check(self) -> None:
-        if lambda_grid(self.lambdas)[0] == 1 and self.keys is not None:
+        if lambda_grid(self.lambdas).lambdas[0] == 1 and self.keys is not None:
             raise UserError(
                 f"--lambdas {self.lambdas}: kNN gives most tokens no probability at all, so that its arms"
                 " need a λ below 1"

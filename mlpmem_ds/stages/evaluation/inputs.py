@@ -1,89 +1,66 @@
-"""What `evaluate` reads (splits, base, retriever, memories, controls), opened and checked before anything is
-written.
-
-N positions.
-"""
+"""Part of `evaluate`: the text and the arms, opened and checked before anything is written."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
-from mlpmem_ds.core.hashing import hash_fraction
-from mlpmem_ds.core.log import seconds_of_stage
-from mlpmem_ds.engines.hidden_states import (
-    TransformersSource,
-    check_source_reads,
-    fingerprint_model,
-)
 from mlpmem_ds.engines.model_files import fetch_directory
-from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
-from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.stages.evaluation.config import DEFAULT_EXTRA_SPLITS, Config, control_directories
-from mlpmem_ds.stages.evaluation.models import (
-    KnnArms,
-    MemoryArm,
-    ModelArm,
-    holds_memory,
-    open_datastore,
-    open_memory,
-    open_model,
+from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.stages.evaluation.arms.arm import Arm
+from mlpmem_ds.stages.evaluation.arms.base import open_base
+from mlpmem_ds.stages.evaluation.arms.datastore import Datastore, read_datastore
+from mlpmem_ds.stages.evaluation.arms.knn import (
+    KNN_EXACT,
+    open_exact,
+    open_indexed,
+    open_vote,
+    searches_all_keys,
 )
-from mlpmem_ds.stages.report.summary import BASE, KNN_EXACT, KNN_IVFPQ, MEMORY
-
-_logger = logging.getLogger(__name__)
+from mlpmem_ds.stages.evaluation.arms.memory import (
+    MEMORY,
+    MemoryArm,
+    StoredMemory,
+    holds_memory,
+    open_memory,
+    read_memory,
+)
+from mlpmem_ds.stages.evaluation.arms.model import ModelArm, open_model
+from mlpmem_ds.stages.evaluation.config import DEFAULT_EXTRA_SPLITS, Config, control_directories
+from mlpmem_ds.stages.evaluation.splits import Split, open_splits, streams_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """What is scored as one: all positions of a stream, or those of half its documents."""
+class Arms:
+    """The arms in the order of the report, and the parts that some of them play in it."""
 
-    name: str
-    corpus: CorpusSplit
-    positions: np.ndarray | None
-    num_bytes: int
-
-    @property
-    def num_positions(self) -> int:
-        return self.corpus.num_positions if self.positions is None else len(self.positions)
-
-    def take(self, scores_N: np.ndarray) -> np.ndarray:
-        """This split's rows of its stream's scores."""
-        return scores_N if self.positions is None else scores_N[self.positions]
+    all: tuple[Arm, ...]
+    base: ModelArm
+    """the first of them: each is compared with it"""
+    subject: MemoryArm | None
+    """the memory of --memory, to which each is compared too"""
+    reference: Arm | None
+    """kNN over all keys, by whose gain the memory's is measured"""
+    controls: tuple[Arm, ...]
+    """those of --control"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Everything that the evaluation reads, opened and checked."""
 
-    splits: Mapping[str, Split]  # in the order tuning, test, extra
-    source: TransformersSource
-    base_sha256: str
-    datastore: KnnArms | None
-    memories: Sequence[MemoryArm]
-    models: Sequence[ModelArm]
-    seconds: Mapping[str, float | None] = field(default_factory=dict)
+    splits: Mapping[str, Split]
+    """in the order tuning, test, further test sets"""
+    arms: Arms
 
     @property
     def streams(self) -> dict[str, CorpusSplit]:
-        return {split.corpus.name: split.corpus for split in self.splits.values()}
-
-    @property
-    def base_arms(self) -> list[str]:
-        """The arms that one pass of the base gives, itself first."""
-        kinds = [] if self.datastore is None else self.datastore.names
-        return [BASE, *kinds, *(memory.arm for memory in self.memories)]
-
-    @property
-    def arms(self) -> list[str]:
-        return [*self.base_arms, *(model.arm for model in self.models)]
+        return streams_of(self.splits)
 
 
 def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
@@ -92,141 +69,121 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
     Raises:
         UserError: an input is missing, or does not belong to this base, corpus or datastore.
     """
-    config = _with_fetched_memories(config)
-    splits = _open_splits(config)
-    corpus = splits[config.test_split].corpus
-    base_sha256 = fingerprint_model(config.model)
-    source = TransformersSource(
+    splits = open_splits(
+        config.corpus,
+        tuning=config.tuning_split,
+        test=config.test_split,
+        extra=config.extra_splits,
+        is_extra_requested=config.extra_splits != DEFAULT_EXTRA_SPLITS,
+        min_positions=config.bootstrap_block + 1,
+    )
+    num_queries = sum(corpus.num_positions for corpus in streams_of(splits).values())
+    arms = open_arms(config, splits[config.test_split].corpus, num_queries=num_queries, local_rank=local_rank)
+    _refuse_training_text(splits, arms.all)
+    return Inputs(splits=splits, arms=arms)
+
+
+def open_arms(config: Config, corpus: CorpusSplit, *, num_queries: int, local_rank: int) -> Arms:
+    """Open every arm that the flags name; a new kind of arm is opened here.
+
+    Args:
+        config: the flags.
+        corpus: any split of the text.
+        num_queries: positions that will be scored.
+        local_rank: of this process, which chooses its GPU.
+    """
+    controls = {
+        name: fetch_directory(str(root), flag=f"--control {name}")
+        for name, root in control_directories(config.control).items()
+    }
+    memories = {name for name, root in controls.items() if holds_memory(root, f"--control {name}")}
+    # What is read before the base says where its layers are, if that had to be told.
+    stored = _read_memories(config.memory, {name: controls[name] for name in controls if name in memories})
+    datastore = read_datastore(config.keys, config.index, config.targets)
+    base = open_base(
         config.model,
+        corpus,
         dtype=config.dtype,
         device=config.device,
         attention=config.attention,
         local_rank=local_rank,
-        layers_path=_layers_path(config),
+        layers_path=layers_path_of([memory for _, memory in stored], datastore),
+        batch_windows=config.batch_windows,
     )
-    check_source_reads(source, corpus, config.model)
-    memories = (
-        []
-        if config.memory is None
-        else [open_memory(config.memory, MEMORY, config, corpus, source, base_sha256, flag="--memory")]
-    )
-    models = []
-    for name, root in control_directories(config.control).items():
-        flag = f"--control {name}"
-        if holds_memory(root, flag):
-            arm = f"base+{name.removeprefix('base+')}"
-            memories.append(open_memory(root, arm, config, corpus, source, base_sha256, flag=flag))
-        elif name.startswith("base+"):
-            raise UserError(
-                f"{flag}: {root} is a language model of its own, and arms named base+… are the base with"
-                " something beside it: choose another name"
-            )
-        else:
-            models.append(open_model(root, name, config, corpus, base=source))
-    if len({memory.arm for memory in memories}) < len(memories):
-        raise UserError("two of the controls have the same name: choose another for one of them")
-    num_queries = sum({split.corpus.name: split.corpus.num_positions for split in splits.values()}.values())
-    datastore = open_datastore(config, corpus, source, base_sha256, num_queries=num_queries)
-    _refuse_training_text(splits, memories, datastore)
-    return Inputs(
-        splits=splits,
-        source=source,
-        base_sha256=base_sha256,
-        datastore=datastore,
-        memories=memories,
-        models=models,
-        seconds=_seconds(config, memories, models),
+    arms: list[Arm] = [base]
+    exact = None
+    if datastore is not None:
+        vote = open_vote(datastore, corpus, base=base, k=config.k, temperature=config.temperature)
+        if _is_exact(config.exact, config.output, datastore, num_queries):
+            arms.append(exact := open_exact(vote, base=base))
+        if datastore.index is not None:
+            arms.append(open_indexed(vote, datastore.index, base=base, nprobe=config.nprobe))
+    joined = [
+        open_memory(memory, name, corpus, base=base, weights=config.memory_weights, datastore=datastore)
+        for name, memory in stored
+    ]
+    models = [
+        open_model(
+            root, name, corpus, base=base, attention=config.attention, batch_windows=config.batch_windows
+        )
+        for name, root in controls.items()
+        if name not in memories
+    ]
+    subject = None if config.memory is None else joined[0]
+    return Arms(
+        all=_with_different_names([*arms, *joined, *models]),
+        base=base,
+        subject=subject,
+        reference=exact,
+        controls=tuple(arm for arm in (*joined, *models) if arm is not subject),
     )
 
 
-def _with_fetched_memories(config: Config) -> Config:
-    """The same with directories in the place of Hub names."""
-    memory = None if config.memory is None else fetch_directory(str(config.memory), flag="--memory")
-    controls = control_directories(config.control).items()
-    fetched = tuple(
-        f"{name}={fetch_directory(str(root), flag=f'--control {name}')}" for name, root in controls
-    )
-    return dataclasses.replace(config, memory=memory, control=fetched)
+def _read_memories(subject: Path | None, controls: Mapping[str, Path]) -> list[tuple[str, StoredMemory]]:
+    """(name of the arm, memory), that of --memory first."""
+    read = []
+    if subject is not None:
+        root = fetch_directory(str(subject), flag="--memory")
+        read.append((MEMORY, read_memory(root, flag="--memory")))
+    for name, root in controls.items():
+        read.append((f"base+{name.removeprefix('base+')}", read_memory(root, flag=f"--control {name}")))
+    return read
 
 
-def _layers_path(config: Config) -> str | None:
-    """Where the base's layers are, if extraction had to be told: as the memory says, a control's memory, or
-    the keys."""
-    controls = control_directories(config.control).values()
-    for memory in (*([] if config.memory is None else [config.memory]), *controls):
-        weights, export = memory / "weights" / "config.json", memory / "config.json"
-        if weights.is_file():
-            return (read_json(weights).get("provenance") or {}).get("input_layers_path")
-        if export.is_file() and "layers_path" in (description := read_json(export)):
-            return description["layers_path"]
-    if config.keys is not None and (config.keys / "manifest.json").is_file():
-        return open_keys(config.keys).manifest.layers_path
+def layers_path_of(memories: Sequence[StoredMemory], datastore: Datastore | None) -> str | None:
+    """Where the base's layers are, if extraction had to be told: as the first memory says, else the keys."""
+    if memories:
+        return memories[0].layers_path
+    return None if datastore is None else datastore.layers_path
+
+
+def _is_exact(exact: bool | None, output: Path, datastore: Datastore, num_queries: int) -> bool:
+    """Whether all keys are searched too: as the flag says, as the report was begun, else where it is no long
+    work."""
+    if exact is not None:
+        return exact
+    begun = _arms_of_report(output)
+    return searches_all_keys(datastore, num_queries) if begun is None else KNN_EXACT in begun
+
+
+def _arms_of_report(output: Path) -> list[str] | None:
+    """The arms with which a report was begun; None where there is none."""
+    with suppress(DamagedDataError, FileNotFoundError, NotADirectoryError, KeyError, TypeError):
+        return list(read_json(output / "identity.json")["config"]["arms"])
     return None
 
 
-def _open_splits(config: Config) -> dict[str, Split]:
-    """Tuning, test and further splits; a corpus that was not split is dealt in halves by the documents'
-    names."""
-    present = {name for name, tokens in num_tokens_of_splits(config.corpus).items() if tokens >= 2}
-    wanted = [
-        config.tuning_split,
-        config.test_split,
-        *(name for name in config.extra_splits if name in present),
-    ]
-    if present == {"train"} and "train" not in wanted:
-        splits = _deal_halves(config)
-    else:
-        for name in config.extra_splits:
-            if name not in present and config.extra_splits != DEFAULT_EXTRA_SPLITS:
-                _logger.info("the corpus has no split %s: the report goes without it", name)
-        corpora = {name: open_corpus(config.corpus, name) for name in wanted}
-        splits = {
-            name: Split(name=name, corpus=corpus, positions=None, num_bytes=corpus.num_bytes)
-            for name, corpus in corpora.items()
-        }
-    for split in splits.values():
-        if split.num_positions <= config.bootstrap_block or split.num_bytes == 0:
-            raise UserError(
-                f"the {split.name} split has {split.num_positions:,} positions, and the intervals need more"
-                f" than one block of --bootstrap-block {config.bootstrap_block}: give more text or a smaller"
-                " block"
-            )
-    return splits
+def _with_different_names(arms: Iterable[Arm]) -> tuple[Arm, ...]:
+    arms = tuple(arms)
+    (name, count), *_ = Counter(arm.name for arm in arms).most_common(1)
+    if count > 1:
+        raise UserError(f"two arms have the same name, {name}: choose another for one of the controls")
+    return arms
 
 
-def _deal_halves(config: Config) -> dict[str, Split]:
-    corpus = open_corpus(config.corpus, "train")
-    is_tuning = np.array(
-        [hash_fraction(f"evaluate:{document['name']}") < 0.5 for document in corpus.documents]
-    )
-    sizes = np.array([document["bytes"] for document in corpus.documents])
-    document_of_N = corpus.documents_of(np.arange(corpus.num_positions))
-    _logger.info(
-        "the corpus is not split: its %d documents are dealt to %s and %s by their names",
-        len(sizes),
-        config.tuning_split,
-        config.test_split,
-    )
-    return {
-        name: Split(
-            name=name,
-            corpus=corpus,
-            positions=np.flatnonzero(chosen[document_of_N]),
-            num_bytes=int(sizes[chosen].sum()),
-        )
-        for name, chosen in ((config.tuning_split, is_tuning), (config.test_split, ~is_tuning))
-    }
-
-
-def _refuse_training_text(
-    splits: Mapping[str, Split], memories: Sequence[MemoryArm], datastore: KnnArms | None
-) -> None:
-    """No arm may be judged on the text that the datastore holds or the memory was trained on."""
-    trained = {
-        (memory.provenance.get("corpus"), memory.provenance.get("split", "train")) for memory in memories
-    }
-    if datastore is not None:
-        trained.add((datastore.keys.corpus_sha256, datastore.keys.manifest.split))
+def _refuse_training_text(splits: Mapping[str, Split], arms: Sequence[Arm]) -> None:
+    """No arm may be judged on text that it holds or was trained on."""
+    trained = {text for arm in arms for text in arm.trained_on}
     for split in splits.values():
         if (split.corpus.sha256, split.corpus.name) in trained:
             raise UserError(
@@ -234,28 +191,3 @@ def _refuse_training_text(
                 f" ({split.corpus.root}, {split.corpus.name}): choose other splits, or prepare the corpus"
                 " with --tuning-fraction and --test-fraction"
             )
-
-
-def _seconds(
-    config: Config, memories: Sequence[MemoryArm], models: Sequence[ModelArm]
-) -> dict[str, float | None]:
-    """Arm → seconds that its stages took beyond the base, from their logs; None where a log is not at
-    hand."""
-    targets = None if config.targets is None else read_json(config.targets / "manifest.json")
-    searched = [config.index] if targets is not None and targets["search"] == "ivf" else []
-    seconds: dict[str, float | None] = {
-        BASE: 0.0,
-        KNN_EXACT: _sum_of_logs([config.keys]),
-        KNN_IVFPQ: _sum_of_logs([config.keys, config.index]),
-    }
-    for memory in memories:
-        root = memory.root if memory.is_training else None
-        needs_targets = memory.provenance.get("alpha") != 0
-        stages = [config.keys, *(searched + [config.targets] if needs_targets else []), root]
-        seconds[memory.arm] = _sum_of_logs(stages)
-    return seconds | {model.arm: _sum_of_logs([Path(model.path)]) for model in models}
-
-
-def _sum_of_logs(roots: Sequence[Path | None]) -> float | None:
-    logged = [None if root is None else seconds_of_stage(root) for root in roots]
-    return None if None in logged else sum(seconds for seconds in logged if seconds is not None)

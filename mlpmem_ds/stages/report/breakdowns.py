@@ -1,17 +1,16 @@
-"""Last stage: where an arm wins and loses, and whether its probabilities mean what they say; all from stored
-numbers.
+"""Part of `evaluate`: where an arm wins and loses, and whether its probabilities mean what they say.
 
-N = positions of a split, G groups.
+N positions of a split, G groups, B bins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from mlpmem_ds.formats.evaluation import Breakdown, Calibration, CalibrationBin, Evaluation, GroupFigures
 from mlpmem_ds.maths.scores import calibration_error, reliability
 
 CALIBRATION_BINS = 15
@@ -28,12 +27,13 @@ ENTROPY, FREQUENCY, KIND = (
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """A way to part the positions of the test split: the name and label of each group, and each position's
-    group."""
+    """A way to part the positions of the test split."""
 
     name: str
     labels: tuple[str, ...]
-    of_N: np.ndarray
+    """of each group"""
+    group_of_N: np.ndarray
+    """int64: each position's group"""
 
 
 def entropy_groups(entropies_N: np.ndarray) -> Groups:
@@ -41,7 +41,9 @@ def entropy_groups(entropies_N: np.ndarray) -> Groups:
     labels = _labels(
         [f"{edge:g}" for edge in ENTROPY_EDGES], first="below {}", middle="{} to {}", last="{} and more"
     )
-    return Groups(name=ENTROPY, labels=labels, of_N=np.searchsorted(ENTROPY_EDGES, entropies_N, side="right"))
+    return Groups(
+        name=ENTROPY, labels=labels, group_of_N=np.searchsorted(ENTROPY_EDGES, entropies_N, side="right")
+    )
 
 
 def frequency_groups(counts_V: np.ndarray, values_N: np.ndarray) -> Groups:
@@ -52,61 +54,59 @@ def frequency_groups(counts_V: np.ndarray, values_N: np.ndarray) -> Groups:
     ]
     labels = ("never", *inner, f"{names[-1]} and more")
     return Groups(
-        name=FREQUENCY, labels=labels, of_N=np.searchsorted(FREQUENCY_EDGES, counts_V[values_N], side="right")
+        name=FREQUENCY,
+        labels=labels,
+        group_of_N=np.searchsorted(FREQUENCY_EDGES, counts_V[values_N], side="right"),
     )
 
 
-def breakdown(groups: Groups, base_N: np.ndarray, arms: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def breakdown(groups: Groups, base_N: np.ndarray, arms: Mapping[str, np.ndarray]) -> Breakdown:
     """Per group and arm: perplexity, its change against the base, the share of positions won, and nats won
-    and lost.
-
-    `won` and `lost` are sums of log(p_arm / p_base) over the group's positions where the arm gives the token
-    more, or less, than the base, divided by *all* positions: over the groups they add up to the arm's whole
-    gain a position.
+    and lost, as `GroupFigures` says.
 
     Args:
         base_N: the base's natural log-probabilities.
         arms: each arm's own, at its chosen λ.
     """
     num_groups, num_positions = len(groups.labels), len(base_N)
-    positions_G = np.bincount(groups.of_N, minlength=num_groups)
+    positions_G = np.bincount(groups.group_of_N, minlength=num_groups)
 
     def means(values_N: np.ndarray) -> np.ndarray:
-        sums_G: np.ndarray = np.bincount(groups.of_N, weights=values_N, minlength=num_groups)
+        sums_G: np.ndarray = np.bincount(groups.group_of_N, weights=values_N, minlength=num_groups)
         return sums_G / np.maximum(positions_G, 1)
 
     base_means_G = means(base_N.astype(np.float64))
-    rows: dict[str, Any] = {}
+    share_G = positions_G / num_positions
+    figures = {}
     for name, arm_N in arms.items():
         gains_N = arm_N.astype(np.float64) - base_N
-        share_G = positions_G / num_positions
-        rows[name] = {
-            "ppl": _plain(np.exp(-means(arm_N)), positions_G),
-            "ppl_change": _plain(np.expm1(base_means_G - means(arm_N)), positions_G),
-            "win_rate": _plain(means((gains_N > 0) + 0.5 * (gains_N == 0)), positions_G),
-            "won": (means(np.maximum(gains_N, 0)) * share_G).tolist(),
-            "lost": (means(np.minimum(gains_N, 0)) * share_G).tolist(),
-        }
-    return {
-        "name": groups.name,
-        "labels": list(groups.labels),
-        "positions": positions_G.tolist(),
-        "base_ppl": _plain(np.exp(-base_means_G), positions_G),
-        "arms": rows,
-    }
+        figures[name] = GroupFigures(
+            ppl=_or_none(np.exp(-means(arm_N)), positions_G),
+            ppl_change=_or_none(np.expm1(base_means_G - means(arm_N)), positions_G),
+            win_rate=_or_none(means((gains_N > 0) + 0.5 * (gains_N == 0)), positions_G),
+            won=tuple((means(np.maximum(gains_N, 0)) * share_G).tolist()),
+            lost=tuple((means(np.minimum(gains_N, 0)) * share_G).tolist()),
+        )
+    return Breakdown(
+        name=groups.name,
+        labels=groups.labels,
+        positions=tuple(positions_G.tolist()),
+        base_ppl=_or_none(np.exp(-base_means_G), positions_G),
+        arms=figures,
+    )
 
 
-def calibration(log_probabilities_N: np.ndarray, is_value_N: np.ndarray) -> dict[str, Any]:
+def calibration(log_probabilities_N: np.ndarray, is_correct_N: np.ndarray) -> Calibration:
     """Expected calibration error of the probabilities given to one guess a position, and the bins that it is
     made of."""
     probabilities_N = np.exp(log_probabilities_N.astype(np.float64))
-    counts_B, means_B, shares_B = reliability(probabilities_N, is_value_N, CALIBRATION_BINS)
-    bins = [
-        {"positions": int(count), "probability": float(mean), "came": float(share)}
+    counts_B, means_B, shares_B = reliability(probabilities_N, is_correct_N, CALIBRATION_BINS)
+    bins = tuple(
+        CalibrationBin(positions=int(count), probability=float(mean), correct=float(share))
         for count, mean, share in zip(counts_B, means_B, shares_B, strict=True)
         if count
-    ]
-    return {"error": calibration_error(probabilities_N, is_value_N, CALIBRATION_BINS), "bins": bins}
+    )
+    return Calibration(error=calibration_error(probabilities_N, is_correct_N, CALIBRATION_BINS), bins=bins)
 
 
 def _labels(edges: Sequence[str], *, first: str, middle: str, last: str) -> tuple[str, ...]:
@@ -114,14 +114,13 @@ def _labels(edges: Sequence[str], *, first: str, middle: str, last: str) -> tupl
     return (first.format(edges[0]), *inner, last.format(edges[-1]))
 
 
-def _plain(values_G: np.ndarray, positions_G: np.ndarray) -> list[float | None]:
-    """Plain numbers; None for a group without positions."""
-    return [
+def _or_none(values_G: np.ndarray, positions_G: np.ndarray) -> tuple[float | None, ...]:
+    """As Python's numbers; None for a group without positions."""
+    return tuple(
         float(value) if positions else None for value, positions in zip(values_G, positions_G, strict=True)
-    ]
+    )
 
 
-def shows_wins(evaluation: Mapping[str, Any]) -> bool:
-    """Whether there is something beside the base to compare with it by the kind of token."""
-    breakdowns = evaluation.get("breakdowns", [])
-    return any(breakdown["name"] == KIND and breakdown["arms"] for breakdown in breakdowns)
+def shows_wins(evaluation: Evaluation) -> bool:
+    """Whether there is an arm besides the base to compare with it by the kind of token."""
+    return any(breakdown.name == KIND and breakdown.arms for breakdown in evaluation.breakdowns)

@@ -1,4 +1,4 @@
-"""Last stage: how the report writes numbers; a missing one is a dash."""
+"""Part of `evaluate`: how the report writes numbers; a missing one is a dash."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def scaled_text(value: float, unit: str = "") -> str:
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
+
+
+def listed_text(numbers: Sequence[float]) -> str:
+    """1, 2.5, 1024"""
+    return ", ".join(f"{number:.6g}" for number in numbers)

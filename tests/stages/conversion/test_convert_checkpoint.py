@@ -27,11 +27,14 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats import weight_shards
 from mlpmem_ds.formats.checkpoint import read_weights, write_weights
 from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.evaluation import write_evaluation
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.convert_checkpoint import EXPORT_FILE, LOGIT_BOUND, ROUNDING_BOUND
 from mlpmem_ds.stages.training.initial_memory import open_initial_memory
+
+from ..conftest import make_arm, make_curve, make_evaluation
 
 pytestmark = pytest.mark.usefixtures("code_cache")
 ROOT = Path(__file__).parents[3]
@@ -104,18 +107,15 @@ def save_report(root: Path, memory: Path, *, lmbda: float | None = LAMBDA) -> Pa
         inputs=inputs,
         world=World(),
     )
-    arms = [
-        {"name": "base", "ppl": 71.7, "ppl_change": None, "ppl_interval": None, "lambda": None},
-        {
-            "name": "base+other",
-            "ppl": 64.5,
-            "ppl_change": -0.1,
-            "ppl_interval": [-0.12, -0.08],
-            "lambda": lmbda,
-            "tuning_curve": [{"lambda": 0.0, "ppl": 70.0}, {"lambda": 0.35, "ppl": 63.25}],
-        },
-    ]
-    publish_json(root / "eval.json", {"arms": arms})
+    other = make_arm(
+        "base+other",
+        64.5,
+        ppl_change=-0.1,
+        ppl_interval=(-0.12, -0.08),
+        lmbda=lmbda,
+        tuning_curve=make_curve({0.0: 70.0, 0.35: 63.25}),
+    )
+    write_evaluation(root, make_evaluation(make_arm("base", 71.7), other))
     directory.finish([], dict)
     return root
 

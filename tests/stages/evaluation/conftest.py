@@ -21,6 +21,7 @@ from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stag
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.checkpoint import write_weights
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
+from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
 from mlpmem_ds.formats.keys import Keys, encode, open_keys, read_codec
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.evaluation import evaluate
@@ -37,7 +38,7 @@ class Finished(NamedTuple):
 
     config: Config
     table: str
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
 
 
 def save_memory(
@@ -175,10 +176,6 @@ def finished(artifacts: Path, corpus_dir: Path, base_dir: Path, keys_dir: Path) 
     table = evaluate.run(config, World())
     assert table is not None
     return Finished(config, table, read_evaluation(config.output))
-
-
-def read_evaluation(root: Path) -> dict[str, Any]:
-    return json.loads((root / "eval.json").read_bytes())
 
 
 def read_scores(root: Path, stream: str, arm: str, folder: str = "scores") -> np.ndarray:

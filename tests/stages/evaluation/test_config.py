@@ -57,5 +57,5 @@ def test_flags_out_of_bounds_are_refused_by_name(
 
 
 def test_lambda_grid_has_both_ends() -> None:
-    grid = lambda_grid("0:1:0.05")
+    grid = lambda_grid("0:1:0.05").lambdas
     assert len(grid) == 21 and grid[0] == 0.0 and grid[-1] == 1.0 and grid[7] == 0.35

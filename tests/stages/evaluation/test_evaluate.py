@@ -13,23 +13,25 @@ import pytest
 
 from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config
+from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
 
-from .conftest import UNIT, Finished, bytes_of_scores, read_evaluation
+from .conftest import UNIT, Finished, bytes_of_scores
 
 TIMES = {"tokens_per_second", "seconds"}
 
 
-def check_equal_results(root: Path, evaluation: dict[str, Any], finished: Finished) -> None:
+def check_equal_results(root: Path, evaluation: Evaluation, finished: Finished) -> None:
     """The bytes of every score, and every number of eval.json but the times."""
     assert bytes_of_scores(root) == bytes_of_scores(finished.config.output)
-    for before, after in zip(finished.evaluation["arms"], evaluation["arms"], strict=True):
-        assert {name: value for name, value in before.items() if name not in TIMES} == {
-            name: value for name, value in after.items() if name not in TIMES
+    for before, after in zip(finished.evaluation.arms, evaluation.arms, strict=True):
+        assert {name: value for name, value in vars(before).items() if name not in TIMES} == {
+            name: value for name, value in vars(after).items() if name not in TIMES
         }
-    assert evaluation["breakdowns"] == finished.evaluation["breakdowns"]
+    assert evaluation.breakdowns == finished.evaluation.breakdowns
 
 
 @pytest.mark.parametrize(("rank", "size"), [(1, 2), (2, 3)])
@@ -56,16 +58,17 @@ def test_three_ranks_killed_at_random_leave_the_bytes_of_one(
 def test_a_run_that_stopped_in_a_unit_continues_after_the_units_that_are_done(
     config: Config, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = replace(config, speed_positions=None)  # which runs the base too
     calls = []
-    real = evaluate.scan
+    real = ForwardPass.scan
 
-    def fail(*arguments: Any, **settings: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("stopped")
-        return real(*arguments, **settings)
+        return real(*arguments)
 
-    monkeypatch.setattr(evaluate, "scan", fail)
+    monkeypatch.setattr(ForwardPass, "scan", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate.run(config, World())
     assert len(list((config.output / "done").iterdir())) == 3
@@ -88,11 +91,11 @@ def test_another_grid_reads_the_same_scores(
     config: Config, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished.config.output, config.output)
-    monkeypatch.setattr(evaluate, "scan", lambda *_, **__: pytest.fail("a forward pass for a grid"))
-    evaluate.run(replace(config, lambdas="0:0.5:0.5", bootstrap_samples=150), World())
+    monkeypatch.setattr(ForwardPass, "scan", lambda *_: pytest.fail("a forward pass for a grid"))
+    evaluate.run(replace(config, lambdas="0:0.5:0.5", bootstrap_samples=150, speed_positions=None), World())
     evaluation = read_evaluation(config.output)
-    assert evaluation["lambdas"] == [0, 0.5]
-    assert {arm["lambda"] for arm in evaluation["arms"]} <= {None, 0, 0.5}
+    assert evaluation.lambdas == (0, 0.5)
+    assert {arm.lmbda for arm in evaluation.arms} <= {None, 0, 0.5}
 
 
 def test_progress_of_each_rank_counts_its_own_share_and_one_rank_names_the_report(
@@ -108,7 +111,8 @@ def test_progress_of_each_rank_counts_its_own_share_and_one_rank_names_the_repor
         for rank in range(2):
             evaluate.run(replace(config, speed_positions=None, samples=0), World(rank=rank, size=2))
     inputs = open_inputs(config)
-    positions = sum(corpus.num_positions for corpus in inputs.streams.values()) * (1 + len(inputs.models))
+    passes = {arm.forward_pass for arm in inputs.arms.all}
+    positions = sum(corpus.num_positions for corpus in inputs.streams.values()) * len(passes)
     assert sum(totals) == positions and 0 < min(totals) <= max(totals) < positions
     assert caplog.text.count(f"the report is {config.output / 'report.md'}") == 1
 

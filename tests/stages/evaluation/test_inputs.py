@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from mlpmem_ds.stages.evaluation.evaluate import Config
-from mlpmem_ds.stages.evaluation.inputs import _layers_path
+from mlpmem_ds.stages.evaluation.inputs import layers_path_of
 
 
-def test_the_layers_are_where_the_memory_or_the_keys_say(tmp_path: Path) -> None:
-    def write(name: str, content: dict[str, object]) -> None:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(json.dumps(content))
+def test_the_layers_are_where_the_memory_or_the_keys_say() -> None:
+    def told(path: str | None) -> Any:
+        return SimpleNamespace(layers_path=path)
 
-    def found(**places: Path) -> str | None:
-        return _layers_path(
-            Config(model="m", corpus=tmp_path / "corpus", output=tmp_path / "report", **places)
-        )
-
-    write("memory/weights/config.json", {"provenance": {"input_layers_path": "a.layers"}})
-    write("export/config.json", {"layers_path": "b.layers"})
-    write("keys/manifest.json", {"layers_path": "c.layers"})
-    write("plain/weights/config.json", {"provenance": {}})
-    keys = tmp_path / "keys"
-    assert found() is None
-    assert found(memory=tmp_path / "memory", keys=keys) == "a.layers"
-    assert found(memory=tmp_path / "export") == "b.layers"
-    assert found(memory=tmp_path / "plain", keys=keys) is None
-    assert found(keys=keys) == "c.layers"
+    assert layers_path_of([], None) is None
+    assert layers_path_of([told("a.layers"), told("b.layers")], told("c.layers")) == "a.layers"
+    assert layers_path_of([told(None)], told("c.layers")) is None
+    assert layers_path_of([], told("c.layers")) == "c.layers"

@@ -18,7 +18,7 @@ from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.maths.rescoring import rescore
 from mlpmem_ds.stages.evaluation import evaluate
-from mlpmem_ds.stages.evaluation import models as evaluation_arms
+from mlpmem_ds.stages.evaluation.arms import knn
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
 from mlpmem_ds.stages.index import build_index
@@ -31,21 +31,21 @@ def test_knn_arm_equals_a_brute_force_evaluation(
     finished: Finished, base_dir: Path, keys_dir: Path, corpus_dir: Path
 ) -> None:
     config, _, evaluation = finished
-    row = next(arm for arm in evaluation["arms"] if arm["name"] == "base+knn_exact")
+    row = evaluation.arm("base+knn_exact")
     choices = [(k, factor * TEMPERATURE) for k in NEIGHBOURS for factor in TEMPERATURE_FACTORS]
-    column = choices.index((row["neighbours"], row["temperature"]))
+    column = choices.index((row.chosen["neighbours"], row.chosen["temperature"]))
     for split in ("tuning", "test", "heldout"):
         corpus = open_corpus(corpus_dir, split)
         log_probabilities, states = forward_base(base_dir, corpus)
         labels = corpus.values(0, corpus.num_positions)
         p_base = np.exp(log_probabilities[np.arange(len(labels)), labels])
-        p_knn = brute_force_knn(keys_dir, states, labels, row["temperature"], row["neighbours"])
+        p_knn = brute_force_knn(keys_dir, states, labels, row.chosen["temperature"], row.chosen["neighbours"])
         found = np.exp(read_scores(config.output, split, "base+knn_exact").astype(np.float64))[:, column]
         np.testing.assert_allclose(found, p_knn, rtol=2e-6, atol=1e-12)
         assert (p_knn == 0).any() and (p_knn > 0.01).any()
-        mixture = (1 - row["lambda"]) * p_base + row["lambda"] * p_knn
-        assert row["splits"][split]["ppl"] == pytest.approx(math.exp(-np.log(mixture).mean()), rel=1e-6)
-    assert 0 < row["lambda"] < 1
+        mixture = (1 - row.lmbda) * p_base + row.lmbda * p_knn
+        assert row.splits[split].ppl == pytest.approx(math.exp(-np.log(mixture).mean()), rel=1e-6)
+    assert 0 < row.lmbda < 1
 
 
 def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(
@@ -64,23 +64,24 @@ def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(
                 perplexities[round(weight, 10), factor * TEMPERATURE, k] = math.exp(
                     -np.log((1 - weight) * p_base + weight * p_knn).mean()
                 )
-    row = next(arm for arm in evaluation["arms"] if arm["name"] == "base+knn_exact")
-    assert (row["lambda"], row["temperature"], row["neighbours"]) == min(perplexities, key=perplexities.get)
+    row = evaluation.arm("base+knn_exact")
+    assert (row.lmbda, row.chosen["temperature"], row.chosen["neighbours"]) == min(
+        perplexities, key=perplexities.get
+    )
 
 
 def test_the_first_keys_of_a_datastore_are_searched_as_a_datastore_of_their_own(finished: Finished) -> None:
-    store = open_inputs(finished.config).datastore
-    assert store is not None
-    stored = store.keys.read("keys")
+    exact, indexed = open_inputs(finished.config).arms.all[1:3]
+    stored = exact.vote.keys.read("keys")
     queries = stored[900:950]
     distances = ((queries[:, None].astype(np.int64) - stored[None, :700]) ** 2).sum(-1)
     nearest = np.sort(distances, axis=1)[:, :K]
-    for arm in ("base+knn_exact", "base+knn_ivfpq"):
-        found = store.scorer(arm, 700).search.search(queries, K).unpack()
+    for arm in (exact, indexed):
+        found = arm.at_size(700).scorer.search.search(queries, K).unpack()
         assert found.ids_QK.max() < 700 and (found.ids_QK >= 0).all()
-        if arm == "base+knn_exact":
+        if arm is exact:
             np.testing.assert_array_equal(found.distances_QK, nearest)
-        assert store.scorers[arm].search.search(queries, K).unpack().ids_QK.max() >= 900
+        assert arm.scorer.search.search(queries, K).unpack().ids_QK.max() >= 900
 
 
 def test_ivfpq_scores_differ_from_exact_ones_but_follow_them(finished: Finished) -> None:
@@ -106,14 +107,13 @@ def test_all_lists_of_whole_vectors_give_the_exact_scores(
 
 
 def test_fewer_neighbours_are_the_nearest_ones_in_any_order_of_the_search(finished: Finished) -> None:
-    store = open_inputs(finished.config).datastore
-    assert store is not None
-    scorer = store.scorers["base+knn_exact"]
-    queries, values = store.keys.read("keys", 900, 950), store.keys.read("values", 900, 950)
+    scorer = open_inputs(finished.config).arms.reference.scorer
+    keys = scorer.keys
+    queries, values = keys.read("keys", 900, 950), keys.read("values", 900, 950)
     packed = scorer.search.search(queries, K)
     found = packed.rows(slice(None))
     order = np.random.default_rng(0).permuted(np.tile(np.arange(K), (50, 1)), axis=1)
-    shuffled = rescore(queries, np.take_along_axis(found.ids_QK, order, axis=1), store.keys.read("keys"))
+    shuffled = rescore(queries, np.take_along_axis(found.ids_QK, order, axis=1), keys.read("keys"))
     np.testing.assert_array_equal(shuffled.packed_QK, packed.packed_QK)
     choices = [(count, weighting.temperature) for count, weighting in scorer.choices]
     assert choices == [
@@ -133,15 +133,15 @@ def test_all_keys_are_searched_by_default_only_if_that_takes_little_time(
 ) -> None:
     def exact_of(**changes: Any) -> bool:
         with caplog.at_level("INFO", logger="mlpmem_ds"):
-            return open_inputs(replace(config, **changes)).datastore.exact
+            return open_inputs(replace(config, **changes)).arms.reference is not None
 
     assert exact_of() and "all keys are searched too" in caplog.text
-    monkeypatch.setattr(evaluation_arms, "max_keys_for_exact", lambda: 10)
+    monkeypatch.setattr(knn, "max_keys_for_exact", lambda: 10)
     assert not exact_of() and "without base+knn_exact; --exact searches" in caplog.text
     assert exact_of(exact=True) and not exact_of(exact=False)
     with pytest.raises(UserError, match="long work for exact search: give --index, or --exact"):
         exact_of(index=None)
     shutil.copytree(finished.config.output, config.output)
     identity = json.loads((config.output / "identity.json").read_text())
-    assert identity["config"]["exact"] is True  # as where the flag was on by default
+    assert "base+knn_exact" in identity["config"]["arms"]
     assert exact_of()  # a report goes on as it was begun

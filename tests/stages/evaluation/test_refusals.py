@@ -136,11 +136,13 @@ def test_another_run_in_the_output_is_refused_and_untouched(config: Config, fini
 def test_a_missing_extra_split_is_reported_only_if_the_flag_names_it(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    alone = {"memory": None, "keys": None, "index": None, "targets": None, "control": ()}
+    config = replace(config, extra_splits=("nothing",), **alone)
     with caplog.at_level("INFO", logger="mlpmem_ds"):
-        splits = evaluation_inputs._open_splits(replace(config, extra_splits=("nothing",)))
+        splits = evaluation_inputs.open_inputs(config).splits
         assert list(splits) == ["tuning", "test"] and caplog.text.count("has no split nothing") == 1
         monkeypatch.setattr(evaluation_inputs, "DEFAULT_EXTRA_SPLITS", ("nothing",))
-        evaluation_inputs._open_splits(replace(config, extra_splits=("nothing",)))
+        evaluation_inputs.open_inputs(config)
     assert caplog.text.count("has no split") == 1
 
 

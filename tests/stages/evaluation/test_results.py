@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 import pytest
 from transformers import GPT2LMHeadModel
 
-from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import seconds_of_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.evaluation import read_evaluation
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.stages.corpus import prepare_corpus
@@ -25,7 +24,7 @@ from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.report.breakdowns import ENTROPY, FREQUENCY, KIND
 
-from .conftest import Finished, read_evaluation, read_scores
+from .conftest import Finished, read_scores
 
 
 def test_eval_json_has_the_arms_by_name_and_their_prices(
@@ -40,41 +39,41 @@ def test_eval_json_has_the_arms_by_name_and_their_prices(
         "base+memory_ce_only",
         "base_trained_on",
     ]
-    assert [arm["name"] for arm in evaluation["arms"]] == names
-    arms = dict(zip(names, evaluation["arms"], strict=True))
-    for arm in arms.values():
+    assert [arm.name for arm in evaluation.arms] == names
+    arms = dict(zip(names, evaluation.arms, strict=True))
+    for arm, written in zip(
+        arms.values(), json.loads((config.output / "eval.json").read_bytes())["arms"], strict=True
+    ):
         assert {
             "ppl",
             "bits_per_byte",
             "ppl_change",
             "ppl_interval",
             "lambda",
-            "temperature",
+            "chosen",
             "win_rate",
             "parameters",
             "bytes",
             "seconds",
             "tokens_per_second",
             "splits",
-        } <= set(arm)
-        assert set(arm["splits"]) == {"tuning", "test", "heldout"}
-        assert arm["tokens_per_second"] > 0
-    assert set(evaluation["wins"]) == {"base+memory_ce_only", "base_trained_on"}
+        } <= set(written)
+        assert set(arm.splits) == {"tuning", "test", "heldout"}
+        assert arm.tokens_per_second > 0
+    assert set(evaluation.wins) == {"base+memory_ce_only", "base_trained_on"}
     base_parameters = sum(p.numel() for p in GPT2LMHeadModel.from_pretrained(base_dir).parameters())
     memory = json.loads((artifacts / "memory" / "weights" / "config.json").read_bytes())["memory"]
-    assert arms["base"]["parameters"] == arms["base+knn_exact"]["parameters"] == base_parameters
-    assert (
-        arms["base+memory"]["parameters"] == base_parameters + MemoryConfig.from_dict(memory).num_parameters()
-    )
+    assert arms["base"].parameters == arms["base+knn_exact"].parameters == base_parameters
+    assert arms["base+memory"].parameters == base_parameters + MemoryConfig.from_dict(memory).num_parameters()
     model_bytes = sum((base_dir / name).stat().st_size for name in ("config.json", "model.safetensors"))
-    assert arms["base"]["bytes"] == model_bytes
+    assert arms["base"].bytes == model_bytes
     key_bytes = sum(
         path.stat().st_size for name in ("keys-*", "values-*", "codec/*") for path in keys_dir.glob(name)
     )
-    assert arms["base+knn_exact"]["bytes"] == model_bytes + key_bytes
+    assert arms["base+knn_exact"].bytes == model_bytes + key_bytes
     index_bytes = sum(path.stat().st_size for path in (artifacts / "index").glob("*.faissindex"))
-    assert arms["base+knn_ivfpq"]["bytes"] >= model_bytes + key_bytes + index_bytes
-    assert arms["base+memory"]["bytes"] == model_bytes + sum(
+    assert arms["base+knn_ivfpq"].bytes >= model_bytes + key_bytes + index_bytes
+    assert arms["base+memory"].bytes == model_bytes + sum(
         path.stat().st_size for path in (artifacts / "memory" / "weights").iterdir()
     )
     logs = {
@@ -87,13 +86,13 @@ def test_eval_json_has_the_arms_by_name_and_their_prices(
             ("ce_only", artifacts / "ce_only"),
         )
     }
-    assert arms["base+knn_ivfpq"]["seconds"] == pytest.approx(logs["keys"] + logs["index"])
-    assert arms["base+knn_exact"]["tokens"] == open_keys(keys_dir).num_positions
-    assert arms["base+memory"]["tokens"] == 7 * 512 and arms["base+memory_ce_only"]["tokens"] == 7 * 512
-    assert arms["base_trained_on"]["tokens"] is None and arms["base"]["tokens"] is None
-    assert arms["base+memory"]["seconds"] == pytest.approx(sum(logs.values()) - logs["ce_only"])
-    assert arms["base+memory_ce_only"]["seconds"] == pytest.approx(logs["keys"] + logs["ce_only"])
-    assert arms["base_trained_on"]["seconds"] is None  # this model came without a log
+    assert arms["base+knn_ivfpq"].seconds == pytest.approx(logs["keys"] + logs["index"])
+    assert arms["base+knn_exact"].tokens == open_keys(keys_dir).num_positions
+    assert arms["base+memory"].tokens == 7 * 512 and arms["base+memory_ce_only"].tokens == 7 * 512
+    assert arms["base_trained_on"].tokens is None and arms["base"].tokens is None
+    assert arms["base+memory"].seconds == pytest.approx(sum(logs.values()) - logs["ce_only"])
+    assert arms["base+memory_ce_only"].seconds == pytest.approx(logs["keys"] + logs["ce_only"])
+    assert arms["base_trained_on"].seconds is None  # this model came without a log
     assert all(name in table for name in names)
     report = (config.output / "report.md").read_text()
     assert (
@@ -108,29 +107,29 @@ def test_breakdowns_count_every_position_and_speeds_and_samples_are_there(
 ) -> None:
     config, _, evaluation = finished
     entropy, frequency, kind = (
-        next(part for part in evaluation["breakdowns"] if part["name"] == name)
+        next(part for part in evaluation.breakdowns if part.name == name)
         for name in (ENTROPY, FREQUENCY, KIND)
     )
     corpus, train = open_corpus(corpus_dir, "test"), open_corpus(corpus_dir, "train")
     for part in (entropy, frequency, kind):
-        assert sum(part["positions"]) == corpus.num_positions
-        assert set(part["arms"]) == {arm["name"] for arm in evaluation["arms"][1:]}
+        assert sum(part.positions) == corpus.num_positions
+        assert set(part.arms) == {arm.name for arm in evaluation.arms[1:]}
     counts = Counter(train.tokens(0, train.num_tokens).tolist())
     values = corpus.values(0, corpus.num_positions).tolist()
-    assert frequency["positions"][2] == sum(10 <= counts[value] < 100 for value in values) > 0
+    assert frequency.positions[2] == sum(10 <= counts[value] < 100 for value in values) > 0
     ends = [number for number, value in enumerate(values) if value == corpus.end_of_document_id]
     base = read_scores(config.output, "test", "base").astype(np.float64)
-    at = kind["labels"].index("end of document")
-    assert kind["positions"][at] == len(ends)
-    assert kind["base_ppl"][at] == pytest.approx(math.exp(-base[ends].mean()))
-    sizes = {row["keys"] for row in evaluation["speeds"] if row["arm"] == "base+knn_ivfpq"}
+    at = kind.labels.index("end of document")
+    assert kind.positions[at] == len(ends)
+    assert kind.base_ppl[at] == pytest.approx(math.exp(-base[ends].mean()))
+    sizes = {row.keys for row in evaluation.speeds if row.arm == "base+knn_ivfpq"}
     assert len(sizes) == 3 and None not in sizes
-    assert {row["arm"] for row in evaluation["speeds"] if row["keys"] is None} == {
+    assert {row.arm for row in evaluation.speeds if row.keys is None} == {
         "base", "base+memory", "base+memory_ce_only",
     }  # fmt: skip
-    assert len(evaluation["samples"]) == 3
-    assert any(sample["base"] != sample["memory"] for sample in evaluation["samples"])
-    assert evaluation["samples"][0]["memory"] in (config.output / "report.md").read_text()
+    assert len(evaluation.samples) == 3
+    assert any(sample.base != sample.memory for sample in evaluation.samples)
+    assert evaluation.samples[0].memory in (config.output / "report.md").read_text()
     for name in ("wins.png", "speed.png"):
         assert (config.output / name).read_bytes().startswith(b"\x89PNG")
 
@@ -140,20 +139,6 @@ def test_the_base_alone_has_a_report(config: Config) -> None:
     page = (config.output / "report.md").read_text()
     assert (config.output / "manifest.json").is_file()
     assert "cost.png" in page and "wins.png" not in page and not (config.output / "wins.png").exists()
-
-
-def test_a_report_begun_without_guesses_is_still_read(config: Config, finished: Finished) -> None:
-    shutil.copytree(finished.config.output, config.output)
-    shutil.rmtree(config.output / "guesses")
-    for path in (config.output / "done").glob("*.json"):
-        record = read_json(path)
-        record["files"] = [file for file in record["files"] if not file["name"].startswith("guesses/")]
-        path.write_text(json.dumps(record))
-    evaluate.run(config, World())
-    evaluation = read_evaluation(config.output)
-    assert {arm["calibration"] for arm in evaluation["arms"]} == {None}
-    assert [part["name"] for part in evaluation["breakdowns"]] == [KIND, FREQUENCY]
-    assert [arm["ppl"] for arm in evaluation["arms"]] == [arm["ppl"] for arm in finished.evaluation["arms"]]
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +167,15 @@ def test_an_unsplit_corpus_is_dealt_in_halves_by_document(
     evaluate.run(replace(config, corpus=unsplit_dir, index=None), World())
     evaluation = read_evaluation(config.output)
     corpus = open_corpus(unsplit_dir)
-    assert sum(evaluation["tokens"].values()) == corpus.num_positions
-    assert min(evaluation["tokens"].values()) > 32
+    assert sum(evaluation.tokens.values()) == corpus.num_positions
+    assert min(evaluation.tokens.values()) > 32
     scores = read_scores(config.output, "train", "base").astype(np.float64)
     halves = np.array([hash_fraction(f"evaluate:{document['name']}") < 0.5 for document in corpus.documents])
     is_tuning = halves[corpus.documents_of(np.arange(corpus.num_positions))]
     for split, chosen, documents in (("tuning", is_tuning, halves), ("test", ~is_tuning, ~halves)):
-        row = evaluation["arms"][0]["splits"][split]
-        assert row["ppl"] == pytest.approx(math.exp(-scores[chosen].mean()))
+        row = evaluation.arms[0].splits[split]
+        assert row.ppl == pytest.approx(math.exp(-scores[chosen].mean()))
         num_bytes = sum(
             document["bytes"] for document, mine in zip(corpus.documents, documents, strict=True) if mine
         )
-        assert row["bits_per_byte"] == pytest.approx(-scores[chosen].sum() / math.log(2) / num_bytes)
+        assert row.bits_per_byte == pytest.approx(-scores[chosen].sum() / math.log(2) / num_bytes)

@@ -16,11 +16,13 @@ from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.evaluation import read_evaluation
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.stages.evaluation import evaluate
-from mlpmem_ds.stages.evaluation import scores as evaluation_scores
+from mlpmem_ds.stages.evaluation import evaluate, forward_pass
+from mlpmem_ds.stages.evaluation.arms import memory as memory_arm
 from mlpmem_ds.stages.evaluation.config import Config
+from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
 
 from .conftest import (
@@ -29,7 +31,6 @@ from .conftest import (
     brute_force_knn,
     forward_base,
     load_memory,
-    read_evaluation,
     read_scores,
 )
 
@@ -56,9 +57,9 @@ def test_base_memory_and_control_scores_are_those_of_plain_fp64_models(
     other, _ = forward_base(artifacts / "trained_on", corpus)
     wanted = other[np.arange(len(labels)), labels]
     np.testing.assert_allclose(read_scores(config.output, "test", "base_trained_on"), wanted, atol=1e-5)
-    row = next(arm for arm in evaluation["arms"] if arm["name"] == "base_trained_on")
-    assert row["ppl"] == pytest.approx(math.exp(-wanted.mean()), rel=1e-6)
-    assert row["lambda"] is None
+    row = evaluation.arm("base_trained_on")
+    assert row.ppl == pytest.approx(math.exp(-wanted.mean()), rel=1e-6)
+    assert row.lmbda is None
 
 
 def test_guesses_are_those_of_plain_fp64_models(
@@ -76,7 +77,7 @@ def test_guesses_are_those_of_plain_fp64_models(
     np.testing.assert_allclose(read_scores(config.output, "test", "base", "guesses"), wanted, atol=2e-5)
     memory = MemoryAugmentedLM.from_parts(
         GPT2LMHeadModel.from_pretrained(base_dir),
-        open_inputs(config).memories[0].memory,
+        open_inputs(config).arms.subject.memory,
         lmbda=1.0,
         input_point=CapturePoint(layer=-1),
     ).memory
@@ -89,11 +90,11 @@ def test_guesses_are_those_of_plain_fp64_models(
     np.testing.assert_allclose(
         of_knn, brute_force_knn(keys_dir, states, top, TEMPERATURE), rtol=2e-6, atol=1e-12
     )
-    lmbda = {arm["name"]: arm for arm in evaluation["arms"]}["base+memory"]["lambda"]
+    lmbda = evaluation.arm("base+memory").lmbda
     mixture = (1 - lmbda) * np.exp(log_probabilities[rows, top]) + lmbda * np.exp(of_memory[rows, top])
     bins = np.minimum((mixture * 15).astype(int), 14)
     error = sum(abs((mixture - (top == labels))[bins == number].sum()) for number in range(15)) / len(labels)
-    found = {arm["name"]: arm["calibration"]["error"] for arm in evaluation["arms"]}
+    found = {arm.name: arm.calibration.error for arm in evaluation.arms}
     assert found["base+memory"] == pytest.approx(error, abs=1e-5)
     assert len(set(found.values())) == len(found)
 
@@ -102,33 +103,24 @@ def test_perplexities_are_sums_in_float64_in_any_pieces(finished: Finished) -> N
     config, _, evaluation = finished
     scores = read_scores(config.output, "test", "base")
     pieces = [np.asarray(scores[at : at + 7], np.float64).sum() for at in range(0, len(scores), 7)]
-    assert evaluation["arms"][0]["ppl"] == pytest.approx(math.exp(-sum(pieces) / len(scores)), rel=1e-12)
+    assert evaluation.arms[0].ppl == pytest.approx(math.exp(-sum(pieces) / len(scores)), rel=1e-12)
 
 
 def test_no_score_depends_on_the_batch(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU every forward has one shape, whatever the flag: no other number of rows, no other rounding."""
     inputs = open_inputs(replace(config, keys=None, index=None, targets=None, control=()))
-    (memory,) = inputs.memories
+    memory, source = inputs.arms.subject, inputs.arms.base.source
     corpus = inputs.streams["test"]
-    monkeypatch.setattr(evaluation_scores, "_CPU_TOKENS", 3 * corpus.block_size)
-    shapes, read = [], inputs.source.read
+    monkeypatch.setattr(forward_pass, "_CPU_TOKENS", 3 * corpus.block_size)
+    shapes, read = [], source.read
     monkeypatch.setattr(
-        inputs.source, "read", lambda tokens, points: shapes.append(tokens.shape) or read(tokens, points)
+        source, "read", lambda tokens, points: shapes.append(tokens.shape) or read(tokens, points)
     )
     found, blocks = [], (Block(0, 80), Block(80, 200))
     for batch_windows in (1, 2, 16):
-        parts = [
-            evaluation_scores.scan(
-                inputs.source, corpus, block, {"input": memory.point}, batch_windows=batch_windows
-            )
-            for block in blocks
-        ]
-        logs = [
-            evaluation_scores.memory_log_probabilities(
-                memory.memory, part.states["input"], corpus.values(*block)[:, None]
-            )
-            for part, block in zip(parts, blocks, strict=True)
-        ]
+        one_pass = ForwardPass(source, name=None, batch_windows=batch_windows)
+        parts = [one_pass.scan(corpus, block, memory.reads) for block in blocks]
+        logs = [memory.score(part).values for part in parts]
         found.append(
             (
                 shapes.copy(),
@@ -143,7 +135,8 @@ def test_no_score_depends_on_the_batch(config: Config, monkeypatch: pytest.Monke
 
 def test_a_gpu_reads_as_many_windows_as_the_flag_says(config: Config, corpus_dir: Path) -> None:
     source = type("Source", (), {"device": torch.device("cuda")})()
-    assert evaluation_scores.windows_at_once(source, open_corpus(corpus_dir, "test"), 5) == 5
+    one_pass = ForwardPass(source, name=None, batch_windows=5)
+    assert one_pass.windows_at_once(open_corpus(corpus_dir, "test")) == 5
 
 
 def test_an_exported_memory_scores_as_the_training_does(
@@ -170,9 +163,9 @@ def test_an_exported_memory_scores_as_the_training_does(
     )
     np.testing.assert_array_equal(found, wanted)
     evaluation = read_evaluation(config.output)
-    assert [arm["name"] for arm in evaluation["arms"]] == ["base", "base+memory"]
-    assert evaluation["arms"][1]["seconds"] is None and evaluation["settings"]["k"] is None
-    assert "kNN:" not in (config.output / "report.md").read_text()
+    assert [arm.name for arm in evaluation.arms] == ["base", "base+memory"]
+    assert evaluation.arms[1].seconds is None and evaluation.reference is None
+    assert "kNN" not in (config.output / "report.md").read_text()
 
 
 def test_int8_memories_are_scored_as_generation_reads_them(
@@ -184,9 +177,9 @@ def test_int8_memories_are_scored_as_generation_reads_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(
-        config, keys=None, index=None, targets=None, control=(), samples=0, memory_weights="int8"
+        config, keys=None, index=None, targets=None, control=(), samples=1, memory_weights="int8"
     )
-    monkeypatch.setattr(evaluation_scores, "_INT8_ROWS", 50)
+    monkeypatch.setattr(memory_arm, "_INT8_ROWS", 50)
     evaluate.run(config, World())
     rounded, plain = (
         read_scores(root, "test", "base+memory") for root in (config.output, finished.config.output)
@@ -205,9 +198,10 @@ def test_int8_memories_are_scored_as_generation_reads_them(
         *(read_scores(root, "test", "base") for root in (config.output, finished.config.output))
     )
     evaluation = read_evaluation(config.output)
-    wanted_row = next(arm for arm in finished.evaluation["arms"] if arm["name"] == "base+memory")
-    assert evaluation["arms"][1]["parameters"] == wanted_row["parameters"]
-    assert evaluation["arms"][1]["ppl"] == pytest.approx(wanted_row["ppl"], rel=5e-3)
+    wanted_row = finished.evaluation.arm("base+memory")
+    assert evaluation.arms[1].parameters == wanted_row.parameters
+    assert evaluation.arms[1].ppl == pytest.approx(wanted_row.ppl, rel=5e-3)
+    assert len(evaluation.samples) == 1
     assert "rounded to int8" in (config.output / "report.md").read_text()
     with pytest.raises(UserError, match="already holds another run"):
         evaluate.run(replace(config, memory_weights="float"), World())
@@ -223,10 +217,8 @@ def test_a_memory_is_read_in_chunks_and_a_score_that_is_not_a_number_is_refused(
         wanted = (
             memory.head(memory(inputs)).double().log_softmax(-1).gather(1, torch.from_numpy(tokens)).numpy()
         )
-    monkeypatch.setattr(evaluation_scores, "_MEMORY_ROWS", 5)
-    np.testing.assert_allclose(
-        evaluation_scores.memory_log_probabilities(memory, inputs, tokens), wanted, atol=1e-5
-    )
+    monkeypatch.setattr(memory_arm, "_ROWS", 5)
+    np.testing.assert_allclose(memory_arm.memory_log_probabilities(memory, inputs, tokens), wanted, atol=1e-5)
     inputs[7, 3] = math.nan
     with pytest.raises(UserError, match=r"2 of 46 log-probabilities .* --dtype float32"):
-        evaluation_scores.memory_log_probabilities(memory, inputs, tokens)
+        memory_arm.memory_log_probabilities(memory, inputs, tokens)

@@ -1,0 +1,106 @@
+"""What an arm of an evaluation is: one way to predict the next token, with its price.
+
+An arm *stands alone* (the base, another language model), or its distribution is mixed with the base's, with a
+weight λ that is chosen afterwards from the stored numbers. `evaluate` loops over arms and never asks which
+kind one is. A new kind is a file like the others of this folder, a line in `open_arms` (../inputs.py) and a
+flag in ../config.py.
+
+n positions of a block, T choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlpmem_ds.core.log import seconds_of_stage
+from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What an arm costs to keep and to make; None where it is not known."""
+
+    parameters: int
+    bytes: int
+    """on disk, the base's included where the arm needs it"""
+    seconds: float | None
+    """wall clock of the stages that the arm needs and the base does not"""
+    tokens: int | None
+    """read to make it, beyond the base's own training, each time that they were read"""
+
+    def plus(self, *, parameters: int = 0, bytes: int, seconds: float | None, tokens: int | None) -> Price:
+        """The price of an arm that needs this one too: parameters and bytes add up."""
+        return replace(
+            self,
+            parameters=self.parameters + parameters,
+            bytes=self.bytes + bytes,
+            seconds=seconds,
+            tokens=tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What an arm says of a block's positions, in natural logarithms, float32."""
+
+    values: np.ndarray
+    """log-probability of the value, [n]; or [n, T], a column for each of the arm's choices. -inf is allowed
+    only in an arm that is mixed with the base."""
+    guesses: np.ndarray
+    """Of one guessed token a position. An arm that stands alone guesses its own likeliest token: [n, 3],
+    log-probability, entropy of the distribution, and 1 where the guess is the value. Another arm gives the
+    log-probability of the *base's* likeliest token, in the shape of `values`."""
+
+
+class Arm(Protocol):
+    """One way to predict. A class that inherits from this takes over what has a value here."""
+
+    name: str
+    """letters, digits, underscores; `base+…` for one that is mixed with the base"""
+    description: str
+    """what it is, in a sentence for the report: no capital at its start, no full stop at its end"""
+    forward_pass: ForwardPass
+    """whose pass over the text it reads: the base's, or that of a model of its own"""
+    price: Price
+    inputs: Mapping[str, str]
+    """name → SHA-256 of what it was opened from: a report is continued only with the same"""
+    settings: Mapping[str, Any]
+    """plain values that decide its scores besides `inputs`"""
+    stands_alone: bool = False
+    """whether its own distribution is reported; else it is mixed with the base's"""
+    reads: Sequence[CapturePoint] = ()
+    """hidden states of the pass that `score` needs"""
+    gives_zeros: bool = False
+    """whether it gives some tokens no probability at all, so that λ = 1 is not among its choices"""
+    choices: Sequence[Mapping[str, float]] = ()
+    """what each column of its scores was made with, by name (neighbours, temperature): the best is chosen on
+    the tuning split; none for an arm with one column"""
+    trained_on: Sequence[tuple[str, str]] = ()
+    """texts that it holds or was trained on (SHA-256 of the corpus, split): it is not judged on them"""
+    sizes: Sequence[int] = ()
+    """sizes of its datastore at which its speed is measured; none where it has no datastore"""
+
+    def load(self) -> None:
+        """Read what stays in memory from one unit to the next, so that no unit's clock counts it."""
+        return
+
+    def score(self, scan: Scan) -> Scores:
+        """Score a block's positions from what the pass gave of them."""
+        ...
+
+    def at_size(self, size: int) -> Arm:
+        """The same arm with the first `size` entries of its datastore, ready to score."""
+        assert size in self.sizes
+        return self
+
+
+def sum_of_logs(roots: Sequence[Path | None]) -> float | None:
+    """Seconds that these stages took, from their logs; None where a directory was not given or has no log."""
+    logged = [None if root is None else seconds_of_stage(root) for root in roots]
+    return None if None in logged else sum(seconds for seconds in logged if seconds is not None)

@@ -1,0 +1,223 @@
+"""Arms that mix the base with a kNN search of stored keys: `--keys`, `--index`, `--targets`.
+
+Each check refuses a pair that does not belong together, with the names of both and the remedy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.index_directory import IndexDirectory
+from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.maths.knn import max_keys_for_exact
+from mlpmem_ds.maths.weighting import Weighting
+from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.stages.evaluation.arms.arm import Arm, Price, Scores, sum_of_logs
+from mlpmem_ds.stages.evaluation.arms.datastore import Datastore
+from mlpmem_ds.stages.evaluation.arms.model import ModelArm
+from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
+from mlpmem_ds.stages.retrieval.knn_scorer import NEIGHBOUR_DIVISORS, TEMPERATURE_FACTORS, KnnScorer
+from mlpmem_ds.stages.retrieval.neighbour_search import NeighbourSearch, open_search
+
+_logger = logging.getLogger(__name__)
+KNN_EXACT, KNN_IVFPQ = "base+knn_exact", "base+knn_ivfpq"
+_DEFAULT_K = 256
+_SHARES = (0.25, 0.5, 1.0)  # of the keys, at which speed is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """How the nearest keys of a datastore vote for the next token, checked to fit base and text."""
+
+    keys: Keys
+    k: int
+    weighting: Weighting
+    point: CapturePoint
+    """where in the base a query is read"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KnnArm(Arm):
+    """The base mixed with the vote of the nearest keys."""
+
+    name: str
+    description: str
+    vote: Vote
+    open_search: Callable[[int | None], NeighbourSearch]
+    """of the first keys, so many, or of all"""
+    scorer: KnnScorer
+    forward_pass: ForwardPass
+    price: Price
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    reads: tuple[CapturePoint, ...]
+    choices: tuple[Mapping[str, float], ...]
+    trained_on: tuple[tuple[str, str], ...]
+    sizes: tuple[int, ...]
+    gives_zeros: bool = True
+
+    def load(self) -> None:
+        self.scorer.prepare()
+
+    def score(self, scan: Scan) -> Scores:
+        neighbours = self.scorer.neighbours(scan.states[self.vote.point].numpy())
+        return Scores(
+            values=self.scorer.log_probabilities(neighbours, scan.values_n),
+            guesses=self.scorer.log_probabilities(neighbours, scan.top_ids_n),
+        )
+
+    def at_size(self, size: int) -> KnnArm:
+        return replace(self, scorer=replace(self.scorer, search=self.open_search(size)))
+
+
+def open_vote(
+    datastore: Datastore, corpus: CorpusSplit, *, base: ModelArm, k: int | None, temperature: float | None
+) -> Vote:
+    """The weighting and k that the flags or else the targets say.
+
+    Raises:
+        UserError: the keys are of another base or vocabulary, or k or the temperature does not fit.
+    """
+    keys, targets = datastore.keys, datastore.targets
+    _check_belongs(keys, base, corpus)
+    if temperature is not None:
+        kind = "softmax" if targets is None else targets.weighting.kind
+        weighting = Weighting(kind=kind, temperature=temperature)
+    elif targets is not None:
+        weighting = targets.weighting
+    else:
+        raise UserError(
+            "the kNN arms need a temperature: give --targets, whose temperature they take, or --temperature"
+        )
+    k = k or (targets.manifest["k"] if targets else _DEFAULT_K)
+    if k > keys.num_positions:
+        raise UserError(
+            f"{k:,} neighbours are more than the {keys.num_positions:,} of --keys {keys.root}: give a"
+            " smaller --k"
+        )
+    point = CapturePoint(layer=keys.manifest.key_layer, point=keys.manifest.key_point)
+    return Vote(keys=keys, k=k, weighting=weighting, point=point)
+
+
+def open_exact(vote: Vote, *, base: ModelArm) -> KnnArm:
+    """The arm that compares each context with all keys."""
+
+    def search(num_keys: int | None) -> NeighbourSearch:
+        return open_search(vote.keys, how="exact", num_keys=num_keys)
+
+    return _open_arm(KNN_EXACT, vote, search, base, index=None, how="with every stored key", settings={})
+
+
+def open_indexed(vote: Vote, index: IndexDirectory, *, base: ModelArm, nprobe: int) -> KnnArm:
+    """The arm that searches an index."""
+
+    def search(num_keys: int | None) -> NeighbourSearch:
+        return open_search(vote.keys, index, how="index", nprobe=nprobe, num_keys=num_keys)
+
+    how = (
+        f"with the keys of {nprobe} lists of an IVF-PQ index; the distances are then computed from the stored"
+        " keys, since PQ's own would do worse"
+    )
+    settings = {"nprobe": nprobe, "index_factory": index.factory}
+    return _open_arm(KNN_IVFPQ, vote, search, base, index=index, how=how, settings=settings)
+
+
+def _open_arm(
+    name: str,
+    vote: Vote,
+    search: Callable[[int | None], NeighbourSearch],
+    base: ModelArm,
+    *,
+    index: IndexDirectory | None,
+    how: str,
+    settings: Mapping[str, Any],
+) -> KnnArm:
+    keys = vote.keys
+    scorer = KnnScorer(keys=keys, search=search(None), k=vote.k, weighting=vote.weighting)
+    return KnnArm(
+        name=name,
+        description=(
+            "the base mixed with a kNN search, in which the tokens that followed the most similar stored"
+            f" contexts vote for the next one: each context is compared {how}"
+        ),
+        vote=vote,
+        open_search=search,
+        scorer=scorer,
+        forward_pass=base.forward_pass,
+        price=base.price.plus(
+            bytes=scorer.num_bytes,
+            seconds=sum_of_logs([keys.root, *([] if index is None else [index.root])]),
+            tokens=int(keys.num_positions),
+        ),
+        inputs={"keys": keys.sha256} | ({} if index is None else {"index": index.sha256}),
+        settings={
+            "k": vote.k,
+            "weighting": vote.weighting.kind,
+            "temperature": vote.weighting.temperature,
+            "temperature_factors": list(TEMPERATURE_FACTORS),
+            "neighbour_divisors": list(NEIGHBOUR_DIVISORS),
+            **settings,
+        },
+        reads=(vote.point,),
+        choices=tuple(
+            {"neighbours": count, "temperature": weighting.temperature} for count, weighting in scorer.choices
+        ),
+        trained_on=((keys.corpus_sha256, keys.manifest.split),),
+        sizes=_sizes(keys.num_positions, vote.k),
+    )
+
+
+def _sizes(num_keys: int, k: int) -> tuple[int, ...]:
+    return tuple(sorted({max(min(k, num_keys), int(num_keys * share)) for share in _SHARES}))
+
+
+def _check_belongs(keys: Keys, base: ModelArm, corpus: CorpusSplit) -> None:
+    if keys.model_sha256 != base.sha256:
+        remedy = "give that base, or extract keys with this one"
+        if keys.base_sha256 == base.sha256:
+            remedy = "its queries would need that model too: leave --keys out to compare without the kNN arms"
+        raise UserError(
+            f"--keys {keys.root} were extracted from another base ({keys.model_sha256[:12]}…) than --model "
+            f"{base.path} ({base.sha256[:12]}…): {remedy}"
+        )
+    if keys.manifest.vocab_size != corpus.vocab_size:
+        raise UserError(
+            f"--keys {keys.root} have a vocabulary of {keys.manifest.vocab_size}, the corpus one of"
+            f" {corpus.vocab_size}: prepare the corpus with the same tokenizer"
+        )
+    dtype = base.source.dtype_name
+    if keys.manifest.dtype not in (None, dtype):
+        _logger.warning(
+            "the keys were extracted in %s and the queries are computed in %s: --dtype makes them equal",
+            keys.manifest.dtype,
+            dtype,
+        )
+
+
+def searches_all_keys(datastore: Datastore, num_queries: int) -> bool:
+    """Whether `--exact` is the default: where comparing so many positions with all keys takes little time.
+
+    Raises:
+        UserError: it takes long, and there is no index to search instead.
+    """
+    num_keys = datastore.keys.num_positions
+    # write_targets compares so many keys with themselves before it would rather have an index.
+    exact = num_keys * num_queries <= max_keys_for_exact() ** 2
+    pairs = f"{num_queries:,} positions times {num_keys:,} keys"
+    if not exact and datastore.index is None:
+        raise UserError(
+            f"{pairs} are long work for exact search: give --index, or --exact to search all keys"
+            " nevertheless"
+        )
+    if exact:
+        _logger.info("%s: all keys are searched too (base+knn_exact); --no-exact leaves that out", pairs)
+    else:
+        _logger.info(
+            "%s are long work: without base+knn_exact; --exact searches all keys nevertheless", pairs
+        )
+    return exact

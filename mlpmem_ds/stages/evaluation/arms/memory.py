@@ -1,0 +1,294 @@
+"""An arm that mixes the base with a memory: `--memory`, and `--control base+NAME=DIR` for others.
+
+Each check refuses a pair that does not belong together, with the names of both and the remedy.
+
+n positions of a block, D width of a state, H hidden size of the memory, V vocabulary, J tokens asked for at a
+position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json
+from mlpmem_ds.engines.hidden_states import fingerprint_model, resolve_point
+from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, read_weights
+from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.maths.head_scores import token_log_probabilities
+from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
+from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.quantized import Int8Linear, quantize_linears
+from mlpmem_ds.stages.evaluation.arms.arm import Arm, Price, Scores, sum_of_logs
+from mlpmem_ds.stages.evaluation.arms.datastore import Datastore
+from mlpmem_ds.stages.evaluation.arms.model import ModelArm, bytes_of_model
+from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
+
+MEMORY = "base+memory"
+_ROWS = 2048  # whose activations are in memory: 4 · F bytes each and matrix, 117 MB for F = 14,336
+_INT8_ROWS = 256  # whose logits are in memory where the head is int8
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredMemory:
+    """A memory as it was read, before it is known to belong to the base."""
+
+    root: Path
+    flag: str
+    sha256: str
+    memory: Memory = field(repr=False)
+    layer: int | float
+    point: str
+    layers_path: str | None
+    """where the base's layers are, if extraction had to be told"""
+    vocabulary_sha256: str
+    provenance: Mapping[str, Any]
+    bytes: int
+    is_training: bool
+    """an output of `train`; else an exported model"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MemoryArm(Arm):
+    """The base mixed with a memory."""
+
+    name: str
+    description: str
+    base: ModelArm
+    memory: Memory
+    point: CapturePoint
+    forward_pass: ForwardPass
+    price: Price
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    reads: tuple[CapturePoint, ...]
+    trained_on: tuple[tuple[str, str], ...]
+
+    def score(self, scan: Scan) -> Scores:
+        tokens_n2 = np.stack([scan.values_n, scan.top_ids_n], axis=1)
+        scores_n2 = memory_log_probabilities(self.memory, scan.states[self.point], tokens_n2)
+        return Scores(values=scores_n2[:, 0].copy(), guesses=scores_n2[:, 1].copy())
+
+    def joint_model(self, lmbda: float) -> MemoryAugmentedLM:
+        """Base and memory as one model, which generates text; their weights are not copied."""
+        source = self.base.source
+        with torch.device("meta"):  # an int8 memory cannot be taken apart and put together again
+            stand_in = Memory(self.memory.config)
+        joint = MemoryAugmentedLM.from_parts(
+            source.model,
+            stand_in,
+            lmbda=lmbda,
+            input_point=self.point,
+            layers_path=source.layers_path,
+            cast=False,
+        )
+        joint.memory = self.memory
+        return joint
+
+
+def holds_memory(root: Path, flag: str) -> bool:
+    """Whether a directory is a training output or an exported memory; else it is a language model."""
+    identity = root / "identity.json"
+    if identity.is_file() and read_json(identity).get("format") == f"mlpmem-{MEMORY_STAGE}":
+        return True  # finished or not: reading it says which
+    if not (root / "config.json").is_file():
+        raise UserError(
+            f"{flag}: {root} holds neither a memory nor a language model: give an output of launch/train.py,"
+            " an exported memory, or a Hugging Face model directory"
+        )
+    return _is_export(root)
+
+
+def read_memory(root: Path, *, flag: str) -> StoredMemory:
+    """Read a training output or an export.
+
+    Raises:
+        UserError: it is neither, or not complete.
+        DamagedDataError: its files do not fit each other.
+    """
+    return _read_export(root, flag) if _is_export(root) else _read_training(root, flag)
+
+
+def _is_export(root: Path) -> bool:
+    return (root / "config.json").is_file() and read_json(root / "config.json").get("model_type") == "mlpmem"
+
+
+def _read_training(root: Path, flag: str) -> StoredMemory:
+    trained = read_weights(root, flag=flag)
+    provenance = trained.provenance
+    return StoredMemory(
+        root=root,
+        flag=flag,
+        sha256=trained.sha256,
+        memory=_build_memory(trained.memory, trained.weights, f"{flag} {root}"),
+        layer=provenance["input_layer"],
+        point=provenance.get("input_point") or provenance["key_point"],
+        layers_path=provenance.get("input_layers_path"),
+        vocabulary_sha256=provenance["vocabulary_sha256"],
+        provenance=provenance,
+        bytes=bytes_of_model(root / "weights"),
+        is_training=True,
+    )
+
+
+def _read_export(root: Path, flag: str) -> StoredMemory:
+    """The memory of an exported joint model; its base is not kept."""
+    try:
+        export = PretrainedMemory.from_pretrained(root)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{flag} {root} cannot be loaded ({error}): export the memory again") from error
+    return StoredMemory(
+        root=root,
+        flag=flag,
+        sha256=fingerprint_model(str(root)),
+        memory=export.module,
+        layer=export.input_layer,
+        point=export.input_point,
+        layers_path=read_json(root / "config.json").get("layers_path"),
+        vocabulary_sha256=export.vocabulary_sha256,
+        provenance=export.provenance,
+        bytes=bytes_of_model(root),
+        is_training=False,
+    )
+
+
+def _build_memory(shape: Mapping[str, Any], weights: Mapping[str, torch.Tensor], name: str) -> Memory:
+    try:
+        with torch.device("meta"):
+            memory = Memory(MemoryConfig.from_dict(shape))
+        memory.load_state_dict(dict(weights), assign=True)
+    except (ValueError, RuntimeError) as error:
+        raise DamagedDataError(
+            f"{name}: the weights do not fit the memory's configuration ({error}): train it again"
+        ) from error
+    return memory
+
+
+def open_memory(
+    stored: StoredMemory,
+    name: str,
+    corpus: CorpusSplit,
+    *,
+    base: ModelArm,
+    weights: str,
+    datastore: Datastore | None,
+) -> MemoryArm:
+    """Mix the base with a memory that belongs to it.
+
+    Args:
+        stored: the memory, as read.
+        name: of the arm, such as base+memory.
+        corpus: the text that is predicted.
+        base: the base.
+        weights: float (as stored) or int8.
+        datastore: from which it was trained, for the time that this took; None where it was not given.
+
+    Raises:
+        UserError: it was trained for another base or vocabulary.
+    """
+    _check_belongs(stored, base, corpus)
+    source, provenance = base.source, stored.provenance
+    memory = stored.memory.to(dtype=source.model.dtype, device=source.device).eval().requires_grad_(False)
+    num_parameters = memory.config.num_parameters()
+    if weights == "int8":
+        quantize_linears(memory)
+    point = resolve_point(source, stored.layer, stored.point, flag=stored.flag)
+    steps, batch_positions = provenance.get("steps"), provenance.get("batch_positions")
+    return MemoryArm(
+        name=name,
+        description=_description(provenance, weights),
+        base=base,
+        memory=memory,
+        point=point,
+        forward_pass=base.forward_pass,
+        price=base.price.plus(
+            parameters=num_parameters,
+            bytes=stored.bytes,
+            seconds=sum_of_logs(_stages(stored, datastore)),
+            tokens=steps * batch_positions if steps and batch_positions else None,
+        ),
+        inputs={name: stored.sha256},
+        settings={"weights": weights},
+        reads=(point,),
+        trained_on=((str(provenance.get("corpus")), provenance.get("split", "train")),),
+    )
+
+
+def _stages(stored: StoredMemory, datastore: Datastore | None) -> list[Path | None]:
+    """The directories of all stages that made a memory; None in the place of one that was not given."""
+    if datastore is None or not stored.is_training:
+        return [None]
+    needs_targets = stored.provenance.get("alpha") != 0
+    made_from = datastore.stages_of_targets() if needs_targets else [datastore.keys.root]
+    return [*made_from, stored.root]
+
+
+def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) -> None:
+    named = f"{stored.flag} {stored.root}"
+    trained_for = str(stored.provenance.get("base"))
+    if trained_for != base.sha256:
+        raise UserError(
+            f"{named} was trained for another base ({trained_for[:12]}…) than --model"
+            f" {base.path} ({base.sha256[:12]}…): give the base that its keys were extracted from"
+        )
+    config = stored.memory.config
+    if stored.vocabulary_sha256 != corpus.vocabulary_sha256 or config.vocab_size < corpus.vocab_size:
+        raise UserError(
+            f"{named} was trained with another vocabulary ({config.vocab_size} entries,"
+            f" {str(stored.vocabulary_sha256)[:12]}…) than the corpus has ({corpus.vocab_size},"
+            f" {corpus.vocabulary_sha256[:12]}…): prepare the corpus with the same tokenizer"
+        )
+    if config.input_size != base.source.width:
+        raise UserError(
+            f"{named} reads vectors of {config.input_size} numbers, the base's have"
+            f" {base.source.width}: give the base that it was trained for"
+        )
+
+
+def _description(provenance: Mapping[str, Any], weights: str) -> str:
+    teacher = (
+        "on the text alone, without the retriever (α = 0)"
+        if provenance.get("alpha") == 0
+        else "to imitate the retriever"
+    )
+    rounded = "; its matrices are rounded to int8 once read" if weights == "int8" else ""
+    return (
+        f"the base mixed with a memory, a feed-forward network that was trained {teacher} and needs no search"
+        f" and no datastore{rounded}"
+    )
+
+
+@torch.no_grad()
+def memory_log_probabilities(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray) -> np.ndarray:
+    """log p_mem(token), float32 [n, J], from float32 logits; the inputs are taken to the memory's dtype and
+    device.
+
+    Raises:
+        UserError: one is not a number, as damaged weights or an overflow in float16 make it.
+    """
+    norm: torch.Tensor = memory.final_norm.weight  # type: ignore[assignment]
+    parts = inputs_nD.split(_ROWS)
+    hidden_nH = torch.cat([memory(part.to(dtype=norm.dtype, device=norm.device)) for part in parts])
+    tokens = torch.from_numpy(tokens_nJ).to(norm.device)
+    if isinstance(memory.head, Int8Linear):  # its own product, as generation meets it
+        pairs = zip(hidden_nH.split(_INT8_ROWS), tokens.split(_INT8_ROWS), strict=True)
+        scores_nJ = torch.cat(
+            [memory.head(rows).float().log_softmax(-1).gather(1, columns) for rows, columns in pairs]
+        )
+    else:
+        weight_VH: torch.Tensor = memory.head.weight  # type: ignore[assignment]
+        scores_nJ = token_log_probabilities(hidden_nH, weight_VH, tokens)
+    result_nJ: np.ndarray = scores_nJ.cpu().numpy()
+    if not np.isfinite(result_nJ).all():
+        raise UserError(
+            f"{int((~np.isfinite(result_nJ)).sum())} of {result_nJ.size} log-probabilities of a memory are"
+            " not finite: its weights are damaged, or --dtype float32 is needed"
+        )
+    return result_nJ

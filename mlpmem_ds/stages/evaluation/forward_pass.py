@@ -1,0 +1,131 @@
+"""Part of `evaluate`: one model's forward pass over a block of text, which serves every arm that reads it.
+
+n positions of a block, D width of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mlpmem_ds.core.blocks import Block
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.hidden_states import BatchStates, TransformersSource, scan_positions
+from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.maths.head_scores import HeadScores, head_scores
+from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, logit_transform
+from mlpmem_ds.models.structure import output_head
+
+_CPU_TOKENS = 2048  # of a forward on a CPU; from a few hundred on, more at once are no faster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What a model says of the positions of a block, and the states that were asked for."""
+
+    corpus: CorpusSplit
+    block: Block
+    values_n: np.ndarray
+    """int64: the tokens that follow"""
+    log_probabilities_n: np.ndarray
+    """float32: natural, of the values"""
+    top_ids_n: np.ndarray
+    """int64: the model's likeliest tokens"""
+    guesses_n3: np.ndarray
+    """float32: the likeliest token's log-probability, the distribution's entropy in nats, and 1 where that
+    token is the value"""
+    states: Mapping[CapturePoint, torch.Tensor]
+    """float32 [n, D], on the CPU"""
+
+
+class ForwardPass:
+    """A model, and how its passes over a text are cut.
+
+    Args:
+        source: the model.
+        name: stands in the names of its units; None for the base's.
+        batch_windows: windows that a GPU reads at once.
+    """
+
+    def __init__(self, source: TransformersSource, *, name: str | None, batch_windows: int) -> None:
+        self.source, self.name = source, name
+        self._batch_windows = batch_windows
+
+    def windows_at_once(self, corpus: CorpusSplit) -> int:
+        """How many windows go through the model in one forward: `batch_windows` on a GPU.
+
+        Products of another number of rows may round otherwise, and a sum over a corpus shows it. On a CPU,
+        where more than a few hundred rows at once gain nothing, every forward of a text is therefore cut
+        alike, whatever `batch_windows` is.
+        """
+        if self.source.device.type != "cpu":
+            return self._batch_windows
+        return max(1, _CPU_TOKENS // min(corpus.block_size, max(1, corpus.num_positions)))
+
+    def scan(self, corpus: CorpusSplit, block: Block, points: Iterable[CapturePoint]) -> Scan:
+        """Run the windows that predict a block's positions, and read these points of the model.
+
+        Raises:
+            UserError: a log-probability is not finite.
+        """
+        names = {f"state {number}": point for number, point in enumerate(dict.fromkeys(points))}
+        scoring = _ScoringSource(self.source)
+        at_once = self.windows_at_once(corpus)
+        rows = list(scan_positions(scoring, corpus, block, names, batch_windows=at_once))
+        log_probabilities_n = np.concatenate([batch.log_probabilities for batch in rows])
+        _check_finite(log_probabilities_n, corpus, block)
+        values_n = corpus.values(*block)
+        top_ids_n = torch.cat([part.top_ids_N for part in scoring.parts]).cpu().numpy()
+        guesses = [
+            torch.cat([part.top_N for part in scoring.parts]),
+            torch.cat([part.entropies_N for part in scoring.parts]),
+        ]
+        is_correct_n = (top_ids_n == values_n).astype(np.float32)
+        return Scan(
+            corpus=corpus,
+            block=block,
+            values_n=values_n,
+            log_probabilities_n=log_probabilities_n,
+            top_ids_n=top_ids_n,
+            guesses_n3=np.stack([*(column.cpu().numpy() for column in guesses), is_correct_n], axis=1),
+            states={
+                point: torch.cat([batch.states[name] for batch in rows]) for name, point in names.items()
+            },
+        )
+
+
+class _ScoringSource:
+    """A source that keeps, with each log-probability that it is asked for, the likeliest token and the
+    entropy."""
+
+    is_collective = False
+
+    def __init__(self, source: TransformersSource) -> None:
+        self._source = source
+        self._transform: LogitTransform = logit_transform(source.model)
+        self.num_layers, self.width, self.vocab_size = source.num_layers, source.width, source.vocab_size
+        self.max_context, self.dtype_name = source.max_context, source.dtype_name
+        self.parts: list[HeadScores] = []
+
+    def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
+        return self._source.read(tokens_BS, points)
+
+    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> np.ndarray:
+        weight_VD, bias_V = output_head(self._source.model)
+        transform = None if self._transform.is_identity else self._transform
+        values_N1 = values_N.to(self._source.device)[:, None]
+        self.parts.append(head_scores(final_ND, weight_VD, values_N1, bias=bias_V, transform=transform))
+        result_N: np.ndarray = self.parts[-1].log_probabilities_NJ[:, 0].cpu().numpy()
+        return result_N
+
+
+def _check_finite(log_probabilities_n: np.ndarray, corpus: CorpusSplit, block: Block) -> None:
+    if not np.isfinite(log_probabilities_n).all():
+        position = block.start + int(np.flatnonzero(~np.isfinite(log_probabilities_n))[0])
+        raise UserError(
+            f"the log-probability at position {position} of split {corpus.name} is not finite: the model's"
+            " weights are damaged, or --dtype float32 is needed"
+        )

@@ -1,0 +1,104 @@
+"""Part of `evaluate`: the tuning split, on which λ is chosen, and the splits that are reported.
+
+N positions of a split.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.hashing import hash_fraction
+from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What is scored as one: all positions of a stream, or those of half its documents."""
+
+    name: str
+    corpus: CorpusSplit
+    positions: np.ndarray | None
+    num_bytes: int
+
+    @property
+    def num_positions(self) -> int:
+        return self.corpus.num_positions if self.positions is None else len(self.positions)
+
+    def take(self, scores_N: np.ndarray) -> np.ndarray:
+        """This split's rows of its stream's scores."""
+        return scores_N if self.positions is None else scores_N[self.positions]
+
+
+def open_splits(
+    root: Path, *, tuning: str, test: str, extra: Sequence[str], is_extra_requested: bool, min_positions: int
+) -> dict[str, Split]:
+    """Tuning, test and those further splits that the corpus has, in this order.
+
+    The documents of a corpus that has only a training split are dealt to tuning and test by their names.
+
+    Args:
+        root: of the corpus.
+        tuning, test, extra: names.
+        is_extra_requested: whether a further split that is missing is worth a line in the log.
+        min_positions: fewer are refused.
+
+    Raises:
+        UserError: a split is missing or too short.
+    """
+    present = {name for name, tokens in num_tokens_of_splits(root).items() if tokens >= 2}
+    if present == {"train"} and "train" not in (tuning, test):
+        splits = _deal_halves(open_corpus(root, "train"), tuning, test)
+    else:
+        for name in extra:
+            if name not in present and is_extra_requested:
+                _logger.info("the corpus has no split %s: the report goes without it", name)
+        names = [tuning, test, *(name for name in extra if name in present)]
+        splits = {name: _whole_split(open_corpus(root, name)) for name in names}
+    for split in splits.values():
+        if split.num_positions < min_positions or split.num_bytes == 0:
+            raise UserError(
+                f"the {split.name} split has {split.num_positions:,} positions, and the intervals need more"
+                f" than one block of --bootstrap-block {min_positions - 1}: give more text or a smaller"
+                " block"
+            )
+    return splits
+
+
+def _whole_split(corpus: CorpusSplit) -> Split:
+    return Split(name=corpus.name, corpus=corpus, positions=None, num_bytes=corpus.num_bytes)
+
+
+def _deal_halves(corpus: CorpusSplit, tuning: str, test: str) -> dict[str, Split]:
+    is_tuning = np.array(
+        [hash_fraction(f"evaluate:{document['name']}") < 0.5 for document in corpus.documents]
+    )
+    sizes = np.array([document["bytes"] for document in corpus.documents])
+    document_of_N = corpus.documents_of(np.arange(corpus.num_positions))
+    _logger.info(
+        "the corpus is not split: its %d documents are dealt to %s and %s by their names",
+        len(sizes),
+        tuning,
+        test,
+    )
+    return {
+        name: Split(
+            name=name,
+            corpus=corpus,
+            positions=np.flatnonzero(chosen[document_of_N]),
+            num_bytes=int(sizes[chosen].sum()),
+        )
+        for name, chosen in ((tuning, is_tuning), (test, ~is_tuning))
+    }
+
+
+def streams_of(splits: Mapping[str, Split]) -> dict[str, CorpusSplit]:
+    """The corpus splits that are scored, by name: two halves of one stream are scored together."""
+    return {split.corpus.name: split.corpus for split in splits.values()}
