@@ -124,23 +124,8 @@ class HeadFactory(Protocol):
     def __call__(self, hidden_size: int, vocab_size: int, *, initializer_range: float) -> nn.Module: ...
 
 
-def _gelu(up: torch.Tensor) -> torch.Tensor:
-    return functional.gelu(up, approximate="tanh")
-
-
-def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return functional.silu(gate) * up
-
-
 class GeluMLP(nn.Module):
     """`down(gelu(up(x)))` with biases, tanh approximation: the MLP of GPT-2."""
-
-    activation: Callable[..., torch.Tensor] = staticmethod(_gelu)
-    """from what the first matrices give to what the last one reads; see `Memory.compile_activations`"""
-
-    recompute_activations = False
-    """whether the backward computes the activation again instead of keeping it; see
-    `Memory.recompute_activations`"""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -152,19 +137,20 @@ class GeluMLP(nn.Module):
             config.intermediate_size, config.hidden_size, bias=True, standard_deviation=_residual_std(config)
         )
 
+    @staticmethod
+    def activation(up: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(up, approximate="tanh")
+
+    def before_activation(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.up(hidden),)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return _down_of(self, self.up(hidden))
+        output: torch.Tensor = self.down(self.activation(*self.before_activation(hidden)))
+        return output
 
 
 class SwigluMLP(nn.Module):
     """`down(silu(gate(x)) * up(x))` without biases: the MLP of Llama."""
-
-    activation: Callable[..., torch.Tensor] = staticmethod(_swiglu)
-    """from what the first matrices give to what the last one reads; see `Memory.compile_activations`"""
-
-    recompute_activations = False
-    """whether the backward computes the activation again instead of keeping it; see
-    `Memory.recompute_activations`"""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -179,17 +165,28 @@ class SwigluMLP(nn.Module):
             config.intermediate_size, config.hidden_size, bias=False, standard_deviation=_residual_std(config)
         )
 
+    @staticmethod
+    def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return functional.silu(gate) * up
+
+    def before_activation(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.gate(hidden), self.up(hidden)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return _down_of(self, self.gate(hidden), self.up(hidden))
+        output: torch.Tensor = self.down(self.activation(*self.before_activation(hidden)))
+        return output
+
+
+MLPS: Mapping[str, type[GeluMLP] | type[SwigluMLP]] = {"gelu": GeluMLP, "swiglu": SwigluMLP}
 
 
 class MemoryBlock(nn.Module):
     """`x + MLP(norm(x))` on `[..., H]`."""
 
-    def __init__(self, config: MemoryConfig) -> None:
+    def __init__(self, config: MemoryConfig, mlps: Mapping[str, Callable[[MemoryConfig], nn.Module]]) -> None:
         super().__init__()
         self.norm = _norm(config)
-        self.mlp = GeluMLP(config) if config.family == "gelu" else SwigluMLP(config)
+        self.mlp = mlps[config.family](config)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = hidden + self.mlp(self.norm(hidden))
@@ -202,10 +199,15 @@ class Memory(nn.Module):
 
     The input projection exists only when input and hidden sizes differ. `head_class` is called as
     `head_class(hidden_size, vocab_size, initializer_range=...)`, so that training can use a head that owns
-    its loss.
+    its loss, and of `mlps` the one of the family as `mlp(config)`.
     """
 
-    def __init__(self, config: MemoryConfig, head_class: HeadFactory = MemoryHead) -> None:
+    def __init__(
+        self,
+        config: MemoryConfig,
+        head_class: HeadFactory = MemoryHead,
+        mlps: Mapping[str, Callable[[MemoryConfig], nn.Module]] = MLPS,
+    ) -> None:
         super().__init__()
         self.config = config
         self.input_projection: NormalLinear | None = None
@@ -213,33 +215,11 @@ class Memory(nn.Module):
             self.input_projection = NormalLinear(
                 config.input_size, config.hidden_size, bias=True, standard_deviation=config.initializer_range
             )
-        self.blocks = nn.ModuleList(MemoryBlock(config) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(MemoryBlock(config, mlps) for _ in range(config.num_blocks))
         self.final_norm = _norm(config)
         self.head = head_class(
             config.hidden_size, config.vocab_size, initializer_range=config.initializer_range
         )
-
-    def recompute_activations(self, value: bool = True) -> None:
-        """Whether training keeps only what each activation reads, and computes the activation again in the
-        backward.
-
-        The same numbers for less memory: a block of width d keeps 6 d instead of 10 d numbers a row (gelu),
-        and about 2 F less of 4 F + 2 d (swiglu). Matrix products are never repeated.
-        """
-        for module in self.modules():
-            if isinstance(module, GeluMLP | SwigluMLP):
-                module.recompute_activations = value
-
-    def compile_activations(self) -> None:
-        """Let torch.compile make one kernel of what stands between the matrices, forward and backward.
-
-        Worth it for swiglu, whose product reads and writes two tensors: less time, and one of the kept
-        tensors less. Numbers may differ in the last bit. Raises what `compiled_activation` raises.
-        """
-        activation = compiled_activation(self.config.family, next(self.parameters()).device)
-        for module in self.modules():
-            if isinstance(module, GeluMLP | SwigluMLP):
-                module.activation = activation
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`inputs [..., I]` in the weights' dtype -> hidden `[..., H]`, after the final norm, before the
@@ -249,44 +229,6 @@ class Memory(nn.Module):
             hidden = block(hidden)
         output: torch.Tensor = self.final_norm(hidden)
         return output
-
-
-def compiled_activation(family: str, device: torch.device | str) -> Callable[..., torch.Tensor]:
-    """A family's activation through torch.compile, tried on the device.
-
-    Raises what torch.compile raises, many kinds, where it finds no compiler: it wants one of C++ on a CPU,
-    Triton on CUDA.
-    """
-    activation = torch.compile(_gelu if family == "gelu" else _swiglu)
-    activation(*[torch.zeros(2, 8, device=device)] * (1 if family == "gelu" else 2))
-    return activation
-
-
-def _down_of(mlp: "GeluMLP | SwigluMLP", *before: torch.Tensor) -> torch.Tensor:
-    """`mlp.down(mlp.activation(*before))`; with recomputation the backward of `down` meets the activation
-    made once more."""
-    activated = mlp.activation(*before)
-    if not (mlp.recompute_activations and torch.is_grad_enabled()):
-        output: torch.Tensor = mlp.down(activated)
-        return output
-    kept = [
-        tensor.detach() for tensor in before
-    ]  # the same storage, which the activation's own backward keeps anyway
-    place, size = activated.data_ptr(), activated.numel()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
-        is_activated = tensor.data_ptr() == place and tensor.numel() == size
-        return tensor.shape if is_activated else tensor
-
-    def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        with torch.no_grad():
-            return mlp.activation(*kept).reshape(packed)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        output = mlp.down(activated)
-    return output
 
 
 def _residual_std(config: MemoryConfig) -> float:

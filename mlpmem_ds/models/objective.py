@@ -1,6 +1,6 @@
-"""The memory as training sees it: the plain `Memory` with a head that owns its loss.
+"""The memory as training sees it: a `Memory` with a head that owns its loss, and with `TRAINING_MLPS`.
 
-Place in the pipeline: `train` builds this, its weights load into a plain `Memory` by the same names. The loss
+Part of `train`, not exported: its weights load into a plain `Memory` by the same names. The loss
 is computed inside the forward of the module that owns the head's weight, because under ZeRO-3 the weight
 exists as a whole only there: a function outside that reads `head.weight` would meet an empty tensor.
 
@@ -16,9 +16,10 @@ from torch import nn
 
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
+from mlpmem_ds.models.activations import TRAINING_MLPS
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 
-# What `SparseHead` reports beside the loss, in this order: sums over the rows, detached.
+# What `SparseHead` reports besides the loss, in this order: sums over the rows, detached.
 SUM_NAMES = ("kl", "ce", "weight")
 
 
@@ -77,7 +78,11 @@ class MemoryObjective(Memory):
     """A `Memory` whose forward is the training loss; its state dict has the names of a plain `Memory`."""
 
     def __init__(self, config: MemoryConfig, *, alpha: float, mixture_lambda: float | None = None) -> None:
-        super().__init__(config, head_class=partial(SparseHead, alpha=alpha, mixture_lambda=mixture_lambda))
+        super().__init__(
+            config,
+            head_class=partial(SparseHead, alpha=alpha, mixture_lambda=mixture_lambda),
+            mlps=TRAINING_MLPS,
+        )
 
     def forward(  # type: ignore[override]
         self,
@@ -88,7 +93,7 @@ class MemoryObjective(Memory):
         """The mean loss over the N rows (float32 scalar) and the detached sums [3] of `SUM_NAMES`.
 
         With labels in place of targets `label_log_probabilities`: under ZeRO-3 a module's own call gathers
-            its weights.
+        its weights.
         """
         if targets is None:
             assert labels_N is not None

@@ -4,7 +4,6 @@ hand."""
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 
@@ -219,48 +218,3 @@ def test_config_round_trip_and_refusals() -> None:
     }.items():
         with pytest.raises(ValueError, match=name):
             MemoryConfig.from_dict({**config.to_dict(), name: value})
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(family, monkeypatch):
-    config = MemoryConfig(
-        input_size=8, hidden_size=8, intermediate_size=24, num_blocks=3, vocab_size=5, family=family
-    )
-    torch.manual_seed(0)
-    memory, inputs_NI = Memory(config), torch.randn(6, 8)
-    kept, hooks = [], torch.autograd.graph.saved_tensors_hooks
-
-    def watched(pack, unpack):
-        return hooks(lambda tensor: kept.append(pack(tensor)) or kept[-1], unpack)
-
-    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", watched)
-    gradients = []
-    for is_on in (False, True):
-        memory.recompute_activations(is_on)
-        memory.zero_grad()
-        memory.head(memory(inputs_NI)).logsumexp(-1).sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in memory.parameters()])
-        assert sum(isinstance(entry, torch.Size) for entry in kept) == (3 if is_on else 0)
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
-@pytest.mark.parametrize("is_recomputed", [False, True])
-def test_compiled_activations_give_the_same_gradients(is_recomputed):
-    config = MemoryConfig(
-        input_size=8, hidden_size=8, intermediate_size=24, num_blocks=3, vocab_size=5, family="swiglu"
-    )
-    torch.manual_seed(0)
-    memory, inputs_NI = Memory(config), torch.randn(6, 8)
-    memory.recompute_activations(is_recomputed)
-    gradients = []
-    for is_compiled in (False, True):
-        if is_compiled:
-            memory.compile_activations()
-            assert len({block.mlp.activation for block in memory.blocks}) == 1
-            assert all(block.mlp.activation is not type(block.mlp).activation for block in memory.blocks)
-        memory.zero_grad()
-        memory.head(memory(inputs_NI)).logsumexp(-1).sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in memory.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

@@ -28,7 +28,8 @@ from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, write_weights
-from mlpmem_ds.models.memory import MemoryConfig, compiled_activation
+from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
+from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows
@@ -174,9 +175,9 @@ def _prepare(
     if head is not None:
         set_parameter(model.head.weight, head)  # type: ignore[union-attr, arg-type]
     assert isinstance(model, MemoryModule)
-    model.recompute_activations(config.recompute_activations)
+    recompute_activations(model, config.recompute_activations)
     if config.compile:
-        model.compile_activations()
+        compile_activations(model)
 
 
 def _batches(
