@@ -1,5 +1,4 @@
-"""Part of `plan`: what a finished run tells of its sizes, its bytes and its speed. Reads manifests, run.json
-and log.jsonl.
+"""Part of `plan`: sizes, bytes and speed of a finished run, from its manifests, run.json and log.jsonl.
 
 A run is a directory that holds some of `corpus`, `keys`, `index`, `targets` and `memory`, each complete.
 """
@@ -31,7 +30,7 @@ def read_run(root: Path) -> dict[str, dict[str, Any]]:
     """Manifest of every complete stage in a run's directory, by name.
 
     Raises:
-        UserError: there is none, or no keys, which say how large everything was.
+        UserError: there is none, or no keys, whose manifest has the sizes.
     """
     if not root.is_dir():
         raise UserError(f"--calibrate {root} does not exist: name the directory of a finished run")
@@ -53,7 +52,7 @@ def read_run(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def sizes_of_run(root: Path, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Fields of a Workload that the run says; what it does not say is left out."""
+    """Fields of a Workload that the run's manifests name; others are left out."""
     keys_of = found["keys"]
     sizes: dict[str, Any] = {
         "positions": keys_of["num_positions"],
@@ -77,7 +76,7 @@ def sizes_of_run(root: Path, found: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 
 def calibrate(root: Path, found: dict[str, dict[str, Any]], work: Workload, machine: Machine) -> Calibration:
-    """Measured over planned of every stage that the run holds; `work` has the run's own sizes.
+    """Measured over planned seconds of every stage that the run holds; `work` has the run's own sizes.
 
     The run's ranks are those of its latest start; cores of a rank and GPUs are taken to be this machine's.
     """
@@ -95,7 +94,7 @@ def calibrate(root: Path, found: dict[str, dict[str, Any]], work: Workload, mach
 
 
 def _seconds_of_parts(root: Path, stage: str, ranks: int) -> dict[str, float]:
-    """Seconds by the clock of each part; of the index those of its units, which are logged when they end."""
+    """Wall seconds of each part; for the index those of its units, which are logged when they end."""
     if stage != "index":
         return {stage: seconds_of_stage(root) or 0.0}
     units = {
@@ -112,7 +111,7 @@ def _run(root: Path) -> dict[str, Any]:
 
 
 def _parameters_of_base(root: Path) -> int | None:
-    """Parameters of the base that the keys came from, where it can still be found."""
+    """Parameters of the base of the keys; None if it is no longer on this disk."""
     model = _run(root / "keys")["config"].get("model")
     if not model or not Path(model).is_dir():
         return None

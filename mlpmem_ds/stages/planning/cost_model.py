@@ -1,9 +1,8 @@
 """Part of `plan`: what each stage costs, from the sizes of a run: bytes on disk, seconds, memory of a rank.
 
-Bytes follow from the formats. Seconds are operations over rates, times a factor that a finished run gives (1
-where there is none). The rates of a core were measured on two cores with AVX512-VNNI; those of a GPU are
-shares of its peak that nobody has measured here. Memory of index and targets is what is a rank's own, without
-the files that it maps.
+Bytes follow from the formats. Seconds are operations over rates, times a factor from a finished run (1
+without one). The rates of a core were measured on two cores with AVX512-VNNI; those of a GPU are assumed
+shares of its peak, not measured. Memory of index and targets is a rank's own, without the files that it maps.
 """
 
 from __future__ import annotations
@@ -25,35 +24,29 @@ _CORE_TOKENS = 2.5e5  # tokens a second of a core while a corpus is made
 _CORE_FORWARD = 6e10  # float operations a second of a core in a forward pass,
 _CORE_TRAINING = 1.5e11  # … and in training, whose products are larger
 _CORE_INT8 = (
-    6e11  # operations a second of a core in products of codes, with the selection of the nearest list
+    6e11  # operations a second of a core in products of codes, selection of the nearest list included
 )
 _CODE_TRAINING_SECONDS = 8.0  # of a product quantizer, on one core
 _SECONDS_OF_ENCODING = 5e-6  # of a key, 64 bytes
-_SECONDS_OF_PAIR = 3.2e-9  # of exact search: to select among the keys, beside the product
+_SECONDS_OF_PAIR = 3.2e-9  # of exact search: to select among the keys, without the product
 _SECONDS_OF_CANDIDATE = 2e-8  # of list search: product and selection
 _SECONDS_OF_NEIGHBOUR = 1.5e-7  # sorting it, weighing it, writing it
 _LIST_IMBALANCE = 1.3  # keys met in the lists that a query probes, over keys of as many average lists
 _GPU_FORWARD, _GPU_TRAINING, _GPU_SEARCH = 0.4, 0.35, 0.2  # shares of the dense 16-bit peak
-_PROCESS_BYTES = (
-    300_000_000  # Python with torch, NumPy and faiss, before it does anything, libraries' files included
-)
+_PROCESS_BYTES = 300_000_000  # Python with torch, NumPy and faiss imported, with the libraries' files
 _PRIVATE_PROCESS_BYTES = 157_000_000  # … and without them
 _CANDIDATE_BYTES = 4 * 2**24  # the buffer of list search, of a worker
 _BATCH_POSITIONS = 16384
 _MAX_WORKERS = 8  # threads of write_targets that share a batch
 _ROW_BYTES = 80_000_000  # rows being weighed and written, of a worker
-# Of a worker besides its candidates: lists assigned, queries and ids side by side, selection.
+# Of a worker, in addition to its candidates: assigned lists, copies of queries and ids, the selection.
 _LIST_SEARCH_BYTES = 150_000_000
 _GATHERED_BYTES = 2**28  # keys of the sample's lists, before the keys lie list by list
 _SAMPLE = 1000  # positions that are measured first
 _CODE_SAMPLE = 1 << 16  # vectors that are float32 at once while codes are trained
-_CHECKPOINT_BYTES, _WEIGHT_BYTES = (
-    12,
-    4,
-)  # of a parameter: Adam's moments and the master weights; the published weights
-_TRAINING_BYTES = (
-    18  # of a parameter, over the ranks with ZeRO-3: weights, gradients and the optimizer's state
-)
+_CHECKPOINT_BYTES = 12  # of a parameter: Adam's moments and the master weights
+_WEIGHT_BYTES = 4  # of a parameter, in the published weights
+_TRAINING_BYTES = 18  # of a parameter, over the ranks with ZeRO-3: weights, gradients, the optimizer's state
 
 Encoding = Literal["exact", "compact"]
 _ENTRY_BYTES = {"exact": 3.0, "compact": 1.7}  # of an entry of a row, compressed
@@ -89,8 +82,12 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What it runs on. `gpu_flops` is the dense 16-bit peak of one GPU, in operations a second; 0 GPUs: the
-    CPU."""
+    """The machine of a run; with 0 `gpus` it computes on the CPU.
+
+    Attributes:
+        gpu_flops: dense 16-bit peak of one GPU, operations a second.
+        disk_rate: bytes a second, of all ranks together.
+    """
 
     ranks: int
     cores: int
@@ -98,13 +95,12 @@ class Machine:
     gpu_flops: float
     memory_bytes: int
     disk_bytes: int
-    disk_rate: float = 1e9  # bytes a second, of all ranks together
+    disk_rate: float = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What a finished run says: measured over planned, by stage (`index` in two parts); 1 where it says
-    nothing."""
+    """Measured over planned: seconds by stage (`index` in two parts) and bytes of targets."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     target_bytes: float = 1.0
@@ -112,7 +108,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one stage: bytes it leaves on disk, seconds by the clock, the most bytes of a rank, GPU hours.
+    """Cost of one stage: bytes it leaves on disk, wall seconds, peak bytes of a rank, GPU hours.
 
     The memory of index and targets is a rank's own; what they map is shared by the ranks of a machine, and
     more memory than that only saves reading. `temporary_bytes` are on disk while the stage runs.
@@ -130,7 +126,7 @@ STAGES = ("corpus", "keys", "index", "targets", "memory")
 
 def costs(work: Workload, machine: Machine, calibration: Calibration | None = None) -> dict[str, Cost]:
     """The cost of every stage of a run."""
-    known = Calibration() if calibration is None else calibration
+    calibration = calibration or Calibration()
     formulas: dict[str, tuple[Callable[..., int], Callable[..., int]]] = {
         "corpus": (corpus_bytes, _corpus_memory),
         "keys": (key_bytes, _key_memory),
@@ -141,9 +137,9 @@ def costs(work: Workload, machine: Machine, calibration: Calibration | None = No
     result = {}
     for stage, (bytes_of, memory_of) in formulas.items():
         parts = seconds_of(stage, work, machine)
-        computing = sum(value * known.seconds.get(part, 1.0) for part, value in parts.items())
+        computing = sum(value * calibration.seconds.get(part, 1.0) for part, value in parts.items())
         seconds = max(computing, bytes_moved(stage, work, machine) / machine.disk_rate)
-        size = bytes_of(work) * (known.target_bytes if stage == "targets" else 1)
+        size = bytes_of(work) * (calibration.target_bytes if stage == "targets" else 1)
         uses_gpu = stage in ("keys", "targets", "memory") and machine.gpus > 0
         result[stage] = Cost(
             bytes=round(size),
@@ -160,7 +156,7 @@ def corpus_bytes(work: Workload) -> int:
 
 
 def key_bytes(work: Workload) -> int:
-    """As extract_keys says it before it starts."""
+    """As `extract_keys` reports them before it starts."""
     each = bytes_of_position(
         codec=work.codec,
         dim=work.dim,
@@ -188,7 +184,7 @@ def memory_bytes(work: Workload) -> int:
 
 
 def bytes_moved(stage: str, work: Workload, machine: Machine) -> float:
-    """What a stage reads from the disk and writes to it; what fits in memory is read from the disk once."""
+    """Bytes that a stage reads from the disk and writes to it; files that fit in memory are read once."""
     stored_keys = work.positions * work.dim * (1 if work.codec == "int8" else 2)
     if stage == "corpus":
         return corpus_bytes(work)
@@ -203,7 +199,7 @@ def bytes_moved(stage: str, work: Workload, machine: Machine) -> float:
 
 
 def seconds_of(stage: str, work: Workload, machine: Machine) -> dict[str, float]:
-    """Seconds by the clock, in the parts that a finished run can tell apart."""
+    """Wall seconds, in the parts that the log of a finished run distinguishes."""
     positions, cores = work.positions, machine.ranks * machine.cores
     on_gpu = machine.gpus > 0
     gpu_flops = machine.gpus * machine.gpu_flops
@@ -228,9 +224,8 @@ def seconds_of(stage: str, work: Workload, machine: Machine) -> dict[str, float]
         candidates = min(positions, _LIST_IMBALANCE * work.nprobe * positions / work.num_lists)
     if on_gpu:
         compared = 2.0 * positions * candidates * work.dim / (_GPU_SEARCH * gpu_flops)
-        return {
-            stage: compared + positions * work.k * _SECONDS_OF_NEIGHBOUR / cores
-        }  # rows are made on the CPU
+        # Rows are made on the CPU.
+        return {stage: compared + positions * work.k * _SECONDS_OF_NEIGHBOUR / cores}
     pair = (
         _SECONDS_OF_CANDIDATE * work.dim / 256
         if work.search == "ivf"
@@ -240,15 +235,14 @@ def seconds_of(stage: str, work: Workload, machine: Machine) -> dict[str, float]
 
 
 def resolve_search(search: str, positions: int, machine: Machine) -> str:
-    """What `auto` becomes: exact up to as many keys as the device is quick with."""
+    """The search that `auto` chooses: exact up to as many keys as the device compares quickly."""
     if search != "auto":
         return search
     return "exact" if positions <= max_keys_for_exact("cuda" if machine.gpus else "cpu") else "ivf"
 
 
 def index_memory(work: Workload, machine: Machine) -> int:
-    """Of the rank that trains: the sample of codes, and some of them as float32; then a shard at a time. Keys
-    are mapped."""
+    """Bytes of the rank that trains: the sample, a part of it as float32; then a shard. Keys are mapped."""
     key = work.dim * (1 if work.codec == "int8" else 2)
     sample = min(work.positions, engine.num_training_vectors(work.factory, work.dim))
     floats = min(sample, max(_CODE_SAMPLE, work.num_lists)) * work.dim * 4
@@ -257,8 +251,7 @@ def index_memory(work: Workload, machine: Machine) -> int:
 
 
 def target_memory(work: Workload, machine: Machine) -> int:
-    """Of a rank, keys mapped: the batch's neighbours, which its workers share, and what each of them
-    compares.
+    """Bytes of a rank, keys mapped: the batch's neighbours, which its workers share, and what each compares.
 
     With lists also the sample that is searched first and the run of keys that is being put in order.
     """
@@ -273,7 +266,7 @@ def target_memory(work: Workload, machine: Machine) -> int:
     list_size = work.positions / work.num_lists
     candidates = 4 * round(batch * _LIST_IMBALANCE * work.nprobe * list_size)
     probes = min(candidates, workers * _CANDIDATE_BYTES) / 4 / list_size
-    # Of the lists that a block probes, and side by side.
+    # Of the lists that a block probes, and their copy in one array.
     ids = workers * 16 * min(work.positions, _CANDIDATE_BYTES // 4)
     searching = (
         min(candidates, workers * _CANDIDATE_BYTES) + round(probes * key) + ids + workers * _LIST_SEARCH_BYTES

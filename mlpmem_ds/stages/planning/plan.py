@@ -1,6 +1,6 @@
-"""Before the first stage: what a run will need, in bytes, hours, GPUs and memory, stage by stage.
+"""`plan`: what a run will need in bytes, hours, GPUs and memory, stage by stage.
 
-The bytes are the formats' own sums, the seconds operations over rates (cost_model.py). `--calibrate RUN`
+Bytes follow from the formats, seconds are operations over rates (cost_model.py). `--calibrate RUN`
 takes the sizes that no flag gives, and the rates, from a finished run on the same kind of machine.
 """
 
@@ -56,7 +56,7 @@ class Plan:
 
 
 def run(config: Config, world: World) -> Plan:
-    """Plan a run; write the JSON where one is wanted."""
+    """Plan a run; write the JSON if --output names a file."""
     if config.output is not None and (config.output.is_dir() or not config.output.parent.is_dir()):
         raise UserError(
             f"--output {config.output}: name a file in a directory that exists, such as plan.json"
@@ -71,13 +71,13 @@ def make_plan(config: Config) -> Plan:
     """The plan of these flags, a finished run and this machine."""
     machine = _machine(config)
     found = read_run(config.calibrate) if config.calibrate is not None else {}
-    of_run = sizes_of_run(config.calibrate, found) if config.calibrate is not None else {}
-    work = _workload(config, of_run, machine)
-    known, calibrated = Calibration(), tuple[str, ...]()
+    run_sizes = sizes_of_run(config.calibrate, found) if config.calibrate is not None else {}
+    work = _workload(config, run_sizes, machine)
+    calibration, calibrated = Calibration(), tuple[str, ...]()
     if config.calibrate is not None:
-        known = calibrate(config.calibrate, found, _workload_of_run(of_run, machine), machine)
+        calibration = calibrate(config.calibrate, found, _workload_of_run(run_sizes, machine), machine)
         calibrated = tuple(found)
-    result = costs(work, machine, known)
+    result = costs(work, machine, calibration)
     return Plan(
         work=work,
         machine=machine,
@@ -129,9 +129,8 @@ def table(plan: Plan) -> str:
     return "\n".join([*lines, "", *(f"warning: {line}" for line in plan.warnings)]).rstrip() + "\n"
 
 
-def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workload:
-    """The sizes: of the flags, of the model, of the calibrated run, of the stages' defaults, in this
-    order."""
+def _workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Workload:
+    """The sizes: from the flags, else the model, else the calibrated run, else the stages' defaults."""
     flags = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(Config)
@@ -145,18 +144,20 @@ def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workl
             raise UserError(
                 f"--model {config.model}: {error}; give --parameters, --width and --vocab-size instead"
             ) from error
-    # Another base has other keys and another memory than the run's.
+    # The keys and the memory of another base have other sizes than the run's.
     inherited = (
-        of_run if not shape else {name: of_run[name] for name in of_run if name not in ("dim", "memory")}
+        run_sizes
+        if not shape
+        else {name: run_sizes[name] for name in run_sizes if name not in ("dim", "memory")}
     )
     sizes: dict[str, Any] = DEFAULTS | inherited | shape | flags
     if "k" in flags and "neighbour_perplexity" not in flags:
-        sizes.pop("neighbour_perplexity", None)  # a run's own was for its own k
+        sizes.pop("neighbour_perplexity", None)  # the run's belongs to the run's k
     sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     missing = [name for name in ("parameters", "width", "vocab_size") if name not in sizes]
     if missing:
         raise UserError(
-            f"{', '.join(map(_flag, missing))} wanting: give them, or --model, or --calibrate a finished run"
+            f"{', '.join(map(_flag, missing))} missing: give them, or --model, or --calibrate a finished run"
         )
     memory = _memory(config, sizes)
     sizes["dim"] = sizes.get("dim", min(256, sizes["width"]))
@@ -168,9 +169,9 @@ def _workload(config: Config, of_run: dict[str, Any], machine: Machine) -> Workl
     return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})
 
 
-def _workload_of_run(of_run: dict[str, Any], machine: Machine) -> Workload:
-    """The run's own sizes; stages that it lacks get the defaults, and no factor is taken of them."""
-    sizes: dict[str, Any] = DEFAULTS | {"parameters": 1, "search": "exact"} | of_run
+def _workload_of_run(run_sizes: dict[str, Any], machine: Machine) -> Workload:
+    """The run's own sizes; stages that it lacks have the defaults, and no factor is measured for them."""
+    sizes: dict[str, Any] = DEFAULTS | {"parameters": 1, "search": "exact"} | run_sizes
     sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     if "factory" not in sizes:
         sizes["factory"] = engine.choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
@@ -235,7 +236,7 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
         "memory": "more ranks (ZeRO-3 spreads the state), or a smaller --preset",
     }
     lines = [
-        f"{machine.ranks} ranks of {name} want {_bytes(machine.ranks * cost.rank_memory_bytes)} of memory and"
+        f"{machine.ranks} ranks of {name} need {_bytes(machine.ranks * cost.rank_memory_bytes)} of memory and"
         f" one node has {_bytes(machine.memory_bytes)}: spread them over nodes, or take"
         f" {remedies.get(name, 'fewer ranks')}"
         for name, cost in result.items()
@@ -245,7 +246,7 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
     temporary = max(cost.temporary_bytes for cost in result.values())
     if total + temporary > machine.disk_bytes:
         lines.append(
-            f"all stages together leave {_bytes(total)}, the targets want {_bytes(temporary)} more while they"
+            f"all stages together leave {_bytes(total)}, the targets need {_bytes(temporary)} more while they"
             f" are written (elsewhere: --lists), and the disk has {_bytes(machine.disk_bytes)}: a larger"
             " disk, a smaller --dim, --input-codec int8 or none, or --encoding compact"
         )
@@ -253,13 +254,13 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
 
 
 def _warnings_of_machine(config: Config, machine: Machine) -> list[str]:
-    """What was not said of a machine with GPUs."""
+    """What is assumed of a machine with GPUs."""
     lines = []
     if machine.gpus:
         missing = [_flag(name) for name in ("threads", "memory_gb") if getattr(config, name) is None]
         if missing:
             lines.append(
-                f"{' and '.join(missing)} not given: those of this machine are taken "
+                f"{' and '.join(missing)} not given: this machine's are assumed "
                 f"({machine.cores} threads a rank, {_bytes(machine.memory_bytes)} of memory)"
             )
         lines.append(

@@ -156,14 +156,14 @@ def test_a_stage_takes_the_time_of_its_bytes_at_least() -> None:
     )  # else each of the five epochs reads everything
     assert not any("those of this machine" in line for line in slow.warnings)
     unsaid = "\n".join(plan.make_plan(config(gpus=8, threads=None)).warnings)
-    assert "--threads and --memory-gb not given: those of this machine are taken" in unsaid
+    assert "--threads and --memory-gb not given: this machine's are assumed" in unsaid
 
 
 def test_what_does_not_fit_is_said_with_a_remedy() -> None:
     fits = plan.make_plan(config(memory_gb=1000.0, disk_gb=10_000.0))
     assert not fits.warnings
     words = "\n".join(plan.make_plan(config(memory_gb=4.0, disk_gb=10.0, ranks=2)).warnings)
-    assert "targets want" in words and "fewer ranks a node" in words and "the disk has 10 GB" in words
+    assert "targets need" in words and "fewer ranks a node" in words and "the disk has 10 GB" in words
     assert plan.make_plan(config(memory_gb=4.0)).work.factory.endswith("PQ16")
 
 
@@ -200,7 +200,7 @@ def test_the_shape_of_a_base_is_read_without_its_weights(base_dir: Path, tmp_pat
         ({"neighbour_perplexity": 1.0}, "must be above 1"),
         ({"factory": "Flat"}, "must hold IVF"),
         ({"factory": "IVF16,PQ7"}, "does not fit"),
-        ({"width": None}, "--width wanting: give them, or --model"),
+        ({"width": None}, "--width missing: give them, or --model"),
         ({"model": "/nowhere/at/all"}, "give --parameters"),
         ({"calibrate": Path("nowhere")}, "name the directory of a finished run"),
     ],
