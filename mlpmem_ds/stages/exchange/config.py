@@ -26,7 +26,7 @@ class ImportConfig(Flags):
     output: Path = option("run directory to write: OUTPUT/corpus, OUTPUT/keys, OUTPUT/targets")
     datastore: tuple[Path, ...] = option("Arrow files of keys and values, in their order", (), metavar="FILE")
     targets: tuple[Path, ...] = option("Arrow files of targets, in their order", (), metavar="FILE")
-    model: str | None = option("with --datastore: the base that gave the keys, a directory or Hub name", None)
+    model: str | None = option("with --datastore: the base of the keys, a directory or Hub name", None)
     tokenizer: str | None = option("its tokenizer (default: that of --model)", None)
     key_layer: shared_flags.Layer = shared_flags.layer(
         "the layer whose MLP input the keys are", identity="own"
@@ -46,7 +46,7 @@ class ImportConfig(Flags):
         if not self.datastore and self.keys is None:
             raise UserError("--targets needs --datastore or --keys: which rows are these targets of?")
         if self.datastore and self.model is None:
-            raise UserError("--datastore needs --model, the base that gave the keys")
+            raise UserError("--datastore needs --model, the base of the keys")
         if self.shard_positions % self.block_size:
             raise UserError(
                 f"--shard-positions {self.shard_positions} must be a multiple of --block-size"

@@ -1,7 +1,7 @@
-"""Beside the pipeline: keys and targets of ours → the Arrow files that the authors' training reads.
+"""`export_datastore`: keys and targets → the Arrow files that the authors' training reads.
 
-OUTPUT/datastore.arrow   keys: the memory's inputs as float16 (what their memory is fed); vals: the values
-OUTPUT/targets.arrow     one row a position, by falling probability; row i of both is position i
+OUTPUT/datastore.arrow   keys: the memory's inputs as float16, which their memory reads; vals: the values
+OUTPUT/targets.arrow     a row for each position, by falling probability; row i of both is position i
 """
 
 from __future__ import annotations

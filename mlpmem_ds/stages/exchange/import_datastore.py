@@ -1,12 +1,11 @@
-"""Beside the pipeline: the authors' Arrow datastores and targets → a corpus, keys and targets of ours, ready
-to train.
+"""`import_datastore`: the authors' Arrow datastores and targets → a corpus, keys and targets, ready to train.
 
     OUTPUT/corpus    the values as one stream of tokens (their text is not in the files)
     OUTPUT/keys      codec `raw`; the memory's inputs are the keys, as in the authors' training
-    OUTPUT/targets   encoding `exact`: the very probabilities
+    OUTPUT/targets   encoding `exact`: the same probabilities
 
-Row i of a datastore and of its targets is position i. What the files do not hold is not made up: there are no
-base log-probabilities, so the loss through the mixture cannot be trained on them.
+Row i of a datastore and of its targets is position i. The files hold no log-probabilities of the base, so
+training through the mixture is not possible on them.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ _TOKENIZER_UNIT = "tokenizer"
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A datastore and the base that gave it, checked."""
+    """A datastore and the base of its keys, checked."""
 
     table: ArrowTable
     width: int
@@ -80,7 +79,7 @@ class _Source:
 
 
 def run(config: ImportConfig, world: World) -> None:
-    """Import what is given; every input is looked at before anything is written."""
+    """Import what is given; every input is checked before anything is written."""
     source = _open_source(config) if config.datastore else None
     targets = open_arrow(config.targets, TARGETS, flag="--targets") if config.targets else None
     keys = open_keys(config.keys) if config.keys is not None else None
@@ -118,7 +117,7 @@ def _open_source(config: ImportConfig) -> _Source:
     if width != base.hidden_size:
         raise UserError(
             f"--datastore has keys of {width:,} numbers, --model {config.model} states of"
-            f" {base.hidden_size:,}: give the base that gave the keys"
+            f" {base.hidden_size:,}: give the base of the keys"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -156,8 +155,7 @@ def _hash_of(paths: tuple[Path, ...]) -> str:
 def _stage(
     config: ImportConfig, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
 ) -> StageDirectory:
-    """OUTPUT/stage as a stage directory; the flags that do not decide its bytes are left out of its
-    identity."""
+    """OUTPUT/stage as a stage directory; its identity has only the flags that decide its bytes."""
     own = {
         "corpus": (),
         "keys": ("key_layer", "unit_positions"),
@@ -204,7 +202,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
     def write(unit: str, writer: UnitWriter) -> dict[str, Any]:
         block = units[unit]
         tokens_n = _values(source, block)
-        if block.start == 0:  # the stream's first token is nobody's value
+        if block.start == 0:  # the stream's first token is the value of no position
             tokens_n = np.concatenate([np.array([source.tokenizer.eos_token_id], source.dtype), tokens_n])
         with writer.file(f"train/tokens-{unit}.bin") as path:
             path.write_bytes(tokens_n.tobytes())
@@ -242,8 +240,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
 
 
 def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
-    """Complete the directory; the SHA-256 of its manifest. Ranks that are early wait for the others'
-    units."""
+    """Complete the directory and return the SHA-256 of its manifest; a rank waits for the others' units."""
     stage.wait_for(units)
     stage.finish(units, describe)
     return sha256_of_file(stage.manifest_path)
