@@ -84,12 +84,21 @@ class CompleteStage(Generic[AnyManifest]):
             DamagedDataError: one has another, or is not recorded.
         """
         for name in self._records if names is None else names:
-            record = self._records.get(name)
-            fault = (
-                f"the manifest does not record {name}" if record is None else fault_of_file(self.root, record)
-            )
-            if fault:
+            if fault := fault_of_file(self.root, self.record(name)):
                 raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
+
+    def record(self, name: str) -> FileRecord:
+        """What the manifest says of a file.
+
+        Raises:
+            DamagedDataError: nothing.
+        """
+        if name not in self._records:
+            raise DamagedDataError(
+                f"the manifest of {self.root} does not record {name}: run the stage that made it again,"
+                f" {_REMEDY}"
+            )
+        return self._records[name]
 
     @cached_property
     def _records(self) -> dict[str, FileRecord]:

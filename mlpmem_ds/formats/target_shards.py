@@ -17,19 +17,20 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import zstandard
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import canonical_json
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.formats.target_encoding import TargetBlock, array_names
 
 Container: TypeAlias = Literal["tar.zst", "tar"]
 
-FORMAT = "targets"
 REMEDY = "run the stage that made it again, it remakes only what is damaged"
 _LEVEL = 3  # levels 1 to 19 give the same size within 3 %
 _HEADER_BYTES = tarfile.BLOCKSIZE
@@ -38,6 +39,39 @@ _MAX_BYTES_AN_ENTRY, _MAX_OTHER_BYTES = (
     1 << 16,
 )  # of a member: a damaged size must not ask for all the memory
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetShard:
+    """A shard as the manifest has it: the positions [first, first + count)."""
+
+    name: str
+    first: int
+    count: int
+    entries: int
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSample:
+    """A sample as the index of its shard has it: the positions [first, first + count), `entries` in all, in
+    `compressed_bytes` of the shard from `offset`, which hold `bytes` of tar."""
+
+    key: str
+    first: int
+    count: int
+    offset: int
+    compressed_bytes: int
+    bytes: int
+    entries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """The samples of a shard in order, and where the last one ends."""
+
+    samples: tuple[StoredSample, ...]
+    end_offset: int
 
 
 def shard_name(first: int, count: int, container: Container = "tar.zst") -> str:
@@ -59,27 +93,27 @@ def write_shard(
 ) -> dict[str, int]:
     """Write one shard and its index; the summary of both: `entries`, `samples`."""
     compressor = _compressor()
-    samples: list[dict[str, Any]] = []
+    samples: list[StoredSample] = []
     with open(shard_path, "wb") as stream:
         for block in blocks:
             content = _tar_of(block, compressor if container == "tar" else None)
             stored = content if container == "tar" else compressor.compress(content)
             samples.append(
-                {
-                    "key": sample_key(block.first),
-                    "first": block.first,
-                    "count": block.count,
-                    "offset": stream.tell(),
-                    "compressed_bytes": len(stored),
-                    "bytes": len(content),
-                    "entries": block.entries,
-                }
+                StoredSample(
+                    key=sample_key(block.first),
+                    first=block.first,
+                    count=block.count,
+                    offset=stream.tell(),
+                    compressed_bytes=len(stored),
+                    bytes=len(content),
+                    entries=block.entries,
+                )
             )
             stream.write(stored)
-        end_offset = stream.tell()
+        index = ShardIndex(samples=tuple(samples), end_offset=stream.tell())
         stream.write(_END_OF_ARCHIVE if container == "tar" else compressor.compress(_END_OF_ARCHIVE))
-    index_path.write_bytes(canonical_json({"samples": samples, "end_offset": end_offset}))
-    return {"entries": sum(sample["entries"] for sample in samples), "samples": len(samples)}
+    index_path.write_bytes(canonical_json(to_json(index)))
+    return {"entries": sum(sample.entries for sample in samples), "samples": len(samples)}
 
 
 def stored_bytes(block: TargetBlock, container: Container) -> int:
@@ -91,50 +125,44 @@ def stored_bytes(block: TargetBlock, container: Container) -> int:
 
 
 def read_sample(
-    path: Path, stream: BinaryIO, sample: dict[str, Any], *, container: str, encoding: str
+    path: Path, stream: BinaryIO, sample: StoredSample, *, container: str, encoding: str
 ) -> TargetBlock:
     """One sample of a shard, as stored; `sample` is its entry in the index.
 
     Raises:
         DamagedDataError: it is not what the index says.
     """
-    where = f"{path}, sample {sample['key']}"
-    stored = os.pread(stream.fileno(), sample["compressed_bytes"], sample["offset"])
-    if len(stored) != sample["compressed_bytes"]:
-        raise DamagedDataError(
-            f"{where}: the shard ends {sample['compressed_bytes'] - len(stored)} bytes too early; {REMEDY}"
-        )
+    where = f"{path}, sample {sample.key}"
+    stored = os.pread(stream.fileno(), sample.compressed_bytes, sample.offset)
+    if missing := sample.compressed_bytes - len(stored):
+        raise DamagedDataError(f"{where}: the shard ends {missing} bytes too early; {REMEDY}")
     try:
         if container == "tar":
-            if sample["bytes"] != len(stored):
+            if sample.bytes != len(stored):
                 raise ValueError("the piece's size does not match the index")
-            most = _MAX_BYTES_AN_ENTRY * (sample["entries"] + sample["count"]) + _MAX_OTHER_BYTES
+            max_bytes = _MAX_BYTES_AN_ENTRY * (sample.entries + sample.count) + _MAX_OTHER_BYTES
             members = {
-                name.removesuffix(".zst"): _decompress(content, most=most)
+                name.removesuffix(".zst"): _decompress(content, max_bytes=max_bytes)
                 for name, content in _members(stored).items()
             }
         else:
-            members = _members(_decompress(stored, num_bytes=sample["bytes"]))
+            members = _members(_decompress(stored, num_bytes=sample.bytes))
         return _block_of(members, sample, encoding)
     except (zstandard.ZstdError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DamagedDataError(f"{where} is damaged ({error}); {REMEDY}") from error
 
 
-def fault_of_index(index: dict[str, Any], shard: dict[str, Any], size: int) -> str | None:
+def fault_of_index(index: ShardIndex, shard: TargetShard, size: int) -> str | None:
     """Say where the index of a shard of `size` bytes contradicts the manifest or itself, or None."""
-    first, offset = shard["first"], 0
-    for sample in index["samples"]:
-        if sample["first"] != first or sample["offset"] != offset or sample["key"] != sample_key(first):
-            return f"sample {sample['key']} does not follow the one before it"
-        first, offset = first + sample["count"], offset + sample["compressed_bytes"]
-    totals = (
-        first - shard["first"],
-        sum(sample["entries"] for sample in index["samples"]),
-        len(index["samples"]),
-    )
-    if totals != (shard["count"], shard["entries"], shard["samples"]):
+    first, offset = shard.first, 0
+    for sample in index.samples:
+        if (sample.first, sample.offset, sample.key) != (first, offset, sample_key(first)):
+            return f"sample {sample.key} does not follow the one before it"
+        first, offset = first + sample.count, offset + sample.compressed_bytes
+    totals = (first - shard.first, sum(sample.entries for sample in index.samples), len(index.samples))
+    if totals != (shard.count, shard.entries, shard.samples):
         return f"it counts {totals} positions, entries and samples where the manifest says otherwise"
-    if index["end_offset"] != offset or not offset < size:
+    if index.end_offset != offset or not offset < size:
         return f"its samples end at byte {offset}, the shard has {size}"
     return None
 
@@ -150,7 +178,7 @@ def _tar_of(block: TargetBlock, compressor: zstandard.ZstdCompressor | None) -> 
         "first": block.first,
         "count": block.count,
         "entries": block.entries,
-        "format": f"mlpmem-{FORMAT}",
+        "format": "mlpmem-targets",
         **block.details,
     }
     members = [(f"{name}.npy", _npy_of(array)) for name, array in block.arrays.items()]
@@ -173,12 +201,14 @@ def _npy_of(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _decompress(frame: bytes, *, num_bytes: int | None = None, most: int = 0) -> bytes:
-    """One frame, which must carry a checksum and say that it holds `num_bytes`, or at most `most`; ValueError
-    or ZstdError."""
+def _decompress(frame: bytes, *, num_bytes: int | None = None, max_bytes: int = 0) -> bytes:
+    """One frame, which must carry a checksum and say that it holds `num_bytes`, or at most `max_bytes`.
+
+    Raises ValueError or ZstdError.
+    """
     parameters = zstandard.get_frame_parameters(frame)
     size = parameters.content_size
-    if not parameters.has_checksum or (size > most if num_bytes is None else size != num_bytes):
+    if not parameters.has_checksum or (size > max_bytes if num_bytes is None else size != num_bytes):
         raise ValueError("the frame's header does not match the index")
     return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
 
@@ -203,18 +233,18 @@ def _members(content: bytes) -> dict[str, bytes]:
     return members
 
 
-def _block_of(members: dict[str, bytes], sample: dict[str, Any], encoding: str) -> TargetBlock:
-    key = sample["key"]
+def _block_of(members: dict[str, bytes], sample: StoredSample, encoding: str) -> TargetBlock:
     arrays = {
-        name: np.lib.format.read_array(io.BytesIO(members[f"{key}.{name}.npy"]), allow_pickle=False)
+        name: np.lib.format.read_array(io.BytesIO(members[f"{sample.key}.{name}.npy"]), allow_pickle=False)
         for name in array_names(encoding)
     }
-    meta = json.loads(members[f"{key}.meta.json"])
-    found, wanted = (
-        tuple(record[name] for name in ("first", "count", "entries")) for record in (meta, sample)
+    meta = json.loads(members[f"{sample.key}.meta.json"])
+    found, expected = (
+        (meta["first"], meta["count"], meta["entries"]),
+        (sample.first, sample.count, sample.entries),
     )
-    if found != wanted:
-        raise ValueError(f"first, rows and entries are {found}, the index says {wanted}")
+    if found != expected:
+        raise ValueError(f"first, rows and entries are {found}, the index says {expected}")
     details = {name: meta[name] for name in meta if name not in ("first", "count", "entries", "format")}
     return TargetBlock(
         first=meta["first"], count=meta["count"], entries=meta["entries"], arrays=arrays, details=details

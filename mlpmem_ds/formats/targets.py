@@ -14,94 +14,99 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json
-from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.formats.target_encoding import (
     Encoding,
-    TargetBlock,
-    frequency_order,
-    pack_block,
     unpack_block,
 )
 from mlpmem_ds.formats.target_shards import (
-    FORMAT,
     REMEDY,
     Container,
+    ShardIndex,
+    TargetShard,
     fault_of_index,
     index_name,
     read_sample,
-    shard_name,
-    stored_bytes,
-    write_shard,
 )
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.weighting import Weighting
 
-__all__ = [
-    "FORMAT",
-    "ORDER_NAME",
-    "Container",
-    "Encoding",
-    "TargetBlock",
-    "Targets",
-    "frequency_order",
-    "index_name",
-    "open_targets",
-    "pack_block",
-    "shard_name",
-    "stored_bytes",
-    "version_of",
-    "write_shard",
-]
-
 ORDER_NAME = "frequency_order.npy"
-_VERSIONS = (1, 2)
-
-
-def version_of(encoding: Encoding, container: Container) -> int:
-    """1 where a reader of version 1 understands the directory."""
-    return 1 if (encoding, container) == ("exact", "tar.zst") else 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Targets:
+class ExcludedNeighbours:
+    """Which positions are no neighbours of one: those of its own document, and `window` on either side."""
+
+    rule: Literal["none", "same-document"]
+    window: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsManifest(Manifest):
+    """Targets: what was searched and how, how neighbours became distributions, and where they lie.
+
+    `neighbour_perplexity` measured on a sample, None where it is not known; `temperature_rule` says where
+    `weighting` has its temperature from; `nprobe` lists compared with a query, None where all keys were.
+    """
+
+    FORMAT: ClassVar[str] = "targets"
+    VERSION: ClassVar[int] = 1
+
+    num_positions: int
+    block_size: int
+    shard_positions: int
+    vocab_size: int
+    k: int
+    weighting: Weighting
+    neighbour_perplexity: float | None
+    temperature_rule: Literal["auto", "fixed", "imported"]
+    mass: float
+    search: Literal["exact", "ivf", "imported"]
+    nprobe: int | None
+    exclude: ExcludedNeighbours
+    encoding: Encoding
+    container: Container
+    entries: int
+    rows_short_of_k: int
+    rows_without_neighbours: int
+    shards: tuple[TargetShard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets(CompleteStage[TargetsManifest]):
     """A complete target directory; shards stay on disk until asked for."""
 
-    root: Path
-    sha256: str
-    manifest: dict[str, Any] = field(repr=False, hash=False)
-    _indexes: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
+    _indexes: dict[str, ShardIndex] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_positions(self) -> int:
-        return self.manifest["num_positions"]
+        return self.manifest.num_positions
 
     @property
     def keys_sha256(self) -> str:
         """The manifest checksum of the keys that the targets come from."""
-        return self.manifest["inputs"]["keys"]
+        return self.inputs["keys"]
 
     @property
-    def encoding(self) -> str:
-        """`exact` or `compact`."""
-        return self.manifest.get("encoding", "exact")
+    def encoding(self) -> Encoding:
+        return self.manifest.encoding
 
     @property
-    def container(self) -> str:
-        """`tar.zst` or `tar`."""
-        return self.manifest.get("container", "tar.zst")
+    def container(self) -> Container:
+        return self.manifest.container
 
     @property
     def weighting(self) -> Weighting:
         """How the neighbours were weighted."""
-        where = str(self.root / "manifest.json")
-        return from_json(Weighting, self.manifest["weighting"], where=where, version=_VERSIONS[-1])
+        return self.manifest.weighting
 
     def read(self, start: int, stop: int) -> SparseRows:
         """The rows of positions [start, stop); only the samples that hold them are read.
@@ -125,7 +130,7 @@ class Targets:
         if len(positions_n) and not 0 <= positions_n.min() <= positions_n.max() < self.num_positions:
             raise ValueError(f"some positions are not among {self.num_positions}")
         wanted = np.unique(positions_n)
-        size = self.manifest["block_size"]
+        size = self.manifest.block_size
         if not len(wanted):
             return self.read(0, 0)
         parts = []
@@ -136,8 +141,8 @@ class Targets:
 
     def read_all(self) -> SparseRows:
         """Every row, after comparing each shard with its checksum."""
-        for shard in self.manifest["shards"]:
-            self.check(shard["name"])
+        for shard in self.manifest.shards:
+            self.check(shard.name)
         return self.read(0, self.num_positions)
 
     def check(self, name: str) -> None:
@@ -146,8 +151,7 @@ class Targets:
         Raises:
             DamagedDataError: it has another.
         """
-        if fault := fault_of_file(self.root, self._record(name)):
-            raise DamagedDataError(f"{fault}; {REMEDY}")
+        self.check_files([name])
 
     @cached_property
     def _order_V(self) -> np.ndarray | None:
@@ -156,52 +160,45 @@ class Targets:
             return None
         self.check(ORDER_NAME)
         order_V = np.load(self.root / ORDER_NAME, allow_pickle=False)
-        if not np.array_equal(np.sort(order_V), np.arange(self.manifest["vocab_size"])):
+        if not np.array_equal(np.sort(order_V), np.arange(self.manifest.vocab_size)):
             raise DamagedDataError(f"{self.root / ORDER_NAME} does not name each token once; {REMEDY}")
         return order_V
 
-    def _shards_of(self, start: int, stop: int) -> list[dict[str, Any]]:
+    def _shards_of(self, start: int, stop: int) -> tuple[TargetShard, ...]:
         """The shards that hold some of the positions [start, stop)."""
-        shards = self.manifest["shards"]
+        shards = self.manifest.shards
         if start >= stop:
-            return []
-        first = bisect_right(shards, start, key=lambda shard: shard["first"]) - 1
-        return shards[first : bisect_left(shards, stop, key=lambda shard: shard["first"])]
+            return ()
+        first = bisect_right(shards, start, key=lambda shard: shard.first) - 1
+        return shards[first : bisect_left(shards, stop, key=lambda shard: shard.first)]
 
-    def _samples_of(self, shard: dict[str, Any], start: int, stop: int) -> Iterator[tuple[int, SparseRows]]:
+    def _samples_of(self, shard: TargetShard, start: int, stop: int) -> Iterator[tuple[int, SparseRows]]:
         """(first position, rows) of the samples of a shard that hold some of the positions [start, stop)."""
-        samples, order_V = self._index_of(shard), self._order_V
-        path = self.root / shard["name"]
+        index, order_V = self._index_of(shard), self._order_V
+        path = self.root / shard.name
         with open(path, "rb", buffering=0) as stream:
-            for sample in samples:
-                if sample["first"] < stop and start < sample["first"] + sample["count"]:
+            for sample in index.samples:
+                if sample.first < stop and start < sample.first + sample.count:
                     block = read_sample(
                         path, stream, sample, container=self.container, encoding=self.encoding
                     )
                     try:
-                        yield sample["first"], unpack_block(block, self.encoding, order_V)
+                        yield sample.first, unpack_block(block, self.encoding, order_V)
                     except (ValueError, KeyError, TypeError) as error:
                         raise DamagedDataError(
-                            f"{path}, sample {sample['key']} is damaged ({error}); {REMEDY}"
+                            f"{path}, sample {sample.key} is damaged ({error}); {REMEDY}"
                         ) from error
 
-    def _index_of(self, shard: dict[str, Any]) -> list[dict[str, Any]]:
-        """The samples of a shard, once its index is known to be whole and to agree with the manifest."""
-        name = shard["name"]
-        if name not in self._indexes:
-            self.check(index_name(name))
-            index = read_json(self.root / index_name(name))
-            size = self._record(name).bytes
-            if fault := fault_of_index(index, shard, size):
-                raise DamagedDataError(f"{self.root / index_name(name)}: {fault}; {REMEDY}")
-            self._indexes[name] = index["samples"]
-        return self._indexes[name]
-
-    def _record(self, name: str) -> FileRecord:
-        for entry in self.manifest["files"]:
-            if entry["name"] == name:
-                return FileRecord(**entry)
-        raise DamagedDataError(f"the manifest of {self.root} does not record {name}; {REMEDY}")
+    def _index_of(self, shard: TargetShard) -> ShardIndex:
+        """The index of a shard, known to be whole and to agree with the manifest."""
+        if shard.name not in self._indexes:
+            path = self.root / index_name(shard.name)
+            self.check(path.name)
+            index = from_json(ShardIndex, read_json(path), where=str(path), version=TargetsManifest.VERSION)
+            if fault := fault_of_index(index, shard, self.record(shard.name).bytes):
+                raise DamagedDataError(f"{path}: {fault}; {REMEDY}")
+            self._indexes[shard.name] = index
+        return self._indexes[shard.name]
 
 
 def open_targets(root: Path, *, flag: str = "--targets") -> Targets:
@@ -212,25 +209,17 @@ def open_targets(root: Path, *, flag: str = "--targets") -> Targets:
         DamagedDataError: files missing, of another size or version, or shards that do not cover the
             positions.
     """
-    manifest, sha256 = read_manifest(root, stage=FORMAT, version=_version_there(root), flag=flag)
+    targets = read_stage(Targets, TargetsManifest, root, flag=flag)
     stop = 0
-    for shard in manifest["shards"]:
-        if shard["first"] != stop:
+    for shard in targets.manifest.shards:
+        if shard.first != stop:
             raise DamagedDataError(
                 f"the shards of {root} leave positions from {stop:,} out: write the targets again"
             )
-        stop += shard["count"]
-    if stop != manifest["num_positions"]:
+        stop += shard.count
+    if stop != targets.num_positions:
         raise DamagedDataError(
-            f"the shards of {root} hold {stop:,} of {manifest['num_positions']:,} positions: write the"
+            f"the shards of {root} hold {stop:,} of {targets.num_positions:,} positions: write the"
             " targets again"
         )
-    return Targets(root=root, sha256=sha256, manifest=manifest)
-
-
-def _version_there(root: Path) -> int:
-    """The version of a directory, if it is one that this reader knows; else the newest, which its refusal
-    then names."""
-    path = root / "manifest.json"
-    found = read_json(path).get("version") if path.is_file() else None
-    return found if found in _VERSIONS else _VERSIONS[-1]
+    return targets

@@ -21,22 +21,15 @@ import zstandard
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.targets import (
-    FORMAT,
-    ORDER_NAME,
-    Container,
-    Encoding,
-    index_name,
-    open_targets,
-    pack_block,
-    shard_name,
-    version_of,
-    write_shard,
-)
+from mlpmem_ds.formats.target_encoding import Encoding, pack_block
+from mlpmem_ds.formats.target_shards import Container, TargetShard, index_name, shard_name, write_shard
+from mlpmem_ds.formats.targets import ORDER_NAME, TargetsManifest, open_targets
 from mlpmem_ds.maths.sparse_rows import SparseRows
+
+from ..manifests import targets_manifest
 
 NUM_POSITIONS, BLOCK_SIZE, SHARD_POSITIONS, VOCAB_SIZE = 117, 8, 40, 70_000
 
@@ -73,12 +66,11 @@ def order() -> np.ndarray:
 
 def write_targets(root: Path, encoding: Encoding = "exact", container: Container = "tar.zst") -> Path:
     rows, dropped = source()
-    version = version_of(encoding, container)
     shards = {f"knn-{block.start}": block for block in split_blocks(NUM_POSITIONS, SHARD_POSITIONS)}
     stage = open_stage(
         root,
-        stage=FORMAT,
-        version=version,
+        stage=TargetsManifest.FORMAT,
+        version=TargetsManifest.VERSION,
         config=_Config(output=root),
         inputs={"keys": "0" * 64},
         world=World(),
@@ -103,22 +95,23 @@ def write_targets(root: Path, encoding: Encoding = "exact", container: Container
         with writer.file(name) as shard_path, writer.file(index_name(name)) as index_path:
             return write_shard(shard_path, index_path, blocks, container=container)
 
-    def describe() -> dict[str, Any]:
-        return {
-            "num_positions": NUM_POSITIONS,
-            "vocab_size": VOCAB_SIZE,
-            "block_size": BLOCK_SIZE,
-            **({"encoding": encoding, "container": container} if version > 1 else {}),
-            "shards": [
-                {
-                    "name": shard_name(block.start, block.size, container),
-                    "first": block.start,
-                    "count": block.size,
+    def describe() -> TargetsManifest:
+        return targets_manifest(
+            num_positions=NUM_POSITIONS,
+            vocab_size=VOCAB_SIZE,
+            block_size=BLOCK_SIZE,
+            encoding=encoding,
+            container=container,
+            shards=tuple(
+                TargetShard(
+                    name=shard_name(block.start, block.size, container),
+                    first=block.start,
+                    count=block.size,
                     **summary,
-                }
+                )
                 for block, summary in zip(shards.values(), stage.summaries(list(shards)), strict=True)
-            ],
-        }
+            ),
+        )
 
     stage.run_units(list(shards), write)
     units = list(shards)
@@ -309,7 +302,7 @@ def rerecord(root: Path, name: str) -> None:
         if entry["name"] == name:
             content = (root / name).read_bytes()
             entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    publish_json(root / "manifest.json", manifest, seal=True)
 
 
 def exchange_samples(index: dict[str, Any]) -> None:
@@ -355,7 +348,7 @@ def test_shards_must_cover_the_positions(copy: Path) -> None:
         ({"num_positions": 118}, "hold 117 of 118"),
         ({"shards": manifest["shards"][1:]}, "leave positions"),
     ):
-        (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        publish_json(copy / "manifest.json", {**manifest, **change}, seal=True)
         with pytest.raises(DamagedDataError, match=words):
             open_targets(copy)
     with pytest.raises(UserError, match="does not exist"):
@@ -396,7 +389,7 @@ def check_members(root: Path, name: str, members: dict[str, bytes]) -> None:
     rows, dropped = source()
     manifest = read_json(root / "manifest.json")
     shard = next(shard for shard in manifest["shards"] if shard["name"] == name)
-    is_exact = manifest.get("encoding", "exact") == "exact"
+    is_exact = manifest["encoding"] == "exact"
     assert len(members) == (5 if is_exact else 7) * shard["samples"]
     for begin in range(shard["first"], shard["first"] + shard["count"], BLOCK_SIZE):
         stop = min(begin + BLOCK_SIZE, shard["first"] + shard["count"])
@@ -487,11 +480,16 @@ def test_stock_webdataset_reads_the_shards(root: Path, kind: tuple[Encoding, Con
     )
 
 
-def test_a_directory_without_the_new_fields_is_the_first_version(tmp_path: Path) -> None:
+def test_other_versions_and_keys_are_refused(tmp_path: Path) -> None:
     root = write_targets(tmp_path / "targets")
     manifest = read_json(root / "manifest.json")
-    assert manifest["version"] == 1 and not {"encoding", "container"} & set(manifest)
-    assert (open_targets(root).encoding, open_targets(root).container) == ("exact", "tar.zst")
-    (root / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
-    with pytest.raises(DamagedDataError, match="has version 3, this program reads 2"):
+    publish_json(root / "manifest.json", {**manifest, "version": 3}, seal=True)
+    with pytest.raises(DamagedDataError, match="has version 3, this program reads 1"):
+        open_targets(root)
+    publish_json(root / "manifest.json", {**manifest, "compression": "zstd"}, seal=True)
+    with pytest.raises(DamagedDataError, match="manifest.json: unknown key compression.*version 1"):
+        open_targets(root)
+    del manifest["encoding"]
+    publish_json(root / "manifest.json", manifest, seal=True)
+    with pytest.raises(DamagedDataError, match="key encoding is missing"):
         open_targets(root)

@@ -35,7 +35,9 @@ from mlpmem_ds.formats.evaluation import (
     Settings,
     SplitFigures,
 )
-from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, unit_name
+from mlpmem_ds.formats.keys import KeysManifest, unit_name
+
+from ..manifests import codec_manifest, keys_manifest
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _FORKED_TRAINING = Path(__file__).resolve().with_name("forked_training.py")
@@ -109,49 +111,6 @@ def make_evaluation(*arms: ArmFigures, **changes: Any) -> Evaluation:
 @dataclass(frozen=True, kw_only=True)
 class _Config:
     output: Path = option("directory", identity="none")
-
-
-def codec_manifest(**changes: Any) -> CodecManifest:
-    """An int8 codec of four numbers a key, with these fields changed."""
-    fields = {
-        "name": "int8",
-        "dim": 4,
-        "scale": 1.0,
-        "raw_dtype": None,
-        "energy_kept": 1.0,
-        "clipped_share": 0.0,
-        "massive_dimensions": (),
-    }
-    return CodecManifest(**fields | changes)
-
-
-def keys_manifest(**changes: Any) -> KeysManifest:
-    """Keys of no model in particular, without memory inputs, with these fields changed."""
-    fields = {
-        "codec": codec_manifest(),
-        "num_positions": 403,
-        "unit_positions": 96,
-        "split": "train",
-        "block_size": 8,
-        "vocab_size": 50,
-        "vocabulary_sha256": "v" * 64,
-        "key_size": 4,
-        "key_layer": 1,
-        "key_point": "ffn_input",
-        "num_layers": 2,
-        "layers_path": None,
-        "input_codec": "none",
-        "input_size": 0,
-        "input_width": 4,
-        "input_layer": 1,
-        "input_point": "ffn_input",
-        "input_num_layers": 2,
-        "input_layers_path": None,
-        "head_size": 50,
-        "dtype": None,
-        "attention": None,
-    }
-    return KeysManifest(**fields | changes)
 
 
 def _make_keys(

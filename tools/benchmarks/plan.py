@@ -194,7 +194,7 @@ def run_stages(
     )
     num_bytes = {
         "index": open_index(index).num_bytes,
-        "targets": sum(entry["bytes"] for entry in open_targets(root / "targets").manifest["files"]),
+        "targets": open_targets(root / "targets").num_bytes,
     }
     return {
         stage: Measured(

@@ -17,8 +17,8 @@ from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import Keys
-from mlpmem_ds.formats.target_encoding import unpack_block
-from mlpmem_ds.formats.targets import frequency_order, index_name, pack_block, shard_name, write_shard
+from mlpmem_ds.formats.target_encoding import frequency_order, pack_block, unpack_block
+from mlpmem_ds.formats.target_shards import index_name, shard_name, write_shard
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.target_distance import distances, recall

@@ -259,7 +259,7 @@ def plain(setting: Setting, temperature: float, output: Path) -> None:
 def read_rate(root: Path) -> float:
     """Positions a CPU second, every block once in random order."""
     targets = open_targets(root)
-    size, total = targets.manifest["block_size"], targets.num_positions
+    size, total = targets.manifest.block_size, targets.num_positions
     blocks = shuffled(-(-total // size), 0)
     targets.read(0, 1)  # the index of samples and the vocabulary's order are read once
     start = time.process_time()

@@ -19,6 +19,7 @@ from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
 from mlpmem_ds.formats.corpus import CorpusManifest, read_corpus_manifest, vocabulary_sha256
 from mlpmem_ds.formats.evaluation import Report, open_report
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
+from mlpmem_ds.formats.targets import TargetsManifest, open_targets
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
 from mlpmem_ds.stages.conversion.config import Config
@@ -46,7 +47,7 @@ class ExportInputs:
     """where the memory was read from"""
     corpus: CorpusManifest | None
     """None where the corpus cannot be found"""
-    targets: dict[str, Any] | None
+    targets: TargetsManifest | None
     unread: Checkpoint | None = None
     """where the weights are still to be read from; None = they are in `trained`"""
 
@@ -117,7 +118,7 @@ def open_inputs(config: Config) -> ExportInputs:
         report=report,
         source=config.checkpoint,
         corpus=None if corpus_root is None else read_corpus_manifest(corpus_root),
-        targets=None if targets_root is None else read_json(targets_root / "manifest.json"),
+        targets=None if targets_root is None else open_targets(targets_root).manifest,
         unread=unread,
     )
 

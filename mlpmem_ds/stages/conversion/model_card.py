@@ -8,6 +8,7 @@ from typing import Any
 
 from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.formats.evaluation import ArmFigures
+from mlpmem_ds.formats.targets import TargetsManifest
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs
 
@@ -111,11 +112,18 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
     return [
         *lines,
         (
-            f"Retriever: k {targets['k']}, T {targets['weighting']['temperature']:.6g} in squared key units"
-            f" ({targets.get('search', 'unknown')} search, excluded: {targets.get('exclude', 'unknown')}),"
+            f"Retriever: k {targets.k}, T {targets.weighting.temperature:.6g} in squared key units"
+            f" ({targets.search} search, excluded: {_excluded(targets)}),"
             f" keys of layer {known.get('key_layer', 'unknown')}"
         ),
     ]
+
+
+def _excluded(targets: TargetsManifest) -> str:
+    """Which positions were no neighbours of one."""
+    document = ", its document" if targets.exclude.rule == "same-document" else ""
+    window = f", {targets.exclude.window} on either side" if targets.exclude.window else ""
+    return f"the position itself{document}{window}"
 
 
 def _planned(known: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ def run(config: ExportConfig, world: World) -> None:
         )
     import_arrow("lib", path=config.output)
     width = (keys.input_size or keys.dim) if config.datastore else 0
-    entries = 0 if targets is None else targets.manifest["entries"]
+    entries = 0 if targets is None else targets.manifest.entries
     needed = keys.num_positions * (2 * width + 4 + 16) + 6 * entries
     require_free_bytes(config.output, needed, what="the Arrow files")
     inputs = {"keys": keys.sha256, **({} if targets is None else {"targets": targets.sha256})}

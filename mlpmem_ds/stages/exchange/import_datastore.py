@@ -28,7 +28,6 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_file
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
-from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.arrow_tables import (
@@ -50,8 +49,9 @@ from mlpmem_ds.formats.corpus import (
     vocabulary_sha256,
 )
 from mlpmem_ds.formats.keys import CodecManifest, Keys, KeysManifest, bfloat16_bits, open_keys, unit_name
-from mlpmem_ds.formats.targets import FORMAT as TARGETS_FORMAT
-from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, version_of, write_shard
+from mlpmem_ds.formats.target_encoding import pack_block
+from mlpmem_ds.formats.target_shards import TargetShard, index_name, shard_name, write_shard
+from mlpmem_ds.formats.targets import ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.structure import resolve_layer
 from mlpmem_ds.stages.corpus.tokenization import vocab_size
@@ -304,7 +304,7 @@ def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: W
     config = dataclasses.replace(config, block_size=keys.manifest.block_size)  # checks the shards' size again
     shards = {f"{block.start:012d}": block for block in split_blocks(table.num_rows, config.shard_positions)}
     inputs = {"keys": keys.sha256, "targets": _hash_of(config.targets)}
-    stage = _stage(config, TARGETS_FORMAT, version_of("exact", "tar.zst"), inputs, world)
+    stage = _stage(config, TargetsManifest.FORMAT, TargetsManifest.VERSION, inputs, world)
     progress = Progress(table.num_rows, label="targets", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> dict[str, Any]:
@@ -329,30 +329,37 @@ def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: W
             totals = write_shard(shard_path, index_path, blocks())
         return {**totals, "rows_short_of_k": 0, "rows_without_neighbours": empty}
 
-    def describe() -> dict[str, Any]:
+    def describe() -> TargetsManifest:
         summaries = stage.summaries(list(shards))
-        totals = ("entries", "rows_short_of_k", "rows_without_neighbours")
-        return {
-            "num_positions": table.num_rows,
-            "block_size": config.block_size,
-            "shard_positions": config.shard_positions,
-            "vocab_size": size,
-            "k": config.k,
-            "weighting": to_json(Weighting(temperature=config.temperature)),
-            "neighbour_perplexity": None,
-            "temperature_rule": "imported",
-            "mass": 1.0,
-            "search": "imported",
-            "exclude": {"rule": "none", "window": 0},
-            "encoding": "exact",
-            "container": "tar.zst",
-            **{name: sum(summary[name] for summary in summaries) for name in totals},
-            "shards": [
-                {"name": shard_name(block.start, block.size), "first": block.start, "count": block.size,
-                 "entries": summary["entries"], "samples": summary["samples"]}
+        return TargetsManifest(
+            num_positions=table.num_rows,
+            block_size=config.block_size,
+            shard_positions=config.shard_positions,
+            vocab_size=size,
+            k=config.k,
+            weighting=Weighting(temperature=config.temperature),
+            neighbour_perplexity=None,
+            temperature_rule="imported",
+            mass=1.0,
+            search="imported",
+            nprobe=None,
+            exclude=ExcludedNeighbours(rule="none", window=0),
+            encoding="exact",
+            container="tar.zst",
+            entries=sum(summary["entries"] for summary in summaries),
+            rows_short_of_k=0,
+            rows_without_neighbours=sum(summary["rows_without_neighbours"] for summary in summaries),
+            shards=tuple(
+                TargetShard(
+                    name=shard_name(block.start, block.size),
+                    first=block.start,
+                    count=block.size,
+                    entries=summary["entries"],
+                    samples=summary["samples"],
+                )
                 for block, summary in zip(shards.values(), summaries, strict=True)
-            ],
-        }  # fmt: skip
+            ),
+        )
 
     stage.run_units(list(shards), write)
     progress.close()

@@ -70,13 +70,13 @@ def run(config: Config, world: World) -> Plan:
 def make_plan(config: Config) -> Plan:
     """The plan of these flags, a finished run and this machine."""
     machine = _machine(config)
-    found = read_run(config.calibrate) if config.calibrate is not None else {}
-    run_sizes = sizes_of_run(config.calibrate, found) if config.calibrate is not None else {}
+    run = None if config.calibrate is None else read_run(config.calibrate)
+    run_sizes = {} if run is None else sizes_of_run(run)
     work = _workload(config, run_sizes, machine)
     calibration, calibrated = Calibration(), tuple[str, ...]()
-    if config.calibrate is not None:
-        calibration = calibrate(config.calibrate, found, _workload_of_run(run_sizes, machine), machine)
-        calibrated = tuple(found)
+    if run is not None:
+        calibration = calibrate(run, _workload_of_run(run_sizes, machine), machine)
+        calibrated = run.stages
     result = costs(work, machine, calibration)
     return Plan(
         work=work,

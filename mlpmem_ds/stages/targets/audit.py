@@ -30,6 +30,7 @@ from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
@@ -120,7 +121,7 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
         f"sample-{block.start:08d}": sample_n[slice(*block)]
         for block in split_blocks(len(sample_n), _UNIT_POSITIONS)
     }
-    shards = {f"rows-{shard['first']:012d}": shard for shard in targets.manifest["shards"]}
+    shards = {f"rows-{shard.first:012d}": shard for shard in targets.manifest.shards}
     progress = Progress(len(sample_n), label="audit", unit="positions", world=world)
     true_teacher = replace(teacher, keys=truth, search=open_search(truth, how="exact"), lists=None)
 
@@ -154,7 +155,7 @@ def _compare(teacher: Teacher, true_teacher: Teacher, targets: Targets, position
     exact = true_teacher.find(positions_n).unpack()
     true_rows = true_teacher.whole_rows(exact, targets.weighting)
     rows = targets.gather(positions_n).astype(np.int64, np.float64)
-    far = distances(true_rows, rows, targets.manifest["vocab_size"])
+    far = distances(true_rows, rows, targets.manifest.vocab_size)
     gold_n = teacher.values_of(positions_n).astype(np.int64)
     ids_nK, distances_nK = found.ids_QK, found.distances_QK
     both_nK = (ids_nK[:, 1:] >= 0) & (ids_nK[:, :-1] >= 0)
@@ -176,13 +177,13 @@ def _compare(teacher: Teacher, true_teacher: Teacher, targets: Targets, position
     )
 
 
-def _validate(targets: Targets, shard: Mapping[str, Any]) -> dict[str, int]:
+def _validate(targets: Targets, shard: TargetShard) -> dict[str, int]:
     """Faults of every row of a shard; its checksum is compared first."""
-    targets.check(shard["name"])
+    targets.check(shard.name)
     totals = dict.fromkeys(_FAULTS, 0)
-    for block in split_blocks(shard["count"], _ROWS_AT_ONCE):
-        rows = targets.read(shard["first"] + block.start, shard["first"] + block.stop)
-        for name, count in count_faulty_rows(rows, targets.manifest["vocab_size"]).items():
+    for block in split_blocks(shard.count, _ROWS_AT_ONCE):
+        rows = targets.read(shard.first + block.start, shard.first + block.stop)
+        for name, count in count_faulty_rows(rows, targets.manifest.vocab_size).items():
             totals[name] += count
     return totals
 
@@ -204,14 +205,13 @@ def _summarize(
     sizes_n, edges = compared.list_size, np.linspace(0, len(compared.list_size), 11).astype(int)
     order_n = np.argsort(sizes_n, kind="stable")
     deciles = [order_n[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True) if stop > start]
-    stored = sum(shard_file["bytes"] for shard_file in targets.manifest["files"])
     return {
         "settings": {
             "positions": len(sizes_n),
             "truth": truth.codec,
             "k": teacher.k,
             "weighting": to_json(targets.weighting),
-            "search": targets.manifest["search"],
+            "search": targets.manifest.search,
             "encoding": targets.encoding,
             "inputs": stage.identity["inputs"],
         },
@@ -227,7 +227,7 @@ def _summarize(
         "divergence_nats": _mean(compared.divergence),
         "gold_probability": {"truth": _mean(compared.gold_truth), "found": _mean(compared.gold_found)},
         "self_found": _mean(compared.self_found),
-        "bytes_per_position": stored / targets.num_positions,
+        "bytes_per_position": targets.num_bytes / targets.num_positions,
         "faulty_rows": (
             {name: sum(validity[name] for validity in validities) for name in _FAULTS}
             | {name: int(getattr(compared, name).sum()) for name in _SEARCH_FAULTS}

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.targets import Container, Encoding
+from mlpmem_ds.formats.target_encoding import Encoding
+from mlpmem_ds.formats.target_shards import Container
 from mlpmem_ds.maths.knn import max_keys_for_exact
 from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, default_perplexity
 from mlpmem_ds.stages import shared_flags

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,9 +23,13 @@ from mlpmem_ds.stages.targets.config import Config
 _logger = logging.getLogger(__name__)
 
 
-def resolve_search(config: Config, keys: Keys) -> str:
-    """`exact` or `ivf`."""
-    automatic = "exact" if keys.num_positions <= max_keys_for_exact() else "ivf"
+def resolve_search(config: Config, keys: Keys) -> Literal["exact", "ivf"]:
+    """What --search auto becomes.
+
+    Raises:
+        UserError: a search of lists without an index.
+    """
+    automatic: Literal["exact", "ivf"] = "exact" if keys.num_positions <= max_keys_for_exact() else "ivf"
     search = automatic if config.search == "auto" else config.search
     if search == "ivf" and config.index is None:
         raise UserError(

@@ -21,14 +21,8 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.formats.corpus import token_dtype
-from mlpmem_ds.formats.targets import (
-    TargetBlock,
-    index_name,
-    pack_block,
-    shard_name,
-    stored_bytes,
-    write_shard,
-)
+from mlpmem_ds.formats.target_encoding import TargetBlock, pack_block
+from mlpmem_ds.formats.target_shards import index_name, shard_name, stored_bytes, write_shard
 from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,13 +31,9 @@ from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.key_lists import FOLDER
 from mlpmem_ds.formats.keys import Keys, open_keys
-from mlpmem_ds.formats.targets import (
-    FORMAT,
-    ORDER_NAME,
-    frequency_order,
-    shard_name,
-    version_of,
-)
+from mlpmem_ds.formats.target_encoding import frequency_order
+from mlpmem_ds.formats.target_shards import TargetShard, shard_name
+from mlpmem_ds.formats.targets import ORDER_NAME, ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.retrieval.key_lists import missing_bytes, remove_key_lists
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
@@ -87,9 +83,8 @@ def run(config: Config, world: World) -> None:
         lists=lists,
     )
     order_V = _frequency_order(teacher) if config.encoding == "compact" else None
-    is_new = not check_output(config.output, stage=FORMAT)
+    is_new = not check_output(config.output, stage=TargetsManifest.FORMAT)
     measured = _measure_first(teacher, config, order_V, index) if is_new else None
-    version = version_of(config.encoding, config.container)
     resolved = {
         "search": search,
         "nprobe": config.nprobe if index else None,
@@ -98,8 +93,8 @@ def run(config: Config, world: World) -> None:
     }
     stage = open_stage(
         config.output,
-        stage=FORMAT,
-        version=version,
+        stage=TargetsManifest.FORMAT,
+        version=TargetsManifest.VERSION,
         config=config,
         inputs=inputs,
         world=world,
@@ -108,7 +103,12 @@ def run(config: Config, world: World) -> None:
     stage.run_units([_WEIGHTING], lambda unit, writer: (measured or measure(teacher, config)).summary)
     stage.wait_for([_WEIGHTING])
     summary = stage.summaries([_WEIGHTING])[0]
-    weighting = from_json(Weighting, summary["weighting"], where=str(config.output), version=version)
+    weighting = from_json(
+        Weighting,
+        summary["weighting"],
+        where=str(config.output),
+        version=TargetsManifest.VERSION,
+    )
     firsts = [_WEIGHTING]
     if order_V is not None:
         firsts.append(_ORDER)
@@ -126,8 +126,8 @@ def run(config: Config, world: World) -> None:
     progress.close()
     units = [*firsts, *shards]
 
-    def describe() -> dict[str, Any]:
-        return _describe(config, keys, search, summary, shards, stage.summaries(list(shards)))
+    def describe() -> TargetsManifest:
+        return _describe(config, keys, search, summary, weighting, shards, stage.summaries(list(shards)))
 
     stage.finish(units, describe)
     if config.lists is None and stage.manifest_path.is_file():
@@ -176,42 +176,41 @@ def _measure_first(
 def _describe(
     config: Config,
     keys: Keys,
-    search: str,
+    search: Literal["exact", "ivf"],
     measured: dict[str, Any],
+    weighting: Weighting,
     shards: dict[str, Block],
     summaries: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The stage's own fields of the manifest."""
-    totals = {
-        name: sum(summary[name] for summary in summaries)
-        for name in ("entries", "rows_short_of_k", "rows_without_neighbours")
-    }
-    return {
-        "num_positions": keys.num_positions,
-        "block_size": keys.manifest.block_size,
-        "shard_positions": config.shard_positions,
-        "vocab_size": keys.manifest.vocab_size,
-        "k": config.k,
-        "weighting": measured["weighting"],
-        "neighbour_perplexity": measured["neighbour_perplexity"],
-        "temperature_rule": "auto" if config.temperature == "auto" else "fixed",
-        "mass": config.mass,
-        "search": search,
-        "exclude": {"rule": config.exclude, "window": config.exclude_window},
-        "encoding": config.encoding,
-        "container": config.container,
-        **totals,
-        "shards": [
-            {
-                "name": shard_name(block.start, block.size, config.container),
-                "first": block.start,
-                "count": block.size,
-                "entries": summary["entries"],
-                "samples": summary["samples"],
-            }
+) -> TargetsManifest:
+    return TargetsManifest(
+        num_positions=keys.num_positions,
+        block_size=keys.manifest.block_size,
+        shard_positions=config.shard_positions,
+        vocab_size=keys.manifest.vocab_size,
+        k=config.k,
+        weighting=weighting,
+        neighbour_perplexity=measured["neighbour_perplexity"],
+        temperature_rule="auto" if config.temperature == "auto" else "fixed",
+        mass=config.mass,
+        search=search,
+        nprobe=config.nprobe if search == "ivf" else None,
+        exclude=ExcludedNeighbours(rule=config.exclude, window=config.exclude_window),
+        encoding=config.encoding,
+        container=config.container,
+        entries=sum(summary["entries"] for summary in summaries),
+        rows_short_of_k=sum(summary["rows_short_of_k"] for summary in summaries),
+        rows_without_neighbours=sum(summary["rows_without_neighbours"] for summary in summaries),
+        shards=tuple(
+            TargetShard(
+                name=shard_name(block.start, block.size, config.container),
+                first=block.start,
+                count=block.size,
+                entries=summary["entries"],
+                samples=summary["samples"],
+            )
             for block, summary in zip(shards.values(), summaries, strict=True)
-        ],
-    }
+        ),
+    )
 
 
 def _frequency_order(teacher: Teacher) -> np.ndarray:

@@ -124,7 +124,7 @@ def _check_one_corpus(config: Config, corpus: CorpusSplit, keys: Keys, targets: 
     vocab_size = keys.manifest.vocab_size
     sizes = {
         "--corpus": corpus.vocab_size,
-        **({} if targets is None else {"--targets": targets.manifest["vocab_size"]}),
+        **({} if targets is None else {"--targets": targets.manifest.vocab_size}),
     }
     for flag, size in sizes.items():
         if size != vocab_size:
@@ -132,9 +132,9 @@ def _check_one_corpus(config: Config, corpus: CorpusSplit, keys: Keys, targets: 
                 f"{flag} has a vocabulary of {size:,}, --keys {keys.root} one of {vocab_size:,}: they must "
                 "come from one run; remake the later one"
             )
-    if targets is not None and targets.manifest["num_positions"] != keys.num_positions:
+    if targets is not None and targets.manifest.num_positions != keys.num_positions:
         raise UserError(
-            f"--targets {config.targets} have {targets.manifest['num_positions']:,} positions, the keys "
+            f"--targets {config.targets} have {targets.manifest.num_positions:,} positions, the keys "
             f"{keys.num_positions:,}: write the targets again"
         )
 

@@ -29,11 +29,13 @@ from mlpmem_ds.formats.checkpoint import read_weights, write_weights
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.evaluation import write_evaluation
 from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.convert_checkpoint import EXPORT_FILE, LOGIT_BOUND, ROUNDING_BOUND
 from mlpmem_ds.stages.training.initial_memory import open_initial_memory
 
+from ...manifests import targets_manifest
 from ..conftest import make_arm, make_curve, make_evaluation
 
 pytestmark = pytest.mark.usefixtures("code_cache")
@@ -125,15 +127,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, keys_dir: 
     targets = tmp_path_factory.mktemp("targets")
     found = _Flags(corpus=corpus_dir, keys=keys_dir, targets=targets)
     stage = open_stage(targets, stage="targets", version=1, config=found, inputs={}, world=World())
-    stage.finish(
-        [],
-        lambda: {
-            "k": 48,
-            "weighting": {"kind": "softmax", "temperature": 3.25},
-            "search": "exact",
-            "exclude": "self",
-        },
-    )
+    stage.finish([], lambda: targets_manifest(k=48, weighting=Weighting(temperature=3.25)))
     return found
 
 

@@ -23,11 +23,15 @@ from mlpmem_ds.formats.checkpoint import write_weights
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
 from mlpmem_ds.formats.keys import Keys, encode, open_keys, read_codec
+from mlpmem_ds.formats.targets import TargetsManifest
+from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval.knn_scorer import NEIGHBOUR_DIVISORS
+
+from ...manifests import targets_manifest
 
 UNIT, K, TEMPERATURE = 96, 24, 3.0
 NEIGHBOURS = [K // divisor for divisor in NEIGHBOUR_DIVISORS]
@@ -83,24 +87,18 @@ def load_memory(root: Path) -> Memory:
     return memory
 
 
-def save_targets(root: Path, keys_sha256: str, *, search: str = "ivf", version: int = 2) -> Path:
+def save_targets(root: Path, keys_sha256: str, *, search: str = "ivf") -> Path:
     """Write targets of no position: the evaluation reads what they were made with."""
     directory = open_stage(
         root,
-        stage="targets",
-        version=version,
+        stage=TargetsManifest.FORMAT,
+        version=TargetsManifest.VERSION,
         config=_no_flags(),
         inputs={"keys": keys_sha256},
         world=World(),
     )
-    fields = {
-        "weighting": {"kind": "softmax", "temperature": TEMPERATURE},
-        "k": K,
-        "search": search,
-        "shards": [],
-        "num_positions": 0,
-    }
-    _finish(directory, "none", lambda _, writer: None, **fields)
+    manifest = targets_manifest(weighting=Weighting(temperature=TEMPERATURE), k=K, search=search)
+    _finish(directory, "none", lambda _, writer: None, **manifest.to_json())
     return root
 
 

@@ -74,7 +74,7 @@ def test_keys_index_and_targets_made_from_other_inputs_are_refused(
     other = replace(config, model=str(artifacts / "trained_on"), memory=None, control=())
     with pytest.raises(UserError, match="extracted from another base"):
         evaluate.run(other, World())
-    targets = save_targets(tmp_path / "targets", "0" * 64, version=1)
+    targets = save_targets(tmp_path / "targets", "0" * 64)
     with pytest.raises(UserError, match="are of other keys"):
         evaluate.run(replace(config, targets=targets), World())
     index = tmp_path / "index"

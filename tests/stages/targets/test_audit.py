@@ -158,9 +158,9 @@ def test_damaged_shards_are_not_audited(keys: Path, tmp_path: Path) -> None:
     root = tmp_path / "targets"
     write_targets.run(config(keys, root, audit=None), World())
     targets = open_targets(root)
-    shard = targets.manifest["shards"][0]
-    content = bytearray((root / shard["name"]).read_bytes())
+    shard = targets.manifest.shards[0]
+    content = bytearray((root / shard.name).read_bytes())
     content[-3] ^= 1
-    (root / shard["name"]).write_bytes(content)
+    (root / shard.name).write_bytes(content)
     with pytest.raises(DamagedDataError, match="does not have the checksum"):
         target_audit._validate(targets, shard)

@@ -17,7 +17,8 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.formats.targets import index_name, open_targets
+from mlpmem_ds.formats.target_shards import index_name
+from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.targets import write_targets
@@ -131,20 +132,20 @@ def test_exact_search_equals_the_oracle(keys: Path, tmp_path: Path) -> None:
     expect_oracle(targets.read_all(), vectors(), values(), k=20, temperature=6.0, mass=0.9)
     manifest = targets.manifest
     assert (
-        manifest["search"],
-        manifest["k"],
+        manifest.search,
+        manifest.k,
         targets.weighting.temperature,
-        manifest["temperature_rule"],
+        manifest.temperature_rule,
     ) == (
         "exact",
         20,
         6,
         "fixed",
     )
-    assert manifest["rows_short_of_k"] == manifest["rows_without_neighbours"] == 0
-    assert [shard["count"] for shard in manifest["shards"]] == [104, 104, 104, 91]
+    assert manifest.rows_short_of_k == manifest.rows_without_neighbours == 0
+    assert [shard.count for shard in manifest.shards] == [104, 104, 104, 91]
     assert targets.keys_sha256 == open_keys(keys).sha256
-    assert 1 < manifest["neighbour_perplexity"] < 20
+    assert 1 < manifest.neighbour_perplexity < 20
 
 
 def test_all_lists_probed_equal_exact_search_bit_for_bit(keys: Path, index: Path, tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_few_lists_give_the_oracle_over_those_lists(keys: Path, index: Path, und
         mass=0.9,
         hidden=lambda query, key: probes[key, 0] not in probes[query, :3],
     )
-    assert open_targets(undisturbed).manifest["rows_short_of_k"] >= 0
+    assert open_targets(undisturbed).manifest.rows_short_of_k >= 0
 
 
 def test_a_window_and_more_neighbours_than_keys(keys: Path, tmp_path: Path) -> None:
@@ -183,10 +184,10 @@ def test_a_window_and_more_neighbours_than_keys(keys: Path, tmp_path: Path) -> N
         mass=1.0,
         hidden=lambda query, key: abs(query - key) <= 2,
     )
-    assert targets.manifest["rows_short_of_k"] == NUM_KEYS and targets.manifest["exclude"]["window"] == 2
+    assert targets.manifest.rows_short_of_k == NUM_KEYS and targets.manifest.exclude.window == 2
     write_targets.run(config(keys, tmp_path / "none", exclude_window=NUM_KEYS), World())
     nothing = open_targets(tmp_path / "none")
-    assert nothing.manifest["rows_without_neighbours"] == NUM_KEYS and not len(nothing.read_all().ids)
+    assert nothing.manifest.rows_without_neighbours == NUM_KEYS and not len(nothing.read_all().ids)
 
 
 @pytest.mark.parametrize("search", ["exact", "ivf"])
@@ -210,10 +211,7 @@ def test_the_same_document_is_excluded(keys_dir: Path, corpus_dir: Path, tmp_pat
     )[1:]
     tokens = corpus.values(0, corpus.num_positions)
     targets = open_targets(tmp_path / "targets")
-    assert (
-        targets.manifest["inputs"]["corpus"] == corpus.sha256
-        and targets.manifest["exclude"]["rule"] == "same-document"
-    )
+    assert targets.inputs["corpus"] == corpus.sha256 and targets.manifest.exclude.rule == "same-document"
     # The oracle is slow: some rows from every part, the codes' own scale.
     codes, found = keys.read("keys"), targets.read_all()
     for query in range(0, keys.num_positions, 97):
@@ -232,12 +230,12 @@ def test_temperature_reaches_the_wanted_perplexity(keys: Path, tmp_path: Path) -
         config(keys, tmp_path / "targets", temperature="auto", neighbour_perplexity=12.0), World()
     )
     manifest = open_targets(tmp_path / "targets").manifest
-    assert manifest["temperature_rule"] == "auto" and abs(manifest["neighbour_perplexity"] - 12) < 1e-3
+    assert manifest.temperature_rule == "auto" and abs(manifest.neighbour_perplexity - 12) < 1e-3
     squared = np.sort(
         ((vectors()[:, None].astype(float) - vectors()[None]) ** 2).sum(-1) + np.diag([np.inf] * NUM_KEYS),
         axis=1,
     )
-    weights = np.exp(-squared[:, :20] * SCALE**2 / manifest["weighting"]["temperature"])
+    weights = np.exp(-squared[:, :20] * SCALE**2 / manifest.weighting.temperature)
     weights /= weights.sum(1, keepdims=True)
     entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(1)
     assert abs(np.exp(entropy.mean()) - 12) < 1e-3
@@ -344,8 +342,8 @@ def test_encodings_hold_the_same_rows(
     assert np.bincount(row_of_entry, weights=differences).mean() / 2 < 0.003
     sums = np.bincount(row_of_entry, weights=found.probabilities) + found.dropped
     assert np.allclose(sums, 1, atol=1e-5)
-    assert compact.manifest["version"] == 2 and exact.manifest["version"] == 1
-    assert {shard["name"].split(".", 1)[1] for shard in compact.manifest["shards"]} == {container}
+    assert compact.encoding == "compact" and exact.encoding == "exact"
+    assert {shard.name.split(".", 1)[1] for shard in compact.manifest.shards} == {container}
 
 
 def test_killed_runs_leave_the_undisturbed_bytes(
@@ -368,7 +366,7 @@ def test_a_flipped_byte_is_repaired_and_nothing_else_is_made(
     root = tmp_path / "targets"
     wanted = config(keys, root, index=index, search="ivf", nprobe=3)
     write_targets.run(wanted, World())
-    names = [shard["name"] for shard in open_targets(root).manifest["shards"]]
+    names = [shard.name for shard in open_targets(root).manifest.shards]
     for damaged in (names[1], index_name(names[2])):
         content = bytearray((root / damaged).read_bytes())
         content[len(content) // 2] ^= 4
@@ -497,8 +495,8 @@ def test_a_disk_that_is_too_small_is_refused(
         write_targets.run(config(keys, tmp_path / "targets"), World())
     said = next(record.getMessage() for record in caplog.records if "bytes a position" in record.getMessage())
     estimate = float(said.split("about ")[1].split(" bytes")[0])
-    shards = open_targets(tmp_path / "targets").manifest["shards"]
-    stored = sum((tmp_path / "targets" / shard["name"]).stat().st_size for shard in shards)
+    shards = open_targets(tmp_path / "targets").manifest.shards
+    stored = sum((tmp_path / "targets" / shard.name).stat().st_size for shard in shards)
     assert "(exact, tar.zst)" in said and abs(estimate / (stored / NUM_KEYS) - 1) < 0.05
 
 

@@ -14,11 +14,14 @@ import pytest
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import Keys, open_keys
-from mlpmem_ds.formats.target_encoding import TargetBlock
-from mlpmem_ds.formats.targets import index_name, pack_block, shard_name, write_shard
+from mlpmem_ds.formats.target_encoding import TargetBlock, pack_block
+from mlpmem_ds.formats.target_shards import TargetShard, index_name, shard_name, write_shard
+from mlpmem_ds.formats.targets import TargetsManifest
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.stages.corpus import prepare_corpus
 from mlpmem_ds.stages.keys import extract_keys
+
+from ...manifests import targets_manifest
 
 BLOCK = 64  # the last block of the split is shorter
 
@@ -64,7 +67,12 @@ def write_targets(root: Path, keys: Keys, *, cuts: Sequence[int] = (), left_out:
         for first in range(0, num_positions, BLOCK)
     ]
     directory = open_stage(
-        root, stage="targets", version=1, config=Nothing(), inputs={"keys": keys.sha256}, world=World()
+        root,
+        stage=TargetsManifest.FORMAT,
+        version=TargetsManifest.VERSION,
+        config=Nothing(),
+        inputs={"keys": keys.sha256},
+        world=World(),
     )
     shards = []
 
@@ -78,25 +86,16 @@ def write_targets(root: Path, keys: Keys, *, cuts: Sequence[int] = (), left_out:
                     shutil.move(root / f".{file}", path)
             entries = sum(block.entries for block in blocks[start:stop])
             shards.append(
-                {
-                    "name": name,
-                    "first": first,
-                    "count": count,
-                    "samples": stop - start,
-                    "entries": entries,
-                }
+                TargetShard(name=name, first=first, count=count, samples=stop - start, entries=entries)
             )
 
     directory.run_units(["all"], write)
     known = [shard for number, shard in enumerate(shards) if number != left_out]
     directory.finish(
         ["all"],
-        lambda: {
-            "num_positions": num_positions,
-            "block_size": BLOCK,
-            "vocab_size": vocab_size,
-            "shards": known,
-        },
+        lambda: targets_manifest(
+            num_positions=num_positions, block_size=BLOCK, vocab_size=vocab_size, shards=tuple(known)
+        ),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.formats.targets import shard_name
+from mlpmem_ds.formats.target_shards import shard_name
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training import train
 

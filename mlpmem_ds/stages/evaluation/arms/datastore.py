@@ -28,7 +28,7 @@ class Datastore:
         """The directories that targets need; None in the place of one that was not given."""
         if self.targets is None:
             return [self.keys.root, None]
-        is_searched = self.targets.manifest["search"] == "ivf"
+        is_searched = self.targets.manifest.search == "ivf"
         index = [None if self.index is None else self.index.root] if is_searched else []
         return [self.keys.root, *index, self.targets.root]
 

@@ -94,7 +94,7 @@ def open_vote(
         raise UserError(
             "the kNN arms need a temperature: give --targets, whose temperature they take, or --temperature"
         )
-    k = k or (targets.manifest["k"] if targets else _DEFAULT_K)
+    k = k or (targets.manifest.k if targets else _DEFAULT_K)
     if k > keys.num_positions:
         raise UserError(
             f"{k:,} neighbours are more than the {keys.num_positions:,} of --keys {keys.root}: give a"
