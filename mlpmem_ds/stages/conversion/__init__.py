@@ -1,1 +1,11 @@
-"""Into and out of Hugging Face directories, the reference's checkpoints and Arrow files."""
+"""`convert_checkpoint`: a trained memory and its base → one Hugging Face directory, verified.
+
+Read in this order:
+- `config.py`: the flags
+- `convert_checkpoint.py`: `run`: inputs → files → verification → the directory appears whole
+- `inputs.py`: finds and checks all that an export is made from
+- `weights.py`: weights of a checkpoint of a training that has not finished
+- `import_reference.py`: a memory that the method's authors published
+- `check.py`: the written model is loaded again and compared with its parts
+- `model_card.py`: README.md of the export
+"""

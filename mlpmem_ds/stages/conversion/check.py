@@ -1,10 +1,9 @@
-"""Of the export: what base and memory give on a probe batch, and whether the written model, loaded again,
-gives the same.
+"""Part of `convert_checkpoint`: the written model, loaded again, gives what base and memory give on a probe.
 
-Weights that are not changed on their way (and those of the written files always) are memory-mapped, not
-copied: a model larger than the machine's memory is checked slowly, but is checked.
+Weights whose dtype does not change, and those of the written files, are memory-mapped and not copied: a model
+larger than the machine's memory can be checked, slowly.
 
-B sequences, S tokens, V vocabulary.
+Shapes: B sequences, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class Probe:
 
 @torch.no_grad()
 def read_parts(base: Any, memory: Memory, point: CapturePoint, *, layers_path: str | None = None) -> Probe:
-    """Both parts on random tokens, without the joint model: the base's logits, and the plain memory on a
-    captured state."""
+    """Run both parts on random tokens without the joint model: the base, and the memory on a captured
+    state."""
     text = base.config.get_text_config(decoder=True)
     num_sequences, num_tokens = _PROBE_SHAPE
     num_tokens = min(num_tokens, getattr(text, "max_position_embeddings", None) or num_tokens)
@@ -74,21 +73,21 @@ def load_export(export: Path, weights: Mapping[str, Weight], lmbda: float, *, at
 
     Args:
         export: the directory.
-        weights: what was to be written; read again, one at a time.
+        weights: the tensors that were to be written; read again, one at a time.
         lmbda: the weight that it must have.
         attention: of the loaded model.
 
     Raises:
-        DamagedDataError: says what differs.
+        DamagedDataError: with what differs.
     """
-    # AutoModelForCausalLM would take this package's classes here, which outsiders do not have.
+    # AutoModelForCausalLM would use this package's own classes, which other users do not have.
     reference = json.loads((export / "config.json").read_bytes())["auto_map"]["AutoModelForCausalLM"]
     try:
         model_class: Any = get_class_from_dynamic_module(reference, str(export))
         loaded, report = model_class.from_pretrained(
             export, dtype="auto", attn_implementation=attention, output_loading_info=True
         )
-    except Exception as error:  # whatever is raised while code and weights are loaded: it does not load
+    except Exception as error:  # any error while code and weights are loaded
         raise _refusal(f"it does not load ({type(error).__name__}: {error})") from error
     if faults := {name: sorted(map(str, values)) for name, values in report.items() if values}:
         raise _refusal(f"transformers reports {faults}")
@@ -146,7 +145,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
-def _relative_difference(found_BSV: torch.Tensor, wanted_BSV: torch.Tensor) -> float:
-    """max |found - wanted| / max |wanted|; infinities must be equal. NaN where either has one."""
-    difference_BSV = torch.where(found_BSV == wanted_BSV, 0.0, found_BSV - wanted_BSV).abs()
-    return float(difference_BSV.max() / wanted_BSV[wanted_BSV.isfinite()].abs().max())
+def _relative_difference(found_BSV: torch.Tensor, expected_BSV: torch.Tensor) -> float:
+    """max |found - expected| / max |expected|; infinities must be equal. NaN where either has one."""
+    difference_BSV = torch.where(found_BSV == expected_BSV, 0.0, found_BSV - expected_BSV).abs()
+    return float(difference_BSV.max() / expected_BSV[expected_BSV.isfinite()].abs().max())

@@ -1,5 +1,4 @@
-"""After training: a finished memory and its base → one Hugging Face directory that loads without this
-package.
+"""`convert_checkpoint`: a memory and its base → one Hugging Face directory that loads without this package.
 
     OUTPUT/
       config.json, generation_config.json, model*.safetensors     the joint model, the base included
@@ -9,10 +8,10 @@ package.
       mlpmem_export.json                                          format, inputs, verification, every file's
                                                                   checksum
 
-All of it is written into `.OUTPUT.<host>.<pid>.partial/` beside OUTPUT, loaded again through its own code,
+All of it is written into `.OUTPUT.<host>.<pid>.partial/` next to OUTPUT, loaded again through its own code,
 compared with the base and the memory as trained (check.py), flushed, and only then renamed. What a killed run
 of the same export left is continued shard by shard; of another, removed. Weights stay in their files until
-they are written: in memory is one tensor, not a model.
+they are written: one tensor at a time is in memory, not the model.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def run(config: Config, world: World) -> None:
     inputs = inputs.read(output)
     joint = _join(config, inputs)
     with _partial_directory(output, identity) as partial:
-        export = partial / output.name  # the name of the copy of its code that transformers keeps
+        export = partial / output.name  # transformers names its copy of the code after this directory
         export.mkdir(exist_ok=True)
         verification = _write_and_verify(config, inputs, joint, export, world)
         num_base_parameters = sum(parameter.numel() for parameter in joint.base.parameters())
@@ -119,7 +118,7 @@ def run(config: Config, world: World) -> None:
 
 
 def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the export is there and whole; an export of ours with a damaged file is to be made again.
+    """Whether the export exists and is whole; one with a damaged file is made again.
 
     Raises:
         UserError: the directory holds something else.
@@ -167,7 +166,7 @@ def _require_disk(config: Config, inputs: ExportInputs) -> None:
 
 @contextmanager
 def _partial_directory(output: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
-    """A directory beside `output`, removed on leaving; one that a killed run of the same export left is
+    """A directory next to `output`, removed at the end; one that a killed run of the same export left is
     continued.
 
     Others of dead processes of this host are removed first.
@@ -225,8 +224,7 @@ def _publish(export: Path, output: Path, *, aside: Path) -> None:
 def _write_and_verify(
     config: Config, inputs: ExportInputs, joint: MemoryAugmentedLM, export: Path, world: World
 ) -> dict[str, Any]:
-    """Write the joint model and its tokenizer into `export`, load them again, and return the figures of the
-    comparison.
+    """Write the joint model and its tokenizer into `export`, load them again, and return how they compare.
 
     Raises:
         UserError: the dtype cannot hold the model.
@@ -273,8 +271,7 @@ def _write_and_verify(
 
 
 def _weights_of(joint: MemoryAugmentedLM, dtype: torch.dtype) -> dict[str, Weight]:
-    """What is written of the joint model: floating numbers in `dtype`; of tied tensors, the one that the
-    others follow."""
+    """The tensors to write: floats in `dtype`; of tied tensors only the source."""
     state = joint.state_dict()
     tied = {
         name
@@ -283,8 +280,8 @@ def _weights_of(joint: MemoryAugmentedLM, dtype: torch.dtype) -> dict[str, Weigh
     }
 
     def weight(tensor: torch.Tensor) -> Weight:
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
-        return Weight(shape=tuple(tensor.shape), dtype=kept, read=lambda: tensor.to(kept))
+        stored = dtype if tensor.is_floating_point() else tensor.dtype
+        return Weight(shape=tuple(tensor.shape), dtype=stored, read=lambda: tensor.to(stored))
 
     return {name: weight(tensor) for name, tensor in state.items() if name not in tied}
 
@@ -305,11 +302,11 @@ def write_description(joint: MemoryAugmentedLM, tokenizer: Any, dtype: torch.dty
 
 
 def _parts_in_dtype(joint: MemoryAugmentedLM, loaded: Any, dtype: torch.dtype) -> tuple[Any, Memory]:
-    """Base and memory with the written numbers: the trained ones where they were stored so, else the loaded
-    tensors.
+    """Base and memory with the written numbers: the trained tensors if they have `dtype`, else the loaded
+    ones.
 
-    Those are known to be equal to the trained ones, rounded, and are mapped from the files: the modules and
-    their settings stay those of the base that was given, and nothing is copied.
+    The loaded tensors were found equal to the rounded trained ones, and are mapped from the files. Modules
+    and settings stay those of the given base, and nothing is copied.
     """
     base, memory = joint.base, joint.memory
     if any(parameter.dtype != dtype for parameter in base.parameters()):
@@ -325,12 +322,14 @@ def _weight_bytes(export: Path) -> int:
 
 
 def _point(inputs: ExportInputs) -> CapturePoint:
-    known = inputs.trained.provenance
-    return CapturePoint(layer=known["input_layer"], point=known.get("input_point") or known["key_point"])
+    provenance = inputs.trained.provenance
+    return CapturePoint(
+        layer=provenance["input_layer"], point=provenance.get("input_point") or provenance["key_point"]
+    )
 
 
 def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
-    """Both parts in the dtypes in which they are stored: so they stay in their files until they are read.
+    """Join both parts in the dtypes in which they are stored, so that they stay in their files until read.
 
     Raises:
         UserError: they do not fit each other.

@@ -1,9 +1,7 @@
-"""Beside the pipeline: a memory that the method's authors published → a memory of ours, for a base that is at
-hand.
+"""Part of `convert_checkpoint`: a memory that the method's authors published → a memory of this project.
 
-The published files say neither which base they belong to nor which of its states they read. Their code reads
-the input of the last block's MLP, which is the default here; the base and its tokenizer are the user's to
-name.
+The published files do not name the base or the state that the memory reads. The authors' code reads the input
+of the last block's MLP, which is the default; the user names the base and its tokenizer.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _UNIT = "weights"
 
 @dataclass(frozen=True, kw_only=True)
 class _Base:
-    """What of the base's configuration a memory must fit."""
+    """The sizes of the base that a memory must fit."""
 
     num_layers: int
     width: int
@@ -41,10 +39,10 @@ class _Base:
 def read_reference(
     root: Path, *, name: str, model: str, base_sha256: str, vocabulary_sha256: str, input_layer: Layer
 ) -> TrainedMemory:
-    """The published memory as a trained one of ours, in float32.
+    """The published memory as a TrainedMemory, in float32.
 
     Args:
-        root: their directory.
+        root: the directory of the published files.
         name: of the memory, for the record and the model card.
         model: the base that it was trained for: a directory or Hub name.
         base_sha256: its fingerprint.
@@ -95,13 +93,13 @@ def _check(reference: ReferenceMemory, base: _Base, model: str) -> MemoryConfig:
         memory = MemoryConfig.from_dict(reference.memory)
     except ValueError as error:
         raise UserError(f"--from-reference {reference.root}: {error}") from error
-    for what, found, wanted in (
+    for what, size, expected in (
         ("reads vectors of width", memory.input_size, base.width),
         ("predicts a vocabulary of", memory.vocab_size, base.vocab_size),
     ):
-        if found != wanted:
+        if size != expected:
             raise UserError(
-                f"--from-reference {reference.root} {what} {found:,}, and --model {model} has {wanted:,}:"
+                f"--from-reference {reference.root} {what} {size:,}, and --model {model} has {expected:,}:"
                 " give the base that the memory was trained for"
             )
     return memory

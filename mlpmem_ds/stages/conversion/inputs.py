@@ -1,5 +1,4 @@
-"""The export's inputs: all that a Hugging Face directory is made from, checked before a byte is
-written."""
+"""Part of `convert_checkpoint`: all that an export is made from, checked before a byte is written."""
 
 from __future__ import annotations
 
@@ -44,15 +43,15 @@ class ExportInputs:
     lmbda_rule: str
     report: Report | None
     source: Path
-    """where the memory was read from"""
+    """directory of the memory"""
     corpus: CorpusManifest | None
-    """None where the corpus cannot be found"""
+    """None if the corpus is not on this disk"""
     targets: TargetsManifest | None
     unread: Checkpoint | None = None
-    """where the weights are still to be read from; None = they are in `trained`"""
+    """checkpoint whose weights are still to be read; None if they are in `trained`"""
 
     def read(self, output: Path) -> ExportInputs:
-        """The same with the weights at hand."""
+        """These inputs with the weights read."""
         if self.unread is None:
             return self
         return dataclasses.replace(self, trained=with_weights(self.trained, self.unread, output), unread=None)
@@ -101,11 +100,11 @@ def open_inputs(config: Config) -> ExportInputs:
     corpus_root = _input_of_training(config.checkpoint, "corpus", trained)
     targets_root = _input_of_training(config.checkpoint, "targets", trained)
     tokenizer, flag = _load_tokenizer(config, model, corpus_root)
-    found, wanted = vocabulary_sha256(tokenizer), trained.provenance["vocabulary_sha256"]
-    if found != wanted:
+    own, expected = vocabulary_sha256(tokenizer), trained.provenance["vocabulary_sha256"]
+    if own != expected:
         raise UserError(
-            f"{flag} has another vocabulary ({len(tokenizer)} tokens, {found[:12]}…) than the memory was "
-            f"trained with ({wanted[:12]}…): give --tokenizer RUN/corpus/tokenizer"
+            f"{flag} has another vocabulary ({len(tokenizer)} tokens, {own[:12]}…) than the memory was "
+            f"trained with ({expected[:12]}…): give --tokenizer RUN/corpus/tokenizer"
         )
     return ExportInputs(
         trained=trained,
@@ -124,11 +123,12 @@ def open_inputs(config: Config) -> ExportInputs:
 
 
 def _open_published(config: Config) -> ExportInputs:
-    """The same for a memory that its authors published: what they did not write down is not known."""
+    """Inputs of a memory that its authors published, which lack what the authors did not write down."""
     assert config.from_reference is not None and config.model is not None
     if config.report is not None:
         raise UserError(
-            "--report is of a memory of ours: import it with --write memory, then evaluate and export that"
+            "--report does not go with --from-reference: import the memory with --write memory, evaluate it,"
+            " and export that with --checkpoint and --report"
         )
     root = fetch_directory(config.from_reference, flag="--from-reference", subdirectory=SUBDIRECTORY)
     open_reference(root)  # before the base, which may be large, is read
@@ -159,8 +159,8 @@ def _open_published(config: Config) -> ExportInputs:
 
 
 def _read_trained(config: Config) -> tuple[TrainedMemory, MemoryConfig, Checkpoint | None]:
-    """A training's memory, with all that an export needs to know of it; and the checkpoint, where its weights
-    lie there."""
+    """The memory of a training, its shape, and the checkpoint that holds its weights (None: they are
+    read)."""
     assert config.checkpoint is not None
     root, checkpoint = config.checkpoint, None
     if (root / EXPORT_FILE).is_file():
@@ -178,8 +178,8 @@ def _read_trained(config: Config) -> tuple[TrainedMemory, MemoryConfig, Checkpoi
     else:
         checkpoint = find_checkpoint(root, config.step)
         trained = describe_checkpoint(checkpoint)
-    wanted = {"base", "vocabulary_sha256", "input_layer", "key_point"}
-    if lacking := sorted(wanted - set(trained.provenance)):
+    required = {"base", "vocabulary_sha256", "input_layer", "key_point"}
+    if lacking := sorted(required - set(trained.provenance)):
         raise DamagedDataError(f"--checkpoint {root} does not say its {', '.join(lacking)}: train it again")
     try:
         return trained, MemoryConfig.from_dict(trained.memory), checkpoint
@@ -203,12 +203,12 @@ def _read_report(config: Config, trained: TrainedMemory) -> tuple[Report | None,
 
 
 def _choose_lambda(config: Config, report_lmbda: float | None) -> tuple[float, str]:
-    """λ, and in words where it comes from."""
+    """λ and, in words, how it was chosen."""
     if config.lmbda is not None:
-        return float(config.lmbda), "given by hand"
+        return float(config.lmbda), "given as a flag"
     if report_lmbda is None:
         _logger.warning(
-            "neither --lambda nor --report: λ is %g, which nobody tuned; it can be set at any time",
+            "neither --lambda nor --report: λ is %g, which was not tuned; it can be changed at any time",
             DEFAULT_LAMBDA,
         )
         return DEFAULT_LAMBDA, "the default, not tuned"
@@ -220,18 +220,18 @@ def _choose_lambda(config: Config, report_lmbda: float | None) -> tuple[float, s
 
 
 def _input_of_training(checkpoint: Path, name: str, trained: TrainedMemory) -> Path | None:
-    """The directory that a memory was trained from, where training's flags or the run's layout lead to it.
+    """The directory that a memory was trained from, as the training's flags or the run's layout name it.
 
-    Only a directory whose manifest has the hash in the memory's provenance is taken.
+    None unless its manifest has the hash in the memory's provenance.
     """
     flags = (
         read_json(checkpoint / "run.json").get("config", {}) if (checkpoint / "run.json").is_file() else {}
     )
-    for place in (flags.get(name), checkpoint.resolve().parent / name):
-        if not place or not (Path(place) / "manifest.json").is_file():
+    for path in (flags.get(name), checkpoint.resolve().parent / name):
+        if not path or not (Path(path) / "manifest.json").is_file():
             continue
-        if sha256_of_file(Path(place) / "manifest.json") == trained.provenance.get(name):
-            return Path(place)
+        if sha256_of_file(Path(path) / "manifest.json") == trained.provenance.get(name):
+            return Path(path)
     return None
 
 
@@ -245,14 +245,14 @@ def _model_of_keys(checkpoint: Path, trained: TrainedMemory) -> str:
     model = flags.get("input_model") or flags.get("model")
     if not model:
         raise UserError(
-            f"--model is needed: the keys that --checkpoint {checkpoint} was trained from are not at hand "
-            "to say which base it belongs to"
+            f"--model is needed: the keys that --checkpoint {checkpoint} was trained from are not on this"
+            " disk, and they name the base"
         )
     return str(model)
 
 
 def _load_tokenizer(config: Config, model: str, corpus: Path | None) -> tuple[Any, str]:
-    """The first of --tokenizer, the base's and the corpus's, and what to call it."""
+    """The first of --tokenizer, the base's and the corpus's, and its name for messages."""
     if config.tokenizer is not None:
         name, flag = config.tokenizer, "--tokenizer"
     elif _has_tokenizer(model):
@@ -264,7 +264,7 @@ def _load_tokenizer(config: Config, model: str, corpus: Path | None) -> tuple[An
     else:
         raise UserError(
             f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint} is not"
-            " beside it: give --tokenizer RUN/corpus/tokenizer"
+            " on this disk: give --tokenizer RUN/corpus/tokenizer"
         )
     try:
         return AutoTokenizer.from_pretrained(name), f"{flag} {name}"
@@ -276,7 +276,7 @@ def _load_tokenizer(config: Config, model: str, corpus: Path | None) -> tuple[An
 
 
 def _has_tokenizer(model: str) -> bool:
-    """Whether a model comes with a tokenizer; a Hub name is taken to."""
+    """Whether a model directory holds a tokenizer; a Hub name is assumed to."""
     root = Path(model)
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
     return not root.is_dir() or any((root / name).is_file() for name in names)

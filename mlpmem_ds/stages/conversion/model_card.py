@@ -1,4 +1,4 @@
-"""The model card of an export: what is known of its making, in the order in which a reader asks."""
+"""Part of `convert_checkpoint`: README.md of an export, the model card."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model_card(
     num_base_parameters: int,
     weight_bytes: int,
 ) -> str:
-    """README.md of the export, from what is known; what is not known is said to be unknown."""
+    """README.md of the export; what the inputs do not say is called unknown."""
     base = inputs.model if not Path(inputs.model).is_dir() else Path(inputs.model).resolve().name
     header = [
         "library_name: transformers",
@@ -86,59 +86,61 @@ def _bytes_of(num_parameters: int) -> str:
 
 def _ingredients(inputs: ExportInputs) -> list[str]:
     """The memory, its weight, its corpus and its training, a line each."""
-    known, memory, corpus, targets = inputs.trained.provenance, inputs.memory, inputs.corpus, inputs.targets
+    provenance, memory = inputs.trained.provenance, inputs.memory
+    corpus, targets = inputs.corpus, inputs.targets
     lines = [
         (
             f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of"
             f" width {memory.hidden_size} ({memory.intermediate_size} inside), vocabulary"
-            f" {memory.vocab_size:,}; it reads the base's layer {known['input_layer']}"
-            f" ({known.get('input_point') or known['key_point']})"
+            f" {memory.vocab_size:,}; it reads the base's layer {provenance['input_layer']}"
+            f" ({provenance.get('input_point') or provenance['key_point']})"
         ),
         f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",
-        *_imported(known),
-        f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {known.get('corpus', 'unknown')})",
+        *_imported(provenance),
+        f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {provenance.get('corpus', 'unknown')})",
         (
-            f"Training: α {known.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of cross"
-            f" entropy, {known.get('ce_through', 'unknown')}), {known.get('steps', 'unknown')}"
-            f" steps{_planned(known)} of {known.get('batch_positions', 'unknown')} positions,"
-            f" {known.get('epochs', 'unknown')} epochs"
+            f"Training: α {provenance.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of"
+            f" cross entropy, {provenance.get('ce_through', 'unknown')}),"
+            f" {provenance.get('steps', 'unknown')} steps{_planned(provenance)}"
+            f" of {provenance.get('batch_positions', 'unknown')} positions,"
+            f" {provenance.get('epochs', 'unknown')} epochs"
         ),
     ]
-    if known.get("alpha") == 0:
+    if provenance.get("alpha") == 0:
         return [*lines, "Retriever: none (trained on cross entropy alone)"]
     if targets is None:
-        sha256 = known.get("targets", "unknown")
+        sha256 = provenance.get("targets", "unknown")
         return [*lines, f"Retriever: unknown k and temperature (SHA-256 of its targets' manifest {sha256})"]
     return [
         *lines,
         (
             f"Retriever: k {targets.k}, T {targets.weighting.temperature:.6g} in squared key units"
             f" ({targets.search} search, excluded: {_excluded(targets)}),"
-            f" keys of layer {known.get('key_layer', 'unknown')}"
+            f" keys of layer {provenance.get('key_layer', 'unknown')}"
         ),
     ]
 
 
 def _excluded(targets: TargetsManifest) -> str:
-    """Which positions were no neighbours of one."""
+    """In words, the positions that are never neighbours of a position."""
     document = ", its document" if targets.exclude.rule == "same-document" else ""
     window = f", {targets.exclude.window} on either side" if targets.exclude.window else ""
     return f"the position itself{document}{window}"
 
 
-def _planned(known: Mapping[str, Any]) -> str:
-    """Of a checkpoint, which may lie before the training's end: how many steps that was to have."""
-    planned = known.get("steps_planned")
-    return "" if planned in (None, known.get("steps")) else f" (a checkpoint; {planned} were planned)"
+def _planned(provenance: Mapping[str, Any]) -> str:
+    """The planned steps of a training, if the memory is an earlier checkpoint of it."""
+    planned = provenance.get("steps_planned")
+    return "" if planned in (None, provenance.get("steps")) else f" (a checkpoint; {planned} were planned)"
 
 
-def _imported(known: Mapping[str, Any]) -> list[str]:
-    imported = known.get("imported")
+def _imported(provenance: Mapping[str, Any]) -> list[str]:
+    imported = provenance.get("imported")
     if imported is None:
         return []
     return [
         f"The memory was imported from {imported['name']} ({imported['kind']} type, SHA-256 of its shape and"
-        f" files {imported['sha256']}); its corpus, retriever and training are said there, not here"
+        f" files {imported['sha256']}); its own page describes its corpus, retriever and training"
     ]
 
 

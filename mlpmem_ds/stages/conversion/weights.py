@@ -1,8 +1,7 @@
-"""Of the export: the memory of a training that has not finished, or of one of its earlier steps, from
-DeepSpeed's checkpoints.
+"""Part of `convert_checkpoint`: the memory of an unfinished training, or of one step, from a checkpoint.
 
-The checkpoint's own files are pickled: they are only as trustworthy as who wrote them. Their checksums find
-damage, not malice.
+DeepSpeed's files are pickled: loading them runs code of whoever wrote them. Their checksums find damage, not
+malice.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ _logger = logging.getLogger(__name__)
 
 def find_checkpoint(root: Path, step: int | None, *, flag: str = "--checkpoint") -> Checkpoint:
     """The checkpoint of `step` below a training's output, or the newest one that is whole; every checksum is
-    looked at.
+    verified.
 
     Raises:
         UserError: no training of a memory, no such step, or no checkpoint yet.
-        DamagedDataError: none that would do is whole.
+        DamagedDataError: none of them is whole.
     """
     if (root / "manifest.json").is_file() and read_json(root / "manifest.json").get(
         "format"
@@ -58,25 +57,25 @@ def find_checkpoint(root: Path, step: int | None, *, flag: str = "--checkpoint")
     if not found:
         raise UserError(
             f"{flag} {root} is not finished and has no checkpoint yet: run its launch/train.py command again,"
-            " with a smaller --save-every-steps if it shall have one sooner"
+            " with a smaller --save-every-steps to have one sooner"
         )
-    wanted = found if step is None else [path for path in found if path.name == checkpoint_name(step)]
-    if not wanted:
+    candidates = found if step is None else [path for path in found if path.name == checkpoint_name(step)]
+    if not candidates:
         steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in reversed(found))
         raise UserError(f"--step {step}: {flag} {root} has checkpoints of steps {steps}: choose one of them")
-    for path in wanted:
+    for path in candidates:
         fault = fault_of_checkpoint(path)
         if fault is None:
             return read_checkpoint(path)
         _logger.warning("%s: not taking %s", fault, path)
     raise DamagedDataError(
-        f"{flag} {root}: {len(wanted)} checkpoints are damaged, and none is whole: choose another --step,"
-        " restore one from a copy, or train on, which sets them aside"
+        f"{flag} {root}: {len(candidates)} checkpoints are damaged, and none is whole: choose another --step,"
+        " restore one from a copy, or continue the training, which renames them"
     )
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> TrainedMemory:
-    """What the manifest tells of the memory; `weights` is empty until `with_weights`.
+    """The memory as the manifest describes it; `weights` is empty until `with_weights`.
 
     Raises:
         DamagedDataError: the manifest does not describe a memory.
@@ -94,9 +93,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> TrainedMemory:
 
 
 def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -> TrainedMemory:
-    """The same with the float32 weights; they stay in a file beside `output` that has no name any more.
+    """The memory with its float32 weights, mapped from a file next to `output` that is already unlinked.
 
-    So memory is bounded by the largest tensor, or under ZeRO-1 and 2 by the checkpoint's float32 weights
+    RAM is bounded by the largest tensor, or under ZeRO-1 and 2 by the checkpoint's float32 weights
     while they are merged.
 
     Raises:
@@ -112,11 +111,11 @@ def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -
     )
     weights = weights_of_checkpoint(checkpoint.path)
     with torch.device("meta"):
-        wanted = {
+        shapes = {
             name: tuple(tensor.shape)
             for name, tensor in Memory(MemoryConfig.from_dict(trained.memory)).state_dict().items()
         }
-    if wanted != {name: weight.shape for name, weight in weights.items()}:
+    if shapes != {name: weight.shape for name, weight in weights.items()}:
         raise DamagedDataError(
             f"{checkpoint.path} holds other tensors than its memory has: choose another --step, or train it"
             " again"

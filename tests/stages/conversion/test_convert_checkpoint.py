@@ -336,7 +336,7 @@ def test_16_bit_exports_are_rounded_and_nothing_more(
         variation = (loaded(IDS).logits.double().exp() - exact_BSV).abs().sum(-1).mean().item() / 2
     assert 0 < verification["rounding"] < ROUNDING_BOUND and 0.1 < variation / verification["rounding"] < 10
     card = (output / "README.md").read_text()
-    assert "Not measured" in card and "0.5 (given by hand)" in card
+    assert "Not measured" in card and "0.5 (given as a flag)" in card
 
 
 def test_the_card_says_what_is_not_known(
