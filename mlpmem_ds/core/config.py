@@ -125,7 +125,7 @@ def parse_config(
         ),
     )
     hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
+    for field in _in_order_of_help(config_class):
         _add_flag(parser, field, hints[field.name])
     words = [_hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
     for field in dataclasses.fields(config_class):
@@ -135,6 +135,15 @@ def parse_config(
     values = vars(parser.parse_args(words))
     return config_class(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )
+
+
+def _in_order_of_help(config_class: type[Flags]) -> list[dataclasses.Field[Any]]:
+    """As they are written, but optional flags that other commands have too come last."""
+    own = vars(config_class).get("__annotations__", {})
+    return sorted(
+        dataclasses.fields(config_class),
+        key=lambda field: field.name not in own and field.default is not dataclasses.MISSING,
     )
 
 

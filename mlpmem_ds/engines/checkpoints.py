@@ -1,8 +1,7 @@
-"""Checkpoints of a training of many ranks: saved so that a kill at any moment leaves the last one, found and
-verified again.
+"""Checkpoints of many ranks: saved so that a kill at any moment leaves the last one; found and verified.
 
-Place in the pipeline: under `engines.deepspeed`, which gives the writer; the files on disk are
-`formats.checkpoint`'s. Every function is collective: all ranks call it alike.
+`engines.deepspeed` gives the writer; the files on disk are those of `formats.checkpoint`. Every function is
+collective: all ranks call it alike.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ def save_checkpoint(
 
 
 def _prepare_place(root: Path, needed: int) -> str | None:
-    """Make the directory, remove what a killed run left there, and say so where the disk cannot hold a
-    checkpoint."""
+    """Make the directory, remove what a killed run left; why the disk cannot hold a checkpoint, or None."""
     root.mkdir(parents=True, exist_ok=True)
     remove_unfinished(root)
     free = shutil.disk_usage(root).free
@@ -107,8 +105,9 @@ def _give_up(place: Path, step: int, error: Exception) -> None:
 def find_checkpoint(
     root: Path, *, copies: Path | None, fields: Mapping[str, Any], world: World
 ) -> Checkpoint | None:
-    """The newest checkpoint whose files match its manifest; None where there is none at all. Damaged ones are
-    set aside.
+    """The newest checkpoint whose files match its manifest; None where none was ever saved.
+
+    Damaged ones are set aside.
 
     Args:
         root: OUTPUT/checkpoints.
@@ -148,8 +147,8 @@ def find_checkpoint(
 
 
 def _refuse_other_training(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> None:
-    for name, wanted in fields.items():
-        if checkpoint.manifest.get(name) != wanted:
+    for name, value in fields.items():
+        if checkpoint.manifest.get(name) != value:
             raise UserError(
                 f"{checkpoint.path} is of another training (its {name} differs): give each training its own"
                 " --output and --copy-to"

@@ -1,7 +1,6 @@
-"""How many matrix operations a second a device does at best: the denominator of MFU (model FLOPs
-utilization).
+"""FLOP/s of a device at best: the denominator of MFU (model FLOPs utilization).
 
-By the device's name where its data sheet is known (dense, bfloat16), else by a measured matrix product.
+By the device's name where its data sheet is listed (dense, bfloat16), else by a measured matrix product.
 """
 
 from __future__ import annotations
@@ -38,13 +37,14 @@ class Peak:
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak for products of `dtype`: known by name for bfloat16 on a GPU, else the best of a few measured
+    """The peak for products of `dtype`: by name for bfloat16 on a listed GPU, else the best of a few measured
     ones."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = [key for key in _BFLOAT16_PEAKS if key in name]
-        if known:
-            return Peak(flops=_BFLOAT16_PEAKS[max(known, key=len)], source=f"the data sheet's peak of {name}")
+        listed = [key for key in _BFLOAT16_PEAKS if key in name]
+        if listed:
+            flops = _BFLOAT16_PEAKS[max(listed, key=len)]
+            return Peak(flops=flops, source=f"the data sheet's peak of {name}")
     return Peak(flops=measure_peak(device, dtype), source="a matrix product measured here")
 
 

@@ -1,9 +1,7 @@
-"""Memory inputs computed when they are wanted: the frozen base runs beside the training, over the windows of
-the corpus.
+"""Memory inputs computed when a batch needs them: the frozen base runs over the windows of the corpus.
 
-Place in the pipeline: in `train`, where the key directory stores no inputs, and for its validation. The
-windows, the layer and the rounding to bfloat16 are those of `extract_keys`, so that the same inputs come out
-but for the last bit of a float sum.
+Part of `train`, where the key directory stores no inputs. The windows, the layer and the rounding to bfloat16
+are those of `extract_keys`, and so are the inputs, but for the last bit of a float sum.
 
 S tokens of a window, D width, n positions.
 """
@@ -42,13 +40,13 @@ class OnlineInputs:
         self.is_collective = source.is_collective
 
     def __call__(self, runs: Sequence[Block], others: Iterable[Sequence[Block]] = ()) -> np.ndarray:
-        wanted = [(window, part) for run in runs for window, part in self._windows_of(run)]
-        groups = [wanted[at : at + self._batch_windows] for at in range(0, len(wanted), self._batch_windows)]
-        found = [self._read(group) for group in groups]
+        parts = [part for run in runs for part in self._windows_of(run)]
+        groups = [parts[at : at + self._batch_windows] for at in range(0, len(parts), self._batch_windows)]
+        inputs = [self._read(group) for group in groups]
         for _ in range(len(groups), max(map(self._num_groups, others), default=0)):
-            # Others have more, and a forward of a base that is cut over the ranks takes all of them.
+            # Other ranks have more, and a forward of a base that is cut over the ranks needs all of them.
             self._read(groups[-1])
-        return np.concatenate(found)
+        return np.concatenate(inputs)
 
     def _num_groups(self, runs: Sequence[Block]) -> int:
         windows = self._corpus.windows()

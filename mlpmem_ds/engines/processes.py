@@ -92,7 +92,7 @@ def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, in
 
 
 def gather_values(value: Any, world: World) -> list[Any]:
-    """Every rank's plain value, in rank order."""
+    """Every rank's value (anything that pickles), in rank order."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size

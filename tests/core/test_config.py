@@ -210,3 +210,17 @@ def test_a_number_that_may_be_absent_is_written_none(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         parse("--input", "a", "--output", "o", "--rate", "fast")
     assert "invalid float value: 'fast'" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived(Config):
+    block_size: int = option("another default", 512)
+    depth: int = option("a flag of its own", 3)
+
+
+def test_help_shows_inherited_optional_flags_last(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(Derived, ["--help"], prog="tool", description="d", example="e")
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n  --{flag}") for flag in ("input", "output", "block-size", "depth", "rate")]
+    assert places == sorted(places)

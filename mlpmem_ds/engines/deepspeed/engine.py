@@ -181,7 +181,7 @@ class Engine:
     def resume(
         self, root: Path, *, copies: Path | None = None, fields: Mapping[str, Any] | None = None
     ) -> SavedState | None:
-        """Load the newest checkpoint whose files match its manifest; None where there is none at all.
+        """Load the newest checkpoint whose files match its manifest; None where none was ever saved.
 
         Args:
             root: OUTPUT/checkpoints.

@@ -26,9 +26,8 @@ from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.structure import decoder_layers
 
-_PERSISTENT_WIDTHS = (
-    10  # parameters of at most so many times the width (norms, biases) stay whole on each rank
-)
+_PERSISTENT_WIDTHS = 10
+"""parameters of at most so many times the width (norms, biases) stay whole on each rank"""
 
 
 class ShardedSource(TransformersSource):

@@ -18,8 +18,9 @@ from mlpmem_ds.formats.weight_shards import Weight
 
 
 def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
-    """The float32 weights of a checkpoint of any ZeRO stage and world size, by name; each is read when it is
-    asked for.
+    """The float32 weights of a checkpoint, by name; each is read when it is asked for.
+
+    The checkpoint may be of any ZeRO stage and world size.
 
     The files are unpickled, which runs whatever code they hold. Under ZeRO-1 and 2 all float32 weights are
     merged in memory.
@@ -59,8 +60,7 @@ def _optimizer_state(file: Path) -> Any:
 
 
 def _joined_fragments(path: Path, model_file: str) -> dict[str, torch.Tensor]:
-    """Each rank's file has parts of its flat groups, by name; a weight's parts follow each other in the order
-    of the ranks."""
+    """Weights joined from the ranks' flat groups, where a weight's parts follow each other in rank order."""
     shapes: dict[str, Any] = {}
     for group in torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)["param_shapes"]:
         shapes |= group

@@ -1,6 +1,6 @@
 """Whole weights and Adam's moments, out of and into the shards of DeepSpeed's ZeRO optimizers.
 
-What they are called inside the library is known here. All functions are collective.
+Only this file depends on the names that they have inside the library. All functions are collective.
 """
 
 from __future__ import annotations
@@ -136,8 +136,7 @@ def _make_moments(state: ZeroState, steps: int) -> None:
 
 
 def _set_whole(state: ZeroState, parameter: nn.Parameter, part: str, values: torch.Tensor) -> None:
-    """Write this rank's share of a parameter's float32 weight or moment; `values` is the whole of it,
-    flat."""
+    """Write this rank's share of a parameter's float32 weight or moment; `values` is all of it, flat."""
     fragments = import_part("utils")
     if state.stage < 3:
         if part == "fp32":

@@ -1,1 +1,11 @@
-"""The memory's training under DeepSpeed, and that of a small base."""
+"""`train`: a memory under DeepSpeed; and the trainer that `train_base` (stages/base) shares with it.
+
+- `train`: the command: checks, builds the parts, starts them; `config`: its flags
+- `options`: the flags that both trainings share; `schedule`, `defaults`: the learning rate, and its default
+- `inputs`, `memory_shape`, `initial_memory`, `frozen_base`: what is given, opened and checked
+- `objectives`: what may be minimized, by name, and how one is added; `imitation`: the first
+- `parts`: what a training is put together from: objective, batches, validator
+- `training`: one training from its start to its result; `loop`: the steps one after another
+- `validation`: what validations found, the best weights; `memory_validation`: those of a memory
+- `metrics`, `curves`: metrics.jsonl, TensorBoard, W&B, one picture
+"""

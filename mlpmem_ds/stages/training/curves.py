@@ -1,5 +1,4 @@
-"""The curves of a training as one picture: OUTPUT/curves.png, drawn from metrics.jsonl when the training
-ends."""
+"""Part of `train` and `train_base`: the curves of metrics.jsonl as one picture, OUTPUT/curves.png."""
 
 from __future__ import annotations
 

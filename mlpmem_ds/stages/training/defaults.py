@@ -1,5 +1,4 @@
-"""Defaults of the trainings that depend on what is trained, and a warning where a batch does not fill the
-devices."""
+"""Part of `train` and `train_base`: the default learning rate, and a warning of too small batches."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from mlpmem_ds.core.world import World
 _logger = logging.getLogger(__name__)
 _SMALL_LEARNING_RATE, _LARGE_LEARNING_RATE = 2e-3, 3e-4
 _LARGE_PARAMETERS = 100_000_000
-_FEWEST_ROWS_ON_GPU = 1024
+_MIN_ROWS_ON_GPU = 1024
 TRAINED_ON_LEARNING_RATE = _LARGE_LEARNING_RATE
 """of a model that was trained before: a higher one would undo what it learnt"""
 LEARNING_RATE_HELP = (
@@ -28,10 +27,10 @@ def warn_of_few_rows(rows_per_step: int, world: World, *, flag: str, on_gpu: boo
     """Say so where a step gives each GPU less than fills it; `flag` names what sets the rows of a step, over
     all ranks."""
     rows = rows_per_step // world.size
-    if on_gpu and rows < _FEWEST_ROWS_ON_GPU:
+    if on_gpu and rows < _MIN_ROWS_ON_GPU:
         _logger.warning(
             "each GPU takes %d rows a step, too few to fill it: give %s %d or more",
             rows,
             flag,
-            _FEWEST_ROWS_ON_GPU * world.size,
+            _MIN_ROWS_ON_GPU * world.size,
         )

@@ -1,5 +1,4 @@
-"""Of the training: a memory whose weights another training starts from (`--init-from`), opened and checked,
-not yet read.
+"""Part of `train`: a memory whose weights a training starts from (`--init-from`), opened and checked.
 
     OUTPUT of a training     its weights/ is taken
     OUTPUT/weights           config.json, model.safetensors
@@ -113,20 +112,20 @@ def _locate(place: Path, prefix: str) -> dict[str, tuple[Path, str]]:
 
 def _hash_tensors(root: Path, memory: MemoryConfig, places: Mapping[str, tuple[Path, str]]) -> str:
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in Memory(memory).state_dict().items()}
-    if set(wanted) != set(places):
-        differing = sorted(set(wanted) ^ set(places))
+        shapes = {name: tuple(tensor.shape) for name, tensor in Memory(memory).state_dict().items()}
+    if set(shapes) != set(places):
+        differing = sorted(set(shapes) ^ set(places))
         raise DamagedDataError(
             f"{_FLAG} {root}: {len(differing)} tensors are missing or too many, the first is {differing[0]}:"
             " make it again"
         )
     hashes = []
-    for name, shape in sorted(wanted.items()):
+    for name, shape in sorted(shapes.items()):
         tensor = _read(*places[name])
         if tuple(tensor.shape) != shape or not tensor.isfinite().all():
             raise DamagedDataError(
-                f"{_FLAG} {root}: {name} is of shape {list(tensor.shape)}, or not finite; finite numbers of"
-                f" shape {list(shape)} were to be expected: make it again"
+                f"{_FLAG} {root}: {name} is of shape {list(tensor.shape)}, or not finite; expected are"
+                f" finite numbers of shape {list(shape)}: make it again"
             )
         hashes.append([name, hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()])
     return content_hash([memory.to_dict(), hashes])
@@ -159,15 +158,15 @@ def check_fits(
         UserError: says what differs.
     """
     for name, (who, value) in required.items():
-        found = getattr(initial.memory, name)
-        if found != value:
+        own_value = getattr(initial.memory, name)
+        if own_value != value:
             raise UserError(
-                f"{_FLAG} {initial.root} has {name.replace('_', ' ')} {found}, and {who} {value}: give a"
+                f"{_FLAG} {initial.root} has {name.replace('_', ' ')} {own_value}, and {who} {value}: give a"
                 " memory that fits, or leave out the flag"
             )
-    known = initial.provenance.get("vocabulary_sha256", vocabulary_sha256)
-    if known != vocabulary_sha256:
+    own_vocabulary = initial.provenance.get("vocabulary_sha256", vocabulary_sha256)
+    if own_vocabulary != vocabulary_sha256:
         raise UserError(
-            f"{_FLAG} {initial.root} was trained with another vocabulary ({str(known)[:12]}…) than --corpus"
-            f" has ({vocabulary_sha256[:12]}…): its outputs mean other tokens; leave out the flag"
+            f"{_FLAG} {initial.root} was trained with another vocabulary ({str(own_vocabulary)[:12]}…) than"
+            f" --corpus has ({vocabulary_sha256[:12]}…): its outputs mean other tokens; leave out the flag"
         )

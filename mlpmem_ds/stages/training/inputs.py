@@ -1,6 +1,7 @@
-"""Part of `train`: what it is given, opened and checked against each other.
+"""Part of `train`: its inputs, opened and checked against each other.
 
-Everything that one rank can see alone is refused here, before anything is written and before the ranks meet.
+Everything that one rank can see alone is refused at this point, before anything is written and before the
+ranks meet.
 """
 
 from __future__ import annotations

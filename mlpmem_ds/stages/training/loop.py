@@ -216,7 +216,7 @@ def _reason_to_end(engine: Engine, stop_request: StopRequest, settings: LoopSett
 
 
 def max_memory(device: torch.device) -> float:
-    """The most bytes that this rank has held: of the GPU's memory, or resident where there is none."""
+    """The peak of this rank's memory in bytes: of the GPU, or resident where there is no GPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts it in KiB

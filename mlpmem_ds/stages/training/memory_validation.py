@@ -32,7 +32,7 @@ class MemoryValidator:
     """Holds this rank's rows of the tuning split; `run` is collective.
 
     Args:
-        source: the base, needed only here in the constructor.
+        source: the base; it is not held.
         corpus: the tuning split.
         point: where the memory reads.
         positions: at most so many, in windows spread evenly over the split.
@@ -45,8 +45,8 @@ class MemoryValidator:
         windows = corpus.windows()
         chosen = windows[:: max(1, math.ceil(corpus.num_positions / positions))]
         mine = deal(chosen, world.rank, world.size)
-        # Every rank runs the base as often as rank 0, which has the most: one that is cut over the ranks
-        # takes all of them.
+        # Every rank runs the base as often as rank 0, which has no fewer windows than others: a base that is
+        # cut over the ranks needs all of them for each forward.
         padded = mine + chosen[: len(deal(chosen, 0, world.size)) - len(mine)]
         scanned = [
             next(

@@ -1,8 +1,4 @@
-"""What a training says of itself: metrics.jsonl, TensorBoard, W&B if asked, the progress line's end. Rank 0
-writes.
-
-Place in the pipeline: beside `loop`; `curves` draws the file at the end.
-"""
+"""Part of `train` and `train_base`: metrics.jsonl, TensorBoard, W&B if asked, the progress line's end."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ class Metrics:
     Args:
         output: OUTPUT.
         world: this rank.
-        first_step: steps done before this start; lines of later steps come again and are dropped.
+        first_step: steps done before this start; lines of later steps are dropped.
         wandb_project: a W&B project's name, or None.
         run_id: what tells this run from others, so that W&B continues it after a restart.
         description: the run's settings, for W&B.
@@ -62,29 +58,29 @@ class Metrics:
             )
 
     def _drop_after(self, step: int) -> None:
-        """Steps that were done after the checkpoint that we resume from come again: keep each step once."""
+        """Drop the lines of steps after the checkpoint that we resume from: they are done again."""
         if not self._path.is_file():
             return
-        kept = []
+        lines = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    lines.append(line)
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # cut short by a crash
-        publish_bytes(self._path, "".join(kept).encode())
+        publish_bytes(self._path, "".join(lines).encode())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl; numbers that are not finite become null there."""
         if self._writer is None:
             return
-        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
+            stream.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log({name: value for name, value in plain.items() if value is not None}, step=step)
+            self._wandb.log({name: value for name, value in finite.items() if value is not None}, step=step)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -109,8 +105,7 @@ def require_wandb() -> Any:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of OUTPUT/metrics.jsonl in order, without one that a crash cut short; [] where there is no
-    file."""
+    """The lines of OUTPUT/metrics.jsonl in order, without one that a crash cut short; [] without a file."""
     path = output / "metrics.jsonl"
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():

@@ -60,13 +60,13 @@ class TrainingOptions(Flags):
         None,
     )
     time_budget_seconds: float | None = option(
-        "end the training after so many seconds of steps, over all starts, and write its result as after the"
-        " last step; none = no limit",
+        "end the training after so many seconds, over all starts without their loading, and write its result"
+        " as after the last step; none = no limit",
         None,
         above=0,
     )
     stop_after_seconds: float | None = option(
-        "save and exit after so many seconds of steps of this start; the same command continues; none = no"
+        "save and exit so many seconds after this start's first step; the same command continues; none = no"
         " limit",
         None,
         above=0,

@@ -23,7 +23,7 @@ class Validation:
 
     step: int
     perplexity: float
-    """what validations are compared by: less is better"""
+    """what validations are compared by: lower is better"""
     details: Mapping[str, float] = field(default_factory=dict)
     """more numbers, by name, for people"""
 
@@ -68,7 +68,7 @@ class BestWeights:
 
     @property
     def best(self) -> Validation | None:
-        """The least perplexity, the first if several; None where none is finite."""
+        """The one with the lowest perplexity, the first of equal ones; None where none is finite."""
         finite = [validation for validation in self.history if math.isfinite(validation.perplexity)]
         return min(finite, key=lambda validation: validation.perplexity, default=None)
 
