@@ -15,7 +15,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -184,18 +184,14 @@ def _hyphenate(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def require_at_least(config: Any, least: int, names: Sequence[str]) -> None:
-    """Bounds of `train` and `train_base`, until they stand in the fields."""
-    for name in names:
-        if getattr(config, name) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}"
-            )
-
-
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """A field's flag, as users spell it: `--block-size`."""
-    return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
+    return flag_name(field.metadata["flag"] or field.name)
+
+
+def flag_name(field_name: str) -> str:
+    """`block_size` → `--block-size`"""
+    return "--" + field_name.replace("_", "-")
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
@@ -271,33 +267,57 @@ def _metavar(base: Any) -> str:
     return {int: "INT", float: "NUMBER", Path: "PATH"}.get(base, "TEXT")
 
 
-def default_of(config_class: type[Any], name: str) -> Any:
-    """The default of the field `name`, which must have one."""
+def default_of(config_class: type[Flags], name: str) -> Any:
+    """The default of the flag `name`, which must have one."""
     (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
-    assert field.default is not dataclasses.MISSING, f"--{name} is required"
+    assert field.default is not dataclasses.MISSING, f"{flag_of(field)} is required"
     return field.default
 
 
-def plain_values(config: Any) -> dict[str, Any]:
+def plain_values(config: Flags) -> dict[str, Any]:
     """The Config as JSON values (paths as text, tuples as lists)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value)
-        if isinstance(value, tuple):
-            return [plain(item) for item in value]
-        return value
-
-    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def identity_values(config: Any) -> dict[str, Any]:
-    """Those values of the Config that decide the bytes of the result; paths are left to the inputs'
-    hashes."""
-    values = plain_values(config)
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def deciding_values(
+    config: Flags, resolved: Mapping[str, Any], *, flags: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Flag → the value that decides the bytes of the result, where it is not the flag's default.
+
+    So a flag that is added later, with a default that changes nothing, is no other identity. Paths are left
+    out: the inputs' hashes say what they held.
+
+    Args:
+        resolved: what the stage made of every flag of identity "resolved"; a flag that decides nothing next
+            to the others has its default here.
+        flags: those that decide, where one command writes several directories; None = all.
+    """
+    fields = [field for field in dataclasses.fields(config) if flags is None or field.name in flags]
+    expected = {field.name for field in fields if field.metadata.get("identity", "own") == "resolved"}
+    assert resolved.keys() == expected, f"resolved: {sorted(resolved.keys() ^ expected)} too many or missing"
     hints = typing.get_type_hints(type(config))
-    return {
-        field.name: values[field.name]
-        for field in dataclasses.fields(config)
+    own = plain_values(config)
+    values = {
+        field.name: own[field.name]
+        for field in fields
         if field.metadata.get("identity", "own") == "own" and _read_hint(hints[field.name])[0] is not Path
+    } | {name: _plain(value) for name, value in resolved.items()}
+    defaults = default_values(type(config))
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+
+def default_values(config_class: type[Flags]) -> dict[str, Any]:
+    """Every flag's default as a JSON value; required flags have none."""
+    return {
+        field.name: _plain(field.default)
+        for field in dataclasses.fields(config_class)
+        if field.default is not dataclasses.MISSING
     }

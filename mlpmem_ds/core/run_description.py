@@ -1,5 +1,4 @@
-"""What a run says of itself: identity.json, and how it differs from the one that is there; run.json, for
-people."""
+"""What a run says of itself: identity.json, which the next run must equal; run.json, for people."""
 
 from __future__ import annotations
 
@@ -8,15 +7,15 @@ import datetime
 import logging
 import os
 import platform
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlpmem_ds
-from mlpmem_ds.core.config import plain_values
+from mlpmem_ds.core.config import flag_name, plain_values
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import content_hash, publish_json, read_json, read_sealed_json
+from mlpmem_ds.core.files import content_hash, publish_json, read_json
 from mlpmem_ds.core.world import World
 
 IDENTITY_FIELD = "identity"
@@ -26,20 +25,14 @@ _logger = logging.getLogger(__name__)
 _VERSIONED_PACKAGES = ("torch", "transformers", "deepspeed", "faiss-cpu", "webdataset", "zstandard", "numpy")
 
 
-def settle_identity(
-    output: Path, wanted: Mapping[str, Any], *, without_effect: Collection[str] = ()
-) -> tuple[dict[str, Any], bool]:
-    """Write an output's identity, or compare it with the one that is there; damaged, it is written anew where
-    it is proved.
+def settle_identity(output: Path, identity: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> None:
+    """Write an output's identity, or compare it with the one in it; a damaged one is written anew where the
+    units' records say that it was this.
 
     Args:
-        output: the stage's directory; made where it is not there.
-        wanted: the identity of this run.
-        without_effect: flags that decide nothing beside the others: they are not compared.
-
-    Returns:
-        the identity as it stands in the directory, and whether it is sealed (those of earlier releases are
-        not).
+        output: the stage's directory; made where it does not exist.
+        identity: of this run; its `config` holds flags that differ from their defaults.
+        defaults: flag → default.
 
     Raises:
         UserError: the directory holds a run with another identity; says in what it differs.
@@ -48,47 +41,44 @@ def settle_identity(
     path = output / "identity.json"
     if path.is_file() or has_records(output):
         try:
-            found, is_sealed = read_sealed_json(path)
+            former = read_json(path)
         except DamagedDataError as error:
-            if not _was_made_for(output, wanted):
+            if not _was_made_for(output, identity):
                 remedy = f"restore it from a copy, or remove {output} to start anew"
                 raise DamagedDataError(f"{error} (no unit's record names this run: {remedy})") from error
             _logger.warning("%s: writing it anew, the units' records say that it is this run's", error)
         else:
-            refuse_other_run(output, _without(found, without_effect), _without(wanted, without_effect))
-            return found, is_sealed
+            refuse_other_run(output, former, identity, defaults=defaults)
+            return
     output.mkdir(parents=True, exist_ok=True)
-    publish_json(path, wanted, seal=True)
-    return dict(wanted), True
+    publish_json(path, identity, seal=True)
 
 
 def has_records(output: Path) -> bool:
-    """Whether units were finished there: then a run was begun, whether or not its identity is still there."""
+    """Whether units were finished: then a run was begun, whether or not its identity can be read."""
     return any((output / "done").glob("[!.]*.json"))
 
 
-def _was_made_for(output: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether the units there were made for this identity, or none was begun."""
+def _was_made_for(output: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the units were made for this identity, or none was begun."""
     for path in sorted((output / "done").glob("[!.]*.json")):
         with contextlib.suppress(DamagedDataError):
-            return bool(read_json(path).get(IDENTITY_FIELD) == content_hash(wanted))
+            return bool(read_json(path).get(IDENTITY_FIELD) == content_hash(identity))
     return {entry.name for entry in output.iterdir() if not entry.name.startswith(".")} <= _WRITTEN_FIRST
 
 
-def _without(identity: Any, names: Collection[str]) -> Any:
-    if not names or not isinstance(identity, Mapping) or not isinstance(identity.get("config"), Mapping):
-        return identity
-    config = {name: value for name, value in identity["config"].items() if name not in names}
-    return {**identity, "config": config}
-
-
-def refuse_other_run(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compare two identities of a stage's output.
+def refuse_other_run(
+    output: Path, former: Mapping[str, Any], identity: Mapping[str, Any], *, defaults: Mapping[str, Any]
+) -> None:
+    """Compare two identities of a stage's output; a flag that one of them lacks has its default.
 
     Raises:
         UserError: they differ; says in what.
     """
-    differences = [f"{name} was {old!r}, now {new!r}" for name, old, new in _differences(found, wanted)]
+    old, new = ({**run, "config": {**defaults, **run.get("config", {})}} for run in (former, identity))
+    differences = [
+        f"{name} was {_shown(was)}, now {_shown(now)}" for name, was, now in _differences(old, new)
+    ]
     if differences:
         raise UserError(
             f"--output {output} already holds another run ({'; '.join(differences)}): "
@@ -96,12 +86,18 @@ def refuse_other_run(output: Path, found: Mapping[str, Any], wanted: Mapping[str
         )
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        for key in sorted(set(found) | set(wanted)):
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
-    elif found != wanted:
-        yield name, found, wanted
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, old value, new value); of a flag the name is as it is written."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(set(old) | set(new)):
+            inner = flag_name(key) if name == "config" else f"{name}.{key}".lstrip(".")
+            yield from _differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield name, old, new
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else repr(value)
 
 
 def describe_run(config: Any, world: World) -> dict[str, Any]:

@@ -34,7 +34,7 @@ import numpy as np
 
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.claims import claim, remove_dead_claims
-from mlpmem_ds.core.config import identity_values
+from mlpmem_ds.core.config import Flags, deciding_values, default_values
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
@@ -84,13 +84,10 @@ class UnitWriter:
 class StageDirectory:
     """See the module's text. Made by `open_stage`; one per process and stage."""
 
-    def __init__(
-        self, root: Path, identity: Mapping[str, Any], world: World, *, is_sealed: bool = True
-    ) -> None:
+    def __init__(self, root: Path, identity: Mapping[str, Any], world: World) -> None:
         self.root = root
         self.identity = dict(identity)
         self._identity_sha256 = content_hash(self.identity)
-        self._is_sealed = is_sealed
         self.world = world
         self.log = EventLog(root / "log.jsonl", world)
         self._start = time.monotonic()
@@ -228,10 +225,13 @@ class StageDirectory:
     def _publish_record(self, unit: str, files: Sequence[FileRecord], summary: Mapping[str, Any]) -> None:
         path = self.record_path(unit)
         path.parent.mkdir(exist_ok=True)
-        record = {"unit": unit, "files": [file.to_json() for file in files], "summary": dict(summary)}
-        if self._is_sealed:
-            record[IDENTITY_FIELD] = self._identity_sha256
-        publish_json(path, record, seal=self._is_sealed)
+        record = {
+            "unit": unit,
+            "files": [file.to_json() for file in files],
+            "summary": dict(summary),
+            IDENTITY_FIELD: self._identity_sha256,
+        }
+        publish_json(path, record, seal=True)
 
     def wait_for(self, units: Sequence[str]) -> None:
         """Wait until every unit of an earlier phase is complete; make those that nobody is at (a rank may
@@ -289,7 +289,7 @@ class StageDirectory:
             publish_json(
                 self.manifest_path,
                 {**self.identity, **to_json(describe()), "files": files},
-                seal=self._is_sealed,
+                seal=True,
             )
             self.remove_what_the_dead_left()
         _logger.log(audible_level(self.world), "complete: %s (%.1f s)", self.root, seconds)
@@ -301,40 +301,41 @@ def open_stage(
     *,
     stage: str,
     version: int,
-    config: Any,
+    config: Flags,
     inputs: Mapping[str, str],
     world: World,
-    extra: Mapping[str, Any] | None = None,
-    without_effect: Collection[str] = (),
+    resolved: Mapping[str, Any] | None = None,
+    flags: Collection[str] | None = None,
 ) -> StageDirectory:
     """Open or make a stage's output directory, refusing one that holds something else. Check the inputs
     before this.
+
+    Only flags that differ from their defaults bind a directory, so that a new flag never breaks an old one.
+    Whoever changes a default, or what it makes, raises the format's version.
 
     Args:
         output: the directory.
         stage: format name, such as "keys".
         version: format version.
-        config: the stage's Config; its identity fields become part of the identity.
+        config: the command's Config; the values that decide the bytes become part of the identity.
         inputs: name → hash of each input (manifest checksums, model fingerprints).
-        extra: resolved values that decide the bytes but are not flags.
-        without_effect: flags that decide nothing beside the others that were given; they are no part of the
-            identity.
+        resolved: what the stage made of each flag of identity "resolved", all of them and no others.
+        flags: those that decide this directory, where one command writes several; None = all.
 
     Raises:
         UserError: the directory holds files that are not this stage's, or a run with other inputs or flags.
     """
-    flags = {name: value for name, value in identity_values(config).items() if name not in without_effect}
     identity = {
         "format": f"mlpmem-{stage}",
         "version": version,
         "inputs": dict(inputs),
-        "config": {**flags, **(extra or {})},
+        "config": deciding_values(config, resolved or {}, flags=flags),
     }
     check_output(output, stage=stage)
-    identity, is_sealed = settle_identity(output, identity, without_effect=without_effect)
+    settle_identity(output, identity, defaults=default_values(type(config)))
     if world.is_first:
         _remove_damaged_manifest(output)
-    directory = StageDirectory(output, identity, world, is_sealed=is_sealed)
+    directory = StageDirectory(output, identity, world)
     if world.is_first:
         directory.remove_what_the_dead_left()
         publish_json(output / "run.json", describe_run(config, world))

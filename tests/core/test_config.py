@@ -4,7 +4,15 @@ from typing import Any, Literal
 
 import pytest
 
-from mlpmem_ds.core.config import Flags, identity_values, option, parse_config, plain_values
+from mlpmem_ds.core.config import (
+    Flags,
+    deciding_values,
+    default_of,
+    default_values,
+    option,
+    parse_config,
+    plain_values,
+)
 from mlpmem_ds.core.errors import UserError
 
 
@@ -73,17 +81,17 @@ def test_help_shows_defaults_and_the_example(capsys: pytest.CaptureFixture[str])
     assert "(default: 1024)" in text and "example:\n  e" in text and "100 % of cases" in text
 
 
-def test_identity_leaves_out_paths_and_resources() -> None:
-    config = Config(input=("a",), output=Path("o"))
-    assert identity_values(config) == {
-        "block_size": 1024,
-        "rate": None,
-        "codec": "int8",
-        "keep": True,
-        "size": None,
-    }
-    assert identity_values(Config(input=("b",), output=Path("p"), also=Path("q"))) == identity_values(config)
+def test_only_what_differs_from_its_default_decides_and_no_path_or_resource() -> None:
+    config = Config(input=("a",), output=Path("o"), threads=4)
+    assert deciding_values(config, {}) == {}
+    other = Config(
+        input=("b",), output=Path("p"), also=Path("q"), block_size=8, rate=0.5, codec="raw", keep=False
+    )
+    assert deciding_values(other, {}) == {"block_size": 8, "rate": 0.5, "codec": "raw", "keep": False}
+    assert deciding_values(other, {}, flags=("rate", "size")) == {"rate": 0.5}
     assert plain_values(config)["output"] == "o"
+    assert default_of(Config, "block_size") == default_values(Config)["block_size"] == 1024
+    assert "output" not in default_values(Config)
 
 
 def test_numbers_that_are_none_are_refused() -> None:

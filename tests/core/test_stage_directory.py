@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.core import files
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import publish_array, publish_json, read_json
+from mlpmem_ds.core.files import publish_array, read_json
 from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
@@ -29,14 +29,14 @@ UNITS = [f"{number}" for number in range(5)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     output: Path = option("directory")
     factor: int = option("factor", 2)
     threads: int = option("threads", 1, identity="none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OtherConfig:
+class OtherConfig(Flags):
     depth: int = option("depth", 3)
 
 
@@ -248,7 +248,7 @@ def test_a_flipped_digit_of_our_own_notes_is_mended_by_the_same_command(
     config = Config(output=tmp_path / "toy")
     run(config, World())
     path = config.output / name
-    flip(path, path.read_bytes().index({"identity.json": b"factor"}.get(name, b"sha256")) + 10)
+    flip(path, path.read_bytes().index({"identity.json": b"corpus"}.get(name, b"sha256")) + 10)
     assert run(config, World()) == (["2"] if name == "done/2.json" else [])
     assert result_of(config.output) == straight
 
@@ -274,61 +274,67 @@ def test_a_damaged_identity_is_written_anew_only_where_the_units_were_made_for_i
     assert "3" in (tmp_path / "new" / "identity.json").read_text()
 
 
-def test_a_directory_of_an_earlier_release_stays_as_it_was(tmp_path: Path, straight: dict[str, str]) -> None:
-    """No checksums of its own notes, and a flag that decides nothing in its identity: what was made from it
-    still fits."""
+@dataclass(frozen=True, kw_only=True)
+class LaterConfig(Config):
+    """A later program's: with one flag more."""
 
-    def run_again(**changes: Any) -> None:
-        again = replace(config, **changes)
-        directory = open_stage(
-            config.output,
-            stage="toy",
-            version=1,
-            config=again,
-            inputs={"corpus": "i"},
-            world=World(),
-            without_effect=["factor"],
-        )
-        directory.run_units(
-            ["2"], lambda _, writer: writer.array("part-2.npy", np.arange(4) * 4) or {"sum": 2}
-        )
-        directory.finish(UNITS, lambda: {"total": 10})
-
-    config = Config(output=tmp_path / "older")
-    run(config, World())
-    for path in (
-        *config.output.glob("done/*.json"),
-        config.output / "identity.json",
-        config.output / "manifest.json",
-    ):
-        record = read_json(path)
-        record.pop("identity", None)
-        publish_json(path, record)
-    before = result_of(config.output)
-    flip(config.output / "part-2.npy", -1)
-    (config.output / "manifest.json").write_text("{")
-    run_again(factor=5)
-    assert result_of(config.output) == before
+    depth: int = option("depth", 7)
 
 
-def test_a_flag_without_effect_may_change(tmp_path: Path) -> None:
-    def open_with(factor: int, without_effect: list[str]) -> None:
-        config = Config(output=tmp_path / "toy", factor=factor)
+def test_a_new_flag_with_its_default_continues_an_old_directory(
+    tmp_path: Path, straight: dict[str, str]
+) -> None:
+    with pytest.raises(RuntimeError):
+        run(Config(output=tmp_path / "toy"), World(), fail_at="3")
+    assert run(LaterConfig(output=tmp_path / "toy"), World()) == ["3", "4"]
+    assert result_of(tmp_path / "toy") == straight
+    with pytest.raises(UserError, match=r"\(--depth was 7, now 8\)"):
+        run(LaterConfig(output=tmp_path / "toy", depth=8), World())
+    run(LaterConfig(output=tmp_path / "other", depth=8), World())
+    with pytest.raises(UserError, match=r"\(--depth was 8, now none\)"):  # and an old program a new directory
+        run(Config(output=tmp_path / "other"), World())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(Flags):
+    output: Path = option("directory")
+    search: str = option("auto, exact or ivf", "auto", identity="resolved")
+    nprobe: int = option("lists, with ivf", 32, identity="resolved")
+
+
+def test_a_resolved_flag_decides_by_what_the_stage_made_of_it(tmp_path: Path) -> None:
+    def open_with(resolved: dict[str, Any], **flags: Any) -> None:
+        config = ResolvedConfig(output=tmp_path / "toy", **flags)
         open_stage(
-            config.output,
+            config.output, stage="toy", version=1, config=config, inputs={}, world=World(), resolved=resolved
+        )
+
+    open_with({"search": "exact", "nprobe": 32})
+    open_with({"search": "exact", "nprobe": 32}, search="exact", nprobe=9)  # which decides nothing here
+    assert read_json(tmp_path / "toy" / "identity.json")["config"] == {"search": "exact"}
+    with pytest.raises(UserError, match=r"\(--nprobe was 32, now 9; --search was 'exact', now 'ivf'\)"):
+        open_with({"search": "ivf", "nprobe": 9})
+    for incomplete in ({}, {"search": "exact"}, {"search": "exact", "nprobe": 32, "output": "x"}):
+        with pytest.raises(AssertionError, match="too many or missing"):
+            open_with(incomplete)
+
+
+def test_one_command_may_write_directories_that_different_flags_decide(tmp_path: Path) -> None:
+    def open_with(factor: int) -> None:
+        config = LaterConfig(output=tmp_path, factor=factor, depth=9)
+        open_stage(
+            tmp_path / "toy",
             stage="toy",
             version=1,
             config=config,
             inputs={},
             world=World(),
-            without_effect=without_effect,
+            flags=("depth",),
         )
 
-    open_with(2, ["factor"])
-    open_with(3, ["factor"])
-    assert "factor" not in read_json(tmp_path / "toy" / "identity.json")["config"]
-    with pytest.raises(UserError, match=r"config\.factor was None, now 3"):
-        open_with(3, [])
+    open_with(5)
+    assert read_json(tmp_path / "toy" / "identity.json")["config"] == {"depth": 9}
+    open_with(6)
 
 
 def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> None:
@@ -406,7 +412,7 @@ def test_waiting_sees_through_a_record_whose_file_is_damaged(tmp_path: Path) -> 
 def test_another_run_is_refused_and_says_what_changed(tmp_path: Path) -> None:
     run(Config(output=tmp_path / "toy"), World())
     before = result_of(tmp_path / "toy")
-    with pytest.raises(UserError, match=r"config\.factor was 2, now 3.*--output"):
+    with pytest.raises(UserError, match=r"--output .*\(--factor was 2, now 3\)"):
         run(Config(output=tmp_path / "toy", factor=3), World())
     with pytest.raises(UserError, match=r"inputs\.corpus was 'i', now 'j'"):
         run(Config(output=tmp_path / "toy"), World(), input_hash="j")

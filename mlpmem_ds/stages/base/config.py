@@ -29,7 +29,9 @@ class Config(TrainingOptions):
     hidden_size: int = option("width of a new model", 256, at_least=1)
     num_heads: int = option("attention heads of a new model", 4, at_least=1)
     dropout: float = option("of a new model", 0.0, at_least=0, below=1)
-    context: int | None = option("tokens of a sequence (default: the corpus's block size)", None, at_least=2)
+    context: int | None = option(
+        "tokens of a sequence (default: the corpus's block size)", None, at_least=2, identity="resolved"
+    )
     batch_tokens: int = option("tokens in a step, over all ranks", 2048, at_least=1)
     micro_batch_tokens: int = option(
         "tokens that a rank takes through the model at once, at most", 16384, at_least=1, identity="none"

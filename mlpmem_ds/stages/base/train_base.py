@@ -71,7 +71,7 @@ def run(config: Config, world: World) -> None:
         config=config,
         inputs=hashes,
         world=world,
-        extra={"context": length, "dtype": str(compute_dtype(ds_config))},
+        resolved={"context": length, "ds_config": str(compute_dtype(ds_config))},
     )
     if not is_complete(directory, config):
         set_up_distributed(world)

@@ -31,7 +31,7 @@ from mlpmem_ds.formats.corpus import (
     token_dtype,
     vocabulary_sha256,
 )
-from mlpmem_ds.formats.documents import TEXT_PATTERNS, find_files
+from mlpmem_ds.formats.documents import find_files
 from mlpmem_ds.stages.corpus.config import Config
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import DocumentReader, Survey, survey_files
@@ -55,9 +55,6 @@ def run(config: Config, world: World) -> None:
     survey = _survey(config, world)
     vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
     inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
-    # The default by the name that it had in the identity of earlier releases; the files themselves are in the
-    # inputs' hash.
-    extra = {"include": list(TEXT_PATTERNS)} if config.include is None else {}
     directory = open_stage(
         config.output,
         stage=CorpusManifest.FORMAT,
@@ -65,7 +62,6 @@ def run(config: Config, world: World) -> None:
         config=config,
         inputs=inputs,
         world=world,
-        extra=extra,
     )
 
     directory.run_units(

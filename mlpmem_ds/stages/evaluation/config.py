@@ -51,7 +51,9 @@ class Config(Flags):
     )
     keys: Path | None = option("key directory: adds the arm base+knn_exact", None)
     index: Path | None = option("index of those keys: adds the arm base+knn_ivfpq", None)
-    targets: Path | None = option("targets of those keys: their temperature and k are taken", None)
+    targets: Path | None = option(
+        "targets of those keys: their weighting and k are taken", None, identity="resolved"
+    )
     control: tuple[str, ...] = option(
         "further arms: base+NAME=a memory, NAME=a language model of its own",
         (),
@@ -83,7 +85,7 @@ class Config(Flags):
         above=0,
         identity="resolved",
     )
-    nprobe: int = option("lists that base+knn_ivfpq probes", 32, at_least=1)
+    nprobe: int = option("lists that base+knn_ivfpq probes", 32, at_least=1, identity="resolved")
     lambdas: str = option("values of λ to choose from, first:last:step", "0:1:0.05", identity="none")
     bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
     bootstrap_block: int = option("positions in a block of the bootstrap", 256, at_least=1, identity="none")

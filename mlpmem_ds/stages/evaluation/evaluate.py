@@ -13,13 +13,14 @@ import logging
 from typing import Any
 
 from mlpmem_ds.core.blocks import deal
+from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.log import Progress, audible_level
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.evaluation import FORMAT, VERSION
 from mlpmem_ds.stages.evaluation.config import Config, lambda_grid
-from mlpmem_ds.stages.evaluation.inputs import Inputs, open_inputs
+from mlpmem_ds.stages.evaluation.inputs import Arms, Inputs, open_inputs
 from mlpmem_ds.stages.evaluation.results import evaluate_scores, write_report
 from mlpmem_ds.stages.evaluation.units import list_units, score_unit
 from mlpmem_ds.stages.report.summary import Comparison
@@ -40,7 +41,7 @@ def run(config: Config, world: World) -> str | None:
         config=config,
         world=world,
         inputs=_hashes(inputs),
-        extra=_what_decides_the_scores(inputs),
+        resolved=_resolved(config, arms),
     )
     units = list_units(arms.all, inputs.streams, config.unit_positions)
     mine = deal(list(units.values()), world.rank, world.size)
@@ -97,12 +98,15 @@ def _hashes(inputs: Inputs) -> dict[str, str]:
     return hashes
 
 
-def _what_decides_the_scores(inputs: Inputs) -> dict[str, Any]:
-    """The values behind the flags, of each arm."""
-    values: dict[str, Any] = {
-        "dtype": inputs.arms.base.source.dtype_name,
-        "arms": [arm.name for arm in inputs.arms.all],
+def _resolved(config: Config, arms: Arms) -> dict[str, Any]:
+    """What decides the scores in place of the flags; a flag that no arm uses has its default."""
+    used = {name: value for arm in arms.all for name, value in arm.settings.items()}
+    return {
+        "dtype": arms.base.source.dtype_name,
+        "exact": None if config.keys is None else arms.reference is not None,
+        "targets": used.get("weighting"),
+        "k": used.get("k"),
+        "temperature": used.get("temperature"),
+        "nprobe": used.get("nprobe", default_of(Config, "nprobe")),
+        "memory_weights": used.get("weights", default_of(Config, "memory_weights")),
     }
-    for arm in inputs.arms.all:
-        values |= {f"{arm.name}: {name}": value for name, value in arm.settings.items()}
-    return values

@@ -16,7 +16,6 @@ from mlpmem_ds.stages.evaluation.arms.arm import Arm
 from mlpmem_ds.stages.evaluation.arms.base import open_base
 from mlpmem_ds.stages.evaluation.arms.datastore import Datastore, read_datastore
 from mlpmem_ds.stages.evaluation.arms.knn import (
-    KNN_EXACT,
     open_exact,
     open_indexed,
     open_vote,
@@ -162,14 +161,14 @@ def _is_exact(exact: bool | None, output: Path, datastore: Datastore, num_querie
     work."""
     if exact is not None:
         return exact
-    begun = _arms_of_report(output)
-    return searches_all_keys(datastore, num_queries) if begun is None else KNN_EXACT in begun
+    begun = _exact_of_report(output)
+    return searches_all_keys(datastore, num_queries) if begun is None else begun
 
 
-def _arms_of_report(output: Path) -> list[str] | None:
-    """The arms with which a report was begun; None where there is none."""
+def _exact_of_report(output: Path) -> bool | None:
+    """Whether the report that was begun has the exact search; None where there is none."""
     with suppress(DamagedDataError, FileNotFoundError, NotADirectoryError, KeyError, TypeError):
-        return list(read_json(output / "identity.json")["config"]["arms"])
+        return bool(read_json(output / "identity.json")["config"]["exact"])
     return None
 
 

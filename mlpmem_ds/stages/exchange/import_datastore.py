@@ -23,7 +23,6 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_file
 from mlpmem_ds.core.log import Progress
@@ -152,44 +151,18 @@ def _hash_of(paths: tuple[Path, ...]) -> str:
     return content_hash([[path.name, path.stat().st_size, sha256_of_file(path)] for path in paths])
 
 
-def _stage(
-    config: ImportConfig, stage: str, version: int, inputs: dict[str, str], world: World, **extra: Any
-) -> StageDirectory:
-    """OUTPUT/stage as a stage directory; its identity has only the flags that decide its bytes."""
-    own = {
-        "corpus": (),
-        "keys": ("key_layer", "unit_positions"),
-        "targets": ("k", "temperature", "shard_positions"),
-    }[stage]
-    settings = _Identity(output=config.output / stage)
-    values = {field: getattr(config, field) for field in (*own, "block_size")}
-    return open_stage(
-        config.output / stage,
-        stage=stage,
-        version=version,
-        config=settings,
-        inputs=inputs,
-        world=world,
-        extra=values | extra,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Identity(Flags):
-    output: Path = option("directory")
-
-
 def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
     units = _units(config, source.table.num_rows)
     vocabulary = vocabulary_sha256(source.tokenizer)
     inputs = {"datastore": _hash_of(config.datastore), "vocabulary": vocabulary}
-    stage = _stage(
-        config,
-        CorpusManifest.FORMAT,
-        CorpusManifest.VERSION,
-        inputs,
-        world,
-        unit_positions=config.unit_positions,
+    stage = open_stage(
+        config.output / "corpus",
+        stage=CorpusManifest.FORMAT,
+        version=CorpusManifest.VERSION,
+        config=config,
+        inputs=inputs,
+        world=world,
+        flags=("block_size", "unit_positions"),
     )
 
     def write_tokenizer(_: str, writer: UnitWriter) -> None:
@@ -249,7 +222,15 @@ def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
 def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world: World) -> None:
     units, num_rows = _units(config, source.table.num_rows), source.table.num_rows
     inputs = {"corpus": corpus_sha256, "model": source.model_sha256}
-    stage = _stage(config, KeysManifest.FORMAT, KeysManifest.VERSION, inputs, world)
+    stage = open_stage(
+        config.output / "keys",
+        stage=KeysManifest.FORMAT,
+        version=KeysManifest.VERSION,
+        config=config,
+        inputs=inputs,
+        world=world,
+        flags=("key_layer", "block_size", "unit_positions"),
+    )
     progress = Progress(num_rows, label="keys", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> None:
@@ -304,7 +285,15 @@ def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: W
     config = dataclasses.replace(config, block_size=keys.manifest.block_size)  # checks the shards' size again
     shards = {f"{block.start:012d}": block for block in split_blocks(table.num_rows, config.shard_positions)}
     inputs = {"keys": keys.sha256, "targets": _hash_of(config.targets)}
-    stage = _stage(config, TargetsManifest.FORMAT, TargetsManifest.VERSION, inputs, world)
+    stage = open_stage(
+        config.output / "targets",
+        stage=TargetsManifest.FORMAT,
+        version=TargetsManifest.VERSION,
+        config=config,
+        inputs=inputs,
+        world=world,
+        flags=("k", "temperature", "block_size", "shard_positions"),
+    )
     progress = Progress(table.num_rows, label="targets", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def run(config: Config, world: World) -> None:
         config=config,
         inputs={"keys": keys.sha256},
         world=world,
-        extra={"factory": factory},
+        resolved={"factory": factory},
     )
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.config import default_values
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, sha256_of_file
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.keys import unit_name
+from mlpmem_ds.stages.keys.config import Config as KeysConfig
 
 EXPORT_FILE = "mlpmem_export.json"
 Kind = Literal["stage", "checkpoint", "export"]
@@ -254,9 +256,10 @@ def _missing_units(state: StageState, states: Sequence[StageState]) -> tuple[str
     if not corpora:
         return ()
     made = {unit for unit, _ in state.files}
-    codec = ["codec"] if state.settings.get("codec") == "int8" else []
-    num_tokens = corpora[0].settings["splits"].get(state.settings.get("split"), {}).get("num_tokens", 1)
-    blocks = split_blocks(num_tokens - 1, state.settings["unit_positions"])
+    flags = default_values(KeysConfig) | state.settings
+    codec = ["codec"] if flags["codec"] == "int8" else []
+    num_tokens = corpora[0].settings["splits"].get(flags["split"], {}).get("num_tokens", 1)
+    blocks = split_blocks(num_tokens - 1, flags["unit_positions"])
     return tuple(unit for unit in [*codec, *(unit_name(block.start) for block in blocks)] if unit not in made)
 
 

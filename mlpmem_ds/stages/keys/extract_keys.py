@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
+from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, check_output, open_stage
 from mlpmem_ds.core.world import World
@@ -50,7 +51,6 @@ from mlpmem_ds.stages.keys.plan import PositionBytes, bytes_of_position, require
 __all__ = ["Config", "run"]
 
 _CODEC_UNIT = "codec"
-_FLAGS_OF_THE_FIT = ("fit_positions", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +86,7 @@ def run(config: Config, world: World) -> None:
         config=config,
         world=world,
         inputs=inputs.hashes,
-        extra={
-            "dim": dim,
-            "dtype": bases.key_source.dtype_name,
-            "key_layer": bases.key_point.layer,
-            "input_layer": bases.input_point.layer,
-            "input_point": bases.input_point.point,
-            **({"raw_dtype": config.raw_dtype} if config.codec == "raw" else {}),
-            **({name: getattr(config, name) for name in _FLAGS_OF_THE_FIT} if config.codec == "int8" else {}),
-        },
+        resolved=_resolved(config, bases, dim),
     )
 
     phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []
@@ -135,6 +127,21 @@ def run(config: Config, world: World) -> None:
     speaks = directory.finish([*phase_1, *blocks], describe)
     if config.audit is not None and speaks:
         _audit(config, corpus, bases, world)
+
+
+def _resolved(config: Config, bases: Bases, dim: int) -> dict[str, Any]:
+    """What decides the keys in place of the flags; one that the codec does not use has its default."""
+    unused = ("raw_dtype",) if config.codec == "int8" else ("fit_positions", "seed")
+    return {
+        "dim": dim,
+        "dtype": bases.key_source.dtype_name,
+        "key_layer": bases.key_point.layer,
+        "input_layer": bases.input_point.layer,
+        "input_point": bases.input_point.point,
+    } | {
+        name: default_of(Config, name) if name in unused else getattr(config, name)
+        for name in ("raw_dtype", "fit_positions", "seed")
+    }
 
 
 def _num_to_do(directory: StageDirectory, blocks: dict[str, Block], world: World) -> int:

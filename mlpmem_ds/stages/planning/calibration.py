@@ -17,6 +17,7 @@ from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.models.shape import read_shape
+from mlpmem_ds.stages.planning.config import DEFAULTS
 from mlpmem_ds.stages.planning.cost_model import (
     STAGES,
     Calibration,
@@ -82,8 +83,12 @@ def sizes_of_run(run: FinishedRun) -> dict[str, Any]:
         sizes |= {"search": targets.search, "k": targets.k, "nprobe": targets.nprobe}
         sizes |= {"neighbour_perplexity": targets.neighbour_perplexity, "encoding": targets.encoding}
     if run.memory is not None:
-        sizes |= {"memory": run.memory["memory"], "epochs": run.memory["config"]["epochs"]}
-        sizes |= {"keep_checkpoints": _start_of(run.root / "memory")["config"].get("keep_checkpoints", 2)}
+        sizes |= {
+            "memory": run.memory["memory"],
+            "epochs": run.memory["config"].get("epochs", DEFAULTS["epochs"]),
+        }
+        flags = _start_of(run.root / "memory")["config"]
+        sizes |= {"keep_checkpoints": flags.get("keep_checkpoints", DEFAULTS["keep_checkpoints"])}
     sizes |= {"parameters": _parameters_of_base(run.root)}
     return {name: value for name, value in sizes.items() if value is not None}
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
+from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, check_output, open_stage
@@ -85,12 +86,6 @@ def run(config: Config, world: World) -> None:
     order_V = _frequency_order(teacher) if config.encoding == "compact" else None
     is_new = not check_output(config.output, stage=TargetsManifest.FORMAT)
     measured = _measure_first(teacher, config, order_V, index) if is_new else None
-    resolved = {
-        "search": search,
-        "nprobe": config.nprobe if index else None,
-        "temperature": "auto" if config.temperature == "auto" else float(config.temperature),
-        **({"neighbour_perplexity": config.perplexity} if config.temperature == "auto" else {}),
-    }
     stage = open_stage(
         config.output,
         stage=TargetsManifest.FORMAT,
@@ -98,7 +93,7 @@ def run(config: Config, world: World) -> None:
         config=config,
         inputs=inputs,
         world=world,
-        extra=resolved,
+        resolved=_resolved(config, search),
     )
     stage.run_units([_WEIGHTING], lambda unit, writer: (measured or measure(teacher, config)).summary)
     stage.wait_for([_WEIGHTING])
@@ -145,6 +140,17 @@ def run(config: Config, world: World) -> None:
         teacher=teacher,
         truth=truth,
     )
+
+
+def _resolved(config: Config, search: str) -> dict[str, Any]:
+    """What decides the targets in place of the flags; one that the others make useless has its default."""
+    is_auto = config.temperature == "auto"
+    return {
+        "search": search,
+        "nprobe": config.nprobe if search == "ivf" else default_of(Config, "nprobe"),
+        "temperature": "auto" if is_auto else float(config.temperature),
+        "neighbour_perplexity": config.perplexity if is_auto else None,
+    }
 
 
 def _measure_first(

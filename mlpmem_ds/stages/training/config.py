@@ -51,11 +51,16 @@ class Config(TrainingOptions):
         f" {_PRESETS_VOCABULARY:,}: " + _PRESETS_HELP,
         None,
         choices=tuple(PRESETS),
+        identity="none",
     )
-    num_blocks: int | None = option("residual blocks (default: 4)", None)
-    hidden_size: int | None = option("width (default: the inputs')", None)
-    intermediate_size: int | None = option("width inside a block (default: 4 x the width)", None)
-    family: Literal["gelu", "swiglu"] | None = option("kind of block (default: gelu)", None)
+    num_blocks: int | None = option("residual blocks (default: 4)", None, at_least=1, identity="resolved")
+    hidden_size: int | None = option("width (default: the inputs')", None, at_least=1, identity="resolved")
+    intermediate_size: int | None = option(
+        "width inside a block (default: 4 x the width)", None, at_least=1, identity="resolved"
+    )
+    family: Literal["gelu", "swiglu"] | None = option(
+        "kind of block (default: gelu)", None, identity="resolved"
+    )
     head: Literal["random", "base"] = option("start of the output head: random, or the base's own", "random")
     init_from: Path | None = option(
         "memory whose weights and shape this training starts from: an output of launch/train.py, its"

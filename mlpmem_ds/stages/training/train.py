@@ -31,7 +31,7 @@ from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, write_wei
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
-from mlpmem_ds.stages.training.config import Config
+from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
 from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows
 from mlpmem_ds.stages.training.frozen_base import base_head, open_base
 from mlpmem_ds.stages.training.initial_memory import InitialMemory
@@ -100,17 +100,21 @@ def _open_directory(
     steps: Steps,
     world: World,
 ) -> StageDirectory:
-    resolved = {**memory.to_dict(), "dtype": str(compute_dtype(ds_config)), "num_steps": steps.count}
+    hashes = dict(inputs.hashes)
     if inputs.model_sha256 is not None and config.head == "base":
-        resolved["head_of"] = inputs.model_sha256
+        hashes["head"] = inputs.model_sha256
+    shape = memory.to_dict()
     return open_stage(
         config.output,
         stage=MEMORY_STAGE,
         version=MEMORY_VERSION,
         config=config,
-        inputs=inputs.hashes,
+        inputs=hashes,
         world=world,
-        extra=resolved,
+        resolved={
+            "ds_config": str(compute_dtype(ds_config)),  # of the file's settings this alone is in the numbers
+            **{name: shape[name] for name in SHAPE_FLAGS},
+        },
     )
 
 

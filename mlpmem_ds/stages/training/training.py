@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.files import content_hash, publish_json
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
@@ -128,7 +129,7 @@ class Training:
             first,
             wandb_project=self._options.wandb_project,
             run_id=content_hash(self._directory.identity)[:16],
-            description=self._directory.identity["config"],
+            description=plain_values(self._options),
         )
         outcome = self._run_steps(first)
         self._metrics.close()

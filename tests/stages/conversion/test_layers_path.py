@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
@@ -86,8 +87,7 @@ def memory(base: Path, corpus_dir: Path, tmp_path_factory: pytest.TempPathFactor
         "vocabulary_sha256": vocabulary_sha256(tokenizer),
         "input_layers_path": PATH,
     }
-    config = EvaluationConfig(model="m", corpus=root, output=root)
-    directory = open_stage(root, stage="memory", version=1, config=config, inputs={}, world=World())
+    directory = open_stage(root, stage="memory", version=1, config=Flags(), inputs={}, world=World())
     directory.run_units(
         ["weights"],
         lambda _, writer: write_weights(

@@ -360,7 +360,7 @@ def test_layers_path_reaches_the_model(config: Config) -> None:
     )
     provenance = provenance_of(settings)
     assert provenance["input_layers_path"] == "transformer.h"  # evaluation and export load the base with it
-    with pytest.raises(UserError, match=r"layers_path was 'transformer.h', now None"):
+    with pytest.raises(UserError, match=r"--layers-path was 'transformer.h', now none"):
         extract_keys.run(config, World())
 
 
@@ -406,7 +406,7 @@ def test_flags_that_fit_the_codec_do_not_bind_raw_keys(config: Config) -> None:
     before = result_of(config.output)
     extract_keys.run(replace(raw, seed=5, fit_positions=99), World())
     assert result_of(config.output) == before
-    with pytest.raises(UserError, match=r"config\.codec was 'raw', now 'int8'"):
+    with pytest.raises(UserError, match=r"--codec was 'raw', now 'int8'"):
         extract_keys.run(replace(config, input_codec="none"), World())
 
 

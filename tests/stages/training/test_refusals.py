@@ -149,5 +149,5 @@ def test_another_learning_rate_than_the_default_one(runs, monkeypatch):
             runs.train("rate", 2, learning_rate=rate)
         for file in ("identity.json", "run.json"):
             assert json.loads((runs / "rate" / file).read_text())["config"]["learning_rate"] == 2e-3
-    with pytest.raises(UserError, match="learning_rate was 0.002, now 0.001"):
+    with pytest.raises(UserError, match="--learning-rate was 0.002, now 0.001"):
         runs.train("rate", 2, learning_rate=1e-3)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.stages.base.config import Config as BaseConfig
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Price, Scores, sum_of_logs
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
@@ -104,5 +106,8 @@ def _tokens_of_training(root: Path) -> int | None:
     if not (root / "manifest.json").is_file():
         return None
     manifest = read_json(root / "manifest.json")
-    steps, size = manifest.get("steps"), manifest.get("config", {}).get("batch_tokens")
+    steps, size = (
+        manifest.get("steps"),
+        manifest.get("config", {}).get("batch_tokens", default_of(BaseConfig, "batch_tokens")),
+    )
     return steps * size if steps and size else None
