@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.faiss import Index
+from mlpmem_ds.maths.centroids import integer_centroids
 
 NUM_VECTORS, DIM = 700, 12
 
@@ -26,119 +29,83 @@ def exact_squared(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return ((queries[:, None].astype(np.int64) - keys[None].astype(np.int64)) ** 2).sum(-1)
 
 
-def centroids_of(index: faiss.Index) -> np.ndarray:
-    return index.quantizer.reconstruct_n(0, index.nlist)
+def centroids_of(index: Index) -> np.ndarray:
+    ivf = faiss.extract_index_ivf(index.raw)
+    return faiss.downcast_index(ivf.quantizer).reconstruct_n(0, ivf.nlist)
 
 
-@pytest.fixture(scope="module")
-def shards() -> list[faiss.Index]:
+def trained(factory: str, vectors: np.ndarray | None = None, **options: Any) -> Index:
+    vectors = codes() if vectors is None else vectors
+    index = Index.make(factory, vectors.shape[1])
+    index.train(vectors, **{"seed": 1, **options})
+    return index
+
+
+def filled(factory: str, first_id: int = 0) -> Index:
+    index = trained(factory)
+    index.fill(codes(), np.arange(NUM_VECTORS) + first_id)
+    return index
+
+
+def blob_of(index: Index) -> bytes:
+    content: bytes = faiss.serialize_index(index.raw).tobytes()
+    return content
+
+
+def copies(index: Index, count: int) -> list[Index]:
+    blob = faiss.serialize_index(index.raw)
+    return [Index(faiss.deserialize_index(blob)) for _ in range(count)]
+
+
+@pytest.fixture
+def shards() -> list[Index]:
     """Three shards of one trained index; the last is empty."""
-    trained = engine.train(codes(), "IVF8,PQ3x4", seed=1)
-    blob = faiss.serialize_index(trained)
-    parts = [faiss.deserialize_index(blob) for _ in range(3)]
+    parts = copies(trained("IVF8,PQ3x4"), 3)
     for start in range(0, NUM_VECTORS, 100):
-        engine.fill(
-            parts[start // 100 % 2],
-            codes()[start : start + 100],
-            np.arange(start, min(start + 100, NUM_VECTORS)),
-        )
+        part = parts[start // 100 % 2]
+        part.fill(codes()[start : start + 100], np.arange(start, min(start + 100, NUM_VECTORS)))
     return parts
-
-
-@pytest.mark.parametrize(
-    ("num_vectors", "dim", "factory"),
-    [
-        (350_000, 256, "IVF1024,PQ64"),
-        (10**6, 256, "IVF4096,PQ64"),
-        (10**7, 256, "IVF16384,PQ64"),
-        (5000, 16, "IVF16,PQ4x4"),
-        (20_000, 30, "IVF64,PQ6"),
-        (20_000, 7, "IVF64,PQ1"),
-        (300, 16, "IVF1,Flat"),
-        (1, 3, "IVF1,Flat"),
-    ],
-)
-def test_automatic_factory(num_vectors: int, dim: int, factory: str) -> None:
-    assert engine.choose_factory(num_vectors, dim)[0] == factory
-    assert engine.check_factory(factory, dim, num_vectors) >= 1
-    num_lists = int(factory[3:].split(",")[0])
-    assert num_lists == 1 or num_vectors / num_lists >= 39
-
-
-@pytest.mark.parametrize(
-    ("factory", "words"),
-    [
-        ("IVF16,PQ5", "does not fit vectors of 12"),
-        ("nonsense", "does not fit"),
-        ("Flat", "must hold IVF"),
-        ("IVF1024,Flat", "at least 1,024 keys"),
-        ("IVF4,PQ4", None),
-        ("IVF4,PQ4x10", "at least 1,024 keys"),
-    ],
-)
-def test_factories_are_checked(factory: str, words: str | None) -> None:
-    if words is None:
-        assert engine.check_factory(factory, DIM, NUM_VECTORS) == 4
-    else:
-        with pytest.raises(ValueError, match=words):
-            engine.check_factory(factory, DIM, NUM_VECTORS)
 
 
 def test_integer_centroids_survive_more_lists_than_distinct_codes() -> None:
     few = np.repeat(codes(3), 20, axis=0)
-    centroids = engine.integer_centroids(few, 6, seed=0)
+    centroids = integer_centroids(few, 6, seed=0)
     assert exact_squared(few, centroids).min(1).max() == 0
 
 
-def test_assignment_is_exact_and_independent_of_the_batch(shards: list[faiss.Index]) -> None:
+def test_assignment_is_exact_and_independent_of_the_batch(shards: list[Index]) -> None:
     queries = codes(seed=5)
     centroids = centroids_of(shards[0])
     assert np.array_equal(centroids, np.rint(centroids))
     distances = exact_squared(queries, centroids)
     expected = np.lexsort((np.broadcast_to(np.arange(8), distances.shape), distances), axis=1)
     for nprobe in (1, 3, 8, 20):
-        assert np.array_equal(engine.assign(shards[0], queries, nprobe), expected[:, :nprobe])
-    pieces = [engine.assign(shards[0], queries[start : start + 13], 3) for start in range(0, NUM_VECTORS, 13)]
+        assert np.array_equal(shards[0].assign(queries, nprobe), expected[:, :nprobe])
+    pieces = [shards[0].assign(queries[start : start + 13], 3) for start in range(0, NUM_VECTORS, 13)]
     assert np.array_equal(np.concatenate(pieces), expected[:, :3])
 
 
-def test_inverted_lists_join_the_shards(shards: list[faiss.Index]) -> None:
-    offsets, ids = engine.inverted_lists(shards)
+def test_joined_shards_hold_the_lists_of_all(shards: list[Index]) -> None:
+    empty_offsets, empty_ids = shards[2].lists()
+    assert empty_offsets.tolist() == [0] * 9 and empty_ids.dtype == np.int64 and not len(empty_ids)
+    offsets, ids = Index.join(shards).lists()
     assert offsets.tolist()[0] == 0 and offsets[-1] == NUM_VECTORS and sorted(ids) == list(range(NUM_VECTORS))
-    nearest = engine.assign(shards[0], codes(), 1)[:, 0]
+    nearest = shards[0].assign(codes(), 1)[:, 0]
     for number in range(8):
         assert np.array_equal(ids[offsets[number] : offsets[number + 1]], np.flatnonzero(nearest == number))
-
-
-def test_inverted_lists_of_nothing(shards: list[faiss.Index]) -> None:
-    offsets, ids = engine.inverted_lists(shards[2:])
-    assert offsets.tolist() == [0] * 9 and ids.dtype == np.int64 and not len(ids)
-
-
-@pytest.mark.parametrize(
-    ("memory_bytes", "factory", "words"),
-    [
-        (None, "IVF16384,PQ64", "8 bits for each 4"),
-        (10**9, "IVF16384,PQ32", "more than half of 1.0 GB"),
-        (1, "IVF16384,PQ16", "half"),
-    ],
-)
-def test_automatic_factory_in_little_memory(memory_bytes: int | None, factory: str, words: str) -> None:
-    found, reason = engine.choose_factory(10**7, 256, memory_bytes)
-    assert found == factory and words in reason
 
 
 @pytest.mark.parametrize("factory", ["IVF32,Flat", "PCA8,IVF32,PQ4x4", "OPQ3,IVF32,PQ3x4", "IVF32,SQ8"])
 def test_two_levels_of_lists(factory: str) -> None:
     """Trained in two levels every index finds a code by probing its nearest lists, whatever stands before
     them."""
-    indexes = [engine.train(codes(), factory, seed=1, two_level_above=above) for above in (8, 8, 32)]
-    blobs = [faiss.serialize_index(index).tobytes() for index in indexes]
+    indexes = [trained(factory, two_level_above=above) for above in (8, 8, 32)]
+    blobs = [blob_of(index) for index in indexes]
     assert blobs[0] == blobs[1] != blobs[2]
     index = indexes[0]
-    assert faiss.extract_index_ivf(index).quantizer.ntotal == 32
-    engine.fill(index, codes(), np.arange(NUM_VECTORS))
-    _, ids = engine.search([index], codes()[:60], 30, 4)
+    assert index.num_lists == len(centroids_of(index)) == 32
+    index.fill(codes(), np.arange(NUM_VECTORS))
+    _, ids = index.search(codes()[:60], 30, 4)
     near = exact_squared(codes()[:60], codes())
     found = np.take_along_axis(near, np.maximum(ids, 0), axis=1).mean()
     assert found < 0.2 * near.mean()
@@ -147,10 +114,7 @@ def test_two_levels_of_lists(factory: str) -> None:
 def test_a_gpu_build_of_faiss_trains_float_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """With GPUs the k-means of floats is handed to them; codes stay in whole numbers, so their index is the
     same."""
-    expected = [
-        faiss.serialize_index(engine.train(vectors, "IVF8,Flat", seed=1))
-        for vectors in (codes(), codes() / 2)
-    ]
+    expected = [blob_of(trained("IVF8,Flat", vectors)) for vectors in (codes(), codes() / 2)]
     handed: list[object] = []
 
     def clone(index: object) -> object:
@@ -161,7 +125,7 @@ def test_a_gpu_build_of_faiss_trains_float_lists(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", clone, raising=False)
     assert engine.num_gpus() == 2
     for vectors, blob, calls in zip((codes(), codes() / 2), expected, (0, 1), strict=True):
-        assert np.array_equal(faiss.serialize_index(engine.train(vectors, "IVF8,Flat", seed=1)), blob)
+        assert blob_of(trained("IVF8,Flat", vectors)) == blob
         assert len(handed) == calls
 
 
@@ -169,43 +133,38 @@ def test_filling_in_pieces_gives_the_same_index(monkeypatch: pytest.MonkeyPatch)
     blobs = []
     for rows in (NUM_VECTORS, 64):
         monkeypatch.setattr(engine, "_FILL_ROWS", rows)
-        index = engine.train(codes(), "IVF8,PQ3x4", seed=1)
-        engine.fill(index, codes(), np.arange(NUM_VECTORS))
-        blobs.append(faiss.serialize_index(index))
-    assert np.array_equal(*blobs)
+        blobs.append(blob_of(filled("IVF8,PQ3x4")))
+    assert blobs[0] == blobs[1]
 
 
-@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,PQ3x4", "IVF16,PQ4x8"])
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,PQ3x4", "IVF16,PQ4x8", "IVF64_HNSW4,PQ4x4"])
 def test_bytes_of_the_files_are_foretold(factory: str, tmp_path: Path) -> None:
-    index = engine.train(codes(), factory, seed=1)
-    engine.write_index(index, tmp_path / "trained")
-    engine.fill(index, codes(), np.arange(NUM_VECTORS))
-    engine.write_index(index, tmp_path / "shard-0")
+    index = trained(factory)
+    index.write(tmp_path / "trained")
+    index.fill(codes(), np.arange(NUM_VECTORS))
+    index.write(tmp_path / "shard-0")
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert engine.index_bytes(factory, DIM, NUM_VECTORS, 1) == pytest.approx(size, rel=0.05)
+    assert Index.make(factory, DIM).num_bytes(NUM_VECTORS, 2) == pytest.approx(size, rel=0.05)
 
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "PCA8,IVF8,Flat", "IVF8,PQ6x4fs", "IVF8_HNSW8,SQ8"])
 def test_other_inverted_files_fill_and_find(factory: str) -> None:
-    index = engine.train(codes(), factory, seed=1)
-    engine.fill(index, codes(), np.arange(NUM_VECTORS) + 5)
-    assert index.ntotal == NUM_VECTORS
-    _, ids = engine.inverted_lists([index])
+    index = filled(factory, first_id=5)
+    assert index.num_vectors == NUM_VECTORS
+    _, ids = index.lists()
     assert sorted(ids) == list(range(5, NUM_VECTORS + 5))
-    distances, ids = engine.search([index], codes()[:50], 10, 8)
+    distances, ids = index.search(codes()[:50], 10, 8)
     assert (np.diff(distances, axis=1) >= 0).all() and (ids >= 5).all()
 
 
-def test_search_over_shards_is_sorted_by_distance_and_id() -> None:
-    trained = engine.train(codes(), "IVF8,Flat", seed=1)
-    blob = faiss.serialize_index(trained)
-    parts = [faiss.deserialize_index(blob) for _ in range(2)]
+def test_search_is_sorted_by_distance_and_id() -> None:
+    parts = copies(trained("IVF8,Flat"), 2)
     for part, shard in enumerate(parts):
-        engine.fill(shard, codes()[part::2], np.arange(part, NUM_VECTORS, 2))
+        shard.fill(codes()[part::2], np.arange(part, NUM_VECTORS, 2))
     queries = codes(40, seed=9)
     all_distances = exact_squared(queries, codes())
     order = np.lexsort((np.broadcast_to(np.arange(NUM_VECTORS), all_distances.shape), all_distances), axis=1)
-    distances, ids = engine.search(parts, queries, NUM_VECTORS + 3, 8)
+    distances, ids = Index.join(parts).search(queries, NUM_VECTORS + 3, 8)
     assert np.array_equal(ids[:, :NUM_VECTORS], order)
     assert np.array_equal(distances[:, :NUM_VECTORS], np.take_along_axis(all_distances, order, axis=1))
     assert (ids[:, NUM_VECTORS:] == -1).all() and np.isinf(distances[:, NUM_VECTORS:]).all()
@@ -214,24 +173,61 @@ def test_search_over_shards_is_sorted_by_distance_and_id() -> None:
 def test_ids_beyond_32_bits_keep_the_order() -> None:
     distances = np.array([[2.0, 1.0, 1.0, np.inf]], np.float32)
     ids = np.array([[7, 1 << 40, 3, -1]])
-    found_distances, found_ids = engine._merge(distances, ids, 3)
-    assert found_ids.tolist() == [[3, 1 << 40, 7]] and found_distances.tolist() == [[1, 1, 2]]
-    assert engine._merge(distances, np.array([[7, 9, 3, -1]]), 3)[1].tolist() == [[3, 9, 7]]
+    found_distances, found_ids = engine._in_order(distances, ids)
+    assert found_ids.tolist() == [[3, 1 << 40, 7, -1]]
+    assert found_distances.tolist() == [[1, 1, 2, np.inf]]
+    assert engine._in_order(distances, np.array([[7, 9, 3, -1]]))[1].tolist() == [[3, 9, 7, -1]]
 
 
-def test_stock_faiss_reads_what_is_written(shards: list[faiss.Index], tmp_path: Path) -> None:
-    engine.write_index(shards[0], tmp_path / "shard")
+def test_stock_faiss_reads_what_is_written(shards: list[Index], tmp_path: Path) -> None:
+    shards[0].write(tmp_path / "shard")
     stock = faiss.read_index(str(tmp_path / "shard"))
     stock.nprobe = 8
     _, ids = stock.search(codes()[:30].astype(np.float32), 20)
-    ours = engine.read_index(tmp_path / "shard")
-    _, expected = engine.search([ours], codes()[:30], 20, 8)
+    ours = Index.read(tmp_path / "shard")
+    _, expected = ours.search(codes()[:30], 20, 8)
     assert np.mean([len(set(a) & set(b)) for a, b in zip(ids, expected, strict=True)]) > 15
 
 
-def test_a_damaged_index_is_refused(shards: list[faiss.Index], tmp_path: Path) -> None:
+def test_a_damaged_index_is_refused(shards: list[Index], tmp_path: Path) -> None:
     path = tmp_path / "shard"
-    engine.write_index(shards[0], path)
+    shards[0].write(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DamagedDataError, match="run the stage"):
-        engine.read_index(path)
+        Index.read(path)
+
+
+def test_a_graph_of_centroids_leads_to_near_lists() -> None:
+    """Against brute force; the same file from any number of threads."""
+    vectors, queries = codes(6000, seed=2, spread=30), codes(500, seed=3, spread=30)
+    before = faiss.omp_get_max_threads()
+    blobs = []
+    for threads in (1, 2):
+        engine.set_num_threads(threads)
+        index = trained("IVF512_HNSW8,PQ3x4", vectors)
+        blobs.append(blob_of(index))
+    engine.set_num_threads(before)
+    assert blobs[0] == blobs[1] and index.num_lists == 512
+    centroids = centroids_of(index)
+    assert np.array_equal(centroids, integer_centroids(vectors, 512, seed=1).astype(np.float32))
+    distances = exact_squared(queries, centroids)
+    assigned = index.assign(queries, 20)
+    assert (distances[np.arange(500), assigned[:, 0]] == distances.min(1)).mean() > 0.99
+    true_sets = np.argsort(distances, axis=1, kind="stable")[:, :20]
+    recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(assigned, true_sets, strict=True)])
+    assert recall > 0.98
+    assert (np.diff(np.take_along_axis(distances, assigned, axis=1), axis=1) >= 0).all()
+    pieces = [index.assign(queries[start : start + 13], 20) for start in range(0, 500, 13)]
+    assert np.array_equal(np.concatenate(pieces), assigned)
+
+
+def test_a_graph_that_does_not_reach_enough_lists_is_not_asked_alone() -> None:
+    """Every list is found where all are asked for, though parts of a graph may not be connected."""
+    index = trained("IVF300_HNSW2,Flat", codes(6000, seed=2, spread=30))
+    found = index.assign(codes(40, seed=4), 1000)
+    assert np.array_equal(np.sort(found, axis=1), np.broadcast_to(np.arange(300), (40, 300)))
+
+
+def test_lists_that_have_another_quantizer_are_refused() -> None:
+    with pytest.raises(ValueError, match="choose IVF1024 .* or IVF1024_HNSW32"):
+        Index.make("IVF16(IVF4,Flat),Flat", DIM)

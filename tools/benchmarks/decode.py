@@ -46,7 +46,7 @@ from transformers.generation.streamers import BaseStreamer
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
 from mlpmem_ds.maths.rescoring import rescore
 from mlpmem_ds.maths.weighting import Weighting
@@ -161,7 +161,7 @@ class KnnMixture(LogitsProcessor):  # type: ignore[misc]
         keys_NE = self._setting.keys_NE[: self._num_keys]
         if self._index is None:
             return exact_neighbours(queries_BE, keys_NE, self._config.k, exclusion=None)
-        _, ids_BK = engine.search([self._index], queries_BE, self._config.k, self._config.nprobe)
+        _, ids_BK = self._index.search(queries_BE, self._config.k, self._config.nprobe)
         return rescore(queries_BE, ids_BK, keys_NE).unpack()
 
 
@@ -169,7 +169,7 @@ def run(config: Config, world: World) -> None:
     check_output(config.output)
     use_threads(config.threads)
     if config.threads:
-        engine.set_num_threads(config.threads)
+        set_num_threads(config.threads)
     report = Report("decode", config)
     setting = prepare(config)
     arms = make_arms(config, setting)
@@ -224,9 +224,8 @@ def make_arms(config: Config, setting: Setting) -> dict[str, Callable[[int], tup
         "base_memory": partial(_generate, config, setting.joint),
         "base_memory_int8": partial(_generate, config, setting.joint_int8),
     }
-    trained = engine.train(
-        setting.keys_NE[: engine.num_training_vectors(config.factory, config.key_size)], config.factory
-    )
+    trained = Index.make(config.factory, config.key_size)
+    trained.train(setting.keys_NE[: trained.num_training_vectors])
     for size in sorted(config.datastore_sizes):
         index = _index_of_first(trained, setting, size)
         for name, searched in (("exact", None), ("ivfpq", index)):
@@ -235,9 +234,9 @@ def make_arms(config: Config, setting: Setting) -> dict[str, Callable[[int], tup
     return arms | {"rag": partial(_generate_rag, config, setting)}
 
 
-def _index_of_first(trained: Any, setting: Setting, num_keys: int) -> Any:
-    index = copy.deepcopy(trained)
-    engine.fill(index, setting.keys_NE[:num_keys], np.arange(num_keys))
+def _index_of_first(trained: Index, setting: Setting, num_keys: int) -> Index:
+    index = Index(copy.deepcopy(trained.raw))
+    index.fill(setting.keys_NE[:num_keys], np.arange(num_keys))
     return index
 
 

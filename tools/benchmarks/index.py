@@ -43,13 +43,14 @@ from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
 from mlpmem_ds.maths.listed_keys import ListedKeys, in_list_order
 from mlpmem_ds.maths.target_distance import recall, total_variation
 from mlpmem_ds.maths.weighting import fit_weighting
 from mlpmem_ds.stages import shared_flags
+from mlpmem_ds.stages.index.factory import choose_factory
 
 from .common import (
     Report,
@@ -150,19 +151,18 @@ def make_problem(config: Config) -> Problem:
     codes_ND, values_N = _keys(config)
     factory = config.factory
     if factory == "auto":
-        factory = engine.choose_factory(*codes_ND.shape)[0]
-    sample = codes_ND[
-        sample_positions(len(codes_ND), engine.num_training_vectors(factory, codes_ND.shape[1]), seed=_SEED)
-    ]
+        factory = choose_factory(*codes_ND.shape)[0]
+    index = Index.make(factory, codes_ND.shape[1])
+    sample = codes_ND[sample_positions(len(codes_ND), index.num_training_vectors, seed=_SEED)]
     start = time.perf_counter()
-    index = engine.train(sample, factory, seed=_SEED)
-    engine.fill(index, codes_ND, np.arange(len(codes_ND)))
+    index.train(sample, seed=_SEED)
+    index.fill(codes_ND, np.arange(len(codes_ND)))
     build_seconds = time.perf_counter() - start
-    offsets_L1, ids_N = engine.inverted_lists([index])
+    offsets_L1, ids_N = index.lists()
     # The same lists over whole vectors: the same centroids, from the same sample.
-    flat = faiss.IndexIVFFlat(index.quantizer, codes_ND.shape[1], index.nlist)
+    flat = faiss.IndexIVFFlat(index.raw.quantizer, codes_ND.shape[1], index.num_lists)
     flat.own_fields, flat.is_trained, flat.nprobe = False, True, config.nprobe
-    engine.fill(flat, codes_ND, np.arange(len(codes_ND)))
+    Index(flat).fill(codes_ND, np.arange(len(codes_ND)))
     return Problem(
         codes_ND=codes_ND,
         values_N=values_N,
@@ -232,7 +232,7 @@ def ivf(config: Config, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     def search(rows: np.ndarray) -> None:
         queries = problem.queries_Q[rows]
         queries_QD = problem.codes_ND[queries]
-        probes_QP = engine.assign(problem.trained, queries_QD, config.nprobe)
+        probes_QP = problem.trained.assign(queries_QD, config.nprobe)
         found = list_neighbours(
             queries_QD, probes_QP, problem.lists, config.k, exclusion=Exclusion(query_ids_Q=queries)
         )
@@ -292,16 +292,16 @@ def gpu_rows(config: Config, device: torch.device) -> list[Row]:
         "gpu_exact", search_exactly, config, queries, len(keys_ND), len(keys_ND), config.gpu_exact_dim
     )
     codes_ND = synthetic_keys(config.gpu_keys, config.dim, 1000)[0]
-    factory = engine.choose_factory(*codes_ND.shape)[0].partition(",")[0] + ",Flat"
-    sample = codes_ND[
-        sample_positions(len(codes_ND), engine.num_training_vectors(factory, config.dim), seed=_SEED)
-    ]
-    trained = engine.train(sample, factory, seed=_SEED)
-    lists_N = engine.assign(trained, codes_ND, 1)[:, 0]
+    factory = choose_factory(*codes_ND.shape)[0].partition(",")[0] + ",Flat"
+    trained = Index.make(factory, config.dim)
+    trained.train(
+        codes_ND[sample_positions(len(codes_ND), trained.num_training_vectors, seed=_SEED)], seed=_SEED
+    )
+    lists_N = trained.assign(codes_ND, 1)[:, 0]
     ids_N = np.argsort(lists_N, kind="stable")
-    offsets_L1 = np.concatenate([[0], np.cumsum(np.bincount(lists_N, minlength=trained.nlist))])
+    offsets_L1 = np.concatenate([[0], np.cumsum(np.bincount(lists_N, minlength=trained.num_lists))])
     queries = np.arange(min(config.gpu_queries, len(codes_ND)))
-    probes_QP = engine.assign(trained, codes_ND[queries], config.nprobe)
+    probes_QP = trained.assign(codes_ND[queries], config.nprobe)
     lists = in_list_order(codes_ND, offsets_L1, ids_N)
 
     def search_lists() -> Neighbours:

@@ -7,7 +7,6 @@ from its share of the keys.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import (
     TRAINED_NAME,
     IndexManifest,
@@ -33,6 +32,7 @@ from mlpmem_ds.formats.index_directory import (
 )
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.stages.index.config import Config
+from mlpmem_ds.stages.index.factory import choose_factory, make_index, training_operations
 
 _logger = logging.getLogger(__name__)
 _TRAINED = "trained"
@@ -44,7 +44,7 @@ _OPERATIONS_PER_SECOND = (
 
 def run(config: Config, world: World) -> None:
     keys = open_keys(config.keys)
-    factory, num_lists = _resolve_factory(config, keys)
+    factory = _resolve_factory(config, keys)
     stage = open_stage(
         config.output,
         stage=IndexManifest.FORMAT,
@@ -56,7 +56,7 @@ def run(config: Config, world: World) -> None:
     )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-        engine.set_num_threads(config.threads)
+        set_num_threads(config.threads)
     shards = [f"shard-{shard}" for shard in range(config.num_shards)]
     if world.size > config.num_shards:
         _logger.info(
@@ -85,7 +85,7 @@ def run(config: Config, world: World) -> None:
         counts = [summary["num_vectors"] for summary in stage.summaries(shards)]
         return IndexManifest(
             factory=factory,
-            num_lists=num_lists,
+            num_lists=stage.summaries([_TRAINED])[0]["num_lists"],
             num_shards=config.num_shards,
             num_vectors=sum(counts),
             shards=tuple(
@@ -96,16 +96,17 @@ def run(config: Config, world: World) -> None:
     stage.finish([_TRAINED, *shards], describe)
 
 
-def _resolve_factory(config: Config, keys: Keys) -> tuple[str, int]:
-    """The faiss factory string and its number of lists; says what was chosen, why, and what it will cost."""
+def _resolve_factory(config: Config, keys: Keys) -> str:
+    """The faiss factory string, which these keys can train; says what was chosen, why, and what it will
+    cost."""
     factory, reason = config.factory, "as asked"
     if factory == "auto":
-        factory, reason = engine.choose_factory(keys.num_positions, keys.dim, _memory_bytes())
+        factory, reason = choose_factory(keys.num_positions, keys.dim, _memory_bytes())
         started = _factory_of_started_run(config.output)
         if started and started != factory:
             factory, reason = started, f"chosen when this run was first started; now it would be {factory}"
     try:
-        num_lists = engine.check_factory(factory, keys.dim, keys.num_positions)
+        index = make_index(factory, keys.dim, keys.num_positions)
     except ValueError as error:
         raise UserError(f"--factory: {error}") from error
     cores = config.threads or torch.get_num_threads()
@@ -113,22 +114,13 @@ def _resolve_factory(config: Config, keys: Keys) -> tuple[str, int]:
     _logger.info(
         "it will take %.2f GB on disk, and about %.0f s of a rank's %d threads to train on %s keys and %.0f s"
         " to place all keys",
-        engine.index_bytes(factory, keys.dim, keys.num_positions, config.num_shards) / 1e9,
-        training_operations(factory, num_lists, keys.num_positions, keys.dim)
-        / (_OPERATIONS_PER_SECOND * cores),
+        index.num_bytes(keys.num_positions, config.num_shards + 1) / 1e9,
+        training_operations(index, keys.num_positions, keys.dim) / (_OPERATIONS_PER_SECOND * cores),
         cores,
-        f"{min(keys.num_positions, engine.num_training_vectors(factory, keys.dim)):,}",
-        2 * keys.num_positions * num_lists * keys.dim / (_OPERATIONS_PER_SECOND * cores),
+        f"{min(keys.num_positions, index.num_training_vectors):,}",
+        2 * keys.num_positions * index.num_lists * keys.dim / (_OPERATIONS_PER_SECOND * cores),
     )
-    return factory, num_lists
-
-
-def training_operations(factory: str, num_lists: int, num_positions: int, dim: int) -> float:
-    """Operations of the coarse k-means: two a product, in one level, or in two of about the square root of
-    the lists."""
-    points = min(num_positions, engine.num_training_vectors(factory, dim))
-    compared = num_lists if num_lists <= engine.TWO_LEVEL_ABOVE else 2 * math.isqrt(num_lists)
-    return 2.0 * engine.ITERATIONS * points * compared * dim
+    return factory
 
 
 def _factory_of_started_run(output: Path) -> str | None:
@@ -147,21 +139,20 @@ def _memory_bytes() -> int:
 
 def _train(keys: Keys, factory: str, writer: UnitWriter) -> dict[str, Any]:
     keys.check("keys")  # a flipped byte would be a wrong centroid in silence
-    positions = sample_positions(
-        keys.num_positions, engine.num_training_vectors(factory, keys.dim), seed=_SEED
-    )
-    index = engine.train(keys.gather("keys", positions), factory, seed=_SEED)
+    index = make_index(factory, keys.dim, keys.num_positions)
+    positions = sample_positions(keys.num_positions, index.num_training_vectors, seed=_SEED)
+    index.train(keys.gather("keys", positions), seed=_SEED)
     with writer.file(TRAINED_NAME) as path:
-        engine.write_index(index, path)
-    return {"training_vectors": len(positions)}
+        index.write(path)
+    return {"training_vectors": len(positions), "num_lists": index.num_lists}
 
 
 def _fill(keys: Keys, trained: Path, shard: int, num_shards: int, writer: UnitWriter) -> dict[str, Any]:
-    index = engine.read_index(trained, for_search=False)
+    index = Index.read(trained, for_search=False)
     blocks = blocks_of_shard(keys.blocks, shard, num_shards)
     for block in blocks:
         keys.check("keys", block)
-        engine.fill(index, keys.unit("keys", block.start), np.arange(block.start, block.stop))
+        index.fill(keys.unit("keys", block.start), np.arange(block.start, block.stop))
     with writer.file(shard_name(shard)) as path:
-        engine.write_index(index, path)
-    return {"num_vectors": sum(block.size for block in blocks)}
+        index.write(path)
+    return {"num_vectors": index.num_vectors}

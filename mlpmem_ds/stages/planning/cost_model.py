@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.key_lists import RUN_POSITIONS, bytes_of_key_lists
 from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK, max_keys_for_exact
 from mlpmem_ds.models.memory import MemoryConfig
-from mlpmem_ds.stages.index.build_index import training_operations
+from mlpmem_ds.stages.index.factory import make_index, training_operations
 from mlpmem_ds.stages.keys.plan import bytes_of_position
 
 _CORE_TOKENS = 2.5e5  # tokens a second of a core while a corpus is made
@@ -76,8 +76,13 @@ class Workload:
     keep_checkpoints: int
 
     @property
+    def index(self) -> Index:
+        """An empty one of the factory."""
+        return make_index(self.factory, self.dim, self.positions)
+
+    @property
     def num_lists(self) -> int:
-        return engine.check_factory(self.factory, self.dim, self.positions)
+        return self.index.num_lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +173,7 @@ def key_bytes(work: Workload) -> int:
 
 
 def index_bytes(work: Workload) -> int:
-    return engine.index_bytes(work.factory, work.dim, work.positions, work.num_shards)
+    return work.index.num_bytes(work.positions, work.num_shards + 1)
 
 
 def target_bytes(work: Workload) -> int:
@@ -212,7 +217,7 @@ def seconds_of(stage: str, work: Workload, machine: Machine) -> dict[str, float]
         rate = _GPU_TRAINING * gpu_flops if on_gpu else _CORE_TRAINING * cores
         return {stage: 6.0 * work.memory.num_matrix_parameters() * positions * work.epochs / rate}
     if stage == "index":
-        trained = training_operations(work.factory, work.num_lists, positions, work.dim)
+        trained = training_operations(work.index, positions, work.dim)
         placed = 2.0 * positions * work.num_lists * work.dim / _CORE_INT8 + positions * _SECONDS_OF_ENCODING
         busy = min(machine.ranks, work.num_shards) * machine.cores  # one rank trains, the shards are dealt
         return {
@@ -244,7 +249,7 @@ def resolve_search(search: str, positions: int, machine: Machine) -> str:
 def index_memory(work: Workload, machine: Machine) -> int:
     """Bytes of the rank that trains: the sample, a part of it as float32; then a shard. Keys are mapped."""
     key = work.dim * (1 if work.codec == "int8" else 2)
-    sample = min(work.positions, engine.num_training_vectors(work.factory, work.dim))
+    sample = min(work.positions, work.index.num_training_vectors)
     floats = min(sample, max(_CODE_SAMPLE, work.num_lists)) * work.dim * 4
     shard = index_bytes(work) // work.num_shards
     return _PRIVATE_PROCESS_BYTES + max(sample * key + 2 * floats, 3 * shard // 2)

@@ -18,10 +18,10 @@ from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.maths.weighting import default_perplexity
 from mlpmem_ds.models.memory import PRESETS, MemoryConfig
 from mlpmem_ds.models.shape import read_shape
+from mlpmem_ds.stages.index.factory import choose_factory, make_index
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.config import DEFAULTS, Config
 from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, Machine, Workload, costs, resolve_search
@@ -174,7 +174,7 @@ def _workload_of_run(run_sizes: dict[str, Any], machine: Machine) -> Workload:
     sizes: dict[str, Any] = DEFAULTS | {"parameters": 1, "search": "exact"} | run_sizes
     sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     if "factory" not in sizes:
-        sizes["factory"] = engine.choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
+        sizes["factory"] = choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
     memory = sizes.get("memory")
     sizes["memory"] = MemoryConfig.from_dict(memory) if memory else _default_memory(sizes)
     return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})
@@ -200,9 +200,9 @@ def _default_memory(sizes: dict[str, Any]) -> MemoryConfig:
 
 def _factory(factory: str, sizes: dict[str, Any], machine: Machine) -> str:
     if factory == "auto":
-        factory = engine.choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
+        factory = choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
     try:
-        engine.check_factory(factory, sizes["dim"], sizes["positions"])
+        make_index(factory, sizes["dim"], sizes["positions"])
     except ValueError as error:
         raise UserError(f"--factory: {error}") from error
     return factory

@@ -10,11 +10,10 @@ N keys, Q queries, D numbers in a key, K neighbours.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.key_rows import KeyRows
 from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
@@ -40,16 +39,17 @@ class IndexSearch:
         if exclusion is not None:
             raise ValueError("index search hides no keys from a query: search by lists, or all keys")
         self.prepare()
-        _, ids_QK = engine.search([self._index], queries_QD, k, self._nprobe)
+        _, ids_QK = self._index.search(queries_QD, k, self._nprobe)
         return rescore(queries_QD, ids_QK, self._keys_ND)
 
     def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
-        return engine.list_sizes(self._index)[engine.assign(self._index, queries_QD, 1)[:, 0]]
+        return self._index.list_sizes()[self._index.assign(queries_QD, 1)[:, 0]]
 
     @cached_property
-    def _index(self) -> Any:
+    def _index(self) -> Index:
         if self._threads is not None:
-            engine.set_num_threads(self._threads)
-        index = engine.join([engine.read_index(path) for path in self._directory.shard_paths])
-        is_whole = len(self._keys_ND) == self._directory.num_vectors
-        return index if is_whole else engine.keep_first(index, len(self._keys_ND))
+            set_num_threads(self._threads)
+        index = Index.join([Index.read(path) for path in self._directory.shard_paths])
+        if len(self._keys_ND) < self._directory.num_vectors:
+            index.keep_first(len(self._keys_ND))
+        return index

@@ -130,13 +130,13 @@ def _inputs(keys: Keys, index: IndexDirectory) -> dict[str, str]:
 
 def _write_numbers(keys: Keys, index: IndexDirectory, shard: int, writer: UnitWriter) -> None:
     """The list of each key of a shard, in the order of positions: int32."""
-    from mlpmem_ds.engines import faiss as engine
+    from mlpmem_ds.engines.faiss import Index
 
     index.check(index.shard_paths[shard].name)
-    mapped = engine.read_index(index.shard_paths[shard], mapped=True)
+    mapped = Index.read(index.shard_paths[shard], mapped=True)
     numbers_N = np.full(_rows_of_shard(keys, index, shard), -1, np.int32)
-    for number in np.flatnonzero(engine.list_sizes(mapped)).tolist():
-        ids = engine.ids_of_list(mapped, number)
+    for number in np.flatnonzero(mapped.list_sizes()).tolist():
+        ids = mapped.ids_of_list(number)
         in_shard, rows = _place(keys, index, ids)
         if ids.min() < 0 or ids.max() >= keys.num_positions or (in_shard != shard).any():
             raise _damaged(index, shard)

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import TRAINED_NAME, IndexDirectory
 from mlpmem_ds.formats.key_rows import KeyRows
 from mlpmem_ds.maths.knn import pack_list_neighbours
@@ -85,23 +84,23 @@ class ListSearch:
         return replace(parts[0], packed_QK=packed_QK)
 
     @cached_property
-    def _trained(self) -> Any:
+    def _trained(self) -> Index:
         if self._threads is not None:
-            engine.set_num_threads(self._threads)
+            set_num_threads(self._threads)
         self._index.check(TRAINED_NAME)
-        return engine.read_index(self._index.trained_path, for_search=False)
+        return Index.read(self._index.trained_path, for_search=False)
 
     @cached_property
-    def _shards(self) -> list[Any]:
+    def _shards(self) -> list[Index]:
         """The index's shards, their lists in the files."""
         self._index.check()
-        return [engine.read_index(path, mapped=True) for path in self._index.shard_paths]
+        return [Index.read(path, mapped=True) for path in self._index.shard_paths]
 
     @cached_property
     def _sizes_L(self) -> np.ndarray:
         if self._listed is not None:
             return self._listed.sizes_L
-        sizes_L: np.ndarray = np.sum([engine.list_sizes(shard) for shard in self._shards], axis=0)
+        sizes_L: np.ndarray = np.sum([shard.list_sizes() for shard in self._shards], axis=0)
         return sizes_L
 
     def _split_by_lists(self, probes_QP: np.ndarray) -> Iterator[Block]:
@@ -124,7 +123,7 @@ class ListSearch:
         """The keys of the lists that are probed, in memory; the other lists are empty."""
         sizes_L, ids = np.zeros(len(self._sizes_L), np.int64), [np.empty(0, np.int64)]
         for number in np.unique(probes_QP).tolist():
-            ids.append(np.sort(np.concatenate([engine.ids_of_list(shard, number) for shard in self._shards])))
+            ids.append(np.sort(np.concatenate([shard.ids_of_list(number) for shard in self._shards])))
             sizes_L[number] = len(ids[-1])
         ids_M = np.concatenate(ids)
         offsets_L1 = np.concatenate([[0], np.cumsum(sizes_L)])
@@ -132,4 +131,4 @@ class ListSearch:
         return ListedKeys(runs=[run], num_keys=len(self._keys_ND))
 
     def _probes(self, queries_QD: np.ndarray) -> np.ndarray:
-        return engine.assign(self._trained, queries_QD, self._nprobe)
+        return self._trained.assign(queries_QD, self._nprobe)

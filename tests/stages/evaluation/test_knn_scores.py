@@ -94,10 +94,11 @@ def test_ivfpq_scores_differ_from_exact_ones_but_follow_them(finished: Finished)
     assert np.corrcoef(np.exp(exact[:, 2]), np.exp(approximate[:, 2]))[0, 1] > 0.5
 
 
+@pytest.mark.parametrize("factory", ["IVF4,Flat", "IVF4_HNSW4,Flat"])
 def test_all_lists_of_whole_vectors_give_the_exact_scores(
-    config: Config, tmp_path: Path, keys_dir: Path, finished: Finished
+    config: Config, tmp_path: Path, keys_dir: Path, finished: Finished, factory: str
 ) -> None:
-    build_index.run(build_index.Config(keys=keys_dir, output=tmp_path / "flat", factory="IVF4,Flat"), World())
+    build_index.run(build_index.Config(keys=keys_dir, output=tmp_path / "flat", factory=factory), World())
     evaluate.run(replace(config, index=tmp_path / "flat", control=(), memory=None), World())
     exact, all_lists = (read_scores(config.output, "test", f"base+knn_{kind}") for kind in ("exact", "ivfpq"))
     np.testing.assert_array_equal(exact, read_scores(finished.config.output, "test", "base+knn_exact"))

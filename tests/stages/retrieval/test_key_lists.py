@@ -12,7 +12,7 @@ import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats import key_lists as layout
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import open_keys
@@ -56,7 +56,7 @@ def test_a_list_is_its_keys(
 ) -> None:
     monkeypatch.setattr(layout, "RUN_POSITIONS", run_positions)
     stored, opened = open_keys(keys), open_index(index)
-    nearest = engine.assign(engine.read_index(index / "trained.faissindex"), stored.read("keys"), 1)[:, 0]
+    nearest = Index.read(index / "trained.faissindex").assign(stored.read("keys"), 1)[:, 0]
     for rank in range(2):  # the second finds what the first has made
         lists = make_key_lists(tmp_path / "lists", stored, opened, World(rank=rank, size=2))
     assert len(lists.runs) == -(-NUM_KEYS // run_positions) and lists.sizes_L.sum() == NUM_KEYS

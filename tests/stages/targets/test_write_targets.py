@@ -15,6 +15,7 @@ import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.target_shards import index_name
@@ -156,10 +157,32 @@ def test_all_lists_probed_equal_exact_search_bit_for_bit(keys: Path, index: Path
     assert len(shards) == 8 and all(exact[name] == ivf[name] for name in shards)
 
 
-def test_few_lists_give_the_oracle_over_those_lists(keys: Path, index: Path, undisturbed: Path) -> None:
-    from mlpmem_ds.engines import faiss as engine
+@pytest.mark.parametrize("factory", ["IVF40_HNSW4,PQ3x4"])
+def test_lists_reached_through_a_graph_give_the_oracle_over_them(
+    keys: Path, tmp_path: Path, factory: str
+) -> None:
+    build_index.run(build_index.Config(keys=keys, output=tmp_path / "index", factory=factory), World())
+    changes = {"index": tmp_path / "index", "search": "ivf", "nprobe": 8}
+    for name, ranks in (("one", 1), ("two", 2)):
+        for rank in range(ranks):
+            write_targets.run(config(keys, tmp_path / name, **changes), World(rank=rank, size=ranks))
+    assert result_of(tmp_path / "one") == result_of(tmp_path / "two")
+    trained = Index.read(tmp_path / "index" / "trained.faissindex")
+    homes, probes = trained.assign(vectors(), 1)[:, 0], trained.assign(vectors(), 8)
+    assert np.mean(homes == probes[:, 0]) > 0.99
+    expect_oracle(
+        open_targets(tmp_path / "one").read_all(),
+        vectors(),
+        values(),
+        k=20,
+        temperature=6.0,
+        mass=0.9,
+        hidden=lambda query, key: homes[key] not in probes[query],
+    )
 
-    probes = engine.assign(engine.read_index(index / "trained.faissindex"), vectors(), NUM_LISTS)
+
+def test_few_lists_give_the_oracle_over_those_lists(keys: Path, index: Path, undisturbed: Path) -> None:
+    probes = Index.read(index / "trained.faissindex").assign(vectors(), NUM_LISTS)
     expect_oracle(
         open_targets(undisturbed).read_all(),
         vectors(),

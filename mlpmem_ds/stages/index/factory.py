@@ -1,0 +1,76 @@
+"""Part of `build_index`: which faiss factory fits so many keys, and what training it costs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mlpmem_ds.engines.faiss import Index
+from mlpmem_ds.maths.centroids import ITERATIONS, TWO_LEVEL_ABOVE
+
+_MIN_POINTS_PER_CENTROID = 39
+_MIN_KEYS_PER_LIST = 192
+_ID_BYTES = 8
+
+
+def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) -> tuple[str, str]:
+    """The factory string for N vectors of D dimensions in this memory (None: enough), and the reason in
+    words.
+
+    Lists: the power of two nearest to 4·sqrt(N), but at least 192 keys a list, so that 64 training points a
+    list are at most a third of the keys. Codes: one byte for each 4 dimensions, down to 16 while the index
+    would fill more than half of the memory; half a byte, or the vector itself, where there are too few keys
+    to train a product quantizer.
+    """
+    usual = 2 ** round(np.log2(4 * np.sqrt(max(num_vectors, 1))))
+    max_lists = max(1, num_vectors // _MIN_KEYS_PER_LIST)
+    num_lists = min(usual, 2 ** (max_lists.bit_length() - 1))
+    reason = f"{num_vectors:,} keys: {num_lists} lists of {num_vectors / num_lists:.0f} keys"
+    bits = next((bits for bits in (8, 4) if num_vectors >= _MIN_POINTS_PER_CENTROID * 2**bits), 0)
+    if not bits:
+        return f"IVF{num_lists},Flat", f"{reason}; too few to train a product quantizer, so whole vectors"
+    divisors = [
+        parts for parts in range(max(1, dim // 4), max(1, dim // 16) - 1, -1) if dim % parts == 0
+    ] or [1]
+    parts = divisors[0]
+    if memory_bytes is not None:
+        fitting = (
+            parts for parts in divisors if 2 * num_vectors * (parts * bits // 8 + _ID_BYTES) <= memory_bytes
+        )
+        parts = next(fitting, divisors[-1])
+        if parts != divisors[0]:
+            reason += (
+                f"; {divisors[0]} bytes a key would fill more than half of {memory_bytes / 1e9:.1f} GB of"
+                " memory"
+            )
+    suffix = "" if bits == 8 else f"x{bits}"
+    return (
+        f"IVF{num_lists},PQ{parts}{suffix}",
+        f"{reason}; {bits} bits for each {dim // parts} of {dim} dimensions",
+    )
+
+
+def make_index(factory: str, dim: int, num_vectors: int) -> Index:
+    """The empty index of a factory that N vectors of D dimensions can train.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    index = Index.make(factory, dim)
+    needed = index.min_training_vectors
+    if num_vectors < needed:
+        raise ValueError(
+            f"factory {factory!r} needs at least {needed:,} keys to train and there are {num_vectors:,}: "
+            "choose fewer lists (IVF…) or fewer bits (PQ…x4), or auto"
+        )
+    return index
+
+
+def training_operations(index: Index, num_positions: int, dim: int) -> float:
+    """Operations of the coarse k-means: two a product, in one level, or in two of about the square root of
+    the lists."""
+    points = min(num_positions, index.num_training_vectors)
+    is_one_level = index.num_lists <= TWO_LEVEL_ABOVE
+    compared = index.num_lists if is_one_level else 2 * math.isqrt(index.num_lists)
+    return 2.0 * ITERATIONS * points * compared * dim

@@ -1,0 +1,61 @@
+"""Which factory is chosen, and which ones are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlpmem_ds.stages.index.factory import choose_factory, make_index
+
+NUM_VECTORS, DIM = 700, 12
+
+
+@pytest.mark.parametrize(
+    ("num_vectors", "dim", "factory"),
+    [
+        (350_000, 256, "IVF1024,PQ64"),
+        (10**6, 256, "IVF4096,PQ64"),
+        (10**7, 256, "IVF16384,PQ64"),
+        (5000, 16, "IVF16,PQ4x4"),
+        (20_000, 30, "IVF64,PQ6"),
+        (20_000, 7, "IVF64,PQ1"),
+        (300, 16, "IVF1,Flat"),
+        (1, 3, "IVF1,Flat"),
+    ],
+)
+def test_automatic_factory(num_vectors: int, dim: int, factory: str) -> None:
+    assert choose_factory(num_vectors, dim)[0] == factory
+    assert make_index(factory, dim, num_vectors).num_lists >= 1
+    num_lists = int(factory[3:].split(",")[0])
+    assert num_lists == 1 or num_vectors / num_lists >= 39
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("IVF16,PQ5", "does not fit vectors of 12"),
+        ("nonsense", "does not fit"),
+        ("Flat", "must hold IVF"),
+        ("IVF1024,Flat", "at least 1,024 keys"),
+        ("IVF4,PQ4", None),
+        ("IVF4,PQ4x10", "at least 1,024 keys"),
+    ],
+)
+def test_factories_are_checked(factory: str, words: str | None) -> None:
+    if words is None:
+        assert make_index(factory, DIM, NUM_VECTORS).num_lists == 4
+    else:
+        with pytest.raises(ValueError, match=words):
+            make_index(factory, DIM, NUM_VECTORS)
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "factory", "words"),
+    [
+        (None, "IVF16384,PQ64", "8 bits for each 4"),
+        (10**9, "IVF16384,PQ32", "more than half of 1.0 GB"),
+        (1, "IVF16384,PQ16", "half"),
+    ],
+)
+def test_automatic_factory_in_little_memory(memory_bytes: int | None, factory: str, words: str) -> None:
+    found, reason = choose_factory(10**7, 256, memory_bytes)
+    assert found == factory and words in reason
