@@ -301,7 +301,7 @@ def deciding_values(
         flags: those that decide, where one command writes several directories; None = all.
     """
     fields = [field for field in dataclasses.fields(config) if flags is None or field.name in flags]
-    expected = {field.name for field in fields if field.metadata.get("identity", "own") == "resolved"}
+    expected = {name for name in resolved_flags(type(config)) if flags is None or name in flags}
     assert resolved.keys() == expected, f"resolved: {sorted(resolved.keys() ^ expected)} too many or missing"
     hints = typing.get_type_hints(type(config))
     own = plain_values(config)
@@ -312,6 +312,15 @@ def deciding_values(
     } | {name: _plain(value) for name, value in resolved.items()}
     defaults = default_values(type(config))
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+
+def resolved_flags(config_class: type[Flags]) -> list[str]:
+    """The fields of identity "resolved", in the order of the class."""
+    return [
+        field.name
+        for field in dataclasses.fields(config_class)
+        if field.metadata.get("identity") == "resolved"
+    ]
 
 
 def default_values(config_class: type[Flags]) -> dict[str, Any]:

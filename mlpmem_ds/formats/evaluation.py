@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_json, read_json
-from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.typed_json import from_json, json_key, to_json
 
 FORMAT, VERSION = "report", 1
@@ -217,14 +218,26 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """A complete report directory."""
+class ReportManifest(Manifest):
+    """What was compared; the figures are in eval.json, which is made anew by every run."""
 
-    root: Path
-    sha256: str
-    inputs: Mapping[str, str]
-    """name → SHA-256 of what was evaluated; a memory's name is that of its arm"""
-    evaluation: Evaluation
+    FORMAT: ClassVar[str] = FORMAT
+    VERSION: ClassVar[int] = VERSION
+
+    tokens: Mapping[str, int]
+    """positions of each split"""
+    arms: tuple[str, ...]
+    settings: Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(CompleteStage[ReportManifest]):
+    """A complete report directory. Among the `inputs`, a memory has the name of its arm."""
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """eval.json, read when first asked for. Raises DamagedDataError as `read_evaluation`."""
+        return read_evaluation(self.root)
 
 
 def write_evaluation(root: Path, evaluation: Evaluation) -> None:
@@ -257,7 +270,6 @@ def open_report(root: Path, *, flag: str = "--report") -> Report:
 
     Raises:
         UserError: missing, incomplete or of another kind.
-        DamagedDataError: a file is missing or of another size, or eval.json cannot be read.
+        DamagedDataError: a file is missing or of another size.
     """
-    manifest, sha256 = read_manifest(root, stage=FORMAT, version=VERSION, flag=flag)
-    return Report(root=root, sha256=sha256, inputs=dict(manifest["inputs"]), evaluation=read_evaluation(root))
+    return read_stage(Report, ReportManifest, root, flag=flag)

@@ -115,8 +115,13 @@ class Config(Flags):
     device: str = shared_flags.device()
     attention: str = shared_flags.attention()
 
+    @property
+    def grid(self) -> Grid:
+        """The values of `--lambdas`."""
+        return lambda_grid(self.lambdas)
+
     def check(self) -> None:
-        if lambda_grid(self.lambdas).lambdas[0] == 1 and self.keys is not None:
+        if self.grid.lambdas[0] == 1 and self.keys is not None:
             raise UserError(
                 f"--lambdas {self.lambdas}: kNN gives most tokens no probability at all, so that its arms"
                 " need a λ below 1"

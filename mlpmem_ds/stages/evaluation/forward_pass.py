@@ -41,18 +41,15 @@ class Scan:
     """float32 [n, D], on the CPU"""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ForwardPass:
-    """A model, and how its passes over a text are cut.
+    """A model, and how its passes over a text are cut."""
 
-    Args:
-        source: the model.
-        name: stands in the names of its units; None for the base's.
-        batch_windows: windows that a GPU reads at once.
-    """
-
-    def __init__(self, source: TransformersSource, *, name: str | None, batch_windows: int) -> None:
-        self.source, self.name = source, name
-        self._batch_windows = batch_windows
+    source: TransformersSource
+    name: str | None
+    """stands in the names of its units; None for the base's"""
+    batch_windows: int
+    """windows that a GPU reads at once"""
 
     def windows_at_once(self, corpus: CorpusSplit) -> int:
         """How many windows go through the model in one forward: `batch_windows` on a GPU.
@@ -62,7 +59,7 @@ class ForwardPass:
         alike, whatever `batch_windows` is.
         """
         if self.source.device.type != "cpu":
-            return self._batch_windows
+            return self.batch_windows
         return max(1, _CPU_TOKENS // min(corpus.block_size, max(1, corpus.num_positions)))
 
     def scan(self, corpus: CorpusSplit, block: Block, points: Iterable[CapturePoint]) -> Scan:

@@ -9,6 +9,7 @@ import datetime
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ import numpy as np
 from mlpmem_ds.core.files import publish_bytes
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
-from mlpmem_ds.formats.evaluation import Evaluation, Machine, Sample, Settings, write_evaluation
+from mlpmem_ds.formats.evaluation import (
+    Evaluation,
+    Machine,
+    ReportManifest,
+    Sample,
+    Settings,
+    write_evaluation,
+)
 from mlpmem_ds.stages.evaluation.arms.arm import Arm
 from mlpmem_ds.stages.evaluation.inputs import Inputs
 from mlpmem_ds.stages.evaluation.samples import continue_samples
@@ -29,56 +37,69 @@ from mlpmem_ds.stages.report.breakdowns import KIND, Groups, entropy_groups, fre
 from mlpmem_ds.stages.report.page import render_report
 from mlpmem_ds.stages.report.plots import plot_costs, plot_lambda_curves, plot_speeds, plot_wins
 from mlpmem_ds.stages.report.summary import ArmScores, Comparison, Summary, summarize
+from mlpmem_ds.stages.report.table import render_table
 
 _COUNTED_TOKENS = 1 << 22  # at a time
 
 
-def evaluate_scores(
-    inputs: Inputs,
-    units: Mapping[str, Unit],
-    directory: StageDirectory,
-    comparison: Comparison,
-    *,
-    speed_positions: int | None,
-    num_samples: int,
-) -> Evaluation:
-    """Everything that eval.json says, from the score files and the units' summaries.
+@dataclass(kw_only=True)
+class ReportWriter:
+    """Makes the report when every unit is complete."""
 
-    Args:
-        inputs: the splits and the arms.
-        units: all of them, complete.
-        directory: where they lie.
-        comparison: how the arms are compared.
-        speed_positions: on which speed is measured; None = it is not.
-        num_samples: passages to continue.
-    """
-    summaries = {name: directory.read_record(name)["summary"] for name in units}
-    test, arms = inputs.splits[comparison.tests[0]], inputs.arms
-    scores = [
-        _read_scores(arm, units, summaries, inputs.splits, test.corpus, directory.root) for arm in arms.all
-    ]
-    summary = summarize(scores, comparison, _groups(scores[0], test))
-    return Evaluation(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        machine=Machine(platform=platform.platform(), cores=os.cpu_count()),
-        model=arms.base.path,
-        corpus=str(test.corpus.root),
-        tuning_split=comparison.tuning,
-        test_split=comparison.tests[0],
-        extra_splits=comparison.tests[1:],
-        tokens={name: split.num_positions for name, split in inputs.splits.items()},
-        lambdas=comparison.grid.lambdas,
-        settings=_settings(arms.base.source.dtype_name, test.corpus, comparison, summaries),
-        subject=comparison.subject,
-        reference=comparison.reference,
-        arms=summary.arms,
-        recovered_share=summary.recovered_share,
-        against=summary.against,
-        wins=summary.wins,
-        breakdowns=summary.breakdowns,
-        speeds=measure_speeds(arms.all, arms.base.forward_pass, test.corpus, speed_positions),
-        samples=_samples(inputs, summary, test.corpus, num_samples),
-    )
+    inputs: Inputs
+    units: Mapping[str, Unit]
+    directory: StageDirectory
+    """where the units' files lie, and the report will"""
+    comparison: Comparison
+    speed_positions: int | None
+    """on which speed is measured; None = it is not"""
+    num_samples: int
+    """passages to continue"""
+    table: str | None = None
+    """what was found, for a terminal; None until the report is written"""
+
+    def write(self) -> dict[str, Any]:
+        """Publish eval.json, plots and page; the fields of the manifest."""
+        evaluation = self._evaluate()
+        write_report(self.directory.root, evaluation)
+        self.table = render_table(evaluation)
+        manifest = ReportManifest(
+            tokens=evaluation.tokens,
+            arms=tuple(arm.name for arm in evaluation.arms),
+            settings=evaluation.settings,
+        )
+        return manifest.to_json()
+
+    def _evaluate(self) -> Evaluation:
+        inputs, comparison = self.inputs, self.comparison
+        summaries = {name: self.directory.read_record(name)["summary"] for name in self.units}
+        test, base = inputs.splits[comparison.tests[0]], inputs.base
+        scores = [
+            _read_scores(arm, self.units, summaries, inputs.splits, test.corpus, self.directory.root)
+            for arm in inputs.arms
+        ]
+        summary = summarize(scores, comparison, _groups(scores[0], test))
+        return Evaluation(
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            machine=Machine(platform=platform.platform(), cores=os.cpu_count()),
+            model=base.path,
+            corpus=str(test.corpus.root),
+            tuning_split=comparison.tuning,
+            test_split=comparison.tests[0],
+            extra_splits=comparison.tests[1:],
+            tokens={name: split.num_positions for name, split in inputs.splits.items()},
+            lambdas=comparison.grid.lambdas,
+            settings=_settings(base.source.dtype_name, test.corpus, comparison, summaries),
+            subject=comparison.subject,
+            reference=comparison.reference,
+            arms=summary.arms,
+            recovered_share=summary.recovered_share,
+            against=summary.against,
+            wins=summary.wins,
+            breakdowns=summary.breakdowns,
+            speeds=measure_speeds(inputs.arms, base.forward_pass, test.corpus, self.speed_positions),
+            samples=_samples(inputs, summary, test.corpus, self.num_samples),
+        )
 
 
 def _settings(
@@ -97,12 +118,13 @@ def _settings(
 
 
 def _samples(inputs: Inputs, summary: Summary, corpus: CorpusSplit, num_samples: int) -> tuple[Sample, ...]:
-    subject = inputs.arms.subject
-    if subject is None or num_samples == 0:
-        return ()
-    lmbda = next(arm.lmbda for arm in summary.arms if arm.name == subject.name)
-    assert lmbda is not None  # it is mixed with the base
-    return continue_samples(inputs.arms.base.source.model, subject.joint_model(lmbda), corpus, num_samples)
+    """Text that the base and the subject continue."""
+    for subject in inputs.playing("subject") if num_samples else ():
+        lmbda = next(arm.lmbda for arm in summary.arms if arm.name == subject.name)
+        joint = None if lmbda is None else subject.joint_model(lmbda)
+        if joint is not None:
+            return continue_samples(inputs.base.source.model, joint, corpus, num_samples)
+    return ()
 
 
 def _read_scores(

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.blocks import Block, deal, split_blocks
+from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import unit_name
 from mlpmem_ds.stages.evaluation.arms.arm import Arm
@@ -56,26 +58,41 @@ def list_units(
     return units
 
 
-def score_unit(unit: Unit, writer: UnitWriter) -> dict[str, Any]:
-    """One pass of the model, then what each arm makes of it; the unit's summary says how long each took."""
-    seconds: dict[str, float] = {}
-    points = [point for arm in unit.arms for point in arm.reads]
-    with _timed(seconds, "pass"):
-        scan = unit.forward_pass.scan(unit.corpus, unit.block, points)
-    own_seconds: dict[str, float] = {}
-    for arm in unit.arms:
-        arm.load()
-        with _timed(own_seconds, arm.name):
-            scores = arm.score(scan)
-        writer.array(unit.score_file(arm), scores.values)
-        writer.array(unit.guess_file(arm), scores.guesses)
-    return {
-        "positions": unit.block.size,
-        "pass_seconds": seconds["pass"],
-        "seconds": own_seconds,
-        "threads": torch.get_num_threads(),
-        "device": str(unit.forward_pass.source.device),
-    }
+class UnitScorer:
+    """Computes units: one pass of the model, then what each arm makes of it."""
+
+    def __init__(self, units: Mapping[str, Unit], world: World) -> None:
+        self._units = units
+        mine = deal(list(units.values()), world.rank, world.size)
+        self._progress = Progress(
+            sum(unit.block.size for unit in mine), label="evaluation", unit="positions", world=world
+        )
+
+    def score(self, name: str, writer: UnitWriter) -> dict[str, Any]:
+        """Write a unit's scores and guesses; the summary says how long each arm took."""
+        unit = self._units[name]
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "pass"):
+            points = [point for arm in unit.arms for point in arm.reads]
+            scan = unit.forward_pass.scan(unit.corpus, unit.block, points)
+        own_seconds: dict[str, float] = {}
+        for arm in unit.arms:
+            arm.load()
+            with _timed(own_seconds, arm.name):
+                scores = arm.score(scan)
+            writer.array(unit.score_file(arm), scores.values)
+            writer.array(unit.guess_file(arm), scores.guesses)
+        self._progress.advance(unit.block.size)
+        return {
+            "positions": unit.block.size,
+            "pass_seconds": seconds["pass"],
+            "seconds": own_seconds,
+            "threads": torch.get_num_threads(),
+            "device": str(unit.forward_pass.source.device),
+        }
+
+    def close(self) -> None:
+        self._progress.close()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats import weight_shards
 from mlpmem_ds.formats.checkpoint import read_weights, write_weights
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.formats.evaluation import write_evaluation
+from mlpmem_ds.formats.evaluation import ReportManifest, write_evaluation
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory, MemoryConfig
@@ -117,8 +117,12 @@ def save_report(root: Path, memory: Path, *, lmbda: float | None = LAMBDA) -> Pa
         lmbda=lmbda,
         tuning_curve=make_curve({0.0: 70.0, 0.35: 63.25}),
     )
-    write_evaluation(root, make_evaluation(make_arm("base", 71.7), other))
-    directory.finish([], dict)
+    evaluation = make_evaluation(make_arm("base", 71.7), other)
+    write_evaluation(root, evaluation)
+    manifest = ReportManifest(
+        tokens=evaluation.tokens, arms=("base", "base+other"), settings=evaluation.settings
+    )
+    directory.finish([], manifest.to_json)
     return root
 
 

@@ -24,7 +24,7 @@ from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
 from mlpmem_ds.stages.evaluation import inputs as evaluation_inputs
-from mlpmem_ds.stages.evaluation.arms.memory import read_memory
+from mlpmem_ds.stages.evaluation.arms.base import find_layers_path
 from mlpmem_ds.stages.evaluation.config import Config as EvaluationConfig
 
 pytestmark = pytest.mark.usefixtures("code_cache")
@@ -112,7 +112,14 @@ def test_it_is_exported_and_loaded(
     )
     convert_checkpoint.run(config, World())
     assert json.loads((tmp_path / "export" / "config.json").read_text())["layers_path"] == PATH
-    assert read_memory(tmp_path / "export", flag="--memory").layers_path == PATH
+    assert (
+        find_layers_path(
+            EvaluationConfig(
+                model="m", corpus=corpus_dir, output=tmp_path / "report", memory=tmp_path / "export"
+            )
+        )
+        == PATH
+    )
     joint = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
     states: list[torch.Tensor] = []
     joint.base.get_submodule(PATH)[1].mlp.register_forward_pre_hook(lambda _, args: states.append(args[0]))
@@ -137,6 +144,6 @@ def test_it_is_evaluated_with_a_control_of_its_kind(
     )
     for told in with_memories:
         inputs = evaluation_inputs.open_inputs(told)
-        base, *joined, model = inputs.arms.all
+        base, *joined, model = inputs.arms
         assert base.source.layers_path == model.source.layers_path == PATH
         assert [arm.point.layer for arm in joined] == [1]

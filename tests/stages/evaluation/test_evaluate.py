@@ -14,7 +14,7 @@ import pytest
 from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
-from mlpmem_ds.stages.evaluation import evaluate
+from mlpmem_ds.stages.evaluation import evaluate, units
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
@@ -103,15 +103,15 @@ def test_progress_of_each_rank_counts_its_own_share_and_one_rank_names_the_repor
 ) -> None:
     shutil.copytree(finished.config.output, config.output)
     totals = []
-    real = evaluate.Progress
+    real = units.Progress
     monkeypatch.setattr(
-        evaluate, "Progress", lambda total, **words: totals.append(total) or real(total, **words)
+        units, "Progress", lambda total, **words: totals.append(total) or real(total, **words)
     )
     with caplog.at_level("INFO", logger="mlpmem_ds"):
         for rank in range(2):
             evaluate.run(replace(config, speed_positions=None, samples=0), World(rank=rank, size=2))
     inputs = open_inputs(config)
-    passes = {arm.forward_pass for arm in inputs.arms.all}
+    passes = {arm.forward_pass for arm in inputs.arms}
     positions = sum(corpus.num_positions for corpus in inputs.streams.values()) * len(passes)
     assert sum(totals) == positions and 0 < min(totals) <= max(totals) < positions
     assert caplog.text.count(f"the report is {config.output / 'report.md'}") == 1

@@ -71,7 +71,7 @@ def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(
 
 
 def test_the_first_keys_of_a_datastore_are_searched_as_a_datastore_of_their_own(finished: Finished) -> None:
-    exact, indexed = open_inputs(finished.config).arms.all[1:3]
+    exact, indexed = open_inputs(finished.config).arms[1:3]
     stored = exact.vote.keys.read("keys")
     queries = stored[900:950]
     distances = ((queries[:, None].astype(np.int64) - stored[None, :700]) ** 2).sum(-1)
@@ -108,7 +108,7 @@ def test_all_lists_of_whole_vectors_give_the_exact_scores(
 
 
 def test_fewer_neighbours_are_the_nearest_ones_in_any_order_of_the_search(finished: Finished) -> None:
-    scorer = open_inputs(finished.config).arms.reference.scorer
+    scorer = open_inputs(finished.config).playing("reference")[0].scorer
     keys = scorer.keys
     queries, values = keys.read("keys", 900, 950), keys.read("values", 900, 950)
     packed = scorer.search.search(queries, K)
@@ -134,7 +134,7 @@ def test_all_keys_are_searched_by_default_only_if_that_takes_little_time(
 ) -> None:
     def exact_of(**changes: Any) -> bool:
         with caplog.at_level("INFO", logger="mlpmem_ds"):
-            return open_inputs(replace(config, **changes)).arms.reference is not None
+            return open_inputs(replace(config, **changes)).playing("reference") != ()
 
     assert exact_of() and "all keys are searched too" in caplog.text
     monkeypatch.setattr(knn, "max_keys_for_exact", lambda: 10)

@@ -77,7 +77,7 @@ def test_guesses_are_those_of_plain_fp64_models(
     np.testing.assert_allclose(read_scores(config.output, "test", "base", "guesses"), wanted, atol=2e-5)
     memory = MemoryAugmentedLM.from_parts(
         GPT2LMHeadModel.from_pretrained(base_dir),
-        open_inputs(config).arms.subject.memory,
+        open_inputs(config).playing("subject")[0].memory,
         lmbda=1.0,
         input_point=CapturePoint(layer=-1),
     ).memory
@@ -109,7 +109,7 @@ def test_perplexities_are_sums_in_float64_in_any_pieces(finished: Finished) -> N
 def test_no_score_depends_on_the_batch(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU every forward has one shape, whatever the flag: no other number of rows, no other rounding."""
     inputs = open_inputs(replace(config, keys=None, index=None, targets=None, control=()))
-    memory, source = inputs.arms.subject, inputs.arms.base.source
+    (memory,), source = inputs.playing("subject"), inputs.base.source
     corpus = inputs.streams["test"]
     monkeypatch.setattr(forward_pass, "_CPU_TOKENS", 3 * corpus.block_size)
     shapes, read = [], source.read
@@ -118,7 +118,7 @@ def test_no_score_depends_on_the_batch(config: Config, monkeypatch: pytest.Monke
     )
     found, blocks = [], (Block(0, 80), Block(80, 200))
     for batch_windows in (1, 2, 16):
-        one_pass = ForwardPass(source, name=None, batch_windows=batch_windows)
+        one_pass = ForwardPass(source=source, name=None, batch_windows=batch_windows)
         parts = [one_pass.scan(corpus, block, memory.reads) for block in blocks]
         logs = [memory.score(part).values for part in parts]
         found.append(
@@ -135,7 +135,7 @@ def test_no_score_depends_on_the_batch(config: Config, monkeypatch: pytest.Monke
 
 def test_a_gpu_reads_as_many_windows_as_the_flag_says(config: Config, corpus_dir: Path) -> None:
     source = type("Source", (), {"device": torch.device("cuda")})()
-    one_pass = ForwardPass(source, name=None, batch_windows=5)
+    one_pass = ForwardPass(source=source, name=None, batch_windows=5)
     assert one_pass.windows_at_once(open_corpus(corpus_dir, "test")) == 5
 
 

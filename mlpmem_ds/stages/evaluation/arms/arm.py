@@ -2,8 +2,8 @@
 
 An arm *stands alone* (the base, another language model), or its distribution is mixed with the base's, with a
 weight λ that is chosen afterwards from the stored numbers. `evaluate` loops over arms and never asks which
-kind one is. A new kind is a file like the others of this folder, a line in `open_arms` (../inputs.py) and a
-flag in ../config.py.
+kind one is. A new kind is a file like the others of this folder with its own `open_arms`, a line in `OPENERS`
+(../inputs.py) and a flag (../config.py).
 
 n positions of a block, T choices.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -58,6 +58,12 @@ class Scores:
     log-probability of the *base's* likeliest token, in the shape of `values`."""
 
 
+Part = Literal["base", "subject", "reference", "control", "other"]
+"""What an arm stands for in the report. Each is compared with the base, and with the subject, which is the
+memory of `--memory`. The reference, kNN over all keys, is the measure of the subject's gain; the controls are
+what the subject should be better than."""
+
+
 class Arm(Protocol):
     """One way to predict. A class that inherits from this takes over what has a value here."""
 
@@ -70,8 +76,11 @@ class Arm(Protocol):
     price: Price
     inputs: Mapping[str, str]
     """name → SHA-256 of what it was opened from: a report is continued only with the same"""
+    part: Part
     settings: Mapping[str, Any]
-    """plain values that decide its scores besides `inputs`"""
+    """plain values that a reader of the report may need"""
+    resolved: Mapping[str, Any]
+    """flag of identity "resolved" → the value that the arm made of it, which decides its scores"""
     stands_alone: bool = False
     """whether its own distribution is reported; else it is mixed with the base's"""
     reads: Sequence[CapturePoint] = ()
@@ -93,6 +102,10 @@ class Arm(Protocol):
     def score(self, scan: Scan) -> Scores:
         """Score a block's positions from what the pass gave of them."""
         ...
+
+    def joint_model(self, lmbda: float) -> Any | None:
+        """Base and arm at this λ as one model that generates text; None for an arm that cannot."""
+        return None
 
     def at_size(self, size: int) -> Arm:
         """The same arm with the first `size` entries of its datastore, ready to score."""

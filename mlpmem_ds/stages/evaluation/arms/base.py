@@ -1,50 +1,139 @@
-"""The base: its pass over the text serves every arm that is mixed with it, and alone it is the arm `base`."""
+"""The base: its pass over the text serves every arm that is mixed with it, and alone it is the arm `base`.
+
+The other arms are opened after it, by a function for each kind (`Opener`). `ModelArm` is any language model's
+own predictions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlpmem_ds.core.files import read_json
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.stages.evaluation.arms.arm import Price
-from mlpmem_ds.stages.evaluation.arms.model import ModelArm, bytes_of_source, num_parameters
-from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores
+from mlpmem_ds.stages.evaluation.config import Config, control_directories
+from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
 BASE = "base"
 
 
-def open_base(
-    path: str,
-    corpus: CorpusSplit,
-    *,
-    dtype: str,
-    device: str,
-    attention: str,
-    local_rank: int,
-    layers_path: str | None,
-    batch_windows: int,
-) -> ModelArm:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelArm(Arm):
+    """A language model's own predictions."""
+
+    name: str
+    description: str
+    part: Part
+    path: str
+    """as the user named it"""
+    sha256: str
+    inputs: Mapping[str, str]
+    forward_pass: ForwardPass
+    price: Price
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stands_alone: bool = True
+
+    @property
+    def source(self) -> TransformersSource:
+        return self.forward_pass.source
+
+    def score(self, scan: Scan) -> Scores:
+        return Scores(values=scan.log_probabilities_n, guesses=scan.guesses_n3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every arm is opened with, besides the flags."""
+
+    base: ModelArm
+    corpus: CorpusSplit
+    """any split of the text"""
+    num_positions: int
+    """that will be scored"""
+
+
+class Opener(Protocol):
+    """Opens the arms of one kind that the flags name, and checks that they belong to the base and the text.
+
+    Raises:
+        UserError: with both names and the remedy.
+    """
+
+    def __call__(self, config: Config, context: Context) -> Sequence[Arm]: ...
+
+
+def open_base(config: Config, corpus: CorpusSplit, local_rank: int) -> ModelArm:
     """Open `--model`.
+
+    Args:
+        config: the flags.
+        corpus: any split of the text.
+        local_rank: of this process, which chooses its GPU.
 
     Raises:
         UserError: there is no such model, or it is of another vocabulary than the corpus.
     """
-    sha256 = fingerprint_model(path)
+    sha256 = fingerprint_model(config.model)
     source = TransformersSource(
-        path,
-        dtype=dtype,
-        device=device,
-        attention=attention,
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        attention=config.attention,
         local_rank=local_rank,
-        layers_path=layers_path,
+        layers_path=find_layers_path(config),
     )
-    check_source_reads(source, corpus, path)
+    check_source_reads(source, corpus, config.model)
     return ModelArm(
         name=BASE,
         description="the frozen language model alone, to which the other arms are compared",
-        path=path,
+        part="base",
+        path=config.model,
         sha256=sha256,
         inputs={"model": sha256},
-        forward_pass=ForwardPass(source, name=None, batch_windows=batch_windows),
+        resolved={"dtype": source.dtype_name},
+        forward_pass=ForwardPass(source=source, name=None, batch_windows=config.batch_windows),
         price=Price(
-            parameters=num_parameters(source), bytes=bytes_of_source(path, source), seconds=0.0, tokens=None
+            parameters=num_parameters(source),
+            bytes=bytes_of_source(config.model, source),
+            seconds=0.0,
+            tokens=None,
         ),
     )
+
+
+def find_layers_path(config: Config) -> str | None:
+    """Where the base's layers are, if extraction had to be told: as the memory says, a control's memory, or
+    the keys."""
+    memories = [] if config.memory is None else [config.memory]
+    for memory in (*memories, *control_directories(config.control).values()):
+        weights, export = memory / "weights" / "config.json", memory / "config.json"
+        if weights.is_file():
+            return (read_json(weights).get("provenance") or {}).get("input_layers_path")
+        if export.is_file() and "layers_path" in (description := read_json(export)):
+            return description["layers_path"]
+    if config.keys is not None and (config.keys / "manifest.json").is_file():
+        return open_keys(config.keys).manifest.layers_path
+    return None
+
+
+def num_parameters(source: TransformersSource) -> int:
+    return sum(parameter.numel() for parameter in source.model.parameters())
+
+
+def bytes_of_source(path: str, source: TransformersSource) -> int:
+    """Of a model directory, or (a Hub name) of the weights as they are in memory."""
+    if Path(path).is_dir():
+        return bytes_of_model(Path(path))
+    return sum(parameter.numel() * parameter.element_size() for parameter in source.model.parameters())
+
+
+def bytes_of_model(root: Path) -> int:
+    """Configuration and weights of a model directory."""
+    files = [root / "config.json", *root.glob("*.safetensors"), *root.glob("*.bin")]
+    return sum(path.stat().st_size for path in files if path.is_file())

@@ -19,19 +19,6 @@ class Datastore:
     index: IndexDirectory | None
     targets: Targets | None
 
-    @property
-    def layers_path(self) -> str | None:
-        """Where the base's layers are, if extraction had to be told."""
-        return self.keys.manifest.layers_path
-
-    def stages_of_targets(self) -> list[Path | None]:
-        """The directories that targets need; None in the place of one that was not given."""
-        if self.targets is None:
-            return [self.keys.root, None]
-        is_searched = self.targets.manifest.search == "ivf"
-        index = [None if self.index is None else self.index.root] if is_searched else []
-        return [self.keys.root, *index, self.targets.root]
-
 
 def read_datastore(keys: Path | None, index: Path | None, targets: Path | None) -> Datastore | None:
     """Open the directories; None without keys.
@@ -51,3 +38,11 @@ def read_datastore(keys: Path | None, index: Path | None, targets: Path | None) 
             f"--targets {targets} are of other keys than --keys {keys}: write them again from these"
         )
     return Datastore(keys=opened, index=opened_index, targets=opened_targets)
+
+
+def stages_of_targets(keys: Path | None, index: Path | None, targets: Path | None) -> list[Path | None]:
+    """The directories whose stages made the targets; None in the place of one that was not given."""
+    if targets is None:
+        return [keys, None]
+    is_searched = open_targets(targets).manifest.search == "ivf"
+    return [keys, *([index] if is_searched else []), targets]

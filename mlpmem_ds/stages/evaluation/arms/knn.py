@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.maths.knn import max_keys_for_exact
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.backbone import CapturePoint
-from mlpmem_ds.stages.evaluation.arms.arm import Arm, Price, Scores, sum_of_logs
-from mlpmem_ds.stages.evaluation.arms.datastore import Datastore
-from mlpmem_ds.stages.evaluation.arms.model import ModelArm
+from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
+from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm
+from mlpmem_ds.stages.evaluation.arms.datastore import Datastore, read_datastore
+from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 from mlpmem_ds.stages.retrieval.knn_scorer import NEIGHBOUR_DIVISORS, TEMPERATURE_FACTORS, KnnScorer
 from mlpmem_ds.stages.retrieval.neighbour_search import NeighbourSearch, open_search
@@ -47,6 +51,7 @@ class KnnArm(Arm):
 
     name: str
     description: str
+    part: Part
     vote: Vote
     open_search: Callable[[int | None], NeighbourSearch]
     """of the first keys, so many, or of all"""
@@ -55,6 +60,7 @@ class KnnArm(Arm):
     price: Price
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
+    resolved: Mapping[str, Any]
     reads: tuple[CapturePoint, ...]
     choices: tuple[Mapping[str, float], ...]
     trained_on: tuple[tuple[str, str], ...]
@@ -75,16 +81,25 @@ class KnnArm(Arm):
         return replace(self, scorer=replace(self.scorer, search=self.open_search(size)))
 
 
-def open_vote(
-    datastore: Datastore, corpus: CorpusSplit, *, base: ModelArm, k: int | None, temperature: float | None
-) -> Vote:
-    """The weighting and k that the flags or else the targets say.
+def open_arms(config: Config, context: Context) -> list[KnnArm]:
+    """The search of all keys, and that of the index. See `base.Opener`."""
+    datastore = read_datastore(config.keys, config.index, config.targets)
+    if datastore is None:
+        return []
+    base = context.base
+    vote = _open_vote(datastore, context, k=config.k, temperature=config.temperature)
+    arms = []
+    if is_exact := _is_exact(config, datastore, context.num_positions):
+        arms.append(_open_exact(vote, base))
+    if datastore.index is not None:
+        arms.append(_open_indexed(vote, datastore.index, base, nprobe=config.nprobe))
+    return [replace(arm, resolved={**arm.resolved, "exact": is_exact}) for arm in arms]
 
-    Raises:
-        UserError: the keys are of another base or vocabulary, or k or the temperature does not fit.
-    """
+
+def _open_vote(datastore: Datastore, context: Context, *, k: int | None, temperature: float | None) -> Vote:
+    """The weighting and k that the flags or else the targets say."""
     keys, targets = datastore.keys, datastore.targets
-    _check_belongs(keys, base, corpus)
+    _check_belongs(keys, context.base, context.corpus)
     if temperature is not None:
         kind = "softmax" if targets is None else targets.weighting.kind
         weighting = Weighting(kind=kind, temperature=temperature)
@@ -104,18 +119,15 @@ def open_vote(
     return Vote(keys=keys, k=k, weighting=weighting, point=point)
 
 
-def open_exact(vote: Vote, *, base: ModelArm) -> KnnArm:
-    """The arm that compares each context with all keys."""
-
+def _open_exact(vote: Vote, base: ModelArm) -> KnnArm:
     def search(num_keys: int | None) -> NeighbourSearch:
         return open_search(vote.keys, how="exact", num_keys=num_keys)
 
-    return _open_arm(KNN_EXACT, vote, search, base, index=None, how="with every stored key", settings={})
+    how = "with every stored key"
+    return _open_arm(KNN_EXACT, "reference", vote, search, base, index=None, how=how, settings={})
 
 
-def open_indexed(vote: Vote, index: IndexDirectory, *, base: ModelArm, nprobe: int) -> KnnArm:
-    """The arm that searches an index."""
-
+def _open_indexed(vote: Vote, index: IndexDirectory, base: ModelArm, *, nprobe: int) -> KnnArm:
     def search(num_keys: int | None) -> NeighbourSearch:
         return open_search(vote.keys, index, how="index", nprobe=nprobe, num_keys=num_keys)
 
@@ -124,11 +136,13 @@ def open_indexed(vote: Vote, index: IndexDirectory, *, base: ModelArm, nprobe: i
         " keys, since PQ's own would do worse"
     )
     settings = {"nprobe": nprobe, "index_factory": index.factory}
-    return _open_arm(KNN_IVFPQ, vote, search, base, index=index, how=how, settings=settings)
+    arm = _open_arm(KNN_IVFPQ, "other", vote, search, base, index=index, how=how, settings=settings)
+    return replace(arm, resolved={**arm.resolved, "nprobe": nprobe})
 
 
 def _open_arm(
     name: str,
+    part: Part,
     vote: Vote,
     search: Callable[[int | None], NeighbourSearch],
     base: ModelArm,
@@ -145,6 +159,7 @@ def _open_arm(
             "the base mixed with a kNN search, in which the tokens that followed the most similar stored"
             f" contexts vote for the next one: each context is compared {how}"
         ),
+        part=part,
         vote=vote,
         open_search=search,
         scorer=scorer,
@@ -162,6 +177,11 @@ def _open_arm(
             "temperature_factors": list(TEMPERATURE_FACTORS),
             "neighbour_divisors": list(NEIGHBOUR_DIVISORS),
             **settings,
+        },
+        resolved={
+            "k": vote.k,
+            "temperature": vote.weighting.temperature,
+            "targets": vote.weighting.kind,
         },
         reads=(vote.point,),
         choices=tuple(
@@ -199,8 +219,24 @@ def _check_belongs(keys: Keys, base: ModelArm, corpus: CorpusSplit) -> None:
         )
 
 
-def searches_all_keys(datastore: Datastore, num_queries: int) -> bool:
-    """Whether `--exact` is the default: where comparing so many positions with all keys takes little time.
+def _is_exact(config: Config, datastore: Datastore, num_queries: int) -> bool:
+    """Whether all keys are searched too: as the flag says, as the report was begun, else where that takes
+    little time."""
+    if config.exact is not None:
+        return config.exact
+    begun = _exact_of_report(config.output)
+    return _takes_little_time(datastore, num_queries) if begun is None else begun
+
+
+def _exact_of_report(output: Path) -> bool | None:
+    """Whether the report that was begun has the exact search; None where there is none."""
+    with suppress(DamagedDataError, FileNotFoundError, NotADirectoryError, KeyError, TypeError):
+        return bool(read_json(output / "identity.json")["config"]["exact"])
+    return None
+
+
+def _takes_little_time(datastore: Datastore, num_queries: int) -> bool:
+    """Whether so many positions are compared with all keys by default.
 
     Raises:
         UserError: it takes long, and there is no index to search instead.

@@ -17,18 +17,19 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json
 from mlpmem_ds.engines.hidden_states import fingerprint_model, resolve_point
-from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, read_weights
+from mlpmem_ds.formats.checkpoint import read_weights
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import token_log_probabilities
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.models.quantized import Int8Linear, quantize_linears
-from mlpmem_ds.stages.evaluation.arms.arm import Arm, Price, Scores, sum_of_logs
-from mlpmem_ds.stages.evaluation.arms.datastore import Datastore
-from mlpmem_ds.stages.evaluation.arms.model import ModelArm, bytes_of_model
+from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
+from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_model
+from mlpmem_ds.stages.evaluation.arms.controls import is_export, memory_controls
+from mlpmem_ds.stages.evaluation.arms.datastore import stages_of_targets
+from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
 MEMORY = "base+memory"
@@ -46,8 +47,6 @@ class StoredMemory:
     memory: Memory = field(repr=False)
     layer: int | float
     point: str
-    layers_path: str | None
-    """where the base's layers are, if extraction had to be told"""
     vocabulary_sha256: str
     provenance: Mapping[str, Any]
     bytes: int
@@ -61,6 +60,7 @@ class MemoryArm(Arm):
 
     name: str
     description: str
+    part: Part
     base: ModelArm
     memory: Memory
     point: CapturePoint
@@ -68,6 +68,7 @@ class MemoryArm(Arm):
     price: Price
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
+    resolved: Mapping[str, Any]
     reads: tuple[CapturePoint, ...]
     trained_on: tuple[tuple[str, str], ...]
 
@@ -93,17 +94,56 @@ class MemoryArm(Arm):
         return joint
 
 
-def holds_memory(root: Path, flag: str) -> bool:
-    """Whether a directory is a training output or an exported memory; else it is a language model."""
-    identity = root / "identity.json"
-    if identity.is_file() and read_json(identity).get("format") == f"mlpmem-{MEMORY_STAGE}":
-        return True  # finished or not: reading it says which
-    if not (root / "config.json").is_file():
-        raise UserError(
-            f"{flag}: {root} holds neither a memory nor a language model: give an output of launch/train.py,"
-            " an exported memory, or a Hugging Face model directory"
-        )
-    return _is_export(root)
+def open_arms(config: Config, context: Context) -> list[MemoryArm]:
+    """The memory of `--memory`, and the controls that are memories. See `base.Opener`."""
+    arms = []
+    if config.memory is not None:
+        arms.append(_open_memory(config.memory, "--memory", MEMORY, "subject", config, context))
+    for name, root in memory_controls(config).items():
+        flag, arm = f"--control {name}", f"base+{name.removeprefix('base+')}"
+        arms.append(_open_memory(root, flag, arm, "control", config, context))
+    return arms
+
+
+def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, context: Context) -> MemoryArm:
+    stored, base, weights = read_memory(root, flag=flag), context.base, config.memory_weights
+    _check_belongs(stored, base, context.corpus)
+    source, provenance = base.source, stored.provenance
+    memory = stored.memory.to(dtype=source.model.dtype, device=source.device).eval().requires_grad_(False)
+    num_parameters = memory.config.num_parameters()
+    if weights == "int8":
+        quantize_linears(memory)
+    point = resolve_point(source, stored.layer, stored.point, flag=flag)
+    steps, batch_positions = provenance.get("steps"), provenance.get("batch_positions")
+    return MemoryArm(
+        name=name,
+        description=_description(provenance, weights),
+        part=part,
+        base=base,
+        memory=memory,
+        point=point,
+        forward_pass=base.forward_pass,
+        price=base.price.plus(
+            parameters=num_parameters,
+            bytes=stored.bytes,
+            seconds=sum_of_logs(_stages(stored, config)),
+            tokens=steps * batch_positions if steps and batch_positions else None,
+        ),
+        inputs={name: stored.sha256},
+        settings={"weights": weights},
+        resolved={"memory_weights": weights},
+        reads=(point,),
+        trained_on=((str(provenance.get("corpus")), provenance.get("split", "train")),),
+    )
+
+
+def _stages(stored: StoredMemory, config: Config) -> list[Path | None]:
+    """The directories of all stages that made a memory; None in the place of one that was not given."""
+    needs_targets = stored.provenance.get("alpha") != 0
+    made_from = (
+        stages_of_targets(config.keys, config.index, config.targets) if needs_targets else [config.keys]
+    )
+    return [*made_from, stored.root if stored.is_training else None]
 
 
 def read_memory(root: Path, *, flag: str) -> StoredMemory:
@@ -113,11 +153,7 @@ def read_memory(root: Path, *, flag: str) -> StoredMemory:
         UserError: it is neither, or not complete.
         DamagedDataError: its files do not fit each other.
     """
-    return _read_export(root, flag) if _is_export(root) else _read_training(root, flag)
-
-
-def _is_export(root: Path) -> bool:
-    return (root / "config.json").is_file() and read_json(root / "config.json").get("model_type") == "mlpmem"
+    return _read_export(root, flag) if is_export(root) else _read_training(root, flag)
 
 
 def _read_training(root: Path, flag: str) -> StoredMemory:
@@ -130,7 +166,6 @@ def _read_training(root: Path, flag: str) -> StoredMemory:
         memory=_build_memory(trained.memory, trained.weights, f"{flag} {root}"),
         layer=provenance["input_layer"],
         point=provenance.get("input_point") or provenance["key_point"],
-        layers_path=provenance.get("input_layers_path"),
         vocabulary_sha256=provenance["vocabulary_sha256"],
         provenance=provenance,
         bytes=bytes_of_model(root / "weights"),
@@ -151,7 +186,6 @@ def _read_export(root: Path, flag: str) -> StoredMemory:
         memory=export.module,
         layer=export.input_layer,
         point=export.input_point,
-        layers_path=read_json(root / "config.json").get("layers_path"),
         vocabulary_sha256=export.vocabulary_sha256,
         provenance=export.provenance,
         bytes=bytes_of_model(root),
@@ -169,65 +203,6 @@ def _build_memory(shape: Mapping[str, Any], weights: Mapping[str, torch.Tensor],
             f"{name}: the weights do not fit the memory's configuration ({error}): train it again"
         ) from error
     return memory
-
-
-def open_memory(
-    stored: StoredMemory,
-    name: str,
-    corpus: CorpusSplit,
-    *,
-    base: ModelArm,
-    weights: str,
-    datastore: Datastore | None,
-) -> MemoryArm:
-    """Mix the base with a memory that belongs to it.
-
-    Args:
-        stored: the memory, as read.
-        name: of the arm, such as base+memory.
-        corpus: the text that is predicted.
-        base: the base.
-        weights: float (as stored) or int8.
-        datastore: from which it was trained, for the time that this took; None where it was not given.
-
-    Raises:
-        UserError: it was trained for another base or vocabulary.
-    """
-    _check_belongs(stored, base, corpus)
-    source, provenance = base.source, stored.provenance
-    memory = stored.memory.to(dtype=source.model.dtype, device=source.device).eval().requires_grad_(False)
-    num_parameters = memory.config.num_parameters()
-    if weights == "int8":
-        quantize_linears(memory)
-    point = resolve_point(source, stored.layer, stored.point, flag=stored.flag)
-    steps, batch_positions = provenance.get("steps"), provenance.get("batch_positions")
-    return MemoryArm(
-        name=name,
-        description=_description(provenance, weights),
-        base=base,
-        memory=memory,
-        point=point,
-        forward_pass=base.forward_pass,
-        price=base.price.plus(
-            parameters=num_parameters,
-            bytes=stored.bytes,
-            seconds=sum_of_logs(_stages(stored, datastore)),
-            tokens=steps * batch_positions if steps and batch_positions else None,
-        ),
-        inputs={name: stored.sha256},
-        settings={"weights": weights},
-        reads=(point,),
-        trained_on=((str(provenance.get("corpus")), provenance.get("split", "train")),),
-    )
-
-
-def _stages(stored: StoredMemory, datastore: Datastore | None) -> list[Path | None]:
-    """The directories of all stages that made a memory; None in the place of one that was not given."""
-    if datastore is None or not stored.is_training:
-        return [None]
-    needs_targets = stored.provenance.get("alpha") != 0
-    made_from = datastore.stages_of_targets() if needs_targets else [datastore.keys.root]
-    return [*made_from, stored.root]
 
 
 def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) -> None:
