@@ -174,6 +174,10 @@ class StoredGate(Gate, Protocol):
         model's `lmbda`."""
         ...
 
+    def __str__(self) -> str:
+        """In a few words, for the head of a column."""
+        ...
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -190,6 +194,9 @@ class Constant:
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "constant"}
+
+    def __str__(self) -> str:
+        return f"λ = {self.lmbda:g}"
 
 
 @dataclass(frozen=True)

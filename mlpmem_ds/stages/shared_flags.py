@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from mlpmem_ds.core.config import Identity, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.models.mixture import Grid
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -32,6 +35,30 @@ def dtype(identity: Identity) -> Any:
 def attention() -> Any:
     """`attention: str`"""
     return option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")
+
+
+def lmbda(default: str) -> Any:
+    """`lmbda: float | None`, the flag `--lambda`; `default` says in words what it is without the flag."""
+    return option(f"weight of the memory (default: {default})", None, at_least=0, at_most=1, flag="lambda")
+
+
+def lambdas(help: str, default: tuple[str, ...], *, identity: Identity = "own") -> Any:
+    """`lambdas: tuple[str, ...]`, several weights of the memory; `grid_of` reads and checks the words."""
+    return option(
+        f"numbers, or ranges first:last:step: weights of the memory {help}", default, identity=identity
+    )
+
+
+def grid_of(words: Sequence[str]) -> Grid:
+    """`--lambdas 0 0.5` → 0, 0.5; `--lambdas 0:1:0.05` → 0, 0.05, …, 1.
+
+    Raises:
+        UserError: a word is neither a number nor a range, or lies outside [0, 1].
+    """
+    try:
+        return Grid.parse(words)
+    except ValueError as error:
+        raise UserError(f"--lambdas {error}") from error
 
 
 Layer = int | float  # an index, from the end where negative, or a fraction of the depth

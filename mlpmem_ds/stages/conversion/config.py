@@ -47,13 +47,7 @@ class Config(Flags):
     model: str | None = option(
         "the base: a directory or Hub name (default: the one that the keys were extracted with)", None
     )
-    lmbda: float | None = option(
-        f"weight of the memory (default: the report's choice, else {DEFAULT_LAMBDA})",
-        None,
-        at_least=0,
-        at_most=1,
-        flag="lambda",
-    )
+    lmbda: float | None = shared_flags.lmbda(f"the report's choice, else {DEFAULT_LAMBDA}")
     report: Path | None = option(
         "report of launch/evaluate.py: its λ, and its perplexities for the model card", None
     )

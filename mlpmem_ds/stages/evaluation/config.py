@@ -17,16 +17,13 @@ DEFAULT_EXTRA_SPLITS = ("heldout",)
 _RESERVED_NAMES = ("base", "memory", "knn_exact", "knn_ivfpq")
 
 
-def lambda_grid(text: str) -> Grid:
-    """`0:1:0.05` → 0, 0.05, …, 1.
+def lambda_grid(words: Sequence[str]) -> Grid:
+    """The values of `--lambdas` in rising order, so that its ends are those of the range.
 
     Raises:
-        UserError: neither a number nor three, or values outside [0, 1].
+        UserError: as `shared_flags.grid_of`.
     """
-    try:
-        return Grid.parse([text])
-    except ValueError as error:
-        raise UserError(f"--lambdas {error}") from error
+    return Grid(tuple(sorted(shared_flags.grid_of(words).lambdas)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +83,7 @@ class Config(Flags):
         identity="resolved",
     )
     nprobe: int = option("lists that base+knn_ivfpq probes", 32, at_least=1, identity="resolved")
-    lambdas: str = option("values of λ to choose from, first:last:step", "0:1:0.05", identity="none")
+    lambdas: tuple[str, ...] = shared_flags.lambdas("to choose from", ("0:1:0.05",), identity="none")
     bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
     bootstrap_block: int = option("positions in a block of the bootstrap", 256, at_least=1, identity="none")
     speed_positions: int | None = option(
@@ -123,8 +120,8 @@ class Config(Flags):
     def check(self) -> None:
         if self.grid.lambdas[0] == 1 and self.keys is not None:
             raise UserError(
-                f"--lambdas {self.lambdas}: kNN gives most tokens no probability at all, so that its arms"
-                " need a λ below 1"
+                f"--lambdas {' '.join(self.lambdas)}: kNN gives most tokens no probability at all, so that"
+                " its arms need a λ below 1"
             )
         splits = (self.tuning_split, self.test_split, *self.extra_splits)
         if len(set(splits)) != len(splits):

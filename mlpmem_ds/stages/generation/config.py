@@ -32,9 +32,7 @@ class Config(Flags):
     )
     num_beams: int = option("beams; 1 = none", 1, at_least=1)
     seed: int = option("seed of the sampling", 0)
-    lmbda: float | None = option(
-        "weight of the memory (default: the export's)", None, at_least=0, at_most=1, flag="lambda"
-    )
+    lmbda: float | None = shared_flags.lmbda("the export's")
     compare: bool = option("show the base alone (λ = 0) next to base + memory", False)
     stream: bool = option("write the text as it is made; for one prompt, without --compare and beams", False)
     batch_size: int = option("prompts that are continued at once", 16, at_least=1)

@@ -21,6 +21,7 @@ from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtyp
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
+from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
 from mlpmem_ds.stages.generation.config import Config
 
@@ -56,24 +57,24 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
             "--top-p %g is ignored: --temperature 0 always takes the likeliest token", config.top_p
         )
     settings, tokenizer = read_export(config.model)
-    lmbda = settings.lmbda if config.lmbda is None else config.lmbda
     context = getattr(settings, "max_position_embeddings", None) or math.inf
     ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
     model = load_model(config.model, device=config.device, dtype=config.dtype)
     if config.memory_weights == "int8":
         model.quantize_memory()
-    texts = {
-        value: _continue_all(config, model, tokenizer, ids, value, write if config.stream else None)
-        for value in ((0.0, lmbda) if config.compare else (lmbda,))
-    }
+    gate = model.gate if config.lmbda is None else Constant(config.lmbda)
+    *texts_of_base, texts = [
+        _continue_all(config, model, tokenizer, ids, each, write if config.stream else None)
+        for each in ([Constant(0.0), gate] if config.compare else [gate])
+    ]
     if config.compare:
-        header = ("base", f"base + memory, λ = {lmbda:g}")
+        header = ("base", f"base + memory, {gate}")
         blocks = [
             f"{prompt}\n\n{side_by_side(header, pair)}"
-            for prompt, *pair in zip(prompts, texts[0.0], texts[lmbda], strict=True)
+            for prompt, *pair in zip(prompts, *texts_of_base, texts, strict=True)
         ]
     else:
-        blocks = [prompt + text for prompt, text in zip(prompts, texts[lmbda], strict=True)]
+        blocks = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     if len(blocks) == 1:
         return blocks[0]
     return "\n\n".join(
@@ -237,11 +238,11 @@ def _continue_all(
     model: MemoryAugmentedLM,
     tokenizer: Any,
     ids: Sequence[Sequence[int]],
-    lmbda: float,
+    gate: StoredGate,
     write: Callable[[str], object] | None,
 ) -> list[str]:
-    """The continuation of each prompt at this λ; the same seed for each λ."""
-    model.lmbda = lmbda
+    """The continuation of each prompt with this gate; the same seed for each gate."""
+    model.set_gate(gate)
     generation = _generation_config(config, model, tokenizer)
     torch.manual_seed(config.seed)
     streamer = None if write is None else _Writer(tokenizer, write)

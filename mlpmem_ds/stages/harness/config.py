@@ -32,9 +32,7 @@ class Config(Flags):
     )
     tasks: tuple[str, ...] = option("tasks of the harness by name (most fetch their data from the Hub)", ())
     include_path: Path | None = option("directory with further task YAML files", None)
-    lambdas: tuple[float, ...] = option(
-        "weights of the memory to compare (default: 0 and the export's)", (), at_least=0, at_most=1
-    )
+    lambdas: tuple[str, ...] = shared_flags.lambdas("to compare (default: 0 and the export's own)", ())
     num_fewshot: int | None = option(
         "examples before each question (default: the task's own; local files: 0)", None, at_least=0
     )
@@ -45,6 +43,8 @@ class Config(Flags):
     device: str = shared_flags.device()
 
     def check(self) -> None:
+        if self.lambdas:
+            shared_flags.grid_of(self.lambdas)
         if not (self.questions or self.ranking or self.tasks):
             raise UserError("nothing to ask: give --questions, --ranking or --tasks")
         if self.include_path is not None and not self.include_path.is_dir():

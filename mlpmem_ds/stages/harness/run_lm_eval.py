@@ -17,8 +17,10 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.lm_eval import require_harness, score_tasks
+from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.stages.generation import generate
 from mlpmem_ds.stages.harness.config import Config
+from mlpmem_ds.stages.shared_flags import grid_of
 
 _QUESTIONS, _RANKING = "local_questions", "local_ranking"
 
@@ -31,13 +33,14 @@ def run(config: Config, world: World) -> str:
 
 def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]]) -> str:
     require_harness()
-    settings, tokenizer = generate.read_export(config.model)
-    lambdas = tuple(dict.fromkeys(config.lambdas or (0.0, settings.lmbda)))
+    _, tokenizer = generate.read_export(config.model)
     model = generate.load_model(config.model, device=config.device, dtype=config.dtype)
-    results: dict[float, dict[str, dict[str, Any]]] = {}
-    for value in lambdas:
-        model.lmbda = value
-        results[value] = score_tasks(
+    own: tuple[StoredGate, ...] = (Constant(0.0), model.gate)
+    gates = tuple(grid_of(config.lambdas)) if config.lambdas else tuple(dict.fromkeys(own))
+    results: dict[StoredGate, dict[str, dict[str, Any]]] = {}
+    for gate in gates:
+        model.set_gate(gate)
+        results[gate] = score_tasks(
             model,
             tokenizer,
             tasks,
@@ -47,7 +50,10 @@ def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]]) -> str:
             include_path=config.include_path,
         )
     if config.output is not None:
-        rows = [{"lambda": value, "tasks": found} for value, found in results.items()]
+        rows = [
+            {"lambda": gate.lmbda if isinstance(gate, Constant) else None, "tasks": found}
+            for gate, found in results.items()
+        ]
         publish_json(config.output, {"settings": plain_values(config), "results": rows})
     return render(results)
 
@@ -76,10 +82,10 @@ def build_tasks(config: Config, folder: Path) -> list[str | dict[str, Any]]:
     return [*tasks, *config.tasks]
 
 
-def render(results: Mapping[float, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Aligned columns: task, metric, a column for each λ."""
+def render(results: Mapping[StoredGate, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Aligned columns: task, metric, a column for each gate."""
     first = next(iter(results.values()))
-    cells = [["task", "metric", *(f"λ = {value:g}" for value in results)]]
+    cells = [["task", "metric", *map(str, results)]]
     for task, metrics in first.items():
         for metric in metrics:
             if "stderr" not in metric and metric != "sample_len":

@@ -9,6 +9,7 @@ from typing import Literal
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory import PRESETS
+from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
 from mlpmem_ds.stages.training.options import TrainingOptions
 
 SHAPE_FLAGS = ("num_blocks", "hidden_size", "intermediate_size", "family")
@@ -43,9 +44,9 @@ class Config(TrainingOptions):
         "weight of KL(kNN || memory); 1 - alpha is that of the cross entropy", 0.5, at_least=0, at_most=1
     )
     ce_through: Literal["plain", "mixture"] = option(
-        "cross entropy of the memory alone, or of its interpolation with the base", "plain"
+        "cross entropy of the memory alone, or of its mixture with the base", "plain"
     )
-    mixture_lambda: float = option("weight of the memory in that interpolation", 0.25, above=0, at_most=1)
+    mixture_lambda: float = option("weight of the memory in that mixture", DEFAULT_LAMBDA, above=0, at_most=1)
     preset: str | None = option(
         "a named size of memory, instead of the four flags below; parameters at a vocabulary of"
         f" {_PRESETS_VOCABULARY:,}: " + _PRESETS_HELP,

@@ -28,12 +28,12 @@ def config(tmp_path: Path) -> Config:
 @pytest.mark.parametrize(
     ("changes", "needle"),
     [
-        ({"lambdas": "0:1.2:0.1"}, "between 0 and 1"),
-        ({"lambdas": "-0.1:1:0.1"}, "between 0 and 1"),
-        ({"lambdas": "0:1"}, "first:last:step"),
-        ({"lambdas": "0:1:0"}, "first:last:step"),
-        ({"lambdas": "0:1:nan"}, "first:last:step"),
-        ({"lambdas": "1:1:0.1"}, "need a λ below 1"),
+        ({"lambdas": ("0:1.2:0.1",)}, "between 0 and 1"),
+        ({"lambdas": ("-0.1:1:0.1",)}, "between 0 and 1"),
+        ({"lambdas": ("0:1",)}, "first:last:step"),
+        ({"lambdas": ("0:1:0",)}, "first:last:step"),
+        ({"lambdas": ("0:1:nan",)}, "first:last:step"),
+        ({"lambdas": ("1:1:0.1",)}, "need a λ below 1"),
         ({"k": 0}, "--k must be at least 1, not 0"),
         ({"nprobe": 0}, "--nprobe"),
         ({"samples": -1}, "--samples must be at least 0, not -1"),
@@ -57,5 +57,5 @@ def test_flags_out_of_bounds_are_refused_by_name(
 
 
 def test_lambda_grid_has_both_ends() -> None:
-    grid = lambda_grid("0:1:0.05").lambdas
+    grid = lambda_grid(["0:1:0.05"]).lambdas
     assert len(grid) == 21 and grid[0] == 0.0 and grid[-1] == 1.0 and grid[7] == 0.35

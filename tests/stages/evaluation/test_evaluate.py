@@ -92,7 +92,9 @@ def test_another_grid_reads_the_same_scores(
 ) -> None:
     shutil.copytree(finished.config.output, config.output)
     monkeypatch.setattr(ForwardPass, "scan", lambda *_: pytest.fail("a forward pass for a grid"))
-    evaluate.run(replace(config, lambdas="0:0.5:0.5", bootstrap_samples=150, speed_positions=None), World())
+    evaluate.run(
+        replace(config, lambdas=("0:0.5:0.5",), bootstrap_samples=150, speed_positions=None), World()
+    )
     evaluation = read_evaluation(config.output)
     assert evaluation.lambdas == (0, 0.5)
     assert {arm.lmbda for arm in evaluation.arms} <= {None, 0, 0.5}

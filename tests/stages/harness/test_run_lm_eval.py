@@ -101,7 +101,7 @@ def test_each_lambda_is_scored_by_its_own_model(
     assert table.splitlines() == ["task  metric       λ = 0   λ = 0.35", "task  exact_match  0.0000  0.1750"]
     written = json.loads(output.read_text())
     assert [row["lambda"] for row in written["results"]] == [0.0, 0.35]
-    run_lm_eval.run(Config(model=str(export_dir), questions=questions, lambdas=(0.9, 0.1)), World())
+    run_lm_eval.run(Config(model=str(export_dir), questions=questions, lambdas=("0.9", "0.1")), World())
     assert [lmbda for lmbda, *_ in seen[2:]] == [0.9, 0.1]
 
 
@@ -157,7 +157,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
     ("changes", "needle"),
     [
         ({"questions": None}, "nothing to ask"),
-        ({"lambdas": (0.5, 1.5)}, "--lambdas must be at least 0 and at most 1, not 1.5"),
+        (
+            {"lambdas": ("0.5", "1.5")},
+            "--lambdas 1.5: the memory's share of the mixture lies between 0 and",
+        ),
         ({"batch_size": 0}, "--batch-size"),
         ({"num_fewshot": -1}, "--num-fewshot"),
         ({"limit": 0}, "--limit"),
