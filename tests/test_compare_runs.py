@@ -109,6 +109,21 @@ def test_files_that_are_missing_or_new_are_differences_and_a_renamed_file_is_not
     assert code == 1 and "more.npy: only after" in table
 
 
+def test_a_few_other_numbers_are_accepted_only_where_a_reason_is_listed(runs: tuple[Path, Path]) -> None:
+    before, after = runs
+    scores = np.zeros(5000, np.float32)
+    for name in ("test-base+knn_ivfpq-0.npy", "test-base+memory-0.npy"):
+        for root, number in ((before, 0), (after, 1)):
+            np.save(root / "report" / name, np.append(scores, np.float32(number)))
+    code, table = run_script(before, after)
+    assert code == 1 and "DIFFERENT  report: files  test-base+memory-0.npy" in table
+    assert "test-base+knn_ivfpq-0.npy: 1 of 5,001 numbers differ: of keys at equal distance" in table
+    shutil.copyfile(before / "report" / name, after / "report" / name)
+    assert run_script(before, after)[0] == 0
+    np.save(after / "report" / "test-base+knn_ivfpq-0.npy", np.append(scores, np.zeros(1, np.float32)) + 1)
+    assert run_script(before, after)[0] == 1
+
+
 @pytest.mark.parametrize("folder", ["base", "memory"])
 def test_another_loss_is_found(runs: tuple[Path, Path], folder: str) -> None:
     before, after = runs

@@ -1,7 +1,7 @@
 """The base's forward pass over a corpus: hidden states and label log-probabilities, position by position.
 
-`StateSource` is the protocol that another engine has to meet: a batch of token blocks in, the wanted states
-and the final hidden states' log-probabilities out. `TransformersSource` is the one we ship.
+`StateSource` is the protocol that another engine has to meet: a batch of token blocks in, the requested
+states and the final hidden states' log-probabilities out. `TransformersSource` is the one we ship.
 
 B windows, S tokens, D width, n positions.
 """
@@ -127,8 +127,8 @@ class TransformersSource:
 
     @torch.no_grad()
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
-        wanted = list(dict.fromkeys(points.values()))
-        reader = capture(self.model, wanted, layers_path=self.layers_path)
+        requested = list(dict.fromkeys(points.values()))
+        reader = capture(self.model, requested, layers_path=self.layers_path)
         length = tokens_BS.shape[1]
         if length > self._length_seen:  # once: the first batch has windows of the full length
             self._length_seen = length
@@ -144,7 +144,7 @@ class TransformersSource:
                 )
         else:
             captured = reader(tokens_BS.to(self.device))
-        on_cpu = {point: _to_cpu(captured.states[point]) for point in wanted}
+        on_cpu = {point: _to_cpu(captured.states[point]) for point in requested}
         for device in {state.device for state in captured.states.values() if state.is_cuda}:
             torch.cuda.synchronize(device)
         states = {name: on_cpu[point].float() for name, point in points.items()}
@@ -168,7 +168,7 @@ class TransformersSource:
             return output_head(self.model)[0].to("cpu", torch.float32, copy=True)
 
     def _head(self) -> contextlib.AbstractContextManager[None]:
-        """The output head's weights at hand: where the base is spread over devices, they may lie on another
+        """The output head's weights: where the base is spread over devices, they may lie on another
         or on disk."""
         if not hasattr(self.model, "hf_device_map"):
             return contextlib.nullcontext()
@@ -260,7 +260,7 @@ def scan_positions(
     batch.
 
     The batches are the same whoever asks for the block, so that its rows are too. Where the log-probabilities
-    are not wanted (keys of a model that is not the memory's base), the head is not multiplied, and their
+    are not needed (keys of a model that is not the memory's base), the head is not multiplied, and their
     array is empty.
 
     `ahead`: a thread runs the next batch while the caller works on this one; None = where the base is on a

@@ -60,20 +60,20 @@ def check_model_reads(
     own, common = model_file(name_or_path, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
     if own is None or not common.is_file():
         return
-    here, there = (Tokenizer.from_file(str(path)).get_vocab() for path in (common, own))
-    token_of = {number: token for token, number in there.items()}
-    for token, number in here.items():
+    corpus_ids, model_ids = (Tokenizer.from_file(str(path)).get_vocab() for path in (common, own))
+    token_of = {number: token for token, number in model_ids.items()}
+    for token, number in corpus_ids.items():
         # Either may have more tokens (added ones); but what both name must be the same.
-        if there.get(token, number) != number or token_of.get(number, token) != token:
+        if model_ids.get(token, number) != number or token_of.get(number, token) != token:
             raise UserError(
                 f"{flag} {name_or_path} has another vocabulary than the corpus: {token!r} is {number} in the"
-                f" corpus, and in the model it is {there.get(token, 'no token')} and {number} is"
+                f" corpus, and in the model it is {model_ids.get(token, 'no token')} and {number} is"
                 f" {token_of.get(number, 'no token')!r}; prepare the corpus with the model's own tokenizer"
             )
 
 
 def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:
-    """SHA-256 of a model's configuration and weight files, whatever its directory is called; fetches them
+    """SHA-256 of a model's configuration and weight files, not of its directory's name; fetches them
     from the Hub.
 
     Raises:

@@ -80,7 +80,7 @@ def open_arrow(paths: Sequence[Path], columns: Sequence[str], *, flag: str) -> A
         if missing := [name for name in columns if name not in tables[-1].column_names]:
             raise UserError(
                 f"{flag} {path} has no column {missing[0]!r} (it has {', '.join(tables[-1].column_names)}):"
-                f" wanted are {', '.join(columns)}"
+                f" needed are {', '.join(columns)}"
             )
     whole = import_arrow("lib", path=paths[0]).concat_tables(
         [table.select(list(columns)) for table in tables]

@@ -87,17 +87,17 @@ class _LastBlock:
 def _record(
     path: Path, place: str, key: str, values: Any, text_field: str, group_field: str | None
 ) -> Record | None:
-    """The record of an object with the wanted fields; None where its text is null."""
-    wanted = [text_field, *([group_field] if group_field else [])]
-    if not isinstance(values, Mapping) or any(name not in values for name in wanted):
+    """The record of an object with the requested fields; None where its text is null."""
+    requested = [text_field, *([group_field] if group_field else [])]
+    if not isinstance(values, Mapping) or any(name not in values for name in requested):
         found = (
             f"it has {', '.join(map(str, values)) or 'none'}"
             if isinstance(values, Mapping)
             else "it is no object"
         )
         raise UserError(
-            f"{path} {place} is not an object with the fields {', '.join(wanted)} ({found}): name them with"
-            " --text-field and --group-field"
+            f"{path} {place} is not an object with the fields {', '.join(requested)} ({found}): name them"
+            " with --text-field and --group-field"
         )
     text = values[text_field]
     if text is None:
@@ -209,7 +209,7 @@ def import_arrow(name: str, *, path: Path) -> Any:
 
 
 def read_parquet(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
-    """One record a row; its key is the row's number from 0. Only the wanted columns are read."""
+    """One record a row; its key is the row's number from 0. Only the requested columns are read."""
     parquet = import_arrow("parquet", path=path)
     with _arrow_errors(path):
         file = parquet.ParquetFile(path)
@@ -237,13 +237,13 @@ def _arrow_errors(path: Path) -> Iterator[None]:
 
 
 def _columns(path: Path, names: list[str], text_field: str, group_field: str | None) -> list[str]:
-    wanted = [text_field, *([group_field] if group_field else [])]
-    if missing := [name for name in wanted if name not in names]:
+    requested = [text_field, *([group_field] if group_field else [])]
+    if missing := [name for name in requested if name not in names]:
         raise UserError(
             f"{path} has no column {missing[0]!r} (it has {', '.join(names)}): name it with --text-field or"
             " --group-field"
         )
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(requested))
 
 
 def _rows(path: Path, batches: Any, text_field: str, group_field: str | None) -> Iterator[Record]:

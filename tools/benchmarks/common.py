@@ -1,9 +1,9 @@
 """Benchmarks: what all of them share. Interleaved timing, peak memory of one arm, the machine in words, the
 JSON.
 
-Rows hold medians over the runs; wall seconds suffer from whatever else the machine does, CPU seconds (all
+Rows hold medians over the runs; wall seconds depend on what else the machine does, CPU seconds (all
 threads of this process) much less, so ratios are taken of CPU seconds where the work is computing. Load
-averages stand beside them.
+averages are given with them.
 """
 
 from __future__ import annotations

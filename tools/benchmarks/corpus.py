@@ -90,20 +90,20 @@ def run(config: Config, world: World) -> None:
     report.publish(config.output, rows, {"speed_over_tokenizer": speed})
 
 
-def _copy_texts(inputs: Sequence[str], wanted: float, place: Path) -> list[str]:
-    """Whole documents up to `wanted` bytes, written as files that ours will read."""
+def _copy_texts(inputs: Sequence[str], num_bytes: float, place: Path) -> list[str]:
+    """Whole documents up to `num_bytes` bytes, written as files for `prepare_corpus` to read."""
     place.mkdir()
     texts: list[str] = []
     size = 0
     for file in find_files(inputs, None, ()):
         for document in read_documents(file, text_field="text", group_field=None):
-            if size >= wanted:
+            if size >= num_bytes:
                 return texts
             text = document.text.replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read
             (place / f"{len(texts):06d}.txt").write_text(text, encoding="utf-8")
             texts.append(text)
             size += document.num_bytes
-    if size < wanted:
+    if size < num_bytes:
         _logger.warning("the inputs hold %.1f MB, less than --megabytes", size / 1e6)
     return texts
 

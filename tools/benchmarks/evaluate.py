@@ -1,4 +1,4 @@
-"""Benchmark `evaluate`: hidden states and two heads → **perplexity of the mixture at each λ**, ours beside
+"""Benchmark `evaluate`: hidden states and two heads → **perplexity of the mixture at each λ**, compared with
 two plain ways.
 
 ours          two log-probabilities a position (`label_log_probabilities`, no logits kept), every λ from

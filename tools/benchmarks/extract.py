@@ -1,11 +1,11 @@
-"""Benchmark `extract`: corpus → **keys**, beside the bare forward pass of the same model over the same
+"""Benchmark `extract`: corpus → **keys**, compared with the bare forward pass of the same model over the same
 windows.
 
 forward   Hugging Face's own `model(input_ids).logits`, batches of windows, nothing kept.
 body      the same without the output head (`model.base_model`): no log-probability can be had from it.
 int8      the stage `extract_keys` with int8 keys of at most 256 numbers, inputs in bf16, values and
           log-probabilities: the seconds of its units, which hold reading, forward, head, encoding, writing,
-          checksums and fsync. Loading the model and fitting the codec come once a run, whatever its length,
+          checksums and fsync. Loading the model and fitting the codec happen once a run of any length,
           and are left out.
 raw       the same with float16 keys.
 
@@ -65,9 +65,9 @@ from .common import (
 )
 
 DESCRIPTION = (
-    "Extraction of keys beside the bare forward pass, a 4-layer d=256 and a 12-layer d=768 GPT-2 of random"
-    " weights; peak memory at two corpus lengths; bytes a position. The default sizes take about 3 minutes"
-    " and 4 GB on two cores."
+    "Extraction of keys compared with the bare forward pass, a 4-layer d=256 and a 12-layer d=768 GPT-2 of"
+    " random weights; peak memory at two corpus lengths; bytes a position. The default sizes take about 3"
+    " minutes and 4 GB on two cores."
 )
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 _LENGTH_RATIO = 8

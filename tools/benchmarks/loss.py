@@ -1,4 +1,4 @@
-"""Benchmark `loss`: sparse kNN targets → **loss and gradients of the memory's head**, ours beside three
+"""Benchmark `loss`: sparse kNN targets → **loss and gradients of the memory's head**, compared with three
 others.
 
 ours                `maths.sparse_loss`: chunks of rows, gradients in forward, neither dense target nor all
@@ -126,10 +126,10 @@ def run(config: Config, world: World) -> None:
             ("peak_memory_over_torch_lce", "peak_memory_above_start", "torch_lce"),
         )
     }
-    of_ours = median_of(rows, "ours", "cpu_seconds")
-    ratios["cpu_time_bfloat16_over_float32"] = median_of(rows, "ours_bfloat16", "cpu_seconds") / of_ours
+    own_seconds = median_of(rows, "ours", "cpu_seconds")
+    ratios["cpu_time_bfloat16_over_float32"] = median_of(rows, "ours_bfloat16", "cpu_seconds") / own_seconds
     if "torch_lce_onednn" in timings:
-        ratios["cpu_time_over_torch_lce_onednn"] = of_ours / median_of(
+        ratios["cpu_time_over_torch_lce_onednn"] = own_seconds / median_of(
             rows, "torch_lce_onednn", "cpu_seconds"
         )
     if torch.cuda.is_available():
@@ -266,11 +266,11 @@ def differences(config: Config) -> tuple[float, float]:
     problem = make_problem(config)
     expected = dense(problem, config)
     others = [ours(problem, config), torch_lce_plus_bag(problem, config)]
-    of_loss, *of_gradients = [
+    loss_error, *gradient_errors = [
         max(float((other[part] - expected[part]).norm() / expected[part].norm()) for other in others)
         for part in range(3)
     ]
-    return of_loss, max(of_gradients)
+    return loss_error, max(gradient_errors)
 
 
 def _fused_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, problem: Problem, config: Config) -> Tensor:

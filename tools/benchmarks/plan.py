@@ -1,5 +1,5 @@
 """Benchmark `plan`: **what tools/plan.py says** of a run twice the size of the one it was calibrated on,
-beside what came out.
+compared with what a run used.
 
 Index and targets of 2 N keys, made up or real, and of half of them are made by the front-ends, each in a
 process of its own that tells the peak of its own memory (RssAnon every 5 ms: mapped files are shared by the
@@ -68,7 +68,7 @@ print(most[0])
 class Config(Flags):
     """Flags of tools/bench.py plan."""
 
-    output: Path = option("JSON file to write; a working directory beside it is removed at the end")
+    output: Path = option("JSON file to write; a working directory next to it is removed at the end")
     positions: int = option(
         "keys of the run that calibrates; the plan is for twice as many", 150_000, at_least=1
     )
@@ -153,18 +153,22 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
 
 def keys_of(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """(int8 codes, values) of twice --positions: made up, or the first ones of --keys."""
-    wanted = 2 * config.positions
+    num_positions = 2 * config.positions
     if config.keys is None:
-        return synthetic_keys(wanted, config.dim, config.vocab_size)
+        return synthetic_keys(num_positions, config.dim, config.vocab_size)
     keys = open_keys(config.keys)
-    if keys.codec != "int8" or keys.num_positions < wanted or keys.manifest.vocab_size > config.vocab_size:
+    if (
+        keys.codec != "int8"
+        or keys.num_positions < num_positions
+        or keys.manifest.vocab_size > config.vocab_size
+    ):
         raise UserError(
             f"--keys {config.keys} holds {keys.num_positions:,} keys of codec {keys.codec} and a vocabulary"
             f" of {keys.manifest.vocab_size:,}: give int8 keys, --positions up to half of them, and that"
             " --vocab-size"
         )
     dtype = np.uint16 if config.vocab_size <= 2**16 else np.uint32
-    return keys.read("keys", 0, wanted), keys.read("values", 0, wanted).astype(dtype)
+    return keys.read("keys", 0, num_positions), keys.read("values", 0, num_positions).astype(dtype)
 
 
 def plan_config(config: Config, positions: int, run_of_half: Path) -> plan.Config:

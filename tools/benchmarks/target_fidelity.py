@@ -44,10 +44,10 @@ class Case:
     published: Path
 
 
-def sample_blocks(keys: Keys, wanted: int) -> np.ndarray:
-    """Positions of as many whole blocks, drawn by hash, as hold `wanted`: int64 [Q], ascending."""
+def sample_blocks(keys: Keys, num_positions: int) -> np.ndarray:
+    """Positions of as many whole blocks, drawn by hash, as hold `num_positions`: int64 [Q], ascending."""
     size, total = keys.manifest.block_size, keys.num_positions
-    blocks = np.sort(shuffled(-(-total // size), _SEED)[: -(-wanted // size)])
+    blocks = np.sort(shuffled(-(-total // size), _SEED)[: -(-num_positions // size)])
     return np.concatenate(
         [np.arange(block * size, min((block + 1) * size, total)) for block in blocks.tolist()]
     )
@@ -100,8 +100,10 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
             row_of("both", f"perplexity_mean_{name}", "arithmetic mean", [float(perplexities_Q.mean())]),
         ]
         for arm, encoding in (("ours", "compact"), ("exact", "exact")):
-            kept, num_bytes = _written(teacher, found, positions_Q, temperature, config.mass, encoding, work)
-            rows += _rows_of(arm, name, truth, kept, num_bytes, case.keys)
+            written, num_bytes = _written(
+                teacher, found, positions_Q, temperature, config.mass, encoding, work
+            )
+            rows += _rows_of(arm, name, truth, written, num_bytes, case.keys)
         published = published_rows(case.truth, stock, queries_QD, values_N, config.k, temperature)
         counts_Q = np.array([len(ids) for ids, _ in published])
         sparse = SparseRows.of_counts(
@@ -136,8 +138,8 @@ def _written(
     path = work / shard_name(0, len(positions_Q))
     write_shard(path, work / index_name(path.name), blocks)
     num_bytes = path.stat().st_size + (work / index_name(path.name)).stat().st_size
-    kept = SparseRows.join([unpack_block(block, encoding, order_V) for block in blocks])
-    return kept.astype(np.int64, np.float64), num_bytes
+    written = SparseRows.join([unpack_block(block, encoding, order_V) for block in blocks])
+    return written.astype(np.int64, np.float64), num_bytes
 
 
 def _rows_of(

@@ -1,4 +1,4 @@
-"""Benchmark `targets`: keys and index → **sparse kNN targets on disk**, ours beside the published recipe.
+"""Benchmark `targets`: keys and index → **sparse kNN targets on disk**, compared with the published recipe.
 
 ours      stages.write_targets: lists of the nearest centroids, exact distances of the stored keys, self
           excluded by id, cut at a share of the mass, compact encoding in multi-frame zstd.
@@ -10,7 +10,7 @@ neighbours, temperature and threads, and write to the same disk. At the soft tem
 about 300), where rows are widest. `reader`: CPU time of reading ours back, blocks in random order.
 
 Fidelity and size, on --keys where given: whole blocks of positions drawn by hash, searched through the index
-that build_index chooses, beside the published index (IVF4096,PQ64, fewer lists where keys are few) over
+that build_index chooses, and the published index (IVF4096,PQ64, fewer lists where keys are few) over
 --raw-keys; the truth is exact search over the raw keys (or --keys), rows normalized. At three temperatures:
 soft and sharp (geometric mean of the rows' weight perplexity about 300 and 30), and sharp_mean (arithmetic
 mean about 30: rows differ much, so this one is sharper).
@@ -69,7 +69,7 @@ DESCRIPTION = (
 class Config(Flags):
     """Flags of tools/bench.py targets."""
 
-    output: Path = option("JSON file to write; a working directory beside it is removed at the end")
+    output: Path = option("JSON file to write; a working directory next to it is removed at the end")
     keys: Path | None = option("key directory for fidelity and size, in place of the made-up keys", None)
     raw_keys: Path | None = option(
         "with --keys: the same positions in --codec raw, as truth and for the published index", None

@@ -1,5 +1,5 @@
-"""Benchmark `train`: sparse targets as read from disk → **one optimizer step of the memory**, ours beside the
-published loop.
+"""Benchmark `train`: sparse targets as read from disk → **one optimizer step of the memory**, compared with
+the published loop.
 
 ours        what `stages.train` does: batch in CSR, chunked sparse loss in the forward of the head, ZeRO
             engine with fused AdamW. bfloat16 products by ds_configs/zero1.json; ours_fp32 the same in float32

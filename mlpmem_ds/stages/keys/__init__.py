@@ -1,1 +1,10 @@
-"""Hidden states of the frozen base: keys, memory inputs, codecs, their audit."""
+"""`extract_keys`: corpus → keys, values and memory inputs, from one pass of the frozen base.
+
+Read in this order:
+- `config.py`: the flags
+- `extract_keys.py`: `run`: the stage from its inputs to its manifest
+- `inputs.py`: the bases, loaded and checked against the corpus
+- `plan.py`: bytes that the keys will take, reported before the start
+- `codec.py`: the sample that fits the int8 codec
+- `audit.py`: targets of some stored keys against those of the raw keys
+"""

@@ -30,7 +30,7 @@ _MAX_DIMENSIONS_NAMED = 8
 
 
 def sample_windows(corpus: CorpusSplit, num_positions: int, *keys: int) -> list[Window]:
-    """Windows in a random order (a pure function of `keys`) until they hold the wanted number of
+    """Windows in a random order (a pure function of `keys`) until they hold the requested number of
     positions."""
     windows, taken, total = corpus.windows(), [], 0
     for number in shuffled(len(windows), *keys):
@@ -63,8 +63,8 @@ def read_windows(
 def read_sample(
     source: StateSource, corpus: CorpusSplit, point: CapturePoint, num_positions: int, seed: int
 ) -> np.ndarray:
-    """The states of the sample that fits the codec, float32 [N, D]; window by window, so whatever the batch
-    size."""
+    """The states of the sample that fits the codec, float32 [N, D]; window by window, so the same for any
+    batch size."""
     windows = sample_windows(corpus, num_positions, seed)
     return np.concatenate(
         [states for _, states in read_windows(source, corpus, windows, point, batch_windows=1)]

@@ -1,5 +1,5 @@
-"""Second stage: corpus → keys. Run the frozen base once; keep each position's key, value, log-probability and
-memory input.
+"""`extract_keys`: corpus → keys. Run the frozen base once; keep each position's key, value, log-probability
+and memory input.
 
 Phase 1 fits the int8 codec on a sample of windows (one unit); phase 2 is one unit for each block of
 positions. Afterwards, if asked, an audit compares the stored keys' targets with those of the raw keys.
@@ -124,8 +124,8 @@ def run(config: Config, world: World) -> None:
         )
         return describe_keys(config, inputs, stored)
 
-    speaks = directory.finish([*phase_1, *blocks], describe)
-    if config.audit is not None and speaks:
+    is_reporter = directory.finish([*phase_1, *blocks], describe)
+    if config.audit is not None and is_reporter:
         _audit(config, corpus, bases, world)
 
 
@@ -187,8 +187,8 @@ def _read_block(config: Config, corpus: CorpusSplit, bases: Bases, block: Block)
     the other."""
     size = config.batch_windows
     own = {"input": bases.input_point} if config.input_codec != "none" else {}
-    wanted = {"key": bases.key_point, **own} if bases.is_one else own
-    readings = [scan_positions(bases.input_source, corpus, block, wanted, batch_windows=size)]
+    points = {"key": bases.key_point, **own} if bases.is_one else own
+    readings = [scan_positions(bases.input_source, corpus, block, points, batch_windows=size)]
     if not bases.is_one:
         key = {"key": bases.key_point}
         readings.append(

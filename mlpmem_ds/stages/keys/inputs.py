@@ -125,7 +125,7 @@ def _fingerprints(config: Config) -> dict[str, str]:
 
 
 def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
-    """Load the models and find the layers that are wanted."""
+    """Load the models and find the requested layers."""
 
     def load(name: str, flag: str, layers_path: str | None) -> TransformersSource:
         source = TransformersSource(
