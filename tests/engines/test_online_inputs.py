@@ -1,4 +1,4 @@
-"""Inputs of a base that runs beside the training: the rows asked for, and a base that the ranks hold
+"""Inputs of a base that runs next to the training: the rows asked for, and a base that the ranks hold
 together."""
 
 from __future__ import annotations

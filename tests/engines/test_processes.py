@@ -1,4 +1,4 @@
-"""Where ranks meet, whatever started them."""
+"""Where ranks meet, under every launcher."""
 
 import pytest
 

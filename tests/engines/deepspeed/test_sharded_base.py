@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_the_whole_base(
             cut.log_probabilities(found.final_BSD.flatten(0, 1), values_N),
             whole.log_probabilities(expected.final_BSD.flatten(0, 1), values_N),
         )
-        # One rank's shards are the whole; beside them only biases and norms stay.
+        # One rank's shards are the whole; besides them only biases and norms stay.
         assert total <= cut.numbers_held() < 1.1 * total
     whole_logits = whole.model(tokens_BS).logits
     torch.testing.assert_close(cut.model(tokens_BS).logits, whole_logits, rtol=0, atol=0)

@@ -1,5 +1,4 @@
-"""Training a base: worlds agree, a stopped run continues, the best epoch is kept, and the result is a Hugging
-Face model."""
+"""Training a base: worlds agree, a stopped run continues, the best weights win, a stock model results."""
 
 import json
 import math

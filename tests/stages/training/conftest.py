@@ -90,11 +90,11 @@ def write_targets(root: Path, keys: Keys, *, cuts: Sequence[int] = (), left_out:
             )
 
     directory.run_units(["all"], write)
-    known = [shard for number, shard in enumerate(shards) if number != left_out]
+    listed = [shard for number, shard in enumerate(shards) if number != left_out]
     directory.finish(
         ["all"],
         lambda: targets_manifest(
-            num_positions=num_positions, block_size=BLOCK, vocab_size=vocab_size, shards=tuple(known)
+            num_positions=num_positions, block_size=BLOCK, vocab_size=vocab_size, shards=tuple(listed)
         ),
     )
 

@@ -1,5 +1,4 @@
-"""A base that is cut over the ranks (ZeRO-3) beside the training: the same run as with one whole on each
-rank.
+"""A base that is cut over the ranks (ZeRO-3) next to the training: the run of a base that is whole on each.
 
 The ranks are forked from one process that has imported DeepSpeed (tests/stages/forked_training.py).
 """

@@ -1,5 +1,6 @@
 """The schedules; what a training says of itself; its picture."""
 
+import itertools
 import json
 import logging
 import math
@@ -22,10 +23,10 @@ def rates(schedule, **changes):
 
 def test_schedules():
     for schedule in ("cosine", "linear", "wsd", "constant"):
-        found = rates(schedule)
-        assert found[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-        assert found[10] == pytest.approx(2.0) and max(found) <= 2.0
-        assert all(later <= earlier + 1e-12 for earlier, later in zip(found[10:], found[11:], strict=False))
+        rates_of_steps = rates(schedule)
+        assert rates_of_steps[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+        assert rates_of_steps[10] == pytest.approx(2.0) and max(rates_of_steps) <= 2.0
+        assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates_of_steps[10:]))
     assert rates("cosine")[60] == pytest.approx(1.1) and rates("cosine")[109] == pytest.approx(0.2, abs=1e-3)
     assert rates("linear")[60] == pytest.approx(1.0) and rates("linear")[109] == pytest.approx(0.02)
     assert (

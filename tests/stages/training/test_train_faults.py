@@ -1,4 +1,4 @@
-"""Training beside its base, validated, stopped early, killed at random, out of disk, with bad numbers.
+"""Training next to its base, validated, stopped early, killed at random, out of disk, with bad numbers.
 
 The ranks of every start are forked from one process that has imported DeepSpeed
 (tests/stages/forked_training.py).
@@ -126,7 +126,7 @@ def test_recomputed_activations_give_the_same_weights(runs, driven):
     runs.assert_same_weights("recomputed", "plain")
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile wants a C++ compiler")
+@pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler")
 def test_compiled_activations_give_the_same_losses(runs, driven):
     np.testing.assert_allclose(runs.losses("compiled"), runs.losses("plain"), rtol=1e-5)
 
@@ -155,10 +155,10 @@ def test_the_base_is_let_go_where_the_inputs_are_stored(runs, base_dir, process_
 
 def test_validation_is_that_of_the_written_weights(runs, driven, corpus_dir, base_dir, keys_dir):
     """Against logits of the stock model and of a plain memory, position by position."""
-    found = runs.lines("validated", "validation_perplexity")
+    lines = runs.lines("validated", "validation_perplexity")
     manifest = runs.manifest("validated")
-    best = min(found, key=lambda line: line["validation_perplexity"])
-    assert manifest["selected_step"] == best["step"] and len(found) == len(manifest["validations"]) >= 3
+    best = min(lines, key=lambda line: line["validation_perplexity"])
+    assert manifest["selected_step"] == best["step"] and len(lines) == len(manifest["validations"]) >= 3
     assert json.loads((runs / "validated" / "best.json").read_text())["step"] == best["step"]
 
     corpus = open_corpus(corpus_dir, "tuning")
@@ -189,10 +189,10 @@ def test_validation_is_that_of_the_written_weights(runs, driven, corpus_dir, bas
 
 def test_validation_under_stage_3_is_dealt_to_three_ranks(runs, driven):
     """The base's perplexity is that of all positions, and the memory's falls."""
-    found = runs.lines("online-3", "validation_perplexity")
-    memory = [line["validation_memory_perplexity"] for line in found]
-    assert len(found) >= 3 and memory == sorted(memory, reverse=True)
-    assert len({line["validation_base_perplexity"] for line in found}) == 1
+    lines = runs.lines("online-3", "validation_perplexity")
+    memory = [line["validation_memory_perplexity"] for line in lines]
+    assert len(lines) >= 3 and memory == sorted(memory, reverse=True)
+    assert len({line["validation_base_perplexity"] for line in lines}) == 1
 
 
 def test_training_stops_early_and_keeps_the_best(runs, driven):
@@ -222,7 +222,7 @@ def test_what_people_look_at(runs, driven):
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_batch_of_nan_is_skipped_counted_and_named(runs, driven, stage):
-    found = runs.losses(f"nan-{stage}")
+    losses = runs.losses(f"nan-{stage}")
     assert all(np.isfinite(tensor).all() for tensor in runs.weights(f"nan-{stage}").values())
     skipped = [line["step"] for line in runs.lines(f"nan-{stage}") if line["loss"] is None]
     assert 1 <= len(skipped) <= 3 and runs.lines(f"nan-{stage}")[-1]["skipped_steps"] == len(skipped)
@@ -230,7 +230,7 @@ def test_a_batch_of_nan_is_skipped_counted_and_named(runs, driven, stage):
     assert all(f"step {step}: the gradients of batch {step - 1} are not finite" in said for step in skipped)
     named = re.findall(r"positions are not finite: ([\d, ]+)\)", said)
     assert sorted(int(number) for numbers in named for number in numbers.split(",")) == [3, 70, 200]
-    assert len(found) > 5
+    assert len(losses) > 5
 
 
 def test_too_many_nan_in_a_row_stop_the_training(runs, driven):
