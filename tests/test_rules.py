@@ -51,43 +51,130 @@ WORDS = {
 EMPTY_NAMES = {"here", "there", "came", "known", "kept", "wanted"}
 
 # module without a test of its own name → the test that covers it
-TESTED_BY: dict[str, str] = {}
+TESTED_BY = {
+    "core/errors.py": "core/test_front_end.py",
+    "core/manifest.py": "core/test_stage_directory.py",
+    "engines/deepspeed/library.py": "engines/deepspeed/test_engine.py",
+    "engines/deepspeed/process_group.py": "engines/deepspeed/test_engine.py",
+    "engines/deepspeed/weights.py": "stages/conversion/test_convert_checkpoint.py",
+    "engines/deepspeed/zero_state.py": "engines/deepspeed/test_engine.py",
+    "engines/lm_eval.py": "stages/harness/test_run_lm_eval.py",
+    "engines/plotting.py": "stages/report/test_summary.py",
+    "formats/arrow_tables.py": "stages/exchange/test_exchange.py",
+    "formats/evaluation.py": "stages/evaluation/test_results.py",
+    "formats/key_lists.py": "stages/retrieval/test_key_lists.py",
+    "formats/key_rows.py": "stages/retrieval/test_key_lists.py",
+    "formats/target_shards.py": "formats/test_targets.py",
+    "maths/distances.py": "maths/test_knn.py",
+    "maths/kernels/probability_rows.py": "maths/kernels/test_twins.py",
+    "maths/kernels/sparse_rows.py": "maths/kernels/test_twins.py",
+    "maths/listed_keys.py": "maths/test_knn.py",
+    "maths/sparse_chunk.py": "maths/test_sparse_loss.py",
+    "maths/sparse_targets.py": "maths/test_sparse_loss.py",
+    "models/hf_config.py": "models/test_hf.py",
+    "models/mixture_on_device.py": "maths/kernels/test_twins.py",
+    "models/structure.py": "models/test_backbone.py",
+}
 
 # rule → files and folders that do not keep it yet
 PENDING: dict[str, set[str]] = {
     "long_functions": {
         "mlpmem_ds/maths/kernels/sparse_rows.py",
         "mlpmem_ds/maths/knn.py",
-        "mlpmem_ds/stages/base/train_base.py",
-        "mlpmem_ds/stages/keys/extract_keys.py",
+        "mlpmem_ds/stages/exchange/import_datastore.py",
         "mlpmem_ds/stages/targets/write_targets.py",
-        "mlpmem_ds/stages/training/inputs.py",
-        "mlpmem_ds/stages/training/loop.py",
-        "tests/stages/evaluation/test_results.py",
-        "tests/stages/training/test_train.py",
     },
     "long_files": {
-        "mlpmem_ds/models/backbone.py",
-        "mlpmem_ds/models/hf.py",
         "tests/core/test_stage_directory.py",
         "tests/formats/test_targets.py",
         "tests/stages/conversion/test_convert_checkpoint.py",
         "tests/stages/keys/test_extract_keys.py",
         "tests/stages/targets/test_write_targets.py",
-        "tests/stages/training/test_train.py",
     },
-    "wide_prose": {"mlpmem_ds/formats/README.md", "docs/evaluation.md"},
+    "wide_prose": {
+        "docs/evaluation.md",
+        "mlpmem_ds/formats/README.md",
+    },
     "effects_of_import": {
         "mlpmem_ds/core/front_end.py",
         "mlpmem_ds/models/hf.py",
-        "tools/benchmarks/index.py",
     },
-    "untyped_manifests": {"mlpmem_ds/", "tools/"},
-    "misplaced_configs": {"mlpmem_ds/stages/"},
-    "dialect": {"mlpmem_ds/", "tools/", "launch/", "docs/", "README.md", "CHANGELOG.md", "ds_configs/"},
-    "empty_names": {"mlpmem_ds/", "tools/"},
-    "incomplete_maps": {"mlpmem_ds/"},
-    "untested_modules": {"mlpmem_ds/"},
+    "untyped_manifests": {
+        "mlpmem_ds/engines/checkpoints.py",
+        "mlpmem_ds/engines/deepspeed/engine.py",
+        "mlpmem_ds/stages/conversion/weights.py",
+        "mlpmem_ds/stages/evaluation/arms/model.py",
+        "mlpmem_ds/stages/inspection/contents.py",
+    },
+    "misplaced_configs": {
+        "mlpmem_ds/stages/retrieval/key_lists.py",
+    },
+    "dialect": {
+        "docs/LAB.md",
+        "docs/evaluation.md",
+        "docs/targets.md",
+        "ds_configs/README.md",
+        "mlpmem_ds/commands.py",
+        "mlpmem_ds/core/blocks.py",
+        "mlpmem_ds/core/claims.py",
+        "mlpmem_ds/core/hashing.py",
+        "mlpmem_ds/core/stage_directory.py",
+        "mlpmem_ds/engines/deepspeed/weights.py",
+        "mlpmem_ds/formats/README.md",
+        "mlpmem_ds/formats/__init__.py",
+        "mlpmem_ds/formats/batches.py",
+        "mlpmem_ds/formats/corpus.py",
+        "mlpmem_ds/formats/keys.py",
+        "mlpmem_ds/formats/reference_checkpoint.py",
+        "mlpmem_ds/formats/target_encoding.py",
+        "mlpmem_ds/formats/target_shards.py",
+        "mlpmem_ds/formats/targets.py",
+        "mlpmem_ds/formats/weight_shards.py",
+        "mlpmem_ds/maths/candidates.py",
+        "mlpmem_ds/maths/centroids.py",
+        "mlpmem_ds/maths/distances.py",
+        "mlpmem_ds/maths/head_scores.py",
+        "mlpmem_ds/maths/knn.py",
+        "mlpmem_ds/maths/knn_on_device.py",
+        "mlpmem_ds/maths/neighbours.py",
+        "mlpmem_ds/maths/search_blocks.py",
+        "mlpmem_ds/maths/sparse_chunk.py",
+        "mlpmem_ds/maths/sparse_loss.py",
+        "mlpmem_ds/maths/sparse_targets.py",
+        "mlpmem_ds/maths/target_distance.py",
+        "mlpmem_ds/maths/targets.py",
+        "mlpmem_ds/stages/evaluation/forward_pass.py",
+        "mlpmem_ds/stages/evaluation/inputs.py",
+        "mlpmem_ds/stages/evaluation/samples.py",
+        "mlpmem_ds/stages/evaluation/token_kinds.py",
+        "mlpmem_ds/stages/index/build_index.py",
+        "mlpmem_ds/stages/keys/audit.py",
+        "mlpmem_ds/stages/report/page.py",
+        "mlpmem_ds/stages/retrieval/key_lists.py",
+        "mlpmem_ds/stages/targets/audit.py",
+        "mlpmem_ds/stages/targets/units.py",
+        "mlpmem_ds/stages/targets/write_targets.py",
+    },
+    "empty_names": {
+        "mlpmem_ds/core/hashing.py",
+        "mlpmem_ds/core/stage_directory.py",
+        "mlpmem_ds/formats/reference_checkpoint.py",
+        "mlpmem_ds/formats/target_encoding.py",
+        "mlpmem_ds/formats/targets.py",
+        "mlpmem_ds/models/activations.py",
+        "mlpmem_ds/stages/retrieval/key_lists.py",
+        "mlpmem_ds/stages/targets/write_targets.py",
+    },
+    "incomplete_maps": {
+        "mlpmem_ds/core/__init__.py",
+        "mlpmem_ds/formats/__init__.py",
+        "mlpmem_ds/maths/__init__.py",
+        "mlpmem_ds/models/__init__.py",
+        "mlpmem_ds/stages/__init__.py",
+        "mlpmem_ds/stages/evaluation/arms/__init__.py",
+        "mlpmem_ds/stages/index/__init__.py",
+        "mlpmem_ds/stages/targets/__init__.py",
+    },
 }
 
 
@@ -246,11 +333,16 @@ def incomplete_maps(root: Path) -> Iterator[Violation]:
 
 
 def untested_modules(root: Path) -> Iterator[Violation]:
-    """Each module has a test of its own name in the mirrored folder, or an entry in TESTED_BY."""
+    """Each module has a test of its own name in the mirrored folder, or an entry in TESTED_BY.
+
+    The files of a stage are parts of one command: tests in the stage's folder are enough.
+    """
     for path, _ in python_files(root, "mlpmem_ds"):
         name = path.removeprefix("mlpmem_ds/")
         mirrored = root / "tests" / Path(name).with_name(f"test_{Path(name).name}")
         if Path(name).stem.startswith("__") or mirrored.is_file():
+            continue
+        if name.startswith("stages/") and any(mirrored.parent.glob("test_*.py")):
             continue
         if name not in TESTED_BY:
             yield Violation(path, f"has no test {mirrored.relative_to(root).as_posix()}")

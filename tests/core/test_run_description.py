@@ -1,0 +1,74 @@
+"""A run's identity binds its directory; run.json describes it for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.run_description import describe_run, settle_identity
+from mlpmem_ds.core.world import World
+
+IDENTITY = {
+    "format": "mlpmem-test",
+    "version": 1,
+    "inputs": {"corpus": "a" * 64},
+    "config": {"block_size": 8},
+}
+DEFAULTS = {"block_size": 4, "seed": 0}
+
+
+def test_the_same_identity_continues_and_a_flag_at_its_default_is_no_difference(tmp_path: Path) -> None:
+    settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
+    settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
+    settle_identity(tmp_path / "run", {**IDENTITY, "config": {"block_size": 8, "seed": 0}}, defaults=DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"block_size": 16}}, "--block-size was 8, now 16"),
+        ({"config": {}}, "--block-size was 8, now 4"),
+        ({"config": {"block_size": 8, "seed": 3}}, "--seed was 0, now 3"),
+        ({"inputs": {"corpus": "b" * 64}}, "inputs.corpus was 'a+', now 'b+'"),
+    ],
+)
+def test_another_run_is_refused_with_the_flag_and_both_values(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
+    before = (tmp_path / "run" / "identity.json").read_bytes()
+    with pytest.raises(UserError, match=message):
+        settle_identity(tmp_path / "run", {**IDENTITY, **change}, defaults=DEFAULTS)
+    assert (tmp_path / "run" / "identity.json").read_bytes() == before
+
+
+def test_a_damaged_identity_is_written_anew_only_if_no_unit_of_another_run_is_there(tmp_path: Path) -> None:
+    settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
+    path = tmp_path / "run" / "identity.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20])
+    settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:20])
+    (tmp_path / "run" / "done").mkdir()
+    (tmp_path / "run" / "done" / "unit.json").write_text(json.dumps({"identity": "0" * 64}))
+    with pytest.raises(DamagedDataError, match="remove .* to start anew"):
+        settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Flags):
+    output: Path = option("directory")
+    seed: int = option("seed", 3)
+
+
+def test_run_json_has_every_flag_the_world_and_the_versions(tmp_path: Path) -> None:
+    description = describe_run(Example(output=tmp_path), World(rank=1, size=4, local_rank=1))
+    assert description["config"] == {"output": str(tmp_path), "seed": 3} and description["world"] == 4
+    assert {"mlpmem_ds", "python", "torch"} <= set(description["versions"])
+    assert json.dumps(description)

@@ -1,0 +1,35 @@
+"""The peak of a device: by its name on a listed GPU, else measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlpmem_ds.engines import device_peak
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 PCIe", 7.56e14),
+        ("NVIDIA H100 80GB HBM3", 9.89e14),
+        ("NVIDIA GH200 480GB", 9.89e14),
+        ("NVIDIA L40S", 3.62e14),
+        ("NVIDIA L4", 1.21e14),
+    ],
+)
+def test_the_longest_listed_name_gives_the_data_sheets_peak(
+    name: str, flops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = device_peak.peak_of(torch.device("cuda", 0), torch.bfloat16)
+    assert peak.flops == flops and name in peak.source
+
+
+def test_other_devices_and_dtypes_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(device_peak._SIZES, "cpu", 64)
+    peak = device_peak.peak_of(torch.device("cpu"), torch.float32)
+    assert peak.flops > 1e6 and "measured" in peak.source
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unlisted")
+    monkeypatch.setattr(device_peak, "measure_peak", lambda device, dtype: 5.0)
+    assert device_peak.peak_of(torch.device("cuda", 0), torch.bfloat16).flops == 5.0
