@@ -5,12 +5,13 @@ Row n has the teacher's sparse distribution t, the label y and the weight w. Wit
     loss_n = w (α KL(t ‖ softmax z) + (1-α) CE),   CE = -log p_mem(y)  or  -log((1-λ) p_base(y) + λ p_mem(y)),
     m = α t + c (1-α) onehot(y),    s = Σ m,    dloss_n/dz = w (s softmax(z) - m),
 
-where c is 1, or the memory's responsibility λ p_mem(y) / mixture. The factor s is needed wherever a row's
+where c is 1, or the memory's responsibility λ p_mem(y) / mixture: this is the derivative of
+`models.mixture.log_mixture`, to which a test ties it in float64. The factor s is needed wherever a row's
 mass is not 1, else all its logits drift. A row whose teacher is empty is pure CE (its α is 0).
 
 Neither a dense target nor all the logits ever exist: rows are taken in chunks, and a chunk's gradients are
-made while what they are made of is at hand (`sparse_chunk`). Statistics are float32; matrix products take the
-operands' dtype.
+made while what they are made of is in memory (`sparse_chunk`). Statistics are float32; matrix products take
+the operands' dtype.
 
 Shape legend: N rows, D width of the hidden state, V vocabulary, C rows of a chunk.
 """

@@ -1,2 +1,15 @@
-"""Models: the memory that is trained, the frozen base that it reads, and the two joined for Hugging Face
-users."""
+"""Models: the memory that is trained, the frozen base that it reads, and the two joined.
+
+Read in this order; files marked * are copied into every export and import nothing of ours but each other:
+    memory*            the memory: a stack of residual MLP blocks and its head
+    structure*         a base's layers, MLPs and output head, found by structure
+    backbone*          loading a base, and capturing its hidden states
+    mixture*           the mixture of base and memory, and the gates that give the memory's weight
+    hf_config*, hf*    the joint model: its config.json, and its forward, generation, saving and loading
+    quantized*         a memory with int8 matrices, for decoding
+    mixture_on_device  the mixture of logits by Triton
+    mixture_scores     the mixture of log-probabilities kept in NumPy, for report and validation
+    objective          training only: the memory with the loss in its head
+    activations        training only: activations that are recomputed or compiled
+    shape              how large a base is, without its weights, for `plan`
+"""

@@ -1,8 +1,8 @@
 """The memory as training sees it: a `Memory` with a head that owns its loss, and with `TRAINING_MLPS`.
 
-Part of `train`, not exported: its weights load into a plain `Memory` by the same names. The loss
-is computed inside the forward of the module that owns the head's weight, because under ZeRO-3 the weight
-exists as a whole only there: a function outside that reads `head.weight` would meet an empty tensor.
+Part of `train`, not exported: its weights load into a plain `Memory` by the same names. The loss is computed
+inside the forward of the module that owns the head's weight, because under ZeRO-3 the weight exists as a
+whole only there: a function outside that reads `head.weight` would meet an empty tensor.
 
 Shapes: N rows (positions), H hidden size, I input size, V vocabulary.
 """

@@ -1,9 +1,9 @@
-"""Part of `train`: perplexity of base, memory and their best interpolation on the corpus's tuning split.
+"""Part of `train`: perplexity of base, memory and their best mixture on the corpus's tuning split.
 
 The base's log-probabilities and the memory's inputs are computed once, at the start, and held in memory; a
 validation is then a forward of the memory over some thousand rows.
 
-N rows of this rank, I input size, G grid of interpolation weights.
+N rows of this rank, I input size, G grid of λ.
 """
 
 from __future__ import annotations
