@@ -1,7 +1,7 @@
 """The front-ends as commands: `mlpmem-train …` where the package is installed, `python -m mlpmem_ds train …`
 anywhere.
 
-Both run the very files of tools/ and launch/: beside the package in a checkout, inside it where a wheel was
+Both run the very files of tools/ and launch/: next to the package in a checkout, inside it where a wheel was
 installed. With a launcher: `torchrun --nproc-per-node 2 -m mlpmem_ds extract-keys …`, `deepspeed --module
 mlpmem_ds train …`.
 """
@@ -21,7 +21,8 @@ _PREFIX = "mlpmem-"
 
 
 def folder(name: str) -> Path:
-    """`tools`, `launch` or `ds_configs`: inside an installed package, or beside the package of a checkout."""
+    """`tools`, `launch` or `ds_configs`: inside an installed package, or next to the package of a
+    checkout."""
     return next(root / name for root in (_PACKAGE, _PACKAGE.parent) if (root / name).is_dir())
 
 
@@ -70,7 +71,7 @@ def _usage() -> str:
         ),
         "       python -m mlpmem_ds --version",
         (
-            "       python -m mlpmem_ds --ds-configs      the directory of DeepSpeed configurations that came"
+            "       python -m mlpmem_ds --ds-configs      the directory of DeepSpeed configurations that come"
             " with it"
         ),
         "",

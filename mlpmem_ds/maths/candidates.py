@@ -5,7 +5,7 @@ A loop over queries has ten short calls for each, and two threads of them hand t
 another more often than they compute: they took half as long again as one. Here a call works on a hundred
 thousand candidates.
 
-Shape legend: B queries of a block, P probes, R queries at hand, W candidates of the longest of them, S
+Shape legend: B queries of a block, P probes, R queries of a part, W candidates of the longest of them, S
 survivors, K neighbours.
 """
 
@@ -20,7 +20,7 @@ from mlpmem_ds.maths.neighbours import MISSING, NO_BOUND
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-_CANDIDATES = 1 << 17  # at hand: their ranks and places stay in the cache
+_CANDIDATES = 1 << 17  # of a part: their ranks and places stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,14 +28,14 @@ TWO_LEVEL_ABOVE = (
 ITERATIONS = 10
 _TILE_ELEMENTS = (
     2**21
-)  # distances at hand: 8 MB, which stay in the cache between the product and the selection
+)  # distances of a block: 8 MB, which stay in the cache between the product and the selection
 _FIRST_LEVEL_POINTS = 256  # points a centroid of the first of two levels
 
 
 def nearest_centroids(vectors_ND: Tensor, centroids_LD: Tensor, count: int) -> tuple[Array, Array]:
     """The `count` nearest centroids of each vector in the order (distance, number).
 
-    Works on the device of the centroids. Two int8 tensors give exact distances whatever the batch and device;
+    Works on the device of the centroids. Two int8 tensors give exact distances for any batch and device;
     others go through float32.
 
     Returns:
@@ -144,7 +144,7 @@ def _sums_of_lists(codes: Tensor, nearest_N: Tensor, num_lists: int) -> Tensor:
 def _smallest_on_host(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:
     """(numbers, ranks), both [B, P], least first, ties to the lower number; int32 on the CPU.
 
-    NumPy's argmin takes a twentieth of packing the number beside the rank in 64 bits, and its first
+    NumPy's argmin takes a twentieth of packing the number with the rank in 64 bits, and its first
     occurrence is the lower number. For more than one the ranks alone are partitioned, and only what is not
     above the P-th is packed and sorted.
     """

@@ -1,7 +1,7 @@
 """Pipeline: keys → **distances** → nearest neighbours. Squared Euclidean distances on any device, exact for
 int8 codes.
 
-Shape legend: Q queries, K keys at hand, N rows, D dimensions.
+Shape legend: Q queries, K keys of a block, N rows, D dimensions.
 """
 
 from functools import cache
@@ -25,7 +25,7 @@ def squared_distances(
     bit-exact.
 
     ``out`` (int32 [Q, K], contiguous) may receive the integers: page faults of a fresh result cost as much as
-    the product. ``key_norms_K`` are the keys' `squared_norms` where they are at hand (int8 keys only). Raises
+    the product. ``key_norms_K`` are the keys' `squared_norms` if the caller has them (int8 keys only). Raises
     ValueError when an exact distance could pass int32 (more than 33,025 dimensions).
     """
     if queries_QD.shape[1] != keys_KD.shape[1]:

@@ -27,7 +27,7 @@ Transform: TypeAlias = Callable[[Tensor], Tensor]
 _MAX_ROWS = 1024
 _ROWS_OF_BLOCK = 16
 _MIN_LOGIT = torch.finfo(torch.float32).min  # for the greatest logit of a tile that is all -inf
-_LEAST = -1e4  # exp of it is 0 in float32, and 0 times it is 0, which 0 times -inf is not
+_MIN_LOGIT = -1e4  # exp of it is 0 in float32, and 0 times it is 0, which 0 times -inf is not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def head_scores(
             greatest.append(greatest_C.double())
             places.append(place_C + columns.start)
             sums.append(exponentials_CT.sum(1).double())
-            products.append(exponentials_CT.mul_(logits_CT.clamp_(min=_LEAST)).sum(1).double())
+            products.append(exponentials_CT.mul_(logits_CT.clamp_(min=_MIN_LOGIT)).sum(1).double())
         greatest_TC = torch.stack(greatest)
         log_sums_C = torch.logsumexp(greatest_TC + torch.stack(sums).log(), dim=0)
         top_C, tile_C = greatest_TC.max(0)

@@ -3,11 +3,11 @@ lists an index names.
 
 With int8 codes a squared distance is an exact integer, so neighbours and distances do not depend on batches,
 threads or devices, and ties are broken by id. Float keys take the same path through float32 and have no such
-promise. Where CUDA is at hand the search runs there (knn_on_device.py).
+promise. With CUDA the search runs there (knn_on_device.py).
 
-Shape legend: Q queries, K keys at hand (or neighbours kept), N keys in all, D dimensions, P probes, L lists,
-S survivors, M queries that probe one list, B queries of a block, T their probes of lists that are not empty,
-C capacity of a buffer.
+Shape legend: Q queries, K keys of a block (or neighbours kept), N keys in all, D dimensions, P probes, L
+lists, S survivors, M queries that probe one list, B queries of a block, T their probes of lists that are not
+empty, C capacity of a buffer.
 """
 
 import contextlib

@@ -48,7 +48,7 @@ def exact_neighbours_on_device(
     query_block: int = 2048,
     key_block: int = 2**17,
 ) -> PackedNeighbours:
-    """`exact_neighbours` on a device; the distances at hand take ``query_block * key_block * 4`` bytes of
+    """`exact_neighbours` on a device; the distances of a block take ``query_block * key_block * 4`` bytes of
     it."""
     num_keys, num_dims = keys_ND.shape
     is_integer = are_codes(queries_QD, keys_ND)
@@ -66,7 +66,7 @@ def exact_neighbours_on_device(
             rows_S, columns_S = torch.nonzero(ranks_QB < bound_Q[:, None], as_tuple=True)
             packed_S = (ranks_QB[rows_S, columns_S].to(torch.int64) << id_bits) + (columns_S + start)
             kept_S = ~hidden(rows_S + query_start, columns_S + start)
-            best_QK = _least(best_QK, rows_S[kept_S], packed_S[kept_S])
+            best_QK = _smallest(best_QK, rows_S[kept_S], packed_S[kept_S])
         packed_QK[query_start : query_start + query_block] = best_QK.sort(dim=1).values.cpu().numpy()
     return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
 
@@ -149,8 +149,8 @@ class _Hidden:
         return hidden
 
 
-def _least(best_QK: Tensor, rows_S: Tensor, packed_S: Tensor) -> Tensor:
-    """The K least of each row among those at hand and the newcomers; ``rows_S`` ascends. In no order."""
+def _smallest(best_QK: Tensor, rows_S: Tensor, packed_S: Tensor) -> Tensor:
+    """The K least of each row among the present ones and the new ones; ``rows_S`` ascends. In no order."""
     if not len(rows_S):
         return best_QK
     counts_Q = torch.bincount(rows_S, minlength=len(best_QK))

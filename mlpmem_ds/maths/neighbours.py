@@ -3,7 +3,7 @@ packed.
 
 A neighbour is *packed* in one int64, ``rank << id_bits | id``, where the rank is the integer distance or the
 bit pattern of the non-negative float32 distance (which orders like the float). Packed values have no ties, so
-selecting the k least of them gives one answer in whatever order they come, on any device.
+selecting the k least of them gives one answer in any order of arrival, on any device.
 
 Shape legend: Q queries, K neighbours, N keys in all, P probes.
 """

@@ -17,8 +17,8 @@ _FIRST_KEY_BLOCK = 2048
 
 
 def growing_blocks(num_keys: int, key_block: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) over the keys: small at first, where every key enters for want of a bound, doubling to
-    ``key_block``."""
+    """[start, stop) over the keys: small at first, where every key enters because no bound exists yet,
+    doubling to ``key_block``."""
     start, size = 0, min(_FIRST_KEY_BLOCK, key_block)
     while start < num_keys:
         stop = min(start + size, num_keys)

@@ -50,7 +50,7 @@ class ChunkResult:
 def chunk_by_kernel(
     logits_CV: Tensor, targets: PreparedTargets, chunk: slice, gradient_dtype: torch.dtype | None
 ) -> ChunkResult:
-    """By Triton: `logits_CV` float32, the gradient in `gradient_dtype` (None: not wanted)."""
+    """By Triton: `logits_CV` float32, the gradient in `gradient_dtype` (None: not needed)."""
     from .kernels.sparse_rows import sparse_rows
 
     alphas_C = targets.alphas_N[chunk]
@@ -81,7 +81,7 @@ def chunk_by_torch(
     divisor: float,
 ) -> ChunkResult:
     """The same by PyTorch. `store` holds at least C · V numbers, and the gradient after this; None: it is not
-    wanted.
+    needed.
 
     The rows' factors are divided by `divisor`, the sums are not.
     """
@@ -127,7 +127,7 @@ def add_gradients(
     result: ChunkResult,
 ) -> None:
     """Set the chunk's rows of ``d_hidden_ND``, set or (after the first chunk) add to ``d_weight_VD``,
-    whichever are wanted."""
+    whichever are needed."""
     hidden_CD, scales_C = hidden_ND[chunk], result.scales_C
     if scales_C is not None and d_weight_VD is not None:
         hidden_CD = (hidden_CD * scales_C[:, None]).to(hidden_ND.dtype)

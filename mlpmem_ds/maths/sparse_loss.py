@@ -178,7 +178,7 @@ def _check(
     if len(targets.labels_N) != len(hidden_ND) or len(targets.offsets_N1) != len(hidden_ND) + 1:
         raise ValueError(
             f"{len(hidden_ND)} hidden states, {len(targets.labels_N)} labels, {len(targets.offsets_N1)}"
-            " offsets; N, N and N + 1 are wanted"
+            " offsets; N, N and N + 1 are needed"
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; the weight of KL against CE lies in [0, 1]")

@@ -21,7 +21,7 @@ class TargetBatch:
     """What the loss takes besides hidden states: `SparseRows` of the teacher as tensors, and labels.
 
     ``offsets_N1`` int64, ``ids`` int64 [E] (an id may repeat within a row), ``probabilities`` float32 [E]
-    (not negative), ``labels_N`` int64, ``row_weights_N`` float32 (0 = ignored, whatever its label; None = all
+    (not negative), ``labels_N`` int64, ``row_weights_N`` float32 (0 = ignored with any label; None = all
     1), ``base_log_probabilities_N`` float32, log p_base(label), needed for CE through the mixture.
     """
 

@@ -1,7 +1,7 @@
 """Pipeline: targets → **how far they are from the truth**. Recall of neighbours, distances of sparse
 distributions, row validity.
 
-Shape legend: Q queries (rows), K neighbours a row, C of them at hand, W neighbours of both kinds, nnz stored
+Shape legend: Q queries (rows), K neighbours a row, C of them compared, W neighbours of both kinds, nnz stored
 entries.
 """
 

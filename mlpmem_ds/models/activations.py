@@ -31,7 +31,7 @@ class _TrainingMLP:
             output_NH: torch.Tensor = self.down(activated)
             return output_NH
         # The same storage, which the activation's own backward keeps anyway.
-        kept = [tensor.detach() for tensor in before]
+        detached = [tensor.detach() for tensor in before]
         address, size = activated.data_ptr(), activated.numel()
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
@@ -42,7 +42,7 @@ class _TrainingMLP:
             if isinstance(packed, torch.Tensor):
                 return packed
             with torch.no_grad():
-                return self.activation(*kept).reshape(packed)
+                return self.activation(*detached).reshape(packed)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             output_NH = self.down(activated)

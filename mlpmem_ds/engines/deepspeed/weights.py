@@ -22,7 +22,7 @@ def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
 
     The checkpoint may be of any ZeRO stage and world size.
 
-    The files are unpickled, which runs whatever code they hold. Under ZeRO-1 and 2 all float32 weights are
+    The files are unpickled, which runs any code in them. Under ZeRO-1 and 2 all float32 weights are
     merged in memory.
 
     Raises:

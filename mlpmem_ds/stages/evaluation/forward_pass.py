@@ -56,7 +56,7 @@ class ForwardPass:
 
         Products of another number of rows may round otherwise, and a sum over a corpus shows it. On a CPU,
         where more than a few hundred rows at once gain nothing, every forward of a text is therefore cut
-        alike, whatever `batch_windows` is.
+        alike, for any `batch_windows`.
         """
         if self.source.device.type != "cpu":
             return self.batch_windows

@@ -41,14 +41,14 @@ def continue_samples(base: Any, joint: Any, corpus: CorpusSplit, num_samples: in
         eos_token_id=corpus.end_of_document_id,
         pad_token_id=corpus.end_of_document_id,
     )
-    of_base, of_joint = (continue_batch(model, prompts, generation) for model in (base, joint))
+    base_tokens, joint_tokens = (continue_batch(model, prompts, generation) for model in (base, joint))
     return tuple(
         Sample(
             prompt=_decode(tokenizer, prompt),
             base=_decode(tokenizer, by_base),
             memory=_decode(tokenizer, by_joint),
         )
-        for prompt, by_base, by_joint in zip(prompts, of_base, of_joint, strict=True)
+        for prompt, by_base, by_joint in zip(prompts, base_tokens, joint_tokens, strict=True)
     )
 
 

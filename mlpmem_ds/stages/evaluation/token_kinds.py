@@ -27,7 +27,7 @@ _SPACE_MARKS = ("Ġ", "▁")  # how byte-level and sentence-piece vocabularies w
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyKinds:
-    """What each entry of a vocabulary looks like, whatever stands before it."""
+    """What each entry of a vocabulary looks like, regardless of what stands before it."""
 
     kinds_V: np.ndarray
     """int64: index into KINDS; letters count as a continuation, which a position may make a word's start"""

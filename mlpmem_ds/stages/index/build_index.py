@@ -1,4 +1,4 @@
-"""Third stage: keys → index. Sharded inverted lists with product-quantized vectors.
+"""`build_index`: keys → index. Sharded inverted lists with product-quantized vectors.
 
 Phase 1 trains the quantizers on a sample of the keys (one unit); phase 2 is one unit for each shard, filled
 from its share of the keys.

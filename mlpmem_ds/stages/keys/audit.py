@@ -41,7 +41,7 @@ _logger = logging.getLogger(__name__)
 NAME, FORMAT, VERSION = "audit.json", "mlpmem-key-audit", 1
 PERPLEXITIES = {"soft": 300.0, "sharp": 30.0}
 _K = 1024
-_CHUNK = 32768  # candidates at hand: 32768 · D · 4 bytes
+_CHUNK = 32768  # candidates in memory: 32768 · D · 4 bytes
 _ROWS_AT_ONCE = 1024  # queries that are searched, merged and compared at once
 _QUERY_SPREAD = 32  # the windows that the queries are drawn from hold this many positions a query
 _WINDOWS_SEED, _QUERIES_SEED = 5, 6
@@ -310,7 +310,7 @@ def _compare(
 
 
 def _weights(arm: _Arm, temperature: str) -> np.ndarray | None:
-    """Its neighbours' weights at the temperature where they have the wanted perplexity; None where none
+    """Its neighbours' weights at the temperature where they have the requested perplexity; None where none
     has."""
     assert arm.best is not None
     squared_QK, valid_QK = squared_key_distances(arm.best, arm.scale)

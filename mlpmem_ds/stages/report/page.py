@@ -292,7 +292,7 @@ def _limits(evaluation: Evaluation) -> list[str]:
         " arm was trained once",
         "the text is of one corpus; on other text a gain may be smaller, or a loss",
         "perplexity is about the probability of given text; it does not say that generated text is better",
-        "speed was measured on this machine, with other programs as they came; on another device the order of"
+        "speed was measured on this machine, with other programs running; on another device the order of"
         " the arms may differ",
     ]
     if evaluation.recovered_share is not None:

@@ -35,7 +35,7 @@ from mlpmem_ds.maths.listed_keys import ListedKeys
 
 _logger = logging.getLogger(__name__)
 _VALUES = "values"
-_ROWS = 1 << 16  # rows at hand while a run is written
+_ROWS = 1 << 16  # rows in memory while a run is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ def missing_bytes(root: Path, keys: Keys, index: IndexDirectory) -> int:
         keys.unit("values", 0).itemsize,
         is_integer=keys.codec == "int8",
     )
-    there = sum(path.stat().st_size for path in root.glob("*.npy")) if root.is_dir() else 0
-    return max(0, total - there)
+    existing_bytes = sum(path.stat().st_size for path in root.glob("*.npy")) if root.is_dir() else 0
+    return max(0, total - existing_bytes)
 
 
 def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) -> ListedKeys:

@@ -7,7 +7,7 @@ does and the rows that the shards hold, after truncation and encoding. A stage d
 `TARGETS/audit/<settings>/`, so that many ranks share the work and a killed audit goes on;
 `TARGETS/audit.json` and `audit.png` are made from it. The targets do not depend on it.
 
-n positions at hand, K neighbours, V token ids.
+n positions of a batch, K neighbours, V token ids.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The units of write_targets: what a sample shows before anything is written, and the rows of a shard.
 
-n positions at hand, K neighbours, V token ids.
+n positions of a batch, K neighbours, V token ids.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure(teacher: Teacher, config: Config) -> Measured:
     """Fit or take the temperature, and measure the neighbour-weight perplexity, on sampled positions.
 
     Raises:
-        UserError: no temperature gives the wanted perplexity.
+        UserError: no temperature gives the requested perplexity.
     """
     positions_n = sample_positions(teacher.keys.num_positions, _SAMPLE, seed=_SEED)
     neighbours = teacher.find(positions_n).unpack()

@@ -1,7 +1,7 @@
 """Fourth stage: keys (and index) → targets. Each key's neighbours among all keys, as a next-token
 distribution.
 
-Phase 1 measures a sample: the temperature that gives the wanted neighbour-weight perplexity, or the
+Phase 1 measures a sample: the temperature that gives the requested neighbour-weight perplexity, or the
 perplexity that the given temperature has; an unreachable perplexity and a disk that is too small are refused
 before anything is written. Phase 2 is one unit for each shard file. The queries are the stored keys
 themselves and a position never finds itself; distances are those of the stored keys also where an index chose
@@ -169,13 +169,13 @@ def _measure_first(
         config.container,
         total / 1e9,
     )
-    wanted, what = int(total * _MARGIN_OF_BYTES), "the targets"
+    needed, what = int(total * _MARGIN_OF_BYTES), "the targets"
     if index is not None and config.lists is None:
-        wanted, what = (
-            wanted + missing_bytes(config.output / FOLDER, teacher.keys, index),
+        needed, what = (
+            needed + missing_bytes(config.output / FOLDER, teacher.keys, index),
             ("the targets and, until they are written, the keys in list order (elsewhere: --lists)"),
         )
-    require_free_bytes(config.output, wanted, what=what)
+    require_free_bytes(config.output, needed, what=what)
     return measured
 
 
