@@ -44,7 +44,7 @@ WORDS = {
     r"\w*(?<!at)_(most|least)": "max_, min_",
     r"(?<!\.)(?<!def )of_[a-z]\w*": "a noun: memory_scores, not of_memory",
     r"\w*(tokenis|quantis|normalis|initialis|optimis|serialis|organis|recognis|summaris)\w+": "-ize",
-    r"(First|Second|Third|Last) stage": "the name of the command",
+    r"(First|Second|Third|Fourth|Last) stage": "the name of the command",
     r"Of the (first|second|third|last) (stage|use)": "the name of the command",
 }
 # Names of variables that say nothing of what they hold.

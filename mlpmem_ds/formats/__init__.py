@@ -1,1 +1,12 @@
-"""What is on disk; README.md beside this file is the specification."""
+"""What is on disk: readers, writers and typed manifests. README.md next to this file is the specification.
+
+In the order of the pipeline:
+- `documents.py`, `document_readers.py`: text from files of many kinds
+- `corpus.py`: token shards; `keys.py`, `key_rows.py`: keys, values and memory inputs
+- `index_directory.py`: an index; `key_lists.py`: keys in the order of its lists
+- `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample
+- `batches.py`: training batches from keys and targets
+- `checkpoint.py`, `checkpoint_copy.py`, `weight_shards.py`: checkpoints and trained weights
+- `evaluation.py`: eval.json
+- `reference_checkpoint.py`, `arrow_tables.py`: files of the method's authors
+"""

@@ -1,2 +1,13 @@
-"""Maths of the memory: functions from arrays to arrays; nothing here knows a rank, a path or a
-configuration."""
+"""Maths: functions from arrays to arrays, without ranks, paths or configurations. torch and NumPy only.
+
+In the order of the pipeline:
+- `codec.py`, `centroids.py`: int8 codes of keys; the coarse lists of an index
+- `distances.py`, `neighbours.py`: exact distances; the record of neighbours and what a query may not find
+- `knn.py`, `knn_on_device.py`: exact and list search on a CPU, exact search on a GPU
+- `listed_keys.py`, `search_blocks.py`, `candidates.py`, `rescoring.py`: parts of these searches
+- `weighting.py`, `targets.py`, `sparse_rows.py`: neighbours → weights → sparse rows
+- `target_distance.py`: how far targets are from the truth
+- `sparse_targets.py`, `sparse_loss.py`, `sparse_chunk.py`, `products.py`: the training loss
+- `head_scores.py`, `scores.py`: log-probabilities of tokens; the numbers of a report
+- `kernels`: Triton twins of some of these
+"""

@@ -1,1 +1,11 @@
-"""The stages of the pipeline, a folder a part, a file a stage: a frozen Config and run(config, world)."""
+"""The stages: a folder for each command, with its flags in `config.py` and a function `run(config, world)`.
+
+In the order of the pipeline: - `corpus`, `base`, `keys`, `index`, `targets`, `training`: prepare_corpus,
+train_base, extract_keys, build_index,
+  write_targets, train
+- `evaluation`, `report`: evaluate, and what it writes for people
+- `conversion`, `generation`, `harness`: convert_checkpoint, generate, run_lm_eval
+- `exchange`, `planning`, `inspection`: import_datastore and export_datastore, plan, inspect_run
+- `retrieval`: neighbour search, for targets, audits and the kNN arms
+- `shared_flags.py`: flags that several commands have
+"""

@@ -1,4 +1,4 @@
-"""Fourth stage: keys (and index) → targets. Each key's neighbours among all keys, as a next-token
+"""`write_targets`: keys (and index) → targets. Each key's neighbours among all keys, as a next-token
 distribution.
 
 Phase 1 measures a sample: the temperature that gives the requested neighbour-weight perplexity, or the

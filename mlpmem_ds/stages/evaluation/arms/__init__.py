@@ -6,6 +6,7 @@
 - `memory.py`: base and memory (`--memory`, `--control base+NAME=DIR`)
 - `datastore.py`: keys, index and targets, opened
 - `knn.py`: base and a search of the stored keys (`--keys`, `--index`, `--targets`)
+- `controls.py`: what `--control` names, as arms of these kinds
 
 To add a kind: a file here, a line in `open_arms` (../inputs.py), a flag in ../config.py, and its test.
 """
