@@ -14,7 +14,7 @@ Shape legend: N vectors, Q queries, D dimensions, L lists, P probed lists of a q
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -124,7 +124,7 @@ class GraphQuantizer:
         return numbers_QP, distances_QP
 
 
-_QUANTIZERS: dict[Any, type[FlatQuantizer] | type[GraphQuantizer]] = {
+_QUANTIZERS: dict[Any, Callable[[Any, int], CoarseQuantizer]] = {
     faiss.IndexFlat: FlatQuantizer,
     faiss.IndexHNSWFlat: GraphQuantizer,
 }
