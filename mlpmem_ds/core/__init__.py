@@ -1,9 +1,12 @@
 """The ground floor: ranks, units, files that appear whole, flags. Imports nothing else of the package.
 
-Read in this order: - `world.py`: rank and size, a value; `blocks.py`: [start, stop) arithmetic - `config.py`:
-a Config's fields as flags; `front_end.py`: parse, run, exit code; `errors.py`: what users can mend -
-`files.py`: files and directories that appear whole; `typed_json.py`: records as JSON and back -
-`stage_directory.py`: units with records, the manifest last; `claims.py`: which rank works at which unit -
-`run_description.py`: identity.json and run.json; `manifest.py`: what the next stage reads first -
-`hashing.py`: randomness as a pure function of its keys; `log.py`: progress and JSON lines
+Read in this order:
+
+- `world.py`: rank and size, a value; `blocks.py`: [start, stop) arithmetic
+- `config.py`: a Config's fields as flags; `front_end.py`: parse, run, exit code
+- `errors.py`: what users can mend
+- `files.py`: files and directories that appear whole; `typed_json.py`: records as JSON and back
+- `stage_directory.py`: units with records, the manifest last; `claims.py`: which rank works at which unit
+- `run_description.py`: identity.json and run.json; `manifest.py`: what the next stage reads first
+- `hashing.py`: randomness as a pure function of its keys; `log.py`: progress and JSON lines
 """

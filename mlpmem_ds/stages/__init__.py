@@ -1,8 +1,9 @@
 """The stages: a folder for each command, with its flags in `config.py` and a function `run(config, world)`.
 
-In the order of the pipeline: - `corpus`, `base`, `keys`, `index`, `targets`, `training`: prepare_corpus,
-train_base, extract_keys, build_index,
-  write_targets, train
+In the order of the pipeline:
+
+- `corpus`, `base`, `keys`, `index`, `targets`, `training`: prepare_corpus, train_base, extract_keys,
+  build_index, write_targets, train
 - `evaluation`, `report`: evaluate, and what it writes for people
 - `conversion`, `generation`, `harness`: convert_checkpoint, generate, run_lm_eval
 - `exchange`, `planning`, `inspection`: import_datastore and export_datastore, plan, inspect_run
