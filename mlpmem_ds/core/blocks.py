@@ -42,7 +42,7 @@ def deal(items: Sequence[Item], rank: int, size: int) -> list[Item]:
 
 
 class WindowSequence(Sequence[Window]):
-    """The windows of a stream, by arithmetic: nothing is listed, whatever the stream's length. See
+    """The windows of a stream, by arithmetic: nothing is listed, for a stream of any length. See
     `split_windows`."""
 
     def __init__(self, total: int, block_size: int, stride: int) -> None:

@@ -1,5 +1,5 @@
-"""Who is at a unit: a claim file beside the units' records, so that ranks that share only a file system waste
-no work.
+"""Who is at a unit: a claim file next to the units' records, so that ranks that share only a file system
+waste no work.
 
 A claim is a courtesy, not a lock: units are pure functions and files are published whole, so two processes at
 one unit do harm to nothing but time. That is why a claim may be broken as soon as its holder looks dead: on
@@ -62,7 +62,7 @@ def is_held(path: Path) -> bool:
 
 
 def remove_dead_claims(folder: Path) -> None:
-    """Remove the claims in a folder that nobody holds."""
+    """Remove the claims in a folder that no process holds."""
     for path in folder.glob(".*.claim"):
         if not is_held(path):
             path.unlink(missing_ok=True)

@@ -1,5 +1,4 @@
-"""Randomness that is a pure function of its keys: the same on every machine, whatever NumPy's or Python's
-version."""
+"""Randomness that is a pure function of its keys: the same on every machine, for any version of NumPy."""
 
 from __future__ import annotations
 
@@ -32,14 +31,14 @@ def shuffled(count: int, *keys: int) -> np.ndarray:
     return np.argsort(scores, kind="stable")
 
 
-def sample_positions(num_positions: int, wanted: int, *, seed: int) -> np.ndarray:
-    """About `wanted` of the positions [0, num_positions), all where there are not more: int64, ascending.
+def sample_positions(num_positions: int, count: int, *, seed: int) -> np.ndarray:
+    """About `count` of the positions [0, num_positions), all where there are not more: int64, ascending.
 
     Whether a position is drawn depends on its number, `seed` and the fraction alone.
     """
-    if wanted >= num_positions:
+    if count >= num_positions:
         return np.arange(num_positions)
-    threshold = np.uint64(int(wanted / num_positions * 2**64))
+    threshold = np.uint64(int(count / num_positions * 2**64))
     drawn = []
     for start in range(0, num_positions, _CHUNK):
         positions = np.arange(start, min(start + _CHUNK, num_positions), dtype=np.uint64)

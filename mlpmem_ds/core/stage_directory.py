@@ -15,8 +15,8 @@ believed.
 
 A unit is a pure function of (identity, unit name), so that any rank may compute it, at any time, and get the
 same bytes. Ranks share nothing but the file system: no rank waits for another inside a list of units. A rank
-that has made its own units makes those of the others that nobody is at (core/claims.py), so that a slow or
-dead rank delays nobody.
+that has made its own units makes those of the others that no rank works at (core/claims.py), so that a slow
+or ended rank delays no other.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class StageDirectory:
         *,
         take_over: bool = True,
     ) -> int:
-        """Compute this rank's units that are not complete, then the others' that nobody is at; return how
+        """Compute this rank's units that are not complete, then the others' that no rank works at; return how
         many.
 
         Args:
@@ -213,11 +213,11 @@ class StageDirectory:
         """A damaged unit must come out as it was: other units may have been made from it.
 
         Raises:
-            DamagedDataError: it came out different (another machine, library or number of threads).
+            DamagedDataError: it was made with other bytes (another machine, library or number of threads).
         """
         if former is not None and list(former) != list(files):
             raise DamagedDataError(
-                f"unit {unit} of {self.root} was damaged and came out different when made again, so the other"
+                f"unit {unit} of {self.root} was damaged and has other bytes when made again, so the other"
                 " units may not fit it (another machine or number of threads?): remove the directory and run"
                 " again"
             )
@@ -234,15 +234,15 @@ class StageDirectory:
         publish_json(path, record, seal=True)
 
     def wait_for(self, units: Sequence[str]) -> None:
-        """Wait until every unit of an earlier phase is complete; make those that nobody is at (a rank may
+        """Wait until every unit of an earlier phase is complete; make those that no rank works at (a rank may
         have died)."""
         self._wait_while_missing(units, lambda unit: self.fault_of_unit(unit) is not None)
 
     def _wait_while_missing(self, units: Sequence[str], is_missing: Callable[[str], bool]) -> None:
         last_line, missing = time.monotonic(), list(units)
         while missing := [unit for unit in missing if is_missing(unit)]:
-            known = [unit for unit in missing if unit in self._compute_of_unit]
-            if any(self._make(unit, self._compute_of_unit[unit], taken_over=True) for unit in known):
+            claimable = [unit for unit in missing if unit in self._compute_of_unit]
+            if any(self._make(unit, self._compute_of_unit[unit], taken_over=True) for unit in claimable):
                 continue
             if time.monotonic() - last_line > _SECONDS_BETWEEN_WAITING_LINES:
                 last_line = time.monotonic()
@@ -267,7 +267,7 @@ class StageDirectory:
         """Publish the manifest when every unit has its record; one rank does it.
 
         Units that live ranks are at are waited for, and made here if those ranks die: as long as one rank
-        lives, the directory is completed. Returns whether this rank is the one to speak of it: the one that
+        lives, the directory is completed. Returns whether this rank is the one to report it: the one that
         completed it, or rank 0 where it was complete before.
 
         Args:

@@ -9,7 +9,7 @@ equally many, and the whole state is the number of batches done. At the very end
 batch are left out.
 
 Ordered by block, only the blocks are permuted, and rank r takes the r-th of W contiguous parts of a batch:
-then inputs that are not stored can be computed window by window when they are wanted (`inputs`).
+then inputs that are not stored can be computed window by window when they are needed (`inputs`).
 
 N positions, G global batch, B block size, n rows of one read, I input size, E entries of sparse targets.
 """
@@ -84,8 +84,8 @@ class TrainingOrder:
         return np.concatenate([positions for _, positions in self.parts(start, stop)])
 
     def _window_of(self, epoch: int, row: int) -> TrainingWindow:
-        for (of_epoch, _), window in self._windows.items():
-            if of_epoch == epoch and 0 <= row - window.first_row < len(window.positions_n):
+        for (window_epoch, _), window in self._windows.items():
+            if window_epoch == epoch and 0 <= row - window.first_row < len(window.positions_n):
                 return window
         blocks = shuffled(self._num_blocks, self._seed, epoch, 0)
         sizes = np.minimum((blocks + 1) * self.block_size, self.num_positions) - blocks * self.block_size
@@ -267,7 +267,7 @@ class BatchReader:
         """The batches [first, stop), the next one read meanwhile, each with the seconds that were spent
         waiting for it.
 
-        What the ranks compute together is computed when its batch is wanted, and counts as waiting.
+        What the ranks compute together is computed when its batch is needed, and counts as waiting.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             pending = pool.submit(self._begin, first) if first < stop else None

@@ -28,7 +28,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def vocabulary_sha256(tokenizer: Any) -> str:
-    """What two tokenizers (whatever has `get_vocab`) must share to be exchangeable: every token and its
+    """What two tokenizers (objects with `get_vocab`) must share to be exchangeable: every token and its
     id."""
     return content_hash(sorted(tokenizer.get_vocab().items()))
 

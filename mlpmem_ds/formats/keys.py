@@ -244,7 +244,7 @@ class Keys(CompleteStage[KeysManifest]):
 
     def read_inputs(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The memory's inputs of the positions [start, stop) as bit patterns of bfloat16, uint16 [n, I],
-        whatever their codec.
+        for any codec.
 
         Raises:
             UserError: they are not stored.
@@ -342,7 +342,7 @@ def quantize_inputs(inputs_nI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 codes [n, I] and float32 scales [n, G]: each group of `INPUT_GROUP` numbers of a row has its
     greatest at ±127.
 
-    A scale a group and not a row: one massive activation then costs the numbers beside it and not the whole
+    A scale a group and not a row: one massive activation then costs the numbers next to it and not the whole
     vector.
     """
     grouped_nGg = _grouped(inputs_nI.astype(np.float32))

@@ -156,7 +156,7 @@ def _weight_files(root: Path) -> list[Path]:
                 raise _foreign(root, f"{index.name} is not an index of weights ({error!r})") from error
             for name in names:
                 if Path(name).name != name or not name.endswith(Path(single).suffix):
-                    raise _foreign(root, f"{index.name} names {name!r}, which is no weights file beside it")
+                    raise _foreign(root, f"{index.name} names {name!r}, which is no weights file next to it")
                 if not (root / name).is_file():
                     raise _foreign(root, f"{name} is missing: download it again")
             return [root / name for name in names]
@@ -260,26 +260,29 @@ def _shape_of_memory(root: Path, family: str, shapes: Mapping[str, tuple[int, ..
         raise _foreign(root, f"its blocks are numbered up to {max(blocks)}, but it has {len(blocks)}")
     vocab_size, hidden = head
     inner, projection = up[0], shapes.get("input_projection.weight")
-    wanted: dict[str, tuple[int, ...]] = {"head.weight": (vocab_size, hidden), "final_norm.weight": (hidden,)}
+    expected: dict[str, tuple[int, ...]] = {
+        "head.weight": (vocab_size, hidden),
+        "final_norm.weight": (hidden,),
+    }
     norm_parts = ("weight", "bias") if family == "gelu" else ("weight",)
     if family == "gelu":
-        wanted["final_norm.bias"] = (hidden,)
+        expected["final_norm.bias"] = (hidden,)
     for block in range(len(blocks)):
         prefix = f"blocks.{block}"
-        wanted |= {f"{prefix}.norm.{part}": (hidden,) for part in norm_parts}
-        wanted |= {f"{prefix}.mlp.up.weight": (inner, hidden), f"{prefix}.mlp.down.weight": (hidden, inner)}
+        expected |= {f"{prefix}.norm.{part}": (hidden,) for part in norm_parts}
+        expected |= {f"{prefix}.mlp.up.weight": (inner, hidden), f"{prefix}.mlp.down.weight": (hidden, inner)}
         if family == "gelu":
-            wanted |= {f"{prefix}.mlp.up.bias": (inner,), f"{prefix}.mlp.down.bias": (hidden,)}
+            expected |= {f"{prefix}.mlp.up.bias": (inner,), f"{prefix}.mlp.down.bias": (hidden,)}
         else:
-            wanted[f"{prefix}.mlp.gate.weight"] = (inner, hidden)
+            expected[f"{prefix}.mlp.gate.weight"] = (inner, hidden)
     if projection is not None:
-        wanted |= {"input_projection.weight": (hidden, projection[-1]), "input_projection.bias": (hidden,)}
+        expected |= {"input_projection.weight": (hidden, projection[-1]), "input_projection.bias": (hidden,)}
     faults = [
         f"{name} is"
         f" {'missing' if name not in shapes else f'of shape {list(shapes[name])}, not {list(shape)}'}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if shapes.get(name) != shape
-    ] + [f"{name} is one too many" for name in shapes if name not in wanted]
+    ] + [f"{name} is one too many" for name in shapes if name not in expected]
     if faults:
         raise _foreign(root, f"{len(faults)} tensors do not fit, the first: {faults[0]} (by our names)")
     return {

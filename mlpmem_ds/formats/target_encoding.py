@@ -184,11 +184,11 @@ def _levels(
         decoded_sums_n = np.bincount(row_of_E, weights=decoded_E, minlength=len(counts_n))
         variation = float(np.abs(shares_E - decoded_E / decoded_sums_n[row_of_E]).sum()) / 2
         excess = variation / max(1, int((counts_n > 0).sum())) / _TOTAL_VARIATION
-        wanted = int(np.ceil(steps * excess / _STEPS_UNIT)) * _STEPS_UNIT
-        wanted = max(_MIN_STEPS, min(wanted, _MAX_STEPS))
-        if wanted == steps or _MAX_EXCESS > excess > 1 / _MAX_EXCESS:
+        needed = int(np.ceil(steps * excess / _STEPS_UNIT)) * _STEPS_UNIT
+        needed = max(_MIN_STEPS, min(needed, _MAX_STEPS))
+        if needed == steps or _MAX_EXCESS > excess > 1 / _MAX_EXCESS:
             break
-        steps = wanted
+        steps = needed
     return np.maximum(np.rint(roots_E * steps), 1).astype(np.int64), steps
 
 

@@ -1,4 +1,4 @@
-"""Samples of target rows ↔ shard files, in two containers, each with an index of its samples beside it. See
+"""Samples of target rows ↔ shard files, in two containers, each with an index of its samples next to it. See
 README.md.
 
 tar.zst   multi-frame zstd: each sample is a piece of a tar in a frame of its own, the last frame closes the
@@ -80,7 +80,7 @@ def shard_name(first: int, count: int, container: Container = "tar.zst") -> str:
 
 
 def index_name(shard: str) -> str:
-    """The index of samples beside a shard."""
+    """The index of samples next to a shard."""
     return f"{shard}.index.json"
 
 

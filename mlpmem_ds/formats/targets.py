@@ -4,7 +4,7 @@ is the specification.
 A sample holds one block of positions. `target_encoding` says what its arrays mean, `target_shards` how
 samples become files.
 
-Shape legend: n rows (positions) at hand, E entries of all rows, V token ids.
+Shape legend: n rows (positions) of a read, E entries of all rows, V token ids.
 """
 
 from __future__ import annotations
@@ -129,15 +129,15 @@ class Targets(CompleteStage[TargetsManifest]):
         positions_n = np.asarray(positions_n, dtype=np.int64)
         if len(positions_n) and not 0 <= positions_n.min() <= positions_n.max() < self.num_positions:
             raise ValueError(f"some positions are not among {self.num_positions}")
-        wanted = np.unique(positions_n)
+        distinct = np.unique(positions_n)
         size = self.manifest.block_size
-        if not len(wanted):
+        if not len(distinct):
             return self.read(0, 0)
         parts = []
-        for chosen in np.split(wanted, np.flatnonzero(np.diff(wanted // size)) + 1):
+        for chosen in np.split(distinct, np.flatnonzero(np.diff(distinct // size)) + 1):
             first = int(chosen[0]) // size * size
             parts.append(self.read(first, min(first + size, self.num_positions)).take(chosen - first))
-        return SparseRows.join(parts).take(np.searchsorted(wanted, positions_n))
+        return SparseRows.join(parts).take(np.searchsorted(distinct, positions_n))
 
     def read_all(self) -> SparseRows:
         """Every row, after comparing each shard with its checksum."""

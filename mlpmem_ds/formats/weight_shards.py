@@ -1,5 +1,4 @@
-"""Write weights as sharded safetensors, one tensor at a time: what is in memory is one tensor, whatever the
-shard.
+"""Write weights as sharded safetensors, one tensor in memory at a time, for shards of any size.
 
     model.safetensors                                   where one file is enough
     model-00001-of-00003.safetensors, …                 else, with model.safetensors.index.json

@@ -243,7 +243,7 @@ def flip(path: Path, place: int) -> None:
 def test_a_flipped_digit_of_our_own_notes_is_mended_by_the_same_command(
     tmp_path: Path, straight: dict[str, str], name: str
 ) -> None:
-    """Each of them still parses; that of the record would say that the unit came out different when made
+    """Each of them still parses; that of the record would say that the unit has other bytes when made
     again."""
     config = Config(output=tmp_path / "toy")
     run(config, World())
@@ -345,7 +345,7 @@ def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> N
         config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World()
     )
     for _ in range(2):  # also the second time: the old record still says what it was
-        with pytest.raises(DamagedDataError, match="came out different"):
+        with pytest.raises(DamagedDataError, match="has other bytes"):
             directory.run_units(UNITS, lambda unit, writer: writer.array(f"part-{unit}.npy", np.zeros(9)))
         assert not directory.manifest_path.exists()
 

@@ -155,7 +155,7 @@ def test_shards_subdirectory_and_old_pickles(tmp_path: Path) -> None:
     (root / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../whole/model.safetensors"}})
     )
-    with pytest.raises(UserError, match="no weights file beside it"):
+    with pytest.raises(UserError, match="no weights file next to it"):
         open_reference(root)
 
 
