@@ -6,6 +6,11 @@ row's nearest, divided by a temperature T in the same units, and normalized over
 
 - ``softmax``: ``exp(-s / T)``. In the quotient of the normalization d₁² cancels, so these are the weights
   exp(-d²/T) of kNN-LM (arXiv 1911.00172, eq. 2) and MLP Memory (arXiv 2508.01832).
+- ``inverse-distance``: ``1 / (1 + s / T)``, in proportion to 1 / (s + T): Shepard's interpolation by inverse
+  distances (1968, power 2), with the T of the Student kernel of t-SNE (van der Maaten and Hinton 2008, eq. 4)
+  in place of its pole. Far neighbours keep more weight than with softmax. It is taken of s and not of d²,
+  unlike Shepard's: the k nearest keys of many dimensions are almost equally far, so 1 / d² alone would weigh
+  them almost equally, and no T would make few of them count.
 
 All in float64, and every sum runs in the order of its row: a row's weights do not depend on other rows.
 (Across kinds of processor `exp` may differ in the last bit.)
@@ -23,10 +28,11 @@ import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-Kind = Literal["softmax"]
+Kind = Literal["softmax", "inverse-distance"]
 
 _KERNELS: dict[Kind, Callable[[Array], Array]] = {  # of s / T, in place; infinity has no weight
     "softmax": lambda excess_QK: np.exp(np.negative(excess_QK, out=excess_QK), out=excess_QK),
+    "inverse-distance": lambda excess_QK: np.reciprocal(np.add(excess_QK, 1.0, out=excess_QK), out=excess_QK),
 }
 
 DEFAULT_PERPLEXITY = 100.0

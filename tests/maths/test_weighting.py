@@ -1,9 +1,16 @@
 """Weights of neighbours against plain loops in float64."""
 
+import math
+
 import numpy as np
 import pytest
 
 from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity
+
+KERNELS = {
+    "softmax": lambda excess, temperature: math.exp(-excess / temperature),
+    "inverse-distance": lambda excess, temperature: 1 / (1 + excess / temperature),
+}
 
 
 def make_rows(num_rows=29, k=17, vocabulary=7, seed=0):
@@ -26,6 +33,31 @@ def test_weights_are_stable_for_distances_far_beyond_the_temperature():
     )
 
 
+@pytest.mark.parametrize("kind", KERNELS)
+def test_weights_equal_the_formula_of_their_kind(kind):
+    """In plain loops; missing neighbours have none, and a row without neighbours is all zero."""
+    distances, _, valid = make_rows()
+    weighting = Weighting(kind=kind, temperature=25.0)
+    found = weighting.weights(distances, valid)
+    assert found.dtype == np.float64 and (found[0] == 0).all() and (found[~valid] == 0).all()
+    for row in range(1, len(distances)):
+        present = distances[row][valid[row]].tolist()
+        kernel = [KERNELS[kind](distance - min(present), 25.0) for distance in present]
+        expected = [weight / sum(kernel) for weight in kernel]
+        np.testing.assert_allclose(found[row][valid[row]], expected, rtol=1e-13)
+    hotter = weighting.scaled(4.0)
+    assert hotter == Weighting(kind=kind, temperature=100.0)
+    assert (weight_perplexity(hotter.weights(distances, valid)[2:]) >= weight_perplexity(found[2:])).all()
+
+
+def test_inverse_distances_leave_far_neighbours_more():
+    distances, _, valid = make_rows(num_rows=200, k=40)
+    weights = {
+        kind: fit_weighting(kind, distances, valid, 6.0).weights(distances, valid)[2] for kind in KERNELS
+    }
+    assert weights["inverse-distance"][-1] > 10 * weights["softmax"][-1]
+
+
 def test_perplexity_of_known_weights():
     weights = np.array([[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(weight_perplexity(weights), [4, 1, 2, 1], rtol=1e-15)
@@ -33,14 +65,15 @@ def test_perplexity_of_known_weights():
 
 @pytest.mark.parametrize("perplexity", [1.5, 4.0, 6.0])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
-def test_fitted_temperature_gives_the_perplexity(perplexity, scale):
+@pytest.mark.parametrize("kind", KERNELS)
+def test_fitted_temperature_gives_the_perplexity(kind, perplexity, scale):
     distances, _, valid = make_rows(num_rows=200)
     distances[valid] = (distances[valid] + np.random.default_rng(1).random(int(valid.sum()))) * scale
-    weighting = fit_weighting("softmax", distances, valid, perplexity)
+    weighting = fit_weighting(kind, distances, valid, perplexity)
     has_neighbour = valid.any(1)
     weights = weighting.weights(distances, valid)[has_neighbour]
     assert np.exp(np.log(weight_perplexity(weights)).mean()) == pytest.approx(perplexity, rel=1e-6)
-    assert weighting == fit_weighting("softmax", distances, valid, perplexity)
+    assert weighting == fit_weighting(kind, distances, valid, perplexity)
 
 
 def test_a_perplexity_out_of_reach_is_refused():

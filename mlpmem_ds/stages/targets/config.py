@@ -11,7 +11,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.target_encoding import Encoding
 from mlpmem_ds.formats.target_shards import Container
 from mlpmem_ds.maths.knn import max_keys_for_exact
-from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, default_perplexity
+from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, Kind, default_perplexity
 from mlpmem_ds.stages import shared_flags
 
 _MAX_COUNTS = 2**16 - 1  # entries of a row are counted in uint16
@@ -32,9 +32,12 @@ class Config(Flags):
         "index directory of build_index over the same keys; not needed for exact search", None
     )
     k: int = option("neighbours of a position", 1024, at_least=1, at_most=_MAX_COUNTS)
-    temperature: str = option(
-        "of the weights exp(-d²/T), in squared key units, or auto", "auto", identity="resolved"
+    weighting: Kind = option(
+        "how a neighbour's weight falls with its distance d: softmax = exp(-d²/T); inverse-distance ="
+        " 1/(1 + (d² - d₁²)/T), with d₁ of the nearest one, which leaves far ones more",
+        "softmax",
     )
+    temperature: str = option("T of --weighting, in squared key units, or auto", "auto", identity="resolved")
     neighbour_perplexity: float | None = option(
         "with auto: how many neighbours shall count, exp of the weights' entropy (default:"
         f" {DEFAULT_PERPLEXITY:g}, or half of --k where that is less)",

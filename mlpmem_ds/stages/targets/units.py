@@ -58,7 +58,7 @@ def measure(teacher: Teacher, config: Config) -> Measured:
     squared_nK, valid_nK = teacher.squared_distances(neighbours)
     if config.temperature == "auto":
         try:
-            weighting = fit_weighting("softmax", squared_nK, valid_nK, config.perplexity)
+            weighting = fit_weighting(config.weighting, squared_nK, valid_nK, config.perplexity)
         except ValueError as error:
             raise UserError(
                 f"--neighbour-perplexity: {error}; or set --temperature (and another --output)"
@@ -66,7 +66,7 @@ def measure(teacher: Teacher, config: Config) -> Measured:
         # Six digits: legible, and the same where another processor's exp differs in the last bit.
         weighting = replace(weighting, temperature=float(f"{weighting.temperature:.6g}"))
     else:
-        weighting = Weighting(temperature=float(config.temperature))
+        weighting = Weighting(kind=config.weighting, temperature=float(config.temperature))
     found_n = valid_nK.any(axis=1)
     perplexities_n = weight_perplexity(weighting.weights(squared_nK, valid_nK)[found_n])
     summary = {

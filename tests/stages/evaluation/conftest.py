@@ -87,7 +87,9 @@ def load_memory(root: Path) -> Memory:
     return memory
 
 
-def save_targets(root: Path, keys_sha256: str, *, search: str = "ivf") -> Path:
+def save_targets(
+    root: Path, keys_sha256: str, *, search: str = "ivf", weighting: Weighting | None = None
+) -> Path:
     """Write targets of no position: the evaluation reads what they were made with."""
     directory = open_stage(
         root,
@@ -97,7 +99,8 @@ def save_targets(root: Path, keys_sha256: str, *, search: str = "ivf") -> Path:
         inputs={"keys": keys_sha256},
         world=World(),
     )
-    manifest = targets_manifest(weighting=Weighting(temperature=TEMPERATURE), k=K, search=search)
+    weighting = weighting or Weighting(temperature=TEMPERATURE)
+    manifest = targets_manifest(weighting=weighting, k=K, search=search)
     _finish(directory, "none", lambda _, writer: None, **manifest.to_json())
     return root
 

@@ -15,8 +15,10 @@ import pytest
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.maths.rescoring import rescore
+from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.arms import knn
 from mlpmem_ds.stages.evaluation.config import Config
@@ -24,7 +26,16 @@ from mlpmem_ds.stages.evaluation.inputs import open_inputs
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval.knn_scorer import TEMPERATURE_FACTORS
 
-from .conftest import NEIGHBOURS, TEMPERATURE, Finished, K, brute_force_knn, forward_base, read_scores
+from .conftest import (
+    NEIGHBOURS,
+    TEMPERATURE,
+    Finished,
+    K,
+    brute_force_knn,
+    forward_base,
+    read_scores,
+    save_targets,
+)
 
 
 def test_knn_arm_equals_a_brute_force_evaluation(
@@ -82,6 +93,19 @@ def test_the_first_keys_of_a_datastore_are_searched_as_a_datastore_of_their_own(
         if arm is exact:
             np.testing.assert_array_equal(found.distances_QK, nearest)
         assert arm.scorer.search.search(queries, K).unpack().ids_QK.max() >= 900
+
+
+def test_the_arms_weigh_as_the_targets_do(finished: Finished, keys_dir: Path, tmp_path: Path) -> None:
+    """Kind and temperature; `--temperature` changes the temperature alone."""
+    weighting = Weighting(kind="inverse-distance", temperature=3.0)
+    targets = save_targets(tmp_path / "targets", open_keys(keys_dir).sha256, weighting=weighting)
+    for temperature in (None, 5.0):
+        config = replace(finished.config, targets=targets, temperature=temperature, output=tmp_path / "new")
+        for arm in open_inputs(config).arms[1:3]:
+            expected = Weighting(kind="inverse-distance", temperature=temperature or 3.0)
+            assert arm.vote.weighting == arm.scorer.weighting == expected
+            assert arm.settings["weighting"] == "inverse-distance"
+            assert {choice.kind for _, choice in arm.scorer.choices} == {"inverse-distance"}
 
 
 def test_ivfpq_scores_differ_from_exact_ones_but_follow_them(finished: Finished) -> None:

@@ -100,6 +100,7 @@ def expect_oracle(
     mass: float,
     scale: float = SCALE,
     hidden: Callable[[int, int], bool] = lambda query, key: False,
+    kernel: Callable[[float], float] = lambda excess: float(np.exp(-excess)),
 ) -> None:
     """Row by row, neighbour by neighbour, in float64."""
     for query in range(len(codes)):
@@ -107,9 +108,10 @@ def expect_oracle(
         allowed = [key for key in range(len(codes)) if key != query and not hidden(query, key)]
         nearest = sorted(allowed, key=lambda key: (squared[key], key))[:k]
         row: dict[int, float] = {}
-        total = sum(np.exp(-(squared[key] - squared[nearest[0]]) * scale**2 / temperature) for key in nearest)
+        excess = {key: (squared[key] - squared[nearest[0]]) * scale**2 / temperature for key in nearest}
+        total = sum(kernel(excess[key]) for key in nearest)
         for key in nearest:
-            weight = np.exp(-(squared[key] - squared[nearest[0]]) * scale**2 / temperature) / total
+            weight = kernel(excess[key]) / total
             row[int(tokens[key])] = row.get(int(tokens[key]), 0.0) + weight
         entries = slice(found.offsets[query], found.offsets[query + 1])
         ids, probabilities = found.ids[entries].tolist(), found.probabilities[entries]
@@ -147,6 +149,26 @@ def test_exact_search_equals_the_oracle(keys: Path, tmp_path: Path) -> None:
     assert [shard.count for shard in manifest.shards] == [104, 104, 104, 91]
     assert targets.keys_sha256 == open_keys(keys).sha256
     assert 1 < manifest.neighbour_perplexity < 20
+
+
+def test_inverse_distances_equal_their_oracle_and_bind_the_directory(keys: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"weighting": "inverse-distance", "temperature": "auto"}
+    write_targets.run(config(keys, tmp_path / "targets", neighbour_perplexity=8.0, **changes), World())
+    targets = open_targets(tmp_path / "targets")
+    assert targets.weighting.kind == "inverse-distance"
+    assert abs(targets.manifest.neighbour_perplexity - 8) < 1e-3
+    expect_oracle(
+        targets.read_all(),
+        vectors(),
+        values(),
+        k=20,
+        temperature=targets.weighting.temperature,
+        mass=0.9,
+        kernel=lambda excess: 1 / (1 + excess),
+    )
+    changes = {"temperature": "auto", "neighbour_perplexity": 8.0}
+    with pytest.raises(UserError, match="another run"):
+        write_targets.run(config(keys, tmp_path / "targets", **changes), World())
 
 
 def test_all_lists_probed_equal_exact_search_bit_for_bit(keys: Path, index: Path, tmp_path: Path) -> None:
