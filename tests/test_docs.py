@@ -21,7 +21,7 @@ PAGES = sorted(
 FRONT_ENDS = {path.stem: path for folder in ("tools", "launch") for path in (ROOT / folder).glob("*.py")}
 MAX_COLUMNS = 100
 NAMES_OF_THAT_TIME = {"docs/LAB_ARCHIVE.md"}
-WIDE = {"docs/evaluation.md", "mlpmem_ds/formats/README.md"}  # not wrapped yet
+WIDE = {"mlpmem_ds/formats/README.md"}  # not wrapped yet
 # Flags of other programs that the pages name: launchers, pytest, pip, git.
 FOREIGN = {"nproc-per-node", "num-accelerators", "module", "local-rank", "pdb", "local-dir", "no-setup"}
 _PATH = re.compile(

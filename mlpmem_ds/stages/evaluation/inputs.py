@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -75,9 +74,13 @@ def _with_fetched_memories(config: Config) -> Config:
 
 def _with_different_names(arms: Iterable[Arm]) -> tuple[Arm, ...]:
     arms = tuple(arms)
-    (name, count), *_ = Counter(arm.name for arm in arms).most_common(1)
-    if count > 1:
-        raise UserError(f"two arms have the same name, {name}: choose another for one of the controls")
+    names: set[str] = set()
+    for arm in arms:
+        if arm.name in names:
+            raise UserError(
+                f"two arms have the same name, {arm.name}: choose another for one of the controls"
+            )
+        names.add(arm.name)
     return arms
 
 

@@ -39,7 +39,7 @@ class Config(Flags):
     dtype: shared_flags.Dtype = shared_flags.dtype("none")
     memory_weights: Literal["float", "int8"] = option(
         "the memory's matrices: as they are, or rounded to int8 (on a CPU a faster step; see"
-        " docs/evaluation.md)",
+        " docs/generation.md)",
         "float",
     )
     device: str = shared_flags.device()

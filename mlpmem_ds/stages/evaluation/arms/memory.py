@@ -130,7 +130,7 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
             tokens=steps * batch_positions if steps and batch_positions else None,
         ),
         inputs={name: stored.sha256},
-        settings={"weights": weights},
+        settings={"memory_weights": weights},
         resolved={"memory_weights": weights},
         reads=(point,),
         trained_on=((str(provenance.get("corpus")), provenance.get("split", "train")),),
