@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlpmem_ds.formats.checkpoint import CheckpointManifest
 from mlpmem_ds.formats.keys import CodecManifest, KeysManifest
 from mlpmem_ds.formats.targets import ExcludedNeighbours, TargetsManifest
+from mlpmem_ds.formats.trained_models import Provenance
 from mlpmem_ds.maths.weighting import Weighting
 
 
@@ -75,3 +77,32 @@ def targets_manifest(**changes: Any) -> TargetsManifest:
         "shards": (),
     }
     return TargetsManifest(**fields | changes)
+
+
+def make_provenance(**changes: Any) -> Provenance:
+    """Of a memory whose making is not known, with these fields changed."""
+    fields = {
+        "base": "b" * 64,
+        "vocabulary_sha256": "v" * 64,
+        "input_layer": 1,
+        "input_point": "ffn_input",
+        "input_layers_path": None,
+        "key_layer": 1,
+        "key_point": "ffn_input",
+        "parameters": 1,
+    }
+    return Provenance(**fields | changes)
+
+
+def checkpoint_manifest(**changes: Any) -> CheckpointManifest:
+    """A checkpoint of one rank without files, with these fields changed."""
+    fields = {
+        "step": 0,
+        "world": 1,
+        "zero_stage": 2,
+        "skipped_steps": 0,
+        "subject": {},
+        "values": {},
+        "files": (),
+    }
+    return CheckpointManifest(**fields | changes)

@@ -187,6 +187,16 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
     return manifest, sha256_of_file(path)
 
 
+def format_of(root: Path) -> str | None:
+    """The format of a directory of ours, complete or not, such as "keys"; None for any other directory."""
+    for path in (root / "identity.json", root / "manifest.json"):
+        if path.is_file():
+            values = read_json(path)
+            name = values.get("format") if isinstance(values, dict) else None
+            return name.removeprefix("mlpmem-") if isinstance(name, str) else None
+    return None
+
+
 def _hint(stage: str) -> str:
     """The command whose output was expected."""
     return f": give the output of {_FRONT_ENDS[stage]}" if stage in _FRONT_ENDS else ""

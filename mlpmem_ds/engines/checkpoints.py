@@ -14,10 +14,12 @@ from typing import Any
 
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import FileRecord
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.processes import gather_values, wait_for_all
 from mlpmem_ds.formats.checkpoint import (
     Checkpoint,
+    CheckpointManifest,
     checkpoint_name,
     fault_of_checkpoint,
     list_checkpoints,
@@ -38,7 +40,7 @@ def save_checkpoint(
     step: int,
     *,
     write: Callable[[str], Any],
-    described: Mapping[str, Any],
+    describe: Callable[[tuple[FileRecord, ...]], CheckpointManifest],
     num_parameters: int,
     keep: int,
     world: World,
@@ -49,7 +51,7 @@ def save_checkpoint(
         root: OUTPUT/checkpoints.
         step: optimizer steps done.
         write: writes this rank's files into the folder of this name below `root`.
-        described: the manifest's fields.
+        describe: the manifest of these files.
         num_parameters: of the whole model; tells whether the disk can hold it.
         keep: checkpoints kept.
         world: this rank.
@@ -70,7 +72,8 @@ def save_checkpoint(
     shares = gather_values(record_and_flush(place, deal(names, world.rank, world.size)), world)
     if world.is_first:
         try:
-            publish_checkpoint(root, step, dict(described), [record for share in shares for record in share])
+            records = sorted((record for share in shares for record in share), key=lambda record: record.name)
+            publish_checkpoint(root, describe(tuple(records)))
         except OSError as error:
             _give_up(place, step, error)
         remove_old_checkpoints(root, keep)
@@ -103,7 +106,7 @@ def _give_up(place: Path, step: int, error: Exception) -> None:
 
 
 def find_checkpoint(
-    root: Path, *, copies: Path | None, fields: Mapping[str, Any], world: World
+    root: Path, *, copies: Path | None, subject: Mapping[str, Any], world: World
 ) -> Checkpoint | None:
     """The newest checkpoint whose files match its manifest; None where none was ever saved.
 
@@ -112,7 +115,7 @@ def find_checkpoint(
     Args:
         root: OUTPUT/checkpoints.
         copies: a second place of the same checkpoints, or None.
-        fields: what its manifest must say.
+        subject: what is trained; a checkpoint of another is refused.
         world: this rank.
 
     Raises:
@@ -132,7 +135,7 @@ def find_checkpoint(
         fault = next(filter(None, faults), None)
         if fault is None:
             checkpoint = read_checkpoint(path)
-            _refuse_other_training(checkpoint, fields)
+            _refuse_other_training(checkpoint, subject)
             return checkpoint
         if world.is_first:
             _logger.warning("%s: not resuming from %s, it is set aside as *.damaged", fault, path)
@@ -146,9 +149,9 @@ def find_checkpoint(
     return None
 
 
-def _refuse_other_training(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> None:
-    for name, value in fields.items():
-        if checkpoint.manifest.get(name) != value:
+def _refuse_other_training(checkpoint: Checkpoint, subject: Mapping[str, Any]) -> None:
+    for name, value in subject.items():
+        if checkpoint.manifest.subject.get(name) != value:
             raise UserError(
                 f"{checkpoint.path} is of another training (its {name} differs): give each training its own"
                 " --output and --copy-to"

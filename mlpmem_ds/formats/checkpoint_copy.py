@@ -31,7 +31,7 @@ def copy_checkpoint(source: Path, root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     remove_unfinished(root)
     temporary, final = root / (source.name + ".tmp"), root / source.name
-    for record in read_checkpoint(source).files:
+    for record in read_checkpoint(source).manifest.files:
         place = temporary / record.name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / record.name, place)

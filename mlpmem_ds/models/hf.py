@@ -348,7 +348,7 @@ class PretrainedMemory:
                 module = Memory(MemoryConfig.from_dict(description["memory"]))
             module.load_state_dict(load_file(root / "weights" / "model.safetensors"), assign=True)
             provenance = description["provenance"]
-            layer, point = provenance["input_layer"], provenance.get("input_point", provenance["key_point"])
+            layer, point = provenance["input_layer"], provenance["input_point"]
         except Exception as error:  # safetensors raises a family of its own
             raise ValueError(
                 f"{root} holds no whole memory ({type(error).__name__}: {error}): finish its training"

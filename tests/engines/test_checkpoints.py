@@ -10,26 +10,26 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.checkpoints import find_checkpoint, save_checkpoint
 
+from ..manifests import checkpoint_manifest
+
 
 def save(root, step, *, content=b"weights", keep=9, num_parameters=10):
     def write(name):
         (root / name / "inside").mkdir(parents=True)
         (root / name / "inside" / "rank0.pt").write_bytes(content)
 
-    described = {
-        "world": 1,
-        "zero_stage": 2,
-        "skipped_steps": 0,
-        "values": {"batches": step},
-        "memory": "small",
-    }
+    def describe(files):
+        return checkpoint_manifest(
+            step=step, values={"batches": step}, subject={"memory": "small"}, files=files
+        )
+
     return save_checkpoint(
-        root, step, write=write, described=described, num_parameters=num_parameters, keep=keep, world=World()
+        root, step, write=write, describe=describe, num_parameters=num_parameters, keep=keep, world=World()
     )
 
 
-def find(root, copies=None, **fields):
-    return find_checkpoint(root, copies=copies, fields=fields, world=World())
+def find(root, copies=None, **subject):
+    return find_checkpoint(root, copies=copies, subject=subject, world=World())
 
 
 def test_the_newest_is_found_and_only_so_many_are_kept(tmp_path):
@@ -39,7 +39,7 @@ def test_the_newest_is_found_and_only_so_many_are_kept(tmp_path):
         assert save(root, step, keep=2).name == f"step-{step:08d}"
     assert sorted(path.name for path in root.iterdir()) == ["step-00000005", "step-00000012"]
     found = find(root, memory="small")
-    assert found.step == 12 and found.manifest["values"] == {"batches": 12}
+    assert found.step == 12 and found.manifest.values == {"batches": 12}
 
 
 def test_a_damaged_one_is_set_aside_and_a_copy_is_as_good(tmp_path):

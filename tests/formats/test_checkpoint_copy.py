@@ -17,6 +17,8 @@ from mlpmem_ds.formats.checkpoint import (
 )
 from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier, copy_checkpoint
 
+from ..manifests import checkpoint_manifest
+
 NAMES = ("b.pt", "inner/a.pt", "inner/c.pt")
 
 
@@ -31,7 +33,8 @@ def save(root, step, content):
     (directory / "inner").mkdir(parents=True)
     for name in NAMES:
         (directory / name).write_bytes(content * 50)
-    publish_checkpoint(root, step, {"world": 1, "zero_stage": 2}, record_and_flush(directory, NAMES))
+    files = tuple(record_and_flush(directory, NAMES))
+    publish_checkpoint(root, checkpoint_manifest(step=step, files=files))
     remove_old_checkpoints(root, 1)
 
 

@@ -46,7 +46,7 @@ def memory_dir(tmp_path_factory: pytest.TempPathFactory, memory: Memory) -> Path
     root = tmp_path_factory.mktemp("memory")
     (root / "weights").mkdir()
     save_file(memory.state_dict(), root / "weights" / "model.safetensors")
-    provenance = {"input_layer": 0, "key_point": "ffn_input", "vocabulary_sha256": "ab"}
+    provenance = {"input_layer": 0, "input_point": "ffn_input", "vocabulary_sha256": "ab"}
     description = {"memory": SHAPE.to_dict(), "provenance": provenance}
     (root / "weights" / "config.json").write_text(json.dumps(description))
     return root

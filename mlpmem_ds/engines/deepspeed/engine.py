@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import FileRecord
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.checkpoints import find_checkpoint, save_checkpoint
 from mlpmem_ds.engines.deepspeed.config import compute_dtype, zero_stage
@@ -30,7 +31,7 @@ from mlpmem_ds.engines.deepspeed.zero_state import (
     whole_weights,
 )
 from mlpmem_ds.engines.processes import sum_over_ranks, wait_for_all
-from mlpmem_ds.formats.checkpoint import Checkpoint
+from mlpmem_ds.formats.checkpoint import Checkpoint, CheckpointManifest
 
 _logger = logging.getLogger(__name__)
 
@@ -145,62 +146,67 @@ class Engine:
     # -- checkpoints
 
     def save(
-        self, root: Path, step: int, *, fields: Mapping[str, Any], values: Mapping[str, Any], keep: int
+        self, root: Path, step: int, *, subject: Mapping[str, Any], values: Mapping[str, Any], keep: int
     ) -> Path:
         """Publish the checkpoint of `step` below `root` and remove all but the newest `keep`; where it is.
 
         Args:
             root: OUTPUT/checkpoints.
             step: optimizer steps done.
-            fields: the manifest's description of what is trained.
+            subject: what is trained, as plain values.
             values: plain values that `resume` gives back, the same on every rank.
             keep: checkpoints kept.
 
         Raises:
             UserError: the disk is full, or refuses the files for another reason; older checkpoints stay.
         """
-        described = {
-            **fields,
-            "world": self._world.size,
-            "zero_stage": self.stage,
-            "skipped_steps": self.skipped_steps,
-            "values": dict(values),
-        }
+
+        def describe(files: tuple[FileRecord, ...]) -> CheckpointManifest:
+            return CheckpointManifest(
+                step=step,
+                world=self._world.size,
+                zero_stage=self.stage,
+                skipped_steps=self.skipped_steps,
+                subject=subject,
+                values=values,
+                files=files,
+            )
+
         return save_checkpoint(
             root,
             step,
             write=lambda tag: self._engine.save_checkpoint(
                 str(root), tag=tag, client_state={"mlpmem": {"step": step}}, save_latest=False
             ),
-            described=described,
+            describe=describe,
             num_parameters=sum(whole_size(parameter) for parameter in self.module.parameters()),
             keep=keep,
             world=self._world,
         )
 
     def resume(
-        self, root: Path, *, copies: Path | None = None, fields: Mapping[str, Any] | None = None
+        self, root: Path, *, copies: Path | None = None, subject: Mapping[str, Any] | None = None
     ) -> SavedState | None:
         """Load the newest checkpoint whose files match its manifest; None where none was ever saved.
 
         Args:
             root: OUTPUT/checkpoints.
             copies: a second place of the same checkpoints, or None.
-            fields: the manifest's description of what is trained; a copy of another training is refused.
+            subject: what is trained, as plain values; a checkpoint of another is refused.
 
         Raises:
             UserError: there are checkpoints and none of them is whole, or the ZeRO stage cannot be changed to
                 this one.
         """
-        checkpoint = find_checkpoint(root, copies=copies, fields=fields or {}, world=self._world)
+        checkpoint = find_checkpoint(root, copies=copies, subject=subject or {}, world=self._world)
         if checkpoint is None:
             return None
         self._load(checkpoint)
         _logger.info("resuming from %s (step %d)", checkpoint.path, checkpoint.step)
-        return SavedState(step=checkpoint.step, values=checkpoint.manifest["values"])
+        return SavedState(step=checkpoint.step, values=dict(checkpoint.manifest.values))
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        saved_stage, saved_world = checkpoint.manifest["zero_stage"], checkpoint.manifest["world"]
+        saved_stage, saved_world = checkpoint.manifest.zero_stage, checkpoint.manifest.world
         same_layout = saved_stage == self.stage and (saved_world == self._world.size or self.stage == 0)
         if same_layout:
             path, _ = self._engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
@@ -222,7 +228,7 @@ class Engine:
                 self._world.size,
                 self.stage,
             )
-        skipped = checkpoint.manifest["skipped_steps"]
+        skipped = checkpoint.manifest.skipped_steps
         load_other_layout(
             checkpoint,
             self._state,

@@ -27,6 +27,7 @@ from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
+from mlpmem_ds.formats.trained_models import BaseManifest
 from mlpmem_ds.stages.base.batches import SequenceBatches, Sequences
 from mlpmem_ds.stages.base.config import Config
 from mlpmem_ds.stages.base.model import describe_model, make_model, write_model
@@ -42,7 +43,6 @@ from mlpmem_ds.stages.training.training import Training, announce, is_complete
 
 __all__ = ["Config", "run"]
 _logger = logging.getLogger(__name__)
-_FORMAT, _VERSION = "base", 1
 
 
 def run(config: Config, world: World) -> None:
@@ -66,8 +66,8 @@ def run(config: Config, world: World) -> None:
         config = replace(config, learning_rate=TRAINED_ON_LEARNING_RATE if config.init_from else rate)
     directory = open_stage(
         config.output,
-        stage=_FORMAT,
-        version=_VERSION,
+        stage=BaseManifest.FORMAT,
+        version=BaseManifest.VERSION,
         config=config,
         inputs=hashes,
         world=world,
@@ -123,6 +123,7 @@ def _build(
     batches: SequenceBatches,
 ) -> Training:
     world, model = directory.world, objective.model
+    described = describe_model(model)
     announce(
         directory,
         config,
@@ -148,7 +149,8 @@ def _build(
         options=config,
         steps=steps,
         directory=directory,
-        fields={"base": describe_model(model)},
+        subject={"base": described},
+        describe=lambda result: BaseManifest(base=described, training=result),
         write=partial(write_model, model=model, corpus=corpus),
     )
 

@@ -47,6 +47,7 @@ from mlpmem_ds.core.files import (
     sealed_json,
 )
 from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES
 from mlpmem_ds.formats.corpus import vocabulary_sha256
@@ -231,7 +232,7 @@ def _write_and_verify(
         DamagedDataError: what was loaded is not what was trained.
     """
     point, dtype = _point(inputs), DTYPES[config.dtype]
-    layers_path = inputs.trained.provenance.get("input_layers_path")
+    layers_path = inputs.trained.provenance.input_layers_path
     weights = _weights_of(joint, dtype)
     as_stored = (
         None
@@ -255,7 +256,7 @@ def _write_and_verify(
     difference = compare_logits(loaded, probe, inputs.lmbda)
     if (
         vocabulary_sha256(AutoTokenizer.from_pretrained(export))
-        != inputs.trained.provenance["vocabulary_sha256"]
+        != inputs.trained.provenance.vocabulary_sha256
     ):
         raise DamagedDataError(
             "the tokenizer does not survive being saved and loaded: nothing was published; give another "
@@ -323,9 +324,7 @@ def _weight_bytes(export: Path) -> int:
 
 def _point(inputs: ExportInputs) -> CapturePoint:
     provenance = inputs.trained.provenance
-    return CapturePoint(
-        layer=provenance["input_layer"], point=provenance.get("input_point") or provenance["key_point"]
-    )
+    return CapturePoint(layer=provenance.input_layer, point=provenance.input_point)
 
 
 def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
@@ -344,10 +343,10 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
             _build_memory(inputs),
             lmbda=inputs.lmbda,
             input_point=_point(inputs),
-            layers_path=inputs.trained.provenance.get("input_layers_path"),
+            layers_path=inputs.trained.provenance.input_layers_path,
             cast=False,
-            provenance=inputs.trained.provenance,
-            vocabulary_sha256=inputs.trained.provenance["vocabulary_sha256"],
+            provenance=to_json(inputs.trained.provenance),
+            vocabulary_sha256=inputs.trained.provenance.vocabulary_sha256,
         )
     except ValueError as error:
         raise UserError(

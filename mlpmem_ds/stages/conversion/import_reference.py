@@ -17,8 +17,14 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, TrainedMemory, write_weights
 from mlpmem_ds.formats.reference_checkpoint import ReferenceMemory, open_reference
+from mlpmem_ds.formats.trained_models import (
+    ImportedMemory,
+    MemoryManifest,
+    Provenance,
+    TrainedMemory,
+    write_weights,
+)
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.structure import resolve_layer
 from mlpmem_ds.stages.shared_flags import Layer
@@ -56,14 +62,17 @@ def read_reference(
     reference, base = open_reference(root), _read_base(model)
     memory = _check(reference, base, model)
     layer = _layer(input_layer, base)
-    provenance = {
-        "base": base_sha256,
-        "vocabulary_sha256": vocabulary_sha256,
-        "key_layer": layer,
-        "input_layer": layer,
-        "key_point": "ffn_input",
-        "imported": {"name": name, "kind": reference.model_type, "sha256": reference.sha256},
-    }
+    provenance = Provenance(
+        base=base_sha256,
+        vocabulary_sha256=vocabulary_sha256,
+        key_layer=layer,
+        key_point="ffn_input",
+        input_layer=layer,
+        input_point="ffn_input",
+        input_layers_path=None,
+        parameters=memory.num_parameters(),
+        imported=ImportedMemory(name=name, kind=reference.model_type, sha256=reference.sha256),
+    )
     weights = {ours: tensor.float() for ours, tensor in reference.tensors()}
     _logger.info(
         "%s: %d %s blocks, %s parameters",
@@ -118,22 +127,20 @@ def write_memory(config: Any, trained: TrainedMemory, world: World) -> None:
     require_free_bytes(config.output, needed, what="the memory's weights")
     directory = open_stage(
         config.output,
-        stage=MEMORY_STAGE,
-        version=MEMORY_VERSION,
+        stage=MemoryManifest.FORMAT,
+        version=MemoryManifest.VERSION,
         config=config,
         inputs={
-            "reference" if "imported" in trained.provenance else "checkpoint": trained.sha256,
-            "base": trained.provenance["base"],
+            "checkpoint" if trained.provenance.imported is None else "reference": trained.sha256,
+            "base": trained.provenance.base,
         },
         world=world,
     )
-    fields = {"memory": trained.memory, "provenance": trained.provenance}
+    manifest = MemoryManifest(memory=trained.memory, provenance=trained.provenance, training=None)
 
     def write(_: str, writer: UnitWriter) -> dict[str, Any]:
         write_weights(writer, trained.weights, memory=trained.memory, provenance=trained.provenance)
         return {"parameters": sum(tensor.numel() for tensor in trained.weights.values())}
 
     directory.run_units([_UNIT], write)
-    directory.finish(
-        [_UNIT], lambda: {**fields, "steps": trained.provenance.get("steps", 0), "weights_dtype": "float32"}
-    )
+    directory.finish([_UNIT], lambda: manifest)

@@ -14,11 +14,12 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.model_files import fetch_directory
-from mlpmem_ds.formats.checkpoint import Checkpoint, TrainedMemory, read_weights
+from mlpmem_ds.formats.checkpoint import Checkpoint
 from mlpmem_ds.formats.corpus import CorpusManifest, read_corpus_manifest, vocabulary_sha256
 from mlpmem_ds.formats.evaluation import Report, open_report
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.formats.targets import TargetsManifest, open_targets
+from mlpmem_ds.formats.trained_models import TrainedMemory, read_weights
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
 from mlpmem_ds.stages.conversion.config import Config
@@ -61,7 +62,7 @@ class ExportInputs:
         inputs = {
             "memory": self.trained.sha256,
             "base": self.base_sha256,
-            "vocabulary": self.trained.provenance["vocabulary_sha256"],
+            "vocabulary": self.trained.provenance.vocabulary_sha256,
         }
         if self.report is not None:
             inputs["report"] = self.report.sha256
@@ -91,16 +92,16 @@ def open_inputs(config: Config) -> ExportInputs:
     lmbda, rule = _choose_lambda(config, report_lmbda)
     model = config.model or _model_of_keys(config.checkpoint, trained)
     base_sha256 = fingerprint_model(model)
-    if base_sha256 != trained.provenance["base"]:
+    if base_sha256 != trained.provenance.base:
         raise UserError(
             f"--model {model} ({base_sha256[:12]}…) is not the base that --checkpoint {config.checkpoint} was"
-            f" trained for ({trained.provenance['base'][:12]}…): give the model that its keys were extracted"
+            f" trained for ({trained.provenance.base[:12]}…): give the model that its keys were extracted"
             " with"
         )
-    corpus_root = _input_of_training(config.checkpoint, "corpus", trained)
-    targets_root = _input_of_training(config.checkpoint, "targets", trained)
+    corpus_root = _input_of_training(config.checkpoint, "corpus", trained.provenance.corpus)
+    targets_root = _input_of_training(config.checkpoint, "targets", trained.provenance.targets)
     tokenizer, flag = _load_tokenizer(config, model, corpus_root)
-    own, expected = vocabulary_sha256(tokenizer), trained.provenance["vocabulary_sha256"]
+    own, expected = vocabulary_sha256(tokenizer), trained.provenance.vocabulary_sha256
     if own != expected:
         raise UserError(
             f"{flag} has another vocabulary ({len(tokenizer)} tokens, {own[:12]}…) than the memory was "
@@ -145,7 +146,7 @@ def _open_published(config: Config) -> ExportInputs:
     )
     return ExportInputs(
         trained=trained,
-        memory=MemoryConfig.from_dict(trained.memory),
+        memory=MemoryConfig.from_dict(dict(trained.memory)),
         model=config.model,
         base_sha256=base_sha256,
         tokenizer=tokenizer,
@@ -178,11 +179,8 @@ def _read_trained(config: Config) -> tuple[TrainedMemory, MemoryConfig, Checkpoi
     else:
         checkpoint = find_checkpoint(root, config.step)
         trained = describe_checkpoint(checkpoint)
-    required = {"base", "vocabulary_sha256", "input_layer", "key_point"}
-    if lacking := sorted(required - set(trained.provenance)):
-        raise DamagedDataError(f"--checkpoint {root} does not say its {', '.join(lacking)}: train it again")
     try:
-        return trained, MemoryConfig.from_dict(trained.memory), checkpoint
+        return trained, MemoryConfig.from_dict(dict(trained.memory)), checkpoint
     except ValueError as error:
         raise DamagedDataError(f"--checkpoint {root}: {error}: train it again") from error
 
@@ -219,10 +217,10 @@ def _choose_lambda(config: Config, report_lmbda: float | None) -> tuple[float, s
     return report_lmbda, "least perplexity on the tuning split"
 
 
-def _input_of_training(checkpoint: Path, name: str, trained: TrainedMemory) -> Path | None:
+def _input_of_training(checkpoint: Path, name: str, sha256: str | None) -> Path | None:
     """The directory that a memory was trained from, as the training's flags or the run's layout name it.
 
-    None unless its manifest has the hash in the memory's provenance.
+    None unless its manifest has this hash, which the memory's provenance gives.
     """
     flags = (
         read_json(checkpoint / "run.json").get("config", {}) if (checkpoint / "run.json").is_file() else {}
@@ -230,13 +228,13 @@ def _input_of_training(checkpoint: Path, name: str, trained: TrainedMemory) -> P
     for path in (flags.get(name), checkpoint.resolve().parent / name):
         if not path or not (Path(path) / "manifest.json").is_file():
             continue
-        if sha256_of_file(Path(path) / "manifest.json") == trained.provenance.get(name):
+        if sha256_of_file(Path(path) / "manifest.json") == sha256:
             return Path(path)
     return None
 
 
 def _model_of_keys(checkpoint: Path, trained: TrainedMemory) -> str:
-    keys = _input_of_training(checkpoint, "keys", trained)
+    keys = _input_of_training(checkpoint, "keys", trained.provenance.keys)
     flags = (
         read_json(keys / "run.json").get("config", {})
         if keys is not None and (keys / "run.json").is_file()

@@ -9,6 +9,7 @@ from typing import Any
 from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.formats.evaluation import ArmFigures
 from mlpmem_ds.formats.targets import TargetsManifest
+from mlpmem_ds.formats.trained_models import Provenance
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs
 
@@ -86,39 +87,41 @@ def _bytes_of(num_parameters: int) -> str:
 
 def _ingredients(inputs: ExportInputs) -> list[str]:
     """The memory, its weight, its corpus and its training, a line each."""
-    provenance, memory = inputs.trained.provenance, inputs.memory
-    corpus, targets = inputs.corpus, inputs.targets
+    provenance, memory, targets = inputs.trained.provenance, inputs.memory, inputs.targets
     lines = [
         (
             f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of"
             f" width {memory.hidden_size} ({memory.intermediate_size} inside), vocabulary"
-            f" {memory.vocab_size:,}; it reads the base's layer {provenance['input_layer']}"
-            f" ({provenance.get('input_point') or provenance['key_point']})"
+            f" {memory.vocab_size:,}; it reads the base's layer {provenance.input_layer}"
+            f" ({provenance.input_point})"
         ),
         f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",
         *_imported(provenance),
-        f"Corpus: {_tokens(corpus)} (SHA-256 of its manifest {provenance.get('corpus', 'unknown')})",
+        f"Corpus: {_tokens(inputs.corpus)} (SHA-256 of its manifest {_shown(provenance.corpus)})",
         (
-            f"Training: α {provenance.get('alpha', 'unknown')} (weight of KL against the retriever; 1 - α of"
-            f" cross entropy, {provenance.get('ce_through', 'unknown')}),"
-            f" {provenance.get('steps', 'unknown')} steps{_planned(provenance)}"
-            f" of {provenance.get('batch_positions', 'unknown')} positions,"
-            f" {provenance.get('epochs', 'unknown')} epochs"
+            f"Training: α {_shown(provenance.alpha)} (weight of KL against the retriever; 1 - α of cross"
+            f" entropy, {_shown(provenance.ce_through)}), {_shown(provenance.steps)}"
+            f" steps{_planned(provenance)} of {_shown(provenance.batch_positions)} positions,"
+            f" {_shown(provenance.epochs)} epochs"
         ),
     ]
-    if provenance.get("alpha") == 0:
+    if provenance.alpha == 0:
         return [*lines, "Retriever: none (trained on cross entropy alone)"]
     if targets is None:
-        sha256 = provenance.get("targets", "unknown")
+        sha256 = _shown(provenance.targets)
         return [*lines, f"Retriever: unknown k and temperature (SHA-256 of its targets' manifest {sha256})"]
     return [
         *lines,
         (
             f"Retriever: k {targets.k}, T {targets.weighting.temperature:.6g} in squared key units"
             f" ({targets.search} search, excluded: {_excluded(targets)}),"
-            f" keys of layer {provenance.get('key_layer', 'unknown')}"
+            f" keys of layer {_shown(provenance.key_layer)}"
         ),
     ]
+
+
+def _shown(value: object) -> str:
+    return "unknown" if value is None else str(value)
 
 
 def _excluded(targets: TargetsManifest) -> str:
@@ -128,19 +131,19 @@ def _excluded(targets: TargetsManifest) -> str:
     return f"the position itself{document}{window}"
 
 
-def _planned(provenance: Mapping[str, Any]) -> str:
+def _planned(provenance: Provenance) -> str:
     """The planned steps of a training, if the memory is an earlier checkpoint of it."""
-    planned = provenance.get("steps_planned")
-    return "" if planned in (None, provenance.get("steps")) else f" (a checkpoint; {planned} were planned)"
+    planned = provenance.steps_planned
+    return "" if planned in (None, provenance.steps) else f" (a checkpoint; {planned} were planned)"
 
 
-def _imported(provenance: Mapping[str, Any]) -> list[str]:
-    imported = provenance.get("imported")
+def _imported(provenance: Provenance) -> list[str]:
+    imported = provenance.imported
     if imported is None:
         return []
     return [
-        f"The memory was imported from {imported['name']} ({imported['kind']} type, SHA-256 of its shape and"
-        f" files {imported['sha256']}); its own page describes its corpus, retriever and training"
+        f"The memory was imported from {imported.name} ({imported.kind} type, SHA-256 of its shape and"
+        f" files {imported.sha256}); its own page describes its corpus, retriever and training"
     ]
 
 

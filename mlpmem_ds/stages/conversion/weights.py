@@ -16,18 +16,19 @@ import torch
 from safetensors.torch import load_file
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json, remove_stale_temporaries, require_free_bytes, sha256_of_file
+from mlpmem_ds.core.files import remove_stale_temporaries, require_free_bytes, sha256_of_file
+from mlpmem_ds.core.manifest import format_of
+from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
 from mlpmem_ds.formats.checkpoint import (
-    CHECKPOINT_FORMAT,
-    MEMORY_STAGE,
     Checkpoint,
-    TrainedMemory,
+    CheckpointManifest,
     checkpoint_name,
     fault_of_checkpoint,
     list_checkpoints,
     read_checkpoint,
 )
+from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainedMemory
 from mlpmem_ds.formats.weight_shards import write_safetensors
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 
@@ -42,16 +43,11 @@ def find_checkpoint(root: Path, step: int | None, *, flag: str = "--checkpoint")
         UserError: no training of a memory, no such step, or no checkpoint yet.
         DamagedDataError: none of them is whole.
     """
-    if (root / "manifest.json").is_file() and read_json(root / "manifest.json").get(
-        "format"
-    ) == CHECKPOINT_FORMAT:
+    if format_of(root) == CheckpointManifest.FORMAT:
         raise UserError(
             f"{flag} {root} is one checkpoint: give the training's output directory, and --step to choose one"
         )
-    if (
-        not (root / "identity.json").is_file()
-        or read_json(root / "identity.json").get("format") != f"mlpmem-{MEMORY_STAGE}"
-    ):
+    if format_of(root) != MemoryManifest.FORMAT:
         raise UserError(f"{flag} {root} is no output directory of launch/train.py: give one")
     found = list_checkpoints(root / "checkpoints")
     if not found:
@@ -80,14 +76,18 @@ def describe_checkpoint(checkpoint: Checkpoint) -> TrainedMemory:
     Raises:
         DamagedDataError: the manifest does not describe a memory.
     """
-    manifest = checkpoint.manifest
-    if not isinstance(manifest.get("memory"), dict) or not isinstance(manifest.get("provenance"), dict):
-        raise DamagedDataError(f"{checkpoint.path} does not describe a memory: it is of another training")
-    planned = manifest["provenance"].get("steps")
+    path = checkpoint.path / "manifest.json"
+    subject = from_json(
+        MemorySubject,
+        checkpoint.manifest.subject,
+        where=f"{path}, which is not of a memory,",
+        version=CheckpointManifest.VERSION,
+    )
+    planned = subject.provenance.steps
     return TrainedMemory(
-        sha256=sha256_of_file(checkpoint.path / "manifest.json"),
-        memory=manifest["memory"],
-        provenance={**manifest["provenance"], "steps": checkpoint.step, "steps_planned": planned},
+        sha256=sha256_of_file(path),
+        memory=subject.memory,
+        provenance=dataclasses.replace(subject.provenance, steps=checkpoint.step, steps_planned=planned),
         weights={},
     )
 
@@ -106,14 +106,14 @@ def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -
         "taking the weights of %s (ZeRO stage %s, %s ranks); its files are pickled: convert only checkpoints"
         " of your own",
         checkpoint.path,
-        checkpoint.manifest.get("zero_stage"),
-        checkpoint.manifest.get("world"),
+        checkpoint.manifest.zero_stage,
+        checkpoint.manifest.world,
     )
     weights = weights_of_checkpoint(checkpoint.path)
     with torch.device("meta"):
         shapes = {
             name: tuple(tensor.shape)
-            for name, tensor in Memory(MemoryConfig.from_dict(trained.memory)).state_dict().items()
+            for name, tensor in Memory(MemoryConfig.from_dict(dict(trained.memory))).state_dict().items()
         }
     if shapes != {name: weight.shape for name, weight in weights.items()}:
         raise DamagedDataError(

@@ -13,9 +13,11 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import read_events, seconds_of_stage
+from mlpmem_ds.core.manifest import CompleteStage, read_stage
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
+from mlpmem_ds.formats.trained_models import MemoryManifest
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning.config import DEFAULTS
 from mlpmem_ds.stages.planning.cost_model import (
@@ -36,8 +38,7 @@ class FinishedRun:
     keys: Keys
     index: IndexDirectory | None
     targets: Targets | None
-    memory: dict[str, Any] | None
-    """the manifest of the training"""
+    memory: CompleteStage[MemoryManifest] | None
     stages: tuple[str, ...]
     """their names, in the order of the pipeline"""
 
@@ -60,9 +61,13 @@ def read_run(root: Path) -> FinishedRun:
         keys=open_keys(root / "keys", flag="--calibrate"),
         index=open_index(root / "index", flag="--calibrate") if "index" in stages else None,
         targets=open_targets(root / "targets", flag="--calibrate") if "targets" in stages else None,
-        memory=read_json(root / "memory" / "manifest.json") if "memory" in stages else None,
+        memory=_read_memory(root / "memory") if "memory" in stages else None,
         stages=stages,
     )
+
+
+def _read_memory(root: Path) -> CompleteStage[MemoryManifest]:
+    return read_stage(CompleteStage, MemoryManifest, root, flag="--calibrate")
 
 
 def sizes_of_run(run: FinishedRun) -> dict[str, Any]:
@@ -83,10 +88,8 @@ def sizes_of_run(run: FinishedRun) -> dict[str, Any]:
         sizes |= {"search": targets.search, "k": targets.k, "nprobe": targets.nprobe}
         sizes |= {"neighbour_perplexity": targets.neighbour_perplexity, "encoding": targets.encoding}
     if run.memory is not None:
-        sizes |= {
-            "memory": run.memory["memory"],
-            "epochs": run.memory["config"].get("epochs", DEFAULTS["epochs"]),
-        }
+        memory = run.memory.manifest
+        sizes |= {"memory": dict(memory.memory), "epochs": memory.provenance.epochs}
         flags = _start_of(run.root / "memory")["config"]
         sizes |= {"keep_checkpoints": flags.get("keep_checkpoints", DEFAULTS["keep_checkpoints"])}
     sizes |= {"parameters": _parameters_of_base(run.root)}

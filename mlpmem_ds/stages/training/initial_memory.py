@@ -13,15 +13,15 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash, read_json
+from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.engines.model_files import fetch_directory
-from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION
+from mlpmem_ds.formats.trained_models import MemoryManifest, read_memory_description
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 
 _EXPORT_PREFIX = "memory."
@@ -34,7 +34,8 @@ class InitialMemory:
 
     root: Path
     memory: MemoryConfig
-    provenance: dict[str, Any]
+    vocabulary_sha256: str | None
+    """None where an export does not say it"""
     sha256: str
     """of shape and float32 numbers: the same for a training's output, its weights/ and a float32 export of
     it"""
@@ -55,8 +56,7 @@ def open_initial_memory(root: Path) -> InitialMemory:
     root = fetch_directory(str(root), flag=_FLAG)
     place = root / "weights" if (root / "weights").is_dir() else root
     if not (place / "config.json").is_file():
-        identity = root / "identity.json"
-        is_unfinished = identity.is_file() and read_json(identity).get("format") == f"mlpmem-{MEMORY_STAGE}"
+        is_unfinished = format_of(root) == MemoryManifest.FORMAT
         raise UserError(
             f"{_FLAG} {root} is a training that has not finished: run its launch/train.py command again, or"
             " convert its newest checkpoint with tools/convert_checkpoint.py and give that"
@@ -67,15 +67,13 @@ def open_initial_memory(root: Path) -> InitialMemory:
             )
         )
     description = read_json(place / "config.json")
-    if description.get("format") == f"mlpmem-{MEMORY_STAGE}":
-        if description.get("version") != MEMORY_VERSION:
-            raise DamagedDataError(
-                f"{_FLAG} {root} has version {description.get('version')}, this program reads"
-                f" {MEMORY_VERSION}: use the release that wrote it"
-            )
-        shape, prefix = description.get("memory"), ""
+    if description.get("format") == f"mlpmem-{MemoryManifest.FORMAT}":
+        described = read_memory_description(place / "config.json")
+        vocabulary: str | None = described.provenance.vocabulary_sha256
+        shape, prefix = dict(described.memory), ""
     elif description.get("model_type") == "mlpmem":
         shape, prefix = description.get("memory_config"), _EXPORT_PREFIX
+        vocabulary = description.get("vocabulary_sha256") or None
     else:
         raise UserError(
             f"{_FLAG} {root} is another model, not a memory: give an output of launch/train.py or an export"
@@ -88,7 +86,7 @@ def open_initial_memory(root: Path) -> InitialMemory:
     return InitialMemory(
         root=root,
         memory=memory,
-        provenance=dict(description.get("provenance") or {}),
+        vocabulary_sha256=vocabulary,
         sha256=_hash_tensors(root, memory, places),
         _places=places,
     )
@@ -164,8 +162,8 @@ def check_fits(
                 f"{_FLAG} {initial.root} has {name.replace('_', ' ')} {own_value}, and {who} {value}: give a"
                 " memory that fits, or leave out the flag"
             )
-    own_vocabulary = initial.provenance.get("vocabulary_sha256", vocabulary_sha256)
-    if own_vocabulary != vocabulary_sha256:
+    own_vocabulary = initial.vocabulary_sha256
+    if own_vocabulary not in (None, vocabulary_sha256):
         raise UserError(
             f"{_FLAG} {initial.root} was trained with another vocabulary ({str(own_vocabulary)[:12]}…) than"
             f" --corpus has ({vocabulary_sha256[:12]}…): its outputs mean other tokens; leave out the flag"

@@ -6,16 +6,15 @@ ranks meet.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
+from mlpmem_ds.formats.trained_models import Provenance
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.stages.training.config import Config
@@ -183,31 +182,30 @@ def _tuning_split(config: Config) -> CorpusSplit | None:
 
 def provenance_of(
     config: Config, inputs: TrainingInputs, memory: MemoryConfig, *, num_steps: int
-) -> dict[str, Any]:
-    """What the memory is made from and for: plain values."""
+) -> Provenance:
+    """What the memory is made from and for."""
     manifest = inputs.keys.manifest
-    return json.loads(
-        json.dumps(
-            {
-                "base": inputs.keys.base_sha256,
-                "key_model": inputs.keys.model_sha256,
-                **inputs.hashes,
-                "vocabulary_sha256": inputs.corpus.vocabulary_sha256,
-                "key_layer": manifest.key_layer,
-                "input_layer": manifest.input_layer,
-                "input_point": inputs.keys.input_point,
-                "key_point": manifest.key_point,
-                **({"input_layers_path": path} if (path := manifest.input_layers_path) else {}),
-                "objective": config.objective,
-                "alpha": config.alpha,
-                "ce_through": config.ce_through,
-                "mixture_lambda": config.mixture_lambda if config.ce_through == "mixture" else None,
-                "head": config.head if inputs.initial is None else "init_from",
-                "epochs": config.epochs,
-                "batch_positions": config.batch_positions,
-                "steps": num_steps,
-                "seed": config.seed,
-                "parameters": memory.num_parameters(),
-            }
-        )
+    return Provenance(
+        base=inputs.keys.base_sha256,
+        key_model=inputs.keys.model_sha256,
+        corpus=inputs.hashes["corpus"],
+        keys=inputs.hashes["keys"],
+        targets=inputs.hashes.get("targets"),
+        init_from=inputs.hashes.get("init_from"),
+        vocabulary_sha256=inputs.corpus.vocabulary_sha256,
+        key_layer=manifest.key_layer,
+        input_layer=manifest.input_layer,
+        input_point=manifest.input_point,
+        key_point=manifest.key_point,
+        input_layers_path=manifest.input_layers_path,
+        objective=config.objective,
+        alpha=config.alpha,
+        ce_through=config.ce_through,
+        mixture_lambda=config.mixture_lambda if config.ce_through == "mixture" else None,
+        head=config.head if inputs.initial is None else "init_from",
+        epochs=config.epochs,
+        batch_positions=config.batch_positions,
+        steps=num_steps,
+        seed=config.seed,
+        parameters=memory.num_parameters(),
     )

@@ -18,6 +18,7 @@ from torch import nn
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import compute_dtype, micro_batches_per_step, resolve_ds_config
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
@@ -27,7 +28,7 @@ from mlpmem_ds.engines.hidden_states import StateSource, resolve_device
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
-from mlpmem_ds.formats.checkpoint import MEMORY_STAGE, MEMORY_VERSION, write_weights
+from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainingResult, write_weights
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
@@ -106,8 +107,8 @@ def _open_directory(
     shape = memory.to_dict()
     return open_stage(
         config.output,
-        stage=MEMORY_STAGE,
-        version=MEMORY_VERSION,
+        stage=MemoryManifest.FORMAT,
+        version=MemoryManifest.VERSION,
         config=config,
         inputs=hashes,
         world=world,
@@ -152,10 +153,9 @@ def _build(
         world=world,
         prepare=partial(_prepare, config=config, initial=inputs.initial, head=head),
     )
-    fields = {
-        "memory": memory.to_dict(),
-        "provenance": provenance_of(config, inputs, memory, num_steps=steps.count),
-    }
+    subject = MemorySubject(
+        memory=memory.to_dict(), provenance=provenance_of(config, inputs, memory, num_steps=steps.count)
+    )
     return Training(
         engine=engine,
         objective=objective,
@@ -164,8 +164,9 @@ def _build(
         options=config,
         steps=steps,
         directory=directory,
-        fields=fields,
-        write=partial(_write, fields=fields),
+        subject=to_json(subject),
+        describe=partial(_describe, subject=subject),
+        write=partial(_write, subject=subject),
     )
 
 
@@ -226,10 +227,14 @@ def _validator(
     )
 
 
+def _describe(result: TrainingResult, *, subject: MemorySubject) -> MemoryManifest:
+    return MemoryManifest(memory=subject.memory, provenance=subject.provenance, training=result)
+
+
 def _write(
-    writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, fields: Mapping[str, Any]
+    writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, subject: MemorySubject
 ) -> dict[str, Any]:
-    write_weights(writer, weights, memory=fields["memory"], provenance=fields["provenance"])
+    write_weights(writer, weights, memory=subject.memory, provenance=subject.provenance)
     return {"parameters": sum(tensor.numel() for tensor in weights.values())}
 
 

@@ -19,6 +19,7 @@ import torch
 from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.files import content_hash, publish_json
 from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
 from mlpmem_ds.engines.deepspeed.config import zero_stage
 from mlpmem_ds.engines.deepspeed.engine import Engine, SavedState
@@ -26,6 +27,7 @@ from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
+from mlpmem_ds.formats.trained_models import TrainingResult
 from mlpmem_ds.stages.training.curves import draw_curves
 from mlpmem_ds.stages.training.loop import Hooks, LoopSettings, Outcome, run_steps
 from mlpmem_ds.stages.training.metrics import Metrics
@@ -91,8 +93,8 @@ class Training:
         options: the flags; the learning rate is a number by now.
         steps: how many, of how many rows, and how often they are validated.
         directory: the stage's.
-        fields: what is trained, as plain values: part of every checkpoint and of the manifest. A checkpoint
-            with others is refused.
+        subject: what is trained, as plain values: part of every checkpoint; one of another is refused.
+        describe: the manifest of the result.
         write: given the float32 weights by name, writes the result; returns its summary.
     """
 
@@ -106,12 +108,14 @@ class Training:
         options: TrainingOptions,
         steps: Steps,
         directory: StageDirectory,
-        fields: Mapping[str, Any],
+        subject: Mapping[str, Any],
+        describe: Callable[[TrainingResult], Manifest],
         write: Callable[[UnitWriter, Mapping[str, torch.Tensor]], Mapping[str, Any]],
     ) -> None:
         self._engine, self._objective, self._batches = engine, objective, batches
         self._validator, self._options, self._steps = validator, options, steps
-        self._directory, self._fields, self._write = directory, fields, write
+        self._directory, self._subject = directory, subject
+        self._describe, self._write = describe, write
         self._world, self._checkpoints = directory.world, options.output / "checkpoints"
         self._copier = None
         if options.copy_to is not None and self._world.is_first:
@@ -145,7 +149,7 @@ class Training:
     def _resume(self) -> SavedState | None:
         """Load the newest checkpoint; with --resume never, discard all of them."""
         if self._options.resume == "auto":
-            return self._engine.resume(self._checkpoints, copies=self._options.copy_to, fields=self._fields)
+            return self._engine.resume(self._checkpoints, copies=self._options.copy_to, subject=self._subject)
         if self._world.is_first:
             for path in (*list_checkpoints(self._checkpoints), *self._checkpoints.glob("step-*.damaged")):
                 _logger.warning("--resume never: discarding %s", path)
@@ -221,7 +225,7 @@ class Training:
         path = self._engine.save(
             self._checkpoints,
             step,
-            fields=self._fields,
+            subject=self._subject,
             values={
                 "batches": step,
                 "validations": self._best.to_json(),
@@ -288,16 +292,13 @@ class Training:
                     outcome.steps,
                     selected,
                 )
-            self._directory.finish(
-                [_UNIT],
-                lambda: {
-                    **self._fields,
-                    "steps": outcome.steps,
-                    "selected_step": selected,
-                    "validations": self._best.to_json(),
-                    "weights_dtype": "float32",
-                },
+            result = TrainingResult(
+                steps=outcome.steps,
+                rows_per_step=self._steps.rows,
+                selected_step=selected,
+                validations=tuple(self._best.to_json()),
             )
+            self._directory.finish([_UNIT], lambda: self._describe(result))
         self._engine.wait()
 
 

@@ -92,7 +92,7 @@ def grow_old(output, seconds):
 
 
 def perplexities(runs, name):
-    return [validation["perplexity"] for validation in runs.manifest(name)["validations"]]
+    return [validation["perplexity"] for validation in runs.manifest(name)["training"]["validations"]]
 
 
 def test_the_result_is_a_model_with_its_tokenizer_and_the_perplexity_it_says(runs, root, single):
@@ -124,7 +124,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(runs, single):
 def test_a_run_killed_within_an_epoch_loses_few_steps_and_no_bit(runs, single):
     """Dropout included, which draws random numbers at each step."""
     assert re.search(r"resuming from \S+/killed/checkpoints/\S+ \(step 4\)", single)
-    assert runs.manifest("killed")["steps"] > 2 * 5  # the fifth was within an epoch
+    assert runs.manifest("killed")["training"]["steps"] > 2 * 5  # the fifth was within an epoch
     assert perplexities(runs, "killed") == perplexities(runs, "straight")
     assert len(perplexities(runs, "killed")) == 2
     assert_same_bytes(runs, "killed", "straight")
@@ -147,20 +147,21 @@ def test_two_ranks_are_one(runs, single):
 
 
 def test_early_stop_deadline_and_training_on(runs, single):
-    over = runs.manifest("over")
+    over = runs.manifest("over")["training"]
     numbers = perplexities(runs, "over")
     best = int(np.argmin(numbers))
     assert len(numbers) == best + 2 < 9
     assert over["selected_step"] == over["validations"][best]["step"]
-    assert runs.manifest("short")["steps"] == 1
+    steps = {name: runs.manifest(name)["training"]["steps"] for name in ("short", "late", "one")}
+    assert steps["short"] == 1
     # The seconds of earlier starts count.
-    assert 6 <= runs.manifest("late")["steps"] < runs.manifest("one")["steps"]
+    assert 6 <= steps["late"] < steps["one"]
     assert perplexities(runs, "on")[0] < perplexities(runs, "one")[0]
 
 
 def test_without_a_tuning_split_the_last_weights_are_written(runs, single):
-    manifest = runs.manifest("untuned")
-    assert manifest["validations"] == [] and manifest["selected_step"] == manifest["steps"] > 3
+    training = runs.manifest("untuned")["training"]
+    assert training["validations"] == [] and training["selected_step"] == training["steps"] > 3
     assert "has no tuning split to validate on: no early stopping" in single
     assert runs.losses("untuned")[-1] < runs.losses("untuned")[0]
 

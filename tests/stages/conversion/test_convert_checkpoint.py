@@ -25,17 +25,17 @@ from mlpmem_ds.core.files import publish_json, sha256_of_file
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats import weight_shards
-from mlpmem_ds.formats.checkpoint import read_weights, write_weights
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.evaluation import ReportManifest, write_evaluation
 from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights, write_weights
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.convert_checkpoint import EXPORT_FILE, LOGIT_BOUND, ROUNDING_BOUND
 from mlpmem_ds.stages.training.initial_memory import open_initial_memory
 
-from ...manifests import targets_manifest
+from ...manifests import make_provenance, targets_manifest
 from ..conftest import make_arm, make_curve, make_evaluation
 
 pytestmark = pytest.mark.usefixtures("code_cache")
@@ -73,7 +73,7 @@ def save_memory(root: Path, flags: _Flags, *, seed: int = 1, **changes: Any) -> 
         initializer_range=0.4,
     )
     corpus, keys = open_corpus(flags.corpus), open_keys(flags.keys)
-    provenance = {
+    fields = {
         "base": keys.inputs["model"],
         "corpus": corpus.sha256,
         "keys": keys.sha256,
@@ -87,15 +87,16 @@ def save_memory(root: Path, flags: _Flags, *, seed: int = 1, **changes: Any) -> 
         "steps": 7,
         "batch_positions": 64,
         "epochs": 2.0,
-        **changes,
     }
+    provenance = make_provenance(**fields | changes)
     directory = open_stage(root, stage="memory", version=1, config=flags, inputs={}, world=World())
 
     def write(_: str, writer: Any) -> None:
         write_weights(writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance)
 
     directory.run_units(["weights"], write)
-    directory.finish(["weights"], dict)
+    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
+    directory.finish(["weights"], lambda: manifest)
     return root
 
 
@@ -237,8 +238,8 @@ def test_what_the_export_says_of_itself(
         "64.50",
         "-12.0% to -8.0%",
         f"λ: {LAMBDA} (least",
-        provenance["base"],
-        provenance["corpus"],
+        provenance.base,
+        provenance.corpus,
         f"{tokens:,} training tokens",
         "k 48, T 3.25",
         "α 0.5",
@@ -306,7 +307,7 @@ def test_an_export_is_a_memory_to_start_from(export_dir: Path, memory_dir: Path)
     one, other = open_initial_memory(export_dir), open_initial_memory(memory_dir)
     trained = read_weights(memory_dir)
     assert one.sha256 == other.sha256 == open_initial_memory(memory_dir / "weights").sha256
-    assert one.memory == other.memory and one.provenance == trained.provenance
+    assert one.memory == other.memory and one.vocabulary_sha256 == trained.provenance.vocabulary_sha256
     assert all(torch.equal(one.tensor(name), tensor) for name, tensor in trained.weights.items())
 
 

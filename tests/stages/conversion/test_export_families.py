@@ -15,12 +15,14 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
-from mlpmem_ds.formats.checkpoint import read_weights, write_weights
 from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights, write_weights
 from mlpmem_ds.models.backbone import CapturePoint, capture
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
+
+from ...manifests import make_provenance
 
 pytestmark = pytest.mark.usefixtures("code_cache")
 VOCAB, WIDTH = 300, 16
@@ -90,13 +92,10 @@ def save_memory(root: Path, base: Path, tokenizer: Path, family: str) -> Path:
         family=family,
         initializer_range=0.3,
     )
-    provenance = {
-        "base": fingerprint_model(str(base)),
-        "input_layer": 1,
-        "key_layer": 1,
-        "key_point": "ffn_input",
-        "vocabulary_sha256": vocabulary_sha256(AutoTokenizer.from_pretrained(tokenizer)),
-    }
+    provenance = make_provenance(
+        base=fingerprint_model(str(base)),
+        vocabulary_sha256=vocabulary_sha256(AutoTokenizer.from_pretrained(tokenizer)),
+    )
     directory = open_stage(
         root, stage="memory", version=1, config=_Flags(output=root), inputs={}, world=World()
     )
@@ -106,7 +105,8 @@ def save_memory(root: Path, base: Path, tokenizer: Path, family: str) -> Path:
             writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance
         ),
     )
-    directory.finish(["weights"], dict)
+    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
+    directory.finish(["weights"], lambda: manifest)
     return root
 
 

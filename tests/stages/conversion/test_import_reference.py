@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.manifest import CompleteStage, read_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.checkpoint import read_weights
+from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
@@ -67,13 +67,10 @@ def test_memory_directory_and_export_of_a_published_memory(
 ) -> None:
     config = config_of(published, base_dir, corpus_dir, tmp_path / "memory", write="memory")
     convert_checkpoint.run(config, World())
-    manifest, _ = read_manifest(tmp_path / "memory", stage="memory", version=1, flag="--memory")
+    stage = read_stage(CompleteStage, MemoryManifest, tmp_path / "memory", flag="--memory")
     trained = read_weights(tmp_path / "memory")
-    assert manifest["provenance"] == trained.provenance
-    assert (
-        trained.provenance["input_layer"] == 1
-        and trained.provenance["imported"]["name"] == "memory-of-others"
-    )
+    assert stage.manifest.provenance == trained.provenance
+    assert trained.provenance.input_layer == 1 and trained.provenance.imported.name == "memory-of-others"
     memory = Memory(MemoryConfig.from_dict(trained.memory))
     memory.load_state_dict(trained.weights)
     before = (tmp_path / "memory" / "manifest.json").stat().st_mtime_ns
@@ -113,7 +110,7 @@ def test_a_published_memory_by_its_hub_name(
         config_of(published, base_dir, corpus_dir, tmp_path / "given", write="memory"), World()
     )
     named, given = (read_weights(tmp_path / name) for name in ("named", "given"))
-    assert named.provenance["imported"]["name"] == "owner/memory"
+    assert named.provenance.imported.name == "owner/memory"
     assert all(torch.equal(named.weights[name], tensor) for name, tensor in given.weights.items())
     with pytest.raises(
         UserError, match="--from-reference owner/other does not exist here, and the Hub gave no such model"

@@ -18,14 +18,16 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
-from mlpmem_ds.formats.checkpoint import write_weights
 from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.formats.trained_models import MemoryManifest, write_weights
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
 from mlpmem_ds.stages.evaluation import inputs as evaluation_inputs
 from mlpmem_ds.stages.evaluation.arms.base import find_layers_path
 from mlpmem_ds.stages.evaluation.config import Config as EvaluationConfig
+
+from ...manifests import make_provenance
 
 pytestmark = pytest.mark.usefixtures("code_cache")
 PATH = "transformer.h"
@@ -79,14 +81,11 @@ def memory(base: Path, corpus_dir: Path, tmp_path_factory: pytest.TempPathFactor
         initializer_range=0.3,
     )
     tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
-    provenance = {
-        "base": fingerprint_model(str(base)),
-        "input_layer": 1,
-        "key_layer": 1,
-        "key_point": "ffn_input",
-        "vocabulary_sha256": vocabulary_sha256(tokenizer),
-        "input_layers_path": PATH,
-    }
+    provenance = make_provenance(
+        base=fingerprint_model(str(base)),
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+        input_layers_path=PATH,
+    )
     directory = open_stage(root, stage="memory", version=1, config=Flags(), inputs={}, world=World())
     directory.run_units(
         ["weights"],
@@ -94,7 +93,8 @@ def memory(base: Path, corpus_dir: Path, tmp_path_factory: pytest.TempPathFactor
             writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance
         ),
     )
-    directory.finish(["weights"], dict)
+    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
+    directory.finish(["weights"], lambda: manifest)
     return root
 
 

@@ -19,11 +19,11 @@ from transformers import GPT2LMHeadModel
 
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.checkpoint import write_weights
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
 from mlpmem_ds.formats.keys import Keys, encode, open_keys, read_codec
 from mlpmem_ds.formats.targets import TargetsManifest
+from mlpmem_ds.formats.trained_models import MemoryManifest, write_weights
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.evaluation import evaluate
@@ -31,7 +31,7 @@ from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval.knn_scorer import NEIGHBOUR_DIVISORS
 
-from ...manifests import targets_manifest
+from ...manifests import make_provenance, targets_manifest
 
 UNIT, K, TEMPERATURE = 96, 24, 3.0
 NEIGHBOURS = [K // divisor for divisor in NEIGHBOUR_DIVISORS]
@@ -58,7 +58,7 @@ def save_memory(
         vocab_size=corpus.vocab_size,
         initializer_range=0.3,
     )
-    provenance = {
+    fields = {
         "base": keys.inputs["model"],
         "corpus": corpus.sha256,
         "keys": keys.sha256,
@@ -68,14 +68,15 @@ def save_memory(
         "alpha": alpha,
         "steps": 7,
         "batch_positions": 512,
-        **changes,
     }
+    provenance = make_provenance(**fields | changes)
     directory = open_stage(root, stage="memory", version=1, config=_no_flags(), inputs={}, world=World())
 
     def compute(_: str, writer: UnitWriter) -> None:
         write_weights(writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance)
 
-    _finish(directory, "weights", compute)
+    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
+    _finish(directory, "weights", compute, **manifest.to_json())
     return root
 
 

@@ -18,6 +18,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.formats.trained_models import Provenance
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.keys import extract_keys
@@ -256,7 +257,7 @@ def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
     )
 
 
-def provenance_of(settings: training_inputs.Config) -> dict[str, Any]:
+def provenance_of(settings: training_inputs.Config) -> Provenance:
     """Of the memory that a training with these flags would make."""
     inputs = training_inputs.open_inputs(settings)
     memory = memory_shape(settings, inputs, inputs.keys.input_size)
@@ -277,8 +278,8 @@ def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
     )
     provenance = provenance_of(settings)
     keys = open_keys(config.output)
-    assert (provenance["base"], provenance["key_model"]) == (keys.base_sha256, keys.model_sha256)
-    assert provenance["input_point"] == "ffn_input"
+    assert (provenance.base, provenance.key_model) == (keys.base_sha256, keys.model_sha256)
+    assert provenance.input_point == "ffn_input"
     with pytest.raises(UserError, match="is not the base that"):
         training_inputs.open_inputs(replace(settings, model=str(other_base)))
     asked = evaluate.Config(
@@ -359,7 +360,7 @@ def test_layers_path_reaches_the_model(config: Config) -> None:
         alpha=0.0,
     )
     provenance = provenance_of(settings)
-    assert provenance["input_layers_path"] == "transformer.h"  # evaluation and export load the base with it
+    assert provenance.input_layers_path == "transformer.h"  # evaluation and export load the base with it
     with pytest.raises(UserError, match=r"--layers-path was 'transformer.h', now none"):
         extract_keys.run(config, World())
 

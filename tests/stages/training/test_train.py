@@ -17,9 +17,9 @@ import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
-from mlpmem_ds.formats.checkpoint import read_weights
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 from mlpmem_ds.stages.training.initial_memory import open_initial_memory
@@ -132,7 +132,7 @@ def test_weights_load_into_a_plain_memory(runs, pair, inputs_dir):
     trained = read_weights(runs / "two-stage3")
     memory.load_state_dict(trained.weights)  # names and shapes
     assert trained.memory == memory.config.to_dict()
-    assert trained.provenance["base"] == keys.base_sha256 and trained.provenance["steps"] == STEPS
+    assert trained.provenance.base == keys.base_sha256 and trained.provenance.steps == STEPS
 
 
 def test_a_stopped_run_continues_to_the_same_weights(runs, single, pair):
@@ -193,8 +193,8 @@ def test_checkpoints_of_every_layout_convert(runs, pair, tmp_path, name):
     for step, is_last in ((None, True), (HALF, False)):
         checkpoint = find_checkpoint(runs / name, step)
         converted = with_weights(describe_checkpoint(checkpoint), checkpoint, tmp_path / "out")
-        assert converted.provenance["steps"] == checkpoint.step == (STEPS if is_last else HALF)
-        assert converted.provenance["steps_planned"] == STEPS
+        assert converted.provenance.steps == checkpoint.step == (STEPS if is_last else HALF)
+        assert converted.provenance.steps_planned == STEPS
         assert converted.weights.keys() == expected.keys()
         is_same = all(torch.equal(tensor, expected[key]) for key, tensor in converted.weights.items())
         assert is_same == is_last
@@ -261,7 +261,7 @@ def test_a_training_starts_from_a_memory(runs, pair, inputs_dir):
     sha256 = open_initial_memory(runs / "one-stage2").sha256
     for name in ("one-from-memory", "two-from-weights"):
         identity = json.loads((runs / name / "identity.json").read_text())
-        assert identity["inputs"]["init_from"] == read_weights(runs / name).provenance["init_from"] == sha256
+        assert identity["inputs"]["init_from"] == read_weights(runs / name).provenance.init_from == sha256
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def test_validation_is_that_of_the_written_weights(runs, driven, corpus_dir, bas
     lines = runs.lines("validated", "validation_perplexity")
     manifest = runs.manifest("validated")
     best = min(lines, key=lambda line: line["validation_perplexity"])
-    assert manifest["selected_step"] == best["step"] and len(lines) == len(manifest["validations"]) >= 3
+    training = manifest["training"]
+    assert training["selected_step"] == best["step"] and len(lines) == len(training["validations"]) >= 3
     assert json.loads((runs / "validated" / "best.json").read_text())["step"] == best["step"]
 
     corpus = open_corpus(corpus_dir, "tuning")
@@ -197,9 +198,10 @@ def test_validation_under_stage_3_is_dealt_to_three_ranks(runs, driven):
 
 def test_training_stops_early_and_keeps_the_best(runs, driven):
     manifest = runs.manifest("early")
-    assert manifest["steps"] < manifest["provenance"]["steps"] and "stopped early" in driven["early"]
-    assert manifest["selected_step"] == manifest["steps"] - 4  # two validations, two steps apart
-    best = load_file(runs / "early" / "best" / f"step-{manifest['selected_step']:08d}.safetensors")
+    training = manifest["training"]
+    assert training["steps"] < manifest["provenance"]["steps"] and "stopped early" in driven["early"]
+    assert training["selected_step"] == training["steps"] - 4  # two validations, two steps apart
+    best = load_file(runs / "early" / "best" / f"step-{training['selected_step']:08d}.safetensors")
     assert all(torch.equal(best[name], tensor) for name, tensor in runs.weights("early").items())
     assert len(list((runs / "early" / "best").iterdir())) == 1
 
@@ -276,8 +278,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(run
 def test_a_spent_time_budget_ends_the_training_with_a_result(runs, driven):
     """Its last step is logged, validated and saved as that of a whole run."""
     manifest = runs.manifest("budget")
-    assert manifest["steps"] == manifest["selected_step"] == 1 < manifest["provenance"]["steps"]
-    assert [validation["step"] for validation in manifest["validations"]] == [1]
+    training = manifest["training"]
+    assert training["steps"] == training["selected_step"] == 1 < manifest["provenance"]["steps"]
+    assert [validation["step"] for validation in training["validations"]] == [1]
     assert "stopped after --time-budget-seconds at step 1" in driven["budget"]
     checkpoint = weights_of_checkpoint(runs / "budget")
     weights = runs.weights("budget")

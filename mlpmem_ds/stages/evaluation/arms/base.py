@@ -15,6 +15,7 @@ from mlpmem_ds.core.files import read_json
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.formats.trained_models import read_memory_description
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores
 from mlpmem_ds.stages.evaluation.config import Config, control_directories
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
@@ -114,7 +115,7 @@ def find_layers_path(config: Config) -> str | None:
     for memory in (*memories, *control_directories(config.control).values()):
         weights, export = memory / "weights" / "config.json", memory / "config.json"
         if weights.is_file():
-            return (read_json(weights).get("provenance") or {}).get("input_layers_path")
+            return read_memory_description(weights).provenance.input_layers_path
         if export.is_file() and "layers_path" in (description := read_json(export)):
             return description["layers_path"]
     if config.keys is not None and (config.keys / "manifest.json").is_file():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
-from mlpmem_ds.formats.checkpoint import MEMORY_STAGE
+from mlpmem_ds.core.manifest import format_of
+from mlpmem_ds.formats.trained_models import MemoryManifest
 from mlpmem_ds.stages.evaluation.config import Config, control_directories
 
 
@@ -29,8 +30,7 @@ def _is_memory(name: str, root: Path) -> bool:
     Raises:
         UserError: it is neither that nor a language model.
     """
-    identity = root / "identity.json"
-    if identity.is_file() and read_json(identity).get("format") == f"mlpmem-{MEMORY_STAGE}":
+    if format_of(root) == MemoryManifest.FORMAT:
         return True  # finished or not: reading it says which
     if not (root / "config.json").is_file():
         raise UserError(

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.hidden_states import fingerprint_model, resolve_point
-from mlpmem_ds.formats.checkpoint import read_weights
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.trained_models import MemoryManifest, Provenance, read_weights
 from mlpmem_ds.maths.head_scores import token_log_probabilities
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
@@ -48,7 +49,7 @@ class StoredMemory:
     layer: int | float
     point: str
     vocabulary_sha256: str
-    provenance: Mapping[str, Any]
+    provenance: Provenance
     bytes: int
     is_training: bool
     """an output of `train`; else an exported model"""
@@ -114,7 +115,6 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
     if weights == "int8":
         quantize_linears(memory)
     point = resolve_point(source, stored.layer, stored.point, flag=flag)
-    steps, batch_positions = provenance.get("steps"), provenance.get("batch_positions")
     return MemoryArm(
         name=name,
         description=_description(provenance, weights),
@@ -127,19 +127,19 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
             parameters=num_parameters,
             bytes=stored.bytes,
             seconds=sum_of_logs(_stages(stored, config)),
-            tokens=steps * batch_positions if steps and batch_positions else None,
+            tokens=provenance.num_positions_read,
         ),
         inputs={name: stored.sha256},
         settings={"memory_weights": weights},
         resolved={"memory_weights": weights},
         reads=(point,),
-        trained_on=((str(provenance.get("corpus")), provenance.get("split", "train")),),
+        trained_on=((str(provenance.corpus), "train"),),
     )
 
 
 def _stages(stored: StoredMemory, config: Config) -> list[Path | None]:
     """The directories of all stages that made a memory; None in the place of one that was not given."""
-    needs_targets = stored.provenance.get("alpha") != 0
+    needs_targets = stored.provenance.alpha != 0
     made_from = (
         stages_of_targets(config.keys, config.index, config.targets) if needs_targets else [config.keys]
     )
@@ -164,9 +164,9 @@ def _read_training(root: Path, flag: str) -> StoredMemory:
         flag=flag,
         sha256=trained.sha256,
         memory=_build_memory(trained.memory, trained.weights, f"{flag} {root}"),
-        layer=provenance["input_layer"],
-        point=provenance.get("input_point") or provenance["key_point"],
-        vocabulary_sha256=provenance["vocabulary_sha256"],
+        layer=provenance.input_layer,
+        point=provenance.input_point,
+        vocabulary_sha256=provenance.vocabulary_sha256,
         provenance=provenance,
         bytes=bytes_of_model(root / "weights"),
         is_training=True,
@@ -187,7 +187,12 @@ def _read_export(root: Path, flag: str) -> StoredMemory:
         layer=export.input_layer,
         point=export.input_point,
         vocabulary_sha256=export.vocabulary_sha256,
-        provenance=export.provenance,
+        provenance=from_json(
+            Provenance,
+            export.provenance,
+            where=f"{root / 'config.json'}, provenance",
+            version=MemoryManifest.VERSION,
+        ),
         bytes=bytes_of_model(root),
         is_training=False,
     )
@@ -207,7 +212,7 @@ def _build_memory(shape: Mapping[str, Any], weights: Mapping[str, torch.Tensor],
 
 def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) -> None:
     named = f"{stored.flag} {stored.root}"
-    trained_for = str(stored.provenance.get("base"))
+    trained_for = stored.provenance.base
     if trained_for != base.sha256:
         raise UserError(
             f"{named} was trained for another base ({trained_for[:12]}…) than --model"
@@ -227,10 +232,10 @@ def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) ->
         )
 
 
-def _description(provenance: Mapping[str, Any], weights: str) -> str:
+def _description(provenance: Provenance, weights: str) -> str:
     teacher = (
         "on the text alone, without the retriever (α = 0)"
-        if provenance.get("alpha") == 0
+        if provenance.alpha == 0
         else "to imitate the retriever"
     )
     rounded = "; its matrices are rounded to int8 once read" if weights == "int8" else ""

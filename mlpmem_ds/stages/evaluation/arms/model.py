@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
-from mlpmem_ds.stages.base.config import Config as BaseConfig
+from mlpmem_ds.formats.trained_models import BaseManifest
 from mlpmem_ds.stages.evaluation.arms.arm import Price, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_source, num_parameters
 from mlpmem_ds.stages.evaluation.arms.controls import model_controls
@@ -61,11 +61,7 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
 
 def _tokens_of_training(root: Path) -> int | None:
     """Tokens of all steps of `train_base`; None for a model from elsewhere."""
-    if not (root / "manifest.json").is_file():
+    if format_of(root) != BaseManifest.FORMAT:
         return None
-    manifest = read_json(root / "manifest.json")
-    steps, size = (
-        manifest.get("steps"),
-        manifest.get("config", {}).get("batch_tokens", default_of(BaseConfig, "batch_tokens")),
-    )
-    return steps * size if steps and size else None
+    stage: CompleteStage[BaseManifest] = read_stage(CompleteStage, BaseManifest, root, flag="--control")
+    return stage.manifest.training.steps * stage.manifest.training.rows_per_step

@@ -1,0 +1,188 @@
+"""What a finished training leaves: manifests of memories and bases, a memory's weights. See README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import canonical_json, read_json
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
+from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.formats.keys import Point
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedMemory:
+    """A memory that others published: its name, the kind of its network, the SHA-256 of shape and files."""
+
+    name: str
+    kind: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a memory was made from and for; None = it does not apply, or is not known (an imported memory).
+
+    `base`, `key_model` fingerprints of models; `corpus`, `keys`, `targets`, `init_from` SHA-256 of what it
+    was trained from; `steps` done, `steps_planned` where it was taken from a checkpoint before the end.
+    """
+
+    base: str
+    vocabulary_sha256: str
+    input_layer: int
+    input_point: Point
+    input_layers_path: str | None
+    key_layer: int | None
+    key_point: Point | None
+    parameters: int
+    steps: int | None = None
+    steps_planned: int | None = None
+    key_model: str | None = None
+    corpus: str | None = None
+    keys: str | None = None
+    targets: str | None = None
+    init_from: str | None = None
+    objective: str | None = None
+    alpha: float | None = None
+    ce_through: str | None = None
+    mixture_lambda: float | None = None
+    head: str | None = None
+    epochs: float | None = None
+    batch_positions: int | None = None
+    seed: int | None = None
+    imported: ImportedMemory | None = None
+
+    @property
+    def num_positions_read(self) -> int | None:
+        """Positions of all training steps; None where it is not known."""
+        if self.steps is None or self.batch_positions is None:
+            return None
+        return self.steps * self.batch_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """How a training ended: `steps` of `rows_per_step` positions or tokens, the step whose weights were
+    written, and each validation's figures."""
+
+    steps: int
+    rows_per_step: int
+    selected_step: int
+    validations: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryManifest(Manifest):
+    """A trained memory: `memory` its shape (`MemoryConfig.to_dict()`); `training` None where it was imported
+    or taken from a checkpoint."""
+
+    FORMAT: ClassVar[str] = "memory"
+    VERSION: ClassVar[int] = 1
+
+    memory: Mapping[str, Any]
+    provenance: Provenance
+    weights_dtype: Literal["float32"] = "float32"
+    training: TrainingResult | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseManifest(Manifest):
+    """A base that `train_base` made: `base` its configuration as plain values."""
+
+    FORMAT: ClassVar[str] = "base"
+    VERSION: ClassVar[int] = 1
+
+    base: Mapping[str, Any]
+    weights_dtype: Literal["float32"] = "float32"
+    training: TrainingResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryDescription:
+    """weights/config.json: the memory in weights/model.safetensors."""
+
+    format: Literal["mlpmem-memory"] = "mlpmem-memory"
+    version: int = MemoryManifest.VERSION
+    memory: Mapping[str, Any]
+    provenance: Provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySubject:
+    """The `subject` of a checkpoint of a memory."""
+
+    memory: Mapping[str, Any]
+    provenance: Provenance
+
+
+def write_weights(
+    writer: UnitWriter,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    memory: Mapping[str, Any],
+    provenance: Provenance,
+) -> None:
+    """Write `weights/model.safetensors` and `weights/config.json` of a trained memory.
+
+    Args:
+        writer: the unit's writer of the training's stage directory.
+        weights: a plain `Memory`'s state dict.
+        memory: `MemoryConfig.to_dict()`.
+        provenance: what the memory was made from and for.
+    """
+    with writer.file("weights/model.safetensors") as path:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"}
+        )
+        path.chmod(0o644)
+    with writer.file("weights/config.json") as path:
+        path.write_bytes(canonical_json(to_json(MemoryDescription(memory=memory, provenance=provenance))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedMemory:
+    """A trained memory as read from disk: `memory` is a MemoryConfig's dict, `weights` a plain Memory's state
+    dict."""
+
+    sha256: str
+    memory: Mapping[str, Any]
+    provenance: Provenance
+    weights: dict[str, torch.Tensor] = field(repr=False)
+
+
+def read_weights(root: Path, *, flag: str = "--memory") -> TrainedMemory:
+    """Read the weights that a finished training left in OUTPUT/weights.
+
+    Raises:
+        UserError: no finished training there.
+        DamagedDataError: files missing, of another size or version, or unreadable.
+    """
+    stage: CompleteStage[MemoryManifest] = read_stage(CompleteStage, MemoryManifest, root, flag=flag)
+    described = read_memory_description(root / "weights" / "config.json")
+    try:
+        weights = load_file(root / "weights" / "model.safetensors")
+    except Exception as error:  # safetensors raises its own family, which is not an OSError
+        raise DamagedDataError(
+            f"{root}/weights/model.safetensors cannot be read ({error}): run the training again, "
+            "it writes the weights from its last checkpoint"
+        ) from error
+    return TrainedMemory(
+        sha256=stage.sha256, memory=described.memory, provenance=described.provenance, weights=weights
+    )
+
+
+def read_memory_description(path: Path) -> MemoryDescription:
+    """Read a weights/config.json.
+
+    Raises:
+        DamagedDataError: it is missing, or of another format or version.
+    """
+    return from_json(MemoryDescription, read_json(path), where=str(path), version=MemoryManifest.VERSION)

@@ -1,0 +1,69 @@
+"""Trained weights are written and read back; what is damaged or of another version is refused."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import publish_json, read_json
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.trained_models import (
+    MemoryManifest,
+    read_memory_description,
+    read_weights,
+    write_weights,
+)
+
+from ..manifests import make_provenance
+
+
+def test_weights_round_trip(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Nothing:
+        pass
+
+    provenance = make_provenance(steps=3, alpha=0.5)
+    weights = {"head.weight": torch.randn(5, 3), "final_norm.bias": torch.randn(3)}
+    directory = open_stage(
+        tmp_path / "memory",
+        stage=MemoryManifest.FORMAT,
+        version=MemoryManifest.VERSION,
+        config=Nothing(),
+        inputs={},
+        world=World(),
+    )
+    with pytest.raises(UserError, match="not complete"):
+        read_weights(tmp_path / "memory")
+    directory.run_units(
+        ["weights"],
+        lambda unit, writer: write_weights(
+            writer,
+            {name: tensor.t().t() for name, tensor in weights.items()},
+            memory={"vocab_size": 5},
+            provenance=provenance,
+        ),
+    )
+    manifest = MemoryManifest(memory={"vocab_size": 5}, provenance=provenance, training=None)
+    directory.finish(["weights"], lambda: manifest)
+    trained = read_weights(tmp_path / "memory")
+    assert trained.memory == {"vocab_size": 5} and trained.provenance == provenance
+    assert all(torch.equal(trained.weights[name], tensor) for name, tensor in weights.items())
+    path = tmp_path / "memory" / "weights" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(b"\xff" * 8 + content[8:])
+    with pytest.raises(DamagedDataError, match="last checkpoint"):
+        read_weights(tmp_path / "memory")
+    path.write_bytes(content[:-1])
+    with pytest.raises(DamagedDataError, match="bytes where its record says"):
+        read_weights(tmp_path / "memory")
+    description = tmp_path / "memory" / "weights" / "config.json"
+    for change, words in (
+        ({"version": "2"}, "version is '2'"),
+        ({"format": "other"}, "format is 'other', not one of mlpmem-memory"),
+        ({"layer": 3}, "unknown key layer"),
+    ):
+        publish_json(tmp_path / "config.json", {**read_json(description), **change})
+        with pytest.raises(DamagedDataError, match=words):
+            read_memory_description(tmp_path / "config.json")
