@@ -8,8 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlpmem_ds.core.typed_json import to_json
+from mlpmem_ds.formats.trained_models import MemoryDescription
 from mlpmem_ds.stages.evaluation.arms import base
 from mlpmem_ds.stages.evaluation.config import Config
+
+from ....manifests import make_provenance
 
 
 def test_the_layers_are_where_the_memory_or_the_keys_say(
@@ -24,12 +28,16 @@ def test_the_layers_are_where_the_memory_or_the_keys_say(
             Config(model="m", corpus=tmp_path / "corpus", output=tmp_path / "report", **roots)
         )
 
-    write("memory/weights/config.json", {"provenance": {"input_layers_path": "a.layers"}})
+    def write_memory(name: str, layers_path: str | None) -> None:
+        provenance = make_provenance(input_layers_path=layers_path)
+        write(f"{name}/weights/config.json", to_json(MemoryDescription(memory={}, provenance=provenance)))
+
+    write_memory("memory", "a.layers")
     write("export/config.json", {"layers_path": "b.layers"})
     write("keys/manifest.json", {})
     told = SimpleNamespace(manifest=SimpleNamespace(layers_path="c.layers"))
     monkeypatch.setattr(base, "open_keys", lambda root: told)
-    write("plain/weights/config.json", {"provenance": {}})
+    write_memory("plain", None)
     keys = tmp_path / "keys"
     assert found() is None
     assert found(memory=tmp_path / "memory", keys=keys) == "a.layers"
