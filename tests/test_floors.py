@@ -46,8 +46,8 @@ OWNERS: dict[str, set[str]] = {
     "zstandard": {"formats/document_readers.py", "formats/target_shards.py"},
     # Hugging Face models and tokenizers are the project's subject; these are the files that make or read one.
     "safetensors": {
-        "formats/checkpoint.py",
         "formats/reference_checkpoint.py",
+        "formats/trained_models.py",
         "models/hf.py",
         "stages/conversion/weights.py",
         "stages/training/initial_memory.py",

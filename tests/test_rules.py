@@ -97,10 +97,6 @@ PENDING: dict[str, set[str]] = {
         "mlpmem_ds/models/hf.py",  # to stay: registers its classes with transformers
     },
     "untyped_manifests": {
-        "mlpmem_ds/engines/checkpoints.py",
-        "mlpmem_ds/engines/deepspeed/engine.py",
-        "mlpmem_ds/stages/conversion/weights.py",
-        "mlpmem_ds/stages/evaluation/arms/model.py",
         "mlpmem_ds/stages/inspection/contents.py",  # to stay: reads the common fields of every format
     },
     "misplaced_configs": {

@@ -6,7 +6,8 @@ In the order of the pipeline:
 - `index_directory.py`: an index; `key_lists.py`: keys in the order of its lists
 - `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample
 - `batches.py`: training batches from keys and targets
-- `checkpoint.py`, `checkpoint_copy.py`, `weight_shards.py`: checkpoints and trained weights
+- `checkpoint.py`, `checkpoint_copy.py`: a training's checkpoints; `trained_models.py`: what it leaves
+- `weight_shards.py`: an export's weights
 - `evaluation.py`: eval.json
 - `reference_checkpoint.py`, `arrow_tables.py`: files of the method's authors
 """
