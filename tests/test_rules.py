@@ -61,7 +61,6 @@ TESTED_BY = {
     "engines/lm_eval.py": "stages/harness/test_run_lm_eval.py",
     "engines/plotting.py": "stages/report/test_summary.py",
     "formats/arrow_tables.py": "stages/exchange/test_exchange.py",
-    "formats/evaluation.py": "stages/evaluation/test_results.py",
     "formats/key_lists.py": "stages/retrieval/test_key_lists.py",
     "formats/key_rows.py": "stages/retrieval/test_key_lists.py",
     "formats/target_shards.py": "formats/test_targets.py",

@@ -13,7 +13,7 @@ from mlpmem_ds.stages.report.words import interval_text, listed_text, number_tex
 def render_report(evaluation: Evaluation) -> str:
     """The page: result, arms, table with its columns explained, plots, choices, details, limits."""
     sections = [
-        f"# Evaluation of {evaluation.model}, {evaluation.date}",
+        f"# Evaluation of the base `{evaluation.model}`, {evaluation.date}",
         *_introduction(evaluation),
         *_arms(evaluation),
         *_table(evaluation),
@@ -148,9 +148,9 @@ def _choices(evaluation: Evaluation) -> list[str]:
     lambdas, tuning = evaluation.lambdas, evaluation.tuning_split
     mixed = [arm for arm in evaluation.arms if arm.lmbda is not None]
     text = (
-        f"λ was chosen on the {tuning} split ({evaluation.tokens[tuning]:,} tokens), which is reported"
-        f" nowhere else: the best of {len(lambdas)} values from {lambdas[0]:g} to {lambdas[-1]:g}, and with"
-        " it what else an arm leaves open. The other splits were read once, at that choice."
+        f"λ was chosen on the {tuning} split ({evaluation.tokens[tuning]:,} tokens), which is not among"
+        f" the reported ones: the best of {len(lambdas)} values from {lambdas[0]:g} to {lambdas[-1]:g},"
+        " together with what else an arm leaves open. The other splits were read once, at that choice."
     )
     lines = [f"- `{arm.name}`: {_choice_text(arm, lambdas)}" for arm in mixed]
     return ["## How λ was chosen", "\n".join([text, "", *lines])] if lines else []

@@ -138,8 +138,8 @@ def _price_columns(evaluation: Evaluation) -> list[Column]:
             title="tokens/s",
             meaning=(
                 "scored here, the base's pass and the arm's own part, median over blocks of the"
-                f" {evaluation.test_split} split, on {settings.threads} threads a process"
-                f" ({evaluation.machine.cores or '?'} cores, {settings.device})"
+                f" {evaluation.test_split} split ({settings.device}; threads of a process:"
+                f" {settings.threads}, cores of the machine: {evaluation.machine.cores or 'not known'})"
             ),
             cell=lambda arm: f"{arm.tokens_per_second:,.0f}",
         ),
