@@ -53,7 +53,6 @@ EMPTY_NAMES = {"here", "there", "came", "known", "kept", "wanted"}
 # module without a test of its own name → the test that covers it
 TESTED_BY = {
     "core/errors.py": "core/test_front_end.py",
-    "core/manifest.py": "core/test_stage_directory.py",
     "engines/deepspeed/library.py": "engines/deepspeed/test_engine.py",
     "engines/deepspeed/process_group.py": "engines/deepspeed/test_engine.py",
     "engines/deepspeed/weights.py": "stages/conversion/test_convert_checkpoint.py",
@@ -63,7 +62,6 @@ TESTED_BY = {
     "formats/arrow_tables.py": "stages/exchange/test_exchange.py",
     "formats/key_lists.py": "stages/retrieval/test_key_lists.py",
     "formats/key_rows.py": "stages/retrieval/test_key_lists.py",
-    "formats/target_shards.py": "formats/test_targets.py",
     "maths/distances.py": "maths/test_knn.py",
     "maths/kernels/probability_rows.py": "maths/kernels/test_twins.py",
     "maths/kernels/sparse_rows.py": "maths/kernels/test_twins.py",
@@ -84,8 +82,6 @@ PENDING: dict[str, set[str]] = {
         "mlpmem_ds/stages/targets/write_targets.py",
     },
     "long_files": {
-        "tests/core/test_stage_directory.py",
-        "tests/formats/test_targets.py",
         "tests/stages/conversion/test_convert_checkpoint.py",
         "tests/stages/keys/test_extract_keys.py",
         "tests/stages/targets/test_write_targets.py",
