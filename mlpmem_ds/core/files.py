@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 
 SEAL = "content_sha256"
 """the field of a sealed JSON object that holds the SHA-256 of the canonical JSON of the others"""
-_SHA256 = re.compile("[0-9a-f]{64}")
+_REMEDY = "; run the stage that wrote it again, or restore it from a copy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,49 +120,44 @@ class _Stream:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of ours; a seal is checked, and not among the fields that are given.
+    """Read a JSON file of ours; a seal is checked if there is one, and is not among the given fields.
 
     Raises:
         DamagedDataError: it is missing, does not parse, or does not have the checksum that it carries.
     """
-    value, _ = read_sealed_json(path)
-    return value
+    value = _parse(path)
+    return _unsealed(path, value) if isinstance(value, dict) and SEAL in value else value
 
 
-def read_sealed_json(path: Path) -> tuple[Any, bool]:
-    """As `read_json`, and whether the file was sealed (those of earlier releases were not)."""
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that must be sealed: an identity, a record or a manifest.
+
+    Raises:
+        DamagedDataError: it is missing, does not parse, or does not carry its checksum.
+    """
+    value = _parse(path)
+    if not isinstance(value, dict):
+        raise DamagedDataError(f"{path} is damaged: not a JSON object{_REMEDY}")
+    return _unsealed(path, value)
+
+
+def _parse(path: Path) -> Any:
     try:
-        value = json.loads(path.read_bytes())
-        is_sealed = isinstance(value, dict) and _unseal(value)
+        return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DamagedDataError(f"{path} is missing") from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number that is none
         raise DamagedDataError(
             f"{path} is not valid JSON ({error}); restore it or remake its stage"
         ) from error
-    except _SealError as error:
-        raise DamagedDataError(
-            f"{path} is damaged: it does not have the checksum that it carries; run the stage that wrote it"
-            " again, or restore it from a copy"
-        ) from error
-    return value, is_sealed
 
 
-class _SealError(Exception):
-    """An object does not have the checksum that it carries."""
-
-
-def _unseal(value: dict[str, Any]) -> bool:
-    """Take the seal off an object; False where it has none."""
-    if SEAL in value:
-        if value.pop(SEAL) != content_hash(value):
-            raise _SealError
-        return True
-    for name, text in value.items():  # the seal's own name may be what was damaged
-        is_hash = isinstance(text, str) and _SHA256.fullmatch(text)
-        if is_hash and content_hash({other: value[other] for other in value if other != name}) == text:
-            raise _SealError
-    return False
+def _unsealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    """The object without its seal, which must be right."""
+    plain = {name: item for name, item in value.items() if name != SEAL}
+    if value.get(SEAL) != content_hash(plain):
+        raise DamagedDataError(f"{path} is damaged: it does not have the checksum that it carries{_REMEDY}")
+    return plain
 
 
 def record_file(root: Path, name: str) -> FileRecord:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, sha256_of_file
+from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.core.typed_json import from_json, to_json
 
 _FRONT_ENDS = {
@@ -163,11 +163,7 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
             else f"is not a directory of mlpmem {stage}{_hint(stage)}"
         )
         raise UserError(f"{flag} {root} {state}")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict):
-        raise DamagedDataError(
-            f"{path} is damaged: not a JSON object; run its stage again, it writes it anew"
-        )
+    manifest = read_sealed_json(path)
     if manifest.get("format") != f"mlpmem-{stage}":
         raise UserError(f"{flag} {root} holds {manifest.get('format')}, not mlpmem-{stage}{_hint(stage)}")
     if manifest.get("version") != version:

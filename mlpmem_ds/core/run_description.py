@@ -15,7 +15,7 @@ from typing import Any
 import mlpmem_ds
 from mlpmem_ds.core.config import flag_name, plain_values
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import content_hash, publish_json, read_json
+from mlpmem_ds.core.files import content_hash, publish_json, read_sealed_json
 from mlpmem_ds.core.world import World
 
 IDENTITY_FIELD = "identity"
@@ -41,7 +41,7 @@ def settle_identity(output: Path, identity: Mapping[str, Any], *, defaults: Mapp
     path = output / "identity.json"
     if path.is_file() or has_records(output):
         try:
-            former = read_json(path)
+            former = read_sealed_json(path)
         except DamagedDataError as error:
             if not _was_made_for(output, identity):
                 remedy = f"restore it from a copy, or remove {output} to start anew"
@@ -63,7 +63,7 @@ def _was_made_for(output: Path, identity: Mapping[str, Any]) -> bool:
     """Whether the units were made for this identity, or none was begun."""
     for path in sorted((output / "done").glob("[!.]*.json")):
         with contextlib.suppress(DamagedDataError):
-            return bool(read_json(path).get(IDENTITY_FIELD) == content_hash(identity))
+            return bool(read_sealed_json(path).get(IDENTITY_FIELD) == content_hash(identity))
     return {entry.name for entry in output.iterdir() if not entry.name.startswith(".")} <= _WRITTEN_FIRST
 
 

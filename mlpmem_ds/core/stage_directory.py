@@ -43,7 +43,7 @@ from mlpmem_ds.core.files import (
     publish,
     publish_array,
     publish_json,
-    read_json,
+    read_sealed_json,
     record_file,
     remove_stale_temporaries,
 )
@@ -102,7 +102,7 @@ class StageDirectory:
         return self.root / "done" / f"{unit}.json"
 
     def read_record(self, unit: str) -> dict[str, Any]:
-        return read_json(self.record_path(unit))
+        return read_sealed_json(self.record_path(unit))
 
     def fault_of_unit(self, unit: str) -> str | None:
         """Say why a unit is not complete, or None: no record, or a file that does not match it."""
@@ -203,7 +203,7 @@ class StageDirectory:
     def _former_files(self, unit: str) -> list[FileRecord] | None:
         """The files of a unit's earlier record; None where there is none that can be read."""
         try:
-            return [FileRecord(**entry) for entry in read_json(self._former_path(unit))["files"]]
+            return [FileRecord(**entry) for entry in read_sealed_json(self._former_path(unit))["files"]]
         except (DamagedDataError, KeyError, TypeError):
             return None
 
@@ -347,8 +347,8 @@ def _remove_damaged_manifest(output: Path) -> None:
     """Take a manifest away that cannot be believed: it is made from the records, which are whole."""
     path = output / "manifest.json"
     try:
-        if path.is_file() and not isinstance(read_json(path), dict):
-            raise DamagedDataError(f"{path} is damaged: not a JSON object")
+        if path.is_file():
+            read_sealed_json(path)
     except DamagedDataError as error:
         _logger.warning("%s: writing it anew", error)
         path.unlink(missing_ok=True)
@@ -378,8 +378,8 @@ def _refuse_other_format(output: Path, stage: str) -> None:
     with contextlib.suppress(
         DamagedDataError, FileNotFoundError
     ):  # what is damaged is judged with the whole identity
-        found = read_json(output / "identity.json")
-        if isinstance(found, dict) and found.get("format") != f"mlpmem-{stage}":
+        found = read_sealed_json(output / "identity.json")
+        if found.get("format") != f"mlpmem-{stage}":
             raise UserError(
                 f"--output {output} holds {found.get('format')}, not mlpmem-{stage}: choose another directory"
             )

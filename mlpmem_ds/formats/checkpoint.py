@@ -21,7 +21,7 @@ from mlpmem_ds.core.files import (
     fault_of_file,
     flush,
     publish_json,
-    read_json,
+    read_sealed_json,
     record_file,
     sealed_json,
 )
@@ -80,8 +80,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         DamagedDataError: the manifest is missing, unreadable or of another format or version.
     """
-    values = read_json(path / "manifest.json")
-    kind = (values.pop("format", None), values.pop("version", None)) if isinstance(values, dict) else None
+    values = read_sealed_json(path / "manifest.json")
+    kind = (values.pop("format", None), values.pop("version", None))
     if kind != (f"mlpmem-{CheckpointManifest.FORMAT}", CheckpointManifest.VERSION):
         raise DamagedDataError(
             f"{path} is not a checkpoint of version {CheckpointManifest.VERSION}: its manifest says {kind}"

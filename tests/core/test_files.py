@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 from pathlib import Path
@@ -58,22 +59,27 @@ def test_every_flipped_bit_of_a_sealed_file_is_found(tmp_path: Path) -> None:
     plain = {**value, "by_rank": {"10": 0.125, "9": [1, None]}}
     path = tmp_path / "manifest.json"
     publish_json(path, value, seal=True)
-    assert read_sealed_json(path) == (plain, True) and SEAL not in read_json(path)
+    assert read_sealed_json(path) == read_json(path) == plain and SEAL in json.loads(path.read_bytes())
     content = path.read_bytes()
     for place in range(len(content)):
         for bit in {0, place % 8}:
             path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
             with pytest.raises(DamagedDataError, match=r"manifest\.json"):
-                read_json(path)
+                read_sealed_json(path)
     for stop in range(len(content) - 1):
         path.write_bytes(content[:stop])
         with pytest.raises(DamagedDataError):
-            read_json(path)
+            read_sealed_json(path)
 
 
-def test_files_of_earlier_releases_are_not_sealed(tmp_path: Path) -> None:
+def test_a_seal_is_asked_for_where_it_belongs(tmp_path: Path) -> None:
     publish_json(tmp_path / "x.json", {"a": "0" * 64})
-    assert read_sealed_json(tmp_path / "x.json") == ({"a": "0" * 64}, False)
+    assert read_json(tmp_path / "x.json") == {"a": "0" * 64}
+    with pytest.raises(DamagedDataError, match=r"x\.json is damaged.*run the stage"):
+        read_sealed_json(tmp_path / "x.json")
+    (tmp_path / "y.json").write_text("[]")
+    with pytest.raises(DamagedDataError, match="not a JSON object"):
+        read_sealed_json(tmp_path / "y.json")
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.run_description import describe_run, settle_identity
 from mlpmem_ds.core.world import World
 
@@ -56,7 +57,7 @@ def test_a_damaged_identity_is_written_anew_only_if_no_unit_of_another_run_is_th
     assert path.read_bytes() == whole
     path.write_bytes(whole[:20])
     (tmp_path / "run" / "done").mkdir()
-    (tmp_path / "run" / "done" / "unit.json").write_text(json.dumps({"identity": "0" * 64}))
+    publish_json(tmp_path / "run" / "done" / "unit.json", {"identity": "0" * 64}, seal=True)
     with pytest.raises(DamagedDataError, match="remove .* to start anew"):
         settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
 

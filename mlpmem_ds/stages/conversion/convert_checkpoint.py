@@ -41,6 +41,7 @@ from mlpmem_ds.core.files import (
     is_alive,
     publish_json,
     read_json,
+    read_sealed_json,
     record_file,
     remove_stale_temporaries,
     require_free_bytes,
@@ -132,7 +133,7 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
         raise UserError(
             f"--output {output} is not empty and holds no export: choose a new directory or empty it"
         )
-    found = read_json(output / EXPORT_FILE)
+    found = read_sealed_json(output / EXPORT_FILE)
     if differences := [
         f"{name} was {_at(found, name)!r}, now {_at(identity, name)!r}"
         for name in ("format", "version", "inputs", "config")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import default_values
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, sha256_of_file
+from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.keys import unit_name
 from mlpmem_ds.stages.keys.config import Config as KeysConfig
@@ -210,12 +210,9 @@ def _read_listed(run: Path, root: Path, path: Path, kind: Kind, expected: str) -
 
 
 def _read(path: Path, faults: list[str]) -> dict[str, Any]:
-    """Read a JSON object; if it is damaged, return {} and add a fault."""
+    """Read a sealed JSON object; if it is damaged, return {} and add a fault."""
     try:
-        found = read_json(path)
-        if isinstance(found, dict):
-            return found
-        faults.append(f"{path} is damaged: not a JSON object")
+        return read_sealed_json(path)
     except DamagedDataError as error:
         faults.append(str(error))
     return {}
@@ -233,9 +230,11 @@ def _records(found: Mapping[str, Any], path: Path, faults: list[str]) -> list[Fi
 
 def _leftovers(root: Path) -> Iterator[str]:
     """Traces of killed or running processes, damaged audits, and damaged checkpoints that were renamed."""
-    damage: list[str] = []
-    if (root / "audit.json").is_file() and not _read(root / "audit.json", damage):
-        yield f"{damage[0]} (with --audit), or remove it: nothing else needs it"
+    if (root / "audit.json").is_file():
+        try:
+            read_json(root / "audit.json")
+        except DamagedDataError as error:
+            yield f"{error} (with --audit), or remove it: nothing else needs it"
     temporaries = sum(1 for path in root.rglob(".*.tmp") if path.is_file())
     if temporaries:
         yield (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import record_file
+from mlpmem_ds.core.files import publish_json, record_file
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.inspection.inspect_run import Config, run
 
@@ -121,7 +121,7 @@ def test_checkpoints_and_exports_are_checked_too(run_dir: Path, tmp_path: Path) 
         root.mkdir(parents=True)
         (root / "weights.bin").write_bytes(b"weights")
         files = [record_file(root, "weights.bin").to_json()]
-        (root / name).write_text(json.dumps({"format": format, "version": 1, "step": 5, "files": files}))
+        publish_json(root / name, {"format": format, "version": 1, "step": 5, "files": files}, seal=True)
         return root / "weights.bin"
 
     memory = run_dir / "memory"
