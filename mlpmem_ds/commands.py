@@ -1,62 +1,106 @@
-"""The front-ends as commands: `mlpmem-train …` where the package is installed, `python -m mlpmem_ds train …`
-anywhere.
+"""The commands: `mlpmem-train …` where the package is installed, `python -m mlpmem_ds train …` anywhere; the
+files of tools/ and launch/ call the same functions.
 
-Both run the very files of tools/ and launch/: next to the package in a checkout, inside it where a wheel was
-installed. With a launcher: `torchrun --nproc-per-node 2 -m mlpmem_ds extract-keys …`, `deepspeed --module
-mlpmem_ds train …`.
+With a launcher: `torchrun --nproc-per-node 2 -m mlpmem_ds extract-keys …`, `deepspeed --module mlpmem_ds
+train …`. A command is loaded when it runs, its libraries when its flags have been read.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
+import importlib
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import mlpmem_ds
 
-_PACKAGE = Path(__file__).parent
 _PREFIX = "mlpmem-"
 
 
-def folder(name: str) -> Path:
-    """`tools`, `launch` or `ds_configs`: inside an installed package, or next to the package of a
-    checkout."""
-    return next(root / name for root in (_PACKAGE, _PACKAGE.parent) if (root / name).is_dir())
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command; called, it reads its flags, runs, and returns the exit code.
+
+    `config` and `run` are "module:name" below `mlpmem_ds.stages`. The module of `config` is cheap to import.
+    """
+
+    config: str
+    run: str
+
+    def __call__(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+        from mlpmem_ds.core.front_end import run_front_end, seldom_collected
+
+        def run(config: Any, world: Any) -> Any:
+            with seldom_collected():
+                function = _load(self.run)
+            return function(config, world)
+
+        return run_front_end(_load(self.config), run, argv=argv, prog=prog)
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a line."""
+        return str(_load(self.config).__doc__).partition("\n")[0]
 
 
-def front_ends() -> dict[str, Path]:
-    """Command name → the file that it runs, sorted by name."""
-    paths = [path for place in ("tools", "launch") for path in folder(place).glob("[!_]*.py")]
-    return {path.stem.replace("_", "-"): path for path in sorted(paths, key=lambda path: path.stem)}
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"mlpmem_ds.stages.{module}"), name)
 
 
-def run_command(name: str, words: Sequence[str]) -> int:
-    """Run a front-end with these words as its command line; its exit code."""
-    path = front_ends()[name]
-    spec = importlib.util.spec_from_file_location(f"mlpmem_ds_front_end_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.argv = [_PREFIX + name, *words]  # the messages' and the usage line's name
-    sys.path.insert(0, str(path.parent))  # as Python does for a script: bench.py reads its neighbours
-    spec.loader.exec_module(module)
-    return int(module.main())
+prepare_corpus = Command(config="corpus.config:Config", run="corpus.prepare_corpus:run")
+train_base = Command(config="base.config:Config", run="base.train_base:run")
+extract_keys = Command(config="keys.config:Config", run="keys.extract_keys:run")
+build_index = Command(config="index.config:Config", run="index.build_index:run")
+write_targets = Command(config="targets.config:Config", run="targets.write_targets:run")
+train = Command(config="training.config:Config", run="training.train:run")
+evaluate = Command(config="evaluation.config:Config", run="evaluation.evaluate:run")
+convert_checkpoint = Command(config="conversion.config:Config", run="conversion.convert_checkpoint:run")
+generate = Command(config="generation.config:Config", run="generation.generate:run_on_terminal")
+run_lm_eval = Command(config="harness.config:Config", run="harness.run_lm_eval:run")
+import_datastore = Command(config="exchange.config:ImportConfig", run="exchange.import_datastore:run")
+export_datastore = Command(config="exchange.config:ExportConfig", run="exchange.export_datastore:run")
+plan = Command(config="planning.config:Config", run="planning.plan:run_as_table")
+inspect_run = Command(config="inspection.config:Config", run="inspection.inspect_run:run")
+
+
+def bench(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Side-by-side measurements on this machine, written as JSON."""
+    from mlpmem_ds.benchmarks.bench import main as run_benchmark
+
+    return run_benchmark(argv, prog=prog)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "prepare-corpus": prepare_corpus,
+    "train-base": train_base,
+    "extract-keys": extract_keys,
+    "build-index": build_index,
+    "write-targets": write_targets,
+    "train": train,
+    "evaluate": evaluate,
+    "convert-checkpoint": convert_checkpoint,
+    "generate": generate,
+    "run-lm-eval": run_lm_eval,
+    "import-datastore": import_datastore,
+    "export-datastore": export_datastore,
+    "plan": plan,
+    "bench": bench,
+    "inspect-run": inspect_run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """A console command by its own name, or `python -m mlpmem_ds NAME …`; the exit code."""
-    called, *words = sys.argv if argv is None else ["", *argv]
+    """`python -m mlpmem_ds NAME …`; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # deepspeed --module puts it before the command's name
         words = [*words[1:], words[0]]
-    name = Path(called).stem.removeprefix(_PREFIX).replace("_", "-")
-    if name in front_ends():
-        return run_command(name, words)
-    if words and words[0].replace("_", "-") in front_ends():
-        return run_command(words[0].replace("_", "-"), words[1:])
-    answers = {"--version": f"mlpmem-ds {mlpmem_ds.__version__}", "--ds-configs": str(folder("ds_configs"))}
-    if len(words) == 1 and words[0] in {*answers, "--help", "-h"}:
-        sys.stdout.write(answers.get(words[0], _usage()) + "\n")
+    name = words[0].replace("_", "-") if words else ""
+    if name in COMMANDS:
+        return COMMANDS[name](words[1:], prog=_PREFIX + name)
+    if len(words) == 1 and words[0] in _ANSWERS:
+        sys.stdout.write(_ANSWERS[words[0]]() + "\n")
         return 0
     mistake = f"error: there is no command {words[0]!r}\n" if words else ""
     sys.stderr.write(f"{mistake}{_usage()}\n")
@@ -65,19 +109,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = [
-        (
-            "usage: python -m mlpmem_ds COMMAND … (also installed as mlpmem-COMMAND; COMMAND --help shows its"
-            " flags)"
-        ),
+        "usage: python -m mlpmem_ds COMMAND …         (also installed as mlpmem-COMMAND)",
+        "       python -m mlpmem_ds COMMAND --help    its flags",
         "       python -m mlpmem_ds --version",
-        (
-            "       python -m mlpmem_ds --ds-configs      the directory of DeepSpeed configurations that come"
-            " with it"
-        ),
+        "       python -m mlpmem_ds --ds-configs      the directory of DeepSpeed configurations",
         "",
         "commands:",
     ]
-    for name, path in front_ends().items():
-        summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
-        lines.append(f"  {name:20s} {summary[0] if summary else ''}".rstrip())
+    for name, command in COMMANDS.items():
+        summary = command.summary if isinstance(command, Command) else command.__doc__
+        lines.append(f"  {name:20s} {summary}")
     return "\n".join(lines)
+
+
+def _ds_configs() -> str:
+    from mlpmem_ds.core.shipped import ds_configs
+
+    return str(ds_configs())
+
+
+_ANSWERS = {
+    "--version": lambda: f"mlpmem-ds {mlpmem_ds.__version__}",
+    "--ds-configs": _ds_configs,
+    "--help": _usage,
+    "-h": _usage,
+}

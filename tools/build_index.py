@@ -3,19 +3,7 @@
 
 import sys
 
-from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages.index import build_index
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_front_end(
-        build_index.Config,
-        build_index.run,
-        argv=argv,
-        description="Build a sharded inverted-file index (faiss) over a key directory.",
-        example="mpirun -n 4 python tools/build_index.py --keys RUN/keys --output RUN/index",
-    )
-
+from mlpmem_ds.commands import build_index as main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,23 +3,7 @@
 
 import sys
 
-from mlpmem_ds.core.front_end import run_front_end
-from mlpmem_ds.stages.exchange import export_datastore
-from mlpmem_ds.stages.exchange.config import ExportConfig
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_front_end(
-        ExportConfig,
-        export_datastore.run,
-        argv=argv,
-        description=(
-            "Write datastore.arrow (keys, vals) and targets.arrow (id_cnt, token_id, prob, label). Needs"
-            " pyarrow."
-        ),
-        example="python tools/export_datastore.py --keys run/keys --targets run/targets --output run/arrow",
-    )
-
+from mlpmem_ds.commands import export_datastore as main
 
 if __name__ == "__main__":
     sys.exit(main())

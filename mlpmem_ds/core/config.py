@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import math
 import operator
 import sys
@@ -18,7 +19,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from mlpmem_ds.core.errors import UserError
 
@@ -38,8 +39,12 @@ _BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
 class Flags:
     """What every Config inherits: however it is made, its numbers are finite and within their fields' bounds.
 
-    A Config defines `check` and not `__post_init__`, so that the bounds are always checked, and first.
+    A Config defines `check` and not `__post_init__`, so that the bounds are always checked, and first. Its
+    docstring is what `--help` says of the command; the first line stands in the list of all commands.
     """
+
+    example: ClassVar[str] = ""
+    """a command line, for `--help`"""
 
     def __init_subclass__(cls) -> None:
         assert "__post_init__" not in vars(cls), f"{cls.__qualname__}: write check(self) for __post_init__"
@@ -110,15 +115,14 @@ def parse_config(
     config_class: type[ConfigType],
     argv: Sequence[str] | None,
     *,
-    prog: str | None,
-    description: str,
-    example: str,
+    prog: str,
 ) -> ConfigType:
     """Read a Config from the command line; on a wrong flag argparse prints the usage and exits with 2."""
+    paragraphs = (inspect.getdoc(config_class) or "").split("\n\n")
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=textwrap.fill(description, _WIDTH),
-        epilog=f"example:\n  {example}",
+        description="\n\n".join(textwrap.fill(paragraph, _WIDTH) for paragraph in paragraphs),
+        epilog=f"example:\n  {config_class.example}",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=32, width=_WIDTH

@@ -1,21 +1,16 @@
 """What each front-end does: parse, run, exit code. 0 done; 2 the user's to mend, with the remedy; 130
-interrupted.
-
-A front-end imports this file before its stage. While the stage's libraries are loaded the garbage collector
-looks through a million objects again and again and finds nothing, and once more when the process ends: 1.7 s
-of a start's 4.2 s. So it waits. And where standard error is no terminal, those libraries are told before they
-are loaded to draw no progress bars into it.
-"""
+interrupted."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +19,17 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import set_up_logging
 from mlpmem_ds.core.world import World, world_from_environment
 
-_COLLECTOR = gc.get_threshold()
-gc.set_threshold(100_000, *_COLLECTOR[1:])  # until `run_front_end`
-
 _logger = logging.getLogger(__name__)
 
 
 def keep_bars_to_terminals(environment: MutableMapping[str, str], *, is_terminal: bool) -> None:
-    """Tell transformers and huggingface_hub, which look once when they are imported; a user's own word
-    stands."""
+    """Draw no progress bars into a log; what the user has set stands.
+
+    Called before transformers and huggingface_hub are imported, for they look once.
+    """
     if not is_terminal:
         environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-
-keep_bars_to_terminals(os.environ, is_terminal=sys.stderr.isatty())
 
 _REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again: it continues where it was",
@@ -54,35 +46,45 @@ _REMEDIES = {
 }
 
 
+@contextlib.contextmanager
+def seldom_collected() -> Iterator[None]:
+    """For the loading of libraries: Python's garbage collector would look through a million objects again and
+    again and find none to free, and once more when the process ends; 1.7 s of a start's 4.2 s."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(100_000, *threshold[1:])
+    atexit.register(gc.freeze)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+
+
 def run_front_end(
     config_class: type[ConfigType],
     run: Callable[[ConfigType, World], Any],
     *,
-    description: str,
-    example: str,
     argv: Sequence[str] | None = None,
-    command: str = "",
+    prog: str | None = None,
 ) -> int:
-    """Parse the command line into `config_class`, call `run(config, world)`, and turn the outcome into an
-    exit code.
+    """Parse the command line, call `run(config, world)`, and turn the outcome into an exit code.
 
-    `command` is the word that was taken off before these flags, for the usage line.
+    Args:
+        config_class: cheap to import, for `--help` and a wrong flag need no more.
+        run: loads what it needs; the text that it returns, if any, is written to standard output.
+        argv: the flags; None = those of this process.
+        prog: the command's name in the usage line and in messages; None = as the process was called.
     """
-    gc.set_threshold(*_COLLECTOR)
-    atexit.register(gc.freeze)
-    name = Path(sys.argv[0]).stem
+    prog = Path(sys.argv[0]).name if prog is None else prog
+    keep_bars_to_terminals(os.environ, is_terminal=sys.stderr.isatty())
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(word)]
     try:
-        config = parse_config(
-            config_class,
-            words,
-            prog=f"{Path(sys.argv[0]).name} {command}".rstrip(),
-            description=description,
-            example=example,
-        )
+        config = parse_config(config_class, words, prog=prog)
         world = world_from_environment(os.environ)
-        set_up_logging(world, name=name)
-        run(config, world)
+        set_up_logging(world, name=prog.replace(".py", ""))
+        text = run(config, world)
+        if isinstance(text, str):
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
     except UserError as error:
         return _complain(str(error))
     except OSError as error:

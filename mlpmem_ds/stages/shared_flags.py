@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlpmem_ds.core.config import Identity, option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.models.mixture import Grid
+
+if TYPE_CHECKING:  # it loads torch, and no flag needs it before its value is looked at
+    from mlpmem_ds.models.mixture import Grid
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -55,6 +57,8 @@ def grid_of(words: Sequence[str]) -> Grid:
     Raises:
         UserError: a word is neither a number nor a range, or lies outside [0, 1].
     """
+    from mlpmem_ds.models.mixture import Grid
+
     try:
         return Grid.parse(words)
     except ValueError as error:

@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -18,6 +18,13 @@ from mlpmem_ds.core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
+    """Make something.
+
+    In detail.
+    """
+
+    example: ClassVar[str] = "tool --input a"
+
     input: tuple[str, ...] = option("files", identity="none")
     output: Path = option("directory")
     block_size: int = option("tokens", 1024)
@@ -30,7 +37,7 @@ class Config(Flags):
 
 
 def parse(*words: str) -> Config:
-    return parse_config(Config, words, prog="tool", description="d", example="e")
+    return parse_config(Config, words, prog="tool")
 
 
 def test_flags_become_typed_fields() -> None:
@@ -73,12 +80,18 @@ def test_wrong_flags_exit_with_2(words: tuple[str, ...], capsys: pytest.CaptureF
     assert "usage" in capsys.readouterr().err
 
 
-def test_help_shows_defaults_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_defaults_the_docstring_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse("--help")
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "(default: 1024)" in text and "example:\n  e" in text and "100 % of cases" in text
+    for part in (
+        "(default: 1024)",
+        "example:\n  tool --input a",
+        "\n\nMake something.\n\nIn detail.\n",
+        "100 % of cases",
+    ):
+        assert part in text
 
 
 def test_only_what_differs_from_its_default_decides_and_no_path_or_resource() -> None:
@@ -125,11 +138,14 @@ def test_what_is_no_whole_number_is_refused(word: str, capsys: pytest.CaptureFix
 def test_a_positional_word_is_also_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Look(Flags):
+        """Look at a directory, at length, at a length that does not fit in one line of the help, which has
+        no more than 118 columns."""
+
         run: Path = option("directory", metavar="RUN", positional=True)
         threads: int = option("threads", 1)
 
     def look(*words: str) -> Look:
-        return parse_config(Look, words, prog="look.py", description="d " * 100, example="e")
+        return parse_config(Look, words, prog="look.py")
 
     for words in (
         ["r", "--threads", "2"],
@@ -228,7 +244,7 @@ class Derived(Config):
 
 def test_help_shows_inherited_optional_flags_last(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_config(Derived, ["--help"], prog="tool", description="d", example="e")
+        parse_config(Derived, ["--help"], prog="tool")
     shown = capsys.readouterr().out
     places = [shown.index(f"\n  --{flag}") for flag in ("input", "output", "block-size", "depth", "rate")]
     assert places == sorted(places)

@@ -3,14 +3,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.front_end import keep_bars_to_terminals, run_front_end
 from mlpmem_ds.core.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Flags):
     number: int = option("a number", 1)
 
 
@@ -19,7 +19,7 @@ def run_with(error: BaseException | None, *words: str) -> int:
         if error is not None:
             raise error
 
-    return run_front_end(Config, run, description="d", example="e", argv=list(words))
+    return run_front_end(Config, run, argv=list(words))
 
 
 @pytest.mark.parametrize(

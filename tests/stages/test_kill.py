@@ -88,9 +88,7 @@ def test_killed_at_random_and_run_again_is_undisturbed(
 
 def extract(base_dir: Path, corpus_dir: Path, output: Path) -> int:
     words = ["--model", base_dir, "--corpus", corpus_dir, "--output", output, "--unit-positions", "256"]
-    return run_front_end(
-        extract_keys.Config, extract_keys.run, argv=list(map(str, words)), description="", example=""
-    )
+    return run_front_end(extract_keys.Config, extract_keys.run, argv=list(map(str, words)))
 
 
 @pytest.mark.parametrize("room", [0, 3, 6, 11, 20])

@@ -97,8 +97,6 @@ def test_launchers_known_by_their_variables(
         words = flags(base_dir, corpus_dir, tmp_path / "out")
         if launcher == "deepspeed":
             words.append(f"--local_rank={rank}")
-        assert (
-            run_front_end(extract_keys.Config, extract_keys.run, argv=words, description="", example="") == 0
-        )
+        assert run_front_end(extract_keys.Config, extract_keys.run, argv=words) == 0
     assert started_ranks(tmp_path / "out") == {(0, 3), (1, 3), (2, 3)}
     assert result_of(tmp_path / "out") == result_of(keys_dir)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from mlpmem_ds.commands import folder
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.stages.training.defaults import TRAINED_ON_LEARNING_RATE
 from mlpmem_ds.stages.training.options import TrainingOptions, with_default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingOptions):
-    """What base is trained, and how."""
+    """Train a GPT-2-like language model on a corpus, or train an existing model on; any number of ranks."""
 
-    ds_config: Path = with_default("ds_config", folder("ds_configs") / "zero2.json")
+    example: ClassVar[str] = (
+        "torchrun --nproc-per-node 2 tools/train_base.py --corpus run/corpus --output run/base --epochs 8"
+    )
+
+    ds_config: Path = with_default("ds_config", ds_configs() / "zero2.json")
     epochs: float = with_default("epochs", 8.0)
     early_stopping_patience: int | None = with_default("early_stopping_patience", 2)
     init_from: str | None = option(

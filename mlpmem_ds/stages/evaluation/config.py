@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.stages import shared_flags
+
+if TYPE_CHECKING:
+    from mlpmem_ds.models.mixture import Grid
 
 DEFAULT_EXTRA_SPLITS = ("heldout",)
 _RESERVED_NAMES = ("base", "memory", "knn_exact", "knn_ivfpq")
@@ -23,7 +25,8 @@ def lambda_grid(words: Sequence[str]) -> Grid:
     Raises:
         UserError: as `shared_flags.grid_of`.
     """
-    return Grid(tuple(sorted(shared_flags.grid_of(words).lambdas)))
+    grid = shared_flags.grid_of(words)
+    return replace(grid, lambdas=tuple(sorted(grid.lambdas)))
 
 
 @dataclass(frozen=True, kw_only=True)

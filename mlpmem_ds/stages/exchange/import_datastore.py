@@ -26,6 +26,7 @@ from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_file
 from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
@@ -151,19 +152,30 @@ def _hash_of(paths: tuple[Path, ...]) -> str:
     return content_hash([[path.name, path.stat().st_size, sha256_of_file(path)] for path in paths])
 
 
+def _open(
+    config: ImportConfig,
+    manifest: type[Manifest],
+    inputs: dict[str, str],
+    flags: tuple[str, ...],
+    world: World,
+) -> StageDirectory:
+    """OUTPUT/<format> as a stage directory whose bytes these flags decide."""
+    return open_stage(
+        config.output / manifest.FORMAT,
+        stage=manifest.FORMAT,
+        version=manifest.VERSION,
+        config=config,
+        inputs=inputs,
+        world=world,
+        flags=flags,
+    )
+
+
 def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
     units = _units(config, source.table.num_rows)
     vocabulary = vocabulary_sha256(source.tokenizer)
     inputs = {"datastore": _hash_of(config.datastore), "vocabulary": vocabulary}
-    stage = open_stage(
-        config.output / "corpus",
-        stage=CorpusManifest.FORMAT,
-        version=CorpusManifest.VERSION,
-        config=config,
-        inputs=inputs,
-        world=world,
-        flags=("block_size", "unit_positions"),
-    )
+    stage = _open(config, CorpusManifest, inputs, ("block_size", "unit_positions"), world)
 
     def write_tokenizer(_: str, writer: UnitWriter) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -222,15 +234,7 @@ def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
 def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world: World) -> None:
     units, num_rows = _units(config, source.table.num_rows), source.table.num_rows
     inputs = {"corpus": corpus_sha256, "model": source.model_sha256}
-    stage = open_stage(
-        config.output / "keys",
-        stage=KeysManifest.FORMAT,
-        version=KeysManifest.VERSION,
-        config=config,
-        inputs=inputs,
-        world=world,
-        flags=("key_layer", "block_size", "unit_positions"),
-    )
+    stage = _open(config, KeysManifest, inputs, ("key_layer", "block_size", "unit_positions"), world)
     progress = Progress(num_rows, label="keys", unit="positions", world=world)
 
     def write(unit: str, writer: UnitWriter) -> None:
@@ -285,14 +289,8 @@ def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: W
     config = dataclasses.replace(config, block_size=keys.manifest.block_size)  # checks the shards' size again
     shards = {f"{block.start:012d}": block for block in split_blocks(table.num_rows, config.shard_positions)}
     inputs = {"keys": keys.sha256, "targets": _hash_of(config.targets)}
-    stage = open_stage(
-        config.output / "targets",
-        stage=TargetsManifest.FORMAT,
-        version=TargetsManifest.VERSION,
-        config=config,
-        inputs=inputs,
-        world=world,
-        flags=("k", "temperature", "block_size", "shard_positions"),
+    stage = _open(
+        config, TargetsManifest, inputs, ("k", "temperature", "block_size", "shard_positions"), world
     )
     progress = Progress(table.num_rows, label="targets", unit="positions", world=world)
 

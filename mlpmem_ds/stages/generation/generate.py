@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -80,6 +81,20 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     return "\n\n".join(
         f"[{number} of {len(blocks)}]\n{block}" for number, block in enumerate(blocks, start=1)
     )
+
+
+def run_on_terminal(config: Config, world: World) -> str | None:
+    """As `run`; with `--stream` the text is on standard output when this returns, and None is given."""
+    if not config.stream:
+        return run(config, world)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    run(config, world, write=write)
+    write("\n")
+    return None
 
 
 def continue_batch(

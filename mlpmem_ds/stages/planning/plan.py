@@ -67,6 +67,11 @@ def run(config: Config, world: World) -> Plan:
     return plan
 
 
+def run_as_table(config: Config, world: World) -> str:
+    """As `run`, for a terminal."""
+    return table(run(config, world)).rstrip("\n")
+
+
 def make_plan(config: Config) -> Plan:
     """The plan of these flags, a finished run and this machine."""
     machine = _machine(config)

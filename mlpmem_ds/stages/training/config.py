@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
@@ -21,7 +21,15 @@ _PRESETS_HELP = ", ".join(
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingOptions):
-    """What is trained, on what, and how."""
+    """Train a memory on a retriever's targets, with DeepSpeed.
+
+    Start it with deepspeed, torchrun, mpirun, srun, or as it is.
+    """
+
+    example: ClassVar[str] = (
+        "deepspeed --num_accelerators 2 launch/train.py --ds_config ds_configs/zero3.json"
+        " --corpus RUN/corpus --targets RUN/targets --output RUN/memory"
+    )
 
     targets: Path | None = option("target directory; may be left out with --alpha 0", None)
     keys: Path | None = option("key directory (default: `keys` next to --targets)", None)

@@ -442,8 +442,7 @@ def write_third_and_die(path, weights):
     if "00003-of" in path.name:
         os.kill(os.getpid(), signal.SIGKILL)
 weight_shards.write_safetensors = write_third_and_die
-run_front_end(convert_checkpoint.Config, convert_checkpoint.run, description="", example="",
-    argv=sys.argv[1:])
+run_front_end(convert_checkpoint.Config, convert_checkpoint.run, argv=sys.argv[1:])
 """
 
 

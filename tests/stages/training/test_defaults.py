@@ -45,9 +45,7 @@ def test_a_gpu_with_few_rows_is_named(rows, size, on_gpu, said, caplog):
 )
 def test_the_presets_are_those_of_the_memory(stage, words, capsys):
     def parse(preset):
-        return parse_config(
-            stage.Config, [*words.split(), "--preset", preset], prog="tool", description="d", example="e"
-        )
+        return parse_config(stage.Config, [*words.split(), "--preset", preset], prog="tool")
 
     assert [parse(name).preset for name in PRESETS] == list(PRESETS)
     with pytest.raises(SystemExit) as caught:

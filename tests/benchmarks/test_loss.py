@@ -7,17 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 @pytest.fixture
 def tools(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
     return importlib.import_module
 
 
 def test_the_timed_arms_compute_what_they_say(tools):
-    loss = tools("benchmarks.loss")
+    loss = tools("mlpmem_ds.benchmarks.loss")
     sizes = {
         "rows": 37,
         "width": 24,
@@ -43,7 +40,7 @@ def test_the_timed_arms_compute_what_they_say(tools):
 
 
 def test_rows_of_a_gpu(tools):
-    gpu = tools("benchmarks.loss_gpu")
+    gpu = tools("mlpmem_ds.benchmarks.loss_gpu")
     sizes = gpu.Sizes(rows=16, width=8, vocab_size=64, entries=4, mixture_batch=3, mixture_vocab_size=20)
     rows, ratios = gpu.gpu_rows("cpu", runs=2, sizes=sizes)
     assert {row.arm for row in rows} == {"gpu_loss", "gpu_matmuls", "gpu_mixture", "gpu_mixture_eager"}

@@ -30,12 +30,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mlpmem_ds.benchmarks.common import (
+    Report,
+    Row,
+    check_output,
+    in_child,
+    median_of,
+    peak_bytes_above_start,
+    row_of,
+    use_threads,
+)
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
@@ -53,22 +63,6 @@ from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.keys import extract_keys
 
-from .common import (
-    Report,
-    Row,
-    check_output,
-    in_child,
-    median_of,
-    peak_bytes_above_start,
-    row_of,
-    use_threads,
-)
-
-DESCRIPTION = (
-    "Extraction of keys compared with the bare forward pass, a 4-layer d=256 and a 12-layer d=768 GPT-2 of"
-    " random weights; peak memory at two corpus lengths; bytes a position. The default sizes take about 3"
-    " minutes and 4 GB on two cores."
-)
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 _LENGTH_RATIO = 8
 
@@ -96,7 +90,13 @@ _LONG = Shape(name="one_layer", num_layers=1, width=256, vocab_size=512)
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
-    """Flags of tools/bench.py extract."""
+    """Extraction of keys compared with the bare forward pass, a 4-layer d=256 and a 12-layer d=768 GPT-2 of
+    random weights; peak memory at two corpus lengths; bytes a position.
+
+    The default sizes take about 3 minutes and 4 GB on two cores.
+    """
+
+    example: ClassVar[str] = "python tools/bench.py extract --output extract.json"
 
     output: Path = option("JSON file to write")
     positions: int = option(
@@ -315,16 +315,11 @@ def _write_base(shape: Shape, path: Path) -> Path:
 
 def _write_corpus(shape: Shape, positions: int, root: Path) -> Path:
     """Random tokens as a corpus directory of one split."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Flags:
-        output: Path
-
     directory = open_stage(
         root,
         stage=CorpusManifest.FORMAT,
         version=CorpusManifest.VERSION,
-        config=Flags(output=root),
+        config=Flags(),
         inputs={"text": "random"},
         world=World(),
     )

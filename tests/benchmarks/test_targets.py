@@ -15,7 +15,6 @@ import pytest
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.targets import open_targets
 
-TOOLS = Path(__file__).parents[2] / "tools"
 SIZES: dict[str, Any] = {
     "positions": 1500,
     "dim": 16,
@@ -47,10 +46,9 @@ RATIOS = {
 
 
 @pytest.fixture
-def targets(monkeypatch: pytest.MonkeyPatch) -> Any:
+def targets() -> Any:
     """The benchmark, imported as the front-end does, from beside it."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("benchmarks.targets")
+    return importlib.import_module("mlpmem_ds.benchmarks.targets")
 
 
 def config(targets: Any, output: Path, **changes: Any) -> Any:
@@ -104,7 +102,7 @@ def read_published(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_arms_agree_where_the_index_holds_whole_vectors(targets: Any, tmp_path: Path) -> None:
-    fidelity = importlib.import_module("benchmarks.target_fidelity")
+    fidelity = importlib.import_module("mlpmem_ds.benchmarks.target_fidelity")
     sizes = config(targets, tmp_path / "unused", factory="IVF8,Flat")
     setting = targets.prepare(sizes, tmp_path, World())
     temperature = fidelity.temperatures_of(targets.case_of_made_up(setting), sizes)["soft"]
@@ -133,7 +131,7 @@ def test_arms_agree_where_the_index_holds_whole_vectors(targets: Any, tmp_path: 
 
 
 def test_exact_sample_is_brute_force(targets: Any, tmp_path: Path) -> None:
-    fidelity = importlib.import_module("benchmarks.target_fidelity")
+    fidelity = importlib.import_module("mlpmem_ds.benchmarks.target_fidelity")
     sizes = config(targets, tmp_path / "unused", positions=300)
     targets.write_synthetic_keys(tmp_path / "keys", sizes, World())
     keys = targets.open_keys(tmp_path / "keys")

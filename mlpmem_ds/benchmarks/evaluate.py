@@ -22,19 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mlpmem_ds.core.config import Flags, option
-from mlpmem_ds.core.world import World
-from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.mixture import Grid
-from mlpmem_ds.models.mixture_scores import lambda_curve
-from mlpmem_ds.stages import shared_flags
-
-from .common import (
+from mlpmem_ds.benchmarks.common import (
     Report,
     check_output,
     in_child,
@@ -45,18 +39,25 @@ from .common import (
     timing_rows,
     use_threads,
 )
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.world import World
+from mlpmem_ds.maths.head_scores import label_log_probabilities
+from mlpmem_ds.models.mixture import Grid
+from mlpmem_ds.models.mixture_scores import lambda_curve
+from mlpmem_ds.stages import shared_flags
 
-DESCRIPTION = (
-    "Perplexity of base and memory mixed at every λ: from two numbers a position, and from dense mixtures. "
-    "The default sizes take about 2 minutes and 4 GB on two cores."
-)
 _SEED = 2
 _WARM_UP = {"positions": 64, "width": 16, "vocab_size": 600}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
-    """Flags of tools/bench.py evaluate."""
+    """Perplexity of base and memory mixed at every λ: from two numbers a position, and from dense mixtures.
+
+    The default sizes take about 2 minutes and 4 GB on two cores.
+    """
+
+    example: ClassVar[str] = "python tools/bench.py evaluate --output evaluate.json"
 
     output: Path = option("JSON file to write")
     positions: int = option("positions to score", 2048, at_least=1)

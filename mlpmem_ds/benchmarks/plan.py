@@ -19,11 +19,14 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 import mlpmem_ds
+from mlpmem_ds.benchmarks.common import Report, Row, check_output, row_of, use_threads
+from mlpmem_ds.benchmarks.made_up_keys import synthetic_keys, write_made_up_keys
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
@@ -35,13 +38,6 @@ from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.planning import plan
 
-from .common import Report, Row, check_output, row_of, use_threads
-from .made_up_keys import synthetic_keys, write_made_up_keys
-
-DESCRIPTION = (
-    "Bytes, memory and time of index and targets as planned from a run of half the size, and as measured. The"
-    " default sizes take about 3 minutes on two cores."
-)
 _STAGES = ("index", "targets")
 _SEED = 1
 _UNIT_POSITIONS = 65536
@@ -66,7 +62,12 @@ print(most[0])
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
-    """Flags of tools/bench.py plan."""
+    """Bytes, memory and time of index and targets as planned from a run of half the size, and as measured.
+
+    The default sizes take about 3 minutes on two cores.
+    """
+
+    example: ClassVar[str] = "python tools/bench.py plan --output plan.json"
 
     output: Path = option("JSON file to write; a working directory next to it is removed at the end")
     positions: int = option(

@@ -30,19 +30,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlpmem_ds.core.config import Flags, option
-from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.world import World
-from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
-from mlpmem_ds.stages import shared_flags
-
-from .common import (
+from mlpmem_ds.benchmarks.common import (
     Report,
     check_output,
     in_child,
@@ -53,13 +47,13 @@ from .common import (
     timing_rows,
     use_threads,
 )
-from .loss_gpu import gpu_rows
+from mlpmem_ds.benchmarks.loss_gpu import gpu_rows
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
+from mlpmem_ds.stages import shared_flags
 
-DESCRIPTION = (
-    "Loss and gradients of the head for sparse targets: ours, dense autograd, torch's fused hard-label loss."
-    " The default sizes take about 3 minutes and 6 GB on two cores; a CUDA device adds a minute and 8 GB of"
-    " its own."
-)
 _SEED = 1
 _WARM_UP = {"rows": 96, "width": 32, "vocab_size": 640, "entries": 8}
 
@@ -69,7 +63,13 @@ Outcome: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
-    """Flags of tools/bench.py loss."""
+    """Loss and gradients of the head for sparse targets: ours, dense autograd, torch's fused hard-label loss.
+
+    The default sizes take about 3 minutes and 6 GB on two cores; a CUDA device adds a minute and 8 GB of its
+    own.
+    """
+
+    example: ClassVar[str] = "python tools/bench.py loss --output loss.json"
 
     output: Path = option("JSON file to write")
     rows: int = option("rows of hidden states (tokens)", 4096, at_least=1)
@@ -285,7 +285,7 @@ def _leaves(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _outcome(loss: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> Outcome:
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert hidden_ND.grad is not None and weight_VD.grad is not None
     return loss.detach(), hidden_ND.grad, weight_VD.grad
 

@@ -181,7 +181,7 @@ class Report:
     """The JSON of one benchmark; made before the work, so that it holds the load that the work met."""
 
     def __init__(self, name: str, config: Any) -> None:
-        self._record = {
+        self._record: dict[str, Any] = {
             "name": name,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": describe_machine(),

@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 
+from mlpmem_ds.benchmarks.common import Row, row_of
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
-
-from .common import Row, row_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ def _loss_arms(device: str, sizes: Sizes) -> dict[str, Callable[[], Any]]:
     def loss() -> None:
         hidden_MD.grad = weight_VD.grad = None
         total, _ = sparse_loss(hidden_MD, weight_VD, targets, alpha=0.5)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
 
     @torch.no_grad()
     def matmuls() -> None:

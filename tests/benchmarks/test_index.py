@@ -15,7 +15,6 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 
-TOOLS = Path(__file__).parents[2] / "tools"
 SIZES = {
     "positions": 1500,
     "dim": 16,
@@ -37,14 +36,13 @@ SIZES = {
 
 
 @pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a module as the front-end does, from beside it."""
-    monkeypatch.syspath_prepend(str(TOOLS))
+def tools() -> Any:
+    """Import a module when a test needs it, as the front-end does."""
     return importlib.import_module
 
 
 def test_index_report(tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = tools("benchmarks.index")
+    bench = tools("mlpmem_ds.benchmarks.index")
     output = tmp_path / "index.json"
     bench.run(bench.Config(output=output, **SIZES), World())
     report = json.loads(output.read_text())
@@ -68,7 +66,7 @@ def test_index_report(tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_index_arms_find_the_same_neighbours(tools: Any) -> None:
-    bench = tools("benchmarks.index")
+    bench = tools("mlpmem_ds.benchmarks.index")
     config = bench.Config(output=Path("unused"), **SIZES)
     problem = bench.make_problem(config)
     expected = bench.without_self(*bench.ivf(config, problem), problem.queries_Q, config.k)
@@ -83,7 +81,7 @@ def test_index_arms_find_the_same_neighbours(tools: Any) -> None:
 
 
 def test_more_probes_vary_less(tools: Any) -> None:
-    bench = tools("benchmarks.index")
+    bench = tools("mlpmem_ds.benchmarks.index")
     variations = []
     for nprobe in (1, 16):
         config = bench.Config(output=Path("unused"), **{**SIZES, "nprobe": nprobe})
@@ -95,7 +93,7 @@ def test_more_probes_vary_less(tools: Any) -> None:
 
 
 def test_gpu_arms_on_the_cpu(tools: Any) -> None:
-    bench = tools("benchmarks.index")
+    bench = tools("mlpmem_ds.benchmarks.index")
     rows = bench.gpu_rows(bench.Config(output=Path("unused"), **SIZES), torch.device("cpu"))
     assert {(row.arm, row.metric) for row in rows} == {
         (arm, metric)
@@ -106,7 +104,7 @@ def test_gpu_arms_on_the_cpu(tools: Any) -> None:
 
 
 def test_plan_report(tools: Any, tmp_path: Path) -> None:
-    bench = tools("benchmarks.plan")
+    bench = tools("mlpmem_ds.benchmarks.plan")
     output = tmp_path / "plan.json"
     config = bench.Config(
         output=output, positions=1200, dim=16, vocab_size=120, k=40, neighbour_perplexity=12.0, threads=1
@@ -122,7 +120,7 @@ def test_plan_report(tools: Any, tmp_path: Path) -> None:
 
 
 def test_mistakes_name_the_flags(tools: Any, tmp_path: Path) -> None:
-    bench = tools("benchmarks.index")
+    bench = tools("mlpmem_ds.benchmarks.index")
     for changes, words in (
         ({"queries": 5000}, "--queries 5000 and --positions 1500 must ascend"),
         ({"exact_keys": 50}, "--exact-queries 100, --exact-keys 50"),
@@ -131,7 +129,7 @@ def test_mistakes_name_the_flags(tools: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             bench.Config(output=tmp_path / "x", **{**SIZES, **changes})
-    plan = tools("benchmarks.plan")
+    plan = tools("mlpmem_ds.benchmarks.plan")
     with pytest.raises(UserError, match="--positions must be at least 1, not 0"):
         plan.Config(output=tmp_path / "x", positions=0)
     with pytest.raises(UserError, match="write_targets failed.*--k must be at least 1"):
@@ -143,7 +141,7 @@ def test_keys_that_do_not_suffice_are_refused(tools: Any, tmp_path: Path, keys_d
         ("index", "--positions up to their number"),
         ("plan", "--positions up to half of them"),
     ):
-        bench = tools(f"benchmarks.{name}")
+        bench = tools(f"mlpmem_ds.benchmarks.{name}")
         sizes = {"positions": 10**6} if name == "plan" else {}
         with pytest.raises(UserError, match=words):
             bench.run(bench.Config(output=tmp_path / "x.json", keys=keys_dir, **sizes), World())

@@ -14,14 +14,12 @@ import pytest
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 
-TOOLS = Path(__file__).parents[2] / "tools"
 SIZES = {"positions": 70, "width": 12, "vocab_size": 1301, "num_lambdas": 6, "runs": 1}
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("benchmarks.evaluate")
+def bench() -> Any:
+    return importlib.import_module("mlpmem_ds.benchmarks.evaluate")
 
 
 def test_arms_agree_with_the_mixture_in_float64(bench: Any) -> None:

@@ -4,18 +4,13 @@ ratio."""
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 def test_both_arms_and_the_ratio(tmp_path: Path, text_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    from benchmarks import corpus
-
+    from mlpmem_ds.benchmarks import corpus
     from mlpmem_ds.core.errors import UserError
     from mlpmem_ds.core.world import World
 
@@ -35,4 +30,3 @@ def test_both_arms_and_the_ratio(tmp_path: Path, text_dir: Path, monkeypatch: py
     assert {row["arm"] for row in report["rows"]} == {corpus.BARE, corpus.OURS}
     with pytest.raises(UserError, match="--megabytes"):
         corpus.Config(output=tmp_path / "x.json", megabytes=0)
-    assert "benchmarks.corpus" in sys.modules

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_ds.benchmarks.common import Row, row_of
+from mlpmem_ds.benchmarks.published_targets import published_hits, published_rows, stock_index
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.formats.corpus import token_dtype
@@ -26,9 +28,6 @@ from mlpmem_ds.maths.targets import aggregate
 from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search, squared_key_distances
 from mlpmem_ds.stages.targets.teacher import Teacher
-
-from .common import Row, row_of
-from .published_targets import published_hits, published_rows, stock_index
 
 _SEED = 1
 _HALVINGS = 40

@@ -16,7 +16,7 @@ import torch
 
 from mlpmem_ds.core.errors import UserError
 
-TOOLS = Path(__file__).parents[2] / "tools"
+ROOT = Path(__file__).parents[2]
 ROW = {"arm", "metric", "unit", "median", "min", "max", "runs"}
 LOSS = {
     "rows": 37,
@@ -29,9 +29,8 @@ LOSS = {
 
 
 @pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a module as the front-end does, from beside it."""
-    monkeypatch.syspath_prepend(str(TOOLS))
+def tools() -> Any:
+    """Import a module when a test needs it, as the front-end does."""
     return importlib.import_module
 
 
@@ -45,7 +44,10 @@ def flags(sizes: dict[str, Any], **others: Any) -> list[str]:
 
 def run_bench(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(TOOLS / "bench.py"), *words], capture_output=True, text=True, timeout=300
+        [sys.executable, str(ROOT / "tools" / "bench.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -74,7 +76,7 @@ def test_loss_report(tmp_path: Path, tools: Any) -> None:
     report = check_report(
         output,
         "loss",
-        arms=set(tools("benchmarks.loss").timed_arms()),
+        arms=set(tools("mlpmem_ds.benchmarks.loss").timed_arms()),
         runs=2,
         ratios={"cpu_time_over_dense", "peak_memory_over_dense", "cpu_time_over_torch_lce"},
     )
@@ -89,7 +91,7 @@ def test_loss_report(tmp_path: Path, tools: Any) -> None:
 
 
 def test_loss_arms_agree(tools: Any) -> None:
-    loss = tools("benchmarks.loss")
+    loss = tools("mlpmem_ds.benchmarks.loss")
     config = loss.Config(output=Path("unused"), alpha=0.3, **LOSS)
     problem = loss.make_problem(config)
     expected = loss.dense(problem, config)
@@ -105,7 +107,7 @@ def test_loss_arms_agree(tools: Any) -> None:
 
 
 def test_peak_memory_counts_what_is_held_and_nothing_before(tools: Any) -> None:
-    common = tools("benchmarks.common")
+    common = tools("mlpmem_ds.benchmarks.common")
     before = np.ones(8 << 20)
     peak = common.peak_bytes_above_start(lambda: np.ones(4 << 20).sum())
     assert 31 << 20 <= peak < 40 << 20  # the kernel counts in batches of pages
@@ -114,7 +116,7 @@ def test_peak_memory_counts_what_is_held_and_nothing_before(tools: Any) -> None:
 
 
 def test_interleave_alternates(tools: Any) -> None:
-    common = tools("benchmarks.common")
+    common = tools("mlpmem_ds.benchmarks.common")
     calls: list[str] = []
     timings = common.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert calls == ["a", "b"] * 3
@@ -150,13 +152,13 @@ def test_wrong_flags(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tools("bench").main(words) == 2
+    assert tools("mlpmem_ds.benchmarks.bench").main(words) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_help_names_what_exists(tools: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = tools("bench")
+    bench = tools("mlpmem_ds.benchmarks.bench")
     for words in ([], ["nothing"]):
         with pytest.raises(SystemExit) as stopped:
             bench.main(words)
@@ -165,9 +167,11 @@ def test_help_names_what_exists(tools: Any, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         bench.main(["--help"])
     said = capsys.readouterr().out
-    assert all(name in said and (TOOLS / "benchmarks" / f"{name}.py").is_file() for name in bench.NAMES)
+    assert all(
+        name in said and (ROOT / "mlpmem_ds" / "benchmarks" / f"{name}.py").is_file() for name in bench.NAMES
+    )
 
 
 def test_output_directory_is_refused(tools: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a directory: name a file"):
-        tools("benchmarks.common").check_output(tmp_path)
+        tools("mlpmem_ds.benchmarks.common").check_output(tmp_path)

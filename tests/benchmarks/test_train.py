@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +9,13 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 pytestmark = pytest.mark.usefixtures("process_group")
 SIZES = {"rows": 24, "width": 16, "num_blocks": 2, "entries": 5}
 
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield importlib.import_module("benchmarks.train")
-    finally:
-        sys.path.remove(str(TOOLS))
+    return importlib.import_module("mlpmem_ds.benchmarks.train")
 
 
 def test_every_arm_takes_the_same_step(bench, tmp_path):

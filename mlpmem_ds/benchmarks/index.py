@@ -33,12 +33,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
 import torch
 
+from mlpmem_ds.benchmarks.common import (
+    Report,
+    Row,
+    check_output,
+    interleave,
+    median_of,
+    peak_bytes_above_start,
+    row_of,
+    timing_rows,
+    use_threads,
+)
+from mlpmem_ds.benchmarks.targets import synthetic_keys
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
@@ -52,29 +64,17 @@ from mlpmem_ds.maths.weighting import fit_weighting
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.index.factory import choose_factory
 
-from .common import (
-    Report,
-    Row,
-    check_output,
-    interleave,
-    median_of,
-    peak_bytes_above_start,
-    row_of,
-    timing_rows,
-    use_threads,
-)
-from .targets import synthetic_keys
-
-DESCRIPTION = (
-    "Exact search, list search and index building, compared with faiss. The default sizes take about 3"
-    " minutes on two cores."
-)
 _SEED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
-    """Flags of tools/bench.py index."""
+    """Exact search, list search and index building, compared with faiss.
+
+    The default sizes take about 3 minutes on two cores.
+    """
+
+    example: ClassVar[str] = "python tools/bench.py index --output index.json"
 
     output: Path = option("JSON file to write")
     keys: Path | None = option(

@@ -17,13 +17,10 @@ from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.stages.keys import extract_keys
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("benchmarks.extract")
+def bench() -> Any:
+    return importlib.import_module("mlpmem_ds.benchmarks.extract")
 
 
 def test_report(bench: Any, tmp_path: Path) -> None:

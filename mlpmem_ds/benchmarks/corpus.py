@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import AutoTokenizer
 
-from benchmarks.common import Report, Row, check_output, interleave, median_of, row_of, timing_rows
+from mlpmem_ds.benchmarks.common import Report, Row, check_output, interleave, median_of, row_of, timing_rows
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
@@ -28,7 +29,6 @@ from mlpmem_ds.formats.documents import find_files, read_documents
 from mlpmem_ds.stages.corpus import prepare_corpus
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
-DESCRIPTION = "Preparing a corpus against the bare tokenizer. About a minute on 2 cores at the default size."
 BARE, OURS = "bare tokenizer", "prepare_corpus"
 _BATCH_BYTES = 1 << 19
 _texts: list[list[str]] = []  # batches, inherited by the comparator's processes
@@ -36,7 +36,12 @@ _texts: list[list[str]] = []  # batches, inherited by the comparator's processes
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
-    """What is tokenized, and how often."""
+    """Preparing a corpus against the bare tokenizer.
+
+    About a minute on 2 cores at the default size.
+    """
+
+    example: ClassVar[str] = "python tools/bench.py corpus --output corpus.json"
 
     output: Path = option("JSON file to write")
     input: tuple[str, ...] = option("files, directories or globs (default: Python's standard library)", ())
@@ -149,7 +154,7 @@ def _encode_all(tokenizer: str, processes: int) -> int:
         return sum(pool.map(_encode_batch, range(len(_texts))))
 
 
-_loaded: list[AutoTokenizer] = []
+_loaded: list[Any] = []
 
 
 def _load(tokenizer: str) -> None:

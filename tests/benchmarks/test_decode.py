@@ -15,7 +15,6 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 
-TOOLS = Path(__file__).parents[2] / "tools"
 SIZES: dict[str, Any] = {
     "layers": 2,
     "width": 64,
@@ -36,9 +35,8 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("benchmarks.decode")
+def bench() -> Any:
+    return importlib.import_module("mlpmem_ds.benchmarks.decode")
 
 
 def test_each_arm_generates_what_its_definition_says(bench: Any) -> None:

@@ -27,9 +27,23 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import faiss
 
+from mlpmem_ds.benchmarks.common import (
+    Report,
+    Row,
+    check_output,
+    interleave,
+    median_of,
+    row_of,
+    timing_rows,
+    use_threads,
+)
+from mlpmem_ds.benchmarks.made_up_keys import synthetic_keys, write_synthetic_keys
+from mlpmem_ds.benchmarks.published_targets import stock_index, write_published
+from mlpmem_ds.benchmarks.target_fidelity import Case, fidelity_rows, sample_blocks, temperatures_of
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
@@ -40,11 +54,6 @@ from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.targets import write_targets
 from mlpmem_ds.stages.targets.audit import open_truth
-
-from .common import Report, Row, check_output, interleave, median_of, row_of, timing_rows, use_threads
-from .made_up_keys import synthetic_keys, write_synthetic_keys
-from .published_targets import stock_index, write_published
-from .target_fidelity import Case, fidelity_rows, sample_blocks, temperatures_of
 
 __all__ = [
     "Config",
@@ -58,16 +67,16 @@ __all__ = [
     "write_synthetic_keys",
 ]
 
-DESCRIPTION = (
-    "kNN targets from keys and an index: ours, and the published recipe (faiss search, dense scatter, loop"
-    " over rows). The default sizes take about 2 minutes on two cores, with --keys of 700,000 positions"
-    " about 4."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
-    """Flags of tools/bench.py targets."""
+    """kNN targets from keys and an index: ours, and the published recipe (faiss search, dense scatter, loop
+    over rows).
+
+    The default sizes take about 2 minutes on two cores, with --keys of 700,000 positions about 4.
+    """
+
+    example: ClassVar[str] = "python tools/bench.py targets --output targets.json"
 
     output: Path = option("JSON file to write; a working directory next to it is removed at the end")
     keys: Path | None = option("key directory for fidelity and size, in place of the made-up keys", None)

@@ -1,0 +1,18 @@
+"""Side-by-side measurements for `bench NAME`: what we do, next to the obvious other way to do it.
+
+    bench               reads NAME and runs the benchmark of that name
+    common              what all share: interleaved timing, peak memory of one arm, the JSON report
+    corpus              prepare_corpus against the bare tokenizer
+    extract             extraction of keys against the bare forward pass
+    index               exact and list search, and building an index, against faiss
+    targets             targets against the published recipe; published_targets is that recipe, and
+                        target_fidelity says how far both are from exact search
+    loss                the memory's loss against dense ones; loss_gpu has the rows of a CUDA device
+    train               a training step against the published loop
+    evaluate            perplexities over a grid of λ against dense mixtures
+    decode              time to the first token and tokens a second, against kNN and RAG
+    plan                what `plan` says against what a run takes
+    made_up_keys        keys that stand in for real ones in speed, and not in fidelity
+
+Each module has a `Config`, its arms, and `run(config, world)`. They may import any library, as its users do.
+"""

@@ -1,0 +1,31 @@
+"""`bench NAME`: run one of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlpmem_ds.core.front_end import run_front_end, seldom_collected
+
+NAMES = ("corpus", "decode", "evaluate", "extract", "index", "loss", "plan", "targets", "train")
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run the benchmark that the first word names; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    prog = Path(sys.argv[0]).name if prog is None else prog
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Side-by-side measurements on this machine, written as JSON. `NAME --help` shows the"
+        " sizes, and how long the default ones take.",
+        epilog="example: python tools/bench.py loss --output loss.json",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"what to measure: {', '.join(NAMES)}")
+    name = parser.parse_args(words[:1]).name
+    with seldom_collected():
+        benchmark = importlib.import_module(f"mlpmem_ds.benchmarks.{name}")
+    return run_front_end(benchmark.Config, benchmark.run, argv=words[1:], prog=f"{prog} {name}")
