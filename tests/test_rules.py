@@ -87,7 +87,6 @@ PENDING: dict[str, set[str]] = {
         "mlpmem_ds/maths/kernels/sparse_rows.py",  # to stay: one Triton kernel, which has no inner functions
         "mlpmem_ds/maths/knn.py",
         "mlpmem_ds/stages/exchange/import_datastore.py",
-        "mlpmem_ds/stages/targets/write_targets.py",
     },
     "long_files": {
         "tests/stages/conversion/test_convert_checkpoint.py",

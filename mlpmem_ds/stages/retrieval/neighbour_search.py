@@ -5,6 +5,8 @@ Q queries, D numbers in a key, K neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -71,27 +73,68 @@ def open_search(
     Raises:
         UserError: `how` needs an index and there is none.
     """
-    keys_ND = KeyRows(keys, num_keys)
-    if how == "exact":
-        return ExactSearch(keys_ND)
-    if index is None:
+    if how != "exact" and index is None:
         raise UserError(f"a search of {keys.root} by {how} needs --index: build one with build_index")
-    # faiss is imported only where an index is searched: it takes a second.
-    if how == "lists":
-        from mlpmem_ds.stages.retrieval.list_search import ListSearch
+    source = _Source(
+        keys=keys,
+        index=index,
+        nprobe=nprobe,
+        num_keys=num_keys,
+        lists=lists,
+        threads=threads,
+        world=World() if world is None else world,
+    )
+    return _OPENERS[how](source)
 
-        assert num_keys is None
-        return ListSearch(
-            keys_ND,
-            index,
-            nprobe=nprobe,
-            lists=lists,
-            threads=threads,
-            world=World() if world is None else world,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The arguments of `open_search`."""
+
+    keys: Keys
+    index: IndexDirectory | None
+    nprobe: int
+    num_keys: int | None
+    lists: Path | None
+    threads: int | None
+    world: World
+
+    @property
+    def keys_ND(self) -> KeyRows:
+        return KeyRows(self.keys, self.num_keys)
+
+
+def _open_exact(source: _Source) -> NeighbourSearch:
+    return ExactSearch(source.keys_ND)
+
+
+# faiss is imported only where an index is searched: it takes a second.
+def _open_lists(source: _Source) -> NeighbourSearch:
+    from mlpmem_ds.stages.retrieval.list_search import ListSearch
+
+    assert source.index is not None and source.num_keys is None
+    return ListSearch(
+        source.keys_ND,
+        source.index,
+        nprobe=source.nprobe,
+        lists=source.lists,
+        threads=source.threads,
+        world=source.world,
+    )
+
+
+def _open_index(source: _Source) -> NeighbourSearch:
     from mlpmem_ds.stages.retrieval.index_search import IndexSearch
 
-    return IndexSearch(keys_ND, index, nprobe=nprobe, threads=threads)
+    assert source.index is not None
+    return IndexSearch(source.keys_ND, source.index, nprobe=source.nprobe, threads=source.threads)
+
+
+_OPENERS: dict[How, Callable[[_Source], NeighbourSearch]] = {
+    "exact": _open_exact,
+    "lists": _open_lists,
+    "index": _open_index,
+}
 
 
 def squared_key_distances(neighbours: Neighbours, scale: float) -> tuple[np.ndarray, np.ndarray]:

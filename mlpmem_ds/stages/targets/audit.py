@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,37 +116,64 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
         inputs=inputs,
         world=world,
     )
-    drawn_n = sample_positions(targets.num_positions, config.positions, seed=_SEED)
-    sample_n = drawn_n if len(drawn_n) else np.zeros(1, np.int64)
-    parts = {
-        f"sample-{block.start:08d}": sample_n[slice(*block)]
-        for block in split_blocks(len(sample_n), _UNIT_POSITIONS)
-    }
-    shards = {f"rows-{shard.first:012d}": shard for shard in targets.manifest.shards}
-    progress = Progress(len(sample_n), label="audit", unit="positions", world=world)
-    true_teacher = replace(teacher, keys=truth, search=open_search(truth, how="exact"), lists=None)
-
-    def compare(unit: str, writer: UnitWriter) -> None:
-        compared = _compare(teacher, true_teacher, targets, parts[unit])
-        for column, values in asdict(compared).items():
-            writer.array(f"{column}-{unit}.npy", values)
-        progress.advance(len(parts[unit]))
-
-    def validate(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
-        return _validate(targets, shards[unit])
-
-    stage.run_units(list(shards), validate)
-    stage.run_units(list(parts), compare)
-    progress.close()
-    units = [*shards, *parts]
+    audit = _Audit(
+        targets=targets,
+        num_positions=config.positions,
+        teacher=teacher,
+        true_teacher=replace(teacher, keys=truth, search=open_search(truth, how="exact"), lists=None),
+        world=world,
+    )
+    stage.run_units(list(audit.shards), audit.validate)
+    stage.run_units(list(audit.parts), audit.compare)
+    audit.progress.close()
+    units = [*audit.shards, *audit.parts]
     stage.wait_for(units)
     if world.is_first:  # made anew each time, so that a kill between them leaves nothing undone
-        record = _summarize(stage, targets, truth, teacher, list(parts), stage.summaries(list(shards)))
+        record = _summarize(stage, audit)
         publish_json(config.targets / "audit.json", record)
         with publish(config.targets / "audit.png") as path:
             _plot(record, path)
         _log(record)
     stage.finish(units, lambda: {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Audit:
+    """The units of an audit: every shard, and the sampled positions part by part."""
+
+    targets: Targets
+    num_positions: int
+    teacher: Teacher
+    true_teacher: Teacher
+    world: World
+
+    @cached_property
+    def shards(self) -> dict[str, TargetShard]:
+        return {f"rows-{shard.first:012d}": shard for shard in self.targets.manifest.shards}
+
+    @cached_property
+    def parts(self) -> dict[str, np.ndarray]:
+        drawn_n = sample_positions(self.targets.num_positions, self.num_positions, seed=_SEED)
+        sample_n = drawn_n if len(drawn_n) else np.zeros(1, np.int64)
+        return {
+            f"sample-{block.start:08d}": sample_n[slice(*block)]
+            for block in split_blocks(len(sample_n), _UNIT_POSITIONS)
+        }
+
+    @cached_property
+    def progress(self) -> Progress:
+        total = sum(len(positions_n) for positions_n in self.parts.values())
+        return Progress(total, label="audit", unit="positions", world=self.world)
+
+    def compare(self, unit: str, writer: UnitWriter) -> None:
+        progress = self.progress
+        compared = _compare(self.teacher, self.true_teacher, self.targets, self.parts[unit])
+        for column, values in asdict(compared).items():
+            writer.array(f"{column}-{unit}.npy", values)
+        progress.advance(len(self.parts[unit]))
+
+    def validate(self, unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+        return _validate(self.targets, self.shards[unit])
 
 
 def _compare(teacher: Teacher, true_teacher: Teacher, targets: Targets, positions_n: np.ndarray) -> Compared:
@@ -188,14 +216,10 @@ def _validate(targets: Targets, shard: TargetShard) -> dict[str, int]:
     return totals
 
 
-def _summarize(
-    stage: StageDirectory,
-    targets: Targets,
-    truth: Keys,
-    teacher: Teacher,
-    parts: list[str],
-    validities: list[dict[str, int]],
-) -> dict[str, Any]:
+def _summarize(stage: StageDirectory, audit: _Audit) -> dict[str, Any]:
+    targets, parts = audit.targets, audit.parts
+    validities = stage.summaries(list(audit.shards))
+
     def column(name: str) -> np.ndarray:
         return np.concatenate(
             [np.load(stage.root / f"{name}-{part}.npy", allow_pickle=False) for part in parts]
@@ -208,8 +232,8 @@ def _summarize(
     return {
         "settings": {
             "positions": len(sizes_n),
-            "truth": truth.codec,
-            "k": teacher.k,
+            "truth": audit.true_teacher.keys.codec,
+            "k": audit.teacher.k,
             "weighting": to_json(targets.weighting),
             "search": targets.manifest.search,
             "encoding": targets.encoding,

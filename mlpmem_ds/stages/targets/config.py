@@ -106,6 +106,11 @@ class Config(Flags):
             raise UserError("--raw-keys is what an audit compares with: say --audit 10000, or leave it out")
 
     @property
+    def fixed_temperature(self) -> float | None:
+        """--temperature as a number; None where it is fitted."""
+        return None if self.temperature == "auto" else float(self.temperature)
+
+    @property
     def perplexity(self) -> float:
         """The perplexity of the neighbours' weights that --temperature auto aims at."""
         return default_perplexity(self.k) if self.neighbour_perplexity is None else self.neighbour_perplexity

@@ -1,49 +1,114 @@
-"""What write_targets checks before it writes anything: the search, the index, the documents, the sizes.
+"""What `write_targets` reads, opened and checked before anything is written: keys, index, documents, sizes.
 
-Everything here raises UserError with the remedy. N positions.
+Everything here raises UserError with the remedy. N positions, V token ids.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import open_corpus, token_dtype
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.key_lists import FOLDER
-from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.formats.target_encoding import frequency_order
+from mlpmem_ds.formats.targets import ORDER_NAME
 from mlpmem_ds.maths.knn import max_keys_for_exact
 from mlpmem_ds.stages.retrieval.key_lists import check_key_lists
+from mlpmem_ds.stages.retrieval.neighbour_search import open_search
+from mlpmem_ds.stages.targets.audit import open_truth
 from mlpmem_ds.stages.targets.config import Config
+from mlpmem_ds.stages.targets.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
 
 
-def resolve_search(config: Config, keys: Keys) -> Literal["exact", "ivf"]:
-    """What --search auto becomes.
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the targets are made from.
 
-    Raises:
-        UserError: a search of lists without an index.
+    Attributes:
+        index: whose lists are searched; None with exact search.
+        teacher: a search of the keys, and what a position may not find.
+        truth: keys that an audit compares with; None without one.
+        order_V: token ids by falling frequency as a value, for the encoding `compact`; else None.
+        hashes: of each input, by its name.
     """
-    automatic: Literal["exact", "ivf"] = "exact" if keys.num_positions <= max_keys_for_exact() else "ivf"
-    search = automatic if config.search == "auto" else config.search
-    if search == "ivf" and config.index is None:
+
+    keys: Keys
+    index: IndexDirectory | None
+    teacher: Teacher
+    truth: Keys | None
+    order_V: np.ndarray | None
+    hashes: Mapping[str, str]
+
+    @property
+    def search(self) -> Literal["exact", "ivf"]:
+        return "exact" if self.index is None else "ivf"
+
+    def write_order(self, unit: str, writer: UnitWriter) -> None:
+        """The unit that keeps `order_V` next to the targets."""
+        assert self.order_V is not None
+        writer.array(ORDER_NAME, self.order_V)
+
+
+def open_inputs(config: Config, world: World) -> Inputs:
+    """Open and check everything that the flags name."""
+    keys = open_keys(config.keys)
+    index = _open_index(config, keys)
+    documents_N, hashes = _read_documents(config, keys)
+    _check_sizes(config, keys)
+    lists = _check_lists(config, keys, index)
+    search = open_search(
+        keys,
+        index,
+        how="exact" if index is None else "lists",
+        nprobe=config.nprobe,
+        lists=lists,
+        threads=config.threads,
+        world=world,
+    )
+    teacher = Teacher(
+        keys=keys,
+        search=search,
+        k=config.k,
+        window=config.exclude_window,
+        documents_N=documents_N,
+        lists=lists,
+    )
+    return Inputs(
+        keys=keys,
+        index=index,
+        teacher=teacher,
+        truth=None if config.audit is None else open_truth(config.raw_keys, keys),
+        order_V=_frequency_order(keys) if config.encoding == "compact" else None,
+        hashes=hashes | {"keys": keys.sha256} | ({} if index is None else {"index": index.sha256}),
+    )
+
+
+def _open_index(config: Config, keys: Keys) -> IndexDirectory | None:
+    """The index that is searched, which must be over these keys; None where all keys are compared."""
+    search = config.search
+    if search == "auto":
+        search = "exact" if keys.num_positions <= max_keys_for_exact() else "ivf"
+    if search == "exact":
+        if config.index is not None:
+            _logger.info("exact search of %s keys leaves --index unused", f"{keys.num_positions:,}")
+        return None
+    if config.index is None:
         raise UserError(
             f"--search {config.search} of {keys.num_positions:,} keys needs --index: build one with"
             " build_index, or choose --search exact"
         )
-    if search == "exact" and config.index is not None:
-        _logger.info("exact search of %s keys leaves --index unused", f"{keys.num_positions:,}")
-    return search
-
-
-def open_index_over(config: Config, keys: Keys) -> IndexDirectory:
-    """The index of --index, which must be over these keys."""
-    assert config.index is not None
     index = open_index(config.index)
     if index.keys_sha256 != keys.sha256:
         raise UserError(
@@ -52,7 +117,7 @@ def open_index_over(config: Config, keys: Keys) -> IndexDirectory:
     return index
 
 
-def read_documents(config: Config, keys: Keys) -> tuple[np.ndarray | None, dict[str, str]]:
+def _read_documents(config: Config, keys: Keys) -> tuple[np.ndarray | None, dict[str, str]]:
     """(document number of each position, int32 [N], or None where it does not matter; the input that this
     brings)."""
     if config.exclude == "none":
@@ -69,7 +134,7 @@ def read_documents(config: Config, keys: Keys) -> tuple[np.ndarray | None, dict[
     return corpus.documents_of(np.arange(keys.num_positions)).astype(np.int32), {"corpus": corpus.sha256}
 
 
-def check_lists(config: Config, keys: Keys, index: IndexDirectory | None) -> Path | None:
+def _check_lists(config: Config, keys: Keys, index: IndexDirectory | None) -> Path | None:
     """Where the keys will lie list by list; None with exact search."""
     if index is None:
         if config.lists is not None:
@@ -81,7 +146,7 @@ def check_lists(config: Config, keys: Keys, index: IndexDirectory | None) -> Pat
     return config.lists
 
 
-def check_sizes(config: Config, keys: Keys) -> None:
+def _check_sizes(config: Config, keys: Keys) -> None:
     """Refuse shards that cut blocks, and a perplexity above the number of keys."""
     block_size = keys.manifest.block_size
     if config.shard_positions % block_size:
@@ -96,3 +161,11 @@ def check_sizes(config: Config, keys: Keys) -> None:
             f"--neighbour-perplexity {config.perplexity:g} cannot be reached with {others} other"
             " keys: choose a smaller one, or set --temperature"
         )
+
+
+def _frequency_order(keys: Keys) -> np.ndarray:
+    keys.check("values")
+    counts_V = np.zeros(keys.manifest.vocab_size, np.int64)
+    for block in keys.blocks:
+        counts_V += np.bincount(keys.unit("values", block.start), minlength=len(counts_V))
+    return frequency_order(counts_V, dtype=token_dtype(len(counts_V)))

@@ -3,7 +3,7 @@ distribution over their values.
 
 The queries are the stored keys themselves, and a position never finds itself.
 
-n positions, N all positions, K neighbours, V token ids.
+n positions, N all positions, K neighbours.
 """
 
 from __future__ import annotations
@@ -83,14 +83,6 @@ class Teacher:
         if self.lists is None or "_values_N" in vars(self):
             return self._values_N[positions]
         return self.keys.gather("values", positions.ravel()).reshape(positions.shape)
-
-    def count_values(self) -> np.ndarray:
-        """How often each token is a value, int64 [V]."""
-        self.keys.check("values")
-        counts_V = np.zeros(self.keys.manifest.vocab_size, np.int64)
-        for block in self.keys.blocks:
-            counts_V += np.bincount(self.keys.unit("values", block.start), minlength=len(counts_V))
-        return counts_V
 
     @cached_property
     def _queries_ND(self) -> KeyRows:

@@ -9,24 +9,24 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.typed_json import to_json
-from mlpmem_ds.formats.corpus import token_dtype
-from mlpmem_ds.formats.target_encoding import TargetBlock, pack_block
-from mlpmem_ds.formats.target_shards import index_name, shard_name, stored_bytes, write_shard
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.target_encoding import Encoding, TargetBlock, pack_block
+from mlpmem_ds.formats.target_shards import Container, index_name, shard_name, stored_bytes, write_shard
 from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
-from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity
-from mlpmem_ds.stages.targets.config import Config
+from mlpmem_ds.maths.weighting import Kind, Weighting, fit_weighting, weight_perplexity
 from mlpmem_ds.stages.targets.teacher import Teacher
 
 Made = TypeVar("Made")
@@ -37,110 +37,173 @@ _MAX_WORKERS = 8  # more threads of Python get into one another's way
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What the sample shows: its positions, their neighbours, the weighting, and the summary that the unit
-    keeps."""
+class WeightingRule:
+    """The weighting that the flags ask for: at a temperature, or (None) at the one that fits a perplexity."""
 
-    positions_n: np.ndarray
-    neighbours: Neighbours
-    weighting: Weighting
-    summary: dict[str, Any]
+    kind: Kind
+    temperature: float | None
+    perplexity: float
 
+    def weighting(self, squared_nK: np.ndarray, valid_nK: np.ndarray) -> Weighting:
+        """The weighting for such neighbours.
 
-def measure(teacher: Teacher, config: Config) -> Measured:
-    """Fit or take the temperature, and measure the neighbour-weight perplexity, on sampled positions.
-
-    Raises:
-        UserError: no temperature gives the requested perplexity.
-    """
-    positions_n = sample_positions(teacher.keys.num_positions, _SAMPLE, seed=_SEED)
-    neighbours = teacher.find(positions_n).unpack()
-    squared_nK, valid_nK = teacher.squared_distances(neighbours)
-    if config.temperature == "auto":
+        Raises:
+            UserError: no temperature gives the perplexity.
+        """
+        if self.temperature is not None:
+            return Weighting(kind=self.kind, temperature=self.temperature)
         try:
-            weighting = fit_weighting(config.weighting, squared_nK, valid_nK, config.perplexity)
+            fitted = fit_weighting(self.kind, squared_nK, valid_nK, self.perplexity)
         except ValueError as error:
             raise UserError(
                 f"--neighbour-perplexity: {error}; or set --temperature (and another --output)"
             ) from error
         # Six digits: legible, and the same where another processor's exp differs in the last bit.
-        weighting = replace(weighting, temperature=float(f"{weighting.temperature:.6g}"))
-    else:
-        weighting = Weighting(kind=config.weighting, temperature=float(config.temperature))
-    found_n = valid_nK.any(axis=1)
-    perplexities_n = weight_perplexity(weighting.weights(squared_nK, valid_nK)[found_n])
-    summary = {
-        "weighting": to_json(weighting),
-        "sampled_positions": len(positions_n),
-        "neighbour_perplexity": float(np.exp(np.log(perplexities_n).mean())) if found_n.any() else 1.0,
-    }
-    return Measured(positions_n=positions_n, neighbours=neighbours, weighting=weighting, summary=summary)
+        return replace(fitted, temperature=float(f"{fitted.temperature:.6g}"))
 
 
-def bytes_per_position(
-    teacher: Teacher, config: Config, measured: Measured, order_V: np.ndarray | None
-) -> float:
-    """What a position will take on disk, by packing the sampled ones (a little more than neighbouring ones
-    would)."""
-    total = 0
-    for block in split_blocks(len(measured.positions_n), teacher.keys.manifest.block_size):
-        rows = teacher.rows(
-            _part(measured.neighbours, block),
-            measured.positions_n[slice(*block)],
-            measured.weighting,
-            config.mass,
-        )
-        total += stored_bytes(_pack(teacher, config, block.start, rows, order_V), config.container)
-    return total / len(measured.positions_n)
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """How rows are cut and stored."""
+
+    mass: float
+    encoding: Encoding
+    container: Container
+    dtype: np.dtype[Any]
+    order_V: np.ndarray | None
+    """token ids by falling frequency, with the encoding `compact`"""
+
+    def pack(self, rows: SparseRows, first: int) -> TargetBlock:
+        """Rows of consecutive positions from `first` on, as one sample."""
+        return pack_block(first, rows, dtype=self.dtype, encoding=self.encoding, order_V=self.order_V)
 
 
-def write(
-    teacher: Teacher,
-    config: Config,
-    shard: Block,
-    weighting: Weighting,
-    order_V: np.ndarray | None,
-    writer: UnitWriter,
-    progress: Progress,
-) -> dict[str, Any]:
-    """One unit: search the shard's positions batch by batch and write their rows sample by sample.
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What sampled positions show of the targets before there are any."""
 
-    Each thread takes a batch through search, aggregation and encoding by itself: most of that is NumPy, which
-    has one thread, and torch's own threads on matrices this small cost as much as they bring (24,576
-    positions, 2 threads: 4.0 s with torch's, as many as with one thread).
-    """
-    short = without = 0
-    block_size = teacher.keys.manifest.block_size
-    num_threads = torch.get_num_threads()
-    num_workers = min(num_threads, _MAX_WORKERS)
-    teacher.prepare()
-    size = block_size * max(1, config.batch_positions // num_workers // block_size)
+    teacher: Teacher
+    rule: WeightingRule
+    row_format: RowFormat
 
-    def make(batch: Block) -> tuple[list[TargetBlock], int, int]:
-        first = shard.start + batch.start
-        found = teacher.find(np.arange(first, first + batch.size))
+    def measure(self, unit: str, writer: UnitWriter) -> dict[str, Any]:
+        """The unit of the sample, whose record keeps the summary."""
+        return self.summary
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The weighting, the number of positions, and the perplexity of their neighbours' weights."""
+        weighting, neighbours = self.weighting, self._neighbours
+        squared_nK, valid_nK = self.teacher.squared_distances(neighbours)
+        has_any_n = valid_nK.any(axis=1)
+        perplexities_n = weight_perplexity(weighting.weights(squared_nK, valid_nK)[has_any_n])
+        return {
+            "weighting": to_json(weighting),
+            "sampled_positions": len(self._positions_n),
+            "neighbour_perplexity": float(np.exp(np.log(perplexities_n).mean()))
+            if len(perplexities_n)
+            else 1.0,
+        }
+
+    @cached_property
+    def weighting(self) -> Weighting:
+        """Fitted to the sample, or given.
+
+        Raises:
+            UserError: no temperature gives the perplexity.
+        """
+        return self.rule.weighting(*self.teacher.squared_distances(self._neighbours))
+
+    def bytes_per_position(self) -> float:
+        """What a position will take on disk, by packing the sampled ones (a little more than neighbouring
+        ones would)."""
+        total = 0
+        for block in split_blocks(len(self._positions_n), self.teacher.keys.manifest.block_size):
+            rows = slice(*block)
+            neighbours = Neighbours(
+                ids_QK=self._neighbours.ids_QK[rows], distances_QK=self._neighbours.distances_QK[rows]
+            )
+            rows_n = self.teacher.rows(
+                neighbours, self._positions_n[rows], self.weighting, self.row_format.mass
+            )
+            total += stored_bytes(self.row_format.pack(rows_n, block.start), self.row_format.container)
+        return total / len(self._positions_n)
+
+    @cached_property
+    def _positions_n(self) -> np.ndarray:
+        return sample_positions(self.teacher.keys.num_positions, _SAMPLE, seed=_SEED)
+
+    @cached_property
+    def _neighbours(self) -> Neighbours:
+        return self.teacher.find(self._positions_n).unpack()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardWriter:
+    """Writes the rows of the shards."""
+
+    teacher: Teacher
+    row_format: RowFormat
+    shard_positions: int
+    batch_positions: int
+    weighting: Weighting
+    world: World
+
+    @cached_property
+    def shards(self) -> dict[str, Block]:
+        """The positions of each shard, by its unit's name."""
+        blocks = split_blocks(self.teacher.keys.num_positions, self.shard_positions)
+        return {f"knn-{block.start:012d}": block for block in blocks}
+
+    @cached_property
+    def progress(self) -> Progress:
+        mine = deal(list(self.shards.values()), self.world.rank, self.world.size)
+        total = sum(block.size for block in mine)
+        return Progress(total, label="targets", unit="positions", world=self.world)
+
+    def write(self, unit: str, writer: UnitWriter) -> dict[str, Any]:
+        """One unit: search the shard's positions batch by batch and write their rows sample by sample.
+
+        Each thread takes a batch through search, aggregation and encoding by itself: most of that is NumPy,
+        which has one thread, and torch's own threads on matrices this small cost as much as they bring
+        (24,576 positions, 2 threads: 4.0 s with torch's, as many as with one thread).
+        """
+        shard, progress, short, without = self.shards[unit], self.progress, 0, 0
+        block_size = self.teacher.keys.manifest.block_size
+        num_workers = min(torch.get_num_threads(), _MAX_WORKERS)
+        self.teacher.prepare()
+        size = block_size * max(1, self.batch_positions // num_workers // block_size)
+        batches = [
+            Block(shard.start + batch.start, shard.start + batch.stop)
+            for batch in split_blocks(shard.size, size)
+        ]
+
+        def blocks() -> Iterator[TargetBlock]:
+            nonlocal short, without
+            made = _in_threads(self._make, batches, num_workers)
+            for batch, (packed, num_short, num_without) in zip(batches, made, strict=True):
+                yield from packed
+                short, without = short + num_short, without + num_without
+                progress.advance(batch.size)
+
+        container = self.row_format.container
+        name = shard_name(shard.start, shard.size, container)
+        with writer.file(name) as shard_path, writer.file(index_name(name)) as index_path:
+            totals = write_shard(shard_path, index_path, blocks(), container=container)
+        return {**totals, "rows_short_of_k": short, "rows_without_neighbours": without}
+
+    def _make(self, batch: Block) -> tuple[list[TargetBlock], int, int]:
+        """(the samples of a batch, its rows with fewer than k neighbours, its rows with none)."""
+        found = self.teacher.find(np.arange(batch.start, batch.stop))
         counts_n = found.count()
         blocks = []
-        for block in split_blocks(batch.size, block_size):
-            positions_n = np.arange(first + block.start, first + block.stop)
-            rows = teacher.rows(found.rows(slice(*block)), positions_n, weighting, config.mass)
-            blocks.append(_pack(teacher, config, int(positions_n[0]), rows, order_V))
-        return blocks, int((counts_n < config.k).sum()), int((counts_n == 0).sum())
-
-    def blocks() -> Iterator[TargetBlock]:
-        nonlocal short, without
-        batches = split_blocks(shard.size, size)
-        for batch, (made, num_short, num_without) in zip(
-            batches, _in_threads(make, batches, num_workers), strict=True
-        ):
-            yield from made
-            short, without = short + num_short, without + num_without
-            progress.advance(batch.size)
-
-    name = shard_name(shard.start, shard.size, config.container)
-    with writer.file(name) as shard_path, writer.file(index_name(name)) as index_path:
-        totals = write_shard(shard_path, index_path, blocks(), container=config.container)
-    return {**totals, "rows_short_of_k": short, "rows_without_neighbours": without}
+        for block in split_blocks(batch.size, self.teacher.keys.manifest.block_size):
+            first = batch.start + block.start
+            positions_n = np.arange(first, first + block.size)
+            neighbours = found.rows(slice(*block))
+            rows = self.teacher.rows(neighbours, positions_n, self.weighting, self.row_format.mass)
+            blocks.append(self.row_format.pack(rows, first))
+        return blocks, int((counts_n < self.teacher.k).sum()), int((counts_n == 0).sum())
 
 
 def _in_threads(make: Callable[[Block], Made], batches: Sequence[Block], num_workers: int) -> Iterator[Made]:
@@ -166,20 +229,3 @@ def _in_threads(make: Callable[[Block], Made], batches: Sequence[Block], num_wor
                 pool.shutdown(wait=True, cancel_futures=True)
     finally:
         torch.set_num_threads(num_threads)
-
-
-def _part(neighbours: Neighbours, block: Block) -> Neighbours:
-    return Neighbours(
-        ids_QK=neighbours.ids_QK[slice(*block)], distances_QK=neighbours.distances_QK[slice(*block)]
-    )
-
-
-def _pack(
-    teacher: Teacher,
-    config: Config,
-    first: int,
-    rows: SparseRows,
-    order_V: np.ndarray | None,
-) -> TargetBlock:
-    dtype = token_dtype(teacher.keys.manifest.vocab_size)
-    return pack_block(first, rows, dtype=dtype, encoding=config.encoding, order_V=order_V)
