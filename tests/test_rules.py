@@ -88,11 +88,7 @@ PENDING: dict[str, set[str]] = {
         "mlpmem_ds/maths/knn.py",
         "mlpmem_ds/stages/exchange/import_datastore.py",
     },
-    "long_files": {
-        "tests/stages/conversion/test_convert_checkpoint.py",
-        "tests/stages/keys/test_extract_keys.py",
-        "tests/stages/targets/test_write_targets.py",
-    },
+    "long_files": {},
     "wide_prose": {"mlpmem_ds/formats/README.md"},
     "effects_of_import": {
         "mlpmem_ds/models/hf.py",  # to stay: registers its classes with transformers
