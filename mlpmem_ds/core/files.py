@@ -207,8 +207,16 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def require_free_bytes(path: Path, needed: int, *, what: str) -> None:
+def require_free_bytes(
+    path: Path, needed: int, *, what: str, remedy: str = "free some space or choose another --output"
+) -> None:
     """Refuse to start where the disk cannot hold the result.
+
+    Args:
+        path: where it will be written; it need not exist.
+        needed: bytes.
+        what: needs them, in the plural, for the message.
+        remedy: what to do about it.
 
     Raises:
         UserError: with both numbers.
@@ -217,6 +225,5 @@ def require_free_bytes(path: Path, needed: int, *, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{what} need {needed / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB free: "
-            "free some space or choose another --output"
+            f"{what} need {needed / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB free: {remedy}"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import FileRecord
+from mlpmem_ds.core.files import FileRecord, require_free_bytes
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.processes import gather_values, wait_for_all
 from mlpmem_ds.formats.checkpoint import (
@@ -85,12 +85,11 @@ def _prepare_place(root: Path, needed: int) -> str | None:
     """Make the directory, remove what a killed run left; why the disk cannot hold a checkpoint, or None."""
     root.mkdir(parents=True, exist_ok=True)
     remove_unfinished(root)
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        return (
-            f"a checkpoint needs {needed / 1e9:.2f} GB, and {root} has {free / 1e9:.2f} GB free: free some"
-            " space and run the same command again, it continues from the newest checkpoint"
-        )
+    remedy = "free some space and run the same command again, it continues from the newest checkpoint"
+    try:
+        require_free_bytes(root, needed, what="a checkpoint's files", remedy=remedy)
+    except UserError as error:
+        return str(error)
     return None
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mlpmem_ds.core.directories import replace_directory
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import (
     FileRecord,
@@ -119,21 +120,10 @@ def publish_checkpoint(root: Path, manifest: CheckpointManifest) -> Path:
     temporary = final.with_name(final.name + ".tmp")
     kind = {"format": f"mlpmem-{manifest.FORMAT}", "version": manifest.VERSION}
     (temporary / "manifest.json").write_bytes(sealed_json({**kind, **manifest.to_json()}))
-    for path in (
-        temporary / "manifest.json",
-        *(path for path in temporary.rglob("*") if path.is_dir()),
-        temporary,
-    ):
-        flush(path)
-    if (
-        final.exists() and fault_of_checkpoint(final) is None
-    ):  # an earlier save of the same step: the same state
-        shutil.rmtree(temporary)
+    if final.exists() and fault_of_checkpoint(final) is None:
+        shutil.rmtree(temporary)  # an earlier save of the same step: the same state
     else:
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        flush(root)
+        replace_directory(final, temporary)
     publish_json(root.parent / "latest.json", {"step": manifest.step})
     return final
 
@@ -153,6 +143,6 @@ def remove_old_checkpoints(root: Path, keep: int) -> None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """Remove what a killed run left half written (`*.tmp`)."""
-    for path in root.glob("step-*.tmp") if root.is_dir() else ():
+    """Remove what a killed run left half written (`*.tmp`, `*.tmp.former`)."""
+    for path in root.glob("step-*.tmp*") if root.is_dir() else ():
         shutil.rmtree(path)

@@ -8,11 +8,11 @@ warning, never the training.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from pathlib import Path
 
+from mlpmem_ds.core.directories import publish_directory
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import fault_of_file, flush
 from mlpmem_ds.formats.checkpoint import read_checkpoint, remove_old_checkpoints, remove_unfinished
@@ -30,25 +30,16 @@ def copy_checkpoint(source: Path, root: Path) -> Path:
     """
     root.mkdir(parents=True, exist_ok=True)
     remove_unfinished(root)
-    temporary, final = root / (source.name + ".tmp"), root / source.name
-    for record in read_checkpoint(source).manifest.files:
-        place = temporary / record.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / record.name, place)
-        flush(place)
-        if fault := fault_of_file(temporary, record):
-            raise DamagedDataError(f"copied wrongly: {fault}")
-    shutil.copyfile(source / "manifest.json", temporary / "manifest.json")
-    for path in (
-        temporary / "manifest.json",
-        *(path for path in temporary.rglob("*") if path.is_dir()),
-        temporary,
-    ):
-        flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    flush(root)
+    final = root / source.name
+    with publish_directory(final, temporary=root / f"{source.name}.tmp") as temporary:
+        for record in read_checkpoint(source).manifest.files:
+            place = temporary / record.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / record.name, place)
+            flush(place)
+            if fault := fault_of_file(temporary, record):
+                raise DamagedDataError(f"copied wrongly: {fault}")
+        shutil.copyfile(source / "manifest.json", temporary / "manifest.json")
     return final
 
 
@@ -83,7 +74,6 @@ class CheckpointCopier:
             copy_checkpoint(checkpoint, self._root)
             remove_old_checkpoints(self._root, self._keep)
         except (OSError, DamagedDataError) as error:
-            shutil.rmtree(self._root / (checkpoint.name + ".tmp"), ignore_errors=True)
             _logger.warning(
                 "%s was not copied to --copy-to %s (%s); training goes on", checkpoint, self._root, error
             )

@@ -19,11 +19,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import shutil
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +29,16 @@ from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
 import mlpmem_ds
+from mlpmem_ds.core.directories import replace_directory, work_directory
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
     canonical_json,
     fault_of_file,
-    flush,
-    is_alive,
     publish_json,
     read_json,
     read_sealed_json,
     record_file,
-    remove_stale_temporaries,
     require_free_bytes,
     sealed_json,
 )
@@ -91,7 +86,10 @@ def run(config: Config, world: World) -> None:
     _require_disk(config, inputs)
     inputs = inputs.read(output)
     joint = _join(config, inputs)
-    with _partial_directory(output, identity) as partial:
+    plain = json.loads(canonical_json(identity))  # as a reader sees it
+    with work_directory(output, continues=lambda path: _identity_of(path) == plain) as partial:
+        (partial / _RECORDS).mkdir(exist_ok=True)
+        publish_json(partial / _IDENTITY, identity)
         export = partial / output.name  # transformers names its copy of the code after this directory
         export.mkdir(exist_ok=True)
         verification = _write_and_verify(config, inputs, joint, export, world)
@@ -106,7 +104,7 @@ def run(config: Config, world: World) -> None:
             "files": [record.to_json() for record in records],
         }
         (export / EXPORT_FILE).write_bytes(sealed_json(manifest))
-        _publish(export, output, aside=partial / "replaced")
+        replace_directory(output, export)
     _logger.info(
         "complete: %s (λ %g, %s): %s",
         config.output,
@@ -166,38 +164,6 @@ def _require_disk(config: Config, inputs: ExportInputs) -> None:
     )
 
 
-@contextmanager
-def _partial_directory(output: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
-    """A directory next to `output`, removed at the end; one that a killed run of the same export left is
-    continued.
-
-    Others of dead processes of this host are removed first.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    prefix, suffix = f".{output.name}.{socket.gethostname()}.", ".partial"
-    partial = output.parent / f"{prefix}{os.getpid()}{suffix}"
-    for path in sorted(output.parent.iterdir()):
-        if path.name.startswith(prefix) and path.name.endswith(suffix):
-            pid = path.name[len(prefix) : -len(suffix)]
-            if not pid.isdigit() or (int(pid) != os.getpid() and is_alive(int(pid))):
-                continue
-            if (
-                path != partial
-                and not partial.exists()
-                and _identity_of(path) == json.loads(canonical_json(identity))
-            ):
-                os.replace(path, partial)
-            else:
-                shutil.rmtree(path)
-    (partial / _RECORDS).mkdir(parents=True, exist_ok=True)
-    publish_json(partial / _IDENTITY, identity)
-    remove_stale_temporaries(partial)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _identity_of(partial: Path) -> Any:
     try:
         return read_json(partial / _IDENTITY)
@@ -207,17 +173,6 @@ def _identity_of(partial: Path) -> Any:
 
 def _files_below(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
-
-
-def _publish(export: Path, output: Path, *, aside: Path) -> None:
-    """Flush every file and rename the directory to `output`; a damaged export there is moved `aside`
-    first."""
-    for path in (*_files_below(export), *(path for path in export.rglob("*") if path.is_dir()), export):
-        flush(path)
-    if output.is_dir() and any(output.iterdir()):
-        os.replace(output, aside)
-    os.replace(export, output)
-    flush(output.parent)
 
 
 # The model

@@ -1,0 +1,76 @@
+"""Directories that appear whole or not at all: filled under a temporary name, flushed, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mlpmem_ds.core.files import flush, is_alive, remove_stale_temporaries
+
+
+@contextlib.contextmanager
+def publish_directory(path: Path, *, temporary: Path) -> Iterator[Path]:
+    """Give an empty directory to fill; at the end it becomes `path`, after an error it is removed.
+
+    Args:
+        path: the name that it gets; what has it then is replaced.
+        temporary: the name until then, on the same file system; what a killed run left there is removed.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        replace_directory(path, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_directory(path: Path, filled: Path) -> None:
+    """Flush all that is in a filled directory and rename it to `path`.
+
+    A directory that has that name is renamed first, and removed at the end.
+    """
+    for folder, _, names in os.walk(filled, topdown=False):
+        for name in names:
+            flush(Path(folder, name))
+        flush(Path(folder))
+    former = filled.with_name(f"{filled.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if path.exists():
+        os.replace(path, former)
+    os.replace(filled, path)
+    flush(path.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator[Path]:
+    """Give this process a directory next to `path`, `.<name>.<host>.<pid>.partial`; it is removed at the end.
+
+    What killed processes of this host left under such names is removed first, but for one that `continues`
+    accepts as the same work: it is taken over, without its half-written files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix, suffix = f".{path.name}.{socket.gethostname()}.", ".partial"
+    own = path.parent / f"{prefix}{os.getpid()}{suffix}"
+    for other in sorted(path.parent.iterdir()):
+        if not (other.name.startswith(prefix) and other.name.endswith(suffix)):
+            continue
+        pid = other.name[len(prefix) : -len(suffix)]
+        if not pid.isdigit() or (int(pid) != os.getpid() and is_alive(int(pid))):
+            continue
+        if other != own and not own.exists() and continues(other):
+            os.replace(other, own)
+        else:
+            shutil.rmtree(other)
+    own.mkdir(exist_ok=True)
+    remove_stale_temporaries(own)
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)

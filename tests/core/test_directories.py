@@ -1,0 +1,78 @@
+"""A directory appears whole or not at all; what killed processes left is removed or continued."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.directories import publish_directory, replace_directory, work_directory
+
+DEAD = 2**22 + 1  # above the largest process id
+
+
+def fill(folder: Path, content: str) -> None:
+    (folder / "inner").mkdir()
+    (folder / "inner" / "a.txt").write_text(content)
+
+
+def test_it_appears_at_the_end_in_the_place_of_another(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with publish_directory(tmp_path / "done", temporary=tmp_path / "done.tmp") as temporary:
+            fill(temporary, content)
+            assert content == "old" or (tmp_path / "done" / "inner" / "a.txt").read_text() == "old"
+        assert (tmp_path / "done" / "inner" / "a.txt").read_text() == content
+        assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    with publish_directory(tmp_path / "done", temporary=tmp_path / "done.tmp") as temporary:
+        fill(temporary, "old")
+    (tmp_path / "done.tmp").mkdir()
+    (tmp_path / "done.tmp" / "left.txt").write_text("by a killed run")
+    with (
+        pytest.raises(OSError, match="full"),
+        publish_directory(tmp_path / "done", temporary=tmp_path / "done.tmp") as temporary,
+    ):
+        assert not list(temporary.iterdir())
+        fill(temporary, "new")
+        raise OSError("the disk is full")
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+    assert (tmp_path / "done" / "inner" / "a.txt").read_text() == "old"
+
+
+def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled, calls = tmp_path / "filled", []
+    filled.mkdir()
+    fill(filled, "x")
+    rename = os.replace
+    monkeypatch.setattr("mlpmem_ds.core.directories.flush", lambda path: calls.append(path.name))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("rename"), rename(*names)))
+    replace_directory(tmp_path / "done", filled)
+    assert calls == ["a.txt", "inner", "filled", "rename", tmp_path.name]
+
+
+def test_a_killed_run_is_continued_and_others_are_removed(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    names = {
+        "same": f".out.{host}.{DEAD}.partial",
+        "another": f".out.{host}.{DEAD + 1}.partial",
+        "alive": f".out.{host}.{os.getppid()}.partial",
+        "elsewhere": f".out.elsewhere.{DEAD}.partial",
+    }
+    for kind, name in names.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kind.txt").write_text(kind)
+    (tmp_path / names["same"] / f".half.{host}.{DEAD}.tmp").write_text("half")
+    (tmp_path / "out").mkdir()
+    with work_directory(
+        tmp_path / "out", continues=lambda path: (path / "kind.txt").read_text() == "same"
+    ) as own:
+        assert own.name == f".out.{host}.{os.getpid()}.partial"
+        assert [path.name for path in own.iterdir()] == ["kind.txt"]
+        assert (own / "kind.txt").read_text() == "same"
+        left = {path.name for path in tmp_path.iterdir()} - {"out", own.name}
+        assert left == {names["alive"], names["elsewhere"]}
+    assert not own.exists()
