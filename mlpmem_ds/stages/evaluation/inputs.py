@@ -16,6 +16,8 @@ from mlpmem_ds.stages.evaluation.splits import Split, open_splits, streams_of
 
 OPENERS: tuple[Opener, ...] = (knn.open_arms, memory.open_arms, model.open_arms)
 """one for each kind of arm, in the order of the report; a new kind is a line here"""
+TELLERS = (memory.layers_paths, knn.layers_paths)
+"""who says where the base's layers are, if extraction had to be told: the first that says something"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +56,18 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
     )
     corpus = splits[config.test_split].corpus
     num_positions = sum(corpus.num_positions for corpus in streams_of(splits).values())
-    base = open_base(config, corpus, local_rank)
+    base = open_base(config, corpus, layers_path=find_layers_path(config), local_rank=local_rank)
     context = Context(base=base, corpus=corpus, num_positions=num_positions)
     opened = [arm for opener in OPENERS for arm in opener(config, context)]
     arms = _with_different_names([base, *opened])
     _refuse_training_text(splits, arms)
     return Inputs(splits=splits, base=base, arms=arms)
+
+
+def find_layers_path(config: Config) -> str | None:
+    """Where the base's layers are, if extraction had to be told: as the memory says, a control's memory, or
+    the keys."""
+    return next((path for teller in TELLERS for path in teller(config)), None)
 
 
 def _with_fetched_memories(config: Config) -> Config:

@@ -24,8 +24,8 @@ from mlpmem_ds.models.memory import Memory, MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
 from mlpmem_ds.stages.evaluation import inputs as evaluation_inputs
-from mlpmem_ds.stages.evaluation.arms.base import find_layers_path
 from mlpmem_ds.stages.evaluation.config import Config as EvaluationConfig
+from mlpmem_ds.stages.evaluation.inputs import find_layers_path
 
 from ...manifests import make_provenance
 

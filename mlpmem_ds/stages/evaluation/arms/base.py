@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlpmem_ds.core.files import read_json
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.formats.trained_models import read_memory_description
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores
-from mlpmem_ds.stages.evaluation.config import Config, control_directories
+from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
 BASE = "base"
@@ -69,12 +66,13 @@ class Opener(Protocol):
     def __call__(self, config: Config, context: Context) -> Sequence[Arm]: ...
 
 
-def open_base(config: Config, corpus: CorpusSplit, local_rank: int) -> ModelArm:
+def open_base(config: Config, corpus: CorpusSplit, *, layers_path: str | None, local_rank: int) -> ModelArm:
     """Open `--model`.
 
     Args:
         config: the flags.
         corpus: any split of the text.
+        layers_path: where its layers are, if extraction had to be told.
         local_rank: of this process, which chooses its GPU.
 
     Raises:
@@ -87,7 +85,7 @@ def open_base(config: Config, corpus: CorpusSplit, local_rank: int) -> ModelArm:
         device=config.device,
         attention=config.attention,
         local_rank=local_rank,
-        layers_path=find_layers_path(config),
+        layers_path=layers_path,
     )
     check_source_reads(source, corpus, config.model)
     return ModelArm(
@@ -106,21 +104,6 @@ def open_base(config: Config, corpus: CorpusSplit, local_rank: int) -> ModelArm:
             tokens=None,
         ),
     )
-
-
-def find_layers_path(config: Config) -> str | None:
-    """Where the base's layers are, if extraction had to be told: as the memory says, a control's memory, or
-    the keys."""
-    memories = [] if config.memory is None else [config.memory]
-    for memory in (*memories, *control_directories(config.control).values()):
-        weights, export = memory / "weights" / "config.json", memory / "config.json"
-        if weights.is_file():
-            return read_memory_description(weights).provenance.input_layers_path
-        if export.is_file() and "layers_path" in (description := read_json(export)):
-            return description["layers_path"]
-    if config.keys is not None and (config.keys / "manifest.json").is_file():
-        return open_keys(config.keys).manifest.layers_path
-    return None
 
 
 def num_parameters(source: TransformersSource) -> int:

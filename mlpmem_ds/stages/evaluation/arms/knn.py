@@ -16,7 +16,7 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import IndexDirectory
-from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.maths.knn import max_keys_for_exact
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.backbone import CapturePoint
@@ -94,6 +94,13 @@ def open_arms(config: Config, context: Context) -> list[KnnArm]:
     if datastore.index is not None:
         arms.append(_open_indexed(vote, datastore.index, base, nprobe=config.nprobe))
     return [replace(arm, resolved={**arm.resolved, "exact": is_exact}) for arm in arms]
+
+
+def layers_paths(config: Config) -> list[str | None]:
+    """Where the base's layers are, as the keys say; None: extraction found them."""
+    if config.keys is None or not (config.keys / "manifest.json").is_file():
+        return []
+    return [open_keys(config.keys).manifest.layers_path]
 
 
 def _open_vote(datastore: Datastore, context: Context, *, k: int | None, temperature: float | None) -> Vote:

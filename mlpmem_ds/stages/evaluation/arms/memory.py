@@ -17,10 +17,16 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.hidden_states import fingerprint_model, resolve_point
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.formats.trained_models import MemoryManifest, Provenance, read_weights
+from mlpmem_ds.formats.trained_models import (
+    MemoryManifest,
+    Provenance,
+    read_memory_description,
+    read_weights,
+)
 from mlpmem_ds.maths.head_scores import token_log_probabilities
 from mlpmem_ds.models.backbone import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
@@ -30,7 +36,7 @@ from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_o
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_model
 from mlpmem_ds.stages.evaluation.arms.controls import is_export, memory_controls
 from mlpmem_ds.stages.evaluation.arms.datastore import stages_of_targets
-from mlpmem_ds.stages.evaluation.config import Config
+from mlpmem_ds.stages.evaluation.config import Config, control_directories
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
 MEMORY = "base+memory"
@@ -104,6 +110,19 @@ def open_arms(config: Config, context: Context) -> list[MemoryArm]:
         flag, arm = f"--control {name}", f"base+{name.removeprefix('base+')}"
         arms.append(_open_memory(root, flag, arm, "control", config, context))
     return arms
+
+
+def layers_paths(config: Config) -> list[str | None]:
+    """Where the base's layers are, as each memory says; None: its training found them."""
+    told: list[str | None] = []
+    memories = [] if config.memory is None else [config.memory]
+    for root in (*memories, *control_directories(config.control).values()):
+        weights, export = root / "weights" / "config.json", root / "config.json"
+        if weights.is_file():
+            told.append(read_memory_description(weights).provenance.input_layers_path)
+        elif export.is_file() and "layers_path" in (description := read_json(export)):
+            told.append(description["layers_path"])
+    return told
 
 
 def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, context: Context) -> MemoryArm:

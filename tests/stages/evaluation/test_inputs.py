@@ -10,10 +10,11 @@ import pytest
 
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.formats.trained_models import MemoryDescription
-from mlpmem_ds.stages.evaluation.arms import base
+from mlpmem_ds.stages.evaluation.arms import knn
 from mlpmem_ds.stages.evaluation.config import Config
+from mlpmem_ds.stages.evaluation.inputs import find_layers_path
 
-from ....manifests import make_provenance
+from ...manifests import make_provenance
 
 
 def test_the_layers_are_where_the_memory_or_the_keys_say(
@@ -24,7 +25,7 @@ def test_the_layers_are_where_the_memory_or_the_keys_say(
         (tmp_path / name).write_text(json.dumps(content))
 
     def found(**roots: Path) -> str | None:
-        return base.find_layers_path(
+        return find_layers_path(
             Config(model="m", corpus=tmp_path / "corpus", output=tmp_path / "report", **roots)
         )
 
@@ -36,7 +37,7 @@ def test_the_layers_are_where_the_memory_or_the_keys_say(
     write("export/config.json", {"layers_path": "b.layers"})
     write("keys/manifest.json", {})
     told = SimpleNamespace(manifest=SimpleNamespace(layers_path="c.layers"))
-    monkeypatch.setattr(base, "open_keys", lambda root: told)
+    monkeypatch.setattr(knn, "open_keys", lambda root: told)
     write_memory("plain", None)
     keys = tmp_path / "keys"
     assert found() is None

@@ -26,7 +26,7 @@ from mlpmem_ds.stages.evaluation.inputs import open_inputs
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval.knn_scorer import TEMPERATURE_FACTORS
 
-from .conftest import (
+from ..conftest import (
     NEIGHBOURS,
     TEMPERATURE,
     Finished,
