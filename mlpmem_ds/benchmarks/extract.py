@@ -339,7 +339,7 @@ def _write_corpus(shape: Shape, positions: int, root: Path) -> Path:
             token_dtype=dtype.str,
             block_size=shape.block_size,
             stride=shape.block_size,
-            splits={"train": SplitManifest.of_units([unit])},
+            splits={"train": SplitManifest.from_units([unit])},
         )
 
     directory.run_units(["00000"], write)

@@ -105,7 +105,7 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
             rows += _rows_of(arm, name, truth, written, num_bytes, case.keys)
         published = published_rows(case.truth, stock, queries_QD, values_N, config.k, temperature)
         counts_Q = np.array([len(ids) for ids, _ in published])
-        sparse = SparseRows.of_counts(
+        sparse = SparseRows.from_counts(
             counts_Q,
             np.concatenate([ids for ids, _ in published]).astype(np.int64),
             np.concatenate([probabilities for _, probabilities in published]).astype(np.float64),

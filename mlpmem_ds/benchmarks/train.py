@@ -181,7 +181,7 @@ def make_batch(config: Config, vocab_size: int) -> Batch:
     return Batch(
         inputs_ND=torch.randn(config.rows, config.width, generator=generator),
         labels_N=torch.randint(vocab_size, (config.rows,), generator=generator),
-        rows=SparseRows.of_counts(
+        rows=SparseRows.from_counts(
             np.full(config.rows, config.entries),
             torch.cat(ids).numpy(),
             logits.softmax(1).reshape(-1).numpy(),
@@ -225,7 +225,7 @@ def make_engine(memory: MemoryConfig, file: str, rows: int, world: World) -> Eng
 
 
 def step_of_ours(engine: Engine, batch: Batch) -> float:
-    targets = TargetBatch.of_rows(batch.rows, batch.labels_N.numpy())
+    targets = TargetBatch.from_rows(batch.rows, batch.labels_N.numpy())
     arguments = batch.inputs_ND.to(engine.device, engine.dtype), targets.to(engine.device)
     return float(engine.train_step([arguments], _LEARNING_RATE)[0][0])
 

@@ -146,7 +146,7 @@ def read_rows(table: ArrowTable, start: int, stop: int, vocab_size: int) -> tupl
     if (sums_n > 1.01).any():
         raise table.fault(start + int(np.argmax(sums_n > 1.01)), "its probabilities sum to more than 1")
     lacking_n = np.where(counts_n > 0, np.maximum(1 - sums_n, 0), 0)
-    rows = SparseRows.of_counts(counts_n, ids_E, values_E, lacking_n)
+    rows = SparseRows.from_counts(counts_n, ids_E, values_E, lacking_n)
     return rows, table.numbers("label", start, stop)
 
 

@@ -314,7 +314,7 @@ class BatchReader:
         part = rows.take(np.arange(*block))
         return MicroBatch(
             inputs_NI=torch.from_numpy(part.inputs_nI).view(torch.bfloat16),
-            targets=TargetBatch.of_rows(part.targets, part.values_n, part.log_probabilities_n),
+            targets=TargetBatch.from_rows(part.targets, part.values_n, part.log_probabilities_n),
         )
 
 

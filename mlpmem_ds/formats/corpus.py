@@ -62,7 +62,7 @@ class SplitManifest:
     units: tuple[CorpusUnit, ...]
 
     @classmethod
-    def of_units(cls, units: Sequence[CorpusUnit]) -> SplitManifest:
+    def from_units(cls, units: Sequence[CorpusUnit]) -> SplitManifest:
         return cls(
             num_tokens=sum(unit.tokens for unit in units),
             num_documents=sum(unit.documents for unit in units),

@@ -170,28 +170,16 @@ def pack_list_neighbours(
     buffer[-1] = NO_BOUND
     with _spread(torch.get_num_threads()) as spread:
         for rows_B in blocks:
-            probes_BP, sizes_BP = probes_QP[rows_B], sizes_QP[rows_B]
-            starts_BP, firsts_BP = np.zeros_like(sizes_BP), np.zeros_like(sizes_BP)
-            order, probed = probed_lists(probes_BP, sizes_BP, starts_BP)
-            rows_T = rows_B[order // probes_QP.shape[1]]
-            queries_TD = queries[torch.from_numpy(rows_T)]  # those of one list side by side
-            ids = [lists.ids_of(number) for number, *_ in probed]
-            for (number, start, stop, first), ids_K in zip(probed, ids, strict=True):
-                tile_MK = buffer[first : first + (stop - start) * len(ids_K)].view(stop - start, len(ids_K))
-                ranks_in_list(queries_TD[start:stop], *lists.keys_of(number), out=tile_MK)
-                if exclusion is not None and own_ids_Q is None:
-                    tile_MK.numpy()[exclusion.covers(rows_T[start:stop, None], ids_K[None])] = NO_BOUND
-            num_ids = np.array([len(ids_K) for ids_K in ids], np.int64)
-            probes_of_list = [stop - start for _, start, stop, _ in probed]
-            firsts_BP.ravel()[order] = np.repeat(np.cumsum(num_ids) - num_ids, probes_of_list)
-            block = CandidateBlock(
-                ranks=buffer.numpy(),
-                starts_BP=starts_BP,
-                sizes_BP=sizes_BP,
-                ids=np.concatenate([np.empty(0, np.int64), *ids]),
-                first_ids_BP=firsts_BP,
-                offsets_B=offsets_Q[rows_B],
-                own_ids_B=None if own_ids_Q is None else own_ids_Q[rows_B],
+            block = _measured_block(
+                rows_B,
+                queries,
+                probes_QP,
+                sizes_QP,
+                lists,
+                exclusion=None if own_ids_Q is not None else exclusion,
+                own_ids_Q=own_ids_Q,
+                offsets_Q=offsets_Q,
+                buffer=buffer,
             )
 
             def select(rows: range, rows_B: Array = rows_B, block: CandidateBlock = block) -> None:
@@ -199,6 +187,49 @@ def pack_list_neighbours(
 
             list(spread(select, block.split_rows()))
     return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
+
+
+def _measured_block(
+    rows_B: Array,
+    queries: Tensor,
+    probes_QP: Array,
+    sizes_QP: Array,
+    lists: ListedKeys,
+    *,
+    exclusion: Exclusion | None,
+    own_ids_Q: Array | None,
+    offsets_Q: Array,
+    buffer: Tensor,
+) -> CandidateBlock:
+    """The ranks (int32, into ``buffer``) of all keys of the lists that these queries probe; each list is read
+    once.
+
+    ``exclusion`` is applied to the ranks; ``own_ids_Q`` is left to the selection, for queries that exclude
+    only themselves.
+    """
+    probes_BP, sizes_BP = probes_QP[rows_B], sizes_QP[rows_B]
+    starts_BP, firsts_BP = np.zeros_like(sizes_BP), np.zeros_like(sizes_BP)
+    order, probed = probed_lists(probes_BP, sizes_BP, starts_BP)
+    rows_T = rows_B[order // probes_QP.shape[1]]
+    queries_TD = queries[torch.from_numpy(rows_T)]  # those of one list side by side
+    ids = [lists.ids_of(number) for number, *_ in probed]
+    for (number, start, stop, first), ids_K in zip(probed, ids, strict=True):
+        tile_MK = buffer[first : first + (stop - start) * len(ids_K)].view(stop - start, len(ids_K))
+        ranks_in_list(queries_TD[start:stop], *lists.keys_of(number), out=tile_MK)
+        if exclusion is not None:
+            tile_MK.numpy()[exclusion.covers(rows_T[start:stop, None], ids_K[None])] = NO_BOUND
+    num_ids = np.array([len(ids_K) for ids_K in ids], np.int64)
+    probes_of_list = [stop - start for _, start, stop, _ in probed]
+    firsts_BP.ravel()[order] = np.repeat(np.cumsum(num_ids) - num_ids, probes_of_list)
+    return CandidateBlock(
+        ranks=buffer.numpy(),
+        starts_BP=starts_BP,
+        sizes_BP=sizes_BP,
+        ids=np.concatenate([np.empty(0, np.int64), *ids]),
+        first_ids_BP=firsts_BP,
+        offsets_B=offsets_Q[rows_B],
+        own_ids_B=None if own_ids_Q is None else own_ids_Q[rows_B],
+    )
 
 
 def _unpacked(search: Callable[_Arguments, PackedNeighbours]) -> Callable[_Arguments, Neighbours]:

@@ -30,7 +30,7 @@ class SparseRows:
     dropped: Array
 
     @classmethod
-    def of_counts(
+    def from_counts(
         cls, counts_n: Array, ids: Array, probabilities: Array, dropped: Array | None = None
     ) -> SparseRows:
         """Rows of so many entries each; without `dropped` nothing is missing from them."""
@@ -44,14 +44,14 @@ class SparseRows:
     @classmethod
     def empty(cls, num_rows: int) -> SparseRows:
         """Rows without entries, in int64 and float64."""
-        return cls.of_counts(np.zeros(num_rows, np.int64), np.empty(0, np.int64), np.empty(0))
+        return cls.from_counts(np.zeros(num_rows, np.int64), np.empty(0, np.int64), np.empty(0))
 
     @classmethod
     def join(cls, parts: Sequence[SparseRows]) -> SparseRows:
         """The rows of the parts (at least one, all of the same dtypes), one part after the other."""
         if len(parts) == 1:
             return parts[0]
-        return cls.of_counts(
+        return cls.from_counts(
             np.concatenate([part.counts_n for part in parts]),
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.probabilities for part in parts]),
@@ -77,7 +77,7 @@ class SparseRows:
         counts_m = self.offsets[indices_m + 1] - self.offsets[indices_m]
         starts_m = np.cumsum(counts_m) - counts_m
         entries_E = np.repeat(self.offsets[indices_m] - starts_m, counts_m) + np.arange(counts_m.sum())
-        return self.of_counts(
+        return self.from_counts(
             counts_m, self.ids[entries_E], self.probabilities[entries_E], self.dropped[indices_m]
         )
 

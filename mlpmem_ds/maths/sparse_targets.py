@@ -33,7 +33,7 @@ class TargetBatch:
     base_log_probabilities_N: Tensor | None = None
 
     @classmethod
-    def of_rows(
+    def from_rows(
         cls,
         rows: SparseRows,
         labels_N: np.ndarray[Any, Any],
@@ -50,7 +50,7 @@ class TargetBatch:
         )
 
     @classmethod
-    def of_labels(cls, labels_N: Tensor) -> TargetBatch:
+    def from_labels(cls, labels_N: Tensor) -> TargetBatch:
         """A batch without a teacher, on the labels' device: the loss is their cross entropy."""
         return cls(
             offsets_N1=torch.zeros(len(labels_N) + 1, dtype=torch.int64),

@@ -39,7 +39,7 @@ def aggregate(weights_QK: Array, values_QK: Array) -> SparseRows:
     entries = np.cumsum(is_first_QK[kept_QK]) - 1
     num_entries_Q = is_first_QK.sum(axis=1)
     sums = np.bincount(entries, weights=weights, minlength=int(num_entries_Q.sum())).astype(np.float64)
-    return SparseRows.of_counts(num_entries_Q, sorted_QK[is_first_QK], sums)
+    return SparseRows.from_counts(num_entries_Q, sorted_QK[is_first_QK], sums)
 
 
 def truncate(rows: SparseRows, mass: float, keep_ids_Q: Array | None = None) -> SparseRows:
@@ -59,7 +59,7 @@ def truncate(rows: SparseRows, mass: float, keep_ids_Q: Array | None = None) -> 
         keep |= rows.ids == keep_ids_Q[row_of_entry]
     kept_counts_Q = np.bincount(row_of_entry[keep], minlength=len(counts_Q))
     dropped_Q = np.bincount(row_of_entry[~keep], weights=rows.probabilities[~keep], minlength=len(counts_Q))
-    return SparseRows.of_counts(
+    return SparseRows.from_counts(
         kept_counts_Q, rows.ids[keep], rows.probabilities[keep], rows.dropped + dropped_Q
     )
 

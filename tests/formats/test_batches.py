@@ -38,7 +38,7 @@ class FakeTargets:
         counts = np.arange(start, stop) % 4
         ids = [np.arange(count) for count in counts]
         probabilities = [position + row for position, row in zip(range(start, stop), ids, strict=True)]
-        return SparseRows.of_counts(
+        return SparseRows.from_counts(
             counts, np.concatenate(ids), np.concatenate(probabilities).astype(np.float64)
         )
 

@@ -27,7 +27,9 @@ def make_rows(num_rows: int, most: int, *, sharpness: float, seed: int = 0) -> S
     weights = [np.exp(sharpness * generator.normal(size=count)) for count in counts]
     weights = [np.maximum(row, 1e-6 * row.sum()) for row in weights]  # float16 keeps them
     probabilities = np.concatenate([0.999 * row / row.sum() if len(row) else row for row in weights])
-    return SparseRows.of_counts(counts, np.concatenate(ids), probabilities, np.where(counts > 0, 0.001, 0.0))
+    return SparseRows.from_counts(
+        counts, np.concatenate(ids), probabilities, np.where(counts > 0, 0.001, 0.0)
+    )
 
 
 def pack(rows: SparseRows, **changes: object) -> TargetBlock:
@@ -64,7 +66,7 @@ def test_every_gap_and_level_comes_back() -> None:
     probabilities = np.array([3e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.2, 0.688899])
     both = [(ORDER[ranks], probabilities), (ORDER[[VOCAB_SIZE - 1]], np.ones(1)), (ORDER[:0], np.ones(0))]
     order = [np.argsort(ids) for ids, _ in both]
-    rows = SparseRows.of_counts(
+    rows = SparseRows.from_counts(
         np.array([8, 1, 0]),
         np.concatenate([ids[place] for (ids, _), place in zip(both, order, strict=True)]).astype(np.int64),
         np.concatenate([p[place] for (_, p), place in zip(both, order, strict=True)]),
@@ -79,7 +81,7 @@ def test_every_gap_and_level_comes_back() -> None:
 
 
 def test_what_float16_rounds_away_is_dropped_in_both() -> None:
-    rows = SparseRows.of_counts(
+    rows = SparseRows.from_counts(
         np.array([2, 1]), np.array([3, 5, 2]), np.array([1e-9, 0.75, 1e-9]), np.array([0.25, 0.5])
     )
     for encoding in ("exact", "compact"):

@@ -38,7 +38,7 @@ def source() -> tuple[list[dict[int, float]], np.ndarray]:
 
 
 def sparse(rows: list[dict[int, float]], dropped: np.ndarray | None = None) -> SparseRows:
-    return SparseRows.of_counts(
+    return SparseRows.from_counts(
         np.array([len(row) for row in rows]),
         np.array([token for row in rows for token in row], np.int64),
         np.array([probability for row in rows for probability in row.values()]),

@@ -11,7 +11,7 @@ COUNTS = np.array([2, 0, 3, 1, 0])
 
 
 def make_rows() -> SparseRows:
-    return SparseRows.of_counts(
+    return SparseRows.from_counts(
         COUNTS,
         np.arange(6, dtype=np.int32),
         np.linspace(0.1, 0.6, 6, dtype=np.float32),
@@ -66,9 +66,9 @@ def test_rows_without_entries() -> None:
 
 
 def test_a_batch_of_the_loss_is_made_of_rows() -> None:
-    batch = TargetBatch.of_rows(make_rows(), np.array([5, 0, 1, 2, 3], np.uint16))
+    batch = TargetBatch.from_rows(make_rows(), np.array([5, 0, 1, 2, 3], np.uint16))
     assert batch.offsets_N1.tolist() == [0, 2, 2, 5, 6, 6]
     assert batch.ids.dtype == batch.labels_N.dtype == torch.int64
     assert batch.probabilities.dtype == torch.float32 and batch.base_log_probabilities_N is None
-    labels = TargetBatch.of_labels(torch.tensor([4, 4]))
+    labels = TargetBatch.from_labels(torch.tensor([4, 4]))
     assert labels.offsets_N1.tolist() == [0, 0, 0] and not len(labels.ids)

@@ -16,7 +16,7 @@ VOCAB_SIZE = 12
 
 
 def sparse(rows, dropped=None):
-    return SparseRows.of_counts(
+    return SparseRows.from_counts(
         np.array([len(row) for row in rows]),
         np.array([token for row in rows for token in row], np.int64),
         np.array([p for row in rows for p in row.values()], np.float64),
@@ -76,7 +76,7 @@ def test_each_fault_is_counted_once_a_row():
     assert count_faulty_rows(good, VOCAB_SIZE) == none
 
     def faults(ids=good.ids, probabilities=good.probabilities, dropped=good.dropped):
-        rows = SparseRows.of_counts(good.counts_n, np.array(ids), np.array(probabilities), dropped)
+        rows = SparseRows.from_counts(good.counts_n, np.array(ids), np.array(probabilities), dropped)
         return count_faulty_rows(rows, VOCAB_SIZE)
 
     assert faults(ids=[4, 1, 2]) == {**none, "unsorted": 1}

@@ -104,7 +104,7 @@ def test_truncate_keeps_the_fewest_most_probable_ids(mass, with_gold):
 
 
 def test_truncate_breaks_ties_by_id():
-    rows = SparseRows.of_counts(
+    rows = SparseRows.from_counts(
         np.array([4, 2]), np.array([2, 3, 5, 9, 1, 4]), np.array([0.25] * 4 + [0.5] * 2)
     )
     kept = truncate(rows, 0.5)

@@ -55,7 +55,7 @@ class NextTokenModule(nn.Module):
         loss, _ = sparse_loss(
             self.hidden(tokens_BT[:, :-1]),
             weight_VD,
-            TargetBatch.of_labels(labels_N),
+            TargetBatch.from_labels(labels_N),
             alpha=0.0,
             chunk_bytes=_CHUNK_BYTES_CPU if weight_VD.device.type == "cpu" else DEFAULT_CHUNK_BYTES,
         )

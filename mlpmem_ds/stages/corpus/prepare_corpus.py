@@ -204,7 +204,7 @@ def _describe(
     """The manifest's own fields, from the units' summaries."""
     splits = {}
     for split in SPLITS:
-        splits[split] = SplitManifest.of_units(
+        splits[split] = SplitManifest.from_units(
             [
                 CorpusUnit(unit=name, **summary[split])
                 for name, summary in zip(names, directory.summaries(names), strict=True)

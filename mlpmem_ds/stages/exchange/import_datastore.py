@@ -216,7 +216,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
             token_dtype=token_dtype(size).str,
             block_size=config.block_size,
             stride=config.block_size,
-            splits={split: SplitManifest.of_units(train if split == "train" else []) for split in SPLITS},
+            splits={split: SplitManifest.from_units(train if split == "train" else []) for split in SPLITS},
         )
 
     stage.run_units([_TOKENIZER_UNIT], write_tokenizer)

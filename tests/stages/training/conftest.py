@@ -104,5 +104,5 @@ def random_block(generator: np.random.Generator, first: int, count: int, vocab_s
     counts = generator.integers(0, 6, count)
     ids = [np.sort(generator.choice(vocab_size, size, replace=False)) for size in counts]
     weights = [generator.dirichlet(np.ones(size)) if size else np.empty(0) for size in counts]
-    rows = SparseRows.of_counts(counts, np.concatenate(ids), np.concatenate(weights))
+    rows = SparseRows.from_counts(counts, np.concatenate(ids), np.concatenate(weights))
     return pack_block(first, rows, dtype=np.dtype("<u2"))
