@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import default_values
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.formats.checkpoint import list_checkpoints
+from mlpmem_ds.formats.corpus import num_tokens_of_splits
 from mlpmem_ds.formats.keys import unit_name
 from mlpmem_ds.stages.keys.config import Config as KeysConfig
 
@@ -172,7 +173,7 @@ def _read_stage(run: Path, root: Path) -> StageState:
         faults=tuple(faults),
         sha256=sha256_of_file(root / "manifest.json") if has_manifest else None,
         inputs=dict(identity.get("inputs", {})),
-        settings=dict(identity.get("config", {})) | {"splits": manifest.get("splits", {})},
+        settings=dict(identity.get("config", {})),
     )
 
 
@@ -257,7 +258,10 @@ def _missing_units(state: StageState, states: Sequence[StageState]) -> tuple[str
     made = {unit for unit, _ in state.files}
     flags = default_values(KeysConfig) | state.settings
     codec = ["codec"] if flags["codec"] == "int8" else []
-    num_tokens = corpora[0].settings["splits"].get(flags["split"], {}).get("num_tokens", 1)
+    try:
+        num_tokens = num_tokens_of_splits(corpora[0].root).get(flags["split"], 1)
+    except UserError:  # named with the corpus itself
+        return ()
     blocks = split_blocks(num_tokens - 1, flags["unit_positions"])
     return tuple(unit for unit in [*codec, *(unit_name(block.start) for block in blocks)] if unit not in made)
 
