@@ -2,8 +2,8 @@
 
 In the order of the pipeline:
 - `documents.py`, `document_readers.py`: text from files of many kinds
-- `corpus.py`: token shards; `keys.py`, `key_rows.py`: keys, values and memory inputs
-- `index_directory.py`: an index; `key_lists.py`: keys in the order of its lists
+- `corpus.py`: token shards; `keys.py`, `mapped_keys.py`: keys, values and memory inputs
+- `index_directory.py`: an index; `lists_directory.py`: keys in the order of its lists
 - `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample
 - `batches.py`: training batches from keys and targets
 - `checkpoint.py`, `checkpoint_copy.py`: a training's checkpoints; `trained_models.py`: what it leaves

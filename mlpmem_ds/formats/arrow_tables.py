@@ -15,16 +15,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.formats.document_readers import import_arrow
 from mlpmem_ds.maths.sparse_rows import SparseRows
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 DATASTORE, TARGETS = ("keys", "vals"), ("id_cnt", "token_id", "prob", "label")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrowManifest(Manifest):
+    """Exported files: rows of each, and numbers of a key (0 without a datastore)."""
+
+    FORMAT: ClassVar[str] = "arrow"
+    VERSION: ClassVar[int] = 1
+
+    num_positions: int
+    width: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,14 @@ class TargetsManifest(Manifest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetAuditManifest(Manifest):
+    """The stage directory of an audit of targets; its figures are in the targets' audit.json."""
+
+    FORMAT: ClassVar[str] = "target-audit"
+    VERSION: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Targets(CompleteStage[TargetsManifest]):
     """A complete target directory; shards stay on disk until asked for."""
 

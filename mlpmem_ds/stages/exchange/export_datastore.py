@@ -16,14 +16,13 @@ from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.arrow_tables import write_datastore, write_rows
+from mlpmem_ds.formats.arrow_tables import ArrowManifest, write_datastore, write_rows
 from mlpmem_ds.formats.document_readers import import_arrow
 from mlpmem_ds.formats.keys import Keys, bfloat16_values, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.stages.exchange.config import ExportConfig
 
-FORMAT, VERSION = "arrow", 1
 _ROWS = 4096
 
 
@@ -47,7 +46,12 @@ def run(config: ExportConfig, world: World) -> None:
     require_free_bytes(config.output, needed, what="the Arrow files")
     inputs = {"keys": keys.sha256, **({} if targets is None else {"targets": targets.sha256})}
     stage = open_stage(
-        config.output, stage=FORMAT, version=VERSION, config=config, inputs=inputs, world=world
+        config.output,
+        stage=ArrowManifest.FORMAT,
+        version=ArrowManifest.VERSION,
+        config=config,
+        inputs=inputs,
+        world=world,
     )
     units = [*(["datastore"] if config.datastore else []), *(["targets"] if targets is not None else [])]
     progress = Progress(len(units) * keys.num_positions, label="rows", unit="rows", world=world)
@@ -63,7 +67,7 @@ def run(config: ExportConfig, world: World) -> None:
 
     stage.run_units(units, write)
     progress.close()
-    stage.finish(units, lambda: {"num_positions": keys.num_positions, "width": width})
+    stage.finish(units, lambda: ArrowManifest(num_positions=keys.num_positions, width=width))
 
 
 def _keys_of(keys: Keys, progress: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:

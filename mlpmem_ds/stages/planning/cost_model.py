@@ -14,7 +14,7 @@ from typing import Literal
 
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.corpus import token_dtype
-from mlpmem_ds.formats.key_lists import RUN_POSITIONS, bytes_of_key_lists
+from mlpmem_ds.formats.lists_directory import RUN_POSITIONS, bytes_of_key_lists
 from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK, max_keys_for_exact
 from mlpmem_ds.models.memory import MemoryConfig
 from mlpmem_ds.stages.index.factory import make_index, training_operations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.knn import pack_exact_neighbours
 from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
 
@@ -15,18 +15,18 @@ from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
 class ExactSearch:
     """All keys: rows of key files, or an array [N, D] in memory."""
 
-    def __init__(self, keys_ND: KeyRows | np.ndarray) -> None:
+    def __init__(self, keys_ND: MappedKeys | np.ndarray) -> None:
         self._keys_ND = keys_ND
 
     @property
     def num_bytes(self) -> int:
         keys_ND = self._keys_ND
-        return keys_ND.keys.bytes_of("keys") if isinstance(keys_ND, KeyRows) else keys_ND.nbytes
+        return keys_ND.keys.bytes_of("keys") if isinstance(keys_ND, MappedKeys) else keys_ND.nbytes
 
     def prepare(self) -> None:
         """Compare the key files with their checksums: a flipped byte would be a wrong neighbour in
         silence."""
-        if isinstance(self._keys_ND, KeyRows):
+        if isinstance(self._keys_ND, MappedKeys):
             self._keys_ND.check()
 
     def search(self, queries_QD: np.ndarray, k: int, exclusion: Exclusion | None = None) -> PackedNeighbours:

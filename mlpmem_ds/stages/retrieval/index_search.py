@@ -15,7 +15,7 @@ import numpy as np
 
 from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import IndexDirectory
-from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
 from mlpmem_ds.maths.rescoring import rescore
 
@@ -23,7 +23,9 @@ from mlpmem_ds.maths.rescoring import rescore
 class IndexSearch:
     """The k nearest by the index's distances, rescored."""
 
-    def __init__(self, keys_ND: KeyRows, index: IndexDirectory, *, nprobe: int, threads: int | None) -> None:
+    def __init__(
+        self, keys_ND: MappedKeys, index: IndexDirectory, *, nprobe: int, threads: int | None
+    ) -> None:
         self._keys_ND, self._directory, self._nprobe = keys_ND, index, nprobe
         self._threads = threads
 

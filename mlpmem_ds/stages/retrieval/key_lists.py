@@ -16,34 +16,26 @@ import contextlib
 import logging
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, require_free_bytes
+from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats import key_lists as layout
+from mlpmem_ds.formats import lists_directory as layout
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.maths.distances import norms_of_codes
 from mlpmem_ds.maths.listed_keys import ListedKeys
+from mlpmem_ds.stages.retrieval.config import ListsConfig
 
 _logger = logging.getLogger(__name__)
 _VALUES = "values"
 _ROWS = 1 << 16  # rows in memory while a run is written
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Flags):
-    """What decides a directory of keys in list order, besides its keys and index."""
-
-    output: Path = option("directory", identity="none")
-    run_positions: int = option("positions of a run", at_least=1)
 
 
 def check_key_lists(root: Path, keys: Keys, index: IndexDirectory) -> None:
@@ -56,8 +48,8 @@ def check_key_lists(root: Path, keys: Keys, index: IndexDirectory) -> None:
         raise UserError(f"--lists {root} is a file: choose a directory")
     identity = root / "identity.json"
     if identity.is_file():
-        found = read_json(identity)
-        if found.get("format") != f"mlpmem-{layout.FORMAT}" or found.get("inputs") != _inputs(keys, index):
+        inputs = read_json(identity).get("inputs")
+        if format_of(root) != layout.ListsManifest.FORMAT or inputs != _inputs(keys, index):
             raise UserError(
                 f"--lists {root} holds something else than the keys of {keys.root} in the lists of"
                 f" {index.root}: choose another directory, or remove it"
@@ -86,11 +78,11 @@ def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) 
     Inputs are compared with their checksums by the unit that reads them, what is made by every rank before it
     is used.
     """
-    config = Config(output=root, run_positions=layout.RUN_POSITIONS)
+    config = ListsConfig(output=root, run_positions=layout.RUN_POSITIONS)
     stage = open_stage(
         root,
-        stage=layout.FORMAT,
-        version=layout.VERSION,
+        stage=layout.ListsManifest.FORMAT,
+        version=layout.ListsManifest.VERSION,
         config=config,
         inputs=_inputs(keys, index),
         world=world,
@@ -110,7 +102,7 @@ def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) 
         [*runs, _VALUES], lambda unit, writer: _write_run(root, keys, index, runs.get(unit), writer)
     )
     stage.wait_for([*runs, _VALUES])
-    stage.finish([*numbers, *runs, _VALUES], lambda: {"num_positions": keys.num_positions})
+    stage.finish([*numbers, *runs, _VALUES], lambda: layout.ListsManifest(num_positions=keys.num_positions))
     return layout.open_key_lists(root, keys.num_positions, config.run_positions)
 
 

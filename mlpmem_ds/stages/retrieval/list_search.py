@@ -21,7 +21,7 @@ from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import TRAINED_NAME, IndexDirectory
-from mlpmem_ds.formats.key_rows import KeyRows
+from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.knn import pack_list_neighbours
 from mlpmem_ds.maths.listed_keys import ListedKeys, run_of
 from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
@@ -36,7 +36,7 @@ class ListSearch:
 
     def __init__(
         self,
-        keys_ND: KeyRows,
+        keys_ND: MappedKeys,
         index: IndexDirectory,
         *,
         nprobe: int,

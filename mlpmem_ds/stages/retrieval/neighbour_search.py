@@ -15,8 +15,8 @@ import numpy as np
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import IndexDirectory
-from mlpmem_ds.formats.key_rows import KeyRows
 from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours
 from mlpmem_ds.stages.retrieval.exact_search import ExactSearch
 
@@ -100,8 +100,8 @@ class _Source:
     world: World
 
     @property
-    def keys_ND(self) -> KeyRows:
-        return KeyRows(self.keys, self.num_keys)
+    def keys_ND(self) -> MappedKeys:
+        return MappedKeys(self.keys, self.num_keys)
 
 
 def _open_exact(source: _Source) -> NeighbourSearch:

@@ -32,14 +32,13 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.target_shards import TargetShard
-from mlpmem_ds.formats.targets import Targets, open_targets
+from mlpmem_ds.formats.targets import TargetAuditManifest, Targets, open_targets
 from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from mlpmem_ds.stages.targets.config import AuditConfig
 from mlpmem_ds.stages.targets.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
-_STAGE, _VERSION = "target-audit", 1
 _SEED = 3
 _UNIT_POSITIONS = 1024
 _ROWS_AT_ONCE = 8192
@@ -107,11 +106,13 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
     """Audit a complete target directory; `teacher` is the one that searched for it."""
     targets = open_targets(config.targets)
     inputs = {"targets": targets.sha256, "truth": truth.sha256}
-    name = content_hash({"version": _VERSION, "positions": config.positions, "inputs": inputs})[:12]
+    name = content_hash(
+        {"version": TargetAuditManifest.VERSION, "positions": config.positions, "inputs": inputs}
+    )[:12]
     stage = open_stage(
         config.targets / "audit" / name,
-        stage=_STAGE,
-        version=_VERSION,
+        stage=TargetAuditManifest.FORMAT,
+        version=TargetAuditManifest.VERSION,
         config=config,
         inputs=inputs,
         world=world,
@@ -134,7 +135,7 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
         with publish(config.targets / "audit.png") as path:
             _plot(record, path)
         _log(record)
-    stage.finish(units, lambda: {})
+    stage.finish(units, TargetAuditManifest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus, token_dtype
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
-from mlpmem_ds.formats.key_lists import FOLDER
 from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.formats.lists_directory import FOLDER
 from mlpmem_ds.formats.target_encoding import frequency_order
 from mlpmem_ds.formats.targets import ORDER_NAME
 from mlpmem_ds.maths.knn import max_keys_for_exact

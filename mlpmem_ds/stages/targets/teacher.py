@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mlpmem_ds.formats.key_lists import VALUES_NAME, map_array
-from mlpmem_ds.formats.key_rows import KeyRows
 from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.formats.lists_directory import VALUES_NAME, map_array
+from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.targets import aggregate, truncate
@@ -85,8 +85,8 @@ class Teacher:
         return self.keys.gather("values", positions.ravel()).reshape(positions.shape)
 
     @cached_property
-    def _queries_ND(self) -> KeyRows:
-        return KeyRows(self.keys)
+    def _queries_ND(self) -> MappedKeys:
+        return MappedKeys(self.keys)
 
     @cached_property
     def _values_N(self) -> np.ndarray:

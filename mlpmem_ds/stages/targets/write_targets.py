@@ -26,7 +26,7 @@ from mlpmem_ds.core.stage_directory import StageDirectory, check_output, open_st
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
-from mlpmem_ds.formats.key_lists import FOLDER
+from mlpmem_ds.formats.lists_directory import FOLDER
 from mlpmem_ds.formats.target_shards import TargetShard, shard_name
 from mlpmem_ds.formats.targets import ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting

@@ -13,7 +13,7 @@ import pytest
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.faiss import Index
-from mlpmem_ds.formats import key_lists as layout
+from mlpmem_ds.formats import lists_directory as layout
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.stages.index import build_index

@@ -15,7 +15,7 @@ import numpy as np
 from mlpmem_ds.formats.keys import Keys
 
 
-class KeyRows:
+class MappedKeys:
     """`keys.read("keys")` without reading it: int8 codes, float16 keys, or float32 with the values of
     bfloat16 keys; the first `num_keys` of them."""
 

@@ -6,15 +6,16 @@ Shape legend: N positions, L lists, R positions of a run, D numbers in a key.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.maths.listed_keys import ListedKeys, ListedRun, run_of
 
-FORMAT, VERSION = "lists", 1
 FOLDER = "lists"
 """in a target directory, while the targets are being written"""
 RUN_POSITIONS = 1 << 24
@@ -22,6 +23,16 @@ RUN_POSITIONS = 1 << 24
 full speed"""
 VALUES_NAME = "values.npy"
 """the value of each position"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListsManifest(Manifest):
+    """Keys in the order of an index's lists."""
+
+    FORMAT: ClassVar[str] = "lists"
+    VERSION: ClassVar[int] = 1
+
+    num_positions: int
 
 
 def run_blocks(num_positions: int, run_positions: int) -> dict[str, Block]:
