@@ -1,13 +1,14 @@
 """Part of `train`: the objectives of a memory by name (`--objective`).
 
-How one is added, in four files:
+How one is added, in four files and a test (CONTRIBUTING.md has one as an example):
 
 1. A file next to imitation.py, with a frozen class that has the members of `MemoryObjective` below. Its
    module's forward is the loss, because under ZeRO-3 a weight is whole only inside the forward of the module
    that owns it; the module's state dict has the names of a plain `Memory`, or the result cannot be exported.
 2. This file: a word in `OBJECTIVES`.
 3. config.py: the word in `objective`'s type, and a field for each number of its own.
-4. A test, in tests/stages/training/test_objectives.py: the loss of a batch against a dense formula.
+4. `__init__.py`: its line in the map of the folder.
+5. A test, in tests/stages/training/: the loss of a batch against a dense formula.
 
 A batch brings the inputs and the labels, and what the objective says that it needs.
 """

@@ -7,5 +7,6 @@
 - `model.py`: a language model alone (`--control NAME=DIR`)
 - `controls.py`: which controls are memories and which are models
 
-To add a kind: a file here with its `open_arms`, a line in `OPENERS` (../inputs.py), a flag (../config.py).
+To add a kind: a file here with its `open_arms`, its line above, one in `OPENERS` (../inputs.py), a flag
+(../config.py), and a test; CONTRIBUTING.md has one as an example.
 """
