@@ -343,5 +343,5 @@ def _write_corpus(shape: Shape, positions: int, root: Path) -> Path:
         )
 
     directory.run_units(["00000"], write)
-    directory.finish(["00000"], describe)
+    directory.complete(["00000"], describe)
     return root

@@ -93,7 +93,7 @@ def write_made_up_keys(
         )
 
     stage.run_units(list(units), write)
-    stage.finish(list(units), describe)
+    stage.complete(list(units), describe)
 
 
 def synthetic_keys(num_keys: int, dim: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

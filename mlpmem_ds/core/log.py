@@ -28,14 +28,17 @@ def set_up_logging(world: World, *, name: str) -> None:
         stream=sys.stderr,
         force=True,
     )
-    logging.getLogger("mlpmem_ds").setLevel(audible_level(world))
+    logging.getLogger("mlpmem_ds").setLevel(_shown_level(world))
     # Out of the Hub's reach it warns at each attempt; what fails in the end is said by its caller.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 
 
-def audible_level(world: World) -> int:
-    """The level of what one rank says for all, whichever it is: the information of ranks above 0 is not
-    shown."""
+def log_for_all(logger: logging.Logger, world: World, message: str, *values: object) -> None:
+    """Log what one rank says for all of them, whichever it is: information of ranks above 0 is not shown."""
+    logger.log(_shown_level(world), message, *values, stacklevel=2)
+
+
+def _shown_level(world: World) -> int:
     return logging.INFO if world.is_first else logging.WARNING
 
 

@@ -17,6 +17,13 @@ A unit is a pure function of (identity, unit name), so that any rank may compute
 same bytes. Ranks share nothing but the file system: no rank waits for another inside a list of units. A rank
 that has made its own units makes those of the others that no rank works at (core/claims.py), so that a slow
 or ended rank delays no other.
+
+A stage is a few calls, the same on every rank:
+
+    directory = open_stage(output, …)
+    directory.run_phase(["codec"], fit)              # what the next phase reads: every rank waits for it
+    directory.run_units(blocks, extract)             # no rank waits
+    directory.complete(["codec", *blocks], describe) # one rank writes the manifest
 """
 
 from __future__ import annotations
@@ -47,14 +54,14 @@ from mlpmem_ds.core.files import (
     record_file,
     remove_stale_temporaries,
 )
-from mlpmem_ds.core.log import EventLog, audible_level
+from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.run_description import IDENTITY_FIELD, describe_run, has_records, settle_identity
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
-_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_CHECKS = 0.2
 _SECONDS_BETWEEN_WAITING_LINES = 60.0
 
 
@@ -81,6 +88,10 @@ class UnitWriter:
         self.records.append(record_file(self._root, name))
 
 
+Compute = Callable[[str, UnitWriter], Mapping[str, Any] | None]
+"""writes the files of the unit of this name and returns its summary"""
+
+
 class StageDirectory:
     """See the module's text. Made by `open_stage`; one per process and stage."""
 
@@ -92,7 +103,7 @@ class StageDirectory:
         self.log = EventLog(root / "log.jsonl", world)
         self._start = time.monotonic()
         self._was_complete = self.manifest_path.is_file()
-        self._compute_of_unit: dict[str, Callable[[str, UnitWriter], Mapping[str, Any] | None]] = {}
+        self._compute_of_unit: dict[str, Compute] = {}
 
     @property
     def manifest_path(self) -> Path:
@@ -115,13 +126,16 @@ class StageDirectory:
             return f"the record of unit {unit} is damaged"
         return next(filter(None, (fault_of_file(self.root, file) for file in files)), None)
 
-    def run_units(
-        self,
-        units: Sequence[str],
-        compute: Callable[[str, UnitWriter], Mapping[str, Any] | None],
-        *,
-        take_over: bool = True,
-    ) -> int:
+    def run_phase(self, units: Sequence[str], compute: Compute) -> list[dict[str, Any]]:
+        """Compute units that a later phase reads: `run_units`, then wait until all of them are complete.
+
+        Returns their summaries. A rank that waits makes the units of one that died.
+        """
+        self.run_units(units, compute)
+        self._wait_until_whole(units)
+        return self.summaries(units)
+
+    def run_units(self, units: Sequence[str], compute: Compute, *, take_over: bool = True) -> int:
         """Compute this rank's units that are not complete, then the others' that no rank works at; return how
         many.
 
@@ -164,7 +178,7 @@ class StageDirectory:
     def _make(
         self,
         unit: str,
-        compute: Callable[[str, UnitWriter], Mapping[str, Any] | None],
+        compute: Compute,
         *,
         taken_over: bool = False,
     ) -> bool:
@@ -233,9 +247,8 @@ class StageDirectory:
         }
         publish_json(path, record, seal=True)
 
-    def wait_for(self, units: Sequence[str]) -> None:
-        """Wait until every unit of an earlier phase is complete; make those that no rank works at (a rank may
-        have died)."""
+    def _wait_until_whole(self, units: Sequence[str]) -> None:
+        """Every unit with its record, and every file with its checksum."""
         self._wait_while_missing(units, lambda unit: self.fault_of_unit(unit) is not None)
 
     def _wait_while_missing(self, units: Sequence[str], is_missing: Callable[[str], bool]) -> None:
@@ -247,14 +260,14 @@ class StageDirectory:
             if time.monotonic() - last_line > _SECONDS_BETWEEN_WAITING_LINES:
                 last_line = time.monotonic()
                 _logger.warning(
-                    "rank %d waits for %d units that others are at, the first is %s",
+                    "rank %d waits for %d units that other ranks compute, the first is %s",
                     self.world.rank,
                     len(missing),
                     missing[0],
                 )
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_SECONDS_BETWEEN_CHECKS)
 
-    def remove_what_the_dead_left(self) -> None:
+    def remove_stale_files(self) -> None:
         """Remove temporary files and claims of processes that were killed."""
         remove_stale_temporaries(self.root)
         for folder in (self.root, self.root / "done"):
@@ -263,37 +276,60 @@ class StageDirectory:
     def summaries(self, units: Sequence[str]) -> list[dict[str, Any]]:
         return [self.read_record(unit)["summary"] for unit in units]
 
-    def finish(self, units: Sequence[str], describe: Callable[[], Manifest | Mapping[str, Any]]) -> bool:
-        """Publish the manifest when every unit has its record; one rank does it.
+    def complete(
+        self,
+        units: Sequence[str],
+        describe: Callable[[], Manifest | Mapping[str, Any]],
+        *,
+        afterwards: Callable[[], None] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Publish the manifest when every unit has its record. One rank does it: the one that gets there
+        last, or rank 0 where the directory was complete before.
 
-        Units that live ranks are at are waited for, and made here if those ranks die: as long as one rank
-        lives, the directory is completed. Returns whether this rank is the one to report it: the one that
-        completed it, or rank 0 where it was complete before.
+        Units that live ranks compute are waited for, and made here if those ranks die: as long as one rank
+        lives, the directory is completed.
 
         Args:
             units: every unit of every phase.
-            describe: the stage's own manifest fields, made from the units' summaries; called only when
-                complete.
+            describe: the stage's own manifest fields, made from the units' summaries; called when all are
+                complete, on the rank that publishes.
+            afterwards: called on that rank when the directory is complete.
+            wait: return only when the directory is complete and every file has its checksum, on every rank:
+                for what all ranks do with it next.
         """
-        others = [unit for unit in units if unit in self._compute_of_unit]
-        self._wait_while_missing(others, lambda unit: not self.record_path(unit).is_file())
-        seconds = round(time.monotonic() - self._start, 3)
-        self.log.write("finished", seconds=seconds)
+        computable = [unit for unit in units if unit in self._compute_of_unit]
+        self._wait_while_missing(computable, lambda unit: not self.record_path(unit).is_file())
+        self.log.write("finished", seconds=self._seconds())
+        self._publish_manifest(units, describe, afterwards)
+        if wait:
+            self._wait_until_whole(units)
+            while not self.manifest_path.is_file():  # another rank writes it, or has died
+                self._publish_manifest(units, describe, afterwards)
+                time.sleep(_SECONDS_BETWEEN_CHECKS)
+
+    def _publish_manifest(
+        self,
+        units: Sequence[str],
+        describe: Callable[[], Manifest | Mapping[str, Any]],
+        afterwards: Callable[[], None] | None,
+    ) -> None:
         if not all(self.record_path(unit).is_file() for unit in units):
-            return False
+            return
         with claim(self.root / ".manifest.claim") as is_mine:
             is_done = self.manifest_path.is_file() and not (self._was_complete and self.world.is_first)
             if is_done or not is_mine:
-                return False
+                return
             files = [file for unit in units for file in self.read_record(unit)["files"]]
-            publish_json(
-                self.manifest_path,
-                {**self.identity, **to_json(describe()), "files": files},
-                seal=True,
-            )
-            self.remove_what_the_dead_left()
-        _logger.log(audible_level(self.world), "complete: %s (%.1f s)", self.root, seconds)
-        return True
+            manifest = {**self.identity, **to_json(describe()), "files": files}
+            publish_json(self.manifest_path, manifest, seal=True)
+            self.remove_stale_files()
+        log_for_all(_logger, self.world, "complete: %s (%.1f s)", self.root, self._seconds())
+        if afterwards is not None:
+            afterwards()
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._start, 3)
 
 
 def open_stage(
@@ -337,7 +373,7 @@ def open_stage(
         _remove_damaged_manifest(output)
     directory = StageDirectory(output, identity, world)
     if world.is_first:
-        directory.remove_what_the_dead_left()
+        directory.remove_stale_files()
         publish_json(output / "run.json", describe_run(config, world))
     directory.log.write("started", world=world.size)
     return directory

@@ -111,14 +111,17 @@ def test_a_damaged_unit_is_not_there_until_it_is_made_again(tmp_path: Path, stra
     seen: list[bool] = []
 
     def compute(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
-        seen.append(second.finish(UNITS, lambda: {"total": 10}) or second.manifest_path.exists())
+        second.complete(UNITS, lambda: {"total": 10}, afterwards=lambda: pytest.fail("not complete"))
+        seen.append(second.manifest_path.exists())
         writer.array(f"part-{unit}.npy", np.arange(4) * int(unit) * config.factor)
         return {"sum": int(unit)}
 
     first.run_units(UNITS, compute)
     assert seen == [False]
     assert not second._make("2", compute) and seen == [False]
-    assert first.finish(UNITS, lambda: {"total": 10})
+    calls: list[str] = []
+    first.complete(UNITS, lambda: {"total": 10}, afterwards=lambda: calls.append("complete"))
+    assert calls == ["complete"]
     assert result_of(config.output) == straight
 
 
@@ -128,12 +131,12 @@ def test_waiting_sees_through_a_record_whose_file_is_damaged(tmp_path: Path) -> 
     directory = open_stage(
         config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World()
     )
-    directory.wait_for(UNITS)
+    directory._wait_until_whole(UNITS)
     good = (config.output / "part-1.npy").read_bytes()
     (config.output / "part-1.npy").write_bytes(good[:-1])
     repair = threading.Timer(0.5, lambda: (config.output / "part-1.npy").write_bytes(good))
     repair.start()
     start = time.monotonic()
-    directory.wait_for(UNITS)
+    directory._wait_until_whole(UNITS)
     assert time.monotonic() - start > 0.2
     repair.join()

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from mlpmem_ds.core import files
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_array
 from mlpmem_ds.core.manifest import read_manifest
-from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 
 from .toy_stage import UNITS, Config, result_of, run
@@ -82,14 +84,43 @@ def test_a_rank_waits_for_a_phase_and_makes_it_when_its_owner_dies(tmp_path: Pat
     holder = subprocess.Popen(["sleep", "60"])
     (config.output / "done").mkdir()
     (config.output / "done" / ".first.claim").write_text(f"{socket.gethostname()} {holder.pid}")
-    made: list[str] = []
-    directory.run_units(["first"], lambda unit, writer: made.append(unit))
-    assert made == []
-    killer = threading.Timer(0.3, holder.kill)
+    made: list[float] = []
+    killer = threading.Timer(0.6, holder.kill)
     killer.start()
-    directory.wait_for(["first"])
+    start = time.monotonic()
+
+    def compute(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+        made.append(time.monotonic() - start)
+        return {"of": unit}
+
+    assert directory.run_phase(["first"], compute) == [{"of": "first"}]
     holder.wait()
-    assert made == ["first"]
+    assert len(made) == 1 and made[0] > 0.5
+
+
+def test_who_waits_returns_when_the_directory_is_complete_also_where_the_writer_dies(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "out")
+    run(config, World())
+    (config.output / "manifest.json").unlink()
+    directory = open_stage(
+        config.output,
+        stage="toy",
+        version=1,
+        config=config,
+        inputs={"corpus": "i"},
+        world=World(rank=1, size=2),
+    )
+    holder = subprocess.Popen(["sleep", "60"])  # a rank of this host that is killed before its manifest
+    (config.output / ".manifest.claim").write_text(f"{socket.gethostname()} {holder.pid}")
+    killer = threading.Timer(0.6, holder.kill)
+    killer.start()
+    calls: list[str] = []
+    directory.run_units(UNITS, lambda unit, writer: pytest.fail("made already"))
+    directory.complete(UNITS, lambda: {"total": 10}, afterwards=lambda: calls.append("not waited"))
+    assert not directory.manifest_path.exists()
+    directory.complete(UNITS, lambda: {"total": 10}, afterwards=lambda: calls.append("waited"), wait=True)
+    holder.wait()
+    assert directory.manifest_path.is_file() and calls == ["waited"]
 
 
 def test_units_of_one_rank_alone_are_not_taken_over(tmp_path: Path) -> None:
@@ -98,11 +129,14 @@ def test_units_of_one_rank_alone_are_not_taken_over(tmp_path: Path) -> None:
         config.output, stage="toy", version=1, config=config, inputs={}, world=World(rank=1, size=2)
     )
     assert directory.run_units(["0"], lambda unit, writer: pytest.fail("not mine"), take_over=False) == 0
-    assert directory.finish(["0"], dict) is False
+    directory.complete(["0"], dict, afterwards=lambda: pytest.fail("not complete"))
+    assert not directory.manifest_path.exists()
 
 
-def test_one_rank_speaks(tmp_path: Path) -> None:
-    def finish(rank: int) -> bool:
+def test_one_rank_goes_on_afterwards(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def complete(rank: int) -> None:
         directory = open_stage(
             tmp_path / "out",
             stage="toy",
@@ -112,9 +146,11 @@ def test_one_rank_speaks(tmp_path: Path) -> None:
             world=World(rank=rank, size=3),
         )
         directory.run_units(UNITS, lambda unit, writer: None)
-        return directory.finish(UNITS, dict)
+        directory.complete(UNITS, dict, afterwards=lambda: calls.append(rank))
 
-    assert [finish(rank) for rank in (1, 2, 0)] == [True, False, True]
+    for rank in (1, 2, 0):
+        complete(rank)
+    assert calls == [1, 0]
 
 
 class Disk:

@@ -41,7 +41,9 @@ def run(
         return {"sum": int(unit)}
 
     directory.run_units(UNITS, compute, take_over=take_over)
-    directory.finish(UNITS, lambda: {"total": sum(summary["sum"] for summary in directory.summaries(UNITS))})
+    directory.complete(
+        UNITS, lambda: {"total": sum(summary["sum"] for summary in directory.summaries(UNITS))}
+    )
     return computed
 
 

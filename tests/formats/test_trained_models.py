@@ -46,7 +46,7 @@ def test_weights_round_trip(tmp_path):
         ),
     )
     manifest = MemoryManifest(memory={"vocab_size": 5}, provenance=provenance, training=None)
-    directory.finish(["weights"], lambda: manifest)
+    directory.complete(["weights"], lambda: manifest)
     trained = read_weights(tmp_path / "memory")
     assert trained.memory == {"vocab_size": 5} and trained.provenance == provenance
     assert all(torch.equal(trained.weights[name], tensor) for name, tensor in weights.items())

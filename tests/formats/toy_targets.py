@@ -105,7 +105,7 @@ def write_targets(root: Path, encoding: Encoding = "exact", container: Container
     if encoding == "compact":
         stage.run_units(["order"], lambda unit, writer: writer.array(ORDER_NAME, order()))
         units.append("order")
-    stage.finish(units, describe)
+    stage.complete(units, describe)
     return root
 
 

@@ -151,7 +151,7 @@ def _make_keys(
         vocab_size=vocab_size,
         block_size=block_size,
     )
-    stage.finish(list(blocks), lambda: manifest)
+    stage.complete(list(blocks), lambda: manifest)
     return root
 
 

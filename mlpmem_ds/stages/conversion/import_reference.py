@@ -143,4 +143,4 @@ def write_memory(config: Any, trained: TrainedMemory, world: World) -> None:
         return {"parameters": sum(tensor.numel() for tensor in trained.weights.values())}
 
     directory.run_units([_UNIT], write)
-    directory.finish([_UNIT], lambda: manifest)
+    directory.complete([_UNIT], lambda: manifest)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.log import Progress, audible_level
+from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import (
@@ -64,10 +64,9 @@ def run(config: Config, world: World) -> None:
         world=world,
     )
 
-    directory.run_units(
+    directory.run_phase(
         [_TOKENIZER_UNIT], lambda _, writer: _write_tokenizer(config, survey, tokenizer, writer)
     )
-    directory.wait_for([_TOKENIZER_UNIT])
     if tokenizer is None:
         tokenizer = _load_tokenizer(str(config.output / "tokenizer"))
     vocabulary = vocabulary or vocabulary_sha256(tokenizer)
@@ -82,7 +81,7 @@ def run(config: Config, world: World) -> None:
 
         directory.run_units(names, tokenize)
     progress.close()
-    directory.finish(
+    directory.complete(
         [_TOKENIZER_UNIT, *names], lambda: _describe(config, directory, names, tokenizer, vocabulary)
     )
 
@@ -211,8 +210,9 @@ def _describe(
                 if split in summary
             ]
         )
-    _logger.log(
-        audible_level(directory.world),
+    log_for_all(
+        _logger,
+        directory.world,
         "; ".join(
             f"{name}: {entry.num_tokens:,} tokens of {entry.num_documents:,} documents"
             for name, entry in splits.items()

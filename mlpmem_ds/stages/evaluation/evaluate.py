@@ -13,7 +13,7 @@ import logging
 from typing import Any
 
 from mlpmem_ds.core.config import default_of, resolved_flags
-from mlpmem_ds.core.log import audible_level
+from mlpmem_ds.core.log import log_for_all
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.evaluation import ReportManifest
@@ -51,8 +51,11 @@ def run(config: Config, world: World) -> str | None:
         speed_positions=config.speed_positions,
         num_samples=config.samples,
     )
-    if directory.finish(list(units), report.write):
-        _logger.log(audible_level(world), "the report is %s", config.output / "report.md")
+    directory.complete(
+        list(units),
+        report.write,
+        afterwards=lambda: log_for_all(_logger, world, "the report is %s", config.output / "report.md"),
+    )
     return report.table
 
 

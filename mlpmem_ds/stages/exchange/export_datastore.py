@@ -67,7 +67,7 @@ def run(config: ExportConfig, world: World) -> None:
 
     stage.run_units(units, write)
     progress.close()
-    stage.finish(units, lambda: ArrowManifest(num_positions=keys.num_positions, width=width))
+    stage.complete(units, lambda: ArrowManifest(num_positions=keys.num_positions, width=width))
 
 
 def _keys_of(keys: Keys, progress: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:

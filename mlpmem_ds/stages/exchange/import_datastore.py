@@ -226,8 +226,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
 
 def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
     """Complete the directory and return the SHA-256 of its manifest; a rank waits for the others' units."""
-    stage.wait_for(units)
-    stage.finish(units, describe)
+    stage.complete(units, describe, wait=True)
     return sha256_of_file(stage.manifest_path)
 
 

@@ -67,8 +67,7 @@ def run(config: Config, world: World) -> None:
             world.size - config.num_shards,
             world.size,
         )
-    stage.run_units([_TRAINED], lambda unit, writer: _train(keys, factory, writer))
-    stage.wait_for([_TRAINED])
+    stage.run_phase([_TRAINED], lambda unit, writer: _train(keys, factory, writer))
     progress = Progress(
         len(deal(shards, world.rank, world.size)), label="index shards", unit="shards", world=world
     )
@@ -93,7 +92,7 @@ def run(config: Config, world: World) -> None:
             ),
         )
 
-    stage.finish([_TRAINED, *shards], describe)
+    stage.complete([_TRAINED, *shards], describe)
 
 
 def _resolve_factory(config: Config, keys: Keys) -> str:

@@ -23,7 +23,7 @@ from mlpmem_ds.core.blocks import Window, split_blocks
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.hashing import shuffled
-from mlpmem_ds.core.log import Progress, audible_level
+from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
@@ -103,7 +103,7 @@ def run_audit(
         }
         publish_json(keys.root / NAME, found, seal=True)
     for line in table(found):
-        _logger.log(audible_level(world), line)
+        log_for_all(_logger, world, "%s", line)
     return found
 
 

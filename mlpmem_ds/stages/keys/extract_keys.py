@@ -95,8 +95,7 @@ def run(config: Config, world: World) -> None:
         states_ND = read_sample(bases.key_source, corpus, bases.key_point, config.fit_positions, config.seed)
         return write_codec(states_ND, dim, config.seed, writer)
 
-    directory.run_units(phase_1, fit)
-    directory.wait_for(phase_1)
+    directory.run_phase(phase_1, fit)
     raw = Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype=config.raw_dtype)
     codec = read_codec(config.output) if phase_1 else raw
 
@@ -124,9 +123,11 @@ def run(config: Config, world: World) -> None:
         )
         return describe_keys(config, inputs, stored)
 
-    is_reporter = directory.finish([*phase_1, *blocks], describe)
-    if config.audit is not None and is_reporter:
-        _audit(config, corpus, bases, world)
+    def audit() -> None:
+        if config.audit is not None:
+            _audit(config, config.audit, corpus, bases, world)
+
+    directory.complete([*phase_1, *blocks], describe, afterwards=audit)
 
 
 def _resolved(config: Config, bases: Bases, dim: int) -> dict[str, Any]:
@@ -251,10 +252,9 @@ def _extract_unit(
     return {"positions": block.size, "clipped": num_clipped}
 
 
-def _audit(config: Config, corpus: CorpusSplit, bases: Bases, world: World) -> None:
-    assert config.audit is not None
+def _audit(config: Config, queries: int, corpus: CorpusSplit, bases: Bases, world: World) -> None:
     settings = AuditSettings(
-        queries=config.audit,
+        queries=queries,
         candidates=config.audit_candidates,
         dims=config.audit_dims,
         fit_positions=config.fit_positions,

@@ -96,13 +96,11 @@ def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) 
             index.num_lists,
             missing_bytes(root, keys, index) / 1e9,
         )
-    stage.run_units(list(numbers), lambda unit, writer: _write_numbers(keys, index, numbers[unit], writer))
-    stage.wait_for(list(numbers))
-    stage.run_units(
+    stage.run_phase(list(numbers), lambda unit, writer: _write_numbers(keys, index, numbers[unit], writer))
+    stage.run_phase(
         [*runs, _VALUES], lambda unit, writer: _write_run(root, keys, index, runs.get(unit), writer)
     )
-    stage.wait_for([*runs, _VALUES])
-    stage.finish([*numbers, *runs, _VALUES], lambda: layout.ListsManifest(num_positions=keys.num_positions))
+    stage.complete([*numbers, *runs, _VALUES], lambda: layout.ListsManifest(num_positions=keys.num_positions))
     return layout.open_key_lists(root, keys.num_positions, config.run_positions)
 
 

@@ -124,18 +124,16 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
         true_teacher=replace(teacher, keys=truth, search=open_search(truth, how="exact"), lists=None),
         world=world,
     )
-    stage.run_units(list(audit.shards), audit.validate)
-    stage.run_units(list(audit.parts), audit.compare)
-    audit.progress.close()
     units = [*audit.shards, *audit.parts]
-    stage.wait_for(units)
+    stage.run_phase(units, audit.compute)
+    audit.progress.close()
     if world.is_first:  # made anew each time, so that a kill between them leaves nothing undone
         record = _summarize(stage, audit)
         publish_json(config.targets / "audit.json", record)
         with publish(config.targets / "audit.png") as path:
             _plot(record, path)
         _log(record)
-    stage.finish(units, TargetAuditManifest)
+    stage.complete(units, TargetAuditManifest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,15 +164,19 @@ class _Audit:
         total = sum(len(positions_n) for positions_n in self.parts.values())
         return Progress(total, label="audit", unit="positions", world=self.world)
 
-    def compare(self, unit: str, writer: UnitWriter) -> None:
+    def compute(self, unit: str, writer: UnitWriter) -> Mapping[str, Any] | None:
+        """A unit of either kind: a shard to validate, or positions to compare."""
+        if unit in self.shards:
+            return _validate(self.targets, self.shards[unit])
+        self._compare(unit, writer)
+        return None
+
+    def _compare(self, unit: str, writer: UnitWriter) -> None:
         progress = self.progress
         compared = _compare(self.teacher, self.true_teacher, self.targets, self.parts[unit])
         for column, values in asdict(compared).items():
             writer.array(f"{column}-{unit}.npy", values)
         progress.advance(len(self.parts[unit]))
-
-    def validate(self, unit: str, writer: UnitWriter) -> Mapping[str, Any]:
-        return _validate(self.targets, self.shards[unit])
 
 
 def _compare(teacher: Teacher, true_teacher: Teacher, targets: Targets, positions_n: np.ndarray) -> Compared:

@@ -12,7 +12,6 @@ flags.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,6 @@ from mlpmem_ds.stages.targets.units import RowFormat, Sample, ShardWriter, Weigh
 _logger = logging.getLogger(__name__)
 _WEIGHTING, _ORDER = "weighting", "frequency_order"
 _MARGIN_OF_BYTES = 1.05
-_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 def run(config: Config, world: World) -> None:
@@ -69,10 +67,9 @@ def run(config: Config, world: World) -> None:
         resolved=_resolved(config, inputs.search),
     )
     first_units = [_WEIGHTING] if inputs.order_V is None else [_WEIGHTING, _ORDER]
-    stage.run_units([_WEIGHTING], sample.measure)
+    (summary,) = stage.run_phase([_WEIGHTING], sample.measure)
     stage.run_units(first_units[1:], inputs.write_order)
-    stage.wait_for([_WEIGHTING])
-    measured = _read_sample(stage)
+    measured = _read_sample(stage, summary)
     shard_writer = ShardWriter(
         teacher=inputs.teacher,
         row_format=row_format,
@@ -89,17 +86,12 @@ def run(config: Config, world: World) -> None:
     def describe() -> TargetsManifest:
         return _describe(config, inputs, measured, shards, stage.summaries(list(shards)))
 
-    stage.finish(units, describe)
+    stage.complete(units, describe, wait=inputs.truth is not None)
     if config.lists is None and stage.manifest_path.is_file():
         remove_key_lists(config.output / FOLDER)  # ranks that have it mapped may go on
-    if config.audit is None or inputs.truth is None:
-        return
-    stage.wait_for(units)
-    while not stage.manifest_path.is_file():  # another rank makes it, or has ended
-        stage.finish(units, describe)
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    audit_config = AuditConfig(targets=config.output, positions=config.audit)
-    target_audit.run(audit_config, world, teacher=inputs.teacher, truth=inputs.truth)
+    if config.audit is not None and inputs.truth is not None:
+        audit_config = AuditConfig(targets=config.output, positions=config.audit)
+        target_audit.run(audit_config, world, teacher=inputs.teacher, truth=inputs.truth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +102,7 @@ class _Measured:
     perplexity: float
 
 
-def _read_sample(stage: StageDirectory) -> _Measured:
-    summary = stage.summaries([_WEIGHTING])[0]
+def _read_sample(stage: StageDirectory, summary: Mapping[str, Any]) -> _Measured:
     weighting = from_json(
         Weighting, summary["weighting"], where=str(stage.root), version=TargetsManifest.VERSION
     )

@@ -298,7 +298,7 @@ class Training:
                 selected_step=selected,
                 validations=tuple(self._best.to_json()),
             )
-            self._directory.finish([_UNIT], lambda: self._describe(result))
+            self._directory.complete([_UNIT], lambda: self._describe(result))
         self._engine.wait()
 
 

@@ -86,7 +86,7 @@ def save_memory(root: Path, flags: MemoryFlags, *, seed: int = 1, **changes: Any
 
     directory.run_units(["weights"], write)
     manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
-    directory.finish(["weights"], lambda: manifest)
+    directory.complete(["weights"], lambda: manifest)
     return root
 
 
@@ -113,7 +113,7 @@ def save_report(root: Path, memory: Path, *, lmbda: float | None = LAMBDA) -> Pa
     manifest = ReportManifest(
         tokens=evaluation.tokens, arms=("base", "base+other"), settings=evaluation.settings
     )
-    directory.finish([], manifest.to_json)
+    directory.complete([], manifest.to_json)
     return root
 
 
@@ -122,7 +122,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, keys_dir: 
     targets = tmp_path_factory.mktemp("targets")
     found = MemoryFlags(corpus=corpus_dir, keys=keys_dir, targets=targets)
     stage = open_stage(targets, stage="targets", version=1, config=found, inputs={}, world=World())
-    stage.finish([], lambda: targets_manifest(k=48, weighting=Weighting(temperature=3.25)))
+    stage.complete([], lambda: targets_manifest(k=48, weighting=Weighting(temperature=3.25)))
     return found
 
 

@@ -106,7 +106,7 @@ def save_memory(root: Path, base: Path, tokenizer: Path, family: str) -> Path:
         ),
     )
     manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
-    directory.finish(["weights"], lambda: manifest)
+    directory.complete(["weights"], lambda: manifest)
     return root
 
 

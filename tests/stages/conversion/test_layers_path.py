@@ -94,7 +94,7 @@ def memory(base: Path, corpus_dir: Path, tmp_path_factory: pytest.TempPathFactor
         ),
     )
     manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
-    directory.finish(["weights"], lambda: manifest)
+    directory.complete(["weights"], lambda: manifest)
     return root
 
 

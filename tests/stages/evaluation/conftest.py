@@ -125,7 +125,7 @@ def _no_flags() -> Any:
 
 def _finish(directory: StageDirectory, unit: str, compute: Any, **fields: Any) -> None:
     directory.run_units([unit], compute)
-    directory.finish([unit], lambda: fields)
+    directory.complete([unit], lambda: fields)
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ def write_targets(root: Path, keys: Keys, *, cuts: Sequence[int] = (), left_out:
 
     directory.run_units(["all"], write)
     listed = [shard for number, shard in enumerate(shards) if number != left_out]
-    directory.finish(
+    directory.complete(
         ["all"],
         lambda: targets_manifest(
             num_positions=num_positions, block_size=BLOCK, vocab_size=vocab_size, shards=tuple(listed)
