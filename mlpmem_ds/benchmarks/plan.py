@@ -42,21 +42,18 @@ _STAGES = ("index", "targets")
 _SEED = 1
 _UNIT_POSITIONS = 65536
 _TELL_PEAK = """
-import pathlib, re, runpy, sys, threading, time
-del sys.argv[0]
-most = [0]
+import pathlib, re, sys, threading, time
+from mlpmem_ds.commands import main
+peak = [0]
 def watch():
     while True:
         status = pathlib.Path("/proc/self/status").read_text()
-        most[0] = max(most[0], int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]))
+        peak[0] = max(peak[0], int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]))
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as done:
-    if done.code:
-        raise
-print(most[0])
+if code := main(sys.argv[1:]):
+    sys.exit(code)
+print(peak[0])
 """
 
 
@@ -217,13 +214,7 @@ def peak_of_front_end(name: str, *words: object) -> int:
     Raises:
         UserError: it failed; with what it said.
     """
-    command = [
-        sys.executable,
-        "-c",
-        _TELL_PEAK,
-        str(Path(__file__).parents[1] / f"{name}.py"),
-        *map(str, words),
-    ]
+    command = [sys.executable, "-c", _TELL_PEAK, name, *map(str, words)]
     paths = [str(Path(mlpmem_ds.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

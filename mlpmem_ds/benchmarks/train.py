@@ -50,6 +50,7 @@ from mlpmem_ds.benchmarks.common import (
 )
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, Engine, build_engine
@@ -64,7 +65,6 @@ from mlpmem_ds.stages.training.loop import max_memory
 
 _SEED = 1
 _ALPHA, _LEARNING_RATE, _CLIPPING = 0.5, 1e-4, 1.0
-_DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "aten::mkldnn_")
 _GPU_STEPS = 5
 _PADDING = -10_000  # the number that fills the published loop's padded rows
@@ -208,7 +208,7 @@ def make_steps(memory: MemoryConfig, batch: Batch, world: World) -> dict[str, Ca
 
 def make_engine(memory: MemoryConfig, file: str, rows: int, world: World) -> Engine:
     ds_config = resolve_ds_config(
-        _DS_CONFIGS / file,
+        ds_configs() / file,
         batch=rows,
         batch_flag="--rows",
         world_size=world.size,
