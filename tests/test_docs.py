@@ -21,7 +21,7 @@ PAGES = sorted(
 FRONT_ENDS = {path.stem: path for folder in ("tools", "launch") for path in (ROOT / folder).glob("*.py")}
 MAX_COLUMNS = 100
 NAMES_OF_THAT_TIME = {"docs/LAB_ARCHIVE.md"}
-WIDE = {"mlpmem_ds/formats/README.md"}  # not wrapped yet
+WIDE_TABLES = {"mlpmem_ds/formats/README.md"}  # a row of a table cannot be wrapped
 # Flags of other programs that the pages name: launchers, pytest, pip, git.
 FOREIGN = {"nproc-per-node", "num-accelerators", "module", "local-rank", "pdb", "local-dir", "no-setup"}
 _PATH = re.compile(
@@ -180,8 +180,9 @@ def faults_of_messages(page: str) -> Iterator[str]:
 
 
 def faults_of_columns(page: str) -> Iterator[str]:
-    for number, line in enumerate(text_of(page).splitlines() if page not in WIDE else [], 1):
-        if len(line) > MAX_COLUMNS and "](http" not in line:
+    for number, line in enumerate(text_of(page).splitlines(), 1):
+        is_allowed = "](http" in line or (page in WIDE_TABLES and line.startswith("|"))
+        if len(line) > MAX_COLUMNS and not is_allowed:
             yield f"line {number} has {len(line)} columns"
 
 
