@@ -93,7 +93,7 @@ Compute = Callable[[str, UnitWriter], Mapping[str, Any] | None]
 
 
 class StageDirectory:
-    """See the module's text. Made by `open_stage`; one per process and stage."""
+    """A stage's output: its units, their records and its manifest. Made by `open_stage`, one a process."""
 
     def __init__(self, root: Path, identity: Mapping[str, Any], world: World) -> None:
         self.root = root

@@ -19,8 +19,8 @@ from mlpmem_ds.maths.listed_keys import ListedKeys, ListedRun, run_of
 FOLDER = "lists"
 """in a target directory, while the targets are being written"""
 RUN_POSITIONS = 1 << 24
-"""of a run: a slice of a list in it is then 64 keys at a billion positions in 262,144 lists, which is read at
-full speed"""
+"""of a run. A list has one slice in each run: with a billion positions in 262,144 lists a slice is 64 keys,
+long enough to be read from the disk at full speed"""
 VALUES_NAME = "values.npy"
 """the value of each position"""
 
