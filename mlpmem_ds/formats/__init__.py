@@ -3,7 +3,7 @@
 In the order of the pipeline:
 - `documents.py`, `document_readers.py`: text from files of many kinds
 - `corpus.py`: token shards; `keys.py`, `mapped_keys.py`: keys, values and memory inputs
-- `index_directory.py`: an index; `lists_directory.py`: keys in the order of its lists
+- `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists
 - `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample
 - `batches.py`: training batches from keys and targets
 - `checkpoint.py`, `checkpoint_copy.py`: a training's checkpoints; `trained_models.py`: what it leaves

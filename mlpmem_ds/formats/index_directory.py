@@ -14,9 +14,14 @@ from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 TRAINED_NAME = "trained.faissindex"
 
 
-def shard_name(shard: int) -> str:
-    """The file of a shard, relative to the directory."""
-    return f"shard-{shard}.faissindex"
+def has_codes(factory: str) -> bool:
+    """Whether a factory names a code for the vectors, and not their lists alone (`IVF1024`)."""
+    return not factory.rpartition(",")[2].startswith("IVF")
+
+
+def shard_name(shard: int, factory: str) -> str:
+    """The file of a shard, relative to the directory: faiss's own, or lists without codes."""
+    return f"shard-{shard}.faissindex" if has_codes(factory) else f"shard-{shard}.lists.npy"
 
 
 def blocks_of_shard(blocks: list[Block], shard: int, num_shards: int) -> list[Block]:
@@ -53,6 +58,11 @@ class IndexDirectory(CompleteStage[IndexManifest]):
     @property
     def factory(self) -> str:
         return self.manifest.factory
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether its vectors are stored too, as codes of faiss; else lists alone."""
+        return has_codes(self.factory)
 
     @property
     def num_lists(self) -> int:

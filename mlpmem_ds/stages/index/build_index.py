@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mlpmem_ds.core.blocks import deal
+from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.hashing import sample_positions
@@ -28,11 +28,13 @@ from mlpmem_ds.formats.index_directory import (
     IndexManifest,
     IndexShard,
     blocks_of_shard,
+    has_codes,
     shard_name,
 )
+from mlpmem_ds.formats.index_lists import IndexLists
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.stages.index.config import Config
-from mlpmem_ds.stages.index.factory import choose_factory, make_index, training_operations
+from mlpmem_ds.stages.index.factory import index_bytes, make_index, resolve_factory, training_operations
 
 _logger = logging.getLogger(__name__)
 _TRAINED = "trained"
@@ -73,7 +75,11 @@ def run(config: Config, world: World) -> None:
     )
 
     def fill(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
-        summary = _fill(keys, config.output / TRAINED_NAME, shards.index(unit), config.num_shards, writer)
+        index = Index.read(config.output / TRAINED_NAME, for_search=False)
+        shard = shards.index(unit)
+        blocks = blocks_of_shard(keys.blocks, shard, config.num_shards)
+        write = _write_shard if has_codes(factory) else _write_lists
+        summary = write(keys, blocks, index, shard_name(shard, factory), writer)
         progress.advance(1)
         return summary
 
@@ -88,7 +94,8 @@ def run(config: Config, world: World) -> None:
             num_shards=config.num_shards,
             num_vectors=sum(counts),
             shards=tuple(
-                IndexShard(name=shard_name(shard), num_vectors=count) for shard, count in enumerate(counts)
+                IndexShard(name=shard_name(shard, factory), num_vectors=count)
+                for shard, count in enumerate(counts)
             ),
         )
 
@@ -98,11 +105,10 @@ def run(config: Config, world: World) -> None:
 def _resolve_factory(config: Config, keys: Keys) -> str:
     """The faiss factory string, which these keys can train; says what was chosen, why, and what it will
     cost."""
-    factory, reason = config.factory, "as asked"
-    if factory == "auto":
-        factory, reason = choose_factory(keys.num_positions, keys.dim, _memory_bytes())
+    factory, reason = resolve_factory(config.factory, keys.num_positions, keys.dim, _memory_bytes())
+    if config.factory != factory:
         started = _factory_of_started_run(config.output)
-        if started and started != factory:
+        if started and started != factory and has_codes(started) == has_codes(factory):
             factory, reason = started, f"chosen when this run was first started; now it would be {factory}"
     try:
         index = make_index(factory, keys.dim, keys.num_positions)
@@ -113,7 +119,7 @@ def _resolve_factory(config: Config, keys: Keys) -> str:
     _logger.info(
         "it will take %.2f GB on disk, and about %.0f s of a rank's %d threads to train on %s keys and %.0f s"
         " to place all keys",
-        index.num_bytes(keys.num_positions, config.num_shards + 1) / 1e9,
+        index_bytes(factory, keys.dim, keys.num_positions, config.num_shards) / 1e9,
         training_operations(index, keys.num_positions, keys.dim) / (_OPERATIONS_PER_SECOND * cores),
         cores,
         f"{min(keys.num_positions, index.num_training_vectors):,}",
@@ -146,12 +152,27 @@ def _train(keys: Keys, factory: str, writer: UnitWriter) -> dict[str, Any]:
     return {"training_vectors": len(positions), "num_lists": index.num_lists}
 
 
-def _fill(keys: Keys, trained: Path, shard: int, num_shards: int, writer: UnitWriter) -> dict[str, Any]:
-    index = Index.read(trained, for_search=False)
-    blocks = blocks_of_shard(keys.blocks, shard, num_shards)
+def _write_shard(
+    keys: Keys, blocks: Sequence[Block], index: Index, name: str, writer: UnitWriter
+) -> dict[str, Any]:
+    """Codes and ids in the lists, as faiss writes them."""
     for block in blocks:
         keys.check("keys", block)
         index.fill(keys.unit("keys", block.start), np.arange(block.start, block.stop))
-    with writer.file(shard_name(shard)) as path:
+    with writer.file(name) as path:
         index.write(path)
     return {"num_vectors": index.num_vectors}
+
+
+def _write_lists(
+    keys: Keys, blocks: Sequence[Block], index: Index, name: str, writer: UnitWriter
+) -> dict[str, Any]:
+    """The lists alone: 4 bytes a key."""
+    numbers, positions = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for block in blocks:
+        keys.check("keys", block)
+        numbers.append(index.assign(keys.unit("keys", block.start), 1)[:, 0])
+        positions.append(np.arange(block.start, block.stop))
+    lists = IndexLists.from_numbers(np.concatenate(numbers), np.concatenate(positions), index.num_lists)
+    writer.array(name, lists.packed(keys.num_positions))
+    return {"num_vectors": len(lists.positions_N)}

@@ -19,7 +19,10 @@ class Config(Flags):
     keys: Path = option("key directory of extract_keys")
     output: Path = option("index directory to write")
     factory: str = option(
-        "faiss index factory that holds IVF, such as IVF1024,PQ64, or auto", "auto", identity="resolved"
+        "faiss index factory that holds IVF, such as IVF1024,PQ64; without a code, as IVF1024, lists alone,"
+        " which is all that write_targets reads; auto = chosen; lists = chosen, without a code",
+        "auto",
+        identity="resolved",
     )
     num_shards: int = option("files that the keys are spread over, filled by different ranks", 4, at_least=1)
     threads: int | None = shared_flags.threads()

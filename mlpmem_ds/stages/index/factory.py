@@ -7,6 +7,8 @@ import math
 import numpy as np
 
 from mlpmem_ds.engines.faiss import Index
+from mlpmem_ds.formats.index_directory import has_codes
+from mlpmem_ds.formats.index_lists import bytes_of_lists
 from mlpmem_ds.maths.centroids import ITERATIONS, TWO_LEVEL_ABOVE
 
 _MIN_POINTS_PER_CENTROID = 39
@@ -51,13 +53,26 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) 
     )
 
 
+def resolve_factory(factory: str, num_vectors: int, dim: int, memory_bytes: int | None) -> tuple[str, str]:
+    """(factory string, reason in words): `auto` is chosen, `lists` too, but without the code."""
+    if factory not in ("auto", "lists"):
+        return factory, "as asked"
+    chosen, reason = choose_factory(num_vectors, dim, memory_bytes)
+    if factory == "auto":
+        return chosen, reason
+    return chosen.rpartition(",")[0], f"{reason.partition(';')[0]}; without codes"
+
+
 def make_index(factory: str, dim: int, num_vectors: int) -> Index:
     """The empty index of a factory that N vectors of D dimensions can train.
+
+    A factory without a code (`IVF1024`) gives the one whose lists are stored alone; in faiss it has whole
+    vectors, which are never filled in.
 
     Raises:
         ValueError: with the remedy.
     """
-    index = Index.make(factory, dim)
+    index = Index.make(factory if has_codes(factory) else f"{factory},Flat", dim)
     needed = index.min_training_vectors
     if num_vectors < needed:
         raise ValueError(
@@ -65,6 +80,14 @@ def make_index(factory: str, dim: int, num_vectors: int) -> Index:
             "choose fewer lists (IVF…) or fewer bits (PQ…x4), or auto"
         )
     return index
+
+
+def index_bytes(factory: str, dim: int, num_vectors: int, num_shards: int) -> int:
+    """Of an index directory."""
+    index = make_index(factory, dim, num_vectors)
+    if has_codes(factory):
+        return index.num_bytes(num_vectors, num_shards + 1)
+    return index.num_bytes(0, 1) + bytes_of_lists(num_vectors, index.num_lists, num_shards)
 
 
 def training_operations(index: Index, num_positions: int, dim: int) -> float:

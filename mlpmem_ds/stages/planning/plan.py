@@ -21,7 +21,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.maths.weighting import default_perplexity
 from mlpmem_ds.models.memory import PRESETS, MemoryConfig
 from mlpmem_ds.models.shape import read_shape
-from mlpmem_ds.stages.index.factory import choose_factory, make_index
+from mlpmem_ds.stages.index.factory import choose_factory, make_index, resolve_factory
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.config import DEFAULTS, Config
 from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, Machine, Workload, costs, resolve_search
@@ -204,8 +204,7 @@ def _default_memory(sizes: dict[str, Any]) -> MemoryConfig:
 
 
 def _factory(factory: str, sizes: dict[str, Any], machine: Machine) -> str:
-    if factory == "auto":
-        factory = choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
+    factory = resolve_factory(factory, sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
     try:
         make_index(factory, sizes["dim"], sizes["positions"])
     except ValueError as error:

@@ -3,6 +3,7 @@
 - `neighbour_search.py`: the protocol `NeighbourSearch`, and `open_search` that opens one of three by its name
 - `exact_search.py`: `exact`, all keys, a block of the mapped files at a time
 - `list_search.py`: `lists`, all keys of the lists that a query probes
+- `shard_lists.py`: the lists of an index shard, with or without codes
 - `key_lists.py`, `config.py`: the directory of keys in the order of the lists, which list search reads
 - `index_search.py`: `index`, what faiss finds by its own codes, distances computed again from the keys
 - `knn_scorer.py`: neighbours → log-probabilities of tokens, for the kNN arms of `evaluate`

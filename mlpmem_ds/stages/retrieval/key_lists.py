@@ -120,10 +120,10 @@ def _inputs(keys: Keys, index: IndexDirectory) -> dict[str, str]:
 
 def _write_numbers(keys: Keys, index: IndexDirectory, shard: int, writer: UnitWriter) -> None:
     """The list of each key of a shard, in the order of positions: int32."""
-    from mlpmem_ds.engines.faiss import Index
+    from mlpmem_ds.stages.retrieval.shard_lists import map_lists
 
     index.check(index.shard_paths[shard].name)
-    mapped = Index.read(index.shard_paths[shard], mapped=True)
+    mapped = map_lists(index, shard)
     numbers_N = np.full(_rows_of_shard(keys, index, shard), -1, np.int32)
     for number in np.flatnonzero(mapped.list_sizes()).tolist():
         ids = mapped.ids_of_list(number)

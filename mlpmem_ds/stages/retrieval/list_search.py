@@ -27,6 +27,7 @@ from mlpmem_ds.maths.listed_keys import ListedKeys, run_of
 from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
 from mlpmem_ds.maths.search_blocks import order_of_probes
 from mlpmem_ds.stages.retrieval.key_lists import make_key_lists
+from mlpmem_ds.stages.retrieval.shard_lists import ShardLists, map_lists
 
 _GATHERED_BYTES = 1 << 28  # keys of probed lists that are in memory before they lie list by list on disk
 
@@ -91,10 +92,10 @@ class ListSearch:
         return Index.read(self._index.trained_path, for_search=False)
 
     @cached_property
-    def _shards(self) -> list[Index]:
-        """The index's shards, their lists in the files."""
+    def _shards(self) -> list[ShardLists]:
+        """The lists of the index's shards, in their files."""
         self._index.check()
-        return [Index.read(path, mapped=True) for path in self._index.shard_paths]
+        return [map_lists(self._index, shard) for shard in range(len(self._index.shard_paths))]
 
     @cached_property
     def _sizes_L(self) -> np.ndarray:

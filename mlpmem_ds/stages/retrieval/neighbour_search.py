@@ -71,10 +71,15 @@ def open_search(
         world: with `lists`: the ranks that make that directory together.
 
     Raises:
-        UserError: `how` needs an index and there is none.
+        UserError: `how` needs an index and there is none, or codes and it has lists alone.
     """
     if how != "exact" and index is None:
         raise UserError(f"a search of {keys.root} by {how} needs --index: build one with build_index")
+    if how == "index" and index is not None and not index.has_codes:
+        raise UserError(
+            f"--index {index.root} has lists without codes ({index.factory}), which only write_targets reads:"
+            " build one with --factory auto into another directory, or leave --index out"
+        )
     source = _Source(
         keys=keys,
         index=index,

@@ -16,6 +16,8 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.stages.index import build_index
+from mlpmem_ds.stages.index.factory import index_bytes
+from mlpmem_ds.stages.retrieval.shard_lists import map_lists
 
 NUM_KEYS, DIM = 1003, 16
 
@@ -214,3 +216,22 @@ def test_bad_flags_and_other_runs(keys: Path, undisturbed: Path) -> None:
     with pytest.raises(UserError, match="already holds another run"):
         build_index.run(config(keys, undisturbed, factory="IVF4,Flat"), World())
     assert result_of(undisturbed) == before
+
+
+@pytest.mark.parametrize("coarse", ["IVF8", "IVF8_HNSW4"])
+def test_lists_without_codes_are_those_of_one_with_them(keys: Path, tmp_path: Path, coarse: str) -> None:
+    """From two ranks as from one, and the estimate of their size holds."""
+    build_index.run(config(keys, tmp_path / "codes", factory=f"{coarse},Flat"), World())
+    for rank in range(2):
+        build_index.run(config(keys, tmp_path / "two", factory=coarse), World(rank=rank, size=2))
+    build_index.run(config(keys, tmp_path / "one", factory=coarse), World())
+    with_codes, lists = open_index(tmp_path / "codes"), open_index(tmp_path / "one")
+    assert with_codes.has_codes and not lists.has_codes and lists.num_vectors == NUM_KEYS
+    for shard, path in enumerate(lists.shard_paths):
+        assert path.read_bytes() == open_index(tmp_path / "two").shard_paths[shard].read_bytes()
+        found, expected = map_lists(lists, shard), map_lists(with_codes, shard)
+        assert np.array_equal(found.list_sizes(), expected.list_sizes())
+        for number in range(8):
+            assert np.array_equal(found.ids_of_list(number), np.sort(expected.ids_of_list(number)))
+    stored = sum(path.stat().st_size for path in (lists.trained_path, *lists.shard_paths))
+    assert index_bytes(coarse, DIM, NUM_KEYS, 3) == pytest.approx(stored, rel=0.25)  # headers of small files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlpmem_ds.stages.index.factory import choose_factory, make_index
+from mlpmem_ds.stages.index.factory import choose_factory, index_bytes, make_index, resolve_factory
 
 NUM_VECTORS, DIM = 700, 12
 
@@ -59,3 +59,15 @@ def test_factories_are_checked(factory: str, words: str | None) -> None:
 def test_automatic_factory_in_little_memory(memory_bytes: int | None, factory: str, words: str) -> None:
     found, reason = choose_factory(10**7, 256, memory_bytes)
     assert found == factory and words in reason
+
+
+def test_lists_are_chosen_as_auto_does_but_without_the_code() -> None:
+    assert resolve_factory("auto", 350_000, 256, None)[0] == "IVF1024,PQ64"
+    factory, reason = resolve_factory("lists", 350_000, 256, None)
+    assert factory == "IVF1024" and reason.endswith("without codes")
+    assert resolve_factory("lists", 300, 16, None)[0] == "IVF1"
+    assert resolve_factory("IVF64_HNSW8", 350_000, 256, None) == ("IVF64_HNSW8", "as asked")
+    for name in ("IVF64", "IVF64_HNSW8", "OPQ4,IVF64"):
+        assert make_index(name, 16, 9000).num_lists == 64
+    bytes_with, bytes_without = (index_bytes(name, 256, 10**6, 4) for name in ("IVF1024,PQ64", "IVF1024"))
+    assert bytes_without < 6 * 10**6 < 72 * 10**6 < bytes_with

@@ -92,6 +92,16 @@ def test_targets_do_not_depend_on_runs_or_on_where_the_lists_lie(
     assert len(made) == 3 + 9 + 1  # shards, runs, values: once
 
 
+def test_lists_without_codes_give_the_same_targets(keys: Path, index: Path, tmp_path: Path) -> None:
+    write_targets.run(config(keys, index, tmp_path / "codes"), World())
+    build = build_index.Config(keys=keys, output=tmp_path / "index", factory="IVF7", num_shards=3)
+    build_index.run(build, World())
+    write_targets.run(config(keys, tmp_path / "index", tmp_path / "lists_alone"), World())
+    assert shards_of(tmp_path / "lists_alone") == shards_of(tmp_path / "codes")
+    with pytest.raises(UserError, match="lists without codes .*--factory auto"):
+        open_search(open_keys(keys), open_index(tmp_path / "index"), how="index")
+
+
 def test_before_the_lists_lie_there_the_search_is_the_same(
     keys: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +151,7 @@ def test_an_index_of_other_keys_in_a_shard_is_damaged(keys: Path, index: Path, t
 
     class Swapped:
         root, sha256, num_lists, shard_paths = opened.root, opened.sha256, opened.num_lists, swapped
+        has_codes = opened.has_codes
 
         def check(self, name: str) -> None:
             opened.check(name)
