@@ -118,11 +118,7 @@ def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path:
     assert refused.returncode == 2 and "--keys missing does not exist" in refused.stderr
 
 
-# Their flags name what stands in a module that loads torch.
-LOADING = {"extract_keys", "write_targets", "train", "convert_checkpoint", "plan"}
-
-
-@pytest.mark.parametrize("name", sorted(set(FRONT_ENDS) - LOADING))
+@pytest.mark.parametrize("name", sorted(FRONT_ENDS))
 def test_help_loads_no_heavy_library(name: str) -> None:
     script = (
         "import sys\n"

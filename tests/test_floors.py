@@ -83,9 +83,11 @@ OWNERS: dict[str, set[str]] = {
 # `models/hf.py` and all that it imports are copied into every export: no other file may be among them.
 EXPORTED = {
     "models/backbone.py",
+    "models/capture_point.py",
     "models/hf.py",
     "models/hf_config.py",
     "models/memory.py",
+    "models/memory_config.py",
     "models/mixture.py",
     "models/quantized.py",
     "models/structure.py",

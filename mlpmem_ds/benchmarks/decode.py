@@ -51,9 +51,10 @@ from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
 from mlpmem_ds.maths.rescoring import rescore
 from mlpmem_ds.maths.weighting import Weighting
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.mixture import log_mixture
 from mlpmem_ds.models.structure import decoder_layers
 from mlpmem_ds.stages import shared_flags

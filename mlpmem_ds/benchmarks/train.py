@@ -58,7 +58,8 @@ from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.maths.sparse_rows import SparseRows
-from mlpmem_ds.models.memory import PRESETS, Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.training.loop import max_memory

@@ -29,7 +29,8 @@ from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import CapturePoint, capture, load_base, logit_transform
+from mlpmem_ds.models.backbone import capture, load_base, logit_transform
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.structure import decoder_layers, output_head, resolve_layer
 
 _logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import torch
 from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 
 
 class OnlineInputs:

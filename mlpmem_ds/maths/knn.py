@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mlpmem_ds.maths.candidates import CandidateBlock
 from mlpmem_ds.maths.distances import are_codes, distance_ranks, norms_of_codes, ranks_in_list
+from mlpmem_ds.maths.exact_limit import MAX_KEYS_FOR_EXACT
 from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
 from mlpmem_ds.maths.listed_keys import ListedKeys, view_of
 from mlpmem_ds.maths.neighbours import (
@@ -56,11 +57,6 @@ __all__ = [
 Array: TypeAlias = np.ndarray[Any, Any]
 _Arguments = ParamSpec("_Arguments")
 
-_MAX_KEYS_FOR_EXACT = {
-    "cpu": 200_000,
-    "cuda": 10_000_000,
-}  # minutes on two cores or one GPU; above, lists are worth it
-
 QUERY_BLOCK, KEY_BLOCK = 512, 8192
 """queries and keys that exact search on a CPU compares at once"""
 
@@ -72,7 +68,7 @@ def search_device() -> torch.device:
 
 def max_keys_for_exact(device: torch.device | str | None = None) -> int:
     """Up to how many keys exact search is the right choice on this device (None: `search_device`)."""
-    return _MAX_KEYS_FOR_EXACT[_device(device).type]
+    return MAX_KEYS_FOR_EXACT[_device(device).type]
 
 
 def _device(device: torch.device | str | None) -> torch.device:

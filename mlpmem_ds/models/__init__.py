@@ -1,8 +1,10 @@
 """Models: the memory that is trained, the frozen base that it reads, and the two joined.
 
 Read in this order; files marked * are copied into every export and import nothing of ours but each other:
+    memory_config*     the memory's shape, and named sizes: plain values
     memory*            the memory: a stack of residual MLP blocks and its head
     structure*         a base's layers, MLPs and output head, found by structure
+    capture_point*     where a hidden state is read
     backbone*          loading a base, and capturing its hidden states
     mixture*           the mixture of base and memory, and the gates that give the memory's weight
     hf_config*, hf*    the joint model: its config.json, and its forward, generation, saving and loading

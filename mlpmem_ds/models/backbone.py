@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .capture_point import CapturePoint
 from .structure import (
     UnknownStructureError,
     decoder,
@@ -31,26 +32,6 @@ from .structure import (
     resolve_layer,
     structure_message,
 )
-
-Point = Literal["ffn_input", "layer_output", "final_norm"]
-POINTS: tuple[str, ...] = get_args(Point)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CapturePoint:
-    """Where a hidden state is read.
-
-    `layer` is an index into the decoder's layers, negative from the end. `point` is `ffn_input` (what that
-    layer's MLP reads: the kNN-LM's key), `layer_output` (the residual stream after the layer) or `final_norm`
-    (what the output head reads; it exists once, so its layer must be the last).
-    """
-
-    layer: int
-    point: Point = "ffn_input"
-
-    def __post_init__(self) -> None:
-        if self.point not in POINTS:
-            raise ValueError(f"a capture point must be one of {', '.join(POINTS)}, not {self.point!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

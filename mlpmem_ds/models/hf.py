@@ -32,10 +32,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .backbone import CapturePoint, Taps
+from .backbone import Taps
+from .capture_point import CapturePoint
 from .hf_config import MemoryAugmentedConfig
-from .memory import Memory, MemoryConfig, NormalLinear
-from .mixture import DEFAULT_LAMBDA, Constant, GateInputs, StoredGate, log_mixture_of_logits, open_gate
+from .memory import Memory, NormalLinear
+from .memory_config import DEFAULT_LAMBDA, MemoryConfig
+from .mixture import Constant, GateInputs, StoredGate, log_mixture_of_logits, open_gate
 from .quantized import Int8Linear, quantize_linears
 from .structure import decoder_layers, output_head, resolve_layer
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from .memory import MemoryConfig
-from .mixture import DEFAULT_LAMBDA, checked_lmbda
+from .memory_config import DEFAULT_LAMBDA, MemoryConfig
+from .mixture import checked_lmbda
 
 
 class MemoryAugmentedConfig(PretrainedConfig):

@@ -8,93 +8,21 @@ Every leaf initializes itself in its own `__init__`. Under `deepspeed.zero.Init`
 shards as soon as its module's `__init__` returns; an initialization done later, from outside, would write
 into empty shards.
 
-This file travels with exported models as remote code: it imports torch and the standard library only.
+This file travels with exported models as remote code: it imports torch, the standard library and its
+neighbours only.
 
 Shapes: `...` any leading dimensions, I input size, H hidden size, F intermediate size, V vocabulary.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-FAMILIES = ("gelu", "swiglu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    """The shape of a memory: plain values only.
-
-    `family` is `gelu` (LayerNorm, two matrices with biases, tanh GELU: GPT-2's MLP) or `swiglu` (RMSNorm,
-    three matrices without bias: Llama's MLP). `initializer_range` is the standard deviation of every fresh
-    weight, before the 1/sqrt(2 * num_blocks) of the matrices that write to the residual stream.
-    """
-
-    input_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_blocks: int
-    vocab_size: int
-    family: str = "gelu"
-    norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"a memory's {name} must be a whole number of at least 1, not {value!r}")
-        for name in ("norm_epsilon", "initializer_range"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"a memory's {name} must be a positive number, not {value!r}")
-        if self.family not in FAMILIES:
-            raise ValueError(f"a memory's family must be one of {', '.join(FAMILIES)}, not {self.family!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; `from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "MemoryConfig":
-        """The config of these values. Raises ValueError for unknown or missing keys and for values out of
-        range."""
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(names)):
-            raise ValueError(
-                f"unknown keys in a memory config: {', '.join(unknown)} (known: {', '.join(names)})"
-            )
-        required = ("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size")
-        missing = [name for name in required if name not in values]
-        if missing:
-            raise ValueError(f"missing keys in a memory config: {', '.join(missing)}")
-        return cls(**values)
-
-    def num_parameters(self) -> int:
-        """Number of parameters of `Memory(self)`, its head included, by formula: nothing is built."""
-        hidden, intermediate = self.hidden_size, self.intermediate_size
-        if self.family == "gelu":
-            norm = 2 * hidden
-            mlp = 2 * hidden * intermediate + intermediate + hidden
-        else:
-            norm = hidden
-            mlp = 3 * hidden * intermediate
-        projection = 0 if self.input_size == hidden else (self.input_size + 1) * hidden
-        return projection + self.num_blocks * (norm + mlp) + norm + self.vocab_size * hidden
-
-    def num_matrix_parameters(self) -> int:
-        """Numbers in the matrices that each row is multiplied with: 2 FLOPs each forward, 4 backward."""
-        matrices = 2 if self.family == "gelu" else 3
-        projection = 0 if self.input_size == self.hidden_size else self.input_size * self.hidden_size
-        return (
-            projection
-            + self.num_blocks * matrices * self.hidden_size * self.intermediate_size
-            + self.vocab_size * self.hidden_size
-        )
+from .memory_config import MemoryConfig
 
 
 class NormalLinear(nn.Linear):
@@ -241,36 +169,3 @@ def _norm(config: MemoryConfig) -> nn.Module:
     if config.family == "gelu":
         return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
     return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-
-
-def _preset(
-    family: str, num_blocks: int, hidden_size: int, intermediate_size: int
-) -> Callable[[int], MemoryConfig]:
-    def config(vocab_size: int) -> MemoryConfig:
-        return MemoryConfig(
-            input_size=hidden_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_blocks=num_blocks,
-            vocab_size=vocab_size,
-            family=family,
-        )
-
-    return config
-
-
-# Name -> function of the vocabulary's size. The first five are the paper's (arXiv 2508.01832, appendix and
-# code); the scale presets carry their name's number of parameters to within 5 % at a vocabulary of 32,000.
-# The input size is the hidden size; for a base of another width use dataclasses.replace(config,
-# input_size=...).
-PRESETS: dict[str, Callable[[int], MemoryConfig]] = {
-    "gelu-18x768": _preset("gelu", 18, 768, 4 * 768),
-    "gelu-36x1024": _preset("gelu", 36, 1024, 4 * 1024),
-    "gelu-54x1280": _preset("gelu", 54, 1280, 4 * 1280),
-    "swiglu-8x4096-11008": _preset("swiglu", 8, 4096, 11008),
-    "swiglu-8x4096-14336": _preset("swiglu", 8, 4096, 14336),
-    "1b": _preset("swiglu", 19, 2048, 8192),
-    "3b": _preset("swiglu", 26, 3072, 12288),
-    "7b": _preset("swiglu", 39, 4096, 14336),
-    "13b": _preset("swiglu", 47, 5120, 17920),
-}

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
-if TYPE_CHECKING:
-    from .backbone import CapturePoint
+from .memory_config import DEFAULT_LAMBDA
 
-DEFAULT_LAMBDA = 0.25
-"""λ where nothing was tuned: the weight of the memory that the paper's language-modelling results use."""
+if TYPE_CHECKING:
+    from .capture_point import CapturePoint
 
 _NO_STATES: Mapping[str, Any] = MappingProxyType({})
 

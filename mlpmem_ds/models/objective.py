@@ -17,7 +17,8 @@ from torch import nn
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
 from mlpmem_ds.models.activations import TRAINING_MLPS
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 
 # What `SparseHead` reports besides the loss, in this order: sums over the rows, detached.
 SUM_NAMES = ("kl", "ce", "weight")

@@ -16,7 +16,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.hidden_states import TransformersSource, masks_of_layers, scan_positions
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.structure import decoder_layers
 
 SIZES = {

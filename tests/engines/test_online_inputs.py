@@ -15,7 +15,7 @@ from mlpmem_ds.engines.hidden_states import BatchStates
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.formats.batches import TrainingOrder
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 
 POINT = CapturePoint(layer=0)
 

@@ -20,7 +20,7 @@ from mlpmem_ds.formats.keys import (
     open_keys,
     quantize_inputs,
 )
-from mlpmem_ds.models.backbone import POINTS
+from mlpmem_ds.models.capture_point import POINTS
 
 
 def test_any_range_and_any_order_of_positions(keys_dir: Path) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.reference_checkpoint import open_reference
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 
 WIDTH, INNER, VOCAB, BLOCKS = 16, 40, 31, 3
 GPT2 = {"model_type": "gpt2", "n_embd": WIDTH, "n_layer": BLOCKS, "layer_norm_epsilon": 1e-5}

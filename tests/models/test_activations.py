@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mlpmem_ds.models.activations import TRAINING_MLPS, compile_activations, recompute_activations
-from mlpmem_ds.models.memory import FAMILIES, Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import FAMILIES, MemoryConfig
 
 
 @pytest.mark.parametrize("family", FAMILIES)

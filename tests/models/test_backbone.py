@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, capture, load_base, logit_transform
+from mlpmem_ds.models.backbone import LogitTransform, capture, load_base, logit_transform
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.structure import UnknownStructureError, decoder_layers, output_head, resolve_layer
 
 LLAMA_SIZES = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 
 from .conftest import BASES, EOS, VOCAB, WIDTH, random_ids, tiny_base, tiny_memory
@@ -56,7 +56,9 @@ CODE_FILES = (
     "hf_config.py",
     "mixture.py",
     "memory.py",
+    "memory_config.py",
     "backbone.py",
+    "capture_point.py",
     "structure.py",
     "quantized.py",
 )

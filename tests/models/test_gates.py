@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mlpmem_ds.models import mixture
-from mlpmem_ds.models.backbone import CapturePoint, capture
+from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MEMORY_INPUT, MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant, GateInputs, log_mixture_of_logits
 from mlpmem_ds.models.mixture_on_device import mixture_on_device

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig, StaticCache
 
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
-from mlpmem_ds.models.memory import Memory, MemoryConfig, MemoryHead
+from mlpmem_ds.models.memory import Memory, MemoryHead
+from mlpmem_ds.models.memory_config import MemoryConfig
 
 from .conftest import (
     BASES,

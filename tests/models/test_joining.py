@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 
 VOCAB, WIDTH = 40, 16
 IDS = torch.tensor([[5, 7, 8, 21], [29, 3, 3, 19]])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mlpmem_ds.models.memory import PRESETS, Memory, MemoryConfig, MemoryHead, NormalLinear
+from mlpmem_ds.models.memory import Memory, MemoryHead, NormalLinear
+from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
 
 FAMILIES = ("gelu", "swiglu")
 
@@ -97,7 +98,8 @@ import torch
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 deepspeed = import_deepspeed()
 set_up_distributed(World())
 torch.manual_seed(0)

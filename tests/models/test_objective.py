@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mlpmem_ds.maths.sparse_loss import TargetBatch
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
 
 CONFIG = MemoryConfig(input_size=7, hidden_size=10, intermediate_size=23, num_blocks=2, vocab_size=31)

@@ -8,9 +8,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlpmem_ds.models import quantized
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.quantized import Int8Linear
 
 VOCAB = 61

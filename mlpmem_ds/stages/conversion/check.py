@@ -19,7 +19,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.formats.weight_shards import Weight
-from mlpmem_ds.models.backbone import CapturePoint, capture
+from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.mixture import log_mixture
 

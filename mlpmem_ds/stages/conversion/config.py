@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
+from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
 from mlpmem_ds.stages import shared_flags
 
 

@@ -48,7 +48,8 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
-from mlpmem_ds.models.backbone import CapturePoint, load_base
+from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.stages.conversion.check import (

@@ -25,7 +25,7 @@ from mlpmem_ds.formats.trained_models import (
     TrainedMemory,
     write_weights,
 )
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.structure import resolve_layer
 from mlpmem_ds.stages.shared_flags import Layer
 

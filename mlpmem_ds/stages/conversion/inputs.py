@@ -20,8 +20,7 @@ from mlpmem_ds.formats.evaluation import Report, open_report
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.formats.targets import TargetsManifest, open_targets
 from mlpmem_ds.formats.trained_models import TrainedMemory, read_weights
-from mlpmem_ds.models.memory import MemoryConfig
-from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
+from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, MemoryConfig
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.import_reference import read_reference
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights

@@ -30,7 +30,8 @@ from mlpmem_ds.formats.checkpoint import (
 )
 from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainedMemory
 from mlpmem_ds.formats.weight_shards import write_safetensors
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 
 _logger = logging.getLogger(__name__)
 

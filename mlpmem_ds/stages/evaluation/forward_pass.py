@@ -16,7 +16,8 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.hidden_states import BatchStates, TransformersSource, scan_positions
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import HeadScores, head_scores
-from mlpmem_ds.models.backbone import CapturePoint, LogitTransform, logit_transform
+from mlpmem_ds.models.backbone import LogitTransform, logit_transform
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.structure import output_head
 
 _CPU_TOKENS = 2048  # of a forward on a CPU; from a few hundred on, more at once are no faster

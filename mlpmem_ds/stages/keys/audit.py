@@ -31,7 +31,7 @@ from mlpmem_ds.formats.keys import Codec, Keys
 from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, merge_neighbours
 from mlpmem_ds.maths.target_distance import recall, total_variation
 from mlpmem_ds.maths.weighting import fit_weighting
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.keys.codec import fit_sample, read_sample, read_windows, sample_windows
 from mlpmem_ds.stages.retrieval.exact_search import ExactSearch
 from mlpmem_ds.stages.retrieval.neighbour_search import squared_key_distances

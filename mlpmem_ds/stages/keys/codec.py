@@ -23,7 +23,7 @@ from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import CodecFile
 from mlpmem_ds.maths.codec import FittedCodec, MassiveDimension, fit_codec
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 
 _logger = logging.getLogger(__name__)
 _MAX_DIMENSIONS_NAMED = 8

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.models.backbone import Point
+from mlpmem_ds.models.capture_point import Point
 from mlpmem_ds.stages import shared_flags
 
 _MAX_EXACT_DIM = 1040  # above it a product of int8 codes may pass 2^24 and is no longer exact in float32

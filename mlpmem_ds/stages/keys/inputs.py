@@ -22,7 +22,7 @@ from mlpmem_ds.engines.hidden_states import (
 )
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.keys import CodecManifest, KeysManifest
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.keys.codec import check_log_probabilities, checked
 from mlpmem_ds.stages.keys.config import Config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, default_of, option
-from mlpmem_ds.models.memory import PRESETS
+from mlpmem_ds.models.memory_config import PRESETS
 from mlpmem_ds.stages.index.config import Config as IndexConfig
 from mlpmem_ds.stages.keys.config import Config as KeysConfig
 from mlpmem_ds.stages.targets.config import Config as TargetsConfig

@@ -19,7 +19,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.maths.weighting import default_perplexity
-from mlpmem_ds.models.memory import PRESETS, MemoryConfig
+from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.index.factory import choose_factory, make_index, resolve_factory
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run

@@ -10,7 +10,7 @@ from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.target_encoding import Encoding
 from mlpmem_ds.formats.target_shards import Container
-from mlpmem_ds.maths.knn import max_keys_for_exact
+from mlpmem_ds.maths.exact_limit import MAX_KEYS_FOR_EXACT
 from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, Kind, default_perplexity
 from mlpmem_ds.stages import shared_flags
 
@@ -48,7 +48,7 @@ class Config(Flags):
     mass: float = option("probability to keep of each row", 0.999, above=0, at_most=1)
     search: Literal["auto", "exact", "ivf"] = option(
         "compare with all keys, or with those of the nearest lists; auto = exact up to "
-        f"{max_keys_for_exact('cpu'):,} keys, {max_keys_for_exact('cuda'):,} with a GPU",
+        f"{MAX_KEYS_FOR_EXACT['cpu']:,} keys, {MAX_KEYS_FOR_EXACT['cuda']:,} with a GPU",
         "auto",
         identity="resolved",
     )

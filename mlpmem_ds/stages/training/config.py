@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.models.memory import PRESETS
-from mlpmem_ds.models.mixture import DEFAULT_LAMBDA
+from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, PRESETS
 from mlpmem_ds.stages.training.options import TrainingOptions
 
 SHAPE_FLAGS = ("num_blocks", "hidden_size", "intermediate_size", "family")

@@ -15,7 +15,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.sharded_base import ShardedSource
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
 from mlpmem_ds.models.backbone import load_base
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.inputs import TrainingInputs

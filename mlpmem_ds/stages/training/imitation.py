@@ -12,7 +12,7 @@ from torch import nn
 
 from mlpmem_ds.formats.batches import MicroBatch
 from mlpmem_ds.maths.sparse_loss import TargetBatch
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import SUM_NAMES, MemoryObjective
 from mlpmem_ds.stages.training.config import Config
 

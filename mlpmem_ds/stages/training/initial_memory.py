@@ -22,7 +22,8 @@ from mlpmem_ds.core.files import content_hash, read_json
 from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.trained_models import MemoryManifest, read_memory_description
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 
 _EXPORT_PREFIX = "memory."
 _FLAG = "--init-from"

@@ -15,8 +15,8 @@ from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_cor
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.formats.trained_models import Provenance
-from mlpmem_ds.models.backbone import CapturePoint
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, open_initial_memory
 from mlpmem_ds.stages.training.metrics import require_wandb

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.models.memory import PRESETS, MemoryConfig
+from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
 from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, check_fits
 from mlpmem_ds.stages.training.inputs import TrainingInputs

@@ -19,7 +19,7 @@ from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.engines.hidden_states import StateSource, scan_positions
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.models.mixture_scores import mixed_scores
 from mlpmem_ds.stages.training.validation import Validation

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.imitation import Imitation
 from mlpmem_ds.stages.training.parts import Objective

@@ -30,7 +30,7 @@ from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainingResult, write_weights
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
 from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
 from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows

@@ -20,7 +20,7 @@ from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.deepspeed.zero_state import set_parameter
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
 set_up_distributed(World())
 memory = MemoryConfig(input_size=48, hidden_size=64, intermediate_size=256, num_blocks=2, vocab_size=500)

@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.deepspeed.sharded_base import ShardedSource
 from mlpmem_ds.engines.hidden_states import TransformersSource
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 
 SIZES = {
     "vocab_size": 300,

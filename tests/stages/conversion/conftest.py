@@ -20,7 +20,8 @@ from mlpmem_ds.formats.evaluation import ReportManifest, write_evaluation
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights, write_weights
 from mlpmem_ds.maths.weighting import Weighting
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 
 from ...manifests import make_provenance, targets_manifest
 from ..conftest import make_arm, make_curve, make_evaluation

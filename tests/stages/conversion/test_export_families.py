@@ -17,8 +17,10 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights, write_weights
-from mlpmem_ds.models.backbone import CapturePoint, capture
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
 

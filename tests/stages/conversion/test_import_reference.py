@@ -18,7 +18,8 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import CompleteStage, read_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
 

@@ -20,7 +20,8 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.trained_models import MemoryManifest, write_weights
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
 from mlpmem_ds.stages.evaluation import inputs as evaluation_inputs

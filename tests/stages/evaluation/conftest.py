@@ -25,7 +25,8 @@ from mlpmem_ds.formats.keys import Keys, encode, open_keys, read_codec
 from mlpmem_ds.formats.targets import TargetsManifest
 from mlpmem_ds.formats.trained_models import MemoryManifest, write_weights
 from mlpmem_ds.maths.weighting import Weighting
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.index import build_index

@@ -18,7 +18,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.evaluation import read_evaluation
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.corpus import prepare_corpus
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config

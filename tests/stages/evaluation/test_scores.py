@@ -17,7 +17,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.evaluation import read_evaluation
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.stages.evaluation import evaluate, forward_pass
 from mlpmem_ds.stages.evaluation.arms import memory as memory_arm

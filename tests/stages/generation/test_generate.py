@@ -15,9 +15,11 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from mlpmem_ds.formats.corpus import vocabulary_sha256
-from mlpmem_ds.models.backbone import CapturePoint, capture
+from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.generation.generate import side_by_side
 
 ROOT = Path(__file__).parents[3]

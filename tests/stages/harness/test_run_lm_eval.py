@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import lm_eval as engine
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.harness.run_lm_eval import Config, build_tasks
 

@@ -17,7 +17,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import TransformersSource, scan_positions
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.keys import audit as key_audit
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.keys.extract_keys import Config

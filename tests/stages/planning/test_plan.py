@@ -14,7 +14,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import seconds_of_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.models.memory import MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.planning import plan

@@ -7,7 +7,7 @@ import pytest
 
 from mlpmem_ds.core.config import parse_config
 from mlpmem_ds.core.world import World
-from mlpmem_ds.models.memory import PRESETS, MemoryConfig
+from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
 from mlpmem_ds.stages.planning import plan
 from mlpmem_ds.stages.training import train
 from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows

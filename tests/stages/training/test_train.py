@@ -20,7 +20,8 @@ from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.formats.trained_models import read_weights
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 from mlpmem_ds.stages.training.initial_memory import open_initial_memory
 

@@ -22,8 +22,10 @@ from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.checkpoint import fault_of_checkpoint, list_checkpoints
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import bfloat16_bits
-from mlpmem_ds.models.backbone import CapturePoint, capture
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training import frozen_base, training

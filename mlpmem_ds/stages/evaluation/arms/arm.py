@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from mlpmem_ds.core.log import seconds_of_stage
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
 

@@ -19,7 +19,7 @@ from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.maths.knn import max_keys_for_exact
 from mlpmem_ds.maths.weighting import Weighting
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm
 from mlpmem_ds.stages.evaluation.arms.datastore import Datastore, read_datastore

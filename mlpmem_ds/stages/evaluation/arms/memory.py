@@ -28,9 +28,10 @@ from mlpmem_ds.formats.trained_models import (
     read_weights,
 )
 from mlpmem_ds.maths.head_scores import token_log_probabilities
-from mlpmem_ds.models.backbone import CapturePoint
+from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
-from mlpmem_ds.models.memory import Memory, MemoryConfig
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.quantized import Int8Linear, quantize_linears
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_model
