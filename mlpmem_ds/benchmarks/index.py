@@ -59,7 +59,7 @@ from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
 from mlpmem_ds.maths.listed_keys import ListedKeys, in_list_order
-from mlpmem_ds.maths.target_distance import recall, total_variation
+from mlpmem_ds.maths.target_distance import neighbour_variation, recall
 from mlpmem_ds.maths.weighting import fit_weighting
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.index.factory import choose_factory
@@ -385,7 +385,7 @@ def _fidelity(
     for arm, search in searches.items():
         distances_QC, ids_QC = search()
         found = without_self(distances_QC[chosen], ids_QC[chosen], positions, config.k)
-        variations = total_variation(
+        variations = neighbour_variation(
             *weigh(exact.ids_QK, exact.distances_QK), *weigh(found.ids_QK, found.distances_QK)
         )
         rows.append(row_of(arm, "tv", "total variation", [float(np.mean(variations))]))

@@ -23,7 +23,7 @@ from mlpmem_ds.formats.target_encoding import frequency_order, pack_block, unpac
 from mlpmem_ds.formats.target_shards import index_name, shard_name, write_shard
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
-from mlpmem_ds.maths.target_distance import distances, recall
+from mlpmem_ds.maths.target_distance import compare_rows, recall
 from mlpmem_ds.maths.targets import aggregate
 from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search, squared_key_distances
@@ -149,7 +149,7 @@ def _rows_of(
     num_bytes: int,
     keys: Keys,
 ) -> list[Row]:
-    far = distances(truth, found, keys.manifest.vocab_size)
+    far = compare_rows(truth, found, keys.manifest.vocab_size)
     num_rows = found.num_rows
     return [
         row_of(arm, f"tv_{name}", "total variation", [float(far.total_variation_Q.mean())]),

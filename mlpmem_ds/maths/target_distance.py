@@ -19,7 +19,7 @@ _MAX_SUM_ERROR = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distances:
+class RowComparison:
     """Of each row, float64 [Q]: total variation (0 to 1) and Kullback-Leibler divergence (nats)."""
 
     total_variation_Q: Array
@@ -42,7 +42,7 @@ def recall(found_QK: Array, truth_QK: Array, count: int) -> Array:
     return np.where(num_true_Q > 0, hits_Q / np.maximum(num_true_Q, 1), 1.0)
 
 
-def distances(truth: SparseRows, found: SparseRows, vocab_size: int) -> Distances:
+def compare_rows(truth: SparseRows, found: SparseRows, vocab_size: int) -> RowComparison:
     """How far found rows are from true ones; both are normalized first.
 
     The divergence is KL(truth ‖ found), where the dropped mass (but at least 1e-6) of a found row is spread
@@ -62,13 +62,13 @@ def distances(truth: SparseRows, found: SparseRows, vocab_size: int) -> Distance
     smoothing = np.maximum(found.dropped, _MIN_SMOOTHING)[rows]
     smooth_q = (1 - smoothing) * q + smoothing / vocab_size
     terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / smooth_q), 0.0)
-    return Distances(
+    return RowComparison(
         total_variation_Q=np.where(one_empty_Q, 1.0, variation_Q),
         divergence_Q=np.bincount(rows, weights=terms, minlength=num_rows),
     )
 
 
-def total_variation(
+def neighbour_variation(
     weights_QK: Array, values_QK: Array, other_weights_QK: Array, other_values_QK: Array
 ) -> Array:
     """½ Σ_v |p(v) - q(v)| of each row's two sets of weighted neighbours, float64 [Q]; values are integers,

@@ -1,8 +1,9 @@
 """Pipeline: neighbours → **kNN targets** → target shards. Also the label's probability alone, for evaluation.
 
-``p(v) ∝ Σ_{j: value_j = v} exp(-d_j² / T)`` over the neighbours j of a position (kNN-LM, arXiv 1911.00172;
-MLP Memory, arXiv 2508.01832). All in float64, sparse, and every sum runs in the order of its row: a row's
-result does not depend on the other rows. (Across kinds of processor `exp` may differ in the last bit.)
+``p(v) = Σ_{j: value_j = v} w_j`` over the neighbours j of a position, with the weights of weighting.py
+(kNN-LM, arXiv 1911.00172; MLP Memory, arXiv 2508.01832). All in float64, sparse, and every sum runs in the
+order of its row: a row's result does not depend on the other rows. (Across kinds of processor `exp` may
+differ in the last bit.)
 
 Shape legend: Q queries (rows), K neighbours a row, W widest row, nnz stored entries.
 """

@@ -6,7 +6,7 @@ import pytest
 from mlpmem_ds.maths import codec
 from mlpmem_ds.maths.codec import MASSIVE_LIMIT, clip_massive, find_massive_dimensions, fit_codec
 from mlpmem_ds.maths.knn import Exclusion, exact_neighbours
-from mlpmem_ds.maths.target_distance import total_variation
+from mlpmem_ds.maths.target_distance import neighbour_variation
 from mlpmem_ds.maths.weighting import Weighting, fit_weighting
 
 N, D = 1500, 24
@@ -84,7 +84,7 @@ def test_clipping_a_massive_dimension_improves_the_targets(monkeypatch):
     assert len(handled.massive) == 1 and not plain.massive and plain.scale > 10 * handled.scale
     ordinary = np.arange(N) % 50 > 0
     found = {
-        name: total_variation(
+        name: neighbour_variation(
             *truth, *targets_of(codes_of(states_ND, fitted), values_N, fitted.scale, temperature)[:2]
         )
         for name, fitted in (("handled", handled), ("plain", plain))

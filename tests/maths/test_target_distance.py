@@ -1,15 +1,15 @@
-"""Distances of targets against plain loops."""
+"""RowComparison of targets against plain loops."""
 
 import numpy as np
 import pytest
 
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.target_distance import (
+    compare_rows,
     count_faulty_rows,
-    distances,
+    neighbour_variation,
     probability_of,
     recall,
-    total_variation,
 )
 
 VOCAB_SIZE = 12
@@ -41,7 +41,7 @@ def test_distances_equal_plain_loops():
     scale = np.linspace(0.9, 1, len(found))  # not normalized: truncation took the rest
     dropped = np.where([bool(row) for row in found], 1 - scale, 0.0)
     cut = [{token: p * s for token, p in row.items()} for row, s in zip(found, scale, strict=True)]
-    result = distances(sparse(truth), sparse(cut, dropped), VOCAB_SIZE)
+    result = compare_rows(sparse(truth), sparse(cut, dropped), VOCAB_SIZE)
     for number, (p, q) in enumerate(zip(truth, found, strict=True)):
         tokens = set(p) | set(q)
         expected = sum(abs(p.get(t, 0) - q.get(t, 0)) for t in tokens) / 2
@@ -102,6 +102,8 @@ def test_total_variation_equals_a_loop_over_values():
         / 2
         for row in range(6)
     ]
-    np.testing.assert_allclose(total_variation(weights, values, other, other_values), expected, atol=1e-12)
-    np.testing.assert_allclose(total_variation(weights, values, weights, values), 0, atol=1e-12)
-    np.testing.assert_allclose(total_variation(weights, values, weights, values + 7), 1)
+    np.testing.assert_allclose(
+        neighbour_variation(weights, values, other, other_values), expected, atol=1e-12
+    )
+    np.testing.assert_allclose(neighbour_variation(weights, values, weights, values), 0, atol=1e-12)
+    np.testing.assert_allclose(neighbour_variation(weights, values, weights, values + 7), 1)

@@ -29,7 +29,7 @@ from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import Codec, Keys
 from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, merge_neighbours
-from mlpmem_ds.maths.target_distance import recall, total_variation
+from mlpmem_ds.maths.target_distance import neighbour_variation, recall
 from mlpmem_ds.maths.weighting import fit_weighting
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.keys.codec import fit_sample, read_sample, read_windows, sample_windows
@@ -85,26 +85,26 @@ def run_audit(
 ) -> dict[str, Any]:
     """Write `audit.json` into a complete key directory and log its table; an equal audit that is there is not
     repeated."""
-    plain = {
+    settings_json = {
         "queries": settings.queries,
         "candidates": settings.candidates,
         "dims": list(settings.dims),
         "fit_positions": settings.fit_positions,
         "seed": settings.seed,
     }
-    found = _read_earlier(keys)
-    if found is None or found["settings"] != plain:
-        found = {
+    audit = _read_earlier(keys)
+    if audit is None or audit["settings"] != settings_json:
+        audit = {
             "format": FORMAT,
             "version": VERSION,
             "keys": keys.sha256,
-            "settings": plain,
+            "settings": settings_json,
             **measure(source, corpus, keys, point, settings, world),
         }
-        publish_json(keys.root / NAME, found, seal=True)
-    for line in table(found):
+        publish_json(keys.root / NAME, audit, seal=True)
+    for line in table(audit):
         log_for_all(_logger, world, "%s", line)
-    return found
+    return audit
 
 
 def measure(
@@ -172,11 +172,11 @@ def table(audit: Mapping[str, Any]) -> Iterator[str]:
 def _read_earlier(keys: Keys) -> dict[str, Any] | None:
     """The audit of exactly these keys that is there, or None."""
     try:
-        found = read_json(keys.root / NAME)
-        same = (found["format"], found["version"], found["keys"]) == (FORMAT, VERSION, keys.sha256)
+        audit = read_json(keys.root / NAME)
+        is_same = (audit["format"], audit["version"], audit["keys"]) == (FORMAT, VERSION, keys.sha256)
     except (DamagedDataError, KeyError, TypeError):
         return None
-    return found if same else None
+    return audit if is_same else None
 
 
 def _read_queries(
@@ -184,8 +184,8 @@ def _read_queries(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions [Q], ascending, and raw states [Q, D] of the queries: drawn from the first of the candidates'
     windows."""
-    num_wanted = min(_QUERY_SPREAD * settings.queries, settings.candidates)
-    windows = sorted(sample_windows(corpus, num_wanted, _WINDOWS_SEED, settings.seed))
+    num_candidates = min(_QUERY_SPREAD * settings.queries, settings.candidates)
+    windows = sorted(sample_windows(corpus, num_candidates, _WINDOWS_SEED, settings.seed))
     available = np.concatenate([np.arange(window.start, window.stop) for window in windows])
     drawn = np.sort(available[shuffled(len(available), _QUERIES_SEED, settings.seed)[: settings.queries]])
     parts = [
@@ -284,7 +284,7 @@ def _compare(
 ) -> dict[str, Any]:
     """One row of the report."""
     assert arm.best is not None and reference.best is not None
-    found_QK, wanted_QK = arm.best.ids_QK, reference.best.ids_QK
+    found_QK, true_QK = arm.best.ids_QK, reference.best.ids_QK
     blocks = _row_blocks(len(found_QK))
     variations: dict[str, float | None] = {}
     for name, true in true_weights.items():
@@ -292,13 +292,13 @@ def _compare(
         variations[name] = None
         if true is not None and weights is not None:
             parts = [
-                total_variation(
-                    true[rows], values_M[wanted_QK[rows]], weights[rows], values_M[found_QK[rows]]
+                neighbour_variation(
+                    true[rows], values_M[true_QK[rows]], weights[rows], values_M[found_QK[rows]]
                 )
                 for rows in blocks
             ]
             variations[name] = float(np.concatenate(parts).mean())
-    recalls = [recall(found_QK[rows], wanted_QK[rows], wanted_QK.shape[1]) for rows in blocks]
+    recalls = [recall(found_QK[rows], true_QK[rows], true_QK.shape[1]) for rows in blocks]
     return {
         "name": arm.name,
         "dim": arm.dim,

@@ -33,7 +33,7 @@ from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import TargetAuditManifest, Targets, open_targets
-from mlpmem_ds.maths.target_distance import count_faulty_rows, distances, probability_of, recall
+from mlpmem_ds.maths.target_distance import compare_rows, count_faulty_rows, probability_of, recall
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from mlpmem_ds.stages.targets.config import AuditConfig
 from mlpmem_ds.stages.targets.teacher import Teacher
@@ -186,7 +186,7 @@ def _compare(teacher: Teacher, true_teacher: Teacher, targets: Targets, position
     exact = true_teacher.find(positions_n).unpack()
     true_rows = true_teacher.whole_rows(exact, targets.weighting)
     rows = targets.gather(positions_n).astype(np.int64, np.float64)
-    far = distances(true_rows, rows, targets.manifest.vocab_size)
+    far = compare_rows(true_rows, rows, targets.manifest.vocab_size)
     gold_n = teacher.values_of(positions_n).astype(np.int64)
     ids_nK, distances_nK = found.ids_QK, found.distances_QK
     both_nK = (ids_nK[:, 1:] >= 0) & (ids_nK[:, :-1] >= 0)
