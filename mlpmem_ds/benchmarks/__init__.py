@@ -12,6 +12,7 @@
     evaluate            perplexities over a grid of λ against dense mixtures
     decode              time to the first token and tokens a second, against kNN and RAG
     plan                what `plan` says against what a run takes
+    scale               what grows with ranks, keys and positions, counted at a cluster's sizes
     made_up_keys        keys that stand in for real ones in speed, and not in fidelity
 
 Each module has a `Config`, its arms, and `run(config, world)`. They may import any library, as its users do.

@@ -10,7 +10,12 @@ from pathlib import Path
 
 from mlpmem_ds.core.front_end import run_front_end, seldom_collected
 
-NAMES = ("corpus", "decode", "evaluate", "extract", "index", "loss", "plan", "targets", "train")
+NAMES = ("corpus", "decode", "evaluate", "extract", "index", "loss", "plan", "scale", "targets", "train")
+
+
+def module_of(name: str) -> str:
+    """The module with the `Config` and the `run` of a benchmark; that of a folder has the folder's name."""
+    return f"mlpmem_ds.benchmarks.{name}.{name}" if name == "scale" else f"mlpmem_ds.benchmarks.{name}"
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -27,5 +32,5 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"what to measure: {', '.join(NAMES)}")
     name = parser.parse_args(words[:1]).name
     with seldom_collected():
-        benchmark = importlib.import_module(f"mlpmem_ds.benchmarks.{name}")
+        benchmark = importlib.import_module(module_of(name))
     return run_front_end(benchmark.Config, benchmark.run, argv=words[1:], prog=f"{prog} {name}")

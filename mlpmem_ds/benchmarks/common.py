@@ -189,9 +189,13 @@ class Report:
             "settings": plain_values(config),
         }
 
-    def publish(self, path: Path, rows: Sequence[Row], ratios: Mapping[str, float]) -> None:
+    def publish(
+        self, path: Path, rows: Sequence[Row], ratios: Mapping[str, float], **blocks: Mapping[str, Any]
+    ) -> None:
+        """Write the JSON; `blocks` are further parts of it, by name."""
         self._record["machine"]["load_average_after"] = list(os.getloadavg())
-        publish_json(path, {**self._record, "rows": [asdict(row) for row in rows], "ratios": dict(ratios)})
+        measured = {"rows": [asdict(row) for row in rows], "ratios": dict(ratios)}
+        publish_json(path, {**self._record, **measured, **blocks})
         for row in rows:
             _logger.info(
                 "%s %s: %.4g %s (%.4g to %.4g, %d runs)",
