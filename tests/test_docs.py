@@ -118,7 +118,7 @@ def faults_of_flags(page: str) -> Iterator[str]:
     if page in NAMES_OF_THAT_TIME:
         return
     known = FOREIGN | {flag for name in (*FRONT_ENDS, "demo") for flag in flags_of(help_of(name))}
-    benchmarks = (ROOT / "mlpmem_ds/benchmarks").glob("*.py")
+    benchmarks = (ROOT / "mlpmem_ds/benchmarks").rglob("*.py")
     known |= {name for path in benchmarks for name in re.findall(r"--([a-z-]+)", path.read_text())}
     for line in code_of(text_of(page)):
         if re.match(r"--[a-z]", line):
