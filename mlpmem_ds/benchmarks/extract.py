@@ -50,7 +50,8 @@ from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
+from mlpmem_ds.engines.devices import device_of_rank
+from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.formats.corpus import (
     CorpusManifest,
     CorpusUnit,
@@ -120,7 +121,7 @@ def run(config: Config, world: World) -> None:
     check_output(config.output)
     use_threads(config.threads)
     report = Report("extract", config)
-    device = torch.device(resolve_device(config.device))
+    device = device_of_rank(config.device, world)
     shapes = {_SMALL: 4 * config.positions, _HEADLINE: config.positions}
     if device.type == "cuda":
         shapes[_LARGE] = 16 * config.positions

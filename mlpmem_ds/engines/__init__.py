@@ -1,5 +1,6 @@
 """What runs on a heavy library, behind functions of ours; tests/test_floors.py says who may import which.
 
+- `devices`: the device of a rank
 - `hidden_states`: a causal language model of transformers reads windows of tokens; `model_files` finds one,
   `online_inputs` computes a memory's inputs with one
 - `faiss`: the inverted-file index

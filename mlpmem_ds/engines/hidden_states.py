@@ -88,16 +88,15 @@ class TransformersSource:
         path: str,
         *,
         dtype: str = "auto",
-        device: str = "auto",
+        device: torch.device | str = "cpu",
         attention: str = "sdpa",
-        local_rank: int = 0,
         layers_path: str | None = None,
         flag: str = "--model",
         device_map: str | dict[str, Any] | None = None,
         offload_folder: Path | None = None,
     ) -> None:
         self.layers_path = layers_path
-        self.device = torch.device(resolve_device(device, local_rank))
+        self.device = torch.device(device)
         self.dtype_name = resolve_dtype(dtype, self.device)
         try:
             self.model = self._load(path, attention, device_map, offload_folder)
@@ -201,24 +200,6 @@ def masks_of_layers(layers: Iterable[nn.Module]) -> Iterator[list[bool]]:
         for layer in layers:
             hooks.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
         yield masks
-
-
-def resolve_device(device: str, local_rank: int = 0) -> str:
-    """`auto` is this rank's own GPU where there are GPUs, else the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"--device {device} is not here ({reason}): give auto, cpu, cuda or cuda:N"
-            ) from error
-        return device
-    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

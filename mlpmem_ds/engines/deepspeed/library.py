@@ -31,9 +31,11 @@ def import_deepspeed() -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     # PyTorch 2.13 has new names for what DeepSpeed calls: a warning of each rank in each run.
     warnings.filterwarnings("ignore", message="`torch\\.distributed", category=FutureWarning)
-    # A just-in-time C++ build that only inference uses: 31 s, and fatal where there is no compiler.
-    compatible = getattr(import_part("ops"), "__compatible_ops__", {})
-    compatible["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available():
+        # A just-in-time C++ build that only inference uses: 31 s, and fatal where there is no compiler. With
+        # CUDA it is never made, and reading this table starts compilers and asks each GPU.
+        compatible = getattr(import_part("ops"), "__compatible_ops__", {})
+        compatible["deepspeed_shm_comm"] = False
     return library
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
+from mlpmem_ds.engines.devices import gpu_number
 from mlpmem_ds.engines.processes import has_group, keep_freed_memory, leave_process_group, meeting_point
 
 
@@ -22,7 +23,9 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
     Raises:
         UserError: the ranks cannot find each other: MASTER_ADDR is unknown.
     """
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    # DeepSpeed takes LOCAL_RANK for the number of a GPU, in three places, also where a rank sees one alone.
+    local_rank = gpu_number(world) if torch.cuda.is_available() else world.local_rank
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
     if has_group():
         return
     deepspeed = import_deepspeed()
@@ -30,7 +33,7 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     keep_freed_memory()
     if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank)
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         auto_mpi_discovery=False,

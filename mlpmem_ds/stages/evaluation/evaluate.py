@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 def run(config: Config, world: World) -> str | None:
     """Score what is missing; the rank that completes the last unit writes the report and returns the table as
     text."""
-    inputs = open_inputs(config, world.local_rank)
+    inputs = open_inputs(config, world)
     directory = open_stage(
         config.output,
         stage=ReportManifest.FORMAT,

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.stages.evaluation.arms import knn, memory, model
@@ -39,8 +41,8 @@ class Inputs:
         return tuple(arm for arm in self.arms if arm.part == part)
 
 
-def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
-    """Open and check everything; nothing has been written yet.
+def open_inputs(config: Config, world: World) -> Inputs:
+    """Open and check everything, models on this rank's device; nothing has been written yet.
 
     Raises:
         UserError: an input is missing, or does not belong to this base, corpus or datastore.
@@ -56,7 +58,8 @@ def open_inputs(config: Config, local_rank: int = 0) -> Inputs:
     )
     corpus = splits[config.test_split].corpus
     num_positions = sum(corpus.num_positions for corpus in streams_of(splits).values())
-    base = open_base(config, corpus, layers_path=find_layers_path(config), local_rank=local_rank)
+    device = device_of_rank(config.device, world)
+    base = open_base(config, corpus, layers_path=find_layers_path(config), device=device)
     context = Context(base=base, corpus=corpus, num_positions=num_positions)
     opened = [arm for opener in OPENERS for arm in opener(config, context)]
     arms = _with_different_names([base, *opened])

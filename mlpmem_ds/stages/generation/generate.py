@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TextStream
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import DTYPES, resolve_device, resolve_dtype
+from mlpmem_ds.engines.devices import device_of_rank
+from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
@@ -60,7 +61,7 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     settings, tokenizer = read_export(config.model)
     context = getattr(settings, "max_position_embeddings", None) or math.inf
     ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
-    model = load_model(config.model, device=config.device, dtype=config.dtype)
+    model = load_model(config.model, device=device_of_rank(config.device, world), dtype=config.dtype)
     if config.memory_weights == "int8":
         model.quantize_memory()
     gate = model.gate if config.lmbda is None else Constant(config.lmbda)
@@ -167,20 +168,14 @@ def _read_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> MemoryAugmentedLM:
+def load_model(name: str, *, device: torch.device, dtype: str = "auto") -> MemoryAugmentedLM:
     """The joint model by this package's classes: no code from the export is run.
 
     Raises:
-        UserError: it is not an export, or this machine cannot hold it.
-        DamagedDataError: its files lack weights (transformers would fill them at random and continue).
+        DamagedDataError: it is not an export, or its files lack weights (transformers would fill them at
+            random and continue).
     """
-    chosen = resolve_device(device)
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used here ({reason}): give cpu or auto") from error
-    weights_dtype = DTYPES[resolve_dtype(dtype, torch.device(chosen))]
+    weights_dtype = DTYPES[resolve_dtype(dtype, device)]
     remedy = "run tools/convert_checkpoint.py again"
     try:
         loaded: Any = MemoryAugmentedLM.from_pretrained(name, dtype=weights_dtype, output_loading_info=True)
@@ -191,7 +186,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Memor
     model, report = loaded
     if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:
         raise DamagedDataError(f"--model {name} does not hold the whole model ({faults}): {remedy}")
-    joint: MemoryAugmentedLM = model.to(chosen).eval()
+    joint: MemoryAugmentedLM = model.to(device).eval()
     joint.mixture = mixture_on_device
     return joint
 

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.lm_eval import require_harness, score_tasks
 from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.stages.generation import generate
@@ -28,13 +31,13 @@ _QUESTIONS, _RANKING = "local_questions", "local_ranking"
 def run(config: Config, world: World) -> str:
     """A table of task, metric and value at each λ; with `--output` the numbers as JSON too."""
     with tempfile.TemporaryDirectory(prefix="mlpmem-") as folder:
-        return _run_tasks(config, build_tasks(config, Path(folder)))
+        return _run_tasks(config, build_tasks(config, Path(folder)), device_of_rank(config.device, world))
 
 
-def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]]) -> str:
+def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]], device: torch.device) -> str:
     require_harness()
     _, tokenizer = generate.read_export(config.model)
-    model = generate.load_model(config.model, device=config.device, dtype=config.dtype)
+    model = generate.load_model(config.model, device=device, dtype=config.dtype)
     own: tuple[StoredGate, ...] = (Constant(0.0), model.gate)
     gates = tuple(grid_of(config.lambdas)) if config.lambdas else tuple(dict.fromkeys(own))
     results: dict[StoredGate, dict[str, dict[str, Any]]] = {}

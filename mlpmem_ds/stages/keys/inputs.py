@@ -12,6 +12,7 @@ import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import (
     StateSource,
     TransformersSource,
@@ -126,14 +127,14 @@ def _fingerprints(config: Config) -> dict[str, str]:
 
 def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
     """Load the models and find the requested layers."""
+    device = device_of_rank(config.device, world)
 
     def load(name: str, flag: str, layers_path: str | None) -> TransformersSource:
         source = TransformersSource(
             name,
             dtype=config.dtype,
-            device=config.device,
+            device=device,
             attention=config.attention,
-            local_rank=world.local_rank,
             layers_path=layers_path,
             flag=flag,
             device_map=None if config.device_map == "none" else config.device_map,

@@ -13,6 +13,7 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.sharded_base import ShardedSource
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -35,7 +36,7 @@ def open_base(config: Config, inputs: TrainingInputs, world: World) -> Transform
     settings: dict[str, Any] = {
         "dtype": manifest.dtype or "auto",
         "attention": "eager" if manifest.attention == "eager" else "sdpa",  # some models have no other
-        "local_rank": world.local_rank,
+        "device": device_of_rank("auto", world),
         "layers_path": manifest.input_layers_path,
     }
     source: TransformersSource

@@ -24,7 +24,8 @@ from mlpmem_ds.engines.deepspeed.config import compute_dtype, micro_batches_per_
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.deepspeed.zero_state import set_parameter
-from mlpmem_ds.engines.hidden_states import StateSource, resolve_device
+from mlpmem_ds.engines.devices import device_of_rank
+from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
@@ -242,7 +243,7 @@ def _require_compiler(family: str, world: World) -> None:
     """Raises UserError on all ranks where one of them has no compiler."""
     reason = ""
     try:
-        compiled_activation(family, resolve_device("auto", world.local_rank))
+        compiled_activation(family, device_of_rank("auto", world))
     except Exception as error:  # each of the compilers under torch.compile raises its own kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
     for rank, said in enumerate(gather_values(reason, world)):

@@ -138,13 +138,13 @@ def test_it_is_evaluated_with_a_control_of_its_kind(
         model=str(base), corpus=corpus_dir, output=tmp_path / "report", control=(f"trained_on={base}",)
     )
     with pytest.raises(UserError, match="several lists that could be its layers"):
-        evaluation_inputs.open_inputs(config)  # nothing says where they are
+        evaluation_inputs.open_inputs(config, World())  # nothing says where they are
     with_memories = (
         replace(config, memory=memory),
         replace(config, control=(f"base+other={memory}", *config.control)),
     )
     for told in with_memories:
-        inputs = evaluation_inputs.open_inputs(told)
+        inputs = evaluation_inputs.open_inputs(told, World())
         base, *joined, model = inputs.arms
         assert base.source.layers_path == model.source.layers_path == PATH
         assert [arm.point.layer for arm in joined] == [1]

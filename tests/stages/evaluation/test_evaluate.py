@@ -112,7 +112,7 @@ def test_progress_of_each_rank_counts_its_own_share_and_one_rank_names_the_repor
     with caplog.at_level("INFO", logger="mlpmem_ds"):
         for rank in range(2):
             evaluate.run(replace(config, speed_positions=None, samples=0), World(rank=rank, size=2))
-    inputs = open_inputs(config)
+    inputs = open_inputs(config, World())
     passes = {arm.forward_pass for arm in inputs.arms}
     positions = sum(corpus.num_positions for corpus in inputs.streams.values()) * len(passes)
     assert sum(totals) == positions and 0 < min(totals) <= max(totals) < positions

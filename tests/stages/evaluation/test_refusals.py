@@ -139,10 +139,10 @@ def test_a_missing_extra_split_is_reported_only_if_the_flag_names_it(
     alone = {"memory": None, "keys": None, "index": None, "targets": None, "control": ()}
     config = replace(config, extra_splits=("nothing",), **alone)
     with caplog.at_level("INFO", logger="mlpmem_ds"):
-        splits = evaluation_inputs.open_inputs(config).splits
+        splits = evaluation_inputs.open_inputs(config, World()).splits
         assert list(splits) == ["tuning", "test"] and caplog.text.count("has no split nothing") == 1
         monkeypatch.setattr(evaluation_inputs, "DEFAULT_EXTRA_SPLITS", ("nothing",))
-        evaluation_inputs.open_inputs(config)
+        evaluation_inputs.open_inputs(config, World())
     assert caplog.text.count("has no split") == 1
 
 

@@ -77,7 +77,7 @@ def test_guesses_are_those_of_plain_fp64_models(
     np.testing.assert_allclose(read_scores(config.output, "test", "base", "guesses"), wanted, atol=2e-5)
     memory = MemoryAugmentedLM.from_parts(
         GPT2LMHeadModel.from_pretrained(base_dir),
-        open_inputs(config).playing("subject")[0].memory,
+        open_inputs(config, World()).playing("subject")[0].memory,
         lmbda=1.0,
         input_point=CapturePoint(layer=-1),
     ).memory
@@ -108,7 +108,7 @@ def test_perplexities_are_sums_in_float64_in_any_pieces(finished: Finished) -> N
 
 def test_no_score_depends_on_the_batch(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU every forward has one shape, whatever the flag: no other number of rows, no other rounding."""
-    inputs = open_inputs(replace(config, keys=None, index=None, targets=None, control=()))
+    inputs = open_inputs(replace(config, keys=None, index=None, targets=None, control=()), World())
     (memory,), source = inputs.playing("subject"), inputs.base.source
     corpus = inputs.streams["test"]
     monkeypatch.setattr(forward_pass, "_CPU_TOKENS", 3 * corpus.block_size)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores
@@ -66,14 +68,16 @@ class Opener(Protocol):
     def __call__(self, config: Config, context: Context) -> Sequence[Arm]: ...
 
 
-def open_base(config: Config, corpus: CorpusSplit, *, layers_path: str | None, local_rank: int) -> ModelArm:
+def open_base(
+    config: Config, corpus: CorpusSplit, *, layers_path: str | None, device: torch.device
+) -> ModelArm:
     """Open `--model`.
 
     Args:
         config: the flags.
         corpus: any split of the text.
         layers_path: where its layers are, if extraction had to be told.
-        local_rank: of this process, which chooses its GPU.
+        device: of this rank.
 
     Raises:
         UserError: there is no such model, or it is of another vocabulary than the corpus.
@@ -82,9 +86,8 @@ def open_base(config: Config, corpus: CorpusSplit, *, layers_path: str | None, l
     source = TransformersSource(
         config.model,
         dtype=config.dtype,
-        device=config.device,
+        device=device,
         attention=config.attention,
-        local_rank=local_rank,
         layers_path=layers_path,
     )
     check_source_reads(source, corpus, config.model)

@@ -35,7 +35,7 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
     source = TransformersSource(
         str(root),
         dtype=base.source.dtype_name,
-        device=str(base.source.device),
+        device=base.source.device,
         attention=config.attention,
         # A base that was trained on has its layers where it had them.
         layers_path=base.source.layers_path if is_alike else None,

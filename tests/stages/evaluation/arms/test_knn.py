@@ -82,7 +82,7 @@ def test_the_choice_on_the_tuning_split_is_the_best_of_all_by_brute_force(
 
 
 def test_the_first_keys_of_a_datastore_are_searched_as_a_datastore_of_their_own(finished: Finished) -> None:
-    exact, indexed = open_inputs(finished.config).arms[1:3]
+    exact, indexed = open_inputs(finished.config, World()).arms[1:3]
     stored = exact.vote.keys.read("keys")
     queries = stored[900:950]
     distances = ((queries[:, None].astype(np.int64) - stored[None, :700]) ** 2).sum(-1)
@@ -101,7 +101,7 @@ def test_the_arms_weigh_as_the_targets_do(finished: Finished, keys_dir: Path, tm
     targets = save_targets(tmp_path / "targets", open_keys(keys_dir).sha256, weighting=weighting)
     for temperature in (None, 5.0):
         config = replace(finished.config, targets=targets, temperature=temperature, output=tmp_path / "new")
-        for arm in open_inputs(config).arms[1:3]:
+        for arm in open_inputs(config, World()).arms[1:3]:
             expected = Weighting(kind="inverse-distance", temperature=temperature or 3.0)
             assert arm.vote.weighting == arm.scorer.weighting == expected
             assert arm.settings["weighting"] == "inverse-distance"
@@ -132,7 +132,7 @@ def test_all_lists_of_whole_vectors_give_the_exact_scores(
 
 
 def test_fewer_neighbours_are_the_nearest_ones_in_any_order_of_the_search(finished: Finished) -> None:
-    scorer = open_inputs(finished.config).playing("reference")[0].scorer
+    scorer = open_inputs(finished.config, World()).playing("reference")[0].scorer
     keys = scorer.keys
     queries, values = keys.read("keys", 900, 950), keys.read("values", 900, 950)
     packed = scorer.search.search(queries, K)
@@ -158,7 +158,7 @@ def test_all_keys_are_searched_by_default_only_if_that_takes_little_time(
 ) -> None:
     def exact_of(**changes: Any) -> bool:
         with caplog.at_level("INFO", logger="mlpmem_ds"):
-            return open_inputs(replace(config, **changes)).playing("reference") != ()
+            return open_inputs(replace(config, **changes), World()).playing("reference") != ()
 
     assert exact_of() and "all keys are searched too" in caplog.text
     monkeypatch.setattr(knn, "max_keys_for_exact", lambda: 10)

@@ -1,0 +1,45 @@
+"""The device of a rank, a value: a stage finds it once and passes it to models, searches and kernels.
+
+A launcher may show a rank all GPUs of its machine (then the local rank chooses), or one alone
+(`--gpus-per-task=1`), which is number 0 for every local rank: hence the remainder.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+
+
+def device_of_rank(requested: str, world: World) -> torch.device:
+    """The device that `--device` means on this rank, a GPU with its number.
+
+    `auto` is this rank's own GPU where there are GPUs, else the CPU; `cuda` is this rank's own GPU; `cpu` and
+    `cuda:N` are what they say.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    if requested == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", gpu_number(world))
+    try:
+        device = torch.device(requested)
+        if device.type == "cuda" and torch.cuda.is_available():
+            if device.index >= torch.cuda.device_count():
+                raise RuntimeError(f"this process sees {torch.cuda.device_count()} GPUs, counted from 0")
+        else:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {requested} is not here ({reason}): give auto, cpu, cuda or cuda:N"
+        ) from error
+    return device
+
+
+def gpu_number(world: World) -> int:
+    """Which of the GPUs that this process sees is this rank's; more ranks than GPUs share them in turn."""
+    return world.local_rank % max(1, torch.cuda.device_count())

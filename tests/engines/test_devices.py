@@ -1,0 +1,88 @@
+"""Which device a rank works on, with pretended GPUs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed import library, process_group
+from mlpmem_ds.engines.devices import device_of_rank, gpu_number
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_ranks_of_a_node_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch, requested: str) -> None:
+    pretend_gpus(monkeypatch, 8)
+    worlds = [World(rank=8 + local, size=32, local_rank=local) for local in range(8)]
+    devices = [device_of_rank(requested, world) for world in worlds]
+    assert devices == [torch.device("cuda", number) for number in range(8)]
+
+
+def test_a_rank_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 1)
+    world = World(rank=3, size=8, local_rank=3)
+    assert device_of_rank("auto", world) == torch.device("cuda:0")
+    assert gpu_number(world) == 0
+
+
+def test_a_device_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 8)
+    world = World(rank=3, size=8, local_rank=3)
+    assert device_of_rank("cuda:1", world) == torch.device("cuda:1")
+    assert device_of_rank("cpu", world) == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cuda:8 is not here .*8 GPUs"):
+        device_of_rank("cuda:8", world)
+
+
+def test_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 0)
+    assert device_of_rank("auto", World()) == torch.device("cpu")
+    with pytest.raises(UserError, match="--device banana is not here"):
+        device_of_rank("banana", World())
+    if not torch.backends.cuda.is_built():
+        with pytest.raises(UserError, match="--device cuda is not here .*: give auto"):
+            device_of_rank("cuda", World())
+
+
+def test_deepspeed_is_told_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls set_device(LOCAL_RANK), also where each task of a node sees one GPU."""
+    pretend_gpus(monkeypatch, 1)
+    monkeypatch.setattr(process_group, "has_group", lambda: True)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    process_group.set_up_distributed(World(rank=11, size=16, local_rank=3))
+    assert {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} == {
+        "RANK": "11",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "0",
+    }
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_deepspeeds_probe_of_its_operators_runs_on_cpus_alone(
+    monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    """It starts compilers and asks every GPU, before this rank has chosen its own."""
+    pretend_gpus(monkeypatch, gpus)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    probed: list[str] = []
+
+    class Operators:
+        @property
+        def __compatible_ops__(self) -> dict[str, bool]:
+            probed.append("probe")
+            return {}
+
+    monkeypatch.setattr(library, "import_part", lambda name: Operators())
+    monkeypatch.setattr(importlib, "import_module", lambda name: object())
+    library.import_deepspeed()
+    assert probed == ([] if gpus else ["probe"])
