@@ -6,11 +6,15 @@ ours                `maths.sparse_loss`: chunks of rows, gradients in forward, n
 dense               the published way: targets scattered to N x V, kl_div of log_softmax, cross entropy,
                     autograd.
 torch_lce           torch's F.linear_cross_entropy in chunks: the hard label only, so less than is asked.
-torch_lce_plus_bag  the same made to compute our loss: Σ m = 1 gives L = CE(y) - Σ h · Σ_i (m_i - [i = y]) W_i
-+ const. torch_lce_onednn    torch_lce with PyTorch's float32 products by oneDNN, as ours: what is left of the
-difference is our own.
-                    It rests on PyTorch's setting for 16-bit products inside float32, and is left out where
-                    the processor has such products, for there it would change the numbers.
+torch_lce_plus_bag  the same made to compute our loss:
+                    Σ m = 1 gives L = CE(y) - Σ h · Σ_i (m_i - [i = y]) W_i + const.
+torch_lce_onednn    torch_lce with PyTorch's float32 products by oneDNN, as ours: what is left of the
+                    difference is our own. It rests on PyTorch's setting for 16-bit products inside float32,
+                    and is left out where the processor has such products, for there it would change the
+                    numbers.
+products            the three matrix products of any exact loss and nothing else, by the same libraries as
+                    ours: the least time that a loss can take on this processor. It says which part of a ratio
+                    is the processor's.
 ours_bfloat16       ours with 16-bit operands (float32 statistics and gradient of the weight): another
                     precision.
 
@@ -51,6 +55,7 @@ from mlpmem_ds.benchmarks.loss_gpu import gpu_rows
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.maths.products import logits_of_tile, product, set_transposed_product, vocabulary_tiles
 from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
 from mlpmem_ds.stages import shared_flags
 
@@ -121,12 +126,16 @@ def run(config: Config, world: World) -> None:
             ("cpu_time_over_dense", "cpu_seconds", "dense"),
             ("cpu_time_over_torch_lce", "cpu_seconds", "torch_lce"),
             ("cpu_time_over_torch_lce_plus_bag", "cpu_seconds", "torch_lce_plus_bag"),
+            ("cpu_time_over_products", "cpu_seconds", "products"),
             ("wall_time_over_dense", "wall_seconds", "dense"),
             ("peak_memory_over_dense", "peak_memory_above_start", "dense"),
             ("peak_memory_over_torch_lce", "peak_memory_above_start", "torch_lce"),
         )
     }
     own_seconds = median_of(rows, "ours", "cpu_seconds")
+    ratios["products_over_dense"] = median_of(rows, "products", "cpu_seconds") / median_of(
+        rows, "dense", "cpu_seconds"
+    )
     ratios["cpu_time_bfloat16_over_float32"] = median_of(rows, "ours_bfloat16", "cpu_seconds") / own_seconds
     if "torch_lce_onednn" in timings:
         ratios["cpu_time_over_torch_lce_onednn"] = own_seconds / median_of(
@@ -215,6 +224,19 @@ def ours_bfloat16(problem: Problem, config: Config) -> Outcome:
     return ours(small, config)
 
 
+def products(problem: Problem, config: Config) -> Outcome:
+    """The logits and both gradients as products of a tile of the vocabulary each; the logits stand for their
+    own gradient, which has their shape."""
+    hidden_ND, weight_VD = problem.hidden_ND, problem.weight_VD
+    hidden_DN = hidden_ND.t().contiguous()
+    d_hidden_ND, d_weight_VD = torch.zeros_like(hidden_ND), torch.empty_like(weight_VD)
+    for columns in vocabulary_tiles(len(weight_VD), hidden_ND.device):
+        logits_NT = logits_of_tile(hidden_ND, weight_VD[columns])
+        d_hidden_ND += product(logits_NT, weight_VD[columns])
+        set_transposed_product(d_weight_VD[columns], hidden_DN, logits_NT, accumulate=False)
+    return torch.zeros(()), d_hidden_ND, d_weight_VD
+
+
 def torch_lce_onednn(problem: Problem, config: Config) -> Outcome:
     with onednn_products():
         return torch_lce(problem, config)
@@ -246,7 +268,7 @@ def onednn_products_are_float32() -> bool:
 def timed_arms() -> dict[str, Callable[[Problem, Config], Outcome]]:
     """Those of `ARMS`, and those that are timed but not compared in memory."""
     more = {"torch_lce_onednn": torch_lce_onednn} if onednn_products_are_float32() else {}
-    return ARMS | more | {"ours_bfloat16": ours_bfloat16}
+    return ARMS | more | {"ours_bfloat16": ours_bfloat16, "products": products}
 
 
 ARMS: dict[str, Callable[[Problem, Config], Outcome]] = {

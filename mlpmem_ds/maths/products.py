@@ -3,8 +3,9 @@ results**.
 
 PyTorch multiplies float32 on CPU with MKL, which uses half of the vector width where the processor is not
 Intel's: 110 GFLOP/s a core on an AMD EPYC of family 26, where oneDNN, which PyTorch brings as well, does 220
-with the same error (both measured with PyTorch 2.13). So large products go to oneDNN where the processor has
-AVX-512. The operator is PyTorch's own, made for its compiler; where a release lacks it, MKL does the work.
+with the same error (both measured with PyTorch 2.13); on family 25, whose units are half as wide, 86 and 100.
+So large products go to oneDNN where the processor has AVX-512. The operator is PyTorch's own, made for its
+compiler; where a release lacks it, MKL does the work.
 
 Shape legend: M, K, N any; T columns of a tile of the vocabulary; C rows of a chunk; D width; V vocabulary.
 """

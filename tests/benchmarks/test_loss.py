@@ -37,6 +37,10 @@ def test_the_timed_arms_compute_what_they_say(tools):
     for found, wanted in zip(loss.ours_bfloat16(problem, config), loss.ours(problem, config), strict=True):
         assert (found.float() - wanted).norm() <= 1e-2 * wanted.norm()
     assert loss.ours_bfloat16(problem, config)[1].dtype == torch.bfloat16
+    logits = problem.hidden_ND @ problem.weight_VD.t()
+    _, d_hidden, d_weight = loss.products(problem, config)
+    torch.testing.assert_close(d_hidden, logits @ problem.weight_VD, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(d_weight, logits.t() @ problem.hidden_ND, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_a_gpu(tools):

@@ -37,6 +37,7 @@ def test_the_json_has_the_promised_ratios(bench, tmp_path):
         for other in ("published", "repaired"):
             assert record["ratios"][f"speed_over_{other}_v{vocab_size}"] > 0
         assert 0 < record["ratios"][f"outside_matmul_share_v{vocab_size}"] < 1
+        assert record["ratios"][f"bound_over_repaired_v{vocab_size}"] > 0
     assert (
         record["name"] == "train" and {"arm", "metric", "unit", "median", "runs"} <= record["rows"][0].keys()
     )
