@@ -104,19 +104,31 @@ def sealed_json(value: Mapping[str, Any]) -> bytes:
     return canonical_json({**plain, SEAL: content_hash(plain)})
 
 
-def publish_array(path: Path, array: np.ndarray) -> None:
-    """Write `array` as .npy (never pickled)."""
+def publish_array(path: Path, array: np.ndarray) -> FileRecord:
+    """Write `array` as .npy (never pickled); its record, hashed as it is written."""
     with publish(path) as temporary, open(temporary, "wb") as stream:
         # Not np.save: it writes past Python's streams, and then a full disk is an error without a number or a
         # name.
-        np.lib.format.write_array(_Stream(stream), array, allow_pickle=False)
+        hashed = HashedStream(stream)
+        np.lib.format.write_array(hashed, array, allow_pickle=False)
+    return hashed.record(path.name)
 
 
-class _Stream:
-    """A binary file that NumPy does not know for one."""
+class HashedStream:
+    """A binary file whose checksum is made of what is written to it, so that it need not be read again."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.write = stream.write
+        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        """`content` as bytes: a view of one byte an item."""
+        self._digest.update(content)
+        self._bytes += len(content)
+        return self._stream.write(content)
+
+    def record(self, name: str) -> FileRecord:
+        """Of the file, under this name, when all is written."""
+        return FileRecord(name=name, bytes=self._bytes, sha256=self._digest.hexdigest())
 
 
 def read_json(path: Path) -> Any:

@@ -34,11 +34,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlpmem_ds.core.array_files import ArrayWriter, array_file
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.claims import claim, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
@@ -84,8 +86,16 @@ class UnitWriter:
     def array(self, name: str, array: np.ndarray) -> None:
         path = self._root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        publish_array(path, array)
-        self.records.append(record_file(self._root, name))
+        self.records.append(replace(publish_array(path, array), name=name))
+
+    @contextlib.contextmanager
+    def array_file(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[ArrayWriter]:
+        """OUTPUT/name, an array that is written a few rows at a time; it appears when the block ends."""
+        path = self._root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with array_file(path, shape, dtype) as rows:
+            yield rows
+        self.records.append(rows.record(name))
 
 
 Compute = Callable[[str, UnitWriter], Mapping[str, Any] | None]
