@@ -6,7 +6,8 @@ torch original.
                       `models.mixture_on_device`
 
 Triton is imported only by those two files, and they only where `usable` says so: on a CUDA tensor, with
-Triton installed.
+Triton installed. Triton launches on the calling thread's current device, not on that of the tensors: so every
+launch stands under `torch.cuda.device_of` of one of them.
 """
 
 import importlib.util

@@ -46,16 +46,17 @@ def label_rows(logits_CV: Tensor, labels_CJ: Tensor) -> Tensor:
     num_rows, vocabulary_size = logits_CV.shape
     result_CJ = torch.empty(labels_CJ.shape, dtype=torch.float32, device=logits_CV.device)
     columns = min(_MAX_COLUMNS, triton.next_power_of_2(vocabulary_size))
-    label_rows_kernel[(num_rows,)](
-        logits_CV,
-        labels_CJ,
-        result_CJ,
-        vocabulary_size,
-        labels_CJ.shape[1],
-        COLUMNS=columns,
-        num_warps=16 if columns >= 4096 else 4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(logits_CV):
+        label_rows_kernel[(num_rows,)](
+            logits_CV,
+            labels_CJ,
+            result_CJ,
+            vocabulary_size,
+            labels_CJ.shape[1],
+            COLUMNS=columns,
+            num_warps=16 if columns >= 4096 else 4,
+            enable_fp_fusion=True,
+        )
     return result_CJ
 
 
@@ -158,17 +159,18 @@ def mixture_rows(base_CV: Tensor, memory_CV: Tensor, lmbda: float | Tensor) -> T
     num_parts = -(-vocabulary_size // part_size)
     normalizers_C4P = torch.empty(num_rows, 4, num_parts, dtype=torch.float32, device=base_CV.device)
     columns = min(_PART_COLUMNS, triton.next_power_of_2(vocabulary_size))
-    part_normalizers_kernel[(num_rows, num_parts)](
-        base_CV,
-        memory_CV,
-        normalizers_C4P,
-        vocabulary_size,
-        part_size,
-        num_parts,
-        COLUMNS=columns,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(base_CV):
+        part_normalizers_kernel[(num_rows, num_parts)](
+            base_CV,
+            memory_CV,
+            normalizers_C4P,
+            vocabulary_size,
+            part_size,
+            num_parts,
+            COLUMNS=columns,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     by_row = isinstance(lmbda, Tensor)
     log_weights_C2, log_keep, log_take = normalizers_C4P, 0.0, 0.0
     if isinstance(lmbda, Tensor):
@@ -176,21 +178,22 @@ def mixture_rows(base_CV: Tensor, memory_CV: Tensor, lmbda: float | Tensor) -> T
     else:
         log_keep = math.log1p(-lmbda) if lmbda < 1 else -math.inf
         log_take = math.log(lmbda) if lmbda > 0 else -math.inf
-    mixture_rows_kernel[(num_rows, num_parts)](
-        base_CV,
-        memory_CV,
-        normalizers_C4P,
-        log_weights_C2,
-        result_CV,
-        vocabulary_size,
-        part_size,
-        num_parts,
-        log_keep,
-        log_take,
-        WEIGHT_BY_ROW=by_row,
-        COLUMNS=columns,
-        PARTS=triton.next_power_of_2(num_parts),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(base_CV):
+        mixture_rows_kernel[(num_rows, num_parts)](
+            base_CV,
+            memory_CV,
+            normalizers_C4P,
+            log_weights_C2,
+            result_CV,
+            vocabulary_size,
+            part_size,
+            num_parts,
+            log_keep,
+            log_take,
+            WEIGHT_BY_ROW=by_row,
+            COLUMNS=columns,
+            PARTS=triton.next_power_of_2(num_parts),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return result_CV

@@ -130,26 +130,27 @@ def sparse_rows(
     kl_C, ce_C = torch.empty_like(weights_C), torch.empty_like(weights_C)
     d_logits_CV = None if gradient_dtype is None else torch.empty_like(logits_CV, dtype=gradient_dtype)
     columns = min(_MAX_COLUMNS, triton.next_power_of_2(vocabulary_size))
-    sparse_rows_kernel[(num_rows,)](
-        logits_CV,
-        logits_CV if d_logits_CV is None else d_logits_CV,
-        offsets_C1,
-        ids_E,
-        teacher_E,
-        teacher_mass_C,
-        alphas_C,
-        labels_C,
-        weights_C,
-        weights_C if log_base_C is None else log_base_C,
-        kl_C,
-        ce_C,
-        vocabulary_size,
-        log_lambda,
-        THROUGH_MIXTURE=log_base_C is not None,
-        WANTS_GRADIENT=d_logits_CV is not None,
-        COLUMNS=columns,
-        ENTRIES=_ENTRIES,
-        num_warps=16 if columns >= 4096 else 4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(logits_CV):
+        sparse_rows_kernel[(num_rows,)](
+            logits_CV,
+            logits_CV if d_logits_CV is None else d_logits_CV,
+            offsets_C1,
+            ids_E,
+            teacher_E,
+            teacher_mass_C,
+            alphas_C,
+            labels_C,
+            weights_C,
+            weights_C if log_base_C is None else log_base_C,
+            kl_C,
+            ce_C,
+            vocabulary_size,
+            log_lambda,
+            THROUGH_MIXTURE=log_base_C is not None,
+            WANTS_GRADIENT=d_logits_CV is not None,
+            COLUMNS=columns,
+            ENTRIES=_ENTRIES,
+            num_warps=16 if columns >= 4096 else 4,
+            enable_fp_fusion=True,
+        )
     return kl_C, ce_C, d_logits_CV
