@@ -138,7 +138,7 @@ def run(config: Config, world: World) -> None:
     report = Report("index", config)
     rows, ratios = measure(config, make_problem(config))
     if torch.cuda.is_available():
-        rows += gpu_rows(config, torch.device("cuda"))
+        rows += gpu_rows(config, torch.device("cuda", 0))
     report.publish(config.output, rows, ratios)
 
 
@@ -299,7 +299,7 @@ def gpu_rows(config: Config, device: torch.device) -> list[Row]:
     )
     codes_ND = synthetic_keys(config.gpu_keys, config.dim, 1000)[0]
     factory = choose_factory(*codes_ND.shape)[0].partition(",")[0] + ",Flat"
-    trained = Index.make(factory, config.dim)
+    trained = Index.make(factory, config.dim, device)
     trained.train(
         codes_ND[sample_positions(len(codes_ND), trained.num_training_vectors, seed=_SEED)], seed=_SEED
     )

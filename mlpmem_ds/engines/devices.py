@@ -40,6 +40,11 @@ def device_of_rank(requested: str, world: World) -> torch.device:
     return device
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Of a GPU, free or not; 0 of a CPU, whose memory is not its own."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
+
+
 def gpu_number(world: World) -> int:
     """Which of the GPUs that this process sees is this rank's; more ranks than GPUs share them in turn."""
     return world.local_rank % max(1, torch.cuda.device_count())

@@ -31,6 +31,7 @@ from mlpmem_ds.maths.centroids import (
     nearest_centroids,
     two_level_centroids,
 )
+from mlpmem_ds.maths.distances import CPU
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -69,8 +70,8 @@ class CoarseQuantizer(Protocol):
 class FlatQuantizer:
     """Every vector is compared with every centroid: exact where both are integers."""
 
-    def __init__(self, raw: Any, num_lists: int) -> None:
-        self._raw, self._num_lists = raw, num_lists
+    def __init__(self, raw: Any, num_lists: int, device: torch.device) -> None:
+        self._raw, self._num_lists, self._device = raw, num_lists, device
 
     @property
     def num_bytes(self) -> int:
@@ -83,7 +84,7 @@ class FlatQuantizer:
 
     @cached_property
     def _floats(self) -> torch.Tensor:
-        return torch.from_numpy(self._raw.reconstruct_n(0, self._num_lists)).to(_device())
+        return torch.from_numpy(self._raw.reconstruct_n(0, self._num_lists)).to(self._device)
 
     @cached_property
     def _integers(self) -> torch.Tensor | None:
@@ -100,8 +101,9 @@ class GraphQuantizer:
     distances, at most 254² · 260 < 2^24.
     """
 
-    def __init__(self, raw: Any, num_lists: int) -> None:
-        self._raw, self._num_lists, self._flat = raw, num_lists, FlatQuantizer(raw, num_lists)
+    def __init__(self, raw: Any, num_lists: int, device: torch.device) -> None:
+        self._raw, self._num_lists = raw, num_lists
+        self._flat = FlatQuantizer(raw, num_lists, device)
 
     @property
     def num_bytes(self) -> int:
@@ -124,7 +126,7 @@ class GraphQuantizer:
         return numbers_QP, distances_QP
 
 
-_QUANTIZERS: dict[Any, Callable[[Any, int], CoarseQuantizer]] = {
+_QUANTIZERS: dict[Any, Callable[[Any, int, torch.device], CoarseQuantizer]] = {
     faiss.IndexFlat: FlatQuantizer,
     faiss.IndexHNSWFlat: GraphQuantizer,
 }
@@ -133,10 +135,12 @@ _QUANTIZERS: dict[Any, Callable[[Any, int], CoarseQuantizer]] = {
 class Index:
     """Vectors under ids, each as a code in the list of its nearest centroid.
 
-    `make` gives an empty one, `train` its lists and codes, `fill` its vectors; the files are faiss's own.
+    Vectors are compared with the centroids on ``device``, which holds these from the first use on; codes and
+    ids are in the host's memory. `make` gives an empty one, `train` its lists and codes, `fill` its vectors;
+    the files are faiss's own.
     """
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: Any, device: torch.device = CPU) -> None:
         """Raises ValueError where the index has no inverted lists of a kind that is known here."""
         inner: Any = faiss.downcast_index(raw.index) if isinstance(raw, faiss.IndexPreTransform) else raw
         if not isinstance(inner, faiss.IndexIVF):
@@ -144,11 +148,11 @@ class Index:
                 f"the factory gives a {type(inner).__name__}, not an inverted file: it must hold IVF, such as"
                 " IVF1024,PQ64, or be auto"
             )
-        self.raw = raw
+        self.raw, self._device = raw, device
         self._ivf: Any = inner  # its Python classes carry no types
 
     @classmethod
-    def make(cls, factory: str, dim: int) -> Index:
+    def make(cls, factory: str, dim: int, device: torch.device = CPU) -> Index:
         """An empty index for vectors of D dimensions.
 
         Raises:
@@ -162,12 +166,14 @@ class Index:
                 f"factory {factory!r} does not fit vectors of {dim} dimensions ({reason}): choose another, "
                 "such as IVF1024,PQ64, or auto"
             ) from error
-        index = cls(raw)
+        index = cls(raw, device)
         _ = index._quantizer
         return index
 
     @classmethod
-    def read(cls, path: Path, *, for_search: bool = True, mapped: bool = False) -> Index:
+    def read(
+        cls, path: Path, *, for_search: bool = True, mapped: bool = False, device: torch.device = CPU
+    ) -> Index:
         """Read an index; without `for_search` the tables that speed its own search up are left out.
 
         `mapped` leaves the lists in the file, to be read when asked for: for looking up ids, not for
@@ -178,7 +184,7 @@ class Index:
         """
         flags = 0 if for_search and not mapped else faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
         try:
-            return cls(faiss.read_index(str(path), flags | (faiss.IO_FLAG_MMAP if mapped else 0)))
+            return cls(faiss.read_index(str(path), flags | (faiss.IO_FLAG_MMAP if mapped else 0)), device)
         except RuntimeError as error:
             raise DamagedDataError(
                 f"{path} is not an index that faiss {faiss.__version__} can read ({error}): "
@@ -240,7 +246,7 @@ class Index:
         stride = max(1, len(vectors_ND) // max(_CODE_TRAINING_VECTORS, ivf.nlist))
         if vectors_ND.dtype == np.int8 and not isinstance(self.raw, faiss.IndexPreTransform):
             centroids_LD = integer_centroids(
-                vectors_ND, ivf.nlist, seed=seed, device=_device(), two_level_above=two_level_above
+                vectors_ND, ivf.nlist, seed=seed, device=self._device, two_level_above=two_level_above
             )
             self._set_centroids(centroids_LD.astype(np.float32))
             vectors_ND = vectors_ND[::stride]  # what is left to train is the code
@@ -312,7 +318,7 @@ class Index:
         coarse = faiss.downcast_index(self._ivf.quantizer)
         for kind, quantizer in _QUANTIZERS.items():
             if isinstance(coarse, kind):
-                return quantizer(coarse, self.num_lists)
+                return quantizer(coarse, self.num_lists, self._device)
         raise ValueError(
             f"the lists of the factory are those of a {type(coarse).__name__}: choose IVF1024 (all centroids"
             " compared) or IVF1024_HNSW32 (through a graph)"
@@ -392,11 +398,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(count)
-
-
-def _device() -> torch.device:
-    """Where vectors are compared with centroids."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _bound(parameters: Any, seed: int, iterations: int) -> None:

@@ -194,6 +194,14 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         """int64 [N]: the number of the document that each position's value belongs to."""
         return np.searchsorted(self.document_stops, np.asarray(positions_N) + 1, side="right")
 
+    def document_bounds(self, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(first, stop), both int64 [N]: positions [first, stop) have values of the same document as each of
+        these."""
+        documents_N = self.documents_of(positions_N)
+        stops = self.document_stops - 1  # the value of a position is the token after it
+        first_N = np.where(documents_N > 0, stops[np.maximum(documents_N - 1, 0)], 0)
+        return np.maximum(first_N, 0), stops[documents_N]
+
 
 def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> CorpusSplit:
     """Open one split of a complete corpus.

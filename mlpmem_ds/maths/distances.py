@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+CPU = torch.device("cpu")
 _EXACT_DIMS_FLOAT32 = (
     1024  # 1024 * 128 * 128 = 2**24: below it every partial sum of int8 products is exact in float32
 )

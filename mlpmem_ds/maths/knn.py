@@ -3,7 +3,7 @@ lists an index names.
 
 With int8 codes a squared distance is an exact integer, so neighbours and distances do not depend on batches,
 threads or devices, and ties are broken by id. Float keys take the same path through float32 and have no such
-promise. With CUDA the search runs there (knn_on_device.py).
+promise. On a GPU the search is that of knn_on_device.py.
 
 Shape legend: Q queries, K keys of a block (or neighbours kept), N keys in all, D dimensions, P probes, L
 lists, S survivors, M queries that probe one list, B queries of a block, T their probes of lists that are not
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from mlpmem_ds.maths.candidates import CandidateBlock
-from mlpmem_ds.maths.distances import are_codes, distance_ranks, norms_of_codes, ranks_in_list
-from mlpmem_ds.maths.exact_limit import MAX_KEYS_FOR_EXACT
+from mlpmem_ds.maths.distances import CPU, are_codes, distance_ranks, norms_of_codes, ranks_in_list
 from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
 from mlpmem_ds.maths.listed_keys import ListedKeys, view_of
 from mlpmem_ds.maths.neighbours import (
@@ -31,16 +30,9 @@ from mlpmem_ds.maths.neighbours import (
     Exclusion,
     Neighbours,
     PackedNeighbours,
-    check_probes,
     check_search,
 )
-from mlpmem_ds.maths.search_blocks import (
-    budget_blocks,
-    growing_blocks,
-    order_of_probes,
-    probed_lists,
-    sizes_of_probes,
-)
+from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, order_of_probes, probed_lists
 
 __all__ = [
     "Exclusion",
@@ -48,10 +40,8 @@ __all__ = [
     "PackedNeighbours",
     "exact_neighbours",
     "list_neighbours",
-    "max_keys_for_exact",
     "pack_exact_neighbours",
     "pack_list_neighbours",
-    "search_device",
 ]
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -59,20 +49,6 @@ _Arguments = ParamSpec("_Arguments")
 
 QUERY_BLOCK, KEY_BLOCK = 512, 8192
 """queries and keys that exact search on a CPU compares at once"""
-
-
-def search_device() -> torch.device:
-    """Where a search runs unless it is told: the GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def max_keys_for_exact(device: torch.device | str | None = None) -> int:
-    """Up to how many keys exact search is the right choice on this device (None: `search_device`)."""
-    return MAX_KEYS_FOR_EXACT[_device(device).type]
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    return search_device() if device is None else torch.device(device)
 
 
 def pack_exact_neighbours(
@@ -83,17 +59,17 @@ def pack_exact_neighbours(
     exclusion: Exclusion | None,
     query_block: int = QUERY_BLOCK,
     key_block: int = KEY_BLOCK,
-    device: torch.device | str | None = None,
+    device: torch.device = CPU,
 ) -> PackedNeighbours:
     """The k nearest of all the keys for each query; key n has id n.
 
     ``keys_ND`` is an array, a tensor, or what has their `shape`, `dtype`, `nbytes` and slices (a memory map,
     rows of files): one block of it is in memory at a time. The blocks bound the memory of a CPU (about
     ``query_block * key_block * 13`` bytes) and change nothing in the result for int8 codes, nor does the
-    device (None: `search_device`).
+    device.
     """
-    if _device(device).type != "cpu":
-        return exact_neighbours_on_device(queries_QD, keys_ND, k, exclusion=exclusion, device=_device(device))
+    if device.type != "cpu":
+        return exact_neighbours_on_device(queries_QD, keys_ND, k, exclusion=exclusion, device=device)
     num_keys, num_dims = keys_ND.shape
     is_integer = are_codes(queries_QD, keys_ND)
     id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
@@ -124,17 +100,18 @@ def pack_list_neighbours(
     *,
     exclusion: Exclusion | None,
     candidate_budget: int = 2**24,
-    device: torch.device | str | None = None,
+    device: torch.device = CPU,
 ) -> PackedNeighbours:
     """The k nearest for each query among the keys of the lists it probes (inverted file, list by list).
 
-    ``probes_QP`` int64 list numbers, nearest first, each at most once in a row, -1 = none.
+    ``probes_QP`` int64 list numbers, nearest first, each at most once in a row, -1 = none. Where ``lists``
+    are a group of an index's lists, probes of the others find nothing.
     Queries are taken in the order of their first list, in blocks of at most ``candidate_budget`` (query, key)
     pairs (4 bytes each), or one query if it has more; within a block each probed list is read once and
     multiplied with all the queries that probe it. With every list probed the result is that of
     `exact_neighbours`, bit for bit for int8 codes.
     """
-    if _device(device).type != "cpu":
+    if device.type != "cpu":
         return list_neighbours_on_device(
             queries_QD,
             probes_QP,
@@ -142,12 +119,12 @@ def pack_list_neighbours(
             k,
             exclusion=exclusion,
             candidate_budget=candidate_budget,
-            device=_device(device),
+            device=device,
         )
     is_integer = are_codes(queries_QD, lists)
     id_bits = check_search(queries_QD, lists.num_dims, lists.num_keys, k, exclusion, is_integer)
-    check_probes(probes_QP, len(queries_QD), len(lists.sizes_L))
-    queries, sizes_QP = _tensor(queries_QD), sizes_of_probes(probes_QP, lists)
+    probes_QP = lists.local_probes(probes_QP, len(queries_QD))
+    queries, sizes_QP = _tensor(queries_QD), lists.sizes_of(probes_QP)
     # What ranks_in_list leaves out of the distances of each query.
     offsets_Q = (
         norms_of_codes(queries).astype(np.int64) << id_bits

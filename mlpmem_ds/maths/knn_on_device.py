@@ -24,16 +24,9 @@ from mlpmem_ds.maths.neighbours import (
     NO_BOUND,
     Exclusion,
     PackedNeighbours,
-    check_probes,
     check_search,
 )
-from mlpmem_ds.maths.search_blocks import (
-    budget_blocks,
-    growing_blocks,
-    order_of_probes,
-    probed_lists,
-    sizes_of_probes,
-)
+from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, order_of_probes, probed_lists
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -85,8 +78,8 @@ def list_neighbours_on_device(
     them."""
     is_integer = are_codes(queries_QD, lists)
     id_bits = check_search(queries_QD, lists.num_dims, lists.num_keys, k, exclusion, is_integer)
-    check_probes(probes_QP, len(queries_QD), len(lists.sizes_L))
-    sizes_QP = sizes_of_probes(probes_QP, lists)
+    probes_QP = lists.local_probes(probes_QP, len(queries_QD))
+    sizes_QP = lists.sizes_of(probes_QP)
     lists = _lists_near(lists, device)
     hidden = _Hidden(exclusion, device)
     packed_QK = np.full((len(queries_QD), k), MISSING, np.int64)
@@ -125,27 +118,22 @@ def _lists_near(lists: ListedKeys, device: torch.device) -> ListedKeys:
 
 
 class _Hidden:
-    """`Exclusion.covers` on a device; nothing is hidden without one."""
+    """`Exclusion.covers` on a device, as ranges of ids; nothing is hidden without one."""
 
     def __init__(self, exclusion: Exclusion | None, device: torch.device) -> None:
-        self.window = -1 if exclusion is None else exclusion.window
-        self.query_ids_Q = torch.empty(0) if exclusion is None else _on(exclusion.query_ids_Q, device)
-        self.query_groups_Q = self.key_groups_N = None
-        if (
-            exclusion is not None
-            and exclusion.query_groups_Q is not None
-            and exclusion.key_groups_N is not None
-        ):
-            self.query_groups_Q = _on(exclusion.query_groups_Q, device)
-            self.key_groups_N = _on(exclusion.key_groups_N, device)
+        self.ranges: list[tuple[Tensor, Tensor]] = []
+        if exclusion is None:
+            return
+        ids_Q = _on(exclusion.query_ids_Q, device)
+        self.ranges.append((ids_Q - exclusion.window, ids_Q + (exclusion.window + 1)))
+        if exclusion.first_hidden_Q is not None and exclusion.stop_hidden_Q is not None:
+            self.ranges.append((_on(exclusion.first_hidden_Q, device), _on(exclusion.stop_hidden_Q, device)))
 
     def __call__(self, query_rows: Tensor, key_ids: Tensor) -> Tensor:
         """True where the key is hidden from the query; rows and ids broadcast against each other."""
-        if self.window < 0:
-            return torch.zeros_like(query_rows + key_ids, dtype=torch.bool)
-        hidden = (key_ids - self.query_ids_Q[query_rows]).abs() <= self.window
-        if self.query_groups_Q is not None and self.key_groups_N is not None:
-            hidden |= self.key_groups_N[key_ids] == self.query_groups_Q[query_rows]
+        hidden = torch.zeros_like(query_rows + key_ids, dtype=torch.bool)
+        for first_Q, stop_Q in self.ranges:
+            hidden |= (key_ids >= first_Q[query_rows]) & (key_ids < stop_Q[query_rows])
         return hidden
 
 

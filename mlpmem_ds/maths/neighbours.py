@@ -8,6 +8,7 @@ selecting the k least of them gives one answer in any order of arrival, on any d
 Shape legend: Q queries, K neighbours, N keys in all, P probes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -34,16 +35,16 @@ class Neighbours:
 
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:
-    """What a query may not find: its own id; ids within ``window`` of it; keys of its own group (document),
-    if groups are given.
+    """What a query may not find: its own id; ids within ``window`` of it; a range of ids of its own (the
+    positions of its document), if ranges are given.
 
-    ``query_ids_Q``, ``query_groups_Q`` and ``key_groups_N`` are integers; key n has id n and group
-    ``key_groups_N[n]``.
+    ``query_ids_Q`` integers; ``first_hidden_Q`` and ``stop_hidden_Q`` int64: ids [first, stop) are hidden
+    from a query.
     """
 
     query_ids_Q: Array
-    query_groups_Q: Array | None = None
-    key_groups_N: Array | None = None
+    first_hidden_Q: Array | None = None
+    stop_hidden_Q: Array | None = None
     window: int = 0
 
     def __post_init__(self) -> None:
@@ -51,31 +52,35 @@ class Exclusion:
             raise ValueError(
                 f"window is {self.window}; it counts positions on either side and must be 0 or more"
             )
-        if (self.query_groups_Q is None) != (self.key_groups_N is None):
-            raise ValueError("query_groups_Q and key_groups_N go together: give both or neither")
-        if self.query_groups_Q is not None and len(self.query_groups_Q) != len(self.query_ids_Q):
-            raise ValueError(f"{len(self.query_groups_Q)} query groups for {len(self.query_ids_Q)} query ids")
+        if (self.first_hidden_Q is None) != (self.stop_hidden_Q is None):
+            raise ValueError("first_hidden_Q and stop_hidden_Q go together: give both or neither")
+        for name, bounds_Q in (("first", self.first_hidden_Q), ("stop", self.stop_hidden_Q)):
+            if bounds_Q is not None and len(bounds_Q) != len(self.query_ids_Q):
+                raise ValueError(f"{len(bounds_Q)} {name}_hidden_Q for {len(self.query_ids_Q)} query ids")
 
     def covers(self, query_rows: Array, key_ids: Array) -> Array:
         """True where the key is hidden from the query; rows and ids broadcast against each other."""
         hidden: Array = np.abs(key_ids - self.query_ids_Q[query_rows]) <= self.window
-        if self.query_groups_Q is not None and self.key_groups_N is not None:
-            hidden |= self.key_groups_N[key_ids] == self.query_groups_Q[query_rows]
+        if self.first_hidden_Q is not None and self.stop_hidden_Q is not None:
+            hidden |= (key_ids >= self.first_hidden_Q[query_rows]) & (
+                key_ids < self.stop_hidden_Q[query_rows]
+            )
         return hidden
 
     def rows(self, rows: Array) -> "Exclusion":
         """The same for some of the queries."""
-        groups_Q = self.query_groups_Q
+        first_Q, stop_Q = self.first_hidden_Q, self.stop_hidden_Q
         return replace(
             self,
             query_ids_Q=self.query_ids_Q[rows],
-            query_groups_Q=None if groups_Q is None else groups_Q[rows],
+            first_hidden_Q=None if first_Q is None else first_Q[rows],
+            stop_hidden_Q=None if stop_Q is None else stop_Q[rows],
         )
 
     @property
     def is_self_alone(self) -> bool:
         """Whether a query hides nothing but its own id."""
-        return not self.window and self.query_groups_Q is None
+        return not self.window and self.first_hidden_Q is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +113,28 @@ class PackedNeighbours:
         """Neighbours of each query, int64 [Q]."""
         return np.count_nonzero(self.packed_QK != MISSING, axis=1)
 
+    def shifted(self, first: int) -> "PackedNeighbours":
+        """The same with ids that are greater by ``first``: of keys that were searched as a part of many."""
+        packed_QK = self.packed_QK
+        return replace(self, packed_QK=np.where(packed_QK == MISSING, MISSING, packed_QK + first))
 
-def merge_neighbours(first: Neighbours, second: Neighbours, k: int) -> Neighbours:
-    """The k nearest of both, in the order (distance, id); each is in that order, and `second`'s ids are the
-    greater."""
-    ids_QW = np.concatenate([first.ids_QK, second.ids_QK], axis=1)
-    distances_QW = np.concatenate([first.distances_QK, second.distances_QK], axis=1)
-    order_QK = np.argsort(distances_QW, axis=1, kind="stable")[:, :k]
-    return Neighbours(
-        ids_QK=np.take_along_axis(ids_QW, order_QK, axis=1),
-        distances_QK=np.take_along_axis(distances_QW, order_QK, axis=1),
-    )
+
+def merge_neighbours(parts: Sequence[PackedNeighbours]) -> PackedNeighbours:
+    """The K nearest of all parts of each query, in the order (distance, id).
+
+    Each part has the K nearest (or MISSING) of the same queries among other keys; all ids are those of one
+    set of keys. Raises ValueError where the parts are not of one kind and shape.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.id_bits, part.is_integer) != (first.id_bits, first.is_integer):
+            raise ValueError("neighbours of keys of another type or size cannot be merged")
+        if part.packed_QK.shape != first.packed_QK.shape:
+            raise ValueError(f"neighbours of shapes {first.packed_QK.shape} and {part.packed_QK.shape}")
+    k = first.packed_QK.shape[1]
+    packed_QW = np.concatenate([part.packed_QK for part in parts], axis=1)
+    packed_QW.sort(axis=1)
+    return replace(first, packed_QK=np.ascontiguousarray(packed_QW[:, :k]))
 
 
 def check_search(
@@ -138,12 +154,6 @@ def check_search(
         raise ValueError(
             f"exclusion names {len(exclusion.query_ids_Q)} query ids for {len(queries_QD)} queries"
         )
-    if (
-        exclusion is not None
-        and exclusion.key_groups_N is not None
-        and len(exclusion.key_groups_N) != num_keys
-    ):
-        raise ValueError(f"exclusion has {len(exclusion.key_groups_N)} key groups for {num_keys} keys")
     id_bits = 63 - ((num_dims * 255**2).bit_length() if is_integer else 31)
     if num_keys >= 2**id_bits:
         raise ValueError(

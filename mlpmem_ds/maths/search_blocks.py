@@ -9,8 +9,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from mlpmem_ds.maths.listed_keys import ListedKeys
-
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _FIRST_KEY_BLOCK = 2048
@@ -35,13 +33,6 @@ def budget_blocks(costs_Q: Array, budget: int) -> Iterator[tuple[int, int]]:
         stop = max(start + 1, int(np.searchsorted(total_Q, before + budget, side="right")))
         yield start, stop
         start = stop
-
-
-def sizes_of_probes(probes_QP: Array, lists: ListedKeys) -> Array:
-    """Keys in the list of each probe, int64 [Q, P]; 0 where there is no list."""
-    if not len(lists.sizes_L):
-        return np.zeros(probes_QP.shape, np.int64)
-    return np.where(probes_QP >= 0, lists.sizes_L[probes_QP], 0)
 
 
 def order_of_probes(probes_QP: Array) -> Array:

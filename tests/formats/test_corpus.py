@@ -33,6 +33,10 @@ def test_documents_end_where_their_end_token_stands(corpus_dir: Path) -> None:
             ends, positions + 1
         )  # the document whose end is the first at or after the value
         np.testing.assert_array_equal(corpus.documents_of(positions), expected)
+        first, stop = corpus.document_bounds(positions)
+        counts = np.bincount(expected)
+        np.testing.assert_array_equal(stop - first, counts[expected])
+        assert ((first <= positions) & (positions < stop)).all()
         assert sum(document["bytes"] for document in corpus.documents) == corpus.num_bytes
 
 

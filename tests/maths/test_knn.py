@@ -8,8 +8,15 @@ import torch
 
 from mlpmem_ds.maths import distances
 from mlpmem_ds.maths.distances import norms_of_codes, squared_distances
-from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
+from mlpmem_ds.maths.knn import (
+    Exclusion,
+    Neighbours,
+    exact_neighbours,
+    list_neighbours,
+    pack_list_neighbours,
+)
 from mlpmem_ds.maths.listed_keys import ListedKeys, in_list_order, run_of
+from mlpmem_ds.maths.neighbours import merge_neighbours
 
 MISSING = np.iinfo(np.int64).max
 
@@ -161,14 +168,14 @@ def test_threads_do_not_matter():
 def test_exclusion_hides_self_window_and_group(window, grouped):
     keys = codes_of(90, 4, low=-2, high=3)
     query_ids = np.array([0, 5, 44, 45, 89])
-    groups = np.arange(90) // 30
+    documents = query_ids // 30  # of 30 keys each
     allowed = np.abs(np.arange(90)[None] - query_ids[:, None]) > window
     if grouped:
-        allowed &= groups[None] != groups[query_ids][:, None]
+        allowed &= np.arange(90)[None] // 30 != documents[:, None]
     exclusion = Exclusion(
         query_ids_Q=query_ids,
-        query_groups_Q=groups[query_ids] if grouped else None,
-        key_groups_N=groups if grouped else None,
+        first_hidden_Q=30 * documents if grouped else None,
+        stop_hidden_Q=30 * documents + 30 if grouped else None,
         window=window,
     )
     expected = brute_force(keys[query_ids], keys, 70, allowed)
@@ -194,10 +201,16 @@ def test_lists_equal_brute_force_over_the_probed_keys(budget, k):
     probes[rng.random(probes.shape) < 0.2] = -1
     probes[3] = -1
     allowed = np.stack([np.isin(list_of_key, row[row >= 0]) for row in probes])
-    for lists in (in_list_order(keys, offsets, list_ids), in_runs(keys, list_of_key, 11, 64)):
+    runs = in_runs(keys, list_of_key, 11, 64)
+    for lists in (in_list_order(keys, offsets, list_ids), runs, runs.group(0, 11)):
         found = list_neighbours(queries, probes, lists, k, exclusion=None, candidate_budget=budget)
         assert_same(found, brute_force(queries, keys, k, allowed))
         assert (found.ids_QK[3] == -1).all()
+    parts = [
+        pack_list_neighbours(queries, probes, runs.group(*group), k, exclusion=None, candidate_budget=budget)
+        for group in ((4, 11), (0, 4))
+    ]
+    assert_same(merge_neighbours(parts).unpack(), brute_force(queries, keys, k, allowed))
 
 
 def test_all_lists_probed_equal_exact_for_memory_maps(tmp_path):
@@ -291,17 +304,12 @@ def test_mistakes_are_named_with_their_numbers():
         exact_neighbours(keys[:, :3], keys, 1, exclusion=None)
     with pytest.raises(ValueError, match="2 query ids for 9 queries"):
         exact_neighbours(keys, keys, 1, exclusion=Exclusion(query_ids_Q=np.arange(2)))
-    with pytest.raises(ValueError, match="5 key groups for 9 keys"):
-        groups = Exclusion(
-            query_ids_Q=np.arange(9), query_groups_Q=np.zeros(9, int), key_groups_N=np.zeros(5, int)
-        )
-        exact_neighbours(keys, keys, 1, exclusion=groups)
     with pytest.raises(ValueError, match="window is -1"):
         Exclusion(query_ids_Q=np.arange(9), window=-1)
     with pytest.raises(ValueError, match="give both or neither"):
-        Exclusion(query_ids_Q=np.arange(9), key_groups_N=np.zeros(9, int))
-    with pytest.raises(ValueError, match="4 query groups for 9 query ids"):
-        Exclusion(query_ids_Q=np.arange(9), query_groups_Q=np.zeros(4, int), key_groups_N=np.zeros(9, int))
+        Exclusion(query_ids_Q=np.arange(9), stop_hidden_Q=np.zeros(9, int))
+    with pytest.raises(ValueError, match="4 first_hidden_Q for 9 query ids"):
+        Exclusion(query_ids_Q=np.arange(9), first_hidden_Q=np.zeros(4, int), stop_hidden_Q=np.zeros(9, int))
     with pytest.raises(ValueError, match="there are 3 lists"):
         list_neighbours(keys, np.full((9, 1), 3), lists, 1, exclusion=None)
     with pytest.raises(ValueError, match="probes one list twice"):

@@ -9,6 +9,7 @@ import torch
 
 from mlpmem_ds.maths import knn
 from mlpmem_ds.maths.distances import padded_products
+from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
 from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
 from mlpmem_ds.maths.listed_keys import in_list_order
@@ -25,11 +26,11 @@ def codes(num_rows: int = NUM_KEYS, seed: int = 0) -> np.ndarray:
 
 
 def exclusions(ids: np.ndarray) -> list[Exclusion | None]:
-    groups = np.arange(NUM_KEYS) // 700
+    first = ids // 700 * 700
     return [
         None,
         Exclusion(query_ids_Q=ids),
-        Exclusion(query_ids_Q=ids, window=9, query_groups_Q=groups[ids], key_groups_N=groups),
+        Exclusion(query_ids_Q=ids, window=9, first_hidden_Q=first, stop_hidden_Q=first + 700),
     ]
 
 
@@ -48,7 +49,7 @@ def assert_same(packed: PackedNeighbours, expected: Neighbours) -> None:
 def test_exact_is_the_same(device: torch.device, k: int) -> None:
     ids = np.arange(0, NUM_KEYS, 97)
     for exclusion in exclusions(ids):
-        expected = exact_neighbours(codes()[ids], codes(), k, exclusion=exclusion, device="cpu")
+        expected = exact_neighbours(codes()[ids], codes(), k, exclusion=exclusion)
         for blocks in ({}, {"query_block": 7, "key_block": 2100}):
             found = exact_neighbours_on_device(
                 codes()[ids], codes(), k, exclusion=exclusion, device=device, **blocks
@@ -69,7 +70,7 @@ def test_lists_are_the_same(device: torch.device, budget: int) -> None:
     for exclusion in exclusions(ids):
         for k in (30, 1500):
             arguments = (codes()[ids], probes, in_list_order(codes(), offsets, list_ids), k)
-            expected = list_neighbours(*arguments, exclusion=exclusion, device="cpu")
+            expected = list_neighbours(*arguments, exclusion=exclusion)
             found = list_neighbours_on_device(
                 *arguments, exclusion=exclusion, device=device, candidate_budget=budget
             )
@@ -79,7 +80,7 @@ def test_lists_are_the_same(device: torch.device, budget: int) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_float_keys_find_the_same_neighbours(device: torch.device) -> None:
     keys = np.random.default_rng(5).standard_normal((500, 16)).astype(np.float16)
-    expected = exact_neighbours(keys, keys, 9, exclusion=Exclusion(query_ids_Q=np.arange(500)), device="cpu")
+    expected = exact_neighbours(keys, keys, 9, exclusion=Exclusion(query_ids_Q=np.arange(500)))
     exclusion = Exclusion(query_ids_Q=np.arange(500))
     found = exact_neighbours_on_device(keys, keys, 9, exclusion=exclusion, device=device).rows(slice(None))
     assert np.mean(found.ids_QK == expected.ids_QK) > 0.99
@@ -96,14 +97,18 @@ def test_padding_changes_no_product(num_queries: int, num_keys: int, num_dims: i
     np.testing.assert_array_equal(found.numpy(), left.astype(np.int64) @ right.T.astype(np.int64))
 
 
-def test_the_gpu_takes_over_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_the_given_gpu_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, device = [], torch.device("cuda:3")
     nothing = PackedNeighbours(packed_QK=np.empty((0, 3), np.int64), id_bits=1, is_integer=True)
     for name in ("exact_neighbours_on_device", "list_neighbours_on_device"):
-        monkeypatch.setattr(knn, name, lambda *_, device, **__: calls.append(device.type) or nothing)
-    exact_neighbours(codes(2), codes(), 3, exclusion=None)
+        monkeypatch.setattr(knn, name, lambda *_, device, **__: calls.append(device) or nothing)
+    exact_neighbours(codes(2), codes(), 3, exclusion=None, device=device)
     lists = in_list_order(codes(), np.array([0, 1]), np.array([0]))
-    list_neighbours(codes(2), np.zeros((2, 1), int), lists, 3, exclusion=None)
-    assert calls == ["cuda", "cuda"]
-    assert knn.max_keys_for_exact() == 10_000_000 and knn.max_keys_for_exact("cpu") == 200_000
+    list_neighbours(codes(2), np.zeros((2, 1), int), lists, 3, exclusion=None, device=device)
+    assert calls == [device, device]
+
+
+def test_exact_search_wants_all_keys_in_half_of_a_gpu() -> None:
+    assert max_keys_for_exact("cpu", key_bytes=8192) == 200_000
+    assert max_keys_for_exact("cuda") == max_keys_for_exact("cuda", 256, 80 * 10**9) == 10_000_000
+    assert max_keys_for_exact("cuda", key_bytes=8192, device_bytes=80 * 10**9) == 4_882_812

@@ -22,6 +22,7 @@ from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import (
     TRAINED_NAME,
@@ -45,7 +46,7 @@ _OPERATIONS_PER_SECOND = (
 
 
 def run(config: Config, world: World) -> None:
-    keys = open_keys(config.keys)
+    keys, device = open_keys(config.keys), device_of_rank("auto", world)
     factory = _resolve_factory(config, keys)
     stage = open_stage(
         config.output,
@@ -69,13 +70,13 @@ def run(config: Config, world: World) -> None:
             world.size - config.num_shards,
             world.size,
         )
-    stage.run_phase([_TRAINED], lambda unit, writer: _train(keys, factory, writer))
+    stage.run_phase([_TRAINED], lambda unit, writer: _train(keys, factory, device, writer))
     progress = Progress(
         len(deal(shards, world.rank, world.size)), label="index shards", unit="shards", world=world
     )
 
     def fill(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
-        index = Index.read(config.output / TRAINED_NAME, for_search=False)
+        index = Index.read(config.output / TRAINED_NAME, for_search=False, device=device)
         shard = shards.index(unit)
         blocks = blocks_of_shard(keys.blocks, shard, config.num_shards)
         write = _write_shard if has_codes(factory) else _write_lists
@@ -142,9 +143,9 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _train(keys: Keys, factory: str, writer: UnitWriter) -> dict[str, Any]:
+def _train(keys: Keys, factory: str, device: torch.device, writer: UnitWriter) -> dict[str, Any]:
     keys.check("keys")  # a flipped byte would be a wrong centroid in silence
-    index = make_index(factory, keys.dim, keys.num_positions)
+    index = make_index(factory, keys.dim, keys.num_positions, device)
     positions = sample_positions(keys.num_positions, index.num_training_vectors, seed=_SEED)
     index.train(keys.gather("keys", positions), seed=_SEED)
     with writer.file(TRAINED_NAME) as path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.index_directory import has_codes
 from mlpmem_ds.formats.index_lists import bytes_of_lists
 from mlpmem_ds.maths.centroids import ITERATIONS, TWO_LEVEL_ABOVE
+from mlpmem_ds.maths.distances import CPU
 
 _MIN_POINTS_PER_CENTROID = 39
 _MIN_KEYS_PER_LIST = 192
@@ -63,8 +65,8 @@ def resolve_factory(factory: str, num_vectors: int, dim: int, memory_bytes: int 
     return chosen.rpartition(",")[0], f"{reason.partition(';')[0]}; without codes"
 
 
-def make_index(factory: str, dim: int, num_vectors: int) -> Index:
-    """The empty index of a factory that N vectors of D dimensions can train.
+def make_index(factory: str, dim: int, num_vectors: int, device: torch.device = CPU) -> Index:
+    """The empty index of a factory that N vectors of D dimensions can train, on a device.
 
     A factory without a code (`IVF1024`) gives the one whose lists are stored alone; in faiss it has whole
     vectors, which are never filled in.
@@ -72,7 +74,7 @@ def make_index(factory: str, dim: int, num_vectors: int) -> Index:
     Raises:
         ValueError: with the remedy.
     """
-    index = Index.make(factory if has_codes(factory) else f"{factory},Flat", dim)
+    index = Index.make(factory if has_codes(factory) else f"{factory},Flat", dim, device)
     needed = index.min_training_vectors
     if num_vectors < needed:
         raise ValueError(

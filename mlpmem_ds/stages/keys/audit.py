@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from mlpmem_ds.core.blocks import Window, split_blocks
 from mlpmem_ds.core.errors import DamagedDataError
@@ -25,10 +26,11 @@ from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import Codec, Keys
-from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, merge_neighbours
+from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours, merge_neighbours
 from mlpmem_ds.maths.target_distance import neighbour_variation, recall
 from mlpmem_ds.maths.weighting import fit_weighting
 from mlpmem_ds.models.capture_point import CapturePoint
@@ -72,7 +74,12 @@ class _Arm:
     scale: float
     encode: Callable[[np.ndarray], np.ndarray] | None
     queries: np.ndarray = field(default_factory=lambda: np.empty(0))
-    best: Neighbours | None = None
+    best: PackedNeighbours | None = None
+
+    @property
+    def nearest(self) -> Neighbours:
+        assert self.best is not None
+        return self.best.rows(slice(None))
 
 
 def run_audit(
@@ -139,7 +146,7 @@ def measure(
     for first, positions_m, states_mD in _chunks(source, corpus, windows, point, settings.batch_windows):
         for arm in arms:
             vectors = keys.gather("keys", positions_m) if arm.encode is None else arm.encode(states_mD)
-            _keep_nearest(arm, vectors, first, query_rows, k)
+            _keep_nearest(arm, vectors, first, query_rows, k, device_of_rank("auto", world))
         progress.advance(len(positions_m))
     progress.close()
     true_weights = {name: _weights(reference, name) for name in PERPLEXITIES}
@@ -257,34 +264,29 @@ def _row_blocks(num_queries: int) -> list[slice]:
     return [slice(*block) for block in split_blocks(num_queries, _ROWS_AT_ONCE)]
 
 
-def _keep_nearest(arm: _Arm, vectors_mE: np.ndarray, first: int, query_rows: np.ndarray, k: int) -> None:
+def _keep_nearest(
+    arm: _Arm, vectors_mE: np.ndarray, first: int, query_rows: np.ndarray, k: int, device: torch.device
+) -> None:
     """Let a chunk of candidates, numbered from `first`, into each query's k nearest so far; never the query
     itself."""
-    parts, search = [], ExactSearch(vectors_mE)
+    parts, search = [], ExactSearch(vectors_mE, device)
     for rows in _row_blocks(len(query_rows)):
         exclusion = Exclusion(query_ids_Q=query_rows[rows] - first)
-        found = search.search(arm.queries[rows], k, exclusion).unpack()
-        ids_QK = np.where(found.ids_QK >= 0, found.ids_QK + first, -1)
-        found = Neighbours(ids_QK=ids_QK, distances_QK=found.distances_QK)
+        found = search.search(arm.queries[rows], k, exclusion).shifted(first)
         if arm.best is None:
             parts.append(found)
         else:
-            best = Neighbours(ids_QK=arm.best.ids_QK[rows], distances_QK=arm.best.distances_QK[rows])
-            best = merge_neighbours(best, found, k)
-            arm.best.ids_QK[rows], arm.best.distances_QK[rows] = best.ids_QK, best.distances_QK
+            best = replace(found, packed_QK=arm.best.packed_QK[rows])
+            arm.best.packed_QK[rows] = merge_neighbours([best, found]).packed_QK
     if arm.best is None:
-        arm.best = Neighbours(
-            ids_QK=np.concatenate([part.ids_QK for part in parts]),
-            distances_QK=np.concatenate([part.distances_QK for part in parts]),
-        )
+        arm.best = replace(parts[0], packed_QK=np.concatenate([part.packed_QK for part in parts]))
 
 
 def _compare(
     arm: _Arm, reference: _Arm, true_weights: Mapping[str, np.ndarray | None], values_M: np.ndarray
 ) -> dict[str, Any]:
     """One row of the report."""
-    assert arm.best is not None and reference.best is not None
-    found_QK, true_QK = arm.best.ids_QK, reference.best.ids_QK
+    found_QK, true_QK = arm.nearest.ids_QK, reference.nearest.ids_QK
     blocks = _row_blocks(len(found_QK))
     variations: dict[str, float | None] = {}
     for name, true in true_weights.items():
@@ -312,8 +314,7 @@ def _compare(
 def _weights(arm: _Arm, temperature: str) -> np.ndarray | None:
     """Its neighbours' weights at the temperature where they have the requested perplexity; None where none
     has."""
-    assert arm.best is not None
-    squared_QK, valid_QK = squared_key_distances(arm.best, arm.scale)
+    squared_QK, valid_QK = squared_key_distances(arm.nearest, arm.scale)
     try:
         weighting = fit_weighting("softmax", squared_QK, valid_QK, PERPLEXITIES[temperature])
     except ValueError as error:

@@ -15,7 +15,8 @@ from typing import Literal
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.lists_directory import RUN_POSITIONS, bytes_of_key_lists
-from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK, max_keys_for_exact
+from mlpmem_ds.maths.exact_limit import max_keys_for_exact
+from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.index.factory import index_bytes as planned_index_bytes
 from mlpmem_ds.stages.index.factory import make_index, training_operations

@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import IndexDirectory
@@ -24,10 +25,16 @@ class IndexSearch:
     """The k nearest by the index's distances, rescored."""
 
     def __init__(
-        self, keys_ND: MappedKeys, index: IndexDirectory, *, nprobe: int, threads: int | None
+        self,
+        keys_ND: MappedKeys,
+        index: IndexDirectory,
+        *,
+        nprobe: int,
+        threads: int | None,
+        device: torch.device,
     ) -> None:
         self._keys_ND, self._directory, self._nprobe = keys_ND, index, nprobe
-        self._threads = threads
+        self._threads, self._device = threads, device
 
     @property
     def num_bytes(self) -> int:
@@ -51,7 +58,7 @@ class IndexSearch:
     def _index(self) -> Index:
         if self._threads is not None:
             set_num_threads(self._threads)
-        index = Index.join([Index.read(path) for path in self._directory.shard_paths])
+        index = Index.join([Index.read(path, device=self._device) for path in self._directory.shard_paths])
         if len(self._keys_ND) < self._directory.num_vectors:
             index.keep_first(len(self._keys_ND))
         return index

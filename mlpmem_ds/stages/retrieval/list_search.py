@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.world import World
@@ -44,7 +45,9 @@ class ListSearch:
         lists: Path | None,
         threads: int | None,
         world: World,
+        device: torch.device,
     ) -> None:
+        self._device = device
         self._keys_ND, self._index, self._nprobe = keys_ND, index, nprobe
         self._lists_path, self._threads, self._world = lists, threads, world
         self._listed: ListedKeys | None = None
@@ -64,7 +67,9 @@ class ListSearch:
         probes_QP = self._probes(queries_QD)
         if self._listed is None:
             return self._search_gathered(queries_QD, probes_QP, k, exclusion)
-        return pack_list_neighbours(queries_QD, probes_QP, self._listed, k, exclusion=exclusion)
+        return pack_list_neighbours(
+            queries_QD, probes_QP, self._listed, k, exclusion=exclusion, device=self._device
+        )
 
     def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
         return self._sizes_L[self._probes(queries_QD)[:, 0]]
@@ -79,7 +84,11 @@ class ListSearch:
             rows = order_Q[slice(*block)]
             part = exclusion and exclusion.rows(rows)
             lists = self._gathered(probes_QP[rows])
-            parts.append(pack_list_neighbours(queries_QD[rows], probes_QP[rows], lists, k, exclusion=part))
+            parts.append(
+                pack_list_neighbours(
+                    queries_QD[rows], probes_QP[rows], lists, k, exclusion=part, device=self._device
+                )
+            )
         packed_QK = np.empty((len(queries_QD), k), np.int64)
         packed_QK[order_Q] = np.concatenate([part.packed_QK for part in parts])
         return replace(parts[0], packed_QK=packed_QK)
@@ -89,7 +98,7 @@ class ListSearch:
         if self._threads is not None:
             set_num_threads(self._threads)
         self._index.check(TRAINED_NAME)
-        return Index.read(self._index.trained_path, for_search=False)
+        return Index.read(self._index.trained_path, for_search=False, device=self._device)
 
     @cached_property
     def _shards(self) -> list[ShardLists]:

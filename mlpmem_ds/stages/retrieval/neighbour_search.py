@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.mapped_keys import MappedKeys
+from mlpmem_ds.maths.distances import CPU
 from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours
 from mlpmem_ds.stages.retrieval.exact_search import ExactSearch
 
@@ -56,6 +58,7 @@ def open_search(
     lists: Path | None = None,
     threads: int | None = None,
     world: World | None = None,
+    device: torch.device = CPU,
 ) -> NeighbourSearch:
     """A search of these keys.
 
@@ -69,6 +72,7 @@ def open_search(
             the probed lists are gathered at every call, which is slow for many queries.
         threads: of faiss; None = as the environment says.
         world: with `lists`: the ranks that make that directory together.
+        device: where queries are compared with keys and centroids.
 
     Raises:
         UserError: `how` needs an index and there is none, or codes and it has lists alone.
@@ -88,6 +92,7 @@ def open_search(
         lists=lists,
         threads=threads,
         world=World() if world is None else world,
+        device=device,
     )
     return _OPENERS[how](source)
 
@@ -103,6 +108,7 @@ class _Source:
     lists: Path | None
     threads: int | None
     world: World
+    device: torch.device
 
     @property
     def keys_ND(self) -> MappedKeys:
@@ -110,7 +116,7 @@ class _Source:
 
 
 def _open_exact(source: _Source) -> NeighbourSearch:
-    return ExactSearch(source.keys_ND)
+    return ExactSearch(source.keys_ND, source.device)
 
 
 # faiss is imported only where an index is searched: it takes a second.
@@ -125,6 +131,7 @@ def _open_lists(source: _Source) -> NeighbourSearch:
         lists=source.lists,
         threads=source.threads,
         world=source.world,
+        device=source.device,
     )
 
 
@@ -132,7 +139,9 @@ def _open_index(source: _Source) -> NeighbourSearch:
     from mlpmem_ds.stages.retrieval.index_search import IndexSearch
 
     assert source.index is not None
-    return IndexSearch(source.keys_ND, source.index, nprobe=source.nprobe, threads=source.threads)
+    return IndexSearch(
+        source.keys_ND, source.index, nprobe=source.nprobe, threads=source.threads, device=source.device
+    )
 
 
 _OPENERS: dict[How, Callable[[_Source], NeighbourSearch]] = {

@@ -29,6 +29,7 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.target_shards import TargetShard
@@ -117,11 +118,12 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
         inputs=inputs,
         world=world,
     )
+    search = open_search(truth, how="exact", device=device_of_rank("auto", world))
     audit = _Audit(
         targets=targets,
         num_positions=config.positions,
         teacher=teacher,
-        true_teacher=replace(teacher, keys=truth, search=open_search(truth, how="exact"), lists=None),
+        true_teacher=replace(teacher, keys=truth, search=search, lists=None),
         world=world,
     )
     units = [*audit.shards, *audit.parts]

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.corpus import open_corpus, token_dtype
+from mlpmem_ds.engines.devices import device_of_rank, memory_bytes
+from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus, token_dtype
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.lists_directory import FOLDER
 from mlpmem_ds.formats.target_encoding import frequency_order
 from mlpmem_ds.formats.targets import ORDER_NAME
-from mlpmem_ds.maths.knn import max_keys_for_exact
+from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.stages.retrieval.key_lists import check_key_lists
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from mlpmem_ds.stages.targets.audit import open_truth
@@ -64,8 +66,9 @@ class Inputs:
 def open_inputs(config: Config, world: World) -> Inputs:
     """Open and check everything that the flags name."""
     keys = open_keys(config.keys)
-    index = _open_index(config, keys)
-    documents_N, hashes = _read_documents(config, keys)
+    device = device_of_rank("auto", world)
+    index = _open_index(config, keys, device)
+    documents, hashes = _read_documents(config, keys)
     _check_sizes(config, keys)
     lists = _check_lists(config, keys, index)
     search = open_search(
@@ -76,13 +79,14 @@ def open_inputs(config: Config, world: World) -> Inputs:
         lists=lists,
         threads=config.threads,
         world=world,
+        device=device,
     )
     teacher = Teacher(
         keys=keys,
         search=search,
         k=config.k,
         window=config.exclude_window,
-        documents_N=documents_N,
+        documents=documents,
         lists=lists,
     )
     return Inputs(
@@ -95,11 +99,13 @@ def open_inputs(config: Config, world: World) -> Inputs:
     )
 
 
-def _open_index(config: Config, keys: Keys) -> IndexDirectory | None:
+def _open_index(config: Config, keys: Keys, device: torch.device) -> IndexDirectory | None:
     """The index that is searched, which must be over these keys; None where all keys are compared."""
     search = config.search
     if search == "auto":
-        search = "exact" if keys.num_positions <= max_keys_for_exact() else "ivf"
+        key_bytes = keys.bytes_of("keys") // keys.num_positions
+        limit = max_keys_for_exact(device.type, key_bytes, memory_bytes(device))
+        search = "exact" if keys.num_positions <= limit else "ivf"
     if search == "exact":
         if config.index is not None:
             _logger.info("exact search of %s keys leaves --index unused", f"{keys.num_positions:,}")
@@ -117,9 +123,9 @@ def _open_index(config: Config, keys: Keys) -> IndexDirectory | None:
     return index
 
 
-def _read_documents(config: Config, keys: Keys) -> tuple[np.ndarray | None, dict[str, str]]:
-    """(document number of each position, int32 [N], or None where it does not matter; the input that this
-    brings)."""
+def _read_documents(config: Config, keys: Keys) -> tuple[CorpusSplit | None, dict[str, str]]:
+    """(the text, whose documents bound what a position may find, or None where they do not matter; the input
+    that this brings)."""
     if config.exclude == "none":
         if config.corpus is not None:
             _logger.warning("--corpus is not used without --exclude same-document")
@@ -131,7 +137,8 @@ def _read_documents(config: Config, keys: Keys) -> tuple[np.ndarray | None, dict
             f"--corpus {config.corpus} is not the one that --keys {config.keys} were extracted from: give"
             " that one"
         )
-    return corpus.documents_of(np.arange(keys.num_positions)).astype(np.int32), {"corpus": corpus.sha256}
+    _ = corpus.document_stops  # read before threads share them
+    return corpus, {"corpus": corpus.sha256}
 
 
 def _check_lists(config: Config, keys: Keys, index: IndexDirectory | None) -> Path | None:

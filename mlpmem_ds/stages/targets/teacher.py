@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.lists_directory import VALUES_NAME, map_array
 from mlpmem_ds.formats.mapped_keys import MappedKeys
@@ -33,8 +34,8 @@ class Teacher:
         search: how neighbours are found.
         k: neighbours of a position.
         window: positions on either side that are no neighbours.
-        documents_N: the document of each position, whose positions are no neighbours of one another; None
-            where they are.
+        documents: the text, where positions of one document are no neighbours of one another; None where
+            they are.
         lists: where `search.prepare` makes the keys in the order of the lists, with the values in one file;
             None where it makes none.
     """
@@ -43,7 +44,7 @@ class Teacher:
     search: NeighbourSearch
     k: int
     window: int = 0
-    documents_N: np.ndarray | None = None
+    documents: CorpusSplit | None = None
     lists: Path | None = None
 
     def prepare(self) -> None:
@@ -98,10 +99,7 @@ class Teacher:
         return self.keys.read("values")
 
     def _exclusion(self, positions_n: np.ndarray) -> Exclusion:
-        documents_N = self.documents_N
+        bounds = (None, None) if self.documents is None else self.documents.document_bounds(positions_n)
         return Exclusion(
-            query_ids_Q=positions_n,
-            window=self.window,
-            key_groups_N=documents_N,
-            query_groups_Q=None if documents_N is None else documents_N[positions_n],
+            query_ids_Q=positions_n, window=self.window, first_hidden_Q=bounds[0], stop_hidden_Q=bounds[1]
         )

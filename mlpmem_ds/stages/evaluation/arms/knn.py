@@ -14,10 +14,11 @@ from typing import Any
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
+from mlpmem_ds.engines.devices import memory_bytes
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys, open_keys
-from mlpmem_ds.maths.knn import max_keys_for_exact
+from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
@@ -89,7 +90,7 @@ def open_arms(config: Config, context: Context) -> list[KnnArm]:
     base = context.base
     vote = _open_vote(datastore, context, k=config.k, temperature=config.temperature)
     arms = []
-    if is_exact := _is_exact(config, datastore, context.num_positions):
+    if is_exact := _is_exact(config, datastore, context):
         arms.append(_open_exact(vote, base))
     if datastore.index is not None:
         arms.append(_open_indexed(vote, datastore.index, base, nprobe=config.nprobe))
@@ -128,7 +129,7 @@ def _open_vote(datastore: Datastore, context: Context, *, k: int | None, tempera
 
 def _open_exact(vote: Vote, base: ModelArm) -> KnnArm:
     def search(num_keys: int | None) -> NeighbourSearch:
-        return open_search(vote.keys, how="exact", num_keys=num_keys)
+        return open_search(vote.keys, how="exact", num_keys=num_keys, device=base.source.device)
 
     how = "with every stored key"
     return _open_arm(KNN_EXACT, "reference", vote, search, base, index=None, how=how, settings={})
@@ -136,7 +137,9 @@ def _open_exact(vote: Vote, base: ModelArm) -> KnnArm:
 
 def _open_indexed(vote: Vote, index: IndexDirectory, base: ModelArm, *, nprobe: int) -> KnnArm:
     def search(num_keys: int | None) -> NeighbourSearch:
-        return open_search(vote.keys, index, how="index", nprobe=nprobe, num_keys=num_keys)
+        return open_search(
+            vote.keys, index, how="index", nprobe=nprobe, num_keys=num_keys, device=base.source.device
+        )
 
     how = (
         f"with the keys of {nprobe} lists of an IVF-PQ index; the distances are then computed from the stored"
@@ -226,13 +229,13 @@ def _check_belongs(keys: Keys, base: ModelArm, corpus: CorpusSplit) -> None:
         )
 
 
-def _is_exact(config: Config, datastore: Datastore, num_queries: int) -> bool:
+def _is_exact(config: Config, datastore: Datastore, context: Context) -> bool:
     """Whether all keys are searched too: as the flag says, as the report was begun, else where that takes
     little time."""
     if config.exact is not None:
         return config.exact
     begun = _exact_of_report(config.output)
-    return _takes_little_time(datastore, num_queries) if begun is None else begun
+    return _takes_little_time(datastore, context) if begun is None else begun
 
 
 def _exact_of_report(output: Path) -> bool | None:
@@ -242,15 +245,17 @@ def _exact_of_report(output: Path) -> bool | None:
     return None
 
 
-def _takes_little_time(datastore: Datastore, num_queries: int) -> bool:
+def _takes_little_time(datastore: Datastore, context: Context) -> bool:
     """Whether so many positions are compared with all keys by default.
 
     Raises:
         UserError: it takes long, and there is no index to search instead.
     """
-    num_keys = datastore.keys.num_positions
+    keys, device, num_queries = datastore.keys, context.base.source.device, context.num_positions
+    num_keys, key_bytes = keys.num_positions, keys.bytes_of("keys") // keys.num_positions
     # write_targets compares so many keys with themselves before it would rather have an index.
-    exact = num_keys * num_queries <= max_keys_for_exact() ** 2
+    limit = max_keys_for_exact(device.type, key_bytes, memory_bytes(device))
+    exact = num_keys * num_queries <= limit**2
     pairs = f"{num_queries:,} positions times {num_keys:,} keys"
     if not exact and datastore.index is None:
         raise UserError(

@@ -161,7 +161,7 @@ def test_all_keys_are_searched_by_default_only_if_that_takes_little_time(
             return open_inputs(replace(config, **changes), World()).playing("reference") != ()
 
     assert exact_of() and "all keys are searched too" in caplog.text
-    monkeypatch.setattr(knn, "max_keys_for_exact", lambda: 10)
+    monkeypatch.setattr(knn, "max_keys_for_exact", lambda *_: 10)
     assert not exact_of() and "without base+knn_exact; --exact searches" in caplog.text
     assert exact_of(exact=True) and not exact_of(exact=False)
     with pytest.raises(UserError, match="long work for exact search: give --index, or --exact"):
