@@ -6,8 +6,9 @@ Read in this order:
 - `config.py`: a Config's fields as flags; `front_end.py`: parse, run, exit code; `shipped.py`: ds_configs/
 - `errors.py`: what users can mend
 - `files.py`, `array_files.py`, `directories.py`: what appears whole or not at all
-- `typed_json.py`: records as JSON and back
-- `stage_directory.py`: units with records, the manifest last; `claims.py`: which rank works at which unit
+- `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back
+- `stage_directory.py`: units with records, the manifest last; `unit_records.py`: what the records say
+- `claims.py`: which rank works at which unit; `waiting.py`: for the others' units; `host.py`: live processes
 - `run_description.py`: identity.json and run.json; `manifest.py`: what the next stage reads first
 - `hashing.py`: randomness as a pure function of its keys; `log.py`: progress and JSON lines
 """

@@ -2,36 +2,51 @@
 waste no work.
 
 A claim is a courtesy, not a lock: units are pure functions and files are published whole, so two processes at
-one unit do harm to nothing but time. That is why a claim may be broken as soon as its holder looks dead: on
-this host by its process id, elsewhere when its file has not been touched for a minute (a thread of the holder
-touches it).
+one unit do harm to nothing but time. That is why a claim may be broken as soon as its holder looks dead:
+
+- on this machine by its process id, where both see the same processes (the same boot, the same space of
+  process ids: two containers on one host may both have a process 1);
+- elsewhere when its file has not been touched for a minute (a thread of the holder touches it every ten
+  seconds). The minute is measured by the observer's own monotonic clock between two looks at the file's
+  time: clocks of other machines and of file servers are never compared with ours.
+
+A claim file is opened before its time is asked: opening is what makes an NFS client ask the server, where a
+stat alone may be answered from its memory for a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-from mlpmem_ds.core.files import is_alive
+from mlpmem_ds.core.host import host_name, is_alive
 
 _SECONDS_BETWEEN_TOUCHES = 10.0
 _SECONDS_UNTIL_DEAD = 60.0
-_SECONDS_TO_WRITE = 5.0
+
+State = Literal["held", "unknown", "gone"]
+"""of a claim: its holder is alive; it may be (nothing moved yet); it is not"""
 
 
 @contextlib.contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Hold the claim while the block runs, and remove it afterwards; gives False where another live process
-    holds it."""
+def claim(path: Path, *, breaks: bool = False) -> Iterator[bool]:
+    """Hold the claim while the block runs, and remove it afterwards; gives False where another process holds
+    it.
+
+    Args:
+        path: of the claim file.
+        breaks: take it also where another process may hold it: for a caller that watched it (`ClaimWatch`).
+    """
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
-        if is_held(path):
+        if not breaks and is_held(path):
             yield False
             return
         descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
@@ -39,7 +54,7 @@ def claim(path: Path) -> Iterator[bool]:
     toucher = threading.Thread(target=_touch_until, args=(path, stop), daemon=True)
     try:
         with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(f"{socket.gethostname()} {os.getpid()}")
+            stream.write(holder(os.getpid()))
         toucher.start()
         yield True
     finally:
@@ -47,22 +62,42 @@ def claim(path: Path) -> Iterator[bool]:
         path.unlink(missing_ok=True)
 
 
+def holder(pid: int) -> str:
+    """What a claim of this process of this machine says: `<host> <boot> <pid>`."""
+    return f"{host_name()} {_boot_id()} {pid}"
+
+
 def is_held(path: Path) -> bool:
-    """Whether another live process holds this claim."""
-    try:
-        host, _, pid = path.read_text(encoding="utf-8").rpartition(" ")
-        age = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return False
-    if age > (_SECONDS_UNTIL_DEAD if pid else _SECONDS_TO_WRITE):
-        return False
-    if host == socket.gethostname() and pid.isdigit():
-        return int(pid) != os.getpid() and is_alive(int(pid))
-    return True  # another host's, or one that is being written
+    """Whether another process may hold this claim, by one look: only a process of this machine is known to be
+    gone at once."""
+    return ClaimWatch().look(path) != "gone"
+
+
+class ClaimWatch:
+    """Looks at claims again and again, and tells which of their holders are gone."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[str, int, float]] = {}
+
+    def look(self, path: Path) -> State:
+        """One open and one fstat of the claim."""
+        try:
+            with open(path, encoding="utf-8") as stream:
+                text, touched = stream.read(), os.fstat(stream.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return "gone"
+        machine, _, pid = text.rpartition(" ")
+        if pid.isdigit() and machine == holder(0).rpartition(" ")[0]:
+            return "held" if int(pid) != os.getpid() and is_alive(int(pid)) else "gone"
+        former = self._seen.get(path)
+        if former is None or former[:2] != (text, touched):
+            self._seen[path] = (text, touched, time.monotonic())
+            return "unknown" if former is None else "held"
+        return "gone" if time.monotonic() - former[2] > _SECONDS_UNTIL_DEAD else "unknown"
 
 
 def remove_dead_claims(folder: Path) -> None:
-    """Remove the claims in a folder that no process holds."""
+    """Remove the claims in a folder whose processes on this machine have ended."""
     for path in folder.glob(".*.claim"):
         if not is_held(path):
             path.unlink(missing_ok=True)
@@ -74,3 +109,12 @@ def _touch_until(path: Path, stop: threading.Event) -> None:
             OSError
         ):  # gone, or the file system is away: at worst somebody else makes the unit too
             os.utime(path)
+
+
+@functools.cache
+def _boot_id() -> str:
+    """Of the running kernel; "-" where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "-"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlpmem_ds.core.files import flush, is_alive, remove_stale_temporaries
+from mlpmem_ds.core.files import flush, remove_stale_temporaries
+from mlpmem_ds.core.host import host_name, is_alive
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator
     accepts as the same work: it is taken over, without its half-written files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix, suffix = f".{path.name}.{socket.gethostname()}.", ".partial"
+    prefix, suffix = f".{path.name}.{host_name()}.", ".partial"
     own = path.parent / f"{prefix}{os.getpid()}{suffix}"
     for other in sorted(path.parent.iterdir()):
         if not (other.name.startswith(prefix) and other.name.endswith(suffix)):

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.host import host_name, is_alive
 
 SEAL = "content_sha256"
 """the field of a sealed JSON object that holds the SHA-256 of the canonical JSON of the others"""
@@ -69,7 +69,7 @@ def content_hash(value: Any) -> str:
 def publish(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; on leaving, flush it to disk and rename it to `path`; on an error,
     remove it."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
     try:
         yield temporary
         flush(temporary)
@@ -193,7 +193,7 @@ def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> s
 
 def remove_stale_temporaries(root: Path) -> None:
     """Remove temporary files of dead processes of this host below `root`."""
-    prefix = f".{socket.gethostname()}."
+    prefix = f".{host_name()}."
     # Not rglob, which fails where another rank removes a folder meanwhile.
     names = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
     for path in names:
@@ -202,21 +202,6 @@ def remove_stale_temporaries(root: Path) -> None:
         head, _, pid = path.name.removesuffix(".tmp").rpartition(".")
         if pid.isdigit() and f"{head}.".endswith(prefix) and path.is_file() and not is_alive(int(pid)):
             path.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this host runs; one that was killed and not yet reaped does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):  # no Linux, or gone in this moment
-        return True
-    return state != "Z"
 
 
 def require_free_bytes(

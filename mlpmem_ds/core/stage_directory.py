@@ -33,7 +33,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
     content_hash,
-    fault_of_file,
     publish,
     publish_array,
     publish_json,
@@ -58,13 +57,15 @@ from mlpmem_ds.core.files import (
 )
 from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest
-from mlpmem_ds.core.run_description import IDENTITY_FIELD, describe_run, has_records, settle_identity
+from mlpmem_ds.core.run_description import describe_run, has_records, settle_identity
 from mlpmem_ds.core.typed_json import to_json
+from mlpmem_ds.core.unit_records import Listing, UnitRecords, missing_of
+from mlpmem_ds.core.waiting import Choice, Patience
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
-_SECONDS_BETWEEN_CHECKS = 0.2
-_SECONDS_BETWEEN_WAITING_LINES = 60.0
+_SECONDS_BETWEEN_LISTINGS = 1.0
+_MAX_DOUBTFUL = 2  # units not known to be whole that a waiting rank looks at in a round
 
 
 class UnitWriter:
@@ -103,13 +104,19 @@ Compute = Callable[[str, UnitWriter], Mapping[str, Any] | None]
 
 
 class StageDirectory:
-    """A stage's output: its units, their records and its manifest. Made by `open_stage`, one a process."""
+    """A stage's output: its units, their records and its manifest. Made by `open_stage`, one a process.
+
+    Who compares files with their checksums: the rank that makes a unit takes them as it writes. When a
+    stage is started again, each rank compares the files of the units that it is dealt, once, and notes it
+    in the records; a rank that waits for those units believes the records (`UnitRecords.is_trusted`).
+    Readers of a complete directory compare a file when they first read it (core/manifest.py).
+    """
 
     def __init__(self, root: Path, identity: Mapping[str, Any], world: World) -> None:
         self.root = root
         self.identity = dict(identity)
-        self._identity_sha256 = content_hash(self.identity)
         self.world = world
+        self.records = UnitRecords(root, content_hash(self.identity))
         self.log = EventLog(root / "log.jsonl", world)
         self._start = time.monotonic()
         self._was_complete = self.manifest_path.is_file()
@@ -119,30 +126,14 @@ class StageDirectory:
     def manifest_path(self) -> Path:
         return self.root / "manifest.json"
 
-    def record_path(self, unit: str) -> Path:
-        return self.root / "done" / f"{unit}.json"
-
-    def read_record(self, unit: str) -> dict[str, Any]:
-        return read_sealed_json(self.record_path(unit))
-
-    def fault_of_unit(self, unit: str) -> str | None:
-        """Say why a unit is not complete, or None: no record, or a file that does not match it."""
-        if not self.record_path(unit).is_file():
-            return f"unit {unit} has not been made"
-        try:
-            record = self.read_record(unit)
-            files = [FileRecord(**entry) for entry in record["files"]]
-        except (DamagedDataError, KeyError, TypeError):
-            return f"the record of unit {unit} is damaged"
-        return next(filter(None, (fault_of_file(self.root, file) for file in files)), None)
-
     def run_phase(self, units: Sequence[str], compute: Compute) -> list[dict[str, Any]]:
         """Compute units that a later phase reads: `run_units`, then wait until all of them are complete.
 
-        Returns their summaries. A rank that waits makes the units of one that died.
+        Returns their summaries. A rank that waits makes the units of one that died. It compares the sizes of
+        the others' files and reads none of them.
         """
         self.run_units(units, compute)
-        self._wait_until_whole(units)
+        self._wait(units, until_whole=True)
         return self.summaries(units)
 
     def run_units(self, units: Sequence[str], compute: Compute, *, take_over: bool = True) -> int:
@@ -154,82 +145,80 @@ class StageDirectory:
             compute: writes a unit's files through the writer and returns its summary (plain values).
             take_over: whether any rank can compute any unit. False where `compute` works on one rank alone.
         """
+        self.records.place(units)
+        recorded = self.records.listing().recorded
         num_computed = sum(
             self._make(unit, compute)
             for unit in deal(units, self.world.rank, self.world.size)
-            if self.fault_of_unit(unit) is not None
+            if unit not in recorded or self._verify(unit) is not None
         )
         if take_over:
             self._compute_of_unit.update(dict.fromkeys(units, compute))
             num_computed += sum(
-                self._make(unit, compute, taken_over=True) for unit in self._without_record(units)
+                self._make(unit, compute, taken_over=True) for unit in self._free_units(units)
             )
         return num_computed
 
-    def _without_record(self, units: Sequence[str]) -> Iterator[str]:
-        """The others' units that have no record: each rank's last one first, for it gets there last."""
-        recorded = (
-            {entry.name for entry in os.scandir(self.root / "done")}
-            if (self.root / "done").is_dir()
-            else set()
-        )
+    def _verify(self, unit: str) -> str | None:
+        """Compare a unit's files with their checksums: say what is wrong, or note that nothing is."""
+        fault = self.records.fault(unit)
+        if fault is None:
+            self.records.mark_verified(unit)
+        return fault
+
+    def _free_units(self, units: Sequence[str]) -> Iterator[str]:
+        """The others' units without record and claim: each rank's last one first, for it gets there last."""
         rank, size = self.world.rank, self.world.size
-        missing = [
-            [
-                unit
-                for unit in reversed(deal(units, (rank + step) % size, size))
-                if f"{unit}.json" not in recorded
-            ]
-            for step in range(1, size)
-        ]
-        for row in itertools.zip_longest(*missing):
-            yield from (unit for unit in row if unit is not None and not self.record_path(unit).is_file())
+        rows = itertools.zip_longest(
+            *(reversed(deal(units, (rank + step) % size, size)) for step in range(1, size))
+        )
+        listing, listed = self.records.listing(), time.monotonic()
+        for unit in (unit for row in rows for unit in row if unit is not None):
+            if time.monotonic() - listed > _SECONDS_BETWEEN_LISTINGS:
+                listing, listed = self.records.listing(), time.monotonic()
+            if unit not in listing.recorded and unit not in listing.claimed:
+                yield unit
 
     def _make(
-        self,
-        unit: str,
-        compute: Compute,
-        *,
-        taken_over: bool = False,
+        self, unit: str, compute: Compute | None, *, taken_over: bool = False, breaks: bool = False
     ) -> bool:
-        """Compute and publish one unit; False where another process is at it, or has just made it."""
-        self.record_path(unit).parent.mkdir(exist_ok=True)
-        with claim(self._claim_path(unit)) as is_mine:
+        """Compute and publish one unit; False where another process is at it, or has just made it.
+
+        Args:
+            unit: its name.
+            compute: None = only compare its files.
+            taken_over: it was dealt to another rank; then a record that is trusted is enough.
+            breaks: the claim of a process that is gone, if there is one.
+        """
+        path = self.records.path(unit)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with claim(self.records.claim_path(unit), breaks=breaks) as is_mine:
             if not is_mine:
                 return False
-            if self.record_path(unit).exists():
-                fault = self.fault_of_unit(unit)
-                if fault is None:
+            # Asked anew: making the claim has brought this client's knowledge of the folder up to date.
+            if path.exists():
+                if taken_over and self.records.is_trusted(unit):
+                    return False
+                fault = self._verify(unit)
+                if fault is None or compute is None:
                     return False
                 _logger.warning("%s: making the unit again", fault)
                 # Not complete meanwhile, for readers and for the other ranks, one of which may be about to
                 # finish.
-                os.replace(self.record_path(unit), self._former_path(unit))
+                os.replace(path, self.records.former_path(unit))
+            if compute is None:
+                return False
             self.manifest_path.unlink(missing_ok=True)
-            former = self._former_files(unit)
+            former = self.records.former_files(unit)
             writer = UnitWriter(self.root)
             start = time.monotonic()
             summary = compute(unit, writer)
             self._refuse_other_bytes(unit, former, writer.records)
-            self._publish_record(unit, writer.records, summary or {})
-            self._former_path(unit).unlink(missing_ok=True)
+            self.records.publish(unit, writer.records, summary or {})
+            self.records.former_path(unit).unlink(missing_ok=True)
         seconds = round(time.monotonic() - start, 3)
         self.log.write("unit", unit=unit, seconds=seconds, **({"taken_over": True} if taken_over else {}))
         return True
-
-    def _claim_path(self, unit: str) -> Path:
-        return self.root / "done" / f".{unit}.claim"
-
-    def _former_path(self, unit: str) -> Path:
-        """The record of a unit that was found damaged, until it is made again."""
-        return self.root / "done" / f".{unit}.former"
-
-    def _former_files(self, unit: str) -> list[FileRecord] | None:
-        """The files of a unit's earlier record; None where there is none that can be read."""
-        try:
-            return [FileRecord(**entry) for entry in read_sealed_json(self._former_path(unit))["files"]]
-        except (DamagedDataError, KeyError, TypeError):
-            return None
 
     def _refuse_other_bytes(
         self, unit: str, former: Sequence[FileRecord] | None, files: Sequence[FileRecord]
@@ -246,45 +235,61 @@ class StageDirectory:
                 " again"
             )
 
-    def _publish_record(self, unit: str, files: Sequence[FileRecord], summary: Mapping[str, Any]) -> None:
-        path = self.record_path(unit)
-        path.parent.mkdir(exist_ok=True)
-        record = {
-            "unit": unit,
-            "files": [file.to_json() for file in files],
-            "summary": dict(summary),
-            IDENTITY_FIELD: self._identity_sha256,
-        }
-        publish_json(path, record, seal=True)
+    def _wait(self, units: Iterable[str], *, until_whole: bool = False) -> None:
+        """Until every unit has a record, and with `until_whole` each is known to be whole.
 
-    def _wait_until_whole(self, units: Sequence[str]) -> None:
-        """Every unit with its record, and every file with its checksum."""
-        self._wait_while_missing(units, lambda unit: self.fault_of_unit(unit) is not None)
-
-    def _wait_while_missing(self, units: Sequence[str], is_missing: Callable[[str], bool]) -> None:
-        last_line, missing = time.monotonic(), list(units)
-        while missing := [unit for unit in missing if is_missing(unit)]:
-            claimable = [unit for unit in missing if unit in self._compute_of_unit]
-            if any(self._make(unit, self._compute_of_unit[unit], taken_over=True) for unit in claimable):
-                continue
-            if time.monotonic() - last_line > _SECONDS_BETWEEN_WAITING_LINES:
-                last_line = time.monotonic()
-                _logger.warning(
+        A round is one listing, whatever the number of units and ranks, and one unit tried: any that no live
+        rank works at.
+        """
+        patience, choice = Patience(), Choice(self.records.claim_path)
+        listing = self.records.listing()
+        while left := self._unfinished(units, listing, until_whole=until_whole):
+            units = left
+            if not self._try_one(left, listing, choice):
+                patience.log(
                     "rank %d waits for %d units that other ranks compute, the first is %s",
                     self.world.rank,
-                    len(missing),
-                    missing[0],
+                    len(left),
+                    left[0],
                 )
-            time.sleep(_SECONDS_BETWEEN_CHECKS)
+                patience.sleep()
+            listing = self.records.listing()
+
+    def _unfinished(self, units: Iterable[str], listing: Listing, *, until_whole: bool) -> list[str]:
+        """Those without a record; with `until_whole` also those that are not known to be whole."""
+        left, num_doubtful = [], 0
+        for unit in units:
+            if unit in listing.recorded:
+                if not until_whole or (num_doubtful < _MAX_DOUBTFUL and self.records.is_trusted(unit)):
+                    continue
+                num_doubtful += 1
+            left.append(unit)
+        return left
+
+    def _try_one(self, units: Sequence[str], listing: Listing, choice: Choice) -> bool:
+        """Make, or compare with its checksums, one unit that no live rank works at; whether there was one to
+        make."""
+        open_units = [unit for unit in units if unit in self._compute_of_unit or unit in listing.recorded]
+        free = [unit for unit in open_units if unit not in listing.claimed]
+        unit = choice.of(free, [unit for unit in open_units if unit in listing.claimed])
+        if unit is None:
+            return False
+        is_gone = unit in listing.claimed
+        return self._make(unit, self._compute_of_unit.get(unit), taken_over=True, breaks=is_gone)
 
     def remove_stale_files(self) -> None:
         """Remove temporary files and claims of processes that were killed."""
         remove_stale_temporaries(self.root)
-        for folder in (self.root, self.root / "done"):
+        for folder in (self.root, *self.records.folders()):
             remove_dead_claims(folder)
 
+    def missing_units(self, units: Sequence[str]) -> list[str]:
+        """Of all units of a phase, those without a record now."""
+        self.records.place(units)
+        return missing_of(units, self.records.listing())
+
     def summaries(self, units: Sequence[str]) -> list[dict[str, Any]]:
-        return [self.read_record(unit)["summary"] for unit in units]
+        return [self.records.read(unit)["summary"] for unit in units]
 
     def complete(
         self,
@@ -305,18 +310,18 @@ class StageDirectory:
             describe: the stage's own manifest fields, made from the units' summaries; called when all are
                 complete, on the rank that publishes.
             afterwards: called on that rank when the directory is complete.
-            wait: return only when the directory is complete and every file has its checksum, on every rank:
-                for what all ranks do with it next.
+            wait: return only when the directory is complete, on every rank: for what all ranks do with it
+                next. They compare what they read of it.
         """
-        computable = [unit for unit in units if unit in self._compute_of_unit]
-        self._wait_while_missing(computable, lambda unit: not self.record_path(unit).is_file())
+        self._wait([unit for unit in units if unit in self._compute_of_unit])
         self.log.write("finished", seconds=self._seconds())
         self._publish_manifest(units, describe, afterwards)
         if wait:
-            self._wait_until_whole(units)
+            self._wait(units)
+            patience = Patience()
             while not self.manifest_path.is_file():  # another rank writes it, or has died
                 self._publish_manifest(units, describe, afterwards)
-                time.sleep(_SECONDS_BETWEEN_CHECKS)
+                patience.sleep()
 
     def _publish_manifest(
         self,
@@ -324,13 +329,13 @@ class StageDirectory:
         describe: Callable[[], Manifest | Mapping[str, Any]],
         afterwards: Callable[[], None] | None,
     ) -> None:
-        if not all(self.record_path(unit).is_file() for unit in units):
+        if missing_of(units, self.records.listing()):
             return
         with claim(self.root / ".manifest.claim") as is_mine:
             is_done = self.manifest_path.is_file() and not (self._was_complete and self.world.is_first)
             if is_done or not is_mine:
                 return
-            files = [file for unit in units for file in self.read_record(unit)["files"]]
+            files = [file for unit in units for file in self.records.read(unit)["files"]]
             manifest = {**self.identity, **to_json(describe()), "files": files}
             publish_json(self.manifest_path, manifest, seal=True)
             self.remove_stale_files()

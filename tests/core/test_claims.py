@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core import claims
-from mlpmem_ds.core.claims import claim, is_held, remove_dead_claims
+from mlpmem_ds.core.claims import ClaimWatch, claim, holder, is_held, remove_dead_claims
 
 
 @pytest.fixture
@@ -24,15 +24,19 @@ def stranger() -> Iterator[int]:
     process.wait()
 
 
-def write(path: Path, host: str, pid: int | str, age: float = 0.0) -> None:
-    path.write_text(f"{host} {pid}")
-    os.utime(path, (time.time() - age, time.time() - age))
+class Clock:
+    """The monotonic clock, which a test advances."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(claims.time, "monotonic", lambda: self.now)
 
 
 def test_a_claim_lasts_as_long_as_its_block(tmp_path: Path) -> None:
     path = tmp_path / ".3.claim"
     with claim(path) as is_mine:
-        assert is_mine and path.read_text() == f"{socket.gethostname()} {os.getpid()}"
+        assert is_mine and path.read_text() == holder(os.getpid())
+        assert path.read_text().split()[0] == claims.host_name()
     assert not path.exists()
     with pytest.raises(RuntimeError), claim(path):
         raise RuntimeError
@@ -41,27 +45,47 @@ def test_a_claim_lasts_as_long_as_its_block(tmp_path: Path) -> None:
 
 def test_a_live_process_keeps_its_claim(tmp_path: Path, stranger: int) -> None:
     path = tmp_path / ".3.claim"
-    for host, pid in ((socket.gethostname(), stranger), ("elsewhere", 1)):
-        write(path, host, pid)
+    for text in (holder(stranger), "elsewhere - 1", ""):  # of this host, of another, being written
+        path.write_text(text)
+        os.utime(path, (0, 0))  # however old it looks by our clock
         with claim(path) as is_mine:
             assert not is_mine
-        assert path.exists()
-    path.write_text("")  # being written
-    assert is_held(path)
+        remove_dead_claims(tmp_path)
+        assert path.exists() and is_held(path)
 
 
-def test_the_claims_of_the_dead_are_broken_and_removed(tmp_path: Path, stranger: int) -> None:
-    path, here = tmp_path / ".3.claim", socket.gethostname()
+def test_the_claims_of_ended_processes_are_broken_and_removed(tmp_path: Path) -> None:
+    path = tmp_path / ".3.claim"
     zombie = subprocess.Popen(["true"])
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # ended, not reaped
-    for host, pid, age in ((here, zombie.pid, 0), (here, stranger, 61), ("elsewhere", 1, 61), ("", "", 6)):
-        write(path, host, pid, age)
-        with claim(path) as is_mine:
-            assert is_mine
-        write(path, host, pid, age)
-        remove_dead_claims(tmp_path)
-        assert not path.exists()
+    path.write_text(holder(zombie.pid))
+    with claim(path) as is_mine:
+        assert is_mine
+    path.write_text(holder(zombie.pid))
+    remove_dead_claims(tmp_path)
+    assert not path.exists()
     zombie.wait()
+
+
+@pytest.mark.parametrize("text", ["elsewhere - 1", "", f"{socket.gethostname()}-4026532001 - 1"])
+def test_a_claim_that_was_not_touched_for_a_minute_of_our_clock_is_broken(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another host, being written, or of another container of this host with a process 1."""
+    clock, watch, path = Clock(monkeypatch), ClaimWatch(), tmp_path / ".3.claim"
+    path.write_text(text)
+    for ahead in (1e6, -1e6):  # a file server's clock is days off
+        os.utime(path, (time.time() + ahead,) * 2)
+        assert watch.look(path) in ("unknown", "held")
+        clock.now += 59
+        assert watch.look(path) == "unknown"
+    os.utime(path, (time.time() + ahead + 1,) * 2)
+    assert watch.look(path) == "held"
+    clock.now += 61
+    assert watch.look(path) == "gone"
+    with claim(path, breaks=True) as is_mine:
+        assert is_mine and path.read_text() == holder(os.getpid())
+    assert watch.look(path) == "gone"
 
 
 def test_a_holder_touches_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

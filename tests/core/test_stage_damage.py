@@ -131,12 +131,12 @@ def test_waiting_sees_through_a_record_whose_file_is_damaged(tmp_path: Path) -> 
     directory = open_stage(
         config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World()
     )
-    directory._wait_until_whole(UNITS)
+    directory._wait(UNITS, until_whole=True)
     good = (config.output / "part-1.npy").read_bytes()
     (config.output / "part-1.npy").write_bytes(good[:-1])
     repair = threading.Timer(0.5, lambda: (config.output / "part-1.npy").write_bytes(good))
     repair.start()
     start = time.monotonic()
-    directory._wait_until_whole(UNITS)
+    directory._wait(UNITS, until_whole=True)
     assert time.monotonic() - start > 0.2
     repair.join()

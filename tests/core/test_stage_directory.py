@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -15,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlpmem_ds.core import files
+from mlpmem_ds.core import claims, files
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_array
 from mlpmem_ds.core.manifest import read_manifest
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 
+from .counted_calls import counted_calls
 from .toy_stage import UNITS, Config, result_of, run
 
 
@@ -66,7 +66,7 @@ def test_the_units_of_a_rank_that_died_are_made_and_of_a_live_one_waited_for(
     with pytest.raises(RuntimeError):
         run(config, World(rank=1, size=2), fail_at="1")
     holder = subprocess.Popen(["sleep", "60"])  # a rank of this host that is at unit 3 when it is killed
-    (config.output / "done" / ".3.claim").write_text(f"{socket.gethostname()} {holder.pid}")
+    (config.output / "done" / ".3.claim").write_text(claims.holder(holder.pid))
     killer = threading.Timer(0.6, holder.kill)
     killer.start()
     start = time.monotonic()
@@ -83,7 +83,7 @@ def test_a_rank_waits_for_a_phase_and_makes_it_when_its_owner_dies(tmp_path: Pat
     )
     holder = subprocess.Popen(["sleep", "60"])
     (config.output / "done").mkdir()
-    (config.output / "done" / ".first.claim").write_text(f"{socket.gethostname()} {holder.pid}")
+    (config.output / "done" / ".first.claim").write_text(claims.holder(holder.pid))
     made: list[float] = []
     killer = threading.Timer(0.6, holder.kill)
     killer.start()
@@ -96,6 +96,46 @@ def test_a_rank_waits_for_a_phase_and_makes_it_when_its_owner_dies(tmp_path: Pat
     assert directory.run_phase(["first"], compute) == [{"of": "first"}]
     holder.wait()
     assert len(made) == 1 and made[0] > 0.5
+
+
+def open_toy(config: Config, rank: int) -> StageDirectory:
+    world = World(rank=rank, size=2)
+    return open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=world)
+
+
+def test_files_of_a_phase_are_read_once_by_the_rank_that_they_are_dealt_to(tmp_path: Path) -> None:
+    """Also when the stage is started again; the others compare sizes."""
+    config = Config(output=tmp_path / "out")
+
+    def compute(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+        writer.array(f"part-{unit}.npy", np.arange(4) * int(unit))
+        return {"sum": int(unit)}
+
+    open_toy(config, 0).run_phase(UNITS, compute)  # makes all
+    with counted_calls(config.output) as first:
+        assert open_toy(config, 1).run_phase(UNITS, compute) == [{"sum": int(unit)} for unit in UNITS]
+    assert first["part"] == len(UNITS[1::2])
+    for path in config.output.rglob("*"):  # an hour later, nothing is trusted
+        os.utime(path, (time.time() - 3600,) * 2)
+    with counted_calls(config.output) as again:
+        open_toy(config, 0).run_units(UNITS, compute)
+        open_toy(config, 1).run_phase(UNITS, compute)
+    assert again["part"] == len(UNITS)
+
+
+def test_a_rank_compares_the_files_of_a_rank_that_never_came(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "out")
+
+    def compute(unit: str, writer: UnitWriter) -> None:
+        writer.array(f"part-{unit}.npy", np.arange(4) * int(unit))
+
+    open_toy(config, 0).run_phase(UNITS, compute)
+    good = (config.output / "part-2.npy").read_bytes()
+    (config.output / "part-2.npy").write_bytes(good[:-1] + b"x")
+    for path in config.output.rglob("*"):
+        os.utime(path, (time.time() - 3600,) * 2)
+    open_toy(config, 1).run_phase(UNITS, compute)
+    assert (config.output / "part-2.npy").read_bytes() == good
 
 
 def test_who_waits_returns_when_the_directory_is_complete_also_where_the_writer_dies(tmp_path: Path) -> None:
@@ -111,7 +151,7 @@ def test_who_waits_returns_when_the_directory_is_complete_also_where_the_writer_
         world=World(rank=1, size=2),
     )
     holder = subprocess.Popen(["sleep", "60"])  # a rank of this host that is killed before its manifest
-    (config.output / ".manifest.claim").write_text(f"{socket.gethostname()} {holder.pid}")
+    (config.output / ".manifest.claim").write_text(claims.holder(holder.pid))
     killer = threading.Timer(0.6, holder.kill)
     killer.start()
     calls: list[str] = []

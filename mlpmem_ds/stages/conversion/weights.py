@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import socket
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import remove_stale_temporaries, require_free_bytes, sha256_of_file
+from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
@@ -126,7 +126,7 @@ def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(output.parent)
-    scratch = output.parent / f".{output.name}.weights.{socket.gethostname()}.{os.getpid()}.tmp"
+    scratch = output.parent / f".{output.name}.weights.{host_name()}.{os.getpid()}.tmp"
     try:
         write_safetensors(scratch, weights)
         tensors = load_file(scratch)  # mapped: the numbers outlive the file's name

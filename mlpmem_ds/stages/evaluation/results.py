@@ -72,7 +72,7 @@ class ReportWriter:
 
     def _evaluate(self) -> Evaluation:
         inputs, comparison = self.inputs, self.comparison
-        summaries = {name: self.directory.read_record(name)["summary"] for name in self.units}
+        summaries = dict(zip(self.units, self.directory.summaries(list(self.units)), strict=True))
         test, base = inputs.splits[comparison.tests[0]], inputs.base
         scores = [
             _read_scores(arm, self.units, summaries, inputs.splits, test.corpus, self.directory.root)

@@ -147,8 +147,8 @@ def _resolved(config: Config, bases: Bases, dim: int) -> dict[str, Any]:
 
 def _num_to_do(directory: StageDirectory, blocks: dict[str, Block], world: World) -> int:
     """Positions of this rank's units that have no record."""
-    mine = deal(list(blocks), world.rank, world.size)
-    return sum(blocks[unit].size for unit in mine if not directory.record_path(unit).is_file())
+    missing = set(directory.missing_units(list(blocks)))
+    return sum(blocks[unit].size for unit in deal(list(blocks), world.rank, world.size) if unit in missing)
 
 
 class _Meter:

@@ -44,7 +44,7 @@ _MAX_FAULTY_SHOWN = 5
 
 def is_complete(directory: StageDirectory, options: TrainingOptions) -> bool:
     """Whether the result has been written, which is said; asked before anything costly is built."""
-    if not directory.manifest_path.is_file() or directory.fault_of_unit(_UNIT) is not None:
+    if not directory.manifest_path.is_file() or directory.records.fault(_UNIT) is not None:
         return False
     if options.resume == "never" and directory.world.is_first:
         _logger.warning(

@@ -179,8 +179,8 @@ def test_the_rank_that_completes_the_keys_audits_and_is_heard(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared = replace(config, audit=10, output=tmp_path / "shared")
-    monkeypatch.setattr(StageDirectory, "_without_record", lambda self, units: iter(()))
-    monkeypatch.setattr(StageDirectory, "_wait_while_missing", lambda self, units, is_missing: None)
+    monkeypatch.setattr(StageDirectory, "_free_units", lambda self, units: iter(()))
+    monkeypatch.setattr(StageDirectory, "_wait", lambda self, units, until_whole=False: None)
     extract_keys.run(shared, World(rank=0, size=2))
     assert not (shared.output / "audit.json").exists()
     extract_keys.run(shared, World(rank=1, size=2))

@@ -25,8 +25,8 @@ def run_apart(config: Config, size: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """Each rank makes the units that it is dealt, and none of the others'; the last one completes the
     directory."""
     with monkeypatch.context() as patch:
-        patch.setattr(StageDirectory, "_without_record", lambda self, units: iter(()))
-        patch.setattr(StageDirectory, "_wait_while_missing", lambda self, units, is_missing: None)
+        patch.setattr(StageDirectory, "_free_units", lambda self, units: iter(()))
+        patch.setattr(StageDirectory, "_wait", lambda self, units, until_whole=False: None)
         for rank in range(size):
             assert not (config.output / "manifest.json").exists()
             extract_keys.run(config, World(rank=rank, size=size))

@@ -1,0 +1,38 @@
+"""Which processes of this machine are alive, and the name by which those that see each other know it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from pathlib import Path
+
+_INITIAL_PID_SPACE = 0xEFFFFFFC  # its inode in Linux, PROC_PID_INIT_INO
+
+
+@functools.cache
+def host_name() -> str:
+    """This host's name; in a container with process ids of its own, `<name>-<number of that space>`.
+
+    Two containers may have the same host name; a process id of one says nothing in the other.
+    """
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # no Linux
+        return socket.gethostname()
+    return socket.gethostname() if space == _INITIAL_PID_SPACE else f"{socket.gethostname()}-{space}"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs; one that was killed and not yet reaped does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # no Linux, or gone in this moment
+        return True
+    return state != "Z"
