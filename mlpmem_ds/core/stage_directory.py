@@ -238,7 +238,7 @@ class StageDirectory:
     def _wait(self, units: Iterable[str], *, until_whole: bool = False) -> None:
         """Until every unit has a record, and with `until_whole` each is known to be whole.
 
-        A round is one listing, whatever the number of units and ranks, and one unit tried: any that no live
+        A round is one listing, for any number of units and ranks, and one unit tried: any that no live
         rank works at.
         """
         patience, choice = Patience(), Choice(self.records.claim_path)

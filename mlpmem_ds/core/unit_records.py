@@ -64,7 +64,7 @@ class UnitRecords:
         return [self._root / "done" / folder for folder in sorted(self._folders)]
 
     def listing(self) -> Listing:
-        """What is there now: one listing of a folder, whatever the number of units.
+        """What is there now: one listing of a folder, for any number of units.
 
         Opening a directory makes an NFS client ask the server whether it changed; asking for a name may be
         answered from its memory of names that did not exist, for up to a minute.
