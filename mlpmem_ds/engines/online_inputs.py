@@ -21,8 +21,7 @@ from mlpmem_ds.models.capture_point import CapturePoint
 
 
 class OnlineInputs:
-    """Called with ranges of positions, it gives their inputs one after another: bits of bfloat16, uint16 [n,
-    D].
+    """Called with ranges of positions, it gives their inputs one after another: bfloat16 [n, D].
 
     Args:
         source: the base, as `extract_keys` ran it; if it is collective, calls are too, and need all ranks'
@@ -39,14 +38,14 @@ class OnlineInputs:
         self._batch_windows = batch_windows
         self.is_collective = source.is_collective
 
-    def __call__(self, runs: Sequence[Block], others: Iterable[Sequence[Block]] = ()) -> np.ndarray:
+    def __call__(self, runs: Sequence[Block], others: Iterable[Sequence[Block]] = ()) -> torch.Tensor:
         parts = [part for run in runs for part in self._windows_of(run)]
         groups = [parts[at : at + self._batch_windows] for at in range(0, len(parts), self._batch_windows)]
         inputs = [self._read(group) for group in groups]
         for _ in range(len(groups), max(map(self._num_groups, others), default=0)):
             # Other ranks have more, and a forward of a base that is cut over the ranks needs all of them.
             self._read(groups[-1])
-        return np.concatenate(inputs)
+        return torch.cat(inputs)
 
     def _num_groups(self, runs: Sequence[Block]) -> int:
         windows = self._corpus.windows()
@@ -63,12 +62,11 @@ class OnlineInputs:
             for number in windows.covering(run)
         ]
 
-    def _read(self, group: Sequence[tuple[Window, Block]]) -> np.ndarray:
+    def _read(self, group: Sequence[tuple[Window, Block]]) -> torch.Tensor:
         tokens_BS = np.stack([self._corpus.tokens(window.context_start, window.stop) for window, _ in group])
         states_BSD = self._source.read(torch.from_numpy(tokens_BS), {"input": self._point}).states["input"]
         rows = [
             states_BSD[index, part.start - window.context_start : part.stop - window.context_start]
             for index, (window, part) in enumerate(group)
         ]
-        bits: np.ndarray = torch.cat(rows).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-        return bits
+        return torch.cat(rows).to(torch.bfloat16)

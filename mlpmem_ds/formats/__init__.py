@@ -5,7 +5,8 @@ In the order of the pipeline:
 - `corpus.py`: token shards; `keys.py`, `mapped_keys.py`: keys, values and memory inputs
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists
 - `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample
-- `batches.py`: training batches from keys and targets
+- `training_order.py`, `training_rows.py`, `training_windows.py`, `batches.py`: which rows a training takes,
+  what a row is, windows read ahead in threads, a rank's batches
 - `checkpoint.py`, `checkpoint_copy.py`: a training's checkpoints; `trained_models.py`: what it leaves
 - `weight_shards.py`: an export's weights
 - `evaluation.py`: eval.json

@@ -6,7 +6,13 @@ numbers.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -24,9 +30,9 @@ Point: TypeAlias = Literal["ffn_input", "layer_output", "final_norm"]
 CODEC_FILES = ("codec/codec.json", "codec/mean.npy", "codec/rotation.npy")
 INPUT_GROUP = 128
 """numbers of an int8 input that share a scale"""
-_MAX_MAPPED = (
-    1024  # files at a time: Linux allows a process 65,530 maps, and a large directory has more units
-)
+_MIN_MAPPED, _MAX_MAPPED = 64, 8192
+"""files mapped at a time: Linux allows a process 65,530 maps, each holds an open file, and a large directory
+has more units; a training window of 1,024 blocks may lie in 1,024 of them"""
 
 
 def unit_name(first: int) -> str:
@@ -132,7 +138,8 @@ class Codec:
 class Keys(CompleteStage[KeysManifest]):
     """A complete key directory; arrays are memory-mapped until asked for."""
 
-    _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _arrays: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def num_positions(self) -> int:
@@ -259,6 +266,26 @@ class Keys(CompleteStage[KeysManifest]):
             return stored_nI
         return bfloat16_bits(dequantize_inputs(stored_nI, self.read("input_scales", start, stop)))
 
+    def gather_inputs(self, positions_n: np.ndarray) -> np.ndarray:
+        """The memory's inputs at any positions, in their order, as `read_inputs` gives them."""
+        stored_nI = self.gather("inputs", positions_n)
+        if self.input_codec == "bf16":
+            return stored_nI
+        return bfloat16_bits(dequantize_inputs(stored_nI, self.gather("input_scales", positions_n)))
+
+    def read_inputs_ahead(self, start: int, stop: int) -> None:
+        """Tell the system that the inputs of the positions [start, stop) are needed soon: it then reads them
+        in one piece, into memory that it may take back. Where it does not know how, nothing happens."""
+        size = self.manifest.unit_positions
+        for array in ("inputs",) if self.input_codec == "bf16" else ("inputs", "input_scales"):
+            for first in range(start // size * size, min(stop, self.num_positions), size):
+                mapped = self._stored(array, first)
+                begin, end = max(start - first, 0), min(stop - first, len(mapped))
+                row_bytes, header = mapped.strides[0], mapped.offset  # type: ignore[attr-defined]
+                place, count = header + begin * row_bytes, (end - begin) * row_bytes
+                with contextlib.suppress(OSError), open(mapped.filename, "rb") as stream:  # type: ignore[attr-defined]
+                    os.posix_fadvise(stream.fileno(), place, count, os.POSIX_FADV_WILLNEED)
+
     def load_codec(self) -> Codec:
         """How a state becomes a key of this directory.
 
@@ -273,16 +300,26 @@ class Keys(CompleteStage[KeysManifest]):
     def _stored(self, array: str, first: int) -> np.ndarray:
         """One unit's array as it is on disk, memory-mapped."""
         name = f"{array}-{unit_name(first)}.npy"
-        mapped = self._arrays.get(name)
-        if mapped is None:
-            mapped = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
-            if len(self._arrays) >= _MAX_MAPPED:
-                self._arrays.clear()
+        with self._lock:
+            if name in self._arrays:
+                self._arrays.move_to_end(name)
+                return self._arrays[name]
+        mapped = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
+        with self._lock:
+            while len(self._arrays) >= _max_mapped():
+                self._arrays.popitem(last=False)
             self._arrays[name] = mapped
         return mapped
 
     def _decoded(self, array: str, rows: np.ndarray) -> np.ndarray:
         return bfloat16_values(rows) if array == "keys" and rows.dtype == np.uint16 else rows
+
+
+@cache
+def _max_mapped() -> int:
+    """Files that may be mapped at a time: half of those that this process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_MAPPED if limit < 0 else max(_MIN_MAPPED, min(limit // 2, _MAX_MAPPED))
 
 
 def _whole_rows(rows: np.ndarray) -> np.ndarray:

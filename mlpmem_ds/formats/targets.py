@@ -9,7 +9,9 @@ Shape legend: n rows (positions) of a read, E entries of all rows, V token ids.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left, bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +41,8 @@ from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.weighting import Weighting
 
 ORDER_NAME = "frequency_order.npy"
+_INDEXES_KEPT = 64
+"""indexes of shards in memory: about half a kilobyte a sample, and a large directory has millions"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,8 @@ class TargetAuditManifest(Manifest):
 class Targets(CompleteStage[TargetsManifest]):
     """A complete target directory; shards stay on disk until asked for."""
 
-    _indexes: dict[str, ShardIndex] = field(default_factory=dict, repr=False, compare=False)
+    _indexes: OrderedDict[str, ShardIndex] = field(default_factory=OrderedDict, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def num_positions(self) -> int:
@@ -199,14 +204,20 @@ class Targets(CompleteStage[TargetsManifest]):
 
     def _index_of(self, shard: TargetShard) -> ShardIndex:
         """The index of a shard, known to be whole and to agree with the manifest."""
-        if shard.name not in self._indexes:
-            path = self.root / index_name(shard.name)
-            self.check(path.name)
-            index = from_json(ShardIndex, read_json(path), where=str(path), version=TargetsManifest.VERSION)
-            if fault := fault_of_index(index, shard, self.record(shard.name).bytes):
-                raise DamagedDataError(f"{path}: {fault}; {REMEDY}")
+        with self._lock:
+            if shard.name in self._indexes:
+                self._indexes.move_to_end(shard.name)
+                return self._indexes[shard.name]
+        path = self.root / index_name(shard.name)
+        self.check(path.name)
+        index = from_json(ShardIndex, read_json(path), where=str(path), version=TargetsManifest.VERSION)
+        if fault := fault_of_index(index, shard, self.record(shard.name).bytes):
+            raise DamagedDataError(f"{path}: {fault}; {REMEDY}")
+        with self._lock:
+            while len(self._indexes) >= _INDEXES_KEPT:
+                self._indexes.popitem(last=False)
             self._indexes[shard.name] = index
-        return self._indexes[shard.name]
+        return index
 
 
 def open_targets(root: Path, *, flag: str = "--targets") -> Targets:

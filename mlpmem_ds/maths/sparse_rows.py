@@ -58,6 +58,30 @@ class SparseRows:
             np.concatenate([part.dropped for part in parts]),
         )
 
+    @classmethod
+    def gather(cls, parts: Sequence[SparseRows], part_of_m: Array, row_of_m: Array) -> SparseRows:
+        """Rows of the parts (at least one, all of the same dtypes), in the order asked for: row
+        ``row_of_m[i]`` of part ``part_of_m[i]``; each entry is copied once."""
+        chosen = [np.flatnonzero(part_of_m == number) for number in range(len(parts))]
+        counts_m = np.empty(len(part_of_m), np.int64)
+        dropped_m = np.empty(len(part_of_m), parts[0].dropped.dtype)
+        for part, places in zip(parts, chosen, strict=True):
+            rows = row_of_m[places]
+            counts_m[places] = part.offsets[rows + 1] - part.offsets[rows]
+            dropped_m[places] = part.dropped[rows]
+        ends_m = np.cumsum(counts_m)
+        num_entries = int(ends_m[-1]) if len(ends_m) else 0
+        ids_E = np.empty(num_entries, parts[0].ids.dtype)
+        probabilities_E = np.empty(num_entries, parts[0].probabilities.dtype)
+        for part, places in zip(parts, chosen, strict=True):
+            counts = counts_m[places]
+            inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            source = inside + np.repeat(part.offsets[row_of_m[places]], counts)
+            target = inside + np.repeat(ends_m[places] - counts, counts)
+            ids_E[target] = part.ids[source]
+            probabilities_E[target] = part.probabilities[source]
+        return cls.from_counts(counts_m, ids_E, probabilities_E, dropped_m)
+
     @property
     def num_rows(self) -> int:
         return len(self.offsets) - 1

@@ -1,6 +1,10 @@
-import numpy as np
+import itertools
 
-from mlpmem_ds.core.hashing import hash_fraction, sample_positions, shuffled
+import numpy as np
+import pytest
+
+from mlpmem_ds.core import hashing
+from mlpmem_ds.core.hashing import Permutation, hash_fraction, sample_positions, shuffled
 
 
 def test_hash_fraction_is_fixed_and_spread() -> None:
@@ -27,3 +31,39 @@ def test_a_sample_is_about_as_large_as_wanted_and_spread() -> None:
     assert 0.45 < sample.mean() / 100_000 < 0.55
     assert len(np.intersect1d(sample, sample_positions(100_000, 5_000, seed=4))) < 600
     np.testing.assert_array_equal(sample_positions(10, 10, seed=0), np.arange(10))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 1000, 5000])
+def test_a_permutation_that_is_computed_has_each_item_once(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Permutation(count, 7, 1)
+    np.testing.assert_array_equal(kept.items(0, count), shuffled(count, 7, 1))
+    monkeypatch.setattr(hashing, "_KEPT_ITEMS", 0)
+    computed = Permutation(count, 7, 1)
+    items = computed.items(0, count)
+    np.testing.assert_array_equal(np.sort(items), np.arange(count))
+    pieces = [computed.items(at, min(at + 7, count)) for at in range(0, count, 7)]
+    np.testing.assert_array_equal(np.concatenate(pieces), items)
+    for permutation in (kept, computed):
+        at = permutation.items(0, count)
+        assert [permutation.place_of(int(at[place])) for place in range(0, count, 13)] == [
+            *range(0, count, 13)
+        ]
+    if count > 60:
+        assert abs(np.corrcoef(np.arange(count), items)[0, 1]) < 0.3
+        assert abs(np.corrcoef(items[:-1], items[1:])[0, 1]) < 0.3
+        others = [Permutation(count, *keys).items(0, count) for keys in ((7, 2), (8, 1))]
+        assert all(not np.array_equal(a, b) for a, b in itertools.combinations([items, *others], 2))
+
+
+def test_a_permutation_of_many_items_costs_no_memory() -> None:
+    """Places of two thousand million items, at the ends and in the middle."""
+    count = 2 * 10**9
+    permutation = Permutation(count, 0)
+    items = np.concatenate([permutation.items(at, at + 10_000) for at in (0, count // 2, count - 10_000)])
+    assert len(np.unique(items)) == len(items) and 0 <= items.min() <= items.max() < count
+    counts = np.bincount(items * 20 // count, minlength=20)
+    assert counts.min() > 1300 and counts.max() < 1700  # 1,500 expected
+    assert permutation.place_of(int(items[0])) == 0
+    assert permutation.place_of(int(items[-1])) == count - 1

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.engines.hidden_states import BatchStates
 from mlpmem_ds.engines.online_inputs import OnlineInputs
-from mlpmem_ds.formats.batches import TrainingOrder
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
+from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.capture_point import CapturePoint
 
 POINT = CapturePoint(layer=0)
@@ -57,19 +56,14 @@ def test_ranks_run_a_base_that_they_hold_together_equally_often(corpus: CorpusSp
     own = np.zeros((batches, size), int)
     padded = np.zeros((batches, size), int)
     for batch in range(batches):
-        starts = [(batch * size + rank) * share for rank in range(size)]
-        runs = [
-            [Block(int(found[0]), int(found[-1]) + 1) for _, found in order.parts(start, start + share)]
-            for start in starts
-        ]
+        runs = order.runs(batch, share * size, size=size)
         for rank in range(size):
             alone, together = CountedSource(is_collective=False), CountedSource(is_collective=True)
             expected = OnlineInputs(alone, corpus, POINT, batch_windows=1)(runs[rank])
             found = OnlineInputs(together, corpus, POINT, batch_windows=1)(runs[rank], runs)
-            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
             tokens = [corpus.tokens(*run) for run in runs[rank]]
-            states = torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)[:, 0]
-            assert torch.equal(states, torch.from_numpy(np.concatenate(tokens)).bfloat16())
+            assert torch.equal(found[:, 0], torch.from_numpy(np.concatenate(tokens)).bfloat16())
             own[batch, rank], padded[batch, rank] = alone.num_reads, together.num_reads
     assert (own.min(axis=1) < own.max(axis=1)).any(), "the ranks never differ: nothing is shown"
     np.testing.assert_array_equal(padded, np.repeat(own.max(axis=1, keepdims=True), size, axis=1))

@@ -1,4 +1,4 @@
-"""The training order and its reader: the same for every world, each position once an epoch."""
+"""The reader of batches: a rank's rows of each, read ahead, with inputs that are stored or computed."""
 
 import threading
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.core.hashing import shuffled
-from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
+from mlpmem_ds.formats.batches import BatchReader, threads_for
+from mlpmem_ds.formats.training_order import TrainingOrder
+from mlpmem_ds.formats.training_rows import stored_inputs
 from mlpmem_ds.maths.sparse_rows import SparseRows
 
 N, BLOCK, WIDTH, VOCABULARY = 203, 16, 3, 11
@@ -29,6 +30,12 @@ class FakeKeys:
 
     def read_inputs(self, start, stop):
         return self.arrays["inputs"][start:stop]
+
+    def gather_inputs(self, positions):
+        return self.arrays["inputs"][positions]
+
+    def read_inputs_ahead(self, start, stop):
+        assert 0 <= start < stop <= N
 
 
 class FakeTargets:
@@ -54,43 +61,16 @@ class Computed:
         self.asked.extend(runs)
         self.others.append([list(of_rank) for of_rank in others])
         self.threads.add(threading.current_thread())
-        return np.concatenate([self.keys.arrays["inputs"][run.start : run.stop] for run in runs])
+        return stored_inputs(
+            np.concatenate([self.keys.arrays["inputs"][run.start : run.stop] for run in runs])
+        )
 
 
-def make_order(window_blocks=3, seed=1):
-    return TrainingOrder(num_positions=N, block_size=BLOCK, window_blocks=window_blocks, seed=seed)
+def make_order():
+    return TrainingOrder(num_positions=N, block_size=BLOCK, window_blocks=3, seed=1)
 
 
-@pytest.mark.parametrize("window_blocks", [1, 3, 13, 100])
-def test_each_position_once_an_epoch(window_blocks):
-    order = make_order(window_blocks)
-    epochs = [order.positions(epoch * N, (epoch + 1) * N) for epoch in range(3)]
-    for positions in epochs:
-        assert sorted(positions) == list(range(N))
-    assert not np.array_equal(epochs[0], epochs[1])
-    pieces = [
-        make_order(window_blocks).positions(start, min(start + 7, 3 * N)) for start in range(0, 3 * N, 7)
-    ]
-    np.testing.assert_array_equal(np.concatenate(pieces), np.concatenate(epochs))
-    assert not np.array_equal(make_order(window_blocks, seed=2).positions(0, N), epochs[0])
-
-
-def test_a_window_holds_whole_blocks():
-    """The first window's positions are those of three blocks: reading stays sequential on disk."""
-    window, _ = next(make_order(3).parts(0, 1))
-    assert {position // BLOCK for position in window.positions_n} == set(window.blocks) and len(
-        window.blocks
-    ) == 3
-
-
-def test_the_shuffle_is_fixed_for_ever():
-    assert shuffled(8, 1, 2).tolist() == shuffled(8, 1, 2).tolist()
-    assert sorted(shuffled(1000, 3)) == list(range(1000))
-    counts = np.bincount([shuffled(5, seed)[0] for seed in range(2000)], minlength=5)
-    assert counts.min() > 320  # 400 expected
-
-
-def reader_of(rank, size, num_micro_batches=1, targets=None):
+def reader_of(rank, size, num_micro_batches=1, targets=None, threads=1):
     return BatchReader(
         FakeKeys(),
         targets,
@@ -100,6 +80,7 @@ def reader_of(rank, size, num_micro_batches=1, targets=None):
         size=size,
         num_micro_batches=num_micro_batches,
         with_log_probabilities=True,
+        threads=threads,
     )
 
 
@@ -109,12 +90,15 @@ def test_the_union_over_ranks_is_the_order(size, num_micro_batches):
     keys, order = FakeKeys(), make_order()
     for batch in (0, 3, 16, 17, 40):  # 16: across the end of the first epoch
         positions = order.positions(12 * batch, 12 * batch + 12)
+        taken = []
         for rank in range(size):
             micro_batches = reader_of(rank, size, num_micro_batches, FakeTargets()).read(batch)
             assert [len(part.inputs_NI) for part in micro_batches] == [
                 12 // size // num_micro_batches
             ] * num_micro_batches
-            mine = positions[rank::size]
+            shares = order.shares(batch, 12, rank=rank, size=size)
+            mine = np.concatenate([share.positions_m for share in shares])
+            taken.extend(mine)
             inputs = torch.cat([part.inputs_NI for part in micro_batches])
             assert inputs.dtype == torch.bfloat16
             np.testing.assert_array_equal(
@@ -144,10 +128,14 @@ def test_the_union_over_ranks_is_the_order(size, num_micro_batches):
             ]
             logs = torch.cat([part.targets.base_log_probabilities_N for part in micro_batches])
             np.testing.assert_array_equal(logs.numpy(), keys.arrays["log_probabilities"][mine])
+        np.testing.assert_array_equal(np.sort(taken), np.sort(positions))
+        if size == 1:
+            np.testing.assert_array_equal(taken, positions)
 
 
-def test_the_stream_is_the_batches_in_order():
-    streamed = [micro_batches[0] for micro_batches, _ in reader_of(1, 2).stream(2, 7)]
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_stream_is_the_batches_in_order(threads):
+    streamed = [micro_batches[0] for micro_batches, _ in reader_of(1, 2, threads=threads).stream(2, 7)]
     for batch, micro_batch in zip(range(2, 7), streamed, strict=True):
         assert torch.equal(micro_batch.inputs_NI, reader_of(1, 2).read(batch)[0].inputs_NI)
         assert len(micro_batch.targets.ids) == 0  # no targets given: only labels
@@ -243,3 +231,23 @@ def test_positions_that_are_not_finite_are_named():
     assert (
         sorted(set(found)) == [5, 77, 150] and 6 <= len(found) <= 8
     )  # the last batch is the next epoch's first rows too
+
+
+def test_an_error_of_a_reading_thread_reaches_the_training():
+    class Broken(FakeTargets):
+        def read(self, start, stop):
+            raise ValueError("a sample is damaged")
+
+    with pytest.raises(ValueError, match="a sample is damaged"):
+        list(reader_of(0, 1, targets=Broken()).stream(0, 9))
+
+
+def test_a_stream_that_is_left_early_ends_its_threads():
+    stream = reader_of(0, 1, targets=FakeTargets(), threads=2).stream(0, 30)
+    next(stream)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("windows", "batches"))]
+
+
+def test_ranks_of_one_machine_share_its_cores():
+    assert threads_for(1) >= threads_for(2) >= threads_for(10**6) == 1

@@ -41,13 +41,21 @@ def test_any_range_and_any_order_of_positions(keys_dir: Path) -> None:
 
 
 def test_few_files_are_mapped_at_a_time(keys_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys_format, "_MAX_MAPPED", 2)
+    monkeypatch.setattr(keys_format, "_max_mapped", lambda: 2)
     keys = open_keys(keys_dir)
     everything = keys.read("keys")
     assert len(keys._arrays) <= 2
     positions = np.random.default_rng(0).integers(0, keys.num_positions, 400)
     np.testing.assert_array_equal(keys.gather("keys", positions), everything[positions])
     assert len(keys._arrays) <= 2
+
+
+def test_inputs_at_any_positions_are_those_of_the_range(keys_dir: Path) -> None:
+    keys = open_keys(keys_dir)
+    keys.read_inputs_ahead(3, keys.num_positions + 5)  # across units: only a hint
+    everything = keys.read_inputs()
+    positions = np.random.default_rng(0).integers(0, keys.num_positions, 300)
+    np.testing.assert_array_equal(keys.gather_inputs(positions), everything[positions])
 
 
 @pytest.mark.parametrize("name", CODEC_FILES)

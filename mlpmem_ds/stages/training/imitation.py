@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mlpmem_ds.formats.batches import MicroBatch
+from mlpmem_ds.formats.training_rows import MicroBatch
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import SUM_NAMES, MemoryObjective

@@ -25,7 +25,7 @@ from mlpmem_ds.stages.training.parts import Objective
 
 
 class MemoryObjective(Objective, Protocol):
-    """An objective over the positions of a corpus; its micro-batches are `formats.batches.MicroBatch`."""
+    """An objective over the positions of a corpus; a micro-batch is a `formats.training_rows.MicroBatch`."""
 
     @property
     def needs_targets(self) -> bool:

@@ -1,8 +1,8 @@
 """`train`: keys' inputs + targets → a trained memory, under DeepSpeed.
 
-Batches come in an order that depends on the seed alone (formats/batches.py), so the number of ranks may
-change from one start to the next, and a killed run continues from its newest whole checkpoint. Where the keys
-store no inputs the frozen base computes them during the training.
+Batches come in an order that depends on the seed alone (formats/training_order.py), so the number of ranks
+may change from one start to the next, and a killed run continues from its newest whole checkpoint. Where the
+keys store no inputs the frozen base computes them during the training.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
-from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
+from mlpmem_ds.formats.batches import BatchReader
 from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainingResult, write_weights
+from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule

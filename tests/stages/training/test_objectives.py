@@ -5,9 +5,10 @@ import typing
 import pytest
 import torch
 
-from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
+from mlpmem_ds.formats.batches import BatchReader
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.imitation import Imitation

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.formats.batches import BatchReader, TrainingOrder
+from mlpmem_ds.formats.batches import BatchReader
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.formats.trained_models import read_weights
+from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
