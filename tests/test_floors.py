@@ -25,7 +25,7 @@ FLOORS = {
         "transformers",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
-    "benchmarks": {"numpy", "torch", "faiss", "transformers"},
+    "benchmarks": {"numpy", "torch", "faiss", "pytest", "transformers"},
 }  # fmt: skip
 ORDER = list(FLOORS)
 # library → the files that may import it, whatever their floor allows
@@ -138,7 +138,10 @@ def own_imports(root: Path) -> dict[str, set[str]]:
 
 
 def floor_violations(root: Path) -> list[str]:
-    """Imports from a floor above, or of a top-level module (commands), which is above all floors."""
+    """Imports from a floor above, or of a top-level module (commands), which is above all floors.
+
+    Benchmarks may call commands, as a user does; no floor imports a benchmark.
+    """
     found = []
     for module, path in modules(root).items():
         if module.count(".") == 0 or path.parent == root / "mlpmem_ds":
@@ -147,6 +150,8 @@ def floor_violations(root: Path) -> list[str]:
         for choice in imports(path, root):
             parts = choice[0].split(".")
             if parts[0] != "mlpmem_ds" or len(parts) < 2 or parts[1].startswith("__"):
+                continue
+            if floor == "benchmarks" and parts[1] == "commands":
                 continue
             if parts[1] not in ORDER or ORDER.index(parts[1]) > ORDER.index(floor):
                 found.append(f"{module} imports {choice[0]}, a floor above its own")

@@ -54,7 +54,16 @@ EMPTY_NAMES = {"here", "there", "came", "known", "kept", "wanted"}
 # module without a test of its own name → the test that covers it
 TESTED_BY = {
     "benchmarks/common.py": "benchmarks/test_bench.py",
+    "benchmarks/gpu_check/figures.py": "benchmarks/gpu_check/test_gpu_check.py",
+    "benchmarks/gpu_check/kernels.py": "benchmarks/gpu_check/test_gpu_check.py",
+    "benchmarks/gpu_check/machine.py": "benchmarks/gpu_check/test_gpu_check.py",
+    "benchmarks/gpu_check/made_up.py": "benchmarks/gpu_check/test_gpu_check.py",
+    "benchmarks/gpu_check/pipeline.py": "benchmarks/gpu_check/test_gpu_check.py",
+    "benchmarks/gpu_check/ranks.py": "benchmarks/gpu_check/test_gpu_check.py",
+    "benchmarks/gpu_check/sizes.py": "benchmarks/gpu_check/test_gpu_check.py",
+    "benchmarks/gpu_check/steps.py": "benchmarks/gpu_check/test_gpu_check.py",
     "benchmarks/loss_gpu.py": "benchmarks/test_loss.py",
+    "benchmarks/made_up_corpus.py": "benchmarks/test_extract.py",
     "benchmarks/made_up_keys.py": "benchmarks/test_index.py",
     "benchmarks/plan.py": "benchmarks/test_index.py",
     "benchmarks/published_targets.py": "benchmarks/test_targets.py",

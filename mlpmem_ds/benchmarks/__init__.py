@@ -13,6 +13,8 @@
     decode              time to the first token and tokens a second, against kNN and RAG
     plan                what `plan` says against what a run takes
     scale               what grows with ranks, keys and positions, counted at a cluster's sizes
+    gpu_check           all that needs a GPU, on a machine that has some (tools/gpu_check.sh)
+    made_up_corpus      random tokens that a base reads
     made_up_keys        keys that stand in for real ones in speed, and not in fidelity
 
 Each module has a `Config`, its arms, and `run(config, world)`. They may import any library, as its users do.

@@ -46,20 +46,13 @@ from mlpmem_ds.benchmarks.common import (
     row_of,
     use_threads,
 )
+from mlpmem_ds.benchmarks.made_up_corpus import write_made_up_corpus
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.log import read_events
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
-from mlpmem_ds.formats.corpus import (
-    CorpusManifest,
-    CorpusUnit,
-    SplitManifest,
-    TokenizerFacts,
-    open_corpus,
-    token_dtype,
-)
+from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.keys import extract_keys
@@ -315,34 +308,6 @@ def _write_base(shape: Shape, path: Path) -> Path:
 
 
 def _write_corpus(shape: Shape, positions: int, root: Path) -> Path:
-    """Random tokens as a corpus directory of one split."""
-    directory = open_stage(
-        root,
-        stage=CorpusManifest.FORMAT,
-        version=CorpusManifest.VERSION,
-        config=Flags(),
-        inputs={"text": "random"},
-        world=World(),
+    return write_made_up_corpus(
+        root, positions=positions, vocab_size=shape.vocab_size, block_size=shape.block_size
     )
-    dtype = token_dtype(shape.vocab_size)
-
-    def write(unit: str, writer: UnitWriter) -> None:
-        generator = np.random.default_rng(1)
-        with writer.file(f"train/tokens-{unit}.bin") as path:
-            path.write_bytes(generator.integers(shape.vocab_size, size=positions + 1, dtype=dtype).tobytes())
-
-    def describe() -> CorpusManifest:
-        unit = CorpusUnit(unit="00000", tokens=positions + 1, documents=0, bytes=0)
-        return CorpusManifest(
-            tokenizer=TokenizerFacts(
-                vocabulary_sha256="0" * 64, vocab_size=shape.vocab_size, end_of_document_id=0
-            ),
-            token_dtype=dtype.str,
-            block_size=shape.block_size,
-            stride=shape.block_size,
-            splits={"train": SplitManifest.from_units([unit])},
-        )
-
-    directory.run_units(["00000"], write)
-    directory.complete(["00000"], describe)
-    return root

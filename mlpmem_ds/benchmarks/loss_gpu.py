@@ -46,20 +46,18 @@ def gpu_rows(device: str, *, runs: int, sizes: Sizes | None = None) -> tuple[lis
     """Rows (seconds of the device, bytes) and ratios; on "cpu" for tests of the arms at toy sizes."""
     sizes = sizes or Sizes()
     rows, ratios = [], {}
-    for make_arms in (_loss_arms, _mixture_arms):
+    for make_arms in (loss_arms, _mixture_arms):
         arms = make_arms(device, sizes)
         for arm in arms.values():  # compile, choose algorithms
             arm()
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         for _ in range(max(runs, 2)):
             for name, arm in arms.items():
-                seconds[name].append(_seconds(device, arm))
+                seconds[name].append(seconds_on(device, arm))
         rows += [row_of(name, "device_seconds", "s", values) for name, values in seconds.items()]
         ours, other = (statistics.median(values) for values in seconds.values())
-        ratios["gpu_loss_over_matmuls" if make_arms is _loss_arms else "gpu_mixture_over_eager"] = (
-            ours / other
-        )
-        if device == "cuda" and make_arms is _loss_arms:
+        ratios["gpu_loss_over_matmuls" if make_arms is loss_arms else "gpu_mixture_over_eager"] = ours / other
+        if device == "cuda" and make_arms is loss_arms:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             arms["gpu_loss"]()
@@ -68,7 +66,8 @@ def gpu_rows(device: str, *, runs: int, sizes: Sizes | None = None) -> tuple[lis
     return rows, ratios
 
 
-def _loss_arms(device: str, sizes: Sizes) -> dict[str, Callable[[], Any]]:
+def loss_arms(device: str, sizes: Sizes) -> dict[str, Callable[[], Any]]:
+    """Forward and backward of the loss, and its three matrix products alone."""
     generator = torch.Generator(device=device).manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -117,7 +116,8 @@ def _mixture_arms(device: str, sizes: Sizes) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _seconds(device: str, arm: Callable[[], Any]) -> float:
+def seconds_on(device: str, arm: Callable[[], Any]) -> float:
+    """Seconds of the device for one call; on "cpu" those of the clock."""
     if device != "cuda":
         start = time.perf_counter()
         arm()
