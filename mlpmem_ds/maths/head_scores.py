@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .products import product, vocabulary_tiles
+from .products import new_logits, vocabulary_tiles
 from .sparse_loss import CUDA_CHUNK_BYTES, DEFAULT_CHUNK_BYTES, row_chunks
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
@@ -122,7 +122,7 @@ def token_log_probabilities(
             from .kernels.probability_rows import label_rows
 
             ((_, logits_CV),) = tiles  # a GPU takes the vocabulary in one
-            found_CJ = label_rows(logits_CV.contiguous(), tokens_CJ.contiguous())
+            found_CJ = label_rows(logits_CV, tokens_CJ.contiguous())
         else:
             found_CJ = _log_probabilities_of_tiles(tiles, tokens_CJ)
         result_NJ[rows] = found_CJ[: rows.stop - rows.start]
@@ -188,7 +188,7 @@ def _tiles(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Columns and their float32 logits [C, T], which the caller may overwrite."""
     for columns in vocabulary_tiles(len(weight_VD), hidden_CD.device):
-        logits_CT = product(hidden_CD, weight_VD[columns].to(hidden_CD.dtype).t())
+        logits_CT = new_logits(hidden_CD, weight_VD[columns].to(hidden_CD.dtype))
         if bias is not None:
             logits_CT += bias[columns]
         yield columns, logits_CT if transform is None else transform(logits_CT)

@@ -10,11 +10,14 @@ compiler; where a release lacks it, MKL does the work.
 Shape legend: M, K, N any; T columns of a tile of the vocabulary; C rows of a chunk; D width; V vocabulary.
 """
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
+
+_logger = logging.getLogger(__name__)
 
 # A tile of 1024 rows by 1024 columns (4 MB) stays in the cache while it is made, copied and multiplied.
 _TILE_COLUMNS = 1024
@@ -22,6 +25,9 @@ _CACHED_BYTES = 2**21
 # For a smaller right operand the half millisecond that oneDNN takes to make a kernel for a new shape is not
 # worth it. The rows of the left one have no say: each row's result should be the same in any batch.
 _MIN_SIZE = 2**14
+# Tensor cores take rows that start at multiples of 16 bytes, which those of 50,257 numbers do not. 128
+# numbers are 256 bytes or more, a multiple of what any GPU asks.
+_ROW_MULTIPLE = 128
 
 
 def vocabulary_tiles(vocabulary_size: int, device: torch.device) -> Iterator[slice]:
@@ -40,6 +46,17 @@ def cached_rows(matrix_MN: Tensor) -> Iterator[slice]:
         rows = max(1, _CACHED_BYTES // max(1, matrix_MN.shape[1] * matrix_MN.element_size()))
     for start in range(0, len(matrix_MN), max(1, rows)):
         yield slice(start, min(start + rows, len(matrix_MN)))
+
+
+def padded_columns(columns: int) -> int:
+    """Numbers from the start of a row to that of the next, in a matrix of logits on a GPU."""
+    return -(-columns // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def padded_rows(store: Tensor, rows: int, columns: int) -> Tensor:
+    """The start of a flat store as a matrix [rows, columns] whose rows begin `padded_columns` apart."""
+    width = padded_columns(columns)
+    return store[: rows * width].view(rows, width)[:, :columns]
 
 
 def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
@@ -91,11 +108,45 @@ def set_transposed_product(total_NM: Tensor, left_MK: Tensor, right_KN: Tensor, 
 def _set_widened_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor, accumulate: bool) -> None:
     if not accumulate:
         torch.mm(left_MK, right_KN, out_dtype=torch.float32, out=total_MN)
-        return
-    try:  # one pass over the total, where `+=` makes three
+    elif _adds_to_wider_total(left_MK.dtype, left_MK.device):
         torch.addmm(total_MN, left_MK, right_KN, out_dtype=torch.float32, out=total_MN)
-    except RuntimeError:  # older releases want a total of 16 bits
+    else:
         total_MN += product(left_MK, right_KN)
+
+
+@cache
+def _adds_to_wider_total(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `addmm` adds a product of 16-bit operands to a float32 total; older releases refuse. Tried
+    once."""
+    operand_KK = torch.zeros(16, 16, dtype=dtype, device=device)
+    total_KK = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total_KK, operand_KK, operand_KK, out_dtype=torch.float32, out=total_KK)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        _logger.warning(
+            "PyTorch %s cannot add products of %s to a float32 total (%s): the gradient of the head's weight"
+            " takes three passes over it a chunk instead of one",
+            torch.__version__,
+            dtype,
+            reason,
+        )
+        return False
+    _logger.info("products of %s are added to a float32 total in one pass", dtype)
+    return True
+
+
+def new_logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """float32 hidden · weightᵀ, not differentiable; on a GPU in rows that its tensor cores take."""
+    if not hidden_CD.is_cuda:
+        return product(hidden_CD, weight_VD.t())
+    rows, columns = len(hidden_CD), len(weight_VD)
+    store = torch.empty(rows * padded_columns(columns), device=hidden_CD.device)
+    logits_CV = padded_rows(store, rows, columns)
+    fill_logits(logits_CV, hidden_CD, weight_VD)
+    return logits_CV
 
 
 def fill_logits(logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:

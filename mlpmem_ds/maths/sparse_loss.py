@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .products import cached_rows, fill_logits
+from .products import cached_rows, fill_logits, padded_columns, padded_rows
 from .sparse_chunk import add_gradients, chunk_by_kernel, chunk_by_torch
 from .sparse_targets import PreparedTargets, TargetBatch, prepare_targets
 
@@ -103,14 +103,15 @@ class _FusedSparseLoss(torch.autograd.Function):
         # What a chunk holds for each logit: the kernel reads float32 logits and writes their gradient,
         # PyTorch the latter only.
         bytes_per_logit = (4 if by_kernel else 0) + (dtype.itemsize if wants_gradient else 0)
+        row_size = padded_columns(len(weight_VD)) if by_kernel else len(weight_VD)
         chunks = list(
-            row_chunks(len(hidden_ND), len(weight_VD), chunk_bytes, bytes_per_logit=max(1, bytes_per_logit))
+            row_chunks(len(hidden_ND), row_size, chunk_bytes, bytes_per_logit=max(1, bytes_per_logit))
         )
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight_VD = None
         if wants_weight:  # several chunks are summed in float32
             d_weight_VD = torch.empty_like(weight_VD, dtype=dtype if len(chunks) == 1 else torch.float32)
-        numbers = max(map(_length, chunks), default=0) * len(weight_VD)
+        numbers = max(map(_length, chunks), default=0) * row_size
         store = None
         if by_kernel or wants_gradient:
             store = torch.empty(numbers, dtype=torch.float32 if by_kernel else dtype, device=device)
@@ -118,7 +119,7 @@ class _FusedSparseLoss(torch.autograd.Function):
         for chunk in chunks:
             if by_kernel:
                 assert store is not None
-                logits_CV = store[: _length(chunk) * len(weight_VD)].view(_length(chunk), -1)
+                logits_CV = padded_rows(store, _length(chunk), len(weight_VD))
                 fill_logits(logits_CV, hidden_ND[chunk], weight_VD)
                 result = chunk_by_kernel(logits_CV, targets, chunk, dtype if wants_gradient else None)
             else:

@@ -90,3 +90,56 @@ def test_onednn_is_spared_what_it_does_slowly_or_not_at_all(monkeypatch):
     assert not products._suits_onednn(left, right[:, :200])  # rows with gaps: a reference loop
     assert not products._suits_onednn(left[:, :9], right[:9].contiguous())
     assert not products._suits_onednn(left.double(), right.double())
+
+
+def test_padded_rows_start_where_tensor_cores_want_them():
+    assert [products.padded_columns(columns) for columns in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+    logits = products.padded_rows(torch.arange(2 * 256 + 5), 2, 130)
+    assert logits.shape == (2, 130) and logits.stride() == (256, 1) and logits[1, 0] == 256
+
+
+class TestWiderTotal:
+    """Whether a GPU's addmm adds to a float32 total is found once, and running out of memory says nothing."""
+
+    @pytest.fixture(autouse=True)
+    def _forget(self):
+        products._adds_to_wider_total.cache_clear()
+        yield
+        products._adds_to_wider_total.cache_clear()
+
+    def pretend(self, monkeypatch, error):
+        calls = []
+
+        def addmm(total, left, right, *, out_dtype, out):
+            calls.append(tuple(total.shape))
+            if error is not None:
+                raise error
+            out += left.float() @ right.float()
+
+        monkeypatch.setattr(torch, "addmm", addmm)
+        return calls
+
+    def add(self):
+        total = torch.ones(4, 3)
+        left, right = make_operands(torch.bfloat16, 4, 5, 3)
+        products._set_widened_product(total, left, right, True)
+        assert relative_error(total, 1 + left.double() @ right.double()) <= 1e-2
+
+    def test_where_it_does(self, monkeypatch, caplog):
+        calls = self.pretend(monkeypatch, None)
+        with caplog.at_level("INFO", logger="mlpmem_ds"):
+            self.add(), self.add()
+        assert calls == [(16, 16), (4, 3), (4, 3)] and caplog.text.count("in one pass") == 1
+
+    def test_where_it_does_not(self, monkeypatch, caplog):
+        calls = self.pretend(monkeypatch, RuntimeError("self and mat2 must have the same dtype\n at Blas"))
+        self.add(), self.add()
+        assert calls == [(16, 16)]  # asked once, not at every chunk
+        assert caplog.text.count("must have the same dtype): the gradient") == 1
+
+    def test_where_memory_runs_out(self, monkeypatch):
+        calls = self.pretend(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+        for _ in range(2):  # and what it would have found is not decided by it
+            with pytest.raises(torch.OutOfMemoryError):
+                self.add()
+        assert calls == [(16, 16), (16, 16)]

@@ -21,9 +21,11 @@ _MAX_PARTS = 128
 
 
 @triton.jit
-def label_rows_kernel(logits_ptr, labels_ptr, result_ptr, vocabulary_size, num_labels, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def label_rows_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, labels_ptr, result_ptr, vocabulary_size, row_stride, num_labels, COLUMNS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * vocabulary_size
+    logits_ptr += row * row_stride
     greatest = -float("inf")
     exp_sum = 0.0
     for start in range(0, vocabulary_size, COLUMNS):
@@ -42,8 +44,9 @@ def label_rows_kernel(logits_ptr, labels_ptr, result_ptr, vocabulary_size, num_l
 
 
 def label_rows(logits_CV: Tensor, labels_CJ: Tensor) -> Tensor:
-    """log softmax(logits) at the labels, float32 [C, J]; rows without gaps."""
+    """log softmax(logits) at the labels, float32 [C, J]; the logits' rows may have gaps between them."""
     num_rows, vocabulary_size = logits_CV.shape
+    assert logits_CV.stride(1) == 1
     result_CJ = torch.empty(labels_CJ.shape, dtype=torch.float32, device=logits_CV.device)
     columns = min(_MAX_COLUMNS, triton.next_power_of_2(vocabulary_size))
     with torch.cuda.device_of(logits_CV):
@@ -52,6 +55,7 @@ def label_rows(logits_CV: Tensor, labels_CJ: Tensor) -> Tensor:
             labels_CJ,
             result_CJ,
             vocabulary_size,
+            logits_CV.stride(0),
             labels_CJ.shape[1],
             COLUMNS=columns,
             num_warps=16 if columns >= 4096 else 4,

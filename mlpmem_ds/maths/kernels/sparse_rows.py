@@ -32,6 +32,7 @@ def sparse_rows_kernel(  # type: ignore[no-untyped-def]
     kl_ptr,
     ce_ptr,
     vocabulary_size,
+    row_stride,
     log_lambda,
     THROUGH_MIXTURE: tl.constexpr,
     WANTS_GRADIENT: tl.constexpr,
@@ -39,8 +40,8 @@ def sparse_rows_kernel(  # type: ignore[no-untyped-def]
     ENTRIES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * vocabulary_size
-    d_logits_ptr += row * vocabulary_size
+    logits_ptr += row * row_stride
+    d_logits_ptr += row * row_stride
     greatest = -float("inf")
     exp_sum = 0.0
     for start in range(0, vocabulary_size, COLUMNS):
@@ -122,13 +123,18 @@ def sparse_rows(
     """w KL and w CE of the rows, float32 [C], and the gradient of the logits [C, V] if a dtype is given for
     it.
 
-    ``logits_CV`` float32, rows without gaps. ``offsets_C1`` point into the entries of all rows; an id has
-    mass on one of its entries at most. ``log_base_C`` is log((1-λ) p_base(label)), or None for plain CE;
+    ``logits_CV`` float32; its rows may have gaps between them, and the gradient's have the same.
+    ``offsets_C1`` point into the entries of all rows; an id has mass on one of its entries at most.
+    ``log_base_C`` is log((1-λ) p_base(label)), or None for plain CE;
     ``log_lambda`` is log λ.
     """
     num_rows, vocabulary_size = logits_CV.shape
+    assert logits_CV.stride(1) == 1
     kl_C, ce_C = torch.empty_like(weights_C), torch.empty_like(weights_C)
-    d_logits_CV = None if gradient_dtype is None else torch.empty_like(logits_CV, dtype=gradient_dtype)
+    d_logits_CV = None
+    if gradient_dtype is not None:
+        size, strides = logits_CV.shape, logits_CV.stride()
+        d_logits_CV = torch.empty_strided(size, strides, dtype=gradient_dtype, device=logits_CV.device)
     columns = min(_MAX_COLUMNS, triton.next_power_of_2(vocabulary_size))
     with torch.cuda.device_of(logits_CV):
         sparse_rows_kernel[(num_rows,)](
@@ -145,6 +151,7 @@ def sparse_rows(
             kl_C,
             ce_C,
             vocabulary_size,
+            logits_CV.stride(0),
             log_lambda,
             THROUGH_MIXTURE=log_base_C is not None,
             WANTS_GRADIENT=d_logits_CV is not None,
