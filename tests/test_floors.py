@@ -21,7 +21,7 @@ FLOORS = {
     "formats": {"numpy", "torch", "safetensors", "zstandard", "pyarrow", "datasets"},
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
-        "numpy", "torch", "accelerate", "deepspeed", "faiss", "lm_eval", "matplotlib", "tokenizers",
+        "numpy", "torch", "accelerate", "deepspeed", "faiss", "lm_eval", "matplotlib", "mpi4py", "tokenizers",
         "transformers",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
@@ -36,7 +36,7 @@ OWNERS: dict[str, set[str]] = {
     "faiss": {"engines/faiss.py"},
     "lm_eval": {"engines/lm_eval.py"},
     "matplotlib": {"engines/plotting.py"},
-    "mpi4py": set(),  # DeepSpeed reads it under mpirun
+    "mpi4py": {"engines/collectives/mpi.py"},
     "pyarrow": {"formats/document_readers.py"},
     "torch.distributed": {"engines/processes.py"},
     "torch.utils.tensorboard": {"stages/training/metrics.py"},

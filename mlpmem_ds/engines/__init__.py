@@ -7,6 +7,7 @@
 - `deepspeed/`: the ZeRO engine of the trainings
 - `checkpoints`: saved so that a kill at any moment leaves the last one
 - `processes`: torch.distributed: values exchanged, requests to stop
+- `collectives/`: what ranks that were launched together exchange: torch.distributed, mpi4py, or files
 - `device_peak`: FLOP/s of a device
 - `lm_eval`, `plotting`: the evaluation harness; matplotlib
 """

@@ -1,13 +1,15 @@
-"""The ranks of a training as processes: where they meet, values exchanged, requests to stop, and the end.
+"""Ranks as processes: where they meet, values exchanged, requests to stop, and the end.
 
-Part of `train` and `train_base`; the one file that uses torch.distributed.
-`engines.deepspeed.process_group` starts the group.
+The one file that uses torch.distributed. `engines.deepspeed.process_group` starts the group of a training,
+`start_gloo_group` that of another stage (engines/collectives/torch_group.py).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import datetime
 import os
 import signal
 import socket
@@ -89,6 +91,51 @@ def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, in
         f"{world.size} ranks on several hosts do not know where to meet: set MASTER_ADDR to the name of "
         "rank 0's host (and MASTER_PORT to a free port), or start with torchrun or deepspeed"
     )
+
+
+def join_store(world: World, environment: Mapping[str, str], timeout: datetime.timedelta) -> Any:
+    """The key-value store that all ranks share and whose calls any thread may make; rank 0 or the launcher
+    keeps it.
+
+    Raises:
+        UserError: the ranks do not know where to meet, or rank 0 was not there in time.
+    """
+    address, port = meeting_point(world, environment)
+    # The store of torchrun's agent is found through the variables, and kept by the agent.
+    place = (
+        "env://" if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else f"tcp://{address}:{port}"
+    )
+    try:
+        store, _, _ = next(
+            torch.distributed.rendezvous(place, rank=world.rank, world_size=world.size, timeout=timeout)
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {world.rank} of {world.size} did not meet the others at {address}:{port}"
+            f" ({str(error).splitlines()[0]}): check that all ranks were started and that MASTER_ADDR and"
+            " MASTER_PORT are those of rank 0's host"
+        ) from error
+    return torch.distributed.PrefixStore("mlpmem_ds", store)
+
+
+def start_gloo_group(store: Any, world: World, timeout: datetime.timedelta) -> None:
+    """Connect the ranks of a stage that computes on the host; each transfer may take `timeout`."""
+    assert not has_group()
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=world.rank, world_size=world.size, timeout=timeout
+    )
+    atexit.register(leave_process_group)
+
+
+def swap_with_ranks(outgoing: torch.Tensor, to: int, incoming: torch.Tensor, source: int) -> None:
+    """Send one tensor and receive another, either of which may be empty; returns when both have arrived."""
+    requests: list[Any] = []
+    if incoming.numel():
+        requests.append(torch.distributed.irecv(incoming, source))
+    if outgoing.numel():
+        requests.append(torch.distributed.isend(outgoing, to))
+    for request in requests:
+        request.wait()
 
 
 def gather_values(value: Any, world: World) -> list[Any]:

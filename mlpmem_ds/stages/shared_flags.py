@@ -22,6 +22,17 @@ def threads() -> Any:
     )
 
 
+def exchange() -> Any:
+    """`exchange: Exchange`, of `engines.collectives.opening`."""
+    return option(
+        "how ranks that were launched together exchange what they compute: mpi (mpi4py), torch"
+        " (torch.distributed), files (through the output folder), none (each works by itself);"
+        " auto = mpi under mpirun or srun, torch where MASTER_ADDR is set (torchrun, deepspeed), else none",
+        "auto",
+        identity="none",
+    )
+
+
 def device() -> Any:
     """`device: str`"""
     return option("auto, cpu, cuda or cuda:N", "auto", identity="none")

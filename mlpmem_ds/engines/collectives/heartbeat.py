@@ -1,0 +1,81 @@
+"""Long waits: a rank that works for an hour shows signs of life from a thread, and the others wait for it;
+one that shows none for the time limit is lost.
+
+Signs are compared by the clock of the rank that waits: two looks at one sign, never the clocks of two hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from mlpmem_ds.engines.collectives.ranks import RanksLost
+
+_logger = logging.getLogger(__name__)
+_SIGNS_PER_LIMIT = 10
+_FIRST_PAUSE_SECONDS, _PAUSE_GROWTH = 0.0005, 1.5
+_SECONDS_BETWEEN_LINES = 60.0
+_MAX_RANKS_NAMED = 8
+
+
+class Heartbeat:
+    """A thread that gives a sign of life several times in each time limit."""
+
+    def __init__(self, give_sign: Callable[[int], None], timeout_seconds: float) -> None:
+        self._give_sign, self._every = give_sign, timeout_seconds / _SIGNS_PER_LIMIT
+        self._stopping = threading.Event()
+        give_sign(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        number = 0
+        while not self._stopping.wait(self._every):
+            number += 1
+            with contextlib.suppress(Exception):  # the connection is away: the others will say so
+                self._give_sign(number)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+
+def wait_until(
+    is_over: Callable[[], bool],
+    *,
+    awaited: Callable[[], Iterable[int]],
+    sign_of: Callable[[int], str],
+    timeout_seconds: float,
+    longest_pause_seconds: float,
+) -> None:
+    """Look again and again, less often the longer it takes, until it is over.
+
+    Args:
+        is_over: raises RanksLost where a rank has said that it failed.
+        awaited: the ranks that are not there yet.
+        sign_of: a rank's last sign of life; any text that changes while it lives.
+
+    Raises:
+        RanksLost: an awaited rank gave the same sign for the whole time limit.
+    """
+    pause, looked, said = _FIRST_PAUSE_SECONDS, time.monotonic(), time.monotonic()
+    signs: dict[int, tuple[str, float]] = {}
+    while not is_over():
+        now = time.monotonic()
+        if now - looked > timeout_seconds / _SIGNS_PER_LIMIT:
+            looked, missing = now, list(awaited())
+            for rank in missing:
+                sign = sign_of(rank)
+                if rank not in signs or signs[rank][0] != sign:
+                    signs[rank] = sign, now
+            lost = [rank for rank in missing if now - signs[rank][1] > timeout_seconds]
+            if lost and not is_over():
+                raise RanksLost(lost, f"has shown no sign of life for {timeout_seconds:.0f} s")
+            if missing and now - said > _SECONDS_BETWEEN_LINES:
+                said, named = now, ", ".join(str(rank) for rank in missing[:_MAX_RANKS_NAMED])
+                _logger.info("waiting for %d ranks, which are alive: %s", len(missing), named)
+        time.sleep(pause)
+        pause = min(pause * _PAUSE_GROWTH, longest_pause_seconds)

@@ -1,0 +1,84 @@
+"""How the ranks of a launch are connected: by the launcher's variables, or by the flag `--exchange`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.alone import Alone
+from mlpmem_ds.engines.collectives.ranks import Ranks
+
+Exchange = Literal["auto", "none", "torch", "mpi", "files"]
+TIMEOUT_SECONDS = 600.0
+
+_logger = logging.getLogger(__name__)
+# What mpirun, or srun with --mpi, tells the MPI library of a process; without them it would start alone.
+_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK")
+
+
+def open_ranks(
+    world: World,
+    how: Exchange,
+    environment: Mapping[str, str],
+    *,
+    folder: Path | None = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> Ranks:
+    """Connect with the other ranks; called by all of them.
+
+    Args:
+        world: rank and size.
+        how: `auto` = mpi4py where mpirun or srun started the ranks and it works, torch.distributed where
+            MASTER_ADDR is set (torchrun, deepspeed), otherwise none; `files` = through `folder`.
+        environment: the launcher's variables.
+        folder: shared by all ranks; made where it is missing. Only for `files`.
+        timeout_seconds: how long a transfer may take, and a rank may show no sign of life.
+
+    Returns:
+        `Alone` for a world of one, and for `none`.
+
+    Raises:
+        UserError: the ranks cannot be connected in this way.
+        RanksLost: some rank did not arrive.
+    """
+    if world.size == 1 or how == "none":
+        return Alone()
+    if how == "auto":
+        return _open_best(world, environment, timeout_seconds)
+    if how == "torch":
+        from mlpmem_ds.engines.collectives.torch_group import TorchGroup
+
+        return TorchGroup(world, environment, timeout_seconds=timeout_seconds)
+    if how == "mpi":
+        return _open_mpi(world, timeout_seconds)
+    from mlpmem_ds.engines.collectives.files import SharedFolder
+
+    assert folder is not None
+    return SharedFolder(world, folder, timeout_seconds=timeout_seconds)
+
+
+def _open_best(world: World, environment: Mapping[str, str], timeout_seconds: float) -> Ranks:
+    started_by_mpi = "RANK" not in environment and any(name in environment for name in _MPI_VARIABLES)
+    if started_by_mpi:
+        try:
+            return _open_mpi(world, timeout_seconds)
+        except UserError as error:
+            _logger.info("%s", error)
+    if "MASTER_ADDR" in environment:
+        return open_ranks(world, "torch", environment, timeout_seconds=timeout_seconds)
+    return Alone()
+
+
+def _open_mpi(world: World, timeout_seconds: float) -> Ranks:
+    try:
+        from mlpmem_ds.engines.collectives.mpi import MpiRanks
+    except (ImportError, RuntimeError) as error:  # not installed, or without an MPI library
+        raise UserError(
+            f"--exchange mpi: mpi4py does not work here ({error}): pip install '.[mpi]' brings it and an MPI,"
+            " or choose another --exchange"
+        ) from error
+    return MpiRanks(world, timeout_seconds=timeout_seconds)

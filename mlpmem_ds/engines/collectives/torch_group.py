@@ -1,0 +1,144 @@
+"""Ranks connected by torch.distributed (gloo, over TCP) and by its key-value store, which rank 0 or the
+launcher keeps.
+
+The group's own time limit would end every rank where one is slow, so ranks meet in the store first: it holds
+how many have got to each operation, and signs of life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives import pairwise
+from mlpmem_ds.engines.collectives.heartbeat import Heartbeat, wait_until
+from mlpmem_ds.engines.collectives.ranks import Array, Ranks, RanksLost, culprits
+from mlpmem_ds.engines.processes import (
+    join_store,
+    leave_process_group,
+    start_gloo_group,
+    sum_over_ranks,
+    swap_with_ranks,
+)
+
+_LONGEST_PAUSE_SECONDS = 0.2
+_SECONDS_TO_BE_HEARD = 1.0
+_SECONDS_TO_MEET = 1800.0  # one rank may start long after another
+
+
+class TorchGroup(Ranks):
+    """A gloo group of the whole world, in a process that is in no other group."""
+
+    def __init__(
+        self,
+        world: World,
+        environment: Mapping[str, str],
+        *,
+        timeout_seconds: float,
+    ) -> None:
+        self.rank, self.size = world.rank, world.size
+        self._world, self._timeout_seconds = world, timeout_seconds
+        self._store: Any = join_store(world, environment, datetime.timedelta(seconds=_SECONDS_TO_MEET))
+        self._operation = 0
+        self._heartbeat = Heartbeat(
+            lambda number: self._store.set(f"sign/{self.rank}", str(number)), timeout_seconds
+        )
+        self._arrive()
+        self._wait_for_others(max(timeout_seconds, _SECONDS_TO_MEET))
+        start_gloo_group(self._store, world, datetime.timedelta(seconds=timeout_seconds))
+
+    def sum(self, array: Array) -> Array:
+        self.wait()
+        result = array.copy()
+        flat = torch.from_numpy(result.reshape(-1))
+        with self._transfer():
+            for piece in pairwise.slices(len(flat), array.itemsize):
+                sum_over_ranks(flat[piece], self._world)
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        self.wait()
+        with self._transfer():
+            return pairwise.gather(value, self.rank, self.size, _swap)
+
+    def exchange(self, parts: Sequence[Array]) -> list[Array]:
+        assert len(parts) == self.size, (len(parts), self.size)
+        self.wait()
+        with self._transfer():
+            return pairwise.exchange(parts, self.rank, _swap)
+
+    def next_number(self, counter: str) -> int:
+        return int(self._store.add(f"counter/{counter}", 1)) - 1
+
+    def wait(self) -> None:
+        self._arrive()
+        self._wait_for_others(self._timeout_seconds)
+
+    def close(self) -> None:
+        self.wait()
+        self._arrive()
+        if self.rank == 0:  # it may be the one that keeps the store
+            self._wait_for_others(self._timeout_seconds)
+        self._heartbeat.stop()
+        leave_process_group()
+
+    def fail(self, error: BaseException | None = None) -> None:
+        with contextlib.suppress(RuntimeError):  # the store's keeper may be gone
+            self._store.set(f"failed/{self.rank}", json.dumps(culprits(self.rank, error)))
+            self._store.add("failures", 1)
+        if self.rank == 0:  # the others ask the store meanwhile
+            time.sleep(_SECONDS_TO_BE_HEARD)
+        self._heartbeat.stop()
+
+    def _arrive(self) -> None:
+        self._operation += 1
+        with self._transfer():
+            self._store.set(f"at/{self.rank}", str(self._operation))
+            self._store.add("arrived", 1)
+
+    def _wait_for_others(self, timeout_seconds: float) -> None:
+        """Until all have arrived at this rank's operation."""
+
+        def is_over() -> bool:
+            if int(self._store.add("arrived", 0)) >= self._operation * self.size:
+                return True
+            if int(self._store.add("failures", 0)):
+                failures = [json.loads(self._read(f"failed/{rank}") or "[]") for rank in range(self.size)]
+                raise RanksLost(sorted({rank for ranks in failures for rank in ranks}), "has failed")
+            return False
+
+        with self._transfer():
+            wait_until(
+                is_over,
+                awaited=lambda: [
+                    rank for rank in range(self.size) if int(self._read(f"at/{rank}") or 0) < self._operation
+                ],
+                sign_of=lambda rank: self._read(f"sign/{rank}"),
+                timeout_seconds=timeout_seconds,
+                longest_pause_seconds=_LONGEST_PAUSE_SECONDS,
+            )
+
+    def _has(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def _read(self, key: str) -> str:
+        return self._store.get(key).decode() if self._has(key) else ""
+
+    @contextlib.contextmanager
+    def _transfer(self) -> Iterator[None]:
+        """What gloo and the store say when the other side is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RanksLost([], f"is gone ({str(error).splitlines()[0]})") from error
+
+
+def _swap(outgoing: Array, to: int, incoming: Array, source: int) -> None:
+    swap_with_ranks(torch.from_numpy(outgoing), to, torch.from_numpy(incoming), source)
