@@ -132,6 +132,7 @@ def resolve_ds_config(
         )
     import_deepspeed()
     _check_sections(path, resolved)
+    _check_nodes(path, resolved, world_size)
     return resolved
 
 
@@ -226,6 +227,16 @@ def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
         _check_nvme(path, offload)
+
+
+def _check_nodes(path: Path, config: Mapping[str, Any], world_size: int) -> None:
+    """Shards inside a node need whole nodes; a world that is smaller than one is a node of its own."""
+    size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if size < world_size and world_size % size:
+        raise UserError(
+            f"{path}: zero_hpz_partition_size {size} does not divide the {world_size} ranks: give it the"
+            " number of GPUs of a node, or use ds_configs/zero3.json"
+        )
 
 
 def _check_nvme(path: Path, offload: Mapping[str, Any]) -> None:

@@ -41,9 +41,18 @@ def test_every_shipped_file_is_there():
         "zero1",
         "zero2",
         "zero3",
+        "zero3_hpz",
         "zero3_nvme",
         "zero3_offload",
     ]
+
+
+def test_shards_inside_a_node_need_whole_nodes():
+    path = next(path for path in SHIPPED if path.stem == "zero3_hpz")
+    assert resolve(path, world_size=4, batch=2048)  # less than a node
+    assert resolve(path, world_size=16, batch=2048)
+    with pytest.raises(UserError, match="zero_hpz_partition_size 8 does not divide .* 12 ranks"):
+        resolve(path, world_size=12, batch=2400)
 
 
 @pytest.mark.parametrize(
