@@ -6,6 +6,7 @@ Shape legend: N keys, D numbers in a key, V vocabulary, C clusters, T typical to
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, unit_name
+from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, file_name, unit_name
 
 _SEED = 1
 _SCALE = 1 / 16
@@ -50,11 +51,13 @@ def write_made_up_keys(
     )
     units = {unit_name(block.start): slice(*block) for block in split_blocks(len(codes_ND), unit_positions)}
 
+    name_of = partial(file_name, unit_positions=unit_positions, total=len(codes_ND))
+
     def write(unit: str, writer: UnitWriter) -> None:
         rows = units[unit]
-        writer.array(f"keys-{unit}.npy", codes_ND[rows])
-        writer.array(f"values-{unit}.npy", values_N[rows])
-        writer.array(f"log_probabilities-{unit}.npy", np.zeros(len(values_N[rows]), np.float32))
+        writer.array(name_of("keys", rows.start), codes_ND[rows])
+        writer.array(name_of("values", rows.start), values_N[rows])
+        writer.array(name_of("log_probabilities", rows.start), np.zeros(len(values_N[rows]), np.float32))
 
     def describe() -> KeysManifest:
         dim = codes_ND.shape[1]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,9 +182,13 @@ def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> s
     """Say what is wrong with a published file, or None: missing, another size, or (if asked) another
     checksum."""
     path = root / record.name
-    if not path.is_file():
+    try:
+        state = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        state = None
+    if state is None or not stat.S_ISREG(state.st_mode):
         return f"{path} is missing"
-    size = path.stat().st_size
+    size = state.st_size
     if size != record.bytes:
         return f"{path} has {size} bytes where its record says {record.bytes}"
     if checksum and sha256_of_file(path) != record.sha256:

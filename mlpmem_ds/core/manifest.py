@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.file_lists import LISTS_KEY, Files, files_of
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.core.typed_json import from_json, to_json
 
@@ -48,18 +48,22 @@ AnyStage = TypeVar("AnyStage", bound="CompleteStage[Any]")
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """The fields that every manifest has; all but the files are those of identity.json."""
+    """The fields that every manifest has, those of identity.json; the files are read apart."""
 
     format: str
     version: int
     inputs: Mapping[str, str]
     config: Mapping[str, Any]
-    files: tuple[FileRecord, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompleteStage(Generic[AnyManifest]):
     """A complete stage directory.
+
+    Who compares its files with what the manifest says: `read_stage` the sizes of all, or of a sample above
+    1,000; `path_of` the size of a file whenever it is opened; `check_files` the checksums of those that a
+    stage is about to read where a flipped byte would be a wrong result in silence (core/verified_inputs.py:
+    once, by one rank); `inspect_run` everything.
 
     `sha256` of manifest.json, by which later stages name it; `inputs` name → SHA-256 of what it was made
     from; `config` the flags that its bytes depend on.
@@ -69,13 +73,23 @@ class CompleteStage(Generic[AnyManifest]):
     sha256: str
     inputs: Mapping[str, str] = field(repr=False, hash=False)
     config: Mapping[str, Any] = field(repr=False, hash=False)
-    files: tuple[FileRecord, ...] = field(repr=False, hash=False)
+    files: Files = field(repr=False, hash=False)
     manifest: AnyManifest = field(repr=False, hash=False)
 
     @property
     def num_bytes(self) -> int:
         """All its files on disk."""
-        return sum(record.bytes for record in self.files)
+        return self.files.num_bytes
+
+    def path_of(self, name: str) -> Path:
+        """The path of a file that is about to be opened.
+
+        Raises:
+            DamagedDataError: it is missing, of another size, or not recorded.
+        """
+        if fault := fault_of_file(self.root, self.record(name), checksum=False):
+            raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
+        return self.root / name
 
     def check_files(self, names: Iterable[str] | None = None) -> None:
         """Compare the files of these names, or all of them, with their checksums.
@@ -83,8 +97,8 @@ class CompleteStage(Generic[AnyManifest]):
         Raises:
             DamagedDataError: one has another, or is not recorded.
         """
-        for name in self._records if names is None else names:
-            if fault := fault_of_file(self.root, self.record(name)):
+        for record in self.files if names is None else map(self.record, names):
+            if fault := fault_of_file(self.root, record):
                 raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
 
     def record(self, name: str) -> FileRecord:
@@ -93,22 +107,20 @@ class CompleteStage(Generic[AnyManifest]):
         Raises:
             DamagedDataError: nothing.
         """
-        if name not in self._records:
+        record = self.files.find(name)
+        if record is None:
             raise DamagedDataError(
                 f"the manifest of {self.root} does not record {name}: run the stage that made it again,"
                 f" {_REMEDY}"
             )
-        return self._records[name]
-
-    @cached_property
-    def _records(self) -> dict[str, FileRecord]:
-        return {record.name: record for record in self.files}
+        return record
 
 
 def read_stage(
     kind: Callable[..., AnyStage], manifest: type[Manifest], root: Path, *, flag: str, **own: Any
 ) -> AnyStage:
-    """Read the manifest of a complete stage and check that its files are all there, by size.
+    """Read the manifest of a complete stage and check that its files are there, by size: all up to 1,000,
+    a sample of more. The others are checked when they are opened.
 
     Args:
         kind: the record to make, a `CompleteStage` or one of its subclasses.
@@ -122,23 +134,24 @@ def read_stage(
         DamagedDataError: of another version, unreadable, with unknown or missing keys, or with a file missing
             or of another size.
     """
-    values, sha256 = read_manifest(root, stage=manifest.FORMAT, version=manifest.VERSION, flag=flag)
+    values, sha256, files = _read(root, stage=manifest.FORMAT, version=manifest.VERSION, flag=flag)
     path = root / "manifest.json"
     common = {name: values.pop(name) for name in _Header.__dataclass_fields__ if name in values}
+    own_values = {name: value for name, value in values.items() if name not in ("files", LISTS_KEY)}
     header = from_json(_Header, common, where=str(path), version=manifest.VERSION)
     return kind(
         root=root,
         sha256=sha256,
         inputs=header.inputs,
         config=header.config,
-        files=header.files,
-        manifest=from_json(manifest, values, where=str(path), version=manifest.VERSION),
+        files=files,
+        manifest=from_json(manifest, own_values, where=str(path), version=manifest.VERSION),
         **own,
     )
 
 
 def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str, Any], str]:
-    """Read the manifest of a complete stage and check that its files are all there, by size.
+    """Read the manifest of a complete stage and check that its files are there, as `read_stage` does.
 
     Args:
         root: the stage's directory.
@@ -153,6 +166,12 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
         UserError: missing, incomplete or of another kind.
         DamagedDataError: of another version, unreadable, or with a file missing or of another size.
     """
+    values, sha256, _ = _read(root, stage=stage, version=version, flag=flag)
+    return values, sha256
+
+
+def _read(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str, Any], str, Files]:
+    """The manifest, its SHA-256 and the files that it names."""
     path = root / "manifest.json"
     if not root.is_dir():
         raise UserError(f"{flag} {root} {'is a file' if root.exists() else 'does not exist'}{_hint(stage)}")
@@ -171,16 +190,11 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
             f"{flag} {root} has version {manifest.get('version')}, this program reads {version}: "
             "use the release that wrote it, or remake it"
         )
-    try:
-        records = [FileRecord(**entry) for entry in manifest["files"]]
-    except (KeyError, TypeError) as error:
-        raise DamagedDataError(
-            f"{path} is damaged: its list of files cannot be read; run its stage again, it writes it anew"
-        ) from error
-    for record in records:
+    files = files_of(manifest, root, version=version)
+    for record in files.sample():
         if fault := fault_of_file(root, record, checksum=False):
             raise DamagedDataError(f"{fault}: run the stage that made {root} again, {_REMEDY}")
-    return manifest, sha256_of_file(path)
+    return manifest, sha256_of_file(path), files
 
 
 def format_of(root: Path) -> str | None:

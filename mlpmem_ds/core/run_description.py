@@ -56,12 +56,24 @@ def settle_identity(output: Path, identity: Mapping[str, Any], *, defaults: Mapp
 
 def has_records(output: Path) -> bool:
     """Whether units were finished: then a run was begun, whether or not its identity can be read."""
-    return any((output / "done").glob("[!.]*.json"))
+    return next(_record_paths(output), None) is not None
+
+
+def _record_paths(output: Path) -> Iterator[Path]:
+    """Some units' records: those of the folder `done`, then those of the folders in it."""
+    folders = [output / "done"]
+    while folders:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop(0)) as entries:
+            for entry in entries:
+                if entry.name.endswith(".json") and not entry.name.startswith("."):
+                    yield Path(entry.path)
+                elif entry.is_dir():
+                    folders.append(Path(entry.path))
 
 
 def _was_made_for(output: Path, identity: Mapping[str, Any]) -> bool:
     """Whether the units were made for this identity, or none was begun."""
-    for path in sorted((output / "done").glob("[!.]*.json")):
+    for path in _record_paths(output):
         with contextlib.suppress(DamagedDataError):
             return bool(read_sealed_json(path).get(IDENTITY_FIELD) == content_hash(identity))
     return {entry.name for entry in output.iterdir() if not entry.name.startswith(".")} <= _WRITTEN_FIRST
@@ -113,3 +125,42 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
         "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def check_output(output: Path, *, stage: str) -> bool:
+    """Whether a run was begun there; for callers that do long work before `open_stage`.
+
+    Raises:
+        UserError: it is a file, or holds something that is no stage's.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: choose a directory")
+    # The identity first, then the names until one that shows: large directories are not listed by every rank.
+    if (output / "identity.json").is_file() or has_records(output):
+        _refuse_other_format(output, stage)
+        return True
+    if _shows_a_name(output):
+        raise UserError(
+            f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it"
+        )
+    return False
+
+
+def _refuse_other_format(output: Path, stage: str) -> None:
+    with contextlib.suppress(
+        DamagedDataError, FileNotFoundError
+    ):  # what is damaged is judged with the whole identity
+        found = read_sealed_json(output / "identity.json")
+        if found.get("format") != f"mlpmem-{stage}":
+            raise UserError(
+                f"--output {output} holds {found.get('format')}, not mlpmem-{stage}: choose another directory"
+            )
+
+
+def _shows_a_name(folder: Path) -> bool:
+    """Whether a directory has an entry that is not hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(not entry.name.startswith(".") for entry in entries)
+    except FileNotFoundError:
+        return False

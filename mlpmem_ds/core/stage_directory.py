@@ -34,6 +34,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ from mlpmem_ds.core.array_files import ArrayWriter, array_file
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.claims import claim, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
-from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.file_lists import files_of, list_files
 from mlpmem_ds.core.files import (
     FileRecord,
     content_hash,
@@ -57,7 +59,7 @@ from mlpmem_ds.core.files import (
 )
 from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest
-from mlpmem_ds.core.run_description import describe_run, has_records, settle_identity
+from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_records import Listing, UnitRecords, missing_of
 from mlpmem_ds.core.waiting import Choice, Patience
@@ -65,6 +67,7 @@ from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LISTINGS = 1.0
+_NUM_READERS = 16  # records read at a time: a network file system answers each after a while
 _MAX_DOUBTFUL = 2  # units not known to be whole that a waiting rank looks at in a round
 
 
@@ -121,6 +124,7 @@ class StageDirectory:
         self._start = time.monotonic()
         self._was_complete = self.manifest_path.is_file()
         self._compute_of_unit: dict[str, Compute] = {}
+        self._summaries: dict[str, dict[str, Any]] = {}
 
     @property
     def manifest_path(self) -> Path:
@@ -235,6 +239,10 @@ class StageDirectory:
                 " again"
             )
 
+    def wait_for(self, units: Sequence[str]) -> None:
+        """Until every unit has a record; a rank that waits makes the units of one that died."""
+        self._wait(units)
+
     def _wait(self, units: Iterable[str], *, until_whole: bool = False) -> None:
         """Until every unit has a record, and with `until_whole` each is known to be whole.
 
@@ -289,7 +297,21 @@ class StageDirectory:
         return missing_of(units, self.records.listing())
 
     def summaries(self, units: Sequence[str]) -> list[dict[str, Any]]:
-        return [self.records.read(unit)["summary"] for unit in units]
+        return [
+            self._summaries[unit] if unit in self._summaries else self.records.read(unit)["summary"]
+            for unit in units
+        ]
+
+    @contextlib.contextmanager
+    def _all_read(self, units: Sequence[str]) -> Iterator[list[FileRecord]]:
+        """Read each record once, several at a time; gives the files, and keeps the summaries in the block."""
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            records = list(readers.map(self.records.read, units))
+        self._summaries = {unit: record["summary"] for unit, record in zip(units, records, strict=True)}
+        try:
+            yield [FileRecord(**file) for record in records for file in record["files"]]
+        finally:
+            self._summaries = {}
 
     def complete(
         self,
@@ -335,8 +357,9 @@ class StageDirectory:
             is_done = self.manifest_path.is_file() and not (self._was_complete and self.world.is_first)
             if is_done or not is_mine:
                 return
-            files = [file for unit in units for file in self.records.read(unit)["files"]]
-            manifest = {**self.identity, **to_json(describe()), "files": files}
+            with self._all_read(units) as files:
+                own = to_json(describe())
+                manifest = {**self.identity, **own, **list_files(self.root, files)}
             publish_json(self.manifest_path, manifest, seal=True)
             self.remove_stale_files()
         log_for_all(_logger, self.world, "complete: %s (%.1f s)", self.root, self._seconds())
@@ -395,42 +418,13 @@ def open_stage(
 
 
 def _remove_damaged_manifest(output: Path) -> None:
-    """Take a manifest away that cannot be believed: it is made from the records, which are whole."""
+    """Take a manifest away that cannot be believed, or whose lists of files cannot: it is made from the
+    records, which are whole."""
     path = output / "manifest.json"
     try:
-        if path.is_file():
-            read_sealed_json(path)
+        fault = files_of(read_sealed_json(path), output).fault_of_lists() if path.is_file() else None
     except DamagedDataError as error:
-        _logger.warning("%s: writing it anew", error)
+        fault = str(error)
+    if fault:
+        _logger.warning("%s: writing it anew", fault)
         path.unlink(missing_ok=True)
-
-
-def check_output(output: Path, *, stage: str) -> bool:
-    """Whether a run was begun there; for callers that do long work before `open_stage`.
-
-    Raises:
-        UserError: it is a file, or holds something that is no stage's.
-    """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: choose a directory")
-    # Listed once: other ranks are starting too.
-    names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
-    if "identity.json" in names or has_records(output):
-        _refuse_other_format(output, stage)
-        return True
-    if any(not name.startswith(".") for name in names):
-        raise UserError(
-            f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it"
-        )
-    return False
-
-
-def _refuse_other_format(output: Path, stage: str) -> None:
-    with contextlib.suppress(
-        DamagedDataError, FileNotFoundError
-    ):  # what is damaged is judged with the whole identity
-        found = read_sealed_json(output / "identity.json")
-        if found.get("format") != f"mlpmem-{stage}":
-            raise UserError(
-                f"--output {output} holds {found.get('format')}, not mlpmem-{stage}: choose another directory"
-            )

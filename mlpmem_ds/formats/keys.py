@@ -21,6 +21,7 @@ import numpy as np
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.folders import folder_of
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.maths.codec import MassiveDimension, clip_massive
@@ -38,6 +39,13 @@ has more units; a training window of 1,024 blocks may lie in 1,024 of them"""
 def unit_name(first: int) -> str:
     """The unit that starts at position `first`, as in its file names."""
     return f"{first:012d}"
+
+
+def file_name(array: str, first: int, *, unit_positions: int, total: int) -> str:
+    """The file of an array of the unit that starts at position `first` of `total`: above 1,000 units in a
+    folder of the array, a thousand a folder."""
+    folder = folder_of(first // unit_positions, -(-total // unit_positions))
+    return f"{array}/{folder}{array}-{unit_name(first)}.npy" if folder else f"{array}-{unit_name(first)}.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +245,8 @@ class Keys(CompleteStage[KeysManifest]):
 
     def bytes_of(self, *arrays: str) -> int:
         """Bytes on disk of these arrays; `codec` counts as one."""
-        starts = tuple("codec/" if array == "codec" else f"{array}-" for array in arrays)
-        return sum(record.bytes for record in self.files if record.name.startswith(starts))
+        starts = [start for array in arrays for start in (f"{array}/", f"{array}-")]
+        return sum(record.bytes for start in starts for record in self.files.starting_with(start))
 
     def check(self, array: str, block: Block | None = None) -> None:
         """Compare an array's files, all of them or that of one unit, with their checksums.
@@ -247,7 +255,11 @@ class Keys(CompleteStage[KeysManifest]):
             DamagedDataError: one has another.
         """
         units = self.blocks if block is None else [block]
-        self.check_files(f"{array}-{unit_name(unit.start)}.npy" for unit in units)
+        self.check_files(self.file_name(array, unit.start) for unit in units)
+
+    def file_name(self, array: str, first: int) -> str:
+        """The file of an array of the unit that starts at position `first`."""
+        return file_name(array, first, unit_positions=self.manifest.unit_positions, total=self.num_positions)
 
     def read_inputs(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The memory's inputs of the positions [start, stop) as bit patterns of bfloat16, uint16 [n, I],
@@ -299,12 +311,12 @@ class Keys(CompleteStage[KeysManifest]):
 
     def _stored(self, array: str, first: int) -> np.ndarray:
         """One unit's array as it is on disk, memory-mapped."""
-        name = f"{array}-{unit_name(first)}.npy"
+        name = self.file_name(array, first)
         with self._lock:
             if name in self._arrays:
                 self._arrays.move_to_end(name)
                 return self._arrays[name]
-        mapped = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
+        mapped = np.load(self.path_of(name), mmap_mode="r", allow_pickle=False)
         with self._lock:
             while len(self._arrays) >= _max_mapped():
                 self._arrays.popitem(last=False)

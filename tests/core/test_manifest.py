@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from mlpmem_ds.core import file_lists
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.manifest import read_manifest
+from mlpmem_ds.core.file_lists import files_of, list_files
+from mlpmem_ds.core.files import FileRecord, publish_json, read_json
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_manifest, read_stage
+from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 
-from .toy_stage import Config, run
+from .counted_calls import counted_calls
+from .toy_stage import UNITS, Config, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyManifest(Manifest):
+    FORMAT: ClassVar[str] = "toy"
+    VERSION: ClassVar[int] = 1
+
+    total: int
 
 
 def test_a_damaged_manifest_is_the_users_error(tmp_path: Path) -> None:
@@ -42,3 +58,42 @@ def test_readers_refuse_what_is_missing_foreign_or_damaged(tmp_path: Path) -> No
     (config.output / "part-4.npy").write_bytes(b"short")
     with pytest.raises(DamagedDataError, match=r"part-4\.npy has 5 bytes"):
         read_manifest(config.output, stage="toy", version=1, flag="--toy")
+
+
+def test_a_file_is_compared_in_size_when_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large directory only some are when it is opened."""
+    config = Config(output=tmp_path / "toy")
+    run(config, World())
+    monkeypatch.setattr(file_lists, "_MAX_CHECKED", 1)
+    (config.output / "part-4.npy").unlink()
+    stage = read_stage(CompleteStage, ToyManifest, config.output, flag="--toy")
+    assert stage.path_of("part-1.npy") == config.output / "part-1.npy"
+    with pytest.raises(DamagedDataError, match=r"part-4\.npy is missing: run the stage .* again"):
+        stage.path_of("part-4.npy")
+    with pytest.raises(DamagedDataError, match=r"does not record part-5\.npy"):
+        stage.path_of("part-5.npy")
+
+
+def test_a_start_asks_for_as_many_files_however_many_there_are(tmp_path: Path) -> None:
+    """Sparse files of 61,000 units: the manifest and some of its lists are read, some sizes compared."""
+    names = [f"{kind}/{unit // 1000:04d}/{kind}-{unit:06d}" for unit in range(12_200) for kind in "abcde"]
+    records = [FileRecord(name=name, bytes=0, sha256=sha256(b"").hexdigest()) for name in names]
+    (tmp_path / "identity.json").write_text("{}")
+    manifest = {"format": "mlpmem-toy", "version": 1, "inputs": {}, "config": {}, "total": 0}
+    publish_json(tmp_path / "manifest.json", manifest | list_files(tmp_path, records), seal=True)
+    for record in files_of(read_json(tmp_path / "manifest.json"), tmp_path).sample():
+        (tmp_path / record.name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / record.name).touch()
+    with counted_calls(tmp_path) as calls:
+        stage = read_stage(CompleteStage, ToyManifest, tmp_path, flag="--toy")
+    assert len(stage.files) == 61_000
+    assert calls["opens"] + calls["stats"] < 150
+
+
+def test_each_record_is_read_once_when_the_manifest_is_written(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World())
+    directory.run_units(UNITS, lambda unit, writer: {"sum": int(unit)})
+    with counted_calls(config.output / "done") as calls:
+        directory.complete(UNITS, lambda: {"total": sum(each["sum"] for each in directory.summaries(UNITS))})
+    assert calls["opens"] == len(UNITS)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from mlpmem_ds.formats.evaluation import (
     Settings,
     SplitFigures,
 )
-from mlpmem_ds.formats.keys import KeysManifest, unit_name
+from mlpmem_ds.formats.keys import KeysManifest, file_name, unit_name
 
 from ..manifests import codec_manifest, keys_manifest
 
@@ -135,8 +136,9 @@ def _make_keys(
 
     def write(unit: str, writer: UnitWriter) -> None:
         rows = slice(*blocks[unit])
-        writer.array(f"keys-{unit}.npy", vectors_ND[rows])
-        writer.array(f"values-{unit}.npy", values_N[rows].astype(token_dtype(vocab_size)))
+        name_of = partial(file_name, unit_positions=unit_positions, total=len(vectors_ND))
+        writer.array(name_of("keys", rows.start), vectors_ND[rows])
+        writer.array(name_of("values", rows.start), values_N[rows].astype(token_dtype(vocab_size)))
 
     stage.run_units(list(blocks), write)
     manifest = keys_manifest(

@@ -16,6 +16,7 @@ import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,15 @@ from mlpmem_ds.formats.corpus import (
     token_dtype,
     vocabulary_sha256,
 )
-from mlpmem_ds.formats.keys import CodecManifest, Keys, KeysManifest, bfloat16_bits, open_keys, unit_name
+from mlpmem_ds.formats.keys import (
+    CodecManifest,
+    Keys,
+    KeysManifest,
+    bfloat16_bits,
+    file_name,
+    open_keys,
+    unit_name,
+)
 from mlpmem_ds.formats.target_encoding import pack_block
 from mlpmem_ds.formats.target_shards import TargetShard, index_name, shard_name, write_shard
 from mlpmem_ds.formats.targets import ExcludedNeighbours, TargetsManifest
@@ -236,11 +245,14 @@ def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world
     stage = _open(config, KeysManifest, inputs, ("key_layer", "block_size", "unit_positions"), world)
     progress = Progress(num_rows, label="keys", unit="positions", world=world)
 
+    name_of = partial(file_name, unit_positions=config.unit_positions, total=num_rows)
+
     def write(unit: str, writer: UnitWriter) -> None:
+        first = units[unit].start
         keys_nD = read_keys(source.table, *units[unit])
-        writer.array(f"keys-{unit}.npy", keys_nD)
-        writer.array(f"values-{unit}.npy", _values(source, units[unit]))
-        writer.array(f"inputs-{unit}.npy", bfloat16_bits(keys_nD))
+        writer.array(name_of("keys", first), keys_nD)
+        writer.array(name_of("values", first), _values(source, units[unit]))
+        writer.array(name_of("inputs", first), bfloat16_bits(keys_nD))
         progress.advance(len(keys_nD))
 
     def describe() -> KeysManifest:

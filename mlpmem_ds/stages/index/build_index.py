@@ -21,6 +21,7 @@ from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.faiss import Index, set_num_threads
@@ -70,6 +71,8 @@ def run(config: Config, world: World) -> None:
             world.size - config.num_shards,
             world.size,
         )
+    # Before a quantizer sees them: a flipped byte would be a wrong centroid in silence.
+    verify_inputs(stage, keys, [keys.file_name("keys", block.start) for block in keys.blocks], label="keys")
     stage.run_phase([_TRAINED], lambda unit, writer: _train(keys, factory, device, writer))
     progress = Progress(
         len(deal(shards, world.rank, world.size)), label="index shards", unit="shards", world=world
@@ -144,7 +147,6 @@ def _memory_bytes() -> int:
 
 
 def _train(keys: Keys, factory: str, device: torch.device, writer: UnitWriter) -> dict[str, Any]:
-    keys.check("keys")  # a flipped byte would be a wrong centroid in silence
     index = make_index(factory, keys.dim, keys.num_positions, device)
     positions = sample_positions(keys.num_positions, index.num_training_vectors, seed=_SEED)
     index.train(keys.gather("keys", positions), seed=_SEED)

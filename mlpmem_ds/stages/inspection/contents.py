@@ -17,11 +17,13 @@ from typing import Any, Literal
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import default_values
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.file_lists import files_of
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
 from mlpmem_ds.formats.keys import unit_name
 from mlpmem_ds.stages.keys.config import Config as KeysConfig
+from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS
 
 EXPORT_FILE = "mlpmem_export.json"
 Kind = Literal["stage", "checkpoint", "export"]
@@ -135,13 +137,13 @@ def _read_stage(run: Path, root: Path) -> StageState:
     has_manifest = (root / "manifest.json").is_file()
     manifest = _read(root / "manifest.json", faults) if has_manifest else {}
     files: list[tuple[str | None, FileRecord]] = []
-    records = sorted((root / "done").glob("*.json"))
+    records = sorted((root / "done").rglob("*.json"))
     for path in records:
         if not path.name.startswith("."):
             files += [(path.stem, record) for record in _records(_read(path, faults), path, faults)]
     if has_manifest:
         listed, made = (
-            set(_records(manifest, root / "manifest.json", faults)),
+            set(_listed(manifest, root, faults)),
             {record for _, record in files},
         )
         files += [(None, record) for record in sorted(listed - made, key=lambda record: record.name)]
@@ -229,6 +231,15 @@ def _records(found: Mapping[str, Any], path: Path, faults: list[str]) -> list[Fi
         return []
 
 
+def _listed(manifest: Mapping[str, Any], root: Path, faults: list[str]) -> list[FileRecord]:
+    """The files that a manifest names, itself or in its lists."""
+    try:
+        return list(files_of(manifest, root)) if manifest else []
+    except DamagedDataError as error:
+        faults.append(str(error).partition("; run")[0])
+        return []
+
+
 def _leftovers(root: Path) -> Iterator[str]:
     """Traces of killed or running processes, damaged audits, and damaged checkpoints that were renamed."""
     if (root / "audit.json").is_file():
@@ -242,7 +253,7 @@ def _leftovers(root: Path) -> Iterator[str]:
             f"{temporaries} temporary files of running or killed processes (the next start removes the"
             " latter)"
         )
-    if claims := sorted(path.name[1:].removesuffix(".claim") for path in (root / "done").glob(".*.claim")):
+    if claims := sorted(path.name[1:].removesuffix(".claim") for path in (root / "done").rglob(".*.claim")):
         yield f"{len(claims)} units claimed by running or killed processes: {some(claims)}"
     for path in sorted((root / "checkpoints").glob("step-*.damaged")):
         yield f"{path.name} was found damaged and renamed: remove it if you do not need it"
@@ -262,7 +273,7 @@ def _missing_units(state: StageState, states: Sequence[StageState]) -> tuple[str
         num_tokens = num_tokens_of_splits(corpora[0].root).get(flags["split"], 1)
     except UserError:  # named with the corpus itself
         return ()
-    blocks = split_blocks(num_tokens - 1, flags["unit_positions"])
+    blocks = split_blocks(num_tokens - 1, flags["unit_positions"] or UNIT_POSITIONS)
     return tuple(unit for unit in [*codec, *(unit_name(block.start) for block in blocks)] if unit not in made)
 
 

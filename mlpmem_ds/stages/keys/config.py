@@ -64,7 +64,13 @@ class Config(Flags):
     fit_positions: int = option(
         "positions of the sample that fits the int8 codec", 16384, at_least=1, identity="resolved"
     )
-    unit_positions: int = option("positions in a unit of work", 65536, at_least=1)
+    unit_positions: int | None = option(
+        "positions in a unit of work (default: 65536; above 65 million positions the power of two that gives"
+        " 1,000 units or more, at most 1048576)",
+        None,
+        at_least=1,
+        identity="resolved",
+    )
     batch_windows: int = option("windows that the base reads at once", 16, at_least=1, identity="none")
     dtype: shared_flags.Dtype = shared_flags.dtype("resolved")
     device: str = shared_flags.device()

@@ -22,7 +22,8 @@ import numpy as np
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, check_output, open_stage
+from mlpmem_ds.core.run_description import check_output
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import scan_positions
 from mlpmem_ds.formats.corpus import CorpusSplit
@@ -31,6 +32,7 @@ from mlpmem_ds.formats.keys import (
     CodecManifest,
     KeysManifest,
     bfloat16_bits,
+    file_name,
     open_keys,
     quantize_inputs,
     read_codec,
@@ -45,8 +47,8 @@ from mlpmem_ds.stages.keys.codec import (
     write_codec,
 )
 from mlpmem_ds.stages.keys.config import Config
-from mlpmem_ds.stages.keys.inputs import Bases, describe_keys, open_inputs
-from mlpmem_ds.stages.keys.plan import PositionBytes, bytes_of_position, require_disk
+from mlpmem_ds.stages.keys.inputs import Bases, ExtractionInputs, describe_keys, open_inputs
+from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS, PositionBytes, bytes_of_position, require_disk
 
 __all__ = ["Config", "run"]
 
@@ -78,7 +80,10 @@ def run(config: Config, world: World) -> None:
         value_bytes=corpus.dtype.itemsize,
     )
     codec_name = "int8" if config.codec == "int8" else config.raw_dtype
-    require_disk(config.output, each, corpus.num_positions, codec=codec_name, input_codec=config.input_codec)
+    if world.is_first:
+        require_disk(
+            config.output, each, corpus.num_positions, codec=codec_name, input_codec=config.input_codec
+        )
     directory = open_stage(
         config.output,
         stage=KeysManifest.FORMAT,
@@ -86,7 +91,7 @@ def run(config: Config, world: World) -> None:
         config=config,
         world=world,
         inputs=inputs.hashes,
-        resolved=_resolved(config, bases, dim),
+        resolved=_resolved(config, inputs),
     )
 
     phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []
@@ -100,12 +105,12 @@ def run(config: Config, world: World) -> None:
     codec = read_codec(config.output) if phase_1 else raw
 
     blocks = {
-        unit_name(block.start): block for block in split_blocks(corpus.num_positions, config.unit_positions)
+        unit_name(block.start): block for block in split_blocks(corpus.num_positions, inputs.unit_positions)
     }
     meter = _Meter(_num_to_do(directory, blocks, world), each, world)
 
     def extract(unit: str, writer: UnitWriter) -> dict[str, Any]:
-        return _extract_unit(config, corpus, bases, codec, blocks[unit], writer, meter)
+        return _extract_unit(config, corpus, bases, codec, blocks[unit], inputs.unit_positions, writer, meter)
 
     directory.run_units(list(blocks), extract)
     meter.close(directory)
@@ -130,11 +135,14 @@ def run(config: Config, world: World) -> None:
     directory.complete([*phase_1, *blocks], describe, afterwards=audit)
 
 
-def _resolved(config: Config, bases: Bases, dim: int) -> dict[str, Any]:
+def _resolved(config: Config, inputs: ExtractionInputs) -> dict[str, Any]:
     """What decides the keys in place of the flags; one that the codec does not use has its default."""
+    bases = inputs.bases
     unused = ("raw_dtype",) if config.codec == "int8" else ("fit_positions", "seed")
     return {
-        "dim": dim,
+        "dim": inputs.dim,
+        # The unit of most directories goes without saying, so that it is as if no flag were given.
+        "unit_positions": None if inputs.unit_positions == UNIT_POSITIONS else inputs.unit_positions,
         "dtype": bases.key_source.dtype_name,
         "key_layer": bases.key_point.layer,
         "input_layer": bases.input_point.layer,
@@ -220,6 +228,7 @@ def _extract_unit(
     bases: Bases,
     codec: Codec,
     block: Block,
+    unit_positions: int,
     writer: UnitWriter,
     meter: _Meter,
 ) -> dict[str, Any]:
@@ -248,7 +257,10 @@ def _extract_unit(
         meter.advance(rows)
     for name in ("keys", "values", "log_probabilities", "inputs", "input_scales"):
         if name in arrays:
-            writer.array(f"{name}-{unit_name(block.start)}.npy", arrays[name])
+            writer.array(
+                file_name(name, block.start, unit_positions=unit_positions, total=corpus.num_positions),
+                arrays[name],
+            )
     return {"positions": block.size, "clipped": num_clipped}
 
 

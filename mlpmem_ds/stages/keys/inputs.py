@@ -26,6 +26,7 @@ from mlpmem_ds.formats.keys import CodecManifest, KeysManifest
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.keys.codec import check_log_probabilities, checked
 from mlpmem_ds.stages.keys.config import Config
+from mlpmem_ds.stages.keys.plan import auto_unit_positions
 
 _logger = logging.getLogger(__name__)
 _TRIED_TOKENS = 8
@@ -48,12 +49,14 @@ class Bases:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionInputs:
-    """Everything that the keys are made from. `hashes`: name → SHA-256; `dim`: numbers in a stored key."""
+    """Everything that the keys are made from. `hashes`: name → SHA-256; `dim`: numbers in a stored key;
+    `unit_positions`: positions of a unit."""
 
     corpus: CorpusSplit
     bases: Bases
     hashes: dict[str, str]
     dim: int
+    unit_positions: int
 
 
 def open_inputs(config: Config, world: World) -> ExtractionInputs:
@@ -63,15 +66,20 @@ def open_inputs(config: Config, world: World) -> ExtractionInputs:
         UserError: with what is wrong, and the remedy.
     """
     corpus = open_corpus(config.corpus, config.split)
-    if config.unit_positions % corpus.block_size:
+    unit_positions = config.unit_positions or auto_unit_positions(corpus.num_positions)
+    if unit_positions % corpus.block_size:
         raise UserError(
-            f"--unit-positions {config.unit_positions} must be a multiple of the corpus's block size "
+            f"--unit-positions {unit_positions} must be a multiple of the corpus's block size "
             f"{corpus.block_size}"
         )
     hashes = {"corpus": corpus.sha256, **_fingerprints(config)}
     bases = _open_bases(config, corpus, world)
     return ExtractionInputs(
-        corpus=corpus, bases=bases, hashes=hashes, dim=_resolve_dim(config, bases.key_source)
+        corpus=corpus,
+        bases=bases,
+        hashes=hashes,
+        dim=_resolve_dim(config, bases.key_source),
+        unit_positions=unit_positions,
     )
 
 
@@ -81,7 +89,7 @@ def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest
     return KeysManifest(
         codec=codec,
         num_positions=corpus.num_positions,
-        unit_positions=config.unit_positions,
+        unit_positions=inputs.unit_positions,
         split=config.split,
         block_size=corpus.block_size,
         vocab_size=corpus.vocab_size,

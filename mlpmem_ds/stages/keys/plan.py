@@ -3,7 +3,9 @@ free space."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,10 @@ from mlpmem_ds.formats.keys import num_input_groups
 
 _logger = logging.getLogger(__name__)
 LOG_PROBABILITY_BYTES = 4
+UNIT_POSITIONS = 1 << 16
+"""of a unit where no more units are needed than lie well in one folder"""
+_MAX_UNIT_POSITIONS = 1 << 20
+_MIN_UNITS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,18 @@ class PositionBytes:
         return self.key + self.input + self.value + self.log_probability
 
 
+def auto_unit_positions(num_positions: int) -> int:
+    """Positions of a unit without `--unit-positions`: a power of two.
+
+    A unit is what a crash may cost, and each is four or five files; so there are many units, but not
+    millions.
+    """
+    unit = UNIT_POSITIONS
+    while unit < _MAX_UNIT_POSITIONS and num_positions >= 2 * unit * _MIN_UNITS:
+        unit *= 2
+    return unit
+
+
 def bytes_of_position(
     *, codec: str, dim: int, input_codec: str, input_size: int, value_bytes: int
 ) -> PositionBytes:
@@ -43,6 +61,8 @@ def require_disk(
     output: Path, each: PositionBytes, num_positions: int, *, codec: str, input_codec: str
 ) -> None:
     """Say what the directory will take, and refuse to start where the disk cannot hold what is still missing.
+
+    For one rank: it asks for the size of every file that is there.
 
     Raises:
         UserError: with both numbers.
@@ -63,5 +83,18 @@ def require_disk(
         total / 1e9,
         shutil.disk_usage(existing).free / 1e9,
     )
-    written = sum(path.stat().st_size for path in output.glob("*.npy")) if output.is_dir() else 0
-    require_free_bytes(output, total - written, what="the keys")
+    require_free_bytes(output, total - _written_bytes(output), what="the keys")
+
+
+def _written_bytes(output: Path) -> int:
+    """Of the arrays that are there: those next to the manifest, and those in folders of thousands."""
+    found = 0
+    folders = [output]
+    while folders:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.endswith(".npy"):
+                    found += entry.stat().st_size
+                elif entry.is_dir() and entry.name != "done":
+                    folders.append(Path(entry.path))
+    return found

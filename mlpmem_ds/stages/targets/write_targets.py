@@ -21,7 +21,8 @@ import torch
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.files import require_free_bytes
-from mlpmem_ds.core.stage_directory import StageDirectory, check_output, open_stage
+from mlpmem_ds.core.run_description import check_output
+from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype

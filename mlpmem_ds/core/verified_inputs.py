@@ -1,0 +1,47 @@
+"""The files that a stage reads, compared with their checksums once, by one of its ranks, which is noted.
+
+A flipped byte in a key would be a wrong neighbour in silence. No rank reads all files to make sure: groups of
+them are units of the stage that reads them, without files of their own, dealt among the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.manifest import CompleteStage
+from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
+
+_MIN_FILES = 16  # of a unit
+_MAX_UNITS = 512
+
+
+def verify_inputs(
+    directory: StageDirectory, source: CompleteStage[Any], names: Sequence[str], *, label: str
+) -> None:
+    """Return when all these files of an input have been compared with their checksums, by any ranks.
+
+    What was compared in an earlier start of the same directory is not compared again.
+
+    Args:
+        directory: of the stage that reads them; the notes are its units `verified-<label>-<number>`.
+        source: the input.
+        names: of its files, in the same order on every rank.
+        label: of this input among those of the stage.
+
+    Raises:
+        DamagedDataError: on the rank that finds a file with another checksum.
+    """
+    size = max(_MIN_FILES, -(-len(names) // _MAX_UNITS))
+    blocks = {
+        f"verified-{label}-{number:03d}": block for number, block in enumerate(split_blocks(len(names), size))
+    }
+
+    def verify(unit: str, writer: UnitWriter) -> dict[str, Any]:
+        chosen = names[slice(*blocks[unit])]
+        source.check_files(chosen)
+        return {"files": len(chosen)}
+
+    directory.run_units(list(blocks), verify)
+    directory.wait_for(list(blocks))
