@@ -16,9 +16,11 @@ import socket
 import subprocess
 import time
 import zlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +28,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 
 _SECONDS_FOR_THREADS = 0.1
+_STEPS_BACK = 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
@@ -161,16 +164,18 @@ def wait_for_all(world: World) -> None:
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 (and the death of the deepspeed launcher) ask for a stop at the next step that all
-    agree on.
+    """SIGTERM and SIGUSR1 (and the death of the deepspeed launcher) ask for a stop at a step that all ranks
+    agree on; and so do moments that pass on any rank.
 
-    The answer of a step is the one that was asked for at the step before, so that no step waits for it.
+    The answer of a step is the one that was asked for two steps before: a device that is still at the step
+    before need not be waited for. So a run ends at most two steps later than it was asked to.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, answers: Answers | None = None) -> None:
         self._asked = False
         self._device = device
-        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._answers = answers or (DeviceAnswers() if device.type == "cuda" else HostAnswers())
+        self._pending: deque[Any] = deque()
         self._previous = {
             number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)
         }
@@ -179,29 +184,75 @@ class StopRequest:
     def _ask(self, *_: Any) -> None:
         self._asked = True
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked by the step before; to be called by every rank once a step."""
-        answer = False
-        if self._pending is not None:
-            flag, work = self._pending
-            work.wait()
-            answer = bool(flag.item())
+    def agreed(self, *have_passed: bool) -> tuple[bool, ...]:
+        """Whether any rank was asked to stop, and for each moment whether it had passed on any rank, two
+        steps ago; to be called by every rank once a step, with as many moments each time."""
         # The deepspeed command does not pass SIGTERM on; its death is the only thing that the ranks can see.
         if self._command is not None and _deepspeed_command() != self._command:
             self._asked = True
-        flag = torch.tensor([float(self._asked)], device=self._device)
-        self._pending = (
-            flag,
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True),
-        )
-        return answer
+        flags = (self._asked, *have_passed)
+        on_device = torch.zeros(len(flags), device=self._device)
+        for number in (number for number, flag in enumerate(flags) if flag):
+            on_device[number].fill_(1)  # by a kernel: a copy from the host would wait for the step
+        work = torch.distributed.all_reduce(on_device, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._pending.append(self._answers.begin(on_device, work))
+        if len(self._pending) <= _STEPS_BACK:
+            return (False,) * len(flags)
+        return tuple(flag > 0 for flag in self._answers.read(self._pending.popleft()))
 
     def close(self) -> None:
-        """Give the signals back."""
-        if self._pending is not None:
-            self._pending[1].wait()
+        """Wait for what is asked, and give the signals back."""
+        while self._pending:
+            self._answers.read(self._pending.popleft())
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class Answers(Protocol):
+    """How numbers that a collective leaves on a device come to the host, later."""
+
+    def begin(self, flags: torch.Tensor, work: Any) -> Any:
+        """Take the collective's tensor, and give a ticket for `read`."""
+
+    def read(self, ticket: Any) -> list[float]:
+        """The numbers; waits until they are there."""
+
+
+class HostAnswers:
+    """The tensor is on the host: nothing is copied."""
+
+    def begin(self, flags: torch.Tensor, work: Any) -> tuple[torch.Tensor, Any]:
+        return flags, work
+
+    def read(self, ticket: tuple[torch.Tensor, Any]) -> list[float]:
+        flags, work = ticket
+        work.wait()
+        numbers: list[float] = flags.tolist()
+        return numbers
+
+
+class DeviceAnswers:
+    """The tensor is on a GPU: a copy to pinned memory is queued, and an event says when it is there."""
+
+    def __init__(
+        self, *, new_event: Callable[[], Any] | None = None, pinned: Callable[..., torch.Tensor] | None = None
+    ) -> None:
+        self._new_event = new_event or torch.cuda.Event
+        self._pinned = pinned or partial(torch.empty, pin_memory=True)
+
+    def begin(self, flags: torch.Tensor, work: Any) -> tuple[torch.Tensor, Any]:
+        work.wait()  # the stream waits, the host does not
+        on_host = self._pinned(flags.shape)
+        on_host.copy_(flags, non_blocking=True)
+        event = self._new_event()
+        event.record()
+        return on_host, event
+
+    def read(self, ticket: tuple[torch.Tensor, Any]) -> list[float]:
+        on_host, event = ticket
+        event.synchronize()
+        numbers: list[float] = on_host.tolist()
+        return numbers
 
 
 def _deepspeed_command() -> int | None:

@@ -94,6 +94,11 @@ class BatchReader:
         self._batch_positions, self._rank, self._size = batch_positions, rank, size
         self._num_micro_batches, self._threads = num_micro_batches, threads
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether any thread may take the stream, ahead of the training."""
+        return self._inputs is None or not self._inputs.is_collective
+
     def read(self, batch: int) -> list[MicroBatch]:
         """This rank's rows of global batch number `batch`, in micro-batches."""
         ((parts, _),) = self.stream(batch, batch + 1)

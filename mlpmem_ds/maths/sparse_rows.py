@@ -96,6 +96,13 @@ class SparseRows:
         """The row of each entry, int64 [E]."""
         return np.repeat(np.arange(self.num_rows), self.counts_n)
 
+    def ids_ascend(self) -> bool:
+        """Whether the ids of each row ascend without a repeat, as those of shards do."""
+        ascends_E = self.ids[1:] > self.ids[:-1]
+        starts = self.offsets[1:-1]
+        ascends_E[starts[(starts > 0) & (starts < len(self.ids))] - 1] = True
+        return bool(ascends_E.all())
+
     def take(self, indices_m: Array) -> SparseRows:
         """The rows at these indices, in their order; an index may repeat."""
         counts_m = self.offsets[indices_m + 1] - self.offsets[indices_m]

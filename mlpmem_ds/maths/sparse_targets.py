@@ -23,6 +23,10 @@ class TargetBatch:
     ``offsets_N1`` int64, ``ids`` int64 [E] (an id may repeat within a row), ``probabilities`` float32 [E]
     (not negative), ``labels_N`` int64, ``row_weights_N`` float32 (0 = ignored with any label; None = all
     1), ``base_log_probabilities_N`` float32, log p_base(label), needed for CE through the mixture.
+
+    The offsets stay on the host, where they bound the chunks without a wait; ``device_offsets_N1`` are the
+    same on the device, where they were copied there ahead. ``is_ascending`` says whether ids ascend without
+    a repeat within each row; None = not known, and then a GPU sorts them rather than ask.
     """
 
     offsets_N1: Tensor
@@ -31,6 +35,8 @@ class TargetBatch:
     labels_N: Tensor
     row_weights_N: Tensor | None = None
     base_log_probabilities_N: Tensor | None = None
+    device_offsets_N1: Tensor | None = None
+    is_ascending: bool | None = None
 
     @classmethod
     def from_rows(
@@ -47,6 +53,7 @@ class TargetBatch:
             probabilities=torch.from_numpy(rows.probabilities),
             labels_N=torch.from_numpy(labels_N.astype(np.int64)),
             base_log_probabilities_N=None if logs_N is None else torch.from_numpy(logs_N),
+            is_ascending=rows.ids_ascend(),
         )
 
     @classmethod
@@ -57,22 +64,25 @@ class TargetBatch:
             ids=labels_N.new_empty(0),
             probabilities=torch.empty(0, device=labels_N.device),
             labels_N=labels_N,
+            is_ascending=True,
         )
 
     def to(self, device: torch.device | str) -> TargetBatch:
-        """The same on another device, but for the offsets: they stay on the host, where they bound the chunks
-        without a wait."""
+        """The same on another device, but for the offsets, which are on both; nothing of pinned memory is
+        kept, and nothing waits for its copy."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         return TargetBatch(
-            offsets_N1=self.offsets_N1.cpu(),
+            offsets_N1=self.offsets_N1.to("cpu", copy=True),
             ids=self.ids.to(device, non_blocking=True),
             probabilities=self.probabilities.to(device, non_blocking=True),
             labels_N=self.labels_N.to(device, non_blocking=True),
             row_weights_N=move(self.row_weights_N),
             base_log_probabilities_N=move(self.base_log_probabilities_N),
+            device_offsets_N1=self.offsets_N1.to(device, non_blocking=True),
+            is_ascending=self.is_ascending,
         )
 
 
@@ -107,7 +117,9 @@ def prepare_targets(
 ) -> PreparedTargets:
     """See `sparse_loss` for what the arguments mean."""
     num_rows, num_entries = len(targets.labels_N), len(targets.ids)
-    offsets_N1 = targets.offsets_N1.to(device, non_blocking=True)
+    offsets_N1 = targets.device_offsets_N1
+    if offsets_N1 is None:
+        offsets_N1 = targets.offsets_N1.to(device, non_blocking=True)
     row_of_entry_E = torch.repeat_interleave(offsets_N1.diff(), output_size=num_entries)
     teacher_E = targets.probabilities.float()
     mass_N = torch.zeros(num_rows, device=device).index_add_(0, row_of_entry_E, teacher_E)
@@ -119,7 +131,9 @@ def prepare_targets(
         if targets.row_weights_N is None
         else targets.row_weights_N.float()
     )
-    ids_E, teacher_E = _merge_repeated(row_of_entry_E, targets.ids, teacher_E)
+    ids_E = targets.ids
+    if not _is_ascending(targets, row_of_entry_E):
+        ids_E, teacher_E = _merge_repeated(row_of_entry_E, ids_E, teacher_E)
     ignored_N = weights_N == 0
     log_base_N = None
     if mixture_lambda is not None and targets.base_log_probabilities_N is not None:
@@ -140,14 +154,21 @@ def prepare_targets(
     )
 
 
+def _is_ascending(targets: TargetBatch, row_of_entry_E: Tensor) -> bool:
+    """Whether there is nothing to sort and to merge; where that is not known a CPU looks, and a GPU, which
+    would have to be waited for, is taken to have ids in any order."""
+    if targets.is_ascending is not None:
+        return targets.is_ascending
+    ids_E = targets.ids
+    if ids_E.device.type != "cpu":
+        return False
+    ascends_E = (ids_E[1:] > ids_E[:-1]) | (row_of_entry_E[1:] != row_of_entry_E[:-1])
+    return bool(ascends_E.all())
+
+
 def _merge_repeated(row_of_entry_E: Tensor, ids_E: Tensor, teacher_E: Tensor) -> tuple[Tensor, Tensor]:
     """Ids ascending in each row, the mass of a repeated id on the first of its entries and 0 on the
     others."""
-    ascends_E = (ids_E[1:] > ids_E[:-1]) | (row_of_entry_E[1:] != row_of_entry_E[:-1])
-    if not ids_E.is_cuda and bool(
-        ascends_E.all()
-    ):  # as our shards have them; on a GPU asking would wait for it
-        return ids_E, teacher_E
     order_E = torch.argsort(ids_E, stable=True)
     order_E = order_E[torch.argsort(row_of_entry_E[order_E], stable=True)]
     ids_E = ids_E[order_E]

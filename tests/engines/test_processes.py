@@ -1,10 +1,13 @@
-"""Where ranks meet, under every launcher."""
+"""Where ranks meet, under every launcher; requests to stop, without a device that waits."""
+
+import signal
 
 import pytest
+import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.processes import meeting_point
+from mlpmem_ds.engines.processes import DeviceAnswers, StopRequest, meeting_point
 
 
 def test_ranks_agree_where_to_meet():
@@ -15,3 +18,73 @@ def test_ranks_agree_where_to_meet():
     assert meeting_point(World(), {})[0] == "127.0.0.1"
     with pytest.raises(UserError, match="MASTER_ADDR"):
         meeting_point(world, {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+
+
+class FakeWork:
+    """A collective that ends when it is waited for."""
+
+    def __init__(self, log, number):
+        self.log, self.number = log, number
+
+    def wait(self):
+        self.log.append(("waited", self.number))
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """all_reduce as if another rank sent the flags that `others` has for a step; what was done, in order."""
+    log, others = [], {}
+
+    def all_reduce(flags, operation, async_op):
+        assert async_op and operation == torch.distributed.ReduceOp.MAX
+        number = sum(entry[0] == "sent" for entry in log)
+        flags.copy_(torch.maximum(flags, torch.tensor(others.get(number, [0.0] * len(flags)))))
+        log.append(("sent", number))
+        return FakeWork(log, number)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return log, others
+
+
+def test_a_step_is_told_what_was_asked_two_steps_before(played):
+    log, others = played
+    others[3] = [0.0, 1.0, 0.0]
+    request = StopRequest(torch.device("cpu"))
+    answers = []
+    for step in range(8):
+        if step == 4:
+            signal.raise_signal(signal.SIGUSR1)
+        answers.append(request.agreed(False, step >= 5))
+        assert len([entry for entry in log if entry[0] == "waited"]) == max(step - 1, 0)
+    request.close()
+    assert [answer[0] for answer in answers] == [False] * 6 + [True] * 2
+    assert [answer[1] for answer in answers] == [False] * 5 + [True] + [False] * 2
+    assert [answer[2] for answer in answers] == [False] * 7 + [True]
+    assert [entry for entry in log if entry[0] == "waited"] == [("waited", number) for number in range(8)]
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_a_gpu_is_read_through_pinned_memory_two_steps_later(played):
+    """No step waits for its own flags: the event that is waited for is that of two steps before."""
+    log, others = played
+    others[1] = [1.0]
+
+    class FakeEvent:
+        count = 0
+
+        def __init__(self):
+            self.number, FakeEvent.count = FakeEvent.count, FakeEvent.count + 1
+
+        def record(self):
+            log.append(("recorded", self.number))
+
+        def synchronize(self):
+            log.append(("read", self.number))
+
+    request = StopRequest(torch.device("cpu"), answers=DeviceAnswers(new_event=FakeEvent, pinned=torch.empty))
+    answers = [request.agreed() for _ in range(5)]
+    assert answers == [(False,), (False,), (False,), (True,), (False,)]
+    for step in range(3):
+        assert log.index(("recorded", step + 2)) < log.index(("read", step))
+    request.close()
+    assert [entry[1] for entry in log if entry[0] == "read"] == [0, 1, 2, 3, 4]

@@ -44,6 +44,16 @@ def test_take_gives_the_rows_in_their_order(indices: list[int]) -> None:
     assert taken.ids.dtype == np.int32 and taken.probabilities.dtype == taken.dropped.dtype == np.float32
 
 
+def test_gather_takes_rows_of_several_parts_in_any_order() -> None:
+    parts = [make_rows().rows(0, 2), make_rows().rows(2, 5)]
+    whole = as_lists(make_rows())
+    part_of, row_of = np.array([1, 0, 1, 1, 0, 1]), np.array([2, 1, 0, 0, 0, 1])
+    found = SparseRows.gather(parts, part_of, row_of)
+    assert as_lists(found) == [whole[index] for index in (4, 1, 2, 2, 0, 3)]
+    assert found.ids.dtype == np.int32 and found.probabilities.dtype == np.float32
+    assert as_lists(SparseRows.gather(parts, part_of[:0], row_of[:0])) == []
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 5), (0, 0), (1, 2), (2, 4), (5, 5), (3, 5)])
 def test_cut_gives_the_rows_of_the_range(start: int, stop: int) -> None:
     rows = make_rows()

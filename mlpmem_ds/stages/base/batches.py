@@ -49,6 +49,7 @@ class SequenceBatches:
     """sequences of a step, over all ranks"""
     num_micro_batches: int
     world: World
+    may_run_ahead = False  # each batch sets the seed of its step's dropout
 
     @property
     def steps_per_epoch(self) -> int:

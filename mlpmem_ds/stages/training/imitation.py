@@ -57,4 +57,6 @@ class Imitation:
     def arguments(
         self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor, TargetBatch]:
-        return micro_batch.inputs_NI.to(device, dtype), micro_batch.targets.to(device)
+        # Copied in 16 bits, then converted: the other way round the host would do it.
+        inputs_NI = micro_batch.inputs_NI.to(device, non_blocking=True).to(dtype)
+        return inputs_NI, micro_batch.targets.to(device)

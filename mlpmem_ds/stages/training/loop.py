@@ -42,9 +42,9 @@ class LoopSettings:
     max_skipped: int | None = None
     """steps in a row without finite gradients after which the run stops; None = never"""
     stops_at: float = math.inf
-    """of time.monotonic(): then the run is saved and stops, to be continued"""
+    """of time.monotonic(): two steps later the run is saved and stops, to be continued"""
     ends_at: float = math.inf
-    """of time.monotonic(): the step that passes it is the last one of the training"""
+    """of time.monotonic(): the second step after it is the last one of the training"""
     flops_per_row: float = 0.0
     """of forward and backward; 0 = unknown, and no MFU"""
     peak_flops: float = 0.0
@@ -106,7 +106,7 @@ def run_steps(
         skipped_in_a_row = skipped_in_a_row + 1 if is_skipped else 0
         if is_skipped:
             _complain(engine, step, skipped_in_a_row, settings, hooks.explain)
-        reason = _reason_to_end(engine, stop_request, settings)
+        reason = _reason_to_end(stop_request, settings)
         is_last = done == steps.count or reason == "budget"
         note = ""
         if is_last or done % settings.log_every == 0 or (steps.per_pass and done % steps.per_pass == 0):
@@ -202,17 +202,11 @@ def _complain(
         )
 
 
-def _reason_to_end(engine: Engine, stop_request: StopRequest, settings: LoopSettings) -> Reason | None:
+def _reason_to_end(stop_request: StopRequest, settings: LoopSettings) -> Reason | None:
     """Why this step is the last one, of this start or of the training; the ranks agree. Collective."""
-    if stop_request.agreed():
-        return "asked"
-    moments = (settings.ends_at, settings.stops_at)
-    if all(map(math.isinf, moments)):
-        return None
     now = time.monotonic()
-    passed = engine.mean(torch.tensor([float(now > moment) for moment in moments], device=engine.device))
-    is_spent, is_late = (passed > 0).tolist()  # one rank's clock is enough
-    return "budget" if is_spent else "deadline" if is_late else None
+    is_asked, is_spent, is_late = stop_request.agreed(now > settings.ends_at, now > settings.stops_at)
+    return "asked" if is_asked else "budget" if is_spent else "deadline" if is_late else None
 
 
 def max_memory(device: torch.device) -> float:

@@ -46,11 +46,19 @@ class Objective(Protocol):
     def arguments(
         self, micro_batch: Any, device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor | Any, ...]:
-        """A micro-batch of the `Batches` as the forward takes it, on the device that computes."""
+        """A micro-batch of the `Batches` as the forward takes it, on the device that computes.
+
+        It waits for no copy, and keeps nothing of the micro-batch's own memory, which the next one goes
+        through.
+        """
 
 
 class Batches(Protocol):
     """Which rows each step takes: a pure function of the step's number, at any number of ranks."""
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a thread may take the stream ahead of the training; not where ranks compute together."""
 
     def stream(self, first: int, stop: int) -> Iterator[tuple[Sequence[Any], float]]:
         """This rank's micro-batches of the steps [first, stop), and the seconds waited for each step's."""

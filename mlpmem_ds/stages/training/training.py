@@ -23,6 +23,7 @@ from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
 from mlpmem_ds.engines.deepspeed.config import zero_stage
 from mlpmem_ds.engines.deepspeed.engine import Engine, SavedState
+from mlpmem_ds.engines.device_feed import CudaStreams, DeviceFeed
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.checkpoint import list_checkpoints
@@ -216,8 +217,12 @@ class Training:
     def _arguments(self, first: int) -> Iterator[tuple[list[tuple[Any, ...]], float]]:
         """Each step's micro-batches as the forward takes them, and the seconds waited for them."""
         device, dtype = self._engine.device, self._engine.dtype
-        for micro_batches, seconds in self._batches.stream(first, self._steps.count):
-            yield [self._objective.arguments(part, device, dtype) for part in micro_batches], seconds
+        is_fed = device.type == "cuda" and self._batches.may_run_ahead
+        feed = DeviceFeed(
+            lambda part: self._objective.arguments(part, device, dtype),
+            CudaStreams(device) if is_fed else None,
+        )
+        return feed.stream(self._batches.stream(first, self._steps.count))
 
     def _save(self, step: int) -> None:
         if self._copier is not None:
