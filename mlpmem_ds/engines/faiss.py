@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, TypeAlias
 
 import faiss
@@ -27,6 +28,7 @@ from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.maths.centroids import (
     ITERATIONS,
     TWO_LEVEL_ABOVE,
+    CentroidTable,
     integer_centroids,
     nearest_centroids,
     two_level_centroids,
@@ -72,6 +74,8 @@ class FlatQuantizer:
 
     def __init__(self, raw: Any, num_lists: int, device: torch.device) -> None:
         self._raw, self._num_lists, self._device = raw, num_lists, device
+        self._made: CentroidTable | None = None
+        self._lock = Lock()
 
     @property
     def num_bytes(self) -> int:
@@ -79,18 +83,18 @@ class FlatQuantizer:
 
     def nearest(self, vectors_QD: Array, count: int) -> tuple[Array, Array]:
         vectors = torch.from_numpy(np.require(vectors_QD, requirements=["C", "W"]))  # copies a read-only map
-        integers = self._integers if vectors_QD.dtype == np.int8 else None
-        return nearest_centroids(vectors, self._floats if integers is None else integers, count)
+        return nearest_centroids(vectors, self._table, count)
 
-    @cached_property
-    def _floats(self) -> torch.Tensor:
-        return torch.from_numpy(self._raw.reconstruct_n(0, self._num_lists)).to(self._device)
-
-    @cached_property
-    def _integers(self) -> torch.Tensor | None:
-        """The centroids as int8 where that changes none."""
-        integers = self._floats.to(torch.int8)
-        return integers if torch.equal(integers.float(), self._floats) else None
+    @property
+    def _table(self) -> CentroidTable:
+        """On the device, once for all calls and threads: int8 centroids where that changes none."""
+        with self._lock:
+            if self._made is None:
+                floats = torch.from_numpy(self._raw.reconstruct_n(0, self._num_lists))
+                integers = floats.to(torch.int8)
+                is_exact = torch.equal(integers.float(), floats)
+                self._made = CentroidTable.of((integers if is_exact else floats).to(self._device))
+            return self._made
 
 
 class GraphQuantizer:

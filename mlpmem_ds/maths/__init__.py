@@ -3,7 +3,8 @@
 In the order of the pipeline:
 - `codec.py`, `centroids.py`: int8 codes of keys; the coarse lists of an index
 - `distances.py`, `neighbours.py`: exact distances; the record of neighbours and what a query may not find
-- `knn.py`, `knn_on_device.py`: exact and list search on a CPU, exact search on a GPU
+- `knn.py`: exact and list search, on a CPU here, on a GPU in `knn_on_device.py` and `lists_on_device.py`
+- `device_memory.py`, `hidden_on_device.py`, `list_tiles.py`: parts of the searches on a GPU
 - `exact_limit.py`: up to how many keys exact search is the right choice
 - `listed_keys.py`, `search_blocks.py`, `candidates.py`, `rescoring.py`: parts of these searches
 - `weighting.py`, `targets.py`, `sparse_rows.py`: neighbours → weights → sparse rows

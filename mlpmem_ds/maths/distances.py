@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 CPU = torch.device("cpu")
-_EXACT_DIMS_FLOAT32 = (
+EXACT_DIMS_FLOAT32 = (
     1024  # 1024 * 128 * 128 = 2**24: below it every partial sum of int8 products is exact in float32
 )
 _MAX_DIMS = np.iinfo(np.int32).max // 255**2
@@ -61,19 +61,22 @@ def distance_ranks(
     return squared_distances(queries_QD, keys_KD, out=scratch, key_norms_K=key_norms_K)
 
 
-def ranks_in_list(queries_MD: Tensor, keys_KD: Tensor, key_norms_K: Tensor | None, *, out: Tensor) -> None:
-    """Fill ``out`` (int32 [M, K], contiguous) with what orders the keys of a list for each query like the
-    distances do.
+def ranks_in_list(
+    queries_MD: Tensor, keys_KD: Tensor, key_norms_K: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """int32 [M, K] that orders the keys for each query like the distances do, in ``out`` (contiguous) if it
+    is given.
 
     For int8 codes the distance less the query's own squared length, which is the same in all the query's
     lists: one pass less over the tile. For float keys the bits of the distance.
     """
     if not are_codes(queries_MD, keys_KD):
-        out.copy_(distance_ranks(queries_MD, keys_KD, None))
-        return
+        ranks_MK = distance_ranks(queries_MD, keys_KD, None)
+        return ranks_MK if out is None else out.copy_(ranks_MK)
     check_dims(queries_MD.shape[1])
     norms_K = squared_norms(keys_KD) if key_norms_K is None else key_norms_K
-    torch.sub(norms_K, _integer_products(queries_MD, keys_KD, out), alpha=2, out=out)
+    products_MK = _integer_products(queries_MD, keys_KD, out)
+    return torch.sub(norms_K, products_MK, alpha=2, out=products_MK if out is None else out)
 
 
 def are_codes(*arrays: Any) -> bool:
@@ -89,8 +92,8 @@ def _integer_products(queries_QD: Tensor, keys_KD: Tensor, out: Tensor | None) -
     if _may_use_integer_matmul(queries_QD, keys_KD):
         return torch._int_mm(queries_QD.contiguous(), keys_KD.contiguous().t(), out=products_QK)
     products_QK.zero_()
-    for start in range(0, queries_QD.shape[1], _EXACT_DIMS_FLOAT32):
-        dims = slice(start, start + _EXACT_DIMS_FLOAT32)
+    for start in range(0, queries_QD.shape[1], EXACT_DIMS_FLOAT32):
+        dims = slice(start, start + EXACT_DIMS_FLOAT32)
         products_QK += (queries_QD[:, dims].float() @ keys_KD[:, dims].float().t()).to(torch.int32)
     return products_QK
 
@@ -99,13 +102,21 @@ def padded_products(queries_QD: Tensor, keys_KD: Tensor) -> Tensor:
     """Products int32 [Q, K] of int8 rows by `torch._int_mm`, which on CUDA wants more than 16 rows and
     multiples of 8.
 
-    Rows and dimensions of zeros are added where they are wanting; they change no product.
+    Rows and dimensions of zeros are added where they are wanting; they change no product. What has them is
+    not copied.
     """
-    num_queries, num_keys, num_dims = len(queries_QD), len(keys_KD), queries_QD.shape[1]
-    more_dims = -num_dims % 8
-    queries_QD = pad(queries_QD, (0, more_dims, 0, max(0, 17 - num_queries)))
-    keys_KD = pad(keys_KD, (0, more_dims, 0, -num_keys % 8))
-    return torch._int_mm(queries_QD.contiguous(), keys_KD.contiguous().t())[:num_queries, :num_keys]
+    num_queries, num_keys = len(queries_QD), len(keys_KD)
+    queries_QD = pad_codes(queries_QD, max(0, 17 - num_queries))
+    return torch._int_mm(queries_QD, pad_codes(keys_KD, -num_keys % 8).t())[:num_queries, :num_keys]
+
+
+def pad_codes(codes_ND: Tensor, more_rows: int) -> Tensor:
+    """int8 rows in one piece with some rows of zeros more, and dimensions of zeros up to a multiple of 8; no
+    copy where nothing is wanting."""
+    more_dims = -codes_ND.shape[1] % 8
+    if more_rows or more_dims:  # without either `pad` would copy
+        codes_ND = pad(codes_ND, (0, more_dims, 0, more_rows))
+    return codes_ND.contiguous()
 
 
 def _may_use_integer_matmul(queries_QD: Tensor, keys_KD: Tensor) -> bool:

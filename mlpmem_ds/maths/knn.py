@@ -22,8 +22,9 @@ from torch import Tensor
 
 from mlpmem_ds.maths.candidates import CandidateBlock
 from mlpmem_ds.maths.distances import CPU, are_codes, distance_ranks, norms_of_codes, ranks_in_list
-from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
+from mlpmem_ds.maths.knn_on_device import DeviceKeys, HostKeys, exact_neighbours_on_device, load_keys
 from mlpmem_ds.maths.listed_keys import ListedKeys, view_of
+from mlpmem_ds.maths.lists_on_device import list_neighbours_on_device
 from mlpmem_ds.maths.neighbours import (
     MISSING,
     NO_BOUND,
@@ -64,12 +65,15 @@ def pack_exact_neighbours(
     """The k nearest of all the keys for each query; key n has id n.
 
     ``keys_ND`` is an array, a tensor, or what has their `shape`, `dtype`, `nbytes` and slices (a memory map,
-    rows of files): one block of it is in memory at a time. The blocks bound the memory of a CPU (about
+    rows of files): one block of it is in memory at a time. For many searches on a GPU it is what `load_keys`
+    gives, or all keys would be copied at each. The blocks bound the memory of a CPU (about
     ``query_block * key_block * 13`` bytes) and change nothing in the result for int8 codes, nor does the
     device.
     """
-    if device.type != "cpu":
-        return exact_neighbours_on_device(queries_QD, keys_ND, k, exclusion=exclusion, device=device)
+    if device.type != "cpu" and not isinstance(keys_ND, DeviceKeys | HostKeys):
+        keys_ND = load_keys(keys_ND, device)
+    if isinstance(keys_ND, DeviceKeys | HostKeys):
+        return exact_neighbours_on_device(queries_QD, keys_ND, k, exclusion=exclusion)
     num_keys, num_dims = keys_ND.shape
     is_integer = are_codes(queries_QD, keys_ND)
     id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
@@ -106,9 +110,9 @@ def pack_list_neighbours(
 
     ``probes_QP`` int64 list numbers, nearest first, each at most once in a row, -1 = none. Where ``lists``
     are a group of an index's lists, probes of the others find nothing.
-    Queries are taken in the order of their first list, in blocks of at most ``candidate_budget`` (query, key)
-    pairs (4 bytes each), or one query if it has more; within a block each probed list is read once and
-    multiplied with all the queries that probe it. With every list probed the result is that of
+    On a CPU queries are taken in the order of their first list, in blocks of at most ``candidate_budget``
+    (query, key) pairs (4 bytes each), or one query if it has more; within a block each probed list is read
+    once and multiplied with all the queries that probe it. With every list probed the result is that of
     `exact_neighbours`, bit for bit for int8 codes.
     """
     if device.type != "cpu":
@@ -118,7 +122,6 @@ def pack_list_neighbours(
             lists,
             k,
             exclusion=exclusion,
-            candidate_budget=candidate_budget,
             device=device,
         )
     is_integer = are_codes(queries_QD, lists)

@@ -1,140 +1,138 @@
-"""Pipeline: keys and index → **nearest neighbours on a GPU** → targets: what knn.py does, in torch on any
-device.
+"""Pipeline: keys → **nearest neighbours on a GPU** → targets: exact search of knn.py, in torch on any device.
 
 The packed neighbours are those of the CPU, so int8 codes give the same ids and distances bit for bit; the
-tests run this path on the CPU too. The keys lie on the device where half of its free memory holds them, else
-they come block by block.
+tests run this path on the CPU too. Keys that the device has room for lie on it, once for all searches
+(`load_keys`); others come block by block at each.
 
-Shape legend: Q queries (of a block), B keys of a block, K neighbours, N keys in all, D dimensions, P probes,
-L lists, S survivors, M queries that probe one list, W the most candidates of a query in a block.
+Shape legend: Q queries (of a block), B keys of a block, K neighbours, N keys in all, D dimensions, S keys
+that are nearer than the bound, W the most of them of a query, C kept and new ones.
 """
 
-from dataclasses import replace
-from functools import lru_cache
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mlpmem_ds.maths.distances import are_codes, distance_ranks
-from mlpmem_ds.maths.listed_keys import ListedKeys
-from mlpmem_ds.maths.neighbours import (
-    MISSING,
-    NO_BOUND,
-    Exclusion,
-    PackedNeighbours,
-    check_search,
-)
-from mlpmem_ds.maths.search_blocks import budget_blocks, growing_blocks, order_of_probes, probed_lists
+from mlpmem_ds.maths.device_memory import fits, on_device, tile_bytes
+from mlpmem_ds.maths.distances import are_codes, ranks_in_list, squared_norms
+from mlpmem_ds.maths.hidden_on_device import HiddenIds
+from mlpmem_ds.maths.neighbours import MISSING, NO_BOUND, Exclusion, PackedNeighbours, check_search
+from mlpmem_ds.maths.search_blocks import growing_blocks
 
 Array: TypeAlias = np.ndarray[Any, Any]
+
+_QUERY_BLOCK = 2048
+_BYTES_OF_RANK = 16  # the product, whether it is below the bound, and where; few survive
+_UPLOADED_KEYS = 1 << 16  # at a time, so that the host holds no copy of all keys
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeviceKeys:
+    """All keys on a device; ``norms_N`` int32, the `squared_norms` of int8 codes, None for float keys."""
+
+    keys_ND: Tensor
+    norms_N: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.keys_ND), self.keys_ND.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys_ND.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys_ND.device
+
+    def block(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        return self.keys_ND[start:stop], None if self.norms_N is None else self.norms_N[start:stop]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HostKeys:
+    """Keys that come to a device block by block, at each search again."""
+
+    keys_ND: Any
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_keys, num_dims = self.keys_ND.shape
+        return num_keys, num_dims
+
+    @property
+    def dtype(self) -> Any:
+        return self.keys_ND.dtype
+
+    def block(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        keys_BD = on_device(self.keys_ND[start:stop], self.device)
+        return keys_BD, squared_norms(keys_BD) if are_codes(keys_BD) else None
+
+
+def load_keys(keys_ND: Any, device: torch.device) -> DeviceKeys | HostKeys:
+    """Keys (an array, a tensor, or what has `shape`, `dtype`, `nbytes` and slices) copied to a device once
+    for all searches; where they do not fit (`fits`), they stay where they are."""
+    if not fits(keys_ND.nbytes, device):
+        return HostKeys(keys_ND=keys_ND, device=device)
+    num_keys, num_dims = keys_ND.shape
+    dtype = (
+        keys_ND.dtype if isinstance(keys_ND, Tensor) else torch.from_numpy(np.empty(0, keys_ND.dtype)).dtype
+    )
+    keys = torch.empty((num_keys, num_dims), dtype=dtype, device=device)
+    norms_N = torch.empty(num_keys, dtype=torch.int32, device=device) if are_codes(keys) else None
+    for start in range(0, num_keys, _UPLOADED_KEYS):
+        rows = slice(start, min(start + _UPLOADED_KEYS, num_keys))
+        keys[rows] = on_device(keys_ND[rows], device)
+        if norms_N is not None:
+            norms_N[rows] = squared_norms(keys[rows])
+    return DeviceKeys(keys_ND=keys, norms_N=norms_N)
 
 
 def exact_neighbours_on_device(
     queries_QD: Array | Tensor,
-    keys_ND: Any,
+    keys: DeviceKeys | HostKeys,
     k: int,
     *,
     exclusion: Exclusion | None,
-    device: torch.device,
-    query_block: int = 2048,
-    key_block: int = 2**17,
+    query_block: int = _QUERY_BLOCK,
+    key_block: int | None = None,
 ) -> PackedNeighbours:
-    """`exact_neighbours` on a device; the distances of a block take ``query_block * key_block * 4`` bytes of
-    it."""
-    num_keys, num_dims = keys_ND.shape
-    is_integer = are_codes(queries_QD, keys_ND)
+    """`pack_exact_neighbours` on the device of the keys; ``key_block`` is as large as its memory allows
+    (None)."""
+    (num_keys, num_dims), device = keys.shape, keys.device
+    is_integer = are_codes(queries_QD, keys)
     id_bits = check_search(queries_QD, num_dims, num_keys, k, exclusion, is_integer)
-    if _fits(keys_ND.nbytes, device):
-        keys_ND = _on(keys_ND[:], device)
-    hidden = _Hidden(exclusion, device)
+    key_block = key_block or max(1, tile_bytes(device) // (_BYTES_OF_RANK * query_block))
+    hidden = HiddenIds(exclusion, device)
     packed_QK = np.empty((len(queries_QD), k), np.int64)
     for query_start in range(0, len(queries_QD), query_block):
-        block_QD = _on(queries_QD[query_start : query_start + query_block], device)
+        block_QD = on_device(queries_QD[query_start : query_start + query_block], device)
         best_QK = torch.full((len(block_QD), k), MISSING, dtype=torch.int64, device=device)
         for start, stop in growing_blocks(num_keys, key_block):
-            ranks_QB = distance_ranks(block_QD, _on(keys_ND[start:stop], device), None)
+            ranks_QB = ranks_in_list(block_QD, *keys.block(start, stop))
             bound_Q = (best_QK.amax(dim=1) >> id_bits).clamp(max=NO_BOUND).to(torch.int32)
             rows_S, columns_S = torch.nonzero(ranks_QB < bound_Q[:, None], as_tuple=True)
             packed_S = (ranks_QB[rows_S, columns_S].to(torch.int64) << id_bits) + (columns_S + start)
-            kept_S = ~hidden(rows_S + query_start, columns_S + start)
-            best_QK = _smallest(best_QK, rows_S[kept_S], packed_S[kept_S])
-        packed_QK[query_start : query_start + query_block] = best_QK.sort(dim=1).values.cpu().numpy()
+            is_hidden_S = hidden.mask(rows_S + query_start, columns_S + start)
+            if is_hidden_S is not None:
+                packed_S.masked_fill_(is_hidden_S, MISSING)
+            best_QK = _smallest(best_QK, rows_S, packed_S)
+        best_QK = with_query_norms(best_QK.sort(dim=1).values, block_QD, id_bits, is_integer)
+        packed_QK[query_start : query_start + query_block] = best_QK.cpu().numpy()
     return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
 
 
-def list_neighbours_on_device(
-    queries_QD: Array | Tensor,
-    probes_QP: Array,
-    lists: ListedKeys,
-    k: int,
-    *,
-    exclusion: Exclusion | None,
-    device: torch.device,
-    candidate_budget: int = 2**25,
-) -> PackedNeighbours:
-    """`list_neighbours` on a device: every list that a block of queries probes is multiplied once with all of
-    them."""
-    is_integer = are_codes(queries_QD, lists)
-    id_bits = check_search(queries_QD, lists.num_dims, lists.num_keys, k, exclusion, is_integer)
-    probes_QP = lists.local_probes(probes_QP, len(queries_QD))
-    sizes_QP = lists.sizes_of(probes_QP)
-    lists = _lists_near(lists, device)
-    hidden = _Hidden(exclusion, device)
-    packed_QK = np.full((len(queries_QD), k), MISSING, np.int64)
-    order_Q = order_of_probes(probes_QP)
-    for start, stop in budget_blocks(sizes_QP[order_Q].sum(1), candidate_budget):
-        rows_B = order_Q[start:stop]
-        sizes_MP = sizes_QP[rows_B]
-        columns_MP = (
-            np.cumsum(sizes_MP, axis=1) - sizes_MP
-        )  # where the candidates of each probe begin in their row
-        width = max(k, int(sizes_MP.sum(1).max(initial=0)))
-        candidates_MW = torch.full((stop - start, width), MISSING, dtype=torch.int64, device=device)
-        unused = np.zeros_like(sizes_MP)
-        order, found = probed_lists(probes_QP[rows_B], sizes_MP, unused)
-        for list_number, start_pair, stop_pair, _ in found:
-            pairs_M = order[start_pair:stop_pair]
-            rows = pairs_M // probes_QP.shape[1]
-            ids_B, rows_M = _on(lists.ids_of(list_number), device), _on(rows, device)
-            keys_BD = lists.keys_of(list_number)[0].to(device)
-            ranks_MB = distance_ranks(_on(queries_QD[rows_B[rows]], device), keys_BD, None)
-            packed_MB = (ranks_MB.to(torch.int64) << id_bits) + ids_B
-            packed_MB[hidden(_on(rows_B[rows], device)[:, None], ids_B[None])] = MISSING
-            first_M = _on(columns_MP.ravel()[pairs_M], device)
-            places_MB = first_M[:, None] + torch.arange(len(ids_B), device=device)
-            candidates_MW[rows_M[:, None], places_MB] = packed_MB
-        packed_QK[rows_B] = candidates_MW.topk(k, dim=1, largest=False, sorted=True).values.cpu().numpy()
-    return PackedNeighbours(packed_QK=packed_QK, id_bits=id_bits, is_integer=is_integer)
-
-
-@lru_cache(maxsize=1)
-def _lists_near(lists: ListedKeys, device: torch.device) -> ListedKeys:
-    """The lists with their keys on the device if it has the room: once for all batches, which share them."""
-    if not _fits(lists.num_bytes, device):
-        return lists
-    return replace(lists, runs=[replace(run, keys_ND=run.keys_ND.to(device)) for run in lists.runs])
-
-
-class _Hidden:
-    """`Exclusion.covers` on a device, as ranges of ids; nothing is hidden without one."""
-
-    def __init__(self, exclusion: Exclusion | None, device: torch.device) -> None:
-        self.ranges: list[tuple[Tensor, Tensor]] = []
-        if exclusion is None:
-            return
-        ids_Q = _on(exclusion.query_ids_Q, device)
-        self.ranges.append((ids_Q - exclusion.window, ids_Q + (exclusion.window + 1)))
-        if exclusion.first_hidden_Q is not None and exclusion.stop_hidden_Q is not None:
-            self.ranges.append((_on(exclusion.first_hidden_Q, device), _on(exclusion.stop_hidden_Q, device)))
-
-    def __call__(self, query_rows: Tensor, key_ids: Tensor) -> Tensor:
-        """True where the key is hidden from the query; rows and ids broadcast against each other."""
-        hidden = torch.zeros_like(query_rows + key_ids, dtype=torch.bool)
-        for first_Q, stop_Q in self.ranges:
-            hidden |= (key_ids >= first_Q[query_rows]) & (key_ids < stop_Q[query_rows])
-        return hidden
+def with_query_norms(best_QK: Tensor, queries_QD: Tensor, id_bits: int, is_integer: bool) -> Tensor:
+    """Packed neighbours with distances, of packed ones whose rank is what `ranks_in_list` gives."""
+    if not is_integer:
+        return best_QK
+    offsets_Q1 = squared_norms(queries_QD)[:, None].to(torch.int64) << id_bits
+    return torch.where(best_QK == MISSING, MISSING, best_QK + offsets_Q1)
 
 
 def _smallest(best_QK: Tensor, rows_S: Tensor, packed_S: Tensor) -> Tensor:
@@ -149,15 +147,3 @@ def _smallest(best_QK: Tensor, rows_S: Tensor, packed_S: Tensor) -> Tensor:
     more_QW[rows_S, torch.arange(len(rows_S), device=rows_S.device) - firsts_Q[rows_S]] = packed_S
     both_QC = torch.cat([best_QK, more_QW], dim=1)
     return both_QC.topk(best_QK.shape[1], dim=1, largest=False, sorted=False).values
-
-
-def _on(array: Any, device: torch.device) -> Tensor:
-    """A tensor of an array on the device; read-only arrays (memory maps) are copied, unsigned ids widened."""
-    if isinstance(array, Tensor):
-        return array.to(device)
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
-
-
-def _fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether the keys can stay on the device; on a CPU they stay where they are."""
-    return device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // 2

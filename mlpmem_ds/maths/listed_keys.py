@@ -143,7 +143,7 @@ class ListedKeys:
     def _stretch(self, first: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
         """(keys, norms, ids int64) of some lists in the order (list, id), on a device."""
         parts = [(run, slice(int(run.offsets_L1[first]), int(run.offsets_L1[stop]))) for run in self.runs]
-        ids = [_int64(run.ids_N[rows]).to(device) + run.first for run, rows in parts]
+        ids = [ids_as_tensor(run, rows).to(device) for run, rows in parts]
         keys = [run.keys_ND[rows].to(device) for run, rows in parts]
         norms = [run.norms_N[rows].to(device) for run, rows in parts if run.norms_N is not None]
         if len(parts) == 1:
@@ -204,8 +204,12 @@ def run_of(
     )
 
 
-def _int64(ids_N: Array | Tensor) -> Tensor:
-    return ids_N if isinstance(ids_N, Tensor) else torch.from_numpy(ids_N.astype(np.int64))
+def ids_as_tensor(run: ListedRun, rows: slice = slice(None)) -> Tensor:
+    """The ids of some keys of a run, int64, where its ids are."""
+    ids_N = run.ids_N[rows]
+    if not isinstance(ids_N, Tensor):
+        ids_N = torch.from_numpy(ids_N.astype(np.int64))
+    return ids_N + run.first if run.first else ids_N
 
 
 def view_of(array: Array) -> Tensor:

@@ -35,6 +35,19 @@ def budget_blocks(costs_Q: Array, budget: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
+def rectangle_blocks(widths_Q: Array, budget: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) over the queries: as many as fit in the budget where each row is as wide as the widest of
+    them, at least one."""
+    start = 0
+    while start < len(widths_Q):
+        # No more than fit at the first one's width: what lies behind is not looked at again and again.
+        rest_Q = widths_Q[start : start + max(1, budget // max(1, int(widths_Q[start])))]
+        costs_Q = np.maximum.accumulate(rest_Q) * np.arange(1, len(rest_Q) + 1)
+        stop = start + max(1, int(np.searchsorted(costs_Q, budget, side="right")))
+        yield start, stop
+        start = stop
+
+
 def order_of_probes(probes_QP: Array) -> Array:
     """Queries in the order of their first list: neighbours in it probe the same lists, which are read once
     for many of them."""

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.maths import knn
+from mlpmem_ds.maths import knn, knn_on_device
 from mlpmem_ds.maths.distances import padded_products
 from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
-from mlpmem_ds.maths.knn_on_device import exact_neighbours_on_device, list_neighbours_on_device
+from mlpmem_ds.maths.knn_on_device import DeviceKeys, HostKeys, exact_neighbours_on_device, load_keys
 from mlpmem_ds.maths.listed_keys import in_list_order
 from mlpmem_ds.maths.neighbours import PackedNeighbours
 
@@ -51,30 +51,19 @@ def test_exact_is_the_same(device: torch.device, k: int) -> None:
     for exclusion in exclusions(ids):
         expected = exact_neighbours(codes()[ids], codes(), k, exclusion=exclusion)
         for blocks in ({}, {"query_block": 7, "key_block": 2100}):
-            found = exact_neighbours_on_device(
-                codes()[ids], codes(), k, exclusion=exclusion, device=device, **blocks
-            )
+            keys = load_keys(codes(), device)
+            found = exact_neighbours_on_device(codes()[ids], keys, k, exclusion=exclusion, **blocks)
             assert_same(found, expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("budget", [1, 5000, 2**25])
-def test_lists_are_the_same(device: torch.device, budget: int) -> None:
-    generator = np.random.default_rng(3)
-    list_of_key_N = generator.integers(0, 9, NUM_KEYS)  # the tenth stays empty
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(list_of_key_N, minlength=10))])
-    list_ids = np.argsort(list_of_key_N, kind="stable").astype(np.uint32)
-    ids = np.arange(0, NUM_KEYS, 61)
-    probes = np.stack([generator.permutation(10)[:4] for _ in ids])
-    probes[::5, 2] = -1
-    for exclusion in exclusions(ids):
-        for k in (30, 1500):
-            arguments = (codes()[ids], probes, in_list_order(codes(), offsets, list_ids), k)
-            expected = list_neighbours(*arguments, exclusion=exclusion)
-            found = list_neighbours_on_device(
-                *arguments, exclusion=exclusion, device=device, candidate_budget=budget
-            )
-            assert_same(found, expected)
+def test_keys_that_do_not_fit_come_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert isinstance(load_keys(codes(), device), DeviceKeys)
+    monkeypatch.setattr(knn_on_device, "fits", lambda *_: False)
+    keys = load_keys(codes(), device)
+    assert isinstance(keys, HostKeys)
+    found = exact_neighbours_on_device(codes()[:40], keys, 30, exclusion=None, key_block=700)
+    assert_same(found, exact_neighbours(codes()[:40], codes(), 30, exclusion=None))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -82,7 +71,9 @@ def test_float_keys_find_the_same_neighbours(device: torch.device) -> None:
     keys = np.random.default_rng(5).standard_normal((500, 16)).astype(np.float16)
     expected = exact_neighbours(keys, keys, 9, exclusion=Exclusion(query_ids_Q=np.arange(500)))
     exclusion = Exclusion(query_ids_Q=np.arange(500))
-    found = exact_neighbours_on_device(keys, keys, 9, exclusion=exclusion, device=device).rows(slice(None))
+    found = exact_neighbours_on_device(keys, load_keys(keys, device), 9, exclusion=exclusion).rows(
+        slice(None)
+    )
     assert np.mean(found.ids_QK == expected.ids_QK) > 0.99
     np.testing.assert_allclose(found.distances_QK, expected.distances_QK, rtol=1e-4, atol=1e-4)
 
@@ -100,8 +91,13 @@ def test_padding_changes_no_product(num_queries: int, num_keys: int, num_dims: i
 def test_the_given_gpu_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, device = [], torch.device("cuda:3")
     nothing = PackedNeighbours(packed_QK=np.empty((0, 3), np.int64), id_bits=1, is_integer=True)
-    for name in ("exact_neighbours_on_device", "list_neighbours_on_device"):
-        monkeypatch.setattr(knn, name, lambda *_, device, **__: calls.append(device) or nothing)
+    monkeypatch.setattr(knn, "load_keys", lambda keys, device: HostKeys(keys_ND=keys, device=device))
+    monkeypatch.setattr(
+        knn, "exact_neighbours_on_device", lambda _, keys, *__, **___: calls.append(keys.device) or nothing
+    )
+    monkeypatch.setattr(
+        knn, "list_neighbours_on_device", lambda *_, device, **__: calls.append(device) or nothing
+    )
     exact_neighbours(codes(2), codes(), 3, exclusion=None, device=device)
     lists = in_list_order(codes(), np.array([0, 1]), np.array([0]))
     list_neighbours(codes(2), np.zeros((2, 1), int), lists, 3, exclusion=None, device=device)
