@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.host_copies import HostCopies, to_device
 from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
@@ -34,13 +35,14 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.structure import decoder_layers, output_head, resolve_layer
 
 _logger = logging.getLogger(__name__)
+_LOG_PROBABILITIES = "log_probabilities"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStates:
-    """What one batch of windows gives: named states [B, S, D] as float32 on the CPU, and the final ones on
-    the device."""
+    """What one batch of windows gives: named states [B, S, D] and the final ones, each in the base's dtype,
+    on the device where it was computed."""
 
     states: Mapping[str, torch.Tensor]
     final_BSD: torch.Tensor
@@ -62,17 +64,21 @@ class StateSource(Protocol):
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
         """Run windows of equal length, without padding."""
 
-    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> np.ndarray:
-        """Natural log-probabilities of the values, float32 [N]."""
+    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:
+        """Natural log-probabilities of the values, float32 [N], on the device of the output head."""
+
+
+Finish = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+"""Makes of a batch's named states [n, D], on their devices, what is needed of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionStates:
-    """The rows of a block of positions, in order."""
+    """The rows of a block of positions, in order, on the CPU."""
 
     block: Block
     states: Mapping[str, torch.Tensor]
-    """named states, float32 [n, D]"""
+    """named states [n, D] in the base's dtype, or what was made of them"""
     log_probabilities: np.ndarray
     """of the values, float32 [n]"""
 
@@ -101,7 +107,7 @@ class TransformersSource:
         try:
             self.model = self._load(path, attention, device_map, offload_folder)
             self._layers = decoder_layers(self.model, layers_path)
-            self._transform = logit_transform(self.model, with_head=self._head)
+            self.transform = logit_transform(self.model, with_head=self._head)
             with self._head():
                 self.vocab_size = len(output_head(self.model)[0])
         except ValueError as error:
@@ -133,7 +139,7 @@ class TransformersSource:
         if length > self._length_seen:  # once: the first batch has windows of the full length
             self._length_seen = length
             with masks_of_layers(self._layers) as masks:
-                captured = reader(tokens_BS.to(self.device))
+                captured = reader(to_device(tokens_BS, self.device))
             if self._attention == "sdpa" and any(masks):
                 _logger.warning(
                     "%d of %d layers read windows of %d tokens with an attention mask (a sliding window that"
@@ -143,23 +149,25 @@ class TransformersSource:
                     length,
                 )
         else:
-            captured = reader(tokens_BS.to(self.device))
-        on_cpu = {point: _to_cpu(captured.states[point]) for point in requested}
-        for device in {state.device for state in captured.states.values() if state.is_cuda}:
-            torch.cuda.synchronize(device)
-        states = {name: on_cpu[point].float() for name, point in points.items()}
+            captured = reader(to_device(tokens_BS, self.device))
+        states = {name: captured.states[point] for name, point in points.items()}
         return BatchStates(states=states, final_BSD=captured.final_BSD)
 
     @torch.no_grad()
-    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> np.ndarray:
-        transform = None if self._transform.is_identity else self._transform
-        with self._head():
-            weight_VD, bias_V = output_head(self.model)
+    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:
+        transform = None if self.transform.is_identity else self.transform
+        with self.head() as (weight_VD, bias_V):
             device = weight_VD.device
-            result_N = label_log_probabilities(
-                final_ND.to(device), weight_VD, values_N.to(device), bias=bias_V, transform=transform
+            values_N = to_device(values_N, device)
+            return label_log_probabilities(
+                final_ND.to(device), weight_VD, values_N, bias=bias_V, transform=transform
             )
-        return result_N.cpu().numpy()
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The output head's weight [V, D] and bias [V], on their device while this is open."""
+        with self._head():
+            yield output_head(self.model)
 
     @torch.no_grad()
     def head_weight(self) -> torch.Tensor:
@@ -173,15 +181,6 @@ class TransformersSource:
         if not hasattr(self.model, "hf_device_map"):
             return contextlib.nullcontext()
         return align_module_device(self.model.get_output_embeddings())
-
-
-def _to_cpu(state_BSD: torch.Tensor) -> torch.Tensor:
-    """A copy through pinned memory, in the base's own dtype, that is done when the device is; on a CPU the
-    tensor itself."""
-    if not state_BSD.is_cuda:
-        return state_BSD
-    pinned_BSD = torch.empty(state_BSD.shape, dtype=state_BSD.dtype, pin_memory=True)
-    return pinned_BSD.copy_(state_BSD, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -236,6 +235,7 @@ def scan_positions(
     *,
     batch_windows: int,
     with_log_probabilities: bool = True,
+    finish: Finish | None = None,
     ahead: bool | None = None,
 ) -> Iterator[PositionStates]:
     """Run the base over the windows that predict the positions of `block`; give their rows in order, batch by
@@ -245,6 +245,8 @@ def scan_positions(
     are not needed (keys of a model that is not the memory's base), the head is not multiplied, and their
     array is empty.
 
+    `finish` runs where the states are, right behind the forward; only what it gives is copied to the host.
+
     `ahead`: a thread runs the next batch while the caller works on this one; None = where the base is on a
     GPU. (On a CPU both would want the same cores.) The generator must be at its end, or dropped, before the
     base is used otherwise.
@@ -252,9 +254,9 @@ def scan_positions(
     windows = corpus.windows()
     numbers = windows.covering(block)
 
-    def scan(at: int) -> PositionStates:
+    def scan(at: int) -> _Scanned:
         batch = windows[at : min(at + batch_windows, numbers.stop)]
-        return _scan_batch(source, corpus, block, batch, points, with_log_probabilities)
+        return _scan_batch(source, corpus, block, batch, points, with_log_probabilities, finish)
 
     starts = range(numbers.start, numbers.stop, batch_windows)
     if ahead is None:
@@ -263,12 +265,28 @@ def scan_positions(
             and source.device.type == "cuda"
             and not source.is_collective
         )
-    yield from _one_ahead(scan, starts) if ahead else map(scan, starts)
+    for scanned in _one_ahead(scan, starts) if ahead else map(scan, starts):
+        yield scanned.arrived()
 
 
-def _one_ahead(scan: Callable[[int], PositionStates], starts: Sequence[int]) -> Iterator[PositionStates]:
+@dataclass(frozen=True, kw_only=True)
+class _Scanned:
+    """A batch whose work is queued on the device."""
+
+    block: Block
+    copies: HostCopies
+
+    def arrived(self) -> PositionStates:
+        """Its rows, when the device is done with them."""
+        rows_n = dict(self.copies.wait())
+        scores_n = rows_n.pop(_LOG_PROBABILITIES, torch.empty(0))
+        return PositionStates(block=self.block, states=rows_n, log_probabilities=scores_n.numpy())
+
+
+def _one_ahead(scan: Callable[[int], _Scanned], starts: Sequence[int]) -> Iterator[_Scanned]:
+    """Each batch when the next one is being queued: the device does not wait for the host."""
     with ThreadPoolExecutor(1) as thread:
-        upcoming: Future[PositionStates] | None = None
+        upcoming: Future[_Scanned] | None = None
         for at in starts:
             current, upcoming = upcoming, thread.submit(scan, at)
             if current is not None:
@@ -284,7 +302,8 @@ def _scan_batch(
     windows: list[Window],
     points: Mapping[str, CapturePoint],
     with_log_probabilities: bool,
-) -> PositionStates:
+    finish: Finish | None,
+) -> _Scanned:
     tokens = np.stack([corpus.tokens(window.context_start, window.stop) for window in windows])
     batch = source.read(torch.from_numpy(tokens), points)
     rows = [
@@ -299,12 +318,9 @@ def _scan_batch(
         return torch.cat([values_BSD[index, row] for index, row in enumerate(rows)])
 
     start, stop = max(windows[0].start, block.start), min(windows[-1].stop, block.stop)
-    log_probabilities = np.empty(0, np.float32)
+    states: Mapping[str, torch.Tensor] = {name: pick(state) for name, state in batch.states.items()}
+    rows_n = dict(states if finish is None else finish(states))
     if with_log_probabilities:
         values_n = torch.from_numpy(corpus.values(start, stop))
-        log_probabilities = source.log_probabilities(pick(batch.final_BSD), values_n)
-    return PositionStates(
-        block=Block(start, stop),
-        states={name: pick(state) for name, state in batch.states.items()},
-        log_probabilities=log_probabilities,
-    )
+        rows_n[_LOG_PROBABILITIES] = source.log_probabilities(pick(batch.final_BSD), values_n)
+    return _Scanned(block=Block(start, stop), copies=HostCopies(rows_n))

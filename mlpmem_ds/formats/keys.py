@@ -387,20 +387,6 @@ def num_input_groups(input_size: int) -> int:
     return -(-input_size // INPUT_GROUP)
 
 
-def quantize_inputs(inputs_nI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 codes [n, I] and float32 scales [n, G]: each group of `INPUT_GROUP` numbers of a row has its
-    greatest at ±127.
-
-    A scale a group and not a row: one massive activation then costs the numbers next to it and not the whole
-    vector.
-    """
-    grouped_nGg = _grouped(inputs_nI.astype(np.float32))
-    scales_nG = np.abs(grouped_nGg).max(axis=2) / np.float32(127)
-    divisors_nG1 = np.where(scales_nG > 0, scales_nG, 1)[:, :, None]
-    codes_nGg = np.clip(np.rint(grouped_nGg / divisors_nG1), -127, 127).astype(np.int8)
-    return np.ascontiguousarray(codes_nGg.reshape(len(inputs_nI), -1)[:, : inputs_nI.shape[1]]), scales_nG
-
-
 def dequantize_inputs(codes_nI: np.ndarray, scales_nG: np.ndarray) -> np.ndarray:
     """The inputs that these codes and scales stand for, float32 [n, I]."""
     values_nGg = _grouped(codes_nI.astype(np.float32)) * scales_nG[:, :, None]

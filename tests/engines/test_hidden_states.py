@@ -3,6 +3,9 @@ log-probabilities."""
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines import hidden_states
 from mlpmem_ds.engines.hidden_states import TransformersSource, masks_of_layers, scan_positions
+from mlpmem_ds.engines.host_copies import HostCopies
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.capture_point import CapturePoint
@@ -153,3 +158,50 @@ def test_a_layers_path_is_used_and_asked_for(base_dir: Path) -> None:
     assert TransformersSource(str(base_dir), device="cpu", layers_path="transformer.h").num_layers == 2
     with pytest.raises(UserError, match=r"transformer\.h: 2 x GPT2Block(?s:.*)--layers-path transformer\.h"):
         TransformersSource(str(base_dir), device="cpu", layers_path="transformer.blocks")
+
+
+def test_the_next_batch_is_queued_before_this_one_is_waited_for(
+    base_dir: Path, corpus_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the device has work while the host takes what is done."""
+    source, corpus, block = TransformersSource(str(base_dir)), open_corpus(corpus_dir), Block(0, 300)
+    expected = list(scan_positions(source, corpus, block, POINTS, batch_windows=2, ahead=False))
+    queued = [threading.Event() for _ in expected]
+    queued[0].set()
+
+    class Copies(HostCopies):
+        def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+            self.number = next(numbers)
+            queued[self.number].set()
+            super().__init__(tensors)
+
+        def wait(self) -> dict[str, torch.Tensor]:
+            following = min(self.number + 1, len(queued) - 1)
+            assert queued[following].wait(20), f"batch {following} waits for batch {self.number}"
+            return super().wait()
+
+    monkeypatch.setattr(hidden_states, "HostCopies", Copies)
+    numbers = itertools.count()
+    found = list(scan_positions(source, corpus, block, POINTS, batch_windows=2, ahead=True))
+    assert len(found) == len(expected) > 3
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.log_probabilities, theirs.log_probabilities)
+
+
+def test_what_is_made_of_the_states_replaces_them(base_dir: Path, corpus_dir: Path) -> None:
+    source, corpus, block = TransformersSource(str(base_dir)), open_corpus(corpus_dir), Block(5, 100)
+    whole = list(scan_positions(source, corpus, block, POINTS, batch_windows=2))
+    sums = list(
+        scan_positions(
+            source,
+            corpus,
+            block,
+            POINTS,
+            batch_windows=2,
+            with_log_probabilities=False,
+            finish=lambda states: {"sum": states["key"].sum(1)},
+        )
+    )
+    for made, rows in zip(sums, whole, strict=True):
+        assert list(made.states) == ["sum"] and len(made.log_probabilities) == 0
+        assert torch.equal(made.states["sum"], rows.states["key"].sum(1))

@@ -15,10 +15,8 @@ from mlpmem_ds.formats.keys import (
     Point,
     bfloat16_bits,
     bfloat16_values,
-    dequantize_inputs,
     encode,
     open_keys,
-    quantize_inputs,
 )
 from mlpmem_ds.models.capture_point import POINTS
 
@@ -109,32 +107,6 @@ def test_bfloat16_bits_are_torchs() -> None:
 def test_a_corpus_is_not_a_key_directory(corpus_dir: Path) -> None:
     with pytest.raises(UserError, match="not mlpmem-keys"):
         open_keys(corpus_dir)
-
-
-@pytest.mark.parametrize("size", [1, 127, 128, 129, 300])
-def test_int8_inputs_are_within_half_a_step_of_their_group(size: int) -> None:
-    inputs_nI = np.random.default_rng(size).standard_normal((20, size)).astype(np.float32)
-    inputs_nI[3] = 0
-    codes_nI, scales_nG = quantize_inputs(inputs_nI)
-    assert codes_nI.dtype == np.int8 and codes_nI.shape == inputs_nI.shape
-    assert scales_nG.dtype == np.float32 and scales_nG.shape == (20, -(-size // 128))
-    for group in range(scales_nG.shape[1]):
-        columns = slice(128 * group, 128 * (group + 1))
-        np.testing.assert_allclose(scales_nG[:, group], np.abs(inputs_nI[:, columns]).max(1) / 127, rtol=1e-6)
-        errors = np.abs(codes_nI[:, columns] * scales_nG[:, group : group + 1] - inputs_nI[:, columns])
-        assert (errors <= 0.5001 * scales_nG[:, group : group + 1]).all()
-    np.testing.assert_array_equal(
-        dequantize_inputs(codes_nI, scales_nG), codes_nI * np.repeat(scales_nG, 128, axis=1)[:, :size]
-    )
-    assert not dequantize_inputs(codes_nI, scales_nG)[3].any()
-
-
-def test_a_massive_number_of_an_input_costs_its_own_group_alone() -> None:
-    inputs_nI = np.random.default_rng(0).standard_normal((10, 256)).astype(np.float32)
-    inputs_nI[:, 5] = 4000
-    found = dequantize_inputs(*quantize_inputs(inputs_nI))
-    np.testing.assert_allclose(found[:, 5], 4000, rtol=1e-6)
-    assert np.abs(found[:, 128:] - inputs_nI[:, 128:]).max() < 0.02
 
 
 def test_bfloat16_bits_come_back() -> None:

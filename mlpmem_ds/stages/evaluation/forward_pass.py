@@ -14,11 +14,10 @@ import torch
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.hidden_states import BatchStates, TransformersSource, scan_positions
+from mlpmem_ds.engines.host_copies import to_device
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import HeadScores, head_scores
-from mlpmem_ds.models.backbone import LogitTransform, logit_transform
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.structure import output_head
 
 _CPU_TOKENS = 2048  # of a forward on a CPU; from a few hundred on, more at once are no faster
 
@@ -90,7 +89,8 @@ class ForwardPass:
             top_ids_n=top_ids_n,
             guesses_n3=np.stack([*(column.cpu().numpy() for column in guesses), is_correct_n], axis=1),
             states={
-                point: torch.cat([batch.states[name] for batch in rows]) for name, point in names.items()
+                point: torch.cat([batch.states[name] for batch in rows]).float()
+                for name, point in names.items()
             },
         )
 
@@ -103,7 +103,7 @@ class _ScoringSource:
 
     def __init__(self, source: TransformersSource) -> None:
         self._source = source
-        self._transform: LogitTransform = logit_transform(source.model)
+        self._transform = source.transform
         self.num_layers, self.width, self.vocab_size = source.num_layers, source.width, source.vocab_size
         self.max_context, self.dtype_name = source.max_context, source.dtype_name
         self.parts: list[HeadScores] = []
@@ -111,13 +111,14 @@ class _ScoringSource:
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
         return self._source.read(tokens_BS, points)
 
-    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> np.ndarray:
-        weight_VD, bias_V = output_head(self._source.model)
+    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:
         transform = None if self._transform.is_identity else self._transform
-        values_N1 = values_N.to(self._source.device)[:, None]
-        self.parts.append(head_scores(final_ND, weight_VD, values_N1, bias=bias_V, transform=transform))
-        result_N: np.ndarray = self.parts[-1].log_probabilities_NJ[:, 0].cpu().numpy()
-        return result_N
+        with self._source.head() as (weight_VD, bias_V):
+            device = weight_VD.device
+            values_N1 = to_device(values_N, device)[:, None]
+            final_ND = final_ND.to(device)
+            self.parts.append(head_scores(final_ND, weight_VD, values_N1, bias=bias_V, transform=transform))
+        return self.parts[-1].log_probabilities_NJ[:, 0]
 
 
 def _check_finite(log_probabilities_n: np.ndarray, corpus: CorpusSplit, block: Block) -> None:

@@ -116,12 +116,23 @@ def describe_massive(massive: Sequence[MassiveDimension]) -> str:
 def checked(
     states_nD: torch.Tensor, positions_n: Sequence[int] | np.ndarray, name: str, point: CapturePoint
 ) -> np.ndarray:
-    """The states as float32 [n, D], all finite.
+    """The states as float32 [n, D] on the CPU, all finite.
+
+    Raises:
+        UserError: as `refuse_infinite`.
+    """
+    refuse_infinite(torch.isfinite(states_nD).all(dim=1), positions_n, name, point)
+    return states_nD.cpu().float().numpy()
+
+
+def refuse_infinite(
+    finite_n: torch.Tensor, positions_n: Sequence[int] | np.ndarray, name: str, point: CapturePoint
+) -> None:
+    """Refuse states of which some are not finite.
 
     Raises:
         UserError: names the first position and the layer that gave a number which is not finite.
     """
-    finite_n = torch.isfinite(states_nD).all(dim=1)
     if not bool(finite_n.all()):
         position = int(positions_n[int((~finite_n).nonzero()[0])])
         raise UserError(
@@ -129,7 +140,6 @@ def checked(
             " model's weights are damaged, or --dtype float32 is needed (and another --output, where this"
             " one was begun)"
         )
-    return states_nD.float().numpy()
 
 
 def check_log_probabilities(log_probabilities_n: np.ndarray, positions_n: Sequence[int] | np.ndarray) -> None:
@@ -145,25 +155,4 @@ def check_log_probabilities(log_probabilities_n: np.ndarray, positions_n: Sequen
             f"the base's log-probability at position {int(positions_n[int(np.flatnonzero(~finite_n)[0])])} is"
             " not finite: the weights after its last layer are damaged, or --dtype float32 is needed (and"
             " another --output, where this one was begun)"
-        )
-
-
-def check_stored(
-    stored_nE: np.ndarray, states_nD: np.ndarray, positions_n: Sequence[int] | np.ndarray, point: CapturePoint
-) -> None:
-    """Refuse raw keys that float16 cannot hold.
-
-    Raises:
-        UserError: names the first position, the layer and the remedy.
-    """
-    if stored_nE.dtype != np.float16:
-        return
-    fits_n = np.isfinite(stored_nE).all(axis=1)
-    if not fits_n.all():
-        row = int(np.flatnonzero(~fits_n)[0])
-        largest = float(states_nD[row][np.abs(states_nD[row]).argmax()])
-        raise UserError(
-            f"the key at position {int(positions_n[row])}, layer {point.layer} ({point.point}), holds"
-            f" {largest:,.6g}, beyond float16's 65,504: choose --raw-dtype bfloat16, or --codec int8, and"
-            " another --output"
         )

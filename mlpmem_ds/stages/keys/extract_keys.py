@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -31,24 +32,18 @@ from mlpmem_ds.formats.keys import (
     Codec,
     CodecManifest,
     KeysManifest,
-    bfloat16_bits,
     file_name,
     open_keys,
-    quantize_inputs,
     read_codec,
     unit_name,
 )
 from mlpmem_ds.stages.keys.audit import AuditSettings, run_audit
-from mlpmem_ds.stages.keys.codec import (
-    check_log_probabilities,
-    check_stored,
-    checked,
-    read_sample,
-    write_codec,
-)
+from mlpmem_ds.stages.keys.codec import read_sample, write_codec
 from mlpmem_ds.stages.keys.config import Config
 from mlpmem_ds.stages.keys.inputs import Bases, ExtractionInputs, describe_keys, open_inputs
 from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS, PositionBytes, bytes_of_position, require_disk
+from mlpmem_ds.stages.keys.rows import RowMaker, stored_rows
+from mlpmem_ds.stages.keys.unit_files import unit_files
 
 __all__ = ["Config", "run"]
 
@@ -57,12 +52,11 @@ _CODEC_UNIT = "codec"
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """What a batch of windows gives: checked states, float32, and the base's log-probabilities."""
+    """What a batch of windows gives: checked rows of the arrays, as they are stored."""
 
     block: Block
-    keys_nD: np.ndarray
-    inputs_nI: np.ndarray | None
-    log_probabilities_n: np.ndarray
+    arrays: dict[str, np.ndarray]
+    num_clipped: int
     seconds: float
     """that the forward passes took, reading the tokens and the head's product included"""
 
@@ -191,35 +185,37 @@ class _Meter:
         return f"{gigabytes:.3f} GB, {max(outside, 0):.0%} of the time outside the forward pass"
 
 
-def _read_block(config: Config, corpus: CorpusSplit, bases: Bases, block: Block) -> Iterator[_Rows]:
+def _read_block(
+    config: Config, corpus: CorpusSplit, bases: Bases, codec: Codec, block: Block
+) -> Iterator[_Rows]:
     """The block's rows, batch by batch; where there are two models, each reads a batch of windows, one after
     the other."""
     size = config.batch_windows
-    own = {"input": bases.input_point} if config.input_codec != "none" else {}
-    points = {"key": bases.key_point, **own} if bases.is_one else own
-    readings = [scan_positions(bases.input_source, corpus, block, points, batch_windows=size)]
+    key, own = {"key": bases.key_point}, {"input": bases.input_point}
+    own = own if config.input_codec != "none" else {}
+    points = key | own
+    read = partial(
+        scan_positions,
+        corpus=corpus,
+        block=block,
+        batch_windows=size,
+        finish=RowMaker(codec=codec, input_codec=config.input_codec),
+    )
+    readings = [read(bases.input_source, points=points if bases.is_one else own)]
     if not bases.is_one:
-        key = {"key": bases.key_point}
-        readings.append(
-            scan_positions(
-                bases.key_source, corpus, block, key, batch_windows=size, with_log_probabilities=False
-            )
-        )
+        readings.append(read(bases.key_source, points=key, with_log_probabilities=False))
     while True:
         start = perf_counter()
         batch = [rows for reading in readings if (rows := next(reading, None)) is not None]
         seconds = perf_counter() - start
         if not batch:
             return
-        base, keyed = batch[0], batch[-1]
-        positions_n = range(*base.block)
-        yield _Rows(
-            block=base.block,
-            keys_nD=checked(keyed.states["key"], positions_n, "key", bases.key_point),
-            inputs_nI=checked(base.states["input"], positions_n, "input", bases.input_point) if own else None,
-            log_probabilities_n=base.log_probabilities,
-            seconds=seconds,
-        )
+        block_n = batch[0].block
+        made = {name: array for each in batch for name, array in each.states.items()}
+        arrays = {"values": corpus.values(*block_n).astype(corpus.dtype)}
+        arrays["log_probabilities"] = batch[0].log_probabilities
+        arrays |= stored_rows(made, arrays["log_probabilities"], range(*block_n), points)
+        yield _Rows(block=block_n, arrays=arrays, num_clipped=int(made.get("clipped", 0)), seconds=seconds)
 
 
 def _extract_unit(
@@ -232,35 +228,14 @@ def _extract_unit(
     writer: UnitWriter,
     meter: _Meter,
 ) -> dict[str, Any]:
-    """One unit's files; each array is filled in place, so that a unit is in memory once."""
-    arrays: dict[str, np.ndarray] = {"values": corpus.values(*block).astype(corpus.dtype)}
-
-    def put(name: str, rows: _Rows, array: np.ndarray) -> None:
-        if name not in arrays:
-            arrays[name] = np.empty((block.size, *array.shape[1:]), array.dtype)
-        arrays[name][rows.block.start - block.start : rows.block.stop - block.start] = array
-
+    """One unit's files."""
     num_clipped = 0
-    for rows in _read_block(config, corpus, bases, block):
-        stored_nE, clipped = codec.store(rows.keys_nD)
-        check_stored(stored_nE, rows.keys_nD, range(*rows.block), bases.key_point)
-        check_log_probabilities(rows.log_probabilities_n, range(*rows.block))
-        num_clipped += clipped
-        put("keys", rows, stored_nE)
-        put("log_probabilities", rows, rows.log_probabilities_n)
-        if rows.inputs_nI is not None and config.input_codec == "int8":
-            codes_nI, scales_nG = quantize_inputs(rows.inputs_nI)
-            put("inputs", rows, codes_nI)
-            put("input_scales", rows, scales_nG)
-        elif rows.inputs_nI is not None:
-            put("inputs", rows, bfloat16_bits(rows.inputs_nI))
-        meter.advance(rows)
-    for name in ("keys", "values", "log_probabilities", "inputs", "input_scales"):
-        if name in arrays:
-            writer.array(
-                file_name(name, block.start, unit_positions=unit_positions, total=corpus.num_positions),
-                arrays[name],
-            )
+    name_of = partial(file_name, first=block.start, unit_positions=unit_positions, total=corpus.num_positions)
+    with unit_files(writer, block.size, name_of) as files:
+        for rows in _read_block(config, corpus, bases, codec, block):
+            files.put(rows.arrays)
+            num_clipped += rows.num_clipped
+            meter.advance(rows)
     return {"positions": block.size, "clipped": num_clipped}
 
 

@@ -184,7 +184,8 @@ def _try_reading(bases: Bases, corpus: CorpusSplit) -> None:
             raise UserError(f"--{name}-layer, --{name}-point: {error}") from error
         checked(batch.states[name][0], positions, name, point)
     values_N = torch.from_numpy(corpus.values(0, num_positions))
-    check_log_probabilities(bases.input_source.log_probabilities(batch.final_BSD[0], values_N), positions)
+    scores_N = bases.input_source.log_probabilities(batch.final_BSD[0], values_N)
+    check_log_probabilities(scores_N.cpu().numpy(), positions)
 
 
 def _resolve_dim(config: Config, source: StateSource) -> int:
