@@ -135,11 +135,13 @@ def check_output(output: Path, *, stage: str) -> bool:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose a directory")
-    # The identity first, then the names until one that shows: large directories are not listed by every rank.
+    # The first name that shows is enough: large directories are not listed by every rank. The identity is
+    # looked for after it, for other ranks are starting too, and write that first.
+    shows_a_name = _shows_a_name(output)
     if (output / "identity.json").is_file() or has_records(output):
         _refuse_other_format(output, stage)
         return True
-    if _shows_a_name(output):
+    if shows_a_name:
         raise UserError(
             f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it"
         )

@@ -29,11 +29,10 @@ A stage is a few calls, the same on every rank:
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from mlpmem_ds.core.array_files import ArrayWriter, array_file
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.claims import claim, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
+from mlpmem_ds.core.dealing import Dealer, dealt_units, free_units
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.file_lists import files_of, list_files
 from mlpmem_ds.core.files import (
@@ -61,14 +61,12 @@ from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
 from mlpmem_ds.core.typed_json import to_json
-from mlpmem_ds.core.unit_records import Listing, UnitRecords, missing_of
-from mlpmem_ds.core.waiting import Choice, Patience
+from mlpmem_ds.core.unit_records import UnitRecords, missing_of
+from mlpmem_ds.core.waiting import Patience, wait_for_units
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
-_SECONDS_BETWEEN_LISTINGS = 1.0
 _NUM_READERS = 16  # records read at a time: a network file system answers each after a while
-_MAX_DOUBTFUL = 2  # units not known to be whole that a waiting rank looks at in a round
 
 
 class UnitWriter:
@@ -115,8 +113,12 @@ class StageDirectory:
     Readers of a complete directory compare a file when they first read it (core/manifest.py).
     """
 
-    def __init__(self, root: Path, identity: Mapping[str, Any], world: World) -> None:
+    def __init__(
+        self, root: Path, identity: Mapping[str, Any], world: World, dealer: Dealer | None = None
+    ) -> None:
         self.root = root
+        self._dealer = dealer if dealer is not None and 1 < dealer.size == world.size else None
+        self._num_dealt = 0
         self.identity = dict(identity)
         self.world = world
         self.records = UnitRecords(root, content_hash(self.identity))
@@ -137,12 +139,14 @@ class StageDirectory:
         the others' files and reads none of them.
         """
         self.run_units(units, compute)
+        if self._dealer is not None:
+            self._dealer.wait()  # no rank polls; what follows finds all done
         self._wait(units, until_whole=True)
         return self.summaries(units)
 
     def run_units(self, units: Sequence[str], compute: Compute, *, take_over: bool = True) -> int:
         """Compute this rank's units that are not complete, then the others' that no rank works at; return how
-        many.
+        many. Ranks with a dealer take the next unit from its counter instead, without claims and listings.
 
         Args:
             units: every unit of this phase, in the same order on every rank.
@@ -151,13 +155,21 @@ class StageDirectory:
         """
         self.records.place(units)
         recorded = self.records.listing().recorded
+        if take_over:
+            self._compute_of_unit.update(dict.fromkeys(units, compute))
+        if self._dealer is not None and take_over:
+            self._num_dealt += 1
+            return sum(
+                self._make(unit, compute, is_dealt=True)
+                for unit in dealt_units(units, self._dealer, f"{self.root.name} {self._num_dealt}")
+                if unit not in recorded or self._verify(unit) is not None
+            )
         num_computed = sum(
             self._make(unit, compute)
             for unit in deal(units, self.world.rank, self.world.size)
             if unit not in recorded or self._verify(unit) is not None
         )
         if take_over:
-            self._compute_of_unit.update(dict.fromkeys(units, compute))
             num_computed += sum(
                 self._make(unit, compute, taken_over=True) for unit in self._free_units(units)
             )
@@ -171,20 +183,16 @@ class StageDirectory:
         return fault
 
     def _free_units(self, units: Sequence[str]) -> Iterator[str]:
-        """The others' units without record and claim: each rank's last one first, for it gets there last."""
-        rank, size = self.world.rank, self.world.size
-        rows = itertools.zip_longest(
-            *(reversed(deal(units, (rank + step) % size, size)) for step in range(1, size))
-        )
-        listing, listed = self.records.listing(), time.monotonic()
-        for unit in (unit for row in rows for unit in row if unit is not None):
-            if time.monotonic() - listed > _SECONDS_BETWEEN_LISTINGS:
-                listing, listed = self.records.listing(), time.monotonic()
-            if unit not in listing.recorded and unit not in listing.claimed:
-                yield unit
+        return free_units(units, self.records, self.world)
 
     def _make(
-        self, unit: str, compute: Compute | None, *, taken_over: bool = False, breaks: bool = False
+        self,
+        unit: str,
+        compute: Compute | None,
+        *,
+        taken_over: bool = False,
+        breaks: bool = False,
+        is_dealt: bool = False,
     ) -> bool:
         """Compute and publish one unit; False where another process is at it, or has just made it.
 
@@ -193,10 +201,12 @@ class StageDirectory:
             compute: None = only compare its files.
             taken_over: it was dealt to another rank; then a record that is trusted is enough.
             breaks: the claim of a process that is gone, if there is one.
+            is_dealt: by a counter: no other rank has it, and it needs no claim.
         """
         path = self.records.path(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with claim(self.records.claim_path(unit), breaks=breaks) as is_mine:
+        claimed = claim(self.records.claim_path(unit), breaks=breaks)
+        with contextlib.nullcontext(True) if is_dealt else claimed as is_mine:
             if not is_mine:
                 return False
             # Asked anew: making the claim has brought this client's knowledge of the folder up to date.
@@ -243,47 +253,20 @@ class StageDirectory:
         """Until every unit has a record; a rank that waits makes the units of one that died."""
         self._wait(units)
 
-    def _wait(self, units: Iterable[str], *, until_whole: bool = False) -> None:
-        """Until every unit has a record, and with `until_whole` each is known to be whole.
+    def _wait(self, units: Sequence[str], *, until_whole: bool = False) -> None:
+        """Until every unit has a record, and with `until_whole` each is known to be whole."""
 
-        A round is one listing, for any number of units and ranks, and one unit tried: any that no live
-        rank works at.
-        """
-        patience, choice = Patience(), Choice(self.records.claim_path)
-        listing = self.records.listing()
-        while left := self._unfinished(units, listing, until_whole=until_whole):
-            units = left
-            if not self._try_one(left, listing, choice):
-                patience.log(
-                    "rank %d waits for %d units that other ranks compute, the first is %s",
-                    self.world.rank,
-                    len(left),
-                    left[0],
-                )
-                patience.sleep()
-            listing = self.records.listing()
+        def try_one(unit: str, is_claimed: bool) -> bool:
+            return self._make(unit, self._compute_of_unit.get(unit), taken_over=True, breaks=is_claimed)
 
-    def _unfinished(self, units: Iterable[str], listing: Listing, *, until_whole: bool) -> list[str]:
-        """Those without a record; with `until_whole` also those that are not known to be whole."""
-        left, num_doubtful = [], 0
-        for unit in units:
-            if unit in listing.recorded:
-                if not until_whole or (num_doubtful < _MAX_DOUBTFUL and self.records.is_trusted(unit)):
-                    continue
-                num_doubtful += 1
-            left.append(unit)
-        return left
-
-    def _try_one(self, units: Sequence[str], listing: Listing, choice: Choice) -> bool:
-        """Make, or compare with its checksums, one unit that no live rank works at; whether there was one to
-        make."""
-        open_units = [unit for unit in units if unit in self._compute_of_unit or unit in listing.recorded]
-        free = [unit for unit in open_units if unit not in listing.claimed]
-        unit = choice.of(free, [unit for unit in open_units if unit in listing.claimed])
-        if unit is None:
-            return False
-        is_gone = unit in listing.claimed
-        return self._make(unit, self._compute_of_unit.get(unit), taken_over=True, breaks=is_gone)
+        wait_for_units(
+            units,
+            self.records,
+            until_whole=until_whole,
+            can_make=self._compute_of_unit.__contains__,
+            try_one=try_one,
+            name=f"rank {self.world.rank}",
+        )
 
     def remove_stale_files(self) -> None:
         """Remove temporary files and claims of processes that were killed."""
@@ -335,6 +318,9 @@ class StageDirectory:
             wait: return only when the directory is complete, on every rank: for what all ranks do with it
                 next. They compare what they read of it.
         """
+        if self._dealer is not None:
+            self._complete_together(units, describe, afterwards, self._dealer, wait=wait)
+            return
         self._wait([unit for unit in units if unit in self._compute_of_unit])
         self.log.write("finished", seconds=self._seconds())
         self._publish_manifest(units, describe, afterwards)
@@ -344,6 +330,24 @@ class StageDirectory:
             while not self.manifest_path.is_file():  # another rank writes it, or has died
                 self._publish_manifest(units, describe, afterwards)
                 patience.sleep()
+
+    def _complete_together(
+        self,
+        units: Sequence[str],
+        describe: Callable[[], Manifest | Mapping[str, Any]],
+        afterwards: Callable[[], None] | None,
+        dealer: Dealer,
+        *,
+        wait: bool,
+    ) -> None:
+        """`complete` for ranks with a dealer: rank 0 publishes when all have got here."""
+        dealer.wait()
+        self.log.write("finished", seconds=self._seconds())
+        if self.world.is_first:
+            self._wait([unit for unit in units if unit in self._compute_of_unit])  # seen by its client too
+            self._publish_manifest(units, describe, afterwards)
+        if wait:
+            dealer.wait()
 
     def _publish_manifest(
         self,
@@ -380,6 +384,7 @@ def open_stage(
     world: World,
     resolved: Mapping[str, Any] | None = None,
     flags: Collection[str] | None = None,
+    dealer: Dealer | None = None,
 ) -> StageDirectory:
     """Open or make a stage's output directory, refusing one that holds something else. Check the inputs
     before this.
@@ -395,6 +400,8 @@ def open_stage(
         inputs: name → hash of each input (manifest checksums, model fingerprints).
         resolved: what the stage made of each flag of identity "resolved", all of them and no others.
         flags: those that decide this directory, where one command writes several; None = all.
+        dealer: deals the units to ranks that were launched together; None (or of one rank): a fixed share
+            each, and claims.
 
     Raises:
         UserError: the directory holds files that are not this stage's, or a run with other inputs or flags.
@@ -409,7 +416,7 @@ def open_stage(
     settle_identity(output, identity, defaults=default_values(type(config)))
     if world.is_first:
         _remove_damaged_manifest(output)
-    directory = StageDirectory(output, identity, world)
+    directory = StageDirectory(output, identity, world, dealer)
     if world.is_first:
         directory.remove_stale_files()
         publish_json(output / "run.json", describe_run(config, world))

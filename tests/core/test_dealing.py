@@ -1,0 +1,124 @@
+"""Units dealt by a counter: each to one rank, without claims; and those that no rank works at."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.core.dealing import dealt_units, free_units
+from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.unit_records import UnitRecords
+from mlpmem_ds.core.world import World
+
+from .counted_calls import counted_calls
+from .toy_stage import UNITS, Config, result_of
+
+
+class Threads:
+    """Ranks that are threads of this process; each has a view of it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.numbers: Counter[str] = Counter()
+        self._lock, self._barrier = threading.Lock(), threading.Barrier(size, timeout=30)
+
+    def next_number(self, counter: str) -> int:
+        with self._lock:
+            self.numbers[counter] += 1
+            return self.numbers[counter] - 1
+
+    def wait(self) -> None:
+        self._barrier.wait()
+
+
+def run_together(config: Config, size: int) -> list[str]:
+    """The toy stage, then a second list of units, on ranks with a counter; returns the units made."""
+    dealer, made, failures = Threads(size), list[str](), list[BaseException]()
+
+    def work(rank: int) -> None:
+        directory = open_stage(
+            config.output,
+            stage="toy",
+            version=1,
+            config=config,
+            inputs={"corpus": "i"},
+            world=World(rank=rank, size=size),
+            dealer=dealer,
+        )
+
+        def compute(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
+            made.append(unit)
+            writer.array(f"part-{unit}.npy", np.arange(4) * int(unit) * config.factor)
+            return {"sum": int(unit)}
+
+        assert len(directory.run_phase(UNITS[:2], compute)) == 2
+        directory.run_units(UNITS[2:], compute)
+        directory.complete(
+            UNITS,
+            lambda: {"total": sum(each["sum"] for each in directory.summaries(UNITS))},
+            wait=True,
+        )
+        assert directory.manifest_path.is_file()
+
+    def guarded(rank: int) -> None:
+        try:
+            work(rank)
+        except BaseException as error:
+            failures.append(error)
+            dealer._barrier.abort()
+
+    threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    return made
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_a_counter_deals_each_unit_once_for_the_same_bytes(
+    tmp_path: Path, straight: dict[str, str], size: int
+) -> None:
+    config = Config(output=tmp_path / "dealt")
+    assert sorted(run_together(config, size)) == UNITS
+    assert result_of(config.output) == straight
+    (config.output / "part-3.npy").write_bytes(b"")
+    assert run_together(config, size) == ["3"]
+    assert result_of(config.output) == straight
+
+
+def test_ranks_with_a_counter_make_no_claim_and_do_not_poll(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "dealt")
+    with counted_calls(config.output) as calls:
+        run_together(config, 2)
+    assert not any(".claim" in name for name in calls if name != ".manifest.claim")
+    assert calls["listings"] < 40
+
+
+def test_a_dealer_of_one_rank_changes_nothing(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "one")
+    world = World(rank=1, size=2)
+    directory = open_stage(
+        config.output, stage="toy", version=1, config=config, inputs={}, world=world, dealer=Threads(1)
+    )
+    assert directory.run_units(UNITS, lambda unit, writer: None) == 5  # its own, then those not made
+
+
+def test_every_number_below_the_count_is_a_unit() -> None:
+    assert list(dealt_units(["a", "b", "c"], Threads(1), "units")) == ["a", "b", "c"]
+
+
+def test_units_with_a_record_or_a_claim_are_not_free(tmp_path: Path) -> None:
+    records = UnitRecords(tmp_path, "i" * 64)
+    (tmp_path / "done").mkdir()
+    records.publish("1", [], {})
+    records.claim_path("3").write_text("")
+    assert list(free_units(UNITS, records, World(rank=0, size=2))) == []
+    assert list(free_units(UNITS, records, World(rank=1, size=2))) == ["4", "2", "0"]
