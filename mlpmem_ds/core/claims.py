@@ -43,6 +43,7 @@ def claim(path: Path, *, breaks: bool = False) -> Iterator[bool]:
         path: of the claim file.
         breaks: take it also where another process may hold it: for a caller that watched it (`ClaimWatch`).
     """
+    text = holder(os.getpid())  # beforehand: a claim that is left empty holds the others up for a minute
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -50,11 +51,11 @@ def claim(path: Path, *, breaks: bool = False) -> Iterator[bool]:
             yield False
             return
         descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+    os.write(descriptor, text.encode())
+    os.close(descriptor)
     stop = threading.Event()
     toucher = threading.Thread(target=_touch_until, args=(path, stop), daemon=True)
     try:
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(holder(os.getpid()))
         toucher.start()
         yield True
     finally:

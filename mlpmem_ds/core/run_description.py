@@ -7,7 +7,7 @@ import datetime
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,10 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
     }
 
 
-def check_output(output: Path, *, stage: str) -> bool:
+def check_output(output: Path, *, stage: str, leftovers: Collection[str] = ()) -> bool:
     """Whether a run was begun there; for callers that do long work before `open_stage`.
+
+    `leftovers` are names that may be there before: what a run that was given up has left for the next.
 
     Raises:
         UserError: it is a file, or holds something that is no stage's.
@@ -137,7 +139,7 @@ def check_output(output: Path, *, stage: str) -> bool:
         raise UserError(f"--output {output} is a file: choose a directory")
     # The first name that shows is enough: large directories are not listed by every rank. The identity is
     # looked for after it, for other ranks are starting too, and write that first.
-    shows_a_name = _shows_a_name(output)
+    shows_a_name = _shows_a_name(output, leftovers)
     if (output / "identity.json").is_file() or has_records(output):
         _refuse_other_format(output, stage)
         return True
@@ -159,10 +161,10 @@ def _refuse_other_format(output: Path, stage: str) -> None:
             )
 
 
-def _shows_a_name(folder: Path) -> bool:
-    """Whether a directory has an entry that is not hidden."""
+def _shows_a_name(folder: Path, leftovers: Collection[str]) -> bool:
+    """Whether a directory has an entry that is not hidden, and none of `leftovers`."""
     try:
         with os.scandir(folder) as entries:
-            return any(not entry.name.startswith(".") for entry in entries)
+            return any(not entry.name.startswith(".") and entry.name not in leftovers for entry in entries)
     except FileNotFoundError:
         return False

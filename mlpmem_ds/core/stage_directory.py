@@ -385,6 +385,7 @@ def open_stage(
     resolved: Mapping[str, Any] | None = None,
     flags: Collection[str] | None = None,
     dealer: Dealer | None = None,
+    leftovers: Collection[str] = (),
 ) -> StageDirectory:
     """Open or make a stage's output directory, refusing one that holds something else. Check the inputs
     before this.
@@ -412,7 +413,7 @@ def open_stage(
         "inputs": dict(inputs),
         "config": deciding_values(config, resolved or {}, flags=flags),
     }
-    check_output(output, stage=stage)
+    check_output(output, stage=stage, leftovers=leftovers)
     settle_identity(output, identity, defaults=default_values(type(config)))
     if world.is_first:
         _remove_damaged_manifest(output)

@@ -6,6 +6,9 @@ A launcher may show a rank all GPUs of its machine (then the local rank chooses)
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from mlpmem_ds.core.errors import UserError
@@ -43,6 +46,16 @@ def device_of_rank(requested: str, world: World) -> torch.device:
 def memory_bytes(device: torch.device) -> int:
     """Of a GPU, free or not; 0 of a CPU, whose memory is not its own."""
     return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
+
+
+def free_host_bytes() -> int:
+    """Memory of this machine that programs may still take, as Linux estimates it; without an estimate, all of
+    it."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gpu_number(world: World) -> int:

@@ -19,10 +19,10 @@ class MappedKeys:
     """`keys.read("keys")` without reading it: int8 codes, float16 keys, or float32 with the values of
     bfloat16 keys; the first `num_keys` of them."""
 
-    def __init__(self, keys: Keys, num_keys: int | None = None) -> None:
+    def __init__(self, keys: Keys, num_keys: int | None = None, *, is_verified: bool = False) -> None:
         self.keys = keys
         self.shape = (keys.num_positions if num_keys is None else num_keys, keys.dim)
-        self._checked_units: set[int] = set()
+        self._is_verified = is_verified
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -38,20 +38,18 @@ class MappedKeys:
             return np.asarray(self.keys.unit("keys", first)[start - first : stop - first : step])
         return self.keys.read("keys", start, stop)[::step]
 
-    def check(self, positions_n: np.ndarray | None = None) -> None:
-        """Compare the key files of all rows, or those of some positions, with their checksums, each once.
+    def check(self) -> None:
+        """Compare the key files of all rows with their checksums, each once; nothing where units of a stage
+        have done so.
 
         Raises:
             DamagedDataError: one has another.
         """
-        size = self.keys.manifest.unit_positions
-        units = (
-            range(-(-len(self) // size)) if positions_n is None else np.unique(positions_n // size).tolist()
-        )
-        for unit in units:
-            if unit not in self._checked_units:
-                self.keys.check("keys", self.keys.blocks[unit])
-                self._checked_units.add(unit)
+        if not self._is_verified:
+            size = self.keys.manifest.unit_positions
+            for block in self.keys.blocks[: -(-len(self) // size)]:
+                self.keys.check("keys", block)
+            self._is_verified = True
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:

@@ -106,6 +106,28 @@ class ListedKeys:
             return np.zeros(local_QP.shape, np.int64)
         return np.where(local_QP >= 0, self.sizes_L[local_QP], 0)
 
+    def part(self, first: int, stop: int) -> ListedKeys:
+        """The lists [first, stop) of the index where they lie: nothing is copied."""
+        lists = slice(first - self.first_list, stop - self.first_list + 1)
+
+        def cut(run: ListedRun) -> ListedRun:
+            offsets_G1 = run.offsets_L1[lists]
+            rows = slice(int(offsets_G1[0]), int(offsets_G1[-1]))
+            return ListedRun(
+                first=run.first,
+                offsets_L1=offsets_G1 - offsets_G1[0],
+                ids_N=run.ids_N[rows],
+                keys_ND=run.keys_ND[rows],
+                norms_N=None if run.norms_N is None else run.norms_N[rows],
+            )
+
+        return ListedKeys(
+            runs=[cut(run) for run in self.runs],
+            num_keys=self.num_keys,
+            first_list=first,
+            num_all_lists=self.num_all_lists or self.num_lists,
+        )
+
     def group(self, first: int, stop: int, device: torch.device = CPU) -> ListedKeys:
         """The lists [first, stop) of the index in one piece, in the order (list, id), in a device's memory.
 

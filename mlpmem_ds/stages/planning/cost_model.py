@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.corpus import token_dtype
-from mlpmem_ds.formats.lists_directory import RUN_POSITIONS, bytes_of_key_lists
+from mlpmem_ds.formats.lists_directory import RUN_POSITIONS, RunLayout, bytes_of_key_lists
 from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -289,13 +291,14 @@ def list_bytes(work: Workload) -> int:
     """Keys in the order of the lists, on disk while targets are written."""
     if work.search == "exact":
         return 0
-    return bytes_of_key_lists(
-        work.positions,
-        work.num_lists,
-        work.dim * (1 if work.codec == "int8" else 2),
-        token_dtype(work.vocab_size).itemsize,
-        is_integer=work.codec == "int8",
+    layout = RunLayout(
+        num_lists=work.num_lists,
+        vocab_size=work.vocab_size,
+        dim=work.dim,
+        key_dtype=np.dtype(np.int8 if work.codec == "int8" else np.float16),
+        value_dtype=token_dtype(work.vocab_size),
     )
+    return bytes_of_key_lists(work.positions, layout)
 
 
 def _corpus_memory(work: Workload, machine: Machine) -> int:

@@ -39,6 +39,10 @@ class ExactSearch:
             if self._device.type != "cpu" and self._loaded is None:
                 self._loaded = load_keys(self._keys_ND, self._device)
 
+    @property
+    def mapped(self) -> None:
+        return None
+
     def search(self, queries_QD: np.ndarray, k: int, exclusion: Exclusion | None = None) -> PackedNeighbours:
         self.prepare()
         keys_ND = self._keys_ND if self._loaded is None else self._loaded

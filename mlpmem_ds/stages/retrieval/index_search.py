@@ -44,6 +44,10 @@ class IndexSearch:
         self._keys_ND.check()
         _ = self._index
 
+    @property
+    def mapped(self) -> None:
+        return None
+
     def search(self, queries_QD: np.ndarray, k: int, exclusion: Exclusion | None = None) -> PackedNeighbours:
         if exclusion is not None:
             raise ValueError("index search hides no keys from a query: search by lists, or all keys")

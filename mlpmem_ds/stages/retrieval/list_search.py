@@ -2,7 +2,7 @@
 
 Once `prepare` has brought the keys in the order of the lists (key_lists.py), they are read from mapped files
 that the ranks of a machine share. Before that the keys of the probed lists are gathered for a few queries at
-a time: enough for a sample, and nothing is written for it. Both give the same neighbours, bit for bit for
+a time: enough for an audit, and nothing is written for it. Both give the same neighbours, bit for bit for
 int8 codes.
 
 Q queries, D numbers in a key, K neighbours, P lists that a query probes, L lists, M gathered keys.
@@ -22,6 +22,7 @@ from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import TRAINED_NAME, IndexDirectory
+from mlpmem_ds.formats.lists_directory import MappedLists
 from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.knn import pack_list_neighbours
 from mlpmem_ds.maths.listed_keys import ListedKeys, run_of
@@ -46,11 +47,13 @@ class ListSearch:
         threads: int | None,
         world: World,
         device: torch.device,
+        is_verified: bool,
     ) -> None:
         self._device = device
-        self._keys_ND, self._index, self._nprobe = keys_ND, index, nprobe
+        self._keys_ND, self._index, self.nprobe = keys_ND, index, nprobe
         self._lists_path, self._threads, self._world = lists, threads, world
-        self._listed: ListedKeys | None = None
+        self._is_verified = is_verified
+        self._mapped: MappedLists | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -60,19 +63,28 @@ class ListSearch:
         """Make the keys in the order of the lists where they are missing, each rank its share, and map
         them."""
         _ = self._trained
-        if self._listed is None and self._lists_path is not None:
-            self._listed = make_key_lists(self._lists_path, self._keys_ND.keys, self._index, self._world)
+        if self._mapped is None and self._lists_path is not None:
+            self._mapped = make_key_lists(self._lists_path, self._keys_ND.keys, self._index, self._world)
+
+    @property
+    def mapped(self) -> MappedLists | None:
+        """The keys list by list with their values; None where `prepare` has not brought them there."""
+        return self._mapped
+
+    def probes(self, queries_QD: np.ndarray) -> np.ndarray:
+        """The lists that each query probes, nearest first: int64 [Q, P]."""
+        return self._trained.assign(queries_QD, self.nprobe)
 
     def search(self, queries_QD: np.ndarray, k: int, exclusion: Exclusion | None = None) -> PackedNeighbours:
-        probes_QP = self._probes(queries_QD)
-        if self._listed is None:
+        probes_QP = self.probes(queries_QD)
+        if self._mapped is None:
             return self._search_gathered(queries_QD, probes_QP, k, exclusion)
         return pack_list_neighbours(
-            queries_QD, probes_QP, self._listed, k, exclusion=exclusion, device=self._device
+            queries_QD, probes_QP, self._mapped.keys, k, exclusion=exclusion, device=self._device
         )
 
     def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
-        return self._sizes_L[self._probes(queries_QD)[:, 0]]
+        return self._sizes_L[self.probes(queries_QD)[:, 0]]
 
     def _search_gathered(
         self, queries_QD: np.ndarray, probes_QP: np.ndarray, k: int, exclusion: Exclusion | None
@@ -103,13 +115,14 @@ class ListSearch:
     @cached_property
     def _shards(self) -> list[ShardLists]:
         """The lists of the index's shards, in their files."""
-        self._index.check()
+        if not self._is_verified:
+            self._index.check()
         return [map_lists(self._index, shard) for shard in range(len(self._index.shard_paths))]
 
     @cached_property
     def _sizes_L(self) -> np.ndarray:
-        if self._listed is not None:
-            return self._listed.sizes_L
+        if self._mapped is not None:
+            return self._mapped.sizes_L
         sizes_L: np.ndarray = np.sum([shard.list_sizes() for shard in self._shards], axis=0)
         return sizes_L
 
@@ -139,6 +152,3 @@ class ListSearch:
         offsets_L1 = np.concatenate([[0], np.cumsum(sizes_L)])
         run = run_of(0, offsets_L1, ids_M, self._keys_ND[ids_M])
         return ListedKeys(runs=[run], num_keys=len(self._keys_ND))
-
-    def _probes(self, queries_QD: np.ndarray) -> np.ndarray:
-        return self._trained.assign(queries_QD, self._nprobe)

@@ -17,6 +17,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.formats.lists_directory import MappedLists
 from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.distances import CPU
 from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours
@@ -47,6 +48,10 @@ class NeighbourSearch(Protocol):
     def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
         """Keys in the list that each query falls in, int64 [Q]; all keys where there are no lists."""
 
+    @property
+    def mapped(self) -> MappedLists | None:
+        """The keys list by list and all values, mapped; None where the search has no such directory."""
+
 
 def open_search(
     keys: Keys,
@@ -59,6 +64,7 @@ def open_search(
     threads: int | None = None,
     world: World | None = None,
     device: torch.device = CPU,
+    is_verified: bool = False,
 ) -> NeighbourSearch:
     """A search of these keys.
 
@@ -73,6 +79,8 @@ def open_search(
         threads: of faiss; None = as the environment says.
         world: with `lists`: the ranks that make that directory together.
         device: where queries are compared with keys and centroids.
+        is_verified: units of a stage compare keys and index with their checksums; else `prepare` does, with
+            all that is searched.
 
     Raises:
         UserError: `how` needs an index and there is none, or codes and it has lists alone.
@@ -93,6 +101,7 @@ def open_search(
         threads=threads,
         world=World() if world is None else world,
         device=device,
+        is_verified=is_verified,
     )
     return _OPENERS[how](source)
 
@@ -109,10 +118,11 @@ class _Source:
     threads: int | None
     world: World
     device: torch.device
+    is_verified: bool
 
     @property
     def keys_ND(self) -> MappedKeys:
-        return MappedKeys(self.keys, self.num_keys)
+        return MappedKeys(self.keys, self.num_keys, is_verified=self.is_verified)
 
 
 def _open_exact(source: _Source) -> NeighbourSearch:
@@ -132,6 +142,7 @@ def _open_lists(source: _Source) -> NeighbourSearch:
         threads=source.threads,
         world=source.world,
         device=source.device,
+        is_verified=source.is_verified,
     )
 
 

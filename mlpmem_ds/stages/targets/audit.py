@@ -36,6 +36,7 @@ from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import TargetAuditManifest, Targets, open_targets
 from mlpmem_ds.maths.target_distance import compare_rows, count_faulty_rows, probability_of, recall
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
+from mlpmem_ds.stages.retrieval.verified_keys import VerifiedKeys
 from mlpmem_ds.stages.targets.config import AuditConfig
 from mlpmem_ds.stages.targets.teacher import Teacher
 
@@ -118,16 +119,20 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
         inputs=inputs,
         world=world,
     )
-    search = open_search(truth, how="exact", device=device_of_rank("auto", world))
+    search = open_search(truth, how="exact", device=device_of_rank("auto", world), is_verified=True)
     audit = _Audit(
         targets=targets,
         num_positions=config.positions,
         teacher=teacher,
-        true_teacher=replace(teacher, keys=truth, search=search, lists=None),
+        true_teacher=replace(teacher, keys=truth, search=search),
         world=world,
     )
-    units = [*audit.shards, *audit.parts]
-    stage.run_phase(units, audit.compute)
+    # The targets' own keys were compared with their checksums when the targets were written.
+    verified = VerifiedKeys(keys=truth)
+    first_units = [] if truth.sha256 == teacher.keys.sha256 else list(verified.units)
+    stage.run_phase(first_units, verified.verify)
+    units = [*first_units, *audit.shards, *audit.parts]
+    stage.run_phase(units[len(first_units) :], audit.compute)
     audit.progress.close()
     if world.is_first:  # made anew each time, so that a kill between them leaves nothing undone
         record = _summarize(stage, audit)

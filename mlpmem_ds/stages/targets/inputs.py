@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import UserError
@@ -27,6 +26,7 @@ from mlpmem_ds.formats.targets import ORDER_NAME
 from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.stages.retrieval.key_lists import check_key_lists
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
+from mlpmem_ds.stages.retrieval.verified_keys import VerifiedKeys
 from mlpmem_ds.stages.targets.audit import open_truth
 from mlpmem_ds.stages.targets.config import Config
 from mlpmem_ds.stages.targets.teacher import Teacher
@@ -42,7 +42,8 @@ class Inputs:
         index: whose lists are searched; None with exact search.
         teacher: a search of the keys, and what a position may not find.
         truth: keys that an audit compares with; None without one.
-        order_V: token ids by falling frequency as a value, for the encoding `compact`; else None.
+        verified: the units that compare the keys of exact search with their checksums; those of lists are
+            compared when the lists are made.
         hashes: of each input, by its name.
     """
 
@@ -50,7 +51,7 @@ class Inputs:
     index: IndexDirectory | None
     teacher: Teacher
     truth: Keys | None
-    order_V: np.ndarray | None
+    verified: VerifiedKeys
     hashes: Mapping[str, str]
 
     @property
@@ -58,9 +59,10 @@ class Inputs:
         return "exact" if self.index is None else "ivf"
 
     def write_order(self, unit: str, writer: UnitWriter) -> None:
-        """The unit that keeps `order_V` next to the targets."""
-        assert self.order_V is not None
-        writer.array(ORDER_NAME, self.order_V)
+        """The unit of the token ids by falling frequency as a value, for the encoding `compact`."""
+        self.teacher.prepare()
+        counts_V = self.teacher.count_values()
+        writer.array(ORDER_NAME, frequency_order(counts_V, dtype=token_dtype(len(counts_V))))
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
@@ -80,6 +82,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
         threads=config.threads,
         world=world,
         device=device,
+        is_verified=True,
     )
     teacher = Teacher(
         keys=keys,
@@ -87,14 +90,13 @@ def open_inputs(config: Config, world: World) -> Inputs:
         k=config.k,
         window=config.exclude_window,
         documents=documents,
-        lists=lists,
     )
     return Inputs(
         keys=keys,
         index=index,
         teacher=teacher,
         truth=None if config.audit is None else open_truth(config.raw_keys, keys),
-        order_V=_frequency_order(keys) if config.encoding == "compact" else None,
+        verified=VerifiedKeys(keys=keys),
         hashes=hashes | {"keys": keys.sha256} | ({} if index is None else {"index": index.sha256}),
     )
 
@@ -168,11 +170,3 @@ def _check_sizes(config: Config, keys: Keys) -> None:
             f"--neighbour-perplexity {config.perplexity:g} cannot be reached with {others} other"
             " keys: choose a smaller one, or set --temperature"
         )
-
-
-def _frequency_order(keys: Keys) -> np.ndarray:
-    keys.check("values")
-    counts_V = np.zeros(keys.manifest.vocab_size, np.int64)
-    for block in keys.blocks:
-        counts_V += np.bincount(keys.unit("values", block.start), minlength=len(counts_V))
-    return frequency_order(counts_V, dtype=token_dtype(len(counts_V)))

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import Keys
-from mlpmem_ds.formats.lists_directory import VALUES_NAME, map_array
 from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
@@ -36,8 +34,6 @@ class Teacher:
         window: positions on either side that are no neighbours.
         documents: the text, where positions of one document are no neighbours of one another; None where
             they are.
-        lists: where `search.prepare` makes the keys in the order of the lists, with the values in one file;
-            None where it makes none.
     """
 
     keys: Keys
@@ -45,17 +41,16 @@ class Teacher:
     k: int
     window: int = 0
     documents: CorpusSplit | None = None
-    lists: Path | None = None
 
     def prepare(self) -> None:
         """Make and read what many positions need, before threads share this."""
         self.search.prepare()
-        _ = self._values_N
+        if self.search.mapped is None:
+            _ = self._values_N
 
     def find(self, positions_n: np.ndarray, *, exclude: bool = True) -> PackedNeighbours:
         """The k nearest keys of each of these positions (int64); without `exclude` a position may find
         itself."""
-        self._queries_ND.check(positions_n)
         exclusion = self._exclusion(positions_n) if exclude else None
         return self.search.search(self._queries_ND[positions_n], self.k, exclusion)
 
@@ -81,9 +76,21 @@ class Teacher:
 
     def values_of(self, positions: np.ndarray) -> np.ndarray:
         """The values of any positions, in the shape of `positions`."""
-        if self.lists is None or "_values_N" in vars(self):
+        if self.search.mapped is not None:
+            return self.search.mapped.values_of(positions)
+        if "_values_N" in vars(self):
             return self._values_N[positions]
         return self.keys.gather("values", positions.ravel()).reshape(positions.shape)
+
+    def count_values(self) -> np.ndarray:
+        """How often each token id is a value, int64 [V]."""
+        if self.search.mapped is not None:
+            counts_V: np.ndarray = np.sum(self.search.mapped.counts, axis=0)
+            return counts_V
+        counts_V = np.zeros(self.keys.manifest.vocab_size, np.int64)
+        for block in self.keys.blocks:
+            counts_V += np.bincount(self.keys.unit("values", block.start), minlength=len(counts_V))
+        return counts_V
 
     @cached_property
     def _queries_ND(self) -> MappedKeys:
@@ -91,11 +98,7 @@ class Teacher:
 
     @cached_property
     def _values_N(self) -> np.ndarray:
-        """The value of each position: mapped from one file where there is one, else copied to memory."""
-        if self.lists is not None:
-            values_N: np.ndarray = map_array(self.lists / VALUES_NAME)
-            return values_N
-        self.keys.check("values")
+        """The value of each position, in memory: with exact search of all keys."""
         return self.keys.read("values")
 
     def _exclusion(self, positions_n: np.ndarray) -> Exclusion:

@@ -1,4 +1,4 @@
-"""The units of write_targets: what a sample shows before anything is written, and the rows of a shard.
+"""The units of write_targets: what a sample shows before any row is written, and the rows of a shard.
 
 n positions of a batch, K neighbours, V token ids.
 """
@@ -87,12 +87,13 @@ class Sample:
     row_format: RowFormat
 
     def measure(self, unit: str, writer: UnitWriter) -> dict[str, Any]:
-        """The unit of the sample, whose record keeps the summary."""
-        return self.summary
+        """The unit of the sample: the weighting, the number of positions, the perplexity of their neighbours'
+        weights, and what a position will take on disk.
 
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """The weighting, the number of positions, and the perplexity of their neighbours' weights."""
+        Raises:
+            UserError: no temperature gives the perplexity.
+        """
+        self.teacher.prepare()
         weighting, neighbours = self.weighting, self._neighbours
         squared_nK, valid_nK = self.teacher.squared_distances(neighbours)
         has_any_n = valid_nK.any(axis=1)
@@ -103,6 +104,7 @@ class Sample:
             "neighbour_perplexity": float(np.exp(np.log(perplexities_n).mean()))
             if len(perplexities_n)
             else 1.0,
+            "bytes_per_position": self.bytes_per_position(),
         }
 
     @cached_property

@@ -1,25 +1,31 @@
 """`write_targets`: keys (and index) → targets. Each key's neighbours among all keys, as a next-token
 distribution.
 
-First a sample is measured: the temperature that gives the needed neighbour-weight perplexity, or the
-perplexity that the given temperature has; an unreachable perplexity and a disk that is too small are refused
-before anything is written. Then there is one unit for each shard file. The queries are the stored keys
-themselves and a position never finds itself; distances are those of the stored keys also where an index chose
-the candidates. With int8 keys they are exact integers, and a row depends on nothing but the keys and the
-flags.
+Before the first file costs nothing: manifests are compared, and the disk by what no targets stay below. Then
+the keys are brought into the order of the lists by all ranks (key_lists.py), or compared with their checksums
+where all of them are searched. One rank measures a sample for all: the temperature that gives the needed
+neighbour-weight perplexity, or the perplexity that the given temperature has, and the bytes of a row. An
+unreachable perplexity and a disk that is too small are refused here; the lists stay for the next start. Then
+there is one unit for each shard file. The queries are the stored keys themselves and a position never finds
+itself; distances are those of the stored keys also where an index chose the candidates. With int8 keys they
+are exact integers, and a row depends on nothing but the keys and the flags.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.config import default_of
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
@@ -28,9 +34,9 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.lists_directory import FOLDER
 from mlpmem_ds.formats.target_shards import TargetShard, shard_name
-from mlpmem_ds.formats.targets import ExcludedNeighbours, TargetsManifest
+from mlpmem_ds.formats.targets import ORDER_NAME, ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
-from mlpmem_ds.stages.retrieval.key_lists import missing_bytes, remove_key_lists
+from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, missing_bytes
 from mlpmem_ds.stages.targets import audit as target_audit
 from mlpmem_ds.stages.targets.config import AuditConfig, Config
 from mlpmem_ds.stages.targets.inputs import Inputs, open_inputs
@@ -38,6 +44,7 @@ from mlpmem_ds.stages.targets.units import RowFormat, Sample, ShardWriter, Weigh
 
 _logger = logging.getLogger(__name__)
 _WEIGHTING, _ORDER = "weighting", "frequency_order"
+_MIN_BYTES = 8  # of a position's row: no targets are smaller
 _MARGIN_OF_BYTES = 1.05
 
 
@@ -45,19 +52,8 @@ def run(config: Config, world: World) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     inputs = open_inputs(config, world)
-    row_format = RowFormat(
-        mass=config.mass,
-        encoding=config.encoding,
-        container=config.container,
-        dtype=token_dtype(inputs.keys.manifest.vocab_size),
-        order_V=inputs.order_V,
-    )
-    rule = WeightingRule(
-        kind=config.weighting, temperature=config.fixed_temperature, perplexity=config.perplexity
-    )
-    sample = Sample(teacher=inputs.teacher, rule=rule, row_format=row_format)
-    if not check_output(config.output, stage=TargetsManifest.FORMAT):
-        _require_disk(config, inputs, sample)
+    if not check_output(config.output, stage=TargetsManifest.FORMAT, leftovers=[FOLDER]):
+        _require_min_disk(config, inputs)
     stage = open_stage(
         config.output,
         stage=TargetsManifest.FORMAT,
@@ -66,11 +62,22 @@ def run(config: Config, world: World) -> None:
         inputs=inputs.hashes,
         world=world,
         resolved=_resolved(config, inputs.search),
+        leftovers=[FOLDER],
     )
-    first_units = [_WEIGHTING] if inputs.order_V is None else [_WEIGHTING, _ORDER]
-    (summary,) = stage.run_phase([_WEIGHTING], sample.measure)
-    stage.run_units(first_units[1:], inputs.write_order)
-    measured = _read_sample(stage, summary)
+    lists_in_use = ListsInUse(config.output)
+    try:
+        with lists_in_use.hold():
+            _write(config, world, inputs, stage)
+    except _Refused as refused:
+        _give_up(stage)
+        raise refused.error from refused
+    if config.lists is None and stage.manifest_path.is_file():
+        lists_in_use.remove_unless_held()
+
+
+def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory) -> None:
+    """All units, the manifest and the audit."""
+    first_units, row_format, measured = _run_first_units(config, inputs, stage)
     shard_writer = ShardWriter(
         teacher=inputs.teacher,
         row_format=row_format,
@@ -80,6 +87,7 @@ def run(config: Config, world: World) -> None:
         world=world,
     )
     shards = shard_writer.shards
+    _require_disk(config, measured, [shards[unit] for unit in stage.missing_units(list(shards))])
     stage.run_units(list(shards), shard_writer.write)
     shard_writer.progress.close()
     units = [*first_units, *shards]
@@ -88,8 +96,6 @@ def run(config: Config, world: World) -> None:
         return _describe(config, inputs, measured, shards, stage.summaries(list(shards)))
 
     stage.complete(units, describe, wait=inputs.truth is not None)
-    if config.lists is None and stage.manifest_path.is_file():
-        remove_key_lists(config.output / FOLDER)  # ranks that have it mapped may go on
     if config.audit is not None and inputs.truth is not None:
         audit_config = AuditConfig(targets=config.output, positions=config.audit)
         target_audit.run(audit_config, world, teacher=inputs.teacher, truth=inputs.truth)
@@ -101,13 +107,72 @@ class _Measured:
 
     weighting: Weighting
     perplexity: float
+    bytes_per_position: float
+
+
+def _run_first_units(
+    config: Config, inputs: Inputs, stage: StageDirectory
+) -> tuple[list[str], RowFormat, _Measured]:
+    """What all shards need: keys compared with their checksums (those of lists are, when the lists are made),
+    the order of token ids, the weighting. Returns the names of the units too.
+
+    Raises:
+        _Refused: no temperature gives the perplexity.
+    """
+    verified = inputs.verified.units if inputs.index is None else {}
+    orders = [_ORDER] if config.encoding == "compact" else []
+    stage.run_phase(list(verified), inputs.verified.verify)
+    if stage.missing_units([*orders, _WEIGHTING]):
+        inputs.teacher.prepare()  # by all ranks, before one of them needs it
+    stage.run_phase(orders, inputs.write_order)
+    row_format = RowFormat(
+        mass=config.mass,
+        encoding=config.encoding,
+        container=config.container,
+        dtype=token_dtype(inputs.keys.manifest.vocab_size),
+        order_V=np.load(stage.root / ORDER_NAME, allow_pickle=False) if orders else None,
+    )
+    rule = WeightingRule(
+        kind=config.weighting, temperature=config.fixed_temperature, perplexity=config.perplexity
+    )
+    sample = Sample(teacher=inputs.teacher, rule=rule, row_format=row_format)
+    try:
+        (summary,) = stage.run_phase([_WEIGHTING], sample.measure)
+    except UserError as error:
+        raise _Refused(error) from error
+    return [_WEIGHTING, *orders, *verified], row_format, _read_sample(stage, summary)
+
+
+class _Refused(Exception):
+    """The sample showed that the flags cannot be met."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _give_up(stage: StageDirectory) -> None:
+    """Take everything away but the lists, which cost most and do not depend on what was refused; the identity
+    last, so that other flags may follow."""
+    for name in ("done", ORDER_NAME, "log.jsonl", "run.json", "identity.json"):
+        path = stage.root / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the lists are there, or another rank has removed it
+        stage.root.rmdir()
 
 
 def _read_sample(stage: StageDirectory, summary: Mapping[str, Any]) -> _Measured:
     weighting = from_json(
         Weighting, summary["weighting"], where=str(stage.root), version=TargetsManifest.VERSION
     )
-    return _Measured(weighting=weighting, perplexity=summary["neighbour_perplexity"])
+    return _Measured(
+        weighting=weighting,
+        perplexity=summary["neighbour_perplexity"],
+        bytes_per_position=summary["bytes_per_position"],
+    )
 
 
 def _resolved(config: Config, search: str) -> dict[str, Any]:
@@ -121,24 +186,36 @@ def _resolved(config: Config, search: str) -> dict[str, Any]:
     }
 
 
-def _require_disk(config: Config, inputs: Inputs, sample: Sample) -> None:
-    """Before anything is written: the temperature, and whether the targets fit on the disk."""
-    summary, num_bytes = sample.summary, sample.bytes_per_position()
-    total = num_bytes * inputs.keys.num_positions
-    _logger.info(
-        "temperature %.4g, neighbour-weight perplexity %.1f: about %.0f bytes a position (%s, %s), %.2f GB",
-        sample.weighting.temperature,
-        summary["neighbour_perplexity"],
-        num_bytes,
-        config.encoding,
-        config.container,
-        total / 1e9,
-    )
-    needed, what = int(total * _MARGIN_OF_BYTES), "the targets"
+def _require_min_disk(config: Config, inputs: Inputs) -> None:
+    """Before anything is written: refuse a disk that cannot hold the lists and the smallest of targets."""
+    needed, what = _MIN_BYTES * inputs.keys.num_positions, "the targets"
     if inputs.index is not None and config.lists is None:
         needed += missing_bytes(config.output / FOLDER, inputs.keys, inputs.index)
         what = "the targets and, until they are written, the keys in list order (elsewhere: --lists)"
     require_free_bytes(config.output, needed, what=what)
+
+
+def _require_disk(config: Config, measured: _Measured, missing: Sequence[Block]) -> None:
+    """Before rows are written: refuse a disk that cannot hold those of the shards that are missing."""
+    num_bytes = measured.bytes_per_position
+    total = num_bytes * sum(block.size for block in missing)
+    if total:
+        _logger.info(
+            "temperature %.4g, neighbour-weight perplexity %.1f: about %.0f bytes a position (%s, %s),"
+            " %.2f GB",
+            measured.weighting.temperature,
+            measured.perplexity,
+            num_bytes,
+            config.encoding,
+            config.container,
+            total / 1e9,
+        )
+    require_free_bytes(
+        config.output,
+        int(total * _MARGIN_OF_BYTES),
+        what="the targets",
+        remedy="free some space and run again, it goes on from here",
+    )
 
 
 def _describe(

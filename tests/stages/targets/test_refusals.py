@@ -16,7 +16,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.stages.targets import write_targets
 
-from .conftest import NUM_KEYS, config, result_of, values, vectors
+from .conftest import COMPACT, NUM_KEYS, config, result_of, values, vectors
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,35 @@ def test_bad_inputs_leave_nothing(
 
 @pytest.mark.parametrize("damaged", ["keys", "index"])
 def test_a_flipped_byte_of_what_is_searched_is_refused(
-    keys: Path, index: Path, tmp_path: Path, damaged: str
+    keys: Path, index: Path, undisturbed: Path, tmp_path: Path, damaged: str
 ) -> None:
     for name, root in (("keys", keys), ("index", index)):
         shutil.copytree(root, tmp_path / name)
     path = sorted((tmp_path / damaged).glob("keys-*.npy" if damaged == "keys" else "shard-*"))[-1]
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    settings = config(tmp_path / "keys", tmp_path / "targets", search="ivf", index=tmp_path / "index")
+    paths = {"keys_dir": tmp_path / "keys", "index": tmp_path / "index", "output_dir": tmp_path / "targets"}
+    settings = config(**paths, search="ivf", nprobe=3)
     with pytest.raises(
         DamagedDataError, match=f"{path.name} does not have the checksum.*run the stage that made"
     ):
         write_targets.run(settings, World())
-    assert not settings.output.exists()
+    assert not list((settings.output / "done").glob("*.json")) and not list(settings.output.glob("knn-*"))
+    path.write_bytes(good)
+    write_targets.run(settings, World())
+    assert result_of(settings.output) == result_of(undisturbed)
+
+
+def test_an_unreachable_perplexity_leaves_the_lists_and_other_flags_may_follow(
+    keys: Path, index: Path, compact: Path, tmp_path: Path
+) -> None:
+    changes = {**COMPACT, "neighbour_perplexity": 19.99, "index": index, "exclude_window": 190}
+    for rank in range(2):
+        with pytest.raises(UserError, match="cannot be reached"):
+            write_targets.run(config(keys, tmp_path / "targets", **changes), World(rank=rank, size=2))
+        assert {path.name for path in (tmp_path / "targets").iterdir()} == {"lists"}
+    write_targets.run(config(keys, tmp_path / "targets", **COMPACT, index=index), World())
+    assert result_of(tmp_path / "targets") == result_of(compact)
 
 
 def test_a_disk_that_is_too_small_is_refused(
