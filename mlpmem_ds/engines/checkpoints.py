@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import FileRecord, require_free_bytes
 from mlpmem_ds.core.world import World
@@ -68,8 +67,8 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where a disk is full
         _give_up(place, step, error)
     wait_for_all(world)
-    names = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
-    shares = gather_values(record_and_flush(place, deal(names, world.rank, world.size)), world)
+    seen = gather_values(_names_below(place), world)
+    shares = gather_values(record_and_flush(place, share_of_names(seen, world.rank)), world)
     if world.is_first:
         try:
             records = sorted((record for share in shares for record in share), key=lambda record: record.name)
@@ -79,6 +78,29 @@ def save_checkpoint(
         remove_old_checkpoints(root, keep)
     wait_for_all(world)
     return root / checkpoint_name(step)
+
+
+def _names_below(place: Path) -> list[str]:
+    return [str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()]
+
+
+def share_of_names(seen: Sequence[Collection[str]], rank: int) -> list[str]:
+    """The files that a rank flushes and takes the checksums of.
+
+    On a network file system a rank's listing may lack what others wrote in the last minute, but never what
+    it wrote itself. So a file counts if any rank sees it, and goes to a rank that does.
+
+    Args:
+        seen: every rank's listing.
+        rank: this one.
+    """
+    views = [frozenset(names) for names in seen]
+    share = []
+    for number, name in enumerate(sorted(frozenset().union(*views))):
+        seers = [other for other, view in enumerate(views) if name in view]
+        if seers[number % len(seers)] == rank:
+            share.append(name)
+    return share
 
 
 def _prepare_place(root: Path, needed: int) -> str | None:
@@ -122,13 +144,14 @@ def find_checkpoint(
     """
     if world.is_first:
         remove_unfinished(root)
-    wait_for_all(world)
     places = [root] if copies is None else [root, copies]
     candidates = sorted(
         (path for place in places for path in list_checkpoints(place)),
         key=lambda path: path.name,
         reverse=True,
     )
+    # All go by the list of rank 0: another rank's may be older, and then they would wait for each other.
+    candidates = gather_values(candidates, world)[0]
     for path in candidates:
         faults = gather_values(fault_of_checkpoint(path, rank=world.rank, size=world.size), world)
         fault = next(filter(None, faults), None)
@@ -140,6 +163,7 @@ def find_checkpoint(
             _logger.warning("%s: not resuming from %s, it is set aside as *.damaged", fault, path)
             set_aside(path)
     damaged = [path for place in places if place.is_dir() for path in place.glob("step-*.damaged")]
+    damaged = gather_values(damaged, world)[0]
     if candidates or damaged:
         raise UserError(
             f"no checkpoint in {root} is whole ({len(candidates) or len(damaged)} damaged): restore one from "

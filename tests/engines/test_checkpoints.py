@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import threading
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import checkpoints
 from mlpmem_ds.engines.checkpoints import find_checkpoint, save_checkpoint
+from mlpmem_ds.formats.checkpoint import list_checkpoints
 
 from ..manifests import checkpoint_manifest
 
@@ -85,3 +89,70 @@ def test_a_full_disk_is_told_before_and_while_writing(tmp_path, monkeypatch):
         save(root, 5)
     monkeypatch.undo()
     assert [path.name for path in root.iterdir()] == ["step-00000003"] and find(root).step == 3
+
+
+def listings(size):
+    """What each of `size` ranks sees where its listing lacks the others' newest file."""
+    shared = [f"state-{rank}" for rank in range(size)]
+    return [[*shared, f"newest-{rank}"] for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_no_file_is_left_out_where_listings_are_stale(size):
+    """Each file is hashed by one rank, which sees it."""
+    seen = listings(size)
+    shares = [checkpoints.share_of_names(seen, rank) for rank in range(size)]
+    assert sorted(sum(shares, [])) == sorted({name for names in seen for name in names})
+    assert all(set(share) <= set(names) for share, names in zip(shares, seen, strict=True))
+    everyone = [seen[0]] * size
+    assert {len(checkpoints.share_of_names(everyone, rank)) for rank in range(size)} <= {
+        len(seen[0]) // size,
+        -(-len(seen[0]) // size),
+    }
+
+
+def test_two_ranks_with_stale_listings_publish_all_files_and_find_the_same(tmp_path, monkeypatch):
+    """Two threads stand for two hosts: each sees its own files and none that the other wrote."""
+    root, rank_of = tmp_path / "checkpoints", threading.local()
+    values, barrier = {}, threading.Barrier(2, timeout=30)
+
+    def gather_values(value, world):
+        values[world.rank] = value
+        barrier.wait()
+        gathered = [values[rank] for rank in range(2)]
+        barrier.wait()
+        return gathered
+
+    whole = Path.rglob
+
+    def stale(path, pattern):
+        return [found for found in whole(path, pattern) if f"rank{1 - rank_of.value}" not in found.name]
+
+    monkeypatch.setattr(checkpoints, "gather_values", gather_values)
+    monkeypatch.setattr(checkpoints, "wait_for_all", lambda world: barrier.wait())
+    monkeypatch.setattr(Path, "rglob", stale)
+    monkeypatch.setattr(
+        checkpoints, "list_checkpoints", lambda place: list_checkpoints(place) if rank_of.value == 0 else []
+    )
+    found = {}
+
+    def work(rank):
+        rank_of.value, world = rank, World(rank=rank, size=2)
+
+        def write(name):
+            (root / name).mkdir(exist_ok=True)
+            (root / name / f"rank{rank}.pt").write_bytes(bytes([rank]))
+
+        def describe(files):
+            return checkpoint_manifest(step=3, world=2, files=files)
+
+        save_checkpoint(root, 3, write=write, describe=describe, num_parameters=1, keep=2, world=world)
+        found[rank] = find_checkpoint(root, copies=None, subject={}, world=world)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record.name for record in found[0].manifest.files] == ["rank0.pt", "rank1.pt"]
+    assert found[1] == found[0]
