@@ -47,9 +47,12 @@ class ArrayWriter:
 
 
 @contextlib.contextmanager
-def array_file(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[ArrayWriter]:
-    """While open, rows can be appended; on leaving, the file appears whole; on an error, not at all."""
-    with publish(path) as temporary, open(temporary, "wb") as stream:
+def array_file(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, *, flush_folder: bool = True
+) -> Iterator[ArrayWriter]:
+    """While open, rows can be appended; on leaving, the file appears whole; on an error, not at all.
+    `flush_folder` as in `files.publish`."""
+    with publish(path, flush_folder=flush_folder) as temporary, open(temporary, "wb") as stream:
         rows = ArrayWriter(stream, shape, dtype)
         yield rows
         assert rows.num_rows == shape[0], f"{path}: {rows.num_rows} of {shape[0]} rows were written"

@@ -67,15 +67,16 @@ def content_hash(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def publish(path: Path) -> Iterator[Path]:
+def publish(path: Path, *, flush_folder: bool = True) -> Iterator[Path]:
     """Give a temporary path to write; on leaving, flush it to disk and rename it to `path`; on an error,
-    remove it."""
+    remove it. The folder's names are flushed too, unless the caller does it for several files at once."""
     temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
     try:
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
-        flush(path.parent)
+        if flush_folder:
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -105,9 +106,10 @@ def sealed_json(value: Mapping[str, Any]) -> bytes:
     return canonical_json({**plain, SEAL: content_hash(plain)})
 
 
-def publish_array(path: Path, array: np.ndarray) -> FileRecord:
-    """Write `array` as .npy (never pickled); its record, hashed as it is written."""
-    with publish(path) as temporary, open(temporary, "wb") as stream:
+def publish_array(path: Path, array: np.ndarray, *, flush_folder: bool = True) -> FileRecord:
+    """Write `array` as .npy (never pickled); its record, hashed as it is written. `flush_folder` as in
+    `publish`."""
+    with publish(path, flush_folder=flush_folder) as temporary, open(temporary, "wb") as stream:
         # Not np.save: it writes past Python's streams, and then a full disk is an error without a number or a
         # name.
         hashed = HashedStream(stream)

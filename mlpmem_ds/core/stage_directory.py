@@ -33,7 +33,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from mlpmem_ds.core.file_lists import files_of, list_files
 from mlpmem_ds.core.files import (
     FileRecord,
     content_hash,
+    flush,
     publish,
     publish_array,
     publish_json,
@@ -66,38 +66,48 @@ from mlpmem_ds.core.waiting import Patience, wait_for_units
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
-_NUM_READERS = 16  # records read at a time: a network file system answers each after a while
 
 
 class UnitWriter:
-    """Publishes the files of one unit and remembers their records."""
+    """Publishes the files of one unit and remembers their records.
+
+    Their folders are flushed once, at the end: each flush is a request to the server of a network file
+    system's names, which all ranks share.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self.records: list[FileRecord] = []
+        self._folders: set[Path] = set()
+
+    def _path_of(self, name: str) -> Path:
+        path = self._root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._folders.add(path.parent)
+        return path
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[Path]:
         """A temporary path that becomes OUTPUT/name when the block ends."""
-        path = self._root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with publish(path) as temporary:
+        with publish(self._path_of(name), flush_folder=False) as temporary:
             yield temporary
         self.records.append(record_file(self._root, name))
 
     def array(self, name: str, array: np.ndarray) -> None:
-        path = self._root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.records.append(replace(publish_array(path, array), name=name))
+        record = publish_array(self._path_of(name), array, flush_folder=False)
+        self.records.append(replace(record, name=name))
 
     @contextlib.contextmanager
     def array_file(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[ArrayWriter]:
         """OUTPUT/name, an array that is written a few rows at a time; it appears when the block ends."""
-        path = self._root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with array_file(path, shape, dtype) as rows:
+        with array_file(self._path_of(name), shape, dtype, flush_folder=False) as rows:
             yield rows
         self.records.append(rows.record(name))
+
+    def flush_folders(self) -> None:
+        """Make the files' names survive a crash of the machine; before the record is written."""
+        for folder in self._folders:
+            flush(folder)
 
 
 Compute = Callable[[str, UnitWriter], Mapping[str, Any] | None]
@@ -126,7 +136,8 @@ class StageDirectory:
         self._start = time.monotonic()
         self._was_complete = self.manifest_path.is_file()
         self._compute_of_unit: dict[str, Compute] = {}
-        self._summaries: dict[str, dict[str, Any]] = {}
+        self._read_here: set[str] = set()  # units that later ones of this stage read
+        self._summaries: dict[str, dict[str, Any]] = {}  # while a manifest is described
 
     @property
     def manifest_path(self) -> Path:
@@ -138,6 +149,7 @@ class StageDirectory:
         Returns their summaries. A rank that waits makes the units of one that died. It compares the sizes of
         the others' files and reads none of them.
         """
+        self._read_here.update(units)
         self.run_units(units, compute)
         if self._dealer is not None:
             self._dealer.wait()  # no rank polls; what follows finds all done
@@ -223,31 +235,16 @@ class StageDirectory:
             if compute is None:
                 return False
             self.manifest_path.unlink(missing_ok=True)
-            former = self.records.former_files(unit)
             writer = UnitWriter(self.root)
             start = time.monotonic()
             summary = compute(unit, writer)
-            self._refuse_other_bytes(unit, former, writer.records)
+            self.records.refuse_other_bytes(unit, writer.records, is_read_here=unit in self._read_here)
+            writer.flush_folders()
             self.records.publish(unit, writer.records, summary or {})
             self.records.former_path(unit).unlink(missing_ok=True)
         seconds = round(time.monotonic() - start, 3)
         self.log.write("unit", unit=unit, seconds=seconds, **({"taken_over": True} if taken_over else {}))
         return True
-
-    def _refuse_other_bytes(
-        self, unit: str, former: Sequence[FileRecord] | None, files: Sequence[FileRecord]
-    ) -> None:
-        """A damaged unit must come out as it was: other units may have been made from it.
-
-        Raises:
-            DamagedDataError: it was made with other bytes (another machine, library or number of threads).
-        """
-        if former is not None and list(former) != list(files):
-            raise DamagedDataError(
-                f"unit {unit} of {self.root} was damaged and has other bytes when made again, so the other"
-                " units may not fit it (another machine or number of threads?): remove the directory and run"
-                " again"
-            )
 
     def wait_for(self, units: Sequence[str]) -> None:
         """Until every unit has a record; a rank that waits makes the units of one that died."""
@@ -284,17 +281,6 @@ class StageDirectory:
             self._summaries[unit] if unit in self._summaries else self.records.read(unit)["summary"]
             for unit in units
         ]
-
-    @contextlib.contextmanager
-    def _all_read(self, units: Sequence[str]) -> Iterator[list[FileRecord]]:
-        """Read each record once, several at a time; gives the files, and keeps the summaries in the block."""
-        with ThreadPoolExecutor(_NUM_READERS) as readers:
-            records = list(readers.map(self.records.read, units))
-        self._summaries = {unit: record["summary"] for unit, record in zip(units, records, strict=True)}
-        try:
-            yield [FileRecord(**file) for record in records for file in record["files"]]
-        finally:
-            self._summaries = {}
 
     def complete(
         self,
@@ -361,9 +347,10 @@ class StageDirectory:
             is_done = self.manifest_path.is_file() and not (self._was_complete and self.world.is_first)
             if is_done or not is_mine:
                 return
-            with self._all_read(units) as files:
-                own = to_json(describe())
-                manifest = {**self.identity, **own, **list_files(self.root, files)}
+            files, self._summaries = self.records.read_all(units)
+            own = to_json(describe())
+            self._summaries = {}
+            manifest = {**self.identity, **own, **list_files(self.root, files)}
             publish_json(self.manifest_path, manifest, seal=True)
             self.remove_stale_files()
         log_for_all(_logger, self.world, "complete: %s (%.1f s)", self.root, self._seconds())

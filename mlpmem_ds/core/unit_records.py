@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlpmem_ds.core.run_description import IDENTITY_FIELD
 
 _SECONDS_OF_TRUST = 600.0
 """before this process opened the directory: ranks of one run do not start at the same moment"""
+_NUM_READERS = 16
 _CLOCK_SECONDS = 2.0  # by which two clients' times of one file system may differ, and its granularity
 
 
@@ -117,12 +119,45 @@ class UnitRecords:
             for file, state in states
         )
 
-    def former_files(self, unit: str) -> list[FileRecord] | None:
-        """The files of a unit's earlier record; None where there is none that can be read."""
+    def read_all(self, units: Sequence[str]) -> tuple[list[FileRecord], dict[str, dict[str, Any]]]:
+        """The files of all units, in their order, and each unit's summary: every record is read once, several
+        at a time, for a network file system answers after a while."""
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            records = list(readers.map(self.read, units))
+        files = [file for record in records for file in _files_of(record)]
+        return files, {unit: record["summary"] for unit, record in zip(units, records, strict=True)}
+
+    def refuse_other_bytes(self, unit: str, files: Sequence[FileRecord], *, is_read_here: bool) -> None:
+        """A damaged unit must come out as it was: others were made from it.
+
+        Args:
+            unit: just made again.
+            files: it has now.
+            is_read_here: other units of this directory are made from it, not those of later stages alone.
+
+        Raises:
+            DamagedDataError: it has other bytes (another machine, library or number of threads). The former
+                record stays, so that the next start refuses them too.
+        """
+        former = self.former_path(unit)
         try:
-            return _files_of(read_sealed_json(self.former_path(unit)))
-        except DamagedDataError:
-            return None
+            if _files_of(read_sealed_json(former)) == list(files):
+                return
+        except DamagedDataError:  # none that can be read: nothing to compare with
+            return
+        accepted = (
+            f"the other units here are made from it: to make them all anew with the new bytes, remove"
+            f" {self._root / 'done'}"
+            if is_read_here
+            else f"no other unit here is made from it: to accept the new bytes, rm '{former}'"
+        )
+        raise DamagedDataError(
+            f"unit {unit} of {self._root} was damaged and has other bytes when made again (another machine,"
+            f" library or number of threads?). Run the same command where it was made, or restore"
+            f" {', '.join(file.name for file in files[:3]) or 'its files'} and {former.name} (as {unit}.json)"
+            f" from a copy. Otherwise {accepted}, run the same command again, and then make anew what later"
+            " stages made from this directory: they name its manifest, and refuse another"
+        )
 
 
 def time_of_file_system(folder: Path) -> float:

@@ -40,17 +40,19 @@ class Threads:
 def run_together(config: Config, size: int) -> list[str]:
     """The toy stage, then a second list of units, on ranks with a counter; returns the units made."""
     dealer, made, failures = Threads(size), list[str](), list[BaseException]()
+    opening = threading.Lock()
 
     def work(rank: int) -> None:
-        directory = open_stage(
-            config.output,
-            stage="toy",
-            version=1,
-            config=config,
-            inputs={"corpus": "i"},
-            world=World(rank=rank, size=size),
-            dealer=dealer,
-        )
+        with opening:  # ranks of one process have one name for temporary files
+            directory = open_stage(
+                config.output,
+                stage="toy",
+                version=1,
+                config=config,
+                inputs={"corpus": "i"},
+                world=World(rank=rank, size=size),
+                dealer=dealer,
+            )
 
         def compute(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
             made.append(unit)

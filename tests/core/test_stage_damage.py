@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Mapping
@@ -86,9 +88,21 @@ def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> N
         config.output, stage="toy", version=1, config=config, inputs={"corpus": "i"}, world=World()
     )
     for _ in range(2):  # also the second time: the old record still says what it was
-        with pytest.raises(DamagedDataError, match="has other bytes"):
+        with pytest.raises(DamagedDataError, match="has other bytes") as caught:
             directory.run_units(UNITS, lambda unit, writer: writer.array(f"part-{unit}.npy", np.zeros(9)))
         assert not directory.manifest_path.exists()
+    (command,) = re.findall(r"rm '.*?'", str(caught.value))
+    subprocess.run(command, shell=True, check=True)  # the new bytes are accepted, and no other unit is made
+    assert directory.run_units(UNITS, lambda unit, writer: writer.array("part-2.npy", np.zeros(9))) == 1
+
+
+def test_a_damaged_unit_that_others_here_are_made_from_is_not_accepted_alone(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World())
+    directory.run_phase(["codec"], lambda unit, writer: writer.array("codec.npy", np.ones(9)))
+    (config.output / "codec.npy").write_bytes(b"")
+    with pytest.raises(DamagedDataError, match="make them all anew with the new bytes, remove .*toy/done"):
+        directory.run_phase(["codec"], lambda unit, writer: writer.array("codec.npy", np.zeros(9)))
 
 
 def test_a_damaged_unit_is_not_there_until_it_is_made_again(tmp_path: Path, straight: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlpmem_ds.core import claims, files
+from mlpmem_ds.core import claims, files, stage_directory
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_array
 from mlpmem_ds.core.manifest import read_manifest
@@ -248,3 +248,21 @@ def test_whoever_completes_is_heard(tmp_path: Path, caplog: pytest.LogCaptureFix
     ]
     assert [level for level, _ in said] == ["WARNING", "INFO"]  # of ranks above 0, warnings only are shown
     assert "by_another" in said[0][1] and "by_the_first" in said[1][1]
+
+
+def test_the_folder_of_a_units_files_is_flushed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    for module in (files, stage_directory):
+        monkeypatch.setattr(module, "flush", flushed.append)
+    directory = open_toy(Config(output=tmp_path / "out"), 0)
+    flushed.clear()
+
+    def compute(unit: str, writer: UnitWriter) -> None:
+        for number in range(4):
+            writer.array(f"{number}.npy", np.zeros(3))
+        with writer.array_file("inner/b.npy", (0,), np.dtype("<f4")):
+            pass
+
+    directory.run_units(["0", "1"], compute, take_over=False)
+    folders = [path.relative_to(directory.root).as_posix() for path in flushed if path.is_dir()]
+    assert sorted(folders) == [".", "done", "inner"]  # the second folder is the record's
