@@ -6,6 +6,8 @@ import hashlib
 
 import numpy as np
 
+from mlpmem_ds.core.blocks import Block
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 22
 _KEPT_ITEMS = 1 << 20
@@ -81,17 +83,19 @@ class Permutation:
         return merged_n
 
 
-def sample_positions(num_positions: int, count: int, *, seed: int) -> np.ndarray:
+def sample_positions(num_positions: int, count: int, *, seed: int, block: Block | None = None) -> np.ndarray:
     """About `count` of the positions [0, num_positions), all where there are not more: int64, ascending.
 
-    Whether a position is drawn depends on its number, `seed` and the fraction alone.
+    Whether a position is drawn depends on its number, `seed` and the fraction alone. With `block` only those
+    that lie in it are given.
     """
+    first, stop = (0, num_positions) if block is None else block
     if count >= num_positions:
-        return np.arange(num_positions)
+        return np.arange(first, stop)
     threshold = np.uint64(int(count / num_positions * 2**64))
     drawn = []
-    for start in range(0, num_positions, _CHUNK):
-        positions = np.arange(start, min(start + _CHUNK, num_positions), dtype=np.uint64)
+    for start in range(first, stop, _CHUNK):
+        positions = np.arange(start, min(start + _CHUNK, stop), dtype=np.uint64)
         drawn.append(np.flatnonzero(mix(positions * _GOLDEN + _state((seed,))) < threshold) + start)
     return np.concatenate(drawn)
 

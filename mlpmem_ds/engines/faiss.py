@@ -25,15 +25,17 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.maths.centroids import (
+from mlpmem_ds.engines.collectives.alone import Alone
+from mlpmem_ds.engines.collectives.ranks import Ranks
+from mlpmem_ds.maths.centroids import CentroidTable, nearest_centroids
+from mlpmem_ds.maths.distances import CPU
+from mlpmem_ds.maths.kmeans import (
     ITERATIONS,
     TWO_LEVEL_ABOVE,
-    CentroidTable,
+    Share,
     integer_centroids,
-    nearest_centroids,
     two_level_centroids,
 )
-from mlpmem_ds.maths.distances import CPU
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -240,20 +242,41 @@ class Index:
             quantizers + 16 * self.num_lists
         )
 
-    def train(self, vectors_ND: Array, *, seed: int = 0, two_level_above: int = TWO_LEVEL_ABOVE) -> None:
-        """Train the lists and the code of an empty index on a sample; int8 vectors give integer centroids.
+    def train(
+        self,
+        sample: Array | Share,
+        *,
+        ranks: Ranks | None = None,
+        seed: int = 0,
+        two_level_above: int = TWO_LEVEL_ABOVE,
+    ) -> None:
+        """Train the lists and the code of an empty index on a sample [N, D], which ranks may hold together:
+        then all of them call this, and the index of rank 0 is the trained one.
 
-        Above `two_level_above` lists the centroids are trained in two levels.
+        int8 vectors give integer centroids, of which all ranks train a part. Code words, and centroids of
+        floats, are trained by rank 0. Above `two_level_above` lists the centroids are trained in two levels.
         """
+        ranks = Alone() if ranks is None else ranks
+        sample = sample if isinstance(sample, Share) else Share.whole(sample)
         self._bound_training(seed)
         ivf, is_flat = self._ivf, isinstance(self._quantizer, FlatQuantizer)
-        stride = max(1, len(vectors_ND) // max(_CODE_TRAINING_VECTORS, ivf.nlist))
-        if vectors_ND.dtype == np.int8 and not isinstance(self.raw, faiss.IndexPreTransform):
+        stride = max(1, sample.total // max(_CODE_TRAINING_VECTORS, ivf.nlist))
+        is_integer = sample.vectors_nD.dtype == np.int8 and not isinstance(self.raw, faiss.IndexPreTransform)
+        if is_integer:
             centroids_LD = integer_centroids(
-                vectors_ND, ivf.nlist, seed=seed, device=self._device, two_level_above=two_level_above
+                sample,
+                ivf.nlist,
+                seed=seed,
+                ranks=ranks,
+                device=self._device,
+                two_level_above=two_level_above,
             )
+            sample = sample.every(stride)  # what is left to train is the code
+        vectors_ND = sample.on_first(ranks)
+        if ranks.rank > 0:
+            return
+        if is_integer:
             self._set_centroids(centroids_LD.astype(np.float32))
-            vectors_ND = vectors_ND[::stride]  # what is left to train is the code
         elif ivf.nlist > two_level_above or not is_flat:
             self._train_transforms(vectors_ND[::stride])
             levels = 2 if ivf.nlist > two_level_above else 1
@@ -382,16 +405,16 @@ class Index:
 def _float_centroids(vectors_ND: Array, num_lists: int, seed: int, levels: int) -> Array:
     """k-means of faiss over floats, in one level or in two: float32 [L, D]."""
 
-    def cluster(part_ND: Array, count: int) -> Array:
-        kmeans = faiss.Kmeans(part_ND.shape[1], count, gpu=num_gpus() > 0)
+    def cluster(part: Share, count: int, _: Any) -> Array:
+        kmeans = faiss.Kmeans(part.vectors_nD.shape[1], count, gpu=num_gpus() > 0)
         _bound(kmeans.cp, seed, ITERATIONS)
-        kmeans.train(part_ND)
+        kmeans.train(np.ascontiguousarray(part.vectors_nD))
         return np.ascontiguousarray(kmeans.centroids)
 
-    vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
+    share = Share.whole(np.ascontiguousarray(vectors_ND, np.float32))
     if levels == 1:
-        return cluster(vectors_ND, num_lists)
-    return two_level_centroids(vectors_ND, num_lists, cluster)
+        return cluster(share, num_lists, None)
+    return two_level_centroids(share, num_lists, cluster, ranks=Alone())
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Maths: functions from arrays to arrays, without ranks, paths or configurations. torch and NumPy only.
 
 In the order of the pipeline:
-- `codec.py`, `encoding.py`, `centroids.py`: int8 codes of keys, made on a GPU; the coarse lists of an index
+- `codec.py`, `encoding.py`: int8 codes of keys, made on a GPU; `kmeans.py`, `centroids.py`: the coarse lists
 - `distances.py`, `neighbours.py`: exact distances; the record of neighbours and what a query may not find
 - `knn.py`: exact and list search, on a CPU here, on a GPU in `knn_on_device.py` and `lists_on_device.py`
 - `device_memory.py`, `hidden_on_device.py`, `list_tiles.py`: parts of the searches on a GPU

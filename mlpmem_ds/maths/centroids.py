@@ -1,8 +1,7 @@
-"""Pipeline: keys → **coarse lists** → index. Which centroids are nearest, and k-means over int8 codes in
-whole numbers.
+"""Pipeline: keys → **coarse lists** → index. Which centroids are nearest.
 
-A centroid of codes is rounded to int8 in every step, so that each comparison is of exact integers: the same
-result for any batch, number of threads and device, with ties to the lower number.
+Centroids of codes are int8 (maths/kmeans.py), so that each comparison is of exact integers: the same result
+for any batch, number of threads and device, with ties to the lower number.
 
 Shape legend: N vectors, D dimensions, L centroids (lists), P centroids kept of each vector, B vectors of a
 tile.
@@ -10,8 +9,6 @@ tile.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,15 +21,10 @@ from mlpmem_ds.maths.distances import pad_codes, ranks_in_list, squared_distance
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-TWO_LEVEL_ABOVE = (
-    65_536  # lists; one level then costs 64 · L² · D products an iteration: 70 s of one core at L = 65,536
-)
-ITERATIONS = 10
 _TILE_ELEMENTS = (
     2**21
 )  # distances of a tile on a CPU: 8 MB, which stay in the cache between the product and the selection
 _BYTES_ON_DEVICE = 16  # of a distance on a device: the product, and rank and number in one integer
-_FIRST_LEVEL_POINTS = 256  # points a centroid of the first of two levels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,85 +119,6 @@ def _nearest_on_device(vectors_ND: Tensor, table: CentroidTable, count: int) -> 
         parts.append(packed_BP)
     packed_NP = torch.cat(parts).cpu().numpy() if parts else np.empty((0, count), np.int64)
     return packed_NP & 0xFFFFFFFF, (packed_NP >> 32).astype(np.int32)
-
-
-def integer_centroids(
-    codes_ND: Array,
-    num_lists: int,
-    *,
-    seed: int,
-    iterations: int = ITERATIONS,
-    device: torch.device | str = "cpu",
-    two_level_above: int = TWO_LEVEL_ABOVE,
-) -> Array:
-    """k-means over int8 codes: centroids int8 [L, D], bit for bit the same on any machine.
-
-    Starts from L of the codes drawn by `seed`; a list that stays empty takes the code farthest from its
-    centroid. With more lists than `two_level_above`: about sqrt(L) centroids first, then lists within each in
-    proportion to its codes, which costs L · sqrt(L) in place of L² (the idea is that of faiss's
-    `two_level_clustering`).
-    """
-
-    def cluster(vectors_ND: Array, count: int) -> Array:
-        return _one_level(torch.from_numpy(vectors_ND), count, seed, iterations, device)
-
-    codes_ND = np.require(codes_ND, requirements=["C", "W"])
-    if num_lists <= two_level_above:
-        return cluster(codes_ND, num_lists)
-    return two_level_centroids(codes_ND, num_lists, cluster, device=device)
-
-
-def two_level_centroids(
-    vectors_ND: Array,
-    num_lists: int,
-    cluster: Callable[[Array, int], Array],
-    *,
-    device: torch.device | str = "cpu",
-) -> Array:
-    """About sqrt(L) centroids of the vectors, then lists within each group in proportion to its size: [L, D].
-
-    ``cluster(vectors, count)`` gives the `count` centroids of some of the vectors.
-    """
-    num_first = math.isqrt(num_lists)
-    stride = max(1, len(vectors_ND) // (_FIRST_LEVEL_POINTS * num_first))
-    first = torch.from_numpy(cluster(np.ascontiguousarray(vectors_ND[::stride]), num_first)).to(device)
-    nearest_N = nearest_centroids(torch.from_numpy(vectors_ND), first, 1)[0][:, 0]
-    order_N = np.argsort(nearest_N, kind="stable")
-    ends = np.cumsum(np.bincount(nearest_N, minlength=num_first))
-    ends_of_lists = ends * num_lists // len(vectors_ND)  # L in all, each group's share rounded along the way
-    groups = zip(np.split(order_N, ends[:-1]), np.diff(ends_of_lists, prepend=0).tolist(), strict=True)
-    return np.concatenate([cluster(vectors_ND[group], share) for group, share in groups if share])
-
-
-def _one_level(
-    codes: Tensor, num_lists: int, seed: int, iterations: int, device: torch.device | str
-) -> Array:
-    start_L = np.sort(np.random.default_rng(seed).choice(len(codes), num_lists, replace=False))
-    codes = codes.to(device)
-    centroids = codes[torch.from_numpy(start_L).to(device)]
-    for _ in range(iterations):
-        nearest_N1, distances_N1 = nearest_centroids(codes, centroids, 1)
-        nearest_N = torch.from_numpy(nearest_N1[:, 0]).to(device)
-        sums_LD = _sums_of_lists(codes, nearest_N, num_lists)
-        counts_L = torch.bincount(nearest_N, minlength=num_lists)
-        moved = (sums_LD.double() / counts_L.clamp(min=1)[:, None]).round().to(torch.int8)
-        empty = torch.nonzero(counts_L == 0)[:, 0]
-        farthest = np.argsort(-distances_N1[:, 0], kind="stable")[: len(empty)]
-        moved[empty] = codes[torch.from_numpy(farthest).to(device)]
-        if torch.equal(moved, centroids):
-            break
-        centroids = moved
-    return centroids.cpu().numpy()
-
-
-def _sums_of_lists(codes: Tensor, nearest_N: Tensor, num_lists: int) -> Tensor:
-    """int32 [L, D]: the sum of the codes of each list, block by block so that their int32 copy stays
-    small."""
-    sums_LD = torch.zeros((num_lists, codes.shape[1]), dtype=torch.int32, device=codes.device)
-    step = 1 << 16
-    for start in range(0, len(codes), step):
-        sums_LD.index_add_(0, nearest_N[start : start + step], codes[start : start + step].to(torch.int32))
-    return sums_LD
 
 
 def _smallest_on_host(ranks_BL: Tensor, count: int) -> tuple[Array, Array]:

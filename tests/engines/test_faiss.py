@@ -11,8 +11,9 @@ import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.faiss import Index
-from mlpmem_ds.maths.centroids import integer_centroids
+from mlpmem_ds.maths.kmeans import Share, integer_centroids
 
 NUM_VECTORS, DIM = 700, 12
 
@@ -69,7 +70,7 @@ def shards() -> list[Index]:
 
 def test_integer_centroids_survive_more_lists_than_distinct_codes() -> None:
     few = np.repeat(codes(3), 20, axis=0)
-    centroids = integer_centroids(few, 6, seed=0)
+    centroids = integer_centroids(Share.whole(few), 6, seed=0, ranks=Alone())
     assert exact_squared(few, centroids).min(1).max() == 0
 
 
@@ -209,7 +210,9 @@ def test_a_graph_of_centroids_leads_to_near_lists() -> None:
     engine.set_num_threads(before)
     assert blobs[0] == blobs[1] and index.num_lists == 512
     centroids = centroids_of(index)
-    assert np.array_equal(centroids, integer_centroids(vectors, 512, seed=1).astype(np.float32))
+    assert np.array_equal(
+        centroids, integer_centroids(Share.whole(vectors), 512, seed=1, ranks=Alone()).astype(np.float32)
+    )
     distances = exact_squared(queries, centroids)
     assigned = index.assign(queries, 20)
     assert (distances[np.arange(500), assigned[:, 0]] == distances.min(1)).mean() > 0.99

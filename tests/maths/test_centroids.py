@@ -1,4 +1,4 @@
-"""Nearest centroids against brute force over integers; k-means in whole numbers, in one level and in two."""
+"""Nearest centroids against brute force over integers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import torch
 
 from mlpmem_ds.benchmarks.scale.operations import CountedOperations
 from mlpmem_ds.maths import centroids as module
-from mlpmem_ds.maths.centroids import (
-    CentroidTable,
-    integer_centroids,
-    nearest_centroids,
-    rows_of_tile,
-    two_level_centroids,
-)
+from mlpmem_ds.maths.centroids import CentroidTable, nearest_centroids, rows_of_tile
 from mlpmem_ds.maths.device_memory import fits, free_bytes, tile_bytes
 from mlpmem_ds.maths.distances import pad_codes, squared_norms
 
@@ -82,44 +76,3 @@ def test_a_tile_on_a_device_takes_few_operations_and_copies_no_centroid(
         assert not [name for name in counted.names if "pad" in name or "clone" in name]
         counts.append(len(counted.names))
     assert counts[1] - counts[0] <= 3 * 12  # three tiles more
-
-
-@pytest.mark.parametrize("two_level_above", [64, 8])
-def test_k_means_is_the_same_on_any_number_of_threads(two_level_above: int) -> None:
-    found, threads = [], torch.get_num_threads()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        found.append(integer_centroids(codes(), 64, seed=3, two_level_above=two_level_above))
-    torch.set_num_threads(threads)
-    assert found[0].dtype == np.int8 and found[0].shape == (64, DIM) and np.array_equal(*found)
-
-
-def test_two_levels_are_nearly_as_good_as_one() -> None:
-    other = codes(seed=8)  # not trained on
-    errors = [
-        exact_squared(other, integer_centroids(codes(), 100, seed=1, two_level_above=above)).min(1).mean()
-        for above in (100, 99)
-    ]
-    drawn = exact_squared(other, codes()[:100]).min(1).mean()
-    assert errors[1] < 1.1 * errors[0] < 0.8 * drawn
-
-
-def test_a_list_for_each_vector() -> None:
-    few = np.unique(codes(30), axis=0)
-    for above in (len(few), 5):
-        found = integer_centroids(few, len(few), seed=0, two_level_above=above)
-        assert np.array_equal(np.unique(found, axis=0), few)
-
-
-def test_shares_of_the_second_level_follow_the_groups() -> None:
-    """One group of 90 and one of 10 vectors share 20 lists as 18 and 2."""
-    vectors = np.concatenate([np.zeros((90, 2)), np.full((10, 2), 100)]).astype(np.float32)
-    calls = []
-
-    def cluster(part: np.ndarray, count: int) -> np.ndarray:
-        calls.append((len(part), count))
-        return np.array([[0, 0], [100, 100]], np.float32)[:count] if len(calls) == 1 else part[:count]
-
-    vectors = vectors[np.random.default_rng(0).permutation(100)]
-    cluster_two = two_level_centroids(vectors, 5, cluster)  # floor(sqrt(5)) = 2 first
-    assert calls == [(100, 2), (90, 4), (10, 1)] and len(cluster_two) == 5

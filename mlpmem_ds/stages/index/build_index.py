@@ -1,7 +1,7 @@
 """`build_index`: keys → index. Sharded inverted lists with product-quantized vectors.
 
-Phase 1 trains the quantizers on a sample of the keys (one unit); phase 2 is one unit for each shard, filled
-from its share of the keys.
+Phase 1 trains the quantizers on a sample of the keys (one unit, which ranks that were launched together make
+together); phase 2 is one unit for each shard, filled from its share of the keys.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
-from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import (
@@ -36,11 +36,17 @@ from mlpmem_ds.formats.index_directory import (
 from mlpmem_ds.formats.index_lists import IndexLists
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.stages.index.config import Config
-from mlpmem_ds.stages.index.factory import index_bytes, make_index, resolve_factory, training_operations
+from mlpmem_ds.stages.index.factory import (
+    choose_num_shards,
+    index_bytes,
+    make_index,
+    resolve_factory,
+    training_operations,
+)
+from mlpmem_ds.stages.index.training import TRAINED, train_index
 
 _logger = logging.getLogger(__name__)
-_TRAINED = "trained"
-_SEED = 1
+_EXCHANGE = ".exchange"  # a folder of ranks that exchange files
 _OPERATIONS_PER_SECOND = (
     6e11  # of one core with VNNI, products and selection of 256 dimensions; for the estimate alone
 )
@@ -48,7 +54,7 @@ _OPERATIONS_PER_SECOND = (
 
 def run(config: Config, world: World) -> None:
     keys, device = open_keys(config.keys), device_of_rank("auto", world)
-    factory = _resolve_factory(config, keys)
+    factory, num_shards = _resolve(config, keys)
     stage = open_stage(
         config.output,
         stage=IndexManifest.FORMAT,
@@ -61,19 +67,21 @@ def run(config: Config, world: World) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
         set_num_threads(config.threads)
-    shards = [f"shard-{shard}" for shard in range(config.num_shards)]
-    if world.size > config.num_shards:
+    shards = [f"shard-{shard}" for shard in range(num_shards)]
+    if world.size > num_shards:
         _logger.info(
-            "%d ranks share %d shards, so that %d have nothing to do: --num-shards %d (another --output)"
+            "%d ranks share %d shards, so that %d have none to fill: --num-shards %d (another --output)"
             " gives each one",
             world.size,
-            config.num_shards,
-            world.size - config.num_shards,
+            num_shards,
+            world.size - num_shards,
             world.size,
         )
     # Before a quantizer sees them: a flipped byte would be a wrong centroid in silence.
     verify_inputs(stage, keys, [keys.file_name("keys", block.start) for block in keys.blocks], label="keys")
-    stage.run_phase([_TRAINED], lambda unit, writer: _train(keys, factory, device, writer))
+    exchange = config.output / _EXCHANGE
+    with open_ranks(world, config.exchange, os.environ, folder=exchange) as ranks:
+        train_index(stage, keys, factory, device, ranks)
     progress = Progress(
         len(deal(shards, world.rank, world.size)), label="index shards", unit="shards", world=world
     )
@@ -81,7 +89,7 @@ def run(config: Config, world: World) -> None:
     def fill(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
         index = Index.read(config.output / TRAINED_NAME, for_search=False, device=device)
         shard = shards.index(unit)
-        blocks = blocks_of_shard(keys.blocks, shard, config.num_shards)
+        blocks = blocks_of_shard(keys.blocks, shard, num_shards)
         write = _write_shard if has_codes(factory) else _write_lists
         summary = write(keys, blocks, index, shard_name(shard, factory), writer)
         progress.advance(1)
@@ -94,8 +102,8 @@ def run(config: Config, world: World) -> None:
         counts = [summary["num_vectors"] for summary in stage.summaries(shards)]
         return IndexManifest(
             factory=factory,
-            num_lists=stage.summaries([_TRAINED])[0]["num_lists"],
-            num_shards=config.num_shards,
+            num_lists=stage.summaries([TRAINED])[0]["num_lists"],
+            num_shards=num_shards,
             num_vectors=sum(counts),
             shards=tuple(
                 IndexShard(name=shard_name(shard, factory), num_vectors=count)
@@ -103,12 +111,12 @@ def run(config: Config, world: World) -> None:
             ),
         )
 
-    stage.complete([_TRAINED, *shards], describe)
+    stage.complete([TRAINED, *shards], describe)
 
 
-def _resolve_factory(config: Config, keys: Keys) -> str:
-    """The faiss factory string, which these keys can train; says what was chosen, why, and what it will
-    cost."""
+def _resolve(config: Config, keys: Keys) -> tuple[str, int]:
+    """The faiss factory string, which these keys can train, and the number of shards; says what was chosen,
+    why, and what it will cost."""
     factory, reason = resolve_factory(config.factory, keys.num_positions, keys.dim, _memory_bytes())
     if config.factory != factory:
         started = _factory_of_started_run(config.output)
@@ -118,18 +126,19 @@ def _resolve_factory(config: Config, keys: Keys) -> str:
         index = make_index(factory, keys.dim, keys.num_positions)
     except ValueError as error:
         raise UserError(f"--factory: {error}") from error
+    num_shards = config.num_shards or choose_num_shards(keys.num_positions, index.num_lists)
     cores = config.threads or torch.get_num_threads()
-    _logger.info("index %s (%s)", factory, reason)
+    _logger.info("index %s (%s) in %d shards", factory, reason, num_shards)
     _logger.info(
         "it will take %.2f GB on disk, and about %.0f s of a rank's %d threads to train on %s keys and %.0f s"
         " to place all keys",
-        index_bytes(factory, keys.dim, keys.num_positions, config.num_shards) / 1e9,
+        index_bytes(factory, keys.dim, keys.num_positions, num_shards) / 1e9,
         training_operations(index, keys.num_positions, keys.dim) / (_OPERATIONS_PER_SECOND * cores),
         cores,
         f"{min(keys.num_positions, index.num_training_vectors):,}",
         2 * keys.num_positions * index.num_lists * keys.dim / (_OPERATIONS_PER_SECOND * cores),
     )
-    return factory
+    return factory, num_shards
 
 
 def _factory_of_started_run(output: Path) -> str | None:
@@ -144,15 +153,6 @@ def _factory_of_started_run(output: Path) -> str | None:
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _train(keys: Keys, factory: str, device: torch.device, writer: UnitWriter) -> dict[str, Any]:
-    index = make_index(factory, keys.dim, keys.num_positions, device)
-    positions = sample_positions(keys.num_positions, index.num_training_vectors, seed=_SEED)
-    index.train(keys.gather("keys", positions), seed=_SEED)
-    with writer.file(TRAINED_NAME) as path:
-        index.write(path)
-    return {"training_vectors": len(positions), "num_lists": index.num_lists}
 
 
 def _write_shard(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.engines.collectives.opening import Exchange
 from mlpmem_ds.stages import shared_flags
 
 
@@ -24,5 +25,11 @@ class Config(Flags):
         "auto",
         identity="resolved",
     )
-    num_shards: int = option("files that the keys are spread over, filled by different ranks", 4, at_least=1)
+    num_shards: int | None = option(
+        "files that the keys are spread over, each filled by one rank (default: 4; from some millions of keys"
+        " on so many that a file has 128 keys for each list; the same for any number of ranks)",
+        None,
+        at_least=1,
+    )
     threads: int | None = shared_flags.threads()
+    exchange: Exchange = shared_flags.exchange()

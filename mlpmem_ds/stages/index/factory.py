@@ -10,12 +10,14 @@ import torch
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.index_directory import has_codes
 from mlpmem_ds.formats.index_lists import bytes_of_lists
-from mlpmem_ds.maths.centroids import ITERATIONS, TWO_LEVEL_ABOVE
 from mlpmem_ds.maths.distances import CPU
+from mlpmem_ds.maths.kmeans import ITERATIONS, TWO_LEVEL_ABOVE
 
 _MIN_POINTS_PER_CENTROID = 39
 _MIN_KEYS_PER_LIST = 192
 _ID_BYTES = 8
+_MIN_SHARDS = 4
+_MIN_KEYS_OF_SHARD, _KEYS_OF_SHARD_PER_LIST = 1 << 20, 128
 
 
 def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) -> tuple[str, str]:
@@ -63,6 +65,18 @@ def resolve_factory(factory: str, num_vectors: int, dim: int, memory_bytes: int 
     if factory == "auto":
         return chosen, reason
     return chosen.rpartition(",")[0], f"{reason.partition(';')[0]}; without codes"
+
+
+def choose_num_shards(num_vectors: int, num_lists: int) -> int:
+    """The number of shards, a function of the keys and the lists alone, so that the bytes of an index do not
+    depend on how many ranks built it.
+
+    A shard is filled in the memory of one rank, and a kill costs that much work; it repeats the centroids, 4
+    bytes a dimension, so that with 128 keys a list they are a tenth of it: 24 shards of 1e8 keys, 150 of 5e9
+    (2.4 GB each as PQ64), 746 of 2e11.
+    """
+    keys_of_shard = max(_MIN_KEYS_OF_SHARD, _KEYS_OF_SHARD_PER_LIST * num_lists)
+    return max(_MIN_SHARDS, -(-num_vectors // keys_of_shard))
 
 
 def make_index(factory: str, dim: int, num_vectors: int, device: torch.device = CPU) -> Index:

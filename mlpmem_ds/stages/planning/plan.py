@@ -21,7 +21,12 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.maths.weighting import default_perplexity
 from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
 from mlpmem_ds.models.shape import read_shape
-from mlpmem_ds.stages.index.factory import choose_factory, make_index, resolve_factory
+from mlpmem_ds.stages.index.factory import (
+    choose_factory,
+    choose_num_shards,
+    make_index,
+    resolve_factory,
+)
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.config import DEFAULTS, Config
 from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, Machine, Workload, costs, resolve_search
@@ -169,6 +174,7 @@ def _workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Wo
     if sizes["codec"] == "raw":
         sizes["dim"] = flags.get("dim", sizes["width"])
     sizes["factory"] = _factory(config.factory, sizes, machine)
+    sizes["num_shards"] = _num_shards(sizes)
     sizes["search"] = resolve_search(config.search, sizes["positions"], machine)
     sizes |= {"memory": memory, "parameters": int(sizes["parameters"])}
     return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})
@@ -180,6 +186,7 @@ def _workload_of_run(run_sizes: dict[str, Any], machine: Machine) -> Workload:
     sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     if "factory" not in sizes:
         sizes["factory"] = choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
+    sizes["num_shards"] = _num_shards(sizes)
     memory = sizes.get("memory")
     sizes["memory"] = MemoryConfig.from_dict(memory) if memory else _default_memory(sizes)
     return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})
@@ -210,6 +217,12 @@ def _factory(factory: str, sizes: dict[str, Any], machine: Machine) -> str:
     except ValueError as error:
         raise UserError(f"--factory: {error}") from error
     return factory
+
+
+def _num_shards(sizes: dict[str, Any]) -> int:
+    """As asked, or as build_index chooses it."""
+    num_lists = make_index(sizes["factory"], sizes["dim"], sizes["positions"]).num_lists
+    return sizes["num_shards"] or choose_num_shards(sizes["positions"], num_lists)
 
 
 def _machine(config: Config) -> Machine:

@@ -3,7 +3,12 @@ faiss reads them."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +25,7 @@ from mlpmem_ds.stages.index.factory import index_bytes
 from mlpmem_ds.stages.retrieval.shard_lists import map_lists
 
 NUM_KEYS, DIM = 1003, 16
+FORKED_INDEX = Path(__file__).with_name("forked_index.py")
 
 
 def result_of(root: Path) -> dict[str, bytes]:
@@ -84,6 +90,49 @@ def test_stock_faiss_finds_the_key_itself(keys: Path, tmp_path: Path) -> None:
 def test_ranks_give_the_same_files(keys: Path, undisturbed: Path, tmp_path: Path, size: int) -> None:
     for rank in range(size):  # the owner of `trained` first, so that nobody waits
         build_index.run(config(keys, tmp_path / "index"), World(rank=rank, size=size))
+    assert result_of(tmp_path / "index") == result_of(undisturbed)
+
+
+@pytest.mark.parametrize(("how", "size"), [("torch", 2), ("torch", 3), ("torch", 8), ("files", 3)])
+def test_ranks_that_train_together_give_the_same_files(
+    keys: Path, undisturbed: Path, tmp_path: Path, how: str, size: int
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    words = [sys.executable, FORKED_INDEX, keys, tmp_path / "index", how, str(size)]
+    environment = os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FORKED_INDEX.parents[3])}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path / "index") == result_of(undisturbed)
+
+
+def test_ranks_of_mpirun_train_together(keys: Path, undisturbed: Path, tmp_path: Path) -> None:
+    mpirun = Path(sys.executable).parent / "mpirun"
+    if not mpirun.is_file() or importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("mpirun or mpi4py is not installed")
+    root = FORKED_INDEX.parents[3]
+    words = [
+        mpirun,
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-n",
+        "2",
+        sys.executable,
+        "tools/build_index.py",
+    ]
+    flags = ["--keys", keys, "--output", tmp_path / "index", "--factory", "IVF8,PQ4x4", "--num-shards", "3"]
+    of_launchers = ("OMPI_", "PMIX_", "PRTE_", "RANK", "WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
+    done = subprocess.run(
+        [*words, *flags, "--exchange", "mpi"],
+        cwd=root,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
     assert result_of(tmp_path / "index") == result_of(undisturbed)
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from mlpmem_ds.stages.index.factory import choose_factory, index_bytes, make_index, resolve_factory
+from mlpmem_ds.stages.index.factory import (
+    choose_factory,
+    choose_num_shards,
+    index_bytes,
+    make_index,
+    resolve_factory,
+)
 
 NUM_VECTORS, DIM = 700, 12
 
@@ -71,3 +77,11 @@ def test_lists_are_chosen_as_auto_does_but_without_the_code() -> None:
         assert make_index(name, 16, 9000).num_lists == 64
     bytes_with, bytes_without = (index_bytes(name, 256, 10**6, 4) for name in ("IVF1024,PQ64", "IVF1024"))
     assert bytes_without < 6 * 10**6 < 72 * 10**6 < bytes_with
+
+
+def test_the_number_of_shards_depends_on_keys_and_lists_alone() -> None:
+    """Four while they are small; then the centroids that each file repeats stay a tenth of it."""
+    assert choose_num_shards(1003, 8) == choose_num_shards(4_000_000, 64) == 4
+    assert choose_num_shards(10**8, 32_768) == 24
+    assert choose_num_shards(5 * 10**9, 262_144) == 150
+    assert choose_num_shards(2 * 10**11, 2_097_152) == 746
