@@ -71,7 +71,6 @@ TESTED_BY = {
     "benchmarks/scale/measure.py": "benchmarks/scale/test_scale.py",
     "benchmarks/scale/metadata.py": "benchmarks/scale/test_scale.py",
     "benchmarks/scale/operations.py": "maths/test_centroids.py",
-    "benchmarks/scale/reader.py": "benchmarks/scale/test_scale.py",
     "benchmarks/scale/targets.py": "benchmarks/scale/test_scale.py",
     "benchmarks/target_fidelity.py": "benchmarks/test_targets.py",
     "commands.py": "test_commands.py",

@@ -7,6 +7,7 @@ and from list to list: the list of a name is found without reading any.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ class Files:
         self._lists = tuple(lists)
         self._firsts = [found.first for found in lists]
         self._read: OrderedDict[int, dict[str, FileRecord]] = OrderedDict()
+        self._lock = threading.Lock()  # threads of a reader ask at the same time
 
     def __len__(self) -> int:
         return len(self._records) + sum(found.num_files for found in self._lists)
@@ -109,17 +111,20 @@ class Files:
         return next(filter(None, (fault_of_file(self._root, found.file) for found in self._lists)), None)
 
     def _records_of(self, number: int) -> dict[str, FileRecord]:
-        if number in self._read:
-            self._read.move_to_end(number)
-            return self._read[number]
+        with self._lock:
+            if number in self._read:
+                self._read.move_to_end(number)
+                return self._read[number]
         file = self._lists[number].file
         if fault := fault_of_file(self._root, file):
             raise DamagedDataError(f"{fault}: run the stage that made {self._root} again, it writes it anew")
         records = records_in(read_sealed_json(self._root / file.name), self._root / file.name)
-        self._read[number] = {record.name: record for record in records}
-        if len(self._read) > _MAX_LISTS_IN_MEMORY:
-            self._read.popitem(last=False)
-        return self._read[number]
+        by_name = {record.name: record for record in records}
+        with self._lock:
+            self._read[number] = by_name
+            if len(self._read) > _MAX_LISTS_IN_MEMORY:
+                self._read.popitem(last=False)
+        return by_name
 
 
 def records_in(values: Mapping[str, Any], path: Path) -> list[FileRecord]:

@@ -49,8 +49,10 @@ class InputReader(Protocol):
 
 
 def threads_for(ranks_of_node: int) -> int:
-    """Threads that one of so many ranks on this machine reads with, if nothing else is asked for."""
-    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // max(ranks_of_node, 1)))
+    """Threads that one of so many ranks on this machine reads with, if nothing else is asked for: the cores
+    that the launcher bound it to, or its part of all cores; at most eight."""
+    own, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    return max(1, min(_MAX_THREADS, own if own < cores else cores // max(ranks_of_node, 1)))
 
 
 class BatchReader:

@@ -187,22 +187,21 @@ class Targets(CompleteStage[TargetsManifest]):
 
     def _samples_of(self, shard: TargetShard, start: int, stop: int) -> Iterator[tuple[int, SparseRows]]:
         """(first position, rows) of the samples of a shard that hold some of the positions [start, stop)."""
-        index, order_V = self._index_of(shard), self._order_V
+        index, order_V = self.index_of(shard), self._order_V
         path = self.root / shard.name
         with open(path, "rb", buffering=0) as stream:
-            for sample in index.samples:
-                if sample.first < stop and start < sample.first + sample.count:
-                    block = read_sample(
-                        path, stream, sample, container=self.container, encoding=self.encoding
-                    )
-                    try:
-                        yield sample.first, unpack_block(block, self.encoding, order_V)
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise DamagedDataError(
-                            f"{path}, sample {sample.key} is damaged ({error}); {REMEDY}"
-                        ) from error
+            first = bisect_right(index.samples, start, key=lambda sample: sample.first) - 1
+            stop_sample = bisect_left(index.samples, stop, key=lambda sample: sample.first)
+            for sample in index.samples[max(first, 0) : stop_sample]:
+                block = read_sample(path, stream, sample, container=self.container, encoding=self.encoding)
+                try:
+                    yield sample.first, unpack_block(block, self.encoding, order_V)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DamagedDataError(
+                        f"{path}, sample {sample.key} is damaged ({error}); {REMEDY}"
+                    ) from error
 
-    def _index_of(self, shard: TargetShard) -> ShardIndex:
+    def index_of(self, shard: TargetShard) -> ShardIndex:
         """The index of a shard, known to be whole and to agree with the manifest."""
         with self._lock:
             if shard.name in self._indexes:

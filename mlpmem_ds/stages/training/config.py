@@ -80,12 +80,21 @@ class Config(TrainingOptions):
         "positions that a rank takes through the model at once, at most", 8192, at_least=1, identity="none"
     )
     shuffle_window_blocks: int = option(
-        "blocks of positions that are shuffled together; each rank holds two such windows", 1024, at_least=1
+        "blocks of positions that are shuffled together; W ranks hold a W-th of two such windows each, and"
+        " read little twice with 10 blocks a rank or more",
+        1024,
+        at_least=1,
     )
     order: Literal["positions", "blocks"] | None = option(
         "shuffle positions within windows, or whole blocks (default: positions; blocks where the keys store"
         " no inputs)",
         None,
+    )
+    reader_threads: int | None = option(
+        "threads of a rank that decode batches ahead (default: its cores, at most 8)",
+        None,
+        at_least=1,
+        identity="none",
     )
     validation_positions: int = option(
         "positions of the tuning split that a validation scores, at most", 16_384, at_least=1

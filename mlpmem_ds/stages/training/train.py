@@ -28,7 +28,7 @@ from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
-from mlpmem_ds.formats.batches import BatchReader
+from mlpmem_ds.formats.batches import BatchReader, threads_for
 from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainingResult, write_weights
 from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
@@ -215,6 +215,8 @@ def _batches(
         num_micro_batches=num_micro_batches,
         with_log_probabilities=objective.needs_base_log_probabilities,
         inputs=online,
+        threads=config.reader_threads
+        or threads_for(min(world.size, torch.cuda.device_count() or world.size)),
     )
 
 
