@@ -1,6 +1,6 @@
 """What runs on a heavy library, behind functions of ours; tests/test_floors.py says who may import which.
 
-- `devices`: the device of a rank
+- `devices`: the device of a rank; `attention`: which attention a base can run with on it
 - `hidden_states`: a causal language model of transformers reads windows of tokens, `host_copies` brings what
   it gives to the host; `model_files` finds one,
   `online_inputs` computes a memory's inputs with one

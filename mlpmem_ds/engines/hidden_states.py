@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.attention import reason_against
 from mlpmem_ds.engines.host_copies import HostCopies, to_device
 from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
@@ -104,6 +105,8 @@ class TransformersSource:
         self.layers_path = layers_path
         self.device = torch.device(device)
         self.dtype_name = resolve_dtype(dtype, self.device)
+        if reason := reason_against(attention, device=self.device, dtype=self.dtype_name):
+            raise UserError(f"--attention {attention}: {reason}")
         try:
             self.model = self._load(path, attention, device_map, offload_folder)
             self._layers = decoder_layers(self.model, layers_path)

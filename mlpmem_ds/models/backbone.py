@@ -71,7 +71,7 @@ def load_base(
     name_or_path: str | Path,
     *,
     dtype: torch.dtype | str,
-    device: torch.device | str,
+    device: torch.device | str | None,
     attention: str = "sdpa",
     device_map: str | dict[str, Any] | None = None,
     offload_folder: str | Path | None = None,
@@ -82,6 +82,9 @@ def load_base(
     ValueError when the model cannot be loaded, and when its files lack weights (transformers would fill those
     at random and go on).
 
+    The weights are read straight to `device`: no copy of the whole model is made in the host's memory first.
+    None leaves them where the loader puts them.
+
     `device_map` spreads a model that is too large for one device over several, layer by layer (accelerate):
     `auto` and its like, or a mapping of module paths to devices, `cpu` or `disk`; `device` is not used then.
     """
@@ -91,7 +94,11 @@ def load_base(
             f"no model directory at {name}: give a directory with config.json and weights, or a Hub name"
         )
     source = str(Path(name).expanduser()) if _is_path(name) else name
-    placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+    placement: dict[str, Any] = {}
+    if device_map is not None:
+        placement = {"device_map": device_map, "offload_folder": offload_folder}
+    elif device is not None and torch.device(device).type != "cpu":
+        placement = {"device_map": {"": torch.device(device)}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attention, output_loading_info=True, **placement
@@ -113,7 +120,7 @@ def load_base(
             f"the files of {name} lack {len(missing)} weights ({shown}): not a complete causal language"
             " model. Download or save it again."
         )
-    base: PreTrainedModel = model if device_map is not None else model.to(device)
+    base: PreTrainedModel = model
     return base.eval().requires_grad_(False)
 
 

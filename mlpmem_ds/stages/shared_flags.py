@@ -38,6 +38,24 @@ def device() -> Any:
     return option("auto, cpu, cuda or cuda:N", "auto", identity="none")
 
 
+DeviceMap = Literal["none", "auto", "balanced", "balanced_low_0", "sequential"]
+
+
+def device_map() -> Any:
+    """`device_map: DeviceMap`"""
+    return option(
+        "spread a base that does not fit one GPU over all that this process sees (then start one rank a"
+        " machine)",
+        "none",
+        identity="none",
+    )
+
+
+def device_map_of(value: DeviceMap) -> str | None:
+    """As `load_base` takes it."""
+    return None if value == "none" else value
+
+
 def dtype(identity: Identity) -> Any:
     """`dtype: Dtype`"""
     return option(

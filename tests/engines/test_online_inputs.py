@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.engines.hidden_states import BatchStates
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
@@ -67,3 +68,17 @@ def test_ranks_run_a_base_that_they_hold_together_equally_often(corpus: CorpusSp
             own[batch, rank], padded[batch, rank] = alone.num_reads, together.num_reads
     assert (own.min(axis=1) < own.max(axis=1)).any(), "the ranks never differ: nothing is shown"
     np.testing.assert_array_equal(padded, np.repeat(own.max(axis=1, keepdims=True), size, axis=1))
+
+
+def test_inputs_stay_where_the_base_computes_them(corpus: CorpusSplit) -> None:
+    """A meta tensor has no content: a trip to the host and back would fail."""
+
+    class Source(CountedSource):
+        def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
+            batch = super().read(tokens_BS, points)
+            states = {name: state_BSD.to("meta") for name, state_BSD in batch.states.items()}
+            return BatchStates(states=states, final_BSD=batch.final_BSD)
+
+    inputs = OnlineInputs(Source(is_collective=False), corpus, POINT, batch_windows=2)
+    found = inputs([Block(3, 90), Block(100, 130)])
+    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.bfloat16, (117, 2))

@@ -301,3 +301,37 @@ def test_a_model_without_a_head_is_refused() -> None:
     config = AutoConfig.for_model("gpt2", **GPT2_SIZES)
     with pytest.raises(UnknownStructureError, match="no linear output head"):
         output_head(transformers.GPT2Model(config))
+
+
+@pytest.mark.parametrize(
+    ("device", "device_map", "expected"),
+    [
+        ("cuda:3", None, {"device_map": {"": torch.device("cuda:3")}}),
+        (torch.device("cuda", 5), None, {"device_map": {"": torch.device("cuda:5")}}),
+        ("cpu", None, {}),
+        (None, None, {}),
+        ("cuda:3", "auto", {"device_map": "auto", "offload_folder": None}),
+    ],
+)
+def test_weights_are_read_straight_to_their_device(
+    device: str | torch.device | None,
+    device_map: str | None,
+    expected: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight ranks that each hold a model in the host's memory first would need eight times its size."""
+    placements = []
+
+    class Loaded(nn.Linear):
+        def to(self, *_: object, **__: object) -> "Loaded":
+            raise AssertionError("moved after it was loaded")
+
+    def load(name: str, **settings: object) -> tuple[nn.Module, dict[str, list[str]]]:
+        for ours in ("dtype", "attn_implementation", "output_loading_info"):
+            settings.pop(ours)
+        placements.append(settings)
+        return Loaded(2, 2), {"missing_keys": []}
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    load_base("name", dtype="auto", device=device, device_map=device_map)
+    assert placements == [expected]

@@ -60,7 +60,8 @@ class ShardedSource(TransformersSource):
             )
         deepspeed = import_deepspeed()
         with _cut_while_loading(self._ds_config()):
-            model = load_base(path, dtype=DTYPES[self.dtype_name], device=self.device, attention=attention)
+            model: Any = load_base(path, dtype=DTYPES[self.dtype_name], device=None, attention=attention)
+        model.to(self.device)  # what is not cut: buffers
         # The transformer without its head is what runs, as `Capture` calls it: the gathers follow its
         # modules.
         body = model.base_model

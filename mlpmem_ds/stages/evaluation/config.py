@@ -113,6 +113,7 @@ class Config(Flags):
         identity="resolved",
     )
     device: str = shared_flags.device()
+    device_map: shared_flags.DeviceMap = shared_flags.device_map()
     attention: str = shared_flags.attention()
 
     @property

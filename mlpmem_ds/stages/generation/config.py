@@ -43,6 +43,7 @@ class Config(Flags):
         "float",
     )
     device: str = shared_flags.device()
+    device_map: shared_flags.DeviceMap = shared_flags.device_map()
 
     def check(self) -> None:
         if bool(self.prompt) == (self.prompts_file is not None):

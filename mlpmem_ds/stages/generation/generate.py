@@ -26,6 +26,7 @@ from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
 from mlpmem_ds.stages.generation.config import Config
+from mlpmem_ds.stages.shared_flags import device_map_of
 
 _logger = logging.getLogger(__name__)
 _COLUMN_WIDTH = 58
@@ -61,7 +62,12 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     settings, tokenizer = read_export(config.model)
     context = getattr(settings, "max_position_embeddings", None) or math.inf
     ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
-    model = load_model(config.model, device=device_of_rank(config.device, world), dtype=config.dtype)
+    model = load_model(
+        config.model,
+        device=device_of_rank(config.device, world),
+        dtype=config.dtype,
+        device_map=device_map_of(config.device_map),
+    )
     if config.memory_weights == "int8":
         model.quantize_memory()
     gate = model.gate if config.lmbda is None else Constant(config.lmbda)
@@ -168,17 +174,29 @@ def _read_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def load_model(name: str, *, device: torch.device, dtype: str = "auto") -> MemoryAugmentedLM:
+def load_model(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+) -> MemoryAugmentedLM:
     """The joint model by this package's classes: no code from the export is run.
+
+    Its weights are read straight to `device`, or spread over devices by `device_map`.
 
     Raises:
         DamagedDataError: it is not an export, or its files lack weights (transformers would fill them at
             random and continue).
     """
     weights_dtype = DTYPES[resolve_dtype(dtype, device)]
+    # A CPU needs no map, and then no accelerate.
+    placement = device_map or (None if device.type == "cpu" else {"": device})
     remedy = "run tools/convert_checkpoint.py again"
     try:
-        loaded: Any = MemoryAugmentedLM.from_pretrained(name, dtype=weights_dtype, output_loading_info=True)
+        loaded: Any = MemoryAugmentedLM.from_pretrained(
+            name, dtype=weights_dtype, device_map=placement, output_loading_info=True
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library under the loader raises a family of its own
@@ -186,7 +204,7 @@ def load_model(name: str, *, device: torch.device, dtype: str = "auto") -> Memor
     model, report = loaded
     if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:
         raise DamagedDataError(f"--model {name} does not hold the whole model ({faults}): {remedy}")
-    joint: MemoryAugmentedLM = model.to(device).eval()
+    joint: MemoryAugmentedLM = model.eval()
     joint.mixture = mixture_on_device
     return joint
 

@@ -41,6 +41,7 @@ class Config(Flags):
     output: Path | None = option("JSON file to write", None)
     dtype: shared_flags.Dtype = shared_flags.dtype("none")
     device: str = shared_flags.device()
+    device_map: shared_flags.DeviceMap = shared_flags.device_map()
 
     def check(self) -> None:
         if self.lambdas:

@@ -23,7 +23,7 @@ from mlpmem_ds.engines.lm_eval import require_harness, score_tasks
 from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.stages.generation import generate
 from mlpmem_ds.stages.harness.config import Config
-from mlpmem_ds.stages.shared_flags import grid_of
+from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
 _QUESTIONS, _RANKING = "local_questions", "local_ranking"
 
@@ -37,7 +37,9 @@ def run(config: Config, world: World) -> str:
 def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]], device: torch.device) -> str:
     require_harness()
     _, tokenizer = generate.read_export(config.model)
-    model = generate.load_model(config.model, device=device, dtype=config.dtype)
+    model = generate.load_model(
+        config.model, device=device, dtype=config.dtype, device_map=device_map_of(config.device_map)
+    )
     own: tuple[StoredGate, ...] = (Constant(0.0), model.gate)
     gates = tuple(grid_of(config.lambdas)) if config.lambdas else tuple(dict.fromkeys(own))
     results: dict[StoredGate, dict[str, dict[str, Any]]] = {}

@@ -74,12 +74,7 @@ class Config(Flags):
     batch_windows: int = option("windows that the base reads at once", 16, at_least=1, identity="none")
     dtype: shared_flags.Dtype = shared_flags.dtype("resolved")
     device: str = shared_flags.device()
-    device_map: Literal["none", "auto", "balanced", "balanced_low_0", "sequential"] = option(
-        "spread a base that does not fit one GPU over all that this process sees (then start one rank a"
-        " machine)",
-        "none",
-        identity="none",
-    )
+    device_map: shared_flags.DeviceMap = shared_flags.device_map()
     attention: str = shared_flags.attention()
     seed: int = option(
         "seed of the int8 codec's sample and rotation, and of the audit's samples", 0, identity="resolved"

@@ -27,6 +27,7 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.keys.codec import check_log_probabilities, checked
 from mlpmem_ds.stages.keys.config import Config
 from mlpmem_ds.stages.keys.plan import auto_unit_positions
+from mlpmem_ds.stages.shared_flags import device_map_of
 
 _logger = logging.getLogger(__name__)
 _TRIED_TOKENS = 8
@@ -145,7 +146,7 @@ def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
             attention=config.attention,
             layers_path=layers_path,
             flag=flag,
-            device_map=None if config.device_map == "none" else config.device_map,
+            device_map=device_map_of(config.device_map),
         )
         check_source_reads(source, corpus, name, flag=flag)
         return source

@@ -12,9 +12,10 @@ import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.attention import attention_or_sdpa
 from mlpmem_ds.engines.deepspeed.sharded_base import ShardedSource
 from mlpmem_ds.engines.devices import device_of_rank
-from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
+from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, resolve_dtype
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.structure import output_head
@@ -33,10 +34,20 @@ def open_base(config: Config, inputs: TrainingInputs, world: World) -> Transform
     if config.model is None or not inputs.needs_base:
         return None
     manifest = inputs.keys.manifest
+    device = device_of_rank("auto", world)
+    dtype = resolve_dtype(manifest.dtype or "auto", device)
+    # The windows are those of extract_keys, full and without padding, and so is what reads them.
+    attention, reason = attention_or_sdpa(manifest.attention or "sdpa", device=device, dtype=dtype)
+    if reason is not None:
+        _logger.warning(
+            "the keys were extracted with --attention %s, and the base runs with sdpa here: %s",
+            manifest.attention,
+            reason.partition(":")[0],
+        )
     settings: dict[str, Any] = {
-        "dtype": manifest.dtype or "auto",
-        "attention": "eager" if manifest.attention == "eager" else "sdpa",  # some models have no other
-        "device": device_of_rank("auto", world),
+        "dtype": dtype,
+        "attention": attention,
+        "device": device,
         "layers_path": manifest.input_layers_path,
     }
     source: TransformersSource

@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.stages.generation.generate import side_by_side
+from mlpmem_ds.stages.generation.generate import load_model, side_by_side
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = ("alpha beta return", "in", "for value in range import é gamma")
@@ -116,6 +117,31 @@ def test_a_batch_of_prompts_gives_what_each_prompt_gives_alone(
     together = "\n\n".join(f"[{number} of 3]\n{text}" for number, text in enumerate(expected, start=1)) + "\n"
     assert generate("--prompt", *PROMPTS, *flags) == together
     assert generate("--prompt", *PROMPTS, *flags, "--batch-size", 2) == together
+
+
+def test_a_model_that_is_spread_out_says_the_same(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., str]
+) -> None:
+    flags = ["--prompt", PROMPTS[0], "--max-new-tokens", NEW]
+    assert generate(*flags, "--device-map", "auto") == generate(*flags)
+    one = load_model(str(export_dir), device=torch.device("cpu"), device_map={"": "cpu"})
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")
+    expected = load_model(str(export_dir), device=torch.device("cpu"))
+    assert torch.equal(one(**ids).logits, expected(**ids).logits)
+
+
+def test_weights_are_read_straight_to_the_gpu(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopError(Exception):
+        pass
+
+    def load(name: str, **settings: object) -> None:
+        raise StopError(settings["device_map"])
+
+    monkeypatch.setattr(MemoryAugmentedLM, "from_pretrained", load)
+    with pytest.raises(DamagedDataError) as raised:
+        load_model(str(export_dir), device=torch.device("cuda:3"), dtype="bfloat16")
+    assert isinstance(raised.value.__cause__, StopError)
+    assert raised.value.__cause__.args == ({"": torch.device("cuda:3")},)
 
 
 def test_int8_weights_are_the_joint_models_own(

@@ -18,6 +18,7 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
+from mlpmem_ds.stages.shared_flags import device_map_of
 
 BASE = "base"
 
@@ -89,6 +90,7 @@ def open_base(
         device=device,
         attention=config.attention,
         layers_path=layers_path,
+        device_map=device_map_of(config.device_map),
     )
     check_source_reads(source, corpus, config.model)
     return ModelArm(

@@ -14,6 +14,7 @@ from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_so
 from mlpmem_ds.stages.evaluation.arms.controls import model_controls
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
+from mlpmem_ds.stages.shared_flags import device_map_of
 
 
 def open_arms(config: Config, context: Context) -> list[ModelArm]:
@@ -40,6 +41,7 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
         # A base that was trained on has its layers where it had them.
         layers_path=base.source.layers_path if is_alike else None,
         flag=flag,
+        device_map=device_map_of(config.device_map),
     )
     check_source_reads(source, context.corpus, str(root), flag=flag)
     return ModelArm(
