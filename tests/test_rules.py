@@ -82,7 +82,7 @@ TESTED_BY = {
     "engines/deepspeed/library.py": "engines/deepspeed/test_engine.py",
     "engines/deepspeed/process_group.py": "engines/deepspeed/test_engine.py",
     "engines/deepspeed/weights.py": "stages/conversion/test_convert_checkpoint.py",
-    "engines/deepspeed/zero_state.py": "engines/deepspeed/test_engine.py",
+    "engines/deepspeed/saved_shards.py": "engines/deepspeed/test_zero_state.py",
     "engines/lm_eval.py": "stages/harness/test_run_lm_eval.py",
     "engines/plotting.py": "stages/report/test_summary.py",
     "formats/arrow_tables.py": "stages/exchange/test_exchange.py",

@@ -20,7 +20,6 @@ from transformers.utils import logging
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
 
 _LATE_IMPORTS = (
-    "deepspeed.checkpoint.ds_to_universal",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "torch.utils.tensorboard",

@@ -1,7 +1,8 @@
 """Checkpoints of many ranks: saved so that a kill at any moment leaves the last one; found and verified.
 
 `engines.deepspeed` gives the writer; the files on disk are those of `formats.checkpoint`. Every function is
-collective: all ranks call it alike.
+collective: all ranks call it alike. They wait for each other's files as long as it takes
+(`engines.processes.start_waiting_group`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def save_checkpoint(
     num_parameters: int,
     keep: int,
     world: World,
+    begin_copy: Callable[[Path], Collection[Path]] | None = None,
 ) -> Path:
     """Publish the checkpoint of `step` below `root`, remove all but the newest `keep`; where it is.
 
@@ -54,6 +56,8 @@ def save_checkpoint(
         num_parameters: of the whole model; tells whether the disk can hold it.
         keep: checkpoints kept.
         world: this rank.
+        begin_copy: called on rank 0 with the published checkpoint, before older ones are removed; starts a
+            copy in the background, and gives the checkpoints that must stay for it.
 
     Raises:
         UserError: the disk is full, or refuses the files for another reason; older checkpoints stay.
@@ -75,7 +79,8 @@ def save_checkpoint(
             publish_checkpoint(root, describe(tuple(records)))
         except OSError as error:
             _give_up(place, step, error)
-        remove_old_checkpoints(root, keep)
+        needed = () if begin_copy is None else begin_copy(root / checkpoint_name(step))
+        remove_old_checkpoints(root, keep, needed=needed)
     wait_for_all(world)
     return root / checkpoint_name(step)
 

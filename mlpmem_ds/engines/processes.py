@@ -30,6 +30,8 @@ from mlpmem_ds.core.world import World
 _SECONDS_FOR_THREADS = 0.1
 _STEPS_BACK = 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_PATIENCE = datetime.timedelta(days=30)
+_waiting_group: Any = None  # of this process; see `start_waiting_group`
 
 
 def keep_freed_memory() -> None:
@@ -45,15 +47,40 @@ def has_group() -> bool:
     return torch.distributed.is_initialized()
 
 
+def start_waiting_group(world: World) -> None:
+    """Make the group in which ranks exchange values and wait while one of them reads or writes files.
+
+    A collective of the training's own group fails after minutes, also where a rank is busy; here only the
+    death of a rank ends the waiting. It goes over the network of the hosts (gloo) also where there are GPUs.
+    Collective, once a process; `gather_values` and `wait_for_all` use it from then on.
+
+    Raises:
+        UserError: the hosts do not reach each other.
+    """
+    global _waiting_group
+    if world.size == 1 or _waiting_group is not None:
+        return
+    try:
+        _waiting_group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {world.rank} of {world.size} did not reach the others over the hosts' network"
+            f" ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME to the name of the network that joins"
+            " them, as NCCL_SOCKET_IFNAME"
+        ) from error
+
+
 def leave_process_group() -> None:
     """Before the interpreter ends: leave the group, and let gloo's threads drop the last tensors.
 
     They take Python's lock to do so, and one that asks for it while the interpreter is being taken down
     aborts the process ("terminate called without an active exception", one start in four with torch 2.13).
     """
+    global _waiting_group
     if has_group():
         time.sleep(_SECONDS_FOR_THREADS)
         torch.distributed.destroy_process_group()
+        _waiting_group = None
     time.sleep(_SECONDS_FOR_THREADS)
 
 
@@ -142,11 +169,11 @@ def swap_with_ranks(outgoing: torch.Tensor, to: int, incoming: torch.Tensor, sou
 
 
 def gather_values(value: Any, world: World) -> list[Any]:
-    """Every rank's value (anything that pickles), in rank order."""
+    """Every rank's value (anything that pickles), in rank order; waits as long as it takes."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=_waiting_group)
     return values
 
 
@@ -158,9 +185,9 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def wait_for_all(world: World) -> None:
-    """Until every rank calls this."""
+    """Until every rank calls this, as long as it takes."""
     if world.size > 1:
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=_waiting_group)
 
 
 class StopRequest:

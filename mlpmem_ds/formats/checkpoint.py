@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,9 +137,11 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def remove_old_checkpoints(root: Path, keep: int) -> None:
+def remove_old_checkpoints(root: Path, keep: int, *, needed: Collection[Path] = ()) -> None:
+    """Remove all but the newest `keep` and those that are `needed`."""
     for path in list_checkpoints(root)[keep:]:
-        shutil.rmtree(path)
+        if path not in needed:
+            shutil.rmtree(path)
 
 
 def remove_unfinished(root: Path) -> None:

@@ -44,30 +44,57 @@ def copy_checkpoint(source: Path, root: Path) -> Path:
 
 
 class CheckpointCopier:
-    """Copies one checkpoint at a time in a thread; a new one waits for the one before.
+    """Copies checkpoints in a thread, one at a time; no step waits for a slow target.
+
+    Those that are published meanwhile wait for their turn, at most `keep` of them: an older one is not
+    copied.
 
     Args:
         root: where the copies go.
-        keep: newest copies kept.
+        keep: newest checkpoints kept, at their first place and there.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
         self._root, self._keep = root, keep
+        self._lock = threading.Lock()
+        self._in_work: Path | None = None
+        self._waiting: list[Path] = []
         self._thread: threading.Thread | None = None
 
-    def start(self, checkpoint: Path) -> None:
-        """Begin to copy; the checkpoint must stay until `wait` (or the next `start`) returns."""
-        self.wait()
-        self._thread = threading.Thread(
-            target=self._copy, args=(checkpoint,), name="checkpoint copy", daemon=True
-        )
-        self._thread.start()
+    def start(self, checkpoint: Path) -> list[Path]:
+        """Copy a checkpoint as soon as those before it are whole.
+
+        Returns the older checkpoints that must stay until the next call: the one in work.
+        """
+        with self._lock:
+            self._waiting.append(checkpoint)
+            for late in self._waiting[: -self._keep]:
+                _logger.warning(
+                    "%s is not copied: copies to --copy-to %s take longer than the steps between checkpoints",
+                    late,
+                    self._root,
+                )
+            self._waiting = self._waiting[-self._keep :]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="checkpoint copy", daemon=True)
+                self._thread.start()
+            return [] if self._in_work is None else [self._in_work]
 
     def wait(self) -> None:
-        """Until the copy that was begun is whole, or has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Until all that was begun is whole, or has failed."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._in_work = self._waiting.pop(0) if self._waiting else None
+                if self._in_work is None:
+                    self._thread = None
+                    return
+            self._copy(self._in_work)
 
     def _copy(self, checkpoint: Path) -> None:
         try:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from mlpmem_ds.formats.checkpoint import (
@@ -28,6 +29,11 @@ class CrashError(BaseException):
 
 def save(root, step, content):
     """What the engine does on one rank."""
+    publish(root, step, content)
+    remove_old_checkpoints(root, 1)
+
+
+def publish(root, step, content):
     remove_unfinished(root)
     directory = root / f"{checkpoint_name(step)}.tmp"
     (directory / "inner").mkdir(parents=True)
@@ -35,7 +41,6 @@ def save(root, step, content):
         (directory / name).write_bytes(content * 50)
     files = tuple(record_and_flush(directory, NAMES))
     publish_checkpoint(root, checkpoint_manifest(step=step, files=files))
-    remove_old_checkpoints(root, 1)
 
 
 def crash_at(monkeypatch, number):
@@ -102,6 +107,31 @@ def test_copies_are_whole_verified_and_kept(tmp_path):
     assert (
         read_checkpoint(copies / "step-00000003").manifest == read_checkpoint(root / "step-00000003").manifest
     )
+
+
+def test_no_step_waits_for_a_slow_target(tmp_path, monkeypatch, caplog):
+    """The one in work stays at its first place, those that are kept anyway wait, older ones are left out."""
+    root, copies = tmp_path / "run" / "checkpoints", tmp_path / "far" / "copies"
+    is_free, begun, copyfile = threading.Event(), threading.Event(), shutil.copyfile
+
+    def slowly(*names):
+        begun.set()
+        assert is_free.wait(30)
+        return copyfile(*names)
+
+    monkeypatch.setattr(shutil, "copyfile", slowly)
+    copier = CheckpointCopier(copies, keep=2)
+    for step in (1, 2, 3, 4):
+        publish(root, step, bytes([step]))
+        needed = copier.start(root / checkpoint_name(step))
+        remove_old_checkpoints(root, keep=2, needed=needed)
+        assert begun.wait(30)
+    assert [path.name for path in list_checkpoints(root)] == [checkpoint_name(step) for step in (4, 3, 1)]
+    assert "step-00000002 is not copied: copies to --copy-to" in caplog.text
+    is_free.set()
+    copier.wait()
+    assert [path.name for path in list_checkpoints(copies)] == ["step-00000004", "step-00000003"]
+    assert all(fault_of_checkpoint(path) is None for path in list_checkpoints(copies))
 
 
 def test_a_copy_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):

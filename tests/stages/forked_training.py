@@ -34,7 +34,6 @@ from mlpmem_ds.stages.training.metrics import Metrics
 
 STAGES = {"train": train, "train_base": train_base}
 LATE_IMPORTS = (  # 2 s in each start
-    "deepspeed.checkpoint.ds_to_universal",
     "deepspeed.runtime.zero.muon.original_muon",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",

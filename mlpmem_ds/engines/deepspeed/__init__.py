@@ -4,7 +4,8 @@
 - `process_group`: the ranks find each other
 - `config`: DeepSpeed's JSON file, read strictly, our numbers put in
 - `engine`: a model under ZeRO: steps, checkpoints, whole weights
-- `zero_state`: whole weights and moments out of and into ZeRO's shards
+- `zero_state`: weights and moments out of and into ZeRO's shards
+- `saved_shards`: slices of both out of a checkpoint's files
 - `weights`: whole weights out of a checkpoint's files, without an engine
 - `sharded_base`: a frozen base whose weights are cut over the ranks
 """

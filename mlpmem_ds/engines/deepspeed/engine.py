@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,14 @@ class Engine:
     # -- checkpoints
 
     def save(
-        self, root: Path, step: int, *, subject: Mapping[str, Any], values: Mapping[str, Any], keep: int
+        self,
+        root: Path,
+        step: int,
+        *,
+        subject: Mapping[str, Any],
+        values: Mapping[str, Any],
+        keep: int,
+        begin_copy: Callable[[Path], Collection[Path]] | None = None,
     ) -> Path:
         """Publish the checkpoint of `step` below `root` and remove all but the newest `keep`; where it is.
 
@@ -156,6 +163,7 @@ class Engine:
             subject: what is trained, as plain values.
             values: plain values that `resume` gives back, the same on every rank.
             keep: checkpoints kept.
+            begin_copy: see `save_checkpoint`.
 
         Raises:
             UserError: the disk is full, or refuses the files for another reason; older checkpoints stay.
@@ -182,6 +190,7 @@ class Engine:
             num_parameters=sum(whole_size(parameter) for parameter in self.module.parameters()),
             keep=keep,
             world=self._world,
+            begin_copy=begin_copy,
         )
 
     def resume(
@@ -222,7 +231,8 @@ class Engine:
             )
         if self._world.is_first:
             _logger.info(
-                "the checkpoint is of %d ranks at ZeRO stage %d, this run has %d at stage %d: converting",
+                "the checkpoint is of %d ranks at ZeRO stage %d, this run has %d at stage %d: each reads its"
+                " part",
                 saved_world,
                 saved_stage,
                 self._world.size,

@@ -11,14 +11,21 @@ import torch
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
 from mlpmem_ds.engines.devices import gpu_number
-from mlpmem_ds.engines.processes import has_group, keep_freed_memory, leave_process_group, meeting_point
+from mlpmem_ds.engines.processes import (
+    has_group,
+    keep_freed_memory,
+    leave_process_group,
+    meeting_point,
+    start_waiting_group,
+)
 
 
 def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.timedelta(minutes=10)) -> None:
     """Start the process group (NCCL with CUDA, else gloo), also of one rank.
 
-    It is left when the process ends. A second call only puts the rank into the environment again, where
-    DeepSpeed looks for it later too.
+    `timeout` ends a collective of a step that a rank does not join; ranks that wait for files do so in a
+    group without such a limit (`start_waiting_group`). Both are left when the process ends. A second call
+    only puts the rank into the environment again, where DeepSpeed looks for it later too.
 
     Raises:
         UserError: the ranks cannot find each other: MASTER_ADDR is unknown.
@@ -41,3 +48,4 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
         verbose=False,
     )
     atexit.register(leave_process_group)
+    start_waiting_group(world)

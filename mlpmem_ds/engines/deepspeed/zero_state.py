@@ -5,21 +5,18 @@ Only this file depends on the names that they have inside the library. All funct
 
 from __future__ import annotations
 
-import contextlib
-import io
-import shutil
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part, silenced
-from mlpmem_ds.engines.processes import wait_for_all
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
+from mlpmem_ds.engines.deepspeed.saved_shards import PARTS, Part, SavedShards
+from mlpmem_ds.engines.processes import sum_over_ranks, wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint
 
 # The lists of this rank's flat float32 weights in DeepSpeed's ZeRO-3, ZeRO-1/2 and bf16 ZeRO-1 optimizers.
@@ -28,7 +25,6 @@ _FLAT_MASTERS = (
     "single_partition_of_fp32_groups",
     "fp32_groups_flat_partition",
 )
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,50 +72,59 @@ def set_parameter(parameter: nn.Parameter, values: torch.Tensor) -> None:
 def load_other_layout(checkpoint: Checkpoint, state: ZeroState, *, steps_applied: int) -> None:
     """Load a checkpoint of another world size or ZeRO stage.
 
-    It goes through DeepSpeed's universal format: whole float32 weights and moments, a folder a parameter.
+    Each rank reads its own slice of each weight and moment out of the files, 12 bytes a parameter over all
+    ranks together, and waits for the others only when it has read.
 
     Args:
         checkpoint: of stages 1 to 3.
         state: what is loaded into, of stages 1 to 3.
         steps_applied: optimizer steps done, less those that were skipped.
+
+    Raises:
+        DamagedDataError: the files do not hold these weights.
     """
-    universal = checkpoint.path.with_name(checkpoint.path.name + ".universal.tmp")
-    if state.world.is_first:
-        _convert_to_universal(checkpoint.path, universal)
-    wait_for_all(state.world)
+    parameters = dict(state.module.named_parameters())
+    shards = SavedShards(checkpoint.path)
+    if {name: tuple(whole_shape(parameter)) for name, parameter in parameters.items()} != shards.shapes:
+        raise DamagedDataError(f"{checkpoint.path} holds other weights than the model has: remove it")
     _make_moments(state, steps_applied)
-    for name, parameter in state.module.named_parameters():
-        for part in ("fp32", *_MOMENTS):
-            loaded = torch.load(
-                universal / "zero" / name / f"{part}.pt", map_location="cpu", weights_only=True
-            )
-            tensor = loaded["param"] if isinstance(loaded, dict) else loaded
-            values = tensor.reshape(-1)[: whole_size(parameter)].float()
-            _set_whole(state, parameter, part, values)
-            if part == "fp32":
-                set_parameter(parameter, values)
+    if state.stage == 3:
+        state.wrapper.checkpoint_event_prologue()  # no weight is whole while its shards change
+    for name, parameter in parameters.items():
+        start, stop = _own_range(state, parameter)
+        for part in PARTS:
+            _set_own(state, parameter, part, shards.read(name, part, start, stop))
     wait_for_all(state.world)
-    if state.world.is_first:
-        shutil.rmtree(universal)
-        (checkpoint.path.parent / "latest_universal").unlink(missing_ok=True)
+    if state.stage == 3:
+        state.wrapper.checkpoint_event_epilogue()  # gathers those that stay whole
+    else:
+        for parameter in parameters.values():
+            _gather_from_masters(state, parameter)
 
 
-def _convert_to_universal(source: Path, target: Path) -> None:
-    """DeepSpeed's converter, without its prints; one process."""
-    shutil.rmtree(target, ignore_errors=True)
-    converter = import_part("checkpoint.ds_to_universal")
-    with silenced(), contextlib.redirect_stderr(io.StringIO()):
-        converter.main(
-            Namespace(
-                input_folder=str(source),
-                output_folder=str(target),
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
+def _own_range(state: ZeroState, parameter: nn.Parameter) -> tuple[int, int]:
+    """The numbers [start, stop) of the flat parameter that this rank's optimizer holds."""
+    if state.stage == 3:
+        share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        return (
+            min(state.world.rank * share, whole_size(parameter)),
+            min((state.world.rank + 1) * share, whole_size(parameter)),
         )
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return 0, 0
+    address = mapping.lp_fragment_address
+    return address.start, address.start + address.numel
+
+
+def _gather_from_masters(state: ZeroState, parameter: nn.Parameter) -> None:
+    """Make a parameter of stages 1 and 2 what the ranks' float32 parts of it say; collective."""
+    whole, mapping = torch.zeros_like(parameter.detach()).reshape(-1), parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is not None:
+        start, stop = _own_range(state, parameter)
+        whole[start:stop] = mapping.get_hp_fragment()
+    sum_over_ranks(whole, state.world)  # each number is of one rank: nothing is rounded
+    parameter.data.copy_(whole.reshape(parameter.shape))
 
 
 def _make_moments(state: ZeroState, steps: int) -> None:
@@ -129,30 +134,35 @@ def _make_moments(state: ZeroState, steps: int) -> None:
     for master in flat:
         state.optimizer.state[master] = {
             "step": torch.tensor(float(steps), device=master.device) if is_torch else steps,
-            **{name: torch.zeros_like(master) for name in _MOMENTS},
+            **{name: torch.zeros_like(master) for name in PARTS[1:]},
         }
     if state.stage < 3:
-        state.wrapper._lazy_init_hp_params_optimizer_state()
+        link_moments(state.wrapper)
 
 
-def _set_whole(state: ZeroState, parameter: nn.Parameter, part: str, values: torch.Tensor) -> None:
-    """Write this rank's share of a parameter's float32 weight or moment; `values` is all of it, flat."""
-    fragments = import_part("utils")
+def link_moments(wrapper: Any) -> None:
+    """Let the parameters of stages 1 and 2 find their parts of the moments.
+
+    DeepSpeed does it once, after the first parameter group's first step: those of the second group are not
+    there by then.
+    """
+    wrapper._hp_optimizer_states_linked = False
+    wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def _set_own(state: ZeroState, parameter: nn.Parameter, part: Part, values: torch.Tensor) -> None:
+    """Write this rank's slice of a parameter's float32 weight or moment."""
     if state.stage < 3:
-        if part == "fp32":
-            fragments.safe_set_full_fp32_param(parameter, values.to(parameter.device))
-        else:
-            fragments.safe_set_full_optimizer_state(parameter, values.to(parameter.device), part)
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:
+            mapping.get_hp_fragment(None if part == "fp32" else part).data.copy_(values)
         return
-    local = (
-        fragments.safe_get_local_fp32_param(parameter)
-        if part == "fp32"
-        else fragments.safe_get_local_optimizer_state(parameter, part)
-    )
-    padded = torch.zeros(local.numel() * state.world.size)
-    padded[: len(values)] = values
-    mine = padded[local.numel() * state.world.rank :][: local.numel()].to(local.device)
+    fragments = import_part("utils")
+    shard = parameter.ds_tensor  # type: ignore[attr-defined]
+    mine = torch.zeros(shard.numel())  # the last rank's ends with zeros
+    mine[: len(values)] = values
     if part == "fp32":
         fragments.safe_set_local_fp32_param(parameter, mine)
+        shard.data.copy_(mine)
     else:
         fragments.safe_set_local_optimizer_state(parameter, mine, part)

@@ -138,12 +138,13 @@ class Training:
         )
         outcome = self._run_steps(first)
         self._metrics.close()
-        if self._copier is not None:
-            self._copier.wait()
         if outcome.is_over:
             self._finish(outcome)
         else:
             self._say_stopped(outcome)
+        if self._copier is not None:
+            self._copier.wait()
+        self._engine.wait()  # no rank leaves while rank 0 copies
 
     # -- the start
 
@@ -225,9 +226,7 @@ class Training:
         return feed.stream(self._batches.stream(first, self._steps.count))
 
     def _save(self, step: int) -> None:
-        if self._copier is not None:
-            self._copier.wait()  # what it copies may be the oldest, which goes now
-        path = self._engine.save(
+        self._engine.save(
             self._checkpoints,
             step,
             subject=self._subject,
@@ -237,12 +236,11 @@ class Training:
                 "seconds": time.monotonic() - self._began,
             },
             keep=self._options.keep_checkpoints,
+            begin_copy=None if self._copier is None else self._copier.start,
         )
         self._directory.log.write("checkpoint", step=step)
         if self._world.is_first:
             self._best.remove_others()
-        if self._copier is not None:
-            self._copier.start(path)
 
     def _validate(self, step: int) -> bool:
         assert self._validator is not None

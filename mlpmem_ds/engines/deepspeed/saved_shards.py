@@ -1,0 +1,164 @@
+"""Float32 weights and Adam's moments in the files of a checkpoint, slice by slice.
+
+Part of a resume at another number of ranks or another ZeRO stage, and of `convert_checkpoint`. The files are
+mapped, so that a rank reads from disk what it takes and no more. Only this file knows how DeepSpeed lays
+them out: each rank's flat groups, and where in them a weight's part lies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mlpmem_ds.core.errors import DamagedDataError
+
+Part = Literal["fp32", "exp_avg", "exp_avg_sq"]
+PARTS: tuple[Part, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where numbers [start, stop) of a weight lie: in a rank's flat group, from `offset` on."""
+
+    start: int
+    stop: int
+    rank: int
+    group: int
+    offset: int
+
+
+class SavedShards:
+    """What a checkpoint of any ZeRO stage and number of ranks holds of each weight.
+
+    The files are unpickled, which runs any code in them.
+
+    Args:
+        path: the checkpoint's directory.
+
+    Raises:
+        DamagedDataError: the files are not a checkpoint that can be put together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            files = sorted(path.glob("*_optim_states.pt"), key=_rank_of)
+            self._optimizer_state = lru_cache(maxsize=None)(lambda rank: _load(files[rank]))
+            groups = _load(sorted(path.glob("*_model_states.pt"))[0])["param_shapes"]
+            self.shapes: dict[str, tuple[int, ...]] = {
+                name: tuple(shape) for group in groups for name, shape in group.items()
+            }
+            is_stage_3 = (
+                bool(files) and "fp32_flat_groups" in self._optimizer_state(0)["optimizer_state_dict"]
+            )
+            self._places = _evenly_cut(groups, len(files)) if is_stage_3 else self._fragments(len(files))
+        except Exception as error:  # KeyError, IndexError, and pickle's and zip's own
+            raise damaged(self._path, error) from error
+
+    def read(self, name: str, part: Part, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Numbers [start, stop) of a weight, or of one of its moments, in the order of the flat weight.
+
+        Returns: float32 [stop - start], a copy.
+
+        Raises:
+            DamagedDataError: they are not all there.
+        """
+        end = _numel(self.shapes[name]) if stop is None else stop
+        values, count = torch.empty(end - start), 0
+        try:
+            for place in self._places[name]:
+                first, last = max(start, place.start), min(end, place.stop)
+                if first < last:
+                    flat = self._flat(place.rank, place.group, part)
+                    offset = place.offset + first - place.start
+                    values[first - start : last - start] = flat[offset : offset + last - first]
+                    count += last - first
+        except Exception as error:  # as above
+            raise damaged(self._path, error) from error
+        if count != len(values):
+            raise damaged(self._path, ValueError(f"{name} has {count} of {len(values)} numbers"))
+        return values
+
+    def _flat(self, rank: int, group: int, part: Part) -> torch.Tensor:
+        """A rank's flat group; mapped."""
+        state = self._optimizer_state(rank)["optimizer_state_dict"]
+        inner = state["optimizer_state_dict" if "fp32_flat_groups" in state else "base_optimizer_state"]
+        flat: torch.Tensor
+        if part == "fp32":
+            masters = "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
+            flat = state[masters][group]
+        else:
+            flat = inner["state"][group][part]
+        return flat
+
+    def _fragments(self, num_ranks: int) -> dict[str, list[_Place]]:
+        """Of stages 1 and 2: a group's weights lie in a row, which is cut evenly, so that a weight's parts
+        follow each other in the order of the ranks."""
+        places: dict[str, list[_Place]] = {name: [] for name in self.shapes}
+        for rank in range(num_ranks):
+            mappings = self._optimizer_state(rank)["optimizer_state_dict"]["param_slice_mappings"]
+            for group, mapping in enumerate(mappings):
+                for name, address in mapping.items():
+                    start = places[name][-1].stop if places[name] else 0
+                    places[name].append(
+                        _Place(
+                            start=start,
+                            stop=start + address.numel,
+                            rank=rank,
+                            group=group,
+                            offset=address.start,
+                        )
+                    )
+        return places
+
+
+def _evenly_cut(groups: Sequence[Mapping[str, Any]], num_ranks: int) -> dict[str, list[_Place]]:
+    """Of stage 3: each weight is cut evenly, and a rank's parts of a group lie in a row."""
+    places: dict[str, list[_Place]] = {}
+    for group, shapes in enumerate(groups):
+        offset = 0
+        for name, shape in shapes.items():
+            numel = _numel(shape)
+            share = -(-numel // num_ranks)
+            places[name] = [
+                _Place(
+                    start=rank * share,
+                    stop=min((rank + 1) * share, numel),
+                    rank=rank,
+                    group=group,
+                    offset=offset,
+                )
+                for rank in range(num_ranks)
+                if rank * share < numel
+            ]
+            offset += share
+    return places
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _rank_of(file: Path) -> int:
+    match = _RANK.search(file.name)
+    assert match is not None, file
+    return int(match[1])
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+
+
+def damaged(path: Path, error: Exception) -> DamagedDataError:
+    """That a checkpoint cannot be put together, and what to do."""
+    return DamagedDataError(
+        f"{path} cannot be put together ({type(error).__name__}: {error}): choose another --step, or"
+        " restore it from a copy"
+    )

@@ -1,0 +1,187 @@
+"""Checkpoints taken over by another number of ranks and another stage, with a rank that is slow to read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.engines.deepspeed.saved_shards import PARTS, SavedShards
+from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+STAGES = ("zero1", "zero2", "zero3")
+LIMIT, SLEEP = 5, 7  # seconds: of a collective, of the slow rank
+
+SCRIPT = """
+import datetime, json, os, socket, sys, time, traceback
+from pathlib import Path
+import torch
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import checkpoints
+from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
+from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
+from mlpmem_ds.engines.deepspeed.saved_shards import PARTS, SavedShards
+from mlpmem_ds.engines.deepspeed.zero_state import link_moments
+from mlpmem_ds.engines.processes import sum_over_ranks
+from mlpmem_ds.maths.sparse_loss import TargetBatch
+from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.objective import MemoryObjective
+import_deepspeed()
+root, limit, sleep = Path(sys.argv[1]), *map(int, sys.argv[2:4])
+files = json.loads(sys.argv[4])
+memory = MemoryConfig(input_size=10, hidden_size=11, intermediate_size=13, num_blocks=2, vocab_size=17)
+
+def build(name, world):
+    config = resolve_ds_config(Path(files[name]), batch=6, batch_flag="--b", world_size=world.size,
+                               max_micro_batch=6, gradient_clipping=1.0)
+    if config["zero_optimization"]["stage"] == 3:  # some matrices are cut, the rest stays whole on each rank
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 120
+    return build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config,
+                        settings=AdamWSettings(), seed=3, world=world)
+
+def everything(engine):
+    '''name -> [float32 weight, its moments, what the forward reads], whole, on every rank.'''
+    found, parts = {}, import_part("utils")
+    if engine.stage < 3:
+        link_moments(engine._engine.optimizer)
+    zero = import_deepspeed().zero
+    for name, parameter in engine.module.named_parameters():
+        whole = [parts.safe_get_full_fp32_param(parameter)]
+        whole += [parts.safe_get_full_optimizer_state(parameter, part) for part in PARTS[1:]]
+        with zero.GatheredParameters([parameter]):
+            found[name] = [part.reshape(parameter.shape).clone() for part in (*whole, parameter.detach())]
+    return found
+
+def slowly(call, seconds):
+    is_first = True
+    def slow(*arguments, **named):
+        nonlocal is_first
+        if is_first:
+            time.sleep(seconds)
+        is_first = False
+        return call(*arguments, **named)
+    return slow
+
+def arguments(count):
+    inputs = torch.randn(count, 10).bfloat16()
+    return inputs, TargetBatch(
+        offsets_N1=torch.arange(0, 2 * count + 1, 2), ids=torch.tensor([1, 5] * count),
+        probabilities=torch.tensor([0.5, 0.4] * count), labels_N=torch.arange(count),
+    )
+
+def save_all(world):
+    set_up_distributed(world)
+    for name in files:
+        engine = build(name, world)
+        for number in range(3):
+            torch.manual_seed(10 * number + world.rank)
+            engine.train_step([arguments(2)], 0.01)
+        engine.save(root / name / "checkpoints", 3, subject={}, values={"x": 1}, keep=9)
+        found = everything(engine)
+        if world.is_first:
+            torch.save(found, root / f"{name}.pt")
+
+def load_all(world):
+    set_up_distributed(world, timeout=datetime.timedelta(seconds=limit))
+    if world.rank == 1:
+        SavedShards.read = slowly(SavedShards.read, sleep)
+        checkpoints.fault_of_checkpoint = slowly(checkpoints.fault_of_checkpoint, sleep)
+    for name in files:
+        engine = build(name, world)
+        for source in files:
+            saved = engine.resume(root / source / "checkpoints")
+            assert saved.step == 3 and saved.values == {"x": 1}
+            expected = torch.load(root / f"{source}.pt", weights_only=True)
+            for key, parts in everything(engine).items():
+                for number, (part, wanted) in enumerate(zip(parts, expected[key])):
+                    assert torch.equal(part, wanted), (source, name, key, number)
+        engine.train_step([arguments(3)], 0.01)
+    if world.rank == 0:
+        checkpoints.publish_checkpoint = slowly(checkpoints.publish_checkpoint, sleep)
+    engine.save(root / "again" / "checkpoints", 4, subject={}, values={}, keep=9)
+    # The limit holds for a step: a rank that is as slow there ends the others.
+    if world.rank == 1:
+        time.sleep(sleep)
+        os._exit(0)
+    try:
+        sum_over_ranks(torch.ones(1), world)
+    except RuntimeError:
+        (root / "limited").touch()
+
+def run(task, size):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+    pids = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                task(World(rank=rank, size=size, local_rank=rank))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(code)
+        pids.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert not any(codes), codes
+
+run(save_all, 3)
+run(load_all, 2)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of three ranks at each stage, taken over by two ranks at each stage."""
+    root = tmp_path_factory.mktemp("taken-over")
+    files = {name: str(REPOSITORY / "ds_configs" / f"{name}.json") for name in STAGES}
+    (root / "script.py").write_text(SCRIPT)
+    result = subprocess.run(
+        [sys.executable, root / "script.py", root, str(LIMIT), str(SLEEP), json.dumps(files)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def test_any_stage_and_number_of_ranks_goes_on_with_the_same_numbers(saved):
+    """Weights, moments and what the forward reads, bit for bit; a slow rank is waited for."""
+    assert (saved / "limited").exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_shards_are_read_by_slices(saved, name):
+    shards = SavedShards(saved / name / "checkpoints" / "step-00000003")
+    expected = torch.load(saved / f"{name}.pt", weights_only=True)
+    assert set(shards.shapes) == set(expected)
+    for key, parts in expected.items():
+        for part, wanted in zip(PARTS, parts, strict=False):
+            whole = shards.read(key, part)
+            assert torch.equal(whole, wanted.reshape(-1))
+            cut = len(whole) // 3
+            assert torch.equal(shards.read(key, part, cut, 2 * cut), whole[cut : 2 * cut])
+    weights = weights_of_checkpoint(saved / name / "checkpoints" / "step-00000003")
+    for key, weight in weights.items():
+        assert torch.equal(weight.read(), expected[key][0])
+
+
+def test_a_missing_file_is_named(saved):
+    path = saved / "zero3" / "checkpoints" / "step-00000003"
+    max(path.glob("*_optim_states.pt")).unlink()
+    shards = SavedShards(path)
+    with pytest.raises(DamagedDataError, match="step-00000003 cannot be put together"):
+        for key in shards.shapes:
+            shards.read(key, "fp32")
