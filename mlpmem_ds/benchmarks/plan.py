@@ -13,6 +13,7 @@ not run.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
     rows = []
     for stage in _STAGES:
         cost = planned.costs[stage]
-        pairs = {"planned": (cost.bytes, cost.seconds, cost.rank_memory_bytes)}
+        pairs = {"planned": (cost.bytes, cost.seconds or math.nan, cost.rank_memory_bytes)}
         pairs["measured"] = (measured[stage].bytes, measured[stage].seconds, measured[stage].memory_bytes)
         for arm, values in pairs.items():
             for metric, unit, value in zip(
@@ -128,21 +129,20 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
     rows.append(row_of("planned", "keys_bytes", "B", [float(planned.costs["keys"].bytes)]))
     rows.append(row_of("measured", "keys_bytes", "B", [float(key_files)]))
     costs = [planned.costs[stage] for stage in _STAGES]
+    seconds = {stage: planned.costs[stage].seconds or math.nan for stage in _STAGES}
     ratios = {
         "bytes_error": _error(
             sum(cost.bytes for cost in costs) + planned.costs["keys"].bytes,
             sum(measured[stage].bytes for stage in _STAGES) + key_files,
         ),
-        "time_error": _error(
-            sum(cost.seconds for cost in costs), sum(measured[stage].seconds for stage in _STAGES)
-        ),
+        "time_error": _error(sum(seconds.values()), sum(measured[stage].seconds for stage in _STAGES)),
         "memory_error": max(
             _error(planned.costs[stage].rank_memory_bytes, measured[stage].memory_bytes) for stage in _STAGES
         ),
     }
     for stage in _STAGES:
         ratios[f"bytes_error_{stage}"] = _error(planned.costs[stage].bytes, measured[stage].bytes)
-        ratios[f"time_error_{stage}"] = _error(planned.costs[stage].seconds, measured[stage].seconds)
+        ratios[f"time_error_{stage}"] = _error(seconds[stage], measured[stage].seconds)
         ratios[f"memory_error_{stage}"] = _error(
             planned.costs[stage].rank_memory_bytes, measured[stage].memory_bytes
         )

@@ -108,14 +108,14 @@ def set_transposed_product(total_NM: Tensor, left_MK: Tensor, right_KN: Tensor, 
 def _set_widened_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor, accumulate: bool) -> None:
     if not accumulate:
         torch.mm(left_MK, right_KN, out_dtype=torch.float32, out=total_MN)
-    elif _adds_to_wider_total(left_MK.dtype, left_MK.device):
+    elif adds_to_wider_total(left_MK.dtype, left_MK.device):
         torch.addmm(total_MN, left_MK, right_KN, out_dtype=torch.float32, out=total_MN)
     else:
         total_MN += product(left_MK, right_KN)
 
 
 @cache
-def _adds_to_wider_total(dtype: torch.dtype, device: torch.device) -> bool:
+def adds_to_wider_total(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `addmm` adds a product of 16-bit operands to a float32 total; older releases refuse. Tried
     once."""
     operand_KK = torch.zeros(16, 16, dtype=dtype, device=device)

@@ -103,9 +103,9 @@ class TestWiderTotal:
 
     @pytest.fixture(autouse=True)
     def _forget(self):
-        products._adds_to_wider_total.cache_clear()
+        products.adds_to_wider_total.cache_clear()
         yield
-        products._adds_to_wider_total.cache_clear()
+        products.adds_to_wider_total.cache_clear()
 
     def pretend(self, monkeypatch, error):
         calls = []

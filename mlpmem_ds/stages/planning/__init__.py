@@ -3,6 +3,9 @@
 Read in this order:
 - `config.py`: the flags
 - `plan.py`: `run`: flags, model and machine → sizes → costs → a table with warnings
-- `cost_model.py`: the formulas: bytes, seconds and memory of each stage from the sizes of a run
+- `workload.py`: the sizes of a run, and the machine
+- `counts.py`: operations, bytes moved and files of each stage, counted; `sizes_on_disk.py`: bytes it leaves
+- `cost_model.py`: seconds of each stage from its counts; `rank_memory.py`: memory of a rank
+- `limits.py`: where no number can be stood for
 - `calibration.py`: sizes and speeds of a finished run, which correct the formulas
 """

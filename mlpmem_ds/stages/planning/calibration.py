@@ -14,20 +14,16 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import read_events, seconds_of_stage
 from mlpmem_ds.core.manifest import CompleteStage, read_stage
+from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.formats.trained_models import MemoryManifest
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning.config import DEFAULTS
-from mlpmem_ds.stages.planning.cost_model import (
-    STAGES,
-    Calibration,
-    Machine,
-    Workload,
-    seconds_of,
-    target_bytes,
-)
+from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, seconds_of
+from mlpmem_ds.stages.planning.sizes_on_disk import target_bytes
+from mlpmem_ds.stages.planning.workload import Machine, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +76,25 @@ def sizes_of_run(run: FinishedRun) -> dict[str, Any]:
         "codec": keys.codec.name,
         "width": keys.input_width,
         "input_codec": keys.input_codec,
+        "unit_positions": keys.unit_positions,
+        "block_size": keys.block_size,
+        "stride": keys.block_size,
     }
+    if "corpus" in run.stages:
+        sizes["stride"] = open_corpus(run.root / "corpus", keys.split, flag="--calibrate").stride
     if run.index is not None:
         sizes |= {"factory": run.index.factory, "num_shards": run.index.manifest.num_shards}
     if run.targets is not None:
         targets = run.targets.manifest
         sizes |= {"search": targets.search, "k": targets.k, "nprobe": targets.nprobe}
         sizes |= {"neighbour_perplexity": targets.neighbour_perplexity, "encoding": targets.encoding}
+        sizes["shard_positions"] = targets.shard_positions
     if run.memory is not None:
         memory = run.memory.manifest
         sizes |= {"memory": dict(memory.memory), "epochs": memory.provenance.epochs}
         flags = _start_of(run.root / "memory")["config"]
-        sizes |= {"keep_checkpoints": flags.get("keep_checkpoints", DEFAULTS["keep_checkpoints"])}
+        for name in ("keep_checkpoints", "batch_positions", "shuffle_window_blocks"):
+            sizes[name] = flags.get(name, DEFAULTS[name])
     sizes |= {"parameters": _parameters_of_base(run.root)}
     return {name: value for name, value in sizes.items() if value is not None}
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, default_of, option
 from mlpmem_ds.models.memory_config import PRESETS
+from mlpmem_ds.stages.corpus.config import Config as CorpusConfig
 from mlpmem_ds.stages.index.config import Config as IndexConfig
 from mlpmem_ds.stages.keys.config import Config as KeysConfig
 from mlpmem_ds.stages.targets.config import Config as TargetsConfig
@@ -16,10 +17,11 @@ from mlpmem_ds.stages.training.config import Config as TrainingConfig
 DEFAULTS: dict[str, Any] = {
     name: default_of(config_class, name)
     for config_class, names in (
+        (CorpusConfig, ("block_size", "stride")),
         (KeysConfig, ("codec", "input_codec")),
         (IndexConfig, ("num_shards",)),
-        (TargetsConfig, ("nprobe", "k", "encoding")),
-        (TrainingConfig, ("epochs", "keep_checkpoints")),
+        (TargetsConfig, ("nprobe", "k", "encoding", "shard_positions")),
+        (TrainingConfig, ("epochs", "keep_checkpoints", "batch_positions", "shuffle_window_blocks")),
     )
     for name in names
 }
@@ -49,11 +51,15 @@ class Config(Flags):
     parameters: float | None = option("parameters of the base, such as 1.5e9", None, at_least=1)
     width: int | None = option("size of its hidden states", None, at_least=1)
     vocab_size: int | None = option("entries of its vocabulary", None, at_least=1)
+    block_size: int | None = _of_stage("block_size", "tokens that the base reads at once", at_least=1)
+    stride: int | None = _of_stage(
+        "stride", "tokens between the starts of two blocks: each is read block / stride times", at_least=1
+    )
     dim: int | None = option("numbers in a key (default: the width, at most 256)", None, at_least=1)
     codec: Literal["int8", "raw"] | None = _of_stage("codec", "of keys")
     input_codec: Literal["bf16", "int8", "none"] | None = _of_stage("input_codec", "of memory inputs")
     factory: str = option("faiss factory of the index, or auto", "auto")
-    num_shards: int | None = _of_stage("num_shards", "files of the index", at_least=1)
+    num_shards: int | None = option("files of the index (default: as build_index chooses)", None, at_least=1)
     search: Literal["auto", "exact", "ivf"] = option("of the targets", "auto")
     nprobe: int | None = _of_stage("nprobe", "lists that a query probes", at_least=1)
     k: int | None = _of_stage("k", "neighbours of a position", at_least=1)
@@ -71,6 +77,7 @@ class Config(Flags):
     )
     gpus: int = option("GPUs of the run", 0, at_least=0)
     gpu_tflops: float = option("dense 16-bit peak of one GPU, in 10^12 operations a second", 990.0, above=0)
+    gpu_memory_gb: float = option("memory of one GPU in 10^9 bytes", 80.0, above=0)
     memory_gb: float | None = option(
         "memory of a node in 10^9 bytes (default: this machine's)", None, above=0
     )

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ from mlpmem_ds.stages.index.factory import (
     make_index,
     resolve_factory,
 )
+from mlpmem_ds.stages.keys.plan import auto_unit_positions
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.config import DEFAULTS, Config
-from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, Machine, Workload, costs, resolve_search
+from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, costs, resolve_search
+from mlpmem_ds.stages.planning.counts import body_operations
+from mlpmem_ds.stages.planning.workload import Machine, Workload
 
 _logger = logging.getLogger(__name__)
 _FORMAT, _VERSION = "mlpmem-plan", 1
@@ -45,6 +49,11 @@ class Plan:
     calibrated: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    @property
+    def seconds(self) -> float | None:
+        """Of all stages; None where one of them cannot be planned."""
+        return _sum([cost.seconds for cost in self.costs.values()])
+
     def to_json(self) -> dict[str, Any]:
         return {
             "format": _FORMAT,
@@ -54,8 +63,9 @@ class Plan:
             "stages": [{"name": name, **dataclasses.asdict(cost)} for name, cost in self.costs.items()],
             "calibrated": list(self.calibrated),
             "bytes": sum(cost.bytes for cost in self.costs.values()),
-            "seconds": sum(cost.seconds for cost in self.costs.values()),
-            "gpu_hours": sum(cost.gpu_hours for cost in self.costs.values()),
+            "files": sum(cost.num_files for cost in self.costs.values()),
+            "seconds": self.seconds,
+            "gpu_hours": _sum([cost.gpu_hours for cost in self.costs.values()]),
             "warnings": list(self.warnings),
         }
 
@@ -114,29 +124,65 @@ def table(plan: Plan) -> str:
         ),
         "",
         (
-            f"{'stage':<9}{'on disk':>12}{'B/position':>12}{'time':>12}{'memory a rank':>15}{'GPU hours':>11}"
-            "  figures"
+            f"{'stage':<9}{'on disk':>10}{'files':>10}{'B/position':>12}{'time':>10}{'memory a rank':>15}"
+            f"{'GPU hours':>11}  figures"
         ),
     ]
     for name, cost in plan.costs.items():
-        basis = "from the run" if name in plan.calibrated else "estimate"
-        lines.append(
-            f"{name:<9}{_bytes(cost.bytes):>12}{cost.bytes / work.positions:>12.1f}{_time(cost.seconds):>12}"
-            f"{_bytes(cost.rank_memory_bytes):>15}{cost.gpu_hours:>11.2f}  {basis}"
-        )
-    all_costs = plan.costs.values()
-    lines.append(
-        f"{'all':<9}{_bytes(sum(cost.bytes for cost in all_costs)):>12}"
-        f"{sum(cost.bytes for cost in all_costs) / work.positions:>12.1f}"
-        f"{_time(sum(cost.seconds for cost in all_costs)):>12}"
-        f"{_bytes(max(cost.rank_memory_bytes for cost in all_costs)):>15}"
-        f"{sum(cost.gpu_hours for cost in all_costs):>11.2f}"
+        lines.append(_row(name, cost, work, basis=_basis(plan, name)))
+    all_costs = list(plan.costs.values())
+    total = Cost(
+        bytes=sum(cost.bytes for cost in all_costs),
+        num_files=sum(cost.num_files for cost in all_costs),
+        operations=sum(cost.operations for cost in all_costs),
+        seconds=plan.seconds,
+        rank_memory_bytes=max(cost.rank_memory_bytes for cost in all_costs),
+        gpu_hours=_sum([cost.gpu_hours for cost in all_costs]),
     )
+    lines.append(_row("all", total, work, basis=""))
+    lines += [f"{name}: {cost.limit}" for name, cost in plan.costs.items() if cost.limit]
+    if work.input_codec == "none":
+        lines.append(_words_on_online_inputs(work))
     lines.append(
         f"A stage takes no less time than its bytes do at {machine.disk_rate / 1e9:g} GB/s of the disk"
         " (--disk-gb-per-second)."
     )
     return "\n".join([*lines, "", *(f"warning: {line}" for line in plan.warnings)]).rstrip() + "\n"
+
+
+def _row(name: str, cost: Cost, work: Workload, *, basis: str) -> str:
+    hours = "-" if cost.gpu_hours is None else f"{cost.gpu_hours:.2f}"
+    time = "-" if cost.seconds is None else _time(cost.seconds)
+    return (
+        f"{name:<9}{_bytes(cost.bytes):>10}{cost.num_files:>10,}{cost.bytes / work.positions:>12.1f}"
+        f"{time:>10}{_bytes(cost.rank_memory_bytes):>15}{hours:>11}  {basis}"
+    ).rstrip()
+
+
+def _basis(plan: Plan, stage: str) -> str:
+    """What the time of a stage rests on."""
+    if plan.costs[stage].limit:
+        return "not supported, see below"
+    if stage in plan.calibrated:
+        return "from the run"
+    return "assumed rates" if plan.costs[stage].gpu_hours else "estimate"
+
+
+def _words_on_online_inputs(work: Workload) -> str:
+    """What it costs that keys store no inputs."""
+    online = body_operations(work) / work.positions
+    trained = 6.0 * work.memory.num_matrix_parameters()
+    return (
+        f"The keys store no inputs: the base computes them in each epoch, {online / 1e9:.3g} GFLOP a position"
+        f" and {online / trained:.2g} times the memory's own training (--stride {work.block_size} would halve"
+        " overlapping windows; --input-codec int8 stores inputs)."
+    )
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """None where one of them is."""
+    present = [value for value in values if value is not None]
+    return sum(present) if len(present) == len(values) else None
 
 
 def _workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Workload:
@@ -154,12 +200,9 @@ def _workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Wo
             raise UserError(
                 f"--model {config.model}: {error}; give --parameters, --width and --vocab-size instead"
             ) from error
-    # The keys and the memory of another base have other sizes than the run's.
-    inherited = (
-        run_sizes
-        if not shape
-        else {name: run_sizes[name] for name in run_sizes if name not in ("dim", "memory")}
-    )
+    # The keys and the memory of another base have other sizes than the run's, and units follow the positions.
+    own = ("unit_positions", *(("dim", "memory") if shape else ()))
+    inherited = {name: value for name, value in run_sizes.items() if name not in own}
     sizes: dict[str, Any] = DEFAULTS | inherited | shape | flags
     if "k" in flags and "neighbour_perplexity" not in flags:
         sizes.pop("neighbour_perplexity", None)  # the run's belongs to the run's k
@@ -173,9 +216,11 @@ def _workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Wo
     sizes["dim"] = sizes.get("dim", min(256, sizes["width"]))
     if sizes["codec"] == "raw":
         sizes["dim"] = flags.get("dim", sizes["width"])
+    sizes["unit_positions"] = auto_unit_positions(sizes["positions"])
     sizes["factory"] = _factory(config.factory, sizes, machine)
     sizes["num_shards"] = _num_shards(sizes)
-    sizes["search"] = resolve_search(config.search, sizes["positions"], machine)
+    key_bytes = sizes["dim"] * (1 if sizes["codec"] == "int8" else 2)
+    sizes["search"] = resolve_search(config.search, sizes["positions"], key_bytes, machine)
     sizes |= {"memory": memory, "parameters": int(sizes["parameters"])}
     return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})
 
@@ -232,6 +277,7 @@ def _machine(config: Config) -> Machine:
         cores=config.threads or max(1, (os.cpu_count() or 1) // config.ranks),
         gpus=config.gpus,
         gpu_flops=config.gpu_tflops * 1e12,
+        gpu_bytes=config.gpu_memory_gb * 1e9,
         memory_bytes=(
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if config.memory_gb is None
@@ -281,7 +327,8 @@ def _warnings_of_machine(config: Config, machine: Machine) -> list[str]:
                 f"({machine.cores} threads a rank, {_bytes(machine.memory_bytes)} of memory)"
             )
         lines.append(
-            "times on GPUs are shares of their peak (.4 forward, .35 training, .2 search), not measurements"
+            "times on GPUs are shares of their peak (.4 forward, .35 training, .2 search) and passes over"
+            " tiles of distances, not measurements: --calibrate a run on such a machine"
         )
     return lines
 

@@ -18,7 +18,9 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.planning import plan
-from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, Machine, costs, seconds_of
+from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, costs, seconds_of
+from mlpmem_ds.stages.planning.counts import candidates, operations
+from mlpmem_ds.stages.planning.workload import Machine
 from mlpmem_ds.stages.targets import write_targets
 
 SHAPE = {"parameters": 1.5e9, "width": 1536, "vocab_size": 151_936}
@@ -131,7 +133,12 @@ def test_seconds_scale_with_ranks_calibration_and_size() -> None:
 
 def test_gpus_take_over_and_are_counted() -> None:
     without, found = plan.make_plan(config()), plan.make_plan(config(gpus=8, ranks=8))
-    assert {name for name, cost in found.costs.items() if cost.gpu_hours} == {"keys", "targets", "memory"}
+    assert {name for name, cost in found.costs.items() if cost.gpu_hours} == {
+        "keys",
+        "index",
+        "targets",
+        "memory",
+    }
     assert found.costs["keys"].seconds < without.costs["keys"].seconds / 100
     assert found.costs["keys"].gpu_hours == pytest.approx(8 * found.costs["keys"].seconds / 3600)
     assert any("not measurements" in line for line in found.warnings) and not any(
@@ -144,8 +151,11 @@ def test_gpus_take_over_and_are_counted() -> None:
 def test_a_stage_takes_the_time_of_its_bytes_at_least() -> None:
     sizes = {"positions": 10**9, "gpus": 64, "ranks": 64, "threads": 2, "memory_gb": 1000.0}
     slow, quick = (plan.make_plan(config(**sizes, disk_gb_per_second=rate)) for rate in (0.5, 1e6))
-    assert slow.costs["keys"].seconds == pytest.approx(slow.costs["keys"].bytes / 0.5e9)
-    assert quick.costs["keys"].seconds == pytest.approx(2 * 1.5e9 * 1e9 / (0.4 * 64 * 990e12))
+    moved = slow.costs["keys"].bytes + slow.costs["corpus"].bytes
+    assert slow.costs["keys"].seconds == pytest.approx(moved / 0.5e9)
+    head = 1536 * 151_936
+    operations = 2 * (2 * (1.5e9 - head) + head) * 1e9  # windows overlap by half, the head's rows do not
+    assert quick.costs["keys"].seconds == pytest.approx(operations / (0.4 * 64 * 990e12))
     assert "at 0.5 GB/s of the disk (--disk-gb-per-second)" in plan.table(slow)
     trained = quick.costs["memory"].seconds
     assert slow.costs["memory"].seconds > trained
@@ -166,6 +176,59 @@ def test_what_does_not_fit_is_said_with_a_remedy() -> None:
     words = "\n".join(plan.make_plan(config(memory_gb=4.0, disk_gb=10.0, ranks=2)).warnings)
     assert "targets need" in words and "fewer ranks a node" in words and "the disk has 10 GB" in words
     assert plan.make_plan(config(memory_gb=4.0)).work.factory.endswith("PQ16")
+
+
+CLUSTER = {
+    "gpus": 32,
+    "ranks": 32,
+    "threads": 8,
+    "memory_gb": 2000.0,
+    "disk_gb": 1e5,
+    "disk_gb_per_second": 50.0,
+}
+
+
+def test_where_no_number_can_be_stood_for_there_is_none_and_the_reason() -> None:
+    small, large, beyond = (
+        plan.make_plan(config(positions=count, **CLUSTER)) for count in (10**9, 10**10, 3 * 10**11)
+    )
+    assert small.seconds is not None and small.costs["targets"].limit is None
+    cost = large.costs["targets"]
+    assert cost.seconds is cost.gpu_hours is large.seconds is None
+    assert cost.limit is not None and cost.limit.startswith(
+        "not supported above 4.7e+09 positions on 32 GPUs"
+    )
+    assert cost.bytes > 0 and cost.num_files > 0 and cost.operations > 0
+    text = plan.table(large)
+    assert "targets: not supported above 4.7e+09" in text and "not supported, see below" in text
+    assert large.to_json()["seconds"] is None and large.costs["keys"].seconds is not None
+    assert all("above 2e+11 positions" in (cost.limit or "") for cost in beyond.costs.values())
+    on_cpus = plan.make_plan(config(positions=10**10, ranks=32, memory_gb=2000.0, disk_gb=1e5))
+    assert on_cpus.costs["targets"].limit is None
+
+
+def test_a_query_is_compared_with_all_centroids_too() -> None:
+    """At 5e9 keys probes are as many distances as a third of the candidates; they were left out once."""
+    work = plan.make_plan(config(positions=4 * 10**9, **CLUSTER)).work
+    assert work.factory.startswith("IVF262144")
+    with_probes = operations("targets", work)
+    assert with_probes == pytest.approx(2 * 256 * work.positions * (262_144 + candidates(work)), rel=1e-6)
+
+
+def test_a_training_without_stored_inputs_says_what_the_base_costs() -> None:
+    base = {"parameters": 8e9, "width": 4096, "vocab_size": 128_256, "preset": "1b"}
+    stored, online = (
+        plan.make_plan(config(**base, **CLUSTER, input_codec=codec)) for codec in ("bf16", "none")
+    )
+    assert "4.1 times the memory's own training" in plan.table(online)
+    assert "store no inputs" not in plan.table(stored)
+    assert online.costs["memory"].seconds > 3 * stored.costs["memory"].seconds
+    assert online.costs["memory"].rank_memory_bytes > stored.costs["memory"].rank_memory_bytes + 15e9
+
+
+def test_each_window_of_the_base_is_read_block_over_stride_times() -> None:
+    twice, once = (plan.make_plan(config(stride=stride)).costs["keys"].seconds for stride in (512, 1024))
+    assert once < 0.6 * twice
 
 
 def test_table_and_json(tmp_path: Path) -> None:

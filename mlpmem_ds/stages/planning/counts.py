@@ -1,0 +1,115 @@
+"""Part of `plan`: what each stage does, counted from the sizes alone: operations, bytes moved, files.
+
+No rate of any machine is in it, so a run on any machine can be compared with it; the tests do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlpmem_ds.stages.index.factory import training_operations
+from mlpmem_ds.stages.planning.sizes_on_disk import (
+    corpus_bytes,
+    index_bytes,
+    key_bytes,
+    list_bytes,
+    memory_bytes,
+    target_bytes,
+)
+from mlpmem_ds.stages.planning.workload import Workload
+
+LIST_IMBALANCE = 1.3
+"""keys met in the lists that a query probes, over keys of as many average lists"""
+SAMPLE = 1000
+"""positions of targets that are measured first"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """Bytes of all ranks together.
+
+    Attributes:
+        read: from the disk, what fits in memory once.
+        written: to it, also what is removed at the end.
+        hashed: compared with checksums, or given one, apart from what is written.
+    """
+
+    read: float
+    written: float
+    hashed: float
+
+
+def pairs_compared(stage: str, work: Workload) -> float:
+    """Distances that are computed: between keys and centroids, and between queries and keys."""
+    if stage == "index":
+        trained = training_operations(work.index, work.positions, work.dim) / (2.0 * work.dim)
+        return trained + work.positions * work.num_lists
+    if stage != "targets":
+        return 0.0
+    queries = work.positions + min(SAMPLE, work.positions)
+    if work.search == "exact":
+        return float(queries) * work.positions
+    return queries * (work.num_lists + candidates(work))
+
+
+def candidates(work: Workload) -> float:
+    """Keys that a query of list search is compared with."""
+    return min(work.positions, LIST_IMBALANCE * work.nprobe * work.positions / work.num_lists)
+
+
+def operations(stage: str, work: Workload) -> float:
+    """Multiplications and additions of matrix products; attention's own are left out (6 % at 1.5e9
+    parameters and windows of 1,024 tokens)."""
+    if stage in ("index", "targets"):
+        return 2.0 * work.dim * pairs_compared(stage, work)
+    if stage == "keys":
+        return body_operations(work) + 2.0 * work.vocab_size * work.width * work.positions
+    if stage == "memory":
+        trained = 6.0 * work.memory.num_matrix_parameters() * work.positions
+        online = body_operations(work) if work.input_codec == "none" else 0.0
+        return work.epochs * (trained + online)
+    return 0.0
+
+
+def body_operations(work: Workload) -> float:
+    """Of one pass of the base without its output head over all positions."""
+    return 2.0 * max(0, work.parameters - work.vocab_size * work.width) * work.tokens_read
+
+
+def moved(stage: str, work: Workload) -> Moved:
+    """The bytes that a stage reads, writes and hashes."""
+    keys = float(work.stored_key_bytes)
+    if stage == "corpus":
+        return Moved(read=0.0, written=corpus_bytes(work), hashed=0.0)
+    if stage == "keys":
+        return Moved(read=corpus_bytes(work), written=key_bytes(work), hashed=0.0)
+    if stage == "index":
+        return Moved(read=keys, written=index_bytes(work), hashed=keys)
+    if stage == "targets":
+        lists, values = list_bytes(work), work.positions * work.value_bytes
+        index = index_bytes(work) if lists else 0
+        # The lists once for the search, the keys once more as its queries.
+        read = (2 * keys if lists else keys) + index + values + lists
+        return Moved(read=read, written=lists + target_bytes(work), hashed=keys + index + values)
+    read = key_bytes(work) - keys + target_bytes(work)
+    return Moved(read=max(1.0, work.epochs) * read, written=memory_bytes(work), hashed=0.0)
+
+
+def num_files(stage: str, work: Workload) -> int:
+    """That a complete stage leaves, with the records of its units and without logs."""
+    if stage == "corpus":
+        return 0
+    if stage == "keys":
+        inputs = {"none": 0, "bf16": 1, "int8": 2}[work.input_codec]
+        units = math.ceil(work.positions / work.unit_positions)
+        codec = 4 if work.codec == "int8" else 0
+        return units * (3 + inputs + 1) + codec
+    if stage == "index":
+        units = math.ceil(work.positions / work.unit_positions)
+        verified = math.ceil(units / max(16, math.ceil(units / 512)))  # records alone
+        return 2 * (work.num_shards + 1) + verified
+    if stage == "targets":
+        order = 2 if work.encoding == "compact" else 0
+        return 3 * math.ceil(work.positions / work.shard_positions) + 1 + order
+    return 0

@@ -1,0 +1,105 @@
+"""Part of `plan`: the sizes of a run, and the machine that it is planned for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mlpmem_ds.engines.faiss import Index
+from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.stages.index.factory import make_index
+
+Encoding = Literal["exact", "compact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The sizes of a run.
+
+    Attributes:
+        block_size, stride: of the corpus: each window of `block_size` tokens gives `stride` positions.
+        unit_positions: positions in a unit of keys.
+        shard_positions: positions in a shard of targets.
+        shuffle_window_blocks: blocks of positions that a training shuffles together.
+        batch_positions: positions in a step of the training, over all ranks.
+    """
+
+    positions: int
+    vocab_size: int
+    parameters: int
+    width: int
+    block_size: int
+    stride: int
+    dim: int
+    codec: str
+    input_codec: str
+    unit_positions: int
+    factory: str
+    num_shards: int
+    search: str
+    nprobe: int
+    k: int
+    neighbour_perplexity: float
+    encoding: Encoding
+    shard_positions: int
+    memory: MemoryConfig
+    epochs: float
+    batch_positions: int
+    shuffle_window_blocks: int
+    keep_checkpoints: int
+
+    @property
+    def index(self) -> Index:
+        """An empty one of the factory."""
+        return make_index(self.factory, self.dim, self.positions)
+
+    @property
+    def num_lists(self) -> int:
+        return self.index.num_lists
+
+    @property
+    def key_dtype(self) -> np.dtype[np.int8] | np.dtype[np.float16]:
+        return np.dtype(np.int8) if self.codec == "int8" else np.dtype(np.float16)
+
+    @property
+    def value_bytes(self) -> int:
+        return token_dtype(self.vocab_size).itemsize
+
+    @property
+    def stored_key_bytes(self) -> int:
+        """Of all keys."""
+        return self.positions * self.dim * self.key_dtype.itemsize
+
+    @property
+    def tokens_read(self) -> float:
+        """Tokens of one pass of the base over all positions; windows overlap."""
+        return self.positions * max(1.0, self.block_size / self.stride)
+
+    @property
+    def entries_of_row(self) -> float:
+        """Of a target: grows as the neighbour-weight perplexity to the power .84 (44 at 30, 303 at 300), up
+        to k."""
+        return min(self.k, 303 * (self.neighbour_perplexity / 300) ** 0.84)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The machine of a run; with 0 `gpus` it computes on the CPU.
+
+    Attributes:
+        gpu_flops: dense 16-bit peak of one GPU, operations a second.
+        gpu_bytes: memory of one GPU.
+        disk_rate: bytes a second, of all ranks together.
+    """
+
+    ranks: int
+    cores: int
+    gpus: int
+    gpu_flops: float
+    memory_bytes: int
+    disk_bytes: int
+    gpu_bytes: float = 80e9
+    disk_rate: float = 1e9
