@@ -149,14 +149,15 @@ class StageDirectory:
         Returns their summaries. A rank that waits makes the units of one that died. It compares the sizes of
         the others' files and reads none of them.
         """
-        self._read_here.update(units)
-        self.run_units(units, compute)
+        self.run_units(units, compute, read_here=True)
         if self._dealer is not None:
             self._dealer.wait()  # no rank polls; what follows finds all done
         self._wait(units, until_whole=True)
         return self.summaries(units)
 
-    def run_units(self, units: Sequence[str], compute: Compute, *, take_over: bool = True) -> int:
+    def run_units(
+        self, units: Sequence[str], compute: Compute, *, take_over: bool = True, read_here: bool = False
+    ) -> int:
         """Compute this rank's units that are not complete, then the others' that no rank works at; return how
         many. Ranks with a dealer take the next unit from its counter instead, without claims and listings.
 
@@ -164,7 +165,10 @@ class StageDirectory:
             units: every unit of this phase, in the same order on every rank.
             compute: writes a unit's files through the writer and returns its summary (plain values).
             take_over: whether any rank can compute any unit. False where `compute` works on one rank alone.
+            read_here: whether later units of this stage read these.
         """
+        if read_here:
+            self._read_here.update(units)
         self.records.place(units)
         recorded = self.records.listing().recorded
         if take_over:

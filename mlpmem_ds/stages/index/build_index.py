@@ -19,10 +19,12 @@ from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.opening import open_ranks
+from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import (
@@ -53,8 +55,15 @@ _OPERATIONS_PER_SECOND = (
 
 
 def run(config: Config, world: World) -> None:
-    keys, device = open_keys(config.keys), device_of_rank("auto", world)
+    keys = open_keys(config.keys)
     factory, num_shards = _resolve(config, keys)
+    check_output(config.output, stage=IndexManifest.FORMAT)
+    with open_ranks(world, config.exchange, os.environ, folder=config.output / _EXCHANGE) as ranks:
+        _build(config, world, keys, factory, num_shards, ranks)
+
+
+def _build(config: Config, world: World, keys: Keys, factory: str, num_shards: int, ranks: Ranks) -> None:
+    device = device_of_rank("auto", world)
     stage = open_stage(
         config.output,
         stage=IndexManifest.FORMAT,
@@ -63,6 +72,7 @@ def run(config: Config, world: World) -> None:
         inputs={"keys": keys.sha256},
         world=world,
         resolved={"factory": factory},
+        dealer=ranks,
     )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -79,9 +89,7 @@ def run(config: Config, world: World) -> None:
         )
     # Before a quantizer sees them: a flipped byte would be a wrong centroid in silence.
     verify_inputs(stage, keys, [keys.file_name("keys", block.start) for block in keys.blocks], label="keys")
-    exchange = config.output / _EXCHANGE
-    with open_ranks(world, config.exchange, os.environ, folder=exchange) as ranks:
-        train_index(stage, keys, factory, device, ranks)
+    train_index(stage, keys, factory, device, ranks)
     progress = Progress(
         len(deal(shards, world.rank, world.size)), label="index shards", unit="shards", world=world
     )
@@ -160,7 +168,6 @@ def _write_shard(
 ) -> dict[str, Any]:
     """Codes and ids in the lists, as faiss writes them."""
     for block in blocks:
-        keys.check("keys", block)
         index.fill(keys.unit("keys", block.start), np.arange(block.start, block.stop))
     with writer.file(name) as path:
         index.write(path)
@@ -173,7 +180,6 @@ def _write_lists(
     """The lists alone: 4 bytes a key."""
     numbers, positions = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for block in blocks:
-        keys.check("keys", block)
         numbers.append(index.assign(keys.unit("keys", block.start), 1)[:, 0])
         positions.append(np.arange(block.start, block.stop))
     lists = IndexLists.from_numbers(np.concatenate(numbers), np.concatenate(positions), index.num_lists)

@@ -16,7 +16,7 @@ from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import Ranks
-from mlpmem_ds.formats.index_directory import TRAINED_NAME, blocks_of_shard
+from mlpmem_ds.formats.index_directory import TRAINED_NAME
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.maths.kmeans import Share
 from mlpmem_ds.stages.index.factory import make_index
@@ -28,17 +28,13 @@ _SEED = 1
 
 def train_index(stage: StageDirectory, keys: Keys, factory: str, device: torch.device, ranks: Ranks) -> None:
     """Make the unit `trained`; on return every rank can read its file."""
-    if ranks.size > 1:
-        _train_together(stage, keys, factory, device, ranks)
+    if ranks.size > 1 and _train_together(stage, keys, factory, device, ranks):
+        return
     stage.run_phase([TRAINED], lambda unit, writer: _train(keys, factory, device, Alone(), writer))
 
 
 def sample_of_keys(keys: Keys, count: int, ranks: Ranks) -> Share:
-    """About `count` keys, of which each rank reads those of every size-th unit.
-
-    Raises:
-        DamagedDataError: a unit does not have its checksum.
-    """
+    """About `count` keys, of which each rank reads those of every size-th unit."""
     blocks = keys.blocks
     own = range(ranks.rank, len(blocks), ranks.size)
     positions = [sample_positions(keys.num_positions, count, seed=_SEED, block=blocks[unit]) for unit in own]
@@ -46,8 +42,6 @@ def sample_of_keys(keys: Keys, count: int, ranks: Ranks) -> Share:
     counts_U[own] = [len(drawn) for drawn in positions]
     counts_U = ranks.sum(counts_U)
     starts_U = np.cumsum(counts_U) - counts_U
-    for block in blocks_of_shard(blocks, ranks.rank, ranks.size):
-        keys.check("keys", block)  # a flipped byte would be a wrong centroid in silence
     numbers = [starts_U[unit] + np.arange(counts_U[unit]) for unit in own]
     none = np.empty(0, np.int64)
     return Share(
@@ -72,8 +66,9 @@ def _train(
 
 def _train_together(
     stage: StageDirectory, keys: Keys, factory: str, device: torch.device, ranks: Ranks
-) -> None:
-    """Rank 0 looks whether the unit is there, or another job is at it, and tells the others."""
+) -> bool:
+    """Rank 0 looks whether the unit is there, or another job is at it, and tells the others; whether it is
+    made now."""
     is_begun = False
 
     def compute(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
@@ -83,9 +78,10 @@ def _train_together(
         return _train(keys, factory, device, ranks, writer)
 
     if ranks.rank == 0:
-        stage.run_units([TRAINED], compute, take_over=False)
+        stage.run_units([TRAINED], compute, take_over=False, read_here=True)
         if not is_begun:
             ranks.gather(False)
     elif ranks.gather(None)[0]:
         _train(keys, factory, device, ranks, None)
-    ranks.wait()
+    is_made: bool = ranks.gather(ranks.rank == 0 and not stage.missing_units([TRAINED]))[0]
+    return is_made
