@@ -41,7 +41,11 @@ OWNERS: dict[str, set[str]] = {
     "torch.distributed": {"engines/processes.py"},
     "torch.utils.tensorboard": {"stages/training/metrics.py"},
     "tqdm": {"core/log.py"},
-    "triton": {"maths/kernels/sparse_rows.py", "maths/kernels/probability_rows.py"},
+    "triton": {
+        "maths/kernels/sparse_rows.py",
+        "maths/kernels/list_candidates.py",
+        "maths/kernels/probability_rows.py",
+    },
     "wandb": {"stages/training/metrics.py"},
     "webdataset": set(),  # a format that its readers share; our own reader needs nothing of it
     "zstandard": {"formats/document_readers.py", "formats/target_shards.py"},

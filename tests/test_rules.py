@@ -92,6 +92,7 @@ TESTED_BY = {
     "maths/distances.py": "maths/test_knn.py",
     "maths/exact_limit.py": "maths/test_knn_on_device.py",
     "maths/hidden_on_device.py": "maths/test_knn_on_device.py",
+    "maths/kernels/list_candidates.py": "maths/kernels/test_twins.py",
     "maths/kernels/probability_rows.py": "maths/kernels/test_twins.py",
     "maths/kernels/sparse_rows.py": "maths/kernels/test_twins.py",
     "maths/list_tiles.py": "maths/test_lists_on_device.py",

@@ -1,6 +1,6 @@
 """Part of a search on a GPU: what a query may not find, as ranges of ids on the device.
 
-Shape legend: Q queries.
+Shape legend: Q queries, S some of them, each maybe several times.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ class HiddenIds:
             bounds = (exclusion.first_hidden_Q, exclusion.stop_hidden_Q)
             first_Q, stop_Q = (on_device(bound_Q, device) for bound_Q in bounds)
             self.ranges.append((first_Q, stop_Q))
+
+    def bounds(self, query_rows_S: Tensor) -> Tensor:
+        """First and stop of each range for some queries, int64 [2 ranges, S]."""
+        bounds = [bound_Q[query_rows_S] for bounds in self.ranges for bound_Q in bounds]
+        return torch.stack(bounds) if bounds else query_rows_S.new_empty((0, len(query_rows_S)))
 
     def mask(self, query_rows: Tensor, key_ids: Tensor) -> Tensor | None:
         """True where the key is hidden from the query, rows and ids broadcast against each other; None where

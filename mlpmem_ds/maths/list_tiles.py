@@ -87,6 +87,15 @@ def group_tiles(tiles: Tiles, num_dims: int, budget: int) -> Iterator[tuple[Tile
             yield tiles[start : min(start + step, stop)], num_pairs, num_keys
 
 
+def split_by_pairs(tiles: Tiles) -> Iterator[tuple[Tiles, int]]:
+    """(tiles, pairs): parts of the tiles that have at most so many pairs, and more than half of that (but for
+    the first, of at most 16); long tiles first, so that none is begun last."""
+    classes_T = np.maximum(_powers_of_two(tiles.num_pairs_T), 4)
+    for exponent in np.unique(classes_T).tolist():
+        part = tiles[classes_T == exponent]
+        yield part[np.argsort(-part.num_keys_T, kind="stable")], 1 << exponent
+
+
 def _powers_of_two(counts_T: Array) -> Array:
     """The least power of two, as its exponent, that each count is at most."""
     exponents_T: Array = np.ceil(np.log2(counts_T)).astype(np.int64)

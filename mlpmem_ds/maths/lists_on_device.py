@@ -3,8 +3,8 @@ any device.
 
 A launch costs a GPU as much as a million candidates, so nothing is done list by list: queries come in calls
 of many thousands, the pairs of all of them with their lists are cut into tiles (list_tiles.py), and tiles of
-about one size are multiplied, measured and packed together. What is found stays on the device until the call
-ends.
+about one size are multiplied, measured and packed together: codes by a kernel of Triton where there is one,
+else in torch. What is found stays on the device until the call ends.
 
 The packed neighbours are those of the CPU, for int8 codes bit for bit; the tests run this path on the CPU.
 
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlpmem_ds.maths import kernels
 from mlpmem_ds.maths.device_memory import free_bytes, on_device, tile_bytes
 from mlpmem_ds.maths.distances import EXACT_DIMS_FLOAT32, are_codes, check_dims
 from mlpmem_ds.maths.hidden_on_device import HiddenIds
 from mlpmem_ds.maths.knn_on_device import with_query_norms
-from mlpmem_ds.maths.list_tiles import Tiles, cut_tiles, group_tiles
+from mlpmem_ds.maths.list_tiles import Tiles, cut_tiles, group_tiles, split_by_pairs
 from mlpmem_ds.maths.listed_keys import ListedKeys, ids_as_tensor
 from mlpmem_ds.maths.neighbours import MISSING, Exclusion, PackedNeighbours, check_search, merge_neighbours
 from mlpmem_ds.maths.search_blocks import budget_blocks, rectangle_blocks
@@ -165,9 +166,34 @@ class _ListSearch:
             candidates=torch.full((num_rows * width + 1,), MISSING, dtype=torch.int64, device=rows_B.device),
         )
         tiles = cut_tiles(num_pairs_L, self.lists.runs[0].offsets_L1)
-        for group, num_pairs, num_keys in group_tiles(tiles, self.lists.num_dims, self.budget):
-            self._measure(block, group, num_pairs, num_keys)
+        if self.is_integer and kernels.usable(block.candidates):
+            self._measure_by_kernel(block, tiles)
+        else:
+            for group, num_pairs, num_keys in group_tiles(tiles, self.lists.num_dims, self.budget):
+                self._measure(block, group, num_pairs, num_keys)
         return block
+
+    def _measure_by_kernel(self, block: _Block, tiles: Tiles) -> None:
+        """Pack the candidates of all tiles into the block, in a launch for each size of tiles."""
+        from .kernels.list_candidates import list_candidates
+
+        run, device = self.lists.runs[0], block.candidates.device
+        assert run.norms_N is not None
+        bounds_HS = self.hidden.bounds(block.rows_B[block.rows_S])
+        for group, num_pairs in split_by_pairs(tiles):
+            list_candidates(
+                block.candidates,
+                queries_BD=block.queries_BD,
+                keys_ND=run.keys_ND,
+                norms_N=run.norms_N,
+                ids_N=self.ids_N,
+                rows_S=block.rows_S,
+                places_S=block.places_S,
+                bounds_HS=bounds_HS,
+                tiles_5T=on_device(group.table, device),
+                max_pairs=num_pairs,
+                id_bits=self.id_bits,
+            )
 
     def _measure(self, block: _Block, tiles: Tiles, num_pairs: int, num_keys: int) -> None:
         """Pack the candidates of tiles of at most so many pairs and keys into the block."""

@@ -20,6 +20,15 @@ _TYPES = {
     "labels_ptr": "*i64",
     "d_logits_ptr": "*bf16",
     "log_lambda": "fp32",
+    "queries_ptr": "*i8",
+    "keys_ptr": "*i8",
+    "norms_ptr": "*i32",
+    "key_ids_ptr": "*i64",
+    "rows_ptr": "*i64",
+    "places_ptr": "*i64",
+    "bounds_ptr": "*i64",
+    "tiles_ptr": "*i64",
+    "candidates_ptr": "*i64",
     "log_keep": "fp32",
     "log_take": "fp32",
 }
@@ -33,6 +42,13 @@ _KERNELS = {
     "probability_rows.label_rows_kernel": {"COLUMNS": 8192},
     "probability_rows.part_normalizers_kernel": {"COLUMNS": 2048},
     "probability_rows.mixture_rows_kernel": {"WEIGHT_BY_ROW": True, "COLUMNS": 2048, "PARTS": 128},
+    "list_candidates.list_candidates_kernel": {
+        "NUM_RANGES": 2,
+        "ID_BITS": 39,
+        "PAIRS": 128,
+        "KEYS": 64,
+        "DIMS": 128,
+    },
 }
 
 

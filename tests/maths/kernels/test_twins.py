@@ -4,6 +4,7 @@ test_interpreter.py)."""
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from mlpmem_ds.maths import kernels, products  # noqa: E402
 from mlpmem_ds.maths.head_scores import token_log_probabilities  # noqa: E402
+from mlpmem_ds.maths.listed_keys import in_list_order  # noqa: E402
+from mlpmem_ds.maths.lists_on_device import list_neighbours_on_device  # noqa: E402
+from mlpmem_ds.maths.neighbours import Exclusion  # noqa: E402
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss  # noqa: E402
 from mlpmem_ds.models.mixture import log_mixture  # noqa: E402
 from mlpmem_ds.models.mixture_on_device import mixture_on_device  # noqa: E402
@@ -176,6 +180,42 @@ def test_the_mixture_ends_are_exactly_the_two_alone(twins):
     assert torch.equal(mixture_on_device(base, memory, 1), mixture_on_device(memory, memory, 1.0))
     alone = torch.log_softmax(base, -1)
     torch.testing.assert_close(mixture_on_device(base, memory, 0), alone, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dim", [6, 200])
+def test_candidates_of_lists_are_the_originals(twins, dim):
+    """Bit for bit: ties, tiles of 1 to 128 pairs, short and long lists, runs, windows and documents."""
+    generator = np.random.default_rng(0)
+    keys = generator.integers(-4 if dim == 6 else -128, 5 if dim == 6 else 128, (900, dim)).astype(np.int8)
+    keys[:20] = -128
+    lists = generator.choice(9, 900, p=np.array([30, 20, 15, 12, 10, 6, 4, 2, 1]) / 100)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=10))])
+    listed = in_list_order(keys, offsets, np.argsort(lists, kind="stable"))
+    ids = np.arange(0, 900, 3)
+    probes = np.stack([generator.permutation(10)[:4] for _ in ids])
+    probes[probes == 7] = generator.choice([-1, 7], (probes == 7).sum(), p=[0.99, 0.01])  # probed by few
+    first = ids // 200 * 200
+    for exclusion in (
+        None,
+        Exclusion(query_ids_Q=ids, window=2),
+        Exclusion(query_ids_Q=ids, first_hidden_Q=first, stop_hidden_Q=first + 200),
+    ):
+        found = []
+        for on in (False, True):
+            twins(on)
+            for budget in (10**6, 2**28):
+                found.append(
+                    list_neighbours_on_device(
+                        keys[ids],
+                        probes,
+                        listed,
+                        60,
+                        exclusion=exclusion,
+                        device=torch.device(DEVICE),
+                        budget=budget,
+                    ).packed_QK
+                )
+        assert all(np.array_equal(part, found[0]) for part in found)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
