@@ -165,7 +165,7 @@ def _forward_rate(machine: Machine) -> float:
 
 
 def _seconds_of_index(work: Workload, machine: Machine) -> dict[str, float]:
-    """One rank trains, the shards are dealt. Codes are made on the CPU."""
+    """All ranks train the lists together, one the code; the shards are dealt. Codes are made on the CPU."""
     trained = training_operations(work.index, work.positions, work.dim)
     placed = 2.0 * work.positions * work.num_lists * work.dim
     busy = min(machine.ranks, work.num_shards)
@@ -173,9 +173,10 @@ def _seconds_of_index(work: Workload, machine: Machine) -> dict[str, float]:
     encoding = work.positions * _SECONDS_OF_ENCODING / (busy * machine.cores)
     if machine.gpus:
         gpus = min(busy, machine.gpus)
-        training, placing = _comparing(trained, work, machine, 1), _comparing(placed, work, machine, gpus)
+        training = _comparing(trained, work, machine, machine.gpus)
+        placing = _comparing(placed, work, machine, gpus)
     else:
-        training = trained / _CORE_INT8 / machine.cores
+        training = trained / _CORE_INT8 / (machine.ranks * machine.cores)
         placing = placed / _CORE_INT8 / (busy * machine.cores)
     codes = _CODE_TRAINING_SECONDS / machine.cores
     return {"index.train": training + codes, "index.fill": placing + encoding + hashing / busy}

@@ -122,7 +122,7 @@ def test_seconds_scale_with_ranks_calibration_and_size() -> None:
     slower = costs(work, machine, Calibration(seconds={"keys": 3.0, "index.train": 2.0}, target_bytes=0.5))
     for stage in ("corpus", "keys", "targets", "memory"):
         assert one[stage].seconds == pytest.approx(2 * two[stage].seconds)
-    assert two["index"].seconds < one["index"].seconds < 2 * two["index"].seconds  # one rank trains
+    assert two["index"].seconds < one["index"].seconds < 2 * two["index"].seconds  # one rank trains the code
     assert slower["keys"].seconds == pytest.approx(3 * one["keys"].seconds)
     trained = seconds_of("index", work, machine)["index.train"]
     assert slower["index"].seconds == pytest.approx(one["index"].seconds + trained)
