@@ -59,6 +59,7 @@ from mlpmem_ds.core.files import (
 )
 from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest
+from mlpmem_ds.core.once import remove_computed
 from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_records import UnitRecords, missing_of
@@ -310,7 +311,20 @@ class StageDirectory:
         """
         if self._dealer is not None:
             self._complete_together(units, describe, afterwards, self._dealer, wait=wait)
-            return
+        else:
+            self._complete_apart(units, describe, afterwards, wait=wait)
+        if self.manifest_path.is_file():
+            remove_computed(self.root)
+
+    def _complete_apart(
+        self,
+        units: Sequence[str],
+        describe: Callable[[], Manifest | Mapping[str, Any]],
+        afterwards: Callable[[], None] | None,
+        *,
+        wait: bool,
+    ) -> None:
+        """`complete` for ranks that share only the file system."""
         self._wait([unit for unit in units if unit in self._compute_of_unit])
         self.log.write("finished", seconds=self._seconds())
         self._publish_manifest(units, describe, afterwards)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.once import computed_once
 from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -72,9 +74,15 @@ def check_model_reads(
             )
 
 
-def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:
+def fingerprint_model(name_or_path: str, *, flag: str = "--model", shared: Path | None = None) -> str:
     """SHA-256 of a model's configuration and weight files, not of its directory's name; fetches them
     from the Hub.
+
+    Args:
+        name_or_path: the model.
+        flag: of the command line, for the messages.
+        shared: the output of a stage of several ranks: one of them reads the files, and the others take its
+            answer where they see files of the same names, sizes and times. None: this process reads them.
 
     Raises:
         UserError: neither a model directory nor a Hub name that can be reached, or one without weights.
@@ -85,8 +93,18 @@ def fingerprint_model(name_or_path: str, *, flag: str = "--model") -> str:
             f"{flag} {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a"
             " model that the Hub gave: check the path or the network"
         )
+    paths = [config, *_weight_files(name_or_path, flag)]
+    if shared is None:
+        return _sha256_of_files(paths)
+    states = [(path.name, path.stat()) for path in paths]
+    seen = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    value = computed_once(shared, "fingerprint", seen, lambda: {"sha256": _sha256_of_files(paths)})
+    return str(value["sha256"])
+
+
+def _sha256_of_files(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in [config, *_weight_files(name_or_path, flag)]:
+    for path in paths:
         digest.update(path.name.encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
         with open(path, "rb") as stream:
             while chunk := stream.read(1 << 22):

@@ -16,7 +16,7 @@ from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.unit_records import UnitRecords
 from mlpmem_ds.core.world import World
 
-from .counted_calls import counted_calls
+from ..counted_calls import counted_calls
 from .toy_stage import UNITS, Config, result_of
 
 

@@ -17,7 +17,7 @@ from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_manifest, read
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 
-from .counted_calls import counted_calls
+from ..counted_calls import counted_calls
 from .toy_stage import UNITS, Config, run
 
 

@@ -21,7 +21,7 @@ from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 
-from .counted_calls import counted_calls
+from ..counted_calls import counted_calls
 from .toy_stage import UNITS, Config, result_of, run
 
 

@@ -14,7 +14,7 @@ from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 
-from .counted_calls import counted_calls
+from ..counted_calls import counted_calls
 from .toy_stage import Config
 
 

@@ -12,7 +12,7 @@ from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.waiting import Choice, Patience
 from mlpmem_ds.core.world import World
 
-from .counted_calls import counted_calls
+from ..counted_calls import counted_calls
 from .toy_stage import Config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from huggingface_hub import constants
 from transformers.utils import hub
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.model_files import fetch_directory, model_file
+from mlpmem_ds.engines.model_files import fetch_directory, fingerprint_model, model_file
+
+from ..counted_calls import counted_calls
 
 
 @pytest.fixture
@@ -56,3 +59,17 @@ def test_what_the_hub_does_not_give_is_refused(cache: Path, files: tuple[str, ..
     remedy = "has no weights" if files else "hf download owner/gone --local-dir DIR"
     with pytest.raises(UserError, match=f"--x owner/gone .*{remedy}"):
         fetch_directory("owner/gone", flag="--x")
+
+
+def test_the_weights_are_read_by_one_of_several_ranks(base_dir: Path, tmp_path: Path) -> None:
+    model, shared = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(base_dir, model)
+    alone = fingerprint_model(str(model))
+    with counted_calls(model) as calls:
+        assert [fingerprint_model(str(model), shared=shared) for _ in range(4)] == [alone] * 4
+    assert calls["model.safetensors"] == 1
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    other = fingerprint_model(str(model), shared=shared)
+    assert other != alone and other == fingerprint_model(str(model))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import (
@@ -59,7 +60,9 @@ def run(config: Config, world: World) -> None:
     steps = _steps(config, corpus, batches)
     hashes = {"corpus": corpus.sha256}
     if config.init_from is not None:
-        hashes["init_from"] = fingerprint_model(config.init_from, flag="--init-from")
+        hashes["init_from"] = fingerprint_model(
+            config.init_from, flag="--init-from", shared=shared_place(config.output, world)
+        )
     objective = NextToken(model=make_model(config, corpus, length))
     if config.learning_rate is None:
         rate = default_learning_rate(objective.model.num_parameters())

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.model_files import fetch_directory
@@ -59,7 +60,8 @@ def open_inputs(config: Config, world: World) -> Inputs:
     corpus = splits[config.test_split].corpus
     num_positions = sum(corpus.num_positions for corpus in streams_of(splits).values())
     device = device_of_rank(config.device, world)
-    base = open_base(config, corpus, layers_path=find_layers_path(config), device=device)
+    shared = shared_place(config.output, world)
+    base = open_base(config, corpus, layers_path=find_layers_path(config), device=device, shared=shared)
     context = Context(base=base, corpus=corpus, num_positions=num_positions)
     opened = [arm for opener in OPENERS for arm in opener(config, context)]
     arms = _with_different_names([base, *opened])

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import (
@@ -73,7 +75,7 @@ def open_inputs(config: Config, world: World) -> ExtractionInputs:
             f"--unit-positions {unit_positions} must be a multiple of the corpus's block size "
             f"{corpus.block_size}"
         )
-    hashes = {"corpus": corpus.sha256, **_fingerprints(config)}
+    hashes = {"corpus": corpus.sha256, **_fingerprints(config, shared_place(config.output, world))}
     bases = _open_bases(config, corpus, world)
     return ExtractionInputs(
         corpus=corpus,
@@ -113,16 +115,16 @@ def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest
     )
 
 
-def _fingerprints(config: Config) -> dict[str, str]:
+def _fingerprints(config: Config, shared: Path | None) -> dict[str, str]:
     """`model`, and `input_model` where it is another; refuses two that have different tokenizers.
 
     Raises:
         UserError: no such model, or other vocabularies.
     """
-    model = fingerprint_model(config.model)
+    model = fingerprint_model(config.model, shared=shared)
     if config.input_model is None:
         return {"model": model}
-    input_model = fingerprint_model(config.input_model, flag="--input-model")
+    input_model = fingerprint_model(config.input_model, flag="--input-model", shared=shared)
     vocabularies = vocabulary_of_model(config.model), vocabulary_of_model(config.input_model)
     if None not in vocabularies and len(set(vocabularies)) == 2:
         shown = " and ".join(f"{vocabulary[:12]}…" for vocabulary in vocabularies if vocabulary)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.once import shared_place
+from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.keys import Keys, open_keys
@@ -61,7 +63,7 @@ class TrainingInputs:
         return hashes
 
 
-def open_inputs(config: Config) -> TrainingInputs:
+def open_inputs(config: Config, world: World) -> TrainingInputs:
     """Open everything and check that it belongs together.
 
     Raises:
@@ -79,7 +81,7 @@ def open_inputs(config: Config) -> TrainingInputs:
         corpus=corpus,
         keys=keys,
         targets=targets,
-        model_sha256=_check_base(config, keys),
+        model_sha256=_check_base(config, keys, world),
         tuning=_tuning_split(config),
         initial=None if config.init_from is None else open_initial_memory(config.init_from),
     )
@@ -153,11 +155,11 @@ def _check_online(config: Config, keys: Keys) -> None:
         )
 
 
-def _check_base(config: Config, keys: Keys) -> str | None:
+def _check_base(config: Config, keys: Keys, world: World) -> str | None:
     """The fingerprint of --model, which is the base that gave the keys' inputs."""
     if config.model is None:
         return None
-    model_sha256 = fingerprint_model(config.model)
+    model_sha256 = fingerprint_model(config.model, shared=shared_place(config.output, world))
     if model_sha256 != keys.base_sha256:
         raise UserError(
             f"--model {config.model} is not the base that gave the inputs of --keys {keys.root}: give that"

@@ -53,7 +53,7 @@ _VALIDATIONS_A_RUN = 5
 def run(config: Config, world: World) -> None:
     """Train, or continue, or say that it is complete; formats/README.md says what is written."""
     # What a rank can refuse alone.
-    inputs = open_inputs(config)
+    inputs = open_inputs(config, world)
     ds_config = resolve_ds_config(
         config.ds_config,
         batch=config.batch_positions,

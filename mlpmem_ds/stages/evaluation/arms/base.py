@@ -70,7 +70,12 @@ class Opener(Protocol):
 
 
 def open_base(
-    config: Config, corpus: CorpusSplit, *, layers_path: str | None, device: torch.device
+    config: Config,
+    corpus: CorpusSplit,
+    *,
+    layers_path: str | None,
+    device: torch.device,
+    shared: Path | None,
 ) -> ModelArm:
     """Open `--model`.
 
@@ -79,11 +84,12 @@ def open_base(
         corpus: any split of the text.
         layers_path: where its layers are, if extraction had to be told.
         device: of this rank.
+        shared: where several ranks keep the fingerprint that one of them computes.
 
     Raises:
         UserError: there is no such model, or it is of another vocabulary than the corpus.
     """
-    sha256 = fingerprint_model(config.model)
+    sha256 = fingerprint_model(config.model, shared=shared)
     source = TransformersSource(
         config.model,
         dtype=config.dtype,
