@@ -65,6 +65,7 @@ TESTED_BY = {
     "benchmarks/loss_gpu.py": "benchmarks/test_loss.py",
     "benchmarks/made_up_corpus.py": "benchmarks/test_extract.py",
     "benchmarks/made_up_keys.py": "benchmarks/test_index.py",
+    "benchmarks/scale/counted_calls.py": "benchmarks/scale/test_metadata.py",
     "benchmarks/plan.py": "benchmarks/test_index.py",
     "benchmarks/published_targets.py": "benchmarks/test_targets.py",
     "benchmarks/scale/index.py": "benchmarks/scale/test_scale.py",

@@ -252,7 +252,10 @@ class StageDirectory:
         return True
 
     def wait_for(self, units: Sequence[str]) -> None:
-        """Until every unit has a record; a rank that waits makes the units of one that died."""
+        """Until every unit has a record; a rank that waits makes the units of one that died. All ranks call
+        it."""
+        if self._dealer is not None:
+            self._dealer.wait()
         self._wait(units)
 
     def _wait(self, units: Sequence[str], *, until_whole: bool = False) -> None:

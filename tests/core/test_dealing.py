@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core.dealing import dealt_units, free_units
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.unit_records import UnitRecords
 from mlpmem_ds.core.world import World
 
-from ..counted_calls import counted_calls
 from .toy_stage import UNITS, Config, result_of
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core import file_lists
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.file_lists import LISTS_KEY, Files, files_of, list_files
 from mlpmem_ds.core.files import FileRecord
-
-from ..counted_calls import counted_calls
 
 
 def records_of(count: int) -> list[FileRecord]:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 
+from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core import file_lists
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import files_of, list_files
@@ -17,7 +18,6 @@ from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_manifest, read
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 
-from ..counted_calls import counted_calls
 from .toy_stage import UNITS, Config, run
 
 

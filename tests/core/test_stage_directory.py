@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core import claims, files, stage_directory
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_array
@@ -21,7 +22,6 @@ from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
 
-from ..counted_calls import counted_calls
 from .toy_stage import UNITS, Config, result_of, run
 
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import pytest
 
+from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 
-from ..counted_calls import counted_calls
 from .toy_stage import Config
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core import claims, waiting
 from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
 from mlpmem_ds.core.waiting import Choice, Patience
 from mlpmem_ds.core.world import World
 
-from ..counted_calls import counted_calls
 from .toy_stage import Config
 
 

@@ -9,10 +9,9 @@ import pytest
 from huggingface_hub import constants
 from transformers.utils import hub
 
+from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.model_files import fetch_directory, fingerprint_model, model_file
-
-from ..counted_calls import counted_calls
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@
     reader              the training reader: rows read, the order of an epoch, memory
     search              search among keys: device operations of a query, uploads
     index               building an index: rows of a tile
+    counted_calls       counts opens, stats and listings of files
     metadata            files: opens, stats, bytes hashed by a rank
     targets             targets over several ranks, against one
 

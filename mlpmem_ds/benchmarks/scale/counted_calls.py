@@ -41,9 +41,9 @@ def counted_calls(root: os.PathLike[str]) -> Iterator[Counter[str]]:
             counter["stats"] += 1
         return stat(path, *arguments, **named)
 
-    def counting_fstat(descriptor: int) -> os.stat_result:
+    def counting_fstat(fd: int) -> os.stat_result:
         counter["stats"] += 1
-        return fstat(descriptor)
+        return fstat(fd)
 
     _counters.append((os.fspath(root), counter))
     os.stat, os.fstat = counting_stat, counting_fstat
