@@ -58,6 +58,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.maths.knn import Exclusion, Neighbours, exact_neighbours, list_neighbours
+from mlpmem_ds.maths.knn_on_device import load_keys
 from mlpmem_ds.maths.listed_keys import ListedKeys, in_list_order
 from mlpmem_ds.maths.target_distance import neighbour_variation, recall
 from mlpmem_ds.maths.weighting import fit_weighting
@@ -290,9 +291,11 @@ def gpu_rows(config: Config, device: torch.device) -> list[Row]:
     queries = np.arange(min(config.gpu_queries, len(keys_ND)))
     k = min(config.k, len(keys_ND))
 
+    loaded = load_keys(keys_ND, device)  # once for all searches, as `ExactSearch` does
+
     def search_exactly() -> Neighbours:
         exclusion = Exclusion(query_ids_Q=queries)
-        return exact_neighbours(keys_ND[queries], keys_ND, k, exclusion=exclusion, device=device)
+        return exact_neighbours(keys_ND[queries], loaded, k, exclusion=exclusion, device=device)
 
     rows = _gpu_arm(
         "gpu_exact", search_exactly, config, queries, len(keys_ND), len(keys_ND), config.gpu_exact_dim
@@ -308,7 +311,7 @@ def gpu_rows(config: Config, device: torch.device) -> list[Row]:
     offsets_L1 = np.concatenate([[0], np.cumsum(np.bincount(lists_N, minlength=trained.num_lists))])
     queries = np.arange(min(config.gpu_queries, len(codes_ND)))
     probes_QP = trained.assign(codes_ND[queries], config.nprobe)
-    lists = in_list_order(codes_ND, offsets_L1, ids_N)
+    lists = in_list_order(codes_ND, offsets_L1, ids_N).group(0, trained.num_lists, device)
 
     def search_lists() -> Neighbours:
         return list_neighbours(
@@ -317,7 +320,6 @@ def gpu_rows(config: Config, device: torch.device) -> list[Row]:
             lists,
             k,
             exclusion=Exclusion(query_ids_Q=queries),
-            candidate_budget=2**28,
             device=device,
         )
 
