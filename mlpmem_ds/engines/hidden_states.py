@@ -230,6 +230,12 @@ def resolve_point(source: StateSource, layer: int | float, point: str, *, flag: 
         raise UserError(f"{flag}: {error}") from error
 
 
+def is_read_ahead(source: StateSource) -> bool:
+    """Whether batches are queued before they are needed: where the host is free while the device works."""
+    on_gpu = isinstance(source, TransformersSource) and source.device.type == "cuda"
+    return on_gpu and not source.is_collective
+
+
 def scan_positions(
     source: StateSource,
     corpus: CorpusSplit,
@@ -263,11 +269,7 @@ def scan_positions(
 
     starts = range(numbers.start, numbers.stop, batch_windows)
     if ahead is None:
-        ahead = (
-            isinstance(source, TransformersSource)
-            and source.device.type == "cuda"
-            and not source.is_collective
-        )
+        ahead = is_read_ahead(source)
     for scanned in _one_ahead(scan, starts) if ahead else map(scan, starts):
         yield scanned.arrived()
 

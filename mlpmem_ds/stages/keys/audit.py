@@ -26,7 +26,6 @@ from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import Codec, Keys
@@ -60,6 +59,8 @@ class AuditSettings:
     fit_positions: int
     seed: int
     batch_windows: int
+    device: torch.device
+    """where keys are compared"""
 
 
 @dataclass(kw_only=True)
@@ -146,7 +147,7 @@ def measure(
     for first, positions_m, states_mD in _chunks(source, corpus, windows, point, settings.batch_windows):
         for arm in arms:
             vectors = keys.gather("keys", positions_m) if arm.encode is None else arm.encode(states_mD)
-            _keep_nearest(arm, vectors, first, query_rows, k, device_of_rank("auto", world))
+            _keep_nearest(arm, vectors, first, query_rows, k, settings.device)
         progress.advance(len(positions_m))
     progress.close()
     true_weights = {name: _weights(reference, name) for name in PERPLEXITIES}

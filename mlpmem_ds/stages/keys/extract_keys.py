@@ -12,13 +12,11 @@ D width of the base, E size of a stored key, I input size, n positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
-
-import numpy as np
 
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.config import default_of
@@ -26,7 +24,7 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import scan_positions
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import (
     Codec,
@@ -42,23 +40,12 @@ from mlpmem_ds.stages.keys.codec import read_sample, write_codec
 from mlpmem_ds.stages.keys.config import Config
 from mlpmem_ds.stages.keys.inputs import Bases, ExtractionInputs, describe_keys, open_inputs
 from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS, PositionBytes, bytes_of_position, require_disk
-from mlpmem_ds.stages.keys.rows import RowMaker, stored_rows
+from mlpmem_ds.stages.keys.readings import Rows, UnitReader, are_read_ahead, read_block
 from mlpmem_ds.stages.keys.unit_files import unit_files
 
 __all__ = ["Config", "run"]
 
 _CODEC_UNIT = "codec"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """What a batch of windows gives: checked rows of the arrays, as they are stored."""
-
-    block: Block
-    arrays: dict[str, np.ndarray]
-    num_clipped: int
-    seconds: float
-    """that the forward passes took, reading the tokens and the head's product included"""
 
 
 def run(config: Config, world: World) -> None:
@@ -101,32 +88,45 @@ def run(config: Config, world: World) -> None:
     blocks = {
         unit_name(block.start): block for block in split_blocks(corpus.num_positions, inputs.unit_positions)
     }
-    meter = _Meter(_num_to_do(directory, blocks, world), each, world)
+    to_do = _to_do(directory, blocks, world)
+    meter = _Meter(sum(blocks[unit].size for unit in to_do), each, world)
+    following = {unit: blocks[after] for unit, after in pairwise(to_do)}
 
     def extract(unit: str, writer: UnitWriter) -> dict[str, Any]:
-        return _extract_unit(config, corpus, bases, codec, blocks[unit], inputs.unit_positions, writer, meter)
+        return _extract_unit(
+            corpus, reader, blocks[unit], following.get(unit), inputs.unit_positions, writer, meter
+        )
 
-    directory.run_units(list(blocks), extract)
+    read = partial(read_block, config, corpus, bases, codec)
+    with UnitReader(read, ahead=are_read_ahead(bases)) as reader:
+        directory.run_units(list(blocks), extract)
     meter.close(directory)
 
     def describe() -> KeysManifest:
-        clipped = sum(summary["clipped"] for summary in directory.summaries(list(blocks)))
-        stored = CodecManifest(
-            name=config.codec,
-            dim=dim,
-            scale=codec.scale,
-            raw_dtype=config.raw_dtype if config.codec == "raw" else None,
-            energy_kept=directory.summaries(phase_1)[0]["energy_kept"] if phase_1 else 1.0,
-            clipped_share=clipped / (corpus.num_positions * dim),
-            massive_dimensions=codec.massive,
-        )
-        return describe_keys(config, inputs, stored)
+        return describe_keys(config, inputs, _describe_codec(config, inputs, codec, directory, list(blocks)))
 
     def audit() -> None:
         if config.audit is not None:
             _audit(config, config.audit, corpus, bases, world)
 
     directory.complete([*phase_1, *blocks], describe, afterwards=audit)
+
+
+def _describe_codec(
+    config: Config, inputs: ExtractionInputs, codec: Codec, directory: StageDirectory, units: Sequence[str]
+) -> CodecManifest:
+    """How the keys are stored, from the summaries of the units."""
+    clipped = sum(summary["clipped"] for summary in directory.summaries(units))
+    is_fitted = config.codec == "int8"
+    return CodecManifest(
+        name=config.codec,
+        dim=inputs.dim,
+        scale=codec.scale,
+        raw_dtype=None if is_fitted else config.raw_dtype,
+        energy_kept=directory.summaries([_CODEC_UNIT])[0]["energy_kept"] if is_fitted else 1.0,
+        clipped_share=clipped / (inputs.corpus.num_positions * inputs.dim),
+        massive_dimensions=codec.massive,
+    )
 
 
 def _resolved(config: Config, inputs: ExtractionInputs) -> dict[str, Any]:
@@ -147,10 +147,10 @@ def _resolved(config: Config, inputs: ExtractionInputs) -> dict[str, Any]:
     }
 
 
-def _num_to_do(directory: StageDirectory, blocks: dict[str, Block], world: World) -> int:
-    """Positions of this rank's units that have no record."""
+def _to_do(directory: StageDirectory, blocks: dict[str, Block], world: World) -> list[str]:
+    """This rank's units that have no record, in order."""
     missing = set(directory.missing_units(list(blocks)))
-    return sum(blocks[unit].size for unit in deal(list(blocks), world.rank, world.size) if unit in missing)
+    return [unit for unit in deal(list(blocks), world.rank, world.size) if unit in missing]
 
 
 class _Meter:
@@ -162,7 +162,7 @@ class _Meter:
         self._bytes_each = each.total
         self._positions, self._forward_seconds, self._start = 0, 0.0, perf_counter()
 
-    def advance(self, rows: _Rows) -> None:
+    def advance(self, rows: Rows) -> None:
         self._positions += rows.block.size
         self._forward_seconds += rows.seconds
         self._progress.advance(rows.block.size, self._note())
@@ -185,57 +185,24 @@ class _Meter:
         return f"{gigabytes:.3f} GB, {max(outside, 0):.0%} of the time outside the forward pass"
 
 
-def _read_block(
-    config: Config, corpus: CorpusSplit, bases: Bases, codec: Codec, block: Block
-) -> Iterator[_Rows]:
-    """The block's rows, batch by batch; where there are two models, each reads a batch of windows, one after
-    the other."""
-    size = config.batch_windows
-    key, own = {"key": bases.key_point}, {"input": bases.input_point}
-    own = own if config.input_codec != "none" else {}
-    points = key | own
-    read = partial(
-        scan_positions,
-        corpus=corpus,
-        block=block,
-        batch_windows=size,
-        finish=RowMaker(codec=codec, input_codec=config.input_codec),
-    )
-    readings = [read(bases.input_source, points=points if bases.is_one else own)]
-    if not bases.is_one:
-        readings.append(read(bases.key_source, points=key, with_log_probabilities=False))
-    while True:
-        start = perf_counter()
-        batch = [rows for reading in readings if (rows := next(reading, None)) is not None]
-        seconds = perf_counter() - start
-        if not batch:
-            return
-        block_n = batch[0].block
-        made = {name: array for each in batch for name, array in each.states.items()}
-        arrays = {"values": corpus.values(*block_n).astype(corpus.dtype)}
-        arrays["log_probabilities"] = batch[0].log_probabilities
-        arrays |= stored_rows(made, arrays["log_probabilities"], range(*block_n), points)
-        yield _Rows(block=block_n, arrays=arrays, num_clipped=int(made.get("clipped", 0)), seconds=seconds)
-
-
 def _extract_unit(
-    config: Config,
     corpus: CorpusSplit,
-    bases: Bases,
-    codec: Codec,
+    reader: UnitReader,
     block: Block,
+    next_block: Block | None,
     unit_positions: int,
     writer: UnitWriter,
     meter: _Meter,
 ) -> dict[str, Any]:
-    """One unit's files."""
+    """One unit's files; the next unit is begun while they are finished."""
     num_clipped = 0
     name_of = partial(file_name, first=block.start, unit_positions=unit_positions, total=corpus.num_positions)
     with unit_files(writer, block.size, name_of) as files:
-        for rows in _read_block(config, corpus, bases, codec, block):
+        for rows in reader.rows(block):
             files.put(rows.arrays)
             num_clipped += rows.num_clipped
             meter.advance(rows)
+        reader.begin(next_block)
     return {"positions": block.size, "clipped": num_clipped}
 
 
@@ -247,5 +214,6 @@ def _audit(config: Config, queries: int, corpus: CorpusSplit, bases: Bases, worl
         fit_positions=config.fit_positions,
         seed=config.seed,
         batch_windows=config.batch_windows,
+        device=device_of_rank(config.device, world),
     )
     run_audit(bases.key_source, corpus, open_keys(config.output), bases.key_point, settings, world)
