@@ -284,6 +284,15 @@ class StageDirectory:
         self.records.place(units)
         return missing_of(units, self.records.listing())
 
+    def is_damaged(self, unit: str) -> bool:
+        """Whether a unit with a record has a file that does not have its checksum."""
+        return self._verify(unit) is not None
+
+    def make_unit(self, unit: str, compute: Compute) -> bool:
+        """Compute and publish one unit that the caller has dealt to this rank alone; False where it is
+        whole."""
+        return self._make(unit, compute, is_dealt=True)
+
     def summaries(self, units: Sequence[str]) -> list[dict[str, Any]]:
         return [
             self._summaries[unit] if unit in self._summaries else self.records.read(unit)["summary"]

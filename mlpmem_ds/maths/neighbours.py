@@ -109,9 +109,9 @@ class PackedNeighbours:
         """Those of some queries, unpacked into arrays of their own."""
         return replace(self, packed_QK=self.packed_QK[rows].copy()).unpack()
 
-    def count(self) -> Array:
-        """Neighbours of each query, int64 [Q]."""
-        return np.count_nonzero(self.packed_QK != MISSING, axis=1)
+    def count(self, rows: slice = slice(None)) -> Array:
+        """Neighbours of each query, or of some queries, int64 [Q]."""
+        return np.count_nonzero(self.packed_QK[rows] != MISSING, axis=1)
 
     def shifted(self, first: int) -> "PackedNeighbours":
         """The same with ids that are greater by ``first``: of keys that were searched as a part of many."""

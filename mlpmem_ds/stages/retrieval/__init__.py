@@ -5,7 +5,7 @@
 - `list_search.py`: `lists`, all keys of the lists that a query probes
 - `shard_lists.py`: the lists of an index shard, with or without codes
 - `key_lists.py`, `config.py`: the directory of keys in the order of the lists, which list search reads
-- `verified_keys.py`: units that compare key files with their checksums, for searches of all keys
+- `list_owners.py`: `lists` by ranks that were launched together, each with a group of the lists
 - `index_search.py`: `index`, what faiss finds by its own codes, distances computed again from the keys
 - `knn_scorer.py`: neighbours → log-probabilities of tokens, for the kNN arms of `evaluate`
 

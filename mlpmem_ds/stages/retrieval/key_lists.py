@@ -27,6 +27,7 @@ import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.claims import ClaimWatch, claim
+from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, require_free_bytes
 from mlpmem_ds.core.host import host_name
@@ -85,7 +86,9 @@ def layout_of(keys: Keys, index: IndexDirectory) -> layout.RunLayout:
     )
 
 
-def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) -> layout.MappedLists:
+def make_key_lists(
+    root: Path, keys: Keys, index: IndexDirectory, world: World, dealer: Dealer | None = None
+) -> layout.MappedLists:
     """The keys list by list, mapped; made by all ranks that ask, each its share, where they are missing."""
     config = ListsConfig(output=root, run_positions=layout.RUN_POSITIONS)
     stage = open_stage(
@@ -95,6 +98,7 @@ def make_key_lists(root: Path, keys: Keys, index: IndexDirectory, world: World) 
         config=config,
         inputs=_inputs(keys, index),
         world=world,
+        dealer=dealer,
     )
     numbers = {f"numbers-{shard}": shard for shard in range(len(index.shard_paths))}
     runs = layout.run_blocks(keys.num_positions, config.run_positions)

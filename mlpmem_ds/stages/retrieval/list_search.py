@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block
+from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.faiss import Index, set_num_threads
 from mlpmem_ds.formats.index_directory import TRAINED_NAME, IndexDirectory
@@ -48,11 +49,12 @@ class ListSearch:
         world: World,
         device: torch.device,
         is_verified: bool,
+        dealer: Dealer | None = None,
     ) -> None:
-        self._device = device
+        self.device = device
         self._keys_ND, self._index, self.nprobe = keys_ND, index, nprobe
         self._lists_path, self._threads, self._world = lists, threads, world
-        self._is_verified = is_verified
+        self._is_verified, self._dealer = is_verified, dealer
         self._mapped: MappedLists | None = None
 
     @property
@@ -64,7 +66,9 @@ class ListSearch:
         them."""
         _ = self._trained
         if self._mapped is None and self._lists_path is not None:
-            self._mapped = make_key_lists(self._lists_path, self._keys_ND.keys, self._index, self._world)
+            self._mapped = make_key_lists(
+                self._lists_path, self._keys_ND.keys, self._index, self._world, self._dealer
+            )
 
     @property
     def mapped(self) -> MappedLists | None:
@@ -80,7 +84,7 @@ class ListSearch:
         if self._mapped is None:
             return self._search_gathered(queries_QD, probes_QP, k, exclusion)
         return pack_list_neighbours(
-            queries_QD, probes_QP, self._mapped.keys, k, exclusion=exclusion, device=self._device
+            queries_QD, probes_QP, self._mapped.keys, k, exclusion=exclusion, device=self.device
         )
 
     def list_sizes(self, queries_QD: np.ndarray) -> np.ndarray:
@@ -98,7 +102,7 @@ class ListSearch:
             lists = self._gathered(probes_QP[rows])
             parts.append(
                 pack_list_neighbours(
-                    queries_QD[rows], probes_QP[rows], lists, k, exclusion=part, device=self._device
+                    queries_QD[rows], probes_QP[rows], lists, k, exclusion=part, device=self.device
                 )
             )
         packed_QK = np.empty((len(queries_QD), k), np.int64)
@@ -110,7 +114,7 @@ class ListSearch:
         if self._threads is not None:
             set_num_threads(self._threads)
         self._index.check(TRAINED_NAME)
-        return Index.read(self._index.trained_path, for_search=False, device=self._device)
+        return Index.read(self._index.trained_path, for_search=False, device=self.device)
 
     @cached_property
     def _shards(self) -> list[ShardLists]:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.index_directory import IndexDirectory
@@ -65,6 +66,7 @@ def open_search(
     world: World | None = None,
     device: torch.device = CPU,
     is_verified: bool = False,
+    dealer: Dealer | None = None,
 ) -> NeighbourSearch:
     """A search of these keys.
 
@@ -81,6 +83,7 @@ def open_search(
         device: where queries are compared with keys and centroids.
         is_verified: units of a stage compare keys and index with their checksums; else `prepare` does, with
             all that is searched.
+        dealer: with `lists`: deals the units of that directory among the ranks.
 
     Raises:
         UserError: `how` needs an index and there is none, or codes and it has lists alone.
@@ -102,6 +105,7 @@ def open_search(
         world=World() if world is None else world,
         device=device,
         is_verified=is_verified,
+        dealer=dealer,
     )
     return _OPENERS[how](source)
 
@@ -119,6 +123,7 @@ class _Source:
     world: World
     device: torch.device
     is_verified: bool
+    dealer: Dealer | None
 
     @property
     def keys_ND(self) -> MappedKeys:
@@ -143,6 +148,7 @@ def _open_lists(source: _Source) -> NeighbourSearch:
         world=source.world,
         device=source.device,
         is_verified=source.is_verified,
+        dealer=source.dealer,
     )
 
 

@@ -6,5 +6,6 @@ Read in this order:
 - `inputs.py`: what is checked before anything is written
 - `teacher.py`: neighbours of a position → the distribution that the memory imitates
 - `units.py`: the units: what the sample shows, and the rows of a shard
+- `calls.py`: shards of ranks that search together, call by call
 - `audit.py`: sampled positions against exact search over all keys
 """

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, publish, publish_json
 from mlpmem_ds.core.hashing import sample_positions
@@ -36,9 +37,8 @@ from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import TargetAuditManifest, Targets, open_targets
 from mlpmem_ds.maths.target_distance import compare_rows, count_faulty_rows, probability_of, recall
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
-from mlpmem_ds.stages.retrieval.verified_keys import VerifiedKeys
 from mlpmem_ds.stages.targets.config import AuditConfig
-from mlpmem_ds.stages.targets.teacher import Teacher
+from mlpmem_ds.stages.targets.teacher import Teacher, verify_keys
 
 _logger = logging.getLogger(__name__)
 _SEED = 3
@@ -104,7 +104,9 @@ def _where_read(keys: Keys) -> dict[str, object]:
     }
 
 
-def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> None:
+def run(
+    config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys, dealer: Dealer | None = None
+) -> None:
     """Audit a complete target directory; `teacher` is the one that searched for it."""
     targets = open_targets(config.targets)
     inputs = {"targets": targets.sha256, "truth": truth.sha256}
@@ -118,6 +120,7 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
         config=config,
         inputs=inputs,
         world=world,
+        dealer=dealer,
     )
     search = open_search(truth, how="exact", device=device_of_rank("auto", world), is_verified=True)
     audit = _Audit(
@@ -127,12 +130,10 @@ def run(config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys) -> 
         true_teacher=replace(teacher, keys=truth, search=search),
         world=world,
     )
-    # The targets' own keys were compared with their checksums when the targets were written.
-    verified = VerifiedKeys(keys=truth)
-    first_units = [] if truth.sha256 == teacher.keys.sha256 else list(verified.units)
-    stage.run_phase(first_units, verified.verify)
-    units = [*first_units, *audit.shards, *audit.parts]
-    stage.run_phase(units[len(first_units) :], audit.compute)
+    if truth.sha256 != teacher.keys.sha256:  # the targets' own were compared when the targets were written
+        verify_keys(stage, truth)
+    units = [*audit.shards, *audit.parts]
+    stage.run_phase(units, audit.compute)
     audit.progress.close()
     if world.is_first:  # made anew each time, so that a kill between them leaves nothing undone
         record = _summarize(stage, audit)

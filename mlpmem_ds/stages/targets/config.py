@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.collectives.opening import Exchange
 from mlpmem_ds.formats.target_encoding import Encoding
 from mlpmem_ds.formats.target_shards import Container
 from mlpmem_ds.maths.exact_limit import MAX_KEYS_FOR_EXACT
@@ -87,6 +88,7 @@ class Config(Flags):
         identity="none",
     )
     threads: int | None = shared_flags.threads()
+    exchange: Exchange = shared_flags.exchange()
 
     def check(self) -> None:
         if self.temperature != "auto" and not _is_positive(self.temperature):

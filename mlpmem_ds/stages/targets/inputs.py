@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.world import World
@@ -26,7 +27,6 @@ from mlpmem_ds.formats.targets import ORDER_NAME
 from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.stages.retrieval.key_lists import check_key_lists
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
-from mlpmem_ds.stages.retrieval.verified_keys import VerifiedKeys
 from mlpmem_ds.stages.targets.audit import open_truth
 from mlpmem_ds.stages.targets.config import Config
 from mlpmem_ds.stages.targets.teacher import Teacher
@@ -42,8 +42,7 @@ class Inputs:
         index: whose lists are searched; None with exact search.
         teacher: a search of the keys, and what a position may not find.
         truth: keys that an audit compares with; None without one.
-        verified: the units that compare the keys of exact search with their checksums; those of lists are
-            compared when the lists are made.
+        device: where this rank compares.
         hashes: of each input, by its name.
     """
 
@@ -51,7 +50,7 @@ class Inputs:
     index: IndexDirectory | None
     teacher: Teacher
     truth: Keys | None
-    verified: VerifiedKeys
+    device: torch.device
     hashes: Mapping[str, str]
 
     @property
@@ -65,8 +64,8 @@ class Inputs:
         writer.array(ORDER_NAME, frequency_order(counts_V, dtype=token_dtype(len(counts_V))))
 
 
-def open_inputs(config: Config, world: World) -> Inputs:
-    """Open and check everything that the flags name."""
+def open_inputs(config: Config, world: World, dealer: Dealer | None = None) -> Inputs:
+    """Open and check everything that the flags name; `dealer` deals the units of the lists."""
     keys = open_keys(config.keys)
     device = device_of_rank("auto", world)
     index = _open_index(config, keys, device)
@@ -83,6 +82,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
         world=world,
         device=device,
         is_verified=True,
+        dealer=dealer,
     )
     teacher = Teacher(
         keys=keys,
@@ -96,7 +96,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
         index=index,
         teacher=teacher,
         truth=None if config.audit is None else open_truth(config.raw_keys, keys),
-        verified=VerifiedKeys(keys=keys),
+        device=device,
         hashes=hashes | {"keys": keys.sha256} | ({} if index is None else {"index": index.sha256}),
     )
 

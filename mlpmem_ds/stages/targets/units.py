@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.target_encoding import Encoding, TargetBlock, pack_block
 from mlpmem_ds.formats.target_shards import Container, index_name, shard_name, stored_bytes, write_shard
-from mlpmem_ds.maths.knn import Neighbours
+from mlpmem_ds.maths.neighbours import Neighbours, PackedNeighbours
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.weighting import Kind, Weighting, fit_weighting, weight_perplexity
 from mlpmem_ds.stages.targets.teacher import Teacher
 
 Made = TypeVar("Made")
+_Made: TypeAlias = tuple[list[TargetBlock], int, int]
+"""the samples of a batch, its rows with fewer than k neighbours, its rows with none"""
 
 _SAMPLE = 1000
 _SEED = 2
@@ -142,7 +144,13 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardWriter:
-    """Writes the rows of the shards."""
+    """Writes the rows of the shards.
+
+    Attributes:
+        call_positions: searched by all ranks together in one call; None: each rank searches by itself.
+        searches_ahead: the next call is searched while rows are made of this one: where a GPU does the one
+            and the host the other.
+    """
 
     teacher: Teacher
     row_format: RowFormat
@@ -150,6 +158,8 @@ class ShardWriter:
     batch_positions: int
     weighting: Weighting
     world: World
+    call_positions: int | None = None
+    searches_ahead: bool = False
 
     @cached_property
     def shards(self) -> dict[str, Block]:
@@ -164,29 +174,15 @@ class ShardWriter:
         return Progress(total, label="targets", unit="positions", world=self.world)
 
     def write(self, unit: str, writer: UnitWriter) -> dict[str, Any]:
-        """One unit: search the shard's positions batch by batch and write their rows sample by sample.
-
-        Each thread takes a batch through search, aggregation and encoding by itself: most of that is NumPy,
-        which has one thread, and torch's own threads on matrices this small cost as much as they bring
-        (24,576 positions, 2 threads: 4.0 s with torch's, as many as with one thread).
-        """
+        """One unit: search the shard's positions batch by batch and write their rows sample by sample."""
         shard, progress, short, without = self.shards[unit], self.progress, 0, 0
-        block_size = self.teacher.keys.manifest.block_size
-        num_workers = min(torch.get_num_threads(), _MAX_WORKERS)
-        self.teacher.prepare()
-        size = block_size * max(1, self.batch_positions // num_workers // block_size)
-        batches = [
-            Block(shard.start + batch.start, shard.start + batch.stop)
-            for batch in split_blocks(shard.size, size)
-        ]
 
         def blocks() -> Iterator[TargetBlock]:
             nonlocal short, without
-            made = _in_threads(self._make, batches, num_workers)
-            for batch, (packed, num_short, num_without) in zip(batches, made, strict=True):
+            for packed, num_short, num_without in self._made(shard):
                 yield from packed
                 short, without = short + num_short, without + num_without
-                progress.advance(batch.size)
+                progress.advance(sum(block.count for block in packed))
 
         container = self.row_format.container
         name = shard_name(shard.start, shard.size, container)
@@ -194,18 +190,65 @@ class ShardWriter:
             totals = write_shard(shard_path, index_path, blocks(), container=container)
         return {**totals, "rows_short_of_k": short, "rows_without_neighbours": without}
 
-    def _make(self, batch: Block) -> tuple[list[TargetBlock], int, int]:
-        """(the samples of a batch, its rows with fewer than k neighbours, its rows with none)."""
-        found = self.teacher.find(np.arange(batch.start, batch.stop))
-        counts_n = found.count()
+    def calls(self, shard: Block) -> list[Block]:
+        """What is searched at once: all of a shard, or what the ranks search together."""
+        return _blocks_of(shard, self.call_positions or shard.size)
+
+    def _made(self, shard: Block) -> Iterator[_Made]:
+        """The rows of a shard in order, batch by batch.
+
+        Each thread takes a batch through aggregation and encoding by itself, and through the search where no
+        other rank takes part: most of that is NumPy, which has one thread, and torch's own threads on
+        matrices this small cost as much as they bring (24,576 positions, 2 threads: 4.0 s with torch's, as
+        many as with one thread).
+        """
+        num_workers = min(torch.get_num_threads(), _MAX_WORKERS)
+        block_size = self.teacher.keys.manifest.block_size
+        size = block_size * max(1, self.batch_positions // num_workers // block_size)
+        self.teacher.prepare()
+        if self.call_positions is None:
+            yield from _in_threads(self._search, _blocks_of(shard, size), num_workers)
+            return
+        for call, found in self._found(self.calls(shard)):
+            make = partial(self._pack, found, call.start)
+            yield from _in_threads(make, _blocks_of(call, size), num_workers)
+
+    def _found(self, calls: Sequence[Block]) -> Iterator[tuple[Block, PackedNeighbours]]:
+        """The neighbours of each call; `searches_ahead`: while the rows of the one before are made."""
+
+        def find(call: Block) -> PackedNeighbours:
+            return self.teacher.find(np.arange(*call))
+
+        if not self.searches_ahead:
+            yield from ((call, find(call)) for call in calls)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(find, calls[0])
+            for number, call in enumerate(calls):
+                found = following.result()
+                if number + 1 < len(calls):
+                    following = pool.submit(find, calls[number + 1])
+                yield call, found
+
+    def _search(self, batch: Block) -> _Made:
+        return self._pack(self.teacher.find(np.arange(*batch)), batch.start, batch)
+
+    def _pack(self, found: PackedNeighbours, first: int, batch: Block) -> _Made:
+        """The rows of a batch; `found` begins with the position `first`."""
+        counts_n = found.count(slice(batch.start - first, batch.stop - first))
         blocks = []
-        for block in split_blocks(batch.size, self.teacher.keys.manifest.block_size):
-            first = batch.start + block.start
-            positions_n = np.arange(first, first + block.size)
-            neighbours = found.rows(slice(*block))
-            rows = self.teacher.rows(neighbours, positions_n, self.weighting, self.row_format.mass)
-            blocks.append(self.row_format.pack(rows, first))
+        for block in _blocks_of(batch, self.teacher.keys.manifest.block_size):
+            neighbours = found.rows(slice(block.start - first, block.stop - first))
+            rows = self.teacher.rows(neighbours, np.arange(*block), self.weighting, self.row_format.mass)
+            blocks.append(self.row_format.pack(rows, block.start))
         return blocks, int((counts_n < self.teacher.k).sum()), int((counts_n == 0).sum())
+
+
+def _blocks_of(block: Block, size: int) -> list[Block]:
+    """A range of positions in ranges of this size, the last one smaller."""
+    return [
+        Block(block.start + part.start, block.start + part.stop) for part in split_blocks(block.size, size)
+    ]
 
 
 def _in_threads(make: Callable[[Block], Made], batches: Sequence[Block], num_workers: int) -> Iterator[Made]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,18 +32,25 @@ from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.alone import Alone
+from mlpmem_ds.engines.collectives.opening import open_ranks
+from mlpmem_ds.engines.collectives.ranks import Ranks, RanksLost
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.lists_directory import FOLDER
 from mlpmem_ds.formats.target_shards import TargetShard, shard_name
 from mlpmem_ds.formats.targets import ORDER_NAME, ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, missing_bytes
+from mlpmem_ds.stages.retrieval.list_search import ListSearch
 from mlpmem_ds.stages.targets import audit as target_audit
+from mlpmem_ds.stages.targets.calls import write_together
 from mlpmem_ds.stages.targets.config import AuditConfig, Config
 from mlpmem_ds.stages.targets.inputs import Inputs, open_inputs
+from mlpmem_ds.stages.targets.teacher import verify_keys
 from mlpmem_ds.stages.targets.units import RowFormat, Sample, ShardWriter, WeightingRule
 
 _logger = logging.getLogger(__name__)
+_EXCHANGE_FOLDER = ".exchange"  # below the output, with --exchange files
 _WEIGHTING, _ORDER = "weighting", "frequency_order"
 _MIN_BYTES = 8  # of a position's row: no targets are smaller
 _MARGIN_OF_BYTES = 1.05
@@ -51,7 +59,21 @@ _MARGIN_OF_BYTES = 1.05
 def run(config: Config, world: World) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    inputs = open_inputs(config, world)
+    folder = config.output / _EXCHANGE_FOLDER
+    try:
+        with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+            _run(config, world, ranks)
+    except RanksLost as lost:
+        if config.exchange != "files":  # the others of a launch by MPI or torch are ended too
+            raise
+        _logger.warning("%s; meanwhile this rank goes on by itself", lost)
+        _run(config, world, Alone())
+        shutil.rmtree(folder, ignore_errors=True)  # what the ranks had for each other
+
+
+def _run(config: Config, world: World, ranks: Ranks) -> None:
+    dealer = ranks if ranks.size > 1 else None
+    inputs = open_inputs(config, world, dealer)
     if not check_output(config.output, stage=TargetsManifest.FORMAT, leftovers=[FOLDER]):
         _require_min_disk(config, inputs)
     stage = open_stage(
@@ -63,11 +85,12 @@ def run(config: Config, world: World) -> None:
         world=world,
         resolved=_resolved(config, inputs.search),
         leftovers=[FOLDER],
+        dealer=dealer,
     )
     lists_in_use = ListsInUse(config.output)
     try:
         with lists_in_use.hold():
-            _write(config, world, inputs, stage)
+            _write(config, world, inputs, stage, ranks)
     except _Refused as refused:
         _give_up(stage)
         raise refused.error from refused
@@ -75,7 +98,7 @@ def run(config: Config, world: World) -> None:
         lists_in_use.remove_unless_held()
 
 
-def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory) -> None:
+def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, ranks: Ranks) -> None:
     """All units, the manifest and the audit."""
     first_units, row_format, measured = _run_first_units(config, inputs, stage)
     shard_writer = ShardWriter(
@@ -88,8 +111,11 @@ def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory) 
     )
     shards = shard_writer.shards
     _require_disk(config, measured, [shards[unit] for unit in stage.missing_units(list(shards))])
-    stage.run_units(list(shards), shard_writer.write)
-    shard_writer.progress.close()
+    if ranks.size > 1 and isinstance(inputs.teacher.search, ListSearch):
+        write_together(stage, shard_writer, ranks, inputs.teacher.search)
+    else:
+        stage.run_units(list(shards), shard_writer.write)
+        shard_writer.progress.close()
     units = [*first_units, *shards]
 
     def describe() -> TargetsManifest:
@@ -98,7 +124,13 @@ def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory) 
     stage.complete(units, describe, wait=inputs.truth is not None)
     if config.audit is not None and inputs.truth is not None:
         audit_config = AuditConfig(targets=config.output, positions=config.audit)
-        target_audit.run(audit_config, world, teacher=inputs.teacher, truth=inputs.truth)
+        target_audit.run(
+            audit_config,
+            world,
+            teacher=inputs.teacher,
+            truth=inputs.truth,
+            dealer=ranks if ranks.size > 1 else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +151,9 @@ def _run_first_units(
     Raises:
         _Refused: no temperature gives the perplexity.
     """
-    verified = inputs.verified.units if inputs.index is None else {}
     orders = [_ORDER] if config.encoding == "compact" else []
-    stage.run_phase(list(verified), inputs.verified.verify)
+    if inputs.index is None:
+        verify_keys(stage, inputs.keys)
     if stage.missing_units([*orders, _WEIGHTING]):
         inputs.teacher.prepare()  # by all ranks, before one of them needs it
     stage.run_phase(orders, inputs.write_order)
@@ -140,7 +172,7 @@ def _run_first_units(
         (summary,) = stage.run_phase([_WEIGHTING], sample.measure)
     except UserError as error:
         raise _Refused(error) from error
-    return [_WEIGHTING, *orders, *verified], row_format, _read_sample(stage, summary)
+    return [_WEIGHTING, *orders], row_format, _read_sample(stage, summary)
 
 
 class _Refused(Exception):

@@ -1,4 +1,4 @@
-"""Units that compare key files with their checksums: each file once, by one of the ranks."""
+"""Keys of exact search are compared with their checksums: each file once, by one of the ranks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlpmem_ds.core import files
+from mlpmem_ds.core import files, verified_inputs
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.stages.retrieval import verified_keys
-from mlpmem_ds.stages.retrieval.verified_keys import VerifiedKeys
 from mlpmem_ds.stages.targets import write_targets
 
 
@@ -22,8 +19,7 @@ def test_exact_search_compares_each_key_file_once_over_all_ranks_and_starts(
 ) -> None:
     codes = np.random.default_rng(0).integers(-6, 7, size=(403, 6)).astype(np.int8)
     keys = make_keys(tmp_path / "keys", codes, np.arange(403) % 40, unit_positions=96)
-    monkeypatch.setattr(verified_keys, "_UNIT_BYTES", 2000)
-    assert [len(blocks) for blocks in VerifiedKeys(keys=open_keys(keys)).units.values()] == [2, 2, 1]
+    monkeypatch.setattr(verified_inputs, "_MIN_FILES", 3)
     hashed: list[str] = []
     original = files.sha256_of_file
 

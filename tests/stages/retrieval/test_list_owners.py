@@ -1,0 +1,193 @@
+"""Groups of lists with an owner each: every query finds what one rank would find."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats import lists_directory as layout
+from mlpmem_ds.formats.index_directory import open_index
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.maths.neighbours import MISSING, Exclusion, PackedNeighbours
+from mlpmem_ds.stages.index import build_index
+from mlpmem_ds.stages.retrieval import list_owners
+from mlpmem_ds.stages.retrieval.list_owners import (
+    ListOwners,
+    balanced_stops,
+    merge_answers,
+    positions_of_a_call,
+)
+from mlpmem_ds.stages.retrieval.list_search import ListSearch
+from mlpmem_ds.stages.retrieval.neighbour_search import open_search
+
+NUM_KEYS, DIM = 403, 6
+
+
+class ThreadRanks:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self._barrier = size, threading.Barrier(size)
+        self._table: list[Any] = [None] * size
+
+    def of(self, rank: int) -> Any:
+        table, barrier, size = self._table, self._barrier, self.size
+
+        class One:
+            def gather(self, value: Any) -> list[Any]:
+                table[rank] = value
+                barrier.wait()
+                values = list(table)
+                barrier.wait()
+                return values
+
+            def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+                assert len(parts) == size and all(part.dtype.names is None for part in parts)
+                return [row[rank].copy() for row in self.gather(list(parts))]
+
+        one: Any = One()
+        one.rank, one.size = rank, size
+        return one
+
+
+def together(size: int, work: Callable[[Any], Any]) -> list[Any]:
+    """What `work` gives on each of so many ranks."""
+    ranks, results = ThreadRanks(size), [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(ranks.of(rank))
+        except BaseException as error:
+            results[rank] = error
+            ranks._barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.fixture(scope="module", params=["int8", "float16"])
+def search(
+    request: pytest.FixtureRequest,
+    make_keys: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[], ListSearch]:
+    """Opens searches of lists in runs of 150 positions."""
+    vectors = np.random.default_rng(0).integers(-6, 7, size=(NUM_KEYS, DIM)).astype(request.param)
+    root = tmp_path_factory.mktemp("search")
+    keys = open_keys(make_keys(root / "keys", vectors, np.arange(NUM_KEYS) % 40, unit_positions=96))
+    build = build_index.Config(keys=root / "keys", output=root / "index", factory="IVF7", num_shards=2)
+    build_index.run(build, World())
+    index = open_index(root / "index")
+
+    def opened() -> ListSearch:
+        found = open_search(keys, index, how="lists", nprobe=3, lists=root / "lists")
+        assert isinstance(found, ListSearch)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "RUN_POSITIONS", 150)
+        opened().prepare()
+    return opened
+
+
+def exclusions(rows: np.ndarray) -> list[Exclusion | None]:
+    first, stop = rows // 50 * 50, rows // 50 * 50 + 50
+    return [
+        None,
+        Exclusion(query_ids_Q=rows),
+        Exclusion(query_ids_Q=rows, window=3, first_hidden_Q=first, stop_hidden_Q=stop),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_all_ranks_find_what_one_finds(
+    search: Callable[[], ListSearch],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    kind: int,
+    is_resident: bool,
+) -> None:
+    monkeypatch.setattr(layout, "RUN_POSITIONS", 150)
+    monkeypatch.setattr(list_owners, "_MERGED_ROWS", 16)
+    monkeypatch.setattr(list_owners, "free_host_bytes", lambda: 1 << 40 if is_resident else 0)
+    alone = search()
+    alone.prepare()
+    rows = np.random.default_rng(1).permutation(NUM_KEYS)
+    shares = np.array_split(rows, size)
+    shares[size // 2] = shares[size // 2][:0] if size > 1 else shares[0]  # a rank that asks nothing
+    keys_ND, searches = alone._keys_ND, [search() for _ in range(size)]
+    for one in searches:
+        one.prepare()
+
+    def work(ranks: Any) -> list[PackedNeighbours]:
+        owners = ListOwners(searches[ranks.rank], ranks)
+        share = shares[ranks.rank]
+        found = [owners.search(keys_ND[part], 20, exclusions(part)[kind]) for part in (share[:5], share[5:])]
+        group = owners._group
+        assert group is not None and owners.num_calls == 2
+        assert len(group.runs) == (1 if is_resident or not group.num_lists else 3)
+        return found
+
+    for share, (first, rest) in zip(shares, together(size, work), strict=True):
+        if not len(share):
+            assert first.packed_QK.shape == (0, 20)
+            continue
+        expected = alone.search(keys_ND[share], 20, exclusions(share)[kind])
+        packed_QK = np.concatenate([first.packed_QK, rest.packed_QK])
+        assert (first.id_bits, first.is_integer) == (expected.id_bits, expected.is_integer)
+        assert np.array_equal(packed_QK, expected.packed_QK)
+
+
+def test_groups_have_about_as_many_keys_each_and_every_list_one_owner() -> None:
+    generator = np.random.default_rng(0)
+    for num_lists, num_groups in [(1, 1), (7, 3), (1000, 32), (5, 8), (64, 64)]:
+        sizes = generator.integers(0, 200, num_lists)
+        stops = balanced_stops(sizes, num_groups)
+        assert len(stops) == num_groups and stops[-1] == num_lists and (np.diff(stops, prepend=0) >= 0).all()
+        counts = np.add.reduceat(np.append(sizes, 0), np.append(0, stops[:-1])) * (
+            np.diff(stops, prepend=0) > 0
+        )
+        assert counts.sum() == sizes.sum()
+        assert counts.max() <= sizes.sum() / num_groups + 2 * sizes.max()
+
+
+def test_answers_are_merged_like_one_sorted_row() -> None:
+    generator = np.random.default_rng(0)
+    num_queries, k = 50, 6
+    values = generator.permutation(1 << 14)[: num_queries * 4 * k].reshape(4, num_queries, k)
+    values.sort(axis=2)
+    values[:, :, 4:][generator.random((4, num_queries, 2)) < 0.5] = MISSING
+    values.sort(axis=2)
+    rows = [np.flatnonzero(generator.random(num_queries) < 0.6) for _ in range(4)]
+    expected = np.full((num_queries, 5 * k), MISSING)
+    for owner, chosen in enumerate(rows):
+        expected[chosen, owner * k : (owner + 1) * k] = values[owner, chosen]
+    expected.sort(axis=1)
+    found = merge_answers([values[owner, chosen] for owner, chosen in enumerate(rows)], rows, num_queries, k)
+    assert np.array_equal(found, expected[:, :k])
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(2, 1 << 17), (32, 8192), (256, 1024)])
+def test_a_call_has_many_queries_and_bounded_memory(ranks: int, expected: int) -> None:
+    k, nprobe = 1024, 32
+    positions = positions_of_a_call(ranks, k, nprobe, block_size=512)
+    assert positions == expected and positions * ranks == 1 << 18
+    assert 8 * k * positions * (ranks + min(ranks, nprobe)) <= 1 << 32
+    assert positions_of_a_call(ranks, 1 << 16, nprobe, 512) == 512 * max(
+        1, (1 << 32) // (8 << 16) // (ranks + min(ranks, nprobe)) // 512
+    )

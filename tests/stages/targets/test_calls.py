@@ -1,0 +1,108 @@
+"""Ranks that search together, each the lists that it owns: the bytes of one, also after one is killed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.stages.targets import write_targets
+from mlpmem_ds.stages.targets.calls import num_calls
+from mlpmem_ds.stages.targets.units import ShardWriter
+
+from .conftest import COMPACT, config, result_of
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = Path(__file__).with_name("rank_program.py")
+MPIRUN = Path(sys.executable).parent / "mpirun"
+OF_LAUNCHERS = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MASTER_", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE")
+
+
+def run_together(
+    wanted: write_targets.Config,
+    how: str,
+    size: int,
+    *,
+    killed: int = -1,
+    call: int = 0,
+    launcher: list[str] | None = None,
+) -> tuple[int, str]:
+    """(the worst exit code of the ranks that were not killed, what they said)."""
+    path = wanted.output.with_suffix(".config")
+    path.write_bytes(pickle.dumps(wanted))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if launcher is None:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [*(launcher or []), sys.executable, PROGRAM, how, size, path, killed, call]
+    command = [str(word) for word in words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(("how", "size"), [("torch", 2), ("torch", 3), ("torch", 8), ("files", 3)])
+def test_ranks_that_search_together_give_the_bytes_of_one(
+    keys: Path, index: Path, compact: Path, tmp_path: Path, how: str, size: int
+) -> None:
+    changes: dict[str, Any] = {**COMPACT, "index": index, "exchange": how}
+    wanted = config(keys, tmp_path / "targets", **changes)
+    code, said = run_together(wanted, how, size)
+    assert code == 0, said
+    assert result_of(wanted.output) == result_of(compact)
+    assert not list(wanted.output.glob(".*")), "nothing hidden is left"
+
+
+@pytest.mark.skipif(not MPIRUN.is_file(), reason="mpirun is not installed")
+def test_ranks_of_mpirun_give_the_bytes_of_one(
+    keys: Path, index: Path, compact: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("mpi4py")
+    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index)
+    launcher = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    code, said = run_together(wanted, "mpi", 2, launcher=launcher)
+    assert code == 0, said
+    assert result_of(wanted.output) == result_of(compact)
+
+
+def test_when_a_rank_is_killed_those_that_exchange_files_finish_by_themselves(
+    keys: Path, index: Path, compact: Path, tmp_path: Path
+) -> None:
+    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange="files")
+    code, said = run_together(wanted, "files", 3, killed=1, call=3)
+    assert code == 0 and "goes on by itself" in said and "rank 1" in said, said
+    assert result_of(wanted.output, without_lists=True) == result_of(compact)
+
+
+def test_when_a_rank_is_killed_the_next_start_goes_on(
+    keys: Path, index: Path, compact: Path, tmp_path: Path
+) -> None:
+    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange="torch")
+    code, said = run_together(wanted, "torch", 2, killed=1, call=7)
+    assert code == 2 and "run the same command again" in said, said
+    done = {path.name for path in (wanted.output / "done").glob("knn-*.json")}
+    assert 1 <= len(done) < 4, done
+    code, said = run_together(wanted, "torch", 3)
+    assert code == 0, said
+    assert result_of(wanted.output) == result_of(compact)
+
+
+def test_the_calls_of_the_rank_with_most_are_counted() -> None:
+    class Writer:
+        shards = {str(first): Block(first, stop) for first, stop in split_blocks(1000, 104)}
+        call_positions = 40
+        calls = ShardWriter.calls
+
+    writer: Any = Writer()
+    assert num_calls(writer, list(writer.shards), 3) == 3 + 3 + 3 + 2
+    assert num_calls(writer, list(writer.shards)[-1:], 3) == 2  # the last shard has 64 positions
+    assert sum(block.size for block in writer.calls(writer.shards["936"])) == 64
