@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 
 from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.stages.index.factory import training_operations
-from mlpmem_ds.stages.planning.counts import body_operations, candidates, moved, num_files, operations
+from mlpmem_ds.stages.planning.counts import (
+    body_operations,
+    candidates,
+    moved,
+    num_files,
+    operations,
+    owners_of_query,
+    sent_bytes,
+)
 from mlpmem_ds.stages.planning.limits import limit_of
 from mlpmem_ds.stages.planning.rank_memory import (
     corpus_memory,
@@ -44,6 +52,7 @@ _SECONDS_OF_ENCODING = 5e-6  # of a key, 64 bytes
 _SECONDS_OF_PAIR = 3.2e-9  # of exact search: to select among the keys, without the product
 _SECONDS_OF_CANDIDATE = 2e-8  # of list search: product and selection
 _SECONDS_OF_NEIGHBOUR = 1.5e-7  # sorting it, weighing it, writing it
+_SECONDS_OF_ANSWER = 1e-8  # of a neighbour that another rank found, to merge it
 _GPU_FORWARD, _GPU_TRAINING, _GPU_SEARCH = 0.4, 0.35, 0.2  # shares of the dense 16-bit peak
 # Of a distance on a GPU: int32 tiles pass its memory about seven times, 28 bytes at 3.35e12 bytes a second.
 _GPU_SECONDS_OF_PAIR = 8.4e-12
@@ -190,9 +199,13 @@ def _comparing(count: float, work: Workload, machine: Machine, gpus: int) -> flo
 
 
 def _seconds_of_targets(work: Workload, machine: Machine) -> dict[str, float]:
-    """Lists are found, keys compared, rows made; rows are made on the CPU."""
+    """Lists are found, keys compared by the ranks that own them, answers merged, rows made; the latter two on
+    the CPU."""
     cores = machine.ranks * machine.cores
     rows = work.positions * work.k * _SECONDS_OF_NEIGHBOUR / cores
+    if sent := sent_bytes(work, machine.ranks):
+        answers = owners_of_query(work, machine.ranks) * work.positions * work.k
+        rows += answers * _SECONDS_OF_ANSWER / cores + sent / machine.network_rate
     hashing = moved("targets", work).hashed / (_CORE_HASHED * machine.ranks)
     if machine.gpus:
         return {

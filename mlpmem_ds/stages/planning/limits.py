@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mlpmem_ds.stages.planning.sizes_on_disk import list_bytes
 from mlpmem_ds.stages.planning.workload import Machine, Workload
 
 MAX_POSITIONS = 200_000_000_000
 """the largest size at which `bench scale` counts what ranks read, open and keep"""
-_SHARE_OF_GPU = 0.5  # of its memory, that keys may lie in (maths/device_memory.py)
+_SHARE_OF_GPU = 0.6  # of its memory, that a rank's group of lists may take (retrieval/list_owners.py)
+_BYTES_BESIDE_KEY = 12  # its id and its squared length
 
 
 def limit_of(stage: str, work: Workload, machine: Machine) -> str | None:
@@ -15,11 +15,11 @@ def limit_of(stage: str, work: Workload, machine: Machine) -> str | None:
     if work.positions > MAX_POSITIONS:
         return f"not supported above {MAX_POSITIONS:.0e} positions: nothing larger has been counted"
     if stage == "targets" and work.search == "ivf" and machine.gpus:
-        room = _SHARE_OF_GPU * machine.gpus * machine.gpu_bytes
-        if list_bytes(work) > room:
-            most = work.positions * room / list_bytes(work)
+        each = work.dim * work.key_dtype.itemsize + _BYTES_BESIDE_KEY
+        most = _SHARE_OF_GPU * machine.gpus * machine.gpu_bytes / each
+        if work.positions > most:
             return (
                 f"not supported above {most:.1e} positions on {machine.gpus} GPUs: their memory does not hold"
-                " the keys in list order"
+                " all keys, which would be read from the host, or the disk, at each call"
             )
     return None

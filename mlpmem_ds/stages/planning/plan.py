@@ -287,6 +287,7 @@ def _machine(config: Config) -> Machine:
             shutil.disk_usage(folder).free if config.disk_gb is None else round(config.disk_gb * 1e9)
         ),
         disk_rate=config.disk_gb_per_second * 1e9,
+        network_rate=config.network_gb_per_second * 1e9,
     )
 
 

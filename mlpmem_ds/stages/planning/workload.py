@@ -93,6 +93,7 @@ class Machine:
         gpu_flops: dense 16-bit peak of one GPU, operations a second.
         gpu_bytes: memory of one GPU.
         disk_rate: bytes a second, of all ranks together.
+        network_rate: bytes a second, that one rank sends to others.
     """
 
     ranks: int
@@ -103,3 +104,4 @@ class Machine:
     disk_bytes: int
     gpu_bytes: float = 80e9
     disk_rate: float = 1e9
+    network_rate: float = 5e9

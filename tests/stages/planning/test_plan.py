@@ -19,7 +19,7 @@ from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.planning import plan
 from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, costs, seconds_of
-from mlpmem_ds.stages.planning.counts import candidates, operations
+from mlpmem_ds.stages.planning.counts import candidates, operations, owners_of_query, sent_bytes
 from mlpmem_ds.stages.planning.workload import Machine
 from mlpmem_ds.stages.targets import write_targets
 
@@ -120,8 +120,10 @@ def test_seconds_scale_with_ranks_calibration_and_size() -> None:
     one = costs(work, machine)
     two = costs(work, dataclasses.replace(machine, ranks=2))
     slower = costs(work, machine, Calibration(seconds={"keys": 3.0, "index.train": 2.0}, target_bytes=0.5))
-    for stage in ("corpus", "keys", "targets", "memory"):
+    for stage in ("corpus", "keys", "memory"):
         assert one[stage].seconds == pytest.approx(2 * two[stage].seconds)
+    sent = 2 * sent_bytes(work, 2) / machine.network_rate + 2 * 10**8 * 1024 * 1e-8 / machine.cores
+    assert two["targets"].seconds == pytest.approx((one["targets"].seconds + sent) / 2)
     assert two["index"].seconds < one["index"].seconds < 2 * two["index"].seconds  # one rank trains the code
     assert slower["keys"].seconds == pytest.approx(3 * one["keys"].seconds)
     trained = seconds_of("index", work, machine)["index.train"]
@@ -196,15 +198,31 @@ def test_where_no_number_can_be_stood_for_there_is_none_and_the_reason() -> None
     cost = large.costs["targets"]
     assert cost.seconds is cost.gpu_hours is large.seconds is None
     assert cost.limit is not None and cost.limit.startswith(
-        "not supported above 4.7e+09 positions on 32 GPUs"
+        "not supported above 5.7e+09 positions on 32 GPUs"
     )
     assert cost.bytes > 0 and cost.num_files > 0 and cost.operations > 0
     text = plan.table(large)
-    assert "targets: not supported above 4.7e+09" in text and "not supported, see below" in text
+    assert "targets: not supported above 5.7e+09" in text and "not supported, see below" in text
     assert large.to_json()["seconds"] is None and large.costs["keys"].seconds is not None
     assert all("above 2e+11 positions" in (cost.limit or "") for cost in beyond.costs.values())
     on_cpus = plan.make_plan(config(positions=10**10, ranks=32, memory_gb=2000.0, disk_gb=1e5))
     assert on_cpus.costs["targets"].limit is None
+
+
+def test_owners_of_lists_send_their_answers() -> None:
+    """As many bytes in all at any number of ranks above that of the probes; none with one rank."""
+    work = plan.make_plan(config(positions=10**8, **CLUSTER)).work
+    assert sent_bytes(work, 1) == 0
+    assert owners_of_query(work, 32) == pytest.approx(20.4, abs=0.1)
+    each = 256 + 4 * 32 + 8 + 8 * 1024
+    assert sent_bytes(work, 32) == pytest.approx(10**8 / 32 * 20.4 * each, rel=0.01)
+    in_two_levels = dataclasses.replace(work, positions=5 * 10**9, factory="IVF262144,PQ64")
+    assert owners_of_query(in_two_levels, 32) == pytest.approx(10.2, abs=0.1)
+    slow, quick = (
+        plan.make_plan(config(positions=10**8, **CLUSTER, network_gb_per_second=rate)).costs["targets"]
+        for rate in (1.0, 100.0)
+    )
+    assert slow.seconds - quick.seconds == pytest.approx(sent_bytes(work, 32) * (1e-9 - 1e-11))
 
 
 def test_a_query_is_compared_with_all_centroids_too() -> None:
