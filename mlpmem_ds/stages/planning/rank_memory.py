@@ -27,6 +27,7 @@ _CODE_SAMPLE = 1 << 16  # vectors that are float32 at once while codes are train
 _TRAINING_BYTES = 18  # of a parameter, over the ranks with ZeRO-3: weights, gradients, the optimizer's state
 _WINDOWS_KEPT = 2  # by the training's reader: the one that batches lie in, and the next
 _ENTRY_IN_MEMORY, _ROW_IN_MEMORY = 8, 14  # bytes of a decoded target's entry, and of its row
+_BATCH_WINDOWS = 16  # of extraction
 _BATCHES_KEPT = 3  # the one in training, and two that are read meanwhile
 
 
@@ -72,11 +73,11 @@ def corpus_memory(work: Workload, machine: Machine) -> int:
 
 
 def key_memory(work: Workload, machine: Machine) -> int:
-    """Weights, float32 on a CPU and bfloat16 on a GPU (where they are the GPU's), and a unit of keys and
-    inputs."""
+    """Weights, float32 on a CPU and bfloat16 on a GPU (where they are the GPU's), and the batches that are
+    being read, stored and written; a unit's files are written as its batches come."""
     weights = work.parameters * (2 if machine.gpus else 4)
-    unit = min(work.unit_positions, work.positions)
-    return 2 * _PROCESS_BYTES + weights + unit * 4 * (work.dim + work.width)
+    batch = min(work.positions, _BATCH_WINDOWS * work.block_size)
+    return 2 * _PROCESS_BYTES + weights + _BATCHES_KEPT * batch * 4 * (work.dim + 2 * work.width)
 
 
 def training_memory(work: Workload, machine: Machine) -> int:
