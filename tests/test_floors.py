@@ -33,7 +33,7 @@ OWNERS: dict[str, set[str]] = {
     "accelerate": {"engines/hidden_states.py"},
     "datasets": {"formats/document_readers.py"},
     "deepspeed": {"engines/deepspeed/library.py"},
-    "faiss": {"engines/faiss.py"},
+    "faiss": {"engines/faiss_library.py"},
     "lm_eval": {"engines/lm_eval.py"},
     "matplotlib": {"engines/plotting.py"},
     "mpi4py": {"engines/collectives/mpi.py"},

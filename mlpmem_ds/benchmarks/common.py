@@ -30,18 +30,9 @@ import mlpmem_ds
 from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.run_description import VERSIONED_PACKAGES
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
-_PACKAGES = (
-    "torch",
-    "numpy",
-    "faiss-cpu",
-    "faiss-gpu",
-    "zstandard",
-    "webdataset",
-    "transformers",
-    "deepspeed",
-)
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
@@ -235,7 +226,7 @@ def describe_versions() -> dict[str, str]:
     versions = {"mlpmem_ds": mlpmem_ds.__version__, "python": platform.python_version()}
     installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
     return versions | {
-        package: importlib.metadata.version(package) for package in _PACKAGES if package in installed
+        package: importlib.metadata.version(package) for package in VERSIONED_PACKAGES if package in installed
     }
 
 

@@ -47,7 +47,8 @@ from mlpmem_ds.benchmarks.common import Report, Row, check_output, median_of, ro
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.faiss import Index, set_num_threads
+from mlpmem_ds.engines.faiss import Index
+from mlpmem_ds.engines.faiss_library import set_num_threads
 from mlpmem_ds.maths.knn import Neighbours, exact_neighbours
 from mlpmem_ds.maths.rescoring import rescore
 from mlpmem_ds.maths.weighting import Weighting

@@ -6,6 +6,7 @@ stages fill it, readers hand it out, and nothing else knows how it is spelled.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import LISTS_KEY, Files, files_of
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.core.typed_json import from_json, to_json
+
+_logger = logging.getLogger(__name__)
 
 _FRONT_ENDS = {
     "corpus": "prepare_corpus",
@@ -210,3 +213,16 @@ def format_of(root: Path) -> str | None:
 def _hint(stage: str) -> str:
     """The command whose output was expected."""
     return f": give the output of {_FRONT_ENDS[stage]}" if stage in _FRONT_ENDS else ""
+
+
+def remove_damaged_manifest(output: Path) -> None:
+    """Take a manifest away that cannot be believed, or whose lists of files cannot: it is made from the
+    units' records, which are whole."""
+    path = output / "manifest.json"
+    try:
+        fault = files_of(read_sealed_json(path), output).fault_of_lists() if path.is_file() else None
+    except DamagedDataError as error:
+        fault = str(error)
+    if fault:
+        _logger.warning("%s: writing it anew", fault)
+        path.unlink(missing_ok=True)

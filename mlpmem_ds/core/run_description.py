@@ -22,7 +22,21 @@ IDENTITY_FIELD = "identity"
 """the field of a unit's record that holds the content hash of the identity that the unit was made for"""
 _WRITTEN_FIRST = {"identity.json", "run.json", "log.jsonl", "done"}
 _logger = logging.getLogger(__name__)
-_VERSIONED_PACKAGES = ("torch", "transformers", "deepspeed", "faiss-cpu", "webdataset", "zstandard", "numpy")
+VERSIONED_PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "faiss-cpu",
+    "faiss-gpu",
+    "faiss-gpu-cu11",
+    "faiss-gpu-cu12",
+    "flash-attn",
+    "mpi4py",
+    "webdataset",
+    "zstandard",
+    "numpy",
+)
+"""distributions whose versions a run notes, where they are installed"""
 
 
 def settle_identity(output: Path, identity: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> None:
@@ -115,7 +129,7 @@ def _shown(value: Any) -> str:
 def describe_run(config: Any, world: World) -> dict[str, Any]:
     """The content of run.json: flags, versions, machine and date; for people."""
     versions = {"mlpmem_ds": mlpmem_ds.__version__, "python": platform.python_version()}
-    for package in _VERSIONED_PACKAGES:
+    for package in VERSIONED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {

@@ -44,8 +44,7 @@ from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.claims import claim, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
 from mlpmem_ds.core.dealing import Dealer, dealt_units, free_units
-from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.file_lists import files_of, list_files
+from mlpmem_ds.core.file_lists import list_files
 from mlpmem_ds.core.files import (
     FileRecord,
     content_hash,
@@ -53,12 +52,11 @@ from mlpmem_ds.core.files import (
     publish,
     publish_array,
     publish_json,
-    read_sealed_json,
     record_file,
     remove_stale_temporaries,
 )
 from mlpmem_ds.core.log import EventLog, log_for_all
-from mlpmem_ds.core.manifest import Manifest
+from mlpmem_ds.core.manifest import Manifest, remove_damaged_manifest
 from mlpmem_ds.core.once import remove_computed
 from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
 from mlpmem_ds.core.typed_json import to_json
@@ -433,23 +431,10 @@ def open_stage(
     check_output(output, stage=stage, leftovers=leftovers)
     settle_identity(output, identity, defaults=default_values(type(config)))
     if world.is_first:
-        _remove_damaged_manifest(output)
+        remove_damaged_manifest(output)
     directory = StageDirectory(output, identity, world, dealer)
     if world.is_first:
         directory.remove_stale_files()
         publish_json(output / "run.json", describe_run(config, world))
     directory.log.write("started", world=world.size)
     return directory
-
-
-def _remove_damaged_manifest(output: Path) -> None:
-    """Take a manifest away that cannot be believed, or whose lists of files cannot: it is made from the
-    records, which are whole."""
-    path = output / "manifest.json"
-    try:
-        fault = files_of(read_sealed_json(path), output).fault_of_lists() if path.is_file() else None
-    except DamagedDataError as error:
-        fault = str(error)
-    if fault:
-        _logger.warning("%s: writing it anew", fault)
-        path.unlink(missing_ok=True)

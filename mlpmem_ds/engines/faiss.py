@@ -1,4 +1,4 @@
-"""The only file that imports faiss: the inverted-file index over keys, and how its coarse lists are chosen.
+"""The inverted-file index of faiss over keys, and how its coarse lists are chosen.
 
 Vectors are int8 codes (as float32 inside faiss) or raw float keys. For codes the coarse centroids are rounded
 to int8 while they are trained and before any list is filled: then every comparison that places a key or
@@ -20,13 +20,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol, TypeAlias
 
-import faiss
 import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import Ranks
+from mlpmem_ds.engines.faiss_library import POINTS_PER_CENTROID, bound, cluster, faiss, gpu_index
 from mlpmem_ds.maths.centroids import CentroidTable, nearest_centroids
 from mlpmem_ds.maths.distances import CPU
 from mlpmem_ds.maths.kmeans import (
@@ -39,7 +39,6 @@ from mlpmem_ds.maths.kmeans import (
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-POINTS_PER_CENTROID = 64  # faiss warns below 39 and samples down above 256
 _ID_BYTES = 8
 _CODE_ITERATIONS = 6  # of the product quantizer, whose training costs most: .7 s each at 64 x 8 bits
 # Vectors that faiss trains its codes on; a product quantizer takes 64 for each of its centroids.
@@ -47,16 +46,6 @@ _CODE_TRAINING_VECTORS = 1 << 16
 _FILL_ROWS = 1 << 14  # vectors that are float32 at a time while a shard is filled
 _MIN_GRAPH_WIDTH = 64  # nodes that a search of the graph keeps: 16 finds the nearest of 16,384 for 7 of 8
 _GRAPH_WIDTH_PER_PROBE = 4
-
-
-def num_gpus() -> int:
-    """GPUs that this build of faiss can use: 0 with faiss-cpu."""
-    return int(faiss.get_num_gpus()) if hasattr(faiss, "get_num_gpus") else 0
-
-
-def set_num_threads(count: int) -> None:
-    """How many threads faiss uses in this process."""
-    faiss.omp_set_num_threads(count)
 
 
 class CoarseQuantizer(Protocol):
@@ -124,7 +113,7 @@ class GraphQuantizer:
         distances_QP, numbers_QP = self._raw.search(
             np.ascontiguousarray(vectors_QD, dtype=np.float32),
             count,
-            params=faiss.SearchParametersHNSW(efSearch=width),  # type: ignore[attr-defined]
+            params=faiss.SearchParametersHNSW(efSearch=width),
         )
         short = np.flatnonzero((numbers_QP < 0).any(axis=1))  # the graph had fewer within reach
         if len(short):
@@ -280,11 +269,12 @@ class Index:
         elif ivf.nlist > two_level_above or not is_flat:
             self._train_transforms(vectors_ND[::stride])
             levels = 2 if ivf.nlist > two_level_above else 1
-            self._set_centroids(_float_centroids(self._transform(vectors_ND), ivf.nlist, seed, levels))
+            floats_ND = np.ascontiguousarray(self._transform(vectors_ND), np.float32)
+            self._set_centroids(_float_centroids(floats_ND, ivf.nlist, seed, levels, self._device))
             vectors_ND = vectors_ND[::stride]
-        elif num_gpus():
-            on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
-            ivf.clustering_index = on_gpus
+        else:
+            on_gpu = gpu_index(ivf.d, self._device)  # named: faiss keeps no reference
+            ivf.clustering_index = on_gpu
         self.raw.train(vectors_ND.astype(np.float32))
         ivf.clustering_index = None  # it is not written, and nothing trains any more
         vars(self).pop("_quantizer", None)  # it may have read other centroids
@@ -354,9 +344,9 @@ class Index:
     def _bound_training(self, seed: int) -> None:
         """Make what faiss trains repeatable and of known cost."""
         ivf = self._ivf
-        _bound(ivf.cp, seed, ITERATIONS)
+        bound(ivf.cp, seed, ITERATIONS)
         if hasattr(ivf, "pq"):
-            _bound(ivf.pq.cp, seed, _CODE_ITERATIONS)
+            bound(ivf.pq.cp, seed, _CODE_ITERATIONS)
         if hasattr(
             ivf, "do_polysemous_training"
         ):  # it only orders the codes for a Hamming filter, in 80 s of 90
@@ -402,19 +392,18 @@ class Index:
             vectors_ND = step.apply(vectors_ND)
 
 
-def _float_centroids(vectors_ND: Array, num_lists: int, seed: int, levels: int) -> Array:
-    """k-means of faiss over floats, in one level or in two: float32 [L, D]."""
+def _float_centroids(
+    vectors_ND: Array, num_lists: int, seed: int, levels: int, device: torch.device
+) -> Array:
+    """k-means of faiss over float32 vectors, in one level or in two: float32 [L, D]."""
 
-    def cluster(part: Share, count: int, _: Any) -> Array:
-        kmeans = faiss.Kmeans(part.vectors_nD.shape[1], count, gpu=num_gpus() > 0)
-        _bound(kmeans.cp, seed, ITERATIONS)
-        kmeans.train(np.ascontiguousarray(part.vectors_nD))
-        return np.ascontiguousarray(kmeans.centroids)
+    def centroids_of(part: Share, count: int, _: Any) -> Array:
+        return cluster(part.vectors_nD, count, seed=seed, iterations=ITERATIONS, device=device)
 
-    share = Share.whole(np.ascontiguousarray(vectors_ND, np.float32))
+    share = Share.whole(vectors_ND)
     if levels == 1:
-        return cluster(share, num_lists, None)
-    return two_level_centroids(share, num_lists, cluster, ranks=Alone())
+        return centroids_of(share, num_lists, None)
+    return two_level_centroids(share, num_lists, centroids_of, ranks=Alone())
 
 
 @contextlib.contextmanager
@@ -425,13 +414,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(count)
-
-
-def _bound(parameters: Any, seed: int, iterations: int) -> None:
-    """Make a k-means of faiss repeatable and of known cost; it warns on standard error unless few points are
-    allowed."""
-    parameters.niter, parameters.seed = iterations, seed
-    parameters.min_points_per_centroid, parameters.max_points_per_centroid = 1, POINTS_PER_CENTROID
 
 
 def _in_order(distances_QK: Array, ids_QK: Array) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.engines import faiss as engine
+from mlpmem_ds.engines import faiss_library
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.maths.kmeans import Share, integer_centroids
@@ -112,24 +113,6 @@ def test_two_levels_of_lists(factory: str) -> None:
     assert found < 0.2 * near.mean()
 
 
-def test_a_gpu_build_of_faiss_trains_float_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With GPUs the k-means of floats is handed to them; codes stay in whole numbers, so their index is the
-    same."""
-    expected = [blob_of(trained("IVF8,Flat", vectors)) for vectors in (codes(), codes() / 2)]
-    handed: list[object] = []
-
-    def clone(index: object) -> object:
-        handed.append(index)
-        return index
-
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", clone, raising=False)
-    assert engine.num_gpus() == 2
-    for vectors, blob, calls in zip((codes(), codes() / 2), expected, (0, 1), strict=True):
-        assert blob_of(trained("IVF8,Flat", vectors)) == blob
-        assert len(handed) == calls
-
-
 def test_filling_in_pieces_gives_the_same_index(monkeypatch: pytest.MonkeyPatch) -> None:
     blobs = []
     for rows in (NUM_VECTORS, 64):
@@ -204,10 +187,10 @@ def test_a_graph_of_centroids_leads_to_near_lists() -> None:
     before = faiss.omp_get_max_threads()
     blobs = []
     for threads in (1, 2):
-        engine.set_num_threads(threads)
+        faiss_library.set_num_threads(threads)
         index = trained("IVF512_HNSW8,PQ3x4", vectors)
         blobs.append(blob_of(index))
-    engine.set_num_threads(before)
+    faiss_library.set_num_threads(before)
     assert blobs[0] == blobs[1] and index.num_lists == 512
     centroids = centroids_of(index)
     assert np.array_equal(

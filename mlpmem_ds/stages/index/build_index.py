@@ -26,7 +26,8 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.devices import device_of_rank
-from mlpmem_ds.engines.faiss import Index, set_num_threads
+from mlpmem_ds.engines.faiss import Index
+from mlpmem_ds.engines.faiss_library import set_num_threads
 from mlpmem_ds.formats.index_directory import (
     TRAINED_NAME,
     IndexManifest,

@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from mlpmem_ds.engines.faiss import Index, set_num_threads
+from mlpmem_ds.engines.faiss import Index
+from mlpmem_ds.engines.faiss_library import set_num_threads
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours

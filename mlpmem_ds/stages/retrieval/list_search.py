@@ -21,7 +21,8 @@ import torch
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.faiss import Index, set_num_threads
+from mlpmem_ds.engines.faiss import Index
+from mlpmem_ds.engines.faiss_library import set_num_threads
 from mlpmem_ds.formats.index_directory import TRAINED_NAME, IndexDirectory
 from mlpmem_ds.formats.lists_directory import MappedLists
 from mlpmem_ds.formats.mapped_keys import MappedKeys
