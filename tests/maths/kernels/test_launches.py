@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from mlpmem_ds.maths.kernels import probability_rows, sparse_rows  # noqa: E402
+from mlpmem_ds.maths.kernels import list_candidates, probability_rows, sparse_rows  # noqa: E402
 
 _ROWS, _VOCABULARY = 3, 50
 
@@ -58,6 +60,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     for module, names in (
         (probability_rows, ("label_rows_kernel", "part_normalizers_kernel", "mixture_rows_kernel")),
         (sparse_rows, ("sparse_rows_kernel",)),
+        (list_candidates, ("list_candidates_kernel",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, recorder.kernel(name))
@@ -86,14 +89,31 @@ def call_all(device: torch.device) -> None:
             log_lambda=0.0,
             gradient_dtype=torch.bfloat16,
         )
+        codes_CV, norms_C = logits_CV.to(torch.int8), numbers_C.int()
+        list_candidates.list_candidates(
+            torch.empty(_ROWS * _ROWS, dtype=torch.int64, device=device),
+            queries_BD=codes_CV,
+            keys_ND=codes_CV,
+            norms_N=norms_C,
+            ids_N=labels_C,
+            rows_S=labels_C,
+            places_S=labels_C,
+            bounds_HS=torch.empty(2, _ROWS, dtype=torch.int64, device=device),
+            tiles_5T=torch.empty(5, 1, dtype=torch.int64, device=device),
+            max_pairs=_ROWS,
+            id_bits=2,
+        )
 
 
 def test_kernels_run_on_the_device_of_their_tensors(recorder: Recorder) -> None:
     devices = [torch.device("cuda", number) for number in range(8)]
     for device in devices:
         call_all(device)
-    assert [device for _, device in recorder.launches] == [device for device in devices for _ in range(6)]
-    assert len({name for name, _ in recorder.launches}) == 4
+    assert [device for _, device in recorder.launches] == [device for device in devices for _ in range(7)]
+    folder = Path(sparse_rows.__file__).parent
+    sources = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
+    launched = {name for text in sources for name in re.findall(r"(\w+)\[\(", text)}
+    assert {name for name, _ in recorder.launches} == launched  # a new kernel belongs here
 
 
 def test_so_they_do_in_worker_threads(recorder: Recorder) -> None:
@@ -101,7 +121,7 @@ def test_so_they_do_in_worker_threads(recorder: Recorder) -> None:
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(call_all, devices))
     assert sorted(str(device) for _, device in recorder.launches) == sorted(
-        str(device) for device in devices for _ in range(6)
+        str(device) for device in devices for _ in range(7)
     )
 
 
