@@ -55,6 +55,7 @@ OWNERS: dict[str, set[str]] = {
         "formats/trained_models.py",
         "models/hf.py",
         "stages/conversion/weights.py",
+        "stages/training/base_head.py",
         "stages/training/initial_memory.py",
         "stages/training/validation.py",
     },
@@ -82,6 +83,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/evaluation/samples.py",
         "stages/exchange/import_datastore.py",
         "stages/generation/generate.py",
+        "stages/training/base_head.py",
     },
 }
 # `models/hf.py` and all that it imports are copied into every export: no other file may be among them.

@@ -30,6 +30,7 @@ from mlpmem_ds.engines.deepspeed.zero_state import (
     whole_size,
     whole_weights,
 )
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.processes import sum_over_ranks, wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint, CheckpointManifest
 
@@ -273,7 +274,10 @@ def build_engine(
     world: World,
     prepare: Callable[[nn.Module], None] | None = None,
 ) -> Engine:
-    """Make the model (under zero.Init at stage 3, so that no rank ever holds the whole) and wrap it.
+    """Make the model and wrap it.
+
+    It is made under zero.Init at stage 3, so that no rank ever holds the whole, and at the other stages on
+    the device that computes: eight ranks of 7 B in float32 would take 224 GB of their host's memory.
 
     Args:
         make_model: each leaf must initialize itself in its own __init__.
@@ -290,7 +294,7 @@ def build_engine(
     with (
         deepspeed.zero.Init(config_dict_or_path=config)
         if zero_stage(config) == 3
-        else contextlib.nullcontext()
+        else device_of_rank("auto", world)
     ):
         model = make_model()
     if prepare is not None:

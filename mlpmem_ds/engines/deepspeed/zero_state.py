@@ -5,7 +5,7 @@ Only this file depends on the names that they have inside the library. All funct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,15 @@ def whole_weights(state: ZeroState) -> dict[str, torch.Tensor]:
     return weights
 
 
-def set_parameter(parameter: nn.Parameter, values: torch.Tensor) -> None:
-    """Give a parameter these values, whole or cut in shards; called by every rank with the same values."""
+def set_parameter(parameter: nn.Parameter, read: Callable[[], torch.Tensor], world: World) -> None:
+    """Give a parameter the values that rank 0 reads, before the engine is made; `read` is called there alone.
+
+    At stage 3 the ranks get their shards here, at the others the whole parameter when the engine is made.
+    """
     deepspeed = import_deepspeed()
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-        parameter.copy_(values.reshape(parameter.shape))
+        if world.is_first:
+            parameter.copy_(read().reshape(parameter.shape))
 
 
 def load_other_layout(checkpoint: Checkpoint, state: ZeroState, *, steps_applied: int) -> None:

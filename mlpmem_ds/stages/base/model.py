@@ -23,14 +23,14 @@ from mlpmem_ds.stages.base.config import Config
 _MODULE_PREFIX = "model."  # of the model's names inside `NextTokenModule`
 
 
-def make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedModel:
-    """A GPT-2-like model of the flags' shape, or that of --init-from, in float32 on the CPU.
+def make_model(config: Config, corpus: CorpusSplit, length: int, device: torch.device) -> PreTrainedModel:
+    """A GPT-2-like model of the flags' shape on the CPU, or that of --init-from on the device, in float32.
 
     Raises:
         UserError: the model cannot be trained here, or cannot read sequences of this length of the corpus.
     """
     if config.init_from is not None:
-        return _load(config.init_from, corpus, length)
+        return _load(config.init_from, corpus, length, device)
     torch.manual_seed(config.seed)
     return GPT2LMHeadModel(
         GPT2Config(
@@ -50,9 +50,9 @@ def make_model(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedMo
     )
 
 
-def _load(init_from: str, corpus: CorpusSplit, length: int) -> PreTrainedModel:
+def _load(init_from: str, corpus: CorpusSplit, length: int, device: torch.device) -> PreTrainedModel:
     try:
-        model = load_base(init_from, dtype=torch.float32, device="cpu", attention=_attention())
+        model = load_base(init_from, dtype=torch.float32, device=device, attention=_attention())
         weight_VD, bias_V = output_head(model)
         is_linear = bias_V is None and logit_transform(model).is_identity
     except ValueError as error:

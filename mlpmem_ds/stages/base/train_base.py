@@ -26,6 +26,7 @@ from mlpmem_ds.engines.deepspeed.config import (
 )
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.trained_models import BaseManifest
@@ -63,7 +64,7 @@ def run(config: Config, world: World) -> None:
         hashes["init_from"] = fingerprint_model(
             config.init_from, flag="--init-from", shared=shared_place(config.output, world)
         )
-    objective = NextToken(model=make_model(config, corpus, length))
+    objective = NextToken(model=make_model(config, corpus, length, device_of_rank("auto", world)))
     if config.learning_rate is None:
         rate = default_learning_rate(objective.model.num_parameters())
         config = replace(config, learning_rate=TRAINED_ON_LEARNING_RATE if config.init_from else rate)

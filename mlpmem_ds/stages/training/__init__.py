@@ -2,7 +2,7 @@
 
 - `train`: the command: checks, builds the parts, starts them; `config`: its flags
 - `options`: the flags that both trainings share; `schedule`, `defaults`: the learning rate, and its default
-- `inputs`, `memory_shape`, `initial_memory`, `frozen_base`: what is given, opened and checked
+- `inputs`, `memory_shape`, `initial_memory`, `frozen_base`, `base_head`: what is given, opened, checked
 - `objectives`: what may be minimized, by name, and how one is added; `imitation`: the first
 - `parts`: what a training is put together from: objective, batches, validator
 - `training`: one training from its start to its result; `loop`: the steps one after another

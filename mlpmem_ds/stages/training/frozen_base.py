@@ -8,17 +8,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
-from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.attention import attention_or_sdpa
 from mlpmem_ds.engines.deepspeed.sharded_base import ShardedSource
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, resolve_dtype
-from mlpmem_ds.models.backbone import load_base
-from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.inputs import TrainingInputs
 
@@ -65,28 +59,3 @@ def open_base(config: Config, inputs: TrainingInputs, world: World) -> Transform
         source = TransformersSource(config.model, **settings)
     check_source_reads(source, inputs.corpus, config.model)
     return source
-
-
-def base_head(config: Config, source: TransformersSource | None, memory: MemoryConfig) -> torch.Tensor | None:
-    """The base's output head, float32 [V, D], where the memory's starts from it.
-
-    Raises:
-        UserError: it does not have the memory's vocabulary and width.
-    """
-    if config.head == "random":
-        return None
-    assert config.model is not None
-    if source is not None and source.is_collective:  # it may be too large to be loaded whole by each rank
-        weight_VD = source.head_weight()
-    else:
-        try:
-            weight_VD = output_head(load_base(config.model, dtype=torch.float32, device="cpu"))[0]
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    expected = (memory.vocab_size, memory.hidden_size)
-    if tuple(weight_VD.shape) != expected:
-        raise UserError(
-            f"--head base: the base's head is {tuple(weight_VD.shape)} (vocabulary, width), the memory's "
-            f"{expected}: leave out --hidden-size, or use --head random"
-        )
-    return weight_VD.detach().clone()

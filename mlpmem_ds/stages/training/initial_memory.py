@@ -10,17 +10,20 @@ A training in bfloat16 starts from the weights as bfloat16 holds them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash, read_json
 from mlpmem_ds.core.manifest import format_of
+from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fetch_directory
+from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.trained_models import MemoryManifest, read_memory_description
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -37,10 +40,12 @@ class InitialMemory:
     memory: MemoryConfig
     vocabulary_sha256: str | None
     """None where an export does not say it"""
-    sha256: str
-    """of shape and float32 numbers: the same for a training's output, its weights/ and a float32 export of
-    it"""
     _places: Mapping[str, tuple[Path, str]] = field(repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors, in order."""
+        return sorted(self._places)
 
     def tensor(self, name: str) -> torch.Tensor:
         """float32, by the name that it has in a plain `Memory`."""
@@ -48,7 +53,7 @@ class InitialMemory:
 
 
 def open_initial_memory(root: Path) -> InitialMemory:
-    """Find the memory and check that every tensor is there, of its shape and finite.
+    """Find the memory and check that every tensor is there and of its shape; no numbers are read.
 
     Raises:
         UserError: no memory there, or one that is not finished.
@@ -83,51 +88,71 @@ def open_initial_memory(root: Path) -> InitialMemory:
         memory = MemoryConfig.from_dict(shape)
     except (ValueError, TypeError) as error:
         raise DamagedDataError(f"{_FLAG} {root}: {error}: make it again") from error
-    places = _locate(place, prefix)
-    return InitialMemory(
-        root=root,
-        memory=memory,
-        vocabulary_sha256=vocabulary,
-        sha256=_hash_tensors(root, memory, places),
-        _places=places,
-    )
+    places, shapes = _locate(place, prefix)
+    _check_shapes(root, memory, shapes)
+    return InitialMemory(root=root, memory=memory, vocabulary_sha256=vocabulary, _places=places)
 
 
-def _locate(place: Path, prefix: str) -> dict[str, tuple[Path, str]]:
-    """Our name → (file, its name there)."""
+def _locate(place: Path, prefix: str) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[int, ...]]]:
+    """Our name → (file, its name there), and → its shape."""
     places: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(place.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                places |= {
-                    name.removeprefix(prefix): (path, name)
-                    for name in file.keys()  # noqa: SIM118
-                    if name.startswith(prefix)
-                }
+                for name in file.keys():  # noqa: SIM118
+                    if name.startswith(prefix):
+                        own = name.removeprefix(prefix)
+                        places[own], shapes[own] = (path, name), tuple(file.get_slice(name).get_shape())
         except Exception as error:  # safetensors raises a family of its own
             raise _damaged(path, error) from error
-    return places
+    return places, shapes
 
 
-def _hash_tensors(root: Path, memory: MemoryConfig, places: Mapping[str, tuple[Path, str]]) -> str:
+def _check_shapes(root: Path, memory: MemoryConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in Memory(memory).state_dict().items()}
-    if set(shapes) != set(places):
-        differing = sorted(set(shapes) ^ set(places))
+        expected = {name: tuple(tensor.shape) for name, tensor in Memory(memory).state_dict().items()}
+    if set(expected) != set(shapes):
+        differing = sorted(set(expected) ^ set(shapes))
         raise DamagedDataError(
             f"{_FLAG} {root}: {len(differing)} tensors are missing or too many, the first is {differing[0]}:"
             " make it again"
         )
-    hashes = []
-    for name, shape in sorted(shapes.items()):
-        tensor = _read(*places[name])
-        if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+    for name, shape in sorted(expected.items()):
+        if shapes[name] != shape:
             raise DamagedDataError(
-                f"{_FLAG} {root}: {name} is of shape {list(tensor.shape)}, or not finite; expected are"
-                f" finite numbers of shape {list(shape)}: make it again"
+                f"{_FLAG} {root}: {name} is of shape {list(shapes[name])}, expected is {list(shape)}:"
+                " make it again"
             )
-        hashes.append([name, hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()])
-    return content_hash([memory.to_dict(), hashes])
+
+
+def hash_initial_memory(initial: InitialMemory, world: World) -> str:
+    """SHA-256 of shape and float32 numbers, which are read once: each rank takes its share of the tensors.
+
+    It is the same for a training's output, its weights/ and a float32 export of it. Collective.
+
+    Raises:
+        DamagedDataError: numbers that are not finite, or a file that cannot be read.
+    """
+    shares = gather_values(_hash_share(initial, deal(initial.names, world.rank, world.size)), world)
+    for said in (share for share in shares if isinstance(share, str)):
+        raise DamagedDataError(said)
+    hashes = sorted(pair for share in shares for pair in share)
+    return content_hash([initial.memory.to_dict(), hashes])
+
+
+def _hash_share(initial: InitialMemory, names: Sequence[str]) -> list[list[str]] | str:
+    """Name and hash of these tensors; what is wrong with one of them, for all ranks to say."""
+    hashes = []
+    try:
+        for name in names:
+            tensor = initial.tensor(name)
+            if not tensor.isfinite().all():
+                return f"{_FLAG} {initial.root}: {name} is not finite: make it again"
+            hashes.append([name, hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()])
+    except DamagedDataError as error:
+        return str(error)
+    return hashes
 
 
 def _read(path: Path, name: str) -> torch.Tensor:

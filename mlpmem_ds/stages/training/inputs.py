@@ -37,6 +37,8 @@ class TrainingInputs:
     """what is validated on; None = no validation"""
     initial: InitialMemory | None
     """whose weights the training starts from; None = random ones"""
+    initial_sha256: str | None = None
+    """of them; the ranks work it out together, after they have met"""
 
     @property
     def is_online(self) -> bool:
@@ -58,8 +60,8 @@ class TrainingInputs:
         hashes = {"corpus": self.corpus.sha256, "keys": self.keys.sha256}
         if self.targets is not None:
             hashes["targets"] = self.targets.sha256
-        if self.initial is not None:
-            hashes["init_from"] = self.initial.sha256
+        if self.initial_sha256 is not None:
+            hashes["init_from"] = self.initial_sha256
         return hashes
 
 

@@ -8,7 +8,7 @@ keys store no inputs the frozen base computes them during the training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,10 +34,11 @@ from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
+from mlpmem_ds.stages.training.base_head import base_head
 from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
 from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows
-from mlpmem_ds.stages.training.frozen_base import base_head, open_base
-from mlpmem_ds.stages.training.initial_memory import InitialMemory
+from mlpmem_ds.stages.training.frozen_base import open_base
+from mlpmem_ds.stages.training.initial_memory import InitialMemory, hash_initial_memory
 from mlpmem_ds.stages.training.inputs import TrainingInputs, open_inputs, provenance_of
 from mlpmem_ds.stages.training.memory_shape import memory_shape
 from mlpmem_ds.stages.training.memory_validation import MemoryValidator
@@ -66,6 +67,8 @@ def run(config: Config, world: World) -> None:
 
     # From here on the ranks work together; nothing is written yet.
     set_up_distributed(world)
+    if inputs.initial is not None:
+        inputs = replace(inputs, initial_sha256=hash_initial_memory(inputs.initial, world))
     base = open_base(config, inputs, world)
     memory = memory_shape(config, inputs, inputs.keys.input_size or (0 if base is None else base.width))
     head = base_head(config, base, memory)
@@ -130,7 +133,7 @@ def _build(
     *,
     memory: MemoryConfig,
     base: StateSource | None,
-    head: torch.Tensor | None,
+    head: Callable[[], torch.Tensor] | None,
 ) -> Training:
     world, objective = directory.world, OBJECTIVES[config.objective](config, memory)
     announce(
@@ -153,7 +156,7 @@ def _build(
         settings=AdamWSettings(weight_decay=config.weight_decay),
         seed=config.seed,
         world=world,
-        prepare=partial(_prepare, config=config, initial=inputs.initial, head=head),
+        prepare=partial(_prepare, config=config, initial=inputs.initial, head=head, world=world),
     )
     subject = MemorySubject(
         memory=memory.to_dict(), provenance=provenance_of(config, inputs, memory, num_steps=steps.count)
@@ -173,14 +176,19 @@ def _build(
 
 
 def _prepare(
-    model: nn.Module, *, config: Config, initial: InitialMemory | None, head: torch.Tensor | None
+    model: nn.Module,
+    *,
+    config: Config,
+    initial: InitialMemory | None,
+    head: Callable[[], torch.Tensor] | None,
+    world: World,
 ) -> None:
     """Give the module the weights that the training starts from, and say how it computes."""
     if initial is not None:
         for name, parameter in model.named_parameters():
-            set_parameter(parameter, initial.tensor(name))
+            set_parameter(parameter, partial(initial.tensor, name), world)
     if head is not None:
-        set_parameter(model.head.weight, head)  # type: ignore[union-attr, arg-type]
+        set_parameter(model.head.weight, head, world)  # type: ignore[union-attr, arg-type]
     assert isinstance(model, MemoryModule)
     recompute_activations(model, config.recompute_activations)
     if config.compile:

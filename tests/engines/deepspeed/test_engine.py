@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed import engine
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 SCRIPT = """
@@ -26,7 +30,7 @@ set_up_distributed(World())
 memory = MemoryConfig(input_size=48, hidden_size=64, intermediate_size=256, num_blocks=2, vocab_size=500)
 for name, file in json.loads(sys.argv[1]).items():
     def start_head(model):
-        set_parameter(model.final_norm.bias, torch.full((64,), 0.5))
+        set_parameter(model.final_norm.bias, lambda: torch.full((64,), 0.5), World())
     config = resolve_ds_config(Path(file), batch=4, batch_flag="--b", world_size=1, max_micro_batch=4,
                                gradient_clipping=1.0)
     built = build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config, settings=AdamWSettings(),
@@ -76,3 +80,19 @@ def test_initial_weights_are_right_at_every_stage(tmp_path):
                 assert tensor.std().item() == pytest.approx(expected, rel=0.05), (name, key)
     for key, tensor in weights["stage0False"].items():
         assert torch.equal(tensor, weights["stage3False"][key]), key
+
+
+def test_a_whole_model_is_made_on_the_device_that_computes(monkeypatch):
+    """Not in the memory of the host, which the ranks of its GPUs share."""
+    monkeypatch.setattr(engine, "device_of_rank", lambda *_: torch.device("meta"))
+
+    class MadeError(Exception):
+        pass
+
+    def make():
+        raise MadeError(torch.nn.Linear(3, 4).weight.device)
+
+    for stage in (0, 1, 2):
+        with pytest.raises(MadeError, match="meta"):
+            config = {"zero_optimization": {"stage": stage}}
+            build_engine(make, config=config, settings=AdamWSettings(), seed=0, world=World())

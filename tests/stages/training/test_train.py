@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.batches import BatchReader
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
@@ -24,7 +25,7 @@ from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
-from mlpmem_ds.stages.training.initial_memory import open_initial_memory
+from mlpmem_ds.stages.training.initial_memory import hash_initial_memory, open_initial_memory
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ZERO1 = str(REPOSITORY / "ds_configs" / "zero1.json")
@@ -260,7 +261,7 @@ def test_a_training_starts_from_a_memory(runs, pair, inputs_dir):
     assert abs(first["ce"] - ce) < 2e-6 * ce
     assert first["loss"] < 0.9 * runs.losses("one-stage2")[0]
     np.testing.assert_allclose(runs.losses("two-from-weights"), runs.losses("one-from-memory"), rtol=PARITY)
-    sha256 = open_initial_memory(runs / "one-stage2").sha256
+    sha256 = hash_initial_memory(open_initial_memory(runs / "one-stage2"), World())
     for name in ("one-from-memory", "two-from-weights"):
         identity = json.loads((runs / name / "identity.json").read_text())
         assert identity["inputs"]["init_from"] == read_weights(runs / name).provenance.init_from == sha256
