@@ -53,11 +53,11 @@ OWNERS: dict[str, set[str]] = {
     "safetensors": {
         "formats/reference_checkpoint.py",
         "formats/trained_models.py",
+        "formats/weight_shards.py",
         "models/hf.py",
         "stages/conversion/weights.py",
         "stages/training/base_head.py",
         "stages/training/initial_memory.py",
-        "stages/training/validation.py",
     },
     "tokenizers": {
         "engines/model_files.py",

@@ -90,6 +90,14 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; a copy where the file system has no links, or is another one."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def publish_bytes(path: Path, content: bytes) -> None:
     with publish(path) as temporary:
         temporary.write_bytes(content)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import canonical_json, read_json
+from mlpmem_ds.core.files import canonical_json, link_or_copy, read_json
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.typed_json import from_json, to_json
 from mlpmem_ds.formats.keys import Point
+from mlpmem_ds.formats.weight_shards import WeightFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class BaseManifest(Manifest):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryDescription:
-    """weights/config.json: the memory in weights/model.safetensors."""
+    """weights/config.json: the memory in weights/model.safetensors, or in its shards."""
 
     format: Literal["mlpmem-memory"] = "mlpmem-memory"
     version: int = MemoryManifest.VERSION
@@ -130,7 +131,7 @@ def write_weights(
     memory: Mapping[str, Any],
     provenance: Provenance,
 ) -> None:
-    """Write `weights/model.safetensors` and `weights/config.json` of a trained memory.
+    """Write `weights/model.safetensors` and `weights/config.json` of a memory that is in memory.
 
     Args:
         writer: the unit's writer of the training's stage directory.
@@ -143,6 +144,24 @@ def write_weights(
             {name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"}
         )
         path.chmod(0o644)
+    _describe_weights(writer, memory, provenance)
+
+
+def take_weights(
+    writer: UnitWriter, files: WeightFiles, *, memory: Mapping[str, Any], provenance: Provenance
+) -> None:
+    """The same with weights that a training has written to files, which may be several; they stay."""
+    for source in files.paths():
+        with writer.file(f"weights/model{source.name.removeprefix(files.stem)}") as path:
+            if source.suffix == ".safetensors":
+                link_or_copy(source, path)
+            else:
+                path.write_bytes(source.read_bytes().replace(f'"{files.stem}-'.encode(), b'"model-'))
+            path.chmod(0o644)
+    _describe_weights(writer, memory, provenance)
+
+
+def _describe_weights(writer: UnitWriter, memory: Mapping[str, Any], provenance: Provenance) -> None:
     with writer.file("weights/config.json") as path:
         path.write_bytes(canonical_json(to_json(MemoryDescription(memory=memory, provenance=provenance))))
 
@@ -168,11 +187,11 @@ def read_weights(root: Path, *, flag: str = "--memory") -> TrainedMemory:
     stage: CompleteStage[MemoryManifest] = read_stage(CompleteStage, MemoryManifest, root, flag=flag)
     described = read_memory_description(root / "weights" / "config.json")
     try:
-        weights = load_file(root / "weights" / "model.safetensors")
-    except Exception as error:  # safetensors raises its own family, which is not an OSError
+        weights = WeightFiles(root=root / "weights").read()
+    except (OSError, DamagedDataError) as error:
         raise DamagedDataError(
-            f"{root}/weights/model.safetensors cannot be read ({error}): run the training again, "
-            "it writes the weights from its last checkpoint"
+            f"the weights of {root} cannot be read ({error}): run the training again, it writes them from its"
+            " last checkpoint"
         ) from error
     return TrainedMemory(
         sha256=stage.sha256, memory=described.memory, provenance=described.provenance, weights=weights

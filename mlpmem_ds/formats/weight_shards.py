@@ -1,4 +1,4 @@
-"""Write weights as sharded safetensors, one tensor in memory at a time, for shards of any size.
+"""Weights as safetensors in one file or several, written with one tensor in memory at a time.
 
     model.safetensors                                   where one file is enough
     model-00001-of-00003.safetensors, …                 else, with model.safetensors.index.json
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, fault_of_file, publish, publish_json, read_json, record_file
@@ -81,12 +82,7 @@ def write_weights_in_shards(
         progress: called with the bytes of each shard that is there.
     """
     shards = plan_shards({name: weight.num_bytes for name, weight in weights.items()}, max_bytes)
-    count = len(shards)
-    names = (
-        ["model.safetensors"]
-        if count == 1
-        else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
-    )
+    names = shard_names("model", len(shards))
     num_written = 0
     for file, members in zip(names, shards, strict=True):
         if not _is_done(root, records / f"{file}.json"):
@@ -95,14 +91,69 @@ def write_weights_in_shards(
             publish_json(records / f"{file}.json", record_file(root, file).to_json())
             num_written += 1
         progress((root / file).stat().st_size)
-    if count > 1:
-        weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
-        total = sum(weight.num_bytes for weight in weights.values())
-        publish_json(
-            root / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
+    total = sum(weight.num_bytes for weight in weights.values())
+    publish_index(root, "model", dict(zip(names, shards, strict=True)), total)
     return num_written
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """`model.safetensors`, or `model-00001-of-00003.safetensors` and so on."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+
+
+def publish_index(root: Path, stem: str, members_of: Mapping[str, Sequence[str]], num_bytes: int) -> None:
+    """Write which file holds which weight, where there are several: the last file, without which they are
+    not whole."""
+    if len(members_of) > 1:
+        weight_map = {name: file for file, members in members_of.items() for name in members}
+        publish_json(
+            root / f"{stem}.safetensors.index.json",
+            {"metadata": {"total_size": num_bytes}, "weight_map": weight_map},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """Weights on disk, in `root`/`stem`.safetensors or in several files with an index."""
+
+    root: Path
+    stem: str = "model"
+
+    def paths(self) -> list[Path]:
+        """All files, the index last.
+
+        Raises:
+            FileNotFoundError: there are none.
+            DamagedDataError: the index cannot be read.
+        """
+        index = self.root / f"{self.stem}.safetensors.index.json"
+        if not index.is_file():
+            single = self.root / f"{self.stem}.safetensors"
+            if not single.is_file():
+                raise FileNotFoundError(single)
+            return [single]
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        return [*(self.root / file for file in files), index]
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """By name; mapped from the files, so that what is not used is not read.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            DamagedDataError: one cannot be read.
+        """
+        weights: dict[str, torch.Tensor] = {}
+        for path in self.paths():
+            if path.suffix == ".safetensors":
+                try:
+                    weights |= load_file(path)
+                except FileNotFoundError:
+                    raise
+                except Exception as error:  # safetensors raises its own family, which is not an OSError
+                    raise DamagedDataError(f"{path} cannot be read ({error})") from error
+        return weights
 
 
 def _is_done(root: Path, record: Path) -> bool:

@@ -318,8 +318,8 @@ class PretrainedMemory:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "PretrainedMemory":
-        """From the output of a training (`weights/config.json` and `weights/model.safetensors`), or from an
-        export.
+        """From the output of a training (`weights/config.json` and `weights/model*.safetensors`), or
+        from an export.
 
         Raises:
             ValueError: there is no memory, or one that is damaged.
@@ -348,7 +348,10 @@ class PretrainedMemory:
             description = json.loads((root / "weights" / "config.json").read_bytes())
             with torch.device("meta"):
                 module = Memory(MemoryConfig.from_dict(description["memory"]))
-            module.load_state_dict(load_file(root / "weights" / "model.safetensors"), assign=True)
+            weights: dict[str, torch.Tensor] = {}
+            for file in sorted((root / "weights").glob("model*.safetensors")):  # one, or several
+                weights |= load_file(file)
+            module.load_state_dict(weights, assign=True)
             provenance = description["provenance"]
             layer, point = provenance["input_layer"], provenance["input_point"]
         except Exception as error:  # safetensors raises a family of its own

@@ -257,7 +257,7 @@ class Runs:
 
     def start(self, name: str, ds_config: int | str, *, size: int = 1, **changes: Any) -> dict[str, Any]:
         """A step that starts a job with `size` ranks; `changes` may hold flags of `run_rank` too."""
-        special = ("signal_at", "kill_at", "bytes_of_a_file")
+        special = ("signal_at", "kill_at", "bytes_of_a_file", "bytes_of_weights")
         more = {key: changes.pop(key) for key in special if key in changes}
         job = self.job(name, ds_config, **changes)
         return {"kind": "start", "job": job, "size": size, "stage": self._stage, **more}

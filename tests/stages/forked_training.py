@@ -27,6 +27,7 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import set_up_logging
 from mlpmem_ds.core.world import World, world_from_environment
+from mlpmem_ds.engines.deepspeed import engine
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
 from mlpmem_ds.stages.base import train_base
 from mlpmem_ds.stages.training import train
@@ -112,6 +113,7 @@ def run_rank(
     *,
     stage="train",
     bytes_of_a_file=None,
+    bytes_of_weights=None,
     signal_at=None,
     kill_at=None,
     note=None,
@@ -124,6 +126,8 @@ def run_rank(
             watch_saving(note, deadly)
         if bytes_of_a_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
+        if bytes_of_weights is not None:
+            engine.MAX_WEIGHTS_BYTES = bytes_of_weights
         config = config_of(job, stage)
         if signal_at is not None and world.rank == world.size - 1:
             signal_after(config.output / "metrics.jsonl", signal_at)

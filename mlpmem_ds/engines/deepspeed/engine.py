@@ -1,4 +1,4 @@
-"""A model under ZeRO: optimizer steps, checkpoints, whole weights.
+"""A model under ZeRO: optimizer steps, checkpoints, weights in files.
 
 Part of `train` and `train_base`.
 """
@@ -28,13 +28,16 @@ from mlpmem_ds.engines.deepspeed.zero_state import (
     load_other_layout,
     whole_shape,
     whole_size,
-    whole_weights,
+    write_whole_weights,
 )
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.processes import sum_over_ranks, wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint, CheckpointManifest
+from mlpmem_ds.formats.weight_shards import WeightFiles
 
 _logger = logging.getLogger(__name__)
+MAX_WEIGHTS_BYTES = 5 * 10**9
+"""of a file of weights, which one rank holds in its host's memory"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,12 +252,23 @@ class Engine:
 
     # -- weights
 
-    def whole_weights(self) -> dict[str, torch.Tensor]:
-        """The float32 master weights by name, on the CPU of rank 0; an empty dict elsewhere.
+    def write_weights(self, root: Path, stem: str = "model") -> WeightFiles:
+        """Write the float32 master weights below `root`; where they are. See `write_whole_weights`.
 
-        Rank 0 needs 4 bytes a parameter of memory.
+        Raises:
+            UserError: they could not be written.
         """
-        return whole_weights(self._state)
+        if self._world.is_first:
+            root.mkdir(parents=True, exist_ok=True)
+        wait_for_all(self._world)
+        try:
+            write_whole_weights(self._state, root, stem, max_bytes=MAX_WEIGHTS_BYTES)
+        except OSError as error:
+            raise UserError(
+                f"the weights could not be written below {root} ({error}): free some space and run the same"
+                " command again, it continues from the newest checkpoint"
+            ) from error
+        return WeightFiles(root=root, stem=stem)
 
     def wait(self) -> None:
         """Until every rank calls this."""

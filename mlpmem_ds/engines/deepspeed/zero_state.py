@@ -5,19 +5,24 @@ Only this file depends on the names that they have inside the library. All funct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import publish
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 from mlpmem_ds.engines.deepspeed.saved_shards import PARTS, Part, SavedShards
 from mlpmem_ds.engines.processes import sum_over_ranks, wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint
+from mlpmem_ds.formats.weight_shards import Weight, plan_shards, publish_index, shard_names, write_safetensors
 
 # The lists of this rank's flat float32 weights in DeepSpeed's ZeRO-3, ZeRO-1/2 and bf16 ZeRO-1 optimizers.
 _FLAT_MASTERS = (
@@ -51,15 +56,68 @@ def whole_size(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def whole_weights(state: ZeroState) -> dict[str, torch.Tensor]:
-    """The float32 master weights by name, on the CPU of rank 0; an empty dict elsewhere."""
-    weights, fragments = {}, import_part("utils")
-    for name, parameter in state.module.named_parameters():
-        has_master = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-        whole = fragments.safe_get_full_fp32_param(parameter) if has_master else parameter.detach()
-        if state.world.is_first:
-            weights[name] = whole.detach().reshape(whole_shape(parameter)).to("cpu", torch.float32, copy=True)
-    return weights
+def write_whole_weights(state: ZeroState, root: Path, stem: str, *, max_bytes: int) -> None:
+    """Write the float32 master weights to `root`/`stem`.safetensors, or in several files with an index.
+
+    The ranks take turns at the files, and a file is written while the next one's weights are gathered: a rank
+    holds one file's weights at most. No rank is in a collective while another writes.
+
+    Args:
+        state: any stage.
+        root: an existing directory.
+        stem: of the files' names.
+        max_bytes: of a file.
+
+    Raises:
+        OSError: a file could not be written, on the rank that wrote it.
+    """
+    parameters = dict(sorted(state.module.named_parameters()))
+    sizes = {name: 4 * whole_size(parameter) for name, parameter in parameters.items()}
+    shards = plan_shards(sizes, max_bytes)
+    names = shard_names(stem, len(shards))
+    with ThreadPoolExecutor(1) as writer:
+        written: Future[None] | None = None
+        for number, (file, members) in enumerate(zip(names, shards, strict=True)):
+            is_mine = number % state.world.size == state.world.rank
+            if is_mine and written is not None:
+                written.result()
+            wait_for_all(state.world)
+            weights = {}
+            for name in members:
+                whole_N = _gather_master(parameters[name])
+                if is_mine:
+                    weights[name] = whole_N.to("cpu", torch.float32, copy=True)
+            if is_mine:
+                written = writer.submit(_publish_weights, root / file, weights)
+        if written is not None:
+            written.result()
+    wait_for_all(state.world)
+    if state.world.is_first:
+        publish_index(root, stem, dict(zip(names, shards, strict=True)), sum(sizes.values()))
+    wait_for_all(state.world)
+
+
+def _gather_master(parameter: nn.Parameter) -> torch.Tensor:
+    """The whole float32 parameter, of its own shape, on every rank; collective."""
+    has_master = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    whole = import_part("utils").safe_get_full_fp32_param(parameter) if has_master else parameter
+    gathered: torch.Tensor = whole.detach().reshape(whole_shape(parameter))
+    return gathered
+
+
+def _publish_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    with publish(path) as temporary:
+        write_safetensors(
+            temporary,
+            {
+                name: Weight(shape=tuple(tensor.shape), dtype=tensor.dtype, read=partial(_same, tensor))
+                for name, tensor in weights.items()
+            },
+        )
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def set_parameter(parameter: nn.Parameter, read: Callable[[], torch.Tensor], world: World) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.models.backbone import load_base, logit_transform
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.base.config import Config
@@ -86,7 +86,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
 
 def write_model(
     writer: UnitWriter,
-    weights: Mapping[str, torch.Tensor],
+    files: WeightFiles,
     *,
     model: PreTrainedModel,
     corpus: CorpusSplit,
@@ -95,13 +95,13 @@ def write_model(
 
     Args:
         writer: of the directory's one unit.
-        weights: by their names inside a `NextTokenModule`; a tied one once.
+        files: of the weights, by their names inside a `NextTokenModule`; a tied one once.
         model: the trained model; takes the weights.
         corpus: whose tokenizer goes along.
     """
     model.float()
     model.load_state_dict(
-        {name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in weights.items()}, strict=False
+        {name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in files.read().items()}, strict=False
     )
     model.tie_weights()
     with tempfile.TemporaryDirectory() as scratch:

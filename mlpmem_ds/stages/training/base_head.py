@@ -36,6 +36,7 @@ def base_head(
     if config.head == "random":
         return None
     assert config.model is not None
+    read: Callable[[], torch.Tensor]
     if source is not None and source.is_collective:
         weight_VH = source.head_weight().detach().clone()
         shape, read = tuple(weight_VH.shape), partial(_same, weight_VH)
@@ -86,9 +87,9 @@ def _find(name_or_path: str, names: Collection[str]) -> tuple[Path, str] | None:
                 return path, name
     elif path := model_file(name_or_path, "model.safetensors"):
         with safe_open(path, framework="pt") as file:
-            there = set(file.keys())
+            names_of_file = set(file.keys())
         for name in names:
-            if name in there:
+            if name in names_of_file:
                 return path, name
     return None
 

@@ -29,8 +29,9 @@ from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.batches import BatchReader, threads_for
-from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainingResult, write_weights
+from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainingResult, take_weights
 from mlpmem_ds.formats.training_order import TrainingOrder
+from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
@@ -171,7 +172,7 @@ def _build(
         directory=directory,
         subject=to_json(subject),
         describe=partial(_describe, subject=subject),
-        write=partial(_write, subject=subject),
+        write=partial(_write, subject=subject, num_parameters=memory.num_parameters()),
     )
 
 
@@ -244,10 +245,10 @@ def _describe(result: TrainingResult, *, subject: MemorySubject) -> MemoryManife
 
 
 def _write(
-    writer: UnitWriter, weights: Mapping[str, torch.Tensor], *, subject: MemorySubject
+    writer: UnitWriter, files: WeightFiles, *, subject: MemorySubject, num_parameters: int
 ) -> dict[str, Any]:
-    write_weights(writer, weights, memory=subject.memory, provenance=subject.provenance)
-    return {"parameters": sum(tensor.numel() for tensor in weights.values())}
+    take_weights(writer, files, memory=subject.memory, provenance=subject.provenance)
+    return {"parameters": num_parameters}
 
 
 def _require_compiler(family: str, world: World) -> None:

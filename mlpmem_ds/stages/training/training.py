@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.files import content_hash, publish_json
 from mlpmem_ds.core.log import Progress
@@ -29,6 +27,7 @@ from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
 from mlpmem_ds.formats.trained_models import TrainingResult
+from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.stages.training.curves import draw_curves
 from mlpmem_ds.stages.training.loop import Hooks, LoopSettings, Outcome, run_steps
 from mlpmem_ds.stages.training.metrics import Metrics
@@ -96,7 +95,8 @@ class Training:
         directory: the stage's.
         subject: what is trained, as plain values: part of every checkpoint; one of another is refused.
         describe: the manifest of the result.
-        write: given the float32 weights by name, writes the result; returns its summary.
+        write: given the files of the float32 weights, which go afterwards, writes the result; returns its
+            summary. Called on rank 0.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Training:
         directory: StageDirectory,
         subject: Mapping[str, Any],
         describe: Callable[[TrainingResult], Manifest],
-        write: Callable[[UnitWriter, Mapping[str, torch.Tensor]], Mapping[str, Any]],
+        write: Callable[[UnitWriter, WeightFiles], Mapping[str, Any]],
     ) -> None:
         self._engine, self._objective, self._batches = engine, objective, batches
         self._validator, self._options, self._steps = validator, options, steps
@@ -281,12 +281,13 @@ class Training:
         """Write the weights, the curves and the manifest."""
         best = self._best.best if self._options.selects_best else None
         selected = outcome.steps if best is None else best.step
-        if best is None:
-            weights = self._engine.whole_weights()
-        else:
-            weights = self._best.read() if self._world.is_first else {}
-        self._directory.run_units([_UNIT], lambda _, writer: self._write(writer, weights), take_over=False)
+        place = self._options.output / ".weights.tmp"
         if self._world.is_first:
+            shutil.rmtree(place, ignore_errors=True)  # of a start that was killed
+        files = self._engine.write_weights(place) if best is None else self._best.files()
+        self._directory.run_units([_UNIT], lambda _, writer: self._write(writer, files), take_over=False)
+        if self._world.is_first:
+            shutil.rmtree(place, ignore_errors=True)
             draw_curves(self._options.output)
             if outcome.reason in ("patience", "budget"):
                 _logger.info(

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import publish, publish_json
+from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.formats.checkpoint import checkpoint_name
+from mlpmem_ds.formats.weight_shards import WeightFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +82,10 @@ class BestWeights:
         self.history.append(validation)
         if self.best is not validation or not keep:
             return
-        weights = engine.whole_weights()
-        if weights:
-            path = self._path(validation)
-            path.parent.mkdir(exist_ok=True)
-            with publish(path) as temporary:
-                save_file(weights, temporary)
-            publish_json(self._output / "best.json", {**validation.to_json(), "weights": f"best/{path.name}"})
-        engine.wait()
+        files = engine.write_weights(self._output / "best", checkpoint_name(validation.step))
+        if engine.is_first:
+            name = f"best/{files.stem}.safetensors"
+            publish_json(self._output / "best.json", {**validation.to_json(), "weights": name})
 
     def to_json(self) -> list[dict[str, Any]]:
         return [validation.to_json() for validation in self.history]
@@ -99,25 +93,26 @@ class BestWeights:
     def remove_others(self) -> None:
         """Remove the files of validations that are no longer the best; rank 0, after a checkpoint."""
         best = self.best
-        for path in (self._output / "best").glob("step-*.safetensors"):
-            if best is not None and path != self._path(best):
+        for path in (self._output / "best").glob("step-*.safetensors*"):
+            if best is not None and not path.name.startswith(checkpoint_name(best.step)):
                 path.unlink()
 
-    def read(self) -> dict[str, torch.Tensor]:
-        """The best weights, float32 by name.
+    def files(self) -> WeightFiles:
+        """The best weights, float32.
 
         Raises:
-            UserError: their file is gone.
+            UserError: a file of them is gone.
         """
         best = self.best
         assert best is not None
+        files = WeightFiles(root=self._output / "best", stem=checkpoint_name(best.step))
         try:
-            return load_file(self._path(best))
+            gone = [path for path in files.paths() if not path.is_file()]
         except FileNotFoundError as error:
+            gone = [Path(str(error))]
+        if gone:
             raise UserError(
-                f"{self._path(best)}, the weights of the best validation, is gone: restore it, or train with"
+                f"{gone[0]}, of the weights of the best validation, is gone: restore it, or train with"
                 " --select last"
-            ) from error
-
-    def _path(self, validation: Validation) -> Path:
-        return self._output / "best" / f"{checkpoint_name(validation.step)}.safetensors"
+            )
+        return files

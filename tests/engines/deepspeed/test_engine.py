@@ -35,7 +35,7 @@ for name, file in json.loads(sys.argv[1]).items():
                                gradient_clipping=1.0)
     built = build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config, settings=AdamWSettings(),
                          seed=3, world=World(), prepare=start_head)
-    torch.save(built.whole_weights(), sys.argv[2] + "/" + name + ".pt")
+    torch.save(built.write_weights(Path(sys.argv[2]), name).read(), sys.argv[2] + "/" + name + ".pt")
 """
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import checkpoints
+from mlpmem_ds.engines.deepspeed import engine as engine_file, zero_state
 from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
@@ -103,6 +104,13 @@ def load_all(world):
                 for number, (part, wanted) in enumerate(zip(parts, expected[key])):
                     assert torch.equal(part, wanted), (source, name, key, number)
         engine.train_step([arguments(3)], 0.01)
+    engine_file.MAX_WEIGHTS_BYTES = 1000
+    if world.rank == 1:
+        zero_state.publish = slowly(zero_state.publish, sleep)
+    written = engine.write_weights(root / "weights").read()
+    assert len(list((root / "weights").glob("*.safetensors"))) > 4
+    for key, (weight, *_) in everything(engine).items():
+        assert torch.equal(weight, written[key]), key
     if world.rank == 0:
         checkpoints.publish_checkpoint = slowly(checkpoints.publish_checkpoint, sleep)
     engine.save(root / "again" / "checkpoints", 4, subject={}, values={}, keep=9)

@@ -22,6 +22,7 @@ from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.formats.training_order import TrainingOrder
+from mlpmem_ds.models.hf import PretrainedMemory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
@@ -84,6 +85,7 @@ def pair(runs, single):
         runs.start("one2-to-two3", 3, size=2),
         runs.start("two-bf16", bf16, size=2),
         runs.start("two-shipped1", ZERO1, size=2),
+        runs.start("two-in-files", 3, bytes_of_weights=9000, size=2),
         runs.start("two-stopped", bf16, signal_at=2, size=2),
         runs.start("two-stopped", bf16, size=2),
     ]
@@ -119,6 +121,25 @@ def test_stages_and_worlds_give_the_losses_of_one_process(runs, pair):
 
 def test_shards_of_uneven_sizes_give_the_same_weights(runs, single):
     runs.assert_same_weights("one-uneven", "one-stage2")
+
+
+def test_large_weights_lie_in_several_files(runs, pair):
+    """Each is written by one rank, and whoever reads a memory reads them all."""
+    root = runs / "two-in-files" / "weights"
+    files = sorted(path.name for path in root.glob("model*"))
+    assert len(files) > 3 and files[-1] == "model.safetensors.index.json"
+    manifest = {file["name"] for file in runs.manifest("two-in-files")["files"]}
+    assert {f"weights/{name}" for name in files} <= manifest
+    assert not (runs / "two-in-files" / ".weights.tmp").exists()
+    whole = read_weights(runs / "two-stage3").weights
+    parts = read_weights(runs / "two-in-files").weights
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    one, other = (
+        open_initial_memory(path) for path in (runs / "two-in-files", runs / "two-stage3" / "weights")
+    )
+    assert hash_initial_memory(one, World()) == hash_initial_memory(other, World())
+    module = PretrainedMemory.from_pretrained(runs / "two-in-files").module
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in module.state_dict().items())
 
 
 def test_weights_load_into_a_plain_memory(runs, pair, inputs_dir):
