@@ -9,7 +9,9 @@ from typing import ClassVar
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.collectives.opening import Exchange
 from mlpmem_ds.formats.documents import FILE_PATTERNS
+from mlpmem_ds.stages import shared_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Config(Flags):
         at_least=1,
         identity="none",
     )
+    exchange: Exchange = shared_flags.exchange()
 
     def check(self) -> None:
         if self.processes not in (None, 1) and "fork" not in multiprocessing.get_all_start_methods():

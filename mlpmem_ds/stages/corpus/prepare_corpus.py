@@ -8,6 +8,7 @@ some tens of bytes a document and a few batches of text.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.opening import open_ranks
+from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.corpus import (
     SPLITS,
     CorpusManifest,
@@ -32,6 +35,7 @@ from mlpmem_ds.formats.corpus import (
     vocabulary_sha256,
 )
 from mlpmem_ds.formats.documents import find_files
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.corpus.config import Config
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import DocumentReader, Survey, survey_files
@@ -52,6 +56,12 @@ def run(config: Config, world: World) -> None:
             f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its"
             " tokenizer_config.json"
         )
+    folder = shared_flags.exchange_folder(config.output)
+    with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+        _prepare(config, world, tokenizer, ranks)
+
+
+def _prepare(config: Config, world: World, tokenizer: Any | None, ranks: Ranks) -> None:
     survey = _survey(config, world)
     vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
     inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
@@ -62,6 +72,7 @@ def run(config: Config, world: World) -> None:
         config=config,
         inputs=inputs,
         world=world,
+        dealer=ranks,
     )
 
     directory.run_phase(

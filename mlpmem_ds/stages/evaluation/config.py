@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.collectives.opening import Exchange
 from mlpmem_ds.stages import shared_flags
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Config(Flags):
         "passages continued without and with the memory in report.md", 3, at_least=0, identity="none"
     )
     unit_positions: int = option("positions in a unit of work", 8192, at_least=1)
+    exchange: Exchange = shared_flags.exchange()
     batch_windows: int = option(
         "windows that a GPU reads at once; on a CPU always as many as make 2,048 tokens, so that scores do"
         " not depend on it",

@@ -10,13 +10,17 @@ and no forward pass.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from mlpmem_ds.core.config import default_of, resolved_flags
 from mlpmem_ds.core.log import log_for_all
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.opening import open_ranks
+from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.evaluation import ReportManifest
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import Inputs, open_inputs
 from mlpmem_ds.stages.evaluation.results import ReportWriter
@@ -29,6 +33,12 @@ _logger = logging.getLogger(__name__)
 def run(config: Config, world: World) -> str | None:
     """Score what is missing; the rank that completes the last unit writes the report and returns the table as
     text."""
+    folder = shared_flags.exchange_folder(config.output)
+    with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+        return _evaluate(config, world, ranks)
+
+
+def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
     inputs = open_inputs(config, world)
     directory = open_stage(
         config.output,
@@ -38,6 +48,7 @@ def run(config: Config, world: World) -> str | None:
         world=world,
         inputs=_hashes(inputs),
         resolved=_resolved(inputs),
+        dealer=ranks,
     )
     units = list_units(inputs.arms, inputs.streams, config.unit_positions)
     scorer = UnitScorer(units, world)

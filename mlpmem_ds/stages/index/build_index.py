@@ -38,6 +38,7 @@ from mlpmem_ds.formats.index_directory import (
 )
 from mlpmem_ds.formats.index_lists import IndexLists
 from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.index.config import Config
 from mlpmem_ds.stages.index.factory import (
     choose_num_shards,
@@ -49,7 +50,6 @@ from mlpmem_ds.stages.index.factory import (
 from mlpmem_ds.stages.index.training import TRAINED, train_index
 
 _logger = logging.getLogger(__name__)
-_EXCHANGE = ".exchange"  # a folder of ranks that exchange files
 _OPERATIONS_PER_SECOND = (
     6e11  # of one core with VNNI, products and selection of 256 dimensions; for the estimate alone
 )
@@ -59,7 +59,8 @@ def run(config: Config, world: World) -> None:
     keys = open_keys(config.keys)
     factory, num_shards = _resolve(config, keys)
     check_output(config.output, stage=IndexManifest.FORMAT)
-    with open_ranks(world, config.exchange, os.environ, folder=config.output / _EXCHANGE) as ranks:
+    folder = shared_flags.exchange_folder(config.output)
+    with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
         _build(config, world, keys, factory, num_shards, ranks)
 
 

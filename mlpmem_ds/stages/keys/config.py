@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.collectives.opening import Exchange
 from mlpmem_ds.models.capture_point import Point
 from mlpmem_ds.stages import shared_flags
 
@@ -76,6 +77,7 @@ class Config(Flags):
     device: str = shared_flags.device()
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
     attention: str = shared_flags.attention()
+    exchange: Exchange = shared_flags.exchange()
     seed: int = option(
         "seed of the int8 codec's sample and rotation, and of the audit's samples", 0, identity="resolved"
     )

@@ -12,6 +12,7 @@ D width of the base, E size of a stored key, I input size, n positions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,8 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.opening import open_ranks
+from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import (
@@ -35,6 +38,7 @@ from mlpmem_ds.formats.keys import (
     read_codec,
     unit_name,
 )
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.keys.audit import AuditSettings, run_audit
 from mlpmem_ds.stages.keys.codec import read_sample, write_codec
 from mlpmem_ds.stages.keys.config import Config
@@ -51,6 +55,12 @@ _CODEC_UNIT = "codec"
 def run(config: Config, world: World) -> None:
     """Write the key directory; see formats/README.md."""
     check_output(config.output, stage=KeysManifest.FORMAT)  # before a large model is loaded
+    folder = shared_flags.exchange_folder(config.output)
+    with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+        _extract(config, world, ranks)
+
+
+def _extract(config: Config, world: World, ranks: Ranks) -> None:
     inputs = open_inputs(config, world)
     corpus, bases, dim = inputs.corpus, inputs.bases, inputs.dim
     each = bytes_of_position(
@@ -73,6 +83,7 @@ def run(config: Config, world: World) -> None:
         world=world,
         inputs=inputs.hashes,
         resolved=_resolved(config, inputs),
+        dealer=ranks,
     )
 
     phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []
