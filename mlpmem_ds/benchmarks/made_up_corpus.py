@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from mlpmem_ds.core.config import Flags
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import (
     CorpusManifest,

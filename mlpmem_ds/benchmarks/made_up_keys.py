@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mlpmem_ds.core.blocks import split_blocks
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, file_name, unit_name
 

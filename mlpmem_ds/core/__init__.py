@@ -7,7 +7,8 @@ Read in this order:
 - `errors.py`: what users can mend
 - `files.py`, `array_files.py`, `directories.py`: what appears whole or not at all
 - `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back
-- `stage_directory.py`: units with records, the manifest last; `unit_records.py`: what the records say
+- `stage_directory.py`: units with records, the manifest last; `unit_writer.py`: a unit's files;
+  `unit_records.py`: what the records say
 - `claims.py`: which rank works at which unit; `dealing.py`: which one it takes next; `waiting.py`: for the
   others' units; `host.py`: live processes
 - `once.py`: what every rank needs at the start and one computes

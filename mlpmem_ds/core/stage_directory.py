@@ -33,26 +33,17 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlpmem_ds.core.array_files import ArrayWriter, array_file
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.claims import claim, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
 from mlpmem_ds.core.dealing import Dealer, dealt_units, free_units
 from mlpmem_ds.core.file_lists import list_files
 from mlpmem_ds.core.files import (
-    FileRecord,
     content_hash,
-    flush,
-    publish,
-    publish_array,
     publish_json,
-    record_file,
     remove_stale_temporaries,
 )
 from mlpmem_ds.core.log import EventLog, log_for_all
@@ -61,52 +52,11 @@ from mlpmem_ds.core.once import remove_computed
 from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_records import UnitRecords, missing_of
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.waiting import Patience, wait_for_units
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
-
-
-class UnitWriter:
-    """Publishes the files of one unit and remembers their records.
-
-    Their folders are flushed once, at the end: each flush is a request to the server of a network file
-    system's names, which all ranks share.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self.records: list[FileRecord] = []
-        self._folders: set[Path] = set()
-
-    def _path_of(self, name: str) -> Path:
-        path = self._root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._folders.add(path.parent)
-        return path
-
-    @contextlib.contextmanager
-    def file(self, name: str) -> Iterator[Path]:
-        """A temporary path that becomes OUTPUT/name when the block ends."""
-        with publish(self._path_of(name), flush_folder=False) as temporary:
-            yield temporary
-        self.records.append(record_file(self._root, name))
-
-    def array(self, name: str, array: np.ndarray) -> None:
-        record = publish_array(self._path_of(name), array, flush_folder=False)
-        self.records.append(replace(record, name=name))
-
-    @contextlib.contextmanager
-    def array_file(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[ArrayWriter]:
-        """OUTPUT/name, an array that is written a few rows at a time; it appears when the block ends."""
-        with array_file(self._path_of(name), shape, dtype, flush_folder=False) as rows:
-            yield rows
-        self.records.append(rows.record(name))
-
-    def flush_folders(self) -> None:
-        """Make the files' names survive a crash of the machine; before the record is written."""
-        for folder in self._folders:
-            flush(folder)
 
 
 Compute = Callable[[str, UnitWriter], Mapping[str, Any] | None]

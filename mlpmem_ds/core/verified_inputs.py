@@ -11,7 +11,8 @@ from typing import Any
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.manifest import CompleteStage
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
+from mlpmem_ds.core.stage_directory import StageDirectory
+from mlpmem_ds.core.unit_writer import UnitWriter
 
 _MIN_FILES = 16  # of a unit
 _MAX_UNITS = 512

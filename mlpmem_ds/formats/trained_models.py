@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import canonical_json, link_or_copy, read_json
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
-from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.formats.keys import Point
 from mlpmem_ds.formats.weight_shards import WeightFiles
 

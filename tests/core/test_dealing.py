@@ -13,8 +13,9 @@ import pytest
 
 from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core.dealing import dealt_units, free_units
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_records import UnitRecords
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 
 from .toy_stage import UNITS, Config, result_of

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 
 from .toy_stage import UNITS, Config, result_of, run

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
-from mlpmem_ds.core import claims, files, stage_directory
+from mlpmem_ds.core import claims, files, unit_writer
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_array
 from mlpmem_ds.core.manifest import read_manifest
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 
 from .toy_stage import UNITS, Config, result_of, run
@@ -252,7 +253,7 @@ def test_whoever_completes_is_heard(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def test_the_folder_of_a_units_files_is_flushed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[Path] = []
-    for module in (files, stage_directory):
+    for module in (files, unit_writer):
         monkeypatch.setattr(module, "flush", flushed.append)
     directory = open_toy(Config(output=tmp_path / "out"), 0)
     flushed.clear()

@@ -9,7 +9,8 @@ import pytest
 
 from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core import claims, waiting
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.waiting import Choice, Patience
 from mlpmem_ds.core.world import World
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mlpmem_ds.core.config import Flags, option
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 
 UNITS = [f"{number}" for number in range(5)]

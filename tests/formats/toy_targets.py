@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from mlpmem_ds.core.blocks import split_blocks
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.target_encoding import Encoding, pack_block
 from mlpmem_ds.formats.target_shards import Container, TargetShard, index_name, shard_name, write_shard

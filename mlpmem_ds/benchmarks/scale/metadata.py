@@ -20,7 +20,8 @@ from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.file_lists import files_of, list_files
 from mlpmem_ds.core.files import FileRecord, publish_json, read_json
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, file_name, open_keys

@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.weight_shards import WeightFiles

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import require_free_bytes
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.reference_checkpoint import ReferenceMemory, open_reference
 from mlpmem_ds.formats.trained_models import (

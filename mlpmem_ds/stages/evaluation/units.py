@@ -16,7 +16,7 @@ import torch
 
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import unit_name

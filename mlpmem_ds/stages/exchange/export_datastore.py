@@ -14,7 +14,8 @@ import numpy as np
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.arrow_tables import ArrowManifest, write_datastore, write_rows
 from mlpmem_ds.formats.document_readers import import_arrow

@@ -20,7 +20,8 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.run_description import check_output
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.opening import open_ranks

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.hashing import sample_positions
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
+from mlpmem_ds.core.stage_directory import StageDirectory
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.index_directory import TRAINED_NAME

@@ -17,8 +17,8 @@ from mlpmem_ds.core.blocks import Window
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import canonical_json
 from mlpmem_ds.core.hashing import shuffled
-from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.typed_json import to_json
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import CodecFile

@@ -23,7 +23,8 @@ from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.run_description import check_output
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.collectives.ranks import Ranks

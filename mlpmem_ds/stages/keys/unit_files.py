@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from mlpmem_ds.core.array_files import ArrayWriter
-from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.stages.keys.rows import ARRAYS
 
 _BATCHES_BEHIND = 2

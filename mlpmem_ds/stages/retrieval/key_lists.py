@@ -32,7 +32,8 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, require_free_bytes
 from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.manifest import format_of
-from mlpmem_ds.core.stage_directory import UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats import lists_directory as layout
 from mlpmem_ds.formats.index_directory import IndexDirectory

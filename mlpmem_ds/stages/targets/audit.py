@@ -27,8 +27,9 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, publish, publish_json
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.typed_json import to_json
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.plotting import new_figure, save_png

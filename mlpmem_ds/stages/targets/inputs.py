@@ -15,7 +15,7 @@ import torch
 
 from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank, memory_bytes
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus, token_dtype

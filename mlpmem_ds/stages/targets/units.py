@@ -19,8 +19,8 @@ from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.stage_directory import UnitWriter
 from mlpmem_ds.core.typed_json import to_json
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.target_encoding import Encoding, TargetBlock, pack_block
 from mlpmem_ds.formats.target_shards import Container, index_name, shard_name, stored_bytes, write_shard

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter, open_stage
+from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.typed_json import to_json
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import compute_dtype, micro_batches_per_step, resolve_ds_config
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine

@@ -18,7 +18,8 @@ from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.files import content_hash, publish_json
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.manifest import Manifest
-from mlpmem_ds.core.stage_directory import StageDirectory, UnitWriter
+from mlpmem_ds.core.stage_directory import StageDirectory
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.deepspeed.config import zero_stage
 from mlpmem_ds.engines.deepspeed.engine import Engine, SavedState
 from mlpmem_ds.engines.device_feed import CudaStreams, DeviceFeed

@@ -11,7 +11,7 @@ import pytest
 
 from mlpmem_ds.core.array_files import ArrayWriter
 from mlpmem_ds.core.files import record_file
-from mlpmem_ds.core.stage_directory import UnitWriter
+from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.stages.keys.unit_files import unit_files
 
 ROWS = {
