@@ -74,9 +74,9 @@ class ShardIndex:
     end_offset: int
 
 
-def shard_name(first: int, count: int, container: Container = "tar.zst") -> str:
-    """The file of the shard that holds the positions [first, first + count)."""
-    return f"knn-{first:012d}-{count}.{container}"
+def shard_name(first: int, count: int, container: Container = "tar.zst", *, folder: str = "") -> str:
+    """The file of the shard that holds the positions [first, first + count); `folder` ends with a slash."""
+    return f"{folder}knn-{first:012d}-{count}.{container}"
 
 
 def index_name(shard: str) -> str:

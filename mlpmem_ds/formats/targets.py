@@ -208,7 +208,7 @@ class Targets(CompleteStage[TargetsManifest]):
                 self._indexes.move_to_end(shard.name)
                 return self._indexes[shard.name]
         path = self.root / index_name(shard.name)
-        self.check(path.name)
+        self.check(index_name(shard.name))
         index = from_json(ShardIndex, read_json(path), where=str(path), version=TargetsManifest.VERSION)
         if fault := fault_of_index(index, shard, self.record(shard.name).bytes):
             raise DamagedDataError(f"{path}: {fault}; {REMEDY}")

@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
         (CorpusConfig, ("block_size", "stride")),
         (KeysConfig, ("codec", "input_codec")),
         (IndexConfig, ("num_shards",)),
-        (TargetsConfig, ("nprobe", "k", "encoding", "shard_positions")),
+        (TargetsConfig, ("nprobe", "k", "encoding")),
         (TrainingConfig, ("epochs", "keep_checkpoints", "batch_positions", "shuffle_window_blocks")),
     )
     for name in names

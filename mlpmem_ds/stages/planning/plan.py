@@ -34,6 +34,7 @@ from mlpmem_ds.stages.planning.config import DEFAULTS, Config
 from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, costs, resolve_search
 from mlpmem_ds.stages.planning.counts import body_operations
 from mlpmem_ds.stages.planning.workload import Machine, Workload
+from mlpmem_ds.stages.targets.units import auto_shard_positions
 
 _logger = logging.getLogger(__name__)
 _FORMAT, _VERSION = "mlpmem-plan", 1
@@ -201,7 +202,7 @@ def _workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Wo
                 f"--model {config.model}: {error}; give --parameters, --width and --vocab-size instead"
             ) from error
     # The keys and the memory of another base have other sizes than the run's, and units follow the positions.
-    own = ("unit_positions", *(("dim", "memory") if shape else ()))
+    own = ("unit_positions", "shard_positions", *(("dim", "memory") if shape else ()))
     inherited = {name: value for name, value in run_sizes.items() if name not in own}
     sizes: dict[str, Any] = DEFAULTS | inherited | shape | flags
     if "k" in flags and "neighbour_perplexity" not in flags:
@@ -217,6 +218,7 @@ def _workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Wo
     if sizes["codec"] == "raw":
         sizes["dim"] = flags.get("dim", sizes["width"])
     sizes["unit_positions"] = auto_unit_positions(sizes["positions"])
+    sizes["shard_positions"] = auto_shard_positions(sizes["positions"])
     sizes["factory"] = _factory(config.factory, sizes, machine)
     sizes["num_shards"] = _num_shards(sizes)
     key_bytes = sizes["dim"] * (1 if sizes["codec"] == "int8" else 2)
@@ -232,6 +234,7 @@ def _workload_of_run(run_sizes: dict[str, Any], machine: Machine) -> Workload:
     if "factory" not in sizes:
         sizes["factory"] = choose_factory(sizes["positions"], sizes["dim"], machine.memory_bytes)[0]
     sizes["num_shards"] = _num_shards(sizes)
+    sizes.setdefault("shard_positions", auto_shard_positions(sizes["positions"]))
     memory = sizes.get("memory")
     sizes["memory"] = MemoryConfig.from_dict(memory) if memory else _default_memory(sizes)
     return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})

@@ -59,8 +59,12 @@ class Config(Flags):
     )
     exclude_window: int = option("positions on either side that are no neighbours", 0, at_least=0)
     corpus: Path | None = option("corpus directory of the keys, for --exclude same-document", None)
-    shard_positions: int = option(
-        "positions in a shard file, a multiple of the corpus' block size", 131072, at_least=1
+    shard_positions: int | None = option(
+        "positions in a shard file, a multiple of the corpus' block size (default: 131072; above 262 million"
+        " positions the power of two that gives 1,000 shards or more, at most 1048576)",
+        None,
+        at_least=1,
+        identity="resolved",
     )
     batch_positions: int = option("queries searched at once", 16384, at_least=1, identity="none")
     lists: Path | None = option(

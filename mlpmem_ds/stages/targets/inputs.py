@@ -30,6 +30,7 @@ from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from mlpmem_ds.stages.targets.audit import open_truth
 from mlpmem_ds.stages.targets.config import Config
 from mlpmem_ds.stages.targets.teacher import Teacher
+from mlpmem_ds.stages.targets.units import auto_shard_positions
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Inputs:
         index: whose lists are searched; None with exact search.
         teacher: a search of the keys, and what a position may not find.
         truth: keys that an audit compares with; None without one.
+        shard_positions: positions of a shard.
         device: where this rank compares.
         hashes: of each input, by its name.
     """
@@ -51,6 +53,7 @@ class Inputs:
     teacher: Teacher
     truth: Keys | None
     device: torch.device
+    shard_positions: int
     hashes: Mapping[str, str]
 
     @property
@@ -70,7 +73,8 @@ def open_inputs(config: Config, world: World, dealer: Dealer | None = None) -> I
     device = device_of_rank("auto", world)
     index = _open_index(config, keys, device)
     documents, hashes = _read_documents(config, keys)
-    _check_sizes(config, keys)
+    shard_positions = config.shard_positions or auto_shard_positions(keys.num_positions)
+    _check_sizes(config, keys, shard_positions)
     lists = _check_lists(config, keys, index)
     search = open_search(
         keys,
@@ -97,6 +101,7 @@ def open_inputs(config: Config, world: World, dealer: Dealer | None = None) -> I
         teacher=teacher,
         truth=None if config.audit is None else open_truth(config.raw_keys, keys),
         device=device,
+        shard_positions=shard_positions,
         hashes=hashes | {"keys": keys.sha256} | ({} if index is None else {"index": index.sha256}),
     )
 
@@ -155,13 +160,13 @@ def _check_lists(config: Config, keys: Keys, index: IndexDirectory | None) -> Pa
     return config.lists
 
 
-def _check_sizes(config: Config, keys: Keys) -> None:
+def _check_sizes(config: Config, keys: Keys, shard_positions: int) -> None:
     """Refuse shards that cut blocks, and a perplexity above the number of keys."""
     block_size = keys.manifest.block_size
-    if config.shard_positions % block_size:
-        nearest = max(block_size, round(config.shard_positions / block_size) * block_size)
+    if shard_positions % block_size:
+        nearest = max(block_size, round(shard_positions / block_size) * block_size)
         raise UserError(
-            f"--shard-positions {config.shard_positions} is not a multiple of the corpus' block size "
+            f"--shard-positions {shard_positions} is not a multiple of the corpus' block size "
             f"{block_size}: choose {nearest}"
         )
     others = keys.num_positions - 1

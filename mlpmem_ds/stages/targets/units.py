@@ -17,6 +17,7 @@ import torch
 
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.folders import folder_of
 from mlpmem_ds.core.hashing import sample_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.typed_json import to_json
@@ -33,6 +34,10 @@ Made = TypeVar("Made")
 _Made: TypeAlias = tuple[list[TargetBlock], int, int]
 """the samples of a batch, its rows with fewer than k neighbours, its rows with none"""
 
+SHARD_POSITIONS = 1 << 17
+"""of a shard where no more shards are needed than lie well in one folder"""
+_MAX_SHARD_POSITIONS = 1 << 20
+_MIN_SHARDS = 1000
 _SAMPLE = 1000
 _SEED = 2
 _MAX_WORKERS = 8  # more threads of Python get into one another's way
@@ -142,6 +147,14 @@ class Sample:
         return self.teacher.find(self._positions_n).unpack()
 
 
+def auto_shard_positions(num_positions: int) -> int:
+    """Positions of a shard without `--shard-positions`: a power of two; many shards, but not millions."""
+    shard = SHARD_POSITIONS
+    while shard < _MAX_SHARD_POSITIONS and num_positions >= 2 * shard * _MIN_SHARDS:
+        shard *= 2
+    return shard
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardWriter:
     """Writes the rows of the shards.
@@ -167,6 +180,11 @@ class ShardWriter:
         blocks = split_blocks(self.teacher.keys.num_positions, self.shard_positions)
         return {f"knn-{block.start:012d}": block for block in blocks}
 
+    def file_of(self, shard: Block) -> str:
+        """The name of its file: above 1,000 shards in a folder, a thousand a folder."""
+        folder = folder_of(shard.start // self.shard_positions, len(self.shards))
+        return shard_name(shard.start, shard.size, self.row_format.container, folder=folder)
+
     @cached_property
     def progress(self) -> Progress:
         mine = deal(list(self.shards.values()), self.world.rank, self.world.size)
@@ -185,7 +203,7 @@ class ShardWriter:
                 progress.advance(sum(block.count for block in packed))
 
         container = self.row_format.container
-        name = shard_name(shard.start, shard.size, container)
+        name = self.file_of(shard)
         with writer.file(name) as shard_path, writer.file(index_name(name)) as index_path:
             totals = write_shard(shard_path, index_path, blocks(), container=container)
         return {**totals, "rows_short_of_k": short, "rows_without_neighbours": without}

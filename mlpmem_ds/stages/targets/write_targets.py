@@ -37,7 +37,7 @@ from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.collectives.ranks import Ranks, RanksLost
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.lists_directory import FOLDER
-from mlpmem_ds.formats.target_shards import TargetShard, shard_name
+from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import ORDER_NAME, ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, missing_bytes
@@ -47,7 +47,7 @@ from mlpmem_ds.stages.targets.calls import write_together
 from mlpmem_ds.stages.targets.config import AuditConfig, Config
 from mlpmem_ds.stages.targets.inputs import Inputs, open_inputs
 from mlpmem_ds.stages.targets.teacher import verify_keys
-from mlpmem_ds.stages.targets.units import RowFormat, Sample, ShardWriter, WeightingRule
+from mlpmem_ds.stages.targets.units import SHARD_POSITIONS, RowFormat, Sample, ShardWriter, WeightingRule
 
 _logger = logging.getLogger(__name__)
 _EXCHANGE_FOLDER = ".exchange"  # below the output, with --exchange files
@@ -83,7 +83,7 @@ def _run(config: Config, world: World, ranks: Ranks) -> None:
         config=config,
         inputs=inputs.hashes,
         world=world,
-        resolved=_resolved(config, inputs.search),
+        resolved=_resolved(config, inputs),
         leftovers=[FOLDER],
         dealer=dealer,
     )
@@ -104,12 +104,12 @@ def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, 
     shard_writer = ShardWriter(
         teacher=inputs.teacher,
         row_format=row_format,
-        shard_positions=config.shard_positions,
+        shard_positions=inputs.shard_positions,
         batch_positions=config.batch_positions,
         weighting=measured.weighting,
         world=world,
     )
-    shards = shard_writer.shards
+    shards, file_of = shard_writer.shards, shard_writer.file_of
     _require_disk(config, measured, [shards[unit] for unit in stage.missing_units(list(shards))])
     if ranks.size > 1 and isinstance(inputs.teacher.search, ListSearch):
         write_together(stage, shard_writer, ranks, inputs.teacher.search)
@@ -119,7 +119,8 @@ def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, 
     units = [*first_units, *shards]
 
     def describe() -> TargetsManifest:
-        return _describe(config, inputs, measured, shards, stage.summaries(list(shards)))
+        files = {file_of(shard): shard for shard in shards.values()}
+        return _describe(config, inputs, measured, files, stage.summaries(list(shards)))
 
     stage.complete(units, describe, wait=inputs.truth is not None)
     if config.audit is not None and inputs.truth is not None:
@@ -207,12 +208,14 @@ def _read_sample(stage: StageDirectory, summary: Mapping[str, Any]) -> _Measured
     )
 
 
-def _resolved(config: Config, search: str) -> dict[str, Any]:
+def _resolved(config: Config, inputs: Inputs) -> dict[str, Any]:
     """What decides the targets in place of the flags; one that the others make useless has its default."""
     is_auto = config.temperature == "auto"
     return {
-        "search": search,
-        "nprobe": config.nprobe if search == "ivf" else default_of(Config, "nprobe"),
+        "search": inputs.search,
+        "nprobe": config.nprobe if inputs.search == "ivf" else default_of(Config, "nprobe"),
+        # The shard of most directories goes without saying, so that it is as if no flag were given.
+        "shard_positions": None if inputs.shard_positions == SHARD_POSITIONS else inputs.shard_positions,
         "temperature": "auto" if is_auto else float(config.temperature),
         "neighbour_perplexity": config.perplexity if is_auto else None,
     }
@@ -261,7 +264,7 @@ def _describe(
     return TargetsManifest(
         num_positions=keys.num_positions,
         block_size=keys.manifest.block_size,
-        shard_positions=config.shard_positions,
+        shard_positions=inputs.shard_positions,
         vocab_size=keys.manifest.vocab_size,
         k=config.k,
         weighting=measured.weighting,
@@ -278,12 +281,12 @@ def _describe(
         rows_without_neighbours=sum(summary["rows_without_neighbours"] for summary in summaries),
         shards=tuple(
             TargetShard(
-                name=shard_name(block.start, block.size, config.container),
+                name=name,
                 first=block.start,
                 count=block.size,
                 entries=summary["entries"],
                 samples=summary["samples"],
             )
-            for block, summary in zip(shards.values(), summaries, strict=True)
+            for (name, block), summary in zip(shards.items(), summaries, strict=True)
         ),
     )

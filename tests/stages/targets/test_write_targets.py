@@ -17,7 +17,8 @@ from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.stages.index import build_index
-from mlpmem_ds.stages.targets import write_targets
+from mlpmem_ds.stages.targets import units, write_targets
+from mlpmem_ds.stages.targets.units import auto_shard_positions
 
 from .conftest import NUM_KEYS, NUM_LISTS, SCALE, VOCAB_SIZE, config, result_of, values, vectors
 
@@ -109,6 +110,42 @@ def test_all_lists_probed_equal_exact_search_bit_for_bit(keys: Path, index: Path
     exact, ivf = result_of(tmp_path / "exact"), result_of(tmp_path / "ivf")
     shards = [name for name in exact if name.startswith("knn-")]
     assert len(shards) == 8 and all(exact[name] == ivf[name] for name in shards)
+
+
+def test_many_shards_lie_in_folders(
+    keys: Path, undisturbed: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand a folder; here two. Rows, records and a rerun are as in one folder."""
+    monkeypatch.setattr(units, "folder_of", lambda number, count: f"{number // 2:04d}/")
+    changes = {"index": index, "search": "ivf", "nprobe": 3}
+    write_targets.run(config(keys, tmp_path / "targets", **changes), World())
+    found, flat = open_targets(tmp_path / "targets"), open_targets(undisturbed)
+    names = [shard.name for shard in found.manifest.shards]
+    assert [name.split("/")[0] for name in names] == ["0000", "0000", "0001", "0001"]
+    assert [name.split("/")[1] for name in names] == [shard.name for shard in flat.manifest.shards]
+    some = np.array([0, 105, 311, 312, NUM_KEYS - 1])
+    assert equal_rows(found.gather(some), flat.gather(some)) and equal_rows(found.read_all(), flat.read_all())
+    (tmp_path / "targets" / names[2]).write_bytes(b"")
+    (tmp_path / "targets" / "manifest.json").unlink()
+    write_targets.run(config(keys, tmp_path / "targets", **changes), World())
+    assert equal_rows(open_targets(tmp_path / "targets").read_all(), flat.read_all())
+
+
+def equal_rows(one: SparseRows, other: SparseRows) -> bool:
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("offsets", "ids", "probabilities")
+    )
+
+
+def test_the_size_of_a_shard_follows_the_positions() -> None:
+    assert [auto_shard_positions(count) for count in (1, 10**8, 5 * 10**8, 5 * 10**9, 2 * 10**11)] == [
+        1 << 17,
+        1 << 17,
+        1 << 18,
+        1 << 20,
+        1 << 20,
+    ]
 
 
 @pytest.mark.parametrize("factory", ["IVF40_HNSW4,PQ3x4"])
