@@ -187,15 +187,35 @@ class Engine:
         return save_checkpoint(
             root,
             step,
-            write=lambda tag: self._engine.save_checkpoint(
-                str(root), tag=tag, client_state={"mlpmem": {"step": step}}, save_latest=False
-            ),
+            write=lambda tag: self._write_checkpoint(root, tag, step),
             describe=describe,
             num_parameters=sum(whole_size(parameter) for parameter in self.module.parameters()),
             keep=keep,
             world=self._world,
             begin_copy=begin_copy,
         )
+
+    def _write_checkpoint(self, root: Path, tag: str, step: int) -> None:
+        """This rank's files. DeepSpeed's own collectives after the writing begin when every rank has
+        written."""
+        wrapper, files = self._engine.optimizer, self._engine.checkpoint_engine
+
+        def after_all(call: Callable[..., Any]) -> Callable[..., Any]:
+            def waiting(*arguments: Any) -> Any:
+                wait_for_all(self._world)
+                return call(*arguments)
+
+            return waiting
+
+        places = [(wrapper, "checkpoint_event_epilogue"), (files, "commit")]
+        with contextlib.ExitStack() as patches:
+            for owner, name in places:
+                if hasattr(owner, name):
+                    setattr(owner, name, after_all(getattr(owner, name)))
+                    patches.callback(delattr, owner, name)  # the class's own is seen again
+            self._engine.save_checkpoint(
+                str(root), tag=tag, client_state={"mlpmem": {"step": step}}, save_latest=False
+            )
 
     def resume(
         self, root: Path, *, copies: Path | None = None, subject: Mapping[str, Any] | None = None

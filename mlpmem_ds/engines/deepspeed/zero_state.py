@@ -121,14 +121,16 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def set_parameter(parameter: nn.Parameter, read: Callable[[], torch.Tensor], world: World) -> None:
-    """Give a parameter the values that rank 0 reads, before the engine is made; `read` is called there alone.
+    """Give a parameter the values that rank 0 reads, before the engine is made; collective.
 
     At stage 3 the ranks get their shards here, at the others the whole parameter when the engine is made.
     """
     deepspeed = import_deepspeed()
+    values = read() if world.is_first else None
+    wait_for_all(world)
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-        if world.is_first:
-            parameter.copy_(read().reshape(parameter.shape))
+        if values is not None:
+            parameter.copy_(values.reshape(parameter.shape))
 
 
 def load_other_layout(checkpoint: Checkpoint, state: ZeroState, *, steps_applied: int) -> None:

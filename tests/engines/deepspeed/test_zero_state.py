@@ -29,7 +29,7 @@ from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.deepspeed.saved_shards import PARTS, SavedShards
-from mlpmem_ds.engines.deepspeed.zero_state import link_moments
+from mlpmem_ds.engines.deepspeed.zero_state import link_moments, set_parameter
 from mlpmem_ds.engines.processes import sum_over_ranks
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -39,13 +39,13 @@ root, limit, sleep = Path(sys.argv[1]), *map(int, sys.argv[2:4])
 files = json.loads(sys.argv[4])
 memory = MemoryConfig(input_size=10, hidden_size=11, intermediate_size=13, num_blocks=2, vocab_size=17)
 
-def build(name, world):
+def build(name, world, **more):
     config = resolve_ds_config(Path(files[name]), batch=6, batch_flag="--b", world_size=world.size,
                                max_micro_batch=6, gradient_clipping=1.0)
     if config["zero_optimization"]["stage"] == 3:  # some matrices are cut, the rest stays whole on each rank
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 120
     return build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config,
-                        settings=AdamWSettings(), seed=3, world=world)
+                        settings=AdamWSettings(), seed=3, world=world, **more)
 
 def everything(engine):
     '''name -> [float32 weight, its moments, what the forward reads], whole, on every rank.'''
@@ -94,8 +94,12 @@ def load_all(world):
     if world.rank == 1:
         SavedShards.read = slowly(SavedShards.read, sleep)
         checkpoints.fault_of_checkpoint = slowly(checkpoints.fault_of_checkpoint, sleep)
+    read = slowly(lambda: torch.ones(17, 11), sleep)
+    start_head = lambda model: set_parameter(model.head.weight, read, world)  # rank 0 reads it
     for name in files:
-        engine = build(name, world)
+        engine = build(name, world, prepare=start_head)
+        head = import_part("utils").safe_get_full_fp32_param(engine.module.head.weight)
+        assert (head == 1).all() and head.numel() == 17 * 11
         for source in files:
             saved = engine.resume(root / source / "checkpoints")
             assert saved.step == 3 and saved.values == {"x": 1}
@@ -111,6 +115,8 @@ def load_all(world):
     assert len(list((root / "weights").glob("*.safetensors"))) > 4
     for key, (weight, *_) in everything(engine).items():
         assert torch.equal(weight, written[key]), key
+    if world.rank == 1:
+        torch.save = slowly(torch.save, sleep)
     if world.rank == 0:
         checkpoints.publish_checkpoint = slowly(checkpoints.publish_checkpoint, sleep)
     engine.save(root / "again" / "checkpoints", 4, subject={}, values={}, keep=9)

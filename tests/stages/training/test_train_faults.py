@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(run
     runs.assert_same_weights("lost", "copied")
     assert "is of another training" in said[3]
     assert "is complete and nothing was done" in said[4]
-    assert "of 1 ranks at ZeRO stage 3, this run has 3 at stage 2: converting" in said[6]
+    assert "of 1 ranks at ZeRO stage 3, this run has 3 at stage 2: each reads its part" in said[6]
     assert "stopped after --stop-after-seconds and saved at step 3 of" in driven["timed"]
     assert "(step 3)" in said[5]
     np.testing.assert_allclose(runs.losses("timed"), runs.losses("plain"), rtol=2e-6)
