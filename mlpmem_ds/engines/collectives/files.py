@@ -28,6 +28,7 @@ from mlpmem_ds.engines.collectives.ranks import Array, Ranks, RanksLost, culprit
 _LONGEST_PAUSE_SECONDS = 1.0
 _SECONDS_TO_MEET = 1800.0
 _OFFER, _MEMBERS, _FAILED = "offer", "members", "failed-"
+_LEFT = "has gone on alone, and removed what the ranks exchange"  # after it had seen that a third one failed
 
 
 class SharedFolder(Ranks):
@@ -145,7 +146,10 @@ class SharedFolder(Ranks):
     def _begin(self) -> Path:
         self._operation += 1
         step = self._session / str(self._operation)
-        step.mkdir(exist_ok=True)
+        try:
+            step.mkdir(exist_ok=True)
+        except FileNotFoundError as error:
+            raise RanksLost((), _LEFT) from error
         return step
 
     def _end(self, files: dict[int, Path]) -> dict[int, Path]:
@@ -166,10 +170,14 @@ class SharedFolder(Ranks):
         missing = dict(files)
 
         def is_over() -> bool:
-            names = {name for path in list(missing.values())[:1] for name in os.listdir(path.parent)}
+            try:
+                names = {name for path in list(missing.values())[:1] for name in os.listdir(path.parent)}
+                in_session = os.listdir(self._session)
+            except FileNotFoundError as error:
+                raise RanksLost(sorted(missing), _LEFT) from error
             for rank in [rank for rank, path in missing.items() if path.name in names]:
                 del missing[rank]
-            failed = [name for name in os.listdir(self._session) if name.startswith(_FAILED)]
+            failed = [name for name in in_session if name.startswith(_FAILED)]
             if missing and failed:
                 lost = {rank for name in failed for rank in _read(self._session / name)}
                 raise RanksLost(sorted(lost), "has failed")

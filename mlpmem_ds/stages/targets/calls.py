@@ -30,18 +30,25 @@ def write_together(stage: StageDirectory, writer: ShardWriter, ranks: Ranks, sea
     if not todo:
         return
     owners = ListOwners(search, ranks)
-    teacher = replace(writer.teacher, search=owners)
-    keys = teacher.keys.manifest
-    positions = positions_of_a_call(ranks.size, teacher.k, search.nprobe, keys.block_size)
-    writer = replace(
-        writer, teacher=teacher, call_positions=positions, searches_ahead=search.device.type != "cpu"
-    )
+    writer = in_calls(writer, owners, search, ranks.size)
     for unit in deal(todo, ranks.rank, ranks.size):
         stage.make_unit(unit, writer.write)
     nothing_n = np.empty(0, np.int64)
     for _ in range(owners.num_calls, num_calls(writer, todo, ranks.size)):
-        teacher.find(nothing_n)
+        writer.teacher.find(nothing_n)
     writer.progress.close()
+
+
+def in_calls(writer: ShardWriter, owners: ListOwners, search: ListSearch, num_ranks: int) -> ShardWriter:
+    """A writer that searches many positions in one call of the owners of `search`'s lists."""
+    teacher = replace(writer.teacher, search=owners)
+    block_size = teacher.keys.manifest.block_size
+    return replace(
+        writer,
+        teacher=teacher,
+        call_positions=positions_of_a_call(num_ranks, teacher.k, search.nprobe, block_size),
+        searches_ahead=search.device.type != "cpu",
+    )
 
 
 def num_calls(writer: ShardWriter, units: Sequence[str], num_ranks: int) -> int:

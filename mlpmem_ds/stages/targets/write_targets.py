@@ -41,9 +41,10 @@ from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import ORDER_NAME, ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, missing_bytes
+from mlpmem_ds.stages.retrieval.list_owners import ListOwners
 from mlpmem_ds.stages.retrieval.list_search import ListSearch
 from mlpmem_ds.stages.targets import audit as target_audit
-from mlpmem_ds.stages.targets.calls import write_together
+from mlpmem_ds.stages.targets.calls import in_calls, write_together
 from mlpmem_ds.stages.targets.config import AuditConfig, Config
 from mlpmem_ds.stages.targets.inputs import Inputs, open_inputs
 from mlpmem_ds.stages.targets.teacher import verify_keys
@@ -111,9 +112,13 @@ def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, 
     )
     shards, file_of = shard_writer.shards, shard_writer.file_of
     _require_disk(config, measured, [shards[unit] for unit in stage.missing_units(list(shards))])
-    if ranks.size > 1 and isinstance(inputs.teacher.search, ListSearch):
-        write_together(stage, shard_writer, ranks, inputs.teacher.search)
+    search = inputs.teacher.search
+    if ranks.size > 1 and isinstance(search, ListSearch):
+        write_together(stage, shard_writer, ranks, search)
     else:
+        if isinstance(search, ListSearch) and search.device.type != "cpu":
+            # A GPU wants many queries at once and the lists in its memory: a rank alone owns all of them.
+            shard_writer = in_calls(shard_writer, ListOwners(search, Alone()), search, 1)
         stage.run_units(list(shards), shard_writer.write)
         shard_writer.progress.close()
     units = [*first_units, *shards]

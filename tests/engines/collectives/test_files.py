@@ -1,6 +1,13 @@
 """Ranks that share a folder: every operation, a slow rank, one that is killed, one that fails."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.files import SharedFolder
+from mlpmem_ds.engines.collectives.ranks import RanksLost
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -19,3 +26,23 @@ def test_a_rank_that_fails_ends_the_others_at_once(run_ranks):
     for result in run_ranks("files", 3, "failed")[::2]:
         assert result["lost"] == (1,) and "rank 1 has failed" in result["said"]
         assert result["seconds"] < 20
+
+
+def test_a_rank_that_goes_on_alone_ends_those_that_wait(tmp_path):
+    """It removes the folder, maybe while they list it."""
+
+    def open_rank(rank):
+        return SharedFolder(World(rank=rank, size=2), tmp_path / "exchange", timeout_seconds=20)
+
+    with ThreadPoolExecutor(2) as pool:
+        ranks = list(pool.map(open_rank, range(2)))
+        waits = pool.submit(ranks[0].gather, 1)
+        while not list((tmp_path / "exchange").glob("*/1/0")):
+            assert not waits.done()
+        shutil.rmtree(tmp_path / "exchange")
+        with pytest.raises(RanksLost, match="rank 1 has gone on alone"):
+            waits.result(timeout=15)
+    with pytest.raises(RanksLost, match="another rank has gone on alone"):
+        ranks[1].gather(2)
+    for rank in ranks:
+        rank.fail()

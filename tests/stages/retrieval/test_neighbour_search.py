@@ -4,6 +4,7 @@ local rank 3."""
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlpmem_ds.engines import faiss as engine
 from mlpmem_ds.maths import kmeans, knn
 from mlpmem_ds.maths.distances import CPU
 from mlpmem_ds.maths.knn_on_device import load_keys
+from mlpmem_ds.maths.listed_keys import ListedKeys
 from mlpmem_ds.maths.lists_on_device import list_neighbours_on_device
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval import exact_search
@@ -39,10 +41,12 @@ class PretendedGpus:
 
     def __init__(self) -> None:
         self.devices: dict[str, set[torch.device]] = {}
+        self.counts: Counter[str] = Counter()
         self.threads: set[str] = set()
 
     def note(self, what: str, device: torch.device | str) -> None:
         self.devices.setdefault(what, set()).add(torch.device(device))
+        self.counts[what] += 1
         self.threads.add(threading.current_thread().name)
 
     def load_keys(self, keys_ND: Any, device: torch.device) -> Any:
@@ -57,7 +61,7 @@ class PretendedGpus:
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> PretendedGpus:
     pretended = PretendedGpus()
-    nearest, one_level = engine.FlatQuantizer.nearest, kmeans._one_level
+    nearest, one_level, group = engine.FlatQuantizer.nearest, kmeans._one_level, ListedKeys.group
 
     def nearest_on_cpu(quantizer: Any, *args: Any) -> Any:
         pretended.note("centroids", quantizer._device)
@@ -67,11 +71,16 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> PretendedGpus:
         pretended.note("training", device)
         return one_level(share, count, seed, iterations, CPU, ranks)
 
+    def group_on_cpu(lists: ListedKeys, first: int, stop: int, device: torch.device) -> ListedKeys:
+        pretended.note("group", device)
+        return group(lists, first, stop, CPU)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
     monkeypatch.setattr(exact_search, "load_keys", pretended.load_keys)
     monkeypatch.setattr(knn, "list_neighbours_on_device", pretended.search_lists)
+    monkeypatch.setattr(ListedKeys, "group", group_on_cpu)
     monkeypatch.setattr(engine.FlatQuantizer, "nearest", nearest_on_cpu)
     monkeypatch.setattr(kmeans, "_one_level", one_level_on_cpu)
     return pretended
@@ -93,15 +102,26 @@ def test_every_search_is_on_the_gpu_of_the_rank(gpus: PretendedGpus, keys: Path,
     finally:
         torch.set_num_threads(num_threads)
     own = {torch.device("cuda:3")}
-    assert gpus.devices == dict.fromkeys(("training", "centroids", "keys", "lists"), own)
+    expected = dict.fromkeys(("training", "centroids", "keys", "group", "lists"), own)
+    assert gpus.devices == expected and gpus.counts["group"] == 1  # lists go to the GPU once
     assert len(gpus.threads) > 1  # workers too, whose current device is that of no one
 
 
-def test_bytes_do_not_depend_on_the_device(gpus: PretendedGpus, keys: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+def test_bytes_do_not_depend_on_the_device(
+    gpus: PretendedGpus, keys: Path, tmp_path: Path, search: str
+) -> None:
+    options: dict[str, Any] = {"search": search}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        write_targets.run(config(keys, tmp_path / "cpu", search="exact"), World())
-    assert not gpus.devices
-    write_targets.run(config(keys, tmp_path / "gpu", search="exact"), RANK_3)
-    for path in (tmp_path / "cpu").glob("knn-*"):
+        if search == "ivf":
+            index = build_index.Config(keys=keys, output=tmp_path / "index", factory="IVF7", num_shards=3)
+            build_index.run(index, World())
+            options |= {"index": tmp_path / "index", "nprobe": 3}
+        write_targets.run(config(keys, tmp_path / "cpu", **options), World())
+    assert set().union(*gpus.devices.values()) <= {CPU}
+    write_targets.run(config(keys, tmp_path / "gpu", **options), RANK_3)
+    files = sorted((tmp_path / "cpu").glob("knn-*"))
+    assert len(files) == 8
+    for path in files:
         assert path.read_bytes() == (tmp_path / "gpu" / path.name).read_bytes()
