@@ -6,8 +6,10 @@ from mlpmem_ds.stages.planning.workload import Machine, Workload
 
 MAX_POSITIONS = 200_000_000_000
 """the largest size at which `bench scale` counts what ranks read, open and keep"""
-_SHARE_OF_GPU = 0.6  # of its memory, that a rank's group of lists may take (retrieval/list_owners.py)
-_BYTES_BESIDE_KEY = 12  # its id and its squared length
+SHARE_OF_MEMORY = 0.6
+"""of a GPU's, or a host's, that groups of lists may take (stages/retrieval/list_owners.py)"""
+BYTES_BESIDE_KEY = 12
+"""its id and its squared length"""
 
 
 def limit_of(stage: str, work: Workload, machine: Machine) -> str | None:
@@ -15,8 +17,8 @@ def limit_of(stage: str, work: Workload, machine: Machine) -> str | None:
     if work.positions > MAX_POSITIONS:
         return f"not supported above {MAX_POSITIONS:.0e} positions: nothing larger has been counted"
     if stage == "targets" and work.search == "ivf" and machine.gpus:
-        each = work.dim * work.key_dtype.itemsize + _BYTES_BESIDE_KEY
-        most = _SHARE_OF_GPU * machine.gpus * machine.gpu_bytes / each
+        each = work.dim * work.key_dtype.itemsize + BYTES_BESIDE_KEY
+        most = SHARE_OF_MEMORY * machine.gpus * machine.gpu_bytes / each
         if work.positions > most:
             return (
                 f"not supported above {most:.1e} positions on {machine.gpus} GPUs: their memory does not hold"

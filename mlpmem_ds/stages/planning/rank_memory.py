@@ -11,8 +11,10 @@ import math
 from mlpmem_ds.formats.lists_directory import RUN_POSITIONS
 from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK
 from mlpmem_ds.stages.planning.counts import LIST_IMBALANCE, SAMPLE
+from mlpmem_ds.stages.planning.limits import BYTES_BESIDE_KEY, SHARE_OF_MEMORY
 from mlpmem_ds.stages.planning.sizes_on_disk import index_bytes
 from mlpmem_ds.stages.planning.workload import Machine, Workload
+from mlpmem_ds.stages.retrieval.list_owners import positions_of_a_call
 
 _PROCESS_BYTES = 300_000_000  # Python with torch, NumPy and faiss imported, with the libraries' files
 _PRIVATE_PROCESS_BYTES = 157_000_000  # … and without them
@@ -43,7 +45,8 @@ def index_memory(work: Workload, machine: Machine) -> int:
 def target_memory(work: Workload, machine: Machine) -> int:
     """Bytes of a rank, keys mapped: the batch's neighbours, which its workers share, and what each compares.
 
-    With lists also the sample that is searched first and the run of keys that is being put in order.
+    With lists also the sample that is searched first and the run of keys that is being put in order; of ranks
+    that search together the answers of a call, and on CPUs the keys of the rank's group of lists.
     """
     key = work.dim * work.key_dtype.itemsize
     batch = min(_BATCH_POSITIONS, work.positions)
@@ -65,7 +68,27 @@ def target_memory(work: Workload, machine: Machine) -> int:
         candidates * SAMPLE // batch, _CANDIDATE_BYTES
     )
     ordering = 28 * min(work.positions, RUN_POSITIONS)
+    searching += call_bytes(work, machine) + group_bytes(work, machine)
     return _PRIVATE_PROCESS_BYTES + max(neighbours + searching, sampling + 8 * SAMPLE * work.k * 6, ordering)
+
+
+def call_bytes(work: Workload, machine: Machine) -> int:
+    """Neighbours that a rank finds for others, and others for it, in one call of list search."""
+    if machine.ranks == 1:
+        return 0
+    queries = positions_of_a_call(machine.ranks, work.k, work.nprobe, work.block_size)
+    own = min(queries, -(-work.positions // machine.ranks))
+    return 8 * work.k * own * (machine.ranks + min(machine.ranks, work.nprobe))
+
+
+def group_bytes(work: Workload, machine: Machine) -> int:
+    """Keys of a rank's group of lists in its own memory; a GPU's hold them where there is one, and they stay
+    in their mapped files where there is one run of them, or too little memory."""
+    if machine.ranks == 1 or machine.gpus or work.positions <= RUN_POSITIONS:
+        return 0
+    each = work.dim * work.key_dtype.itemsize + BYTES_BESIDE_KEY
+    group = work.positions * each // machine.ranks
+    return group if machine.ranks * group <= SHARE_OF_MEMORY * machine.memory_bytes else 0
 
 
 def corpus_memory(work: Workload, machine: Machine) -> int:

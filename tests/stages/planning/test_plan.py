@@ -225,6 +225,17 @@ def test_owners_of_lists_send_their_answers() -> None:
     assert slow.seconds - quick.seconds == pytest.approx(sent_bytes(work, 32) * (1e-9 - 1e-11))
 
 
+def test_ranks_on_cpus_hold_their_groups_of_lists() -> None:
+    sizes = {"positions": 10**9, "search": "ivf", "memory_gb": 1000.0, "disk_gb": 1e5}
+    one, eight, small = (
+        plan.make_plan(config(**sizes | changes)).costs["targets"].rank_memory_bytes
+        for changes in ({"ranks": 1}, {"ranks": 8}, {"ranks": 8, "memory_gb": 100.0})
+    )
+    answers = 8 * 1024 * 32768 * 16  # of 2^18 queries of all ranks, found for others and by others
+    assert eight - one == pytest.approx(268 * 10**9 / 8 + answers, rel=0.01)
+    assert small - one == pytest.approx(answers, rel=0.01)  # they stay in their mapped files
+
+
 def test_a_query_is_compared_with_all_centroids_too() -> None:
     """At 5e9 keys probes are as many distances as a third of the candidates; they were left out once."""
     work = plan.make_plan(config(positions=4 * 10**9, **CLUSTER)).work
