@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,11 @@ def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path:
         entry_points = configparser.ConfigParser()
         entry_points.read_string(archive.read(scripts).decode())
         (metadata,) = [name for name in names if name.endswith("METADATA")]
-        assert f"Version: {mlpmem_ds.__version__}" in archive.read(metadata).decode()
+        described = archive.read(metadata).decode()
+    assert f"Version: {mlpmem_ds.__version__}" in described
+    needed = [line for line in described.splitlines() if re.match("Requires-Dist: (faiss|mpi4py)", line)]
+    builds = {re.sub(".*: ([a-z0-9-]+).*extra == .(\\w+).*", r"\1 \2", line) for line in needed}
+    assert builds == {"faiss-cpu cpu", "faiss-gpu-cu12 gpu", "mpi4py mpi"}, "no build of faiss over another"
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mlpmem_ds").rglob("*.py")}
     assert not sources - names, "[tool.setuptools] packages of pyproject.toml"
     assert {"mlpmem_ds/py.typed", "mlpmem_ds/formats/README.md", "mlpmem_ds/ds_configs/zero3.json"} <= names

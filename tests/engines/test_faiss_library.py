@@ -85,3 +85,17 @@ def test_a_missing_faiss_names_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(sys.modules, faiss_library.__name__)
     with pytest.raises(UserError, match=r"pip install '.\[cpu\]' .* pip install '.\[gpu\]'"):
         importlib.import_module(faiss_library.__name__)
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_clusters_as_well_as_the_cpu() -> None:
+    if not torch.cuda.is_available() or not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("needs a CUDA device and faiss-gpu")
+    vectors = np.random.default_rng(0).normal(size=(100_000, 64)).astype(np.float32)
+    errors = []
+    for device in (torch.device("cpu"), torch.device("cuda", torch.cuda.device_count() - 1)):
+        centroids = faiss_library.cluster(vectors, 256, seed=1, iterations=10, device=device)
+        nearest = faiss.IndexFlatL2(64)
+        nearest.add(centroids)
+        errors.append(nearest.search(vectors, 1)[0].mean())
+    assert abs(errors[1] / errors[0] - 1) < 0.01

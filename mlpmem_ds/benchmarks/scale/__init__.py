@@ -5,7 +5,7 @@
     operations          counts what would be kernels on a GPU
     reader              the training reader: rows read, the order of an epoch, memory
     search              search among keys: device operations of a query, uploads
-    index               building an index: rows of a tile
+    index               building an index: sample rows and sums of a rank, a shard's size
     counted_calls       counts opens, stats and listings of files
     metadata            files: opens, stats, bytes hashed by a rank
     targets             targets over several ranks, against one
