@@ -96,8 +96,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> TrainedMemory:
 def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -> TrainedMemory:
     """The memory with its float32 weights, mapped from a file next to `output` that is already unlinked.
 
-    RAM is bounded by the largest tensor, or under ZeRO-1 and 2 by the checkpoint's float32 weights
-    while they are merged.
+    RAM is bounded by the largest tensor.
 
     Raises:
         UserError: the disk is too small.

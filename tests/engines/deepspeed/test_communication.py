@@ -55,8 +55,8 @@ def run_rank(world, files):
     set_up_distributed(world)
     found = {}
     for file in map(Path, files):
-        # DeepSpeed makes the groups inside nodes once a process
-        for micro_batch in (2,) if "hpz" in file.stem else (2, 1):
+        # With hpZ one engine a process: DeepSpeed makes the groups inside nodes once.
+        for micro_batch in (2, 1) if file.stem in ("zero1", "zero2", "zero3", "zero2-owners") else (2,):
             config = resolve_ds_config(file, batch=4, batch_flag="--b", world_size=2, gradient_clipping=1.0,
                                        max_micro_batch=micro_batch)
             if config["zero_optimization"]["stage"] == 3:  # the small model is cut like a large one
@@ -93,6 +93,10 @@ def sent(tmp_path_factory):
     """`"file micro-batches"` → collective -> bytes of the tensors given to it in a step."""
     root = tmp_path_factory.mktemp("communication")
     files = {name: REPOSITORY / "ds_configs" / f"{name}.json" for name in ("zero1", "zero2", "zero3")}
+    for name in tuple(files):
+        in_float32 = {**json.loads(files[name].read_text()), "communication_data_type": "fp32"}
+        files[f"{name}-fp32"] = root / f"{name}-fp32.json"
+        files[f"{name}-fp32"].write_text(json.dumps(in_float32))
     to_owners = json.loads(files["zero2"].read_text())
     to_owners["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
     files["zero2-owners"] = root / "zero2-owners.json"
@@ -136,3 +140,9 @@ def test_stage_3_scatters_gradients_and_gathers_weights_in_each_micro_batch(sent
         step = sent[f"{name} {count}"]
         assert step["reduce_scatter_tensor"] == count * SIZE and step["all_reduce"] < 100
         assert step["all_gather_into_tensor"] >= count * SIZE
+
+
+def test_gradients_may_travel_in_float32(sent):
+    for name, call in (("zero1", "all_reduce"), ("zero2", "all_reduce"), ("zero3", "reduce_scatter_tensor")):
+        step = sent[f"{name}-fp32 1"]
+        assert 2 * SIZE <= step[call] < 2 * SIZE + 100, name

@@ -14,7 +14,7 @@ from mlpmem_ds.engines.deepspeed.saved_shards import PARTS, SavedShards
 from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-STAGES = ("zero1", "zero2", "zero3")
+STAGES = ("zero1", "zero2", "zero3", "zero3_hpz")
 LIMIT, SLEEP = 5, 7  # seconds: of a collective, of the slow rank
 
 SCRIPT = """
