@@ -52,6 +52,18 @@ def test_nearest_equals_brute_force(monkeypatch: pytest.MonkeyPatch, on_device: 
     np.testing.assert_array_equal(found, np.take_along_axis(distances, order, axis=1))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("count", [1, 9])
+def test_a_gpu_finds_the_same(count: int) -> None:
+    vectors, others = torch.from_numpy(codes(100, seed=4)), torch.from_numpy(codes(33, seed=5))
+    others[10:13] = others[:3]
+    expected = nearest_centroids(vectors, others, count)
+    for table in (others.cuda(), CentroidTable.of(others.cuda())):
+        for part, wanted in zip(nearest_centroids(vectors, table, count), expected, strict=True):
+            np.testing.assert_array_equal(part, wanted)
+
+
 def test_a_tile_on_a_gpu_is_as_large_as_its_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**9)

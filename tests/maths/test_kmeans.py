@@ -152,3 +152,17 @@ def test_shares_of_the_second_level_follow_the_groups() -> None:
         Share.whole(vectors), 5, cluster, ranks=One()
     )  # floor(sqrt(5)) = 2 first
     assert calls == [(100, 2), (90, 4), (10, 1)] and len(cluster_two) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_trains_the_same() -> None:
+    vectors = codes()
+    for above in (64, 8):
+        trained = [
+            integer_centroids(
+                Share.whole(vectors), 64, seed=3, ranks=One(), device=device, two_level_above=above
+            )
+            for device in ("cpu", "cuda:0")
+        ]
+        np.testing.assert_array_equal(*trained)

@@ -17,7 +17,7 @@ from mlpmem_ds.maths.neighbours import PackedNeighbours
 
 NUM_KEYS, DIM = 3000, 6
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=NO_GPU)]
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda:0"), marks=[NO_GPU, pytest.mark.gpu])]
 
 
 def codes(num_rows: int = NUM_KEYS, seed: int = 0) -> np.ndarray:

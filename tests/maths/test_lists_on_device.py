@@ -19,7 +19,7 @@ from mlpmem_ds.maths.neighbours import Exclusion, merge_neighbours
 NUM_KEYS, NUM_LISTS, DIM = 3000, 10, 6
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CPU = torch.device("cpu")
-DEVICES = [CPU, pytest.param(torch.device("cuda:0"), marks=NO_GPU)]
+DEVICES = [CPU, pytest.param(torch.device("cuda:0"), marks=[NO_GPU, pytest.mark.gpu])]
 
 
 def codes(num_rows: int = NUM_KEYS, dim: int = DIM, seed: int = 0) -> np.ndarray:
