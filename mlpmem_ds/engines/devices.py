@@ -19,13 +19,17 @@ def device_of_rank(requested: str, world: World) -> torch.device:
     """The device that `--device` means on this rank, a GPU with its number.
 
     `auto` is this rank's own GPU where there are GPUs, else the CPU; `cuda` is this rank's own GPU; `cpu` and
-    `cuda:N` are what they say.
+    `cuda:N` are what they say. With a GPU float32 products are set to be float32's own.
 
     Raises:
         UserError: there is no such device here.
     """
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "cpu"
+    if requested.startswith("cuda") and torch.cuda.is_available():
+        # Some containers turn TF32 on by a variable (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), and float32 products
+        # then keep 10 bits: keys would differ from those of other machines.
+        torch.set_float32_matmul_precision("highest")
     if requested == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", gpu_number(world))
     try:

@@ -86,3 +86,15 @@ def test_deepspeeds_probe_of_its_operators_runs_on_cpus_alone(
     monkeypatch.setattr(importlib, "import_module", lambda name: object())
     library.import_deepspeed()
     assert probed == ([] if gpus else ["probe"])
+
+
+def test_float32_products_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may have turned TF32 on."""
+    pretend_gpus(monkeypatch, 8)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        device_of_rank("auto", World())
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)

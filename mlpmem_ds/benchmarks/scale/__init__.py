@@ -3,6 +3,7 @@
     scale               the flags; runs the measures of all areas, compares them with their goals
     measure             what a measure is: a name, a function, a goal
     operations          counts what would be kernels on a GPU
+    extraction          extraction: what leaves a GPU
     reader              the training reader: rows read, the order of an epoch, memory
     search              search among keys: device operations of a query, uploads
     index               building an index: sample rows and sums of a rank, a shard's size

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mlpmem_ds.benchmarks.common import Report, check_output, row_of, use_threads
-from mlpmem_ds.benchmarks.scale import index, metadata, reader, search, targets
+from mlpmem_ds.benchmarks.scale import extraction, index, metadata, reader, search, targets
 from mlpmem_ds.benchmarks.scale.measure import Measure
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
@@ -25,6 +25,7 @@ from mlpmem_ds.stages import shared_flags
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 MEASURES: tuple[Measure, ...] = (
+    *extraction.MEASURES,
     *reader.MEASURES,
     *search.MEASURES,
     *index.MEASURES,
