@@ -4,6 +4,7 @@ Read in this order:
     config          the flags
     prepare_corpus  `run`: the stage from its inputs to its manifest
     survey          first reading of the inputs: names the units, hashes every document
+    shared_survey   the same by several ranks, each its files
     splits          which documents are taken, and the split of each
     tokenization    second reading: documents → token ids, batch by batch
     workers         the processes that both readings share

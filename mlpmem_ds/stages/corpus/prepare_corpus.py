@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import Progress, log_for_all
+from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
@@ -112,7 +113,15 @@ def _survey(config: Config, world: World) -> Survey:
     )
     files = find_files(config.input, config.include, config.exclude)
     processes = choose_processes(config.processes, world, sum(file.num_bytes for file in files))
-    return survey_files(files, _reader(config), rules, unit_bytes=_UNIT_BYTES, processes=processes)
+    return survey_files(
+        files,
+        _reader(config),
+        rules,
+        unit_bytes=_UNIT_BYTES,
+        processes=processes,
+        shared=shared_place(config.output, world),
+        world=world,
+    )
 
 
 def _load_tokenizer(name_or_path: str) -> Any:

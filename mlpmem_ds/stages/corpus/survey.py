@@ -7,6 +7,7 @@ at once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,9 +17,12 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
+from mlpmem_ds.stages.corpus.shared_survey import chunks_of, shared_findings
 from mlpmem_ds.stages.corpus.splits import (
     NOT_TAKEN,
     SplitRules,
@@ -110,7 +114,14 @@ class _ListHash:
 
 
 def survey_files(
-    files: list[SourceFile], reader: DocumentReader, rules: SplitRules, *, unit_bytes: int, processes: int = 1
+    files: list[SourceFile],
+    reader: DocumentReader,
+    rules: SplitRules,
+    *,
+    unit_bytes: int,
+    processes: int = 1,
+    shared: Path | None = None,
+    world: World | None = None,
 ) -> Survey:
     """Read the inputs once: hash every document, sample whole groups, deal documents to splits.
 
@@ -120,6 +131,8 @@ def survey_files(
         rules: what is taken, and the shares.
         unit_bytes: a unit is closed by the file in which it reaches this size.
         processes: that read; they do not change the result.
+        shared: the stage's output, where several ranks share what they found; None: this rank reads all.
+        world: this rank, where they do.
 
     Raises:
         UserError: two files of one name, or nothing for the training split.
@@ -133,7 +146,7 @@ def survey_files(
     counts: dict[SourceFile, int] = {}
     rest = iter(files)
     stop_of_file = size = 0  # of the file before; of the unit
-    for part in _read_parts(files, reader, processes):
+    for part in _read_shared(files, reader, processes, shared, world or World()):
         first, start = len(documents), 0
         documents.extend(part.sizes, part.groups, part.digests, part.names)
         listed.extend(part.listed)
@@ -154,6 +167,40 @@ def survey_files(
 
 def _unit(counts: Mapping[SourceFile, int], stop: int) -> CorpusUnit:
     return CorpusUnit(files=tuple(counts), counts=tuple(counts.values()), first=stop - sum(counts.values()))
+
+
+def _read_shared(
+    files: list[SourceFile], reader: DocumentReader, processes: int, shared: Path | None, world: World
+) -> Iterator[_Part]:
+    """`_read_parts`, each file by one of the ranks if they share what they find."""
+    if shared is None:
+        yield from _read_parts(files, reader, processes)
+        return
+
+    def find(chunk: tuple[SourceFile, ...]) -> dict[str, Any]:
+        return {"parts": [_to_json(part) for part in _read_parts(list(chunk), reader, processes)]}
+
+    chunks, settings = chunks_of(files, world.size), dataclasses.asdict(reader)
+    for found in shared_findings(chunks, find, settings=settings, folder=shared, world=world):
+        yield from map(_from_json, found["parts"])
+
+
+def _to_json(part: _Part) -> dict[str, str]:
+    """Few and long texts, which JSON reads and writes in a hundredth of the time of many short ones."""
+    lists = json.dumps([part.sizes.tolist(), part.groups, part.names, part.ends])
+    return {"lists": lists, "digests": part.digests.hex(), "listed": part.listed.decode()}
+
+
+def _from_json(value: Mapping[str, str]) -> _Part:
+    sizes, groups, names, ends = json.loads(value["lists"])
+    return _Part(
+        sizes=array("q", sizes),
+        groups=groups,
+        names=names,
+        digests=bytes.fromhex(value["digests"]),
+        listed=value["listed"].encode(),
+        ends=ends,
+    )
 
 
 def _read_parts(files: list[SourceFile], reader: DocumentReader, processes: int) -> Iterator[_Part]:

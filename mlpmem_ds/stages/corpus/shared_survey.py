@@ -1,0 +1,68 @@
+"""Part of `prepare_corpus`: several ranks share the first reading of the inputs: each file is read by one.
+
+What a rank found in some files lies in a hidden file of the output (core/once.py), where the others read it,
+also those of the next start. A rank finds its own share first, and then goes through all in order, so that
+the share of a rank that is slow or gone is found by others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlpmem_ds.core.blocks import deal
+from mlpmem_ds.core.once import computed_once
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.documents import SourceFile
+
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 4 << 20, 1 << 30
+_CHUNKS_OF_RANK = 4
+Chunk = tuple[SourceFile, ...]
+
+
+def chunks_of(files: Sequence[SourceFile], size: int) -> list[Chunk]:
+    """The files in order, cut into pieces that `size` ranks share evenly, by their bytes."""
+    total = sum(file.num_bytes for file in files)
+    each = min(max(total // (_CHUNKS_OF_RANK * size), _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
+    chunks: list[Chunk] = []
+    chunk: list[SourceFile] = []
+    num_bytes = 0
+    for file in files:
+        chunk.append(file)
+        num_bytes += file.num_bytes
+        if num_bytes >= each:
+            chunks.append(tuple(chunk))
+            chunk, num_bytes = [], 0
+    return [*chunks, tuple(chunk)] if chunk else chunks
+
+
+def shared_findings(
+    chunks: Sequence[Chunk],
+    find: Callable[[Chunk], Mapping[str, Any]],
+    *,
+    settings: Mapping[str, Any],
+    folder: Path,
+    world: World,
+) -> Iterator[Mapping[str, Any]]:
+    """What `find` finds in each chunk, in order; each chunk is read by one of the ranks.
+
+    Args:
+        chunks: of files.
+        find: reads a chunk, gives what JSON can hold.
+        settings: plain values that what is found depends on, besides the files.
+        folder: the stage's output.
+        world: this rank.
+    """
+
+    def finding(chunk: Chunk) -> Mapping[str, Any]:
+        if any(file.kind == "dataset" for file in chunk):  # nothing tells whether it is still the same
+            return find(chunk)
+        states = [(file, file.path.stat()) for file in chunk]
+        seen = [[file.name, state.st_size, state.st_mtime_ns] for file, state in states]
+        return computed_once(folder, "survey", [settings, seen], lambda: find(chunk))
+
+    for chunk in deal(chunks, world.rank, world.size):
+        finding(chunk)
+    for chunk in chunks:
+        yield finding(chunk)
