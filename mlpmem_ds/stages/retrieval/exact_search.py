@@ -5,6 +5,7 @@ N keys, Q queries, D numbers in a key.
 
 from __future__ import annotations
 
+import logging
 from threading import Lock
 
 import numpy as np
@@ -15,6 +16,8 @@ from mlpmem_ds.maths.distances import CPU
 from mlpmem_ds.maths.knn import pack_exact_neighbours
 from mlpmem_ds.maths.knn_on_device import DeviceKeys, HostKeys, load_keys
 from mlpmem_ds.maths.neighbours import Exclusion, PackedNeighbours
+
+_logger = logging.getLogger(__name__)
 
 
 class ExactSearch:
@@ -38,6 +41,14 @@ class ExactSearch:
                 self._keys_ND.check()
             if self._device.type != "cpu" and self._loaded is None:
                 self._loaded = load_keys(self._keys_ND, self._device)
+                if isinstance(self._loaded, HostKeys):
+                    _logger.warning(
+                        "%.1f GB of keys do not fit in half of what is free on %s: they are copied there at"
+                        " each batch of exact search; an index and --search ivf, or a GPU with more memory,"
+                        " would be faster",
+                        self._keys_ND.nbytes / 1e9,
+                        self._device,
+                    )
 
     @property
     def mapped(self) -> None:

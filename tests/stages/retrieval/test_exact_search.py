@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlpmem_ds.maths.knn import exact_neighbours
-from mlpmem_ds.maths.knn_on_device import load_keys
+from mlpmem_ds.maths.knn_on_device import HostKeys, load_keys
 from mlpmem_ds.stages.retrieval import exact_search
 from mlpmem_ds.stages.retrieval.exact_search import ExactSearch
 
@@ -37,3 +37,16 @@ def test_on_a_cpu_keys_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(exact_search, "load_keys", None)
     keys = np.zeros((5, 3), np.int8)
     assert ExactSearch(keys).search(keys, 2).packed_QK.shape == (5, 2)
+
+
+def test_keys_that_do_not_fit_on_the_gpu_are_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        exact_search, "load_keys", lambda keys_ND, _: HostKeys(keys_ND=keys_ND, device=torch.device("cpu"))
+    )
+    search = ExactSearch(np.zeros((5, 3), np.int8), torch.device("cuda:3"))
+    with caplog.at_level("WARNING", logger="mlpmem_ds"):
+        for _ in range(2):
+            search.search(np.zeros((2, 3), np.int8), 2)
+    assert caplog.text.count("do not fit in half of what is free on cuda:3") == 1
