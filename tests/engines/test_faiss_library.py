@@ -68,6 +68,21 @@ def test_floats_are_clustered_on_this_ranks_gpu(gpus: FakeGpus, above: int) -> N
     assert set(gpus.devices) == {3} and gpus.num_resources == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not hasattr(faiss, "StandardGpuResources"),
+    reason="needs a CUDA device and faiss-gpu",
+)
+def test_the_real_faiss_clusters_floats_on_a_gpu_as_well_as_on_a_cpu() -> None:
+    """Other sums, so other last bits: the same distance of the vectors from their centroids."""
+    vectors, errors = floats(), []
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        centroids = faiss_library.cluster(vectors, 16, seed=1, iterations=10, device=device)
+        distances = ((vectors[:, None] - centroids[None]) ** 2).sum(axis=2)
+        errors.append(distances.min(axis=1).mean())
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
 def test_codes_are_clustered_without_faiss(gpus: FakeGpus) -> None:
     index = Index.make("IVF4,Flat", 8)
     index.train((floats() * 20).astype(np.int8), seed=1)

@@ -28,6 +28,7 @@ from mlpmem_ds.maths.neighbours import Exclusion
 from mlpmem_ds.maths.products import adds_to_wider_total
 
 _SECONDS_OF_LOSS = 0.020  # 4,096 rows of 4,096 numbers at V 128,256
+_COMPARED_KEYS = 20_000
 _ALIGNMENT_COST = 1.2  # V 50,257 over V 50,304
 
 
@@ -80,6 +81,11 @@ def _measure_exact(context: Context, device: torch.device) -> None:
     # A million against a million in ten seconds.
     rate = sizes.exact_queries / _seconds(search)
     context.report.speed("exact_queries_per_second", rate, "1/s", at_least=1e5)
+    some_ND, k = codes_ND[:_COMPARED_KEYS], min(sizes.k, _COMPARED_KEYS // 2)
+    found = pack_exact_neighbours(some_ND[:64], load_keys(some_ND, device), k, exclusion=None, device=device)
+    expected = pack_exact_neighbours(some_ND[:64].cpu(), some_ND.cpu(), k, exclusion=None, device=CPU)
+    different = int((found.packed_QK != expected.packed_QK).sum())
+    context.report.fact("exact_neighbours_other_than_cpu", different, at_most=0)
 
 
 def _measure_lists(context: Context, device: torch.device) -> None:
