@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from mlpmem_ds.core.world import World
@@ -141,4 +142,5 @@ class TorchGroup(Ranks):
 
 
 def _swap(outgoing: Array, to: int, incoming: Array, source: int) -> None:
+    outgoing = np.require(outgoing, requirements="W")  # torch takes no read-only array
     swap_with_ranks(torch.from_numpy(outgoing), to, torch.from_numpy(incoming), source)

@@ -1,11 +1,19 @@
 """Real gloo ranks: every operation, a slow rank, one that is killed, one that fails."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_exchange_and_wait_for_a_slow_one(run_ranks, check_everything, size):
     check_everything(run_ranks("torch", size, "everything"))
+
+
+def test_ranks_of_torchrun_find_each_other(run_ranks, check_everything):
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--no-python"]
+    check_everything(run_ranks("auto", 2, "everything", launcher=torchrun))
 
 
 def test_a_killed_rank_is_named(run_ranks):
