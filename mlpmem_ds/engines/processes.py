@@ -47,12 +47,16 @@ def has_group() -> bool:
     return torch.distributed.is_initialized()
 
 
-def start_waiting_group(world: World) -> None:
+def start_waiting_group(world: World, timeout: datetime.timedelta) -> None:
     """Make the group in which ranks exchange values and wait while one of them reads or writes files.
 
     A collective of the training's own group fails after minutes, also where a rank is busy; here only the
     death of a rank ends the waiting. It goes over the network of the hosts (gloo) also where there are GPUs.
     Collective, once a process; `gather_values` and `wait_for_all` use it from then on.
+
+    Args:
+        world: this rank.
+        timeout: of the connecting alone.
 
     Raises:
         UserError: the hosts do not reach each other.
@@ -61,7 +65,11 @@ def start_waiting_group(world: World) -> None:
     if world.size == 1 or _waiting_group is not None:
         return
     try:
-        _waiting_group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        torch.distributed.barrier(group=group)
+        # PyTorch has no public name for it; a group that starts with no limit would also connect without one.
+        torch.distributed.distributed_c10d._set_pg_timeout(_PATIENCE, group)
+        _waiting_group = group
     except RuntimeError as error:
         raise UserError(
             f"rank {world.rank} of {world.size} did not reach the others over the hosts' network"

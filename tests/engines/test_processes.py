@@ -1,5 +1,6 @@
 """Where ranks meet, under every launcher; requests to stop, without a device that waits."""
 
+import datetime
 import signal
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import processes
 from mlpmem_ds.engines.processes import DeviceAnswers, StopRequest, meeting_point
 
 
@@ -88,3 +90,20 @@ def test_a_gpu_is_read_through_pinned_memory_two_steps_later(played):
         assert log.index(("recorded", step + 2)) < log.index(("read", step))
     request.close()
     assert [entry[1] for entry in log if entry[0] == "read"] == [0, 1, 2, 3, 4]
+
+
+def test_hosts_that_do_not_reach_each_other_are_told_so_in_time(monkeypatch):
+    """Connecting has a limit, waiting has none: a test of real ranks is in deepspeed/test_zero_state.py."""
+    given = []
+
+    def refuse(*, backend, timeout):
+        given.append((backend, timeout))
+        raise RuntimeError("Gloo connectFullMesh failed")
+
+    monkeypatch.setattr(torch.distributed, "new_group", refuse)
+    limit = datetime.timedelta(minutes=10)
+    with pytest.raises(UserError, match="rank 1 of 2 .*connectFullMesh failed.*set GLOO_SOCKET_IFNAME"):
+        processes.start_waiting_group(World(rank=1, size=2), limit)
+    assert given == [("gloo", limit)]
+    processes.start_waiting_group(World(), limit)  # one rank waits for no other
+    assert len(given) == 1

@@ -48,4 +48,4 @@ def set_up_distributed(world: World, *, timeout: datetime.timedelta = datetime.t
         verbose=False,
     )
     atexit.register(leave_process_group)
-    start_waiting_group(world)
+    start_waiting_group(world, timeout)
