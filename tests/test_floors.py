@@ -22,7 +22,7 @@ FLOORS = {
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
         "numpy", "torch", "accelerate", "deepspeed", "faiss", "lm_eval", "matplotlib", "mpi4py", "tokenizers",
-        "transformers",
+        "transformers", "webdataset",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
     "benchmarks": {"numpy", "torch", "faiss", "pytest", "transformers"},
@@ -47,7 +47,7 @@ OWNERS: dict[str, set[str]] = {
         "maths/kernels/probability_rows.py",
     },
     "wandb": {"stages/training/metrics.py"},
-    "webdataset": set(),  # a format that its readers share; our own reader needs nothing of it
+    "webdataset": {"engines/webdataset_stream.py"},  # `train --loader webdataset`; a format that others read
     "zstandard": {"formats/document_readers.py", "formats/target_shards.py"},
     # Hugging Face models and tokenizers are the project's subject; these are the files that make or read one.
     "safetensors": {

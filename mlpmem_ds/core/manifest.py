@@ -120,7 +120,13 @@ class CompleteStage(Generic[AnyManifest]):
 
 
 def read_stage(
-    kind: Callable[..., AnyStage], manifest: type[Manifest], root: Path, *, flag: str, **own: Any
+    kind: Callable[..., AnyStage],
+    manifest: type[Manifest],
+    root: Path,
+    *,
+    flag: str,
+    has_files: bool = True,
+    **own: Any,
 ) -> AnyStage:
     """Read the manifest of a complete stage and check that its files are there, by size: all up to 1,000,
     a sample of more. The others are checked when they are opened.
@@ -130,6 +136,7 @@ def read_stage(
         manifest: the format's own fields.
         root: the stage's directory.
         flag: how the user named the directory, for messages.
+        has_files: without, the files may be elsewhere, and none is asked for.
         own: further fields of `kind`.
 
     Raises:
@@ -137,7 +144,9 @@ def read_stage(
         DamagedDataError: of another version, unreadable, with unknown or missing keys, or with a file missing
             or of another size.
     """
-    values, sha256, files = _read(root, stage=manifest.FORMAT, version=manifest.VERSION, flag=flag)
+    values, sha256, files = _read(
+        root, stage=manifest.FORMAT, version=manifest.VERSION, flag=flag, has_files=has_files
+    )
     path = root / "manifest.json"
     common = {name: values.pop(name) for name in _Header.__dataclass_fields__ if name in values}
     own_values = {name: value for name, value in values.items() if name not in ("files", LISTS_KEY)}
@@ -173,7 +182,9 @@ def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[d
     return values, sha256
 
 
-def _read(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str, Any], str, Files]:
+def _read(
+    root: Path, *, stage: str, version: int, flag: str, has_files: bool = True
+) -> tuple[dict[str, Any], str, Files]:
     """The manifest, its SHA-256 and the files that it names."""
     path = root / "manifest.json"
     if not root.is_dir():
@@ -194,7 +205,7 @@ def _read(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str,
             "use the release that wrote it, or remake it"
         )
     files = files_of(manifest, root, version=version)
-    for record in files.sample():
+    for record in files.sample() if has_files else ():
         if fault := fault_of_file(root, record, checksum=False):
             raise DamagedDataError(f"{fault}: run the stage that made {root} again, {_REMEDY}")
     return manifest, sha256_of_file(path), files

@@ -9,6 +9,7 @@
 - `checkpoints`: saved so that a kill at any moment leaves the last one
 - `processes`: torch.distributed: values exchanged, requests to stop
 - `collectives/`: what ranks that were launched together exchange: torch.distributed, mpi4py, or files
+- `webdataset_stream`: shards streamed from paths, commands and URLs
 - `device_feed`: batches copied to the device ahead of their steps
 - `device_peak`: FLOP/s of a device
 - `lm_eval`, `plotting`: the evaluation harness; matplotlib

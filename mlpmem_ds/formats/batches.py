@@ -126,6 +126,12 @@ class BatchReader:
                 parts = pending.pop(0).result()()
                 yield parts, perf_counter() - start
 
+    def state_after(self, step: int) -> None:
+        """None: a batch is a function of its number."""
+
+    def continue_from(self, state: None) -> None:
+        """Nothing to go on from."""
+
     def faulty_positions(self, batch: int) -> list[int]:
         """Those of this rank's positions in a batch whose inputs or targets are not finite numbers."""
         finite = torch.cat([finite_rows(part) for part in self.read(batch)])

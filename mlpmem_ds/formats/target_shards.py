@@ -16,7 +16,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
@@ -38,6 +38,7 @@ _MAX_BYTES_AN_ENTRY, _MAX_OTHER_BYTES = (
     8,
     1 << 16,
 )  # of a member: a damaged size must not ask for all the memory
+_MAX_MEMBER_BYTES = 1 << 30  # of a sample that no index describes
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -234,18 +235,45 @@ def _members(content: bytes) -> dict[str, bytes]:
 
 
 def _block_of(members: dict[str, bytes], sample: StoredSample, encoding: str) -> TargetBlock:
-    arrays = {
-        name: np.lib.format.read_array(io.BytesIO(members[f"{sample.key}.{name}.npy"]), allow_pickle=False)
-        for name in array_names(encoding)
-    }
-    meta = json.loads(members[f"{sample.key}.meta.json"])
+    block = block_of_members(
+        {name.removeprefix(f"{sample.key}."): content for name, content in members.items()}, encoding
+    )
     found, expected = (
-        (meta["first"], meta["count"], meta["entries"]),
+        (block.first, block.count, block.entries),
         (sample.first, sample.count, sample.entries),
     )
     if found != expected:
         raise ValueError(f"first, rows and entries are {found}, the index says {expected}")
+    return block
+
+
+def block_of_members(members: Mapping[str, bytes], encoding: str) -> TargetBlock:
+    """A sample from its files by the names behind its key (`counts.npy`, …, `meta.json`), as any reader of
+    tars gives them; a plain tar's are frames, `counts.npy.zst`, ….
+
+    Raises:
+        ValueError, KeyError, TypeError, zstandard.ZstdError: they are no sample.
+    """
+    plain = {
+        name.removesuffix(".zst"): (
+            _decompress(content, max_bytes=_MAX_MEMBER_BYTES) if name.endswith(".zst") else content
+        )
+        for name, content in members.items()
+    }
+    arrays = {
+        name: np.lib.format.read_array(io.BytesIO(plain[f"{name}.npy"]), allow_pickle=False)
+        for name in array_names(encoding)
+    }
+    meta = json.loads(plain["meta.json"])
     details = {name: meta[name] for name in meta if name not in ("first", "count", "entries", "format")}
     return TargetBlock(
         first=meta["first"], count=meta["count"], entries=meta["entries"], arrays=arrays, details=details
     )
+
+
+def tar_stream(stored: BinaryIO, container: Container) -> BinaryIO:
+    """A shard's bytes as they are read from anywhere → those of a plain tar."""
+    if container == "tar":
+        return stored
+    reader: BinaryIO = zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True)
+    return reader

@@ -167,7 +167,7 @@ class Targets(CompleteStage[TargetsManifest]):
         self.check_files([name])
 
     @cached_property
-    def _order_V(self) -> np.ndarray | None:
+    def order_V(self) -> np.ndarray | None:
         """The vocabulary's order of frequency, where the encoding needs it."""
         if self.encoding == "exact":
             return None
@@ -187,7 +187,7 @@ class Targets(CompleteStage[TargetsManifest]):
 
     def _samples_of(self, shard: TargetShard, start: int, stop: int) -> Iterator[tuple[int, SparseRows]]:
         """(first position, rows) of the samples of a shard that hold some of the positions [start, stop)."""
-        index, order_V = self.index_of(shard), self._order_V
+        index, order_V = self.index_of(shard), self.order_V
         path = self.root / shard.name
         with open(path, "rb", buffering=0) as stream:
             first = bisect_right(index.samples, start, key=lambda sample: sample.first) - 1
@@ -219,15 +219,15 @@ class Targets(CompleteStage[TargetsManifest]):
         return index
 
 
-def open_targets(root: Path, *, flag: str = "--targets") -> Targets:
-    """Open a complete target directory.
+def open_targets(root: Path, *, flag: str = "--targets", has_shards: bool = True) -> Targets:
+    """Open a complete target directory; without `has_shards` they may be elsewhere, and are not asked for.
 
     Raises:
         UserError: no targets there.
         DamagedDataError: files missing, of another size or version, or shards that do not cover the
             positions.
     """
-    targets = read_stage(Targets, TargetsManifest, root, flag=flag)
+    targets = read_stage(Targets, TargetsManifest, root, flag=flag, has_files=has_shards)
     stop = 0
     for shard in targets.manifest.shards:
         if shard.first != stop:

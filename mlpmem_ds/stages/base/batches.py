@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from mlpmem_ds.core.hashing import hash_fraction, shuffled
+from mlpmem_ds.core.hashing import Permutation, hash_fraction, shuffled
 from mlpmem_ds.core.world import World
 
 
@@ -32,9 +33,15 @@ class Sequences:
     def batch(self, epoch: int, first: int, count: int) -> np.ndarray:
         """int64 [count, S + 1]: the sequences [first, first + count) of the epoch's order."""
         offset = int(shuffled(self.length, self.seed, epoch, 1)[0])
-        chosen = shuffled(self.per_epoch, self.seed, epoch, 0)[first : first + count]
+        chosen = _order(self.per_epoch, self.seed, epoch).items(first, first + count)
         starts = np.minimum(offset + chosen * self.length, len(self.tokens) - self.length - 1)
         return self.tokens[starts[:, None] + np.arange(self.length + 1)]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> Permutation:
+    """Of an epoch's sequences; made once an epoch, not once a step."""
+    return Permutation(count, seed, epoch, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,12 @@ class SequenceBatches:
             epoch, batch = divmod(step, self.steps_per_epoch)
             mine = self.sequences.batch(epoch, batch * self.per_step, self.per_step)[rank::size]
             yield torch.from_numpy(mine).chunk(self.num_micro_batches), time.perf_counter() - start
+
+    def state_after(self, step: int) -> None:
+        """None: a batch is a function of its number."""
+
+    def continue_from(self, state: None) -> None:
+        """Nothing to go on from."""
 
     def faulty_positions(self, step: int) -> list[int]:
         """None: tokens are whole numbers."""

@@ -4,6 +4,7 @@
 - `options`: the flags that both trainings share; `schedule`, `defaults`: the learning rate, and its default
 - `inputs`, `memory_shape`, `initial_memory`, `frozen_base`, `base_head`: what is given, opened, checked
 - `objectives`: what may be minimized, by name, and how one is added; `imitation`: the first
+- `streamed_batches`: batches of `--loader webdataset`
 - `parts`: what a training is put together from: objective, batches, validator
 - `training`: one training from its start to its result; `loop`: the steps one after another
 - `validation`: what validations found, the best weights; `memory_validation`: those of a memory

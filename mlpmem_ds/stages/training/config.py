@@ -81,7 +81,7 @@ class Config(TrainingOptions):
     )
     shuffle_window_blocks: int = option(
         "blocks of positions that are shuffled together; W ranks hold a W-th of two such windows each, and"
-        " read little twice with 10 blocks a rank or more",
+        " read little twice with 30 blocks a rank or more",
         1024,
         at_least=1,
     )
@@ -89,6 +89,22 @@ class Config(TrainingOptions):
         "shuffle positions within windows, or whole blocks (default: positions; blocks where the keys store"
         " no inputs)",
         None,
+    )
+    loader: Literal["stored", "webdataset"] = option(
+        "how batches are read: the stored targets by position, in an order that no number of ranks changes;"
+        " or target shards streamed by webdataset, for clusters whose shards are in an object store",
+        "stored",
+    )
+    targets_url: str | None = option(
+        "with webdataset: where the target shards are, a directory or URL, or a command; {} stands for a"
+        " shard's name (default: --targets, of which only the manifest is needed with this)",
+        None,
+        metavar="URL",
+        identity="none",
+    )
+    open_shards: int = option("with webdataset: shards that a rank reads at a time", 4, at_least=1)
+    shuffle_buffer_positions: int = option(
+        "with webdataset: positions that a rank holds to shuffle them", 65_536, at_least=1
     )
     reader_threads: int | None = option(
         "threads of a rank that decode batches ahead (default: its cores, at most 8)",
@@ -115,6 +131,7 @@ class Config(TrainingOptions):
         super().check()
         if self.targets is None and (self.alpha > 0 or self.keys is None):
             raise UserError("--targets is needed (without it: --alpha 0 and --keys)")
+        self._check_loader()
         if self.head == "base" and self.model is None:
             raise UserError("--head base needs --model, the base whose output head is copied")
         if self.head == "base" and self.init_from is not None:
@@ -128,6 +145,20 @@ class Config(TrainingOptions):
         if self.preset and shape:
             raise UserError(
                 f"--preset {self.preset} fixes the shape: leave out --{shape[0].replace('_', '-')}"
+            )
+
+    def _check_loader(self) -> None:
+        if self.loader == "stored":
+            if self.targets_url is not None:
+                raise UserError("--targets-url is where --loader webdataset reads: give that too")
+            return
+        if self.targets is None:
+            raise UserError(
+                "--loader webdataset streams the shards of --targets: give them, or --loader stored"
+            )
+        if self.order is not None:
+            raise UserError(
+                f"--order {self.order} is of --loader stored; webdataset orders in its own way: leave it out"
             )
 
     @property

@@ -72,7 +72,9 @@ def open_inputs(config: Config, world: World) -> TrainingInputs:
         UserError: with what does not fit, and the remedy.
     """
     corpus = open_corpus(config.corpus)
-    targets = None if config.targets is None else open_targets(config.targets)
+    targets = None
+    if config.targets is not None:
+        targets = open_targets(config.targets, has_shards=config.targets_url is None)
     keys = _open_keys(config, targets)
     _check_one_corpus(config, corpus, keys, targets)
     if config.wandb_project is not None:
@@ -94,6 +96,29 @@ def open_inputs(config: Config, world: World) -> TrainingInputs:
             " give --model, a corpus with a tuning split and a --validate-every other than none"
         )
     return inputs
+
+
+def check_loader(config: Config, inputs: TrainingInputs, world: World) -> None:
+    """The shards can be streamed by so many ranks.
+
+    Raises:
+        UserError: there are too few of them, or the inputs come from a base that the ranks run together.
+    """
+    if config.loader == "stored":
+        return
+    assert inputs.targets is not None
+    num_shards = len(inputs.targets.manifest.shards)
+    if num_shards < world.size * config.open_shards:
+        raise UserError(
+            f"--loader webdataset deals whole shards: {num_shards} are too few for {world.size} ranks with"
+            f" --open-shards {config.open_shards} each; choose fewer, write the targets with a smaller"
+            " --shard-positions, or use --loader stored"
+        )
+    if inputs.is_online and config.base_sharding != "none":
+        raise UserError(
+            f"--loader webdataset cannot compute inputs with a base that all ranks run together"
+            f" (--base-sharding {config.base_sharding}): use --loader stored, or store the inputs"
+        )
 
 
 def _open_keys(config: Config, targets: Targets | None) -> Keys:

@@ -54,7 +54,7 @@ class Objective(Protocol):
 
 
 class Batches(Protocol):
-    """Which rows each step takes: a pure function of the step's number, at any number of ranks."""
+    """Which rows each step takes: of the step's number alone, at any number of ranks, or of what was read."""
 
     @property
     def may_run_ahead(self) -> bool:
@@ -62,6 +62,13 @@ class Batches(Protocol):
 
     def stream(self, first: int, stop: int) -> Iterator[tuple[Sequence[Any], float]]:
         """This rank's micro-batches of the steps [first, stop), and the seconds waited for each step's."""
+
+    def state_after(self, step: int) -> Any:
+        """What a checkpoint after so many steps keeps of the reading: plain values, the same on every rank;
+        None where the step's number says all. Collective."""
+
+    def continue_from(self, state: Any) -> None:
+        """Before `stream`: go on where that checkpoint was."""
 
     def faulty_positions(self, step: int) -> list[int]:
         """The positions of this rank's rows of a step that hold a number which is not finite."""

@@ -41,11 +41,12 @@ from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
 from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows
 from mlpmem_ds.stages.training.frozen_base import open_base
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, hash_initial_memory
-from mlpmem_ds.stages.training.inputs import TrainingInputs, open_inputs, provenance_of
+from mlpmem_ds.stages.training.inputs import TrainingInputs, check_loader, open_inputs, provenance_of
 from mlpmem_ds.stages.training.memory_shape import memory_shape
 from mlpmem_ds.stages.training.memory_validation import MemoryValidator
 from mlpmem_ds.stages.training.objectives import OBJECTIVES, MemoryObjective
-from mlpmem_ds.stages.training.parts import Steps
+from mlpmem_ds.stages.training.parts import Batches, Steps
+from mlpmem_ds.stages.training.streamed_batches import StreamedBatches, StreamSettings
 from mlpmem_ds.stages.training.training import Training, announce, is_complete
 
 __all__ = ["Config", "run"]
@@ -65,6 +66,7 @@ def run(config: Config, world: World) -> None:
         max_micro_batch=config.micro_batch_positions,
         gradient_clipping=config.gradient_clipping,
     )
+    check_loader(config, inputs, world)
     steps = _steps(config, inputs)
 
     # From here on the ranks work together; nothing is written yet.
@@ -204,11 +206,28 @@ def _batches(
     base: StateSource | None,
     world: World,
     num_micro_batches: int,
-) -> BatchReader:
+) -> Batches:
     online = None
     if inputs.is_online:
         assert base is not None
         online = OnlineInputs(base, inputs.corpus, inputs.point)
+    if config.loader == "webdataset":
+        assert inputs.targets is not None
+        return StreamedBatches(
+            inputs.keys,
+            inputs.targets,
+            StreamSettings(
+                place=config.targets_url or str(config.targets),
+                open_shards=config.open_shards,
+                buffer_positions=config.shuffle_buffer_positions,
+                seed=config.seed,
+            ),
+            batch_positions=config.batch_positions,
+            world=world,
+            num_micro_batches=num_micro_batches,
+            with_log_probabilities=objective.needs_base_log_probabilities,
+            inputs=online,
+        )
     return BatchReader(
         inputs.keys,
         inputs.targets if objective.needs_targets else None,

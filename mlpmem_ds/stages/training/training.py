@@ -127,6 +127,7 @@ class Training:
         """Train until the end, or until a stop that the same command continues."""
         saved = self._resume()
         first, values = (0, {}) if saved is None else (saved.step, saved.values)
+        self._batches.continue_from(values.get("reader"))
         self._best = BestWeights(self._options.output, values.get("validations", ()))
         self._began = time.monotonic() - values.get("seconds", 0.0)
         self._metrics = Metrics(
@@ -233,6 +234,7 @@ class Training:
             subject=self._subject,
             values={
                 "batches": step,
+                "reader": self._batches.state_after(step),
                 "validations": self._best.to_json(),
                 "seconds": time.monotonic() - self._began,
             },
