@@ -20,7 +20,6 @@ Shape legend: N positions, Q sampled ones, D numbers in a key, K neighbours.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -47,6 +46,7 @@ from mlpmem_ds.benchmarks.target_fidelity import Case, fidelity_rows, sample_blo
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
+from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import open_targets
@@ -288,7 +288,6 @@ def _ratio(rows: list[Row], metric: str) -> float:
 def _share_of_extraction(keys: Keys, positions_per_second: float) -> dict[str, float]:
     """Seconds of search, aggregation and writing over those of one rank's extraction of the same number of
     positions."""
-    path = keys.root / "log.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    events = read_events(keys.root / "log.jsonl")
     seconds = sum(event.get("seconds", 0) for event in events if event["event"] == "unit")
     return {"targets_over_extraction": keys.num_positions / positions_per_second / seconds} if seconds else {}

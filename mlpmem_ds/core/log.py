@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.world import World
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -43,10 +44,15 @@ def _shown_level(world: World) -> int:
 
 
 class EventLog:
-    """Appends one JSON object a line to `path`; lines of several ranks may interleave but never mix."""
+    """Appends one JSON object a line to `path`; lines of several ranks may interleave but never mix.
+
+    Ranks of other hosts than rank 0's have a file each host, `log-<host>.jsonl`: appends of two clients of a
+    network file system may overwrite each other.
+    """
 
     def __init__(self, path: Path, world: World) -> None:
-        self._path = path
+        own = path.with_name(f"{path.stem}-{host_name()}{path.suffix}")
+        self._path = path if world.is_on_first_host else own
         self._rank = world.rank
 
     def write(self, event: str, **fields: Any) -> None:
@@ -56,11 +62,14 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a log.jsonl, without lines that a crash cut short; [] where there is no file."""
-    if not path.is_file():
-        return []
+    """The events of a log.jsonl and of those of other hosts next to it, each file's in its order, without
+    lines that a crash cut short; [] where there is no file."""
+    paths = [path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]
+    lines = [
+        line for each in paths if each.is_file() for line in each.read_text(encoding="utf-8").splitlines()
+    ]
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

@@ -90,7 +90,9 @@ def _was_made_for(output: Path, identity: Mapping[str, Any]) -> bool:
     for path in _record_paths(output):
         with contextlib.suppress(DamagedDataError):
             return bool(read_sealed_json(path).get(IDENTITY_FIELD) == content_hash(identity))
-    return {entry.name for entry in output.iterdir() if not entry.name.startswith(".")} <= _WRITTEN_FIRST
+    return {
+        entry.name for entry in output.iterdir() if not entry.name.startswith((".", "log-"))
+    } <= _WRITTEN_FIRST
 
 
 def refuse_other_run(

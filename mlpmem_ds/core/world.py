@@ -28,6 +28,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    is_on_first_host: bool = True
+    """with rank 0, as far as the launcher says"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -57,5 +59,7 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
                     f" {size_name}={environment[size_name]!r} are not numbers: unset them or start through a"
                     " launcher"
                 ) from error
-            return World(rank=rank, size=size, local_rank=local_rank)
+            # A rank's number among those of its host is its number among all on the first host alone, for
+            # the ranks below it are then there too.
+            return World(rank=rank, size=size, local_rank=local_rank, is_on_first_host=rank == local_rank)
     return World()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.log import EventLog, Progress, read_events, seconds_of_stage, set_up_logging
 from mlpmem_ds.core.world import World
 
@@ -74,3 +75,12 @@ def test_seconds_of_a_stage_count_overlapping_ranks_once_and_add_resumed_runs(
     ):
         write(when, rank, event)
     assert seconds_of_stage(tmp_path) == pytest.approx(15 + 7)
+
+
+def test_ranks_of_other_hosts_have_a_file_of_their_host(tmp_path: Path) -> None:
+    """Appends of two clients of a network file system may overwrite each other."""
+    for rank, is_first in ((0, True), (1, True), (2, False), (3, False)):
+        EventLog(tmp_path / "log.jsonl", World(rank=rank, size=4, is_on_first_host=is_first)).write("started")
+    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", f"log-{host_name()}.jsonl"}
+    assert [event["rank"] for event in read_events(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
+    assert seconds_of_stage(tmp_path) is not None

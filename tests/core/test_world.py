@@ -8,12 +8,15 @@ from mlpmem_ds.core.world import World, world_from_environment
     ("environment", "expected"),
     [
         ({}, World()),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World(rank=3, size=8, local_rank=1)),
+        (
+            {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"},
+            World(rank=3, size=8, local_rank=1, is_on_first_host=False),
+        ),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, World(rank=1, size=2, local_rank=1)),
         ({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}, World(rank=0, size=4)),
         (
             {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1"},
-            World(rank=5, size=6, local_rank=1),
+            World(rank=5, size=6, local_rank=1, is_on_first_host=False),
         ),
         # a plain python in a batch script of eight tasks is a world of one
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, World()),
@@ -32,3 +35,14 @@ def test_world_from_environment(environment: dict[str, str], expected: World) ->
 def test_wrong_variables_are_the_users_to_mend(environment: dict[str, str]) -> None:
     with pytest.raises(UserError):
         world_from_environment(environment)
+
+
+def test_a_rank_knows_whether_it_is_on_the_host_of_rank_0() -> None:
+    """Four ranks on two hosts, dealt host by host and in turn."""
+    for local_ranks, on_first in (([0, 1, 0, 1], [0, 1]), ([0, 0, 1, 1], [0])):
+        worlds = [
+            world_from_environment({"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(local_rank)})
+            for rank, local_rank in enumerate(local_ranks)
+        ]
+        assert [world.rank for world in worlds if world.is_on_first_host] == on_first
+    assert world_from_environment({"RANK": "3", "WORLD_SIZE": "4"}).is_on_first_host  # not told
