@@ -88,7 +88,10 @@ class Config(Flags):
         "10^9 bytes that the disk reads or writes in a second, for all ranks together", 1.0, above=0
     )
     network_gb_per_second: float = option(
-        "10^9 bytes that a rank sends to the others in a second, in list search", 5.0, above=0
+        "10^9 bytes that a rank sends to others in a second, in list search (1: TCP, as under torchrun; MPI"
+        " over InfiniBand: 10)",
+        1.0,
+        above=0,
     )
     calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
     output: Path | None = option("JSON file to write besides the table", None)

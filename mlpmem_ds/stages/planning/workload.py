@@ -104,4 +104,4 @@ class Machine:
     disk_bytes: int
     gpu_bytes: float = 80e9
     disk_rate: float = 1e9
-    network_rate: float = 5e9
+    network_rate: float = 1e9
