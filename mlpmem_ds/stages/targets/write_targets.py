@@ -192,8 +192,12 @@ class _Refused(Exception):
 def _give_up(stage: StageDirectory) -> None:
     """Take everything away but the lists, which cost most and do not depend on what was refused; the identity
     last, so that other flags may follow."""
-    for name in ("done", ORDER_NAME, "log.jsonl", "run.json", "identity.json"):
-        path = stage.root / name
+    logs = sorted(stage.root.glob("log*.jsonl"))
+    for path in (
+        *(stage.root / name for name in ("done", ORDER_NAME)),
+        *logs,
+        *(stage.root / name for name in ("run.json", "identity.json")),
+    ):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
