@@ -11,13 +11,14 @@ import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol, TypeAlias
 
 import torch
+
+from mlpmem_ds.core.ahead import run_ahead
 
 _BATCHES_AHEAD = 2  # on the device, besides the one whose step is queued; and as many pinned buffers
 _ALIGNMENT = 512  # bytes: of a tensor in a pinned buffer
@@ -55,7 +56,8 @@ class CudaStreams:
         self._copies = torch.cuda.Stream(device)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self._device):  # else this thread would open GPU 0 as well
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     @contextlib.contextmanager
     def copying(self, *, after_compute: bool) -> Iterator[None]:
@@ -76,6 +78,11 @@ class CudaStreams:
         self._compute.wait_event(event)
         for tensor in tensors:
             tensor.record_stream(self._compute)
+
+
+def streams_for(device: torch.device, *, may_run_ahead: bool) -> Streams | None:
+    """Those of a GPU; None where a batch may not be taken before its step, or nothing is copied."""
+    return CudaStreams(device) if device.type == "cuda" and may_run_ahead else None
 
 
 @dataclass(eq=False)
@@ -131,40 +138,32 @@ class DeviceFeed:
             for parts, seconds in batches:
                 yield [self._move(part) for part in parts], seconds
             return
-        buffers = deque(PinnedBuffer(self._streams) for _ in range(_BATCHES_AHEAD))
-        with contextlib.ExitStack() as stack:
-            stack.callback(_close, batches)
-            pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="copies"))
-            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            pending: deque[Future[tuple[Arguments, Any] | None]] = deque()
+        brought = run_ahead(self._bring(batches), count=_BATCHES_AHEAD, name="copies")
+        with contextlib.closing(brought):  # type: ignore[type-var]
             while True:
-                while len(pending) <= _BATCHES_AHEAD:
-                    pending.append(pool.submit(self._bring, batches, buffers))
                 start = perf_counter()
-                found = pending.popleft().result()
+                found = next(brought, None)
                 if found is None:
                     return
                 arguments, event = found
                 self._streams.take(event, list(tensors_of(arguments, device_only=True)))
                 yield arguments, perf_counter() - start
 
-    def _bring(
-        self, batches: Iterator[tuple[Sequence[Any], float]], buffers: deque[PinnedBuffer]
-    ) -> tuple[Arguments, Any] | None:
-        """Queue the copies of the next batch; None after the last one."""
+    def _bring(self, batches: Iterator[tuple[Sequence[Any], float]]) -> Iterator[tuple[Arguments, Any]]:
+        """Each batch with its copies queued, and the event after them."""
         assert self._streams is not None
-        found = next(batches, None)
-        if found is None:
-            return None
-        parts, _ = found
-        buffers.rotate(-1)
-        is_computed = any(tensor.device.type != "cpu" for tensor in tensors_of(parts))
-        pinned = buffers[0].fill(parts)
-        with self._streams.copying(after_compute=is_computed):
-            arguments = [self._move(part) for part in pinned]
-            event = self._streams.mark()
-        buffers[0].copied(event)
-        return arguments, event
+        buffers = deque(PinnedBuffer(self._streams) for _ in range(_BATCHES_AHEAD))
+        with contextlib.ExitStack() as stack:
+            stack.callback(_close, batches)
+            for parts, _ in batches:
+                buffers.rotate(-1)
+                is_computed = any(tensor.device.type != "cpu" for tensor in tensors_of(parts))
+                pinned = buffers[0].fill(parts)
+                with self._streams.copying(after_compute=is_computed):
+                    arguments = [self._move(part) for part in pinned]
+                    event = self._streams.mark()
+                buffers[0].copied(event)
+                yield arguments, event
 
 
 def tensors_of(value: Any, *, device_only: bool = False) -> Iterator[torch.Tensor]:

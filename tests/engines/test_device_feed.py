@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.engines.device_feed import DeviceFeed, map_tensors, tensors_of
+from mlpmem_ds.engines.device_feed import DeviceFeed, map_tensors, streams_for, tensors_of
 from mlpmem_ds.formats.training_rows import MicroBatch
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.sparse_targets import TargetBatch
@@ -168,3 +169,66 @@ def test_tensors_are_found_in_records_lists_and_tuples() -> None:
     doubled = map_tensors(value, lambda tensor: tensor * 2)
     assert doubled[0] == (torch.tensor(2), "word") and (doubled[1][0].inputs_NI == 4).all()
     assert list(tensors_of(value, device_only=True)) == []
+
+
+def test_a_gpu_is_asked_for_its_own_streams_from_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda is played: which device each call is for, and which stream queues and waits."""
+    log: list[Any] = []
+    current: list[Any] = []
+
+    class FakeStream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: FakeStream) -> None:
+            log.append((self.name, "waits for", other.name))
+
+        def wait_event(self, event: Any) -> None:
+            log.append((self.name, "waits for the event of", event.stream))
+
+    class FakeEvent:
+        def record(self, stream: FakeStream) -> None:
+            self.stream = stream.name
+
+        def synchronize(self) -> None:
+            log.append(("host", "waits for the event of", self.stream))
+
+    @contextlib.contextmanager
+    def inside(what: Any) -> Iterator[None]:
+        current.append(what)
+        yield
+        current.pop()
+
+    def pinned(num_bytes: int, **settings: Any) -> torch.Tensor:
+        assert settings == {"dtype": torch.uint8, "pin_memory": True}
+        log.append(("pinned", *current))
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    gpu = torch.device("cuda", 3)
+    compute, copies = FakeStream("compute"), FakeStream("copies")
+    monkeypatch.setattr(torch.cuda, "current_stream", {gpu: compute}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "Stream", {gpu: copies}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "device", inside)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    streams = streams_for(gpu, may_run_ahead=True)
+    assert streams is not None
+    monkeypatch.setattr(torch, "empty", pinned)
+    memory = streams.pinned(8)
+    assert len(memory) == 8 and log == [("pinned", gpu)]
+    with streams.copying(after_compute=True):
+        assert current == [gpu, copies]
+        event = streams.mark()
+    with streams.copying(after_compute=False):
+        pass
+    streams.finish(event)
+    kept: list[Any] = []
+    tensor = SimpleNamespace(record_stream=kept.append)
+    streams.take(event, [tensor])  # type: ignore[list-item]
+    assert kept == [compute]
+    assert log[1:] == [
+        ("copies", "waits for", "compute"),
+        ("host", "waits for the event of", "copies"),
+        ("compute", "waits for the event of", "copies"),
+    ]
+    assert streams_for(gpu, may_run_ahead=False) is None and streams_for(CPU, may_run_ahead=True) is None

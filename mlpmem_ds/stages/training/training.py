@@ -22,7 +22,7 @@ from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.deepspeed.config import zero_stage
 from mlpmem_ds.engines.deepspeed.engine import Engine, SavedState
-from mlpmem_ds.engines.device_feed import CudaStreams, DeviceFeed
+from mlpmem_ds.engines.device_feed import DeviceFeed, streams_for
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.engines.processes import StopRequest, gather_values
 from mlpmem_ds.formats.checkpoint import list_checkpoints
@@ -220,10 +220,9 @@ class Training:
     def _arguments(self, first: int) -> Iterator[tuple[list[tuple[Any, ...]], float]]:
         """Each step's micro-batches as the forward takes them, and the seconds waited for them."""
         device, dtype = self._engine.device, self._engine.dtype
-        is_fed = device.type == "cuda" and self._batches.may_run_ahead
         feed = DeviceFeed(
             lambda part: self._objective.arguments(part, device, dtype),
-            CudaStreams(device) if is_fed else None,
+            streams_for(device, may_run_ahead=self._batches.may_run_ahead),
         )
         return feed.stream(self._batches.stream(first, self._steps.count))
 
