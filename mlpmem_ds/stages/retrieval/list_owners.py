@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 _CALL_QUERIES = 1 << 18  # of all ranks: 256 a list at 262,144 lists, 8 neighbours' batches at a thousand
 _CALL_BYTES = 1 << 32
 _SHARE_OF_MEMORY = 0.6  # that a group may take of a GPU, or the groups of a host of what is free there
-_MERGED_ROWS = 1 << 12
+_MERGED_ROWS = 256  # whose neighbours stay in the cache
 
 
 def positions_of_a_call(num_ranks: int, k: int, nprobe: int, block_size: int) -> int:
@@ -233,10 +233,15 @@ class _Message:
 
 
 def balanced_stops(sizes_L: np.ndarray, num_groups: int) -> np.ndarray:
-    """Where each of the groups of lists side by side ends, int64 [W]: groups with about as many keys."""
-    keys_L = np.cumsum(sizes_L, dtype=np.int64)
-    shares_W = np.arange(1, num_groups) * (int(keys_L[-1]) / num_groups)
-    stops_W = np.append(np.searchsorted(keys_L, shares_W, side="left") + 1, len(sizes_L))
+    """Where each of the groups of lists side by side ends, int64 [W]: groups with about as much work.
+
+    A list of n keys is searched for about n queries more than an average one, where the queries are the keys:
+    its work goes with n (n + mean). Groups of many lists have about as many keys too.
+    """
+    sizes_L = sizes_L.astype(np.float64)
+    work_L = np.cumsum(sizes_L * (sizes_L + sizes_L.mean()))
+    shares_W = np.arange(1, num_groups) * (work_L[-1] / num_groups)
+    stops_W = np.append(np.searchsorted(work_L, shares_W, side="left") + 1, len(sizes_L))
     return np.minimum(stops_W, len(sizes_L)).astype(np.int64)
 
 
@@ -256,20 +261,26 @@ def merge_answers(
         k: K.
         spread: `map`, or that of a pool of threads.
     """
-    packed_QK = np.full((num_queries, k), MISSING)
+    packed_QK = np.empty((num_queries, k), np.int64)
 
     def merge(block: Block) -> None:
-        is_filled = np.zeros(block.size, bool)
+        filled_b, both_bW = np.zeros(block.size, np.int64), np.empty((block.size, 2 * k), np.int64)
+        both_bW[:, :k] = MISSING
         for answer, rows_M in zip(answers, rows, strict=True):
-            places = slice(*np.searchsorted(rows_M, block).tolist())
-            rows_m, answer_mK = rows_M[places], answer[places]
-            again = is_filled[rows_m - block.start]
-            is_filled[rows_m - block.start] = True
-            packed_QK[rows_m[~again], : answer_mK.shape[1]] = answer_mK[~again]
-            if again.any():
-                both = np.concatenate([packed_QK[rows_m[again]], answer_mK[again]], axis=1)
-                both.sort(axis=1, kind="stable")  # of two parts in order: NumPy merges them
-                packed_QK[rows_m[again]] = both[:, :k]
+            places, width = slice(*np.searchsorted(rows_M, block).tolist()), answer.shape[1]
+            rows_m, answer_mK = rows_M[places] - block.start, answer[places]
+            again = filled_b[rows_m] > 0
+            filled_b[rows_m] = 1
+            if not again.any():
+                both_bW[rows_m, :width] = answer_mK
+                continue
+            both_mW = both_bW if len(rows_m) == block.size else both_bW[rows_m]
+            both_mW[:, k : k + width] = answer_mK
+            both_mW[:, k + width :] = MISSING
+            both_mW.sort(axis=1, kind="stable")  # of two parts in order: NumPy merges them
+            if both_mW is not both_bW:
+                both_bW[rows_m] = both_mW
+        packed_QK[slice(*block)] = both_bW[:, :k]
 
     list(spread(merge, split_blocks(num_queries, _MERGED_ROWS)))
     return packed_QK

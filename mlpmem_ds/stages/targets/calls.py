@@ -6,6 +6,7 @@ shards still answers for its lists until the last one is done.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,10 +14,14 @@ import numpy as np
 
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.stage_directory import StageDirectory
+from mlpmem_ds.engines.collectives.opening import Exchange
 from mlpmem_ds.engines.collectives.ranks import Ranks
+from mlpmem_ds.engines.devices import free_host_bytes
 from mlpmem_ds.stages.retrieval.list_owners import ListOwners, positions_of_a_call
 from mlpmem_ds.stages.retrieval.list_search import ListSearch
 from mlpmem_ds.stages.targets.units import ShardWriter
+
+_SHARE_OF_MEMORY = 0.6  # of what is free on a host, for the lists in its page cache
 
 
 def write_together(stage: StageDirectory, writer: ShardWriter, ranks: Ranks, search: ListSearch) -> None:
@@ -49,6 +54,21 @@ def in_calls(writer: ShardWriter, owners: ListOwners, search: ListSearch, num_ra
         call_positions=positions_of_a_call(num_ranks, teacher.k, search.nprobe, block_size),
         searches_ahead=search.device.type != "cpu",
     )
+
+
+def own_lists(how: Exchange, ranks: Ranks, search: ListSearch, num_bytes: int) -> bool:
+    """Whether the ranks search together, each its group of lists: where the flag says how they exchange, on
+    GPUs, on several hosts, or where one host has no room for all lists. Called by all ranks.
+
+    On one host with room the ranks share mapped lists through the page cache, and search alone: each query's
+    neighbours are then put in order once and not by each owner, and no rank waits for another.
+    """
+    if ranks.size == 1 or how != "auto":
+        return ranks.size > 1
+    seen = ranks.gather((socket.gethostname(), search.device.type, free_host_bytes()))
+    is_one_host = len({host for host, _, _ in seen}) == 1
+    has_room = num_bytes <= _SHARE_OF_MEMORY * min(free for _, _, free in seen)
+    return not (is_one_host and has_room and all(device == "cpu" for _, device, _ in seen))
 
 
 def num_calls(writer: ShardWriter, units: Sequence[str], num_ranks: int) -> int:

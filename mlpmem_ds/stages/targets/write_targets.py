@@ -44,7 +44,7 @@ from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, missing_bytes
 from mlpmem_ds.stages.retrieval.list_owners import ListOwners
 from mlpmem_ds.stages.retrieval.list_search import ListSearch
 from mlpmem_ds.stages.targets import audit as target_audit
-from mlpmem_ds.stages.targets.calls import in_calls, write_together
+from mlpmem_ds.stages.targets.calls import in_calls, own_lists, write_together
 from mlpmem_ds.stages.targets.config import AuditConfig, Config
 from mlpmem_ds.stages.targets.inputs import Inputs, open_inputs
 from mlpmem_ds.stages.targets.teacher import verify_keys
@@ -101,6 +101,7 @@ def _run(config: Config, world: World, ranks: Ranks) -> None:
 
 def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, ranks: Ranks) -> None:
     """All units, the manifest and the audit."""
+    search, shared_search = inputs.teacher.search, _search_together(config, inputs, ranks)
     first_units, row_format, measured = _run_first_units(config, inputs, stage)
     shard_writer = ShardWriter(
         teacher=inputs.teacher,
@@ -112,9 +113,8 @@ def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, 
     )
     shards, file_of = shard_writer.shards, shard_writer.file_of
     _require_disk(config, measured, [shards[unit] for unit in stage.missing_units(list(shards))])
-    search = inputs.teacher.search
-    if ranks.size > 1 and isinstance(search, ListSearch):
-        write_together(stage, shard_writer, ranks, search)
+    if shared_search is not None:
+        write_together(stage, shard_writer, ranks, shared_search)
     else:
         if isinstance(search, ListSearch) and search.device.type != "cpu":
             # A GPU wants many queries at once and the lists in its memory: a rank alone owns all of them.
@@ -179,6 +179,13 @@ def _run_first_units(
     except UserError as error:
         raise _Refused(error) from error
     return [_WEIGHTING, *orders], row_format, _read_sample(stage, summary)
+
+
+def _search_together(config: Config, inputs: Inputs, ranks: Ranks) -> ListSearch | None:
+    """The search that all ranks do together; None where each does its own."""
+    search, key_bytes = inputs.teacher.search, inputs.keys.bytes_of("keys")
+    is_shared = isinstance(search, ListSearch) and own_lists(config.exchange, ranks, search, key_bytes)
+    return search if isinstance(search, ListSearch) and is_shared else None
 
 
 class _Refused(Exception):

@@ -5,12 +5,14 @@ for all ranks, which it forks when torch is loaded; under mpirun once for each. 
 ranks that were not killed.
 """
 
+import atexit
 import functools
 import os
 import pickle
 import sys
 from pathlib import Path
 
+from mlpmem_ds.core import files
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World, world_from_environment
 from mlpmem_ds.stages.retrieval import list_owners
@@ -35,6 +37,14 @@ def run(world: World, config: write_targets.Config, killed: int, call: int) -> i
                 yield searched
 
         units.ShardWriter._found = found
+    hashed, sha256_of_file = [], files.sha256_of_file
+
+    def noted(path: Path) -> str:
+        hashed.append(str(path))
+        return sha256_of_file(path)
+
+    files.sha256_of_file = noted
+    atexit.register(lambda: config.output.with_suffix(f".hashed-{world.rank}").write_text("\n".join(hashed)))
     try:
         write_targets.run(config, world)
     except UserError as error:
@@ -59,6 +69,7 @@ def main() -> None:
         if child == 0:
             code = run(World(rank=rank, size=size, local_rank=rank), config, killed, call)
             sys.stderr.flush()
+            atexit._run_exitfuncs()
             os._exit(code)
         children[child] = rank
     codes = {rank: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, rank in children.items()}

@@ -7,13 +7,16 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.stages.targets import write_targets
+from mlpmem_ds.engines.collectives.alone import Alone
+from mlpmem_ds.stages.targets import calls, write_targets
 from mlpmem_ds.stages.targets.calls import num_calls
 from mlpmem_ds.stages.targets.units import ShardWriter
 
@@ -60,6 +63,10 @@ def test_ranks_that_search_together_give_the_bytes_of_one(
     assert code == 0, said
     assert result_of(wanted.output) == result_of(compact)
     assert not list(wanted.output.glob(".*")), "nothing hidden is left"
+    lines = [wanted.output.with_suffix(f".hashed-{rank}").read_text() for rank in range(size)]
+    hashed = Counter(path for text in lines for path in text.splitlines() if not path.endswith(".json"))
+    inputs = [*keys.glob("keys-*"), *keys.glob("values-*"), *index.glob("shard-*")]
+    assert [hashed[str(path)] for path in inputs] == [1] * len(inputs), "each by one rank, once"
 
 
 @pytest.mark.skipif(not MPIRUN.is_file(), reason="mpirun is not installed")
@@ -67,7 +74,7 @@ def test_ranks_of_mpirun_give_the_bytes_of_one(
     keys: Path, index: Path, compact: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("mpi4py")
-    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index)
+    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange="mpi")
     launcher = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2"]
     code, said = run_together(wanted, "mpi", 2, launcher=launcher)
     assert code == 0, said
@@ -94,6 +101,34 @@ def test_when_a_rank_is_killed_the_next_start_goes_on(
     code, said = run_together(wanted, "torch", 3)
     assert code == 0, said
     assert result_of(wanted.output) == result_of(compact)
+
+
+def test_ranks_search_alone_only_on_the_cpus_of_one_host_that_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Two:
+        size = 2
+        other: tuple[str, str, int]
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, self.other]
+
+    class Search:
+        device = torch.device("cpu")
+
+    two: Any = Two()
+    search: Any = Search()
+    monkeypatch.setattr(calls, "free_host_bytes", lambda: 1000)
+    for other, expected in [
+        ((socket.gethostname(), "cpu", 1000), False),
+        ((socket.gethostname(), "cuda", 1000), True),
+        ((socket.gethostname(), "cpu", 600), True),
+        (("elsewhere", "cpu", 1000), True),
+    ]:
+        two.other = other
+        assert calls.own_lists("auto", two, search, 500) is expected
+        assert calls.own_lists("mpi", two, search, 500) is True
+    assert calls.own_lists("auto", Alone(), search, 500) is False
 
 
 def test_the_calls_of_the_rank_with_most_are_counted() -> None:
