@@ -80,7 +80,9 @@ class StageDirectory:
         self._num_dealt = 0
         self.identity = dict(identity)
         self.world = world
-        self.records = UnitRecords(root, content_hash(self.identity))
+        identity_sha256 = content_hash(self.identity)
+        self.records = UnitRecords(root, identity_sha256)
+        self._counter = f"{root.name}-{identity_sha256[:8]}"  # of this directory among those of a command
         self.log = EventLog(root / "log.jsonl", world)
         self._start = time.monotonic()
         self._was_complete = self.manifest_path.is_file()
@@ -126,7 +128,7 @@ class StageDirectory:
             self._num_dealt += 1
             return sum(
                 self._make(unit, compute, is_dealt=True)
-                for unit in dealt_units(units, self._dealer, f"{self.root.name} {self._num_dealt}")
+                for unit in dealt_units(units, self._dealer, f"{self._counter}-{self._num_dealt}")
                 if unit not in recorded or self._verify(unit) is not None
             )
         num_computed = sum(

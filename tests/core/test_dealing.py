@@ -125,3 +125,20 @@ def test_units_with_a_record_or_a_claim_are_not_free(tmp_path: Path) -> None:
     records.claim_path("3").write_text("")
     assert list(free_units(UNITS, records, World(rank=0, size=2))) == []
     assert list(free_units(UNITS, records, World(rank=1, size=2))) == ["4", "2", "0"]
+
+
+def test_two_directories_of_one_name_have_counters_of_their_own(tmp_path: Path) -> None:
+    dealer = Threads(2)
+    for parent, input_hash in (("a", "i"), ("b", "j")):
+        output = tmp_path / parent / "out"
+        directory = open_stage(
+            output,
+            stage="toy",
+            version=1,
+            config=Config(output=output),
+            inputs={"corpus": input_hash},
+            world=World(rank=0, size=2),
+            dealer=dealer,
+        )
+        assert directory.run_units(UNITS, lambda unit, writer: None) == len(UNITS)
+    assert len(dealer.numbers) == 2
