@@ -137,7 +137,7 @@ def test_the_trainer_takes_them(imported: Path, base_dir: Path, tmp_path: Path) 
         output=tmp_path / "memory",
         batch_positions=16,
     )
-    inputs = training_inputs.open_inputs(config)
+    inputs = training_inputs.open_inputs(config, World())
     assert inputs.keys.num_positions == ROWS and inputs.keys.input_size == WIDTH
     assert inputs.keys.manifest.key_layer == 1
 
