@@ -55,7 +55,7 @@ def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
 
 def provenance_of(settings: training_inputs.Config) -> Provenance:
     """Of the memory that a training with these flags would make."""
-    inputs = training_inputs.open_inputs(settings)
+    inputs = training_inputs.open_inputs(settings, World())
     memory = memory_shape(settings, inputs, inputs.keys.input_size)
     return training_inputs.provenance_of(settings, inputs, memory, num_steps=1)
 
@@ -77,7 +77,7 @@ def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
     assert (provenance.base, provenance.key_model) == (keys.base_sha256, keys.model_sha256)
     assert provenance.input_point == "ffn_input"
     with pytest.raises(UserError, match="is not the base that"):
-        training_inputs.open_inputs(replace(settings, model=str(other_base)))
+        training_inputs.open_inputs(replace(settings, model=str(other_base)), World())
     asked = evaluate.Config(
         model=config.model,
         corpus=config.corpus,
