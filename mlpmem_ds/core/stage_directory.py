@@ -238,6 +238,10 @@ class StageDirectory:
         """Whether a unit with a record has a file that does not have its checksum."""
         return self._verify(unit) is not None
 
+    def has_faults(self, units: Sequence[str]) -> bool:
+        """Whether some of all units of a phase have no record, or are damaged."""
+        return bool(self.missing_units(units)) or any(map(self.is_damaged, units))
+
     def make_unit(self, unit: str, compute: Compute) -> bool:
         """Compute and publish one unit that the caller has dealt to this rank alone; False where it is
         whole."""
@@ -310,10 +314,11 @@ class StageDirectory:
         dealer.wait()
         self.log.write("finished", seconds=self._seconds())
         if self.world.is_first:
-            self._wait([unit for unit in units if unit in self._compute_of_unit])  # seen by its client too
+            self._wait(units)  # until its client sees the records too
             self._publish_manifest(units, describe, afterwards)
         if wait:
             dealer.wait()
+            os.scandir(self.root).close()  # a client asks the server anew for names that were not there
 
     def _publish_manifest(
         self,

@@ -65,7 +65,8 @@ class SharedFolder(Ranks):
 
         def is_member() -> bool:
             nonlocal greeted
-            with contextlib.suppress(OSError):  # not offered yet, or just removed
+            # Not offered yet, or just removed; or the session of a former launch of fewer ranks.
+            with contextlib.suppress(OSError, IndexError):
                 name = _read(self._folder / _OFFER)
                 if name != greeted:
                     self._session = self._folder / name
@@ -109,24 +110,23 @@ class SharedFolder(Ranks):
 
     def next_number(self, counter: str) -> int:
         folder = self._session / f"counter-{counter}"
-        folder.mkdir(exist_ok=True)
         number = self._next_number.get(counter, 0)
-        while True:
-            try:
-                os.close(os.open(folder / str(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            except FileExistsError:
+        try:
+            folder.mkdir(exist_ok=True)
+            while not _is_new(folder / str(number)):
                 number = max([number, *map(int, os.listdir(folder))]) + 1
-            else:
-                self._next_number[counter] = number + 1
-                return number
+        except FileNotFoundError as error:
+            raise RanksLost((), _LEFT) from error
+        self._next_number[counter] = number + 1
+        return number
 
     def wait(self) -> None:
         self.gather(None)
 
     def close(self) -> None:
         self.wait()
+        self._heartbeat.stop()  # first: rank 0 removes the folder when all have left
         _publish(self._session / f"left-{self.rank}", None)
-        self._heartbeat.stop()
         if self.rank == 0:
             self._wait_for(
                 {rank: self._session / f"left-{rank}" for rank in self._others()}, self._timeout_seconds
@@ -199,6 +199,15 @@ class SharedFolder(Ranks):
         with contextlib.suppress(OSError):
             return (self._session / f"sign-{rank}").read_text()
         return ""
+
+
+def _is_new(path: Path) -> bool:
+    """Make an empty file; False where there is one."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _publish(path: Path, value: Any) -> None:

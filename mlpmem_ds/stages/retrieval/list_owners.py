@@ -78,7 +78,7 @@ class ListOwners:
     def prepare(self) -> None:
         """Make the lists where they are missing, and take this rank's group. Called by all ranks."""
         if self._group is None:
-            self._search.prepare()
+            self._search.prepare_together() if self._ranks.size > 1 else self._search.prepare()
             assert self._search.mapped is not None, "a search without a directory of lists has no groups"
             sizes_L = self._search.mapped.sizes_L
             self._stops_W = balanced_stops(sizes_L, self._ranks.size)

@@ -57,19 +57,29 @@ class ListSearch:
         self._lists_path, self._threads, self._world = lists, threads, world
         self._is_verified, self._dealer = is_verified, dealer
         self._mapped: MappedLists | None = None
+        self._is_prepared_together = False
 
     @property
     def num_bytes(self) -> int:
         return self._keys_ND.keys.bytes_of("keys") + self._index.num_bytes
 
     def prepare(self) -> None:
-        """Make the keys in the order of the lists where they are missing, each rank its share, and map
-        them."""
+        """Make the keys in the order of the lists where they are missing, and map them. Any rank calls it
+        at any time, and no rank waits for one that does not."""
         _ = self._trained
-        if self._mapped is None and self._lists_path is not None:
-            self._mapped = make_key_lists(
-                self._lists_path, self._keys_ND.keys, self._index, self._world, self._dealer
-            )
+        if self._mapped is None:
+            self._mapped = self._listed(None)
+
+    def prepare_together(self) -> None:
+        """`prepare` where all ranks call it: the dealer gives each its share."""
+        _ = self._trained
+        if not self._is_prepared_together:
+            self._mapped, self._is_prepared_together = self._listed(self._dealer), True
+
+    def _listed(self, dealer: Dealer | None) -> MappedLists | None:
+        if self._lists_path is None:
+            return None
+        return make_key_lists(self._lists_path, self._keys_ND.keys, self._index, self._world, dealer)
 
     @property
     def mapped(self) -> MappedLists | None:

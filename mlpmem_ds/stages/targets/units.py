@@ -43,6 +43,10 @@ _SEED = 2
 _MAX_WORKERS = 8  # more threads of Python get into one another's way
 
 
+class UnreachablePerplexityError(UserError):
+    """No temperature gives the perplexity that the flags ask for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightingRule:
     """The weighting that the flags ask for: at a temperature, or (None) at the one that fits a perplexity."""
@@ -55,14 +59,14 @@ class WeightingRule:
         """The weighting for such neighbours.
 
         Raises:
-            UserError: no temperature gives the perplexity.
+            UnreachablePerplexityError: no temperature gives the perplexity.
         """
         if self.temperature is not None:
             return Weighting(kind=self.kind, temperature=self.temperature)
         try:
             fitted = fit_weighting(self.kind, squared_nK, valid_nK, self.perplexity)
         except ValueError as error:
-            raise UserError(
+            raise UnreachablePerplexityError(
                 f"--neighbour-perplexity: {error}; or set --temperature (and another --output)"
             ) from error
         # Six digits: legible, and the same where another processor's exp differs in the last bit.

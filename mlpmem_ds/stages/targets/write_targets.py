@@ -17,7 +17,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ import torch
 
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.config import default_of
-from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
@@ -48,7 +47,14 @@ from mlpmem_ds.stages.targets.calls import in_calls, own_lists, write_together
 from mlpmem_ds.stages.targets.config import AuditConfig, Config
 from mlpmem_ds.stages.targets.inputs import Inputs, open_inputs
 from mlpmem_ds.stages.targets.teacher import verify_keys
-from mlpmem_ds.stages.targets.units import SHARD_POSITIONS, RowFormat, Sample, ShardWriter, WeightingRule
+from mlpmem_ds.stages.targets.units import (
+    SHARD_POSITIONS,
+    RowFormat,
+    Sample,
+    ShardWriter,
+    UnreachablePerplexityError,
+    WeightingRule,
+)
 
 _logger = logging.getLogger(__name__)
 _EXCHANGE_FOLDER = ".exchange"  # below the output, with --exchange files
@@ -68,8 +74,10 @@ def run(config: Config, world: World) -> None:
         if config.exchange != "files":  # the others of a launch by MPI or torch are ended too
             raise
         _logger.warning("%s; meanwhile this rank goes on by itself", lost)
-        _run(config, world, Alone())
-        shutil.rmtree(folder, ignore_errors=True)  # what the ranks had for each other
+        try:
+            _run(config, world, Alone())
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # what the ranks had for each other
 
 
 def _run(config: Config, world: World, ranks: Ranks) -> None:
@@ -92,9 +100,9 @@ def _run(config: Config, world: World, ranks: Ranks) -> None:
     try:
         with lists_in_use.hold():
             _write(config, world, inputs, stage, ranks)
-    except _Refused as refused:
+    except UnreachablePerplexityError:
         _give_up(stage)
-        raise refused.error from refused
+        raise
     if config.lists is None and stage.manifest_path.is_file():
         lists_in_use.remove_unless_held()
 
@@ -102,7 +110,7 @@ def _run(config: Config, world: World, ranks: Ranks) -> None:
 def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, ranks: Ranks) -> None:
     """All units, the manifest and the audit."""
     search, shared_search = inputs.teacher.search, _search_together(config, inputs, ranks)
-    first_units, row_format, measured = _run_first_units(config, inputs, stage)
+    first_units, row_format, measured = _run_first_units(config, inputs, stage, ranks)
     shard_writer = ShardWriter(
         teacher=inputs.teacher,
         row_format=row_format,
@@ -119,6 +127,7 @@ def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, 
         if isinstance(search, ListSearch) and search.device.type != "cpu":
             # A GPU wants many queries at once and the lists in its memory: a rank alone owns all of them.
             shard_writer = in_calls(shard_writer, ListOwners(search, Alone()), search, 1)
+        _prepare_if(stage.missing_units, list(shards), inputs, ranks)
         stage.run_units(list(shards), shard_writer.write)
         shard_writer.progress.close()
     units = [*first_units, *shards]
@@ -149,19 +158,18 @@ class _Measured:
 
 
 def _run_first_units(
-    config: Config, inputs: Inputs, stage: StageDirectory
+    config: Config, inputs: Inputs, stage: StageDirectory, ranks: Ranks
 ) -> tuple[list[str], RowFormat, _Measured]:
     """What all shards need: keys compared with their checksums (those of lists are, when the lists are made),
     the order of token ids, the weighting. Returns the names of the units too.
 
     Raises:
-        _Refused: no temperature gives the perplexity.
+        UnreachablePerplexityError: no temperature gives the perplexity.
     """
     orders = [_ORDER] if config.encoding == "compact" else []
     if inputs.index is None:
         verify_keys(stage, inputs.keys)
-    if stage.missing_units([*orders, _WEIGHTING]):
-        inputs.teacher.prepare()  # by all ranks, before one of them needs it
+    _prepare_if(stage.has_faults, [*orders, _WEIGHTING], inputs, ranks)
     stage.run_phase(orders, inputs.write_order)
     row_format = RowFormat(
         mass=config.mass,
@@ -174,11 +182,18 @@ def _run_first_units(
         kind=config.weighting, temperature=config.fixed_temperature, perplexity=config.perplexity
     )
     sample = Sample(teacher=inputs.teacher, rule=rule, row_format=row_format)
-    try:
-        (summary,) = stage.run_phase([_WEIGHTING], sample.measure)
-    except UserError as error:
-        raise _Refused(error) from error
+    (summary,) = stage.run_phase([_WEIGHTING], sample.measure)
     return [_WEIGHTING, *orders], row_format, _read_sample(stage, summary)
+
+
+def _prepare_if(
+    need: Callable[[Sequence[str]], object], units: Sequence[str], inputs: Inputs, ranks: Ranks
+) -> None:
+    """Let all ranks make the lists together before one of them needs them for these units. Rank 0 looks for
+    all: two might not see the same."""
+    search = inputs.teacher.search
+    if isinstance(search, ListSearch) and ranks.gather(ranks.rank == 0 and bool(need(units)))[0]:
+        search.prepare_together()
 
 
 def _search_together(config: Config, inputs: Inputs, ranks: Ranks) -> ListSearch | None:
@@ -186,14 +201,6 @@ def _search_together(config: Config, inputs: Inputs, ranks: Ranks) -> ListSearch
     search, key_bytes = inputs.teacher.search, inputs.keys.bytes_of("keys")
     is_shared = isinstance(search, ListSearch) and own_lists(config.exchange, ranks, search, key_bytes)
     return search if isinstance(search, ListSearch) and is_shared else None
-
-
-class _Refused(Exception):
-    """The sample showed that the flags cannot be met."""
-
-    def __init__(self, error: UserError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 def _give_up(stage: StageDirectory) -> None:

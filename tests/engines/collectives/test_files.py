@@ -1,6 +1,7 @@
 """Ranks that share a folder: every operation, a slow rank, one that is killed, one that fails."""
 
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -44,5 +45,29 @@ def test_a_rank_that_goes_on_alone_ends_those_that_wait(tmp_path):
             waits.result(timeout=15)
     with pytest.raises(RanksLost, match="another rank has gone on alone"):
         ranks[1].gather(2)
+    with pytest.raises(RanksLost, match="another rank has gone on alone"):
+        ranks[1].next_number("units")
+    for rank in ranks:
+        rank.fail()
+
+
+def test_a_launch_of_more_ranks_follows_one_that_was_killed(tmp_path):
+    """The last rank is there before rank 0, and sees what the killed launch left."""
+
+    def open_rank(rank, size):
+        return SharedFolder(World(rank=rank, size=size), tmp_path / "exchange", timeout_seconds=20)
+
+    with ThreadPoolExecutor(3) as pool:
+        former = [pool.submit(open_rank, rank, 2) for rank in range(2)]
+        for rank in former:
+            rank.result(timeout=15)._heartbeat.stop()
+        last = pool.submit(open_rank, 2, 3)
+        while not last.done() and not list((tmp_path / "exchange").glob("*/hello-2")):
+            pass
+        time.sleep(0.1)
+        ranks = [*pool.map(open_rank, range(2), [3, 3]), last.result(timeout=15)]
+        assert [found.result(timeout=15) for found in [pool.submit(rank.gather, 1) for rank in ranks]] == [
+            [1, 1, 1]
+        ] * 3
     for rank in ranks:
         rank.fail()

@@ -132,7 +132,7 @@ def test_all_ranks_find_what_one_finds(
     shares[size // 2] = shares[size // 2][:0] if size > 1 else shares[0]  # a rank that asks nothing
     keys_ND, searches = alone._keys_ND, [search() for _ in range(size)]
     for one in searches:
-        one.prepare()
+        one.prepare_together()  # in turn: ranks of one process share names of temporary files
 
     def work(ranks: Any) -> list[PackedNeighbours]:
         owners = ListOwners(searches[ranks.rank], ranks)

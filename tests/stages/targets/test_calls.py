@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.alone import Alone
+from mlpmem_ds.engines.collectives.ranks import RanksLost
 from mlpmem_ds.stages.targets import calls, write_targets
 from mlpmem_ds.stages.targets.calls import num_calls
 from mlpmem_ds.stages.targets.units import ShardWriter
@@ -129,6 +132,72 @@ def test_ranks_search_alone_only_on_the_cpus_of_one_host_that_has_room(
         assert calls.own_lists("auto", two, search, 500) is expected
         assert calls.own_lists("mpi", two, search, 500) is True
     assert calls.own_lists("auto", Alone(), search, 500) is False
+
+
+@pytest.mark.parametrize(
+    "damaged", ["frequency_order.npy", "done/weighting.json", "knn-000000000104-104.tar"]
+)
+def test_ranks_mend_what_is_damaged_in_complete_targets(
+    keys: Path, index: Path, compact: Path, tmp_path: Path, damaged: str
+) -> None:
+    """The lists are gone by then, and all ranks make them again where one of them needs them."""
+    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange="torch")
+    shutil.copytree(compact, wanted.output)
+    path = next(wanted.output.glob(damaged))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    code, said = run_together(wanted, "torch", 3)
+    assert code == 0, said
+    assert result_of(wanted.output) == result_of(compact)
+
+
+def test_ranks_that_search_alone_make_the_lists_of_a_missing_shard_together(
+    keys: Path, index: Path, compact: Path, tmp_path: Path
+) -> None:
+    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index)
+    shutil.copytree(compact, wanted.output)
+    for path in (wanted.output / "manifest.json", wanted.output / "done/knn-000000000104.json"):
+        path.unlink()
+    code, said = run_together(wanted, "torch", 3)
+    assert code == 0, said
+    assert result_of(wanted.output) == result_of(compact)
+
+
+def test_a_rank_that_is_lost_while_the_sample_is_measured_takes_no_record_away(
+    keys: Path, undisturbed: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost(Alone):
+        """Two ranks, the other of which ends before the wait of this number."""
+
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.size, self.left = 2, number
+
+        def wait(self) -> None:
+            self.left -= 1
+            if not self.left:
+                raise RanksLost([1], "has failed")
+
+    wanted = config(keys, tmp_path / "targets", index=index, search="ivf", nprobe=3)
+    shutil.copytree(undisturbed, wanted.output)
+    records = {path.name for path in wanted.output.glob("done/*.json")}
+    for number in range(1, 4):
+        monkeypatch.setattr(write_targets, "open_ranks", lambda *_, **__: Lost(number))  # noqa: B023
+        with pytest.raises(RanksLost):
+            write_targets.run(wanted, World(rank=0, size=2))
+        assert {path.name for path in wanted.output.glob("done/*.json")} == records
+        assert (wanted.output / "identity.json").is_file()
+
+
+def test_ranks_that_exchange_files_and_are_refused_leave_the_lists_alone(
+    keys: Path, index: Path, tmp_path: Path
+) -> None:
+    changes = {**COMPACT, "neighbour_perplexity": 19.99, "exclude_window": 190}
+    wanted = config(keys, tmp_path / "targets", **changes, index=index, exchange="files")
+    code, said = run_together(wanted, "files", 2)
+    assert code == 2 and "cannot be reached" in said, said
+    assert {path.name for path in wanted.output.iterdir()} == {"lists"}
 
 
 def test_the_calls_of_the_rank_with_most_are_counted() -> None:
