@@ -30,9 +30,11 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.plotting import new_figure, save_png
+from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import TargetAuditManifest, Targets, open_targets
@@ -106,9 +108,16 @@ def _where_read(keys: Keys) -> dict[str, object]:
 
 
 def run(
-    config: AuditConfig, world: World, *, teacher: Teacher, truth: Keys, dealer: Dealer | None = None
+    config: AuditConfig,
+    world: World,
+    *,
+    teacher: Teacher,
+    truth: Keys,
+    index: IndexDirectory | None = None,
+    dealer: Dealer | None = None,
 ) -> None:
-    """Audit a complete target directory; `teacher` is the one that searched for it."""
+    """Audit a complete target directory; `teacher` is the one that searched for it, in the lists of `index`
+    where they were not brought in order (and so neither keys nor index compared) in this start."""
     targets = open_targets(config.targets)
     inputs = {"targets": targets.sha256, "truth": truth.sha256}
     name = content_hash(
@@ -131,8 +140,11 @@ def run(
         true_teacher=replace(teacher, keys=truth, search=search),
         world=world,
     )
+    if index is not None:
+        verify_keys(stage, teacher.keys)
+        verify_inputs(stage, index, [path.name for path in index.shard_paths], label="index")
     if truth.sha256 != teacher.keys.sha256:  # the targets' own were compared when the targets were written
-        verify_keys(stage, truth)
+        verify_keys(stage, truth, label="truth")
     units = [*audit.shards, *audit.parts]
     stage.run_phase(units, audit.compute)
     audit.progress.close()

@@ -110,7 +110,8 @@ class Teacher:
         )
 
 
-def verify_keys(stage: StageDirectory, keys: Keys) -> None:
-    """Compare all keys and values with their checksums, each file once over all ranks and starts."""
+def verify_keys(stage: StageDirectory, keys: Keys, *, label: str = "keys") -> None:
+    """Compare all keys and values with their checksums, each file once over all ranks and starts; `label` as
+    in `verify_inputs`."""
     names = [keys.file_name(array, block.start) for block in keys.blocks for array in ("keys", "values")]
-    verify_inputs(stage, keys, names, label="keys")
+    verify_inputs(stage, keys, names, label=label)

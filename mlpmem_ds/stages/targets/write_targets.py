@@ -138,12 +138,12 @@ def _write(config: Config, world: World, inputs: Inputs, stage: StageDirectory, 
 
     stage.complete(units, describe, wait=inputs.truth is not None)
     if config.audit is not None and inputs.truth is not None:
-        audit_config = AuditConfig(targets=config.output, positions=config.audit)
         target_audit.run(
-            audit_config,
+            AuditConfig(targets=config.output, positions=config.audit),
             world,
             teacher=inputs.teacher,
             truth=inputs.truth,
+            index=inputs.index if any(ranks.gather(search.mapped is None)) else None,
             dealer=ranks if ranks.size > 1 else None,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,24 @@ def test_damaged_shards_are_not_audited(keys: Path, tmp_path: Path) -> None:
     (root / shard.name).write_bytes(content)
     with pytest.raises(DamagedDataError, match="does not have the checksum"):
         target_audit._validate(targets, shard)
+
+
+@pytest.mark.parametrize("damaged", ["keys-*.npy", "values-*.npy", "shard-*"])
+def test_a_later_audit_finds_a_flipped_byte_of_what_it_searches(
+    keys: Path, tmp_path: Path, damaged: str
+) -> None:
+    """The targets are complete and the lists are gone, with the records of what was compared for them."""
+    shutil.copytree(keys, tmp_path / "keys")
+    index = tmp_path / "index"
+    build_index.run(
+        build_index.Config(keys=tmp_path / "keys", output=index, factory="IVF4,PQ3x4", num_shards=2), World()
+    )
+    paths = {"keys": tmp_path / "keys", "output": tmp_path / "targets"}
+    write_targets.run(config(**paths, index=index, search="ivf", nprobe=2, audit=None), World())
+    path = next(path for root in (index, tmp_path / "keys") for path in sorted(root.glob(damaged)))
+    content = path.read_bytes()
+    place = len(content) // 2  # in codes of the index, or in rows of the keys
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(DamagedDataError, match=f"{path.name} does not have the checksum"):
+        write_targets.run(config(**paths, index=index, search="ivf", nprobe=2), World())
+    assert not (tmp_path / "targets/audit.json").exists()
