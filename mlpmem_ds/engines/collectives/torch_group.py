@@ -76,7 +76,8 @@ class TorchGroup(Ranks):
             return pairwise.exchange(parts, self.rank, _swap)
 
     def next_number(self, counter: str) -> int:
-        return int(self._store.add(f"counter/{counter}", 1)) - 1
+        with self._transfer():
+            return int(self._store.add(f"counter/{counter}", 1)) - 1
 
     def wait(self) -> None:
         self._arrive()

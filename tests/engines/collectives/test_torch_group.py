@@ -27,3 +27,8 @@ def test_a_rank_that_fails_ends_the_others_at_once(run_ranks):
     for result in run_ranks("torch", 3, "failed")[::2]:
         assert result["lost"] == (1,) and "rank 1 has failed" in result["said"]
         assert result["seconds"] < 20
+
+
+def test_a_number_of_a_counter_whose_keeper_is_gone(run_ranks):
+    (result,) = run_ranks("torch", 2, "keeper_gone")[1:]
+    assert result["lost"] == () and "is gone" in result["said"]
