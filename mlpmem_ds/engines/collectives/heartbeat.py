@@ -76,6 +76,14 @@ def wait_until(
                 raise RanksLost(lost, f"has shown no sign of life for {timeout_seconds:.0f} s")
             if missing and now - said > _SECONDS_BETWEEN_LINES:
                 said, named = now, ", ".join(str(rank) for rank in missing[:_MAX_RANKS_NAMED])
-                _logger.info("waiting for %d ranks, which are alive: %s", len(missing), named)
+                silent_seconds = max(now - signs[rank][1] for rank in missing)
+                _logger.info(
+                    "waiting for %d ranks: %s; the last sign of life from each is at most %.0f s old"
+                    " (one is lost after %.0f s)",
+                    len(missing),
+                    named,
+                    silent_seconds,
+                    timeout_seconds,
+                )
         time.sleep(pause)
         pause = min(pause * _PAUSE_GROWTH, longest_pause_seconds)

@@ -18,6 +18,11 @@ TIMEOUT_SECONDS = 600.0
 _logger = logging.getLogger(__name__)
 # What mpirun, or srun with --mpi, tells the MPI library of a process; without them it would start alone.
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK")
+_HOW_TO_START = {
+    "mpi": "more are started by mpirun, or by srun --mpi=pmix",
+    "torch": "more are started by torchrun or deepspeed, or with RANK, WORLD_SIZE and MASTER_ADDR set",
+    "files": "more are started by a launcher, or by hand with RANK and WORLD_SIZE set",
+}
 
 
 def open_ranks(
@@ -45,6 +50,8 @@ def open_ranks(
         UserError: the ranks cannot be connected in this way.
         RanksLost: some rank did not arrive.
     """
+    if world.size == 1 and how not in ("auto", "none"):
+        _logger.warning("--exchange %s: this is the only rank; %s", how, _HOW_TO_START[how])
     if world.size == 1 or how == "none":
         return Alone()
     if how == "auto":

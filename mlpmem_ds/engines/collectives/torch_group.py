@@ -139,7 +139,8 @@ class TorchGroup(Ranks):
         try:
             yield
         except RuntimeError as error:
-            raise RanksLost([], f"is gone ({str(error).splitlines()[0]})") from error
+            reason = str(error).splitlines()[0].split(". This is typically caused")[0]  # gloo's own advice
+            raise RanksLost([], f"is gone ({reason})") from error
 
 
 def _swap(outgoing: Array, to: int, incoming: Array, source: int) -> None:

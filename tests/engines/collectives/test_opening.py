@@ -62,3 +62,18 @@ def test_one_rank_and_none_connect_nothing(opened):
     assert isinstance(open_ranks(World(), "mpi", {}), Alone)
     assert isinstance(open_ranks(TWO, "none", {"MASTER_ADDR": "node1"}), Alone)
     assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("how", "launcher"), [("mpi", "mpirun"), ("torch", "torchrun"), ("files", "WORLD_SIZE")]
+)
+def test_one_rank_that_was_to_be_connected_hears_how_ranks_are_started(opened, caplog, how, launcher):
+    with caplog.at_level("WARNING"):
+        open_ranks(World(), how, {})
+    assert f"--exchange {how}: this is the only rank" in caplog.text and launcher in caplog.text
+
+
+@pytest.mark.parametrize("how", ["auto", "none"])
+def test_one_rank_that_asked_for_nothing_hears_nothing(opened, caplog, how):
+    open_ranks(World(), how, {})
+    assert not caplog.records
