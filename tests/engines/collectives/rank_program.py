@@ -60,9 +60,9 @@ def failed(ranks: Ranks) -> dict:
 def keeper_gone(ranks: Ranks) -> dict:
     """Rank 0, which may keep the counters, is gone without a word: the others need a number."""
     ranks.wait()
+    time.sleep(TIMEOUT_SECONDS * (1 + ranks.rank))  # all have left the wait by then
     if ranks.rank == 0:
         os._exit(0)
-    time.sleep(TIMEOUT_SECONDS)
     return {"number": ranks.next_number("units")}
 
 
