@@ -170,9 +170,10 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         name="list_search_over_today_cpu",
         function=list_search_over_today_cpu,
-        goal=0.97,
+        goal=1,
         direction="at least",
-        meaning="targets a second of two CPU ranks with --exchange auto over two with none: 1 but for noise",
+        meaning="targets a second of two CPU ranks with --exchange auto over two with none, which search the"
+        " same way on one host: a miss by hundredths is noise",
     ),
     Measure(
         name="owners_over_alone_cpu",
