@@ -68,6 +68,12 @@ def holder(pid: int) -> str:
     return f"{host_name()} {_boot_id()} {pid}"
 
 
+def has_ended(text: str) -> bool:
+    """Whether the process that `holder` named is known to be gone: only one of this machine is."""
+    machine, _, pid = text.rpartition(" ")
+    return pid.isdigit() and machine == holder(0).rpartition(" ")[0] and not is_alive(int(pid))
+
+
 def is_held(path: Path) -> bool:
     """Whether another process may hold this claim, by one look: only a process of this machine is known to be
     gone at once."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core import claims
-from mlpmem_ds.core.claims import ClaimWatch, claim, holder, is_held, remove_dead_claims
+from mlpmem_ds.core.claims import ClaimWatch, claim, has_ended, holder, is_held, remove_dead_claims
 
 
 @pytest.fixture
@@ -86,6 +86,16 @@ def test_a_claim_that_was_not_touched_for_a_minute_of_our_clock_is_broken(
     with claim(path, breaks=True) as is_mine:
         assert is_mine and path.read_text() == holder(os.getpid())
     assert watch.look(path) == "gone"
+
+
+def test_only_an_ended_process_of_this_machine_is_known_to_have_ended(stranger: int) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert has_ended(holder(gone.pid))
+    assert not has_ended(holder(os.getpid()))
+    assert not has_ended(holder(stranger))
+    assert not has_ended(f"elsewhere {holder(gone.pid).partition(' ')[2]}")
+    assert not has_ended("")
 
 
 def test_a_holder_touches_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_ds.core.claims import has_ended, holder
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.heartbeat import Heartbeat, wait_until
 from mlpmem_ds.engines.collectives.ranks import Array, Ranks, RanksLost, culprits
@@ -187,18 +188,24 @@ class SharedFolder(Ranks):
             is_over,
             awaited=lambda: missing,
             sign_of=self._sign_of,
+            has_ended=self._has_ended,
             timeout_seconds=timeout_seconds,
             longest_pause_seconds=_LONGEST_PAUSE_SECONDS,
         )
 
     def _give_sign(self, number: int) -> None:
-        """Written in place: opening a file to read it is what makes NFS look at it anew."""
-        (self._session / f"sign-{self.rank}").write_text(str(number))
+        """Which process this is, and a number that grows; written in place: opening a file to read it is what
+        makes NFS look at it anew."""
+        (self._session / f"sign-{self.rank}").write_text(f"{holder(os.getpid())}\n{number}")
 
     def _sign_of(self, rank: int) -> str:
         with contextlib.suppress(OSError):
             return (self._session / f"sign-{rank}").read_text()
         return ""
+
+    def _has_ended(self, rank: int) -> bool:
+        process, end_of_line, _ = self._sign_of(rank).partition("\n")
+        return bool(end_of_line) and has_ended(process)  # half a sign may name another process
 
 
 def _is_new(path: Path) -> bool:

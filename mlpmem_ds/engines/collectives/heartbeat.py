@@ -16,6 +16,7 @@ from mlpmem_ds.engines.collectives.ranks import RanksLost
 
 _logger = logging.getLogger(__name__)
 _SIGNS_PER_LIMIT = 10
+_MAX_SECONDS_BETWEEN_LOOKS = 5.0
 _FIRST_PAUSE_SECONDS, _PAUSE_GROWTH = 0.0005, 1.5
 _SECONDS_BETWEEN_LINES = 60.0
 _MAX_RANKS_NAMED = 8
@@ -50,6 +51,7 @@ def wait_until(
     sign_of: Callable[[int], str],
     timeout_seconds: float,
     longest_pause_seconds: float,
+    has_ended: Callable[[int], bool] = lambda rank: False,
 ) -> None:
     """Look again and again, less often the longer it takes, until it is over.
 
@@ -57,20 +59,24 @@ def wait_until(
         is_over: raises RanksLost where a rank has said that it failed.
         awaited: the ranks that are not there yet.
         sign_of: a rank's last sign of life; any text that changes while it lives.
+        has_ended: whether a rank's process is known to be gone; then its time limit is not waited for.
 
     Raises:
-        RanksLost: an awaited rank gave the same sign for the whole time limit.
+        RanksLost: an awaited rank has ended, or gave the same sign for the whole time limit.
     """
     pause, looked, said = _FIRST_PAUSE_SECONDS, time.monotonic(), time.monotonic()
     signs: dict[int, tuple[str, float]] = {}
     while not is_over():
         now = time.monotonic()
-        if now - looked > timeout_seconds / _SIGNS_PER_LIMIT:
+        if now - looked > min(timeout_seconds / _SIGNS_PER_LIMIT, _MAX_SECONDS_BETWEEN_LOOKS):
             looked, missing = now, list(awaited())
             for rank in missing:
                 sign = sign_of(rank)
                 if rank not in signs or signs[rank][0] != sign:
                     signs[rank] = sign, now
+            ended = [rank for rank in missing if has_ended(rank)]
+            if ended and not is_over():
+                raise RanksLost(ended, "has ended")
             lost = [rank for rank in missing if now - signs[rank][1] > timeout_seconds]
             if lost and not is_over():
                 raise RanksLost(lost, f"has shown no sign of life for {timeout_seconds:.0f} s")

@@ -19,7 +19,8 @@ def test_ranks_exchange_and_wait_for_a_slow_one(run_ranks, check_everything, siz
 def test_a_killed_rank_is_named(run_ranks):
     results = run_ranks("files", 3, "killed")[::2]
     assert [result["lost"] for result in results] == [(1,), (1,)]
-    assert any("no sign of life" in result["said"] for result in results)  # who sees it first tells the other
+    # Who sees it first tells the other.
+    assert any("rank 1 has ended" in result["said"] for result in results)
     assert all(result["seconds"] < 20 for result in results)
 
 

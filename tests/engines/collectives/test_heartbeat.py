@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 
 import pytest
 
@@ -23,3 +24,18 @@ def test_a_silent_rank_is_not_called_alive_and_is_lost_after_the_limit(caplog, m
     lines = [record.message for record in caplog.records]
     assert lines and all("waiting for 2 ranks: 1, 3" in line and "alive" not in line for line in lines)
     assert all(re.search(r"at most \d+ s old \(one is lost after", line) for line in lines)
+
+
+def test_a_rank_that_has_ended_is_lost_long_before_the_limit(monkeypatch):
+    monkeypatch.setattr(heartbeat, "_MAX_SECONDS_BETWEEN_LOOKS", 0.1)
+    start = time.monotonic()
+    with pytest.raises(RanksLost, match="rank 2 has ended") as caught:
+        heartbeat.wait_until(
+            lambda: False,
+            awaited=lambda: [1, 2],
+            sign_of=lambda rank: "always the same",
+            has_ended=lambda rank: rank == 2,
+            timeout_seconds=600,
+            longest_pause_seconds=0.01,
+        )
+    assert caught.value.ranks == (2,) and time.monotonic() - start < 30
