@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.blocks import deal
-from mlpmem_ds.core.claims import claim, remove_dead_claims
+from mlpmem_ds.core.claims import ClaimWatch, claim, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
 from mlpmem_ds.core.dealing import Dealer, dealt_units, free_units
 from mlpmem_ds.core.file_lists import list_files
@@ -328,19 +328,32 @@ class StageDirectory:
     ) -> None:
         if missing_of(units, self.records.listing()):
             return
-        with claim(self.root / ".manifest.claim") as is_mine:
-            is_done = self.manifest_path.is_file() and not (self._was_complete and self.world.is_first)
-            if is_done or not is_mine:
+        watch, patience, is_gone, path = ClaimWatch(), Patience(), False, self.root / ".manifest.claim"
+        while True:
+            with claim(path, breaks=is_gone) as is_mine:
+                if self.manifest_path.is_file() and not (self._was_complete and self.world.is_first):
+                    return
+                if is_mine:
+                    self._write_manifest(units, describe)
+                    break
+            # Who has the claim writes it, or was killed on another host, which only time can tell.
+            if self.manifest_path.is_file() or (state := watch.look(path)) == "held":
                 return
-            files, self._summaries = self.records.read_all(units)
-            own = to_json(describe())
-            self._summaries = {}
-            manifest = {**self.identity, **own, **list_files(self.root, files)}
-            publish_json(self.manifest_path, manifest, seal=True)
-            self.remove_stale_files()
+            is_gone = state == "gone"
+            patience.sleep()
         log_for_all(_logger, self.world, "complete: %s (%.1f s)", self.root, self._seconds())
         if afterwards is not None:
             afterwards()
+
+    def _write_manifest(
+        self, units: Sequence[str], describe: Callable[[], Manifest | Mapping[str, Any]]
+    ) -> None:
+        files, self._summaries = self.records.read_all(units)
+        own = to_json(describe())
+        self._summaries = {}
+        manifest = {**self.identity, **own, **list_files(self.root, files)}
+        publish_json(self.manifest_path, manifest, seal=True)
+        self.remove_stale_files()
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self._start, 3)

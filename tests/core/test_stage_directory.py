@@ -164,6 +164,19 @@ def test_who_waits_returns_when_the_directory_is_complete_also_where_the_writer_
     assert directory.manifest_path.is_file() and calls == ["waited"]
 
 
+def test_a_manifest_that_a_rank_of_another_host_died_at_is_written_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "_SECONDS_UNTIL_DEAD", 0.5)
+    config = Config(output=tmp_path / "out")
+    run(config, World())
+    (config.output / "manifest.json").unlink()
+    (config.output / ".manifest.claim").write_text("elsewhere boot 1")
+    run(config, World())
+    assert (config.output / "manifest.json").is_file()
+    assert not (config.output / ".manifest.claim").exists()
+
+
 def test_units_of_one_rank_alone_are_not_taken_over(tmp_path: Path) -> None:
     config = Config(output=tmp_path / "out")
     directory = open_stage(

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.once import shared_place
+from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
@@ -58,6 +59,7 @@ def run(config: Config, world: World) -> None:
             f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its"
             " tokenizer_config.json"
         )
+    check_output(config.output, stage=CorpusManifest.FORMAT)
     folder = shared_flags.exchange_folder(config.output)
     with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
         _prepare(config, world, tokenizer, ranks)

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlpmem_ds.core.config import default_of, resolved_flags
 from mlpmem_ds.core.log import log_for_all
+from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.opening import open_ranks
@@ -33,6 +34,7 @@ _logger = logging.getLogger(__name__)
 def run(config: Config, world: World) -> str | None:
     """Score what is missing; the rank that completes the last unit writes the report and returns the table as
     text."""
+    check_output(config.output, stage=ReportManifest.FORMAT)
     folder = shared_flags.exchange_folder(config.output)
     with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
         return _evaluate(config, world, ranks)

@@ -39,6 +39,7 @@ from mlpmem_ds.formats.lists_directory import FOLDER
 from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import ORDER_NAME, ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, missing_bytes
 from mlpmem_ds.stages.retrieval.list_owners import ListOwners
 from mlpmem_ds.stages.retrieval.list_search import ListSearch
@@ -57,7 +58,6 @@ from mlpmem_ds.stages.targets.units import (
 )
 
 _logger = logging.getLogger(__name__)
-_EXCHANGE_FOLDER = ".exchange"  # below the output, with --exchange files
 _WEIGHTING, _ORDER = "weighting", "frequency_order"
 _MIN_BYTES = 8  # of a position's row: no targets are smaller
 _MARGIN_OF_BYTES = 1.05
@@ -66,7 +66,8 @@ _MARGIN_OF_BYTES = 1.05
 def run(config: Config, world: World) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = config.output / _EXCHANGE_FOLDER
+    check_output(config.output, stage=TargetsManifest.FORMAT, leftovers=[FOLDER])
+    folder = shared_flags.exchange_folder(config.output)
     try:
         with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
             _run(config, world, ranks)

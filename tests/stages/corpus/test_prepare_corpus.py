@@ -290,3 +290,14 @@ def test_an_input_that_changes_meanwhile_is_refused(
             config_of(changing.parent, tmp_path / "corpus", tokenizer=tokenizer, processes=processes), World()
         )
     assert not (tmp_path / "corpus" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("exchange", ["none", "files"])
+def test_ranks_write_nothing_into_a_directory_that_holds_something_else(
+    text_dir: Path, tmp_path: Path, exchange: str
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    config = config_of(text_dir, tmp_path, exchange=exchange)
+    with pytest.raises(UserError, match="is not empty"):
+        prepare_corpus.run(config, World(rank=1, size=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

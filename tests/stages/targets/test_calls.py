@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import RanksLost
@@ -198,6 +199,17 @@ def test_ranks_that_exchange_files_and_are_refused_leave_the_lists_alone(
     code, said = run_together(wanted, "files", 2)
     assert code == 2 and "cannot be reached" in said, said
     assert {path.name for path in wanted.output.iterdir()} == {"lists"}
+
+
+@pytest.mark.parametrize("exchange", ["none", "files"])
+def test_ranks_refuse_an_output_that_is_a_file(
+    keys: Path, index: Path, tmp_path: Path, exchange: Any
+) -> None:
+    (tmp_path / "targets").write_text("mine")
+    wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange=exchange)
+    with pytest.raises(UserError, match="is a file"):
+        write_targets.run(wanted, World(rank=1, size=2))
+    assert (tmp_path / "targets").read_text() == "mine"
 
 
 def test_the_calls_of_the_rank_with_most_are_counted() -> None:
