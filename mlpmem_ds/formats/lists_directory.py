@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.folders import folder_of
 from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.maths.listed_keys import ListedKeys, ListedRun, run_of
 
@@ -77,11 +78,10 @@ class RunLayout:
             start += _padded(stop - start)
         return views
 
-    def map_run(self, root: Path, block: Block) -> Mapping[str, np.ndarray]:
-        """The arrays of a run, mapped."""
+    def map_run(self, path: Path, num_positions: int) -> Mapping[str, np.ndarray]:
+        """The arrays of a run's file, mapped."""
         # Slices of a memory map's own class cost five times as much as those of an array over it.
-        file = np.asarray(map_array(root / run_name(block.start)))
-        return self.views(file, block.size)
+        return self.views(np.asarray(map_array(path)), num_positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +119,10 @@ def run_blocks(num_positions: int, run_positions: int) -> dict[str, Block]:
     return {f"run-{block.start:012d}": block for block in split_blocks(num_positions, run_positions)}
 
 
-def run_name(first: int) -> str:
-    """The file of the run that starts at position `first`."""
-    return f"run-{first:012d}.npy"
+def run_name(first: int, num_positions: int, run_positions: int) -> str:
+    """The file of the run that starts at position `first`; above 1,000 runs they lie in folders."""
+    num_runs = -(-num_positions // run_positions)
+    return f"{folder_of(first // run_positions, num_runs)}run-{first:012d}.npy"
 
 
 def number_name(shard: int) -> str:
@@ -132,7 +133,10 @@ def number_name(shard: int) -> str:
 def open_key_lists(root: Path, num_positions: int, run_positions: int, layout: RunLayout) -> MappedLists:
     """A directory whose units are complete, all of it mapped: one file is opened for each run."""
     blocks = run_blocks(num_positions, run_positions).values()
-    arrays = [layout.map_run(root, block) for block in blocks]
+    arrays = [
+        layout.map_run(root / run_name(block.start, num_positions, run_positions), block.size)
+        for block in blocks
+    ]
     runs: list[ListedRun] = [
         run_of(block.start, run["offsets"], run["ids"], run["keys"], run.get("norms"))
         for block, run in zip(blocks, arrays, strict=True)

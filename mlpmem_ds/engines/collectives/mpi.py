@@ -40,6 +40,11 @@ class MpiRanks(Ranks):
                 f"the launcher started {world.size} ranks, and MPI sees {MPI.COMM_WORLD.Get_size()}: it is"
                 " not the MPI of mpi4py; with srun try --mpi=pmix, or choose another --exchange"
             )
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED:  # on a GPU the next call is searched in a thread
+            raise UserError(
+                "this MPI may be called from its first thread only, and the ranks exchange from others too:"
+                " take an MPI that allows MPI_THREAD_SERIALIZED, or --exchange torch or files"
+            )
         self.rank, self.size = world.rank, world.size
         self._timeout_seconds = timeout_seconds
         self._comm = MPI.COMM_WORLD.Split(0, world.rank)

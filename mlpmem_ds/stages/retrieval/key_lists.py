@@ -71,7 +71,7 @@ def check_key_lists(root: Path, keys: Keys, index: IndexDirectory) -> None:
 def missing_bytes(root: Path, keys: Keys, index: IndexDirectory) -> int:
     """What making the lists will still take on disk."""
     total = layout.bytes_of_key_lists(keys.num_positions, layout_of(keys, index))
-    existing_bytes = sum(path.stat().st_size for path in root.glob("*.npy")) if root.is_dir() else 0
+    existing_bytes = sum(path.stat().st_size for path in root.rglob("*.npy")) if root.is_dir() else 0
     return max(0, total - existing_bytes)
 
 
@@ -213,7 +213,7 @@ class _Source:
                 keys.check("values", block)
         numbers_N = self._numbers_of_run(run)
         order_N = np.argsort(numbers_N, kind="stable")
-        with writer.file(layout.run_name(run.start)) as path:
+        with writer.file(layout.run_name(run.start, keys.num_positions, layout.RUN_POSITIONS)) as path:
             size = (self.layout.num_bytes(run.size),)
             file = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=size)
             arrays = self.layout.views(file, run.size)

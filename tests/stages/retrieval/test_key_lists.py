@@ -97,6 +97,21 @@ def test_targets_do_not_depend_on_runs_or_on_where_the_lists_lie(
     assert len(made) == 3 + 9 + 1  # shards, runs, sizes: once
 
 
+def test_many_runs_lie_in_folders(
+    keys: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "RUN_POSITIONS", 50)
+    stored, opened = open_keys(keys), open_index(index)
+    one = make_key_lists(tmp_path / "one", stored, opened, World())
+    monkeypatch.setattr(layout, "folder_of", lambda number, count: f"{number // 4:04d}/")
+    many = make_key_lists(tmp_path / "many", stored, opened, World())
+    found = sorted(path.parent.name for path in (tmp_path / "many").glob("0*/run-*.npy"))
+    assert found == ["0000"] * 4 + ["0001"] * 4 + ["0002"]
+    assert missing_bytes(tmp_path / "many", stored, opened) == missing_bytes(tmp_path / "one", stored, opened)
+    for number in range(7):
+        assert np.array_equal(many.keys.ids_of(number), one.keys.ids_of(number))
+
+
 def test_lists_without_codes_give_the_same_targets(keys: Path, index: Path, tmp_path: Path) -> None:
     write_targets.run(config(keys, index, tmp_path / "codes"), World())
     build = build_index.Config(keys=keys, output=tmp_path / "index", factory="IVF7", num_shards=3)
