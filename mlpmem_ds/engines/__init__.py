@@ -4,7 +4,8 @@
 - `hidden_states`: a causal language model of transformers reads windows of tokens, `host_copies` brings what
   it gives to the host; `model_files` finds one,
   `online_inputs` computes a memory's inputs with one
-- `faiss`: the inverted-file index; `faiss_library`: which faiss there is, and what it does on a GPU
+- `faiss`: the inverted-file index; `faiss_library`: which faiss there is, and what it does on a GPU;
+  `code_words`: those of its product quantizer, trained by all ranks
 - `deepspeed/`: the ZeRO engine of the trainings
 - `checkpoints`: saved so that a kill at any moment leaves the last one
 - `processes`: torch.distributed: values exchanged, requests to stop

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.engines.code_words import are_trained_together, train_code_words
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.faiss_library import POINTS_PER_CENTROID, bound, cluster, faiss, gpu_index
@@ -242,13 +243,14 @@ class Index:
         """Train the lists and the code of an empty index on a sample [N, D], which ranks may hold together:
         then all of them call this, and the index of rank 0 is the trained one.
 
-        int8 vectors give integer centroids, of which all ranks train a part. Code words, and centroids of
-        floats, are trained by rank 0. Above `two_level_above` lists the centroids are trained in two levels.
+        int8 vectors give integer centroids; all ranks train a part of these and of the code words of IVF-PQ.
+        Rank 0 trains other codes, and all for floats. Above `two_level_above` lists the centroids are trained
+        in two levels.
         """
         ranks = Alone() if ranks is None else ranks
         sample = sample if isinstance(sample, Share) else Share.whole(sample)
         self._bound_training(seed)
-        ivf, is_flat = self._ivf, isinstance(self._quantizer, FlatQuantizer)
+        ivf = self._ivf
         stride = max(1, sample.total // max(_CODE_TRAINING_VECTORS, ivf.nlist))
         is_integer = sample.vectors_nD.dtype == np.int8 and not isinstance(self.raw, faiss.IndexPreTransform)
         if is_integer:
@@ -262,21 +264,12 @@ class Index:
             )
             sample = sample.every(stride)  # what is left to train is the code
         vectors_ND = sample.on_first(ranks)
-        if ranks.rank > 0:
-            return
-        if is_integer:
+        if is_integer and ranks.rank == 0:
             self._set_centroids(centroids_LD.astype(np.float32))
-        elif ivf.nlist > two_level_above or not is_flat:
-            self._train_transforms(vectors_ND[::stride])
-            levels = 2 if ivf.nlist > two_level_above else 1
-            floats_ND = np.ascontiguousarray(self._transform(vectors_ND), np.float32)
-            self._set_centroids(_float_centroids(floats_ND, ivf.nlist, seed, levels, self._device))
-            vectors_ND = vectors_ND[::stride]
-        else:
-            on_gpu = gpu_index(ivf.d, self._device)  # named: faiss keeps no reference
-            ivf.clustering_index = on_gpu
-        self.raw.train(vectors_ND.astype(np.float32))
-        ivf.clustering_index = None  # it is not written, and nothing trains any more
+        if is_integer and ranks.size > 1 and are_trained_together(ivf):
+            train_code_words(ivf, vectors_ND, ranks)
+        elif ranks.rank == 0:
+            self._train_here(vectors_ND, stride, seed, two_level_above)
         vars(self).pop("_quantizer", None)  # it may have read other centroids
 
     def fill(self, vectors_ND: Array, ids_N: Array) -> None:
@@ -355,6 +348,21 @@ class Index:
             ivf, "use_precomputed_table"
         ):  # L x M x 1 kB that only a search reads; it is made at reading
             ivf.use_precomputed_table = -1
+
+    def _train_here(self, vectors_ND: Array, stride: int, seed: int, two_level_above: int) -> None:
+        """Train what is not trained yet: floats have no centroids."""
+        ivf, is_flat = self._ivf, isinstance(self._quantizer, FlatQuantizer)
+        if ivf.quantizer.ntotal == 0 and (ivf.nlist > two_level_above or not is_flat):
+            self._train_transforms(vectors_ND[::stride])
+            levels = 2 if ivf.nlist > two_level_above else 1
+            floats_ND = np.ascontiguousarray(self._transform(vectors_ND), np.float32)
+            self._set_centroids(_float_centroids(floats_ND, ivf.nlist, seed, levels, self._device))
+            vectors_ND = vectors_ND[::stride]
+        elif ivf.quantizer.ntotal == 0:
+            on_gpu = gpu_index(ivf.d, self._device)  # named: faiss keeps no reference
+            ivf.clustering_index = on_gpu
+        self.raw.train(vectors_ND.astype(np.float32))
+        ivf.clustering_index = None  # it is not written, and nothing trains any more
 
     def _set_centroids(self, centroids_LD: Array) -> None:
         with _one_thread():  # several would put the edges of a graph in the order in which they are ready

@@ -14,7 +14,7 @@ def main() -> None:
     config = build_index.Config(
         keys=keys,
         output=output,
-        factory="IVF8,PQ4x4",
+        factory="IVF8,PQ4",
         num_shards=3,
         exchange=how,  # type: ignore[arg-type]
     )

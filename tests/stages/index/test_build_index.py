@@ -52,7 +52,7 @@ def keys(make_keys: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
 def config(keys_dir: Path, output_dir: Path, **changes: object) -> build_index.Config:
     return build_index.Config(
-        **{"keys": keys_dir, "output": output_dir, "factory": "IVF8,PQ4x4", "num_shards": 3, **changes}
+        **{"keys": keys_dir, "output": output_dir, "factory": "IVF8,PQ4", "num_shards": 3, **changes}
     )
 
 
@@ -121,7 +121,7 @@ def test_ranks_of_mpirun_train_together(keys: Path, undisturbed: Path, tmp_path:
         sys.executable,
         "tools/build_index.py",
     ]
-    flags = ["--keys", keys, "--output", tmp_path / "index", "--factory", "IVF8,PQ4x4", "--num-shards", "3"]
+    flags = ["--keys", keys, "--output", tmp_path / "index", "--factory", "IVF8,PQ4", "--num-shards", "3"]
     of_launchers = ("OMPI_", "PMIX_", "PRTE_", "RANK", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
     done = subprocess.run(
