@@ -32,19 +32,18 @@ def computed_once(
     """
     path = folder / f".{name}-{content_hash(of)[:16]}{_SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
-    patience, watch, is_gone = Patience(), ClaimWatch(), False
+    patience, watch = Patience(), ClaimWatch()
     claim_path = path.with_name(f"{path.name}.claim")
     while True:
         if (value := _read(path)) is not None:
             return value
-        with claim(claim_path, breaks=is_gone) as is_mine:
+        with claim(claim_path, watch=watch) as is_mine:
             if is_mine:
                 value = _read(path)  # made while this rank looked at the claim
                 if value is None:
                     value = dict(compute())
                     publish_json(path, value, seal=True)
                 return value
-        is_gone = watch.look(claim_path) == "gone"
         patience.log("waiting for another rank's %s", name)
         patience.sleep()
 

@@ -328,18 +328,17 @@ class StageDirectory:
     ) -> None:
         if missing_of(units, self.records.listing()):
             return
-        watch, patience, is_gone, path = ClaimWatch(), Patience(), False, self.root / ".manifest.claim"
+        watch, patience, path = ClaimWatch(), Patience(), self.root / ".manifest.claim"
         while True:
-            with claim(path, breaks=is_gone) as is_mine:
+            with claim(path, watch=watch) as is_mine:
                 if self.manifest_path.is_file() and not (self._was_complete and self.world.is_first):
                     return
                 if is_mine:
                     self._write_manifest(units, describe)
                     break
             # Who has the claim writes it, or was killed on another host, which only time can tell.
-            if self.manifest_path.is_file() or (state := watch.look(path)) == "held":
+            if self.manifest_path.is_file() or watch.look(path) == "held":
                 return
-            is_gone = state == "gone"
             patience.sleep()
         log_for_all(_logger, self.world, "complete: %s (%.1f s)", self.root, self._seconds())
         if afterwards is not None:

@@ -83,7 +83,11 @@ def test_a_claim_that_was_not_touched_for_a_minute_of_our_clock_is_broken(
     assert watch.look(path) == "held"
     clock.now += 61
     assert watch.look(path) == "gone"
-    with claim(path, breaks=True) as is_mine:
+    path.write_text("third - 3")  # taken over since that look
+    with claim(path, watch=watch) as is_mine:
+        assert not is_mine and path.read_text() == "third - 3"
+    clock.now += 61
+    with claim(path, watch=watch) as is_mine:
         assert is_mine and path.read_text() == holder(os.getpid())
     assert watch.look(path) == "gone"
 

@@ -9,6 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mlpmem_ds.core import claims, once
 from mlpmem_ds.core.once import computed_once, remove_computed, shared_place
 from mlpmem_ds.core.world import World
 
@@ -32,6 +35,42 @@ def test_one_of_several_ranks_computes(tmp_path: Path) -> None:
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as ranks:
         assert list(ranks.map(ask_slowly, [tmp_path] * 4)) == [42] * 4
     assert (tmp_path / "made").read_text() == "x"
+
+
+def test_a_claim_that_a_third_rank_took_meanwhile_is_not_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first holder is lost; before the next try another rank, alive, has the claim and makes the value."""
+    now, texts = [0.0], []
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    computed_once(tmp_path, "answer", "v1", lambda: {"answer": 1})
+    (value,) = tmp_path.glob(".answer-*")
+    content, claim_path = value.read_bytes(), value.with_name(f"{value.name}.claim")
+    value.unlink()
+    claim_path.write_text("elsewhere - 1")
+
+    def pass_time(patience: Any) -> None:
+        texts.append(claim_path.read_text())
+        now[0] += 61
+        if len(texts) == 1:
+            claim_path.write_text("third - 2")
+        if len(texts) == 2:
+            value.write_bytes(content)
+
+    monkeypatch.setattr(once.Patience, "sleep", pass_time)
+    found = computed_once(tmp_path, "answer", "v1", lambda: pytest.fail("the third rank is at it"))
+    assert found == {"answer": 1} and claim_path.read_text() == "third - 2"
+
+
+def test_the_claim_of_a_lost_rank_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(once.Patience, "sleep", lambda patience: now.append(now.pop() + 61))
+    computed_once(tmp_path, "answer", "v1", lambda: {"answer": 1})
+    (value,) = tmp_path.glob(".answer-*")
+    value.unlink()
+    value.with_name(f"{value.name}.claim").write_text("elsewhere - 1")
+    assert computed_once(tmp_path, "answer", "v1", lambda: {"answer": 2}) == {"answer": 2}
 
 
 def test_with_other_inputs_or_a_damaged_file_it_is_computed_anew(tmp_path: Path) -> None:
