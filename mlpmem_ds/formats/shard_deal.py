@@ -12,7 +12,8 @@ S shards of an epoch, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -106,6 +107,42 @@ def num_groups(count: int, block_size: int) -> int:
 def groups_of_block(rows: int) -> int:
     """Groups of a block of so many rows."""
     return -(-rows // ROWS_OF_GROUP)
+
+
+def rows_left(count: int, block_size: int, mask: int) -> list[int]:
+    """Rows whose groups are not in the mask, of each block of a shard of `count` rows that has any."""
+    rows, number = [], 0
+    for start in range(0, count, block_size):
+        size = min(block_size, count - start)
+        left = size
+        for at in range(0, size, ROWS_OF_GROUP) if mask else ():
+            left -= min(ROWS_OF_GROUP, size - at) * (mask >> number & 1)
+            number += 1
+        rows.append(left)
+    return [size for size in rows if size]
+
+
+def blocks_to_read(readers: Sequence[Iterator[Sequence[int]]], rows: int) -> list[int]:
+    """How many blocks each reader gives until there are so many rows, where they give one in turn.
+
+    A reader at the end of a shard begins no other while the shards that are open hold rows enough.
+
+    Args:
+        readers: of each the shards that it reads, one after another: the rows of their blocks.
+    """
+    counts, open_shards = [0] * len(readers), [deque[int]() for _ in readers]
+    rows_open = 0
+    while rows > 0:
+        for reader, shards in enumerate(readers):
+            while not open_shards[reader] and rows_open < rows:
+                open_shards[reader].extend(next(shards))
+                rows_open += sum(open_shards[reader])
+            if rows > 0 and open_shards[reader]:
+                size = open_shards[reader].popleft()
+                counts[reader] += 1
+                rows_open -= size
+                rows -= size
+    return counts
 
 
 def mask_of(groups: Iterable[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,9 +14,11 @@ from mlpmem_ds.formats.shard_deal import (
     Report,
     ShardDeal,
     ShardSequence,
+    blocks_to_read,
     groups_of_block,
     mask_of,
     num_groups,
+    rows_left,
 )
 
 
@@ -70,3 +73,20 @@ def test_a_thousand_ranks_leave_little_to_remember() -> None:
     deal = ShardDeal().after(reports)
     assert deal.horizon == 1_500_000 and len(deal.left) == size
     assert [shard.mask for shard in itertools.islice(deal.left, 2)] == [1, 1]
+
+
+def test_rows_left_of_a_shard_are_those_of_its_groups() -> None:
+    """Blocks of 150 rows: groups of 64, 64 and 22."""
+    assert rows_left(350, 150, 0) == [150, 150, 50]
+    assert rows_left(350, 150, 0b000_010) == [86, 150, 50]
+    assert rows_left(350, 150, 0b1_100_111) == [128]
+
+
+def test_readers_begin_no_shard_while_the_open_ones_hold_rows_enough() -> None:
+    def shards() -> list[Iterator[list[int]]]:
+        return [itertools.repeat([10, 10]), itertools.repeat([10, 10, 10])]
+
+    assert blocks_to_read(shards(), 10) == blocks_to_read(shards(), 1) == [1, 0]
+    assert blocks_to_read(shards(), 21) == [2, 1]
+    assert blocks_to_read(shards(), 50) == [2, 3]
+    assert blocks_to_read(shards(), 51) == [3, 3]

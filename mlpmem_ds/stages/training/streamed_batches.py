@@ -4,7 +4,8 @@ Whole shards are dealt to the ranks, and of a rank's to those that it has open a
 by a thread of its own. A shard is a range of positions: their labels and inputs are read next to it, from
 front to back. Blocks come from the open shards in turn; the rows of each are permuted, cut into groups of 64,
 and the groups go through webdataset's shuffle buffer. So the order is another one than that of the default
-loader, and it depends on the number of ranks.
+loader, and it depends on the number of ranks. It ends where the training's last batch is filled: the number
+of blocks to read follows from the manifest, and the last batches come from what is left in the buffer.
 
 What was read is in the checkpoints (formats/shard_deal.py): a training goes on with the shards that were not
 begun, and with the groups of those that were; of a group that lay across the end of the last batch the rows
@@ -21,6 +22,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count as count_from
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -41,9 +44,11 @@ from mlpmem_ds.formats.shard_deal import (
     Report,
     ShardDeal,
     ShardSequence,
+    blocks_to_read,
     groups_of_block,
     mask_of,
     num_groups,
+    rows_left,
 )
 from mlpmem_ds.formats.target_encoding import TargetBlock, unpack_block
 from mlpmem_ds.formats.target_shards import TargetShard, block_of_members, tar_stream
@@ -158,8 +163,10 @@ class StreamedBatches:
         return self._deal.after(gather_values(report, self._world)).to_json()
 
     def _num_groups(self, left: Left) -> int:
-        manifest = self._targets.manifest
-        return num_groups(manifest.shards[self._sequence.at(left.number)[1]].count, manifest.block_size)
+        return num_groups(self._shard(left).count, self._targets.manifest.block_size)
+
+    def _shard(self, left: Left) -> TargetShard:
+        return self._targets.manifest.shards[self._sequence.at(left.number)[1]]
 
     def _note_open(self, place: int) -> None:
         """A thread begins the shard at a place: it, and those of this rank before it, are not read to their
@@ -191,7 +198,8 @@ class StreamedBatches:
     def _batches(self, first: int, stop: int) -> Iterator[list[MicroBatch]]:
         seed = int(hash_fraction(f"{first}:{self._world.rank}", self._settings.seed) * 2**63)
         buffer = max(1, self._settings.buffer_positions // ROWS_OF_GROUP)
-        with contextlib.closing(self._groups()) as merged:  # type: ignore[type-var]
+        rows = (stop - first) * self._share
+        with contextlib.closing(self._groups(rows)) as merged:  # type: ignore[type-var]
             groups = webdataset_stream.shuffled(merged, buffer=buffer, seed=seed)
             cut: tuple[_Group, int] | None = None
             for batch in range(first, stop):
@@ -223,29 +231,50 @@ class StreamedBatches:
 
     # -- the shards
 
-    def _groups(self) -> Iterator[_Group]:
-        """Groups of blocks of the open shards in turn, without an end."""
-        count = self._settings.open_shards
+    def _groups(self, rows: int) -> Iterator[_Group]:
+        """Groups of blocks of the open shards in turn, until they have so many rows."""
+        readers_rows = [self._rows_of_shards(number) for number in range(self._settings.open_shards)]
+        counts = blocks_to_read(readers_rows, rows)
         with contextlib.ExitStack() as stack:
             readers = [
                 stack.enter_context(
                     contextlib.closing(  # type: ignore[type-var]
-                        run_ahead(self._blocks(number), count=_BLOCKS_AHEAD, name=f"shards-{number}")
+                        run_ahead(self._blocks(number, count), count=_BLOCKS_AHEAD, name=f"shards-{number}")
                     )
                 )
-                for number in range(count)
+                for number, count in enumerate(counts)
+                if count
             ]
             while True:
                 for reader in readers:
-                    yield from self._groups_of(next(reader))
+                    block = next(reader, None)
+                    for group in self._groups_of(block) if block else ():
+                        yield group
+                        rows -= len(group.positions_n)
+                        if rows <= 0:
+                            return
 
-    def _blocks(self, reader: int) -> Iterator[_Block]:
-        """Blocks of the shards that one thread reads, one shard after another."""
-        place = self._world.rank + reader * self._world.size
-        while True:
+    def _places(self, reader: int) -> Iterator[int]:
+        """The places of the deal that one thread reads, one after another, without an end."""
+        stride = self._settings.open_shards * self._world.size
+        return count_from(self._world.rank + reader * self._world.size, stride)
+
+    def _rows_of_shards(self, reader: int) -> Iterator[list[int]]:
+        """Of each shard that one thread reads: the rows of its blocks that are left."""
+        for place in self._places(reader):
+            left = self._deal.at(place)
+            yield rows_left(self._shard(left).count, self._targets.manifest.block_size, left.mask)
+
+    def _blocks(self, reader: int, count: int) -> Iterator[_Block]:
+        """So many blocks of the shards that one thread reads; none is opened for no block."""
+        for place, rows in zip(self._places(reader), self._rows_of_shards(reader), strict=True):
             self._note_open(place)
-            yield from self._blocks_of(place, self._deal.at(place))
-            place += self._settings.open_shards * self._world.size
+            blocks = self._blocks_of(place, self._deal.at(place))
+            # A shard that is needed whole is also read behind its last block, which checks it.
+            yield from blocks if len(rows) <= count else islice(blocks, count)
+            count -= len(rows)
+            if count <= 0:
+                return
 
     def _blocks_of(self, place: int, left: Left) -> Iterator[_Block]:
         epoch, number = self._sequence.at(left.number)

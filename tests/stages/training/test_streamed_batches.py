@@ -18,6 +18,7 @@ import torch
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import webdataset_stream
 from mlpmem_ds.formats import shard_deal
 from mlpmem_ds.formats.shard_deal import ShardDeal
 from mlpmem_ds.formats.targets import ORDER_NAME, Targets, open_targets
@@ -263,3 +264,29 @@ def test_a_shard_that_is_another_one_ends_the_training(keys: Any, targets: Targe
         shutil.copy(targets.root / shards[0].name, tmp_path / "store" / shard.name)
     with pytest.raises(DamagedDataError, match="come next: it is another file|bytes where"):
         list(make_batches(keys, targets, place=str(tmp_path / "store")).stream(0, 200))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("open_shards", [1, 2, 4])
+def test_two_epochs_open_each_shard_twice(
+    keys: Any, targets: Targets, monkeypatch: pytest.MonkeyPatch, size: int, open_shards: int
+) -> None:
+    """With a buffer larger than the epochs: nothing is read to fill it, but for one shard a rank."""
+    opened: list[str] = []
+    original = webdataset_stream.read_shard
+    monkeypatch.setattr(
+        webdataset_stream,
+        "read_shard",
+        lambda shard, **rest: opened.append(shard.url) or original(shard, **rest),
+    )
+    changes = {"open_shards": open_shards, "buffer_positions": 1 << 20}
+    num_steps = 2 * keys.num_positions // (16 * size)
+    found = []
+    for rank in range(size):
+        batches = make_batches(keys, targets, rank=rank, size=size, **changes)
+        found += [list(positions_of(batches, 0, num_steps))]
+    assert all(len(steps) == num_steps for steps in found)
+    assert len(opened) <= 2 * len(targets.manifest.shards) + size
+    if size == 1:
+        counts = Counter(np.concatenate(found[0]).tolist())
+        assert len(counts) == keys.num_positions and max(counts.values()) <= 3
