@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlpmem_ds.core import claims, once
+from mlpmem_ds.core import once
 from mlpmem_ds.core.once import computed_once, remove_computed, shared_place
 from mlpmem_ds.core.world import World
 
@@ -40,9 +40,9 @@ def test_one_of_several_ranks_computes(tmp_path: Path) -> None:
 def test_a_claim_that_a_third_rank_took_meanwhile_is_not_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first holder is lost; before the next try another rank, alive, has the claim and makes the value."""
-    now, texts = [0.0], []
-    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    """The first holder is lost; before the next try another rank has taken the claim and makes the value."""
+    now, texts = [0.0], list[str]()
+    monkeypatch.setattr("mlpmem_ds.core.claims.time.monotonic", lambda: now[0])
     computed_once(tmp_path, "answer", "v1", lambda: {"answer": 1})
     (value,) = tmp_path.glob(".answer-*")
     content, claim_path = value.read_bytes(), value.with_name(f"{value.name}.claim")
@@ -64,7 +64,7 @@ def test_a_claim_that_a_third_rank_took_meanwhile_is_not_broken(
 
 def test_the_claim_of_a_lost_rank_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("mlpmem_ds.core.claims.time.monotonic", lambda: now[0])
     monkeypatch.setattr(once.Patience, "sleep", lambda patience: now.append(now.pop() + 61))
     computed_once(tmp_path, "answer", "v1", lambda: {"answer": 1})
     (value,) = tmp_path.glob(".answer-*")
