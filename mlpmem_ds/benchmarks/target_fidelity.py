@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mlpmem_ds.benchmarks.common import Row, row_of
 from mlpmem_ds.benchmarks.published_targets import published_hits, published_rows, stock_index
@@ -35,12 +36,14 @@ _HALVINGS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Keys that ours searches through `index`, and the truth, over whose vectors the `published` index is."""
+    """Keys that ours searches through `index`, and the truth, over whose vectors the `published` index is;
+    `device` is where ours and the exact search compare keys."""
 
     keys: Keys
     truth: Keys
     index: Path
     published: Path
+    device: torch.device
 
 
 def sample_blocks(keys: Keys, num_positions: int) -> np.ndarray:
@@ -56,7 +59,11 @@ def exact_of(case: Case, positions_Q: np.ndarray, k: int) -> tuple[Neighbours, n
     """(true neighbours, their squared distances in key units, which are there)."""
     vectors_ND = case.truth.read("keys")
     exact = exact_neighbours(
-        vectors_ND[positions_Q], vectors_ND, k, exclusion=Exclusion(query_ids_Q=positions_Q)
+        vectors_ND[positions_Q],
+        vectors_ND,
+        k,
+        exclusion=Exclusion(query_ids_Q=positions_Q),
+        device=case.device,
     )
     return (exact, *squared_key_distances(exact, case.truth.scale))
 
@@ -73,7 +80,12 @@ def fidelity_rows(case: Case, config: Any, positions_Q: np.ndarray, work: Path) 
     (compact), exact (ours in the exact encoding) and plain."""
     exact, squared_QK, valid_QK = exact_of(case, positions_Q, config.k)
     search = open_search(
-        case.keys, open_index(case.index), how="lists", nprobe=config.nprobe, threads=config.threads
+        case.keys,
+        open_index(case.index),
+        how="lists",
+        nprobe=config.nprobe,
+        threads=config.threads,
+        device=case.device,
     )
     teacher = Teacher(keys=case.keys, search=search, k=config.k)
     values_N = case.keys.read("values")

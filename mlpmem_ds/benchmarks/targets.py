@@ -48,6 +48,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.stages import shared_flags
@@ -140,7 +141,8 @@ def run(config: Config, world: World) -> None:
         setting = prepare(config, work, world)
         case = case_of(setting, keys, truth, work, world)
         rows, ratios = measure_fidelity(case, config, work)
-        soft, sharp = (temperatures_of(case_of_made_up(setting), config)[name] for name in ("soft", "sharp"))
+        temperatures = temperatures_of(case_of_made_up(setting, world), config)
+        soft, sharp = (temperatures[name] for name in ("soft", "sharp"))
         speed_rows, speed_ratios = measure_speed(setting, soft, sharp, work, world)
     if keys is not None:
         speed_ratios |= _share_of_extraction(keys, median_of(speed_rows, "ours", "positions_per_second"))
@@ -154,16 +156,22 @@ def prepare(config: Config, work: Path, world: World) -> Setting:
     return Setting(keys=open_keys(work / "keys"), index=work / "index", config=config)
 
 
-def case_of_made_up(setting: Setting) -> Case:
+def case_of_made_up(setting: Setting, world: World) -> Case:
     """Fidelity of the made-up keys: both arms share the index."""
-    return Case(keys=setting.keys, truth=setting.keys, index=setting.index, published=setting.index)
+    return Case(
+        keys=setting.keys,
+        truth=setting.keys,
+        index=setting.index,
+        published=setting.index,
+        device=device_of_rank("auto", world),
+    )
 
 
 def case_of(setting: Setting, keys: Keys | None, truth: Keys | None, work: Path, world: World) -> Case:
     """What fidelity is measured on: --keys with our index and the published one, or the made-up keys."""
     config = setting.config
     if keys is None or truth is None:
-        return case_of_made_up(setting)
+        return case_of_made_up(setting, world)
     index = config.index
     if index is None:
         index = work / "index-of-keys"
@@ -171,7 +179,13 @@ def case_of(setting: Setting, keys: Keys | None, truth: Keys | None, work: Path,
     published = work / "published"
     factory = config.published_factory
     _build(truth.root, published, published_factory(truth) if factory == "auto" else factory, world)
-    return Case(keys=keys, truth=truth, index=index, published=published)
+    return Case(
+        keys=keys,
+        truth=truth,
+        index=index,
+        published=published,
+        device=device_of_rank("auto", world),
+    )
 
 
 def published_factory(keys: Keys) -> str:

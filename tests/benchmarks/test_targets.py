@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.targets import open_targets
@@ -105,7 +106,7 @@ def test_arms_agree_where_the_index_holds_whole_vectors(targets: Any, tmp_path: 
     fidelity = importlib.import_module("mlpmem_ds.benchmarks.target_fidelity")
     sizes = config(targets, tmp_path / "unused", factory="IVF8,Flat")
     setting = targets.prepare(sizes, tmp_path, World())
-    temperature = fidelity.temperatures_of(targets.case_of_made_up(setting), sizes)["soft"]
+    temperature = fidelity.temperatures_of(targets.case_of_made_up(setting, World()), sizes)["soft"]
     targets.ours(setting, temperature, tmp_path / "ours", World())
     targets.plain(setting, temperature, tmp_path / "plain.bin")
     ours = open_targets(tmp_path / "ours").read_all()
@@ -135,7 +136,9 @@ def test_exact_sample_is_brute_force(targets: Any, tmp_path: Path) -> None:
     sizes = config(targets, tmp_path / "unused", positions=300)
     targets.write_synthetic_keys(tmp_path / "keys", sizes, World())
     keys = targets.open_keys(tmp_path / "keys")
-    case = fidelity.Case(keys=keys, truth=keys, index=tmp_path, published=tmp_path)
+    case = fidelity.Case(
+        keys=keys, truth=keys, index=tmp_path, published=tmp_path, device=torch.device("cpu")
+    )
     positions = fidelity.sample_blocks(keys, 10)
     exact, squared_QK, _ = fidelity.exact_of(case, positions, sizes.k)
     codes_ND = keys.read("keys").astype(np.int64)
