@@ -82,7 +82,8 @@ def fingerprint_model(name_or_path: str, *, flag: str = "--model", shared: Path 
         name_or_path: the model.
         flag: of the command line, for the messages.
         shared: the output of a stage of several ranks: one of them reads the files, and the others take its
-            answer where they see files of the same names, sizes and times. None: this process reads them.
+            answer where they gave the same model and see files of the same names, sizes and times. None: this
+            process reads them.
 
     Raises:
         UserError: neither a model directory nor a Hub name that can be reached, or one without weights.
@@ -97,7 +98,8 @@ def fingerprint_model(name_or_path: str, *, flag: str = "--model", shared: Path 
     if shared is None:
         return _sha256_of_files(paths)
     states = [(path.name, path.stat()) for path in paths]
-    seen = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    # A model next to it may have files of the same names, sizes and (in whole seconds) times.
+    seen = [name_or_path, *([name, state.st_size, state.st_mtime_ns] for name, state in states)]
     value = computed_once(shared, "fingerprint", seen, lambda: {"sha256": _sha256_of_files(paths)})
     return str(value["sha256"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -72,3 +73,17 @@ def test_the_weights_are_read_by_one_of_several_ranks(base_dir: Path, tmp_path: 
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     other = fingerprint_model(str(model), shared=shared)
     assert other != alone and other == fingerprint_model(str(model))
+
+
+def test_models_of_one_shape_and_time_are_told_apart(base_dir: Path, tmp_path: Path) -> None:
+    """As those of one tar, whose times are whole seconds."""
+    first, second, shared = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    shutil.copytree(base_dir, first)
+    shutil.copytree(base_dir, second)
+    weights = second / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for path in (*first.iterdir(), *second.iterdir()):
+        os.utime(path, (10**9, 10**9))
+    found = [fingerprint_model(str(model), shared=shared) for model in (first, second)]
+    assert found == [fingerprint_model(str(model)) for model in (first, second)] and found[0] != found[1]

@@ -62,7 +62,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     device = device_of_rank(config.device, world)
     shared = shared_place(config.output, world)
     base = open_base(config, corpus, layers_path=find_layers_path(config), device=device, shared=shared)
-    context = Context(base=base, corpus=corpus, num_positions=num_positions)
+    context = Context(base=base, corpus=corpus, num_positions=num_positions, shared=shared)
     opened = [arm for opener in OPENERS for arm in opener(config, context)]
     arms = _with_different_names([base, *opened])
     _refuse_training_text(splits, arms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import pytest
 
 from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines import model_files
 from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
+from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.stages.evaluation import evaluate, units
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
@@ -71,9 +73,9 @@ def test_a_run_that_stopped_in_a_unit_continues_after_the_units_that_are_done(
     monkeypatch.setattr(ForwardPass, "scan", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate.run(config, World())
-    assert len(list((config.output / "done").iterdir())) == 3
+    assert _num_scored(config) == 3
     evaluate.run(config, World())
-    assert len(calls) == 4 + len(list((config.output / "done").iterdir())) - 3
+    assert len(calls) == 4 + _num_scored(config) - 3
     assert bytes_of_scores(config.output) == bytes_of_scores(finished.config.output)
 
 
@@ -117,6 +119,33 @@ def test_progress_of_each_rank_counts_its_own_share_and_one_rank_names_the_repor
     positions = sum(corpus.num_positions for corpus in inputs.streams.values()) * len(passes)
     assert sum(totals) == positions and 0 < min(totals) <= max(totals) < positions
     assert caplog.text.count(f"the report is {config.output / 'report.md'}") == 1
+
+
+def test_the_fingerprint_of_each_model_is_computed_by_one_of_the_ranks(
+    config: Config, artifacts: Path, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base, a control that is a model, and one that is an exported memory."""
+    export, read = tmp_path / "export", []
+    MemoryAugmentedLM.from_pretrained(base_dir, artifacts / "memory").save_pretrained(export)
+    config = replace(config, keys=None, index=None, targets=None, control=(*config.control, f"x={export}"))
+    original = model_files._sha256_of_files
+
+    def counted(paths: Sequence[Path]) -> str:
+        read.append(paths[0].parent.name)
+        return original(paths)
+
+    monkeypatch.setattr(model_files, "_sha256_of_files", counted)
+    found = [open_inputs(config, World(rank=rank, size=3)) for rank in range(3)]
+    assert sorted(read) == sorted(["export", "trained_on", Path(config.model).name])
+    alone = open_inputs(config, World())
+    for inputs in found:
+        assert [arm.inputs for arm in inputs.arms] == [arm.inputs for arm in alone.arms]
+
+
+def _num_scored(config: Config) -> int:
+    """Units of the report that are done, but for those that compare its inputs with their checksums."""
+    done = [path.name for path in (config.output / "done").iterdir()]
+    return sum(not name.startswith("verified-") for name in done)
 
 
 def _command(config: Config) -> list[str]:

@@ -57,6 +57,8 @@ class Context:
     """any split of the text"""
     num_positions: int
     """that will be scored"""
+    shared: Path | None
+    """where several ranks keep the fingerprints of models, each computed by one of them"""
 
 
 class Opener(Protocol):

@@ -127,7 +127,8 @@ def layers_paths(config: Config) -> list[str | None]:
 
 
 def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, context: Context) -> MemoryArm:
-    stored, base, weights = read_memory(root, flag=flag), context.base, config.memory_weights
+    stored = read_memory(root, flag=flag, shared=context.shared)
+    base, weights = context.base, config.memory_weights
     _check_belongs(stored, base, context.corpus)
     source, provenance = base.source, stored.provenance
     memory = stored.memory.to(dtype=source.model.dtype, device=source.device).eval().requires_grad_(False)
@@ -166,14 +167,15 @@ def _stages(stored: StoredMemory, config: Config) -> list[Path | None]:
     return [*made_from, stored.root if stored.is_training else None]
 
 
-def read_memory(root: Path, *, flag: str) -> StoredMemory:
-    """Read a training output or an export.
+def read_memory(root: Path, *, flag: str, shared: Path | None = None) -> StoredMemory:
+    """Read a training output or an export, whose fingerprint one of several ranks computes and keeps in
+    `shared`.
 
     Raises:
         UserError: it is neither, or not complete.
         DamagedDataError: its files do not fit each other.
     """
-    return _read_export(root, flag) if is_export(root) else _read_training(root, flag)
+    return _read_export(root, flag, shared) if is_export(root) else _read_training(root, flag)
 
 
 def _read_training(root: Path, flag: str) -> StoredMemory:
@@ -193,7 +195,7 @@ def _read_training(root: Path, flag: str) -> StoredMemory:
     )
 
 
-def _read_export(root: Path, flag: str) -> StoredMemory:
+def _read_export(root: Path, flag: str, shared: Path | None) -> StoredMemory:
     """The memory of an exported joint model; its base is not kept."""
     try:
         export = PretrainedMemory.from_pretrained(root)
@@ -202,7 +204,7 @@ def _read_export(root: Path, flag: str) -> StoredMemory:
     return StoredMemory(
         root=root,
         flag=flag,
-        sha256=fingerprint_model(str(root)),
+        sha256=fingerprint_model(str(root), flag=flag, shared=shared),
         memory=export.module,
         layer=export.input_layer,
         point=export.input_point,

@@ -31,7 +31,7 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
         )
     if (root / "identity.json").is_file() and not (root / "manifest.json").is_file():
         raise UserError(f"{flag}: {root} is not complete: run its stage again, it continues")
-    sha256 = fingerprint_model(str(root))
+    sha256 = fingerprint_model(str(root), flag=flag, shared=context.shared)
     is_alike = read_json(root / "config.json").get("model_type") == base.source.model.config.model_type
     source = TransformersSource(
         str(root),
