@@ -53,6 +53,8 @@ def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
         dealer=ranks,
     )
     units = list_units(inputs.arms, inputs.streams, config.unit_positions)
+    for arm in inputs.arms:
+        arm.verify(directory)
     scorer = UnitScorer(units, world)
     directory.run_units(list(units), scorer.score)
     scorer.close()

@@ -56,10 +56,10 @@ class KnnScorer:
         return self.search.num_bytes + self.keys.bytes_of("values", "codec")
 
     def prepare(self) -> None:
-        """Read and check what all queries need, so that no clock of a few of them counts it."""
+        """Read what all queries need, so that no clock of a few of them counts it; who opened `search` says
+        whether keys and values are compared with their checksums elsewhere (verification.py)."""
         self.search.prepare()
         _ = self._codec
-        self.keys.check("values")
 
     def encode(self, states_nD: np.ndarray) -> np.ndarray:
         """States as the stored keys are read, [n, E]: int8 codes, float16, or float32 with bfloat16's

@@ -30,7 +30,6 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_writer import UnitWriter
-from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.plotting import new_figure, save_png
@@ -40,8 +39,9 @@ from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import TargetAuditManifest, Targets, open_targets
 from mlpmem_ds.maths.target_distance import compare_rows, count_faulty_rows, probability_of, recall
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
+from mlpmem_ds.stages.retrieval.verification import verify_index, verify_keys
 from mlpmem_ds.stages.targets.config import AuditConfig
-from mlpmem_ds.stages.targets.teacher import Teacher, verify_keys
+from mlpmem_ds.stages.targets.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
 _SEED = 3
@@ -142,7 +142,7 @@ def run(
     )
     if index is not None:
         verify_keys(stage, teacher.keys)
-        verify_inputs(stage, index, [path.name for path in index.shard_paths], label="index")
+        verify_index(stage, index)
     if truth.sha256 != teacher.keys.sha256:  # the targets' own were compared when the targets were written
         verify_keys(stage, truth, label="truth")
     units = [*audit.shards, *audit.parts]

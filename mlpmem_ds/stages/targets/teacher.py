@@ -13,8 +13,6 @@ from functools import cached_property
 
 import numpy as np
 
-from mlpmem_ds.core.stage_directory import StageDirectory
-from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.mapped_keys import MappedKeys
@@ -108,10 +106,3 @@ class Teacher:
         return Exclusion(
             query_ids_Q=positions_n, window=self.window, first_hidden_Q=bounds[0], stop_hidden_Q=bounds[1]
         )
-
-
-def verify_keys(stage: StageDirectory, keys: Keys, *, label: str = "keys") -> None:
-    """Compare all keys and values with their checksums, each file once over all ranks and starts; `label` as
-    in `verify_inputs`."""
-    names = [keys.file_name(array, block.start) for block in keys.blocks for array in ("keys", "values")]
-    verify_inputs(stage, keys, names, label=label)

@@ -43,11 +43,11 @@ from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, missing_bytes
 from mlpmem_ds.stages.retrieval.list_owners import ListOwners
 from mlpmem_ds.stages.retrieval.list_search import ListSearch
+from mlpmem_ds.stages.retrieval.verification import verify_keys
 from mlpmem_ds.stages.targets import audit as target_audit
 from mlpmem_ds.stages.targets.calls import in_calls, own_lists, write_together
 from mlpmem_ds.stages.targets.config import AuditConfig, Config
 from mlpmem_ds.stages.targets.inputs import Inputs, open_inputs
-from mlpmem_ds.stages.targets.teacher import verify_keys
 from mlpmem_ds.stages.targets.units import (
     SHARD_POSITIONS,
     RowFormat,

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from mlpmem_ds.core.log import seconds_of_stage
+from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
@@ -94,6 +95,15 @@ class Arm(Protocol):
     """texts that it holds or was trained on (SHA-256 of the corpus, split): it is not judged on them"""
     sizes: Sequence[int] = ()
     """sizes of its datastore at which its speed is measured; none where it has no datastore"""
+
+    def verify(self, stage: StageDirectory) -> None:
+        """Compare the files that it reads while it scores with their checksums, each once over all ranks and
+        starts of this report; all ranks call it, before any unit.
+
+        Raises:
+            DamagedDataError: on the rank that finds a file with another checksum.
+        """
+        return
 
     def load(self) -> None:
         """Read what stays in memory from one unit to the next, so that no unit's clock counts it."""

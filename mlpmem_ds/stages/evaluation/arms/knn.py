@@ -14,6 +14,7 @@ from typing import Any
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.engines.devices import memory_bytes
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import IndexDirectory
@@ -28,6 +29,7 @@ from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 from mlpmem_ds.stages.retrieval.knn_scorer import NEIGHBOUR_DIVISORS, TEMPERATURE_FACTORS, KnnScorer
 from mlpmem_ds.stages.retrieval.neighbour_search import NeighbourSearch, open_search
+from mlpmem_ds.stages.retrieval.verification import verify_index, verify_keys
 
 _logger = logging.getLogger(__name__)
 KNN_EXACT, KNN_IVFPQ = "base+knn_exact", "base+knn_ivfpq"
@@ -56,6 +58,8 @@ class KnnArm(Arm):
     vote: Vote
     open_search: Callable[[int | None], NeighbourSearch]
     """of the first keys, so many, or of all"""
+    index: IndexDirectory | None
+    """that is searched; None where all keys are"""
     scorer: KnnScorer
     forward_pass: ForwardPass
     price: Price
@@ -67,6 +71,11 @@ class KnnArm(Arm):
     trained_on: tuple[tuple[str, str], ...]
     sizes: tuple[int, ...]
     gives_zeros: bool = True
+
+    def verify(self, stage: StageDirectory) -> None:
+        verify_keys(stage, self.vote.keys)
+        if self.index is not None:
+            verify_index(stage, self.index)
 
     def load(self) -> None:
         self.scorer.prepare()
@@ -129,7 +138,9 @@ def _open_vote(datastore: Datastore, context: Context, *, k: int | None, tempera
 
 def _open_exact(vote: Vote, base: ModelArm) -> KnnArm:
     def search(num_keys: int | None) -> NeighbourSearch:
-        return open_search(vote.keys, how="exact", num_keys=num_keys, device=base.source.device)
+        return open_search(
+            vote.keys, how="exact", num_keys=num_keys, device=base.source.device, is_verified=True
+        )
 
     how = "with every stored key"
     return _open_arm(KNN_EXACT, "reference", vote, search, base, index=None, how=how, settings={})
@@ -138,7 +149,13 @@ def _open_exact(vote: Vote, base: ModelArm) -> KnnArm:
 def _open_indexed(vote: Vote, index: IndexDirectory, base: ModelArm, *, nprobe: int) -> KnnArm:
     def search(num_keys: int | None) -> NeighbourSearch:
         return open_search(
-            vote.keys, index, how="index", nprobe=nprobe, num_keys=num_keys, device=base.source.device
+            vote.keys,
+            index,
+            how="index",
+            nprobe=nprobe,
+            num_keys=num_keys,
+            device=base.source.device,
+            is_verified=True,
         )
 
     how = (
@@ -172,6 +189,7 @@ def _open_arm(
         part=part,
         vote=vote,
         open_search=search,
+        index=index,
         scorer=scorer,
         forward_pass=base.forward_pass,
         price=base.price.plus(

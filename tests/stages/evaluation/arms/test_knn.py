@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core import files, verified_inputs
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
@@ -170,3 +171,49 @@ def test_all_keys_are_searched_by_default_only_if_that_takes_little_time(
     identity = json.loads((config.output / "identity.json").read_text())
     assert identity["config"]["exact"] is True
     assert exact_of()  # a report goes on as it was begun
+
+
+def test_each_file_of_the_datastore_is_compared_once_over_all_ranks_and_starts(
+    config: Config, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever reads it afterwards: units, and the speeds at each size of the datastore."""
+    monkeypatch.setattr(verified_inputs, "_MIN_FILES", 1)
+    config, hashed = _with_copies(replace(config, samples=0, speed_positions=64), tmp_path), []
+    original = files.sha256_of_file
+
+    def counted(path: Path) -> str:
+        hashed.append(f"{path.parent.name}/{path.name}")
+        return original(path)
+
+    monkeypatch.setattr(files, "sha256_of_file", counted)
+    for rank in (1, 0, 1):
+        evaluate.run(config, World(rank=rank, size=2))
+    expected = [path for pattern in ("keys-*", "values-*") for path in config.keys.glob(pattern + ".npy")]
+    expected += config.index.glob("shard-*")
+    names = [name for name in hashed if name.partition("/")[2].startswith(("keys-", "values-", "shard-"))]
+    assert sorted(names) == sorted(f"{path.parent.name}/{path.name}" for path in expected)
+    np.testing.assert_array_equal(
+        read_scores(config.output, "test", "base+knn_exact"),
+        read_scores(finished.config.output, "test", "base+knn_exact"),
+    )
+
+
+@pytest.mark.parametrize("pattern", ["keys/keys-*.npy", "keys/values-*.npy", "index/shard-*"])
+def test_a_flipped_byte_of_the_datastore_is_refused_before_a_score_is_written(
+    config: Config, tmp_path: Path, pattern: str
+) -> None:
+    config = _with_copies(config, tmp_path)
+    victim = max((tmp_path / "copies").glob(pattern))
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(DamagedDataError, match=f"{victim.name} does not have the checksum"):
+        evaluate.run(config, World())
+    assert not list(config.output.glob("scores/*")) and not (config.output / "report.md").exists()
+
+
+def _with_copies(config: Config, folder: Path) -> Config:
+    """The same with copies of keys and index."""
+    assert config.keys is not None and config.index is not None
+    keys = shutil.copytree(config.keys, folder / "copies" / "keys")
+    return replace(config, keys=keys, index=shutil.copytree(config.index, folder / "copies" / "index"))
