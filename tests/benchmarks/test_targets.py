@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,26 @@ def test_made_up_keys_are_repeatable_and_clustered(targets: Any) -> None:
     assert codes_ND.dtype == np.int8 and (codes_ND == again_ND).all() and (values_N == again_N).all()
     assert values_N.max() < 90
     assert np.bincount(values_N).argmax() < 10
+
+
+def test_keys_are_compared_on_the_gpu_of_the_rank(
+    targets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fidelity = importlib.import_module("mlpmem_ds.benchmarks.target_fidelity")
+    sizes = config(targets, tmp_path / "unused")
+    setting = targets.prepare(sizes, tmp_path, World())
+    devices, cpu = [], torch.device("cpu")
+
+    def on_cpu(called: Callable[..., Any], *arguments: Any, device: torch.device, **words: Any) -> Any:
+        devices.append(device)
+        return called(*arguments, device=cpu, **words)
+
+    for name in ("exact_neighbours", "open_search"):
+        monkeypatch.setattr(fidelity, name, partial(on_cpu, getattr(fidelity, name)))
+    with monkeypatch.context() as pretended:
+        pretended.setattr(torch.cuda, "is_available", lambda: True)
+        pretended.setattr(torch.cuda, "device_count", lambda: 8)
+        case = targets.case_of_made_up(setting, World(rank=11, size=16, local_rank=3))
+    (tmp_path / "work").mkdir()
+    fidelity.fidelity_rows(case, sizes, fidelity.sample_blocks(case.keys, 64), tmp_path / "work")
+    assert devices == [torch.device("cuda:3")] * 2
