@@ -50,3 +50,9 @@ class Config(Flags):
             raise UserError("give either --prompt or --prompts-file")
         if self.stream and (self.compare or self.num_beams > 1):
             raise UserError("--stream writes one text as it is made: leave out --compare and --num-beams")
+        if self.memory_weights == "int8" and self.device_map != "none":
+            # accelerate brings inputs and weights together by hooks on the float layers, which would be gone.
+            raise UserError(
+                f"--memory-weights int8 cannot be rounded where --device-map {self.device_map} has put the"
+                " memory's matrices: leave one of the two out (evaluate takes both)"
+            )

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.quantized import Int8Linear
+from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
@@ -53,3 +56,31 @@ def test_the_flag_reaches_base_and_controls(config: Config, monkeypatch: pytest.
     monkeypatch.setattr(TransformersSource, "__init__", record)
     open_inputs(replace(config, keys=None, index=None, targets=None, device_map="auto"), World())
     assert len(loaded) > 1 and set(loaded) == {"auto"}
+
+
+def test_an_int8_memory_beside_a_spread_base_says_the_same(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies whole on the device of the rank, whatever the map does with the base."""
+    where = dict.fromkeys(PARTS, "cpu") | {"lm_head": "disk", "transformer.wte": "disk"}
+    init = TransformersSource.__init__
+
+    def spread(self: TransformersSource, path: str, **settings: object) -> None:
+        if settings["device_map"] == "auto":
+            settings |= {"device_map": where, "offload_folder": tmp_path / "offload"}
+        init(self, path, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TransformersSource, "__init__", spread)
+    config = replace(config, keys=None, index=None, targets=None, control=(), memory_weights="int8")
+    scores, logits = [], []
+    for device_map in ("none", "auto"):
+        inputs = open_inputs(replace(config, device_map=device_map), World())
+        (arm,), corpus = inputs.playing("subject"), inputs.splits["test"].corpus
+        assert isinstance(arm, MemoryArm) and isinstance(arm.memory.head, Int8Linear)
+        assert hasattr(inputs.base.source.model, "hf_device_map") == (device_map == "auto")
+        scores.append(arm.score(arm.forward_pass.scan(corpus, Block(0, 70), arm.reads)).values)
+        tokens = torch.from_numpy(corpus.tokens(0, 9).astype(np.int64))[None]
+        with torch.no_grad():
+            logits.append(arm.joint_model(0.4)(tokens).logits.numpy())
+    np.testing.assert_array_equal(*scores)
+    np.testing.assert_array_equal(*logits)

@@ -301,6 +301,10 @@ def test_wrong_inputs_are_refused(
             ["--prompt", "in", "--model", other_words],
             "a tokenizer of 301 tokens that is not the one it was made with",
         ),
+        (
+            ["--prompt", "in", "--memory-weights", "int8", "--device-map", "balanced"],
+            "--memory-weights int8 cannot be rounded where --device-map balanced has put",
+        ),
     ]
     for words, said in cases:
         assert run_front_end("--model", export_dir, *words) == 2, words
