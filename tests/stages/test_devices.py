@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.arms import base as base_arm
 from mlpmem_ds.stages.generation import generate
@@ -90,3 +92,25 @@ def test_searches_and_indexes_run_on_the_gpu_of_the_rank(
     index = build_index.Config(keys=keys_dir, output=tmp_path / "index", exchange="none")
     assert device_given(lambda: write_targets.run(targets, WORLD)) == torch.device("cuda:3")
     assert device_given(lambda: build_index.run(index, WORLD)) == torch.device("cuda:3")
+
+
+@pytest.mark.parametrize(
+    ("requested", "expected"), [("auto", "cuda:3"), ("cuda:6", "cuda:6"), ("cpu", "cpu")]
+)
+def test_the_audit_of_keys_searches_where_the_flag_says(
+    requested: str, expected: str, corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def audit(
+        source: object, corpus: object, keys: object, point: object, settings: Any, world: World
+    ) -> None:
+        raise GivenError(settings.device)
+
+    monkeypatch.setattr(extract_keys, "run_audit", audit)
+    monkeypatch.setattr(extract_keys, "open_keys", lambda root: root)
+    bases: Any = SimpleNamespace(key_source=None, key_point=None)
+    config = extract_keys.Config(
+        model="base", corpus=corpus_dir, output=tmp_path / "keys", audit=50, device=requested
+    )
+    corpus = open_corpus(corpus_dir, "train")
+    found = device_given(lambda: extract_keys._audit(config, 50, corpus, bases, WORLD))
+    assert found == torch.device(expected)
