@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,17 @@ from mlpmem_ds.core.errors import DamagedDataError
 Item = TypeVar("Item")
 Unpack = Callable[[BinaryIO], BinaryIO]
 _READ_BYTES = 1 << 20
+_SECONDS_TO_END = 1.0  # for a command whose bytes are at their end
+_REASONS_OF_CURL = {
+    6: "the host's name is not known",
+    7: "the server takes no connection",
+    18: "the connection ended before the file did",
+    22: "the server answered with an error, such as 404 (not there) or 403 (not allowed)",
+    28: "the server was silent for too long",
+    35: "no TLS connection could be made",
+    56: "the connection broke",
+    60: "the server's certificate is not accepted",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +85,8 @@ def read_shard(shard: Shard, *, unpack: Unpack) -> Iterator[tuple[str, dict[str,
         raise
     except Exception as error:  # each handler of webdataset's has its own kinds
         raise DamagedDataError(
-            f"{shard.url} could not be streamed ({type(error).__name__}: {error}): check that it is there and"
-            " whole; the same command continues from the newest checkpoint"
+            f"{shard.url} could not be streamed ({_reason(error, shard.url, streams)}): check that it is"
+            " there and whole; the same command continues from the newest checkpoint"
         ) from error
     finally:
         for stream in streams:
@@ -110,11 +122,35 @@ class _CheckedStream(io.RawIOBase):
             None if self._hash.hexdigest() == shard.sha256 else "does not have the checksum of its manifest"
         )
 
+    def exit_code(self) -> int | None:
+        """Of the command that gives the bytes; None where there is none, or it has not ended."""
+        process = getattr(self._stream, "proc", None)
+        if process is None:
+            return None
+        try:
+            return int(process.wait(_SECONDS_TO_END))
+        except subprocess.TimeoutExpired:
+            return None
+
     def close(self) -> None:
         if not self.closed:
             super().close()
             with contextlib.suppress(OSError):  # a command that was left early; what was read is checked
                 self._stream.close()
+
+
+def _reason(error: Exception, url: str, streams: list[_CheckedStream]) -> str:
+    """In words: webdataset's errors hold the objects and the command line that it worked with."""
+    code = streams[0].exit_code() if streams else None
+    if code and not url.startswith("pipe:"):
+        meaning = _REASONS_OF_CURL.get(code)
+        return f"{meaning}; exit code {code} of curl" if meaning else f"exit code {code} of what reads it"
+    if code:
+        return f"the command ended with exit code {code}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}"
+    said = str(error.args[0]) if error.args else ""
+    return f"{type(error).__name__}: {said.partition(' @ <')[0]}"
 
 
 def shuffled(items: Iterator[Item], *, buffer: int, seed: int) -> Iterator[Item]:
