@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,10 +24,17 @@ _MAX_RANKS_NAMED = 8
 
 
 class Heartbeat:
-    """A thread that gives a sign of life several times in each time limit."""
+    """A thread that gives a sign of life several times in each time limit, and at least every
+    `longest_pause_seconds`."""
 
-    def __init__(self, give_sign: Callable[[int], None], timeout_seconds: float) -> None:
-        self._give_sign, self._every = give_sign, timeout_seconds / _SIGNS_PER_LIMIT
+    def __init__(
+        self,
+        give_sign: Callable[[int], None],
+        timeout_seconds: float,
+        longest_pause_seconds: float = math.inf,
+    ) -> None:
+        self._give_sign = give_sign
+        self._every = min(timeout_seconds / _SIGNS_PER_LIMIT, longest_pause_seconds)
         self._stopping = threading.Event()
         give_sign(0)
         self._thread = threading.Thread(target=self._run, daemon=True)

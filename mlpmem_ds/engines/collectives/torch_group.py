@@ -31,6 +31,8 @@ from mlpmem_ds.engines.processes import (
 
 _LONGEST_PAUSE_SECONDS = 0.2
 _SECONDS_TO_BE_HEARD = 1.0
+_SECONDS_BETWEEN_SIGNS = 2.0
+_SECONDS_TO_LOOK = 5.0  # after a failed transfer: who lives gives a sign meanwhile
 _SECONDS_TO_MEET = 1800.0  # one rank may start long after another
 
 
@@ -47,9 +49,12 @@ class TorchGroup(Ranks):
         self.rank, self.size = world.rank, world.size
         self._world, self._timeout_seconds = world, timeout_seconds
         self._store: Any = join_store(world, environment, datetime.timedelta(seconds=_SECONDS_TO_MEET))
+        self._rank_0_keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._operation = 0
         self._heartbeat = Heartbeat(
-            lambda number: self._store.set(f"sign/{self.rank}", str(number)), timeout_seconds
+            lambda number: self._store.set(f"sign/{self.rank}", str(number)),
+            timeout_seconds,
+            _SECONDS_BETWEEN_SIGNS,
         )
         self._arrive()
         self._wait_for_others(max(timeout_seconds, _SECONDS_TO_MEET))
@@ -95,6 +100,7 @@ class TorchGroup(Ranks):
         with contextlib.suppress(RuntimeError):  # the store's keeper may be gone
             self._store.set(f"failed/{self.rank}", json.dumps(culprits(self.rank, error)))
             self._store.add("failures", 1)
+        leave_process_group()  # ends the transfers that wait for this rank
         if self.rank == 0:  # the others ask the store meanwhile
             time.sleep(_SECONDS_TO_BE_HEARD)
         self._heartbeat.stop()
@@ -111,9 +117,8 @@ class TorchGroup(Ranks):
         def is_over() -> bool:
             if int(self._store.add("arrived", 0)) >= self._operation * self.size:
                 return True
-            if int(self._store.add("failures", 0)):
-                failures = [json.loads(self._read(f"failed/{rank}") or "[]") for rank in range(self.size)]
-                raise RanksLost(sorted({rank for ranks in failures for rank in ranks}), "has failed")
+            if failed := self._failed():
+                raise RanksLost(failed, "has failed")
             return False
 
         with self._transfer():
@@ -126,6 +131,33 @@ class TorchGroup(Ranks):
                 timeout_seconds=timeout_seconds,
                 longest_pause_seconds=_LONGEST_PAUSE_SECONDS,
             )
+
+    def _failed(self) -> list[int]:
+        """The ranks that those that failed have named."""
+        if not int(self._store.add("failures", 0)):
+            return []
+        failures = [json.loads(self._read(f"failed/{rank}") or "[]") for rank in range(self.size)]
+        return sorted({rank for ranks in failures for rank in ranks})
+
+    def _lost(self, reason: str) -> RanksLost:
+        """After a transfer failed: the ranks that another one has named, or that give no sign of life for
+        some seconds, or the keeper of the store."""
+        try:
+            deadline, signs = time.monotonic() + _SECONDS_TO_LOOK, self._signs()
+            while time.monotonic() < deadline:
+                if failed := self._failed():
+                    return RanksLost(failed, "has failed")
+                time.sleep(_LONGEST_PAUSE_SECONDS)
+            silent = [rank for rank, sign in enumerate(self._signs()) if sign == signs[rank]]
+            return RanksLost([rank for rank in silent if rank != self.rank], f"is gone ({reason})")
+        except RuntimeError:  # the store does not answer either
+            if self._rank_0_keeps_store and self.rank > 0:
+                return RanksLost([0], f"is gone, and with it the store in which the ranks meet ({reason})")
+            return RanksLost([], f"or the launcher is gone ({reason})")
+
+    def _signs(self) -> list[bytes]:
+        """The last sign of life of each rank; in one call, since a thousand ranks may ask at once."""
+        return list(self._store.multi_get([f"sign/{rank}" for rank in range(self.size)]))
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))
@@ -140,7 +172,7 @@ class TorchGroup(Ranks):
             yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0].split(". This is typically caused")[0]  # gloo's own advice
-            raise RanksLost([], f"is gone ({reason})") from error
+            raise self._lost(reason) from error
 
 
 def _swap(outgoing: Array, to: int, incoming: Array, source: int) -> None:

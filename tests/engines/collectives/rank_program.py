@@ -49,6 +49,20 @@ def killed(ranks: Ranks) -> dict:
     return {}
 
 
+def killed_in_transfer(ranks: Ranks, victim: int = 1) -> dict:
+    """A rank is gone without a word when all have met: it is the transfer that fails."""
+    ranks.wait()
+    if ranks.rank == victim:
+        ranks.wait()
+        os._exit(0)
+    ranks.sum(np.ones(3))
+    return {}
+
+
+def keeper_killed_in_transfer(ranks: Ranks) -> dict:
+    return killed_in_transfer(ranks, victim=0)
+
+
 def failed(ranks: Ranks) -> dict:
     """A rank ends with an error: the others learn of it at once."""
     if ranks.rank == 1:
@@ -66,11 +80,21 @@ def keeper_gone(ranks: Ranks) -> dict:
     return {"number": ranks.next_number("units")}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (everything, killed, failed, keeper_gone)}
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        everything,
+        killed,
+        killed_in_transfer,
+        keeper_killed_in_transfer,
+        failed,
+        keeper_gone,
+    )
+}
 
 
 def run(world: World, how: str, scenario: str, folder: Path) -> None:
-    limit = 600.0 if scenario == "failed" else TIMEOUT_SECONDS
+    limit = 600.0 if scenario == "failed" or "in_transfer" in scenario else TIMEOUT_SECONDS
     shared, start = folder / "exchange", time.monotonic()
     try:
         with open_ranks(world, how, os.environ, folder=shared, timeout_seconds=limit) as ranks:  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import threading
 import time
 
 import pytest
@@ -39,3 +40,17 @@ def test_a_rank_that_has_ended_is_lost_long_before_the_limit(monkeypatch):
             longest_pause_seconds=0.01,
         )
     assert caught.value.ranks == (2,) and time.monotonic() - start < 30
+
+
+def test_signs_are_at_most_so_far_apart_however_long_the_limit_is():
+    seen, three = [], threading.Event()
+
+    def give_sign(number):
+        seen.append(number)
+        if number == 3:
+            three.set()
+
+    thread = heartbeat.Heartbeat(give_sign, 600.0, 0.01)
+    assert three.wait(10)
+    thread.stop()
+    assert seen[:4] == [0, 1, 2, 3]

@@ -23,6 +23,21 @@ def test_a_killed_rank_is_named(run_ranks):
     assert all(result["seconds"] < 20 for result in results)
 
 
+def test_a_rank_that_is_killed_in_a_transfer_is_named_within_seconds(run_ranks):
+    """Long before the time limit of ten minutes: who lives gives signs every two seconds."""
+    results = run_ranks("torch", 3, "killed_in_transfer")[::2]
+    assert [result["lost"] for result in results] == [(1,), (1,)], results
+    assert any(
+        "rank 1 is gone (" in result["said"] for result in results
+    )  # who sees it first tells the other
+    assert all(result["seconds"] < 30 for result in results)
+
+
+def test_the_keeper_that_is_killed_in_a_transfer_is_named(run_ranks):
+    for result in run_ranks("torch", 3, "keeper_killed_in_transfer")[1:]:
+        assert result["lost"] == (0,) and result["seconds"] < 30, result
+
+
 def test_a_rank_that_fails_ends_the_others_at_once(run_ranks):
     for result in run_ranks("torch", 3, "failed")[::2]:
         assert result["lost"] == (1,) and "rank 1 has failed" in result["said"]
@@ -31,4 +46,4 @@ def test_a_rank_that_fails_ends_the_others_at_once(run_ranks):
 
 def test_a_number_of_a_counter_whose_keeper_is_gone(run_ranks):
     (result,) = run_ranks("torch", 2, "keeper_gone")[1:]
-    assert result["lost"] == () and "is gone" in result["said"]
+    assert result["lost"] == (0,) and "rank 0 is gone, and with it the store" in result["said"]
