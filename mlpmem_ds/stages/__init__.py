@@ -8,5 +8,5 @@ In the order of the pipeline:
 - `conversion`, `generation`, `harness`: convert_checkpoint, generate, run_lm_eval
 - `exchange`, `planning`, `inspection`: import_datastore and export_datastore, plan, inspect_run
 - `retrieval`: neighbour search, for targets, audits and the kNN arms
-- `shared_flags.py`: flags that several commands have
+- `shared_flags.py`: flags that several commands have; `stage_ranks.py`: how a stage's ranks are connected
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlpmem_ds.core.config import Identity, option
@@ -32,11 +31,6 @@ def exchange() -> Any:
         "auto",
         identity="none",
     )
-
-
-def exchange_folder(output: Path) -> Path:
-    """Where ranks that exchange files (`--exchange files`) do so; it goes when they leave."""
-    return output / ".exchange"
 
 
 def device() -> Any:

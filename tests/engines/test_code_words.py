@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import faiss
@@ -11,30 +10,10 @@ import pytest
 
 from mlpmem_ds.engines import code_words
 from mlpmem_ds.engines.code_words import are_trained_together
-from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.maths.kmeans import Share
 
-
-class Threads(Alone):
-    """A rank among threads."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: dict[int, Any]) -> None:
-        super().__init__()
-        self.rank, self.size, self._barrier, self._table = rank, size, barrier, table
-
-    def gather(self, value: Any) -> list[Any]:
-        self._table[self.rank] = value
-        self._barrier.wait()
-        values = [self._table[rank] for rank in range(self.size)]
-        self._barrier.wait()
-        return values
-
-    def sum(self, array: np.ndarray) -> np.ndarray:
-        return np.sum(self.gather(array), axis=0, dtype=array.dtype)
-
-    def exchange(self, parts: Any) -> list[np.ndarray]:
-        return [sent[self.rank] for sent in self.gather(list(parts))]
+from ..thread_ranks import on_thread_ranks
 
 
 def vectors(count: int, dim: int) -> np.ndarray:
@@ -43,25 +22,16 @@ def vectors(count: int, dim: int) -> np.ndarray:
 
 def trained_by(size: int, factory: str, vectors_ND: np.ndarray) -> bytes:
     """The index of rank 0, of which each rank had every size-th vector."""
-    barrier, table, made = threading.Barrier(size, timeout=60), dict[int, Any](), dict[int, bytes]()
 
-    def run(rank: int) -> None:
-        try:
-            index = Index.make(factory, vectors_ND.shape[1])
-            numbers = np.arange(rank, len(vectors_ND), size)
-            share = Share(vectors_nD=vectors_ND[numbers], numbers_n=numbers, total=len(vectors_ND))
-            index.train(share, ranks=Threads(rank, size, barrier, table), seed=1)
-            made[rank] = faiss.serialize_index(index.raw).tobytes()
-        except BaseException:
-            barrier.abort()
-            raise
+    def train(ranks: Any) -> bytes:
+        index = Index.make(factory, vectors_ND.shape[1])
+        numbers = np.arange(ranks.rank, len(vectors_ND), size)
+        share = Share(vectors_nD=vectors_ND[numbers], numbers_n=numbers, total=len(vectors_ND))
+        index.train(share, ranks=ranks, seed=1)
+        return faiss.serialize_index(index.raw).tobytes()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return made[0]
+    first: bytes = on_thread_ranks(size, train)[0]
+    return first
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,18 +10,8 @@ import torch
 
 from mlpmem_ds.maths.kmeans import Ranks, Share, integer_centroids, two_level_centroids
 
-NUM_VECTORS, DIM = 2500, 12
-
-
-def codes(num_vectors: int = NUM_VECTORS, seed: int = 0) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).integers(-60, 60, size=(40, DIM))
-    noise = generator.integers(-9, 10, (num_vectors, DIM))
-    return (centres[generator.integers(0, 40, num_vectors)] + noise).astype(np.int8)
-
-
-def exact_squared(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
-    return ((vectors[:, None].astype(np.int64) - others[None].astype(np.int64)) ** 2).sum(-1)
+from ..thread_ranks import on_thread_ranks
+from .toy_codes import DIM, codes, exact_squared
 
 
 class One:
@@ -37,45 +25,6 @@ class One:
 
     def exchange(self, parts: list[np.ndarray]) -> list[np.ndarray]:
         return list(parts)
-
-
-class Threads:
-    """A rank among threads."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: dict) -> None:
-        self.rank, self.size, self._barrier, self._table = rank, size, barrier, table
-
-    def gather(self, value: Any) -> list[Any]:
-        self._table[self.rank] = value
-        self._barrier.wait()
-        values = [self._table[rank] for rank in range(self.size)]
-        self._barrier.wait()
-        return values
-
-    def sum(self, array: np.ndarray) -> np.ndarray:
-        return np.sum(self.gather(array), axis=0, dtype=array.dtype)
-
-    def exchange(self, parts: list[np.ndarray]) -> list[np.ndarray]:
-        return [sent[self.rank] for sent in self.gather(parts)]
-
-
-def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """What the ranks return."""
-    barrier, table, results = threading.Barrier(size, timeout=60), {}, [None] * size
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(Threads(rank, size, barrier, table))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def centroids(vectors: np.ndarray, num_lists: int, **options: Any) -> np.ndarray:
@@ -94,7 +43,7 @@ def test_ranks_together_give_the_centroids_of_one(size: int, above: int) -> None
         share = Share(vectors_nD=vectors[numbers], numbers_n=numbers, total=len(vectors))
         return integer_centroids(share, 60, seed=2, ranks=ranks, two_level_above=above)
 
-    assert all(np.array_equal(found, expected) for found in on_ranks(size, work))
+    assert all(np.array_equal(found, expected) for found in on_thread_ranks(size, work))
 
 
 @pytest.mark.parametrize("stride", [1, 3])
@@ -106,7 +55,7 @@ def test_what_ranks_hold_together_is_gathered_in_order(stride: int) -> None:
         share = Share(vectors_nD=vectors[numbers], numbers_n=numbers, total=50).every(stride)
         return share.on_first(ranks)
 
-    first, *others = on_ranks(3, work)
+    first, *others = on_thread_ranks(3, work)
     assert np.array_equal(first, vectors[::stride]) and not any(map(len, others))
 
 

@@ -8,7 +8,6 @@ some tens of bytes a document and a few batches of text.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.once import shared_place
-from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.corpus import (
     SPLITS,
@@ -38,12 +35,12 @@ from mlpmem_ds.formats.corpus import (
     vocabulary_sha256,
 )
 from mlpmem_ds.formats.documents import find_files
-from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.corpus.config import Config
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import DocumentReader, Survey, survey_files
 from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, documents_of_unit, read_document, vocab_size
 from mlpmem_ds.stages.corpus.workers import choose_processes
+from mlpmem_ds.stages.stage_ranks import open_stage_ranks
 
 _logger = logging.getLogger(__name__)
 _UNIT_BYTES = 32 << 20
@@ -59,9 +56,7 @@ def run(config: Config, world: World) -> None:
             f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its"
             " tokenizer_config.json"
         )
-    check_output(config.output, stage=CorpusManifest.FORMAT)
-    folder = shared_flags.exchange_folder(config.output)
-    with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+    with open_stage_ranks(config.output, config.exchange, world, stage=CorpusManifest.FORMAT) as ranks:
         _prepare(config, world, tokenizer, ranks)
 
 

@@ -10,23 +10,20 @@ and no forward pass.
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from mlpmem_ds.core.config import default_of, resolved_flags
 from mlpmem_ds.core.log import log_for_all
-from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.evaluation import ReportManifest
-from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import Inputs, open_inputs
 from mlpmem_ds.stages.evaluation.results import ReportWriter
 from mlpmem_ds.stages.evaluation.units import UnitScorer, list_units
 from mlpmem_ds.stages.report.summary import Comparison
+from mlpmem_ds.stages.stage_ranks import open_stage_ranks
 
 _logger = logging.getLogger(__name__)
 
@@ -34,9 +31,7 @@ _logger = logging.getLogger(__name__)
 def run(config: Config, world: World) -> str | None:
     """Score what is missing; the rank that completes the last unit writes the report and returns the table as
     text."""
-    check_output(config.output, stage=ReportManifest.FORMAT)
-    folder = shared_flags.exchange_folder(config.output)
-    with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+    with open_stage_ranks(config.output, config.exchange, world, stage=ReportManifest.FORMAT) as ranks:
         return _evaluate(config, world, ranks)
 
 

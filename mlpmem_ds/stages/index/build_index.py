@@ -19,12 +19,10 @@ from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.faiss import Index
@@ -39,7 +37,6 @@ from mlpmem_ds.formats.index_directory import (
 )
 from mlpmem_ds.formats.index_lists import IndexLists
 from mlpmem_ds.formats.keys import Keys, open_keys
-from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.index.config import Config
 from mlpmem_ds.stages.index.factory import (
     choose_num_shards,
@@ -49,6 +46,7 @@ from mlpmem_ds.stages.index.factory import (
     training_operations,
 )
 from mlpmem_ds.stages.index.training import TRAINED, train_index
+from mlpmem_ds.stages.stage_ranks import open_stage_ranks
 
 _logger = logging.getLogger(__name__)
 _OPERATIONS_PER_SECOND = (
@@ -59,9 +57,7 @@ _OPERATIONS_PER_SECOND = (
 def run(config: Config, world: World) -> None:
     keys = open_keys(config.keys)
     factory, num_shards = _resolve(config, keys)
-    check_output(config.output, stage=IndexManifest.FORMAT)
-    folder = shared_flags.exchange_folder(config.output)
-    with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+    with open_stage_ranks(config.output, config.exchange, world, stage=IndexManifest.FORMAT) as ranks:
         _build(config, world, keys, factory, num_shards, ranks)
 
 

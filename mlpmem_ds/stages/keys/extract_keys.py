@@ -12,7 +12,6 @@ D width of the base, E size of a stored key, I input size, n positions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -22,11 +21,9 @@ from typing import Any
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.formats.corpus import CorpusSplit
@@ -39,7 +36,6 @@ from mlpmem_ds.formats.keys import (
     read_codec,
     unit_name,
 )
-from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.keys.audit import AuditSettings, run_audit
 from mlpmem_ds.stages.keys.codec import read_sample, write_codec
 from mlpmem_ds.stages.keys.config import Config
@@ -47,6 +43,7 @@ from mlpmem_ds.stages.keys.inputs import Bases, ExtractionInputs, describe_keys,
 from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS, PositionBytes, bytes_of_position, require_disk
 from mlpmem_ds.stages.keys.readings import Rows, UnitReader, are_read_ahead, read_block
 from mlpmem_ds.stages.keys.unit_files import unit_files
+from mlpmem_ds.stages.stage_ranks import open_stage_ranks
 
 __all__ = ["Config", "run"]
 
@@ -55,9 +52,7 @@ _CODEC_UNIT = "codec"
 
 def run(config: Config, world: World) -> None:
     """Write the key directory; see formats/README.md."""
-    check_output(config.output, stage=KeysManifest.FORMAT)  # before a large model is loaded
-    folder = shared_flags.exchange_folder(config.output)
-    with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+    with open_stage_ranks(config.output, config.exchange, world, stage=KeysManifest.FORMAT) as ranks:
         _extract(config, world, ranks)
 
 

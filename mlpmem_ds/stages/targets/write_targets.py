@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,18 +31,17 @@ from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.alone import Alone
-from mlpmem_ds.engines.collectives.opening import open_ranks
 from mlpmem_ds.engines.collectives.ranks import Ranks, RanksLost
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.lists_directory import FOLDER
 from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.formats.targets import ORDER_NAME, ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
-from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, missing_bytes
 from mlpmem_ds.stages.retrieval.list_owners import ListOwners
 from mlpmem_ds.stages.retrieval.list_search import ListSearch
 from mlpmem_ds.stages.retrieval.verification import verify_keys
+from mlpmem_ds.stages.stage_ranks import exchange_folder, open_stage_ranks
 from mlpmem_ds.stages.targets import audit as target_audit
 from mlpmem_ds.stages.targets.calls import in_calls, own_lists, write_together
 from mlpmem_ds.stages.targets.config import AuditConfig, Config
@@ -66,10 +64,10 @@ _MARGIN_OF_BYTES = 1.05
 def run(config: Config, world: World) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_output(config.output, stage=TargetsManifest.FORMAT, leftovers=[FOLDER])
-    folder = shared_flags.exchange_folder(config.output)
     try:
-        with open_ranks(world, config.exchange, os.environ, folder=folder) as ranks:
+        with open_stage_ranks(
+            config.output, config.exchange, world, stage=TargetsManifest.FORMAT, leftovers=[FOLDER]
+        ) as ranks:
             _run(config, world, ranks)
     except RanksLost as lost:
         if config.exchange != "files":  # the others of a launch by MPI or torch are ended too
@@ -77,8 +75,8 @@ def run(config: Config, world: World) -> None:
         _logger.warning("%s; meanwhile this rank goes on by itself", lost)
         try:
             _run(config, world, Alone())
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # what the ranks had for each other
+        finally:  # what the ranks had for each other goes
+            shutil.rmtree(exchange_folder(config.output), ignore_errors=True)
 
 
 def _run(config: Config, world: World, ranks: Ranks) -> None:

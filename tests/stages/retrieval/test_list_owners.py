@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,56 +25,9 @@ from mlpmem_ds.stages.retrieval.list_owners import (
 from mlpmem_ds.stages.retrieval.list_search import ListSearch
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 
+from ...thread_ranks import on_thread_ranks
+
 NUM_KEYS, DIM = 403, 6
-
-
-class ThreadRanks:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self._barrier = size, threading.Barrier(size)
-        self._table: list[Any] = [None] * size
-
-    def of(self, rank: int) -> Any:
-        table, barrier, size = self._table, self._barrier, self.size
-
-        class One:
-            def gather(self, value: Any) -> list[Any]:
-                table[rank] = value
-                barrier.wait()
-                values = list(table)
-                barrier.wait()
-                return values
-
-            def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-                assert len(parts) == size and all(part.dtype.names is None for part in parts)
-                return [row[rank].copy() for row in self.gather(list(parts))]
-
-        one: Any = One()
-        one.rank, one.size = rank, size
-        return one
-
-
-def together(size: int, work: Callable[[Any], Any]) -> list[Any]:
-    """What `work` gives on each of so many ranks."""
-    ranks, results = ThreadRanks(size), [None] * size
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(ranks.of(rank))
-        except BaseException as error:
-            results[rank] = error
-            ranks._barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 @pytest.fixture(scope="module", params=["int8", "float16"])
@@ -143,7 +95,7 @@ def test_all_ranks_find_what_one_finds(
         assert len(group.runs) == (1 if is_resident or not group.num_lists else 3)
         return found
 
-    for share, (first, rest) in zip(shares, together(size, work), strict=True):
+    for share, (first, rest) in zip(shares, on_thread_ranks(size, work), strict=True):
         if not len(share):
             assert first.packed_QK.shape == (0, 20)
             continue

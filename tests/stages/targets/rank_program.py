@@ -15,6 +15,7 @@ from pathlib import Path
 from mlpmem_ds.core import files
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World, world_from_environment
+from mlpmem_ds.stages import stage_ranks
 from mlpmem_ds.stages.retrieval import list_owners
 from mlpmem_ds.stages.targets import units, write_targets
 
@@ -24,7 +25,7 @@ _POSITIONS_OF_ALL = 48
 
 def run(world: World, config: write_targets.Config, killed: int, call: int) -> int:
     list_owners._CALL_QUERIES = _POSITIONS_OF_ALL  # several calls a shard
-    write_targets.open_ranks = functools.partial(write_targets.open_ranks, timeout_seconds=TIMEOUT_SECONDS)
+    stage_ranks.open_ranks = functools.partial(stage_ranks.open_ranks, timeout_seconds=TIMEOUT_SECONDS)
     if world.rank == killed:
         original, count = units.ShardWriter._found, 0
 

@@ -20,6 +20,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import RanksLost
+from mlpmem_ds.stages import stage_ranks
 from mlpmem_ds.stages.targets import calls, write_targets
 from mlpmem_ds.stages.targets.calls import num_calls
 from mlpmem_ds.stages.targets.units import ShardWriter
@@ -184,7 +185,7 @@ def test_a_rank_that_is_lost_while_the_sample_is_measured_takes_no_record_away(
     shutil.copytree(undisturbed, wanted.output)
     records = {path.name for path in wanted.output.glob("done/*.json")}
     for number in range(1, 4):
-        monkeypatch.setattr(write_targets, "open_ranks", lambda *_, **__: Lost(number))  # noqa: B023
+        monkeypatch.setattr(stage_ranks, "open_ranks", lambda *_, **__: Lost(number))  # noqa: B023
         with pytest.raises(RanksLost):
             write_targets.run(wanted, World(rank=0, size=2))
         assert {path.name for path in wanted.output.glob("done/*.json")} == records

@@ -1,0 +1,39 @@
+"""How the ranks of a stage are connected: its output is looked at first.
+
+So nothing is made in a directory that is not the stage's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from mlpmem_ds.core.run_description import check_output
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.opening import Exchange, open_ranks
+from mlpmem_ds.engines.collectives.ranks import Ranks
+
+
+def open_stage_ranks(
+    output: Path, exchange: Exchange, world: World, *, stage: str, leftovers: Collection[str] = ()
+) -> Ranks:
+    """The ranks that write this output together; called by all of them.
+
+    Args:
+        output: of the stage.
+        exchange: the flag `--exchange`.
+        world: rank and size.
+        stage: format name, such as "keys".
+        leftovers: names that may be in an output that is none yet.
+
+    Raises:
+        UserError: the output holds something else, or the ranks cannot be connected in this way.
+    """
+    check_output(output, stage=stage, leftovers=leftovers)
+    return open_ranks(world, exchange, os.environ, folder=exchange_folder(output))
+
+
+def exchange_folder(output: Path) -> Path:
+    """Where ranks that exchange files (`--exchange files`) do so; it goes when they leave."""
+    return output / ".exchange"
