@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -32,3 +33,13 @@ def run_ahead(items: Iterator[Item], *, count: int, name: str) -> Iterator[Item]
             close = getattr(items, "close", None)
             if close is not None:
                 close()
+
+
+def timed(items: Iterator[Item]) -> Iterator[tuple[Item, float]]:
+    """Each item, and the seconds that were waited for it."""
+    while True:
+        start = perf_counter()
+        item = next(items, _END)
+        if item is _END:
+            return
+        yield item, perf_counter() - start

@@ -13,12 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from mlpmem_ds.core.ahead import run_ahead
+from mlpmem_ds.core.ahead import run_ahead, timed
 
 _BATCHES_AHEAD = 2  # on the device, besides the one whose step is queued; and as many pinned buffers
 _ALIGNMENT = 512  # bytes: of a tensor in a pinned buffer
@@ -140,14 +139,9 @@ class DeviceFeed:
             return
         brought = run_ahead(self._bring(batches), count=_BATCHES_AHEAD, name="copies")
         with contextlib.closing(brought):  # type: ignore[type-var]
-            while True:
-                start = perf_counter()
-                found = next(brought, None)
-                if found is None:
-                    return
-                arguments, event = found
+            for (arguments, event), seconds in timed(brought):
                 self._streams.take(event, list(tensors_of(arguments, device_only=True)))
-                yield arguments, perf_counter() - start
+                yield arguments, seconds
 
     def _bring(self, batches: Iterator[tuple[Sequence[Any], float]]) -> Iterator[tuple[Arguments, Any]]:
         """Each batch with its copies queued, and the event after them."""

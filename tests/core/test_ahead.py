@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from mlpmem_ds.core.ahead import run_ahead
+from mlpmem_ds.core.ahead import run_ahead, timed
 
 
 def threads_of(name: str) -> list[threading.Thread]:
@@ -54,3 +55,17 @@ def test_leaving_early_closes_the_iterator() -> None:
     assert next(stream) == 0
     stream.close()  # type: ignore[attr-defined]
     assert closed == [True] and not threads_of("ahead")
+
+
+def test_the_seconds_waited_for_an_item_are_its_own() -> None:
+    def items() -> Iterator[str]:
+        yield "at once"
+        time.sleep(0.2)
+        yield "late"
+
+    found = []
+    for item, seconds in timed(items()):
+        time.sleep(0.3)  # what is done with an item is no waiting
+        found.append((item, seconds >= 0.2))
+    assert found == [("at once", False), ("late", True)]
+    assert list(timed(iter([]))) == []

@@ -7,7 +7,7 @@ the share of a rank that is slow or gone is found by others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,21 @@ def chunks_of(files: Sequence[SourceFile], size: int) -> list[Chunk]:
     """The files in order, cut into pieces that `size` ranks share evenly, by their bytes."""
     total = sum(file.num_bytes for file in files)
     each = min(max(total // (_CHUNKS_OF_RANK * size), _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
-    chunks: list[Chunk] = []
-    chunk: list[SourceFile] = []
-    num_bytes = 0
+    return list(groups_of(files, each))
+
+
+def groups_of(files: Iterable[SourceFile], num_bytes: int) -> Iterator[Chunk]:
+    """The files in order, in pieces of at least so many bytes, but for the last."""
+    group: list[SourceFile] = []
+    size = 0
     for file in files:
-        chunk.append(file)
-        num_bytes += file.num_bytes
-        if num_bytes >= each:
-            chunks.append(tuple(chunk))
-            chunk, num_bytes = [], 0
-    return [*chunks, tuple(chunk)] if chunk else chunks
+        group.append(file)
+        size += file.num_bytes
+        if size >= num_bytes:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
 
 
 def shared_findings(

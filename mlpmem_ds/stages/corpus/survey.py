@@ -22,7 +22,7 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
-from mlpmem_ds.stages.corpus.shared_survey import chunks_of, shared_findings
+from mlpmem_ds.stages.corpus.shared_survey import chunks_of, groups_of, shared_findings
 from mlpmem_ds.stages.corpus.splits import (
     NOT_TAKEN,
     SplitRules,
@@ -209,7 +209,7 @@ def _read_parts(files: list[SourceFile], reader: DocumentReader, processes: int)
         yield from _parts(files, reader)
         return
     with tempfile.TemporaryDirectory() as scratch, Workers(processes) as workers:
-        tasks = enumerate(_groups(files))
+        tasks = enumerate(groups_of(files, _GROUP_BYTES))
         for path in workers.map(functools.partial(_write_parts, reader, Path(scratch)), tasks):
             with open(path, "rb") as stream:
                 while (part := pickle.load(stream)) is not None:  # written by _write_parts a moment ago
@@ -250,16 +250,3 @@ def _part(entries: list[tuple[str, str, int, str]], ends: list[int]) -> _Part:
         listed=",".join(_ListHash.entry(name, sha256) for name, _, _, sha256 in entries).encode(),
         ends=ends,
     )
-
-
-def _groups(files: Iterable[SourceFile]) -> Iterator[tuple[SourceFile, ...]]:
-    group: list[SourceFile] = []
-    size = 0
-    for file in files:
-        group.append(file)
-        size += file.num_bytes
-        if size >= _GROUP_BYTES:
-            yield tuple(group)
-            group, size = [], 0
-    if group:
-        yield tuple(group)

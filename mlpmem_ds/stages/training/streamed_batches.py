@@ -24,13 +24,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count as count_from
 from itertools import islice
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 
-from mlpmem_ds.core.ahead import run_ahead
+from mlpmem_ds.core.ahead import run_ahead, timed
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.hashing import hash_fraction, shuffled
@@ -182,12 +181,7 @@ class StreamedBatches:
         """This rank's micro-batches of the steps [first, stop), and the seconds waited for each step's."""
         batches = run_ahead(self._batches(first, stop), count=_BATCHES_AHEAD, name="batches")
         with contextlib.closing(batches):  # type: ignore[type-var]
-            while True:
-                start = perf_counter()
-                parts = next(batches, None)
-                if parts is None:
-                    return
-                yield parts, perf_counter() - start
+            yield from timed(batches)
 
     def faulty_positions(self, step: int) -> list[int]:
         """Those of this rank's positions in a recent step whose inputs or targets are not finite numbers."""
