@@ -35,20 +35,19 @@ State = Literal["held", "unknown", "gone"]
 
 
 @contextlib.contextmanager
-def claim(path: Path, *, breaks: bool = False, watch: ClaimWatch | None = None) -> Iterator[bool]:
+def claim(path: Path, *, watch: ClaimWatch | None = None) -> Iterator[bool]:
     """Hold the claim while the block runs, and remove it afterwards; gives False where another process holds
     it.
 
     Args:
         path: of the claim file.
-        breaks: take it also where another process may hold it: for a caller that watched it (`ClaimWatch`).
         watch: of a caller that asks again and again: looks once more, right before the claim is broken.
     """
     text = holder(os.getpid())  # beforehand: a claim that is left empty holds the others up for a minute
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
-        if not breaks and (watch or ClaimWatch()).look(path) != "gone":
+        if (watch or ClaimWatch()).look(path) != "gone":
             yield False
             return
         descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)

@@ -158,7 +158,7 @@ class StageDirectory:
         compute: Compute | None,
         *,
         taken_over: bool = False,
-        breaks: bool = False,
+        watch: ClaimWatch | None = None,
         is_dealt: bool = False,
     ) -> bool:
         """Compute and publish one unit; False where another process is at it, or has just made it.
@@ -167,12 +167,12 @@ class StageDirectory:
             unit: its name.
             compute: None = only compare its files.
             taken_over: it was dealt to another rank; then a record that is trusted is enough.
-            breaks: the claim of a process that is gone, if there is one.
+            watch: of a caller that asks again and again: it tells which claims' holders are gone.
             is_dealt: by a counter: no other rank has it, and it needs no claim.
         """
         path = self.records.path(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        claimed = claim(self.records.claim_path(unit), breaks=breaks)
+        claimed = claim(self.records.claim_path(unit), watch=watch)
         with contextlib.nullcontext(True) if is_dealt else claimed as is_mine:
             if not is_mine:
                 return False
@@ -211,8 +211,8 @@ class StageDirectory:
     def _wait(self, units: Sequence[str], *, until_whole: bool = False) -> None:
         """Until every unit has a record, and with `until_whole` each is known to be whole."""
 
-        def try_one(unit: str, is_claimed: bool) -> bool:
-            return self._make(unit, self._compute_of_unit.get(unit), taken_over=True, breaks=is_claimed)
+        def try_one(unit: str, watch: ClaimWatch) -> bool:
+            return self._make(unit, self._compute_of_unit.get(unit), taken_over=True, watch=watch)
 
         wait_for_units(
             units,

@@ -51,7 +51,7 @@ class Choice:
 
     def __init__(self, claim_path: Callable[[str], Path]) -> None:
         self._claim_path = claim_path
-        self._watch = ClaimWatch()
+        self.watch = ClaimWatch()
         self._watched: list[str] = []
 
     def of(self, free: Sequence[str], claimed: Sequence[str]) -> str | None:
@@ -64,7 +64,7 @@ class Choice:
         missing = min(_MAX_WATCHED - len(self._watched), len(others))
         self._watched += _random.sample(others, missing)
         for unit in list(self._watched):
-            state = self._watch.look(self._claim_path(unit))
+            state = self.watch.look(self._claim_path(unit))
             if state == "gone":
                 return unit
             if state == "held":  # seen alive: look at another next time
@@ -78,7 +78,7 @@ def wait_for_units(
     *,
     until_whole: bool,
     can_make: Callable[[str], bool],
-    try_one: Callable[[str, bool], bool],
+    try_one: Callable[[str, ClaimWatch], bool],
     name: str,
 ) -> None:
     """Until every unit has a record; the units that no live rank works at are made meanwhile.
@@ -90,8 +90,8 @@ def wait_for_units(
         records: of the directory.
         until_whole: also until each is known to be whole.
         can_make: whether this rank can make a unit.
-        try_one: makes a unit, or compares it with its checksums; told whether another process has a claim
-            that is to be broken; says whether it made one.
+        try_one: makes a unit, or compares it with its checksums; given what has watched the claims; says
+            whether it made one.
         name: of this rank, for messages.
     """
     patience, choice = Patience(), Choice(records.claim_path)
@@ -103,7 +103,7 @@ def wait_for_units(
             [unit for unit in tried if unit not in listing.claimed],
             [unit for unit in tried if unit in listing.claimed],
         )
-        if unit is None or not try_one(unit, unit in listing.claimed):
+        if unit is None or not try_one(unit, choice.watch):
             patience.log(
                 "%s waits for %d units that other ranks compute, the first is %s", name, len(left), left[0]
             )
