@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedModel
 
+from mlpmem_ds.core.ahead import run_ahead
 from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.attention import reason_against
@@ -270,7 +270,10 @@ def scan_positions(
     starts = range(numbers.start, numbers.stop, batch_windows)
     if ahead is None:
         ahead = is_read_ahead(source)
-    for scanned in _one_ahead(scan, starts) if ahead else map(scan, starts):
+    batches: Iterator[_Scanned] = map(scan, starts)
+    if ahead:  # the next batch is being queued when one is handed out: the device does not wait for the host
+        batches = run_ahead(batches, count=1, name="states")
+    for scanned in batches:
         yield scanned.arrived()
 
 
@@ -286,18 +289,6 @@ class _Scanned:
         rows_n = dict(self.copies.wait())
         scores_n = rows_n.pop(_LOG_PROBABILITIES, torch.empty(0))
         return PositionStates(block=self.block, states=rows_n, log_probabilities=scores_n.numpy())
-
-
-def _one_ahead(scan: Callable[[int], _Scanned], starts: Sequence[int]) -> Iterator[_Scanned]:
-    """Each batch when the next one is being queued: the device does not wait for the host."""
-    with ThreadPoolExecutor(1) as thread:
-        upcoming: Future[_Scanned] | None = None
-        for at in starts:
-            current, upcoming = upcoming, thread.submit(scan, at)
-            if current is not None:
-                yield current.result()
-        if upcoming is not None:
-            yield upcoming.result()
 
 
 def _scan_batch(

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from mlpmem_ds.core.ahead import run_ahead
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.folders import folder_of
@@ -237,20 +238,8 @@ class ShardWriter:
 
     def _found(self, calls: Sequence[Block]) -> Iterator[tuple[Block, PackedNeighbours]]:
         """The neighbours of each call; `searches_ahead`: while the rows of the one before are made."""
-
-        def find(call: Block) -> PackedNeighbours:
-            return self.teacher.find(np.arange(*call))
-
-        if not self.searches_ahead:
-            yield from ((call, find(call)) for call in calls)
-            return
-        with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(find, calls[0])
-            for number, call in enumerate(calls):
-                found = following.result()
-                if number + 1 < len(calls):
-                    following = pool.submit(find, calls[number + 1])
-                yield call, found
+        found = ((call, self.teacher.find(np.arange(*call))) for call in calls)
+        return run_ahead(found, count=1, name="searches") if self.searches_ahead else found
 
     def _search(self, batch: Block) -> _Made:
         return self._pack(self.teacher.find(np.arange(*batch)), batch.start, batch)
