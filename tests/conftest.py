@@ -3,12 +3,14 @@ read-only."""
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,10 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# transformers copies the code of the exports that it loads there, and reads the variable at its import: not
+# the user's, and the same for all tests of a process, which remembers where the package of the copies lies.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="code-of-exports-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import dynamic_module_utils
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import option
@@ -162,19 +161,6 @@ def _make_keys(
 def make_keys() -> Callable[..., Path]:
     """make_keys(root, vectors [N, D] int8 or float16, values [N], …) writes a complete key directory."""
     return _make_keys
-
-
-@pytest.fixture(scope="session")
-def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """transformers copies the code of what it loads into a cache: one of these tests' own, not the user's.
-
-    One for the session: Python remembers the first place that the package of these modules was imported from.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("modules")
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(path))
-        patch.setattr(sys, "path", list(sys.path))
-        yield path
 
 
 def _environment() -> dict[str, str]:

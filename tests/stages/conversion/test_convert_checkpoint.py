@@ -20,9 +20,6 @@ from mlpmem_ds.stages.training.initial_memory import hash_initial_memory, open_i
 
 from .conftest import IDS, LAMBDA, MemoryFlags, convert, expected_mixture, save_memory
 
-pytestmark = pytest.mark.usefixtures("code_cache")
-
-
 STRANGER = """
 import json, sys
 sys.modules["mlpmem_ds"] = None  # any import of the package is an ImportError from here on

@@ -26,7 +26,6 @@ from mlpmem_ds.stages.conversion.inputs import Config
 
 from ...manifests import make_provenance
 
-pytestmark = pytest.mark.usefixtures("code_cache")
 VOCAB, WIDTH = 300, 16
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
 SIZES = {

@@ -24,8 +24,6 @@ from mlpmem_ds.stages.conversion import convert_checkpoint
 
 from .conftest import ROOT, MemoryFlags, convert, save_memory, save_report
 
-pytestmark = pytest.mark.usefixtures("code_cache")
-
 
 def test_rerun_says_complete_and_a_damaged_export_is_made_again(
     export_dir: Path,

@@ -23,7 +23,6 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
 
-pytestmark = pytest.mark.usefixtures("code_cache")
 WIDTH, INNER, VOCAB = 16, 40, 300
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
 

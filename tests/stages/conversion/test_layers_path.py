@@ -30,7 +30,6 @@ from mlpmem_ds.stages.evaluation.inputs import find_layers_path
 
 from ...manifests import make_provenance
 
-pytestmark = pytest.mark.usefixtures("code_cache")
 PATH = "transformer.h"
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
 
