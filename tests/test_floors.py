@@ -31,13 +31,13 @@ ORDER = list(FLOORS)
 # library → the files that may import it, whatever their floor allows
 OWNERS: dict[str, set[str]] = {
     "accelerate": {"engines/hidden_states.py"},
-    "datasets": {"formats/document_readers.py"},
+    "datasets": {"formats/saved_datasets.py"},
     "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss_library.py"},
     "lm_eval": {"engines/lm_eval.py"},
     "matplotlib": {"engines/plotting.py"},
     "mpi4py": {"engines/collectives/mpi.py"},
-    "pyarrow": {"formats/document_readers.py"},
+    "pyarrow": {"formats/arrow_library.py"},
     "torch.distributed": {"engines/processes.py"},
     "torch.utils.tensorboard": {"stages/training/metrics.py"},
     "tqdm": {"core/log.py"},

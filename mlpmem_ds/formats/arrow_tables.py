@@ -21,7 +21,7 @@ import numpy as np
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import Manifest
-from mlpmem_ds.formats.document_readers import import_arrow
+from mlpmem_ds.formats.arrow_library import import_arrow
 from mlpmem_ds.maths.sparse_rows import SparseRows
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"

@@ -20,13 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.document_readers import (
-    READERS,
-    datasets_files,
-    is_saved_dataset,
-    kind_of,
-    read_dataset_of_name,
-)
+from mlpmem_ds.formats.document_readers import READERS, kind_of
+from mlpmem_ds.formats.saved_datasets import datasets_files, is_saved_dataset, read_dataset_of_name
 
 TEXT_PATTERNS = (
     "*.txt",

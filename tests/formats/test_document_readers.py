@@ -6,11 +6,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,50 +115,6 @@ def test_every_container_gives_its_documents(
     assert groups == {file.name}
 
 
-def test_splits_of_a_saved_dataset_and_a_missing_file(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_saved_dataset(tmp_path / "both" / split)
-    (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
-    names = [file.name for file in find_files([str(tmp_path / "both")], None, ())]
-    assert names == [
-        f"{split}/data-0000{number}-of-00002.arrow" for split in ("train", "test") for number in range(2)
-    ]
-    assert documents_of(tmp_path / "both") == EXPECTED * 2
-    (tmp_path / "both" / "test" / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(UserError, match="without its file data-00001"):
-        documents_of(tmp_path / "both")
-    (tmp_path / "both" / "dataset_dict.json").write_text("{}")
-    with pytest.raises(UserError, match="list of files cannot be read"):
-        documents_of(tmp_path / "both")
-
-
-def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package is not needed to test what we ask of it."""
-    asked: list[tuple[Any, ...]] = []
-
-    def load_dataset(name: str, configuration: str | None, **rest: Any) -> list[dict[str, Any]]:
-        asked.append((name, configuration, rest))
-        return RECORDS
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert documents_of("datasets:org/name:wikitext-103:test") == EXPECTED
-    assert documents_of("datasets:org/name") == EXPECTED
-    assert asked == [
-        ("org/name", "wikitext-103", {"split": "test", "streaming": True}),
-        ("org/name", None, {"split": "train", "streaming": True}),
-    ]
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        documents_of("datasets:org/name")
-
-
-def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_parquet(tmp_path / "x.parquet")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"pip install 'mlpmem-ds\[arrow\]'"):
-        documents_of(tmp_path / "x.parquet")
-
-
 def damaged(write: Callable[[Path], None]) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         write(path)
@@ -208,17 +162,6 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
         "k.tar",
         lambda path: path.write_bytes(tar_bytes({"s1.json": b'{"x": 1}'})),
         "k.tar sample 's1' .*it has x",
-    ),
-    ("l.parquet", damaged(write_parquet), "l.parquet is cut short or damaged"),
-    (
-        "m.parquet",
-        lambda path: parquet.write_table(pyarrow.table({"body": ["a"]}), path),
-        "no column 'text' .it has body",
-    ),
-    (
-        "n.parquet",
-        lambda path: parquet.write_table(pyarrow.table({"text": [1], "author": [1]}), path),
-        "row 0: its text is int",
     ),
 ]
 

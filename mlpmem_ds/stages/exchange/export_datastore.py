@@ -17,8 +17,8 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.arrow_library import import_arrow
 from mlpmem_ds.formats.arrow_tables import ArrowManifest, write_datastore, write_rows
-from mlpmem_ds.formats.document_readers import import_arrow
 from mlpmem_ds.formats.keys import Keys, bfloat16_values, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.maths.sparse_rows import SparseRows
