@@ -2,6 +2,7 @@
 
 In the order of the pipeline:
 - `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one
+- `json_lines.py`: JSON that users give
 - `table_readers.py`: Parquet and Arrow; `saved_datasets.py`: data sets of `datasets`;
   `arrow_library.py`: pyarrow
 - `corpus.py`: token shards; `keys.py`, `mapped_keys.py`: keys, values and memory inputs
