@@ -36,7 +36,7 @@ def reason_against(attention: str, *, device: torch.device, dtype: str) -> str |
     return None
 
 
-def attention_or_sdpa(attention: str, *, device: torch.device, dtype: str) -> tuple[str, str | None]:
-    """This attention where it can run here, else `sdpa` and the reason."""
+def attention_or_auto(attention: str, *, device: torch.device, dtype: str) -> tuple[str, str | None]:
+    """This attention where it can run here, else `auto` and the reason."""
     reason = reason_against(attention, device=device, dtype=dtype)
-    return ("sdpa", reason) if reason else (attention, None)
+    return ("auto", reason) if reason else (attention, None)

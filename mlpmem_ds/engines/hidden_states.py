@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import capture, load_base, logit_transform
+from mlpmem_ds.models.backbone import attention_of, capture, load_base, logit_transform
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.structure import decoder_layers, output_head, resolve_layer
 
@@ -58,6 +58,8 @@ class StateSource(Protocol):
     """rows of the output head, which may be more than the tokenizer has entries"""
     max_context: int
     dtype_name: str
+    attention: str
+    """the implementation that it runs with"""
     is_collective: bool
     """whether the ranks hold the base together: then all of them must call `read` and `log_probabilities` in
     the same order, equally often, and in one thread"""
@@ -86,7 +88,7 @@ class PositionStates:
 
 class TransformersSource:
     """A Hugging Face causal language model as a StateSource. `layers_path` names its decoder's layers; `flag`
-    named it."""
+    named it. `attention`: as `load_base` takes it, later that which it runs with."""
 
     is_collective = False
 
@@ -96,7 +98,7 @@ class TransformersSource:
         *,
         dtype: str = "auto",
         device: torch.device | str = "cpu",
-        attention: str = "sdpa",
+        attention: str = "auto",
         layers_path: str | None = None,
         flag: str = "--model",
         device_map: str | dict[str, Any] | None = None,
@@ -119,7 +121,13 @@ class TransformersSource:
         self.num_layers = len(self._layers)
         self.width = config.hidden_size
         self.max_context = max_context_of(config)
-        self._attention = attention
+        self.attention = attention_of(self.model)
+        if attention == "auto" and self.attention != "sdpa":
+            _logger.info(
+                "%s has no attention of the kind sdpa: it runs with %s, which is slower and gives the same",
+                path,
+                self.attention,
+            )
         self._length_seen = 0
 
     def _load(
@@ -143,7 +151,7 @@ class TransformersSource:
             self._length_seen = length
             with masks_of_layers(self._layers) as masks:
                 captured = reader(to_device(tokens_BS, self.device))
-            if self._attention == "sdpa" and any(masks):
+            if self.attention == "sdpa" and any(masks):
                 _logger.warning(
                     "%d of %d layers read windows of %d tokens with an attention mask (a sliding window that"
                     " is shorter?): slower than without",
@@ -212,10 +220,22 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 
 def check_source_reads(
-    source: StateSource, corpus: CorpusSplit, model: str, *, flag: str = "--model"
+    source: StateSource,
+    splits: Sequence[CorpusSplit],
+    model: str,
+    *,
+    flag: str = "--model",
+    shared: Path | None = None,
 ) -> None:
     """`check_model_reads` of a base that is loaded."""
-    check_model_reads(model, corpus, vocab_size=source.vocab_size, max_context=source.max_context, flag=flag)
+    check_model_reads(
+        model,
+        splits,
+        vocab_size=source.vocab_size,
+        max_context=source.max_context,
+        flag=flag,
+        shared=shared,
+    )
 
 
 def resolve_point(source: StateSource, layer: int | float, point: str, *, flag: str) -> CapturePoint:

@@ -34,31 +34,72 @@ def max_context_of(config: PretrainedConfig) -> int:
 
 
 def check_model_reads(
-    name_or_path: str, corpus: CorpusSplit, *, vocab_size: int, max_context: int, flag: str = "--model"
+    name_or_path: str,
+    splits: Sequence[CorpusSplit],
+    *,
+    vocab_size: int,
+    max_context: int,
+    flag: str = "--model",
+    shared: Path | None = None,
 ) -> None:
-    """Refuse a corpus that this model cannot read: other tokens, a larger vocabulary, or longer blocks than
-    its context.
+    """Refuse a corpus that this model cannot read: other tokens, tokens that it has no row for, or longer
+    blocks than its context.
 
     Args:
         name_or_path: the model.
-        corpus: any of its splits.
-        vocab_size: rows of the model's output head, which may be more than its tokenizer has entries.
+        splits: those of the corpus that it is to read.
+        vocab_size: rows of the model's output head, which may be more or fewer than the tokenizer has
+            entries.
         max_context: tokens.
         flag: of the command line, for the messages.
+        shared: as in `fingerprint_model`.
 
     Raises:
         UserError: with what differs.
     """
-    if corpus.vocab_size > vocab_size:
-        raise UserError(
-            f"the corpus {corpus.root} has a vocabulary of {corpus.vocab_size}, the model one of "
-            f"{vocab_size} ({flag} {name_or_path}): prepare the corpus with the model's own tokenizer"
-        )
+    corpus = splits[0]
+    _check_same_tokens(name_or_path, corpus, flag)
+    for split in splits:
+        if split.vocab_size > vocab_size:
+            _check_rows(name_or_path, split, vocab_size, flag, shared)
     if corpus.block_size > max_context:
         raise UserError(
             f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens, the model reads at most "
             f"{max_context} ({flag} {name_or_path}): prepare it with a smaller --block-size"
         )
+
+
+def _check_rows(name_or_path: str, split: CorpusSplit, num_rows: int, flag: str, shared: Path | None) -> None:
+    """Each token of the text has a row in the model.
+
+    A tokenizer often has a padding token more than its model has rows, which no text holds.
+    """
+
+    def compute() -> dict[str, int]:
+        return {"token": split.largest_token()}
+
+    largest = (
+        compute()
+        if shared is None
+        else computed_once(shared, "largest-token", [split.sha256, split.name], compute)
+    )["token"]
+    if largest >= num_rows:
+        raise UserError(
+            f"{flag} {name_or_path} has rows for {num_rows:,} tokens, and the {split.name} split of the"
+            f" corpus {split.root} holds token {largest:,}{_spelling(split, largest)}: give the model rows"
+            f" for it (transformers' resize_token_embeddings({split.vocab_size})), or prepare the corpus with"
+            " a tokenizer without it"
+        )
+
+
+def _spelling(corpus: CorpusSplit, token: int) -> str:
+    """How a token is written, in brackets, where the corpus's tokenizer says so."""
+    path = corpus.tokenizer_path / "tokenizer.json"
+    spelt = Tokenizer.from_file(str(path)).id_to_token(token) if path.is_file() else None
+    return "" if spelt is None else f" ({spelt})"
+
+
+def _check_same_tokens(name_or_path: str, corpus: CorpusSplit, flag: str) -> None:
     own, common = model_file(name_or_path, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
     if own is None or not common.is_file():
         return

@@ -21,6 +21,7 @@ from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 
 SPLITS = ("train", "tuning", "test", "heldout")
+_TOKENS_AT_ONCE = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -169,6 +170,15 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
     def values(self, start: int, stop: int) -> np.ndarray:
         """The values of positions [start, stop) as int64: the tokens that follow."""
         return self.tokens(start + 1, stop + 1)
+
+    def largest_token(self) -> int:
+        """The largest id in the split. Reads all of it."""
+        stops = self._shard_starts[1:].tolist()
+        largest = 0
+        for start, stop in zip(self._shard_starts[:-1].tolist(), stops, strict=True):
+            for first in range(start, stop, _TOKENS_AT_ONCE):
+                largest = max(largest, int(self.tokens(first, min(first + _TOKENS_AT_ONCE, stop)).max()))
+        return largest
 
     def windows(self) -> WindowSequence:
         """What the base reads, in order: token windows and the positions that each predicts; computed, not

@@ -72,15 +72,16 @@ def load_base(
     *,
     dtype: torch.dtype | str,
     device: torch.device | str | None,
-    attention: str = "sdpa",
+    attention: str = "auto",
     device_map: str | dict[str, Any] | None = None,
     offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a directory or from the Hub, in eval mode, without gradients.
 
-    `attention` is a transformers attention implementation (`sdpa`, `eager`, `flash_attention_2`, ...). Raises
-    ValueError when the model cannot be loaded, and when its files lack weights (transformers would fill those
-    at random and go on).
+    `attention` is a transformers attention implementation (`sdpa`, `eager`, `flash_attention_2`, ...), or
+    `auto`: `sdpa`, and `eager` for a model that has none (`attention_of` says which). Raises ValueError when
+    the model cannot be loaded, and when its files lack weights (transformers would fill those at random and
+    go on).
 
     The weights are read straight to `device`: no copy of the whole model is made in the host's memory first.
     None leaves them where the loader puts them.
@@ -101,7 +102,11 @@ def load_base(
         placement = {"device_map": {"": torch.device(device)}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, output_loading_info=True, **placement
+            source,
+            dtype=dtype,
+            attn_implementation=None if attention == "auto" else attention,
+            output_loading_info=True,
+            **placement,
         )
         model, report = loaded
     except torch.OutOfMemoryError:
@@ -109,9 +114,9 @@ def load_base(
     except Exception as error:  # each library under the loader raises a family of its own
         raise ValueError(
             f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}):"
-            f" {error}\nGive a directory written by save_pretrained or the name of a model on the Hub (which"
-            " needs the network, or its cache on this machine); attention 'eager' works for every model"
-            " (--attention eager)."
+            f" {' '.join(str(error).split())}. Give a directory written by save_pretrained or the name of a"
+            " model on the Hub (which needs the network, or its cache on this machine); attention 'auto'"
+            " works for every model."
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -122,6 +127,11 @@ def load_base(
         )
     base: PreTrainedModel = model
     return base.eval().requires_grad_(False)
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention implementation that a loaded model's language model runs with."""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
 @torch.no_grad()

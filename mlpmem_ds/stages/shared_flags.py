@@ -65,7 +65,12 @@ def dtype(identity: Identity) -> Any:
 
 def attention() -> Any:
     """`attention: str`"""
-    return option("attention implementation: sdpa, eager or flash_attention_2", "sdpa")
+    return option(
+        "attention implementation: sdpa, eager or flash_attention_2; auto = sdpa, and eager for a base"
+        " without it",
+        "auto",
+        identity="resolved",
+    )
 
 
 def lmbda(default: str) -> Any:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines import attention
-from mlpmem_ds.engines.attention import attention_or_sdpa, reason_against
+from mlpmem_ds.engines.attention import attention_or_auto, reason_against
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.models.capture_point import CapturePoint
 
@@ -42,14 +42,14 @@ def test_what_it_needs_is_said(installed: list[str]) -> None:
     assert "--dtype bfloat16" in (reason_against(FLASH, device=CUDA, dtype="float32") or "")
     missing = reason_against(FLASH, device=CUDA, dtype="bfloat16") or ""
     assert "pip install --no-build-isolation flash-attn" in missing and "--attention sdpa" in missing
-    assert attention_or_sdpa(FLASH, device=CUDA, dtype="float16") == ("sdpa", missing)
+    assert attention_or_auto(FLASH, device=CUDA, dtype="float16") == ("auto", missing)
     installed.append("flash_attn")
-    assert attention_or_sdpa(FLASH, device=CUDA, dtype="float16") == (FLASH, None)
+    assert attention_or_auto(FLASH, device=CUDA, dtype="float16") == (FLASH, None)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flex_attention"])
 def test_others_are_left_to_the_loader(name: str) -> None:
-    assert attention_or_sdpa(name, device=CPU, dtype="float32") == (name, None)
+    assert attention_or_auto(name, device=CPU, dtype="float32") == (name, None)
 
 
 def test_a_base_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +59,16 @@ def test_a_base_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(TransformersSource, "_load", load)
     with pytest.raises(UserError, match="--attention flash_attention_2: it runs on CUDA"):
         TransformersSource(str(tmp_path), attention=FLASH)
+
+
+def test_a_base_without_sdpa_runs_with_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **SIZES, head_dim=64))
+    model.save_pretrained(tmp_path / "base")
+    with caplog.at_level("INFO"):
+        assert TransformersSource(str(tmp_path / "base")).attention == "eager"
+    assert "no attention of the kind sdpa: it runs with eager" in caplog.text
+    with pytest.raises(UserError, match="--model .*'auto' works for every model"):
+        TransformersSource(str(tmp_path / "base"), attention="sdpa")
 
 
 @pytest.mark.gpu

@@ -59,12 +59,13 @@ def test_full_windows_are_read_without_a_mask_and_scored_as_the_model_scores(
     family: str, tmp_path: Path, save_model: Any
 ) -> None:
     path = save_model(family, FAMILIES[family], tmp_path / family)
-    attention = "eager" if family == "gemma2" else "sdpa"  # its soft cap of the scores is not in sdpa
-    source = TransformersSource(path, device="cpu", attention=attention)
+    source = TransformersSource(path, device="cpu")
+    # Its soft cap of the scores is not in sdpa.
+    assert source.attention == ("eager" if family == "gemma2" else "sdpa")
     tokens_BS = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))
     with masks_of_layers(decoder_layers(source.model)) as masks:
         batch = source.read(tokens_BS, POINTS)
-    assert masks == [attention == "eager"] * 2
+    assert masks == [source.attention == "eager"] * 2
     values_BS = tokens_BS.roll(-1, 1)
     found_N = source.log_probabilities(batch.final_BSD.reshape(64, -1), values_BS.reshape(64))
     logits_BSV = source.model(tokens_BS).logits

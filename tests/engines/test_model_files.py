@@ -12,7 +12,9 @@ from transformers.utils import hub
 
 from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.model_files import fetch_directory, fingerprint_model, model_file
+from mlpmem_ds.core.files import publish_json, read_sealed_json
+from mlpmem_ds.engines.model_files import check_model_reads, fetch_directory, fingerprint_model, model_file
+from mlpmem_ds.formats.corpus import open_corpus
 
 
 @pytest.fixture
@@ -87,3 +89,33 @@ def test_models_of_one_shape_and_time_are_told_apart(base_dir: Path, tmp_path: P
         os.utime(path, (10**9, 10**9))
     found = [fingerprint_model(str(model), shared=shared) for model in (first, second)]
     assert found == [fingerprint_model(str(model)) for model in (first, second)] and found[0] != found[1]
+
+
+@pytest.fixture
+def padded_corpus(corpus_dir: Path, tmp_path: Path) -> Path:
+    """A corpus whose tokenizer knows ten tokens more than the text holds."""
+    root = tmp_path / "padded"
+    shutil.copytree(corpus_dir, root)
+    manifest = read_sealed_json(root / "manifest.json")
+    manifest["tokenizer"]["vocab_size"] += 10
+    publish_json(root / "manifest.json", manifest, seal=True)
+    return root
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_token_without_a_row_is_refused_only_where_the_text_holds_it(
+    padded_corpus: Path, tmp_path: Path, is_shared: bool
+) -> None:
+    splits = [open_corpus(padded_corpus, name) for name in ("train", "test")]
+    largest = [int(split.tokens(0, split.num_tokens).max()) for split in splits]
+    assert [split.largest_token() for split in splits] == largest
+    shared = tmp_path / "out" if is_shared else None
+
+    def check(rows: int) -> None:
+        check_model_reads("no-such", splits, vocab_size=rows, max_context=32, flag="--x", shared=shared)
+
+    check(max(largest) + 1)
+    with pytest.raises(UserError, match=rf"--x no-such has rows for {max(largest)} tokens, and the .* holds"):
+        check(max(largest))
+    with pytest.raises(UserError, match=r"token \d+ \(.+\): give the model rows"):
+        check(max(largest))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,29 @@ from mlpmem_ds.stages.base.config import Config
 _MODULE_PREFIX = "model."  # of the model's names inside `NextTokenModule`
 
 
-def make_model(config: Config, corpus: CorpusSplit, length: int, device: torch.device) -> PreTrainedModel:
+def make_model(
+    config: Config,
+    splits: Sequence[CorpusSplit],
+    length: int,
+    device: torch.device,
+    *,
+    shared: Path | None,
+) -> PreTrainedModel:
     """A GPT-2-like model of the flags' shape on the CPU, or that of --init-from on the device, in float32.
+
+    Args:
+        config: the flags.
+        splits: of the corpus, that are trained and validated on.
+        length: tokens of a sequence.
+        device: of --init-from's weights.
+        shared: where several ranks keep what one of them computes.
 
     Raises:
         UserError: the model cannot be trained here, or cannot read sequences of this length of the corpus.
     """
     if config.init_from is not None:
-        return _load(config.init_from, corpus, length, device)
+        return _load(config.init_from, splits, length, device, shared)
+    corpus = splits[0]
     torch.manual_seed(config.seed)
     return GPT2LMHeadModel(
         GPT2Config(
@@ -50,7 +66,9 @@ def make_model(config: Config, corpus: CorpusSplit, length: int, device: torch.d
     )
 
 
-def _load(init_from: str, corpus: CorpusSplit, length: int, device: torch.device) -> PreTrainedModel:
+def _load(
+    init_from: str, splits: Sequence[CorpusSplit], length: int, device: torch.device, shared: Path | None
+) -> PreTrainedModel:
     try:
         model = load_base(init_from, dtype=torch.float32, device=device, attention=_attention())
         weight_VD, bias_V = output_head(model)
@@ -63,7 +81,9 @@ def _load(init_from: str, corpus: CorpusSplit, length: int, device: torch.device
             "trainer does not know: train it with its own tools"
         )
     context = max_context_of(model.config)
-    check_model_reads(init_from, corpus, vocab_size=len(weight_VD), max_context=context, flag="--init-from")
+    check_model_reads(
+        init_from, splits, vocab_size=len(weight_VD), max_context=context, flag="--init-from", shared=shared
+    )
     if length > context:
         raise UserError(
             f"--context {length} is more than the {context} tokens that --init-from {init_from} reads:"
@@ -75,7 +95,7 @@ def _load(init_from: str, corpus: CorpusSplit, length: int, device: torch.device
 def _attention() -> str:
     """On a CPU in bfloat16 the fused attention is the slower one: 6.5k against 8.9k tokens/s of a 4-layer d
     256 model."""
-    return "sdpa" if torch.cuda.is_available() else "eager"
+    return "auto" if torch.cuda.is_available() else "eager"
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:

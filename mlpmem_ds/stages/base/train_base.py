@@ -64,7 +64,15 @@ def run(config: Config, world: World) -> None:
         hashes["init_from"] = fingerprint_model(
             config.init_from, flag="--init-from", shared=shared_place(config.output, world)
         )
-    objective = NextToken(model=make_model(config, corpus, length, device_of_rank("auto", world)))
+    tuning = _tuning_split(config)
+    model = make_model(
+        config,
+        [corpus] if tuning is None else [corpus, tuning],
+        length,
+        device_of_rank("auto", world),
+        shared=shared_place(config.output, world),
+    )
+    objective = NextToken(model=model)
     if config.learning_rate is None:
         rate = default_learning_rate(objective.model.num_parameters())
         config = replace(config, learning_rate=TRAINED_ON_LEARNING_RATE if config.init_from else rate)
@@ -79,7 +87,7 @@ def run(config: Config, world: World) -> None:
     )
     if not is_complete(directory, config):
         set_up_distributed(world)
-        _build(config, corpus, ds_config, steps, directory, objective, batches).run()
+        _build(config, corpus, tuning, ds_config, steps, directory, objective, batches).run()
 
 
 def _sequences_per_step(config: Config, length: int) -> int:
@@ -120,6 +128,7 @@ def _steps(config: Config, corpus: CorpusSplit, batches: SequenceBatches) -> Ste
 def _build(
     config: Config,
     corpus: CorpusSplit,
+    tuning: CorpusSplit | None,
     ds_config: Mapping[str, Any],
     steps: Steps,
     directory: StageDirectory,
@@ -149,7 +158,7 @@ def _build(
         engine=engine,
         objective=objective,
         batches=batches,
-        validator=_validator(config, steps, world),
+        validator=_validator(config, tuning, steps, world),
         options=config,
         steps=steps,
         directory=directory,
@@ -159,12 +168,20 @@ def _build(
     )
 
 
-def _validator(config: Config, steps: Steps, world: World) -> BaseValidator | None:
+def _tuning_split(config: Config) -> CorpusSplit | None:
+    if config.validate_every and num_tokens_of_splits(config.corpus).get("tuning", 0) > 1:
+        return open_corpus(config.corpus, "tuning")
+    return None
+
+
+def _validator(
+    config: Config, tuning: CorpusSplit | None, steps: Steps, world: World
+) -> BaseValidator | None:
     """None where nothing is validated: the training runs to its end, and the last weights are written."""
     if not steps.validate_every:
         return None
-    if num_tokens_of_splits(config.corpus).get("tuning", 0) > 1:
-        return BaseValidator(open_corpus(config.corpus, "tuning"), world)
+    if tuning is not None:
+        return BaseValidator(tuning, world)
     if world.is_first:
         _logger.warning(
             "--corpus %s has no tuning split to validate on: no early stopping, and the last weights are"

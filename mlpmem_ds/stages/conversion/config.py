@@ -56,7 +56,9 @@ class Config(Flags):
     corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
     max_shard_gigabytes: float = option("largest weights file, in GB", 5.0, above=0)
     attention: str = option(
-        "attention implementation for the verification: sdpa, eager or flash_attention_2", "sdpa"
+        "attention implementation for the verification: sdpa, eager or flash_attention_2; auto = sdpa, and"
+        " eager for a base without it",
+        "auto",
     )
 
     def check(self) -> None:

@@ -48,7 +48,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.backbone import attention_of, load_base
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
@@ -202,7 +202,7 @@ def _write_and_verify(
     write_weights_in_shards(export, weights, max_bytes=max_bytes, records=records, progress=progress.advance)
     progress.close()
     write_description(joint, inputs.tokenizer, dtype, export)
-    loaded = load_export(export, weights, inputs.lmbda, attention=config.attention)
+    loaded = load_export(export, weights, inputs.lmbda, attention=attention_of(joint.base))
     probe = read_parts(*_parts_in_dtype(joint, loaded, dtype), point, layers_path=layers_path)
     rounding = 0.0 if as_stored is None else total_variation(as_stored, probe, inputs.lmbda)
     if not rounding <= ROUNDING_BOUND:  # not a number, too
@@ -313,8 +313,9 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
     if generation.eos_token_id is None:
         generation.eos_token_id = inputs.tokenizer.eos_token_id
     if generation.pad_token_id is None:
-        padding = inputs.tokenizer.pad_token_id
-        generation.pad_token_id = inputs.tokenizer.eos_token_id if padding is None else padding
+        padding, num_rows = inputs.tokenizer.pad_token_id, inputs.memory.vocab_size
+        has_row = padding is not None and padding < num_rows  # a tokenizer may have more than its model
+        generation.pad_token_id = padding if has_row else inputs.tokenizer.eos_token_id
     return joint
 
 

@@ -106,6 +106,7 @@ class _ScoringSource:
         self._transform = source.transform
         self.num_layers, self.width, self.vocab_size = source.num_layers, source.width, source.vocab_size
         self.max_context, self.dtype_name = source.max_context, source.dtype_name
+        self.attention = source.attention
         self.parts: list[HeadScores] = []
 
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:

@@ -57,12 +57,12 @@ def open_inputs(config: Config, world: World) -> Inputs:
         is_extra_requested=config.extra_splits != DEFAULT_EXTRA_SPLITS,
         min_positions=config.bootstrap_block + 1,
     )
-    corpus = splits[config.test_split].corpus
-    num_positions = sum(corpus.num_positions for corpus in streams_of(splits).values())
+    texts = tuple(streams_of(splits).values())
+    num_positions = sum(text.num_positions for text in texts)
     device = device_of_rank(config.device, world)
     shared = shared_place(config.output, world)
-    base = open_base(config, corpus, layers_path=find_layers_path(config), device=device, shared=shared)
-    context = Context(base=base, corpus=corpus, num_positions=num_positions, shared=shared)
+    base = open_base(config, texts, layers_path=find_layers_path(config), device=device, shared=shared)
+    context = Context(base=base, texts=texts, num_positions=num_positions, shared=shared)
     opened = [arm for opener in OPENERS for arm in opener(config, context)]
     arms = _with_different_names([base, *opened])
     _refuse_training_text(splits, arms)

@@ -145,6 +145,7 @@ def _resolved(config: Config, inputs: ExtractionInputs) -> dict[str, Any]:
         # The unit of most directories goes without saying, so that it is as if no flag were given.
         "unit_positions": None if inputs.unit_positions == UNIT_POSITIONS else inputs.unit_positions,
         "dtype": bases.key_source.dtype_name,
+        "attention": bases.attention,
         "key_layer": bases.key_point.layer,
         "input_layer": bases.input_point.layer,
         "input_point": bases.input_point.point,

@@ -49,6 +49,11 @@ class Bases:
     def is_one(self) -> bool:
         return self.key_source is self.input_source
 
+    @property
+    def attention(self) -> str:
+        """Of the memory's base, which `train` may run again."""
+        return self.input_source.attention
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionInputs:
@@ -111,7 +116,7 @@ def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest
         input_layers_path=config.layers_path if bases.is_one else config.input_layers_path,
         head_size=bases.input_source.vocab_size,
         dtype=bases.key_source.dtype_name,
-        attention=config.attention,
+        attention=bases.attention,
     )
 
 
@@ -150,7 +155,7 @@ def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
             flag=flag,
             device_map=device_map_of(config.device_map),
         )
-        check_source_reads(source, corpus, name, flag=flag)
+        check_source_reads(source, [corpus], name, flag=flag, shared=shared_place(config.output, world))
         return source
 
     key_source = load(config.model, "--model", config.layers_path)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.attention import attention_or_sdpa
+from mlpmem_ds.engines.attention import attention_or_auto
 from mlpmem_ds.engines.deepspeed.sharded_base import ShardedSource
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, resolve_dtype
@@ -31,10 +32,10 @@ def open_base(config: Config, inputs: TrainingInputs, world: World) -> Transform
     device = device_of_rank("auto", world)
     dtype = resolve_dtype(manifest.dtype or "auto", device)
     # The windows are those of extract_keys, full and without padding, and so is what reads them.
-    attention, reason = attention_or_sdpa(manifest.attention or "sdpa", device=device, dtype=dtype)
+    attention, reason = attention_or_auto(manifest.attention or "auto", device=device, dtype=dtype)
     if reason is not None:
         _logger.warning(
-            "the keys were extracted with --attention %s, and the base runs with sdpa here: %s",
+            "the keys were extracted with --attention %s, and the base runs without it here: %s",
             manifest.attention,
             reason.partition(":")[0],
         )
@@ -57,5 +58,6 @@ def open_base(config: Config, inputs: TrainingInputs, world: World) -> Transform
         if config.base_sharding == "zero3":
             _logger.warning("--base-sharding zero3 changes nothing on one rank, which holds the whole base")
         source = TransformersSource(config.model, **settings)
-    check_source_reads(source, inputs.corpus, config.model)
+    splits = [inputs.corpus] if inputs.tuning is None else [inputs.corpus, inputs.tuning]
+    check_source_reads(source, splits, config.model, shared=shared_place(config.output, world))
     return source

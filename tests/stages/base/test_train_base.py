@@ -193,7 +193,7 @@ def test_wrong_inputs_leave_the_disk_untouched(runs, changes, said):
         (
             {"vocab_size": 100},
             {},
-            "the model one of 100 .--init-from .*: prepare the corpus with the model's own",
+            "--init-from .* has rows for 100 tokens, and the train split .* holds token 2",
         ),
         ({"swap": True}, {}, "--init-from .* has another vocabulary than the corpus.*model's own tokenizer"),
     ],

@@ -16,8 +16,8 @@ from mlpmem_ds.stages.training import frozen_base
     ("gpus", "packages", "dtype", "attention", "warns"),
     [
         (8, ["flash_attn"], "bfloat16", "flash_attention_2", False),
-        (8, [], "bfloat16", "sdpa", True),
-        (0, ["flash_attn"], "float32", "sdpa", True),
+        (8, [], "bfloat16", "auto", True),
+        (0, ["flash_attn"], "float32", "auto", True),
     ],
 )
 def test_flash_attention_where_the_keys_were_extracted_with_it(
@@ -34,10 +34,12 @@ def test_flash_attention_where_the_keys_were_extracted_with_it(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in packages else None)
     monkeypatch.setattr(frozen_base, "TransformersSource", lambda path, **given: opened.append(given))
-    monkeypatch.setattr(frozen_base, "check_source_reads", lambda *_: None)
+    monkeypatch.setattr(frozen_base, "check_source_reads", lambda *_, **__: None)
     manifest = SimpleNamespace(dtype=dtype, attention="flash_attention_2", input_layers_path=None)
-    inputs: Any = SimpleNamespace(keys=SimpleNamespace(manifest=manifest), needs_base=True, corpus=None)
-    config: Any = SimpleNamespace(model="base", base_sharding="none")
+    inputs: Any = SimpleNamespace(
+        keys=SimpleNamespace(manifest=manifest), needs_base=True, corpus=None, tuning=None
+    )
+    config: Any = SimpleNamespace(model="base", base_sharding="none", output=None)
     frozen_base.open_base(config, inputs, World(rank=11, size=16, local_rank=3))
     device = torch.device("cuda:3") if gpus else torch.device("cpu")
     assert opened == [{"dtype": dtype, "attention": attention, "device": device, "layers_path": None}]

@@ -53,12 +53,17 @@ class Context:
     """What every arm is opened with, besides the flags."""
 
     base: ModelArm
-    corpus: CorpusSplit
-    """any split of the text"""
+    texts: Sequence[CorpusSplit]
+    """the splits that are scored"""
     num_positions: int
     """that will be scored"""
     shared: Path | None
     """where several ranks keep the fingerprints of models, each computed by one of them"""
+
+    @property
+    def corpus(self) -> CorpusSplit:
+        """One of the texts, for what is the same in all."""
+        return self.texts[0]
 
 
 class Opener(Protocol):
@@ -73,7 +78,7 @@ class Opener(Protocol):
 
 def open_base(
     config: Config,
-    corpus: CorpusSplit,
+    texts: Sequence[CorpusSplit],
     *,
     layers_path: str | None,
     device: torch.device,
@@ -83,7 +88,7 @@ def open_base(
 
     Args:
         config: the flags.
-        corpus: any split of the text.
+        texts: the splits that are scored.
         layers_path: where its layers are, if extraction had to be told.
         device: of this rank.
         shared: where several ranks keep the fingerprint that one of them computes.
@@ -100,7 +105,7 @@ def open_base(
         layers_path=layers_path,
         device_map=device_map_of(config.device_map),
     )
-    check_source_reads(source, corpus, config.model)
+    check_source_reads(source, texts, config.model, shared=shared)
     return ModelArm(
         name=BASE,
         description="the frozen language model alone, to which the other arms are compared",
@@ -108,7 +113,7 @@ def open_base(
         path=config.model,
         sha256=sha256,
         inputs={"model": sha256},
-        resolved={"dtype": source.dtype_name},
+        resolved={"dtype": source.dtype_name, "attention": source.attention},
         forward_pass=ForwardPass(source=source, name=None, batch_windows=config.batch_windows),
         price=Price(
             parameters=num_parameters(source),

@@ -241,11 +241,16 @@ def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) ->
             f" {base.path} ({base.sha256[:12]}…): give the base that its keys were extracted from"
         )
     config = stored.memory.config
-    if stored.vocabulary_sha256 != corpus.vocabulary_sha256 or config.vocab_size < corpus.vocab_size:
+    if stored.vocabulary_sha256 != corpus.vocabulary_sha256:
         raise UserError(
             f"{named} was trained with another vocabulary ({config.vocab_size} entries,"
             f" {str(stored.vocabulary_sha256)[:12]}…) than the corpus has ({corpus.vocab_size},"
             f" {corpus.vocabulary_sha256[:12]}…): prepare the corpus with the same tokenizer"
+        )
+    if config.vocab_size != base.source.vocab_size:  # of the head, rows beyond the tokenizer's included
+        raise UserError(
+            f"{named} predicts {config.vocab_size} tokens, and the base has rows for"
+            f" {base.source.vocab_size}: give the base that it was trained for"
         )
     if config.input_size != base.source.width:
         raise UserError(

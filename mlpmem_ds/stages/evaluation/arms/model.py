@@ -43,7 +43,7 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
         flag=flag,
         device_map=device_map_of(config.device_map),
     )
-    check_source_reads(source, context.corpus, str(root), flag=flag)
+    check_source_reads(source, context.texts, str(root), flag=flag, shared=context.shared)
     return ModelArm(
         name=name,
         description="another language model in place of the base, with nothing mixed in",
