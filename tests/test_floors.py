@@ -61,12 +61,14 @@ OWNERS: dict[str, set[str]] = {
     },
     "tokenizers": {
         "engines/model_files.py",
+        "engines/text_backend.py",
         "stages/corpus/prepare_corpus.py",
         "stages/evaluation/token_kinds.py",
     },
     "transformers": {
         "engines/hidden_states.py",
         "engines/model_files.py",
+        "engines/tokenizer.py",
         "engines/deepspeed/sharded_base.py",
         "models/backbone.py",
         "models/hf.py",

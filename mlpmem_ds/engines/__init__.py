@@ -4,6 +4,7 @@
 - `hidden_states`: a causal language model of transformers reads windows of tokens, `host_copies` brings what
   it gives to the host; `model_files` finds one,
   `online_inputs` computes a memory's inputs with one
+- `tokenizer`: texts → ids by the one rule of all stages; `text_backend`: where a library's tokenizer lacks it
 - `faiss`: the inverted-file index; `faiss_library`: which faiss there is, and what it does on a GPU;
   `code_words`: those of its product quantizer, trained by all ranks
 - `deepspeed/`: the ZeRO engine of the trainings

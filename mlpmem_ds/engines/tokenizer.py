@@ -1,0 +1,355 @@
+"""The one home of tokenizers: every stage loads one here, and encodes here what comes from users.
+
+- Texts are encoded whole: truncation and padding that a tokenizer was saved with are off, and so is dropout.
+- Text is text: a spelling such as `<|endoftext|>` in it becomes no control token, as transformers has it with
+  `split_special_tokens=True` (text_backend.py: where the library's setting is not enough). With
+  special_tokens="parse" it becomes one, as transformers has it by default: for rendered chats.
+- What the tokenizer puts before a text (begin tokens) stands before each document and each prompt; what it
+  puts after one does not. A document ends with the one end token.
+- What has no token is an error, or is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from transformers import AutoTokenizer
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import content_hash
+from mlpmem_ds.engines.text_backend import TextBackend, definition_of, text_backend
+from mlpmem_ds.formats.corpus import vocabulary_sha256
+
+_logger = logging.getLogger(__name__)
+SpecialTokens = Literal["text", "parse"]
+"""what a spelled special token is: ordinary text, or the special token itself"""
+_PROBES = ("x", "a b", "\n", "the 2nd probe, a longer one.", "é")
+_NO_TOKEN_PROBES = ("\ue000", "\U0010fffd")  # private characters, which no vocabulary of words holds
+
+
+class Encoded(NamedTuple):
+    """A text's ids, without begin and end tokens, and what of it is not in them."""
+
+    ids: list[int]
+    num_unknown: int
+    """ids that are the unknown token"""
+    num_dropped: int
+    """characters that the tokenizer has no token for, and leaves out"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """Texts → ids, by the rules above; `open_encoder` makes one."""
+
+    tokenizer: Any
+    """of transformers, as it was loaded"""
+    label: str
+    """for messages, such as `--tokenizer DIR`"""
+    special_tokens: SpecialTokens
+    begin_ids: tuple[int, ...]
+    """put before each text; often none"""
+    end_id: int | None
+    """put after each document; None where the tokenizer has no end token"""
+    unknown_id: int | None
+    special_ids: frozenset[int]
+    """ids of special tokens, without the unknown token: no text becomes one of them, unless it is parsed"""
+    backend: TextBackend | None = field(repr=False)
+    """None: a tokenizer that is written in Python"""
+
+    def encode(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[Encoded]:
+        """The ids of each text, whole, without begin and end tokens.
+
+        Args:
+            texts: any text.
+            names: of the texts, for messages (default: `text 1`, …).
+
+        Raises:
+            UserError: a text cannot be encoded, or holds the end token and nothing else can stand for it.
+        """
+        try:
+            encoded = self._encode(texts)
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise self._refusal(texts, names, error) from error
+        if self.special_tokens == "text":
+            for number, one in enumerate(encoded):
+                if self.end_id in one.ids:
+                    raise UserError(
+                        f"{_name_of(names, number)}: {self.label} writes some of this text with its end token"
+                        f" {self._spelling(self.end_id)}, so that the document would end there: give a"
+                        " tokenizer whose eos_token stands in no text and is not its unknown token, or"
+                        " --special-tokens parse"
+                    )
+        return encoded
+
+    def encode_prompts(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[list[int]]:
+        """The ids that a model reads before it goes on with each text: begin tokens, then the text.
+
+        A rendered chat that begins with the begin tokens itself is not given them again.
+
+        Raises:
+            UserError: as `encode`; also for a text of which the tokenizer would leave characters out.
+        """
+        rows = []
+        for number, one in enumerate(self.encode(texts, names)):
+            if one.num_dropped:
+                raise UserError(
+                    f"{_name_of(names, number)}: {self.label} has no token for {one.num_dropped} of its"
+                    " characters: leave them out, or use a model whose tokenizer has them"
+                )
+            rows.append([*self._begin_of(one.ids), *one.ids])
+        return rows
+
+    def as_document(self, ids: list[int]) -> list[int]:
+        """A text's ids as a document: begin tokens before them, the end token once after them."""
+        assert self.end_id is not None
+        ends = self.special_tokens == "parse" and ids[-1:] == [self.end_id]
+        return [*self._begin_of(ids), *ids, *([] if ends else [self.end_id])]
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id + 1."""
+        return vocab_size(self.tokenizer)
+
+    @property
+    def text_vocab_size(self) -> int:
+        """The largest id that a document can hold + 1: a padding token beyond it is in none."""
+        ids = set(self.tokenizer.get_vocab().values())
+        if self.special_tokens == "text":
+            ids -= self.special_ids
+        return max([*ids, *self.begin_ids, *([] if self.end_id is None else [self.end_id])]) + 1
+
+    def describe_bounds(self) -> str:
+        """In words: how a document begins and ends."""
+        begin = " ".join(map(self._spelling, self.begin_ids))
+        end = "" if self.end_id is None else f"ends with {self._spelling(self.end_id)}"
+        return f"each document {f'begins with {begin} and ' if begin else ''}{end}"
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoded]:
+        if self.backend is None:
+            lists = self.tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                truncation=False,
+                padding=False,
+                verbose=False,
+                split_special_tokens=self.special_tokens == "text",
+            )["input_ids"]
+            dropped = [0] * len(lists)
+        else:
+            lists, dropped = self.backend.encode(texts)
+        unknown = self.unknown_id
+        return [
+            Encoded(ids, 0 if unknown is None else ids.count(unknown), count)
+            for ids, count in zip(lists, dropped, strict=True)
+        ]
+
+    def _refusal(self, texts: Sequence[str], names: Sequence[str] | None, error: Exception) -> UserError:
+        """What to say of the first text that cannot be encoded."""
+        for number, text in enumerate(texts):
+            try:
+                self._encode([text])
+            except Exception as own:
+                name, reason = _name_of(names, number), first_line(own)
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    return UserError(
+                        f"{name} holds half of a surrogate pair ({_first_surrogate(text)}), which is no text:"
+                        " remove it, or write the text as UTF-8"
+                    )
+                return UserError(
+                    f"{name}: {self.label} has no token for some of this text, and no unknown token to stand"
+                    f" for it ({reason}): give a tokenizer that can write any text, such as a byte-level one"
+                    " (train:VOCAB makes one)"
+                )
+        return UserError(f"{self.label} cannot encode these texts ({first_line(error)})")
+
+    def _begin_of(self, ids: Sequence[int]) -> tuple[int, ...]:
+        given = tuple(ids[: len(self.begin_ids)]) == self.begin_ids
+        return () if self.special_tokens == "parse" and given else self.begin_ids
+
+    def _spelling(self, number: int | None) -> str:
+        return f"{self.tokenizer.convert_ids_to_tokens(number)!r} ({number})"
+
+
+def load_tokenizer(name_or_path: str, *, flag: str = "--tokenizer") -> Any:
+    """A tokenizer of transformers, which encodes texts whole: no truncation, no padding, no dropout.
+
+    Its own code, where it brings some, is not run.
+
+    Args:
+        name_or_path: a directory or a Hub name.
+        flag: of the command line, for the messages.
+
+    Raises:
+        UserError: there is none, its files are damaged, or it needs a package that is not installed.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    except Exception as error:  # each library under these raises a family of its own
+        raise UserError(
+            f"{flag} {name_or_path}: its tokenizer cannot be loaded ({first_line(error)}):"
+            f" {_remedy(name_or_path, error)}"
+        ) from error
+    if not words:  # where the files of the words are missing, transformers gives a tokenizer without words
+        raise UserError(
+            f"{flag} {name_or_path} holds no tokenizer with words in it (its tokenizer.json or vocabulary is"
+            " missing): give the directory that save_pretrained of the tokenizer wrote, or a Hub name"
+        )
+    backend = backend_of(tokenizer)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+        for sampling in ("dropout", "alpha", "nbest_size"):
+            if getattr(backend.model, sampling, None) is not None:
+                _logger.warning(
+                    "%s %s splits words at random (%s), as for training a model: this is switched off",
+                    flag, name_or_path, sampling,
+                )  # fmt: skip
+                setattr(backend.model, sampling, None)
+    return tokenizer
+
+
+def open_encoder(tokenizer: Any, *, label: str, special_tokens: SpecialTokens = "text") -> TextEncoder:
+    """The encoder of a tokenizer that `load_tokenizer` gave.
+
+    Args:
+        tokenizer: of transformers.
+        label: the flag and its value, for the messages.
+        special_tokens: what a spelled special token is.
+
+    Raises:
+        UserError: what it puts before a text depends on the text.
+    """
+    named = {str(token) for token in tokenizer.all_special_tokens}
+    backend = backend_of(tokenizer)
+    made = None if backend is None else text_backend(backend, named, parse=special_tokens == "parse")
+    special = {number for token, number in tokenizer.get_vocab().items() if token in named}
+    special |= {
+        number for number, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False)
+    }
+    unknown = tokenizer.unk_token_id if made is None else made.unknown_id
+    return TextEncoder(
+        tokenizer=tokenizer,
+        label=label,
+        special_tokens=special_tokens,
+        begin_ids=_begin_ids(tokenizer, label),
+        end_id=tokenizer.eos_token_id,
+        unknown_id=unknown,
+        special_ids=frozenset(special - {unknown}),
+        backend=made,
+    )
+
+
+def require_end(encoder: TextEncoder) -> int:
+    """The end token's id.
+
+    Raises:
+        UserError: the tokenizer has none, or one that text becomes.
+    """
+    end = encoder.end_id
+    remedy = "set eos_token in its tokenizer_config.json"
+    if end is None:
+        raise UserError(f"{encoder.label} has no end-of-text token: {remedy}")
+    if encoder.special_tokens == "text":
+        spelled = str(encoder.tokenizer.eos_token)
+        probes = {**dict.fromkeys(_NO_TOKEN_PROBES, "unknown text"), spelled: "that spelling in a text"}
+        for probe, what in probes.items():
+            if end in _ids_or_none(encoder, probe):
+                raise UserError(
+                    f"{encoder.label}: its end token {spelled!r} ({end}) is also what {what} becomes, so that"
+                    f" documents would end anywhere: {remedy} to another token"
+                )
+    return end
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """The largest id + 1."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def definition_sha256(tokenizer: Any) -> str:
+    """What two tokenizers must share to give the same ids for every text; `vocabulary_sha256` is less: equal
+    words may be split by other rules."""
+    backend = backend_of(tokenizer)
+    definition = vocabulary_sha256(tokenizer) if backend is None else definition_of(backend)
+    return content_hash([type(tokenizer).__name__ if backend is None else "tokenizers", definition])
+
+
+def backend_of(tokenizer: Any) -> Any | None:
+    """The tokenizer of the library `tokenizers` below it; None where it is written in Python."""
+    return tokenizer.backend_tokenizer if isinstance(tokenizer, TokenizersBackend) else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message that says something; else the kind of the error."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _begin_ids(tokenizer: Any, label: str) -> tuple[int, ...]:
+    """What the tokenizer puts before every text.
+
+    Raises:
+        UserError: it is not the same for all.
+    """
+    words = [token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens]
+    found: set[tuple[int, ...]] | None = None
+    for probe in (*_PROBES, *sorted(words, key=lambda word: (len(word), word))[:8]):
+        try:
+            bare = _ids_of(tokenizer, probe, add_special_tokens=False)
+            whole = _ids_of(tokenizer, probe, add_special_tokens=True)
+        except Exception:  # it has no token for the probe, nor an unknown one
+            continue
+        if not bare:
+            continue
+        places = range(len(whole) - len(bare) + 1)
+        befores = {tuple(whole[:at]) for at in places if whole[at : at + len(bare)] == bare}
+        found = befores if found is None else found & befores
+    if found is None:
+        return ()
+    if not found:
+        raise UserError(
+            f"{label} puts tokens around a text that depend on the text, so that documents cannot be written"
+            " as the model reads prompts: set its post_processor to tokens that are the same for every text"
+        )
+    return min(found, key=len)
+
+
+def _ids_of(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    ids = tokenizer(
+        text, add_special_tokens=add_special_tokens, truncation=False, padding=False, verbose=False
+    )["input_ids"]
+    return list(ids)
+
+
+def _ids_or_none(encoder: TextEncoder, text: str) -> list[int]:
+    try:
+        return encoder._encode([text])[0].ids
+    except Exception:  # it has no token for the text
+        return []
+
+
+def _name_of(names: Sequence[str] | None, number: int) -> str:
+    return f"text {number + 1}" if names is None else names[number]
+
+
+def _first_surrogate(text: str) -> str:
+    at = next(at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    return f"U+{ord(text[at]):04X} at character {at}"
+
+
+def _remedy(name_or_path: str, error: Exception) -> str:
+    text = str(error).lower()
+    for package in ("sentencepiece", "tiktoken", "protobuf", "mistral-common", "mistral_common"):
+        if isinstance(error, ImportError) and package in text or f"install {package}" in text:
+            return f"pip install {package}, or save it elsewhere as a tokenizer.json and give that directory"
+    if "trust_remote_code" in text:
+        return "it needs code of its own, which is not run: save it elsewhere as a tokenizer.json"
+    if Path(name_or_path).is_dir():
+        return "give the directory that save_pretrained of the tokenizer wrote, with its tokenizer.json"
+    return "give a tokenizer directory or a Hub name, and check the path, the network and HF_HUB_OFFLINE"
