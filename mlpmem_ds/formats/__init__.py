@@ -4,7 +4,7 @@ In the order of the pipeline:
 - `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one
 - `json_lines.py`: JSON that users give
 - `table_readers.py`: Parquet and Arrow; `saved_datasets.py`: data sets of `datasets`;
-  `arrow_library.py`: pyarrow
+  `arrow_library.py`: pyarrow; `file_marks.py`: what a file is by its first bytes
 - `corpus.py`: token shards; `keys.py`, `mapped_keys.py`: keys, values and memory inputs
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists
 - `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample

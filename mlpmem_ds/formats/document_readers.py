@@ -20,13 +20,12 @@ import zstandard
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.records import Record, record_of
-from mlpmem_ds.formats.table_readers import read_arrow, read_parquet
+from mlpmem_ds.formats.table_readers import read_table
 
 _SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
-    "parquet": (".parquet",),
+    "table": (".parquet", ".parq", ".pq", ".arrow", ".arrows", ".feather", ".ipc"),
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.zst"),
-    "arrow": (".arrow",),
 }
 _ALL_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 _TEXT_MEMBERS = ("txt", "text", "md")
@@ -152,7 +151,6 @@ def _record_of_sample(
 
 READERS: dict[str, Callable[[Path, str, str | None], Iterator[Record]]] = {
     "jsonl": read_json_lines,
-    "parquet": read_parquet,
+    "table": read_table,
     "tar": read_tar,
-    "arrow": read_arrow,
 }

@@ -1,13 +1,21 @@
-"""A document as a file of many documents holds it: an object with a text field, and perhaps a group field."""
+"""A document as a file of many documents holds it: an object or a row with a text, and perhaps a group.
+
+A field is named as it is spelled, else by a path of names with dots: `doc.text` is the field `doc.text`, or
+`text` of the object in `doc`.
+"""
 
 from __future__ import annotations
 
+import re
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
+
+_MAX_NAMES = 30  # in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,29 +32,136 @@ def record_of(
     path: Path, place: str, key: str, values: Any, text_field: str, group_field: str | None
 ) -> Record | None:
     """The record of an object with the requested fields; None where its text is null."""
-    requested = [text_field, *([group_field] if group_field else [])]
-    if not isinstance(values, Mapping) or any(name not in values for name in requested):
-        found = (
-            f"it has {', '.join(map(str, values)) or 'none'}"
-            if isinstance(values, Mapping)
-            else "it is no object"
-        )
+    if not isinstance(values, Mapping):
         raise UserError(
-            f"{path} {place} is not an object with the fields {', '.join(requested)} ({found}): name them"
-            " with --text-field and --group-field"
-        )
-    text = values[text_field]
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise UserError(
-            f"{path} {place}: its {text_field} is {type(text).__name__}, not text: choose another"
-            " --text-field"
+            f"{path} {place} is not an object with the field {text_field} (it is no object): mend it or"
+            " leave the file out"
         )
     try:
-        text.encode()  # a lone surrogate is no text
-    except UnicodeEncodeError as error:
+        text = field_of(values, text_field)
+        group = None if group_field is None else _group_of(values, group_field, path)
+    except KeyError as error:
         raise UserError(
-            f"{path} {place}: its {text_field} cannot be written as UTF-8 ({error}): mend that record"
+            f"{path} {place} is not an object with the fields"
+            f" {', '.join(filter(None, (text_field, group_field)))} (it has {listed(values)}):"
+            " name them with --text-field and --group-field"
         ) from error
-    return Record(key=key, text=text, group=str(values[group_field]) if group_field else None)
+    return make_record(path, place, key, text, group, text_field, group_field)
+
+
+def make_record(
+    path: Path, place: str, key: str, text: Any, group: Any, text_field: str, group_field: str | None
+) -> Record | None:
+    """The record of a text and a group as they were stored; None where the text is null.
+
+    Raises:
+        UserError: it is no text, or no group; names the place.
+    """
+    try:
+        if (written := text_of(text)) is None:
+            return None
+    except UnicodeError as error:
+        raise UserError(
+            f"{path} {place}: its {text_field} is not UTF-8 text ({error}): mend that record"
+        ) from error
+    except TypeError as error:
+        raise UserError(
+            f"{path} {place}: its {text_field} is {error}, not text: choose another --text-field"
+        ) from error
+    try:
+        return Record(key=key, text=written, group=group_name(group))
+    except (UnicodeError, TypeError) as error:
+        raise UserError(
+            f"{path} {place}: its {group_field} is no name of a group ({error}): choose another --group-field"
+        ) from error
+
+
+def field_of(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, or of a path of names with dots; a path through null is null.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name in values:
+        return values[name]
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        outer = values.get(".".join(parts[:length]), name)
+        if outer is None:
+            return None
+        if isinstance(outer, Mapping):
+            try:
+                return field_of(outer, ".".join(parts[length:]))
+            except KeyError:
+                continue
+    raise KeyError(name)
+
+
+def _group_of(values: Mapping[str, Any], group_field: str, path: Path) -> Any:
+    try:
+        return field_of(values, group_field)
+    except KeyError:
+        return partition_of(path, group_field)
+
+
+def partition_of(path: Path, name: str) -> str | None:
+    """The value that a folder `NAME=VALUE` above a file gives to all of its rows, as Hive and Spark lay out
+    tables.
+
+    Raises:
+        KeyError: no folder has that name.
+    """
+    for folder in reversed(path.parent.parts):
+        key, equals, value = folder.partition("=")
+        if equals and urllib.parse.unquote(key) == name:
+            return None if value == "__HIVE_DEFAULT_PARTITION__" else urllib.parse.unquote(value)
+    raise KeyError(name)
+
+
+def text_of(value: Any) -> str | None:
+    """A stored text: a string, bytes in UTF-8, or a list of these, whose parts stand on lines of their own.
+
+    Raises:
+        UnicodeError: it cannot be read or written as UTF-8.
+        TypeError: it is no text; its message is the kind.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        parts = [_text_of_one(part) for part in value]
+        written = [part for part in parts if part is not None]
+        return None if parts and not written else "\n".join(written)
+    return _text_of_one(value)
+
+
+def _text_of_one(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if not isinstance(value, str):
+        raise TypeError(type(value).__name__)
+    value.encode()  # a lone surrogate is no text
+    return value
+
+
+def group_name(value: Any) -> str | None:
+    """A stored group as text; None where there is none.
+
+    Raises:
+        UnicodeError, TypeError: it has no name.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple, Mapping)):
+        raise TypeError(f"it is {type(value).__name__}")
+    name = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    name.encode()
+    return name
+
+
+def listed(names: Any) -> str:
+    """Names for a message, in one line: the first of many."""
+    shown = [re.sub(r"\s+", " ", str(name)) for name in names]
+    rest = len(shown) - _MAX_NAMES
+    return ", ".join(shown[:_MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "") or "none"

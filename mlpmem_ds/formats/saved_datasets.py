@@ -1,4 +1,12 @@
-"""Data sets of the package `datasets`: saved to a folder, or streamed by name."""
+"""Data sets of the package `datasets`: saved to a folder (`save_to_disk`), or streamed by name.
+
+    DIR/dataset_dict.json      {"splits": [NAME, ...]}: one saved data set a split, in DIR/NAME
+    DIR/state.json             {"_data_files": [{"filename": NAME}, ...], ...}: Arrow streams, in their order
+    DIR/dataset_info.json      about the data set from which this one may have been selected; not read: its
+                               counts of rows stay as they were
+
+Other programs' folders have files of the same names: what is in them decides.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +19,66 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.records import Record, record_of
 
+_DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
+SAVED_DATASET_MARKS = (_DICT, _STATE)
+"""a folder without one of these files is no saved data set"""
+
 
 def is_saved_dataset(root: Path) -> bool:
-    """Whether `datasets` saved this directory (`save_to_disk`): one data set, or one a split."""
-    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
+    """Whether `datasets` saved this directory (`save_to_disk`): one data set, or one a split.
+
+    A list of files that is damaged counts, where what lies next to it shows what it was.
+    """
+    if (root / _DICT).is_file():
+        content = _json(root / _DICT)
+        if isinstance(content, dict) and "splits" in content:
+            return True
+        return any(_is_one_dataset(folder) for folder in root.iterdir() if folder.is_dir())
+    return _is_one_dataset(root)
+
+
+def _is_one_dataset(root: Path) -> bool:
+    if not (root / _STATE).is_file():
+        return False
+    content = _json(root / _STATE)
+    return "_data_files" in content if isinstance(content, dict) else (root / _INFO).is_file()
+
+
+def _json(path: Path) -> Any:
+    """None where it is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
 
 
 def datasets_files(root: Path) -> list[Path]:
     """The Arrow files of a saved data set, in its order.
 
     Raises:
-        UserError: its lists of files cannot be read, or a file is missing.
+        UserError: its lists of files cannot be read, a file is missing, or its rows are to be read in another
+            order than they are stored.
     """
     try:
-        if (root / "dataset_dict.json").is_file():
-            splits = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
+        if (root / _DICT).is_file():
+            splits = json.loads((root / _DICT).read_bytes())["splits"]
             return [file for split in splits for file in datasets_files(root / Path(split).name)]
-        names = [entry["filename"] for entry in json.loads((root / "state.json").read_bytes())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = json.loads((root / _STATE).read_bytes())
+        names = [entry["filename"] for entry in state["_data_files"]]
+        has_indices = bool(state.get("_indices_data_files") or state.get("_indices_files"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"--input {root} is a saved data set whose list of files cannot be read ({error!r})"
+            f"--input {root} is a saved data set whose list of files cannot be read ({error!r}): save or copy"
+            " it again"
         ) from error
+    if has_indices:
+        raise UserError(
+            f"--input {root} is a saved data set whose rows were selected or shuffled after they were written"
+            " (it has indices): load it with a version of datasets that can, and save"
+            " DATASET.flatten_indices()"
+        )
     files = [root / Path(name).name for name in names]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(
@@ -43,8 +90,10 @@ def datasets_files(root: Path) -> list[Path]:
 def read_dataset_of_name(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
     """`datasets:NAME[:CONFIGURATION[:SPLIT]]`, streamed by the package `datasets`; the split is `train` by
     default."""
-    _, name, *rest = str(path).split(":")
+    _, name, *rest = str(path).split(":", 3)  # a split may hold colons of its own
     configuration, split = (rest[0] or None) if rest else None, rest[1] if len(rest) > 1 else "train"
+    if not name or not split:
+        raise UserError(f"{path} names no data set: datasets:NAME[:CONFIGURATION[:SPLIT]]")
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
@@ -52,12 +101,17 @@ def read_dataset_of_name(path: Path, text_field: str, group_field: str | None) -
             f"{path} needs the package datasets, which is not installed: pip install datasets"
         ) from error
     try:
-        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
-    except Exception as error:  # a family of errors for each way to fail
+        for number, values in enumerate(
+            datasets.load_dataset(name, configuration, split=split, streaming=True)
+        ):
+            record = record_of(path, f"row {number}", str(number), values, text_field, group_field)
+            if record is not None:
+                yield record
+    except UserError:
+        raise
+    except Exception as error:  # a family of errors for each way to fail, also in the midst of the rows
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise UserError(
-            f"{path} cannot be loaded ({error}): check the name, the configuration and the network"
+            f"{path} cannot be loaded or read on ({type(error).__name__}: {reason}): check the name, the"
+            " configuration, the split and the network"
         ) from error
-    for number, values in enumerate(rows):
-        record = record_of(path, f"row {number}", str(number), values, text_field, group_field)
-        if record is not None:
-            yield record

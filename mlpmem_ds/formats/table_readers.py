@@ -1,51 +1,262 @@
-"""Read tables of documents as streams: Parquet and Arrow. Only the requested columns are read."""
+"""Read tables of documents as streams: Parquet, and Arrow's stream and file formats, told apart by their
+marks.
+
+Only the requested columns are read, and a few rows of them are in memory at once. A column of texts holds
+strings or bytes in UTF-8, plain, in a dictionary, or as lists of parts; it may be a field of a struct, named
+with a dot.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.arrow_library import arrow_errors, import_arrow
-from mlpmem_ds.formats.records import Record, record_of
+from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
+from mlpmem_ds.formats.records import Record, listed, make_record, partition_of
 
-_ROWS = 256  # of a Parquet or Arrow batch
-
-
-def read_parquet(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
-    """One record a row; its key is the row's number from 0. Only the requested columns are read."""
-    parquet = import_arrow("parquet", path=path)
-    with arrow_errors(path):
-        file = parquet.ParquetFile(path)
-        columns = _columns(path, file.schema_arrow.names, text_field, group_field)
-        yield from _rows(path, file.iter_batches(batch_size=_ROWS, columns=columns), text_field, group_field)
+_ROWS = 256  # in memory at once
+_BUFFER_BYTES = 1 << 20  # of a Parquet column: without it pyarrow reads a column of a row group at once
+_PARQUET, _ARROW_FILE, _ARROW_STREAM = (b"PAR1", b"PARE"), b"ARROW1", b"\xff\xff\xff\xff"
+_TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+_LISTS = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+_NESTED = (*_LISTS, "is_struct", "is_map", "is_union")
 
 
-def read_arrow(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
-    """One record a row of an Arrow stream, as `datasets` saves it; its key is the row's number from 0."""
-    ipc = import_arrow("ipc", path=path)
+def read_table(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
+    """One record a row; its key is the row's number from 0. A null text is passed over.
+
+    Args:
+        path: Parquet, an Arrow stream (as `datasets` saves it) or an Arrow file (Feather), under any name.
+        text_field: a column, or a path of names with dots into structs.
+        group_field: the same; or the name of a folder `NAME=VALUE` above the file.
+
+    Raises:
+        UserError: no such column, no text in it, or the file is something else, cut short or damaged.
+    """
     with arrow_errors(path), open(path, "rb") as stream:
-        batches = ipc.open_stream(stream)
-        columns = _columns(path, batches.schema.names, text_field, group_field)
-        yield from _rows(path, (batch.select(columns) for batch in batches), text_field, group_field)
+        first = 0
+        for batch in _batches(path, stream, text_field, group_field):
+            texts = _column(batch, _text_place(path, batch.schema, text_field))
+            groups = None if group_field is None else _groups(path, batch, group_field)
+            for start in range(0, batch.num_rows, _ROWS):
+                rows = range(first + start, first + min(start + _ROWS, batch.num_rows))
+                text_values = _values(path, texts.slice(start, _ROWS), rows, text_field)
+                group_values = (
+                    [None] * len(rows)
+                    if groups is None
+                    else _values(path, groups.slice(start, _ROWS), rows, group_field)
+                )
+                for row, text, group in zip(rows, text_values, group_values, strict=True):
+                    place = f"row {row}"
+                    record = make_record(path, place, str(row), text, group, text_field, group_field)
+                    if record is not None:
+                        yield record
+            first += batch.num_rows
 
 
-def _columns(path: Path, names: list[str], text_field: str, group_field: str | None) -> list[str]:
-    requested = [text_field, *([group_field] if group_field else [])]
-    if missing := [name for name in requested if name not in names]:
+def _batches(path: Path, stream: IO[bytes], text_field: str, group_field: str | None) -> Iterator[Any]:
+    first = stream.read(NUM_MARK_BYTES)
+    stream.seek(0)
+    if first.startswith(_PARQUET):
+        return _parquet_batches(path, stream, text_field, group_field)
+    if first.startswith(_ARROW_FILE):
+        return _arrow_file_batches(path, stream, text_field, group_field)
+    if kind := kind_by_mark(first):
+        raise UserError(f"{path} is no table, but {kind}: give the table, or leave the file out")
+    # A stream begins with its own mark; before Arrow 0.15, with the length of its schema.
+    if not first.startswith(_ARROW_STREAM) and first[2:4] != b"\0\0":
         raise UserError(
-            f"{path} has no column {missing[0]!r} (it has {', '.join(names)}): name it with --text-field or"
-            " --group-field"
+            f"{path} is neither Parquet nor Arrow: it begins with {first[:8]!r}: restore it or leave it out"
         )
-    return list(dict.fromkeys(requested))
+    return _arrow_stream_batches(path, stream, text_field, group_field)
 
 
-def _rows(path: Path, batches: Any, text_field: str, group_field: str | None) -> Iterator[Record]:
-    number = 0
-    for batch in batches:
-        for values in batch.to_pylist():
-            record = record_of(path, f"row {number}", str(number), values, text_field, group_field)
-            if record is not None:
-                yield record
-            number += 1
+def _parquet_batches(
+    path: Path, stream: IO[bytes], text_field: str, group_field: str | None
+) -> Iterator[Any]:
+    parquet = import_arrow("parquet", path=path)
+    file = parquet.ParquetFile(stream, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+    columns = [text_field, *([group_field] if group_field else [])]
+    _check_columns(path, file.schema_arrow, text_field, group_field)
+    num_rows = 0
+    for row_group in range(file.num_row_groups):  # pyarrow cannot join dictionaries in lists across two
+        for batch in file.iter_batches(batch_size=_ROWS, row_groups=[row_group], columns=columns):
+            yield batch
+            num_rows += batch.num_rows
+    if num_rows != file.metadata.num_rows:
+        raise ValueError(f"it has {num_rows:,} of the {file.metadata.num_rows:,} rows that it names")
+
+
+def _mapped(path: Path, stream: IO[bytes]) -> Any:
+    """The file as a source of pyarrow, mapped, so that a batch of any size costs no memory."""
+    return import_arrow("lib", path=path).BufferReader(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _arrow_file_batches(
+    path: Path, stream: IO[bytes], text_field: str, group_field: str | None
+) -> Iterator[Any]:
+    file = import_arrow("ipc", path=path).open_file(_mapped(path, stream))
+    _check_columns(path, file.schema, text_field, group_field)
+    for number in range(file.num_record_batches):
+        yield file.get_batch(number)
+
+
+def _arrow_stream_batches(
+    path: Path, stream: IO[bytes], text_field: str, group_field: str | None
+) -> Iterator[Any]:
+    """The batches of a stream, or of several one after the other; each must end with its mark, without which
+    a stream that was cut between two batches looks whole."""
+    ipc, source = import_arrow("ipc", path=path), _mapped(path, stream)
+    while source.tell() < source.size():
+        reader = ipc.open_stream(source)
+        _check_columns(path, reader.schema, text_field, group_field)
+        while True:
+            end = source.tell()
+            try:
+                batch = reader.read_next_batch()
+            except StopIteration:
+                break
+            yield batch
+        if source.tell() == end:
+            raise ValueError("it has no end-of-stream mark")
+
+
+# Columns: a place is the number of a column, and then those of the fields down through structs.
+
+
+def _check_columns(path: Path, schema: Any, text_field: str, group_field: str | None) -> None:
+    """Refuse a table without these columns, also where it has no rows."""
+    _text_place(path, schema, text_field)
+    if group_field is not None:
+        _group_place(path, schema, group_field)
+
+
+def _text_place(path: Path, schema: Any, name: str) -> tuple[int, ...]:
+    types = import_arrow("types", path=path)
+    place, kind = _place(path, schema, name, "--text-field")
+    if place is None:
+        raise _no_column(path, schema, name, "--text-field")
+    value = _value_type(kind, types)
+    if any(getattr(types, is_list)(value) for is_list in _LISTS):
+        value = _value_type(value.value_type, types)
+    if str(value) not in _TEXT and not types.is_fixed_size_binary(value):
+        raise UserError(
+            f"{path}: its column {name!r} is of type {kind}, not text: choose another --text-field (it has"
+            f" {listed(_names(schema))})"
+        )
+    return place
+
+
+def _group_place(path: Path, schema: Any, name: str) -> tuple[int, ...] | None:
+    """None where a folder above the file names the group of all its rows."""
+    types = import_arrow("types", path=path)
+    place, kind = _place(path, schema, name, "--group-field")
+    if place is None:
+        try:
+            partition_of(path, name)
+        except KeyError as error:
+            raise _no_column(path, schema, name, "--group-field") from error
+    elif any(getattr(types, is_nested)(_value_type(kind, types)) for is_nested in _NESTED):
+        raise UserError(
+            f"{path}: its column {name!r} is of type {kind}, not one name a row: choose another --group-field"
+            f" (it has {listed(_names(schema))})"
+        )
+    return place
+
+
+def _place(path: Path, schema: Any, name: str, flag: str) -> tuple[tuple[int, ...] | None, Any]:
+    """(place, type) of the one column of this name; None where there is none."""
+    found = list(_places(schema, name, import_arrow("types", path=path)))
+    if len(found) > 1:
+        raise UserError(
+            f"{path} has {len(found)} columns {name!r}: rename all but one of them, or choose another {flag}"
+        )
+    return found[0] if found else (None, None)
+
+
+def _places(fields: Iterable[Any], name: str, types: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """The places and types of columns of this name, else of the path of names with dots that it is."""
+    kinds = [(number, field.name, _stored_type(field.type)) for number, field in enumerate(fields)]
+    exact = [((number,), kind) for number, field_name, kind in kinds if field_name == name]
+    yield from exact
+    for number, field_name, kind in [] if exact else kinds:
+        if name.startswith(f"{field_name}.") and types.is_struct(kind):
+            for place, inner in _places(kind, name[len(field_name) + 1 :], types):
+                yield (number, *place), inner
+
+
+def _stored_type(kind: Any) -> Any:
+    """The type in which an extension type is stored; other types as they are."""
+    return getattr(kind, "storage_type", kind)
+
+
+def _value_type(kind: Any, types: Any) -> Any:
+    """The type of the values that a dictionary or runs stand for."""
+    while types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        kind = kind.value_type
+    return _stored_type(kind)
+
+
+def _names(fields: Iterable[Any], prefix: str = "") -> Iterator[str]:
+    """The names of all columns and of structs' fields, as the flags take them."""
+    for field in fields:
+        if str(field.type).startswith("struct<"):
+            yield from _names(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _no_column(path: Path, schema: Any, name: str, flag: str) -> UserError:
+    return UserError(f"{path} has no column {name!r} (it has {listed(_names(schema))}): name it with {flag}")
+
+
+def _column(batch: Any, place: tuple[int, ...]) -> Any:
+    """A column as it is stored, checked: offsets and numbers in it that point nowhere are an error."""
+    outer, *inner = place
+    column = batch.column(outer)
+    try:
+        column.validate(full=True)
+    except ValueError as error:
+        if "UTF8" not in str(error):  # whose row is named where it is read
+            raise
+    column = getattr(column, "storage", column)
+    for number in inner:
+        column = column.flatten()[number]  # where the struct is null, so are its fields
+        column = getattr(column, "storage", column)
+    return column
+
+
+def _groups(path: Path, batch: Any, name: str) -> Any:
+    """The groups of a batch's rows, from a column or a folder."""
+    arrow = import_arrow("lib", path=path)
+    place = _group_place(path, batch.schema, name)
+    if place is None:
+        return arrow.repeat(arrow.scalar(partition_of(path, name), arrow.string()), batch.num_rows)
+    return _column(batch, place)
+
+
+def _values(path: Path, column: Any, rows: Sequence[int], name: str | None) -> list[Any]:
+    """A column's values as Python's objects. pyarrow never looks whether a string is UTF-8.
+
+    Raises:
+        UserError: names the row whose text is not.
+    """
+    try:
+        return list(column.to_pylist())
+    except ValueError:
+        return [_value(path, value, row, name) for row, value in zip(rows, column, strict=True)]
+
+
+def _value(path: Path, value: Any, row: int, name: str | None) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} row {row}: its {name} is not UTF-8 text ({error}): mend that record"
+        ) from error
+    except ValueError:  # a moment in nanoseconds, of which only pandas makes an object
+        return value.cast(import_arrow("lib", path=path).string()).as_py()

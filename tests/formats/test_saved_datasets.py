@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.documents import find_files, read_documents
+from mlpmem_ds.formats.saved_datasets import is_saved_dataset
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -82,3 +84,87 @@ def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         documents_of("datasets:org/name")
+
+
+def test_other_programs_folders_are_no_data_sets(tmp_path: Path) -> None:
+    """A training's state, a list that is no list of files: ordinary folders."""
+    contents = {
+        "trainer/state.json": '{"global_step": 3}',
+        "list/state.json": "[1, 2]",
+        "broken/state.json": '{"epoch": ',
+        "deep/state.json": "[" * 100_000,
+        "huge/state.json": "1" * 5000,
+        "dict/dataset_dict.json": '{"languages": ["de"]}',
+        "dict_of_lists/dataset_dict.json": "[]",
+        "none/other.json": "{}",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+        assert not is_saved_dataset(tmp_path / name.partition("/")[0]), name
+
+
+def test_a_damaged_list_of_files_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    write_saved_dataset(tmp_path / "one")
+    whole = (tmp_path / "one" / "state.json").read_text()
+    for content in (whole[:-9], "", '{"_data_files": 7}', '{"_data_files": [{}]}', '{"_data_files": null}'):
+        (tmp_path / "one" / "state.json").write_text(content)
+        with pytest.raises(UserError, match="list of files cannot be read .*save or copy it again"):
+            documents_of(tmp_path / "one")
+
+
+def test_rows_in_another_order_than_stored_are_refused(tmp_path: Path) -> None:
+    """Before version 2, a data set could be saved with indices into its rows."""
+    write_saved_dataset(tmp_path / "one")
+    state = json.loads((tmp_path / "one" / "state.json").read_text())
+    for name in ("_indices_data_files", "_indices_files"):
+        (tmp_path / "one" / "state.json").write_text(
+            json.dumps({**state, name: [{"filename": "indices.arrow"}]})
+        )
+        with pytest.raises(UserError, match="flatten_indices"):
+            documents_of(tmp_path / "one")
+    (tmp_path / "one" / "state.json").write_text(json.dumps({**state, "_indices_data_files": None}))
+    assert documents_of(tmp_path / "one") == EXPECTED
+
+
+def test_what_a_selection_leaves_as_it_was_does_not_count(tmp_path: Path) -> None:
+    """`select` and `filter` keep the first data set's number of rows; a format hides columns, not rows; a
+    cache of later work may lie next to the data."""
+    write_saved_dataset(tmp_path / "one")
+    state = json.loads((tmp_path / "one" / "state.json").read_text())
+    (tmp_path / "one" / "state.json").write_text(json.dumps({**state, "_format_columns": ["author"]}))
+    (tmp_path / "one" / "dataset_info.json").write_text('{"splits": {"train": {"num_examples": 9999}}}')
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"something else")
+    assert documents_of(tmp_path / "one") == EXPECTED
+
+
+def test_a_part_that_was_cut_between_two_batches_is_refused(tmp_path: Path) -> None:
+    write_saved_dataset(tmp_path / "one")
+    part = tmp_path / "one" / "data-00001-of-00002.arrow"
+    part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(UserError, match="data-00001-of-00002.arrow .*no end-of-stream mark"):
+        documents_of(tmp_path / "one")
+
+
+def test_what_the_package_cannot_load_is_one_readable_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, configuration: str | None, **rest: Any) -> Iterator[dict[str, Any]]:
+        if name == "org/none":
+            raise FileNotFoundError("Couldn't find\n  org/none")
+        if rest["split"] != "train[:10]":
+            raise ValueError(f"Bad split: {rest['split']}. Available splits: ['train']")
+        yield {"text": "a", "author": "A"}
+        raise ConnectionError
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for given, message in (
+        ("datasets:org/none", "FileNotFoundError: Couldn't find org/none.: check the name"),
+        ("datasets:org/name::tests", "Bad split: tests. Available splits"),
+        ("datasets:org/name::train[:10]", "read on .ConnectionError: ConnectionError.*network"),
+        ("datasets::config", "names no data set"),
+        ("datasets:org/name:config:", "names no data set"),
+    ):
+        with pytest.raises(UserError, match=message) as found:
+            documents_of(given)
+        assert "\n" not in str(found.value)
+    with pytest.raises(UserError, match=r"row 0 is not an object .*it has text, author"):
+        documents_of("datasets:org/name::train[:10]", text_field="body")

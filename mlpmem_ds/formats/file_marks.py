@@ -1,0 +1,42 @@
+"""What a file is by its first bytes, for messages about files that are not what their names say."""
+
+from __future__ import annotations
+
+NUM_MARK_BYTES = 64
+
+_MARKS: tuple[tuple[bytes, str], ...] = (
+    (b"PAR1", "a Parquet file"),
+    (b"PARE", "an encrypted Parquet file"),
+    (b"ARROW1", "a file in Arrow's file format"),
+    (b"FEA1", "a Feather file of version 1 (write it again: pyarrow.feather.write_feather)"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself (fetch it: git lfs pull)"),
+    (b"\x1f\x8b", "compressed by gzip"),
+    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard"),
+    (b"\x04\x22\x4d\x18", "compressed by LZ4"),
+    (b"BZh", "compressed by bzip2"),
+    (b"\xfd7zXZ\0", "compressed by xz"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PK\x05\x06", "an empty zip archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"ORC", "an ORC file"),
+    (b"Obj\x01", "an Avro file"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"%PDF-", "a PDF document"),
+    (b"\xef\xbb\xbf", "text"),
+    (b"{", "JSON"),
+    (b"[", "JSON"),
+)  # fmt: skip
+
+
+def kind_by_mark(first: bytes) -> str:
+    """What a file that begins with these bytes is, in words; empty where they say nothing."""
+    if not first:
+        return "empty"
+    for mark, kind in _MARKS:
+        if first.startswith(mark):
+            return kind
+    if first.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page or XML (the page of an error, where a download failed?)"
+    return ""
