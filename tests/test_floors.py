@@ -48,7 +48,7 @@ OWNERS: dict[str, set[str]] = {
     },
     "wandb": {"stages/training/metrics.py"},
     "webdataset": {"engines/webdataset_stream.py"},  # `train --loader webdataset`; a format that others read
-    "zstandard": {"formats/document_readers.py", "formats/target_shards.py"},
+    "zstandard": {"formats/streams.py", "formats/target_shards.py"},
     # Hugging Face models and tokenizers are the project's subject; these are the files that make or read one.
     "safetensors": {
         "formats/reference_checkpoint.py",

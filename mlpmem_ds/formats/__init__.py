@@ -2,7 +2,8 @@
 
 In the order of the pipeline:
 - `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one
-- `json_lines.py`: JSON that users give
+- `json_readers.py`, `tar_readers.py`: JSON lines, webdataset tars; `streams.py`: decompression;
+  `json_lines.py`: JSON that users give
 - `table_readers.py`: Parquet and Arrow; `saved_datasets.py`: data sets of `datasets`;
   `arrow_library.py`: pyarrow; `file_marks.py`: what a file is by its first bytes
 - `corpus.py`: token shards; `keys.py`, `mapped_keys.py`: keys, values and memory inputs

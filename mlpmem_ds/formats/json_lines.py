@@ -207,7 +207,8 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
         return "it holds only zero bytes, as a crash of the writer leaves: lines are missing there"
     if "\0" in text:
         return f"{error.msg} at character {error.pos + 1}; it holds zero bytes, as UTF-16 without a mark has"
-    return f"{error.msg} at character {error.pos + 1} of {len(text)}"
+    at = "its end" if error.pos >= len(text.rstrip()) else f"character {error.pos + 1} of {len(text)}"
+    return f"{error.msg} at {at}"
 
 
 def _not_json(name: str, number: int, reason: NotJsonError) -> UserError:

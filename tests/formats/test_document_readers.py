@@ -132,9 +132,9 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "b.jsonl",
         lambda path: path.write_bytes(b'{"text": "a", "author": 1}\n\xff\xfe\n'),
-        "b.jsonl is .*near line 2",
+        "b.jsonl line 2 is not UTF-8",
     ),
-    ("c.jsonl", lambda path: path.write_bytes(b"[1]\n"), "c.jsonl line 1 is not an object"),
+    ("c.jsonl", lambda path: path.write_bytes(b"[1]\n"), "c.jsonl item 1 is not an object"),
     (
         "d.jsonl",
         lambda path: path.write_bytes(b'{"text": 7, "author": 1}\n'),
@@ -148,20 +148,20 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "f.jsonl.gz",
         lambda path: path.write_bytes(gzip.compress(b'{"text": "a", "author": 1}\n' * 99)[:-9]),
-        "f.jsonl.gz is",
+        "f.jsonl.gz cannot be read whole .*cut short",
     ),
-    ("g.jsonl.zst", lambda path: path.write_bytes(b"no frame"), "g.jsonl.zst is damaged"),
-    ("h.tar", damaged(write_tar), "h.tar is cut short or damaged after sample 'shard/"),
-    ("i.tar", lambda path: path.write_bytes(tar_bytes({"s1.json": b"{"})), "i.tar sample 's1' is not"),
+    ("g.jsonl.zst", lambda path: path.write_bytes(b"no frame"), "g.jsonl.zst line 1 is not JSON"),
+    ("h.tar", damaged(write_tar), "h.tar is cut short or damaged after member 'shard/"),
+    ("i.tar", lambda path: path.write_bytes(tar_bytes({"s1.json": b"{"})), "i.tar member 's1.json' is not"),
     (
         "j.tar",
         lambda path: path.write_bytes(tar_bytes({"s1.txt": b"\xff"})),
-        "j.tar sample 's1' is not UTF-8",
+        "j.tar member 's1.txt' is not UTF-8",
     ),
     (
         "k.tar",
         lambda path: path.write_bytes(tar_bytes({"s1.json": b'{"x": 1}'})),
-        "k.tar sample 's1' .*it has x",
+        "k.tar member 's1.json' .*it has x",
     ),
 ]
 

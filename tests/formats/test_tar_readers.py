@@ -1,0 +1,112 @@
+"""Tars as documents: no text of a member is lost, and a tar that is cut or altered is refused."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.tar_readers import read_tar
+
+
+def tar_of(*members: tuple[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=format) as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def texts_of(folder: Path, content: bytes, group: str | None = None) -> list[tuple[str, str]]:
+    (folder / "x.tar").write_bytes(content)
+    return [(record.key, record.text) for record in read_tar(folder / "x.tar", "text", group)]
+
+
+SAMPLES = [(f"{number:03d}.txt", f"text {number}".encode()) for number in range(12)]
+EXPECTED = [(f"{number:03d}", f"text {number}") for number in range(12)]
+
+
+def test_names_with_dots_lose_no_text(tmp_path: Path) -> None:
+    names = ("one.txt", "22.05.txt", "22.06.txt", "notes v1.2.txt", "a/mr. smith.TXT", ".hidden.md")
+    found = texts_of(tmp_path, tar_of(*((name, name.encode()) for name in names)))
+    assert [text for _, text in found] == list(names)
+    assert [key for key, _ in found] == ["one", *names[1:]]
+
+
+def test_every_text_of_a_sample_is_a_document(tmp_path: Path) -> None:
+    members = [("x.md", b"two"), ("x.txt", b"one"), ("x.seg.txt", b"three"), ("x.jpg", b"\xff\xd8")]
+    assert texts_of(tmp_path, tar_of(*members)) == [("x.md", "two"), ("x", "one"), ("x.seg.txt", "three")]
+    twice = tar_of(("x.txt", b"old"), ("y.txt", b"y"), ("x.txt", b"new"), ("x.txt", b"newer"))
+    assert [text for _, text in texts_of(tmp_path, twice)] == ["old", "y", "new", "newer"]
+    objects = [(name, json.dumps({"text": name}).encode()) for name in ("y.json", "y.2.json", "y.json")]
+    assert [text for _, text in texts_of(tmp_path, tar_of(*objects))] == [name for name, _ in objects]
+
+
+def test_tars_that_were_joined_are_read_whole(tmp_path: Path) -> None:
+    first, second = tar_of(*SAMPLES[:5]), tar_of(*SAMPLES[5:], format=tarfile.GNU_FORMAT)
+    assert texts_of(tmp_path, first + second) == EXPECTED
+    assert texts_of(tmp_path, gzip.compress(first) + gzip.compress(second)) == EXPECTED
+    assert texts_of(tmp_path, bytes(10240) + first + bytes(10240) + second) == EXPECTED
+
+
+def test_long_names_and_names_that_are_not_utf8(tmp_path: Path) -> None:
+    long = "folder/" + "n" * 300
+    for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        names = [long, "caf\udce9", "überall", "../up", "/root"]
+        found = texts_of(tmp_path, tar_of(*((f"{name}.txt", b"a") for name in names), format=format))
+        assert len(found) == len(names)
+        assert [key for key, _ in found][:3] == names[:3]
+
+
+def test_an_empty_tar_has_no_documents_and_one_of_no_bytes_is_refused(tmp_path: Path) -> None:
+    assert texts_of(tmp_path, bytes(10240)) == texts_of(tmp_path, tar_of()) == []
+    with pytest.raises(UserError, match="no end-of-archive block"):
+        texts_of(tmp_path, b"")
+
+
+def test_a_tar_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
+    """Until the first block of its end is whole."""
+    whole = tar_of(*SAMPLES[:3])
+    end = 3 * 1024
+    for size in [*range(0, end + 512, 97), *range(512, end, 512), end + 511]:
+        with pytest.raises(UserError, match="x.tar is cut short or damaged after member"):
+            texts_of(tmp_path, whole[:size])
+    for size in (end + 512, end + 1024, len(whole)):
+        assert texts_of(tmp_path, whole[:size]) == EXPECTED[:3]
+
+
+def test_a_tar_with_a_changed_header_is_refused(tmp_path: Path) -> None:
+    """The data have no checksum; zeros that fill a block are no data."""
+    whole, chosen = tar_of(*SAMPLES[:4]), random.Random(0)
+    for place in [*range(0, 512, 31), *range(1024, 1536, 31), *range(3072, 3584, 31)]:
+        altered = bytearray(whole)
+        altered[place] ^= 1 << chosen.randrange(8)
+        try:
+            assert texts_of(tmp_path, bytes(altered)) == EXPECTED[:4], place
+        except UserError as error:
+            assert "x.tar is cut short or damaged after member" in str(error)
+
+
+def test_bytes_after_the_end_that_are_no_tar_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="after its end"):
+        texts_of(tmp_path, tar_of(*SAMPLES) + b"x" * 512)
+
+
+def test_a_sample_may_have_its_group_in_its_own_json(tmp_path: Path) -> None:
+    members = [
+        ("22.json", b'{"by": "both"}'),
+        ("22.05.txt", b"five"),
+        ("22.06.json", b'{"by": "six"}'),
+        ("22.06.txt", b"six"),
+    ]
+    (tmp_path / "x.tar").write_bytes(tar_of(*members))
+    found = [(record.text, record.group) for record in read_tar(tmp_path / "x.tar", "text", "by")]
+    assert found == [("five", "both"), ("six", "six")]
