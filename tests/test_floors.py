@@ -71,6 +71,7 @@ OWNERS: dict[str, set[str]] = {
         "engines/tokenizer.py",
         "engines/deepspeed/sharded_base.py",
         "models/backbone.py",
+        "models/generation_settings.py",
         "models/hf.py",
         "models/hf_config.py",
         "models/shape.py",
@@ -84,7 +85,9 @@ OWNERS: dict[str, set[str]] = {
         "stages/corpus/prepare_corpus.py",
         "stages/evaluation/samples.py",
         "stages/exchange/import_datastore.py",
+        "stages/generation/exported_model.py",
         "stages/generation/generate.py",
+        "stages/generation/text.py",
         "stages/training/base_head.py",
     },
 }

@@ -8,6 +8,7 @@ Read in this order; files marked * are copied into every export and import nothi
     backbone*          loading a base, and capturing its hidden states
     mixture*           the mixture of base and memory, and the gates that give the memory's weight
     hf_config*, hf*    the joint model: its config.json, and its forward, generation, saving and loading
+    generation_settings where generation stops, and the rows that it never takes
     quantized*         a memory with int8 matrices, for decoding
     mixture_on_device  the mixture of logits by Triton
     mixture_scores     the mixture of log-probabilities kept in NumPy, for report and validation

@@ -62,6 +62,8 @@ def test_models_are_loaded_on_the_gpu_of_the_rank(
     monkeypatch.setattr(base_arm, "TransformersSource", give)
     monkeypatch.setattr(generate, "load_model", give)
     monkeypatch.setattr(generate, "read_export", lambda model: (None, lambda text: {"input_ids": [1]}))
+    monkeypatch.setattr(run_lm_eval, "load_model", give)
+    monkeypatch.setattr(run_lm_eval, "read_export", lambda model: (None, None))
     monkeypatch.setattr(generate, "_encode", lambda *_: [[1]])
     monkeypatch.setattr(run_lm_eval, "require_harness", lambda: None)
     model, more = str(base_dir), {"device": requested}

@@ -31,7 +31,7 @@ from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.structure import output_head
-from mlpmem_ds.stages.generation.generate import load_model, read_export
+from mlpmem_ds.stages.generation.exported_model import load_model, read_export
 from mlpmem_ds.stages.training.metrics import read_metrics
 
 _BATCH_WINDOWS = 16

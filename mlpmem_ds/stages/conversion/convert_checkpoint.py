@@ -50,6 +50,7 @@ from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
 from mlpmem_ds.models.backbone import attention_of, load_base
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.generation_settings import choosing_settings, complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.stages.conversion.check import (
@@ -252,8 +253,9 @@ def write_description(joint: MemoryAugmentedLM, tokenizer: Any, dtype: torch.dty
         part.dtype = dtype
     custom_object_save(joint, export, config=config)
     config.save_pretrained(export)
-    generation: Any = joint.generation_config
-    generation.save_pretrained(export)
+    # Not save_pretrained: what it loads, such as a temperature without do_sample, it refuses to save.
+    settings: Any = joint.generation_config
+    settings.to_json_file(export / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(export)
     for path in export.glob("*.safetensors"):
         shutil.copymode(export / "config.json", path)
@@ -309,14 +311,25 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
         raise UserError(
             f"--model {inputs.model} and {_flag(config)} {inputs.source} do not fit: {error}"
         ) from error
-    generation: Any = joint.generation_config
-    if generation.eos_token_id is None:
-        generation.eos_token_id = inputs.tokenizer.eos_token_id
-    if generation.pad_token_id is None:
-        padding, num_rows = inputs.tokenizer.pad_token_id, inputs.memory.vocab_size
-        has_row = padding is not None and padding < num_rows  # a tokenizer may have more than its model
-        generation.pad_token_id = padding if has_row else inputs.tokenizer.eos_token_id
+    _say_what_is_kept(joint)
+    joint.generation_config = complete_settings(
+        joint.generation_config,
+        base=base,
+        tokenizer=inputs.tokenizer,
+        num_rows=inputs.memory.vocab_size,
+        further_ends=() if inputs.corpus is None else (inputs.corpus.tokenizer.end_of_document_id,),
+    )
     return joint
+
+
+def _say_what_is_kept(joint: MemoryAugmentedLM) -> None:
+    if choosing := choosing_settings(joint.generation_config):
+        settings = ", ".join(f"{name} {value}" for name, value in choosing.items())
+        _logger.info(
+            "generation_config.json keeps the base's %s: transformers' `generate` follows it,"
+            " launch/generate.py goes by its flags alone",
+            settings,
+        )
 
 
 def _flag(config: Config) -> str:

@@ -10,7 +10,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.evaluation import Sample
+from mlpmem_ds.models.generation_settings import complete_settings, token_settings
+from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.generation.generate import continue_batch
+from mlpmem_ds.stages.generation.text import text_after
 
 _PROMPT_TOKENS, _NEW_TOKENS = 48, 40
 
@@ -35,22 +38,21 @@ def continue_samples(base: Any, joint: Any, corpus: CorpusSplit, num_samples: in
     num_tokens = min(_PROMPT_TOKENS, corpus.block_size // 2, corpus.num_tokens)
     starts = np.linspace(0, corpus.num_tokens - num_tokens, num_samples + 2).astype(int)[1:-1]
     prompts = [corpus.tokens(int(start), int(start) + num_tokens).tolist() for start in starts]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(corpus.end_of_document_id)
+    complete = complete_settings(
+        base.generation_config, base=base, tokenizer=tokenizer, num_rows=len(output_head(base)[0])
+    )
     generation = GenerationConfig(
         max_new_tokens=min(_NEW_TOKENS, corpus.block_size - num_tokens),
         do_sample=False,
-        eos_token_id=corpus.end_of_document_id,
-        pad_token_id=corpus.end_of_document_id,
+        **token_settings(complete),
     )
     base_tokens, joint_tokens = (continue_batch(model, prompts, generation) for model in (base, joint))
     return tuple(
         Sample(
-            prompt=_decode(tokenizer, prompt),
-            base=_decode(tokenizer, by_base),
-            memory=_decode(tokenizer, by_joint),
+            prompt=text_after(tokenizer, (), prompt),
+            base=text_after(tokenizer, prompt, by_base),
+            memory=text_after(tokenizer, prompt, by_joint),
         )
         for prompt, by_base, by_joint in zip(prompts, base_tokens, joint_tokens, strict=True)
     )
-
-
-def _decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids))

@@ -21,7 +21,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.lm_eval import require_harness, score_tasks
 from mlpmem_ds.models.mixture import Constant, StoredGate
-from mlpmem_ds.stages.generation import generate
+from mlpmem_ds.stages.generation.exported_model import load_model, read_export
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
@@ -36,8 +36,8 @@ def run(config: Config, world: World) -> str:
 
 def _run_tasks(config: Config, tasks: Sequence[str | dict[str, Any]], device: torch.device) -> str:
     require_harness()
-    _, tokenizer = generate.read_export(config.model)
-    model = generate.load_model(
+    _, tokenizer = read_export(config.model)
+    model = load_model(
         config.model, device=device, dtype=config.dtype, device_map=device_map_of(config.device_map)
     )
     own: tuple[StoredGate, ...] = (Constant(0.0), model.gate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +186,25 @@ def test_the_base_is_found_through_the_keys(
     lonely = save_memory(tmp_path / "lonely", flags, keys="0" * 64)
     assert convert("--checkpoint", lonely, "--output", tmp_path / "other") == 2
     assert "--model is needed" in capsys.readouterr().err
+
+
+def test_generation_settings_stay_the_bases_and_stop_at_the_corpuss_end_too(
+    base_dir: Path, memory_dir: Path, tmp_path: Path
+) -> None:
+    """Of a base whose file names another end token and a temperature without sampling, as Llama 2's does:
+    transformers loads such a file and refuses to save it."""
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    own = {
+        "eos_token_id": [5, 6],
+        "temperature": 0.9,
+        "top_p": 0.6,
+        "repetition_penalty": 1.2,
+        "unheard_of": 7,
+    }
+    (base / "generation_config.json").write_text(json.dumps(own))
+    words = ("--checkpoint", memory_dir, "--model", base, "--lambda", LAMBDA, "--output", tmp_path / "export")
+    assert convert(*words) == 0
+    found = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+    ends = [5, 6, 0]  # the last is the end of a document in the corpus
+    assert {name: found.get(name) for name in own} == {**own, "eos_token_id": ends}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.eos_token_id == ends

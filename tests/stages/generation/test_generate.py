@@ -21,7 +21,8 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.stages.generation.generate import load_model, side_by_side
+from mlpmem_ds.stages.generation.exported_model import load_model
+from mlpmem_ds.stages.generation.text import side_by_side
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = ("alpha beta return", "in", "for value in range import é gamma")
@@ -229,15 +230,6 @@ def test_a_stream_writes_the_same_text_in_pieces(
     assert (
         len([piece for piece in streamed if piece.strip()]) > 1
     )  # whole words: of random text there are few
-
-
-def test_columns_keep_line_ends_and_wrap_long_lines() -> None:
-    lines = side_by_side(("left", "right"), ("a\n    b", "x" * 70 + "\n\n" + "word " * 20)).split("\n")
-    assert all(len(line) <= 118 for line in lines)
-    assert lines[0].split() == ["left", "right"]
-    assert [line[:58].rstrip() for line in lines[2:4]] == ["a", "    b"]
-    right = [line[60:] for line in lines[2:]]
-    assert right[:3] == ["x" * 58, "x" * 12, ""] and "".join(right[3:]).replace(" ", "") == "word" * 20
 
 
 def test_prompts_from_a_file(tmp_path: Path, generate: Callable[..., str]) -> None:

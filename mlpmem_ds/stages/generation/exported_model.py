@@ -1,0 +1,78 @@
+"""Part of `generate` and `run_lm_eval`: an export's configuration, tokenizer and joint model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
+from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
+from mlpmem_ds.models.mixture_on_device import mixture_on_device
+
+
+def load_model(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+) -> MemoryAugmentedLM:
+    """The joint model by this package's classes: no code from the export is run.
+
+    Its weights are read straight to `device`, or spread over devices by `device_map`.
+
+    Raises:
+        DamagedDataError: it is not an export, or its files lack weights (transformers would fill them at
+            random and continue).
+    """
+    weights_dtype = DTYPES[resolve_dtype(dtype, device)]
+    # A CPU needs no map, and then no accelerate.
+    placement = device_map or (None if device.type == "cpu" else {"": device})
+    remedy = "run tools/convert_checkpoint.py again"
+    try:
+        loaded: Any = MemoryAugmentedLM.from_pretrained(
+            name, dtype=weights_dtype, device_map=placement, output_loading_info=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each library under the loader raises a family of its own
+        raise DamagedDataError(f"--model {name} cannot be loaded ({error}): {remedy}") from error
+    model, report = loaded
+    if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:
+        raise DamagedDataError(f"--model {name} does not hold the whole model ({faults}): {remedy}")
+    joint: MemoryAugmentedLM = model.eval()
+    joint.mixture = mixture_on_device
+    return joint
+
+
+def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
+    """The export's configuration and tokenizer.
+
+    Raises:
+        UserError: there is no export of that name, or its tokenizer is missing or another one.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # each library under these raises a family of its own
+        raise UserError(
+            f"--model {model} cannot be read ({str(error).splitlines()[0]}): give the output of "
+            "tools/convert_checkpoint.py, or check the network for a Hub name"
+        ) from error
+    if not isinstance(settings, MemoryAugmentedConfig):
+        raise UserError(
+            f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
+            "tools/convert_checkpoint.py"
+        )
+    # Where the files are missing, transformers gives a tokenizer without words.
+    if settings.vocabulary_sha256 and vocabulary_sha256(tokenizer) != settings.vocabulary_sha256:
+        raise UserError(
+            f"--model {model} has a tokenizer of {len(tokenizer)} tokens that is not the one it was made"
+            " with: run tools/convert_checkpoint.py again"
+        )
+    return settings, tokenizer

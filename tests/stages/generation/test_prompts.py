@@ -1,0 +1,81 @@
+"""Prompts as they stand in flags and files: no line is split, lost or cleaned in silence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.stages.generation.config import Config
+from mlpmem_ds.stages.generation.prompts import read_prompts
+
+INSIDE = "one\N{LINE SEPARATOR}two\x85three\x0cfour\x0b\x1c\x1dfive\rsix\x00seven\N{PARAGRAPH SEPARATOR}"
+
+
+def of_file(path: Path) -> list[str]:
+    return read_prompts(Config(model="m", prompts_file=path))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a b\nc\n", ["a b", "c"]),
+        (b"a b\nc", ["a b", "c"]),
+        (b"\xef\xbb\xbfa b\r\nc\r\n", ["a b", "c"]),
+        (b"  a \n\tb\n", ["  a ", "\tb"]),
+        (f"{INSIDE}\n{INSIDE}x".encode(), [INSIDE, INSIDE + "x"]),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}\n\N{GRINNING FACE}".encode(), ["é", "😀"]),
+    ],
+)
+def test_a_line_is_a_prompt(content: bytes, expected: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    assert of_file(path) == expected
+
+
+def test_blank_lines_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a\n\n \t\nb\n\n")
+    with caplog.at_level(logging.WARNING):
+        assert of_file(path) == ["a", "b"]
+    assert "3 blank lines are no prompts and are left out (line 2, 3, 5)" in caplog.text
+    caplog.clear()
+    path.write_text("a\nb\n")
+    assert of_file(path) == ["a", "b"] and not caplog.records
+
+
+def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_bytes(b"a\nb\n"))
+    writer.start()
+    assert of_file(path) == ["a", "b"]
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("content", "needle"),
+    [
+        (b"", "holds no prompt: write one a line"),
+        (b"\n \n", "holds no prompt"),
+        (b"caf\xe9\n", "UTF-8 text"),
+        ("prompt".encode("utf-16"), "UTF-8 text"),
+        (None, "cannot be read as UTF-8 text"),
+    ],
+)
+def test_unreadable_files(content: bytes | None, needle: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=needle):
+        of_file(path)
+
+
+@pytest.mark.parametrize("prompt", [os.fsdecode(b"caf\xe9"), "a\ud800b"])
+def test_bytes_that_are_no_text_are_refused_with_their_place(prompt: str) -> None:
+    config = Config(model="m", prompt=("fine", prompt))
+    with pytest.raises(UserError, match=r"--prompt: prompt 2 holds '\\ud.*' at character [24].*as UTF-8"):
+        read_prompts(config)
