@@ -81,7 +81,6 @@ OWNERS: dict[str, set[str]] = {
         "stages/conversion/check.py",
         "stages/conversion/convert_checkpoint.py",
         "stages/conversion/import_reference.py",
-        "stages/conversion/inputs.py",
         "stages/corpus/prepare_corpus.py",
         "stages/evaluation/samples.py",
         "stages/exchange/import_datastore.py",

@@ -36,11 +36,20 @@ def vocabulary_sha256(tokenizer: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
-    """What later stages need to know of the tokenizer; `vocab_size` is the largest id + 1."""
+    """What later stages need to know of the tokenizer.
+
+    `vocab_size` is the largest id + 1. A document is begin ids, text, end id. `special_tokens` says what a
+    special token is that is spelled in a text: "text", or "parse" (the token). Two tokenizers with the same
+    `vocabulary_sha256` have the same tokens; with the same `definition_sha256` ("" where unknown) they
+    give the same ids for every text.
+    """
 
     vocabulary_sha256: str
     vocab_size: int
     end_of_document_id: int
+    begin_of_document_ids: tuple[int, ...] = ()
+    special_tokens: str = "text"
+    definition_sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

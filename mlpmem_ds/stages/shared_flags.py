@@ -63,6 +63,15 @@ def dtype(identity: Identity) -> Any:
     )
 
 
+def special_tokens() -> Any:
+    """`special_tokens: SpecialTokens`, of `engines.tokenizer`"""
+    return option(
+        "what a special token is that is spelled in a text, such as <|endoftext|>: text, as any other; or"
+        " parse, the token itself, for chats that are rendered with such tokens",
+        "text",
+    )
+
+
 def attention() -> Any:
     """`attention: str`"""
     return option(

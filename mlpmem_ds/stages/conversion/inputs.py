@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.model_files import fetch_directory
+from mlpmem_ds.engines.tokenizer import definition_sha256, load_tokenizer, open_encoder
 from mlpmem_ds.formats.checkpoint import Checkpoint
-from mlpmem_ds.formats.corpus import CorpusManifest, read_corpus_manifest, vocabulary_sha256
+from mlpmem_ds.formats.corpus import CorpusManifest, TokenizerFacts, read_corpus_manifest, vocabulary_sha256
 from mlpmem_ds.formats.evaluation import Report, open_report
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.formats.targets import TargetsManifest, open_targets
@@ -106,6 +105,9 @@ def open_inputs(config: Config) -> ExportInputs:
             f"{flag} has another vocabulary ({len(tokenizer)} tokens, {own[:12]}…) than the memory was "
             f"trained with ({expected[:12]}…): give --tokenizer RUN/corpus/tokenizer"
         )
+    corpus = None if corpus_root is None else read_corpus_manifest(corpus_root)
+    if corpus is not None:
+        _check_begins(tokenizer, corpus.tokenizer, flag)
     return ExportInputs(
         trained=trained,
         memory=memory,
@@ -116,7 +118,7 @@ def open_inputs(config: Config) -> ExportInputs:
         lmbda_rule=rule,
         report=report,
         source=config.checkpoint,
-        corpus=None if corpus_root is None else read_corpus_manifest(corpus_root),
+        corpus=corpus,
         targets=None if targets_root is None else open_targets(targets_root).manifest,
         unread=unread,
     )
@@ -263,13 +265,28 @@ def _load_tokenizer(config: Config, model: str, corpus: Path | None) -> tuple[An
             f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint} is not"
             " on this disk: give --tokenizer RUN/corpus/tokenizer"
         )
-    try:
-        return AutoTokenizer.from_pretrained(name), f"{flag} {name}"
-    except Exception as error:  # each tokenizer library raises a family of its own
+    return load_tokenizer(name, flag=flag), f"{flag} {name}"
+
+
+def _check_begins(tokenizer: Any, corpus: TokenizerFacts, flag: str) -> None:
+    """A prompt must begin as the documents of the corpus do, whose memory it asks.
+
+    Raises:
+        UserError: it begins with other tokens.
+    """
+    if corpus.definition_sha256 in ("", definition_sha256(tokenizer)):
+        return
+    begin_ids = open_encoder(tokenizer, label=flag).begin_ids
+    if begin_ids != corpus.begin_of_document_ids:
         raise UserError(
-            f"{flag} {name} cannot be loaded ({str(error).splitlines()[0]}): give --tokenizer, a directory or"
-            " Hub name"
-        ) from error
+            f"{flag} puts the tokens {list(begin_ids)} before a text, and the documents of the corpus begin"
+            f" with {list(corpus.begin_of_document_ids)}: give --tokenizer RUN/corpus/tokenizer"
+        )
+    _logger.warning(
+        "%s has the words of the corpus's tokenizer and other rules, so that it may split some texts"
+        " otherwise: --tokenizer RUN/corpus/tokenizer is the one that the memory was trained with",
+        flag,
+    )
 
 
 def _has_tokenizer(model: str) -> bool:

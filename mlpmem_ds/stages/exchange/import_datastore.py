@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.errors import UserError
@@ -32,6 +32,13 @@ from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.tokenizer import (
+    definition_sha256,
+    load_tokenizer,
+    open_encoder,
+    require_end,
+    vocab_size,
+)
 from mlpmem_ds.formats.arrow_tables import (
     DATASTORE,
     TARGETS,
@@ -64,7 +71,6 @@ from mlpmem_ds.formats.target_shards import TargetShard, index_name, shard_name,
 from mlpmem_ds.formats.targets import ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.structure import resolve_layer
-from mlpmem_ds.stages.corpus.tokenization import vocab_size
 from mlpmem_ds.stages.exchange.config import ImportConfig
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +84,7 @@ class _Source:
     table: ArrowTable
     width: int
     tokenizer: Any
+    end_id: int
     model_sha256: str
     head_size: int
     num_layers: int
@@ -117,26 +124,22 @@ def _open_source(config: ImportConfig) -> _Source:
     table = open_arrow(config.datastore, DATASTORE, flag="--datastore")
     try:
         base: Any = AutoConfig.from_pretrained(config.model).get_text_config(decoder=True)
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
         layer = resolve_layer(config.key_layer, base.num_hidden_layers)
     except Exception as error:  # a family of errors for each kind of model
-        raise UserError(
-            f"--model {config.model}, --tokenizer or --key-layer cannot be used ({error})"
-        ) from error
+        raise UserError(f"--model {config.model} or --key-layer cannot be used ({error})") from error
+    name, flag = (config.model, "--model") if config.tokenizer is None else (config.tokenizer, "--tokenizer")
+    tokenizer = load_tokenizer(name, flag=flag)
     width = key_width(table)
     if width != base.hidden_size:
         raise UserError(
             f"--datastore has keys of {width:,} numbers, --model {config.model} states of"
             f" {base.hidden_size:,}: give the base of the keys"
         )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--tokenizer {config.tokenizer or config.model} has no end-of-text token: set eos_token in it"
-        )
     return _Source(
         table=table,
         width=width,
         tokenizer=tokenizer,
+        end_id=require_end(open_encoder(tokenizer, label=f"{flag} {name}")),
         model_sha256=fingerprint_model(config.model),
         head_size=base.vocab_size,
         num_layers=base.num_hidden_layers,
@@ -198,7 +201,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
         block = units[unit]
         tokens_n = _values(source, block)
         if block.start == 0:  # the stream's first token is the value of no position
-            tokens_n = np.concatenate([np.array([source.tokenizer.eos_token_id], source.dtype), tokens_n])
+            tokens_n = np.concatenate([np.array([source.end_id], source.dtype), tokens_n])
         with writer.file(f"train/tokens-{unit}.bin") as path:
             path.write_bytes(tokens_n.tobytes())
         entry = {
@@ -221,7 +224,8 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
             tokenizer=TokenizerFacts(
                 vocabulary_sha256=vocabulary,
                 vocab_size=size,
-                end_of_document_id=source.tokenizer.eos_token_id,
+                end_of_document_id=source.end_id,
+                definition_sha256=definition_sha256(source.tokenizer),
             ),
             token_dtype=token_dtype(size).str,
             block_size=config.block_size,
