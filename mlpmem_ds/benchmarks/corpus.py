@@ -25,7 +25,9 @@ from mlpmem_ds.benchmarks.common import Report, Row, check_output, interleave, m
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.formats.documents import find_files, read_documents
+from mlpmem_ds.formats.documents import Document, read_documents
+from mlpmem_ds.formats.input_files import find_files
+from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus import prepare_corpus
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
@@ -100,8 +102,10 @@ def _copy_texts(inputs: Sequence[str], num_bytes: float, place: Path) -> list[st
     place.mkdir()
     texts: list[str] = []
     size = 0
-    for file in find_files(inputs, None, ()):
-        for document in read_documents(file, text_field="text", group_field=None):
+    for file in find_files(inputs, None, ()).files:
+        for document in read_documents(file, ReadRules()):
+            if not isinstance(document, Document):
+                continue
             if size >= num_bytes:
                 return texts
             text = document.text.replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read

@@ -6,6 +6,7 @@ Read in this order:
 - `config.py`: a Config's fields as flags; `front_end.py`: parse, run, exit code; `shipped.py`: ds_configs/
 - `errors.py`: what users can mend
 - `files.py`, `array_files.py`, `directories.py`: what appears whole or not at all
+- `names.py`: names of files that are not UTF-8
 - `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back
 - `stage_directory.py`: units with records, the manifest last; `unit_writer.py`: a unit's files;
   `unit_records.py`: what the records say

@@ -221,6 +221,15 @@ def format_of(root: Path) -> str | None:
     return None
 
 
+def is_own_directory(root: Path, name: str) -> bool:
+    """Whether the file `name` (identity, manifest or the like) says that a directory is an output of ours."""
+    try:
+        values = read_json(root / name)
+    except (DamagedDataError, OSError):  # of another program
+        return False
+    return isinstance(values, dict) and str(values.get("format", "")).startswith("mlpmem-")
+
+
 def _hint(stage: str) -> str:
     """The command whose output was expected."""
     return f": give the output of {_FRONT_ENDS[stage]}" if stage in _FRONT_ENDS else ""

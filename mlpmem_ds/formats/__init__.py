@@ -1,7 +1,9 @@
 """What is on disk: readers, writers and typed manifests. README.md next to this file is the specification.
 
 In the order of the pipeline:
-- `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one
+- `input_files.py`: the files of the inputs; `omissions.py`: what was left out, and why
+- `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one;
+  `text_encoding.py`: bytes as text
 - `json_readers.py`, `tar_readers.py`: JSON lines, webdataset tars; `streams.py`: decompression;
   `json_lines.py`: JSON that users give
 - `table_readers.py`: Parquet and Arrow; `saved_datasets.py`: data sets of `datasets`;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,8 +82,19 @@ class SplitManifest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceCounts:
+    """What was read of one kind of files: files, and documents with text, in a split or not."""
+
+    files: int
+    documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class CorpusManifest(Manifest):
-    """A corpus: `block_size` and `stride`, in tokens, are the windows that the base reads."""
+    """A corpus: `block_size` and `stride`, in tokens, are the windows that the base reads.
+
+    `sources`: kind of files → what was read; `left_out`: reason (omissions.py) → how many things were not.
+    """
 
     FORMAT: ClassVar[str] = "corpus"
     VERSION: ClassVar[int] = 1
@@ -93,6 +104,8 @@ class CorpusManifest(Manifest):
     block_size: int
     stride: int
     splits: Mapping[str, SplitManifest]
+    sources: Mapping[str, SourceCounts] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +214,9 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         for unit in self._split.units:
             if unit.documents:
                 path = self.root / self.name / f"documents-{unit.unit}.jsonl"
-                lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                # Names may hold U+2028 and the like, at which str.splitlines breaks.
+                with open(path, encoding="utf-8", newline="\n") as stream:
+                    lines += [json.loads(line) for line in stream]
         return lines
 
     @cached_property

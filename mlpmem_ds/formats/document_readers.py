@@ -6,11 +6,10 @@ without its text is an error that names the file and the record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlpmem_ds.formats.json_readers import read_json
-from mlpmem_ds.formats.records import Record
+from mlpmem_ds.formats.records import Reader
 from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES
 from mlpmem_ds.formats.table_readers import read_table
 from mlpmem_ds.formats.tar_readers import read_tar
@@ -41,7 +40,7 @@ def kind_of(path: Path) -> str:
     return next(kind for kind, suffixes in _SUFFIXES.items() if name.endswith(suffixes))
 
 
-READERS: dict[str, Callable[[Path, str, str | None], Iterator[Record]]] = {
+READERS: dict[str, Reader] = {
     "json": read_json,
     "table": read_table,
     "tar": read_tar,

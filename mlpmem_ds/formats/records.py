@@ -2,18 +2,23 @@
 
 A field is named as it is spelled, else by a path of names with dots: `doc.text` is the field `doc.text`, or
 `text` of the object in `doc`.
+
+A reader is a function of a path and the rules. It yields a `Record` for each document, and an `Omission`
+(omissions.py) in the place of what it does not read.
 """
 
 from __future__ import annotations
 
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.omissions import Omission
+from mlpmem_ds.formats.text_encoding import decode_text
 
 _MAX_NAMES = 30  # in a message
 
@@ -28,10 +33,27 @@ class Record:
     group: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadRules:
+    """How files become documents: the fields of a record with its text and its group, and the encoding of
+    text that is not UTF-8."""
+
+    text_field: str = "text"
+    group_field: str | None = None
+    encoding: str = "utf-8"
+
+    def decode(self, content: bytes) -> str:
+        """The text of a whole file; see `decode_text`."""
+        return decode_text(content, self.encoding)
+
+
+Reader = Callable[[Path, ReadRules], Iterator[Record | Omission]]
+
+
 def record_of(
     path: Path, place: str, key: str, values: Any, text_field: str, group_field: str | None
-) -> Record | None:
-    """The record of an object with the requested fields; None where its text is null."""
+) -> Record | Omission:
+    """The record of an object with the requested fields; an omission where its text is null."""
     if not isinstance(values, Mapping):
         raise UserError(
             f"{path} {place} is not an object with the field {text_field} (it is no object): mend it or"
@@ -51,15 +73,15 @@ def record_of(
 
 def make_record(
     path: Path, place: str, key: str, text: Any, group: Any, text_field: str, group_field: str | None
-) -> Record | None:
-    """The record of a text and a group as they were stored; None where the text is null.
+) -> Record | Omission:
+    """The record of a text and a group as they were stored; an omission where the text is null.
 
     Raises:
         UserError: it is no text, or no group; names the place.
     """
     try:
         if (written := text_of(text)) is None:
-            return None
+            return Omission(name=key, reason="empty")
     except UnicodeError as error:
         raise UserError(
             f"{path} {place}: its {text_field} is not UTF-8 text ({error}): mend that record"

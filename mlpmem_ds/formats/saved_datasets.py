@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.records import Record, record_of
+from mlpmem_ds.formats.omissions import Omission
+from mlpmem_ds.formats.records import ReadRules, Record, record_of
 
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 SAVED_DATASET_MARKS = (_DICT, _STATE)
@@ -87,7 +88,7 @@ def datasets_files(root: Path) -> list[Path]:
     return files
 
 
-def read_dataset_of_name(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
+def read_dataset_of_name(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
     """`datasets:NAME[:CONFIGURATION[:SPLIT]]`, streamed by the package `datasets`; the split is `train` by
     default."""
     _, name, *rest = str(path).split(":", 3)  # a split may hold colons of its own
@@ -104,9 +105,7 @@ def read_dataset_of_name(path: Path, text_field: str, group_field: str | None) -
         for number, values in enumerate(
             datasets.load_dataset(name, configuration, split=split, streaming=True)
         ):
-            record = record_of(path, f"row {number}", str(number), values, text_field, group_field)
-            if record is not None:
-                yield record
+            yield record_of(path, f"row {number}", str(number), values, rules.text_field, rules.group_field)
     except UserError:
         raise
     except Exception as error:  # a family of errors for each way to fail, also in the midst of the rows

@@ -16,7 +16,8 @@ from typing import IO, Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.arrow_library import arrow_errors, import_arrow
 from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
-from mlpmem_ds.formats.records import Record, listed, make_record, partition_of
+from mlpmem_ds.formats.omissions import Omission
+from mlpmem_ds.formats.records import ReadRules, Record, listed, make_record, partition_of
 
 _ROWS = 256  # in memory at once
 _BUFFER_BYTES = 1 << 20  # of a Parquet column: without it pyarrow reads a column of a row group at once
@@ -26,17 +27,18 @@ _LISTS = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_
 _NESTED = (*_LISTS, "is_struct", "is_map", "is_union")
 
 
-def read_table(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
-    """One record a row; its key is the row's number from 0. A null text is passed over.
+def read_table(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
+    """One record a row; its key is the row's number from 0. A null text is an omission.
 
     Args:
         path: Parquet, an Arrow stream (as `datasets` saves it) or an Arrow file (Feather), under any name.
-        text_field: a column, or a path of names with dots into structs.
-        group_field: the same; or the name of a folder `NAME=VALUE` above the file.
+        rules: the text's field is a column, or a path of names with dots into structs; the group's the same,
+            or the name of a folder `NAME=VALUE` above the file.
 
     Raises:
         UserError: no such column, no text in it, or the file is something else, cut short or damaged.
     """
+    text_field, group_field = rules.text_field, rules.group_field
     with arrow_errors(path), open(path, "rb") as stream:
         first = 0
         for batch in _batches(path, stream, text_field, group_field):
@@ -52,9 +54,7 @@ def read_table(path: Path, text_field: str, group_field: str | None) -> Iterator
                 )
                 for row, text, group in zip(rows, text_values, group_values, strict=True):
                     place = f"row {row}"
-                    record = make_record(path, place, str(row), text, group, text_field, group_field)
-                    if record is not None:
-                        yield record
+                    yield make_record(path, place, str(row), text, group, text_field, group_field)
             first += batch.num_rows
 
 

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.json_lines import NotJsonError, parse_json
-from mlpmem_ds.formats.records import Record, record_of
+from mlpmem_ds.formats.omissions import Omission
+from mlpmem_ds.formats.records import ReadRules, Record, record_of
 from mlpmem_ds.formats.streams import DamagedStreamError, opened
 
 _TEXTS = ("txt", "text", "md")  # the first of a sample is its main text
@@ -37,16 +38,16 @@ class _Member:
     content: bytes
 
 
-def read_tar(path: Path, text_field: str, group_field: str | None) -> Iterator[Record]:
+def read_tar(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
     """The documents of an archive, in the order of its members. See above for their names."""
     with opened(path) as stream:
         key, sample = "", list[_Member]()
         for member in _members(path, stream):
             if _key_of(member.name) != key:
-                yield from _records(path, key, sample, text_field, group_field)
+                yield from _records(path, key, sample, rules)
                 key, sample = _key_of(member.name), []
             sample.append(member)
-        yield from _records(path, key, sample, text_field, group_field)
+        yield from _records(path, key, sample, rules)
 
 
 def _key_of(name: str) -> str:
@@ -108,10 +109,9 @@ class _Archive(tarfile.TarFile):
     is_ended = False
 
 
-def _records(
-    path: Path, key: str, sample: list[_Member], text_field: str, group_field: str | None
-) -> Iterator[Record]:
+def _records(path: Path, key: str, sample: list[_Member], rules: ReadRules) -> Iterator[Record | Omission]:
     """The documents of one sample."""
+    text_field, group_field = rules.text_field, rules.group_field
     objects = [(member, _parsed(path, member)) for member in sample if member.extension == "json"]
     fields = {member.stem: values for member, values in objects}
     texts = [member for member in sample if member.extension in _TEXTS]
@@ -121,16 +121,12 @@ def _records(
         values = fields.get(member.stem, fields.get(key))
         values = {**(values if isinstance(values, Mapping) else {}), text_field: _decoded(path, member)}
         name = key if member is main else member.name
-        record = record_of(path, f"member {member.name!r}", name, values, text_field, group_field)
-        if record is not None:
-            yield record
+        yield record_of(path, f"member {member.name!r}", name, values, text_field, group_field)
     if texts:
         return
     for member, values in objects:
         name = key if member.stem == key else member.name
-        record = record_of(path, f"member {member.name!r}", name, values, text_field, group_field)
-        if record is not None:
-            yield record
+        yield record_of(path, f"member {member.name!r}", name, values, text_field, group_field)
 
 
 def _decoded(path: Path, member: _Member) -> str:

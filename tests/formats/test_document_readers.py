@@ -15,7 +15,9 @@ import pytest
 import zstandard
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.documents import find_files, read_documents
+from mlpmem_ds.formats.documents import Document, read_documents
+from mlpmem_ds.formats.input_files import find_files
+from mlpmem_ds.formats.records import ReadRules
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
@@ -80,8 +82,9 @@ def documents_of(given: Path | str, **fields: Any) -> list[tuple[str, str]]:
     fields = {"text_field": "text", "group_field": "author"} | fields
     return [
         (document.group, document.text)
-        for file in find_files([str(given)], None, ())
-        for document in read_documents(file, **fields)
+        for file in find_files([str(given)], None, ()).files
+        for document in read_documents(file, ReadRules(**fields))
+        if isinstance(document, Document)
     ]
 
 
@@ -108,10 +111,11 @@ def test_every_container_gives_its_documents(
         path.is_file()
     ):  # a directory's containers count by default, and not where the user names other patterns
         assert documents_of(path.parent) == [("beside", "plain"), *EXPECTED]
-        files = find_files([str(path.parent)], ("*.txt",), ())
+        files = find_files([str(path.parent)], ("*.txt",), ()).files
         assert [file.name for file in files] == ["beside.txt"]
-    file, *_ = find_files([str(path)], None, ())
-    groups = {document.group for document in read_documents(file, text_field="text", group_field=None)}
+    file, *_ = find_files([str(path)], None, ()).files
+    read = list(read_documents(file, ReadRules()))
+    groups = {document.group for document in read if isinstance(document, Document)}
     assert groups == {file.name}
 
 

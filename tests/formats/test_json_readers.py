@@ -10,6 +10,7 @@ import pytest
 
 from mlpmem_ds.formats.documents import SourceFile
 from mlpmem_ds.formats.json_readers import read_json
+from mlpmem_ds.formats.records import ReadRules, Record
 
 RECORDS = [{"text": "one", "by": "A"}, {"text": "two \u2028\x85 lines", "by": "B"}]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
@@ -30,5 +31,6 @@ def test_every_spelling_gives_the_same_records(name: str, content: bytes, tmp_pa
     path = tmp_path / name
     path.write_bytes(content)
     assert SourceFile(path=path, name=name, is_named=True).kind == "json"
-    found = [(record.key, record.text, record.group) for record in read_json(path, "text", "by")]
+    read = list(read_json(path, ReadRules(group_field="by")))
+    found = [(record.key, record.text, record.group) for record in read if isinstance(record, Record)]
     assert found == [("1", "one", "A"), ("2", "two \u2028\x85 lines", "B")]

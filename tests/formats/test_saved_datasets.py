@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.documents import find_files, read_documents
+from mlpmem_ds.formats.documents import Document, read_documents
+from mlpmem_ds.formats.input_files import find_files
+from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.formats.saved_datasets import is_saved_dataset
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -44,8 +46,9 @@ def documents_of(given: Path | str, **fields: Any) -> list[tuple[str, str]]:
     fields = {"text_field": "text", "group_field": "author"} | fields
     return [
         (document.group, document.text)
-        for file in find_files([str(given)], None, ())
-        for document in read_documents(file, **fields)
+        for file in find_files([str(given)], None, ()).files
+        for document in read_documents(file, ReadRules(**fields))
+        if isinstance(document, Document)
     ]
 
 
@@ -53,7 +56,7 @@ def test_splits_of_a_saved_dataset_and_a_missing_file(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_saved_dataset(tmp_path / "both" / split)
     (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
-    names = [file.name for file in find_files([str(tmp_path / "both")], None, ())]
+    names = [file.name for file in find_files([str(tmp_path / "both")], None, ()).files]
     assert names == [
         f"{split}/data-0000{number}-of-00002.arrow" for split in ("train", "test") for number in range(2)
     ]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.arrow_library import arrow_errors
 from mlpmem_ds.formats.file_marks import kind_by_mark
-from mlpmem_ds.formats.records import Record
+from mlpmem_ds.formats.records import ReadRules, Record
 from mlpmem_ds.formats.table_readers import read_table
 
 pa = pytest.importorskip("pyarrow")
@@ -26,7 +26,8 @@ TEXTS = ["one", "zwei ü", "drei\nLines \u2028 here", "", "vier"]
 
 
 def records_of(path: Path, text_field: str = "text", group_field: str | None = None) -> list[Record]:
-    return list(read_table(path, text_field, group_field))
+    read = read_table(path, ReadRules(text_field=text_field, group_field=group_field))
+    return [record for record in read if isinstance(record, Record)]
 
 
 def texts_of(path: Path, text_field: str = "text") -> list[tuple[str, str]]:

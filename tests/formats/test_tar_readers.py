@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.records import ReadRules, Record
 from mlpmem_ds.formats.tar_readers import read_tar
 
 
@@ -27,7 +28,8 @@ def tar_of(*members: tuple[str, bytes], format: int = tarfile.PAX_FORMAT) -> byt
 
 def texts_of(folder: Path, content: bytes, group: str | None = None) -> list[tuple[str, str]]:
     (folder / "x.tar").write_bytes(content)
-    return [(record.key, record.text) for record in read_tar(folder / "x.tar", "text", group)]
+    read = read_tar(folder / "x.tar", ReadRules(group_field=group))
+    return [(record.key, record.text) for record in read if isinstance(record, Record)]
 
 
 SAMPLES = [(f"{number:03d}.txt", f"text {number}".encode()) for number in range(12)]
@@ -108,5 +110,6 @@ def test_a_sample_may_have_its_group_in_its_own_json(tmp_path: Path) -> None:
         ("22.06.txt", b"six"),
     ]
     (tmp_path / "x.tar").write_bytes(tar_of(*members))
-    found = [(record.text, record.group) for record in read_tar(tmp_path / "x.tar", "text", "by")]
+    read = list(read_tar(tmp_path / "x.tar", ReadRules(group_field="by")))
+    found = [(record.text, record.group) for record in read if isinstance(record, Record)]
     assert found == [("five", "both"), ("six", "six")]

@@ -7,5 +7,6 @@ Read in this order:
     shared_survey   the same by several ranks, each its files
     splits          which documents are taken, and the split of each
     tokenization    second reading: documents → token ids, batch by batch
+    ledger          what was read and what was left out
     workers         the processes that both readings share
 """

@@ -10,7 +10,8 @@ from typing import ClassVar
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.collectives.opening import Exchange
-from mlpmem_ds.formats.documents import FILE_PATTERNS
+from mlpmem_ds.formats.input_files import FILE_PATTERNS
+from mlpmem_ds.formats.text_encoding import known_encoding
 from mlpmem_ds.stages import shared_flags
 
 
@@ -49,6 +50,14 @@ class Config(Flags):
         metavar="PATTERN",
     )
     exclude: tuple[str, ...] = option("paths or directory names left out (patterns)", (), metavar="PATTERN")
+    encoding: str = option(
+        "encoding of text files that are not UTF-8 and have no byte-order mark, such as latin-1",
+        "utf-8",
+        identity="resolved",
+    )
+    strict: bool = option(
+        "refuse inputs of which something that may hold text is left out", False, identity="none"
+    )
     text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
     group_field: str | None = option("the same: the field that names the group", None)
     seed: int = option("seed of the hashes that deal documents to splits", 0)
@@ -61,6 +70,7 @@ class Config(Flags):
     exchange: Exchange = shared_flags.exchange()
 
     def check(self) -> None:
+        self._check_inputs()
         if self.processes not in (None, 1) and "fork" not in multiprocessing.get_all_start_methods():
             raise UserError(
                 f"--processes {self.processes}: this system cannot fork; start several ranks instead"
@@ -77,3 +87,15 @@ class Config(Flags):
                     f"--tokenizer {self.tokenizer}: a byte-level vocabulary needs at least 257 entries,"
                     " as in train:4096"
                 )
+
+    def _check_inputs(self) -> None:
+        for flag, words in (("input", self.input), ("include", self.include), ("exclude", self.exclude)):
+            if words is not None and "" in words:
+                raise UserError(f"--{flag} has an empty value, perhaps of a shell variable that is not set")
+        try:
+            known_encoding(self.encoding)
+        except LookupError as error:
+            raise UserError(
+                f"--encoding {self.encoding}: Python knows no such encoding ({error}): name one of its list,"
+                " such as latin-1, cp1252, shift_jis, gb18030 or utf-16-le"
+            ) from error

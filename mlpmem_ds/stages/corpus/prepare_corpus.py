@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,10 +35,20 @@ from mlpmem_ds.formats.corpus import (
     token_dtype,
     vocabulary_sha256,
 )
-from mlpmem_ds.formats.documents import find_files
+from mlpmem_ds.formats.input_files import find_files
+from mlpmem_ds.formats.omissions import Omission, count_by_reason
+from mlpmem_ds.formats.records import ReadRules
+from mlpmem_ds.formats.text_encoding import known_encoding
 from mlpmem_ds.stages.corpus.config import Config
+from mlpmem_ds.stages.corpus.ledger import (
+    LEFT_OUT_FILE,
+    count_sources,
+    refuse_lost_text,
+    table_lines,
+    write_left_out,
+)
 from mlpmem_ds.stages.corpus.splits import SplitRules
-from mlpmem_ds.stages.corpus.survey import DocumentReader, Survey, survey_files
+from mlpmem_ds.stages.corpus.survey import Survey, survey_files
 from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, documents_of_unit, read_document, vocab_size
 from mlpmem_ds.stages.corpus.workers import choose_processes
 from mlpmem_ds.stages.stage_ranks import open_stage_ranks
@@ -45,7 +56,7 @@ from mlpmem_ds.stages.stage_ranks import open_stage_ranks
 _logger = logging.getLogger(__name__)
 _UNIT_BYTES = 32 << 20
 _END_OF_DOCUMENT = "<|endoftext|>"
-_TOKENIZER_UNIT = "tokenizer"
+_TOKENIZER_UNIT, _LEFT_OUT_UNIT = "tokenizer", "left_out"
 
 
 def run(config: Config, world: World) -> None:
@@ -62,6 +73,8 @@ def run(config: Config, world: World) -> None:
 
 def _prepare(config: Config, world: World, tokenizer: Any | None, ranks: Ranks) -> None:
     survey = _survey(config, world)
+    if config.strict:
+        refuse_lost_text(survey.omissions)
     vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
     inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
     directory = open_stage(
@@ -70,6 +83,7 @@ def _prepare(config: Config, world: World, tokenizer: Any | None, ranks: Ranks) 
         version=CorpusManifest.VERSION,
         config=config,
         inputs=inputs,
+        resolved={"encoding": known_encoding(config.encoding)},
         world=world,
         dealer=ranks,
     )
@@ -84,20 +98,26 @@ def _prepare(config: Config, world: World, tokenizer: Any | None, ranks: Ranks) 
     names = [f"{number:05d}" for number in range(len(survey.units))]
     progress = Progress(survey.num_taken, label="documents", unit="documents", world=world)
     processes = choose_processes(config.processes, world, survey.num_bytes)
-    with TokenizerPool(tokenizer, token_dtype(vocab_size(tokenizer)), _reader(config), processes) as pool:
+    with TokenizerPool(tokenizer, token_dtype(vocab_size(tokenizer)), _read_rules(config), processes) as pool:
 
         def tokenize(name: str, writer: UnitWriter) -> dict[str, Any]:
             return _tokenize_unit(config, survey, int(name), pool, writer, progress)
 
         directory.run_units(names, tokenize)
     progress.close()
+    directory.run_units([_LEFT_OUT_UNIT], lambda _, writer: write_left_out(survey.omissions, writer))
     directory.complete(
-        [_TOKENIZER_UNIT, *names], lambda: _describe(config, directory, names, tokenizer, vocabulary)
+        [_TOKENIZER_UNIT, *names, _LEFT_OUT_UNIT],
+        lambda: _describe(config, directory, survey, names, tokenizer, vocabulary),
     )
 
 
-def _reader(config: Config) -> DocumentReader:
-    return DocumentReader(text_field=config.text_field, group_field=config.group_field)
+def _read_rules(config: Config) -> ReadRules:
+    return ReadRules(
+        text_field=config.text_field,
+        group_field=config.group_field,
+        encoding=known_encoding(config.encoding),
+    )
 
 
 def _survey(config: Config, world: World) -> Survey:
@@ -108,17 +128,20 @@ def _survey(config: Config, world: World) -> Survey:
         max_bytes=config.max_bytes,
         seed=config.seed,
     )
-    files = find_files(config.input, config.include, config.exclude)
-    processes = choose_processes(config.processes, world, sum(file.num_bytes for file in files))
-    return survey_files(
-        files,
-        _reader(config),
+    found = find_files(config.input, config.include, config.exclude, output=config.output)
+    processes = choose_processes(config.processes, world, sum(file.num_bytes for file in found.files))
+    survey = survey_files(
+        found.files,
+        _read_rules(config),
         rules,
         unit_bytes=_UNIT_BYTES,
         processes=processes,
         shared=shared_place(config.output, world),
         world=world,
     )
+    num_left = len(survey.split_of) - survey.num_taken
+    beyond = [Omission(name="", reason="not sampled", count=num_left)] if num_left else []
+    return replace(survey, omissions=[*found.omissions, *survey.omissions, *beyond])
 
 
 def _load_tokenizer(name_or_path: str) -> Any:
@@ -155,11 +178,11 @@ def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    reader = _reader(config)
+    rules = _read_rules(config)
     texts = (
-        read_document(reader, item).text
+        read_document(rules, item).text
         for unit in survey.units
-        for item, split in documents_of_unit(reader, survey, unit)
+        for item, split in documents_of_unit(rules, survey, unit)
         if SPLITS[split] == "train"
     )
     trained.train_from_iterator(texts, trainer)
@@ -216,7 +239,12 @@ def _warn_of_small_splits(splits: Mapping[str, SplitManifest]) -> None:
 
 
 def _describe(
-    config: Config, directory: StageDirectory, names: Sequence[str], tokenizer: Any, vocabulary: str
+    config: Config,
+    directory: StageDirectory,
+    survey: Survey,
+    names: Sequence[str],
+    tokenizer: Any,
+    vocabulary: str,
 ) -> CorpusManifest:
     """The manifest's own fields, from the units' summaries."""
     splits = {}
@@ -237,6 +265,11 @@ def _describe(
         ),
     )
     _warn_of_small_splits(splits)
+    sources = count_sources(survey)
+    for line in table_lines(sources, survey.omissions):
+        log_for_all(_logger, directory.world, "%s", line)
+    if survey.omissions:
+        log_for_all(_logger, directory.world, "all that was left out: %s", config.output / LEFT_OUT_FILE)
     num_entries = vocab_size(tokenizer)
     return CorpusManifest(
         tokenizer=TokenizerFacts(
@@ -248,4 +281,6 @@ def _describe(
         block_size=config.block_size,
         stride=config.stride,
         splits=splits,
+        sources=sources,
+        left_out=count_by_reason(survey.omissions),
     )

@@ -63,11 +63,19 @@ def shared_findings(
     def finding(chunk: Chunk) -> Mapping[str, Any]:
         if any(file.kind == "dataset" for file in chunk):  # nothing tells whether it is still the same
             return find(chunk)
-        states = [(file, file.path.stat()) for file in chunk]
-        seen = [[file.name, state.st_size, state.st_mtime_ns] for file, state in states]
+        seen = [[file.name, file.is_named, *_state_of(file)] for file in chunk]
         return computed_once(folder, "survey", [settings, seen], lambda: find(chunk))
 
     for chunk in deal(chunks, world.rank, world.size):
         finding(chunk)
     for chunk in chunks:
         yield finding(chunk)
+
+
+def _state_of(file: SourceFile) -> tuple[int, ...]:
+    """What changes with a file's content or with who may read it; nothing where it cannot be asked."""
+    try:
+        state = file.path.stat()
+    except OSError:  # said where the file is read
+        return ()
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns

@@ -21,7 +21,9 @@ from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
+from mlpmem_ds.formats.documents import SourceFile, read_documents
+from mlpmem_ds.formats.omissions import MergedOmissions, Omission
+from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus.shared_survey import chunks_of, groups_of, shared_findings
 from mlpmem_ds.stages.corpus.splits import (
     NOT_TAKEN,
@@ -34,18 +36,6 @@ from mlpmem_ds.stages.corpus.workers import Workers
 
 _GROUP_BYTES = 4 << 20  # of the files that a process takes at once
 _PART_DOCUMENTS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class DocumentReader:
-    """How files become documents."""
-
-    text_field: str
-    group_field: str | None
-
-    def read(self, files: Iterable[SourceFile]) -> Iterator[Document]:
-        for file in files:
-            yield from read_documents(file, text_field=self.text_field, group_field=self.group_field)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +61,8 @@ class Survey:
     num_bytes: int
     """of all documents, taken or not"""
     sha256: str
+    omissions: list[Omission] = field(repr=False)
+    """what was left out, in the order of the files"""
 
     @property
     def num_taken(self) -> int:
@@ -89,6 +81,8 @@ class _Part:
     """their entries in the list that `_ListHash` hashes"""
     ends: list[int]
     """for each file that ends in this part, the number of the part's documents up to there"""
+    omissions: list[Omission]
+    """of the files that end in this part"""
 
 
 class _ListHash:
@@ -115,7 +109,7 @@ class _ListHash:
 
 def survey_files(
     files: list[SourceFile],
-    reader: DocumentReader,
+    read_rules: ReadRules,
     rules: SplitRules,
     *,
     unit_bytes: int,
@@ -127,7 +121,7 @@ def survey_files(
 
     Args:
         files: in the order of the corpus.
-        reader: how they become documents.
+        read_rules: how they become documents.
         rules: what is taken, and the shares.
         unit_bytes: a unit is closed by the file in which it reaches this size.
         processes: that read; they do not change the result.
@@ -143,13 +137,15 @@ def survey_files(
         )
     documents, listed = SurveyedDocuments(with_names=rules.max_bytes is not None), _ListHash()
     units: list[CorpusUnit] = []
+    omissions: list[Omission] = []
     counts: dict[SourceFile, int] = {}
     rest = iter(files)
     stop_of_file = size = 0  # of the file before; of the unit
-    for part in _read_shared(files, reader, processes, shared, world or World()):
+    for part in _read_shared(files, read_rules, processes, shared, world or World()):
         first, start = len(documents), 0
         documents.extend(part.sizes, part.groups, part.digests, part.names)
         listed.extend(part.listed)
+        omissions += part.omissions
         for end in part.ends:
             size += sum(part.sizes[start:end])
             counts[next(rest)] = first + end - stop_of_file
@@ -162,7 +158,13 @@ def survey_files(
         units.append(_unit(counts, len(documents)))
     split_of = deal_documents(documents, rules)
     check_splits(split_of, rules)
-    return Survey(units=units, split_of=split_of, num_bytes=sum(documents.sizes), sha256=listed.hexdigest())
+    return Survey(
+        units=units,
+        split_of=split_of,
+        num_bytes=sum(documents.sizes),
+        sha256=listed.hexdigest(),
+        omissions=omissions,
+    )
 
 
 def _unit(counts: Mapping[SourceFile, int], stop: int) -> CorpusUnit:
@@ -170,29 +172,30 @@ def _unit(counts: Mapping[SourceFile, int], stop: int) -> CorpusUnit:
 
 
 def _read_shared(
-    files: list[SourceFile], reader: DocumentReader, processes: int, shared: Path | None, world: World
+    files: list[SourceFile], rules: ReadRules, processes: int, shared: Path | None, world: World
 ) -> Iterator[_Part]:
     """`_read_parts`, each file by one of the ranks if they share what they find."""
     if shared is None:
-        yield from _read_parts(files, reader, processes)
+        yield from _read_parts(files, rules, processes)
         return
 
     def find(chunk: tuple[SourceFile, ...]) -> dict[str, Any]:
-        return {"parts": [_to_json(part) for part in _read_parts(list(chunk), reader, processes)]}
+        return {"parts": [_to_json(part) for part in _read_parts(list(chunk), rules, processes)]}
 
-    chunks, settings = chunks_of(files, world.size), dataclasses.asdict(reader)
+    chunks, settings = chunks_of(files, world.size), dataclasses.asdict(rules)
     for found in shared_findings(chunks, find, settings=settings, folder=shared, world=world):
         yield from map(_from_json, found["parts"])
 
 
 def _to_json(part: _Part) -> dict[str, str]:
     """Few and long texts, which JSON reads and writes in a hundredth of the time of many short ones."""
-    lists = json.dumps([part.sizes.tolist(), part.groups, part.names, part.ends])
+    omissions = [omission.to_json() for omission in part.omissions]
+    lists = json.dumps([part.sizes.tolist(), part.groups, part.names, part.ends, omissions])
     return {"lists": lists, "digests": part.digests.hex(), "listed": part.listed.decode()}
 
 
 def _from_json(value: Mapping[str, str]) -> _Part:
-    sizes, groups, names, ends = json.loads(value["lists"])
+    sizes, groups, names, ends, omissions = json.loads(value["lists"])
     return _Part(
         sizes=array("q", sizes),
         groups=groups,
@@ -200,48 +203,55 @@ def _from_json(value: Mapping[str, str]) -> _Part:
         digests=bytes.fromhex(value["digests"]),
         listed=value["listed"].encode(),
         ends=ends,
+        omissions=[Omission.from_json(values) for values in omissions],
     )
 
 
-def _read_parts(files: list[SourceFile], reader: DocumentReader, processes: int) -> Iterator[_Part]:
+def _read_parts(files: list[SourceFile], rules: ReadRules, processes: int) -> Iterator[_Part]:
     """Sizes, groups, names and hashes of the documents, in their order."""
     if processes == 1:
-        yield from _parts(files, reader)
+        yield from _parts(files, rules)
         return
     with tempfile.TemporaryDirectory() as scratch, Workers(processes) as workers:
         tasks = enumerate(groups_of(files, _GROUP_BYTES))
-        for path in workers.map(functools.partial(_write_parts, reader, Path(scratch)), tasks):
+        for path in workers.map(functools.partial(_write_parts, rules, Path(scratch)), tasks):
             with open(path, "rb") as stream:
                 while (part := pickle.load(stream)) is not None:  # written by _write_parts a moment ago
                     yield part
             path.unlink()
 
 
-def _write_parts(reader: DocumentReader, scratch: Path, task: tuple[int, tuple[SourceFile, ...]]) -> Path:
+def _write_parts(rules: ReadRules, scratch: Path, task: tuple[int, tuple[SourceFile, ...]]) -> Path:
     """Run in a worker: write the parts of some files to one file, and return its path."""
     number, files = task
     with open(scratch / f"{number}", "wb") as stream:
-        for part in _parts(files, reader):
+        for part in _parts(files, rules):
             pickle.dump(part, stream)
         pickle.dump(None, stream)
     return scratch / f"{number}"
 
 
-def _parts(files: Iterable[SourceFile], reader: DocumentReader) -> Iterator[_Part]:
+def _parts(files: Iterable[SourceFile], rules: ReadRules) -> Iterator[_Part]:
     """Sizes, groups, names and hashes of the files' documents; only one text is in memory."""
     entries: list[tuple[str, str, int, str]] = []  # name, group, bytes, SHA-256
     ends: list[int] = []
+    omissions: list[Omission] = []
     for file in files:
-        for document in reader.read([file]):
+        merged = MergedOmissions()
+        for document in read_documents(file, rules):
+            if isinstance(document, Omission):
+                merged.add(document)
+                continue
             entries.append((document.name, document.group, document.num_bytes, document.sha256))
             if len(entries) == _PART_DOCUMENTS:
-                yield _part(entries, ends)
-                entries, ends = [], []
+                yield _part(entries, ends, omissions)
+                entries, ends, omissions = [], [], []
         ends.append(len(entries))
-    yield _part(entries, ends)
+        omissions += merged.all()
+    yield _part(entries, ends, omissions)
 
 
-def _part(entries: list[tuple[str, str, int, str]], ends: list[int]) -> _Part:
+def _part(entries: list[tuple[str, str, int, str]], ends: list[int], omissions: list[Omission]) -> _Part:
     return _Part(
         sizes=array("q", (size for _, _, size, _ in entries)),
         groups=[group for _, group, _, _ in entries],
@@ -249,4 +259,5 @@ def _part(entries: list[tuple[str, str, int, str]], ends: list[int]) -> _Part:
         digests=bytes.fromhex("".join(sha256 for *_, sha256 in entries)),
         listed=",".join(_ListHash.entry(name, sha256) for name, _, _, sha256 in entries).encode(),
         ends=ends,
+        omissions=omissions,
     )

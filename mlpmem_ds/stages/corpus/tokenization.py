@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.formats.documents import Document, SourceFile
+from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
+from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus.splits import NOT_TAKEN
-from mlpmem_ds.stages.corpus.survey import CorpusUnit, DocumentReader, Survey
+from mlpmem_ds.stages.corpus.survey import CorpusUnit, Survey
 from mlpmem_ds.stages.corpus.workers import Workers
 
 BATCH_BYTES = 1 << 17
@@ -61,10 +62,10 @@ def encode(tokenizer: Any, texts: Sequence[str], dtype: np.dtype[Any]) -> list[n
 class TokenizerPool:
     """Tokenizes a survey's units with a number of processes; use it in a `with`."""
 
-    def __init__(self, tokenizer: Any, dtype: np.dtype[Any], reader: DocumentReader, processes: int) -> None:
+    def __init__(self, tokenizer: Any, dtype: np.dtype[Any], rules: ReadRules, processes: int) -> None:
         _inherited[:] = [tokenizer]
-        self._reader, self._workers = reader, Workers(processes)
-        self._tokenize = functools.partial(_tokenize_batch, reader, dtype)
+        self._rules, self._workers = rules, Workers(processes)
+        self._tokenize = functools.partial(_tokenize_batch, rules, dtype)
 
     def __enter__(self) -> TokenizerPool:
         return self
@@ -78,11 +79,11 @@ class TokenizerPool:
         Raises:
             DamagedDataError: the files do not hold what the survey found in them.
         """
-        return self._workers.map(self._tokenize, _batches(documents_of_unit(self._reader, survey, unit)))
+        return self._workers.map(self._tokenize, _batches(documents_of_unit(self._rules, survey, unit)))
 
 
 def documents_of_unit(
-    reader: DocumentReader, survey: Survey, unit: CorpusUnit
+    rules: ReadRules, survey: Survey, unit: CorpusUnit
 ) -> Iterator[tuple[SourceFile | Document, int]]:
     """Each document that is taken, with its split; a text file as a SourceFile, unread.
 
@@ -96,14 +97,14 @@ def documents_of_unit(
         if file.kind == "text":
             yield from ((file, split) for split in splits if split != NOT_TAKEN)
         elif splits.count(NOT_TAKEN) < count:
-            yield from _documents_of_file(reader, file, splits)
+            yield from _documents_of_file(rules, file, splits)
 
 
 def _documents_of_file(
-    reader: DocumentReader, file: SourceFile, splits: Sequence[int]
+    rules: ReadRules, file: SourceFile, splits: Sequence[int]
 ) -> Iterator[tuple[Document, int]]:
     found = 0
-    for document in reader.read([file]):
+    for document in _documents_in(file, rules):
         if found < len(splits) and splits[found] != NOT_TAKEN:
             yield document, splits[found]
         found += 1
@@ -111,7 +112,12 @@ def _documents_of_file(
         raise _changed(file, found, len(splits))
 
 
-def read_document(reader: DocumentReader, item: SourceFile | Document) -> Document:
+def _documents_in(file: SourceFile, rules: ReadRules) -> Iterator[Document]:
+    """What the survey has left out is left out again."""
+    return (document for document in read_documents(file, rules) if isinstance(document, Document))
+
+
+def read_document(rules: ReadRules, item: SourceFile | Document) -> Document:
     """The document itself.
 
     Raises:
@@ -119,7 +125,7 @@ def read_document(reader: DocumentReader, item: SourceFile | Document) -> Docume
     """
     if isinstance(item, Document):
         return item
-    documents = list(reader.read([item]))
+    documents = list(_documents_in(item, rules))
     if len(documents) != 1:
         raise _changed(item, len(documents), 1)
     return documents[0]
@@ -145,9 +151,9 @@ def _batches(items: Iterator[tuple[SourceFile | Document, int]]) -> Iterator[Bat
         yield batch
 
 
-def _tokenize_batch(reader: DocumentReader, dtype: np.dtype[Any], batch: Batch) -> dict[int, TokenizedText]:
+def _tokenize_batch(rules: ReadRules, dtype: np.dtype[Any], batch: Batch) -> dict[int, TokenizedText]:
     """Tokenized documents by split; runs in a worker or in the main process."""
-    documents = [read_document(reader, item) for item, _ in batch]
+    documents = [read_document(rules, item) for item, _ in batch]
     arrays = encode(_inherited[0], [document.text for document in documents], dtype)
     texts: dict[int, TokenizedText] = {}
     for document, ids, (_, split) in zip(documents, arrays, batch, strict=True):

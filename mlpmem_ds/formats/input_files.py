@@ -1,0 +1,323 @@
+"""The files of the inputs that the user named, in a fixed order, and what of them is not read.
+
+A directory is walked in sorted order, folders in the place of their names. Nothing is opened but folders: a
+million small files must stay fast.
+"""
+
+from __future__ import annotations
+
+import bisect
+import fnmatch
+import glob
+import mimetypes
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.manifest import is_own_directory
+from mlpmem_ds.core.names import spell_name
+from mlpmem_ds.formats.documents import DATASET_PREFIX, SourceFile
+from mlpmem_ds.formats.omissions import Omission, ReasonName, describe_omissions
+from mlpmem_ds.formats.saved_datasets import datasets_files, is_saved_dataset
+
+TEXT_PATTERNS = (
+    "*.txt",
+    "*.md",
+    "*.rst",
+    "*.py",
+    "*.pyi",
+    "*.c",
+    "*.h",
+    "*.cc",
+    "*.cpp",
+    "*.hpp",
+    "*.rs",
+    "*.go",
+    "*.java",
+    "*.js",
+    "*.ts",
+    "*.rb",
+    "*.sh",
+    "*.html",
+    "*.css",
+    "*.tex",
+    "*.jsonl",
+    "*.jsonl.gz",
+    "*.jsonl.zst",
+)
+CONTAINER_PATTERNS = ("*.parquet", "*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
+FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
+"""names that count in a directory, in small or capital letters, unless the user said which do"""
+_MARKS_OF_OURS = ("identity.json", "manifest.json", "mlpmem_export.json")
+_VERSION_CONTROL = {".git", ".hg", ".svn", ".bzr"}
+_SYSTEM_FOLDERS = {"__MACOSX", ".Trashes", ".Spotlight-V100", ".fseventsd"}
+_SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "Desktop.ini", ".localized", "Icon\r"}
+_RESOURCE_FORK = b"\x00\x05\x16\x07"  # AppleDouble, what macOS keeps next to a file on foreign disks
+_TYPES = mimetypes.MimeTypes(filenames=())  # Python's own list, not this machine's
+_NO_TEXT = re.compile(r"(image/(?!svg)|audio/|video/|font/|application/(octet-stream|x-python-code|wasm)$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundFiles:
+    """What is to be read, in the order of the corpus, and what is not."""
+
+    files: list[SourceFile]
+    omissions: list[Omission]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """Which names of a directory count."""
+
+    is_included: Callable[[str], bool]
+    is_excluded: Callable[[str], bool]
+    is_default: bool
+    """whether the patterns are the program's own"""
+
+    @classmethod
+    def of(cls, include: Sequence[str] | None, exclude: Sequence[str]) -> _Choice:
+        return cls(
+            is_included=_matcher(FILE_PATTERNS, any_case=True) if include is None else _matcher(include),
+            is_excluded=_matcher(exclude),
+            is_default=include is None,
+        )
+
+    def reason_against(self, name: str) -> ReasonName | None:
+        """Why a name (without its folder) does not count; None where it does."""
+        if self.is_included(name):
+            return None
+        if name in _SYSTEM_FILES:
+            return "system file"
+        if not self.is_default:
+            return "not included"
+        kind, packing = _TYPES.guess_type(name.rpartition("/")[2], strict=False)
+        return "not text" if kind and not packing and _NO_TEXT.match(kind) else "unknown name"
+
+
+def find_files(
+    inputs: Sequence[str],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    *,
+    output: Path | None = None,
+) -> FoundFiles:
+    """The files below `inputs` (files, directories, globs, saved or named data sets), sorted by name within
+    each input.
+
+    Args:
+        inputs: a path that exists is taken as it is spelled, also with the letters of patterns.
+        include: patterns that a file's name in a directory must match one of; None = FILE_PATTERNS.
+        exclude: patterns; a file is left out if its path below the input, or any directory in it, matches
+            one.
+        output: what is being written, which may lie in an input: it is passed over.
+
+    Raises:
+        UserError: an input does not exist, cannot be read (again), or is an output of this program; or
+            nothing is left.
+    """
+    choice = _Choice.of(include, exclude)
+    paths = [path for given in inputs for path in _paths_of(given)]
+    seen: set[str] | None = set() if len(paths) > 1 else None
+    files: list[SourceFile] = []
+    omissions: list[Omission] = []
+    for path in paths:
+        for item in _items_of(path, choice, output):
+            if isinstance(item, Omission):
+                omissions.append(item)
+            elif seen is not None and (place := _real_place(path, item)) in seen:
+                omissions.append(Omission(name=item.name, reason="already read"))
+            else:
+                files.append(item)
+                if seen is not None:
+                    seen.add(place)
+    if not files:
+        left_out = "".join(f"; left out: {line}" for line in describe_omissions(omissions))
+        raise UserError(
+            f"no text files below {', '.join(inputs)}: --include says which names count "
+            f"({' '.join(include or FILE_PATTERNS)}), --exclude which do not ({' '.join(exclude) or 'none'})"
+            f"{left_out}"
+        )
+    return FoundFiles(files=files, omissions=omissions)
+
+
+def _paths_of(given: str) -> list[Path]:
+    """The path that an input names, or those that its pattern matches."""
+    if given.startswith(DATASET_PREFIX) or os.path.lexists(given):
+        return [Path(given)]
+    matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+    if not matches:
+        raise UserError(
+            f"--input {given} does not exist and matches nothing: check the path (a data set of the Hub"
+            f" is {DATASET_PREFIX}NAME)"
+        )
+    return matches
+
+
+def _real_place(root: Path, file: SourceFile) -> str:
+    """Where a file lies, links of the input's own path followed: one text for each file of the disk.
+
+    The file itself is asked for only where it is the input: within a directory no folder is a link.
+    """
+    if file.path == root:
+        return os.path.realpath(root)
+    return os.path.join(os.path.realpath(root), os.path.relpath(file.path, root))
+
+
+def _items_of(path: Path, choice: _Choice, output: Path | None) -> Iterator[SourceFile | Omission]:
+    """The files of one path that the user named."""
+    if str(path).startswith(DATASET_PREFIX):
+        yield SourceFile(path=path, name=spell_name(str(path)), is_named=True)
+        return
+    mode = _mode_of(path)
+    if not stat.S_ISDIR(mode):
+        if not stat.S_ISREG(mode):
+            raise UserError(
+                f"--input {path} is a pipe, a socket or a device, and inputs are read twice: write what it"
+                " gives to a file first, and name that"
+            )
+        yield SourceFile(path=path, name=spell_name(path.name), is_named=True)
+    elif is_saved_dataset(path):
+        for file in datasets_files(path):
+            yield SourceFile(path=file, name=spell_name(file.relative_to(path).as_posix()), is_named=True)
+    else:
+        yield from _walk(path, choice, output)
+
+
+def _mode_of(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--input {path} is a link to something that does not exist: restore that, or remove the link"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"--input {path} cannot be read ({error.strerror}): change its permissions, or name another path"
+        ) from error
+
+
+def _walk(root: Path, choice: _Choice, output: Path | None) -> Iterator[SourceFile | Omission]:
+    """The files below a directory; linked folders are not entered."""
+    entries = _listing(str(root))
+    if isinstance(entries, str):
+        raise UserError(f"--input {root} cannot be read ({entries}): change its permissions")
+    if _is_own(str(root), entries):
+        raise UserError(f"--input {root} is an output of this program: name the directory of the text")
+    own = _name_below(root, output)
+    open_folders = [("", iter(entries))]
+    while open_folders:
+        prefix, rest = open_folders[-1]
+        entry = next(rest, None)
+        if entry is None:
+            open_folders.pop()
+            continue
+        name = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            if name == own:
+                continue
+            entered = _enter(entry, choice)
+            if isinstance(entered, list):
+                open_folders.append((f"{name}/", iter(entered)))
+            else:
+                yield Omission(name=spell_name(f"{name}/"), reason=entered[0], detail=entered[1])
+        elif (against := _reason_against(entry, name, root, choice)) is None:
+            yield SourceFile(path=root / name, name=spell_name(name), is_named=False)
+        else:
+            yield Omission(name=spell_name(name), reason=against, detail=_suffix_if(against, entry.name))
+
+
+def _suffix_if(reason: ReasonName, name: str) -> str:
+    return (
+        spell_name(os.path.splitext(name)[1])
+        if reason in ("unknown name", "not text", "not included")
+        else ""
+    )
+
+
+def _listing(folder: str) -> list[os.DirEntry[str]] | str:
+    """What is in a folder, sorted by name; or why it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _enter(folder: os.DirEntry[str], choice: _Choice) -> list[os.DirEntry[str]] | tuple[ReasonName, str]:
+    """What is in a folder; or the reason and detail for which it is left out."""
+    if choice.is_excluded(folder.name):
+        return "excluded", ""
+    if folder.name in _VERSION_CONTROL or folder.name in _SYSTEM_FOLDERS:
+        return "system file", ""
+    entries = _listing(folder.path)
+    if isinstance(entries, str):
+        return "unreadable", entries
+    return ("own output", "") if _is_own(folder.path, entries) else entries
+
+
+def _is_own(folder: str, entries: Sequence[os.DirEntry[str]]) -> bool:
+    """Whether it is an output of ours; what is in it says so already without a file being asked for."""
+    for name in _MARKS_OF_OURS:
+        at = bisect.bisect_left(entries, name, key=lambda entry: entry.name)
+        if at < len(entries) and entries[at].name == name and is_own_directory(Path(folder), name):
+            return True
+    return False
+
+
+def _reason_against(entry: os.DirEntry[str], name: str, root: Path, choice: _Choice) -> ReasonName | None:
+    """Why an entry that is no folder does not count; None where it is a file to be read."""
+    if choice.is_excluded(entry.name) or choice.is_excluded(name):
+        return "excluded"
+    if entry.is_symlink() and (fault := _fault_of_link(entry, root)):
+        return fault
+    if reason := choice.reason_against(entry.name):
+        return reason
+    if not entry.is_file():
+        return "special file"
+    if entry.name.startswith("._") and _is_resource_fork(entry.path):
+        return "system file"
+    return None
+
+
+def _fault_of_link(link: os.DirEntry[str], root: Path) -> ReasonName | None:
+    """Why a link is not followed; None for a link to a file, or to something that is no folder."""
+    try:
+        mode = os.stat(link.path).st_mode
+    except PermissionError:
+        return "unreadable"
+    except OSError:  # nothing there, or links in a circle
+        return "broken link"
+    if not stat.S_ISDIR(mode):
+        return None
+    inside = os.path.join(os.path.realpath(root), "")
+    return "already read" if os.path.realpath(link.path).startswith(inside) else "linked folder"
+
+
+def _is_resource_fork(path: str) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(_RESOURCE_FORK)) == _RESOURCE_FORK
+    except OSError:  # said where the file is read
+        return False
+
+
+def _name_below(root: Path, output: Path | None) -> str | None:
+    """The output's name below a directory; None where it lies elsewhere."""
+    if output is None:
+        return None
+    name = os.path.relpath(os.path.realpath(output), os.path.realpath(root))
+    return None if name.startswith(os.pardir) else name
+
+
+def _matcher(patterns: Sequence[str], *, any_case: bool = False) -> Callable[[str], bool]:
+    """Whether a name matches one of them; with `any_case` the patterns are in small letters."""
+    if not patterns:
+        return lambda name: False
+    match = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)).match
+    if any_case:
+        return lambda name: match(name.lower()) is not None
+    return lambda name: match(name) is not None
