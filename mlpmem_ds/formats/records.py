@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.json_lines import RepeatedNames
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.text_encoding import decode_text
 
@@ -50,6 +51,10 @@ class ReadRules:
 Reader = Callable[[Path, ReadRules], Iterator[Record | Omission]]
 
 
+class RepeatedFieldError(ValueError):
+    """A JSON object has a field twice, with different values; the message is the field's name."""
+
+
 def record_of(
     path: Path, place: str, key: str, values: Any, text_field: str, group_field: str | None
 ) -> Record | Omission:
@@ -67,6 +72,10 @@ def record_of(
             f"{path} {place} is not an object with the fields"
             f" {', '.join(filter(None, (text_field, group_field)))} (it has {listed(values)}):"
             " name them with --text-field and --group-field"
+        ) from error
+    except RepeatedFieldError as error:
+        raise UserError(
+            f"{path} {place}: its {error} stands there more than once with different values: mend it"
         ) from error
     return make_record(path, place, key, text, group, text_field, group_field)
 
@@ -103,8 +112,11 @@ def field_of(values: Mapping[str, Any], name: str) -> Any:
 
     Raises:
         KeyError: there is none.
+        RepeatedFieldError: there are several.
     """
     if name in values:
+        if isinstance(values, RepeatedNames) and name in values.repeated:
+            raise RepeatedFieldError(name)
         return values[name]
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):

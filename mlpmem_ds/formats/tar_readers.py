@@ -25,7 +25,7 @@ from mlpmem_ds.formats.records import ReadRules, Record, record_of
 from mlpmem_ds.formats.streams import DamagedStreamError, opened
 
 _TEXTS = ("txt", "text", "md")  # the first of a sample is its main text
-_BUFFER = 1 << 18
+_BUFFER = 1 << 14  # tarfile copies what is left of it at each read
 
 
 @dataclass(frozen=True, kw_only=True)
