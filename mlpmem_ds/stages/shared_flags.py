@@ -56,6 +56,19 @@ def device_map_of(value: DeviceMap) -> str | None:
     return None if value == "none" else value
 
 
+SpecialTokens = Literal["text", "parse"]
+
+
+def special_tokens(identity: Identity) -> Any:
+    """`special_tokens: SpecialTokens`, of `engines.tokenizer`."""
+    return option(
+        "what a spelled special token such as <|endoftext|> is: text = the characters that it is written"
+        " with; parse = the token itself, for rendered chats",
+        "text",
+        identity=identity,
+    )
+
+
 def dtype(identity: Identity) -> Any:
     """`dtype: Dtype`"""
     return option(

@@ -22,7 +22,12 @@ class Config(Flags):
 
     model: str = option("exported model: a directory or Hub name")
     prompt: tuple[str, ...] = option("texts to continue", ())
-    prompts_file: Path | None = option("instead: a UTF-8 file with one prompt a line", None)
+    prompts_file: Path | None = option(
+        "instead: a UTF-8 file with one prompt a line; of JSON lines (.jsonl), each is a text, or an object"
+        " with one in `prompt`",
+        None,
+    )
+    special_tokens: shared_flags.SpecialTokens = shared_flags.special_tokens("none")
     max_new_tokens: int = option("largest number of tokens to add", 64, at_least=1)
     temperature: float = option(
         "of the mixture's distribution; 0 = always the likeliest token", 0.0, at_least=0

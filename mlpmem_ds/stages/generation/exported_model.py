@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
+from mlpmem_ds.engines.tokenizer import first_line, load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
@@ -58,10 +59,9 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
     """
     try:
         settings = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # each library under these raises a family of its own
+    except Exception as error:  # transformers and the Hub raise families of their own
         raise UserError(
-            f"--model {model} cannot be read ({str(error).splitlines()[0]}): give the output of "
+            f"--model {model} cannot be read ({first_line(error)}): give the output of "
             "tools/convert_checkpoint.py, or check the network for a Hub name"
         ) from error
     if not isinstance(settings, MemoryAugmentedConfig):
@@ -69,7 +69,7 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
             f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
             "tools/convert_checkpoint.py"
         )
-    # Where the files are missing, transformers gives a tokenizer without words.
+    tokenizer = load_tokenizer(model, flag="--model")
     if settings.vocabulary_sha256 and vocabulary_sha256(tokenizer) != settings.vocabulary_sha256:
         raise UserError(
             f"--model {model} has a tokenizer of {len(tokenizer)} tokens that is not the one it was made"

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
+from mlpmem_ds.engines.tokenizer import SpecialTokens, open_encoder
 from mlpmem_ds.models.generation_settings import (
     choosing_settings,
     complete_settings,
@@ -54,7 +55,7 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
         )
     settings, tokenizer = read_export(config.model)
     context = getattr(settings, "max_position_embeddings", None) or math.inf
-    ids = _encode(tokenizer, prompts, context, config.max_new_tokens)
+    ids = _encode(tokenizer, prompts, context, config.max_new_tokens, config.special_tokens)
     model = load_model(
         config.model,
         device=device_of_rank(config.device, world),
@@ -143,26 +144,39 @@ def own_settings(model: Any, generation: GenerationConfig) -> Iterator[None]:
         model.generation_config = before
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str], context: float, max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt.
+def _encode(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    context: float,
+    max_new_tokens: int,
+    special_tokens: SpecialTokens = "text",
+) -> list[list[int]]:
+    """Token ids of each prompt: the tokenizer's begin tokens, once, then the text; no end token.
 
     Raises:
         UserError: a prompt is empty, or does not fit the base's context together with the new tokens.
     """
-    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-    for number, row in enumerate(ids, start=1):
-        if not row:
-            raise UserError(f"prompt {number} is empty: give at least one word")
+    encoder = open_encoder(tokenizer, label="the tokenizer of --model", special_tokens=special_tokens)
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    ids = encoder.encode_prompts(prompts, names)
+    for name, prompt, row in zip(names, prompts, ids, strict=True):
+        if not row or (not prompt.strip() and len(row) == len(encoder.begin_ids)):
+            what = "holds only blanks, for which the tokenizer has no token" if prompt else "is empty"
+            raise UserError(f"{name} {what}: give at least one word")
         if len(row) >= context:
             raise UserError(
-                f"prompt {number} has {len(row):,} tokens, and the model reads {context:,}: shorten it to "
+                f"{name} has {len(row):,} tokens, and the model reads {context:,}: shorten it to "
                 f"{max(context - max_new_tokens, 1):,} or fewer"
             )
         if len(row) + max_new_tokens > context:
             raise UserError(
-                f"prompt {number} has {len(row):,} tokens, and with --max-new-tokens {max_new_tokens:,}"
+                f"{name} has {len(row):,} tokens, and with --max-new-tokens {max_new_tokens:,}"
                 f" passes the {context:,} that the model reads: shorten it, or ask for at most"
                 f" {context - len(row):,}"
+            )
+        if encoder.unknown_id is not None and (count := row.count(encoder.unknown_id)):
+            _logger.warning(
+                "%s: %d of its %d tokens are the tokenizer's unknown token", name, count, len(row)
             )
     return ids
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.json_lines import JsonRecord, json_records, text_lines
 from mlpmem_ds.stages.generation.config import Config
 
 _logger = logging.getLogger(__name__)
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _MANY = 5
 
 
 def read_prompts(config: Config) -> list[str]:
-    """The prompts of `--prompt` or `--prompts-file`.
+    """The prompts of `--prompt` or `--prompts-file`, as they stand there.
 
     Raises:
         UserError: the file cannot be read or holds no prompt, or a prompt is no text that UTF-8 can write.
@@ -22,7 +24,7 @@ def read_prompts(config: Config) -> list[str]:
     if config.prompts_file is None:
         prompts, flag = list(config.prompt), "--prompt"
     else:
-        prompts, flag = _read_lines(config.prompts_file), f"--prompts-file {config.prompts_file}"
+        prompts, flag = _read_file(config.prompts_file), f"--prompts-file {config.prompts_file}"
     for number, prompt in enumerate(prompts, start=1):
         try:
             prompt.encode("utf-8")
@@ -35,35 +37,47 @@ def read_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Every line that is not blank; a line ends at a line feed, or a carriage return and a line feed."""
+def _read_file(path: Path) -> list[str]:
+    """Every line that is not blank. A line ends at a line feed: a form feed or U+2028 may stand inside it."""
     if not path.exists():
         raise UserError(f"--prompts-file {path} does not exist: give a text file with one prompt a line")
     if path.is_fifo():
         _logger.info("--prompts-file %s is a pipe: reading until its writer closes it", path)
+    name = f"--prompts-file {path}"
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as stream:
+            if path.suffix.lower() in _JSON_SUFFIXES:
+                prompts = [_prompt_of(name, record) for record in json_records(stream, name=name)]
+            else:
+                prompts = _lines_of(stream, name)
+    except OSError as error:
         raise UserError(
-            f"--prompts-file {path} cannot be read as UTF-8 text ({error}): give a text file"
-            " with one prompt a line"
+            f"{name} cannot be read ({error.strerror}): give a text file with one prompt a line"
         ) from error
-    # Not str.splitlines, which also ends a line at a form feed or U+2028 inside it.
-    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
-    prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"--prompts-file {path} holds no prompt: write one a line")
-    if blank:
-        _logger.warning(
-            "--prompts-file %s: %d blank lines are no prompts and are left out (%s)",
-            path,
-            len(blank),
-            _some(blank),
-        )
+        raise UserError(f"{name} holds no prompt: write one a line")
     return prompts
 
 
-def _some(numbers: Sequence[int]) -> str:
-    more = ", …" if len(numbers) > _MANY else ""
-    return f"line {', '.join(map(str, numbers[:_MANY]))}{more}"
+def _lines_of(stream: BinaryIO, name: str) -> list[str]:
+    lines = list(text_lines(stream, name=name))
+    if zero := next((number for number, line in lines if "\0" in line), None):
+        raise UserError(
+            f"{name} line {zero} holds zero bytes, as UTF-16 without a mark has: write the file as UTF-8, or"
+            " as JSON lines (.jsonl) if they are meant"
+        )
+    blank = [number for number, line in lines if not line.strip()]
+    if 0 < len(blank) < len(lines):
+        more = ", …" if len(blank) > _MANY else ""
+        _logger.warning(
+            "%s: %d blank lines are no prompts and are left out (line %s%s)",
+            name, len(blank), ", ".join(map(str, blank[:_MANY])), more,
+        )  # fmt: skip
+    return [line for _, line in lines if line.strip()]
+
+
+def _prompt_of(name: str, record: JsonRecord) -> str:
+    value = record.value.get("prompt") if isinstance(record.value, dict) else record.value
+    if not isinstance(value, str):
+        raise UserError(f"{name}, {record.place} is no text and has none in `prompt`: write one of the two")
+    return value

@@ -14,15 +14,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.stages.generation.config import Config
 from mlpmem_ds.stages.generation.exported_model import load_model
+from mlpmem_ds.stages.generation.generate import _encode, _generation_config, continue_batch
 from mlpmem_ds.stages.generation.text import side_by_side
+
+from ...toy_tokenizers import KINDS
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = ("alpha beta return", "in", "for value in range import é gamma")
@@ -288,7 +292,7 @@ def test_wrong_inputs_are_refused(
             ["--prompt", "in", "--max-new-tokens", 1, "--model", damaged],
             "run tools/convert_checkpoint.py again",
         ),
-        (["--prompt", "in", "--model", wordless], "cannot be read"),
+        (["--prompt", "in", "--model", wordless], "its tokenizer cannot be loaded"),
         (
             ["--prompt", "in", "--model", other_words],
             "a tokenizer of 301 tokens that is not the one it was made with",
@@ -302,3 +306,83 @@ def test_wrong_inputs_are_refused(
         assert run_front_end("--model", export_dir, *words) == 2, words
         captured = capsys.readouterr()
         assert said in captured.err and captured.out == "", (words, captured.err)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_has_its_begin_tokens_once_and_no_end(kind: str) -> None:
+    """What a tokenizer puts after a text would end the document that is to be continued."""
+    words = KINDS[kind]()
+    text = "ab" if kind == "lossy" else "the fox"
+    [ids] = _encode(words, [text], 256, 4)
+    bare, whole = words(text, add_special_tokens=False)["input_ids"], words(text)["input_ids"]
+    at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    assert ids == whole[: at + len(bare)] and words.eos_token_id not in ids
+
+
+def test_spelled_special_tokens_are_text_or_parsed() -> None:
+    words = KINDS["begin_and_end"]()
+    begin, end = [words.convert_tokens_to_ids(token) for token in ("<s>", "<lang>")], words.eos_token_id
+    [as_text] = _encode(words, ["<s> a<e>"], 256, 4)
+    assert as_text[:2] == begin and not {*begin, end} & {*as_text[2:]}
+    assert words.decode(as_text[2:]) == "<s> a<e>"
+    a = words("a", add_special_tokens=False)["input_ids"]
+    assert _encode(words, ["<s><lang>a<e>", "a<e>", "<s><lang>"], 256, 4, "parse") == [
+        [*begin, *a, end],
+        [*begin, *a, end],
+        begin,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "needle"),
+    [
+        ("byte_level", "", "prompt 2 is empty"),
+        ("begin_and_end", "", "prompt 2 is empty"),
+        ("word_piece", " \t ", "prompt 2 holds only blanks"),
+        ("words", " ", "prompt 2 holds only blanks"),
+        ("lossy", "a\N{SNOWMAN}b", "prompt 2: .* no token for 1 of its characters"),
+        ("byte_level", "x" * 65, "prompt 2 has 65 tokens, and the model reads 64: shorten it to 60"),
+        ("begin_and_end", "x" * 60, "prompt 2 has 62 tokens, and with --max-new-tokens 4 passes the 64"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(kind: str, prompt: str, needle: str) -> None:
+    with pytest.raises(UserError, match=needle):
+        _encode(KINDS[kind](), ["a", prompt], 64, 4)
+
+
+def test_unknown_tokens_in_a_prompt_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    _encode(KINDS["words"](), ["the fox", "the cat the dog"], 64, 4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt 2: 2 of its 4 tokens are the tokenizer's unknown token"
+    ]
+
+
+def test_the_flags_alone_choose_tokens(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, generate: Callable[..., str]
+) -> None:
+    """transformers takes what is not given from the model's own file: a penalty, forced tokens, a length."""
+    copy = shutil.copytree(export_dir, tmp_path / "export")
+    own = json.loads((copy / "generation_config.json").read_text())
+    own |= {"temperature": 0.9, "repetition_penalty": 5.0, "min_new_tokens": 9, "num_return_sequences": 3}
+    own |= {"forced_eos_token_id": 0, "max_length": 5, "unheard_of": 1, "do_sample": True}
+    (copy / "generation_config.json").write_text(json.dumps(own))
+    flags = ["--prompt", *PROMPTS, "--max-new-tokens", NEW]
+    assert generate(*flags, model=copy) == generate(*flags)
+    model = load_model(str(copy), device=torch.device("cpu"))
+    settings = _generation_config(Config(model="m", prompt=("in",), max_new_tokens=4), model, tokenizer)
+    continue_batch(model, [[5, 6]], settings)
+    assert model.generation_config.repetition_penalty == 5.0  # as it was before
+
+
+def test_prompts_of_a_batch_do_not_see_their_padding(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, generate: Callable[..., str]
+) -> None:
+    """Padding is the end token here, on the right by the tokenizer's own settings, which also cut texts."""
+    copy = shutil.copytree(export_dir, tmp_path / "export")
+    words = AutoTokenizer.from_pretrained(copy, padding_side="right", truncation_side="left")
+    words.pad_token = words.eos_token
+    words.backend_tokenizer.enable_truncation(2)
+    words.backend_tokenizer.enable_padding(length=20)
+    words.save_pretrained(copy)
+    flags = ["--prompt", *PROMPTS, "--max-new-tokens", NEW]
+    assert generate(*flags, model=copy) == generate(*flags)

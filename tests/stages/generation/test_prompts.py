@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -13,7 +14,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.stages.generation.config import Config
 from mlpmem_ds.stages.generation.prompts import read_prompts
 
-INSIDE = "one\N{LINE SEPARATOR}two\x85three\x0cfour\x0b\x1c\x1dfive\rsix\x00seven\N{PARAGRAPH SEPARATOR}"
+INSIDE = "one\N{LINE SEPARATOR}two\x85three\x0cfour\x0b\x1c\x1dfive\rsixseven\N{PARAGRAPH SEPARATOR}"
 
 
 def of_file(path: Path) -> list[str]:
@@ -28,6 +29,7 @@ def of_file(path: Path) -> list[str]:
         (b"\xef\xbb\xbfa b\r\nc\r\n", ["a b", "c"]),
         (b"  a \n\tb\n", ["  a ", "\tb"]),
         (f"{INSIDE}\n{INSIDE}x".encode(), [INSIDE, INSIDE + "x"]),
+        ("a b\r\nc\r\n".encode("utf-16"), ["a b", "c"]),
         ("\N{LATIN SMALL LETTER E WITH ACUTE}\n\N{GRINNING FACE}".encode(), ["é", "😀"]),
     ],
 )
@@ -62,9 +64,9 @@ def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     [
         (b"", "holds no prompt: write one a line"),
         (b"\n \n", "holds no prompt"),
-        (b"caf\xe9\n", "UTF-8 text"),
-        ("prompt".encode("utf-16"), "UTF-8 text"),
-        (None, "cannot be read as UTF-8 text"),
+        (b"ab\ncaf\xe9\n", "line 2 is not UTF-8"),
+        ("a\nb".encode("utf-16-le"), "line 1 holds zero bytes"),
+        (None, "cannot be read"),
     ],
 )
 def test_unreadable_files(content: bytes | None, needle: str, tmp_path: Path) -> None:
@@ -79,3 +81,23 @@ def test_bytes_that_are_no_text_are_refused_with_their_place(prompt: str) -> Non
     config = Config(model="m", prompt=("fine", prompt))
     with pytest.raises(UserError, match=r"--prompt: prompt 2 holds '\\ud.*' at character [24].*as UTF-8"):
         read_prompts(config)
+
+
+def test_json_lines_hold_prompts_of_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    texts = ["a\nb\N{LINE SEPARATOR}c", " ", INSIDE, "\x00"]
+    lines = [json.dumps({"prompt": text, "id": 3}, ensure_ascii=False) for text in texts]
+    path.write_text("\ufeff" + "\r\n".join([*lines, "", json.dumps("plain")]), encoding="utf-8")
+    assert of_file(path) == [*texts, "plain"]
+    for line, needle in (
+        ('"a"\n{"text": "b"}', "line 2 is no text and has none in `prompt`"),
+        ('{"prompt": 3}', "line 1 is no text"),
+        ('{"prompt": "a"}\n{"prompt', "line 2 is not JSON"),
+        ("\n", "holds no prompt"),
+    ):
+        path.write_text(line)
+        with pytest.raises(UserError, match=needle):
+            of_file(path)
+    path.write_text(r'["fine", "a\ud800"]')
+    with pytest.raises(UserError, match="prompt 2 holds"):
+        of_file(path)
