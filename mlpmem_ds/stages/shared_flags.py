@@ -56,19 +56,6 @@ def device_map_of(value: DeviceMap) -> str | None:
     return None if value == "none" else value
 
 
-SpecialTokens = Literal["text", "parse"]
-
-
-def special_tokens(identity: Identity) -> Any:
-    """`special_tokens: SpecialTokens`, of `engines.tokenizer`."""
-    return option(
-        "what a spelled special token such as <|endoftext|> is: text = the characters that it is written"
-        " with; parse = the token itself, for rendered chats",
-        "text",
-        identity=identity,
-    )
-
-
 def dtype(identity: Identity) -> Any:
     """`dtype: Dtype`"""
     return option(
@@ -76,8 +63,11 @@ def dtype(identity: Identity) -> Any:
     )
 
 
+SpecialTokens = Literal["text", "parse"]  # as in engines.tokenizer, which loads a library
+
+
 def special_tokens() -> Any:
-    """`special_tokens: SpecialTokens`, of `engines.tokenizer`"""
+    """`special_tokens: SpecialTokens`"""
     return option(
         "what a special token is that is spelled in a text, such as <|endoftext|>: text, as any other; or"
         " parse, the token itself, for chats that are rendered with such tokens",

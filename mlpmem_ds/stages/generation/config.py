@@ -27,7 +27,7 @@ class Config(Flags):
         " with one in `prompt`",
         None,
     )
-    special_tokens: shared_flags.SpecialTokens = shared_flags.special_tokens("none")
+    special_tokens: shared_flags.SpecialTokens = shared_flags.special_tokens()
     max_new_tokens: int = option("largest number of tokens to add", 64, at_least=1)
     temperature: float = option(
         "of the mixture's distribution; 0 = always the likeliest token", 0.0, at_least=0
