@@ -88,7 +88,6 @@ TESTED_BY = {
     "engines/plotting.py": "stages/report/test_summary.py",
     "formats/arrow_library.py": "formats/test_table_readers.py",
     "formats/file_marks.py": "formats/test_table_readers.py",
-    "formats/arrow_tables.py": "stages/exchange/test_exchange.py",
     "formats/lists_directory.py": "stages/retrieval/test_key_lists.py",
     "formats/mapped_keys.py": "stages/retrieval/test_key_lists.py",
     "formats/records.py": "formats/test_document_readers.py",

@@ -1,14 +1,18 @@
-"""pyarrow, which is optional: its import, and its errors in our words."""
+"""pyarrow, which is optional: its import, its errors in our words, and the batches of its own formats."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
+
+_FILE, _STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 
 
 def import_arrow(name: str, *, path: Path) -> Any:
@@ -59,3 +63,48 @@ def arrow_errors(path: Path) -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def arrow_batches(path: Path, stream: IO[bytes], check: Callable[[Any], None]) -> Iterator[Any]:
+    """The record batches of an Arrow file (Feather), of an Arrow stream, or of streams one after the other.
+
+    They are mapped from the disk, so that a batch of any size costs no memory. A stream must end with its
+    mark, without which one that was cut between two batches looks whole.
+
+    Args:
+        path: for messages.
+        stream: the file, open at its start.
+        check: is called with each schema before its batches.
+
+    Raises:
+        UserError: the file is something else; inside `arrow_errors`, also for damage.
+    """
+    first = stream.read(NUM_MARK_BYTES)
+    is_file = first.startswith(_FILE)
+    if not is_file and (kind := kind_by_mark(first)):
+        raise UserError(f"{path} is no table, but {kind}: give the table, or leave the file out")
+    # A stream begins with its own mark; before Arrow 0.15, with the length of its schema.
+    if not is_file and not first.startswith(_STREAM) and first[2:4] != b"\0\0":
+        raise UserError(
+            f"{path} is neither Parquet nor Arrow: it begins with {first[:8]!r}: restore it or leave it out"
+        )
+    ipc, arrow = import_arrow("ipc", path=path), import_arrow("lib", path=path)
+    source = arrow.BufferReader(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    if is_file:
+        file = ipc.open_file(source)
+        check(file.schema)
+        for number in range(file.num_record_batches):
+            yield file.get_batch(number)
+        return
+    while source.tell() < source.size():
+        reader = ipc.open_stream(source)
+        check(reader.schema)
+        while True:
+            end = source.tell()
+            try:
+                batch = reader.read_next_batch()
+            except StopIteration:
+                break
+            yield batch
+        if source.tell() == end:
+            raise ValueError("it has no end-of-stream mark")

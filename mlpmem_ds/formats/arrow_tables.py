@@ -4,6 +4,8 @@ position).
     datastore   keys: fixed-size list of float16 [D]; vals: int32
     targets     id_cnt: int32; token_id: list of int32; prob: list of float16, falling; label: int32
 
+Read are also lists of other kinds, integers and floating numbers of other sizes; keys become float16.
+
 Files are memory-mapped, so that a table of any size costs memory for its batches' descriptions only. pyarrow
 is optional.
 
@@ -21,11 +23,13 @@ import numpy as np
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import Manifest
-from mlpmem_ds.formats.arrow_library import import_arrow
+from mlpmem_ds.formats.arrow_library import arrow_batches, arrow_errors, import_arrow
+from mlpmem_ds.formats.records import listed
 from mlpmem_ds.maths.sparse_rows import SparseRows
 
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 DATASTORE, TARGETS = ("keys", "vals"), ("id_cnt", "token_id", "prob", "label")
+_LISTS = ("keys", "token_id", "prob")
+_LIST_TYPES = ("is_list", "is_large_list", "is_fixed_size_list")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +52,39 @@ class ArrowTable:
     _table: Any = field(repr=False)
 
     def column(self, name: str, start: int, stop: int) -> Any:
-        """Rows [start, stop) of a column as one pyarrow array."""
+        """Rows [start, stop) of a column as one pyarrow array, whose offsets are checked."""
         combined = self._table.column(name).slice(start, stop - start).combine_chunks()
-        return combined.chunk(0) if hasattr(combined, "num_chunks") else combined
+        column = combined.chunk(0) if hasattr(combined, "num_chunks") else combined
+        try:
+            column.validate(full=True)
+        except ValueError as error:
+            raise self.fault(start, f"{name} is damaged ({error})") from error
+        return column
 
     def numbers(self, name: str, start: int, stop: int) -> np.ndarray:
         """The same of a column of numbers, as an array [n]."""
         column = self.column(name, start, stop)
         if column.null_count:
-            raise self.fault(start, f"{name} has empty values")
+            raise self.fault(start + _first_null(column), f"{name} has no value")
         return np.asarray(column)
+
+    def lists(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers in each row [n], all of them [E]) of a column of lists; a null is an empty list."""
+        column = self.column(name, start, stop)
+        lengths = import_arrow("compute", path=Path(self.flag)).list_value_length(column).fill_null(0)
+        counts_n, flat = np.asarray(lengths).astype(np.int64), column.flatten()
+        if flat.null_count:
+            row = int(np.searchsorted(np.cumsum(counts_n), _first_null(flat), side="right"))
+            raise self.fault(start + row, f"{name} has an element without a value")
+        return counts_n, np.asarray(flat)
 
     def fault(self, row: int, reason: str) -> UserError:
         """The error that names a row."""
         return UserError(f"{self.flag}, row {row:,}: {reason}: download or make the file again")
+
+
+def _first_null(column: Any) -> int:
+    return int(np.argmax(np.asarray(column.is_null())))
 
 
 def open_arrow(paths: Sequence[Path], columns: Sequence[str], *, flag: str) -> ArrowTable:
@@ -70,56 +93,93 @@ def open_arrow(paths: Sequence[Path], columns: Sequence[str], *, flag: str) -> A
     Raises:
         UserError: pyarrow is not installed, or a file is missing, damaged, unfinished or of another kind.
     """
-    tables = []
+    tables: list[Any] = []
     for path in paths:
-        ipc, pyarrow = import_arrow("ipc", path=path), import_arrow("lib", path=path)
-        if not path.is_file():
-            raise UserError(f"{flag} {path} does not exist: give the .arrow files in their order")
         try:
-            source = pyarrow.memory_map(str(path))
-            content = memoryview(source.read_buffer())
-            is_file = bytes(content[:6]) == b"ARROW1"
-            # Without the mark pyarrow reads the batches that are there and says nothing.
-            if not is_file and bytes(content[-8:]) != _END_OF_STREAM:
-                raise ValueError("it has no end-of-stream mark")
-            source.seek(0)
-            tables.append((ipc.open_file(source) if is_file else ipc.open_stream(source)).read_all())
-        except (OSError, ValueError) as error:
+            tables.append(_open_table(path, columns))
+        except UserError as error:
+            raise UserError(f"{flag} {error}") from error
+        if tables[-1].schema.types != tables[0].schema.types:
             raise UserError(
-                f"{flag} {path} is no whole Arrow stream ({error}): a run that wrote it may have been killed;"
-                " make or download it again"
-            ) from error
-        if missing := [name for name in columns if name not in tables[-1].column_names]:
-            raise UserError(
-                f"{flag} {path} has no column {missing[0]!r} (it has {', '.join(tables[-1].column_names)}):"
-                f" needed are {', '.join(columns)}"
+                f"{flag} {path} has columns of other types than {paths[0].name}"
+                f" ({_types_of(tables[-1])}, there {_types_of(tables[0])}): give files of one kind"
             )
-    whole = import_arrow("lib", path=paths[0]).concat_tables(
-        [table.select(list(columns)) for table in tables]
-    )
+    whole = import_arrow("lib", path=paths[0]).concat_tables(tables, promote_options="permissive")
     return ArrowTable(num_rows=whole.num_rows, flag=f"{flag} {paths[0]}", _table=whole)
+
+
+def _open_table(path: Path, columns: Sequence[str]) -> Any:
+    """The requested columns of a file, mapped."""
+    arrow = import_arrow("lib", path=path)
+    if not path.is_file():
+        problem = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {problem}: give the .arrow files in their order")
+    schemas: list[Any] = []
+
+    def check(schema: Any) -> None:
+        for name in columns:
+            _check_column(path, schema, name, columns)
+        schemas.append(arrow.schema([schema.field(name) for name in columns]))
+
+    with arrow_errors(path), open(path, "rb") as stream:
+        batches = [batch.select(list(columns)) for batch in arrow_batches(path, stream, check)]
+        return arrow.Table.from_batches(batches, schemas[0])  # an error where streams in it differ
+
+
+def _check_column(path: Path, schema: Any, name: str, columns: Sequence[str]) -> None:
+    types = import_arrow("types", path=path)
+    found = [field.type for field in schema if field.name == name]
+    if len(found) != 1:
+        raise UserError(
+            f"{path} has {len(found) or 'no'} column{'s' * bool(found)} {name!r} (it has"
+            f" {listed(schema.names)}): needed are {', '.join(columns)}, each once"
+        )
+    kind, is_list = found[0], name in _LISTS
+    if is_list and any(getattr(types, test)(kind) for test in _LIST_TYPES):
+        kind, is_list = kind.value_type, False
+    number_type = "floating" if name in ("keys", "prob") else "integer"
+    if is_list or not getattr(types, f"is_{number_type}")(kind):
+        lists = "lists of " if name in _LISTS else ""
+        raise UserError(
+            f"{path}: its {name} are {found[0]}, not {lists}{number_type} numbers: give the files of the"
+            " method's public code, or convert them"
+        )
+
+
+def _types_of(table: Any) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in table.schema)
 
 
 def key_width(table: ArrowTable) -> int:
     """Numbers in a key.
 
     Raises:
-        UserError: the keys are not lists of one length of float16 or float32.
+        UserError: there are none.
     """
-    kind = table._table.schema.field("keys").type
-    width = getattr(kind, "list_size", 0)
-    if width < 1 or str(kind.value_type) not in ("halffloat", "float"):
-        raise UserError(f"{table.flag}: its keys are {kind}, not fixed-size lists of float16")
+    width = getattr(table._table.schema.field("keys").type, "list_size", 0)
+    if width < 1 and table.num_rows:
+        width = len(table.lists("keys", 0, 1)[1])
+    if width < 1:
+        raise UserError(f"{table.flag} has no keys: give files with rows")
     return int(width)
 
 
 def read_keys(table: ArrowTable, start: int, stop: int) -> np.ndarray:
-    """float16 [n, D]."""
-    column = table.column("keys", start, stop)
-    keys_nD = np.asarray(column.flatten()).reshape(stop - start, -1).astype(np.float16, copy=False)
+    """float16 [n, D].
+
+    Raises:
+        UserError: names the first row whose key has another length or a number that float16 cannot hold.
+    """
+    counts_n, values_E = table.lists("keys", start, stop)
+    width = key_width(table)
+    if (counts_n != width).any():
+        row = int(np.argmax(counts_n != width))
+        raise table.fault(start + row, f"its key has {counts_n[row]:,} numbers, not {width:,}")
+    with np.errstate(over="ignore"):
+        keys_nD = values_E.astype(np.float16, copy=False).reshape(stop - start, width)
     if not np.isfinite(keys_nD).all():
-        row = start + int(np.flatnonzero(~np.isfinite(keys_nD).all(axis=1))[0])
-        raise table.fault(row, "its key has numbers that are not finite")
+        row = int(np.flatnonzero(~np.isfinite(keys_nD).all(axis=1))[0])
+        raise table.fault(start + row, "its key has numbers that are not finite in float16 (up to 65,504)")
     return keys_nD
 
 
@@ -129,20 +189,14 @@ def read_rows(table: ArrowTable, start: int, stop: int, vocab_size: int) -> tupl
     Raises:
         UserError: names the first row that is no distribution over the vocabulary.
     """
-    tokens, probabilities = table.column("token_id", start, stop), table.column("prob", start, stop)
-    counts_n = np.diff(np.asarray(tokens.offsets)).astype(np.int64)
-    row_of_E = np.repeat(np.arange(stop - start), counts_n)
-    ids_E = np.asarray(tokens.flatten()).astype(np.int64)
-    values_E = np.asarray(probabilities.flatten()).astype(np.float64)
+    counts_n, tokens_E = table.lists("token_id", start, stop)
+    probability_counts_n, probabilities_E = table.lists("prob", start, stop)
     declared_n = table.numbers("id_cnt", start, stop)
-    if not (
-        np.array_equal(declared_n, counts_n)
-        and np.array_equal(np.diff(np.asarray(probabilities.offsets)), counts_n)
-    ):
-        wrong_n = (declared_n != counts_n) | (np.diff(np.asarray(probabilities.offsets)) != counts_n)
-        raise table.fault(
-            start + int(np.flatnonzero(wrong_n)[0]), "id_cnt is not the length of token_id and prob"
-        )
+    wrong_n = (declared_n != counts_n) | (probability_counts_n != counts_n)
+    if wrong_n.any():
+        raise table.fault(start + int(np.argmax(wrong_n)), "id_cnt is not the length of token_id and prob")
+    row_of_E = np.repeat(np.arange(stop - start), counts_n)
+    ids_E, values_E = tokens_E.astype(np.int64), probabilities_E.astype(np.float64)
     order_E = np.lexsort((ids_E, row_of_E))
     ids_E, values_E = ids_E[order_E], values_E[order_E]
     same_E = np.zeros(len(ids_E), dtype=bool)

@@ -38,6 +38,7 @@ from mlpmem_ds.core.files import content_hash, sha256_of_file
 SUBDIRECTORY = "knn_generator"
 """where their own save_pretrained of the joint model puts the memory"""
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_DTYPES = {"F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"}
 _RULES = {
     "gelu": (
         (r"embedding_transform\.(weight|bias)", "input_projection.{0}", False),
@@ -87,7 +88,7 @@ class ReferenceMemory:
             }
             for name, (path, theirs, transposed) in self._places.items():
                 tensor = open_files[path].tensor(theirs)
-                if not tensor.isfinite().all():
+                if not tensor.float().isfinite().all():  # as it will be used: float64 may hold larger ones
                     raise UserError(f"--from-reference {self.root}: {theirs} has numbers that are not finite")
                 yield name, (tensor.T if transposed else tensor).contiguous()
 
@@ -133,7 +134,7 @@ def _read_config(root: Path) -> dict[str, Any]:
         raise _foreign(root, "it has no config.json")
     try:
         config = json.loads((root / "config.json").read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _foreign(root, f"config.json is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise _foreign(root, "config.json is not a JSON object")
@@ -152,7 +153,7 @@ def _weight_files(root: Path) -> list[Path]:
         if index.is_file():
             try:
                 names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
                 raise _foreign(root, f"{index.name} is not an index of weights ({error!r})") from error
             for name in names:
                 if Path(name).name != name or not name.endswith(Path(single).suffix):
@@ -167,8 +168,9 @@ class _Safetensors:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(self._stream.get_slice(name).get_shape()) for name in self._stream.keys()}  # noqa: SIM118
+    def kinds(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        slices = {name: self._stream.get_slice(name) for name in self._stream.keys()}  # noqa: SIM118
+        return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._stream.get_tensor(name)
@@ -179,8 +181,8 @@ class _Pickle:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+    def kinds(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._tensors.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -208,7 +210,9 @@ def _open(path: Path, stack: ExitStack) -> _Safetensors | _Pickle:
             " short, damaged, or a pickle that would run code, which is never done; download it again, or"
             " take a safetensors version"
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+    ):
         raise UserError(
             f"{path} holds {type(loaded).__name__}, not names and tensors: give a model's weights file"
         )
@@ -225,12 +229,16 @@ def _locate(root: Path, family: str) -> tuple[dict[str, tuple[int, ...]], dict[s
     unknown: list[str] = []
     with ExitStack() as stack:
         for path in _weight_files(root):
-            for theirs, shape in _open(path, stack).shapes().items():
+            for theirs, (shape, dtype) in _open(path, stack).kinds().items():
                 found = _translate(family, theirs)
                 if found is None:
                     unknown.append(theirs)
                     continue
                 ours, is_conv = found
+                if dtype not in _DTYPES:
+                    raise _foreign(root, f"{theirs} is stored as {dtype}: take weights in float16 to float64")
+                if ours in places:
+                    raise _foreign(root, f"{theirs} is in {places[ours][0].name} and again in {path.name}")
                 transposed = is_conv and ours.endswith(".weight")
                 shapes[ours] = shape[::-1] if transposed else shape
                 places[ours] = (path, theirs, transposed)

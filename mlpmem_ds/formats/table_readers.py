@@ -8,20 +8,19 @@ with a dot.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.arrow_library import arrow_errors, import_arrow
-from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
+from mlpmem_ds.formats.arrow_library import arrow_batches, arrow_errors, import_arrow
+from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record, listed, make_record, partition_of
 
 _ROWS = 256  # in memory at once
 _BUFFER_BYTES = 1 << 20  # of a Parquet column: without it pyarrow reads a column of a row group at once
-_PARQUET, _ARROW_FILE, _ARROW_STREAM = (b"PAR1", b"PARE"), b"ARROW1", b"\xff\xff\xff\xff"
+_PARQUET = (b"PAR1", b"PARE")
 _TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 _LISTS = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
 _NESTED = (*_LISTS, "is_struct", "is_map", "is_union")
@@ -63,16 +62,7 @@ def _batches(path: Path, stream: IO[bytes], text_field: str, group_field: str | 
     stream.seek(0)
     if first.startswith(_PARQUET):
         return _parquet_batches(path, stream, text_field, group_field)
-    if first.startswith(_ARROW_FILE):
-        return _arrow_file_batches(path, stream, text_field, group_field)
-    if kind := kind_by_mark(first):
-        raise UserError(f"{path} is no table, but {kind}: give the table, or leave the file out")
-    # A stream begins with its own mark; before Arrow 0.15, with the length of its schema.
-    if not first.startswith(_ARROW_STREAM) and first[2:4] != b"\0\0":
-        raise UserError(
-            f"{path} is neither Parquet nor Arrow: it begins with {first[:8]!r}: restore it or leave it out"
-        )
-    return _arrow_stream_batches(path, stream, text_field, group_field)
+    return arrow_batches(path, stream, lambda schema: _check_columns(path, schema, text_field, group_field))
 
 
 def _parquet_batches(
@@ -89,40 +79,6 @@ def _parquet_batches(
             num_rows += batch.num_rows
     if num_rows != file.metadata.num_rows:
         raise ValueError(f"it has {num_rows:,} of the {file.metadata.num_rows:,} rows that it names")
-
-
-def _mapped(path: Path, stream: IO[bytes]) -> Any:
-    """The file as a source of pyarrow, mapped, so that a batch of any size costs no memory."""
-    return import_arrow("lib", path=path).BufferReader(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _arrow_file_batches(
-    path: Path, stream: IO[bytes], text_field: str, group_field: str | None
-) -> Iterator[Any]:
-    file = import_arrow("ipc", path=path).open_file(_mapped(path, stream))
-    _check_columns(path, file.schema, text_field, group_field)
-    for number in range(file.num_record_batches):
-        yield file.get_batch(number)
-
-
-def _arrow_stream_batches(
-    path: Path, stream: IO[bytes], text_field: str, group_field: str | None
-) -> Iterator[Any]:
-    """The batches of a stream, or of several one after the other; each must end with its mark, without which
-    a stream that was cut between two batches looks whole."""
-    ipc, source = import_arrow("ipc", path=path), _mapped(path, stream)
-    while source.tell() < source.size():
-        reader = ipc.open_stream(source)
-        _check_columns(path, reader.schema, text_field, group_field)
-        while True:
-            end = source.tell()
-            try:
-                batch = reader.read_next_batch()
-            except StopIteration:
-                break
-            yield batch
-        if source.tell() == end:
-            raise ValueError("it has no end-of-stream mark")
 
 
 # Columns: a place is the number of a column, and then those of the fields down through structs.

@@ -135,6 +135,14 @@ def test_logits_are_the_published_memorys(kind: str, input_size: int, file: str,
     assert 1e-5 < (rounded_NV - wanted_NV.softmax(-1)).abs().sum(-1).mean() / 2 < 3e-2
 
 
+def test_weights_of_any_float_are_read(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        tensors = {name: tensor.to(dtype) for name, tensor in published_tensors("gpt2").items()}
+        root = save_published(tmp_path / str(dtype), "gpt2", tensors)
+        found = dict(open_reference(root).tensors())
+        assert torch.equal(found["final_norm.bias"], tensors["ln_f.bias"])
+
+
 def test_shards_subdirectory_and_old_pickles(tmp_path: Path) -> None:
     tensors, inputs_ND = published_tensors("gpt2"), torch.randn(5, WIDTH)
     whole = imported_logits(save_published(tmp_path / "whole", "gpt2", tensors), inputs_ND)
@@ -150,6 +158,9 @@ def test_shards_subdirectory_and_old_pickles(tmp_path: Path) -> None:
     weight_map = {name: file for file, part in parts.items() for name in part}
     (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert torch.equal(imported_logits(root, inputs_ND), whole)
+    save_published(root, "gpt2", {name: tensors[name] for name in names[6:]}, file="model-2.safetensors")
+    with pytest.raises(UserError, match=r"is in model-1.safetensors and again in model-2.safetensors"):
+        open_reference(root)
     (root / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-2.safetensors is missing"):
         open_reference(root)
@@ -204,6 +215,9 @@ def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], 
         ("gpt2", put("ln_f.bias", torch.ones(WIDTH + 1)), r"final_norm.bias is of shape \[17\], not \[16\]"),
         ("gpt2", put("embedding_transform.bias", torch.ones(WIDTH)), "input_projection.bias is one too many"),
         ("gpt2", put("ln_f.bias", torch.full((WIDTH,), float("nan"))), "not finite"),
+        ("gpt2", put("ln_f.bias", torch.full((WIDTH,), 1e300, dtype=torch.float64)), "not finite"),
+        ("gpt2", put("ln_f.bias", torch.ones(WIDTH, dtype=torch.int8)), "ln_f.bias is stored as I8"),
+        ("llama", put("norm.weight", torch.ones(WIDTH).to(torch.float8_e4m3fn)), "is stored as F8_E4M3"),
     ],
 )
 def test_incomplete_and_foreign_tensors_are_refused(
@@ -223,6 +237,9 @@ def test_foreign_and_damaged_directories_are_refused(tmp_path: Path) -> None:
         "config.json is not JSON": lambda root: (
             save_published(root, "gpt2") and (root / "config.json").write_text("{")
         ),
+        "is not JSON .RecursionError|is not JSON .maximum": lambda root: (
+            save_published(root, "gpt2") and (root / "config.json").write_text("[" * 100_000)
+        ),
         "not a JSON object": lambda root: (
             save_published(root, "gpt2") and (root / "config.json").write_text("[]")
         ),
@@ -235,6 +252,13 @@ def test_foreign_and_damaged_directories_are_refused(tmp_path: Path) -> None:
         "cut short": lambda root: os.truncate(save_published(root, "gpt2") / "model.safetensors", 3000),
         "cannot be read": lambda root: os.truncate(
             save_published(root, "gpt2", file="pytorch_model.bin") / "pytorch_model.bin", 3000
+        ),
+        "holds dict, not names and tensors": lambda root: torch.save(
+            {1: torch.ones(2)}, save_published(root, "gpt2", file="x.bin") / "pytorch_model.bin"
+        ),
+        "stored as torch.int64": lambda root: torch.save(
+            {"lm_head.weight": torch.ones(2, 2, dtype=torch.int64)},
+            save_published(root, "gpt2", file="x.bin") / "pytorch_model.bin",
         ),
         "holds list": lambda root: torch.save(
             [1], save_published(root, "gpt2", file="x.bin") / "pytorch_model.bin"

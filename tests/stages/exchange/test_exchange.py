@@ -277,7 +277,7 @@ def test_wrong_files_are_refused_and_nothing_is_written(
     before = sorted(path.name for path in tmp_path.iterdir())
     cases: list[tuple[dict[str, Any], str]] = [
         ({"datastore": (tmp_path / "none.arrow",)}, "does not exist"),
-        ({"datastore": (cut,)}, "no whole Arrow stream"),
+        ({"datastore": (cut,)}, "cut.arrow is cut short or damaged"),
         ({"targets": (unfinished,)}, "no end-of-stream mark"),
         ({"datastore": (arrow[1],)}, "has no column 'keys'"),
         ({"targets": (arrow[0],)}, "has no column 'id_cnt'"),
