@@ -182,8 +182,8 @@ def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
     texts = (
         read_document(rules, item).text
         for unit in survey.units
-        for item, split in documents_of_unit(rules, survey, unit)
-        if SPLITS[split] == "train"
+        for item in documents_of_unit(rules, survey, unit)
+        if SPLITS[item.split] == "train"
     )
     trained.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

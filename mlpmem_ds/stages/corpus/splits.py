@@ -16,7 +16,7 @@ from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.formats.corpus import SPLITS
 
 _logger = logging.getLogger(__name__)
-_DIGEST_BYTES = 32
+DIGEST_BYTES = 32
 NOT_TAKEN = -1
 
 
@@ -56,7 +56,7 @@ class SurveyedDocuments:
             self.names.extend(names)
 
     def digest(self, number: int) -> str:
-        return self.digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES].hex()
+        return self.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES].hex()
 
 
 def check_splits(split_of: array[int], rules: SplitRules) -> None:

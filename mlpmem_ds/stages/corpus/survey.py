@@ -26,6 +26,7 @@ from mlpmem_ds.formats.omissions import MergedOmissions, Omission
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus.shared_survey import chunks_of, groups_of, shared_findings
 from mlpmem_ds.stages.corpus.splits import (
+    DIGEST_BYTES,
     NOT_TAKEN,
     SplitRules,
     SurveyedDocuments,
@@ -61,8 +62,14 @@ class Survey:
     num_bytes: int
     """of all documents, taken or not"""
     sha256: str
+    digests: bytearray = field(repr=False)
+    """SHA-256 of each document's text, 32 bytes each: the second reading must find the same"""
     omissions: list[Omission] = field(repr=False)
     """what was left out, in the order of the files"""
+
+    def digest(self, number: int) -> bytes:
+        """SHA-256 of the text of document `number`."""
+        return bytes(self.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
 
     @property
     def num_taken(self) -> int:
@@ -163,6 +170,7 @@ def survey_files(
         split_of=split_of,
         num_bytes=sum(documents.sizes),
         sha256=listed.hexdigest(),
+        digests=documents.digests,
         omissions=omissions,
     )
 

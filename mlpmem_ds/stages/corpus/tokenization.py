@@ -7,10 +7,12 @@ which sends their text with the batch.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +26,17 @@ from mlpmem_ds.stages.corpus.workers import Workers
 BATCH_BYTES = 1 << 17
 """text of a batch: small compared with a unit, so that no process idles at its end, and large compared with
 the cost of sending it to another process"""
-Batch = list[tuple[SourceFile | Document, int]]
-"""what is to be tokenized, in order, each with its split; a SourceFile is a text file that is still to be
-read"""
+
+
+class Item(NamedTuple):
+    """A document that is to be tokenized; a SourceFile is a text file that is still to be read."""
+
+    source: SourceFile | Document
+    split: int
+    digest: bytes
+    """SHA-256 of the text that the survey found"""
+
+
 _inherited: list[Any] = []  # the tokenizer, in a worker process
 
 
@@ -82,10 +92,8 @@ class TokenizerPool:
         return self._workers.map(self._tokenize, _batches(documents_of_unit(self._rules, survey, unit)))
 
 
-def documents_of_unit(
-    rules: ReadRules, survey: Survey, unit: CorpusUnit
-) -> Iterator[tuple[SourceFile | Document, int]]:
-    """Each document that is taken, with its split; a text file as a SourceFile, unread.
+def documents_of_unit(rules: ReadRules, survey: Survey, unit: CorpusUnit) -> Iterator[Item]:
+    """Each document that is taken, a text file unread.
 
     Raises:
         DamagedDataError: a file does not hold what the survey found in it.
@@ -93,23 +101,21 @@ def documents_of_unit(
     number = unit.first
     for file, count in zip(unit.files, unit.counts, strict=True):
         splits = survey.split_of[number : number + count]
-        number += count
         if file.kind == "text":
-            yield from ((file, split) for split in splits if split != NOT_TAKEN)
+            yield from (Item(file, split, survey.digest(number)) for split in splits if split != NOT_TAKEN)
         elif splits.count(NOT_TAKEN) < count:
-            yield from _documents_of_file(rules, file, splits)
+            yield from _documents_of_file(rules, survey, file, range(number, number + count))
+        number += count
 
 
-def _documents_of_file(
-    rules: ReadRules, file: SourceFile, splits: Sequence[int]
-) -> Iterator[tuple[Document, int]]:
+def _documents_of_file(rules: ReadRules, survey: Survey, file: SourceFile, numbers: range) -> Iterator[Item]:
     found = 0
     for document in _documents_in(file, rules):
-        if found < len(splits) and splits[found] != NOT_TAKEN:
-            yield document, splits[found]
+        if found < len(numbers) and survey.split_of[numbers[found]] != NOT_TAKEN:
+            yield Item(document, survey.split_of[numbers[found]], survey.digest(numbers[found]))
         found += 1
-    if found != len(splits):
-        raise _changed(file, found, len(splits))
+    if found != len(numbers):
+        raise _changed(file.path, f"it holds {found} documents, not {len(numbers)}")
 
 
 def _documents_in(file: SourceFile, rules: ReadRules) -> Iterator[Document]:
@@ -117,33 +123,36 @@ def _documents_in(file: SourceFile, rules: ReadRules) -> Iterator[Document]:
     return (document for document in read_documents(file, rules) if isinstance(document, Document))
 
 
-def read_document(rules: ReadRules, item: SourceFile | Document) -> Document:
+def read_document(rules: ReadRules, item: Item) -> Document:
     """The document itself.
 
     Raises:
-        DamagedDataError: the text file no longer holds exactly one.
+        DamagedDataError: it has not the text that the survey found.
     """
-    if isinstance(item, Document):
-        return item
-    documents = list(_documents_in(item, rules))
-    if len(documents) != 1:
-        raise _changed(item, len(documents), 1)
-    return documents[0]
+    document = item.source
+    if isinstance(document, SourceFile):
+        documents = list(_documents_in(document, rules))
+        if len(documents) != 1:
+            raise _changed(document.path, f"it holds {len(documents)} documents, not 1")
+        (document,) = documents
+    if hashlib.sha256(document.text.encode()).digest() != item.digest:
+        raise _changed(document.name, "its text is another one than at first")
+    return document
 
 
-def _changed(file: SourceFile, found: int, expected: int) -> DamagedDataError:
+def _changed(name: str | Path, how: str) -> DamagedDataError:
     return DamagedDataError(
-        f"the input changed while it was read ({file.path} holds {found} documents, not {expected}): run"
-        " again when the files no longer change, with another --output"
+        f"the input changed while it was read ({name}: {how}): run again when the files no longer change,"
+        " with another --output"
     )
 
 
-def _batches(items: Iterator[tuple[SourceFile | Document, int]]) -> Iterator[Batch]:
-    batch: Batch = []
+def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
     size = 0
-    for item, split in items:
-        batch.append((item, split))
-        size += item.num_bytes
+    for item in items:
+        batch.append(item)
+        size += item.source.num_bytes
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -151,19 +160,19 @@ def _batches(items: Iterator[tuple[SourceFile | Document, int]]) -> Iterator[Bat
         yield batch
 
 
-def _tokenize_batch(rules: ReadRules, dtype: np.dtype[Any], batch: Batch) -> dict[int, TokenizedText]:
+def _tokenize_batch(rules: ReadRules, dtype: np.dtype[Any], batch: list[Item]) -> dict[int, TokenizedText]:
     """Tokenized documents by split; runs in a worker or in the main process."""
-    documents = [read_document(rules, item) for item, _ in batch]
+    documents = [read_document(rules, item) for item in batch]
     arrays = encode(_inherited[0], [document.text for document in documents], dtype)
     texts: dict[int, TokenizedText] = {}
-    for document, ids, (_, split) in zip(documents, arrays, batch, strict=True):
+    for document, ids, item in zip(documents, arrays, batch, strict=True):
         entry = {
             "name": document.name,
             "group": document.group,
             "bytes": document.num_bytes,
             "tokens": len(ids),
         }
-        part = texts.setdefault(split, TokenizedText())
+        part = texts.setdefault(item.split, TokenizedText())
         part.ids += ids.tobytes()
         part.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
         part.tokens += len(ids)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import SPLITS, open_corpus
@@ -268,9 +269,21 @@ def test_the_surveys_hash_is_that_of_the_whole_list(text_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", ["x.jsonl", "x.txt"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x.jsonl", lambda path: path.write_text('{"text": "a b c"}\n' * 19)),
+        ("x.jsonl", lambda path: path.write_text('{"text": "a b d"}\n' * 20)),
+        ("x.jsonl", lambda path: path.write_text('{"text": "a b c"}\n' * 21)),
+        ("x.txt", lambda path: path.write_text("\n")),
+        ("x.txt", lambda path: path.write_text(path.read_text().replace("c", "d"))),
+        ("x.txt", lambda path: path.write_bytes(b"\xff")),
+        ("x.txt", Path.unlink),
+    ],
+)
 def test_an_input_that_changes_meanwhile_is_refused(
     name: str,
+    change: Callable[[Path], Any],
     processes: int,
     text_dir: Path,
     tmp_path: Path,
@@ -284,12 +297,14 @@ def test_an_input_that_changes_meanwhile_is_refused(
 
     def survey_and_change(*arguments: Any, **others: Any) -> Any:
         survey = survey_files(*arguments, **others)
-        changing.write_text('{"text": "a b c"}\n' * 19 if name == "x.jsonl" else "\n")
+        change(changing)
         return survey
 
     monkeypatch.setattr(prepare_corpus, "survey_files", survey_and_change)
     tokenizer = str(corpus_dir / "tokenizer")
-    with pytest.raises(DamagedDataError, match=f"changed while it was read .*{name}"):
+    with pytest.raises(
+        UserError, match=rf"{name}.*changed while it was read|changed while it was read.*{name}"
+    ):
         prepare_corpus.run(
             config_of(changing.parent, tmp_path / "corpus", tokenizer=tokenizer, processes=processes), World()
         )
