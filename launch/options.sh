@@ -13,12 +13,14 @@ while [ $# -gt 0 ]; do
         --corpus)
             [ $# -gt 0 ] && [[ $1 != --* ]] || fail "--corpus needs a path"
             while [ $# -gt 0 ] && [[ $1 != --* ]]; do
+                [ -n "$1" ] || fail "--corpus is empty: is a variable unset?"
                 corpus+=("$(realpath -m -- "$1")")
                 shift
             done
             ;;
         --base | --run | --ranks | --max-bytes | --seed)
-            [ $# -ge 1 ] || fail "$option needs a value"
+            [ $# -ge 1 ] && [[ $1 != --* ]] || fail "$option needs a value"
+            [ -n "$1" ] || fail "$option is empty: is a variable unset?"
             case $option in
                 --base) if [ -e "$1" ]; then base=$(realpath -- "$1"); else base=$1; fi ;;
                 --run) run=$(realpath -m -- "$1") ;;

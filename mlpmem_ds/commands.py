@@ -29,19 +29,22 @@ class Command:
     run: str
 
     def __call__(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-        from mlpmem_ds.core.front_end import run_front_end, seldom_collected
+        from mlpmem_ds.core.front_end import guarded, name_of_process, run_front_end, seldom_collected
 
         def run(config: Any, world: Any) -> Any:
             with seldom_collected():
                 function = _load(self.run)
             return function(config, world)
 
-        return run_front_end(_load(self.config), run, argv=argv, prog=prog)
+        name = name_of_process() if prog is None else prog
+        return guarded(lambda _: run_front_end(_load(self.config), run, argv=argv, prog=name), prog=name)
 
     @property
     def summary(self) -> str:
         """What it does, in a line."""
-        return str(_load(self.config).__doc__).partition("\n")[0]
+        from mlpmem_ds.core.config import description_of
+
+        return description_of(_load(self.config)).partition("\n")[0]
 
 
 def _load(place: str) -> Any:

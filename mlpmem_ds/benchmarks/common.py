@@ -134,7 +134,7 @@ def peak_bytes_above_start(function: Callable[[], Any]) -> int:
         )
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    _RESET_PEAK.write_text("5")
+    _RESET_PEAK.write_text("5", encoding="ascii")
     start = _status_bytes("VmRSS")
     result = function()
     peak = _status_bytes("VmHWM")
@@ -143,7 +143,7 @@ def peak_bytes_above_start(function: Callable[[], Any]) -> int:
 
 
 def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").split("\n"):
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
@@ -232,7 +232,7 @@ def describe_versions() -> dict[str, str]:
 
 def _processor_name() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.machine(),

@@ -48,7 +48,7 @@ from mlpmem_ds.commands import main
 peak = [0]
 def watch():
     while True:
-        status = pathlib.Path("/proc/self/status").read_text()
+        status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
         peak[0] = max(peak[0], int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]))
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
@@ -217,7 +217,7 @@ def peak_of_front_end(name: str, *words: object) -> int:
     command = [sys.executable, "-c", _TELL_PEAK, name, *map(str, words)]
     paths = [str(Path(mlpmem_ds.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode:
         raise UserError(f"{name} failed, so there is nothing to compare with: {done.stderr.strip()}")
     return int(done.stdout.split()[-1]) * 1024

@@ -122,6 +122,6 @@ def _touch_until(path: Path, stop: threading.Event) -> None:
 def _boot_id() -> str:
     """Of the running kernel; "-" where it does not say."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return "-"

@@ -7,11 +7,13 @@ how DeepSpeed's users write them.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import inspect
 import math
 import operator
+import os
 import sys
 import textwrap
 import types
@@ -45,6 +47,8 @@ class Flags:
 
     example: ClassVar[str] = ""
     """a command line, for `--help`"""
+    memory_flags: ClassVar[tuple[str, ...]] = ()
+    """those that take less memory when they are lowered, for the message when it runs out"""
 
     def __init_subclass__(cls) -> None:
         assert "__post_init__" not in vars(cls), f"{cls.__qualname__}: write check(self) for __post_init__"
@@ -118,7 +122,7 @@ def parse_config(
     prog: str,
 ) -> ConfigType:
     """Read a Config from the command line; on a wrong flag argparse prints the usage and exits with 2."""
-    paragraphs = (inspect.getdoc(config_class) or "").split("\n\n")
+    paragraphs = description_of(config_class).split("\n\n")
     parser = argparse.ArgumentParser(
         prog=prog,
         description="\n\n".join(textwrap.fill(paragraph, _WIDTH) for paragraph in paragraphs),
@@ -136,10 +140,19 @@ def parse_config(
         if field.metadata["positional"]:
             words = [word.removeprefix(f"{flag_of(field)}=") for word in words if word != flag_of(field)]
     _refuse_unknown_flags(parser, words)
+    _refuse_repeated_flags(parser, words)
     values = vars(parser.parse_args(words))
     return config_class(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     )
+
+
+def description_of(config_class: type[Flags]) -> str:
+    """The docstring; read from the source where Python leaves docstrings out (`python -OO`)."""
+    if sys.flags.optimize < 2:
+        return inspect.getdoc(config_class) or ""
+    source = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
+    return ast.get_docstring(source) or "" if isinstance(source, ast.ClassDef) else ""
 
 
 def _in_order_of_help(config_class: type[Flags]) -> list[dataclasses.Field[Any]]:
@@ -161,6 +174,22 @@ def _refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str])
         if flag.startswith("--") and " " not in word and flag not in flags:
             similar = difflib.get_close_matches(flag, flags, n=1)
             parser.error(f"there is no flag {flag}" + (f"; did you mean {similar[0]}?" if similar else ""))
+
+
+def _refuse_repeated_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """argparse takes the last of several: of `--input a --input b` it would leave out a.
+
+    For a single value the last stays the one that counts: scripts add `"$@"` to change what they give.
+    """
+    seen: set[str] = set()
+    for word in words[: words.index("--")] if "--" in words else words:
+        flag = word.partition("=")[0]
+        action = parser._option_string_actions.get(flag)
+        if action is None or action.nargs != "+":
+            continue
+        if flag in seen:
+            parser.error(f"argument {flag}: it is given twice: give all its values after one {flag}")
+        seen.add(flag)
 
 
 def _check_numbers(field: dataclasses.Field[Any], value: Any) -> None:
@@ -213,7 +242,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     if base is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         return
-    convert = field.metadata["parse"] or (_whole_number if base is int else base)
+    convert = field.metadata["parse"] or _CONVERTERS.get(base, base)
     if base in (int, float) and type(None) in typing.get_args(hint):
         convert = _number_or_none(convert)
     settings["type"] = convert
@@ -228,19 +257,41 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     parser.add_argument(flag, **settings)
 
 
+def _text(word: str) -> str:
+    """A word that says something: `--model "$BASE"` with an unset variable would mean anything."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError(f"{word!r} is empty: is a variable unset?")
+    return word
+
+
+def _path(word: str) -> Path:
+    """A path, with the home directory for `~/`, which shells leave as it is in `--output=~/run`."""
+    _text(word)
+    path = Path(os.path.expanduser(word)) if word == "~" or word.startswith("~/") else Path(word)
+    if word[-1] in "\r\n" and not os.path.lexists(path):
+        raise argparse.ArgumentTypeError(
+            f"{word!r} ends with the end of a line: has the script the line ends of Windows?"
+        )
+    if "\0" in word:
+        raise argparse.ArgumentTypeError(f"{word!r} holds a NUL byte, which no path can")
+    return path
+
+
 def _whole_number(word: str) -> int:
     """`64`, `1_000_000` or `1e9`; a fraction is refused."""
-    try:
-        return int(word)
-    except ValueError:
-        pass
     try:
         number = Decimal(word)
     except InvalidOperation:
         number = Decimal("NaN")
-    if not number.is_finite() or number.adjusted() > _MAX_DIGITS or number != number.to_integral_value():
+    is_whole = number.is_finite() and number.adjusted() < _MAX_DIGITS
+    if not is_whole or number != number.to_integral_value():
         raise argparse.ArgumentTypeError(f"{word!r} is no whole number, such as 1000000, 1_000_000 or 1e6")
+    if abs(number) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{word!r} is too large: 9223372036854775807 is the largest")
     return int(number)
+
+
+_CONVERTERS: dict[Any, Callable[[str], Any]] = {int: _whole_number, Path: _path, str: _text}
 
 
 def _number_or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:

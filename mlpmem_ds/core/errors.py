@@ -9,3 +9,18 @@ class UserError(ValueError):
 class DamagedDataError(UserError):
     """A file of ours that is truncated, altered, missing or of an unknown version; names the file and the
     remedy."""
+
+
+_MAX_LENGTH = 500  # characters of a line; some libraries put whole tables into their messages
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's message that says something; its type's name where none does.
+
+    Only a line feed ends a line: a file name may hold any other separator.
+    """
+    lines = (line.strip() for line in str(error).split("\n"))
+    line = next(filter(None, lines), "")
+    if not line:
+        line = type(error).__name__ if isinstance(error, BaseException) else "no message"
+    return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} …"

@@ -1,5 +1,4 @@
-"""What each front-end does: parse, run, exit code. 0 done; 2 the user's to mend, with the remedy; 130
-interrupted."""
+"""What each front-end does: parse, run, exit code; and the one place where errors end."""
 
 from __future__ import annotations
 
@@ -7,19 +6,22 @@ import atexit
 import contextlib
 import errno
 import gc
-import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.config import ConfigType, parse_config
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.config import ConfigType, Flags, parse_config
+from mlpmem_ds.core.faults import describe_fault, remedy_of
 from mlpmem_ds.core.log import set_up_logging
+from mlpmem_ds.core.streams import end_streams, is_left_by_reader, prepare_streams, say
+from mlpmem_ds.core.termination import EXIT_CODE, MESSAGE, Terminated, terminated_by_sigterm
 from mlpmem_ds.core.world import World, world_from_environment
 
-_logger = logging.getLogger(__name__)
+_LEFT_BY_READER = 141  # as of a program that SIGPIPE ends
 
 
 def keep_bars_to_terminals(environment: MutableMapping[str, str], *, is_terminal: bool) -> None:
@@ -31,19 +33,19 @@ def keep_bars_to_terminals(environment: MutableMapping[str, str], *, is_terminal
         environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-_REMEDIES = {
-    errno.ENOSPC: "free some space and run the same command again: it continues where it was",
-    errno.EDQUOT: (
-        "raise the quota or free some space and run the same command again: it continues where it was"
-    ),
-    errno.EACCES: "choose another path or change its permissions",
-    errno.EPERM: "choose another path or change its permissions",
-    errno.ENOTDIR: "a part of the path is a file: choose another path",
-    errno.EISDIR: "it is a directory: choose another path",
-    errno.ENOENT: "make its directory, or choose another path",
-    errno.ENAMETOOLONG: "choose a shorter path",
-    errno.EROFS: "choose an --output on a writable file system",
-}
+@dataclass
+class Run:
+    """What is known so far of the run of a command, for the message when it fails."""
+
+    prog: str
+    rank: int = 0
+    config: Flags | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The stage's output, if it was begun."""
+        output = getattr(self.config, "output", None)
+        return output if isinstance(output, Path) and (output / "log.jsonl").is_file() else None
 
 
 @contextlib.contextmanager
@@ -74,34 +76,80 @@ def run_front_end(
         argv: the flags; None = those of this process.
         prog: the command's name in the usage line and in messages; None = as the process was called.
     """
-    prog = Path(sys.argv[0]).name if prog is None else prog
-    keep_bars_to_terminals(os.environ, is_terminal=sys.stderr.isatty())
+    prog = name_of_process() if prog is None else prog
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(word)]
-    try:
+
+    def act(this: Run) -> int:
+        keep_bars_to_terminals(os.environ, is_terminal=sys.stderr.isatty())
         config = parse_config(config_class, words, prog=prog)
+        this.config = config
         world = world_from_environment(os.environ)
+        this.rank = world.rank
         set_up_logging(world, name=prog.replace(".py", ""))
         text = run(config, world)
         if isinstance(text, str):
             sys.stdout.write(text + "\n")
-            sys.stdout.flush()
-    except UserError as error:
-        return _complain(str(error))
-    except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
-        return _complain(f"{error.strerror}: {error.filename or 'while writing'}; {_REMEDIES[error.errno]}")
-    except KeyboardInterrupt:
-        _complain("interrupted; the same command continues where it was")
-        return 130
-    return 0
+        return 0
+
+    return guarded(act, prog=prog)
 
 
-def _complain(message: str) -> int:
-    """Print the message to standard error; the exit code of a user's mistake."""
-    sys.stderr.write(f"error: {message}\n")
-    sys.stderr.flush()
-    return 2
+def name_of_process() -> str:
+    """As the process was called, without its folder."""
+    return Path(sys.argv[0]).name
+
+
+def guarded(act: Callable[[Run], int], *, prog: str) -> int:
+    """The exit code of `act`; any error becomes one line on standard error, and never a traceback.
+
+    0 or what `act` returns; 2 the user's to mend; 1 a fault of this package, whose traceback is in a file
+    that the line names; 130 Ctrl-C; 143 SIGTERM; 141 who reads the output has gone. May be nested.
+    """
+    prepare_streams()
+    this = Run(prog)
+    with terminated_by_sigterm(), _thread_errors_in_a_line(this):
+        try:
+            code = act(this)
+        except KeyboardInterrupt:
+            say("error: interrupted; the same command continues where it was")
+            code = 130
+        except Terminated:
+            say(MESSAGE)
+            code = EXIT_CODE
+        except Exception as error:
+            code = _complain(error, this)
+        finally:
+            failed = end_streams()
+    if failed is not None and code == 0:
+        return _LEFT_BY_READER if failed.errno == errno.EPIPE else _complain(failed, this)
+    return code
+
+
+def _complain(error: Exception, this: Run) -> int:
+    """Write the error's line to standard error; the exit code."""
+    if is_left_by_reader(error):
+        return _LEFT_BY_READER
+    message = remedy_of(error, memory_flags=this.config.memory_flags if this.config else ())
+    if message is not None:
+        say(f"error: {message}")
+        return 2
+    say(f"error: {describe_fault(error, folder=this.folder, rank=this.rank, prog=this.prog)}")
+    return 1
+
+
+@contextlib.contextmanager
+def _thread_errors_in_a_line(this: Run) -> Iterator[None]:
+    """An error that ends a thread is a line too; the command goes on without that thread."""
+
+    def complain(failed: threading.ExceptHookArgs) -> None:
+        if isinstance(failed.exc_value, Exception):
+            _complain(failed.exc_value, this)
+
+    former, threading.excepthook = threading.excepthook, complain
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 def _is_local_rank(word: str) -> bool:

@@ -32,7 +32,7 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         pass
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()[0]
     except (OSError, IndexError):  # no Linux, or gone in this moment
         return True
     return state != "Z"

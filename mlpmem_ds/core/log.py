@@ -3,6 +3,7 @@ log.jsonl."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -65,16 +66,19 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a log.jsonl and of those of other hosts next to it, each file's in its order, without
     lines that a crash cut short; [] where there is no file."""
     paths = [path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]
-    lines = [
-        line for each in paths if each.is_file() for line in each.read_text(encoding="utf-8").splitlines()
-    ]
-    events = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
+    return [event for each in paths for event in read_json_lines(each)]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of ours that grows by lines, without lines that a crash cut short or damaged; []
+    where there is no file."""
+    objects = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                objects.append(value)
+    return objects
 
 
 def seconds_of_stage(root: Path) -> float | None:

@@ -91,7 +91,7 @@ def _was_made_for(output: Path, identity: Mapping[str, Any]) -> bool:
         with contextlib.suppress(DamagedDataError):
             return bool(read_sealed_json(path).get(IDENTITY_FIELD) == content_hash(identity))
     return {
-        entry.name for entry in output.iterdir() if not entry.name.startswith((".", "log-"))
+        entry.name for entry in output.iterdir() if not entry.name.startswith((".", "log-", "traceback-"))
     } <= _WRITTEN_FIRST
 
 

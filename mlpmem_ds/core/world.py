@@ -46,19 +46,31 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
     """Find rank, size and local rank in a launcher's variables; a world of one where there are none.
 
     Raises:
-        UserError: a variable is present but is not a number, or the rank is outside the world.
+        UserError: a variable is present but is not a number, the rank is outside the world, or of RANK and
+            WORLD_SIZE one is missing.
     """
+    if bool(environment.get("RANK")) != bool(environment.get("WORLD_SIZE")):
+        present, missing = ("RANK", "WORLD_SIZE") if environment.get("RANK") else ("WORLD_SIZE", "RANK")
+        raise UserError(
+            f"{present}={environment[present]} is set and {missing} is not: set both, unset {present} for one"
+            " process, or start through a launcher"
+        )
     for rank_name, size_name, local_name in _LAUNCHERS:
-        if rank_name in environment and size_name in environment:
+        if environment.get(rank_name) and environment.get(size_name):
+            names = (rank_name, size_name, *([local_name] if environment.get(local_name) else []))
+            shown = ", ".join(f"{name}={environment[name]!r}" for name in names)
             try:
-                rank, size = int(environment[rank_name]), int(environment[size_name])
-                local_rank = int(environment.get(local_name, rank))
+                rank, size, *rest = (int(environment[name]) for name in names)
             except ValueError as error:
                 raise UserError(
-                    f"the launcher's {rank_name}={environment[rank_name]!r},"
-                    f" {size_name}={environment[size_name]!r} are not numbers: unset them or start through a"
-                    " launcher"
+                    f"the launcher's {shown} are not numbers: unset them or start through a launcher"
                 ) from error
+            local_rank = rest[0] if rest else rank
+            if not 0 <= rank < size or local_rank < 0:
+                raise UserError(
+                    f"the launcher's {shown} do not fit: ranks count from 0 to {size_name} - 1; unset them or"
+                    " start through a launcher"
+                )
             # A rank's number among those of its host is its number among all on the first host alone, for
             # the ranks below it are then there too.
             return World(rank=rank, size=size, local_rank=local_rank, is_on_first_host=rank == local_rank)

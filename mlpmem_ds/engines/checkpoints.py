@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import FileRecord, require_free_bytes
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.processes import gather_values, wait_for_all
@@ -123,7 +123,7 @@ def _prepare_place(root: Path, needed: int) -> str | None:
 def _give_up(place: Path, step: int, error: Exception) -> None:
     """Raise a UserError with the remedy; what was half written goes."""
     shutil.rmtree(place, ignore_errors=True)
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     raise UserError(
         f"the checkpoint of step {step} could not be written below {place.parent} ({reason};"
         f" {shutil.disk_usage(place.parent).free / 1e9:.2f} GB are free there): free some space and run the"

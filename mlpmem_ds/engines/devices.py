@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.world import World
 
 
@@ -40,7 +40,7 @@ def device_of_rank(requested: str, world: World) -> torch.device:
         else:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--device {requested} is not here ({reason}): give auto, cpu, cuda or cuda:N"
         ) from error
@@ -56,7 +56,8 @@ def free_host_bytes() -> int:
     """Memory of this machine that programs may still take, as Linux estimates it; without an estimate, all of
     it."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        lines = dict(line.split(":") for line in text.strip().split("\n"))
         return 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, first_line
 from mlpmem_ds.engines.code_words import are_trained_together, train_code_words
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import Ranks
@@ -157,7 +157,7 @@ class Index:
         try:
             raw = faiss.index_factory(dim, factory)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0].rpartition(": ")[2]
+            reason = first_line(error).rpartition(": ")[2]
             raise ValueError(
                 f"factory {factory!r} does not fit vectors of {dim} dimensions ({reason}): choose another, "
                 "such as IVF1024,PQ64, or auto"

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.world import World
 
 _SECONDS_FOR_THREADS = 0.1
@@ -73,7 +74,7 @@ def start_waiting_group(world: World, timeout: datetime.timedelta) -> None:
     except RuntimeError as error:
         raise UserError(
             f"rank {world.rank} of {world.size} did not reach the others over the hosts' network"
-            f" ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME to the name of the network that joins"
+            f" ({first_line(error)}): set GLOO_SOCKET_IFNAME to the name of the network that joins"
             " them, as NCCL_SOCKET_IFNAME"
         ) from error
 
@@ -93,9 +94,21 @@ def leave_process_group() -> None:
 
 
 def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port of rank 0, which every rank works out alike."""
-    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    """Address and port of rank 0, which every rank works out alike.
+
+    Raises:
+        UserError: several ranks on several hosts have no MASTER_ADDR, or MASTER_PORT is not a number.
+    """
+    if world.size == 1 and not _port_of(environment):
+        # Kubernetes sets MASTER_PORT to tcp://… in every pod next to a service that is called `master`.
+        environment = {name: value for name, value in environment.items() if not name.startswith("MASTER_")}
+    elif environment.get("MASTER_PORT") and not _port_of(environment):
+        raise UserError(
+            f"MASTER_PORT={environment['MASTER_PORT']} is not the number of a port: set it to a free one,"
+            " such as 29500 (Kubernetes sets it itself next to a service that is called `master`)"
+        )
+    if environment.get("MASTER_ADDR") and environment.get("MASTER_PORT"):
+        return environment["MASTER_ADDR"], _port_of(environment)
     if world.size == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -108,8 +121,8 @@ def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, in
         ),
         "",
     )
-    port = int(environment.get("MASTER_PORT", 20000 + zlib.crc32(job.encode()) % 20000))
-    if "MASTER_ADDR" in environment:
+    port = _port_of(environment) or 20000 + zlib.crc32(job.encode()) % 20000
+    if environment.get("MASTER_ADDR"):
         return environment["MASTER_ADDR"], port
     if (
         environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size)
@@ -121,7 +134,7 @@ def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, in
             names = subprocess.run(
                 ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
                 check=True,
             ).stdout.split()
             return names[0], port
@@ -129,6 +142,12 @@ def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, in
         f"{world.size} ranks on several hosts do not know where to meet: set MASTER_ADDR to the name of "
         "rank 0's host (and MASTER_PORT to a free port), or start with torchrun or deepspeed"
     )
+
+
+def _port_of(environment: Mapping[str, str]) -> int:
+    """The number in MASTER_PORT; 0 where there is none."""
+    text = environment.get("MASTER_PORT", "").strip()
+    return int(text) if re.fullmatch("[0-9]{1,5}", text) and int(text) < 1 << 16 else 0
 
 
 def join_store(world: World, environment: Mapping[str, str], timeout: datetime.timedelta) -> Any:
@@ -150,7 +169,7 @@ def join_store(world: World, environment: Mapping[str, str], timeout: datetime.t
     except RuntimeError as error:
         raise UserError(
             f"rank {world.rank} of {world.size} did not meet the others at {address}:{port}"
-            f" ({str(error).splitlines()[0]}): check that all ranks were started and that MASTER_ADDR and"
+            f" ({first_line(error)}): check that all ranks were started and that MASTER_ADDR and"
             " MASTER_PORT are those of rank 0's host"
         ) from error
     return torch.distributed.PrefixStore("mlpmem_ds", store)
@@ -297,6 +316,6 @@ def _deepspeed_command() -> int | None:
     try:
         if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
             return None
-        return int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+        return int((parent / "stat").read_text(encoding="latin-1").rpartition(")")[2].split()[1])
     except (OSError, IndexError, ValueError):
         return None

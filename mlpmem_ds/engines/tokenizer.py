@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.engines.text_backend import TextBackend, definition_of, text_backend
 from mlpmem_ds.formats.corpus import vocabulary_sha256
@@ -283,12 +283,6 @@ def definition_sha256(tokenizer: Any) -> str:
 def backend_of(tokenizer: Any) -> Any | None:
     """The tokenizer of the library `tokenizers` below it; None where it is written in Python."""
     return tokenizer.backend_tokenizer if isinstance(tokenizer, TokenizersBackend) else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message that says something; else the kind of the error."""
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _begin_ids(tokenizer: Any, label: str) -> tuple[int, ...]:

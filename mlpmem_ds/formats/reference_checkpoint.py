@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import content_hash, sha256_of_file
 
 SUBDIRECTORY = "knn_generator"
@@ -204,7 +204,7 @@ def _open(path: Path, stack: ExitStack) -> _Safetensors | _Pickle:
                 raise
             loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
     except Exception as error:  # safetensors, zip and pickle each raise a family of their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{path} cannot be read as plain tensors ({type(error).__name__}: {reason[:200]}): it is cut"
             " short, damaged, or a pickle that would run code, which is never done; download it again, or"

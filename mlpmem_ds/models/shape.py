@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mlpmem_ds.core.errors import first_line
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -27,7 +29,7 @@ def read_shape(path: str) -> ModelShape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"no configuration of a causal language model ({reason})") from error
     text = config.get_text_config()
     parameters = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())

@@ -113,6 +113,55 @@ def test_numbers_that_are_none_are_refused() -> None:
             parse("--input", "a", "--output", "o", "--rate", word)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output", ""], "argument --output: '' is empty: is a variable unset?"),
+        (["--output", " \t"], "is empty: is a variable unset?"),
+        (["--output="], "argument --output: '' is empty"),
+        (["--input", "a", ""], "argument --input: '' is empty"),
+        (["--also", ""], "argument --also: '' is empty"),
+        (["--size", ""], "argument --size: '' is empty"),
+        (["--output", "out\r"], "line ends of Windows"),
+        (["--output", "out\n"], "line ends of Windows"),
+        (["--output", "a\0b"], "NUL"),
+        (["--output"], "expected one argument"),
+        (["--input", "a", "--input", "b"], "given twice: give all its values after one --input"),
+        (["--block_size", "9", "--block-size", ""], "no whole number"),
+        (["--block-size", "1,000"], "no whole number"),
+        (["--block-size", "99999999999999999999"], "too large"),
+        (["--block-size", "9" * 5000], "no whole number"),
+        (["--rate", "1,5"], "invalid float value"),
+        (["--ouput", "x"], "did you mean --output?"),
+    ],
+)
+def test_wrong_words_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    needed = [word for flag in ("--input", "--output") for word in (flag, "x") if flag not in str(words)]
+    with pytest.raises(SystemExit) as caught:
+        parse(*needed, *words)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_paths_as_shells_leave_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    odd = tmp_path / "a 'b' \"c\" ü $x\nd"
+    line_end = tmp_path / "from dos\r"
+    line_end.mkdir()
+    for word, path in [
+        ("~/run", Path("/home/me/run")),
+        ("~", Path("/home/me")),
+        ("~run", Path("~run")),
+        ("./~/run", Path("~/run")),
+        (str(odd), odd),
+        (str(line_end), line_end),
+        (" out ", Path(" out ")),
+        ("caf\udce9", Path("caf\udce9")),
+    ]:
+        assert parse("--input", "a", f"--output={word}").output == path
+    twice = parse("--input", "a", "--output", "a", "--block-size", "1", "--output", "b", "--block_size", "2")
+    assert (twice.output, twice.block_size) == (Path("b"), 2), "the last counts"
+
+
 def test_words_that_the_type_does_not_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse("--input", "a", "--output", "o", "--size", "large").size == "large"
     with pytest.raises(SystemExit) as caught:

@@ -20,6 +20,9 @@ from mlpmem_ds.core.world import World, world_from_environment
         ),
         # a plain python in a batch script of eight tasks is a world of one
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, World()),
+        # neither is one in the shell of an allocation, nor one with variables that are empty
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, World()),
+        ({"RANK": "", "WORLD_SIZE": "", "OMPI_COMM_WORLD_RANK": "", "SLURM_PROCID": "3"}, World()),
         # torchrun inside mpirun: the nearest launcher counts
         (
             {"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
@@ -31,7 +34,19 @@ def test_world_from_environment(environment: dict[str, str], expected: World) ->
     assert world_from_environment(environment) == expected
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"},
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2", "RANK": ""},
+    ],
+)
 def test_wrong_variables_are_the_users_to_mend(environment: dict[str, str]) -> None:
     with pytest.raises(UserError):
         world_from_environment(environment)

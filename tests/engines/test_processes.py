@@ -22,6 +22,21 @@ def test_ranks_agree_where_to_meet():
         meeting_point(world, {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
 
 
+@pytest.mark.parametrize(
+    "port", ["tcp://10.0.0.7:8080", "abc", "", "-1", "0", "70000", "8_0", "1.5", "\u0661"]
+)
+def test_a_port_that_is_none_is_refused_or_of_no_account(port):
+    """Kubernetes sets MASTER_PORT in a pod next to a service that is called `master`."""
+    environment = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": port}
+    address, found = meeting_point(World(), environment)
+    assert address == "127.0.0.1" and found > 0, "one rank meets itself"
+    if port:
+        with pytest.raises(UserError, match="MASTER_PORT=.* is not the number of a port"):
+            meeting_point(World(rank=1, size=2, local_rank=1), environment)
+    else:
+        assert meeting_point(World(rank=1, size=2, local_rank=1), environment)[0] == "10.0.0.7"
+
+
 class FakeWork:
     """A collective that ends when it is waited for."""
 

@@ -5,11 +5,14 @@ A step that is cut off has reported all that it had measured by then.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from mlpmem_ds.core.log import read_json_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +106,9 @@ class Reporter:
 def read_figures(path: Path) -> list[Figure]:
     """The figures that a step reported, without a line that a kill cut short."""
     figures = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            figures.append(Figure(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            continue
+    for values in read_json_lines(path):
+        with contextlib.suppress(TypeError):
+            figures.append(Figure(**values))
     return figures
 
 

@@ -140,11 +140,12 @@ def check_gpus(config: Config) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.cuda.device_count(), torch.__version__)"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     count, _, version = done.stdout.strip().partition(" ")
     if not count.isdigit():
-        raise UserError(f"torch cannot be imported: {done.stderr.strip().splitlines()[-1:]}")
+        raise UserError(f"torch cannot be imported: {done.stderr.strip().rpartition(chr(10))[2]}")
     if int(count) < config.gpus:
         raise UserError(
             f"--gpus {config.gpus}: torch {version} sees {count} (CUDA_VISIBLE_DEVICES="
@@ -183,7 +184,7 @@ def run_in_process(step: Step, config: Config, work: Path, seconds: float) -> Re
             pass
         finally:
             end_group(process)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     return Result(
         step=step,
         outcome=outcome,
@@ -258,7 +259,7 @@ def described(result: Result) -> str:
     what = result.step.meaning if result.outcome == "done" else f"{result.outcome}: {result.step.meaning}"
     lines = [f"{word:<5}{result.step.name:<18}{result.seconds:>6.1f} s  {what}"]
     lines += [f"       {'' if figure.is_met else 'MISSED '}{figure}" for figure in result.figures]
-    lines += [f"       | {line}" for line in result.said.splitlines()]
+    lines += [f"       | {line}" for line in result.said.split("\n") if line]
     return "\n".join(lines) + "\n"
 
 

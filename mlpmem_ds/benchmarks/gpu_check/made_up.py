@@ -90,4 +90,6 @@ def probed_front_end(
     _logger.info("%s", " ".join(command))
     fresh(reports).mkdir(parents=True)
     subprocess.run(command, check=True)
-    return [json.loads((reports / f"rank-{rank}.json").read_text()) for rank in range(ranks or 1)]
+    return [
+        json.loads((reports / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks or 1)
+    ]

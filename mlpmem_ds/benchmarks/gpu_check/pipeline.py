@@ -222,4 +222,4 @@ def check_generation(context: Context) -> None:
     context.report.fact("agreed_with_growing_cache", agreed / count, at_least=0.5)
     context.report.speed("static_tokens_per_second", count / seconds, "1/s")
     front_end("generate", "--model", export, "--prompt", "def read(self, ", "--max-new-tokens", count)
-    (context.work / "generated.json").write_text(json.dumps(static_list))
+    (context.work / "generated.json").write_text(json.dumps(static_list), encoding="utf-8")

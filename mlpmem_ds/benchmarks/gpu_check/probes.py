@@ -24,8 +24,8 @@ from mlpmem_ds.engines.deepspeed.engine import Engine
 _PROFILED_STEPS = 4
 
 
-class EnoughSteps(Exception):
-    """The training has run for as long as is measured."""
+class EnoughSteps(BaseException):
+    """The training has run for as long as is measured; no error, which the front-end would report."""
 
 
 class StepProbe:
@@ -98,7 +98,7 @@ def run(reports: Path, max_steps: int, name: str, words: Sequence[str]) -> int:
         "peak_bytes": max((torch.cuda.max_memory_allocated(number) for number in used), default=0),
         "idle_share": probe.idle_share,
     }
-    (reports / f"rank-{rank}.json").write_text(json.dumps(said))
+    (reports / f"rank-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
     return code
 
 

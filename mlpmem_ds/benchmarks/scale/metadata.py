@@ -206,7 +206,7 @@ def calls_of_a_waiting_round(work: Path, *, ranks: int = 2048, rounds: int = 10)
         for other in others:
             path = directory.records.claim_path(other)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("elsewhere - 1")
+            path.write_text("elsewhere - 1", encoding="utf-8")
 
     def pass_a_round(seconds: float) -> None:
         nonlocal passed

@@ -19,6 +19,7 @@ import numpy as np
 from mlpmem_ds.benchmarks.made_up_keys import synthetic_keys, write_made_up_keys
 from mlpmem_ds.benchmarks.scale.measure import Measure
 from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.world import World, world_from_environment
 from mlpmem_ds.formats.keys import open_keys
 
@@ -104,7 +105,7 @@ def _launch(command: Sequence[str], ranks: int) -> str:
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         environment = inherited | {name: str(value) for name, value in launched.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8"))
     said = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"{' '.join(command)} failed in {ranks} ranks")
@@ -113,7 +114,7 @@ def _launch(command: Sequence[str], ranks: int) -> str:
 
 def _seconds_of_shards(output: Path) -> float:
     """From the record of the sample to that of the last shard."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    lines = read_events(output / "log.jsonl")
     times = {line["unit"]: line["time"] for line in lines if line["event"] == "unit"}
     return float(max(times.values()) - times["weighting"])
 

@@ -196,11 +196,11 @@ class SharedFolder(Ranks):
     def _give_sign(self, number: int) -> None:
         """Which process this is, and a number that grows; written in place: opening a file to read it is what
         makes NFS look at it anew."""
-        (self._session / f"sign-{self.rank}").write_text(f"{holder(os.getpid())}\n{number}")
+        (self._session / f"sign-{self.rank}").write_text(f"{holder(os.getpid())}\n{number}", encoding="utf-8")
 
     def _sign_of(self, rank: int) -> str:
         with contextlib.suppress(OSError):
-            return (self._session / f"sign-{rank}").read_text()
+            return (self._session / f"sign-{rank}").read_text(encoding="utf-8")
         return ""
 
     def _has_ended(self, rank: int) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlpmem_ds.core.errors import first_line
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives import pairwise
 from mlpmem_ds.engines.collectives.heartbeat import Heartbeat, wait_until
@@ -171,7 +172,7 @@ class TorchGroup(Ranks):
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).splitlines()[0].split(". This is typically caused")[0]  # gloo's own advice
+            reason = first_line(error).split(". This is typically caused")[0]  # gloo's own advice
             raise self._lost(reason) from error
 
 

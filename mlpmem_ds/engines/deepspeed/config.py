@@ -220,7 +220,7 @@ def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
         try:
             getattr(import_part(module), model)(**section)
         except Exception as error:  # pydantic's own family, which is known only where pydantic is imported
-            lines = [line.strip() for line in str(error).splitlines()]
+            lines = [line.strip() for line in str(error).split("\n")]
             raise UserError(
                 f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key"
             ) from error

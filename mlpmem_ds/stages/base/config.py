@@ -20,6 +20,7 @@ class Config(TrainingOptions):
     example: ClassVar[str] = (
         "torchrun --nproc-per-node 2 tools/train_base.py --corpus run/corpus --output run/base --epochs 8"
     )
+    memory_flags: ClassVar[tuple[str, ...]] = ("--micro-batch-tokens",)
 
     ds_config: Path = with_default("ds_config", ds_configs() / "zero2.json")
     epochs: float = with_default("epochs", 8.0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -94,7 +94,7 @@ def _read_base(model: str) -> _Base:
             num_layers=config.num_hidden_layers, width=config.hidden_size, vocab_size=config.vocab_size
         )
     except Exception as error:  # a family of errors for each kind of configuration
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"--model {model} has no configuration of a language model ({reason})") from error
 
 

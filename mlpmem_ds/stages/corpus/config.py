@@ -26,6 +26,7 @@ class Config(Flags):
         "python tools/prepare_corpus.py --input books/ --tokenizer train:4096 --output run/corpus"
         " --tuning-fraction .05 --test-fraction .05"
     )
+    memory_flags: ClassVar[tuple[str, ...]] = ("--processes",)
 
     input: tuple[str, ...] = option(
         "files, directories, globs, saved data sets or datasets:NAME[:CONFIGURATION[:SPLIT]] to read",

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
@@ -149,7 +149,7 @@ def _load_tokenizer(name_or_path: str) -> Any:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--tokenizer {name_or_path} cannot be loaded ({str(error).splitlines()[0]}): give a tokenizer "
+            f"--tokenizer {name_or_path} cannot be loaded ({first_line(error)}): give a tokenizer "
             "directory, a Hub name, or train:VOCAB"
         ) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -79,5 +80,6 @@ class Workers:
 
 
 def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone answers
     gc.freeze()  # the collector leaves the parent's objects alone, so that their memory stays shared
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already

@@ -43,6 +43,7 @@ class Config(Flags):
         " --memory run/memory --keys run/keys --index run/index --targets run/targets"
         " --control base+memory_ce_only=run/ce_only base_trained_on=run/base_trained_on"
     )
+    memory_flags: ClassVar[tuple[str, ...]] = ("--batch-windows",)
 
     model: str = option("base language model: a directory or Hub name", identity="none")
     corpus: Path = option("corpus directory with the text to predict")

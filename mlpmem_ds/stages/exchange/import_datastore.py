@@ -211,7 +211,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
             "tokens": len(tokens_n),
         }
         with writer.file(f"train/documents-{unit}.jsonl") as path:
-            path.write_text(json.dumps(entry) + "\n")
+            path.write_text(json.dumps(entry) + "\n", encoding="utf-8")
         return {"tokens": len(tokens_n), "documents": 1, "bytes": 0}
 
     def describe() -> CorpusManifest:

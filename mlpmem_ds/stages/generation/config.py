@@ -19,9 +19,10 @@ class Config(Flags):
         'python launch/generate.py --model run/export --prompt "def read(self, " --max-new-tokens 40'
         " --compare"
     )
+    memory_flags: ClassVar[tuple[str, ...]] = ("--batch-size", "--max-new-tokens")
 
     model: str = option("exported model: a directory or Hub name")
-    prompt: tuple[str, ...] = option("texts to continue", ())
+    prompt: tuple[str, ...] = option("texts to continue", (), parse=str)
     prompts_file: Path | None = option(
         "instead: a UTF-8 file with one prompt a line; of JSON lines (.jsonl), each is a text, or an object"
         " with one in `prompt`",

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
-from mlpmem_ds.engines.tokenizer import first_line, load_tokenizer
+from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig

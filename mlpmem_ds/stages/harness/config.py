@@ -22,6 +22,7 @@ class Config(Flags):
         "python tools/run_lm_eval.py --model run/export --questions nq_open.jsonl --lambdas 0 0.5"
         " --limit 1000"
     )
+    memory_flags: ClassVar[tuple[str, ...]] = ("--batch-size",)
 
     model: str = option("exported model: a directory or Hub name")
     questions: Path | None = option(

@@ -27,6 +27,7 @@ class Config(Flags):
         "torchrun --nproc-per-node 2 tools/extract_keys.py --model run/base --corpus run/corpus"
         " --output run/keys"
     )
+    memory_flags: ClassVar[tuple[str, ...]] = ("--batch-windows",)
 
     model: str = option("language model of the keys: a directory or Hub name", identity="none")
     input_model: str | None = option(

@@ -26,6 +26,7 @@ class Config(Flags):
         "mpirun -n 4 python tools/write_targets.py --keys RUN/keys --index RUN/index --output RUN/targets"
         " --k 1024"
     )
+    memory_flags: ClassVar[tuple[str, ...]] = ("--batch-positions",)
 
     keys: Path = option("key directory of extract_keys")
     output: Path = option("target directory to write")

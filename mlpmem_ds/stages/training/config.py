@@ -29,6 +29,7 @@ class Config(TrainingOptions):
         "deepspeed --num_accelerators 2 launch/train.py --ds_config ds_configs/zero3.json"
         " --corpus RUN/corpus --targets RUN/targets --output RUN/memory"
     )
+    memory_flags: ClassVar[tuple[str, ...]] = ("--micro-batch-positions", "--reader-threads")
 
     targets: Path | None = option("target directory; may be left out with --alpha 0", None)
     keys: Path | None = option("key directory (default: `keys` next to --targets)", None)

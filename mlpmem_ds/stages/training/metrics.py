@@ -12,6 +12,7 @@ from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_bytes
+from mlpmem_ds.core.log import read_json_lines
 from mlpmem_ds.core.world import World
 
 _SHOWN = {"loss": "loss", "kl": "KL", "ce": "CE", "learning_rate": "lr", "gradient_norm": "norm"}
@@ -62,13 +63,13 @@ class Metrics:
         if not self._path.is_file():
             return
         lines = []
-        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in self._path.read_bytes().split(b"\n"):
             try:
                 if json.loads(line)["step"] <= step:
-                    lines.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
+                    lines.append(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # cut short by a crash
-        publish_bytes(self._path, "".join(lines).encode())
+        publish_bytes(self._path, b"".join(lines))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl; numbers that are not finite become null there."""
@@ -106,14 +107,7 @@ def require_wandb() -> Any:
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
     """The lines of OUTPUT/metrics.jsonl in order, without one that a crash cut short; [] without a file."""
-    path = output / "metrics.jsonl"
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    return read_json_lines(output / "metrics.jsonl")
 
 
 def progress_note(values: Mapping[str, float]) -> str:
