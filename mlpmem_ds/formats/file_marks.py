@@ -1,8 +1,15 @@
-"""What a file is by its first bytes, for messages about files that are not what their names say."""
+"""What a file is by its name or its first bytes, for messages about files that are not read."""
 
 from __future__ import annotations
 
+import mimetypes
+import re
+
 NUM_MARK_BYTES = 64
+RESOURCE_FORK = b"\x00\x05\x16\x07"
+"""AppleDouble: what macOS keeps next to a file, named `._` and the file's name, on disks of others"""
+_TYPES = mimetypes.MimeTypes(filenames=())  # Python's own list, not this machine's
+_NO_TEXT = re.compile(r"(image/(?!svg)|audio/|video/|font/|application/(octet-stream|x-python-code|wasm)$)")
 
 _MARKS: tuple[tuple[bytes, str], ...] = (
     (b"PAR1", "a Parquet file"),
@@ -40,3 +47,9 @@ def kind_by_mark(first: bytes) -> str:
     if first.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page or XML (the page of an error, where a download failed?)"
     return ""
+
+
+def is_no_text_by_name(name: str) -> bool:
+    """Whether a name says that a file is no text, such as a picture."""
+    kind, packing = _TYPES.guess_type(name, strict=False)
+    return bool(kind and not packing and _NO_TEXT.match(kind))

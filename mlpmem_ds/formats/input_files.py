@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import glob
-import mimetypes
 import os
 import re
 import stat
@@ -21,6 +20,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import is_own_directory
 from mlpmem_ds.core.names import spell_name
 from mlpmem_ds.formats.documents import DATASET_PREFIX, SourceFile
+from mlpmem_ds.formats.file_marks import RESOURCE_FORK, is_no_text_by_name
 from mlpmem_ds.formats.omissions import Omission, ReasonName, describe_omissions
 from mlpmem_ds.formats.saved_datasets import datasets_files, is_saved_dataset
 
@@ -56,9 +56,6 @@ _MARKS_OF_OURS = ("identity.json", "manifest.json", "mlpmem_export.json")
 _VERSION_CONTROL = {".git", ".hg", ".svn", ".bzr"}
 _SYSTEM_FOLDERS = {"__MACOSX", ".Trashes", ".Spotlight-V100", ".fseventsd"}
 _SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "Desktop.ini", ".localized", "Icon\r"}
-_RESOURCE_FORK = b"\x00\x05\x16\x07"  # AppleDouble, what macOS keeps next to a file on foreign disks
-_TYPES = mimetypes.MimeTypes(filenames=())  # Python's own list, not this machine's
-_NO_TEXT = re.compile(r"(image/(?!svg)|audio/|video/|font/|application/(octet-stream|x-python-code|wasm)$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +91,7 @@ class _Choice:
             return "system file"
         if not self.is_default:
             return "not included"
-        kind, packing = _TYPES.guess_type(name.rpartition("/")[2], strict=False)
-        return "not text" if kind and not packing and _NO_TEXT.match(kind) else "unknown name"
+        return "not text" if is_no_text_by_name(name.rpartition("/")[2]) else "unknown name"
 
 
 def find_files(
@@ -300,7 +296,7 @@ def _fault_of_link(link: os.DirEntry[str], root: Path) -> ReasonName | None:
 def _is_resource_fork(path: str) -> bool:
     try:
         with open(path, "rb") as stream:
-            return stream.read(len(_RESOURCE_FORK)) == _RESOURCE_FORK
+            return stream.read(len(RESOURCE_FORK)) == RESOURCE_FORK
     except OSError:  # said where the file is read
         return False
 

@@ -22,6 +22,7 @@ ReasonName = Literal[
     "system file",
     "own output",
     "unknown name",
+    "other member",
     "encoding",
     "unreadable",
     "linked folder",
@@ -57,6 +58,11 @@ REASONS: Mapping[ReasonName, Reason] = {
         words="names that no pattern knows",
         loses_text=True,
         remedy="--include with their pattern reads them, as their suffix says; --exclude leaves them out",
+    ),
+    "other member": Reason(
+        words="members of archives that no reader takes",
+        loses_text=True,
+        remedy="unpack the archive and give the folder, with --include for their names",
     ),
     "encoding": Reason(
         words="files that are not text in UTF-8",

@@ -1,74 +1,111 @@
-"""Read webdataset tars as documents: the members that share a name up to the first dot are one sample.
-
-A text member is one whose name ends in `.txt`, `.text` or `.md`. Of the sample KEY, the member `KEY.txt`
-(else `KEY.text`, `KEY.md`) is the document KEY; every other text member, such as `22.05.txt`, `KEY.seg.txt`
-or a second text, is a document of its own, named by the whole member.
-`NAME.json` has the fields of `NAME.txt`, `KEY.json` of all that have none; where a sample has no text member,
-the document is the text of its JSON.
+"""Read webdataset tars, and other tars of text files, as documents: see archive_samples.py for their names.
 
 A tar has a checksum for each header and none for the data; it must end with a block of zeros. Tars that were
-joined are read one after another.
+joined are read one after another. A link to a file of the archive has the content of that file.
 """
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.json_lines import NotJsonError, parse_json
+from mlpmem_ds.formats.archive_samples import Member, is_read, omission_of, sample_records
 from mlpmem_ds.formats.omissions import Omission
-from mlpmem_ds.formats.records import ReadRules, Record, record_of
+from mlpmem_ds.formats.records import ReadRules, Record
 from mlpmem_ds.formats.streams import DamagedStreamError, opened
 
-_TEXTS = ("txt", "text", "md")  # the first of a sample is its main text
+MAX_LINKED_BYTES = 1 << 28
+"""of files of one archive to which links point: they are held in memory"""
 _BUFFER = 1 << 14  # tarfile copies what is left of it at each read
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Member:
-    """A text or JSON file of an archive; `stem` and `extension` (in small letters) part at the last dot."""
-
-    name: str
-    stem: str
-    extension: str
-    content: bytes
+_MAX_LINKS = 40  # of one that points to another
 
 
 def read_tar(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
-    """The documents of an archive, in the order of its members. See above for their names."""
+    """The documents of an archive, in the order of its members.
+
+    Raises:
+        UserError: it is cut short or damaged, or a member is not what its name says.
+    """
     with opened(path) as stream:
-        key, sample = "", list[_Member]()
-        for member in _members(path, stream):
-            if _key_of(member.name) != key:
-                yield from _records(path, key, sample, rules)
-                key, sample = _key_of(member.name), []
-            sample.append(member)
-        yield from _records(path, key, sample, rules)
+        yield from sample_records(path, _members(path, stream), rules)
 
 
-def _key_of(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
+def _members(path: Path, stream: BinaryIO) -> Iterator[Member | Omission]:
+    linked: dict[str, bytes] | None = None
+    for entry, content in _entries(path, stream, lambda entry: entry.isreg() and is_read(entry.name)):
+        if content is not None:
+            yield Member(name=entry.name, content=content)
+        elif (entry.islnk() or entry.issym()) and is_read(entry.name):
+            linked = _linked_contents(path) if linked is None else linked
+            content = linked.get(posixpath.normpath(entry.name))
+            yield (
+                Omission(name=entry.name, reason="broken link", detail=entry.linkname)
+                if content is None
+                else Member(name=entry.name, content=content)
+            )
+        elif entry.isreg() or entry.islnk() or entry.issym():
+            yield omission_of(entry.name)
+        elif entry.isdev():
+            yield Omission(name=entry.name, reason="special file")
+        elif not entry.isdir():
+            yield omission_of(entry.name, kind=f"of type {ascii(entry.type)[1:]}")
 
 
-def _members(path: Path, stream: BinaryIO) -> Iterator[_Member]:
-    """The text and JSON members, each whole in memory; the others are passed over."""
+def _linked_contents(path: Path) -> dict[str, bytes]:
+    """The content of each link whose name says text or JSON, where its file is in the archive.
+
+    Links are rare; an archive that has them is read twice more.
+    """
+    links: dict[str, str] = {}
+    with opened(path) as stream:
+        for entry, _ in _entries(path, stream, lambda entry: False):
+            name = posixpath.normpath(entry.name)
+            if entry.islnk():
+                links[name] = posixpath.normpath(entry.linkname)
+            elif entry.issym():
+                links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), entry.linkname))
+    target_of = {name: _target(name, links) for name in links if is_read(name)}
+    targets, contents, size = set(target_of.values()), dict[str, bytes](), 0
+
+    def is_target(entry: tarfile.TarInfo) -> bool:
+        return entry.isreg() and posixpath.normpath(entry.name) in targets
+
+    with opened(path) as stream:
+        for entry, content in _entries(path, stream, is_target):
+            if content is not None:
+                contents[posixpath.normpath(entry.name)] = content
+                if (size := size + len(content)) > MAX_LINKED_BYTES:
+                    raise UserError(
+                        f"{path} has links to files of more than {MAX_LINKED_BYTES:,} bytes, which are held"
+                        " in memory: unpack it and give the folder"
+                    )
+    return {name: contents[target] for name, target in target_of.items() if target in contents}
+
+
+def _target(name: str, links: dict[str, str]) -> str:
+    for _ in range(_MAX_LINKS):
+        if name not in links:
+            break
+        name = links[name]
+    return name
+
+
+def _entries(
+    path: Path, stream: BinaryIO, is_needed: Callable[[tarfile.TarInfo], bool]
+) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """The headers, each with its content where that is needed."""
     last = ""
     try:
         with _Archive.open(fileobj=stream, mode="r|", bufsize=_BUFFER) as archive:
             while (entry := archive.next()) is not None:
                 archive.members.clear()  # it would remember them all
                 last = entry.name
-                stem, _, extension = entry.name.rpartition(".")
-                file = archive.extractfile(entry) if entry.isreg() else None
-                if file is not None and extension.lower() in (*_TEXTS, "json"):
-                    yield _Member(
-                        name=entry.name, stem=stem, extension=extension.lower(), content=file.read()
-                    )
+                file = archive.extractfile(entry) if is_needed(entry) else None
+                yield entry, None if file is None else file.read()
     except DamagedStreamError:  # of the compressed data: `opened` says where
         raise
     except (tarfile.TarError, ValueError, OverflowError) as error:
@@ -107,41 +144,3 @@ class _Archive(tarfile.TarFile):
     ignore_zeros = True
     members: list[Any]
     is_ended = False
-
-
-def _records(path: Path, key: str, sample: list[_Member], rules: ReadRules) -> Iterator[Record | Omission]:
-    """The documents of one sample."""
-    text_field, group_field = rules.text_field, rules.group_field
-    objects = [(member, _parsed(path, member)) for member in sample if member.extension == "json"]
-    fields = {member.stem: values for member, values in objects}
-    texts = [member for member in sample if member.extension in _TEXTS]
-    own = [member for member in texts if member.stem == key]
-    main = min(own, key=lambda member: _TEXTS.index(member.extension), default=None)
-    for member in texts:
-        values = fields.get(member.stem, fields.get(key))
-        values = {**(values if isinstance(values, Mapping) else {}), text_field: _decoded(path, member)}
-        name = key if member is main else member.name
-        yield record_of(path, f"member {member.name!r}", name, values, text_field, group_field)
-    if texts:
-        return
-    for member, values in objects:
-        name = key if member.stem == key else member.name
-        yield record_of(path, f"member {member.name!r}", name, values, text_field, group_field)
-
-
-def _decoded(path: Path, member: _Member) -> str:
-    try:
-        return member.content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} member {member.name!r} is not UTF-8 text ({error}): mend it or leave the file out"
-        ) from error
-
-
-def _parsed(path: Path, member: _Member) -> Any:
-    try:
-        return parse_json(_decoded(path, member))
-    except NotJsonError as error:
-        raise UserError(
-            f"{path} member {member.name!r} is not JSON ({error}): mend it or leave the file out"
-        ) from error

@@ -165,7 +165,7 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "k.tar",
         lambda path: path.write_bytes(tar_bytes({"s1.json": b'{"x": 1}'})),
-        "k.tar member 's1.json' .*it has x",
+        "k.tar member 's1.json', .*it has x",
     ),
 ]
 

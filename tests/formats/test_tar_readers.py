@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record
 from mlpmem_ds.formats.tar_readers import read_tar
 
@@ -113,3 +114,56 @@ def test_a_sample_may_have_its_group_in_its_own_json(tmp_path: Path) -> None:
     read = list(read_tar(tmp_path / "x.tar", ReadRules(group_field="by")))
     found = [(record.text, record.group) for record in read if isinstance(record, Record)]
     assert found == [("five", "both"), ("six", "six")]
+
+
+def test_links_have_the_content_of_their_file_and_broken_ones_are_named(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, kind, target in (
+            ("./s/0.txt", tarfile.REGTYPE, ""),
+            ("s/1.txt", tarfile.LNKTYPE, "s/0.txt"),
+            ("s/2.txt", tarfile.SYMTYPE, "0.txt"),
+            ("t/3.md", tarfile.SYMTYPE, "../s/2.txt"),
+            ("t/4.txt", tarfile.SYMTYPE, "/somewhere/else.txt"),
+            ("t/5.txt", tarfile.SYMTYPE, "5.txt"),
+            ("t/6.txt", tarfile.LNKTYPE, "t/blob"),
+            ("t/blob", tarfile.REGTYPE, ""),
+            ("t", tarfile.DIRTYPE, ""),
+            ("t/pipe", tarfile.FIFOTYPE, ""),
+            ("t/volume", b"V", ""),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, target
+            content = name.encode() if kind == tarfile.REGTYPE else b""
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    for suffix, content in (("", stream.getvalue()), (".gz", gzip.compress(stream.getvalue()))):
+        path = tmp_path / f"x.tar{suffix}"
+        path.write_bytes(content)
+        found = list(read_tar(path, ReadRules()))
+        assert [(each.key, each.text) for each in found if isinstance(each, Record)] == [
+            ("./s/0", "./s/0.txt"),
+            ("s/1", "./s/0.txt"),
+            ("s/2", "./s/0.txt"),
+            ("t/3", "./s/0.txt"),
+            ("t/6", "t/blob"),
+        ]
+        omissions = [(each.name, each.reason, each.detail) for each in found if isinstance(each, Omission)]
+        assert omissions == [
+            ("t/4.txt", "broken link", "/somewhere/else.txt"),
+            ("t/5.txt", "broken link", "5.txt"),
+            ("t/blob", "other member", ""),
+            ("t/pipe", "special file", ""),
+            ("t/volume", "other member", "of type 'V'"),
+        ]
+
+
+def test_links_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlpmem_ds.formats.tar_readers.MAX_LINKED_BYTES", 3)
+    stream = io.BytesIO(tar_of(("a.txt", b"four")))
+    with tarfile.open(fileobj=stream, mode="a") as archive:
+        entry = tarfile.TarInfo("b.txt")
+        entry.type, entry.linkname = tarfile.LNKTYPE, "a.txt"
+        archive.addfile(entry)
+    with pytest.raises(UserError, match="links to files of more than 3 bytes"):
+        texts_of(tmp_path, stream.getvalue())
