@@ -22,7 +22,12 @@ from mlpmem_ds.core.names import spell_name
 from mlpmem_ds.formats.documents import DATASET_PREFIX, SourceFile
 from mlpmem_ds.formats.file_marks import RESOURCE_FORK, is_no_text_by_name
 from mlpmem_ds.formats.omissions import Omission, ReasonName, describe_omissions
-from mlpmem_ds.formats.saved_datasets import datasets_files, is_saved_dataset
+from mlpmem_ds.formats.saved_datasets import (
+    SAVED_DATASET_MARKS,
+    datasets_files,
+    is_saved_dataset,
+    others_of_dataset,
+)
 
 TEXT_PATTERNS = (
     "*.txt",
@@ -49,7 +54,8 @@ TEXT_PATTERNS = (
     "*.jsonl.gz",
     "*.jsonl.zst",
 )
-CONTAINER_PATTERNS = ("*.parquet", "*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
+TABLE_PATTERNS = ("*.parquet", "*.parq", "*.pq", "*.arrow", "*.arrows", "*.feather", "*.ipc")
+CONTAINER_PATTERNS = (*TABLE_PATTERNS, "*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
 FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
 """names that count in a directory, in small or capital letters, unless the user said which do"""
 _MARKS_OF_OURS = ("identity.json", "manifest.json", "mlpmem_export.json")
@@ -177,8 +183,7 @@ def _items_of(path: Path, choice: _Choice, output: Path | None) -> Iterator[Sour
             )
         yield SourceFile(path=path, name=spell_name(path.name), is_named=True)
     elif is_saved_dataset(path):
-        for file in datasets_files(path):
-            yield SourceFile(path=file, name=spell_name(file.relative_to(path).as_posix()), is_named=True)
+        yield from _files_of_dataset(path, "", choice)
     else:
         yield from _walk(path, choice, output)
 
@@ -216,7 +221,9 @@ def _walk(root: Path, choice: _Choice, output: Path | None) -> Iterator[SourceFi
             if name == own:
                 continue
             entered = _enter(entry, choice)
-            if isinstance(entered, list):
+            if isinstance(entered, list) and _is_dataset(entry.path, entered):
+                yield from _files_of_dataset(root, f"{name}/", choice)
+            elif isinstance(entered, list):
                 open_folders.append((f"{name}/", iter(entered)))
             else:
                 yield Omission(name=spell_name(f"{name}/"), reason=entered[0], detail=entered[1])
@@ -257,11 +264,46 @@ def _enter(folder: os.DirEntry[str], choice: _Choice) -> list[os.DirEntry[str]] 
 
 def _is_own(folder: str, entries: Sequence[os.DirEntry[str]]) -> bool:
     """Whether it is an output of ours; what is in it says so already without a file being asked for."""
-    for name in _MARKS_OF_OURS:
-        at = bisect.bisect_left(entries, name, key=lambda entry: entry.name)
-        if at < len(entries) and entries[at].name == name and is_own_directory(Path(folder), name):
-            return True
-    return False
+    return any(_has(entries, name) and is_own_directory(Path(folder), name) for name in _MARKS_OF_OURS)
+
+
+def _is_dataset(folder: str, entries: Sequence[os.DirEntry[str]]) -> bool:
+    """Whether `datasets` saved it; likewise."""
+    return any(_has(entries, name) for name in SAVED_DATASET_MARKS) and is_saved_dataset(Path(folder))
+
+
+def _has(entries: Sequence[os.DirEntry[str]], name: str) -> bool:
+    at = bisect.bisect_left(entries, name, key=lambda entry: entry.name)
+    return at < len(entries) and entries[at].name == name
+
+
+def _files_of_dataset(root: Path, prefix: str, choice: _Choice) -> Iterator[SourceFile | Omission]:
+    """The files of a saved data set in its order, and then what else lies in its folders.
+
+    Args:
+        root: the input.
+        prefix: the data set's folder below it, with a slash at its end; empty where it is the input itself,
+            of which --include says nothing.
+        choice: of names.
+    """
+    files = datasets_files(root / prefix)
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        if any(choice.is_excluded(part) for part in (name, *name[len(prefix) :].split("/"))):
+            yield Omission(name=spell_name(name), reason="excluded")
+        elif prefix and not choice.is_included(path.name):
+            yield Omission(name=spell_name(name), reason="not included", detail=path.suffix)
+        else:
+            yield SourceFile(path=path, name=spell_name(name), is_named=not prefix)
+    for path in others_of_dataset(root / prefix, files):
+        name = path.relative_to(root).as_posix() + "/" * path.is_dir()
+        if choice.is_excluded(path.name) or choice.is_excluded(name):
+            yield Omission(name=spell_name(name), reason="excluded")
+        else:
+            is_cache = path.match("cache-*.arrow")
+            yield Omission(
+                name=spell_name(name), reason="data set cache" if is_cache else "next to a data set"
+            )
 
 
 def _reason_against(entry: os.DirEntry[str], name: str, root: Path, choice: _Choice) -> ReasonName | None:

@@ -21,8 +21,10 @@ ReasonName = Literal[
     "not text",
     "system file",
     "own output",
+    "data set cache",
     "unknown name",
     "other member",
+    "next to a data set",
     "encoding",
     "unreadable",
     "linked folder",
@@ -54,6 +56,7 @@ REASONS: Mapping[ReasonName, Reason] = {
     "not text": Reason(words="files that are not text by their names", loses_text=False),
     "system file": Reason(words="files of the operating system or of version control", loses_text=False),
     "own output": Reason(words="outputs of this program", loses_text=False),
+    "data set cache": Reason(words="caches of the package datasets next to its data", loses_text=False),
     "unknown name": Reason(
         words="names that no pattern knows",
         loses_text=True,
@@ -63,6 +66,11 @@ REASONS: Mapping[ReasonName, Reason] = {
         words="members of archives that no reader takes",
         loses_text=True,
         remedy="unpack the archive and give the folder, with --include for their names",
+    ),
+    "next to a data set": Reason(
+        words="files next to a saved data set that are no part of it",
+        loses_text=True,
+        remedy="give them as one more --input; --exclude leaves them out",
     ),
     "encoding": Reason(
         words="files that are not text in UTF-8",

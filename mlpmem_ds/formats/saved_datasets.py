@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,17 @@ def datasets_files(root: Path) -> list[Path]:
             f"--input {root} is a saved data set without its file {missing[0].name}: save or copy it again"
         )
     return files
+
+
+def others_of_dataset(root: Path, files: Iterable[Path]) -> list[Path]:
+    """What lies in the folders of a saved data set and is neither one of its `files` nor about it."""
+    own_files = {*files, *(root / name for name in (_DICT, _STATE, _INFO))}
+    folders = [root]
+    if (root / _DICT).is_file():
+        splits = sorted({root / Path(split).name for split in _json(root / _DICT)["splits"]})
+        own_files |= {*splits, *(split / name for split in splits for name in (_STATE, _INFO))}
+        folders += splits
+    return [path for folder in folders for path in sorted(folder.iterdir()) if path not in own_files]
 
 
 def read_dataset_of_name(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:

@@ -171,3 +171,42 @@ def test_what_the_package_cannot_load_is_one_readable_line(monkeypatch: pytest.M
         assert "\n" not in str(found.value)
     with pytest.raises(UserError, match=r"row 0 is not an object .*it has text, author"):
         documents_of("datasets:org/name::train[:10]", text_field="body")
+
+
+def found(root: Path, include: tuple[str, ...] | None = None, exclude: tuple[str, ...] = ()) -> Any:
+    """(names of the files, (name, reason) of what is left out)."""
+    given = find_files([str(root)], include, exclude)
+    return [file.name for file in given.files], [(one.name, one.reason) for one in given.omissions]
+
+
+def test_a_data_set_below_the_input_is_read_as_one(tmp_path: Path) -> None:
+    """In its order and without what lies next to it, which is named."""
+    for split in ("train", "test"):
+        write_saved_dataset(tmp_path / "b" / "both" / split)
+    (tmp_path / "b" / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    write_saved_dataset(tmp_path / "b" / "one")
+    (tmp_path / "b" / "one" / "README.md").write_text("about it")
+    (tmp_path / "b" / "one" / "more").mkdir()
+    (tmp_path / "b" / "both" / "test" / "cache-0123456789abcdef.arrow").write_text("")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "c.txt").write_text("c")
+    parts = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    of_both = [f"b/both/{split}/{part}" for split in ("train", "test") for part in parts]
+    of_one = [f"b/one/{part}" for part in parts]
+    beside = [
+        ("b/both/test/cache-0123456789abcdef.arrow", "data set cache"),
+        ("b/one/README.md", "next to a data set"),
+        ("b/one/more/", "next to a data set"),
+    ]
+    assert found(tmp_path) == (["a.txt", *of_both, *of_one, "c.txt"], beside)
+    assert found(tmp_path / "b" / "one") == (parts, [("README.md", beside[1][1]), ("more/", beside[2][1])])
+    names, left_out = found(tmp_path, ("*.txt",))
+    assert names == ["a.txt", "c.txt"]
+    assert left_out[:4] == [(name, "not included") for name in of_both]
+    names, left_out = found(tmp_path, exclude=("test", "README.md"))
+    assert names == ["a.txt", *of_both[:2], *of_one, "c.txt"]
+    assert ("b/one/README.md", "excluded") in left_out and (of_both[2], "excluded") in left_out
+    assert documents_of(tmp_path / "b", group_field="author") == EXPECTED * 3
+    (tmp_path / "b" / "one" / parts[1]).unlink()
+    with pytest.raises(UserError, match="without its file data-00001"):
+        documents_of(tmp_path)
