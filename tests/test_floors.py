@@ -68,6 +68,7 @@ OWNERS: dict[str, set[str]] = {
     "transformers": {
         "engines/hidden_states.py",
         "engines/model_files.py",
+        "engines/model_kinds.py",
         "engines/tokenizer.py",
         "engines/deepspeed/sharded_base.py",
         "models/backbone.py",

@@ -2,7 +2,8 @@
 
 - `devices`: the device of a rank; `attention`: which attention a base can run with on it
 - `hidden_states`: a causal language model of transformers reads windows of tokens, `host_copies` brings what
-  it gives to the host; `model_files` finds one,
+  it gives to the host; `model_files` finds one, `model_kinds` says why it
+  cannot be read,
   `online_inputs` computes a memory's inputs with one
 - `tokenizer`: texts → ids by the one rule of all stages; `text_backend`: where a library's tokenizer lacks it
 - `faiss`: the inverted-file index; `faiss_library`: which faiss there is, and what it does on a GPU;

@@ -15,7 +15,9 @@ from transformers.utils import cached_file
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.once import computed_once
+from mlpmem_ds.engines.model_kinds import reason_against_config, reason_against_path
 from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
+from mlpmem_ds.formats.weight_shards import fault_of_weights
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -129,20 +131,37 @@ def fingerprint_model(name_or_path: str, *, flag: str = "--model", shared: Path 
     Raises:
         UserError: neither a model directory nor a Hub name that can be reached, or one without weights.
     """
+    config = _config_file(name_or_path, flag)
+    paths = [config, *_weight_files(name_or_path, flag)]
+
+    def compute() -> dict[str, str]:
+        for path in paths[1:]:
+            if reason := fault_of_weights(path):
+                raise UserError(f"{flag} {name_or_path}: {reason}")
+        return {"sha256": _sha256_of_files(paths)}
+
+    if shared is None:
+        return compute()["sha256"]
+    states = [(path.name, path.stat()) for path in paths]
+    # A model next to it may have files of the same names, sizes and (in whole seconds) times.
+    seen = [name_or_path, *([name, state.st_size, state.st_mtime_ns] for name, state in states)]
+    return str(computed_once(shared, "fingerprint", seen, compute)["sha256"])
+
+
+def _config_file(name_or_path: str, flag: str) -> Path:
+    """The configuration of a causal language model; fetched if need be."""
+    if reason := reason_against_path(name_or_path):
+        raise UserError(f"{flag} {name_or_path}: {reason}")
     config = model_file(name_or_path, "config.json")
     if config is None:
         raise UserError(
             f"{flag} {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a"
-            " model that the Hub gave: check the path or the network"
+            " model that the Hub gave: check the path, the network and HF_HUB_OFFLINE; a model that asks for"
+            " consent needs `hf auth login`"
         )
-    paths = [config, *_weight_files(name_or_path, flag)]
-    if shared is None:
-        return _sha256_of_files(paths)
-    states = [(path.name, path.stat()) for path in paths]
-    # A model next to it may have files of the same names, sizes and (in whole seconds) times.
-    seen = [name_or_path, *([name, state.st_size, state.st_mtime_ns] for name, state in states)]
-    value = computed_once(shared, "fingerprint", seen, lambda: {"sha256": _sha256_of_files(paths)})
-    return str(value["sha256"])
+    if reason := reason_against_config(config):
+        raise UserError(f"{flag} {name_or_path}: {reason}")
+    return config
 
 
 def _sha256_of_files(paths: Sequence[Path]) -> str:
@@ -187,13 +206,31 @@ def _weight_files(name_or_path: str, flag: str, prefix: str = "") -> list[Path]:
         if path := model_file(name_or_path, single):
             return [path]
         if index := model_file(name_or_path, f"{single}.index.json"):
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            shards = [model_file(name_or_path, f"{prefix}{name}") for name in names]
-            if all(shards):
-                return [shard for shard in shards if shard is not None]
+            return _shards_of(index, name_or_path, flag, prefix)
     raise UserError(
-        f"{flag} {name_or_path} has no weights (model.safetensors or its shards): download or save it again"
+        f"{flag} {name_or_path} has no weights (model.safetensors or its shards, else pytorch_model.bin):"
+        " download or save it again"
     )
+
+
+def _shards_of(index: Path, name_or_path: str, flag: str, prefix: str) -> list[Path]:
+    """The weights files that an index names, all of them."""
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{flag} {name_or_path}: {index.name} is not an index of weights ({type(error).__name__}:"
+            f" {error}): download or save it again"
+        ) from error
+    shards = {name: model_file(name_or_path, f"{prefix}{name}") for name in names}
+    missing = [name for name, path in shards.items() if path is None]
+    if missing or not shards:
+        named = f"{missing[0]} is missing, which" if missing else "no file is what"
+        raise UserError(
+            f"{flag} {name_or_path}: {named} {index.name} names ({len(missing)} of {len(shards)} files"
+            " missing): download or save it again"
+        )
+    return [path for path in shards.values() if path is not None]
 
 
 def model_file(name_or_path: str, name: str) -> Path | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mlpmem_ds.core.errors import DamagedDataError
@@ -32,6 +33,8 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,25 @@ class WeightFiles:
                 except Exception as error:  # safetensors raises its own family, which is not an OSError
                     raise DamagedDataError(f"{path} cannot be read ({error})") from error
         return weights
+
+
+def fault_of_weights(path: Path) -> str | None:
+    """What is wrong with a weights file, safetensors or pickled, as far as its first bytes tell."""
+    with open(path, "rb") as stream:
+        start = stream.read(len(_POINTER))
+    if start == _POINTER:
+        return (
+            f"{path.name} is a pointer of Git LFS, not the weights: fetch them (git lfs pull, or hf download)"
+        )
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                return None
+        except (SafetensorError, ValueError) as error:
+            return f"{path.name} is cut short or damaged ({error}): download or save it again"
+    if not start.startswith((b"PK", b"\x80")):
+        return f"{path.name} is not a file of torch.save: download or save it again"
+    return None
 
 
 def _is_done(root: Path, record: Path) -> bool:

@@ -33,6 +33,8 @@ from .structure import (
     structure_message,
 )
 
+_MAX_REASON = 400
+
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedStates:
@@ -106,6 +108,7 @@ def load_base(
             dtype=dtype,
             attn_implementation=None if attention == "auto" else attention,
             output_loading_info=True,
+            trust_remote_code=False,  # else it asks at the terminal
             **placement,
         )
         model, report = loaded
@@ -114,9 +117,9 @@ def load_base(
     except Exception as error:  # each library under the loader raises a family of its own
         raise ValueError(
             f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}):"
-            f" {' '.join(str(error).split())}. Give a directory written by save_pretrained or the name of a"
-            " model on the Hub (which needs the network, or its cache on this machine); attention 'auto'"
-            " works for every model."
+            f" {_reason(error)}. Give a directory written by save_pretrained or the name of a model on the"
+            " Hub (which needs the network, or its cache on this machine); attention 'auto' works for every"
+            " model."
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -129,6 +132,16 @@ def load_base(
     return base.eval().requires_grad_(False)
 
 
+def _reason(error: Exception) -> str:
+    """What a loader's error says, in a line."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if "ignore_mismatched_sizes" in text:
+        return "the weights have other shapes than config.json says"
+    if "Weights only load failed" in text:
+        return "pytorch_model.bin is damaged, or holds more than tensors: take a safetensors version"
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}…"
+
+
 def attention_of(model: PreTrainedModel) -> str:
     """The attention implementation that a loaded model's language model runs with."""
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
@@ -139,12 +152,12 @@ def logit_transform(
     model: PreTrainedModel, *, with_head: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> LogitTransform:
     """What this base does after its output head, read from its config and checked by one forward of eight
-    tokens.
+    tokens, which also checks that no token sees those after it.
 
     `with_head` is opened around each use of the head's weights outside the model, for a base whose weights
     lie elsewhere until they are used. Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`,
     Falcon-H1's `lm_head_multiplier`) and soft caps (Gemma's `final_logit_softcapping`). Raises
-    UnknownStructureError when the result differs from the model's logits.
+    UnknownStructureError when the result differs from the model's logits, and for a model that is not causal.
     """
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -158,10 +171,18 @@ def logit_transform(
     device = (
         torch.device("cpu") if model.device.type == "meta" else model.device
     )  # its embeddings may lie on disk
-    probe_BS = (torch.arange(8, device=device) % vocab_size).unsqueeze(0)
+    probe_BS = (torch.arange(8, device=device) % vocab_size).repeat(2, 1)
+    probe_BS[1, -1] = 8 % vocab_size  # another last token
     expected_BSV = model(input_ids=probe_BS, use_cache=False).logits.float()
     if not bool(torch.isfinite(expected_BSV).all()):
         return transform  # damaged weights: the reader of the states says at which position and layer
+    # The same operations in the same dtype: what is left is the order of operations.
+    tolerance = 8 * torch.finfo(model.dtype).eps * max(1.0, float(expected_BSV.abs().max()))
+    if float((expected_BSV[0, :-1] - expected_BSV[1, :-1]).abs().max()) > tolerance:
+        raise UnknownStructureError(
+            f"{type(model).__name__} lets a token see those after it, as encoders do: give a causal language"
+            " model"
+        )
     final_BSD = capture(model, [])(probe_BS).final_BSD
     with with_head():
         weight_VD, bias_V = output_head(model)
@@ -169,9 +190,6 @@ def logit_transform(
             logits_BSV = transform(
                 nn.functional.linear(final_BSD.to(weight_VD.device), weight_VD, bias_V)
             ).float()
-            # The same operations in the same dtype: what is left is the order of operations around the scale
-            # and the cap.
-            tolerance = 8 * torch.finfo(weight_VD.dtype).eps * max(1.0, float(expected_BSV.abs().max()))
             if float((logits_BSV - expected_BSV.to(logits_BSV.device)).abs().max()) <= tolerance:
                 return transform
     raise UnknownStructureError(

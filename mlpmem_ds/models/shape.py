@@ -25,10 +25,10 @@ def read_shape(path: str) -> ModelShape:
     Raises ValueError where there is no configuration of a causal language model.
     """
     try:
-        config: Any = AutoConfig.from_pretrained(path)
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a family of errors for each kind of configuration
         reason = first_line(error)
         raise ValueError(f"no configuration of a causal language model ({reason})") from error
     text = config.get_text_config()

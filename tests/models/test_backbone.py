@@ -297,6 +297,15 @@ def test_load_base_is_frozen_and_refuses_what_is_not_whole(tmp_path: Path) -> No
         load_base(tmp_path / "base", dtype=torch.float32, device="cpu")
 
 
+def test_an_encoder_is_refused() -> None:
+    """It would predict each token from those after it, nearly always right."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model("bert", **sizes, intermediate_size=24, initializer_range=0.3)
+    with pytest.raises(UnknownStructureError, match="lets a token see those after it"):
+        logit_transform(transformers.BertLMHeadModel(config).eval())
+
+
 def test_a_model_without_a_head_is_refused() -> None:
     config = AutoConfig.for_model("gpt2", **GPT2_SIZES)
     with pytest.raises(UnknownStructureError, match="no linear output head"):
@@ -327,7 +336,7 @@ def test_weights_are_read_straight_to_their_device(
             raise AssertionError("moved after it was loaded")
 
     def load(name: str, **settings: object) -> tuple[nn.Module, dict[str, list[str]]]:
-        for ours in ("dtype", "attn_implementation", "output_loading_info"):
+        for ours in ("dtype", "attn_implementation", "output_loading_info", "trust_remote_code"):
             settings.pop(ours)
         placements.append(settings)
         return Loaded(2, 2), {"missing_keys": []}

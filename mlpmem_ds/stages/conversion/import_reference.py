@@ -89,7 +89,7 @@ def read_reference(
 
 def _read_base(model: str) -> _Base:
     try:
-        config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+        config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config(decoder=True)
         return _Base(
             num_layers=config.num_hidden_layers, width=config.hidden_size, vocab_size=config.vocab_size
         )

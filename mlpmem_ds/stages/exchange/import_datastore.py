@@ -122,8 +122,11 @@ def run(config: ImportConfig, world: World) -> None:
 def _open_source(config: ImportConfig) -> _Source:
     assert config.model is not None
     table = open_arrow(config.datastore, DATASTORE, flag="--datastore")
+    model_sha256 = fingerprint_model(config.model)
     try:
-        base: Any = AutoConfig.from_pretrained(config.model).get_text_config(decoder=True)
+        base: Any = AutoConfig.from_pretrained(config.model, trust_remote_code=False).get_text_config(
+            decoder=True
+        )
         layer = resolve_layer(config.key_layer, base.num_hidden_layers)
     except Exception as error:  # a family of errors for each kind of model
         raise UserError(f"--model {config.model} or --key-layer cannot be used ({error})") from error
@@ -140,7 +143,7 @@ def _open_source(config: ImportConfig) -> _Source:
         width=width,
         tokenizer=tokenizer,
         end_id=require_end(open_encoder(tokenizer, label=f"{flag} {name}")),
-        model_sha256=fingerprint_model(config.model),
+        model_sha256=model_sha256,
         head_size=base.vocab_size,
         num_layers=base.num_hidden_layers,
         layer=layer,

@@ -66,7 +66,9 @@ def head_of_files(name_or_path: str) -> tuple[tuple[int, ...], Callable[[], torc
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name_or_path))
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), trust_remote_code=False
+            )
         weight_VH = output_head(model)[0]
     except Exception:  # a class that cannot be made without numbers: of any kind
         weight_VH = _load_head(name_or_path)
