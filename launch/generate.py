@@ -2,8 +2,12 @@
 """Continue prompts with an exported model, with the memory, without it, or both side by side."""
 
 import sys
+from pathlib import Path
 
-from mlpmem_ds.commands import generate as main
+if __name__ == "__main__":  # the package of this checkout, from any directory and installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mlpmem_ds.commands import generate as main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,6 +16,7 @@ from typing import Any
 import mlpmem_ds
 
 _PREFIX = "mlpmem-"
+_SUMMARY_OF_BENCH = "Side-by-side measurements on this machine, written as JSON."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,17 @@ inspect_run = Command(config="inspection.config:Config", run="inspection.inspect
 
 
 def bench(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Side-by-side measurements on this machine, written as JSON."""
-    from mlpmem_ds.benchmarks.bench import main as run_benchmark
+    """Run the benchmark that the first word names."""
+    from mlpmem_ds.core.front_end import guarded, name_of_process
 
-    return run_benchmark(argv, prog=prog)
+    name = name_of_process() if prog is None else prog
+
+    def run() -> int:
+        from mlpmem_ds.benchmarks.bench import main as run_benchmark
+
+        return run_benchmark(argv, prog=name)
+
+    return guarded(lambda _: run(), prog=name)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -96,6 +104,12 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m mlpmem_ds NAME …`; the exit code."""
+    from mlpmem_ds.core.front_end import guarded
+
+    return guarded(lambda _: _run_command(argv), prog="mlpmem_ds")
+
+
+def _run_command(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # deepspeed --module puts it before the command's name
         words = [*words[1:], words[0]]
@@ -120,7 +134,7 @@ def _usage() -> str:
         "commands:",
     ]
     for name, command in COMMANDS.items():
-        summary = command.summary if isinstance(command, Command) else command.__doc__
+        summary = command.summary if isinstance(command, Command) else _SUMMARY_OF_BENCH
         lines.append(f"  {name:20s} {summary}")
     return "\n".join(lines)
 

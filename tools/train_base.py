@@ -2,8 +2,12 @@
 """Corpus → a small base trained from scratch, or an existing base trained on."""
 
 import sys
+from pathlib import Path
 
-from mlpmem_ds.commands import train_base as main
+if __name__ == "__main__":  # the package of this checkout, from any directory and installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mlpmem_ds.commands import train_base as main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.world import World
 
@@ -112,12 +110,11 @@ class Progress:
         self._start = self._last = time.monotonic()
         self._logger = logging.getLogger("mlpmem_ds")
         self._speaks = world.is_first
-        show_bar = world.is_first and sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True)
-            if show_bar
-            else None
-        )
+        self._bar: Any = None
+        if world.is_first and sys.stderr.isatty():
+            from tqdm import tqdm  # not above: the message that a package is missing needs this module
+
+            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True)
 
     def advance(self, amount: int, note: str = "") -> None:
         self._done += amount

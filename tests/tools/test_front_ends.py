@@ -4,6 +4,8 @@ no files."""
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +84,23 @@ def test_an_unknown_flag_is_exit_code_2(name: str, capsys: pytest.CaptureFixture
         load(name).main(["--no-such-flag", "1"])
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["-I"], ["-OO"], ["-X", "dev"], ["-W", "error"]])
+def test_a_checkout_runs_from_any_directory_and_with_any_flags_of_python(
+    flags: list[str], tmp_path: Path
+) -> None:
+    """Not installed, without PYTHONPATH, from a directory with an odd name; `-OO` has no docstrings."""
+    folder = tmp_path / "a 'b' \"c\" \u00fc $d"
+    folder.mkdir()
+    (folder / "tools").symlink_to(ROOT / "tools")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = ["tools/plan.py", "--help"]
+    done = subprocess.run(
+        [sys.executable, *flags, *words], cwd=folder, env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "What a run will need" in done.stdout or "Say what a run" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("name", FRONT_ENDS)

@@ -23,6 +23,7 @@ from mlpmem_ds.benchmarks.gpu_check.steps import STEPS, Step, figures_path, step
 from mlpmem_ds.core.config import Flags, option, parse_config, plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.front_end import Run, guarded
 
 NEEDED = (
     "torch",
@@ -265,13 +266,14 @@ def described(result: Result) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, look at the machine, run."""
-    try:
-        config = parse_config(Config, sys.argv[1:] if argv is None else list(argv), prog="gpu_check.sh")
+    prog = "gpu_check.sh"
+
+    def check(_: Run) -> int:
+        config = parse_config(Config, sys.argv[1:] if argv is None else list(argv), prog=prog)
         if config.output.is_dir() or not config.output.parent.is_dir():
             raise UserError(f"--output {config.output}: name a file in a directory that exists")
         check_packages()
         check_gpus(config)
         return run(config)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+
+    return guarded(check, prog=prog)
