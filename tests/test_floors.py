@@ -62,7 +62,7 @@ OWNERS: dict[str, set[str]] = {
     "tokenizers": {
         "engines/model_files.py",
         "engines/text_backend.py",
-        "stages/corpus/prepare_corpus.py",
+        "stages/corpus/corpus_tokenizer.py",
         "stages/evaluation/token_kinds.py",
     },
     "transformers": {
@@ -82,7 +82,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/conversion/check.py",
         "stages/conversion/convert_checkpoint.py",
         "stages/conversion/import_reference.py",
-        "stages/corpus/prepare_corpus.py",
+        "stages/corpus/corpus_tokenizer.py",
         "stages/evaluation/samples.py",
         "stages/exchange/import_datastore.py",
         "stages/generation/exported_model.py",

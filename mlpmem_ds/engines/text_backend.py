@@ -7,7 +7,7 @@ remain, and where a tokenizer has one of them, a copy with another definition en
   whose merges make it), so that text still becomes it. In the copy that word has a name which no text holds.
 - **Marks.** A token that the configuration calls special may not be marked so in tokenizer.json.
 - **Loss.** A BPE without an unknown token, and not of bytes, leaves out characters that it does not have. In
-  the copy they become a token of their own, which is counted and taken out again.
+  another copy they become a token of their own, so that they can be counted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from mlpmem_ds.core.files import content_hash
 
-_DROPPED = -1
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextBackend:
@@ -36,25 +34,27 @@ class TextBackend:
     unknown_id: int | None
     """of the model's unknown token, as the original numbers it"""
     ids: tuple[int, ...] | None = None
-    """the original's id of each id, _DROPPED for characters that it leaves out; None: all are the same"""
+    """the original's id of each id; None: all are the same"""
+    counter: Any | None = None
+    """the same with an unknown token, for a tokenizer that leaves characters out"""
+    counted_id: int | None = None
+    """the id of that token"""
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
         """(ids of each text, characters of each that are left out), without begin and end tokens."""
-        # A call of the tokenizer by transformers sets it anew, so it is set at each call.
-        self.tokenizer.encode_special_tokens = not self.parse
-        lists = [
-            encoding.ids
-            for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
-        if self.ids is None:
+        lists = _encode(self.tokenizer, texts, self.parse)
+        if self.ids is not None:
+            lists = [[self.ids[number] for number in numbers] for numbers in lists]
+        if self.counter is None:
             return lists, [0] * len(lists)
-        mapped = [[self.ids[number] for number in numbers] for numbers in lists]
-        dropped = [numbers.count(_DROPPED) for numbers in mapped]
-        without = [
-            [number for number in numbers if number != _DROPPED] if count else numbers
-            for numbers, count in zip(mapped, dropped, strict=True)
-        ]
-        return without, dropped
+        counted = _encode(self.counter, texts, self.parse)
+        return lists, [sum(number == self.counted_id for number in row) for row in counted]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], parse: bool) -> list[list[int]]:
+    # A call of the tokenizer by transformers sets it anew, so it is set at each call.
+    tokenizer.encode_special_tokens = not parse
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def text_backend(original: Any, special: set[str], *, parse: bool) -> TextBackend:
@@ -68,31 +68,39 @@ def text_backend(original: Any, special: set[str], *, parse: bool) -> TextBacken
     definition = json.loads(original.to_str())
     model = definition["model"]
     unknown_id = _unknown_id(original, model)
-    changed, names = False, dict[str, str]()
+    tokenizer, ids, changed, names = original, None, False, dict[str, str]()
     if not parse:
         for token in definition["added_tokens"]:
             if token["content"] in special and not token["special"]:
                 token["special"] = changed = True
         marked = {token["content"] for token in definition["added_tokens"] if token["special"]}
         names = _rename(model, marked | special)
-    marker = _mark_dropped(model, definition)
-    if not (changed or names or marker):
-        return TextBackend(tokenizer=original, parse=parse, unknown_id=unknown_id)
-    copy = Tokenizer.from_str(json.dumps(definition))
-    original_ids, copy_ids = original.get_vocab(), copy.get_vocab()
-    former = {name: token for token, name in names.items()}
-    ids = [_DROPPED] * (max(copy_ids.values()) + 1)
-    for token, number in copy_ids.items():
-        # A special token that was a word has two entries in the copy, of which texts reach neither.
-        ids[number] = original_ids.get(former.get(token, token), _DROPPED)
-    is_same = marker is None and all(
-        ids[number] == number
-        for token, number in copy_ids.items()
-        if former.get(token, token) in original_ids
-    )
+    if changed or names:
+        tokenizer = Tokenizer.from_str(json.dumps(definition))
+        ids = _former_ids(original, tokenizer, names)
+    counter, counted_id = None, _mark_dropped(model, definition)
+    if counted_id is not None:
+        counter = Tokenizer.from_str(json.dumps(definition))
     return TextBackend(
-        tokenizer=copy, parse=parse, unknown_id=unknown_id, ids=None if is_same else tuple(ids)
+        tokenizer=tokenizer,
+        parse=parse,
+        unknown_id=unknown_id,
+        ids=ids,
+        counter=counter,
+        counted_id=counted_id,
     )
+
+
+def _former_ids(original: Any, copy: Any, names: dict[str, str]) -> tuple[int, ...] | None:
+    """The original's id of each id of the copy; None where no text can tell the difference."""
+    numbers = original.get_vocab()
+    former = {name: token for token, name in names.items()}
+    ids = list(range(max(copy.get_vocab().values()) + 1))
+    for token, number in copy.get_vocab().items():
+        # A special token that was a word has two entries in the copy, of which texts reach neither.
+        ids[number] = numbers[former.get(token, token)]
+    ordinary = (number for token, number in copy.get_vocab().items() if token not in names)
+    return None if all(ids[number] == number for number in ordinary) else tuple(ids)
 
 
 def definition_of(original: Any) -> str:
@@ -143,8 +151,8 @@ def _merged(model: dict[str, Any], left: str, right: str) -> str:
     return left + right[len(model.get("continuing_subword_prefix") or "") :]
 
 
-def _mark_dropped(model: dict[str, Any], definition: dict[str, Any]) -> str | None:
-    """Give a BPE that leaves characters out an unknown token, whose name is returned; None for others."""
+def _mark_dropped(model: dict[str, Any], definition: dict[str, Any]) -> int | None:
+    """Give a BPE that leaves characters out an unknown token, whose id is returned; None for others."""
     if model.get("type") != "BPE" or model.get("unk_token") is not None:
         return None
     vocabulary = model["vocab"]
@@ -153,10 +161,10 @@ def _mark_dropped(model: dict[str, Any], definition: dict[str, Any]) -> str | No
         return None
     if model.get("byte_fallback") and {f"<0x{byte:02X}>" for byte in range(256)} <= set(vocabulary):
         return None
-    marker = _unreachable("dropped")
-    vocabulary[marker] = max(vocabulary.values(), default=-1) + 1
+    marker, number = _unreachable("dropped"), max(vocabulary.values(), default=-1) + 1
+    vocabulary[marker] = number
     model["unk_token"], model["fuse_unk"] = marker, False
-    return marker
+    return number
 
 
 def _unreachable(token: str) -> str:

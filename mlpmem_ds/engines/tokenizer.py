@@ -12,22 +12,22 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.engines.text_backend import TextBackend, definition_of, text_backend
-from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.formats.corpus import SpecialTokens, vocabulary_sha256
 
 _logger = logging.getLogger(__name__)
-SpecialTokens = Literal["text", "parse"]
-"""what a spelled special token is: ordinary text, or the special token itself"""
 _PROBES = ("x", "a b", "\n", "the 2nd probe, a longer one.", "é")
 _NO_TOKEN_PROBES = ("\ue000", "\U0010fffd")  # private characters, which no vocabulary of words holds
 
@@ -40,6 +40,14 @@ class Encoded(NamedTuple):
     """ids that are the unknown token"""
     num_dropped: int
     """characters that the tokenizer has no token for, and leaves out"""
+
+
+class EncodedDocument(NamedTuple):
+    """A document's ids, uint32, from its begin tokens to its end token; the rest as in `Encoded`."""
+
+    ids: np.ndarray
+    num_unknown: int
+    num_dropped: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +79,38 @@ class TextEncoder:
         Raises:
             UserError: a text cannot be encoded, or holds the end token and nothing else can stand for it.
         """
-        try:
-            encoded = self._encode(texts)
-        except Exception as error:  # tokenizers raises plain exceptions
-            raise self._refusal(texts, names, error) from error
-        if self.special_tokens == "text":
-            for number, one in enumerate(encoded):
-                if self.end_id in one.ids:
-                    raise UserError(
-                        f"{_name_of(names, number)}: {self.label} writes some of this text with its end token"
-                        f" {self._spelling(self.end_id)}, so that the document would end there: give a"
-                        " tokenizer whose eos_token stands in no text and is not its unknown token, or"
-                        " --special-tokens parse"
-                    )
+        lists, dropped = self._ids(texts, names)
+        encoded = []
+        for number, (ids, count) in enumerate(zip(lists, dropped, strict=True)):
+            if self.special_tokens == "text" and self.end_id in ids:
+                raise self._end_in_text(names, number)
+            encoded.append(Encoded(ids, 0 if self.unknown_id is None else ids.count(self.unknown_id), count))
         return encoded
+
+    def encode_documents(
+        self, texts: Sequence[str], names: Sequence[str] | None = None
+    ) -> list[EncodedDocument]:
+        """Each text as a document: its begin tokens, its ids, and the end token once.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        assert self.end_id is not None
+        lists, dropped = self._ids(texts, names)
+        documents = []
+        for number, (ids, count) in enumerate(zip(lists, dropped, strict=True)):
+            begin = self._begin_of(ids)
+            row = array("I", begin)
+            row.fromlist(ids)
+            if self.special_tokens == "text" or ids[-1:] != [self.end_id]:
+                row.append(self.end_id)
+            all_ids = np.frombuffer(row, dtype=np.uint32)
+            text_ids = all_ids[len(begin) : -1]
+            if self.special_tokens == "text" and np.count_nonzero(text_ids == self.end_id):
+                raise self._end_in_text(names, number)
+            unknown = 0 if self.unknown_id is None else np.count_nonzero(text_ids == self.unknown_id)
+            documents.append(EncodedDocument(all_ids, int(unknown), count))
+        return documents
 
     def encode_prompts(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[list[int]]:
         """The ids that a model reads before it goes on with each text: begin tokens, then the text.
@@ -104,24 +130,10 @@ class TextEncoder:
             rows.append([*self._begin_of(one.ids), *one.ids])
         return rows
 
-    def as_document(self, ids: list[int]) -> list[int]:
-        """A text's ids as a document: begin tokens before them, the end token once after them."""
-        assert self.end_id is not None
-        ends = self.special_tokens == "parse" and ids[-1:] == [self.end_id]
-        return [*self._begin_of(ids), *ids, *([] if ends else [self.end_id])]
-
     @property
     def vocab_size(self) -> int:
         """The largest id + 1."""
         return vocab_size(self.tokenizer)
-
-    @property
-    def text_vocab_size(self) -> int:
-        """The largest id that a document can hold + 1: a padding token beyond it is in none."""
-        ids = set(self.tokenizer.get_vocab().values())
-        if self.special_tokens == "text":
-            ids -= self.special_ids
-        return max([*ids, *self.begin_ids, *([] if self.end_id is None else [self.end_id])]) + 1
 
     def describe_bounds(self) -> str:
         """In words: how a document begins and ends."""
@@ -129,24 +141,34 @@ class TextEncoder:
         end = "" if self.end_id is None else f"ends with {self._spelling(self.end_id)}"
         return f"each document {f'begins with {begin} and ' if begin else ''}{end}"
 
-    def _encode(self, texts: Sequence[str]) -> list[Encoded]:
-        if self.backend is None:
-            lists = self.tokenizer(
-                list(texts),
-                add_special_tokens=False,
-                truncation=False,
-                padding=False,
-                verbose=False,
-                split_special_tokens=self.special_tokens == "text",
-            )["input_ids"]
-            dropped = [0] * len(lists)
-        else:
-            lists, dropped = self.backend.encode(texts)
-        unknown = self.unknown_id
-        return [
-            Encoded(ids, 0 if unknown is None else ids.count(unknown), count)
-            for ids, count in zip(lists, dropped, strict=True)
-        ]
+    def _ids(
+        self, texts: Sequence[str], names: Sequence[str] | None = None
+    ) -> tuple[list[list[int]], list[int]]:
+        """(ids of each text, characters of each that are left out)."""
+        try:
+            return self._encode(texts)
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise self._refusal(texts, names, error) from error
+
+    def _encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        if self.backend is not None:
+            return self.backend.encode(texts)
+        lists = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            verbose=False,
+            split_special_tokens=self.special_tokens == "text",
+        )["input_ids"]
+        return lists, [0] * len(lists)
+
+    def _end_in_text(self, names: Sequence[str] | None, number: int) -> UserError:
+        return UserError(
+            f"{_name_of(names, number)}: {self.label} writes some of this text with its end token"
+            f" {self._spelling(self.end_id)}, so that the document would end there: give a tokenizer whose"
+            " eos_token stands in no text and is not its unknown token"
+        )
 
     def _refusal(self, texts: Sequence[str], names: Sequence[str] | None, error: Exception) -> UserError:
         """What to say of the first text that cannot be encoded."""
@@ -323,7 +345,7 @@ def _ids_of(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]
 
 def _ids_or_none(encoder: TextEncoder, text: str) -> list[int]:
     try:
-        return encoder._encode([text])[0].ids
+        return encoder._encode([text])[0][0]
     except Exception:  # it has no token for the text
         return []
 

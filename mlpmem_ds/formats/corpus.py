@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 
 SPLITS = ("train", "tuning", "test", "heldout")
+SpecialTokens = Literal["text", "parse"]
+"""what a special token is that is spelled in a text: ordinary text, or the special token itself"""
 _TOKENS_AT_ONCE = 1 << 20
 
 
@@ -38,8 +40,7 @@ def vocabulary_sha256(tokenizer: Any) -> str:
 class TokenizerFacts:
     """What later stages need to know of the tokenizer.
 
-    `vocab_size` is the largest id + 1. A document is begin ids, text, end id. `special_tokens` says what a
-    special token is that is spelled in a text: "text", or "parse" (the token). Two tokenizers with the same
+    `vocab_size` is the largest id + 1. A document is begin ids, text, end id. Two tokenizers with the same
     `vocabulary_sha256` have the same tokens; with the same `definition_sha256` ("" where unknown) they
     give the same ids for every text.
     """
@@ -48,18 +49,23 @@ class TokenizerFacts:
     vocab_size: int
     end_of_document_id: int
     begin_of_document_ids: tuple[int, ...] = ()
-    special_tokens: str = "text"
+    special_tokens: SpecialTokens = "text"
     definition_sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusUnit:
-    """What a unit adds to a split; `bytes` of UTF-8 text."""
+    """What a unit adds to a split; `bytes` of UTF-8 text.
+
+    `unknown`: tokens that are the unknown token; `dropped`: characters that the tokenizer has no token for.
+    """
 
     unit: str
     tokens: int
     documents: int
     bytes: int
+    unknown: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,8 @@ class SplitManifest:
     num_documents: int
     num_bytes: int
     units: tuple[CorpusUnit, ...]
+    num_unknown: int = 0
+    num_dropped: int = 0
 
     @classmethod
     def from_units(cls, units: Sequence[CorpusUnit]) -> SplitManifest:
@@ -78,6 +86,8 @@ class SplitManifest:
             num_documents=sum(unit.documents for unit in units),
             num_bytes=sum(unit.bytes for unit in units),
             units=tuple(units),
+            num_unknown=sum(unit.unknown for unit in units),
+            num_dropped=sum(unit.dropped for unit in units),
         )
 
 

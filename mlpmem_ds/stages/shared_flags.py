@@ -63,11 +63,8 @@ def dtype(identity: Identity) -> Any:
     )
 
 
-SpecialTokens = Literal["text", "parse"]  # as in engines.tokenizer, which loads a library
-
-
 def special_tokens() -> Any:
-    """`special_tokens: SpecialTokens`"""
+    """`special_tokens: SpecialTokens`, of `formats.corpus`"""
     return option(
         "what a special token is that is spelled in a text, such as <|endoftext|>: text, as any other; or"
         " parse, the token itself, for chats that are rendered with such tokens",

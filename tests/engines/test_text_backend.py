@@ -12,10 +12,10 @@ from ..toy_tokenizers import KINDS, SPECIAL, byte_level, lossy, merged
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "of_bytes"])
 def test_only_a_tokenizer_that_needs_it_is_copied(kind: str) -> None:
     original = KINDS[kind]().backend_tokenizer
-    copied = text_backend(original, set(SPECIAL), parse=False).tokenizer is not original
-    assert copied == (kind not in ("byte_level", "begin_and_end"))
-    copied = text_backend(original, set(SPECIAL), parse=True).tokenizer is not original
-    assert copied == (kind == "lossy")
+    backend = text_backend(original, set(SPECIAL), parse=False)
+    assert (backend.tokenizer is not original) == (kind not in ("byte_level", "begin_and_end", "lossy"))
+    assert (backend.counter is not None) == (kind == "lossy")
+    assert text_backend(original, set(SPECIAL), parse=True).tokenizer is original
 
 
 def test_a_bpe_that_takes_whole_words_from_its_vocabulary_does_not_take_special_ones() -> None:
@@ -32,7 +32,13 @@ def test_a_bpe_that_takes_whole_words_from_its_vocabulary_does_not_take_special_
 def test_ids_with_holes_and_added_tokens_keep_their_numbers() -> None:
     original = lossy().backend_tokenizer
     backend = text_backend(original, set(), parse=False)
-    assert backend.encode(["a<tool>bzab"]) == ([[0, original.token_to_id("<tool>"), 1, 2]], [1])
+    # what stands around a character that is left out is joined, as the library does
+    assert backend.encode(["a<tool>bzabzz", "az<b"]) == (
+        [[0, original.token_to_id("<tool>"), 1, 2], [0, 5, 1]],
+        [3, 1],
+    )
+    marked = text_backend(original, {"<tool>"}, parse=False)
+    assert marked.encode(["a<tool>b"]) == ([[0, 5, 6, 1]], [4])
 
 
 def test_merges_that_make_a_special_token_leave_its_parts() -> None:

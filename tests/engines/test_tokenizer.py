@@ -62,13 +62,12 @@ def test_a_document_begins_as_a_text_of_the_tokenizer_does_and_ends_once(kind: s
     tokenizer, encoder = TOKENIZERS[kind], ENCODERS[kind]
     text = "a b" if kind == "lossy" else "the fox"
     whole, bare = tokenizer(text)["input_ids"], by_transformers(tokenizer, text)
-    document = encoder.as_document(bare)
+    document = encoder.encode_documents([text])[0].ids.tolist()
     assert document.count(tokenizer.eos_token_id) == 1 and document[-1] == tokenizer.eos_token_id
     assert document[:-1] == whole[: len(encoder.begin_ids) + len(bare)]
     assert encoder.encode_prompts([text]) == [document[:-1]]
     assert len(encoder.begin_ids) == {"begin_and_end": 2, "word_piece": 1}.get(kind, 0)
-    assert encoder.text_vocab_size <= encoder.vocab_size
-    assert max(document) < encoder.text_vocab_size
+    assert max(document) < encoder.vocab_size
 
 
 @pytest.mark.parametrize("kind", ["unigram", "merged", "word_piece", "words"])
@@ -112,6 +111,8 @@ def test_characters_without_a_token_are_counted() -> None:
         encoder.encode_prompts(["ab", "yz"], ["prompt 1", "prompt 2"])
     assert encoder_of(lossy(), special_tokens="parse").encode(["z<e>"])[0][1:] == (0, 1)
     assert ENCODERS["words"].encode(["the thing"])[0].num_unknown == 1
+    assert [one[1:] for one in ENCODERS["words"].encode_documents(["the thing", "the"])] == [(1, 0), (0, 0)]
+    assert encoder.encode_documents(["ayz"])[0][1:] == (0, 2)
     assert ENCODERS["byte_level"].encode(["日本 \x00"])[0][1:] == (0, 0)
 
 
@@ -195,10 +196,11 @@ def test_a_chat_that_begins_and_ends_itself_does_so_once() -> None:
     first, second, end = (tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "<lang>", "<e>"))
     chat = encoder_of(tokenizer, special_tokens="parse")
     ids = ids_of(chat, "<s><lang>the fox<e>")
-    assert chat.as_document(ids) == ids and chat.encode_prompts(["<s><lang>the"])[0].count(first) == 1
-    assert chat.as_document(ids[2:-1]) == ids
+    for rendered in ("<s><lang>the fox<e>", "the fox", "the fox<e>"):
+        assert chat.encode_documents([rendered])[0].ids.tolist() == ids
+    assert chat.encode_prompts(["<s><lang>the"])[0].count(first) == 1
     text = encoder_of(tokenizer)
-    document = text.as_document(ids_of(text, "<s><lang>the fox<e>"))
+    document = text.encode_documents(["<s><lang>the fox<e>"])[0].ids.tolist()
     assert document.count(first) == document.count(end) == 1 and document[:2] == [first, second]
     assert text.describe_bounds() == (
         f"each document begins with '<s>' ({first}) '<lang>' ({second}) and ends with '<e>' ({end})"
@@ -230,6 +232,8 @@ def test_end_tokens_that_cannot_end_a_document_are_refused() -> None:
         home.require_end(letter)
     with pytest.raises(UserError, match="text 1: --tokenizer T writes some of this text with its end token"):
         letter.encode(["e"])
+    with pytest.raises(UserError, match=r"b\.txt: --tokenizer T writes some of this text with its end token"):
+        letter.encode_documents(["ab", "be"], ["a.txt", "b.txt"])
     assert home.require_end(encoder_of(byte_level(pad_token="<e>", bos_token="<e>"))) == 0
 
 

@@ -6,6 +6,7 @@ Read in this order:
     survey          first reading of the inputs: names the units, hashes every document
     shared_survey   the same by several ranks, each its files
     splits          which documents are taken, and the split of each
+    corpus_tokenizer    its tokenizer: loaded or trained, and kept
     tokenization    second reading: documents → token ids, batch by batch
     ledger          what was read and what was left out
     workers         the processes that both readings share

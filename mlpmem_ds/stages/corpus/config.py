@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,9 +11,12 @@ from typing import ClassVar
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.collectives.opening import Exchange
+from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.formats.input_files import FILE_PATTERNS
 from mlpmem_ds.formats.text_encoding import known_encoding
 from mlpmem_ds.stages import shared_flags
+
+TRAIN = "train:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class Config(Flags):
     tokenizer: str = option(
         "a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size"
     )
+    special_tokens: SpecialTokens = shared_flags.special_tokens()
     output: Path = option("corpus directory to write")
     block_size: int = option("tokens that the base reads at once", 1024, at_least=1)
     stride: int = option("tokens between the starts of two blocks", 512, at_least=1)
@@ -81,12 +86,12 @@ class Config(Flags):
         fractions = (self.tuning_fraction, self.test_fraction, self.heldout_fraction)
         if sum(fractions) >= 1:
             raise UserError(f"the fractions {fractions} must leave something for training")
-        if self.tokenizer.startswith("train:"):
-            size = self.tokenizer.removeprefix("train:")
-            if not size.isdigit() or int(size) < 257:
+        if self.tokenizer.startswith(TRAIN):
+            size = self.tokenizer.removeprefix(TRAIN)
+            if not re.fullmatch("[0-9]{1,8}", size) or int(size) < 257:
                 raise UserError(
-                    f"--tokenizer {self.tokenizer}: a byte-level vocabulary needs at least 257 entries,"
-                    " as in train:4096"
+                    f"--tokenizer {self.tokenizer}: a byte-level vocabulary needs at least 257 entries (and"
+                    " has below 100 million), as in train:4096"
                 )
 
     def _check_inputs(self) -> None:

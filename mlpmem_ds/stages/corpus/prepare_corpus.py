@@ -8,24 +8,18 @@ some tens of bytes a document and a few batches of text.
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.ranks import Ranks
+from mlpmem_ds.engines.tokenizer import TextEncoder, definition_sha256, require_end
 from mlpmem_ds.formats.corpus import (
     SPLITS,
     CorpusManifest,
@@ -39,7 +33,13 @@ from mlpmem_ds.formats.input_files import find_files
 from mlpmem_ds.formats.omissions import Omission, count_by_reason
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.formats.text_encoding import known_encoding
-from mlpmem_ds.stages.corpus.config import Config
+from mlpmem_ds.stages.corpus.config import TRAIN, Config
+from mlpmem_ds.stages.corpus.corpus_tokenizer import (
+    given_encoder,
+    train_tokenizer,
+    trained_encoder,
+    write_tokenizer,
+)
 from mlpmem_ds.stages.corpus.ledger import (
     LEFT_OUT_FILE,
     count_sources,
@@ -49,34 +49,30 @@ from mlpmem_ds.stages.corpus.ledger import (
 )
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import Survey, survey_files
-from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, documents_of_unit, read_document, vocab_size
+from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, documents_of_unit, read_document
 from mlpmem_ds.stages.corpus.workers import choose_processes
 from mlpmem_ds.stages.stage_ranks import open_stage_ranks
 
 _logger = logging.getLogger(__name__)
 _UNIT_BYTES = 32 << 20
-_END_OF_DOCUMENT = "<|endoftext|>"
 _TOKENIZER_UNIT, _LEFT_OUT_UNIT = "tokenizer", "left_out"
 
 
 def run(config: Config, world: World) -> None:
     """Write the corpus; see formats/README.md. Ranks share the units; the tokenizer is made once."""
-    tokenizer = None if config.tokenizer.startswith("train:") else _load_tokenizer(config.tokenizer)
-    if tokenizer is not None and tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--tokenizer {config.tokenizer} has no end-of-text token: set eos_token in its"
-            " tokenizer_config.json"
-        )
+    encoder = given_encoder(config)
     with open_stage_ranks(config.output, config.exchange, world, stage=CorpusManifest.FORMAT) as ranks:
-        _prepare(config, world, tokenizer, ranks)
+        _prepare(config, world, encoder, ranks)
 
 
-def _prepare(config: Config, world: World, tokenizer: Any | None, ranks: Ranks) -> None:
+def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: Ranks) -> None:
     survey = _survey(config, world)
     if config.strict:
         refuse_lost_text(survey.omissions)
-    vocabulary = None if tokenizer is None else vocabulary_sha256(tokenizer)
-    inputs = {"text": survey.sha256, **({} if vocabulary is None else {"vocabulary": vocabulary})}
+    inputs = {"text": survey.sha256}
+    if encoder is not None:
+        inputs["vocabulary"] = vocabulary_sha256(encoder.tokenizer)
+        inputs["tokenizer"] = definition_sha256(encoder.tokenizer)
     directory = open_stage(
         config.output,
         stage=CorpusManifest.FORMAT,
@@ -89,16 +85,15 @@ def _prepare(config: Config, world: World, tokenizer: Any | None, ranks: Ranks) 
     )
 
     directory.run_phase(
-        [_TOKENIZER_UNIT], lambda _, writer: _write_tokenizer(config, survey, tokenizer, writer)
+        [_TOKENIZER_UNIT], lambda _, writer: _write_tokenizer(config, survey, encoder, writer)
     )
-    if tokenizer is None:
-        tokenizer = _load_tokenizer(str(config.output / "tokenizer"))
-    vocabulary = vocabulary or vocabulary_sha256(tokenizer)
+    encoder = encoder or trained_encoder(config)
+    log_for_all(_logger, world, "%s", encoder.describe_bounds())
 
     names = [f"{number:05d}" for number in range(len(survey.units))]
     progress = Progress(survey.num_taken, label="documents", unit="documents", world=world)
     processes = choose_processes(config.processes, world, survey.num_bytes)
-    with TokenizerPool(tokenizer, token_dtype(vocab_size(tokenizer)), _read_rules(config), processes) as pool:
+    with TokenizerPool(encoder, _read_rules(config), processes, strict=config.strict) as pool:
 
         def tokenize(name: str, writer: UnitWriter) -> dict[str, Any]:
             return _tokenize_unit(config, survey, int(name), pool, writer, progress)
@@ -108,7 +103,7 @@ def _prepare(config: Config, world: World, tokenizer: Any | None, ranks: Ranks) 
     directory.run_units([_LEFT_OUT_UNIT], lambda _, writer: write_left_out(survey.omissions, writer))
     directory.complete(
         [_TOKENIZER_UNIT, *names, _LEFT_OUT_UNIT],
-        lambda: _describe(config, directory, survey, names, tokenizer, vocabulary),
+        lambda: _describe(config, directory, survey, names, encoder),
     )
 
 
@@ -144,40 +139,16 @@ def _survey(config: Config, world: World) -> Survey:
     return replace(survey, omissions=[*found.omissions, *survey.omissions, *beyond])
 
 
-def _load_tokenizer(name_or_path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--tokenizer {name_or_path} cannot be loaded ({first_line(error)}): give a tokenizer "
-            "directory, a Hub name, or train:VOCAB"
-        ) from error
-
-
 def _write_tokenizer(
-    config: Config, survey: Survey, tokenizer: Any | None, writer: UnitWriter
+    config: Config, survey: Survey, encoder: TextEncoder | None, writer: UnitWriter
 ) -> dict[str, Any]:
-    tokenizer = tokenizer or _train_tokenizer(config, survey)
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            with writer.file(f"tokenizer/{path.name}") as published:
-                shutil.copyfile(path, published)
+    tokenizer = _train_tokenizer(config, survey) if encoder is None else encoder.tokenizer
+    write_tokenizer(tokenizer, writer)
     return {}
 
 
-def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
+def _train_tokenizer(config: Config, survey: Survey) -> Any:
     """A byte-level BPE of the training split's documents."""
-    size = int(config.tokenizer.removeprefix("train:"))
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[_END_OF_DOCUMENT],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
     rules = _read_rules(config)
     texts = (
         read_document(rules, item).text
@@ -185,10 +156,7 @@ def _train_tokenizer(config: Config, survey: Survey) -> PreTrainedTokenizerFast:
         for item in documents_of_unit(rules, survey, unit)
         if SPLITS[item.split] == "train"
     )
-    trained.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained, eos_token=_END_OF_DOCUMENT, bos_token=_END_OF_DOCUMENT
-    )
+    return train_tokenizer(int(config.tokenizer.removeprefix(TRAIN)), texts)
 
 
 def _tokenize_unit(
@@ -197,7 +165,8 @@ def _tokenize_unit(
     """Write the token shard and the document list of each split that the unit's files have documents of."""
     unit, name = survey.units[number], f"{number:05d}"
     splits = [split for split in range(len(SPLITS)) if split in survey.split_of[unit.first : unit.stop]]
-    summary = {SPLITS[split]: {"tokens": 0, "documents": 0, "bytes": 0} for split in splits}
+    fields = ("tokens", "documents", "bytes", "unknown", "dropped")
+    summary = {SPLITS[split]: dict.fromkeys(fields, 0) for split in splits}
     with ExitStack() as stack:
         outputs = {
             split: [
@@ -214,6 +183,8 @@ def _tokenize_unit(
                 counts["tokens"] += part.tokens
                 counts["documents"] += len(part.lines)
                 counts["bytes"] += part.num_bytes
+                counts["unknown"] += part.unknown
+                counts["dropped"] += part.dropped
                 progress.advance(len(part.lines))
     return summary
 
@@ -238,13 +209,30 @@ def _warn_of_small_splits(splits: Mapping[str, SplitManifest]) -> None:
         )
 
 
+def _warn_of_lost_text(encoder: TextEncoder, splits: Mapping[str, SplitManifest]) -> None:
+    unknown, tokens, dropped = (
+        sum(getattr(split, name) for split in splits.values())
+        for name in ("num_unknown", "num_tokens", "num_dropped")
+    )
+    if unknown:
+        _logger.warning(
+            "%s has no token for some of the text: %d of %d tokens (%.2g %%) are its unknown token",
+            encoder.label, unknown, tokens, 100 * unknown / tokens,
+        )  # fmt: skip
+    if dropped:
+        _logger.warning(
+            "%s has no token for %d characters of the text, nor an unknown token: they are left out; a"
+            " byte-level tokenizer (such as train:VOCAB) has all, and --strict refuses such text",
+            encoder.label, dropped,
+        )  # fmt: skip
+
+
 def _describe(
     config: Config,
     directory: StageDirectory,
     survey: Survey,
     names: Sequence[str],
-    tokenizer: Any,
-    vocabulary: str,
+    encoder: TextEncoder,
 ) -> CorpusManifest:
     """The manifest's own fields, from the units' summaries."""
     splits = {}
@@ -270,12 +258,16 @@ def _describe(
         log_for_all(_logger, directory.world, "%s", line)
     if survey.omissions:
         log_for_all(_logger, directory.world, "all that was left out: %s", config.output / LEFT_OUT_FILE)
-    num_entries = vocab_size(tokenizer)
+    _warn_of_lost_text(encoder, splits)
+    num_entries = encoder.vocab_size
     return CorpusManifest(
         tokenizer=TokenizerFacts(
-            vocabulary_sha256=vocabulary,
+            vocabulary_sha256=vocabulary_sha256(encoder.tokenizer),
             vocab_size=num_entries,
-            end_of_document_id=tokenizer.eos_token_id,
+            end_of_document_id=require_end(encoder),
+            begin_of_document_ids=encoder.begin_ids,
+            special_tokens=encoder.special_tokens,
+            definition_sha256=definition_sha256(encoder.tokenizer),
         ),
         token_dtype=token_dtype(num_entries).str,
         block_size=config.block_size,

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.engines.tokenizer import EncodedDocument, TextEncoder
+from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus.splits import NOT_TAKEN
@@ -37,7 +39,7 @@ class Item(NamedTuple):
     """SHA-256 of the text that the survey found"""
 
 
-_inherited: list[Any] = []  # the tokenizer, in a worker process
+_inherited: list[TextEncoder] = []  # in a worker process
 
 
 @dataclass(kw_only=True)
@@ -49,33 +51,21 @@ class TokenizedText:
     """JSON, an entry a document"""
     tokens: int = 0
     num_bytes: int = 0
-
-
-def vocab_size(tokenizer: Any) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def encode(tokenizer: Any, texts: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
-    """Each text's ids and the end-of-document id after them."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        lists = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    else:
-        lists = [
-            encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
-    for ids in lists:
-        ids.append(tokenizer.eos_token_id)
-    return [np.fromiter(ids, dtype, len(ids)) for ids in lists]
+    unknown: int = 0
+    """tokens that are the unknown token"""
+    dropped: int = 0
+    """characters that the tokenizer has no token for, and leaves out"""
 
 
 class TokenizerPool:
     """Tokenizes a survey's units with a number of processes; use it in a `with`."""
 
-    def __init__(self, tokenizer: Any, dtype: np.dtype[Any], rules: ReadRules, processes: int) -> None:
-        _inherited[:] = [tokenizer]
+    def __init__(
+        self, encoder: TextEncoder, rules: ReadRules, processes: int, *, strict: bool = False
+    ) -> None:
+        _inherited[:] = [encoder]
         self._rules, self._workers = rules, Workers(processes)
-        self._tokenize = functools.partial(_tokenize_batch, rules, dtype)
+        self._tokenize = functools.partial(_tokenize_batch, rules, token_dtype(encoder.vocab_size), strict)
 
     def __enter__(self) -> TokenizerPool:
         return self
@@ -160,12 +150,19 @@ def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _tokenize_batch(rules: ReadRules, dtype: np.dtype[Any], batch: list[Item]) -> dict[int, TokenizedText]:
+def _tokenize_batch(
+    rules: ReadRules, dtype: np.dtype[Any], strict: bool, batch: list[Item]
+) -> dict[int, TokenizedText]:
     """Tokenized documents by split; runs in a worker or in the main process."""
     documents = [read_document(rules, item) for item in batch]
-    arrays = encode(_inherited[0], [document.text for document in documents], dtype)
+    encoded = encode(_inherited[0], documents)
     texts: dict[int, TokenizedText] = {}
-    for document, ids, item in zip(documents, arrays, batch, strict=True):
+    for document, (ids, unknown, dropped), item in zip(documents, encoded, batch, strict=True):
+        if dropped and strict:
+            raise UserError(
+                f"--strict: {_inherited[0].label} has no token for {dropped} characters of {document.name}"
+                " and would leave them out: give a tokenizer that has all, such as a byte-level one"
+            )
         entry = {
             "name": document.name,
             "group": document.group,
@@ -173,8 +170,17 @@ def _tokenize_batch(rules: ReadRules, dtype: np.dtype[Any], batch: list[Item]) -
             "tokens": len(ids),
         }
         part = texts.setdefault(item.split, TokenizedText())
-        part.ids += ids.tobytes()
+        part.ids += ids.astype(dtype).tobytes()
         part.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
         part.tokens += len(ids)
         part.num_bytes += document.num_bytes
+        part.unknown += unknown
+        part.dropped += dropped
     return texts
+
+
+def encode(encoder: TextEncoder, documents: Sequence[Document]) -> list[EncodedDocument]:
+    """The ids of each document, from its begin tokens to its end token."""
+    return encoder.encode_documents(
+        [document.text for document in documents], [document.name for document in documents]
+    )

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
 
 
@@ -28,7 +29,7 @@ class Config(Flags):
         " with one in `prompt`",
         None,
     )
-    special_tokens: shared_flags.SpecialTokens = shared_flags.special_tokens()
+    special_tokens: SpecialTokens = shared_flags.special_tokens()
     max_new_tokens: int = option("largest number of tokens to add", 64, at_least=1)
     temperature: float = option(
         "of the mixture's distribution; 0 = always the likeliest token", 0.0, at_least=0

@@ -19,7 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
-from mlpmem_ds.engines.tokenizer import SpecialTokens, open_encoder
+from mlpmem_ds.engines.tokenizer import open_encoder
+from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.models.generation_settings import (
     choosing_settings,
     complete_settings,

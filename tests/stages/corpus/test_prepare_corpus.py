@@ -96,11 +96,11 @@ def test_a_broken_run_continues_to_the_same_bytes(
     prepare_corpus.run(config_of(text_dir, straight), World())
     real, calls = tokenization.encode, []
 
-    def fail_at_the_third(tokenizer: Any, texts: list[str], dtype: Any) -> list[Any]:
-        calls.append(texts)
+    def fail_at_the_third(encoder: Any, documents: list[Any]) -> list[Any]:
+        calls.append(documents)
         if len(calls) == 3:
             raise RuntimeError("killed")
-        return real(tokenizer, texts, dtype)
+        return real(encoder, documents)
 
     monkeypatch.setattr(tokenization, "encode", fail_at_the_third)
     with pytest.raises(RuntimeError):
@@ -242,7 +242,7 @@ def test_processes_give_the_same_bytes(
 def test_an_error_in_a_worker_reaches_the_user(
     text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(tokenizer: Any, texts: list[str], dtype: Any) -> list[Any]:
+    def fail(encoder: Any, documents: list[Any]) -> list[Any]:
         raise RuntimeError("in the worker")
 
     monkeypatch.setattr(tokenization, "encode", fail)  # a forked worker has it too
