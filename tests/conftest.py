@@ -28,6 +28,7 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
+from mlpmem_ds.core.files import publish_json, read_sealed_json  # noqa: E402
 from mlpmem_ds.core.world import World  # noqa: E402
 from mlpmem_ds.stages.corpus import prepare_corpus  # noqa: E402
 from mlpmem_ds.stages.keys import extract_keys  # noqa: E402
@@ -115,6 +116,15 @@ def corpus_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         seed=3,
     )
     prepare_corpus.run(config, World())
+    return output
+
+
+def with_begin_tokens(corpus_dir: Path, output: Path, begin: tuple[int, ...]) -> Path:
+    """The same corpus, whose windows are to be read with these tokens before them."""
+    shutil.copytree(corpus_dir, output)
+    manifest = read_sealed_json(output / "manifest.json")
+    manifest["tokenizer"]["begin_of_document_ids"] = list(begin)
+    publish_json(output / "manifest.json", manifest, seal=True)
     return output
 
 

@@ -30,6 +30,7 @@ from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.window_tokens import window_tokens
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.backbone import attention_of, capture, load_base, logit_transform
 from mlpmem_ds.models.capture_point import CapturePoint
@@ -320,18 +321,15 @@ def _scan_batch(
     with_log_probabilities: bool,
     finish: Finish | None,
 ) -> _Scanned:
-    tokens = np.stack([corpus.tokens(window.context_start, window.stop) for window in windows])
-    batch = source.read(torch.from_numpy(tokens), points)
-    rows = [
-        slice(
-            max(window.start, block.start) - window.context_start,
-            min(window.stop, block.stop) - window.context_start,
-        )
-        for window in windows
+    tokens = window_tokens(corpus, windows)
+    batch = source.read(torch.from_numpy(tokens.tokens_BT), points)
+    columns = [
+        tokens.columns(row, Block(max(window.start, block.start), min(window.stop, block.stop)))
+        for row, window in enumerate(windows)
     ]
 
-    def pick(values_BSD: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values_BSD[index, row] for index, row in enumerate(rows)])
+    def pick(values_BTD: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values_BTD[row, part] for row, part in enumerate(columns)])
 
     start, stop = max(windows[0].start, block.start), min(windows[-1].stop, block.stop)
     states: Mapping[str, torch.Tensor] = {name: pick(state) for name, state in batch.states.items()}

@@ -64,10 +64,12 @@ def check_model_reads(
     for split in splits:
         if split.vocab_size > vocab_size:
             _check_rows(name_or_path, split, vocab_size, flag, shared)
-    if corpus.block_size > max_context:
+    if corpus.read_length > max_context:
+        begin = len(corpus.begin_of_document_ids)
         raise UserError(
-            f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens, the model reads at most "
-            f"{max_context} ({flag} {name_or_path}): prepare it with a smaller --block-size"
+            f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens"
+            f"{f' and {begin} begin tokens before each' if begin else ''}, the model reads at most"
+            f" {max_context} ({flag} {name_or_path}): prepare it with a smaller --block-size"
         )
 
 

@@ -3,7 +3,7 @@
 Part of `train`, where the key directory stores no inputs. The windows, the layer and the rounding to bfloat16
 are those of `extract_keys`, and so are the inputs, but for the last bit of a float sum.
 
-S tokens of a window, D width, n positions.
+T tokens of a window as it is read, D width, n positions.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.window_tokens import window_tokens
 from mlpmem_ds.models.capture_point import CapturePoint
 
 
@@ -63,10 +63,8 @@ class OnlineInputs:
         ]
 
     def _read(self, group: Sequence[tuple[Window, Block]]) -> torch.Tensor:
-        tokens_BS = np.stack([self._corpus.tokens(window.context_start, window.stop) for window, _ in group])
-        states_BSD = self._source.read(torch.from_numpy(tokens_BS), {"input": self._point}).states["input"]
-        rows = [
-            states_BSD[index, part.start - window.context_start : part.stop - window.context_start]
-            for index, (window, part) in enumerate(group)
-        ]
+        tokens = window_tokens(self._corpus, [window for window, _ in group])
+        batch = self._source.read(torch.from_numpy(tokens.tokens_BT), {"input": self._point})
+        states_BTD = batch.states["input"]
+        rows = [states_BTD[row, tokens.columns(row, part)] for row, (_, part) in enumerate(group)]
         return torch.cat(rows).to(torch.bfloat16)

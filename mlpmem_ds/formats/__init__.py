@@ -8,7 +8,8 @@ In the order of the pipeline:
   `streams.py`: decompression; `json_lines.py`: JSON that users give
 - `table_readers.py`: Parquet and Arrow; `saved_datasets.py`: data sets of `datasets`;
   `arrow_library.py`: pyarrow; `file_marks.py`: what a file is by its first bytes
-- `corpus.py`: token shards; `keys.py`, `mapped_keys.py`: keys, values and memory inputs
+- `corpus.py`: token shards; `window_tokens.py`: its windows as a model reads them
+- `keys.py`, `mapped_keys.py`: keys, values and memory inputs
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists
 - `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample
 - `training_order.py`, `training_rows.py`, `training_windows.py`, `batches.py`: which rows a training takes,

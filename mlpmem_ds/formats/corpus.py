@@ -154,6 +154,11 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         return self.manifest.tokenizer.end_of_document_id
 
     @property
+    def begin_of_document_ids(self) -> tuple[int, ...]:
+        """The tokens that every document begins with, and every window is read with; often none."""
+        return self.manifest.tokenizer.begin_of_document_ids
+
+    @property
     def block_size(self) -> int:
         return self.manifest.block_size
 
@@ -211,6 +216,11 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
             for first in range(start, stop, _TOKENS_AT_ONCE):
                 largest = max(largest, int(self.tokens(first, min(first + _TOKENS_AT_ONCE, stop)).max()))
         return largest
+
+    @property
+    def read_length(self) -> int:
+        """The most tokens that a model reads at once: a block, and the begin tokens before it."""
+        return self.block_size + len(self.begin_of_document_ids)
 
     def windows(self) -> WindowSequence:
         """What the base reads, in order: token windows and the positions that each predicts; computed, not

@@ -110,6 +110,9 @@ class KeysManifest(Manifest):
     head_size: int
     dtype: str | None
     attention: str | None
+    begin_of_window_ids: tuple[int, ...] | None = ()
+    """tokens that the base read before each window that does not begin with them; None where the forward
+    passes were not ours"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,8 @@ class Provenance:
     epochs: float | None = None
     batch_positions: int | None = None
     seed: int | None = None
+    begin_of_window_ids: tuple[int, ...] | None = None
+    """tokens before the text that it was trained on, as in the keys"""
     imported: ImportedMemory | None = None
 
     @property

@@ -24,6 +24,8 @@ from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.structure import decoder_layers
 
+from ..conftest import with_begin_tokens
+
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 16,
@@ -71,6 +73,38 @@ def test_full_windows_are_read_without_a_mask_and_scored_as_the_model_scores(
     logits_BSV = source.model(tokens_BS).logits
     expected_BS = logits_BSV.double().log_softmax(-1).gather(2, values_BS[..., None])[..., 0]
     np.testing.assert_allclose(found_N, expected_BS.reshape(64), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mixtral"])
+def test_windows_are_read_with_the_begin_tokens_before_them(
+    family: str, corpus_dir: Path, tmp_path: Path, save_model: Any
+) -> None:
+    """The states are those of the model on begin tokens + window, without the begin tokens' own."""
+    plain = open_corpus(corpus_dir)
+    begin = tuple(plain.tokens(16, 18).tolist())  # as the second window begins
+    corpus = open_corpus(with_begin_tokens(corpus_dir, tmp_path / "begun", begin))
+    source = TransformersSource(save_model(family, FAMILIES[family], tmp_path / family), device="cpu")
+    block = Block(5, 150)
+    found = list(scan_positions(source, corpus, block, POINTS, batch_windows=4))
+    states, scores = [], []
+    for number in corpus.windows().covering(block):
+        window = corpus.windows()[number]
+        tokens = corpus.tokens(window.context_start, window.stop)
+        shift = 0 if tuple(tokens[:2]) == begin else 2
+        read = torch.tensor(tokens if shift == 0 else [*begin, *tokens])[None]
+        first, stop = max(window.start, block.start), min(window.stop, block.stop)
+        rows = slice(first - window.context_start + shift, stop - window.context_start + shift)
+        states.append(source.read(read, POINTS).states["key"][0, rows])
+        log_p = source.model(read).logits[0, rows].double().log_softmax(-1)
+        scores.append(log_p.gather(1, torch.from_numpy(corpus.values(first, stop))[:, None])[:, 0])
+    np.testing.assert_allclose(
+        torch.cat([part.states["key"] for part in found]), torch.cat(states), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        np.concatenate([part.log_probabilities for part in found]), torch.cat(scores), atol=1e-4
+    )
+    unlike = next(scan_positions(source, plain, block, POINTS, batch_windows=4))
+    assert (found[0].states["key"] - unlike.states["key"]).abs().max() > 1e-3, "nothing is shown"
 
 
 def test_a_mask_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,8 @@ from mlpmem_ds.core.files import publish_json, read_sealed_json
 from mlpmem_ds.engines.model_files import check_model_reads, fetch_directory, fingerprint_model, model_file
 from mlpmem_ds.formats.corpus import open_corpus
 
+from ..conftest import with_begin_tokens
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -90,6 +92,13 @@ def test_models_of_one_shape_and_time_are_told_apart(base_dir: Path, tmp_path: P
         os.utime(path, (10**9, 10**9))
     found = [fingerprint_model(str(model), shared=shared) for model in (first, second)]
     assert found == [fingerprint_model(str(model)) for model in (first, second)] and found[0] != found[1]
+
+
+def test_begin_tokens_count_in_what_a_model_must_read(corpus_dir: Path, tmp_path: Path) -> None:
+    corpus = open_corpus(with_begin_tokens(corpus_dir, tmp_path / "begun", (1, 2)))
+    check_model_reads(str(tmp_path), [corpus], vocab_size=300, max_context=34)
+    with pytest.raises(UserError, match="blocks of 32 tokens and 2 begin tokens before each, .* at most 33"):
+        check_model_reads(str(tmp_path), [corpus], vocab_size=300, max_context=33)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.capture_point import CapturePoint
 
+from ..conftest import with_begin_tokens
+
 POINT = CapturePoint(layer=0)
 
 
@@ -68,6 +70,19 @@ def test_ranks_run_a_base_that_they_hold_together_equally_often(corpus: CorpusSp
             own[batch, rank], padded[batch, rank] = alone.num_reads, together.num_reads
     assert (own.min(axis=1) < own.max(axis=1)).any(), "the ranks never differ: nothing is shown"
     np.testing.assert_array_equal(padded, np.repeat(own.max(axis=1, keepdims=True), size, axis=1))
+
+
+@pytest.mark.parametrize("num_begin", [1, 2])
+def test_begin_tokens_are_read_and_dropped(corpus_dir: Path, tmp_path: Path, num_begin: int) -> None:
+    plain = open_corpus(corpus_dir)
+    begin = tuple(plain.tokens(16, 16 + num_begin).tolist())  # as one window begins
+    corpus = open_corpus(with_begin_tokens(corpus_dir, tmp_path / "begun", begin))
+    runs = [Block(0, 90), Block(100, 130)]
+    found = OnlineInputs(CountedSource(is_collective=False), corpus, POINT, batch_windows=3)(runs)
+    expected = OnlineInputs(CountedSource(is_collective=False), plain, POINT, batch_windows=3)(runs)
+    assert torch.equal(found[:, 0], expected[:, 0])  # the same tokens
+    shifts = (found[:, 1] - expected[:, 1]).int().tolist()  # one place on, or where they were
+    assert set(shifts) == {0, num_begin}
 
 
 def test_inputs_stay_where_the_base_computes_them(corpus: CorpusSplit) -> None:

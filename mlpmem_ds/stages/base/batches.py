@@ -1,6 +1,6 @@
 """Part of `train_base`: the train split cut into sequences, and dealt to steps, ranks and micro-batches.
 
-S tokens of a sequence.
+S tokens of a sequence that are predicted, P begin tokens.
 """
 
 from __future__ import annotations
@@ -20,22 +20,32 @@ from mlpmem_ds.core.world import World
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
     """The train split cut into sequences of S + 1 tokens, S apart; where the first starts changes with the
-    epoch."""
+    epoch. `begin` stands before each, as before a document."""
 
     tokens: np.ndarray
     length: int
     seed: int
+    begin: tuple[int, ...] = ()
 
     @property
     def per_epoch(self) -> int:
         return (len(self.tokens) - self.length) // self.length
 
     def batch(self, epoch: int, first: int, count: int) -> np.ndarray:
-        """int64 [count, S + 1]: the sequences [first, first + count) of the epoch's order."""
+        """int64 [count, P + S + 1]: the sequences [first, first + count) of the epoch's order, P begin
+        tokens before each."""
         offset = int(shuffled(self.length, self.seed, epoch, 1)[0])
         chosen = _order(self.per_epoch, self.seed, epoch).items(first, first + count)
-        starts = np.minimum(offset + chosen * self.length, len(self.tokens) - self.length - 1)
-        return self.tokens[starts[:, None] + np.arange(self.length + 1)]
+        last = len(self.tokens) - self.length - 1
+        starts = np.minimum(offset + chosen * self.length, last)
+        sequences = self.tokens[starts[:, None] + np.arange(self.length + 1)]
+        if not self.begin:
+            return sequences
+        # One that starts with a document starts behind its begin tokens, which are there once.
+        is_document = (sequences[:, : len(self.begin)] == self.begin).all(axis=1)
+        starts = np.minimum(starts + len(self.begin) * is_document, last)
+        sequences = self.tokens[starts[:, None] + np.arange(self.length + 1)]
+        return np.concatenate([np.tile(self.begin, (count, 1)), sequences], axis=1)
 
 
 @lru_cache(maxsize=2)
@@ -63,7 +73,7 @@ class SequenceBatches:
         return self.sequences.per_epoch // self.per_step
 
     def stream(self, first: int, stop: int) -> Iterator[tuple[tuple[torch.Tensor, ...], float]]:
-        """Micro-batches are int64 [sequences, S + 1]."""
+        """Micro-batches are int64 [sequences, P + S + 1]."""
         rank, size = self.world.rank, self.world.size
         for step in range(first, stop):
             start = time.perf_counter()

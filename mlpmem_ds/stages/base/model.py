@@ -51,7 +51,7 @@ def make_model(
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=corpus.vocab_size,
-            n_positions=max(length, corpus.block_size),
+            n_positions=max(length, corpus.block_size) + len(corpus.begin_of_document_ids),
             n_embd=config.hidden_size,
             n_layer=config.num_layers,
             n_head=config.num_heads,
@@ -84,10 +84,11 @@ def _load(
     check_model_reads(
         init_from, splits, vocab_size=len(weight_VD), max_context=context, flag="--init-from", shared=shared
     )
-    if length > context:
+    most = context - len(splits[0].begin_of_document_ids)
+    if length > most:
         raise UserError(
-            f"--context {length} is more than the {context} tokens that --init-from {init_from} reads:"
-            f" choose at most {context}"
+            f"--context {length} is more than the {most} tokens that --init-from {init_from} reads:"
+            f" choose at most {most}"
         )
     return model.requires_grad_(True)
 

@@ -1,6 +1,6 @@
 """Part of `train_base`: what a base is trained for, the cross entropy of the next token.
 
-B sequences, S tokens of a sequence, T = S + 1, N = B * S, D width, V vocabulary.
+B sequences, S predicted tokens of each, T = S + 1 and the begin tokens, N = B * S, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ class NextToken:
     """The objective of a base (`stages.training.parts.Objective`)."""
 
     model: PreTrainedModel
+    num_begin_tokens: int = 0
 
     rows = "tokens"
     sums = ()
     flops_per_row = 0.0
 
     def make_module(self) -> nn.Module:
-        return NextTokenModule(self.model)
+        return NextTokenModule(self.model, num_begin_tokens=self.num_begin_tokens)
 
     def arguments(
         self, micro_batch: torch.Tensor, device: torch.device, dtype: torch.dtype
@@ -37,23 +38,28 @@ class NextToken:
 
 
 class NextTokenModule(nn.Module):
-    """A causal language model whose forward is its loss, without ever holding all the logits."""
+    """A causal language model whose forward is its loss, without ever holding all the logits.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `num_begin_tokens` stand before each sequence, and no loss is taken of what follows each but the last.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, num_begin_tokens: int = 0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._num_begin_tokens = model, num_begin_tokens
 
     def hidden(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """[B * S, D]: what the output head reads."""
-        states = self.model.base_model(input_ids=tokens_BS, use_cache=False).last_hidden_state
-        return states.reshape(-1, states.shape[-1])
+        """[B, S, D]: what the output head reads."""
+        states: torch.Tensor = self.model.base_model(input_ids=tokens_BS, use_cache=False).last_hidden_state
+        return states
 
     def forward(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor]:
-        """The mean cross entropy (float32 scalar) of the tokens 1 … S of sequences of T = S + 1, int64."""
-        labels_N = tokens_BT[:, 1:].reshape(-1)
+        """The mean cross entropy (float32 scalar) of the last S tokens of sequences, int64."""
+        start = self._num_begin_tokens
+        labels_N = tokens_BT[:, start + 1 :].reshape(-1)
         weight_VD = output_head(self.model)[0]
+        hidden_BSD = self.hidden(tokens_BT[:, :-1])[:, start:]
         loss, _ = sparse_loss(
-            self.hidden(tokens_BT[:, :-1]),
+            hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
             weight_VD,
             TargetBatch.from_labels(labels_N),
             alpha=0.0,

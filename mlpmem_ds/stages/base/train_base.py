@@ -53,7 +53,12 @@ def run(config: Config, world: World) -> None:
     length = config.context or corpus.block_size
     ds_config = _resolve_ds_config(config, length, world)
     batches = SequenceBatches(
-        sequences=Sequences(tokens=corpus.tokens(0, corpus.num_tokens), length=length, seed=config.seed),
+        sequences=Sequences(
+            tokens=corpus.tokens(0, corpus.num_tokens),
+            length=length,
+            seed=config.seed,
+            begin=corpus.begin_of_document_ids,
+        ),
         per_step=_sequences_per_step(config, length),
         num_micro_batches=micro_batches_per_step(ds_config),
         world=world,
@@ -72,7 +77,7 @@ def run(config: Config, world: World) -> None:
         device_of_rank("auto", world),
         shared=shared_place(config.output, world),
     )
-    objective = NextToken(model=model)
+    objective = NextToken(model=model, num_begin_tokens=len(corpus.begin_of_document_ids))
     if config.learning_rate is None:
         rate = default_learning_rate(objective.model.num_parameters())
         config = replace(config, learning_rate=TRAINED_ON_LEARNING_RATE if config.init_from else rate)

@@ -1,6 +1,6 @@
 """Part of `train_base`: the perplexity of the base on the corpus's tuning split.
 
-B sequences, S tokens of a sequence, T = S + 1, N = B * S, V vocabulary, D width.
+B windows, S tokens of each, T as they are read, N = B * S, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mlpmem_ds.core.blocks import deal
+from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.window_tokens import window_tokens
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.base.objective import NextTokenModule
@@ -45,12 +46,14 @@ class BaseValidator:
         weight_VD = output_head(module.model)[0]
         for first in range(0, len(self._windows), _WINDOWS_AT_ONCE):
             windows = self._windows[first : first + _WINDOWS_AT_ONCE]
-            tokens_BT = torch.from_numpy(
-                np.stack([self._tuning.tokens(window.context_start, window.stop + 1) for window in windows])
-            ).to(device)
-            scores_N = label_log_probabilities(
-                module.hidden(tokens_BT[:, :-1]), weight_VD, tokens_BT[:, 1:].reshape(-1)
+            tokens = window_tokens(self._tuning, windows)
+            hidden_BTD = module.hidden(torch.from_numpy(tokens.tokens_BT).to(device))
+            blocks = [Block(window.context_start, window.stop) for window in windows]
+            hidden_ND = torch.cat(
+                [hidden_BTD[row, tokens.columns(row, block)] for row, block in enumerate(blocks)]
             )
+            values_N = torch.from_numpy(np.concatenate([self._tuning.values(*block) for block in blocks]))
+            scores_N = label_log_probabilities(hidden_ND, weight_VD, values_N.to(device))
             scores_BS = scores_N.double().reshape(len(windows), -1)
             for window, scores_S in zip(windows, scores_BS, strict=True):
                 yield float(scores_S[window.start - window.context_start :].sum())

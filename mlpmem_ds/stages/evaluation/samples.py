@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.evaluation import Sample
+from mlpmem_ds.formats.window_tokens import begins_with
 from mlpmem_ds.models.generation_settings import complete_settings, token_settings
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.generation.generate import continue_batch
@@ -47,7 +48,9 @@ def continue_samples(base: Any, joint: Any, corpus: CorpusSplit, num_samples: in
         do_sample=False,
         **token_settings(complete),
     )
-    base_tokens, joint_tokens = (continue_batch(model, prompts, generation) for model in (base, joint))
+    begin = corpus.begin_of_document_ids
+    read = [prompt if begins_with(np.array(prompt), begin) else [*begin, *prompt] for prompt in prompts]
+    base_tokens, joint_tokens = (continue_batch(model, read, generation) for model in (base, joint))
     return tuple(
         Sample(
             prompt=text_after(tokenizer, (), prompt),

@@ -21,7 +21,8 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What is scored as one: all positions of a stream, or those of half its documents."""
+    """What is scored as one: all positions of a stream, or those of half its documents; none whose value is a
+    begin token."""
 
     name: str
     corpus: CorpusSplit
@@ -73,7 +74,22 @@ def open_splits(
 
 
 def _whole_split(corpus: CorpusSplit) -> Split:
-    return Split(name=corpus.name, corpus=corpus, positions=None, num_bytes=corpus.num_bytes)
+    is_given_N = _is_given(corpus)
+    positions = None if is_given_N is None else np.flatnonzero(~is_given_N)
+    return Split(name=corpus.name, corpus=corpus, positions=positions, num_bytes=corpus.num_bytes)
+
+
+def _is_given(corpus: CorpusSplit) -> np.ndarray | None:
+    """bool [N]: the value is a begin token, which stands before every document: no model predicts it, and a
+    base that never did would be charged for it. None where there are no such tokens."""
+    num_begin = len(corpus.begin_of_document_ids)
+    if num_begin == 0:
+        return None
+    starts = np.concatenate([[0], corpus.document_stops[:-1]])
+    given = (starts[:, None] + np.arange(-1, num_begin - 1)).ravel()  # the value of n is token n + 1
+    is_given_N = np.zeros(corpus.num_positions, dtype=bool)
+    is_given_N[given[(given >= 0) & (given < corpus.num_positions)]] = True
+    return is_given_N
 
 
 def _deal_halves(corpus: CorpusSplit, tuning: str, test: str) -> dict[str, Split]:
@@ -82,6 +98,8 @@ def _deal_halves(corpus: CorpusSplit, tuning: str, test: str) -> dict[str, Split
     )
     sizes = np.array([document["bytes"] for document in corpus.documents])
     document_of_N = corpus.documents_of(np.arange(corpus.num_positions))
+    is_given_N = _is_given(corpus)
+    is_scored_N = np.ones(corpus.num_positions, dtype=bool) if is_given_N is None else ~is_given_N
     _logger.info(
         "the corpus is not split: its %d documents are dealt to %s and %s by their names",
         len(sizes),
@@ -92,7 +110,7 @@ def _deal_halves(corpus: CorpusSplit, tuning: str, test: str) -> dict[str, Split
         name: Split(
             name=name,
             corpus=corpus,
-            positions=np.flatnonzero(chosen[document_of_N]),
+            positions=np.flatnonzero(chosen[document_of_N] & is_scored_N),
             num_bytes=int(sizes[chosen].sum()),
         )
         for name, chosen in ((tuning, is_tuning), (test, ~is_tuning))

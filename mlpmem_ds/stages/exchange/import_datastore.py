@@ -296,6 +296,7 @@ def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world
             head_size=source.head_size,
             dtype=None,
             attention=None,
+            begin_of_window_ids=None,
         )
 
     stage.run_units(list(units), write)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlpmem_ds.core.blocks import Window
+from mlpmem_ds.core.blocks import Block, Window
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import canonical_json
 from mlpmem_ds.core.hashing import shuffled
@@ -22,6 +22,7 @@ from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.keys import CodecFile
+from mlpmem_ds.formats.window_tokens import window_tokens
 from mlpmem_ds.maths.codec import FittedCodec, MassiveDimension, fit_codec
 from mlpmem_ds.models.capture_point import CapturePoint
 
@@ -53,9 +54,12 @@ def read_windows(
     D]."""
     for at in range(0, len(windows), batch_windows):
         batch = windows[at : at + batch_windows]
-        tokens_BS = np.stack([corpus.tokens(window.context_start, window.stop) for window in batch])
-        states_BSD = source.read(torch.from_numpy(tokens_BS), {"key": point}).states["key"]
-        parts = [states_BSD[row, window.start - window.context_start :] for row, window in enumerate(batch)]
+        tokens = window_tokens(corpus, batch)
+        states_BTD = source.read(torch.from_numpy(tokens.tokens_BT), {"key": point}).states["key"]
+        parts = [
+            states_BTD[row, tokens.columns(row, Block(window.start, window.stop))]
+            for row, window in enumerate(batch)
+        ]
         positions_n = np.concatenate([np.arange(window.start, window.stop) for window in batch])
         yield positions_n, checked(torch.cat(parts), positions_n, "key", point)
 

@@ -117,6 +117,7 @@ def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest
         head_size=bases.input_source.vocab_size,
         dtype=bases.key_source.dtype_name,
         attention=bases.attention,
+        begin_of_window_ids=corpus.begin_of_document_ids,
     )
 
 

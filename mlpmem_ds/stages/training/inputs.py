@@ -226,6 +226,7 @@ def provenance_of(
         input_layer=manifest.input_layer,
         input_point=manifest.input_point,
         key_point=manifest.key_point,
+        begin_of_window_ids=manifest.begin_of_window_ids,
         input_layers_path=manifest.input_layers_path,
         objective=config.objective,
         alpha=config.alpha,

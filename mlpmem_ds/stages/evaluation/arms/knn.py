@@ -238,6 +238,13 @@ def _check_belongs(keys: Keys, base: ModelArm, corpus: CorpusSplit) -> None:
             f"--keys {keys.root} have a vocabulary of {keys.manifest.vocab_size}, the corpus one of"
             f" {corpus.vocab_size}: prepare the corpus with the same tokenizer"
         )
+    begin = keys.manifest.begin_of_window_ids
+    if begin is not None and begin != corpus.begin_of_document_ids:
+        raise UserError(
+            f"--keys {keys.root} are of windows that begin with the tokens {list(begin)}, those of the"
+            f" corpus begin with {list(corpus.begin_of_document_ids)}: prepare the corpus with the"
+            " same tokenizer"
+        )
     dtype = base.source.dtype_name
     if keys.manifest.dtype not in (None, dtype):
         _logger.warning(

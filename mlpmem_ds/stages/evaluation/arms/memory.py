@@ -247,6 +247,12 @@ def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) ->
             f" {str(stored.vocabulary_sha256)[:12]}…) than the corpus has ({corpus.vocab_size},"
             f" {corpus.vocabulary_sha256[:12]}…): prepare the corpus with the same tokenizer"
         )
+    begin = stored.provenance.begin_of_window_ids
+    if begin is not None and begin != corpus.begin_of_document_ids:
+        raise UserError(
+            f"{named} was trained on windows that begin with the tokens {list(begin)}, those of the corpus"
+            f" begin with {list(corpus.begin_of_document_ids)}: prepare the corpus with the same tokenizer"
+        )
     if config.vocab_size != base.source.vocab_size:  # of the head, rows beyond the tokenizer's included
         raise UserError(
             f"{named} predicts {config.vocab_size} tokens, and the base has rows for"
