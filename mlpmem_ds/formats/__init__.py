@@ -4,7 +4,8 @@ In the order of the pipeline:
 - `input_files.py`: the files of the inputs; `omissions.py`: what was left out, and why
 - `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one;
   `text_encoding.py`: bytes as text
-- `json_readers.py`, `tar_readers.py`: JSON lines, tars; `archive_samples.py`: members as documents;
+- `json_readers.py`, `tar_readers.py`, `zip_readers.py`: JSON lines, archives; `archive_samples.py`: their
+  members as documents;
   `streams.py`: decompression; `json_lines.py`: JSON that users give
 - `table_readers.py`: Parquet and Arrow; `saved_datasets.py`: data sets of `datasets`;
   `arrow_library.py`: pyarrow; `file_marks.py`: what a file is by its first bytes

@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any, BinaryIO, NamedTuple
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.text_encoding import has_ascii
 
 MAX_WHOLE_CHARACTERS = 1 << 30
 """of a file that is one JSON value and not lines: it is held in memory"""
@@ -66,34 +67,35 @@ def parse_json(text: str) -> Any:
         raise NotJsonError("its lists and objects are nested too deep") from error
 
 
-def text_lines(stream: BinaryIO, *, name: str) -> Iterator[tuple[int, str]]:
+def text_lines(stream: BinaryIO, *, name: str, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """(number from 1, line without its end) of a text in UTF-8, or in UTF-16 or UTF-32 with a mark.
 
     Args:
         stream: at its start.
         name: how messages name the file.
+        encoding: of lines that are not UTF-8, or of all where it is of another kind (see `decode_text`).
 
     Raises:
         UserError: bytes that are no text; names the line.
     """
     number = 0
     try:
-        for number, line in enumerate(_decoded_lines(stream), start=1):
+        for number, line in enumerate(_decoded_lines(stream, encoding), start=1):
             yield number, line.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name} line {number + 1} is not {error.encoding.upper()} ({error.reason}): convert the file to"
-            " UTF-8, or mend that line"
+            f"{name} line {number + 1} is not {error.encoding.upper()} ({error.reason}): name the"
+            " file's encoding with --encoding, convert it to UTF-8, or mend that line"
         ) from error
 
 
-def json_lines(stream: BinaryIO, *, name: str) -> Iterator[tuple[int, Any]]:
+def json_lines(stream: BinaryIO, *, name: str, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
     """(line's number from 1, value) of the lines that are not blank.
 
     Raises:
         UserError: a line is not text or not one JSON value; names the line.
     """
-    for number, line in text_lines(stream, name=name):
+    for number, line in text_lines(stream, name=name, encoding=encoding):
         line = line.removeprefix("\ufeff")  # also where files with marks were joined
         if line.strip():
             try:
@@ -103,13 +105,13 @@ def json_lines(stream: BinaryIO, *, name: str) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def json_records(stream: BinaryIO, *, name: str) -> Iterator[JsonRecord]:
+def json_records(stream: BinaryIO, *, name: str, encoding: str = "utf-8") -> Iterator[JsonRecord]:
     """The values of JSON lines; else the items of the array, or the one value, that the file is.
 
     Raises:
         UserError: it is neither, or one value of more than MAX_WHOLE_CHARACTERS; names the place.
     """
-    lines = text_lines(stream, name=name)
+    lines = text_lines(stream, name=name, encoding=encoding)
     is_first = True
     for number, line in lines:
         line = line.removeprefix("\ufeff")
@@ -165,18 +167,27 @@ def _whole(
     yield from (JsonRecord(f"item {item}", item, value) for item, value in enumerate(values, start=1))
 
 
-def _decoded_lines(stream: BinaryIO) -> Iterator[str]:
+def _decoded_lines(stream: BinaryIO, encoding: str) -> Iterator[str]:
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
     head = buffered.peek(4)[:4]
-    encoding = next((_MARKS[mark] for mark in _MARKS if head.startswith(mark)), None)
-    if encoding is not None:
-        yield from io.TextIOWrapper(buffered, encoding=encoding, newline="\n")
+    marked = next((_MARKS[mark] for mark in _MARKS if head.startswith(mark)), None)
+    if marked is not None or not has_ascii(encoding):
+        yield from io.TextIOWrapper(buffered, encoding=marked or encoding, newline="\n")
         return
     first = buffered.readline().removeprefix(codecs.BOM_UTF8)
     if first:
-        yield first.decode("utf-8")
+        yield _decoded(first, encoding)
     for line in buffered:
-        yield line.decode("utf-8")
+        yield _decoded(line, encoding)
+
+
+def _decoded(line: bytes, encoding: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        if encoding == "utf-8":
+            raise
+        return line.decode(encoding)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,5 +15,5 @@ def read_json(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
     """One record a line that is not blank, or an item of the array; its key is the line's or item's number
     from 1."""
     with opened(path) as stream:
-        for place, number, values in json_records(stream, name=str(path)):
+        for place, number, values in json_records(stream, name=str(path), encoding=rules.encoding):
             yield record_of(path, place, str(number), values, rules.text_field, rules.group_field)

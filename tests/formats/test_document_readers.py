@@ -15,6 +15,7 @@ import pytest
 import zstandard
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.document_readers import kind_of
 from mlpmem_ds.formats.documents import Document, read_documents
 from mlpmem_ds.formats.input_files import find_files
 from mlpmem_ds.formats.records import ReadRules
@@ -177,3 +178,32 @@ def test_what_is_malformed_is_named(
     make(tmp_path / name)
     with pytest.raises(UserError, match=message):
         documents_of(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("x.txt", "text"),
+        ("x.py.gz", "text"),
+        ("x.JSONL.ZST", "json"),
+        ("x.json.bz2", "json"),
+        ("c4.00000-of-01024.json.gz", "json"),
+        ("x.TGZ", "tar"),
+        ("x.tar.xz", "tar"),
+        ("x.zip", "zip"),
+        ("x.jsonl.gz.001", "part"),
+        ("x.tar.zst-aa", "part"),
+        ("x.tar.part2", "part"),
+        ("notes.zip.md", "text"),
+        ("x.jsonl-00000-of-00005", "text"),
+        ("app.json.1", "text"),
+    ],
+)
+def test_the_kind_that_a_name_calls_for(name: str, kind: str) -> None:
+    assert kind_of(Path(name)) == kind
+
+
+def test_a_part_of_a_file_is_refused_with_what_joins_it(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.gz.part-002").write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"join the parts .cat. to x.jsonl.gz and"):
+        documents_of(tmp_path / "x.jsonl.gz.part-002")

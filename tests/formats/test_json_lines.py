@@ -138,3 +138,16 @@ def test_any_bytes_are_read_or_refused(content: bytes) -> None:
 def test_a_text_that_is_no_json_says_where() -> None:
     with pytest.raises(NotJsonError, match="Expecting value at character 2 of 2"):
         parse_json("[}")
+
+
+def test_lines_of_a_named_encoding() -> None:
+    mixed = '{"a": "ü"}\n'.encode() + '{"a": "é"}\n'.encode("latin-1")
+    found = json_lines(io.BytesIO(mixed), name="x", encoding="latin-1")
+    assert [value for _, value in found] == [{"a": "ü"}, {"a": "é"}]
+    plain = '{"a": "\u2028"}\n\n"é"'.encode("utf-16-le")
+    assert list(json_lines(io.BytesIO(plain), name="x", encoding="utf-16-le")) == [
+        (1, {"a": "\u2028"}),
+        (3, "é"),
+    ]
+    with pytest.raises(UserError, match="x line 2 is not UTF-8 .*--encoding"):
+        list(json_lines(io.BytesIO(mixed), name="x"))
