@@ -57,8 +57,13 @@ def _sha256(stream: Any) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value: sorted keys, one-space indent, UTF-8, a final newline; no NaN."""
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """The one spelling of a JSON value: sorted keys, one-space indent, UTF-8, a final newline; no NaN.
+
+    A byte of a path that is not UTF-8, which Python keeps as half of a surrogate pair, is the escape that
+    JSON has for it, and is read back as it was.
+    """
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def content_hash(value: Any) -> str:

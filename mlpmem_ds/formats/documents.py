@@ -19,14 +19,17 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.names import spell_name
 from mlpmem_ds.formats.document_readers import READERS, kind_of
+from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.formats.saved_datasets import read_dataset_of_name
+from mlpmem_ds.formats.streams import is_compressed, read_whole
 from mlpmem_ds.formats.text_encoding import NotTextError
 
 DATASET_PREFIX = "datasets:"
 """an input `datasets:NAME[:CONFIGURATION[:SPLIT]]` is a data set of the Hub, through the package
 `datasets`"""
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"/annex/objects/")
 _MAY_NOT_BE_READ = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -110,15 +113,27 @@ def _unreadable(file: SourceFile, error: OSError) -> UserError:
 
 
 def _read_text(file: SourceFile, rules: ReadRules) -> Document | Omission:
-    try:
-        text = rules.decode(file.path.read_bytes())
-    except NotTextError as error:
+    content = file.path.read_bytes()
+    if is_compressed(content):
+        content = read_whole(file.path)
+    if content.startswith(_POINTERS):
         if file.is_named:
             raise UserError(
-                f"{file.path} is not UTF-8 text ({error}): name its encoding with --encoding, convert it or"
+                f"{file.path} is a pointer of Git LFS or git-annex, not the file itself: fetch it (git lfs"
+                " pull, git annex get)"
+            )
+        return Omission(name=file.name, reason="pointer")
+    try:
+        text = rules.decode(content)
+    except NotTextError as error:
+        kind = kind_by_mark(content[:NUM_MARK_BYTES])
+        reason = f"{kind}; {error}" if kind else str(error)
+        if file.is_named:
+            raise UserError(
+                f"{file.path} is not UTF-8 text ({reason}): name its encoding with --encoding, convert it or"
                 " leave it out"
             ) from error
-        return Omission(name=file.name, reason="encoding", detail=str(error))
+        return Omission(name=file.name, reason="encoding", detail=reason)
     if not text or text.isspace():
         return Omission(name=file.name, reason="empty")
     group = file.name.split("/")[0].removesuffix(file.path.suffix)

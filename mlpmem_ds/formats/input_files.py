@@ -7,6 +7,7 @@ million small files must stay fast.
 from __future__ import annotations
 
 import bisect
+import errno
 import fnmatch
 import glob
 import os
@@ -21,13 +22,14 @@ from mlpmem_ds.core.manifest import is_own_directory
 from mlpmem_ds.core.names import spell_name
 from mlpmem_ds.formats.documents import DATASET_PREFIX, SourceFile
 from mlpmem_ds.formats.file_marks import RESOURCE_FORK, is_no_text_by_name
-from mlpmem_ds.formats.omissions import Omission, ReasonName, describe_omissions
+from mlpmem_ds.formats.omissions import REASONS_BY_SUFFIX, Omission, ReasonName, describe_omissions
 from mlpmem_ds.formats.saved_datasets import (
     SAVED_DATASET_MARKS,
     datasets_files,
     is_saved_dataset,
     others_of_dataset,
 )
+from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES
 
 TEXT_PATTERNS = (
     "*.txt",
@@ -50,14 +52,22 @@ TEXT_PATTERNS = (
     "*.html",
     "*.css",
     "*.tex",
-    "*.jsonl",
-    "*.jsonl.gz",
-    "*.jsonl.zst",
 )
 TABLE_PATTERNS = ("*.parquet", "*.parq", "*.pq", "*.arrow", "*.arrows", "*.feather", "*.ipc")
-CONTAINER_PATTERNS = (*TABLE_PATTERNS, "*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
+CONTAINER_PATTERNS = (
+    "*.jsonl",
+    "*.ndjson",
+    "*.jsonlines",
+    *TABLE_PATTERNS,
+    "*.tar",
+    "*.tgz",
+    "*.tbz2",
+    "*.txz",
+    "*.tzst",
+)
 FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
-"""names that count in a directory, in small or capital letters, unless the user said which do"""
+"""names that count in a directory unless the user said which do: in small or capital letters, and each also
+with the suffix of a compression after it"""
 _MARKS_OF_OURS = ("identity.json", "manifest.json", "mlpmem_export.json")
 _VERSION_CONTROL = {".git", ".hg", ".svn", ".bzr"}
 _SYSTEM_FOLDERS = {"__MACOSX", ".Trashes", ".Spotlight-V100", ".fseventsd"}
@@ -84,20 +94,23 @@ class _Choice:
     @classmethod
     def of(cls, include: Sequence[str] | None, exclude: Sequence[str]) -> _Choice:
         return cls(
-            is_included=_matcher(FILE_PATTERNS, any_case=True) if include is None else _matcher(include),
+            is_included=_is_known if include is None else _matcher(include),
             is_excluded=_matcher(exclude),
             is_default=include is None,
         )
 
-    def reason_against(self, name: str) -> ReasonName | None:
-        """Why a name (without its folder) does not count; None where it does."""
+    def reason_against(self, path: str) -> ReasonName | None:
+        """Why a file does not count by its name; None where it does."""
+        name = path.rpartition("/")[2]
+        if self.is_excluded(name) or self.is_excluded(path):
+            return "excluded"
         if self.is_included(name):
             return None
         if name in _SYSTEM_FILES:
             return "system file"
         if not self.is_default:
             return "not included"
-        return "not text" if is_no_text_by_name(name.rpartition("/")[2]) else "unknown name"
+        return "not text" if is_no_text_by_name(name) else "unknown name"
 
 
 def find_files(
@@ -148,15 +161,37 @@ def find_files(
 
 def _paths_of(given: str) -> list[Path]:
     """The path that an input names, or those that its pattern matches."""
-    if given.startswith(DATASET_PREFIX) or os.path.lexists(given):
+    if given.startswith(DATASET_PREFIX):
         return [Path(given)]
-    matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+    if os.path.lexists(Path(given)):  # a Path has no slash at its end
+        return [_local(given)]
+    matches = [_local(match) for match in sorted(glob.glob(given, recursive=True))]
+    for folder in _folders_of_pattern(given):  # glob passes over those that it may not read
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise UserError(
+                f"--input {given}: the folder {folder} may not be read: change its permissions, or name the"
+                " inputs one by one"
+            )
     if not matches:
         raise UserError(
             f"--input {given} does not exist and matches nothing: check the path (a data set of the Hub"
             f" is {DATASET_PREFIX}NAME)"
         )
     return matches
+
+
+def _local(name: str) -> Path:
+    """The path of a file, which is never taken for a data set of the Hub: `./datasets:x`."""
+    path = Path(name)
+    return path.absolute() if str(path).startswith(DATASET_PREFIX) else path
+
+
+def _folders_of_pattern(pattern: str) -> Iterator[str]:
+    """The folders in which the names that match a pattern are looked for."""
+    parent = os.path.dirname(pattern.rstrip("/"))
+    while parent not in ("", "/"):
+        yield from filter(os.path.isdir, glob.iglob(parent, recursive=True))
+        parent = os.path.dirname(parent)
 
 
 def _real_place(root: Path, file: SourceFile) -> str:
@@ -182,8 +217,6 @@ def _items_of(path: Path, choice: _Choice, output: Path | None) -> Iterator[Sour
                 " gives to a file first, and name that"
             )
         yield SourceFile(path=path, name=spell_name(path.name), is_named=True)
-    elif is_saved_dataset(path):
-        yield from _files_of_dataset(path, "", choice)
     else:
         yield from _walk(path, choice, output)
 
@@ -196,8 +229,9 @@ def _mode_of(path: Path) -> int:
             f"--input {path} is a link to something that does not exist: restore that, or remove the link"
         ) from error
     except OSError as error:
+        remedy = "remove the links" if error.errno == errno.ELOOP else "change its permissions"
         raise UserError(
-            f"--input {path} cannot be read ({error.strerror}): change its permissions, or name another path"
+            f"--input {path} cannot be read ({error.strerror}): {remedy}, or name another path"
         ) from error
 
 
@@ -208,6 +242,9 @@ def _walk(root: Path, choice: _Choice, output: Path | None) -> Iterator[SourceFi
         raise UserError(f"--input {root} cannot be read ({entries}): change its permissions")
     if _is_own(str(root), entries):
         raise UserError(f"--input {root} is an output of this program: name the directory of the text")
+    if _is_dataset(str(root), entries):
+        yield from _files_of_dataset(root, "", choice)
+        return
     own = _name_below(root, output)
     open_folders = [("", iter(entries))]
     while open_folders:
@@ -221,24 +258,22 @@ def _walk(root: Path, choice: _Choice, output: Path | None) -> Iterator[SourceFi
             if name == own:
                 continue
             entered = _enter(entry, choice)
-            if isinstance(entered, list) and _is_dataset(entry.path, entered):
-                yield from _files_of_dataset(root, f"{name}/", choice)
-            elif isinstance(entered, list):
-                open_folders.append((f"{name}/", iter(entered)))
-            else:
+            if not isinstance(entered, list):
                 yield Omission(name=spell_name(f"{name}/"), reason=entered[0], detail=entered[1])
-        elif (against := _reason_against(entry, name, root, choice)) is None:
-            yield SourceFile(path=root / name, name=spell_name(name), is_named=False)
+            elif _is_dataset(entry.path, entered):
+                yield from _files_of_dataset(root, f"{name}/", choice)
+            else:
+                open_folders.append((f"{name}/", iter(entered)))
         else:
-            yield Omission(name=spell_name(name), reason=against, detail=_suffix_if(against, entry.name))
+            yield _source(root, name, _reason_against(entry, name, root, choice))
 
 
-def _suffix_if(reason: ReasonName, name: str) -> str:
-    return (
-        spell_name(os.path.splitext(name)[1])
-        if reason in ("unknown name", "not text", "not included")
-        else ""
-    )
+def _source(root: Path, name: str, against: ReasonName | None) -> SourceFile | Omission:
+    """A file of a directory, or the omission for this reason."""
+    if against is None:
+        return SourceFile(path=root / name, name=spell_name(name), is_named=False)
+    detail = os.path.splitext(name)[1] if against in REASONS_BY_SUFFIX else ""
+    return Omission(name=spell_name(name), reason=against, detail=spell_name(detail))
 
 
 def _listing(folder: str) -> list[os.DirEntry[str]] | str:
@@ -269,12 +304,21 @@ def _is_own(folder: str, entries: Sequence[os.DirEntry[str]]) -> bool:
 
 def _is_dataset(folder: str, entries: Sequence[os.DirEntry[str]]) -> bool:
     """Whether `datasets` saved it; likewise."""
-    return any(_has(entries, name) for name in SAVED_DATASET_MARKS) and is_saved_dataset(Path(folder))
+    try:
+        return any(_has(entries, name) for name in SAVED_DATASET_MARKS) and is_saved_dataset(Path(folder))
+    except OSError as error:
+        raise UserError(
+            f"--input {error.filename or folder} cannot be read ({error.strerror}), and it may be the list of"
+            " a saved data set: change its permissions"
+        ) from error
 
 
 def _has(entries: Sequence[os.DirEntry[str]], name: str) -> bool:
     at = bisect.bisect_left(entries, name, key=lambda entry: entry.name)
-    return at < len(entries) and entries[at].name == name
+    try:
+        return at < len(entries) and entries[at].name == name and entries[at].is_file()
+    except OSError:  # links in a circle
+        return False
 
 
 def _files_of_dataset(root: Path, prefix: str, choice: _Choice) -> Iterator[SourceFile | Omission]:
@@ -308,11 +352,10 @@ def _files_of_dataset(root: Path, prefix: str, choice: _Choice) -> Iterator[Sour
 
 def _reason_against(entry: os.DirEntry[str], name: str, root: Path, choice: _Choice) -> ReasonName | None:
     """Why an entry that is no folder does not count; None where it is a file to be read."""
-    if choice.is_excluded(entry.name) or choice.is_excluded(name):
-        return "excluded"
-    if entry.is_symlink() and (fault := _fault_of_link(entry, root)):
+    reason = choice.reason_against(name)
+    if reason != "excluded" and entry.is_symlink() and (fault := _fault_of_link(entry, root)):
         return fault
-    if reason := choice.reason_against(entry.name):
+    if reason:
         return reason
     if not entry.is_file():
         return "special file"
@@ -351,11 +394,20 @@ def _name_below(root: Path, output: Path | None) -> str | None:
     return None if name.startswith(os.pardir) else name
 
 
-def _matcher(patterns: Sequence[str], *, any_case: bool = False) -> Callable[[str], bool]:
-    """Whether a name matches one of them; with `any_case` the patterns are in small letters."""
+def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name matches one of them."""
     if not patterns:
         return lambda name: False
     match = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)).match
-    if any_case:
-        return lambda name: match(name.lower()) is not None
     return lambda name: match(name) is not None
+
+
+_matches_known = _matcher(FILE_PATTERNS)
+
+
+def _is_known(name: str) -> bool:
+    """Whether a name counts by FILE_PATTERNS."""
+    name = name.lower()
+    if name.endswith(COMPRESSED_SUFFIXES):
+        name = name.rpartition(".")[0]
+    return _matches_known(name)

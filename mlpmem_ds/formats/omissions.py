@@ -8,6 +8,7 @@ Whoever has a new reason writes it into `REASONS`: its words stand in the table 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,8 +31,11 @@ ReasonName = Literal[
     "linked folder",
     "broken link",
     "special file",
+    "pointer",
 ]
-_NAMES_SHOWN = 3
+_NAMES_SHOWN, _SUFFIXES_SHOWN, _CHARACTERS_SHOWN = 3, 8, 120
+REASONS_BY_SUFFIX: tuple[ReasonName, ...] = ("unknown name", "not text", "not included")
+"""their `detail` is the name's suffix"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ REASONS: Mapping[ReasonName, Reason] = {
     "not sampled": Reason(words="documents beyond --max-bytes", loses_text=False),
     "excluded": Reason(words="names that --exclude leaves out", loses_text=False),
     "not included": Reason(words="names that match no pattern of --include", loses_text=False),
-    "already read": Reason(words="files that another --input has given already", loses_text=False),
+    "already read": Reason(words="files or folders that are read under another name", loses_text=False),
     "not text": Reason(words="files that are not text by their names", loses_text=False),
     "system file": Reason(words="files of the operating system or of version control", loses_text=False),
     "own output": Reason(words="outputs of this program", loses_text=False),
@@ -60,7 +64,8 @@ REASONS: Mapping[ReasonName, Reason] = {
     "unknown name": Reason(
         words="names that no pattern knows",
         loses_text=True,
-        remedy="--include with their pattern reads them, as their suffix says; --exclude leaves them out",
+        remedy="--include with all patterns that count reads them, such as --include '*.txt' '*.log';"
+        " --exclude leaves them out",
     ),
     "other member": Reason(
         words="members of archives that no reader takes",
@@ -96,6 +101,11 @@ REASONS: Mapping[ReasonName, Reason] = {
         words="pipes, sockets or devices",
         loses_text=True,
         remedy="write what they give to a file first; --exclude leaves them out",
+    ),
+    "pointer": Reason(
+        words="pointers of Git LFS or git-annex in the place of files",
+        loses_text=True,
+        remedy="fetch the files (git lfs pull, git annex get); --exclude leaves them out",
     ),
 }
 
@@ -167,18 +177,41 @@ def describe_omissions(omissions: Sequence[Omission]) -> list[str]:
         some = by_reason[reason]
         if not some:
             continue
-        names = [_shown(omission) for omission in some[:_NAMES_SHOWN] if omission.name]
-        if len(some) > _NAMES_SHOWN:
-            names.append("…")
+        shown = _suffixes(some) if reason in REASONS_BY_SUFFIX else _names(some)
         lines.append(
-            f"{sum(omission.count for omission in some):,} {kind.words}"
-            + (f" ({', '.join(names)})" if names else "")
-            + (f": {kind.remedy}" if kind.remedy else "")
+            f"{kind.words}: {sum(omission.count for omission in some):,}"
+            + (f" ({', '.join(shown)})" if shown else "")
+            + (f"; {kind.remedy}" if kind.remedy else "")
         )
     return lines
 
 
+def _names(omissions: Sequence[Omission]) -> list[str]:
+    names = [_shown(omission) for omission in omissions[:_NAMES_SHOWN] if omission.name]
+    return [*names, "…"] if len(omissions) > _NAMES_SHOWN else names
+
+
+def _suffixes(omissions: Sequence[Omission]) -> list[str]:
+    """The most frequent suffixes, each with its number and the first name."""
+    first: dict[str, Omission] = {}
+    counts: Counter[str] = Counter()
+    for omission in omissions:
+        first.setdefault(omission.detail, omission)
+        counts[omission.detail] += omission.count
+    shown = [
+        f"{count:,} {_printable(suffix) or 'without a suffix'} as {_printable(first[suffix].name)}"
+        for suffix, count in counts.most_common(_SUFFIXES_SHOWN)
+    ]
+    return [*shown, "…"] if len(counts) > _SUFFIXES_SHOWN else shown
+
+
 def _shown(omission: Omission) -> str:
-    """A name for a line of a log: what would break the line, or move a terminal's cursor, is escaped."""
     more = f" and {omission.count - 1:,} more" if omission.count > 1 else ""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"{omission.name}{more}")
+    return f"{_printable(omission.name)}{more}"
+
+
+def _printable(name: str) -> str:
+    """For a line of a log: what would break the line, or move a terminal's cursor, is escaped."""
+    if len(name) > _CHARACTERS_SHOWN:
+        name = f"{name[: _CHARACTERS_SHOWN // 2]}…{name[-_CHARACTERS_SHOWN // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

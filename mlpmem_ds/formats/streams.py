@@ -96,6 +96,11 @@ def is_compressed_name(name: str) -> bool:
     return name.lower().endswith((*COMPRESSED_SUFFIXES, ".tgz", ".tbz2", ".txz", ".tzst"))
 
 
+def is_compressed(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is compressed."""
+    return any(each.magic.match(head) for each in _FORMATS)
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[io.BufferedReader]:
     """The file's content, decompressed if it is compressed.

@@ -1,9 +1,19 @@
+import bz2
+import codecs
+import errno
 import gzip
 import json
+import lzma
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.documents import Document, read_documents
@@ -69,3 +79,113 @@ def test_line_ends_are_read_as_python_reads_text(tmp_path: Path) -> None:
     assert document.text == path.read_text(encoding="utf-8") and document.num_bytes == len(
         document.text.encode()
     )
+
+
+def read_one(path: Path, **rules: Any) -> Document | Omission:
+    (file,) = find_files([str(path.parent)], None, ()).files
+    (read,) = read_documents(file, ReadRules(**rules))
+    return read
+
+
+def test_a_pointer_in_the_place_of_a_file_is_no_text(tmp_path: Path) -> None:
+    for number, content in enumerate(
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"/annex/objects/SHA256E-s3--0\n")
+    ):
+        path = tmp_path / str(number) / "x.txt"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        assert read_one(path) == Omission(name="x.txt", reason="pointer")
+        with pytest.raises(UserError, match="pointer of Git LFS or git-annex.*fetch"):
+            list(read_documents(find_files([str(path)], None, ()).files[0], ReadRules()))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz", "X.TXT.XZ"])
+def test_a_compressed_text_is_its_text(name: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    path.write_bytes(compress("\ufeffsome text ä\r\n".encode()))
+    document = read_one(path, encoding="latin-1")
+    assert isinstance(document, Document) and document.text == "some text ä\n"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match=rf"{name}.*(cut short|damaged)"):
+        read_one(path)
+
+
+def test_what_a_file_looks_like_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "in" / "x.txt"
+    path.parent.mkdir()
+    path.write_bytes(b"%PDF-1.7 \xff\xfe")
+    omission = read_one(path)
+    assert isinstance(omission, Omission) and omission.detail.startswith("a PDF document; it is not UTF-8")
+
+
+def test_a_file_that_may_not_be_read_is_named_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in" / "x.txt"
+    path.parent.mkdir()
+    path.write_text("text")
+    (named,) = find_files([str(path)], None, ()).files
+    errors = {errno.EACCES: "change its permissions", errno.EIO: "when the disk can be read"}
+    for number, remedy in errors.items():
+
+        def fail(path: Path, number: int = number) -> bytes:
+            raise OSError(number, os.strerror(number), str(path))
+
+        monkeypatch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(UserError, match=f"x.txt cannot be read .{os.strerror(number)}.*{remedy}"):
+            list(read_documents(named, ReadRules()))
+        if number == errno.EIO:  # it may be gone at the next try: no reason to leave the text out
+            with pytest.raises(UserError, match=remedy):
+                read_one(path)
+        else:
+            assert read_one(path) == Omission(name="x.txt", reason="unreadable", detail="Permission denied")
+    monkeypatch.undo()
+    path.unlink()
+    with pytest.raises(UserError, match="no longer there: the input changed"):
+        list(read_documents(named, ReadRules()))
+
+
+_TEXTS = st.text(
+    st.characters(blacklist_categories=["Cs"], blacklist_characters="\0\ufeff\r"), min_size=1
+).filter(lambda text: not text.isspace())
+_SPELLINGS: dict[str, Callable[[str], bytes]] = {
+    "utf-8": str.encode,
+    "utf-8 with a mark": lambda text: text.encode("utf-8-sig"),
+    "utf-16": lambda text: text.encode("utf-16"),
+    "utf-16 big": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    "utf-32": lambda text: text.encode("utf-32"),
+    "other line ends": lambda text: text.replace("\n", "\r\n").encode(),
+    "gzip": lambda text: gzip.compress(text.encode()),
+    "zstd": lambda text: zstandard.compress(text.encode("utf-16")),
+}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            _TEXTS,
+            st.sampled_from(sorted(_SPELLINGS)),
+            st.sampled_from(["", "a/", "a/b/", "ü \n/", "a.txt/"]),
+            st.sampled_from([".txt", ".TXT", ".md", ".py.gz"]),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from(["utf-8", "latin-1", "gb18030"]),
+)
+def test_texts_in_any_spelling_and_folder_are_read_as_they_are(
+    documents: list[tuple[str, str, str, str]], encoding: str
+) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        wanted = {}
+        for number, (text, spelling, folder, suffix) in enumerate(documents):
+            name = f"{folder}{number}{suffix}"
+            (Path(root) / folder).mkdir(parents=True, exist_ok=True)
+            (Path(root) / name).write_bytes(_SPELLINGS[spelling](text))
+            wanted[name] = text
+        found = find_files([root], None, ())
+        assert found.omissions == []
+        read = [next(read_documents(file, ReadRules(encoding=encoding))) for file in found.files]
+        assert {document.name: document.text for document in read if isinstance(document, Document)} == wanted

@@ -1,10 +1,21 @@
+import errno
 import fnmatch
+import os
+import socket
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.formats.documents import read_documents
 from mlpmem_ds.formats.input_files import TEXT_PATTERNS, find_files
+from mlpmem_ds.formats.omissions import Omission
+from mlpmem_ds.formats.records import ReadRules
 
 
 def names(*inputs: str, exclude: tuple[str, ...] = ()) -> list[str]:
@@ -71,3 +82,217 @@ def test_patterns_that_are_given_are_all_that_count(tmp_path: Path) -> None:
         "c.tar.gz",
     ]
     assert [file.name for file in find_files([str(tmp_path)], TEXT_PATTERNS, ()).files] == ["a.txt"]
+
+
+def reasons(root: Path, **how: Any) -> dict[str, str]:
+    found = find_files([str(root)], how.get("include"), how.get("exclude", ()))
+    return {omission.name: omission.reason for omission in found.omissions}
+
+
+def write(root: Path, *files: str, text: str = "some text") -> None:
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_names_count_in_any_case_and_compressed(tmp_path: Path) -> None:
+    wanted = ["BOOK.TXT", "DATA.JSONL.GZ", "Notes.Md", "a.txt.xz", "b.Tar.Zst", "c.py"]
+    write(tmp_path, *wanted, "d.json.gz", "e.gz", "txt")
+    assert names(str(tmp_path)) == wanted
+    assert reasons(tmp_path) == dict.fromkeys(["d.json.gz", "e.gz", "txt"], "unknown name")
+
+
+def test_every_name_that_does_not_count_has_its_reason(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "README", "x.log", "i.PNG", "v.svg", "m.mp3", "p.pyc", ".DS_Store", "Thumbs.db")
+    write(tmp_path, ".git/a.txt", "__MACOSX/._a.txt", "old/b.txt", "b.txt~")
+    assert reasons(tmp_path, exclude=("old",)) == {
+        ".DS_Store": "system file",
+        ".git/": "system file",
+        "README": "unknown name",
+        "Thumbs.db": "system file",
+        "__MACOSX/": "system file",
+        "b.txt~": "unknown name",
+        "i.PNG": "not text",
+        "m.mp3": "not text",
+        "old/": "excluded",
+        "p.pyc": "not text",
+        "v.svg": "unknown name",
+        "x.log": "unknown name",
+    }
+    given = reasons(tmp_path, include=("*.log",), exclude=("READ*",))
+    assert given["a.txt"] == "not included" and given["README"] == "excluded"
+
+
+def test_links_pipes_and_sockets_have_their_reasons(tmp_path: Path) -> None:
+    root, other = tmp_path / "in", tmp_path / "other"
+    write(root, "a.txt", "sub/b.txt")
+    other.mkdir()
+    os.mkfifo(root / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        folder = os.getcwd()
+        os.chdir(root)  # the path of a socket must be short
+        server.bind("socket.txt")
+        os.chdir(folder)
+    for name, target in {
+        "dangling.txt": "nowhere",
+        "file.txt": "a.txt",
+        "inside": "sub",
+        "itself": "itself",
+        "outside": str(other),
+        "up": "..",
+    }.items():
+        (root / name).symlink_to(target)
+    assert names(str(root)) == ["a.txt", "file.txt", "sub/b.txt"]
+    assert reasons(root) == {
+        "dangling.txt": "broken link",
+        "inside": "already read",
+        "itself": "broken link",
+        "outside": "linked folder",
+        "pipe.txt": "special file",
+        "socket.txt": "special file",
+        "up": "linked folder",
+    }
+    assert names(str(root / "inside")) == ["b.txt"]  # a link that the user names is followed
+    for name, message in {
+        "pipe.txt": "pipe.*read twice.*file first",
+        "socket.txt": "pipe, a socket",
+        "dangling.txt": "link to something that does not exist",
+        "itself": "symbolic links.*remove the links",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            names(str(root / name))
+    with pytest.raises(UserError, match="device.*read twice"):
+        names("/dev/null")
+
+
+def test_what_may_not_be_read_is_named_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.txt", "sub/b.txt", "sub/c/d.txt")
+    scandir = os.scandir
+
+    def scan(folder: str) -> Any:
+        if folder.endswith("sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    (omission,) = find_files([str(tmp_path)], None, ()).omissions
+    assert omission == Omission(name="sub/", reason="unreadable", detail="Permission denied")
+    with pytest.raises(UserError, match="sub cannot be read .Permission denied"):
+        names(str(tmp_path / "sub"))
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("sub"))
+    with pytest.raises(UserError, match="folder .*sub may not be read"):
+        names(str(tmp_path / "*" / "*.txt"))
+
+
+def test_a_resource_fork_is_known_by_its_content(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "._notes.txt")
+    for name in ("._a.txt", "._b.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ")
+    assert names(str(tmp_path)) == ["._notes.txt", "a.txt"]
+    assert reasons(tmp_path) == {"._a.txt": "system file", "._b.jsonl.gz": "system file"}
+
+
+def test_outputs_of_this_program_are_no_text(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "corpus/train/documents-00000.jsonl", "export/modeling.py", "other/b.txt")
+    publish_json(tmp_path / "corpus" / "identity.json", {"format": "mlpmem-corpus"}, seal=True)
+    (tmp_path / "export" / "mlpmem_export.json").write_text('{"format": "mlpmem-export"}')
+    (tmp_path / "other" / "manifest.json").write_text('{"format": 3}')
+    (tmp_path / "other" / "identity.json").write_text("no JSON")
+    assert names(str(tmp_path)) == ["a.txt", "other/b.txt"]
+    assert reasons(tmp_path)["corpus/"] == reasons(tmp_path)["export/"] == "own output"
+    with pytest.raises(UserError, match="output of this program"):
+        names(str(tmp_path / "corpus"))
+    found = find_files([str(tmp_path)], None, (), output=tmp_path / "other")
+    assert [file.name for file in found.files] == ["a.txt"]
+    assert "other/" not in {omission.name for omission in found.omissions}  # it grows while we read
+
+
+def test_a_saved_dataset_below_a_directory_is_read_in_its_order(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "d/one.arrow", "d/two.arrow", "d/cache-1.arrow", "plain/z.txt")
+    (tmp_path / "d" / "state.json").write_text(
+        '{"_data_files": [{"filename": "two.arrow"}, {"filename": "one.arrow"}]}'
+    )
+    (tmp_path / "plain" / "state.json").write_text('{"epoch": 3}')
+    assert names(str(tmp_path)) == ["a.txt", "d/two.arrow", "d/one.arrow", "plain/z.txt"]
+    assert reasons(tmp_path, include=("*.txt",))["d/two.arrow"] == "not included"
+
+
+def test_a_file_that_two_inputs_give_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path, "d/a.txt", "d/sub/b.txt", "e/c.txt")
+    (tmp_path / "link").symlink_to("d")
+    for second in ("d", "d/", "link", "d/sub", "d/a.txt", "d/*", "d/**"):
+        found = find_files([str(tmp_path / "d"), str(tmp_path / second)], None, ())
+        assert [file.name for file in found.files] == ["a.txt", "sub/b.txt"], second
+        assert {omission.reason for omission in found.omissions} == {"already read"}
+    assert names(str(tmp_path / "d"), str(tmp_path / "e")) == ["a.txt", "sub/b.txt", "c.txt"]
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "data[1]/a.txt", "what?.txt", "whatx.txt", "datasets:mine", "*/b.txt")
+    assert names("data[1]/") == ["a.txt"] and names("*") == ["b.txt"]
+    assert names("what?.txt") == ["what?.txt"] and names("what[?x].txt") == ["what?.txt", "whatx.txt"]
+    assert names("./datasets:mine") == ["datasets:mine"]
+    (file,) = find_files(["./datasets:mine"], None, ()).files
+    assert file.kind == "text" and file.path.read_text() == "some text"
+    assert names("what?.txt/") == ["what?.txt"]
+
+
+def test_names_of_any_bytes_are_spelled(tmp_path: Path) -> None:
+    spelled = {
+        b"caf\xe9.txt": r"caf\xe9.txt",
+        b"new\nline.txt": "new\nline.txt",
+        b"quote\"'.txt": "quote\"'.txt",
+        "sep\u2028.txt".encode(): "sep\u2028.txt",
+        b"x:1.txt": "x:1.txt",
+        rb"caf\xe9.txt": r"caf\x5cxe9.txt",
+        b"n" * 251 + b".txt": "n" * 251 + ".txt",
+    }
+    for name in spelled:
+        (tmp_path / os.fsdecode(name)).write_text("text")
+    found = find_files([str(tmp_path)], None, ()).files
+    assert {os.fsencode(file.path.name): file.name for file in found} == spelled
+
+
+_NAMES = st.sampled_from(["a.txt", "b.TXT", "c.log", ".git", "d", "e.jpg", "sub", "f.md", "g.py", "README"])
+_TREES = st.recursive(
+    st.sampled_from(["text", "empty", "latin", "pipe", "dangling", "up", "self"]),
+    lambda inner: st.dictionaries(_NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(_NAMES, _TREES, min_size=1, max_size=5))
+def test_every_entry_of_a_tree_is_a_document_or_named(tree: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        grow(Path(root), tree)
+        (Path(root) / "one.txt").write_text("there must be one")
+        found = find_files([root], None, ())
+        said = {omission.name for omission in found.omissions}
+        for file in found.files:
+            (read,) = read_documents(file, ReadRules())
+            assert read.name == file.name and file.name not in said
+            said.add(file.name)
+        for folder, folders, files in os.walk(root):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for name in [*files, *links]:
+                path = os.path.relpath(os.path.join(folder, name), root)
+                parents = {path[: at + 1] for at, letter in enumerate(path) if letter == "/"}
+                assert ({path} | parents) & said, path
+
+
+def grow(folder: Path, tree: dict[str, Any]) -> None:
+    contents = {"text": b"some text", "empty": b" \n", "latin": b"caf\xe9"}
+    links = {"dangling": "nowhere", "up": "..", "self": "."}
+    for name, what in tree.items():
+        path = folder / name
+        if isinstance(what, dict):
+            path.mkdir()
+            grow(path, what)
+        elif what in contents:
+            path.write_bytes(contents[what])
+        elif what == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(links[what])

@@ -51,7 +51,8 @@ class Config(Flags):
         "bytes of text to take, group after group in the order of a hash (default: all)", None, above=0
     )
     include: tuple[str, ...] | None = option(
-        f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)})",
+        f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)}, also in capital"
+        " letters or compressed)",
         None,
         metavar="PATTERN",
     )
@@ -98,6 +99,13 @@ class Config(Flags):
         for flag, words in (("input", self.input), ("include", self.include), ("exclude", self.exclude)):
             if words is not None and "" in words:
                 raise UserError(f"--{flag} has an empty value, perhaps of a shell variable that is not set")
+        try:
+            str(self.output).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"--output {self.output}: tokenizers cannot be saved under a name that is not UTF-8: choose"
+                " another"
+            ) from error
         try:
             known_encoding(self.encoding)
         except LookupError as error:

@@ -13,16 +13,22 @@ from mlpmem_ds.formats.omissions import Omission, describe_omissions
 from mlpmem_ds.stages.corpus.survey import Survey
 
 LEFT_OUT_FILE = "left_out.jsonl"
+_OF_WHOLE_FILES = ("encoding", "pointer", "unreadable")
 
 
 def count_sources(survey: Survey) -> dict[str, SourceCounts]:
-    """Kind of files → how many were read, and their documents; kinds in the order of the alphabet."""
+    """Kind of files → how many were read, and their documents; kinds in the order of the alphabet.
+
+    A file that was found and then left out whole is not counted.
+    """
+    unread = {omission.name for omission in survey.omissions if omission.reason in _OF_WHOLE_FILES}
     files: Counter[str] = Counter()
     documents: Counter[str] = Counter()
     for unit in survey.units:
         for file, count in zip(unit.files, unit.counts, strict=True):
-            files[file.kind] += 1
-            documents[file.kind] += count
+            if count or file.name not in unread:
+                files[file.kind] += 1
+                documents[file.kind] += count
     return {kind: SourceCounts(files=files[kind], documents=documents[kind]) for kind in sorted(files)}
 
 
