@@ -11,6 +11,9 @@ RESOURCE_FORK = b"\x00\x05\x16\x07"
 _TYPES = mimetypes.MimeTypes(filenames=())  # Python's own list, not this machine's
 _NO_TEXT = re.compile(r"(image/(?!svg)|audio/|video/|font/|application/(octet-stream|x-python-code|wasm)$)")
 
+_OF_TABLES = ("_SUCCESS", "_metadata", "_common_metadata")
+"""what Hadoop and Spark write next to the parts of a table; and checksums, `.NAME.crc`"""
+
 _MARKS: tuple[tuple[bytes, str], ...] = (
     (b"PAR1", "a Parquet file"),
     (b"PARE", "an encrypted Parquet file"),
@@ -50,6 +53,8 @@ def kind_by_mark(first: bytes) -> str:
 
 
 def is_no_text_by_name(name: str) -> bool:
-    """Whether a name says that a file is no text, such as a picture."""
+    """Whether a name (without its folder) says that a file is no text, such as a picture."""
+    if name in _OF_TABLES or (name.startswith(".") and name.endswith(".crc")):
+        return True
     kind, packing = _TYPES.guess_type(name, strict=False)
     return bool(kind and not packing and _NO_TEXT.match(kind))

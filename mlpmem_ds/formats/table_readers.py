@@ -19,7 +19,7 @@ from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record, listed, make_record, partition_of
 
 _ROWS = 256  # in memory at once
-_BUFFER_BYTES = 1 << 20  # of a Parquet column: without it pyarrow reads a column of a row group at once
+_BUFFER_BYTES = 1 << 20  # read at once of a Parquet column
 _PARQUET = (b"PAR1", b"PARE")
 _TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 _LISTS = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
@@ -69,7 +69,10 @@ def _parquet_batches(
     path: Path, stream: IO[bytes], text_field: str, group_field: str | None
 ) -> Iterator[Any]:
     parquet = import_arrow("parquet", path=path)
-    file = parquet.ParquetFile(stream, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+    # pyarrow would read the columns of a whole row group ahead: 390 MiB of one of 377, against 22.
+    file = parquet.ParquetFile(
+        stream, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+    )
     columns = [text_field, *([group_field] if group_field else [])]
     _check_columns(path, file.schema_arrow, text_field, group_field)
     num_rows = 0

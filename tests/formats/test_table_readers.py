@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.arrow_library import arrow_errors
-from mlpmem_ds.formats.file_marks import kind_by_mark
+from mlpmem_ds.formats.file_marks import is_no_text_by_name, kind_by_mark
 from mlpmem_ds.formats.records import ReadRules, Record
 from mlpmem_ds.formats.table_readers import read_table
 
@@ -386,6 +386,13 @@ def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pip install 'mlpmem-ds\[arrow\]'"):
         texts_of(tmp_path / "x.parquet")
+
+
+def test_what_spark_writes_next_to_a_table_is_no_text() -> None:
+    for name in ("_SUCCESS", "_metadata", "_common_metadata", ".part-00000.parquet.crc", "x.png"):
+        assert is_no_text_by_name(name), name
+    for name in ("SUCCESS", "crc", "notes.crc", "metadata", "x.unknown"):
+        assert not is_no_text_by_name(name), name
 
 
 def test_marks_of_files() -> None:
