@@ -7,8 +7,8 @@ In the order of the pipeline:
 - `json_readers.py`, `tar_readers.py`, `zip_readers.py`: JSON lines, archives; `archive_samples.py`: their
   members as documents;
   `streams.py`: decompression; `json_lines.py`: JSON that users give
-- `table_readers.py`: Parquet and Arrow; `saved_datasets.py`: data sets of `datasets`;
-  `arrow_library.py`: pyarrow; `file_marks.py`: what a file is by its first bytes
+- `table_readers.py`: Parquet and Arrow; `csv_readers.py`: CSV; `saved_datasets.py`: data sets of
+  `datasets`; `arrow_library.py`: pyarrow; `file_marks.py`: what a file is by its name or first bytes
 - `corpus.py`: token shards; `window_tokens.py`: its windows as a model reads them
 - `keys.py`, `mapped_keys.py`: keys, values and memory inputs
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists

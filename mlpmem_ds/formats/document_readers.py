@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.csv_readers import read_csv
 from mlpmem_ds.formats.json_readers import read_json
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import Reader, ReadRules, Record
@@ -19,20 +20,18 @@ from mlpmem_ds.formats.table_readers import read_table
 from mlpmem_ds.formats.tar_readers import read_tar
 from mlpmem_ds.formats.zip_readers import read_zip
 
-# kind → suffixes; those of streams may be compressed
+# kind → suffixes; but for zip, the files may be compressed
 _PLAIN_SUFFIXES = {
-    "table": (".parquet", ".parq", ".pq", ".arrow", ".arrows", ".feather", ".ipc"),
-    "zip": (".zip",),
-}
-_STREAM_SUFFIXES = {
     "json": (".jsonl", ".json", ".ndjson", ".jsonlines"),
+    "table": (".parquet", ".parq", ".pq", ".arrow", ".arrows", ".feather", ".ipc"),
+    "csv": (".csv", ".tsv", ".tab"),
     "tar": (".tar",),
 }
 _SUFFIXES = {
-    **_PLAIN_SUFFIXES,
+    "zip": (".zip",),
     **{
         kind: tuple(suffix + packed for suffix in suffixes for packed in ("", *COMPRESSED_SUFFIXES))
-        for kind, suffixes in _STREAM_SUFFIXES.items()
+        for kind, suffixes in _PLAIN_SUFFIXES.items()
     },
 }
 _SUFFIXES["tar"] += (".tgz", ".tbz2", ".txz", ".tzst")
@@ -67,6 +66,7 @@ def refuse_part(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
 
 READERS: dict[str, Reader] = {
     "json": read_json,
+    "csv": read_csv,
     "table": read_table,
     "tar": read_tar,
     "zip": read_zip,

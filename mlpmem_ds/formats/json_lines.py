@@ -80,7 +80,7 @@ def text_lines(stream: BinaryIO, *, name: str, encoding: str = "utf-8") -> Itera
     """
     number = 0
     try:
-        for number, line in enumerate(_decoded_lines(stream, encoding), start=1):
+        for number, line in enumerate(decoded_lines(stream, encoding), start=1):
             yield number, line.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise UserError(
@@ -167,7 +167,12 @@ def _whole(
     yield from (JsonRecord(f"item {item}", item, value) for item, value in enumerate(values, start=1))
 
 
-def _decoded_lines(stream: BinaryIO, encoding: str) -> Iterator[str]:
+def decoded_lines(stream: BinaryIO, encoding: str) -> Iterator[str]:
+    """The lines with their ends, without a byte-order mark.
+
+    Raises:
+        UnicodeDecodeError: bytes that are no text.
+    """
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
     head = buffered.peek(4)[:4]
     marked = next((_MARKS[mark] for mark in _MARKS if head.startswith(mark)), None)

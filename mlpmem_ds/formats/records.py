@@ -9,7 +9,6 @@ A reader is a function of a path and the rules. It yields a `Record` for each do
 
 from __future__ import annotations
 
-import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,6 +90,7 @@ def make_record(
     try:
         if (written := text_of(text)) is None:
             return Omission(name=key, reason="empty")
+        written = written.lstrip("\ufeff")  # a byte-order mark is no text, in a record as in a file
     except UnicodeError as error:
         raise UserError(
             f"{path} {place}: its {text_field} is not UTF-8 text ({error}): mend that record"
@@ -196,6 +196,6 @@ def group_name(value: Any) -> str | None:
 
 def listed(names: Any) -> str:
     """Names for a message, in one line: the first of many."""
-    shown = [re.sub(r"\s+", " ", str(name)) for name in names]
+    shown = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name)) for name in names]
     rest = len(shown) - _MAX_NAMES
     return ", ".join(shown[:_MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "") or "none"

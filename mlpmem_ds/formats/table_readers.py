@@ -8,7 +8,11 @@ with a dot.
 
 from __future__ import annotations
 
+import io
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +21,7 @@ from mlpmem_ds.formats.arrow_library import arrow_batches, arrow_errors, import_
 from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record, listed, make_record, partition_of
+from mlpmem_ds.formats.streams import opened
 
 _ROWS = 256  # in memory at once
 _BUFFER_BYTES = 1 << 20  # read at once of a Parquet column
@@ -38,7 +43,7 @@ def read_table(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
         UserError: no such column, no text in it, or the file is something else, cut short or damaged.
     """
     text_field, group_field = rules.text_field, rules.group_field
-    with arrow_errors(path), open(path, "rb") as stream:
+    with _seekable(path) as stream, arrow_errors(path):
         first = 0
         for batch in _batches(path, stream, text_field, group_field):
             texts = _column(batch, _text_place(path, batch.schema, text_field))
@@ -55,6 +60,19 @@ def read_table(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
                     place = f"row {row}"
                     yield make_record(path, place, str(row), text, group, text_field, group_field)
             first += batch.num_rows
+
+
+@contextmanager
+def _seekable(path: Path) -> Iterator[IO[bytes]]:
+    """The file; where it is compressed, its content in a temporary file, for tables are not read in order."""
+    with opened(path) as stream:
+        if isinstance(stream.raw, io.FileIO):
+            yield stream
+            return
+        with tempfile.TemporaryFile() as plain:
+            shutil.copyfileobj(stream, plain, _BUFFER_BYTES)
+            plain.seek(0)
+            yield plain
 
 
 def _batches(path: Path, stream: IO[bytes], text_field: str, group_field: str | None) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import sys
 import tempfile
 from collections.abc import Callable
@@ -137,7 +138,8 @@ def test_any_texts_come_back(texts: list[str | None], encoding: str, container: 
         if encoding == "struct" and table.schema.field("text").type == pa.null():
             return
         CONTAINERS[container](Path(folder) / container, table)
-        assert texts_of(Path(folder) / container, field) == numbered(texts)
+        expected = [None if text is None else text.lstrip("\ufeff") for text in texts]
+        assert texts_of(Path(folder) / container, field) == numbered(expected)
 
 
 def write(path: Path, **columns: Any) -> Path:
@@ -373,6 +375,25 @@ def test_errors_are_told_apart(tmp_path: Path) -> None:
             raise error
     with pytest.raises(PermissionError), arrow_errors(tmp_path):
         raise PermissionError(13, "no")
+
+
+def test_a_compressed_table_is_read(tmp_path: Path) -> None:
+    for container in ("x.parquet", "stream.arrow", "lz4.feather"):
+        CONTAINERS[container](tmp_path / container, WORDS)
+        packed = gzip.compress((tmp_path / container).read_bytes())
+        (tmp_path / f"{container}.gz").write_bytes(packed)
+        assert texts_of(tmp_path / f"{container}.gz") == numbered(list(TEXTS))
+        (tmp_path / f"{container}.gz").write_bytes(packed[:-9])
+        with pytest.raises(UserError, match="cannot be read whole .* gzip"):
+            texts_of(tmp_path / f"{container}.gz")
+
+
+def test_a_byte_order_mark_is_no_text_and_names_cannot_move_the_cursor(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", text=["\ufeffa", "b\ufeff"], other=["x"] * 2)
+    assert texts_of(path) == [("0", "a"), ("1", "b\ufeff")]
+    control = write(tmp_path / "y.parquet", **{"te\nxt\x1b[31m": ["a"]})
+    with pytest.raises(UserError, match=r"it has te\\nxt\\x1b\[31m"):
+        texts_of(control)
 
 
 def test_one_big_batch_is_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
