@@ -24,14 +24,14 @@ def reason_against(attention: str, *, device: torch.device, dtype: str) -> str |
     if not attention.startswith(_FLASH):
         return None
     if device.type != "cuda":
-        return f"it runs on CUDA, not on {device.type}: give --attention sdpa"
+        return f"it runs on CUDA, not on {device.type}: choose auto or sdpa"
     if dtype == "float32":
-        return "it reads bfloat16 and float16, not float32: give --dtype bfloat16, or --attention sdpa"
+        return "it reads bfloat16 and float16, not float32: choose one of those dtypes, or auto or sdpa"
     module, package = _PACKAGES.get(attention, (None, None))
     if module is not None and importlib.util.find_spec(module) is None:
         return (
-            f"the package {package} is not installed: pip install --no-build-isolation {package}, or give"
-            " --attention sdpa"
+            f"the package {package} is not installed: pip install --no-build-isolation {package}, or"
+            " choose auto or sdpa"
         )
     return None
 

@@ -379,7 +379,7 @@ def _first_tensor(values: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value
     raise UnknownStructureError(
-        "a hooked module passes no tensor: name the list of decoder layers with --layers-path"
+        "a hooked module passes no tensor: name the list of decoder layers (extract_keys --layers-path)"
     )
 
 

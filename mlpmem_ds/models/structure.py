@@ -148,14 +148,14 @@ def _expansions(module: nn.Module) -> list[nn.Linear]:
 def structure_message(model: PreTrainedModel, reason: str) -> str:
     """What an `UnknownStructureError` says: the reason, the lists of modules that exist, and the remedy."""
     lists = [(name, module) for name, module in _outer_lists(model)]
-    seen = "\n".join(
-        f"  {name}: {len(module)} x {type(module[0]).__name__} ({names_of_parts(module[0])})"
+    seen = ", ".join(
+        f"{name}: {len(module)} x {type(module[0]).__name__} ({names_of_parts(module[0])})"
         for name, module in lists
     )
     return (
         f"the structure of {type(model).__name__} is not understood: {reason}. Its lists of modules"
-        f" are\n{seen or '  (none)'}\nName the list of decoder layers with --layers-path, for example"
-        f" --layers-path {lists[0][0] if lists else 'model.layers'}"
+        f" are {seen or 'none'}. Name the list of decoder layers, for example extract_keys --layers-path"
+        f" {lists[0][0] if lists else 'model.layers'}"
     )
 
 

@@ -56,9 +56,7 @@ _REFUSED = {
     "optimizer": "remove it: the optimizer is AdamW, set by --learning-rate and --weight-decay",
     "scheduler": "remove it: the schedule is set by --schedule and --warmup-fraction",
     "fp16": "remove it and use bf16: the loss here is never scaled",
-    "elasticity": (
-        "remove it: --batch-positions fixes the batch at any number of GPUs, and a rerun resumes on another"
-    ),
+    "elasticity": ("remove it: the batch is the same at any number of GPUs, and a rerun resumes on another"),
     "nebula": "remove it: checkpoints are published by this program",
     "amp": "remove it and use bf16",
     "compression_training": "remove it: DeepSpeed's compression is gone",
@@ -68,12 +66,12 @@ _REFUSED = {
     "eigenvalue": "remove it: DeepSpeed no longer has it",
     "graph_harvesting": "remove it: DeepSpeed no longer has it",
     "curriculum_learning": "remove it: DeepSpeed no longer has it",
-    "data_efficiency": "remove it: the order of the data is set by --seed and --shuffle-window-blocks",
+    "data_efficiency": "remove it: the order of the data is set by flags, such as --seed",
     "progressive_layer_drop": "remove it: DeepSpeed no longer has it",
     "tensorboard": "remove it: OUTPUT/tensorboard is written by this program",
     "csv_monitor": "remove it: OUTPUT/metrics.jsonl is written by this program",
     "wandb": "remove it: OUTPUT/metrics.jsonl and OUTPUT/tensorboard are written by this program",
-    "autotuning": "remove it and set --micro-batch-positions",
+    "autotuning": "remove it: the largest micro-batch is set by a flag",
 }
 _REFUSED_ZERO = {
     "mics_shard_size": (

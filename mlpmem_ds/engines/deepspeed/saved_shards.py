@@ -159,6 +159,6 @@ def _load(file: Path) -> Any:
 def damaged(path: Path, error: Exception) -> DamagedDataError:
     """That a checkpoint cannot be put together, and what to do."""
     return DamagedDataError(
-        f"{path} cannot be put together ({type(error).__name__}: {error}): choose another --step, or"
-        " restore it from a copy"
+        f"{path} cannot be put together ({type(error).__name__}: {error}): choose another checkpoint"
+        " (convert_checkpoint --step), or restore it from a copy"
     )

@@ -246,7 +246,10 @@ def _leftovers(root: Path) -> Iterator[str]:
         try:
             read_json(root / "audit.json")
         except DamagedDataError as error:
-            yield f"{error} (with --audit), or remove it: nothing else needs it"
+            yield (
+                f"{error} (with the --audit of extract_keys or write_targets), or remove it: nothing else"
+                " needs it"
+            )
     temporaries = sum(1 for path in root.rglob(".*.tmp") if path.is_file())
     if temporaries:
         yield (

@@ -299,7 +299,7 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
     remedies = {
         "keys": "fewer ranks a node",
         "index": "fewer lists, or a smaller sample (--factory)",
-        "targets": "fewer ranks a node, a smaller --dim, or --batch-positions",
+        "targets": "fewer ranks a node, a smaller --dim, or --batch-positions of write_targets",
         "memory": "more ranks (ZeRO-3 spreads the state), or a smaller --preset",
     }
     lines = [
@@ -314,8 +314,9 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
     if total + temporary > machine.disk_bytes:
         lines.append(
             f"all stages together leave {_bytes(total)}, the targets need {_bytes(temporary)} more while they"
-            f" are written (elsewhere: --lists), and the disk has {_bytes(machine.disk_bytes)}: a larger"
-            " disk, a smaller --dim, --input-codec int8 or none, or --encoding compact"
+            f" are written (elsewhere: write_targets --lists), and the disk has"
+            f" {_bytes(machine.disk_bytes)}: a larger disk, a smaller --dim, --input-codec int8"
+            " or none, or --encoding compact"
         )
     return lines
 

@@ -44,8 +44,8 @@ class ExactSearch:
                 if isinstance(self._loaded, HostKeys):
                     _logger.warning(
                         "%.1f GB of keys do not fit in half of what is free on %s: they are copied there at"
-                        " each batch of exact search; an index and --search ivf, or a GPU with more memory,"
-                        " would be faster",
+                        " each batch of exact search; a search by an index, or a GPU with more memory, would"
+                        " be faster",
                         self._keys_ND.nbytes / 1e9,
                         self._device,
                     )

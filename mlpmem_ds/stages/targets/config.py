@@ -88,7 +88,7 @@ class Config(Flags):
         identity="none",
     )
     raw_keys: Path | None = option(
-        "with --audit: key directory of --codec raw over the same corpus and model, as the truth",
+        "with --audit: key directory of extract_keys --codec raw of the same corpus and model, as the truth",
         None,
         identity="none",
     )

@@ -82,7 +82,7 @@ def test_a_damaged_audit_is_pointed_out(run_dir: Path, caplog: pytest.LogCapture
     (run_dir / "keys" / "audit.json").write_text("{")
     with caplog.at_level("WARNING"):
         run(Config(run=run_dir), World())
-    assert "audit.json is not valid JSON" in caplog.text and "with --audit" in caplog.text
+    assert "audit.json is not valid JSON" in caplog.text and "with the --audit of extract_keys" in caplog.text
 
 
 def test_without_checksums_only_sizes_are_compared(run_dir: Path) -> None:
