@@ -160,8 +160,8 @@ def _whole(
         value = parse_json("\n".join(lines))
     except NotJsonError as error:
         raise UserError(
-            f"{name} is neither JSON lines (line {number}: {reason}) nor one JSON value ({error}): mend it or"
-            " leave it out"
+            f"{name} is neither JSON lines (line {number}: {reason}) nor one JSON value ({error}): write an"
+            " object a line (jq -c . does), or mend it"
         ) from error
     values = value if isinstance(value, list) else [value]
     yield from (JsonRecord(f"item {item}", item, value) for item, value in enumerate(values, start=1))

@@ -117,7 +117,10 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
             yield file
             return
         try:
-            yield io.BufferedReader(_Members(file, found), _BUFFER)
+            stream: Any = io.BufferedReader(_Members(file, found), _BUFFER)
+            if any(each.magic.match(stream.peek(_LONGEST_MAGIC)) for each in _FORMATS):
+                raise UserError(f"{path} is compressed twice: decompress it once first")
+            yield stream
         except DamagedStreamError as error:
             size = path.stat().st_size
             raise UserError(

@@ -21,6 +21,7 @@ from mlpmem_ds.formats.streams import DamagedStreamError, opened
 MAX_LINKED_BYTES = 1 << 28
 """of files of one archive to which links point: they are held in memory"""
 _BUFFER = 1 << 14  # tarfile copies what is left of it at each read
+_NO_FILES = (b"V", b"D")  # GNU tar's label of a volume, and the list of a folder
 _MAX_LINKS = 40  # of one that points to another
 
 
@@ -51,7 +52,7 @@ def _members(path: Path, stream: BinaryIO) -> Iterator[Member | Omission]:
             yield omission_of(entry.name)
         elif entry.isdev():
             yield Omission(name=entry.name, reason="special file")
-        elif not entry.isdir():
+        elif not entry.isdir() and entry.type not in _NO_FILES:
             yield omission_of(entry.name, kind=f"of type {ascii(entry.type)[1:]}")
 
 
@@ -108,6 +109,11 @@ def _entries(
                 yield entry, None if file is None else file.read()
     except DamagedStreamError:  # of the compressed data: `opened` says where
         raise
+    except _TrailingBytesError as error:
+        raise UserError(
+            f"{path} has bytes after its end, after member {last!r}, that are no tar ({error}): cut them off"
+            " or restore the file"
+        ) from error
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is cut short or damaged after member {last!r} ({error}): restore it or leave it out"
@@ -131,10 +137,14 @@ class _Entry(tarfile.TarInfo):
                 raise
             raise tarfile.ReadError("it has no end-of-archive block") from error
         except tarfile.HeaderError as error:
-            after = "after its end: " if tarfile_.is_ended else ""
-            raise tarfile.ReadError(f"{after}{error}") from error
+            kind = _TrailingBytesError if tarfile_.is_ended else tarfile.ReadError
+            raise kind(str(error)) from error
         tarfile_.is_ended = False
         return entry
+
+
+class _TrailingBytesError(tarfile.ReadError):
+    """What follows the end of an archive is no other archive."""
 
 
 class _Archive(tarfile.TarFile):

@@ -128,6 +128,11 @@ def test_other_formats_are_named_with_what_unpacks_them(head: bytes, remedy: str
         read_whole(written(tmp_path, "x.txt", head))
 
 
+def test_what_was_compressed_twice_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="compressed twice"):
+        read_whole(written(tmp_path, "x.txt.gz", gzip.compress(zstd(TEXT))))
+
+
 def test_a_stream_is_read_in_parts_of_any_size(tmp_path: Path) -> None:
     path = written(tmp_path, "x.zst", zstd(TEXT) * 3)
     with opened(path) as stream:

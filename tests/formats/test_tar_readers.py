@@ -99,8 +99,10 @@ def test_a_tar_with_a_changed_header_is_refused(tmp_path: Path) -> None:
 
 
 def test_bytes_after_the_end_that_are_no_tar_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="after its end"):
+    with pytest.raises(UserError, match="x.tar has bytes after its end, after member .* that are no tar"):
         texts_of(tmp_path, tar_of(*SAMPLES) + b"x" * 512)
+    with pytest.raises(UserError, match="bytes after its end"):
+        texts_of(tmp_path, tar_of(*SAMPLES) + b"\n")
 
 
 def test_a_sample_may_have_its_group_in_its_own_json(tmp_path: Path) -> None:
@@ -130,7 +132,8 @@ def test_links_have_the_content_of_their_file_and_broken_ones_are_named(tmp_path
             ("t/blob", tarfile.REGTYPE, ""),
             ("t", tarfile.DIRTYPE, ""),
             ("t/pipe", tarfile.FIFOTYPE, ""),
-            ("t/volume", b"V", ""),
+            ("t/volume", b"M", ""),
+            ("t/label", b"V", ""),
         ):
             entry = tarfile.TarInfo(name)
             entry.type, entry.linkname = kind, target
@@ -154,7 +157,7 @@ def test_links_have_the_content_of_their_file_and_broken_ones_are_named(tmp_path
             ("t/5.txt", "broken link", "5.txt"),
             ("t/blob", "other member", ""),
             ("t/pipe", "special file", ""),
-            ("t/volume", "other member", "of type 'V'"),
+            ("t/volume", "other member", "of type 'M'"),
         ]
 
 
