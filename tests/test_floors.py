@@ -21,8 +21,8 @@ FLOORS = {
     "formats": {"numpy", "torch", "safetensors", "zstandard", "pyarrow", "datasets"},
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
-        "numpy", "torch", "accelerate", "deepspeed", "faiss", "lm_eval", "matplotlib", "mpi4py", "tokenizers",
-        "transformers", "webdataset",
+        "numpy", "torch", "accelerate", "datasets", "deepspeed", "faiss", "lm_eval", "matplotlib", "mpi4py",
+        "tokenizers", "transformers", "webdataset",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
     "benchmarks": {"numpy", "torch", "faiss", "pytest", "transformers"},
@@ -31,7 +31,7 @@ ORDER = list(FLOORS)
 # library → the files that may import it, whatever their floor allows
 OWNERS: dict[str, set[str]] = {
     "accelerate": {"engines/hidden_states.py"},
-    "datasets": {"formats/saved_datasets.py"},
+    "datasets": {"engines/lm_eval.py", "formats/saved_datasets.py"},
     "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss_library.py"},
     "lm_eval": {"engines/lm_eval.py"},
@@ -88,6 +88,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/generation/exported_model.py",
         "stages/generation/generate.py",
         "stages/generation/text.py",
+        "stages/harness/run_lm_eval.py",
         "stages/training/base_head.py",
     },
 }

@@ -84,7 +84,6 @@ TESTED_BY = {
     "engines/deepspeed/process_group.py": "engines/deepspeed/test_engine.py",
     "engines/deepspeed/weights.py": "stages/conversion/test_convert_checkpoint.py",
     "engines/deepspeed/saved_shards.py": "engines/deepspeed/test_zero_state.py",
-    "engines/lm_eval.py": "stages/harness/test_run_lm_eval.py",
     "engines/plotting.py": "stages/report/test_summary.py",
     "formats/arrow_library.py": "formats/test_table_readers.py",
     "formats/file_marks.py": "formats/test_table_readers.py",

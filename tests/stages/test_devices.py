@@ -64,6 +64,9 @@ def test_models_are_loaded_on_the_gpu_of_the_rank(
     monkeypatch.setattr(generate, "read_export", lambda model: (None, lambda text: {"input_ids": [1]}))
     monkeypatch.setattr(run_lm_eval, "load_model", give)
     monkeypatch.setattr(run_lm_eval, "read_export", lambda model: (None, None))
+    monkeypatch.setattr(run_lm_eval, "open_encoder", lambda *_, **__: None)
+    monkeypatch.setattr(run_lm_eval, "require_end", lambda encoder: 0)
+    monkeypatch.setattr(run_lm_eval, "load_tasks", lambda *_, **__: None)
     monkeypatch.setattr(generate, "_encode", lambda *_: [[1]])
     monkeypatch.setattr(run_lm_eval, "require_harness", lambda: None)
     model, more = str(base_dir), {"device": requested}

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
 
 
@@ -38,8 +39,9 @@ class Config(Flags):
         "examples before each question (default: the task's own; local files: 0)", None, at_least=0
     )
     limit: int | None = option("largest number of documents of each task (default: all)", None, at_least=1)
+    special_tokens: SpecialTokens = shared_flags.special_tokens()
     batch_size: int = option("prompts at once", 8, at_least=1)
-    output: Path | None = option("JSON file to write", None)
+    output: Path | None = option("JSON file to write; one that exists is not replaced", None)
     dtype: shared_flags.Dtype = shared_flags.dtype("none")
     device: str = shared_flags.device()
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
@@ -53,5 +55,7 @@ class Config(Flags):
             raise UserError(
                 f"--include-path {self.include_path} is not a directory: give one with task YAML files"
             )
+        if self.output is not None and self.output.exists():
+            raise UserError(f"--output {self.output} exists already: choose another name, or remove it")
         if self.output is not None and not self.output.parent.is_dir():
             raise UserError(f"--output {self.output}: {self.output.parent} does not exist; make it first")

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import lm_eval as engine
+from mlpmem_ds.engines.lm_eval import Tasks
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
@@ -22,6 +23,7 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.harness.run_lm_eval import Config, build_tasks
 
+TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "transformers_version"}
 ROOT = Path(__file__).parents[3]
 QUESTIONS = [
     {"question": "who is alpha", "answer": ["beta", "gamma"]},
@@ -86,13 +88,19 @@ def test_each_lambda_is_scored_by_its_own_model(
 ) -> None:
     seen = []
 
-    def score(model: MemoryAugmentedLM, tokenizer: Any, tasks: Any, **settings: Any) -> dict[str, Any]:
-        seen.append((model.lmbda, len(tokenizer), len(tasks), settings["limit"]))
+    def load(tasks: Any, **settings: Any) -> Tasks:
+        return Tasks(loaded=tuple(tasks), num_fewshot=settings["num_fewshot"], limit=settings["limit"])
+
+    def score(model: MemoryAugmentedLM, encoder: Any, tasks: Tasks, **settings: Any) -> dict[str, Any]:
+        assert settings == {"batch_size": 8, "context": 64}
+        assert model.generation_config.to_diff_dict().keys() <= TOKENS
+        seen.append((model.lmbda, len(encoder.tokenizer), len(tasks.loaded), tasks.limit))
         return {
             "task": {"exact_match,none": model.lmbda / 2, "exact_match_stderr,none": 0.1, "sample_len": 2}
         }
 
     monkeypatch.setattr(run_lm_eval, "require_harness", lambda: None)
+    monkeypatch.setattr(run_lm_eval, "load_tasks", load)
     monkeypatch.setattr(run_lm_eval, "score_tasks", score)
     output = tmp_path / "out.json"
     table = run_lm_eval.run(
