@@ -1,7 +1,7 @@
 """What is on disk: readers, writers and typed manifests. README.md next to this file is the specification.
 
 In the order of the pipeline:
-- `input_files.py`: the files of the inputs; `omissions.py`: what was left out, and why
+- `input_files.py`, `input_names.py`: the files of the inputs; `omissions.py`: what was left out, and why
 - `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one;
   `text_encoding.py`: bytes as text
 - `json_readers.py`, `tar_readers.py`, `zip_readers.py`: JSON lines, archives; `archive_samples.py`: their

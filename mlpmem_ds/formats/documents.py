@@ -23,8 +23,8 @@ from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.formats.saved_datasets import read_dataset_of_name
-from mlpmem_ds.formats.streams import is_compressed, read_whole
-from mlpmem_ds.formats.text_encoding import NotTextError
+from mlpmem_ds.formats.streams import is_compressed, read_whole, unsupported_format
+from mlpmem_ds.formats.text_encoding import MARK, NotTextError
 
 DATASET_PREFIX = "datasets:"
 """an input `datasets:NAME[:CONFIGURATION[:SPLIT]]` is a data set of the Hub, through the package
@@ -128,6 +128,9 @@ def _read_text(file: SourceFile, rules: ReadRules) -> Document | Omission:
     except NotTextError as error:
         kind = kind_by_mark(content[:NUM_MARK_BYTES])
         reason = f"{kind}; {error}" if kind else str(error)
+        foreign = unsupported_format(content[:NUM_MARK_BYTES])
+        if file.is_named and foreign:
+            raise UserError(f"{file.path} {foreign}") from error
         if file.is_named:
             raise UserError(
                 f"{file.path} is not UTF-8 text ({reason}): name its encoding with --encoding, convert it or"
@@ -148,8 +151,9 @@ def _read_records(file: SourceFile, rules: ReadRules) -> Iterator[Document | Omi
             yield dataclasses.replace(record, name=name, detail=spell_name(record.detail))
             continue
         name = f"{file.name}:{spell_name(record.key)}"
-        if record.text and not record.text.isspace():
+        text = record.text.lstrip(MARK) if record.text.startswith(MARK) else record.text
+        if text and not text.isspace():
             group = file.name if record.group is None else spell_name(record.group)
-            yield Document(name=name, group=group, text=record.text)
+            yield Document(name=name, group=group, text=text)
         else:
             yield Omission(name=name, reason="empty")

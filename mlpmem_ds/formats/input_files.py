@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import bisect
 import errno
-import fnmatch
 import glob
 import os
-import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import is_own_directory
 from mlpmem_ds.core.names import spell_name
 from mlpmem_ds.formats.documents import DATASET_PREFIX, SourceFile
-from mlpmem_ds.formats.file_marks import RESOURCE_FORK, is_no_text_by_name
+from mlpmem_ds.formats.file_marks import RESOURCE_FORK
+from mlpmem_ds.formats.input_names import FILE_PATTERNS, Choice, unused_patterns
 from mlpmem_ds.formats.omissions import REASONS_BY_SUFFIX, Omission, ReasonName, describe_omissions
 from mlpmem_ds.formats.saved_datasets import (
     SAVED_DATASET_MARKS,
@@ -29,49 +28,10 @@ from mlpmem_ds.formats.saved_datasets import (
     is_saved_dataset,
     others_of_dataset,
 )
-from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES
 
-TEXT_PATTERNS = (
-    "*.txt",
-    "*.md",
-    "*.rst",
-    "*.py",
-    "*.pyi",
-    "*.c",
-    "*.h",
-    "*.cc",
-    "*.cpp",
-    "*.hpp",
-    "*.rs",
-    "*.go",
-    "*.java",
-    "*.js",
-    "*.ts",
-    "*.rb",
-    "*.sh",
-    "*.html",
-    "*.css",
-    "*.tex",
-)
-TABLE_PATTERNS = ("*.parquet", "*.parq", "*.pq", "*.arrow", "*.arrows", "*.feather", "*.ipc")
-CONTAINER_PATTERNS = (
-    "*.jsonl",
-    "*.ndjson",
-    "*.jsonlines",
-    *TABLE_PATTERNS,
-    "*.tar",
-    "*.tgz",
-    "*.tbz2",
-    "*.txz",
-    "*.tzst",
-)
-FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
-"""names that count in a directory unless the user said which do: in small or capital letters, and each also
-with the suffix of a compression after it"""
 _MARKS_OF_OURS = ("identity.json", "manifest.json", "mlpmem_export.json")
 _VERSION_CONTROL = {".git", ".hg", ".svn", ".bzr"}
 _SYSTEM_FOLDERS = {"__MACOSX", ".Trashes", ".Spotlight-V100", ".fseventsd"}
-_SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "Desktop.ini", ".localized", "Icon\r"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,37 +40,8 @@ class FoundFiles:
 
     files: list[SourceFile]
     omissions: list[Omission]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Choice:
-    """Which names of a directory count."""
-
-    is_included: Callable[[str], bool]
-    is_excluded: Callable[[str], bool]
-    is_default: bool
-    """whether the patterns are the program's own"""
-
-    @classmethod
-    def of(cls, include: Sequence[str] | None, exclude: Sequence[str]) -> _Choice:
-        return cls(
-            is_included=_is_known if include is None else _matcher(include),
-            is_excluded=_matcher(exclude),
-            is_default=include is None,
-        )
-
-    def reason_against(self, path: str) -> ReasonName | None:
-        """Why a file does not count by its name; None where it does."""
-        name = path.rpartition("/")[2]
-        if self.is_excluded(name) or self.is_excluded(path):
-            return "excluded"
-        if self.is_included(name):
-            return None
-        if name in _SYSTEM_FILES:
-            return "system file"
-        if not self.is_default:
-            return "not included"
-        return "not text" if is_no_text_by_name(name) else "unknown name"
+    unused_patterns: list[str]
+    """such as "--exclude old/*": those of the user that match no name"""
 
 
 def find_files(
@@ -126,15 +57,15 @@ def find_files(
     Args:
         inputs: a path that exists is taken as it is spelled, also with the letters of patterns.
         include: patterns that a file's name in a directory must match one of; None = FILE_PATTERNS.
-        exclude: patterns; a file is left out if its path below the input, or any directory in it, matches
-            one.
+        exclude: patterns; a file is left out if its path below the input, or the name of any directory in it,
+            matches one.
         output: what is being written, which may lie in an input: it is passed over.
 
     Raises:
         UserError: an input does not exist, cannot be read (again), or is an output of this program; or
             nothing is left.
     """
-    choice = _Choice.of(include, exclude)
+    choice = Choice.of(include, exclude)
     paths = [path for given in inputs for path in _paths_of(given)]
     seen: set[str] | None = set() if len(paths) > 1 else None
     files: list[SourceFile] = []
@@ -156,7 +87,13 @@ def find_files(
             f"({' '.join(include or FILE_PATTERNS)}), --exclude which do not ({' '.join(exclude) or 'none'})"
             f"{left_out}"
         )
-    return FoundFiles(files=files, omissions=omissions)
+    excluded = [omission.name for omission in omissions if omission.reason == "excluded"]
+    unused = {
+        "--include": unused_patterns(include or (), (file.name for file in files)),
+        "--exclude": unused_patterns(exclude, excluded),
+    }
+    given = [f"{flag} {pattern}" for flag, patterns in unused.items() for pattern in patterns]
+    return FoundFiles(files=files, omissions=omissions, unused_patterns=given)
 
 
 def _paths_of(given: str) -> list[Path]:
@@ -204,7 +141,7 @@ def _real_place(root: Path, file: SourceFile) -> str:
     return os.path.join(os.path.realpath(root), os.path.relpath(file.path, root))
 
 
-def _items_of(path: Path, choice: _Choice, output: Path | None) -> Iterator[SourceFile | Omission]:
+def _items_of(path: Path, choice: Choice, output: Path | None) -> Iterator[SourceFile | Omission]:
     """The files of one path that the user named."""
     if str(path).startswith(DATASET_PREFIX):
         yield SourceFile(path=path, name=spell_name(str(path)), is_named=True)
@@ -235,7 +172,7 @@ def _mode_of(path: Path) -> int:
         ) from error
 
 
-def _walk(root: Path, choice: _Choice, output: Path | None) -> Iterator[SourceFile | Omission]:
+def _walk(root: Path, choice: Choice, output: Path | None) -> Iterator[SourceFile | Omission]:
     """The files below a directory; linked folders are not entered."""
     entries = _listing(str(root))
     if isinstance(entries, str):
@@ -285,7 +222,7 @@ def _listing(folder: str) -> list[os.DirEntry[str]] | str:
         return str(error.strerror)
 
 
-def _enter(folder: os.DirEntry[str], choice: _Choice) -> list[os.DirEntry[str]] | tuple[ReasonName, str]:
+def _enter(folder: os.DirEntry[str], choice: Choice) -> list[os.DirEntry[str]] | tuple[ReasonName, str]:
     """What is in a folder; or the reason and detail for which it is left out."""
     if choice.is_excluded(folder.name):
         return "excluded", ""
@@ -321,7 +258,7 @@ def _has(entries: Sequence[os.DirEntry[str]], name: str) -> bool:
         return False
 
 
-def _files_of_dataset(root: Path, prefix: str, choice: _Choice) -> Iterator[SourceFile | Omission]:
+def _files_of_dataset(root: Path, prefix: str, choice: Choice) -> Iterator[SourceFile | Omission]:
     """The files of a saved data set in its order, and then what else lies in its folders.
 
     Args:
@@ -350,7 +287,7 @@ def _files_of_dataset(root: Path, prefix: str, choice: _Choice) -> Iterator[Sour
             )
 
 
-def _reason_against(entry: os.DirEntry[str], name: str, root: Path, choice: _Choice) -> ReasonName | None:
+def _reason_against(entry: os.DirEntry[str], name: str, root: Path, choice: Choice) -> ReasonName | None:
     """Why an entry that is no folder does not count; None where it is a file to be read."""
     reason = choice.reason_against(name)
     if reason != "excluded" and entry.is_symlink() and (fault := _fault_of_link(entry, root)):
@@ -375,7 +312,8 @@ def _fault_of_link(link: os.DirEntry[str], root: Path) -> ReasonName | None:
     if not stat.S_ISDIR(mode):
         return None
     inside = os.path.join(os.path.realpath(root), "")
-    return "already read" if os.path.realpath(link.path).startswith(inside) else "linked folder"
+    target = os.path.join(os.path.realpath(link.path), "")
+    return "already read" if target.startswith(inside) else "linked folder"
 
 
 def _is_resource_fork(path: str) -> bool:
@@ -392,22 +330,3 @@ def _name_below(root: Path, output: Path | None) -> str | None:
         return None
     name = os.path.relpath(os.path.realpath(output), os.path.realpath(root))
     return None if name.startswith(os.pardir) else name
-
-
-def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a name matches one of them."""
-    if not patterns:
-        return lambda name: False
-    match = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)).match
-    return lambda name: match(name) is not None
-
-
-_matches_known = _matcher(FILE_PATTERNS)
-
-
-def _is_known(name: str) -> bool:
-    """Whether a name counts by FILE_PATTERNS."""
-    name = name.lower()
-    if name.endswith(COMPRESSED_SUFFIXES):
-        name = name.rpartition(".")[0]
-    return _matches_known(name)

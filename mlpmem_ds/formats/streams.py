@@ -91,6 +91,9 @@ _FOREIGN = {
 _NOT_TEXT = bytes(byte for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
 
 
+_ANY_MAGIC = re.compile(b"|".join(each.magic.pattern for each in _FORMATS))
+
+
 def is_compressed_name(name: str) -> bool:
     """Whether a file's name says that it is compressed; .tgz and its like count."""
     return name.lower().endswith((*COMPRESSED_SUFFIXES, ".tgz", ".tbz2", ".txz", ".tzst"))
@@ -98,7 +101,7 @@ def is_compressed_name(name: str) -> bool:
 
 def is_compressed(head: bytes) -> bool:
     """Whether a file that begins with these bytes is compressed."""
-    return any(each.magic.match(head) for each in _FORMATS)
+    return _ANY_MAGIC.match(head) is not None
 
 
 @contextmanager

@@ -12,6 +12,8 @@ _MARKS = (  # the longer ones first: that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+MARK = "\ufeff"
+"""the byte-order mark as a character; it is no text at the start of one"""
 _ALL_MARKS = tuple(mark for mark, _ in _MARKS)
 _ASCII = bytes(range(128)) + rb"\n \u0041 +AGE- ~{" + b"\x1b$B0!\x1b(B \x1b$)C \x0e0!\x0f"
 """ASCII, and what encodings of seven bits make other characters of"""
@@ -34,8 +36,8 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
         NotTextError: it is none of these, or more than one character in ten is NUL.
     """
     text = _decoded(content, encoding)
-    if "\ufeff" in text[:1]:
-        text = text.lstrip("\ufeff")
+    if text.startswith(MARK):
+        text = text.lstrip(MARK)
     if "\0" in text and text.count("\0") * _MAX_NULS > len(text):
         raise NotTextError(
             f"{text.count(chr(0)):,} of its {len(text):,} characters are NUL: it is binary, or UTF-16 or"

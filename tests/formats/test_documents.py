@@ -189,3 +189,13 @@ def test_texts_in_any_spelling_and_folder_are_read_as_they_are(
         assert found.omissions == []
         read = [next(read_documents(file, ReadRules(encoding=encoding))) for file in found.files]
         assert {document.name: document.text for document in read if isinstance(document, Document)} == wanted
+
+
+def test_a_mark_at_the_start_of_a_record_is_no_text(tmp_path: Path) -> None:
+    path, texts = tmp_path / "x.jsonl", ("\ufeffone", "one", "\ufeff ", "a\ufeffb")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (file,) = find_files([str(path)], None, ()).files
+    read = list(read_documents(file, ReadRules()))
+    found = [document.text for document in read if isinstance(document, Document)]
+    assert found == ["one", "one", "a\ufeffb"]
+    assert read[2] == Omission(name="x.jsonl:3", reason="empty")

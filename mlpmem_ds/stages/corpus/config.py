@@ -12,7 +12,7 @@ from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.collectives.opening import Exchange
 from mlpmem_ds.formats.corpus import SpecialTokens
-from mlpmem_ds.formats.input_files import FILE_PATTERNS
+from mlpmem_ds.formats.input_names import FILE_PATTERNS
 from mlpmem_ds.formats.text_encoding import known_encoding
 from mlpmem_ds.stages import shared_flags
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, BinaryIO
 
 from mlpmem_ds.core.log import Progress, log_for_all
@@ -30,7 +29,7 @@ from mlpmem_ds.formats.corpus import (
     vocabulary_sha256,
 )
 from mlpmem_ds.formats.input_files import find_files
-from mlpmem_ds.formats.omissions import Omission, count_by_reason
+from mlpmem_ds.formats.omissions import count_by_reason
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.formats.text_encoding import known_encoding
 from mlpmem_ds.stages.corpus.config import TRAIN, Config
@@ -125,7 +124,9 @@ def _survey(config: Config, world: World) -> Survey:
     )
     found = find_files(config.input, config.include, config.exclude, output=config.output)
     processes = choose_processes(config.processes, world, sum(file.num_bytes for file in found.files))
-    survey = survey_files(
+    for pattern in found.unused_patterns:
+        _logger.warning("%s matches nothing in the inputs: check how it is spelled", pattern)
+    return survey_files(
         found.files,
         _read_rules(config),
         rules,
@@ -133,10 +134,8 @@ def _survey(config: Config, world: World) -> Survey:
         processes=processes,
         shared=shared_place(config.output, world),
         world=world,
+        left_out=found.omissions,
     )
-    num_left = len(survey.split_of) - survey.num_taken
-    beyond = [Omission(name="", reason="not sampled", count=num_left)] if num_left else []
-    return replace(survey, omissions=[*found.omissions, *survey.omissions, *beyond])
 
 
 def _write_tokenizer(

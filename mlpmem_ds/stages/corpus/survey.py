@@ -14,7 +14,7 @@ import json
 import pickle
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.documents import SourceFile, read_documents
-from mlpmem_ds.formats.omissions import MergedOmissions, Omission
+from mlpmem_ds.formats.omissions import MergedOmissions, Omission, describe_omissions
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus.shared_survey import chunks_of, groups_of, shared_findings
 from mlpmem_ds.stages.corpus.splits import (
@@ -123,6 +123,7 @@ def survey_files(
     processes: int = 1,
     shared: Path | None = None,
     world: World | None = None,
+    left_out: Sequence[Omission] = (),
 ) -> Survey:
     """Read the inputs once: hash every document, sample whole groups, deal documents to splits.
 
@@ -134,17 +135,15 @@ def survey_files(
         processes: that read; they do not change the result.
         shared: the stage's output, where several ranks share what they found; None: this rank reads all.
         world: this rank, where they do.
+        left_out: when the files were found.
 
     Raises:
-        UserError: two files of one name, or nothing for the training split.
+        UserError: two files of one name, no text, or nothing for the training split.
     """
-    if len({file.name for file in files}) != len(files):
-        raise UserError(
-            "two inputs hold documents of the same name: give their common parent directory as one --input"
-        )
+    _refuse_equal_names(files)
     documents, listed = SurveyedDocuments(with_names=rules.max_bytes is not None), _ListHash()
     units: list[CorpusUnit] = []
-    omissions: list[Omission] = []
+    omissions = list(left_out)
     counts: dict[SourceFile, int] = {}
     rest = iter(files)
     stop_of_file = size = 0  # of the file before; of the unit
@@ -163,8 +162,12 @@ def survey_files(
         size += sum(part.sizes[start:])
     if counts:
         units.append(_unit(counts, len(documents)))
+    if not documents and omissions:
+        raise UserError(f"the inputs hold no text; left out: {'; '.join(describe_omissions(omissions))}")
     split_of = deal_documents(documents, rules)
     check_splits(split_of, rules)
+    if num_beyond := split_of.count(NOT_TAKEN):
+        omissions.append(Omission(name="", reason="not sampled", count=num_beyond))
     return Survey(
         units=units,
         split_of=split_of,
@@ -173,6 +176,19 @@ def survey_files(
         digests=documents.digests,
         omissions=omissions,
     )
+
+
+def _refuse_equal_names(files: Sequence[SourceFile]) -> None:
+    if len({file.name for file in files}) == len(files):
+        return
+    first: dict[str, SourceFile] = {}
+    for file in files:
+        other = first.setdefault(file.name, file)
+        if other is not file:
+            raise UserError(
+                f"two inputs hold documents of the same name {file.name!r} ({other.path} and {file.path}):"
+                " give their common parent directory as one --input"
+            )
 
 
 def _unit(counts: Mapping[SourceFile, int], stop: int) -> CorpusUnit:

@@ -142,3 +142,20 @@ def test_empty_words_are_refused(text_dir: Path, tmp_path: Path) -> None:
     for flag in ("input", "include", "exclude"):
         with pytest.raises(UserError, match=f"--{flag} has an empty value"):
             replace(config, **{flag: ("a", "")})
+
+
+def test_inputs_without_any_text_are_refused_with_the_reasons(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "in" / "b.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"hold no text; left out:.*1 \(b.txt\).*1 \(a.txt\); --encoding"):
+        prepare_corpus.run(config_of(tmp_path / "in", tmp_path / "out"), World())
+
+
+def test_files_of_one_name_are_both_named(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(folder)
+    config = config_of(tmp_path, tmp_path / "out", input=(str(tmp_path / "a"), str(tmp_path / "b")))
+    with pytest.raises(UserError, match=r"same name 'x.txt' \(.*a/x.txt and .*b/x.txt\)"):
+        prepare_corpus.run(config, World())

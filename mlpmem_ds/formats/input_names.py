@@ -1,0 +1,116 @@
+"""Which names of a directory's files count: the patterns of the user, or the program's own."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from mlpmem_ds.core.names import spell_name
+from mlpmem_ds.formats.file_marks import is_no_text_by_name
+from mlpmem_ds.formats.omissions import ReasonName
+from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES
+
+TEXT_PATTERNS = (
+    "*.txt",
+    "*.md",
+    "*.rst",
+    "*.py",
+    "*.pyi",
+    "*.c",
+    "*.h",
+    "*.cc",
+    "*.cpp",
+    "*.hpp",
+    "*.rs",
+    "*.go",
+    "*.java",
+    "*.js",
+    "*.ts",
+    "*.rb",
+    "*.sh",
+    "*.html",
+    "*.css",
+    "*.tex",
+)
+TABLE_PATTERNS = ("*.parquet", "*.parq", "*.pq", "*.arrow", "*.arrows", "*.feather", "*.ipc")
+CONTAINER_PATTERNS = (
+    "*.jsonl",
+    "*.ndjson",
+    "*.jsonlines",
+    *TABLE_PATTERNS,
+    "*.tar",
+    "*.tgz",
+    "*.tbz2",
+    "*.txz",
+    "*.tzst",
+    "*.zip",
+)
+FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
+"""names that count in a directory unless the user said which do: in small or capital letters, and each also
+with the suffix of a compression after it"""
+_SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "Desktop.ini", ".localized", "Icon\r"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which names of a directory count."""
+
+    is_included: Callable[[str], bool]
+    is_excluded: Callable[[str], bool]
+    is_default: bool
+    """whether the patterns are the program's own"""
+
+    @classmethod
+    def of(cls, include: Sequence[str] | None, exclude: Sequence[str]) -> Choice:
+        return cls(
+            is_included=_is_known if include is None else _matcher(include),
+            is_excluded=_matcher([pattern.rstrip("/") for pattern in exclude]),
+            is_default=include is None,
+        )
+
+    def reason_against(self, path: str) -> ReasonName | None:
+        """Why a file does not count by its name; None where it does."""
+        name = path.rpartition("/")[2]
+        if self.is_excluded(name) or self.is_excluded(path):
+            return "excluded"
+        if self.is_included(name):
+            return None
+        if name in _SYSTEM_FILES:
+            return "system file"
+        if not self.is_default:
+            return "not included"
+        return "not text" if is_no_text_by_name(name) else "unknown name"
+
+
+def unused_patterns(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The patterns that match none of the names, which are paths; a folder's ends with a slash."""
+    left = {pattern: _matcher([spell_name(pattern.rstrip("/"))]) for pattern in patterns}
+    for name in names:
+        if not left:
+            break
+        path = name.rstrip("/")
+        used = [one for one, matches in left.items() if matches(path) or matches(path.rpartition("/")[2])]
+        for pattern in used:
+            del left[pattern]
+    return list(left)
+
+
+def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name matches one of them."""
+    if not patterns:
+        return lambda name: False
+    match = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)).match
+    return lambda name: match(name) is not None
+
+
+_matches_known = _matcher(FILE_PATTERNS)
+
+
+def _is_known(name: str) -> bool:
+    """Whether a name counts by FILE_PATTERNS."""
+    name = name.lower()
+    if name.endswith(COMPRESSED_SUFFIXES):
+        name = name.rpartition(".")[0]
+    return _matches_known(name)
