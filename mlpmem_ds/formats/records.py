@@ -90,7 +90,6 @@ def make_record(
     try:
         if (written := text_of(text)) is None:
             return Omission(name=key, reason="empty")
-        written = written.lstrip("\ufeff")  # a byte-order mark is no text, in a record as in a file
     except UnicodeError as error:
         raise UserError(
             f"{path} {place}: its {text_field} is not UTF-8 text ({error}): mend that record"
