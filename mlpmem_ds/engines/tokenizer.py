@@ -15,6 +15,7 @@ import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,12 +80,13 @@ class TextEncoder:
         Raises:
             UserError: a text cannot be encoded, or holds the end token and nothing else can stand for it.
         """
-        lists, dropped = self._ids(texts, names)
+        rows, dropped = self._ids(texts, names)
         encoded = []
-        for number, (ids, count) in enumerate(zip(lists, dropped, strict=True)):
+        for number, (ids, count) in enumerate(zip(rows, dropped, strict=True)):
             if self.special_tokens == "text" and self.end_id in ids:
                 raise self._end_in_text(names, number)
-            encoded.append(Encoded(ids, 0 if self.unknown_id is None else ids.count(self.unknown_id), count))
+            unknown = 0 if self.unknown_id is None else ids.count(self.unknown_id)
+            encoded.append(Encoded(ids.tolist(), unknown, count))
         return encoded
 
     def encode_documents(
@@ -96,13 +98,13 @@ class TextEncoder:
             UserError: as `encode`.
         """
         assert self.end_id is not None
-        lists, dropped = self._ids(texts, names)
+        rows, dropped = self._ids(texts, names)
         documents = []
-        for number, (ids, count) in enumerate(zip(lists, dropped, strict=True)):
+        for number, (ids, count) in enumerate(zip(rows, dropped, strict=True)):
             begin = self._begin_of(ids)
             row = array("I", begin)
-            row.fromlist(ids)
-            if self.special_tokens == "text" or ids[-1:] != [self.end_id]:
+            row.extend(ids)
+            if self.special_tokens == "text" or not ids or ids[-1] != self.end_id:
                 row.append(self.end_id)
             all_ids = np.frombuffer(row, dtype=np.uint32)
             text_ids = all_ids[len(begin) : -1]
@@ -130,10 +132,18 @@ class TextEncoder:
             rows.append([*self._begin_of(one.ids), *one.ids])
         return rows
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """The largest id + 1."""
         return vocab_size(self.tokenizer)
+
+    @cached_property
+    def vocabulary_sha256(self) -> str:
+        return vocabulary_sha256(self.tokenizer)
+
+    @cached_property
+    def definition_sha256(self) -> str:
+        return definition_sha256(self.tokenizer)
 
     def describe_bounds(self) -> str:
         """In words: how a document begins and ends."""
@@ -143,14 +153,14 @@ class TextEncoder:
 
     def _ids(
         self, texts: Sequence[str], names: Sequence[str] | None = None
-    ) -> tuple[list[list[int]], list[int]]:
+    ) -> tuple[list[array[int]], list[int]]:
         """(ids of each text, characters of each that are left out)."""
         try:
             return self._encode(texts)
         except Exception as error:  # tokenizers raises plain exceptions
             raise self._refusal(texts, names, error) from error
 
-    def _encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+    def _encode(self, texts: Sequence[str]) -> tuple[list[array[int]], list[int]]:
         if self.backend is not None:
             return self.backend.encode(texts)
         lists = self.tokenizer(
@@ -161,7 +171,7 @@ class TextEncoder:
             verbose=False,
             split_special_tokens=self.special_tokens == "text",
         )["input_ids"]
-        return lists, [0] * len(lists)
+        return [array("I", ids) for ids in lists], [0] * len(lists)
 
     def _end_in_text(self, names: Sequence[str] | None, number: int) -> UserError:
         return UserError(
@@ -313,7 +323,7 @@ def _begin_ids(tokenizer: Any, label: str) -> tuple[int, ...]:
     Raises:
         UserError: it is not the same for all.
     """
-    words = [token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens]
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     found: set[tuple[int, ...]] | None = None
     for probe in (*_PROBES, *sorted(words, key=lambda word: (len(word), word))[:8]):
         try:
@@ -343,7 +353,7 @@ def _ids_of(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]
     return list(ids)
 
 
-def _ids_or_none(encoder: TextEncoder, text: str) -> list[int]:
+def _ids_or_none(encoder: TextEncoder, text: str) -> Sequence[int]:
     try:
         return encoder._encode([text])[0][0]
     except Exception:  # it has no token for the text

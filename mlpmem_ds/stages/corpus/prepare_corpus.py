@@ -18,7 +18,7 @@ from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.ranks import Ranks
-from mlpmem_ds.engines.tokenizer import TextEncoder, definition_sha256, require_end
+from mlpmem_ds.engines.tokenizer import TextEncoder, require_end
 from mlpmem_ds.formats.corpus import (
     SPLITS,
     CorpusManifest,
@@ -26,7 +26,6 @@ from mlpmem_ds.formats.corpus import (
     SplitManifest,
     TokenizerFacts,
     token_dtype,
-    vocabulary_sha256,
 )
 from mlpmem_ds.formats.input_files import find_files
 from mlpmem_ds.formats.omissions import count_by_reason
@@ -70,8 +69,8 @@ def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: R
         refuse_lost_text(survey.omissions)
     inputs = {"text": survey.sha256}
     if encoder is not None:
-        inputs["vocabulary"] = vocabulary_sha256(encoder.tokenizer)
-        inputs["tokenizer"] = definition_sha256(encoder.tokenizer)
+        inputs["vocabulary"] = encoder.vocabulary_sha256
+        inputs["tokenizer"] = encoder.definition_sha256
     directory = open_stage(
         config.output,
         stage=CorpusManifest.FORMAT,
@@ -261,12 +260,12 @@ def _describe(
     num_entries = encoder.vocab_size
     return CorpusManifest(
         tokenizer=TokenizerFacts(
-            vocabulary_sha256=vocabulary_sha256(encoder.tokenizer),
+            vocabulary_sha256=encoder.vocabulary_sha256,
             vocab_size=num_entries,
             end_of_document_id=require_end(encoder),
             begin_of_document_ids=encoder.begin_ids,
             special_tokens=encoder.special_tokens,
-            definition_sha256=definition_sha256(encoder.tokenizer),
+            definition_sha256=encoder.definition_sha256,
         ),
         token_dtype=token_dtype(num_entries).str,
         block_size=config.block_size,

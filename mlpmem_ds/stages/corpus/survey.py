@@ -37,6 +37,7 @@ from mlpmem_ds.stages.corpus.workers import Workers
 
 _GROUP_BYTES = 4 << 20  # of the files that a process takes at once
 _PART_DOCUMENTS = 4096
+_to_json_text = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder at each call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ class _ListHash:
 
     @staticmethod
     def entry(name: str, sha256: str) -> str:
-        return f'\n [\n  {json.dumps(name, ensure_ascii=False)},\n  "{sha256}"\n ]'
+        return f'\n [\n  {_to_json_text(name)},\n  "{sha256}"\n ]'
 
     def extend(self, entries: bytes) -> None:
         """Entries with commas between them."""

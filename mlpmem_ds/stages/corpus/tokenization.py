@@ -40,6 +40,7 @@ class Item(NamedTuple):
 
 
 _inherited: list[TextEncoder] = []  # in a worker process
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder at each call
 
 
 @dataclass(kw_only=True)
@@ -171,7 +172,7 @@ def _tokenize_batch(
         }
         part = texts.setdefault(item.split, TokenizedText())
         part.ids += ids.astype(dtype).tobytes()
-        part.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        part.lines.append(_to_json(entry) + "\n")
         part.tokens += len(ids)
         part.num_bytes += document.num_bytes
         part.unknown += unknown
