@@ -84,8 +84,8 @@ def text_lines(stream: BinaryIO, *, name: str, encoding: str = "utf-8") -> Itera
             yield number, line.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name} line {number + 1} is not {error.encoding.upper()} ({error.reason}): name the"
-            " file's encoding with --encoding, convert it to UTF-8, or mend that line"
+            f"{name} line {number + 1} is not {error.encoding.upper()} ({error.reason}): convert"
+            " it to UTF-8 (prepare_corpus reads other encodings by --encoding NAME), or mend that line"
         ) from error
 
 
