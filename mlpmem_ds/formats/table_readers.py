@@ -224,7 +224,7 @@ def _values(path: Path, column: Any, rows: Sequence[int], name: str | None) -> l
     """
     try:
         return list(column.to_pylist())
-    except ValueError:
+    except (ValueError, LookupError):
         return [_value(path, value, row, name) for row, value in zip(rows, column, strict=True)]
 
 
@@ -235,5 +235,11 @@ def _value(path: Path, value: Any, row: int, name: str | None) -> Any:
         raise UserError(
             f"{path} row {row}: its {name} is not UTF-8 text ({error}): mend that record"
         ) from error
-    except ValueError:  # a moment in nanoseconds, of which only pandas makes an object
+    except (ValueError, LookupError):  # a moment in nanoseconds, of which only pandas makes an object
+        pass
+    try:
         return value.cast(import_arrow("lib", path=path).string()).as_py()
+    except ValueError as error:  # of a time zone that this machine does not have
+        raise UserError(
+            f"{path} row {row}: its {name} cannot be written as text ({error}): choose another --group-field"
+        ) from error

@@ -196,6 +196,10 @@ def test_groups_of_any_type_have_names_and_a_null_is_none(tmp_path: Path) -> Non
         assert [record.group for record in records_of(path, group_field=name)] == [expected, None], name
     with pytest.raises(UserError, match="no column 'author' .*--group-field"):
         records_of(path, group_field="author")
+    elsewhere = pa.table({"text": ["a"], "at": pa.array([1], pa.timestamp("us", tz="Mars/Base"))})
+    write_stream(tmp_path / "zone.arrow", elsewhere)
+    with pytest.raises(UserError, match="row 0: its at cannot be written as text .*choose another"):
+        records_of(tmp_path / "zone.arrow", group_field="at")
     nested = write(tmp_path / "nested.parquet", text=["a"], tags=[["x"]])
     with pytest.raises(UserError, match="'tags' is of type list.*not one name a row"):
         records_of(nested, group_field="tags")
