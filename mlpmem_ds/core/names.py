@@ -6,10 +6,12 @@ hold.
 
 from __future__ import annotations
 
+import os
 import re
 
 _HEX = "[0-9a-f]"
 _NOT_WRITABLE = re.compile(rf"[\ud800-\udfff]|\\(?=x{_HEX}{{2}}|u{_HEX}{{4}})")
+_ESCAPE = "surrogateescape"
 _SPELLED = re.compile(rf"\\x({_HEX}{{2}})|\\u({_HEX}{{4}})")
 
 
@@ -22,6 +24,15 @@ def spell_name(name: str) -> str:
     if name.isascii() and "\\" not in name:
         return name
     return _NOT_WRITABLE.sub(_spelled, name)
+
+
+def spell_path(path: str) -> str:
+    """The same of a file's path as the system gave it: its bytes are read as UTF-8 in every locale."""
+    return (
+        path
+        if path.isascii() and "\\" not in path
+        else spell_name(os.fsencode(path).decode("utf-8", _ESCAPE))
+    )
 
 
 def _spelled(match: re.Match[str]) -> str:

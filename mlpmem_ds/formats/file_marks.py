@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mimetypes
+import os
 import re
+from functools import cache
 
 NUM_MARK_BYTES = 64
 RESOURCE_FORK = b"\x00\x05\x16\x07"
@@ -56,5 +58,11 @@ def is_no_text_by_name(name: str) -> bool:
     """Whether a name (without its folder) says that a file is no text, such as a picture."""
     if name in _OF_TABLES or (name.startswith(".") and name.endswith(".crc")):
         return True
-    kind, packing = _TYPES.guess_type(name, strict=False)
+    return _is_no_text_suffix(os.path.splitext(name)[1].lower())
+
+
+@cache
+def _is_no_text_suffix(suffix: str) -> bool:
+    """Kept, for a million pictures have few suffixes."""
+    kind, packing = _TYPES.guess_type(f"name{suffix}", strict=False)
     return bool(kind and not packing and _NO_TEXT.match(kind))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import is_own_directory
-from mlpmem_ds.core.names import spell_name
+from mlpmem_ds.core.names import spell_path
 from mlpmem_ds.formats.documents import DATASET_PREFIX, SourceFile
 from mlpmem_ds.formats.file_marks import RESOURCE_FORK
 from mlpmem_ds.formats.input_names import FILE_PATTERNS, Choice, unused_patterns
@@ -144,7 +144,7 @@ def _real_place(root: Path, file: SourceFile) -> str:
 def _items_of(path: Path, choice: Choice, output: Path | None) -> Iterator[SourceFile | Omission]:
     """The files of one path that the user named."""
     if str(path).startswith(DATASET_PREFIX):
-        yield SourceFile(path=path, name=spell_name(str(path)), is_named=True)
+        yield SourceFile(path=path, name=spell_path(str(path)), is_named=True)
         return
     mode = _mode_of(path)
     if not stat.S_ISDIR(mode):
@@ -153,7 +153,7 @@ def _items_of(path: Path, choice: Choice, output: Path | None) -> Iterator[Sourc
                 f"--input {path} is a pipe, a socket or a device, and inputs are read twice: write what it"
                 " gives to a file first, and name that"
             )
-        yield SourceFile(path=path, name=spell_name(path.name), is_named=True)
+        yield SourceFile(path=path, name=spell_path(path.name), is_named=True)
     else:
         yield from _walk(path, choice, output)
 
@@ -196,7 +196,7 @@ def _walk(root: Path, choice: Choice, output: Path | None) -> Iterator[SourceFil
                 continue
             entered = _enter(entry, choice)
             if not isinstance(entered, list):
-                yield Omission(name=spell_name(f"{name}/"), reason=entered[0], detail=entered[1])
+                yield Omission(name=spell_path(f"{name}/"), reason=entered[0], detail=entered[1])
             elif _is_dataset(entry.path, entered):
                 yield from _files_of_dataset(root, f"{name}/", choice)
             else:
@@ -208,9 +208,9 @@ def _walk(root: Path, choice: Choice, output: Path | None) -> Iterator[SourceFil
 def _source(root: Path, name: str, against: ReasonName | None) -> SourceFile | Omission:
     """A file of a directory, or the omission for this reason."""
     if against is None:
-        return SourceFile(path=root / name, name=spell_name(name), is_named=False)
+        return SourceFile(path=root / name, name=spell_path(name), is_named=False)
     detail = os.path.splitext(name)[1] if against in REASONS_BY_SUFFIX else ""
-    return Omission(name=spell_name(name), reason=against, detail=spell_name(detail))
+    return Omission(name=spell_path(name), reason=against, detail=spell_path(detail))
 
 
 def _listing(folder: str) -> list[os.DirEntry[str]] | str:
@@ -271,19 +271,19 @@ def _files_of_dataset(root: Path, prefix: str, choice: Choice) -> Iterator[Sourc
     for path in files:
         name = path.relative_to(root).as_posix()
         if any(choice.is_excluded(part) for part in (name, *name[len(prefix) :].split("/"))):
-            yield Omission(name=spell_name(name), reason="excluded")
+            yield Omission(name=spell_path(name), reason="excluded")
         elif prefix and not choice.is_included(path.name):
-            yield Omission(name=spell_name(name), reason="not included", detail=path.suffix)
+            yield Omission(name=spell_path(name), reason="not included", detail=path.suffix)
         else:
-            yield SourceFile(path=path, name=spell_name(name), is_named=not prefix)
+            yield SourceFile(path=path, name=spell_path(name), is_named=not prefix)
     for path in others_of_dataset(root / prefix, files):
         name = path.relative_to(root).as_posix() + "/" * path.is_dir()
         if choice.is_excluded(path.name) or choice.is_excluded(name):
-            yield Omission(name=spell_name(name), reason="excluded")
+            yield Omission(name=spell_path(name), reason="excluded")
         else:
             is_cache = path.match("cache-*.arrow")
             yield Omission(
-                name=spell_name(name), reason="data set cache" if is_cache else "next to a data set"
+                name=spell_path(name), reason="data set cache" if is_cache else "next to a data set"
             )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from mlpmem_ds.core.names import spell_name
+from mlpmem_ds.core.names import spell_path
 from mlpmem_ds.formats.file_marks import is_no_text_by_name
 from mlpmem_ds.formats.omissions import ReasonName
 from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES
@@ -86,7 +86,7 @@ class Choice:
 
 def unused_patterns(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
     """The patterns that match none of the names, which are paths; a folder's ends with a slash."""
-    left = {pattern: _matcher([spell_name(pattern.rstrip("/"))]) for pattern in patterns}
+    left = {pattern: _matcher([spell_path(pattern.rstrip("/"))]) for pattern in patterns}
     for name in names:
         if not left:
             break

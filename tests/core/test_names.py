@@ -1,9 +1,10 @@
 import os
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmem_ds.core.names import read_name, spell_name
+from mlpmem_ds.core.names import read_name, spell_name, spell_path
 
 
 @given(st.binary(max_size=40))
@@ -28,3 +29,16 @@ def test_a_name_that_can_be_written_stays_as_it_is() -> None:
     assert spell_name(r"caf\xe9.txt") == r"caf\x5cxe9.txt"
     for name in ("a/b c.txt", "ä\u2028\n'", r"C:\temp\x.txt", "😀"):
         assert spell_name(name) == name
+
+
+def test_a_path_is_read_as_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spell_path("ä b.txt") == "ä b.txt" and spell_path(r"caf\xe9") == r"caf\x5cxe9"
+    assert spell_path(os.fsdecode(b"caf\xe9.txt")) == r"caf\xe9.txt"
+    for locale in ("ascii", "latin-1"):
+
+        def fsencode(path: str, locale: str = locale) -> bytes:
+            return path.encode(locale, "surrogateescape")
+
+        monkeypatch.setattr(os, "fsencode", fsencode)
+        for name, spelled in (("ä 文.txt".encode(), "ä 文.txt"), (b"caf\xe9.txt", r"caf\xe9.txt")):
+            assert spell_path(name.decode(locale, "surrogateescape")) == spelled
