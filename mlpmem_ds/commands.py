@@ -83,6 +83,13 @@ def bench(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     return guarded(lambda _: run(), prog=name)
 
 
+def fuzz_readers(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Damage files of every kind that is read, and look for what is lost in silence, hangs or crashes."""
+    from mlpmem_ds.benchmarks.fuzz.fuzz_readers import main as run_fuzz
+
+    return run_fuzz(argv, prog=prog)
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "prepare-corpus": prepare_corpus,
     "train-base": train_base,
@@ -98,6 +105,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export-datastore": export_datastore,
     "plan": plan,
     "bench": bench,
+    "fuzz-readers": fuzz_readers,
     "inspect-run": inspect_run,
 }
 

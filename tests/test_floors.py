@@ -25,7 +25,9 @@ FLOORS = {
         "tokenizers", "transformers", "webdataset",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
-    "benchmarks": {"numpy", "torch", "faiss", "pytest", "transformers"},
+    "benchmarks": {
+        "numpy", "torch", "faiss", "pyarrow", "pytest", "tokenizers", "transformers", "zstandard",
+    },
 }  # fmt: skip
 ORDER = list(FLOORS)
 # library → the files that may import it, whatever their floor allows

@@ -13,6 +13,7 @@
     decode              time to the first token and tokens a second, against kNN and RAG
     plan                what `plan` says against what a run takes
     scale               what grows with ranks, keys and positions, counted at a cluster's sizes
+    fuzz                files of every kind, damaged at random (tools/fuzz_readers.py); no measurement
     gpu_check           all that needs a GPU, on a machine that has some (tools/gpu_check.sh)
     made_up_corpus      random tokens that a base reads
     made_up_keys        keys that stand in for real ones in speed, and not in fidelity

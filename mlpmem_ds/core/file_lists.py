@@ -134,11 +134,18 @@ def records_in(values: Mapping[str, Any], path: Path) -> list[FileRecord]:
         DamagedDataError: they cannot be read.
     """
     try:
-        return [FileRecord(**entry) for entry in values["files"]]
+        records = [FileRecord(**entry) for entry in values["files"]]
+        if not all(map(_is_typed, records)):
+            raise TypeError("a record whose name is no text, or whose size is no number")
+        return records
     except (KeyError, TypeError) as error:
         raise DamagedDataError(
             f"{path} is damaged: its list of files cannot be read; run its stage again, it writes it anew"
         ) from error
+
+
+def _is_typed(record: FileRecord) -> bool:
+    return type(record.name) is str and type(record.bytes) is int and type(record.sha256) is str
 
 
 def files_of(values: Mapping[str, Any], root: Path, *, version: int = 1) -> Files:

@@ -7,6 +7,7 @@ the same host can tell those of dead processes and remove them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -183,7 +184,11 @@ def _parse(path: Path) -> Any:
 def _unsealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     """The object without its seal, which must be right."""
     plain = {name: item for name, item in value.items() if name != SEAL}
-    if value.get(SEAL) != content_hash(plain):
+    try:
+        is_whole = value.get(SEAL) == content_hash(plain)
+    except (ValueError, RecursionError):  # it holds what no file of ours does: NaN, half a surrogate pair
+        is_whole = False
+    if not is_whole:
         raise DamagedDataError(f"{path} is damaged: it does not have the checksum that it carries{_REMEDY}")
     return plain
 
@@ -200,6 +205,10 @@ def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> s
     try:
         state = path.stat()
     except (FileNotFoundError, NotADirectoryError):
+        state = None
+    except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a zero byte
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
         state = None
     if state is None or not stat.S_ISREG(state.st_mode):
         return f"{path} is missing"

@@ -103,7 +103,11 @@ def _read_record(kind: Any, value: Any, place: str) -> Any:
     if missing := sorted(fields.keys() - value.keys()):
         raise _Mismatch(f"key {missing[0]} is missing{inside}")
     hints = _hints(kind)
-    return kind(**{name: _read(hints[name], value[key], f"{place}.{key}") for key, name in fields.items()})
+    values = {name: _read(hints[name], value[key], f"{place}.{key}") for key, name in fields.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:  # the record's own checks
+        raise _Mismatch(f"{place.lstrip('.') or 'the file'} is refused ({error})") from error
 
 
 def _read_tuple(hints: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:

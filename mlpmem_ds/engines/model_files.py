@@ -219,7 +219,7 @@ def _shards_of(index: Path, name_or_path: str, flag: str, prefix: str) -> list[P
     """The weights files that an index names, all of them."""
     try:
         names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(
             f"{flag} {name_or_path}: {index.name} is not an index of weights ({type(error).__name__}:"
             f" {error}): download or save it again"

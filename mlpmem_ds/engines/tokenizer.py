@@ -259,7 +259,13 @@ def open_encoder(tokenizer: Any, *, label: str, special_tokens: SpecialTokens = 
     """
     named = {str(token) for token in tokenizer.all_special_tokens}
     backend = backend_of(tokenizer)
-    made = None if backend is None else text_backend(backend, named, parse=special_tokens == "parse")
+    try:
+        made = None if backend is None else text_backend(backend, named, parse=special_tokens == "parse")
+    except Exception as error:  # tokenizers raises plain exceptions, such as for merges of no words
+        raise UserError(
+            f"{label}: its tokenizer contradicts itself ({first_line(error)}): give the directory that"
+            " save_pretrained of the tokenizer wrote"
+        ) from error
     special = {number for token, number in tokenizer.get_vocab().items() if token in named}
     special |= {
         number for number, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False)

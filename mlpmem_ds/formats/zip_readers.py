@@ -46,7 +46,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[Member | Omission]:
             entries = archive.infolist()
             _check_ends(path, file, archive)
             for entry in entries:
-                if entry.is_dir():
+                if entry.filename.endswith("/") and not entry.file_size:  # a folder
                     continue
                 if stat.S_ISLNK(entry.external_attr >> 16):
                     yield omission_of(entry.filename, kind="a link")

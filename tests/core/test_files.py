@@ -9,6 +9,7 @@ import pytest
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     SEAL,
+    FileRecord,
     canonical_json,
     fault_of_file,
     publish,
@@ -103,3 +104,18 @@ def test_a_full_disk_is_refused_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="free some space"):
         require_free_bytes(tmp_path / "not" / "yet", 1 << 60, what="the keys")
     require_free_bytes(tmp_path, 1, what="the keys")
+
+
+@pytest.mark.parametrize("value", ["\\ud800", "NaN", "[" * 9])
+def test_a_sealed_file_with_what_none_of_ours_holds_is_damaged(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    spelled = value if value == "NaN" else f'"{value}"'
+    path.write_text(f'{{"a": {spelled}, "{SEAL}": "00"}}')
+    with pytest.raises(DamagedDataError, match="does not have the checksum"):
+        read_sealed_json(path)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_a_missing_file(name: str, tmp_path: Path) -> None:
+    fault = fault_of_file(tmp_path, FileRecord(name=name, bytes=1, sha256="0"))
+    assert fault is not None and "is missing" in fault

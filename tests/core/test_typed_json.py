@@ -74,3 +74,17 @@ def test_a_record_comes_back() -> None:
 def test_what_does_not_fit_is_refused_by_name(value: Any, fault: str) -> None:
     with pytest.raises(DamagedDataError, match=fault):
         from_json(Record, value, where="x.json", version=7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}")
+
+
+def test_what_a_record_refuses_itself_is_refused_by_name() -> None:
+    with pytest.raises(DamagedDataError, match="x.json: the file is refused .size is 0.; this program"):
+        from_json(Checked, {"size": 0}, where="x.json", version=1)

@@ -25,3 +25,7 @@ def test_no_weights_are_needed_and_what_is_no_language_model_is_refused(
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ValueError, match="no configuration of a causal language model"):
         read_shape(str(tmp_path))
+    for content in ("[1]", '{"model_type": "gpt2", "n_embd": -3}', '{"model_type": "gpt2", "n_layer": "x"}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="no configuration of a causal language model"):
+            read_shape(str(tmp_path))

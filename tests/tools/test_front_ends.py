@@ -65,7 +65,7 @@ def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert "example:" in text and name.split("/")[1] in text
 
 
-@pytest.mark.parametrize("name", [name for name in FRONT_ENDS if name != "tools/bench.py"])
+@pytest.mark.parametrize("name", [name for name in FRONT_ENDS if name in MISSING_INPUT])
 def test_a_missing_input_is_exit_code_2_and_nothing_is_written(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
