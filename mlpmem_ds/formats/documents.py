@@ -20,10 +20,11 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.names import spell_name
 from mlpmem_ds.formats.document_readers import READERS, kind_of
 from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
+from mlpmem_ds.formats.json_readers import holds_records
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.formats.saved_datasets import read_dataset_of_name
-from mlpmem_ds.formats.streams import is_compressed, read_whole, unsupported_format
+from mlpmem_ds.formats.streams import is_compressed, is_compressed_name, read_whole, unsupported_format
 from mlpmem_ds.formats.text_encoding import MARK, NotTextError
 
 DATASET_PREFIX = "datasets:"
@@ -114,7 +115,7 @@ def _unreadable(file: SourceFile, error: OSError) -> UserError:
 
 def _read_text(file: SourceFile, rules: ReadRules) -> Document | Omission:
     content = file.path.read_bytes()
-    if is_compressed(content):
+    if is_compressed(content) or is_compressed_name(file.path.name):
         content = read_whole(file.path)
     if content.startswith(_POINTERS):
         if file.is_named:
@@ -139,8 +140,22 @@ def _read_text(file: SourceFile, rules: ReadRules) -> Document | Omission:
         return Omission(name=file.name, reason="encoding", detail=reason)
     if not text or text.isspace():
         return Omission(name=file.name, reason="empty")
+    if suffix := _other_suffix(content, text, rules):
+        if file.is_named:
+            raise UserError(
+                f"{file.path} has the name of a text and holds many documents: rename it to *{suffix}, so"
+                " that they are read one by one"
+            )
+        return Omission(name=file.name, reason="misnamed", detail=suffix)
     group = file.name.split("/")[0].removesuffix(file.path.suffix)
     return Document(name=file.name, group=group, text=text)
+
+
+def _other_suffix(content: bytes, text: str, rules: ReadRules) -> str | None:
+    """The suffix that a file needs which is read as one text and holds many."""
+    if content[257:262] == b"ustar" and "\0" in text:
+        return ".tar"
+    return ".jsonl" if holds_records(text, rules) else None
 
 
 def _read_records(file: SourceFile, rules: ReadRules) -> Iterator[Document | Omission]:

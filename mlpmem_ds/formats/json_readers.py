@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.json_lines import json_records
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record, record_of
 from mlpmem_ds.formats.streams import opened
+
+
+def holds_records(text: str, rules: ReadRules) -> bool:
+    """Whether a whole text is JSON of which every record has a text: then it was meant to be read as such."""
+    if text[:64].lstrip()[:1] not in ("{", "["):
+        return False
+    has_any = False
+    try:
+        for place, number, values in json_records(io.BytesIO(text.encode()), name=""):
+            record_of(Path(), place, str(number), values, rules.text_field, None)
+            has_any = True
+    except UserError:
+        return False
+    return has_any
 
 
 def read_json(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:

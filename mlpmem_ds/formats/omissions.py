@@ -32,9 +32,10 @@ ReasonName = Literal[
     "broken link",
     "special file",
     "pointer",
+    "misnamed",
 ]
 _NAMES_SHOWN, _SUFFIXES_SHOWN, _CHARACTERS_SHOWN = 3, 8, 120
-REASONS_BY_SUFFIX: tuple[ReasonName, ...] = ("unknown name", "not text", "not included")
+REASONS_BY_SUFFIX: tuple[ReasonName, ...] = ("unknown name", "not text", "not included", "other member")
 """their `detail` is the name's suffix"""
 
 
@@ -101,6 +102,11 @@ REASONS: Mapping[ReasonName, Reason] = {
         words="pipes, sockets or devices",
         loses_text=True,
         remedy="write what they give to a file first; --exclude leaves them out",
+    ),
+    "misnamed": Reason(
+        words="files of JSON records or tars under the name of a text",
+        loses_text=True,
+        remedy="rename them to *.jsonl, *.json or *.tar; --exclude leaves them out",
     ),
     "pointer": Reason(
         words="pointers of Git LFS or git-annex in the place of files",

@@ -9,6 +9,7 @@ changed byte may go unnoticed. A file that is cut exactly between two members en
 from __future__ import annotations
 
 import bz2
+import codecs
 import io
 import lzma
 import re
@@ -88,7 +89,6 @@ _FOREIGN = {
     b"\x89LZO\x00": ("lzop", "lzop -d"),
     b"LZIP": ("lzip", "lzip -d"),
 }
-_NOT_TEXT = bytes(byte for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
 
 
 _ANY_MAGIC = re.compile(b"|".join(each.magic.pattern for each in _FORMATS))
@@ -151,13 +151,22 @@ def _check_plain(path: Path, head: bytes) -> None:
         return
     if any(start.startswith(head) or head.startswith(start) for start in _STARTS):
         raise UserError(f"{path} is cut short in its header: restore the file or leave it out")
-    is_tar = head[257:262] == b"ustar"
-    if not is_tar and len(head.translate(None, _NOT_TEXT)) != len(head):
+    if head[257:262] != b"ustar" and not _begins_as_text(head):
         formats = ", ".join(each.name for each in _FORMATS)
         raise UserError(
             f"{path} is neither compressed as its name says nor plain text: it begins with {head[:4]!r},"
             f" which none of {formats} does: restore it or leave it out"
         )
+
+
+def _begins_as_text(head: bytes) -> bool:
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        return True
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class _Members(io.RawIOBase):

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.documents import Document, read_documents
+from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
 from mlpmem_ds.formats.input_files import find_files
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules
@@ -182,6 +182,8 @@ def test_texts_in_any_spelling_and_folder_are_read_as_they_are(
         wanted = {}
         for number, (text, spelling, folder, suffix) in enumerate(documents):
             name = f"{folder}{number}{suffix}"
+            if suffix == ".py.gz":  # a few characters may be the start of a compressed file
+                text = f"# {text}"
             (Path(root) / folder).mkdir(parents=True, exist_ok=True)
             (Path(root) / name).write_bytes(_SPELLINGS[spelling](text))
             wanted[name] = text
@@ -199,3 +201,49 @@ def test_a_mark_at_the_start_of_a_record_is_no_text(tmp_path: Path) -> None:
     found = [document.text for document in read if isinstance(document, Document)]
     assert found == ["one", "one", "a\ufeffb"]
     assert read[2] == Omission(name="x.jsonl:3", reason="empty")
+
+
+MISNAMED = {
+    "JSON lines": (b'\xef\xbb\xbf\n{"text": "a"}\n{"text": "b"}\n', ".jsonl"),
+    "an array": (b'[\n {"text": "a"}\n]', ".jsonl"),
+    "packed JSON lines": (gzip.compress(b'{"text": "a"}\n'), ".jsonl"),
+    "a tar": (b"a.txt".ljust(257, b"\0") + b"ustar\0" + b"text " * 600, ".tar"),
+}
+
+
+@pytest.mark.parametrize(("content", "suffix"), MISNAMED.values(), ids=MISNAMED)
+def test_many_documents_under_the_name_of_a_text_are_never_one_text(
+    content: bytes, suffix: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.txt").write_bytes(content)
+    (tmp_path / "y.txt").write_text("y")
+    with pytest.raises(UserError, match=rf"x.txt has the name of a text .*rename it to \*{suffix}"):
+        list(read_documents(SourceFile(path=tmp_path / "x.txt", name="x.txt", is_named=True), ReadRules()))
+    files = find_files([str(tmp_path)], None, ()).files
+    found = [item for file in files for item in read_documents(file, ReadRules())]
+    assert found[0] == Omission(name="x.txt", reason="misnamed", detail=suffix)
+    assert isinstance(found[1], Document)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"body": "a"}\n',
+        '{"text": "a"}\nand more',
+        "[[Link]] to a page",
+        "{ block }",
+        '[1, "text"]',
+        "{}",
+        "[]",
+    ],
+)
+def test_texts_that_begin_like_json_are_texts(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(text)
+    document = read_one(tmp_path / "x.txt")
+    assert isinstance(document, Document) and document.text == text
+
+
+def test_a_compressed_text_cut_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="cut short in its header"):
+        read_one(tmp_path / "x.txt.gz")
