@@ -129,8 +129,10 @@ def _lasts(error: OSError) -> bool:
 
 def _of_system(number: int, error: OSError | None = None) -> str:
     place = "while writing"
-    if error is not None and isinstance(error.filename, str | bytes | os.PathLike):
-        place = os.fsdecode(error.filename)
+    # The second name is where a copy was written to.
+    names = () if error is None else (error.filename2, error.filename)
+    if name := next((name for name in names if isinstance(name, str | bytes | os.PathLike)), None):
+        place = os.fsdecode(name)
     return f"{os.strerror(number)}: {place}; {_REMEDIES[number]}"
 
 

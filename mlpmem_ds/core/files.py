@@ -25,6 +25,8 @@ from mlpmem_ds.core.host import host_name, is_alive
 
 SEAL = "content_sha256"
 """the field of a sealed JSON object that holds the SHA-256 of the canonical JSON of the others"""
+MAX_JSON_BYTES = 1 << 26
+"""of a file that is parsed whole; a list of 10,000 files has 2 MB"""
 _REMEDY = "; run the stage that wrote it again, or restore it from a copy"
 
 
@@ -78,13 +80,25 @@ def publish(path: Path, *, flush_folder: bool = True) -> Iterator[Path]:
     remove it. The folder's names are flushed too, unless the caller does it for several files at once."""
     temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with _naming(path):
+            yield temporary
         flush(temporary)
         os.replace(temporary, path)
         if flush_folder:
             flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk knows its number only; give it the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def flush(path: Path) -> None:
@@ -158,27 +172,42 @@ def read_json(path: Path) -> Any:
     return _unsealed(path, value) if isinstance(value, dict) and SEAL in value else value
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
+def read_sealed_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object that must be sealed: an identity, a record or a manifest.
+
+    A larger file than `max_bytes` is damaged: it would be parsed into many times its size.
 
     Raises:
         DamagedDataError: it is missing, does not parse, or does not carry its checksum.
     """
-    value = _parse(path)
+    value = _parse(path, max_bytes)
     if not isinstance(value, dict):
         raise DamagedDataError(f"{path} is damaged: not a JSON object{_REMEDY}")
     return _unsealed(path, value)
 
 
-def _parse(path: Path) -> Any:
+def _parse(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+        return json.loads(_content(path, max_bytes))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedDataError(f"{path} is missing") from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number that is none
         raise DamagedDataError(
             f"{path} is not valid JSON ({error}); restore it or remake its stage"
         ) from error
+
+
+def _content(path: Path, max_bytes: int) -> bytes:
+    """A file's bytes, if it can be one of ours; a pipe in its place is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as stream:
+        content = stream.readall() or b""
+    if len(content) > max_bytes:
+        raise DamagedDataError(
+            f"{path} is damaged: it has {len(content):,} bytes, and no file of its kind has more than"
+            f" {max_bytes:,}{_REMEDY}"
+        )
+    return content
 
 
 def _unsealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:

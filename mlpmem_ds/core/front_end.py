@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.config import ConfigType, Flags, parse_config
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.faults import describe_fault, remedy_of
 from mlpmem_ds.core.log import set_up_logging
 from mlpmem_ds.core.streams import end_streams, is_left_by_reader, prepare_streams, say
@@ -82,6 +83,11 @@ def run_front_end(
     def act(this: Run) -> int:
         keep_bars_to_terminals(os.environ, is_terminal=sys.stderr.isatty())
         config = parse_config(config_class, words, prog=prog)
+        if sys.flags.optimize > 1:
+            raise UserError(
+                "python -OO (PYTHONOPTIMIZE=2) removes the docstrings that transformers reads: run without"
+                " it; -O is possible"
+            )
         this.config = config
         world = world_from_environment(os.environ)
         this.rank = world.rank

@@ -17,6 +17,7 @@ from mlpmem_ds.core.waiting import Patience
 from mlpmem_ds.core.world import World
 
 _SUFFIX = ".once.json"
+_MAX_BYTES = 1 << 36  # what was found in 1 GB of inputs may be larger than they are
 
 
 def computed_once(
@@ -61,6 +62,6 @@ def remove_computed(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return read_sealed_json(path)
+        return read_sealed_json(path, max_bytes=_MAX_BYTES)
     except DamagedDataError:  # none yet, or one that cannot be believed
         return None

@@ -40,6 +40,7 @@ def raised_while_handling(first: Exception, then: Exception) -> Exception:
         (from_system(errno.ELOOP, "/x"), "links on the way"),
         (from_system(errno.ENAMETOOLONG, "/x"), "shorter"),
         (from_system(errno.ETXTBSY, "/x"), "program"),
+        (OSError(errno.ENOSPC, "No space left on device", "/from", None, "/to"), ": /to; free some space"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space"),
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "disk"),
         (raised_while_handling(from_system(errno.ENOSPC), RuntimeError("unexpected pos 5 vs 3")), "space"),

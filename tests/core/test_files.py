@@ -91,6 +91,46 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "y.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"1" * 5000, "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[1, 2]", "not a JSON object"),
+        (b'{"a": NaN, "content_sha256": "0"}', "does not have the checksum"),
+        (b'{"a": 1e999, "content_sha256": ""}', "does not have the checksum"),
+        (b'{"a": "\\ud800", "content_sha256": ""}', "does not have the checksum"),
+    ],
+)
+def test_any_damage_of_json_is_damage(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(DamagedDataError, match=f"x\\.json .*{said}"):
+        read_sealed_json(tmp_path / "x.json")
+
+
+def test_what_is_no_file_of_ours_is_not_parsed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DamagedDataError, match="not valid JSON"):
+        read_json(tmp_path / "pipe.json")
+    with open(tmp_path / "huge.json", "wb") as stream:
+        stream.truncate(1 << 27)
+    with pytest.raises(DamagedDataError, match="134,217,728 bytes, and no file of its kind"):
+        read_json(tmp_path / "huge.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(DamagedDataError, match="missing"):
+        read_json(tmp_path / "file" / "x.json")
+
+
+def test_a_disk_that_fills_up_is_named_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, publish(tmp_path / "keys.npy") as temporary:
+        temporary.touch()
+        with open("/dev/full", "wb", buffering=0) as stream:
+            stream.write(b"x")
+    assert caught.value.filename == str(tmp_path / "keys.npy")
+
+
 def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     host, dead = socket.gethostname(), 2**22 + 1
     names = [f".a.{host}.{dead}.tmp", f".b.{host}.{os.getpid()}.tmp", f".c.elsewhere.{dead}.tmp", "d.tmp"]

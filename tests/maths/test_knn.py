@@ -224,7 +224,7 @@ def test_all_lists_probed_equal_exact_for_memory_maps(tmp_path):
     lists = in_list_order(keys, offsets, list_ids)
     np.save(tmp_path / "listed.npy", lists.runs[0].keys_ND.numpy())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         listed_keys = np.load(tmp_path / "listed.npy", mmap_mode="r")
         run = run_of(0, offsets, lists.runs[0].ids_N, listed_keys, norms_of_codes(listed_keys, block=7))
     lists = ListedKeys(runs=[run], num_keys=5000)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.formats.weight_shards import Weight
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
@@ -89,6 +89,12 @@ def load_export(export: Path, weights: Mapping[str, Weight], lmbda: float, *, at
             export, dtype="auto", attn_implementation=attention, output_loading_info=True
         )
     except Exception as error:  # any error while code and weights are loaded
+        place = getattr(error, "filename", None)
+        if isinstance(error, OSError) and place and not Path(place).is_relative_to(export):
+            raise UserError(
+                f"the export was to be tried, and its code is copied to {place} for that, which cannot be"
+                f" written ({error.strerror}): set HF_HOME to a directory that can"
+            ) from error
         raise _refusal(f"it does not load ({type(error).__name__}: {error})") from error
     if faults := {name: sorted(map(str, values)) for name, values in report.items() if values}:
         raise _refusal(f"transformers reports {faults}")
