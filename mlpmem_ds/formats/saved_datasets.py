@@ -30,11 +30,8 @@ def is_saved_dataset(root: Path) -> bool:
 
     A list of files that is damaged counts, where what lies next to it shows what it was.
     """
-    if (root / _DICT).is_file():
-        content = _json(root / _DICT)
-        if isinstance(content, dict) and "splits" in content:
-            return True
-        return any(_is_one_dataset(folder) for folder in root.iterdir() if folder.is_dir())
+    if (root / _DICT).is_file() and any(map(_is_one_dataset, filter(Path.is_dir, root.iterdir()))):
+        return True
     return _is_one_dataset(root)
 
 
@@ -62,8 +59,13 @@ def datasets_files(root: Path) -> list[Path]:
     """
     try:
         if (root / _DICT).is_file():
-            splits = json.loads((root / _DICT).read_bytes())["splits"]
-            return [file for split in splits for file in datasets_files(root / Path(split).name)]
+            splits = [Path(split).name for split in json.loads((root / _DICT).read_bytes())["splits"]]
+            if missing := [split for split in splits if not (root / split / _STATE).is_file()]:
+                raise UserError(
+                    f"--input {root} is a saved data set without its split {missing[0]}: save or copy it"
+                    " again"
+                )
+            return [file for split in splits for file in datasets_files(root / split)]
         state = json.loads((root / _STATE).read_bytes())
         names = [entry["filename"] for entry in state["_data_files"]]
         has_indices = bool(state.get("_indices_data_files") or state.get("_indices_files"))
@@ -81,9 +83,9 @@ def datasets_files(root: Path) -> list[Path]:
             " DATASET.flatten_indices()"
         )
     files = [root / Path(name).name for name in names]
-    if missing := [file for file in files if not file.is_file()]:
+    if lost := [file for file in files if not file.is_file()]:
         raise UserError(
-            f"--input {root} is a saved data set without its file {missing[0].name}: save or copy it again"
+            f"--input {root} is a saved data set without its file {lost[0].name}: save or copy it again"
         )
     return files
 

@@ -64,6 +64,9 @@ def test_splits_of_a_saved_dataset_and_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "both" / "test" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(UserError, match="without its file data-00001"):
         documents_of(tmp_path / "both")
+    (tmp_path / "both" / "test" / "state.json").unlink()
+    with pytest.raises(UserError, match="without its split test"):
+        documents_of(tmp_path / "both")
     (tmp_path / "both" / "dataset_dict.json").write_text("{}")
     with pytest.raises(UserError, match="list of files cannot be read"):
         documents_of(tmp_path / "both")
@@ -99,6 +102,7 @@ def test_other_programs_folders_are_no_data_sets(tmp_path: Path) -> None:
         "huge/state.json": "1" * 5000,
         "dict/dataset_dict.json": '{"languages": ["de"]}',
         "dict_of_lists/dataset_dict.json": "[]",
+        "splits_alone/dataset_dict.json": '{"splits": ["train"]}',
         "none/other.json": "{}",
     }
     for name, content in contents.items():
