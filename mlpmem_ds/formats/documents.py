@@ -31,6 +31,7 @@ DATASET_PREFIX = "datasets:"
 """an input `datasets:NAME[:CONFIGURATION[:SPLIT]]` is a data set of the Hub, through the package
 `datasets`"""
 _POINTERS = (b"version https://git-lfs.github.com/spec/", b"/annex/objects/")
+_TABLES = (b"PAR1", b"ARROW1")  # at both ends
 _MAY_NOT_BE_READ = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -124,6 +125,8 @@ def _read_text(file: SourceFile, rules: ReadRules) -> Document | Omission:
                 " pull, git annex get)"
             )
         return Omission(name=file.name, reason="pointer")
+    if content.startswith(_TABLES) and content.endswith(_TABLES):
+        return _misnamed(file, ".parquet" if content.startswith(b"PAR1") else ".arrow")
     try:
         text = rules.decode(content)
     except NotTextError as error:
@@ -141,14 +144,18 @@ def _read_text(file: SourceFile, rules: ReadRules) -> Document | Omission:
     if not text or text.isspace():
         return Omission(name=file.name, reason="empty")
     if suffix := _other_suffix(content, text, rules):
-        if file.is_named:
-            raise UserError(
-                f"{file.path} has the name of a text and holds many documents: rename it to *{suffix}, so"
-                " that they are read one by one"
-            )
-        return Omission(name=file.name, reason="misnamed", detail=suffix)
+        return _misnamed(file, suffix)
     group = file.name.split("/")[0].removesuffix(file.path.suffix)
     return Document(name=file.name, group=group, text=text)
+
+
+def _misnamed(file: SourceFile, suffix: str) -> Omission:
+    if file.is_named:
+        raise UserError(
+            f"{file.path} has the name of a text and holds many documents: rename it to *{suffix}, so that"
+            " they are read one by one"
+        )
+    return Omission(name=file.name, reason="misnamed", detail=suffix)
 
 
 def _other_suffix(content: bytes, text: str, rules: ReadRules) -> str | None:

@@ -104,9 +104,9 @@ REASONS: Mapping[ReasonName, Reason] = {
         remedy="write what they give to a file first; --exclude leaves them out",
     ),
     "misnamed": Reason(
-        words="files of JSON records or tars under the name of a text",
+        words="files of many documents under the name of a text",
         loses_text=True,
-        remedy="rename them to *.jsonl, *.json or *.tar; --exclude leaves them out",
+        remedy="rename them to *.jsonl, *.json, *.tar, *.parquet or *.arrow; --exclude leaves them out",
     ),
     "pointer": Reason(
         words="pointers of Git LFS or git-annex in the place of files",
