@@ -11,7 +11,6 @@ import re
 
 _HEX = "[0-9a-f]"
 _NOT_WRITABLE = re.compile(rf"[\ud800-\udfff]|\\(?=x{_HEX}{{2}}|u{_HEX}{{4}})")
-_ESCAPE = "surrogateescape"
 _SPELLED = re.compile(rf"\\x({_HEX}{{2}})|\\u({_HEX}{{4}})")
 
 
@@ -28,11 +27,9 @@ def spell_name(name: str) -> str:
 
 def spell_path(path: str) -> str:
     """The same of a file's path as the system gave it: its bytes are read as UTF-8 in every locale."""
-    return (
-        path
-        if path.isascii() and "\\" not in path
-        else spell_name(os.fsencode(path).decode("utf-8", _ESCAPE))
-    )
+    if not path.isascii():
+        path = os.fsencode(path).decode("utf-8", "surrogateescape")
+    return spell_name(path)
 
 
 def _spelled(match: re.Match[str]) -> str:

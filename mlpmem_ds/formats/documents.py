@@ -32,7 +32,8 @@ DATASET_PREFIX = "datasets:"
 `datasets`"""
 _POINTERS = (b"version https://git-lfs.github.com/spec/", b"/annex/objects/")
 _TABLES = (b"PAR1", b"ARROW1")  # at both ends
-_MAY_NOT_BE_READ = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+MAY_NOT_BE_READ = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+"""errors that will come again at the next try"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def read_documents(file: SourceFile, rules: ReadRules) -> Iterator[Document | Om
         else:
             yield from _read_records(file, rules)
     except OSError as error:
-        if file.is_named or error.errno not in _MAY_NOT_BE_READ:
+        if file.is_named or error.errno not in MAY_NOT_BE_READ:
             raise _unreadable(file, error) from error
         yield Omission(name=file.name, reason="unreadable", detail=str(error.strerror))
 
@@ -108,7 +109,7 @@ def _unreadable(file: SourceFile, error: OSError) -> UserError:
         )
     remedy = (
         "change its permissions or leave it out"
-        if error.errno in _MAY_NOT_BE_READ
+        if error.errno in MAY_NOT_BE_READ
         else "restore it, or run again when the disk can be read"
     )
     return UserError(f"{file.path} cannot be read ({error.strerror or error}): {remedy}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import is_own_directory
 from mlpmem_ds.core.names import spell_path
-from mlpmem_ds.formats.documents import DATASET_PREFIX, SourceFile
+from mlpmem_ds.formats.documents import DATASET_PREFIX, MAY_NOT_BE_READ, SourceFile
 from mlpmem_ds.formats.file_marks import RESOURCE_FORK
 from mlpmem_ds.formats.input_names import FILE_PATTERNS, Choice, unused_patterns
 from mlpmem_ds.formats.omissions import REASONS_BY_SUFFIX, Omission, ReasonName, describe_omissions
@@ -214,12 +214,20 @@ def _source(root: Path, name: str, against: ReasonName | None) -> SourceFile | O
 
 
 def _listing(folder: str) -> list[os.DirEntry[str]] | str:
-    """What is in a folder, sorted by name; or why it cannot be read."""
+    """What is in a folder, sorted by name; or why it may not be read.
+
+    Raises:
+        UserError: it cannot be read now, as on a disk that fails: no reason to leave its text out.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        return str(error.strerror)
+        if error.errno in MAY_NOT_BE_READ:
+            return str(error.strerror)
+        raise UserError(
+            f"--input: the folder {folder} cannot be read ({error.strerror}): run again when it can be"
+        ) from error
 
 
 def _enter(folder: os.DirEntry[str], choice: Choice) -> list[os.DirEntry[str]] | tuple[ReasonName, str]:

@@ -28,9 +28,9 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
     """The text of a whole file, without byte-order marks, line ends as Python reads them.
 
     A mark says the encoding (UTF-8, UTF-16, UTF-32). Without one, what is whole UTF-8 is UTF-8, also
-    where another encoding was named, if that one has ASCII as its first half: text of it that is valid
-    UTF-8 by chance does not occur. Encodings of other kinds (utf-16-le, iso-2022-jp) are taken by their
-    name.
+    where another encoding was named, if that one has ASCII as its first half, or is UTF-16 or UTF-32 and the
+    text has no NUL byte: text of these that is valid UTF-8 by chance does not occur. Encodings of other kinds
+    (iso-2022-jp, EBCDIC) are taken by their name.
 
     Raises:
         NotTextError: it is none of these, or more than one character in ten is NUL.
@@ -52,7 +52,7 @@ def _decoded(content: bytes, encoding: str) -> str:
     name = encoding
     if content.startswith(_ALL_MARKS):
         name = next(name for mark, name in _MARKS if content.startswith(mark))
-    elif encoding == "utf-8" or has_ascii(encoding):
+    elif encoding == "utf-8" or has_ascii(encoding) or (is_wide(encoding) and b"\0" not in content):
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -64,6 +64,15 @@ def _decoded(content: bytes, encoding: str) -> str:
     except UnicodeError as error:
         raise NotTextError(f"it is not {name}: {error}") from error
     return text
+
+
+@cache
+def is_wide(encoding: str) -> bool:
+    """Whether each character has two bytes or four, so that those of ASCII hold a NUL byte."""
+    try:
+        return "A\n".encode(encoding).count(0) >= 2
+    except UnicodeError:
+        return False
 
 
 @cache

@@ -33,7 +33,10 @@ def test_every_text_is_the_same_in_every_unicode_encoding(text: str) -> None:
     marks = [(b"", "utf-8"), (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_BE, "utf-16-be")]
     for mark, encoding in [*marks, (codecs.BOM_UTF32_LE, "utf-32-le")]:
         assert ReadRules().decode(mark + text.encode(encoding)) == text
-    assert ReadRules(encoding="utf-16-le").decode(text.encode("utf-16-le")) == text
+    for encoding in ("utf-16-le", "utf-32-be"):
+        line = f"{text}\n"
+        assert ReadRules(encoding=encoding).decode(line.encode(encoding)) == line
+        assert ReadRules(encoding=encoding).decode(line.encode()) == line
 
 
 @pytest.mark.parametrize(
