@@ -174,3 +174,23 @@ def test_files_that_are_something_else_are_said_to_be(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             open_arrow(paths, DATASTORE, flag="--d")
+
+
+@pytest.mark.parametrize("names", [DATASTORE, TARGETS])
+def test_a_byte_that_was_altered_is_read_or_refused_and_nothing_else(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Lengths and offsets that point beyond the file would be followed into other memory."""
+    path = write(tmp_path / "x.arrow", table_of(names, keys=pa.list_(pa.float16())))
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            table = open_arrow([path], names, flag="--d")
+            if table.num_rows and names == DATASTORE:
+                read_keys(table, 0, table.num_rows)
+            elif table.num_rows:
+                read_rows(table, 0, table.num_rows, 10)
+        except UserError:
+            refused += 1
+    assert refused > len(whole) // 6
