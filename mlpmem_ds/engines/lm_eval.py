@@ -241,8 +241,7 @@ class _TextsByEncoder(_Harness):
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         whole = self._encoder.encode_prompts(strings)
-        rows = [ids[-left_truncate_len:] if left_truncate_len else ids for ids in whole]
-        self._count(len(ids) > len(row) for ids, row in zip(whole, rows, strict=True))
+        rows = [self._cut(ids, left_truncate_len or len(ids)) for ids in whole]
         num_tokens, padding = max(map(len, rows)), self.model.generation_config.pad_token_id
         assert padding_side == "left"
         return (
@@ -257,15 +256,16 @@ class _TextsByEncoder(_Harness):
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        pairs = [(request.args, *encode_pair(self._encoder, *request.args)) for request in requests]
-        for (_, continuation), _, ids in pairs:
-            if len(ids) > self.max_length:
+        pairs = []
+        for request in requests:
+            before, after = encode_pair(self._encoder, *request.args)
+            if len(after) > self.max_length:
                 raise UserError(
-                    f"a choice has {len(ids):,} tokens, and the model reads {self.max_length:,}: shorten"
-                    f" it ({continuation[:40].strip()!r}…)"
+                    f"a choice has {len(after):,} tokens, and the model reads {self.max_length:,}: shorten"
+                    f" it ({request.args[1][:40].strip()!r}…)"
                 )
-        # The last token is not read.
-        self._count(len(before) + len(after) - 1 > self.max_length for _, before, after in pairs)
+            room = self.max_length + 1 - len(after)  # the last token is not read
+            pairs.append((request.args, self._cut(before, room), after))
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -293,9 +293,14 @@ class _TextsByEncoder(_Harness):
         ends = self.model.generation_config.eos_token_id
         return [ends] if isinstance(ends, int) else list(ends or ())
 
-    def _count(self, are_cut: Any) -> None:
-        cuts = list(are_cut)
-        self.num_texts, self.num_cut = self.num_texts + len(cuts), self.num_cut + sum(cuts)
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        """The end of a text that is too long, after its begin tokens where there is room; counts them."""
+        self.num_texts += 1
+        if len(ids) <= room:
+            return ids
+        self.num_cut += 1
+        begin = self._encoder.begin_ids if room > len(self._encoder.begin_ids) else ()
+        return [*begin, *ids[len(ids) - room + len(begin) :]]
 
 
 @functools.cache

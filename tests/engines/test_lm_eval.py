@@ -165,6 +165,27 @@ def test_long_contexts_are_cut_and_counted_and_long_choices_refused(
 
 
 @needs_harness
+def test_a_context_that_is_cut_keeps_its_begin_tokens(
+    ranking: Callable[..., dict[str, Any]], model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+    forward = model.forward
+
+    def seen(ids: torch.Tensor, **more: Any) -> Any:
+        read.extend(ids.tolist())
+        return forward(ids, **more)
+
+    monkeypatch.setattr(model, "forward", seen)
+    encoder = encoder_of("begin_and_end")
+    tasks = load_tasks([ranking(record("x" * 90, "aa", "bbb"))])
+    score_tasks(model, encoder, tasks, batch_size=2, context=CONTEXT)
+    x = encoder.tokenizer.convert_tokens_to_ids("x")
+    begin = list(encoder.begin_ids)
+    assert {len(row) for row in read} == {CONTEXT}
+    assert all(row[:3] == [*begin, x] for row in read)
+
+
+@needs_harness
 def test_what_is_scored_is_the_probability_of_the_tokens(
     ranking: Callable[..., dict[str, Any]], model: LlamaForCausalLM
 ) -> None:

@@ -22,7 +22,7 @@ def read_prompts(config: Config) -> list[str]:
         UserError: the file cannot be read or holds no prompt, or a prompt is no text that UTF-8 can write.
     """
     if config.prompts_file is None:
-        prompts, flag = list(config.prompt), "--prompt"
+        prompts, flag = [_as_utf_8(prompt) for prompt in config.prompt], "--prompt"
     else:
         prompts, flag = _read_file(config.prompts_file), f"--prompts-file {config.prompts_file}"
     for number, prompt in enumerate(prompts, start=1):
@@ -35,6 +35,14 @@ def read_prompts(config: Config) -> list[str]:
                 " a --prompts-file in UTF-8"
             ) from error
     return prompts
+
+
+def _as_utf_8(prompt: str) -> str:
+    """A word of the command line; by UTF-8 also where the locale's encoding is ASCII (POSIX)."""
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return prompt
 
 
 def _read_file(path: Path) -> list[str]:
@@ -70,7 +78,7 @@ def _lines_of(stream: BinaryIO, name: str) -> list[str]:
     if 0 < len(blank) < len(lines):
         more = ", …" if len(blank) > _MANY else ""
         _logger.warning(
-            "%s: %d blank lines are no prompts and are left out (line %s%s)",
+            "%s: blank lines are no prompts and are left out: %d (line %s%s)",
             name, len(blank), ", ".join(map(str, blank[:_MANY])), more,
         )  # fmt: skip
     return [line for _, line in lines if line.strip()]

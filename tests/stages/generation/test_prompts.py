@@ -44,7 +44,7 @@ def test_blank_lines_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCap
     path.write_text("a\n\n \t\nb\n\n")
     with caplog.at_level(logging.WARNING):
         assert of_file(path) == ["a", "b"]
-    assert "3 blank lines are no prompts and are left out (line 2, 3, 5)" in caplog.text
+    assert "blank lines are no prompts and are left out: 3 (line 2, 3, 5)" in caplog.text
     caplog.clear()
     path.write_text("a\nb\n")
     assert of_file(path) == ["a", "b"] and not caplog.records
@@ -101,3 +101,9 @@ def test_json_lines_hold_prompts_of_several_lines(tmp_path: Path) -> None:
     path.write_text(r'["fine", "a\ud800"]')
     with pytest.raises(UserError, match="prompt 2 holds"):
         of_file(path)
+
+
+def test_utf_8_in_a_locale_of_ascii_is_read() -> None:
+    word = "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{SNOWMAN}"
+    prompts = (word.encode("utf-8").decode("ascii", "surrogateescape"), word, "a")
+    assert read_prompts(Config(model="m", prompt=prompts)) == [word, word, "a"]
