@@ -292,7 +292,7 @@ def test_an_input_that_changes_meanwhile_is_refused(
 ) -> None:
     changing = tmp_path / "text" / name
     shutil.copytree(text_dir, changing.parent)
-    changing.write_text('{"text": "a b c"}\n' * 20)
+    changing.write_text('{"text": "a b c"}\n' * 20 if name == "x.jsonl" else "a b c\n" * 20)
     survey_files = prepare_corpus.survey_files
 
     def survey_and_change(*arguments: Any, **others: Any) -> Any:
