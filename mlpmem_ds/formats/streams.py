@@ -233,5 +233,5 @@ def _reason(error: Exception) -> str:
     if "ictionary" in text:
         return f"{text}: it was compressed with a dictionary: decompress it first (zstd -d -D DICTIONARY)"
     if "memory" in text:
-        return f"{text}: its window takes up to 2 GB: read it where there is more memory"
+        return f"{text}: its window needs more than this machine has, or than 2 GB; or its header is damaged"
     return f"it is damaged: {text}: restore the file or leave it out"

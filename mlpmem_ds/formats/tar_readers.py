@@ -152,5 +152,6 @@ class _Archive(tarfile.TarFile):
 
     tarinfo = _Entry
     ignore_zeros = True
+    encoding = "utf-8"  # of names, on every machine; other bytes of them are kept
     members: list[Any]
     is_ended = False

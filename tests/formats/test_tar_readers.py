@@ -69,6 +69,12 @@ def test_long_names_and_names_that_are_not_utf8(tmp_path: Path) -> None:
         assert [key for key, _ in found][:3] == names[:3]
 
 
+def test_names_do_not_depend_on_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = tar_of(("ü.txt", b"a"), ("caf\udce9.txt", b"b"), format=tarfile.GNU_FORMAT)
+    monkeypatch.setattr(tarfile.TarFile, "encoding", "latin-1")
+    assert [key for key, _ in texts_of(tmp_path, content)] == ["ü", "caf\udce9"]
+
+
 def test_an_empty_tar_has_no_documents_and_one_of_no_bytes_is_refused(tmp_path: Path) -> None:
     assert texts_of(tmp_path, bytes(10240)) == texts_of(tmp_path, tar_of()) == []
     with pytest.raises(UserError, match="no end-of-archive block"):
