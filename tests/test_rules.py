@@ -103,7 +103,6 @@ TESTED_BY = {
     "formats/file_marks.py": "formats/test_table_readers.py",
     "formats/lists_directory.py": "stages/retrieval/test_key_lists.py",
     "formats/mapped_keys.py": "stages/retrieval/test_key_lists.py",
-    "formats/records.py": "formats/test_document_readers.py",
     "maths/device_memory.py": "maths/test_centroids.py",
     "maths/distances.py": "maths/test_knn.py",
     "maths/exact_limit.py": "maths/test_knn_on_device.py",

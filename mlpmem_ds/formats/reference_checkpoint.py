@@ -211,10 +211,11 @@ def _open(path: Path, stack: ExitStack) -> _Safetensors | _Pickle:
             " take a safetensors version"
         ) from error
     if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for name, value in loaded.items()
     ):
         raise UserError(
-            f"{path} holds {type(loaded).__name__}, not names and tensors: give a model's weights file"
+            f"{path} holds {type(loaded).__name__}, not names and dense tensors: give a model's weights file"
         )
     return _Pickle(loaded)
 

@@ -253,8 +253,12 @@ def test_foreign_and_damaged_directories_are_refused(tmp_path: Path) -> None:
         "cannot be read": lambda root: os.truncate(
             save_published(root, "gpt2", file="pytorch_model.bin") / "pytorch_model.bin", 3000
         ),
-        "holds dict, not names and tensors": lambda root: torch.save(
+        "holds dict, not names and dense tensors": lambda root: torch.save(
             {1: torch.ones(2)}, save_published(root, "gpt2", file="x.bin") / "pytorch_model.bin"
+        ),
+        "holds dict, not names and dense": lambda root: torch.save(
+            {"lm_head.weight": torch.ones(2, 2).to_sparse()},
+            save_published(root, "gpt2", file="x.bin") / "pytorch_model.bin",
         ),
         "stored as torch.int64": lambda root: torch.save(
             {"lm_head.weight": torch.ones(2, 2, dtype=torch.int64)},
