@@ -17,6 +17,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.once import computed_once
 from mlpmem_ds.engines.model_kinds import reason_against_config, reason_against_path
 from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
+from mlpmem_ds.formats.json_lines import parse_json
 from mlpmem_ds.formats.weight_shards import fault_of_weights
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,6 +34,33 @@ def max_context_of(config: PretrainedConfig) -> int:
     """The most tokens that a model reads at once; practically endless where its configuration names no
     limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def check_generation_file(name_or_path: str, *, flag: str = "--model") -> None:
+    """Refuse a damaged generation_config.json, which transformers passes over in silence, and token ids in it
+    or in config.json that are none.
+
+    Raises:
+        UserError: with the file and what is wrong.
+    """
+    for file in ("generation_config.json", "config.json"):
+        path = model_file(name_or_path, file)
+        if path is None:
+            continue
+        try:
+            settings = parse_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # not UTF-8, or not JSON
+            raise UserError(f"{flag} {name_or_path}: {file} is damaged ({error}): restore it") from error
+        if not isinstance(settings, dict):
+            raise UserError(f"{flag} {name_or_path}: {file} is damaged (it holds no object): restore it")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = settings.get(name)
+            listed = ids if isinstance(ids, list) and name == "eos_token_id" else [ids]
+            if ids is not None and any(isinstance(one, bool) or not isinstance(one, int) for one in listed):
+                raise UserError(
+                    f"{flag} {name_or_path}: {file} has {str(ids)[:40]!r} as {name}, which is no token id:"
+                    " write a whole number there"
+                )
 
 
 def check_model_reads(

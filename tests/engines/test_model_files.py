@@ -13,7 +13,13 @@ from transformers.utils import hub
 from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json, read_sealed_json
-from mlpmem_ds.engines.model_files import check_model_reads, fetch_directory, fingerprint_model, model_file
+from mlpmem_ds.engines.model_files import (
+    check_generation_file,
+    check_model_reads,
+    fetch_directory,
+    fingerprint_model,
+    model_file,
+)
 from mlpmem_ds.formats.corpus import open_corpus
 
 from ..conftest import with_begin_tokens
@@ -139,3 +145,31 @@ def test_an_index_of_weights_that_is_none_is_refused(content: str, tmp_path: Pat
     (tmp_path / "model.safetensors.index.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match="model.safetensors.index.json is not an index of weights"):
         fingerprint_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "needle"),
+    [
+        ('{"eos_token_id": [0, 5], "pad_token_id": null, "temperature": 0.5}', None),
+        (None, None),
+        ('{"eos_token_id": 0', r"generation_config.json is damaged \(.*\): restore it"),
+        ("", "generation_config.json is damaged"),
+        ("[]", "generation_config.json is damaged .it holds no object"),
+        ('{"eos_token_id": "5"}', "has '5' as eos_token_id, which is no token id"),
+        ('{"eos_token_id": [0, null]}', r"has '\[0, None\]' as eos_token_id"),
+        ('{"eos_token_id": true}', "has 'True' as eos_token_id"),
+        ('{"pad_token_id": [0]}', r"has '\[0\]' as pad_token_id"),
+        ('{"bos_token_id": 1.5}', "has '1.5' as bos_token_id"),
+    ],
+)
+def test_a_generation_file_that_transformers_would_pass_over(
+    content: str | None, needle: str | None, base_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copy(base_dir / "config.json", tmp_path)
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(content)
+    if needle is None:
+        check_generation_file(str(tmp_path))
+    else:
+        with pytest.raises(UserError, match=needle):
+            check_generation_file(str(tmp_path))

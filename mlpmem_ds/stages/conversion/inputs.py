@@ -11,7 +11,7 @@ from typing import Any
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.engines.hidden_states import fingerprint_model
-from mlpmem_ds.engines.model_files import fetch_directory
+from mlpmem_ds.engines.model_files import check_generation_file, fetch_directory
 from mlpmem_ds.engines.tokenizer import definition_sha256, load_tokenizer, open_encoder
 from mlpmem_ds.formats.checkpoint import Checkpoint
 from mlpmem_ds.formats.corpus import CorpusManifest, TokenizerFacts, read_corpus_manifest, vocabulary_sha256
@@ -90,6 +90,7 @@ def open_inputs(config: Config) -> ExportInputs:
     lmbda, rule = _choose_lambda(config, report_lmbda)
     model = config.model or _model_of_keys(config.checkpoint, trained)
     base_sha256 = fingerprint_model(model)
+    check_generation_file(model)
     if base_sha256 != trained.provenance.base:
         raise UserError(
             f"--model {model} ({base_sha256[:12]}…) is not the base that --checkpoint {config.checkpoint} was"
@@ -135,6 +136,7 @@ def _open_published(config: Config) -> ExportInputs:
     root = fetch_directory(config.from_reference, flag="--from-reference", subdirectory=SUBDIRECTORY)
     open_reference(root)  # before the base, which may be large, is read
     base_sha256 = fingerprint_model(config.model)
+    check_generation_file(config.model)
     tokenizer, _ = _load_tokenizer(config, config.model, None)
     lmbda, rule = _choose_lambda(config, None)
     trained = read_reference(

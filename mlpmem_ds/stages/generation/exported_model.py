@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
+from mlpmem_ds.engines.model_files import check_generation_file
 from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.hf import MemoryAugmentedLM
@@ -69,6 +70,7 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
             f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
             "tools/convert_checkpoint.py"
         )
+    check_generation_file(model)
     tokenizer = load_tokenizer(model, flag="--model")
     if settings.vocabulary_sha256 and vocabulary_sha256(tokenizer) != settings.vocabulary_sha256:
         raise UserError(
