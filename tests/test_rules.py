@@ -58,6 +58,7 @@ TESTED_BY = {
     "benchmarks/fuzz/bounded.py": "benchmarks/fuzz/test_fuzz_readers.py",
     "benchmarks/fuzz/compression.py": "benchmarks/fuzz/test_fuzz_readers.py",
     "benchmarks/fuzz/config.py": "benchmarks/fuzz/test_fuzz_readers.py",
+    "benchmarks/fuzz/csvs.py": "benchmarks/fuzz/test_fuzz_readers.py",
     "benchmarks/fuzz/documents.py": "benchmarks/fuzz/test_fuzz_readers.py",
     "benchmarks/fuzz/mutations.py": "benchmarks/fuzz/test_fuzz_readers.py",
     "benchmarks/fuzz/own_files.py": "benchmarks/fuzz/test_fuzz_readers.py",

@@ -52,7 +52,7 @@ def read_csv(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
 def _table(path: Path, lines: Iterator[str], rules: ReadRules) -> tuple[list[str], Iterator[list[str]]]:
     """The names of the first line, and the rows below it; no names where the file is empty."""
     with _csv_errors(path, lambda: 0):
-        first = next(lines, "")
+        first = next((line for line in lines if line.strip()), "")
         if "\r" in first.rstrip("\r\n"):
             raise csv.Error("its lines end with a carriage return alone")
     requested = {rules.text_field, rules.group_field}
@@ -60,6 +60,9 @@ def _table(path: Path, lines: Iterator[str], rules: ReadRules) -> tuple[list[str
     separator, names = max(
         by_separator.items(), key=lambda item: (len(requested.intersection(item[1])), len(item[1]))
     )
+    if first and not names:
+        with _csv_errors(path, lambda: 1):
+            raise csv.Error("its first line is no row of names")
     return names, _rows(path, csv.reader(lines, delimiter=separator, strict=True), len(names))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def datasets_files(root: Path) -> list[Path]:
             " DATASET.flatten_indices()"
         )
     files = [root / Path(name).name for name in names]
-    if lost := [file for file in files if not file.is_file()]:
+    if lost := [file for file in files if not os.path.isfile(file)]:
         raise UserError(
             f"--input {root} is a saved data set without its file {lost[0].name}: save or copy it again"
         )

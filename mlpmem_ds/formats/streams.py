@@ -183,14 +183,19 @@ class _Members(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._content:
-            if self._member is None and not self._begin_member():
-                return 0
-            self._content = memoryview(self._next_content())
-        size = min(len(buffer), len(self._content))
-        buffer[:size] = self._content[:size]
-        self._content = self._content[size:]
-        return size
+        """As any raw stream; but whoever looks at the first bytes (`peek`) has enough of them."""
+        filled = 0
+        while filled < min(len(buffer), _SNIFFED):  # a member may hold a byte or none
+            if self._content:
+                size = min(len(buffer) - filled, len(self._content))
+                buffer[filled : filled + size] = self._content[:size]
+                self._content = self._content[size:]
+                filled += size
+            elif self._member is None and not self._begin_member():
+                break
+            else:
+                self._content = memoryview(self._next_content())
+        return filled
 
     def _begin_member(self) -> bool:
         """Start to decompress the next member; False at the end of the file."""

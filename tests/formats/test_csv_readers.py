@@ -61,6 +61,8 @@ def test_any_texts_come_back(texts: list[str]) -> None:
 def test_one_column_blank_lines_and_compression(tmp_path: Path) -> None:
     (tmp_path / "one.csv.gz").write_bytes(gzip.compress(b"text\nalpha\n\nbeta"))
     assert texts_of(tmp_path / "one.csv.gz") == [("", "alpha"), ("", "beta")]
+    (tmp_path / "late.csv").write_bytes(b"\n \r\ntext\nalpha\n")
+    assert texts_of(tmp_path / "late.csv") == [("", "alpha")]
     (tmp_path / "latin.csv").write_bytes("text\ncaf\xe9".encode("latin-1"))
     read = read_csv(tmp_path / "latin.csv", ReadRules(encoding="latin-1"))
     assert [record.text for record in read if isinstance(record, Record)] == ["caf\xe9"]
@@ -77,6 +79,7 @@ BAD = {
     "twice": (b"text,text\na,b\n", "has 2 columns 'text'"),
     "more fields": (b"id,text\n1,a\n2,b,c\n", "up to line 3 .*it has 3 fields, the first line 2 names"),
     "fewer fields": (b"id,text\n1\n", "up to line 2 .*it has 1 fields"),
+    "names": (b'"id";"text\n1;"a"\n', "up to line 1 .*first line is no row of names"),
     "open quote": (b'id,text\n1,"a\n2,b\n', "up to line 3 .*unexpected end of data"),
     "after a quote": (b'id,text\n1,"a" b\n', "up to line 2 .*expected after"),
     "backslash": (b'id,text\n1,"a \\"b\\" c"\n', "up to line 2"),

@@ -144,3 +144,13 @@ def test_a_stream_is_read_in_parts_of_any_size(tmp_path: Path) -> None:
 def test_names_of_compressed_files() -> None:
     assert all(map(is_compressed_name, ("a.gz", "A.TGZ", "b.tar.ZST", "c.txt.bz2", "d.xz", "e.tzst")))
     assert not any(map(is_compressed_name, ("a.txt", "b.tar", "c.gzip.txt", "d.jsonl")))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+def test_first_bytes_are_seen_whole_where_the_first_members_hold_few(
+    pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.gz"
+    path.write_bytes(b"".join(map(pack, (b"", b"a", b"", b"bc", b"defgh"))))
+    with opened(path) as stream:
+        assert stream.peek(4)[:4] == b"abcd" and stream.read() == b"abcdefgh"

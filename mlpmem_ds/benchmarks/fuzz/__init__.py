@@ -10,6 +10,7 @@ Read in this order:
     bounded       inputs are tried in a child process, with limits of time and memory
     documents     samples of text files and JSON lines
     compression   gzip, zstd, bzip2, xz
+    csvs          CSV and TSV
     archives      samples of members; tars, zips: the archives that hold them
     tables        Parquet, Arrow, saved data sets
     own_files     stage directories, checkpoints, evaluations

@@ -172,7 +172,7 @@ def json_of(random: Random, texts: Sequence[str]) -> tuple[bytes, Content]:
     return encoded(random, whole), content_of(texts, num_empty=num_empty)
 
 
-def texts_of_json(content: bytes) -> list[str | None]:
+def texts_of_json(content: bytes, field: str = "text") -> list[str | None]:
     """The texts of JSON lines, or of a file that is one array or one object."""
     text = decoded(content)
     lines = [line.removeprefix("\ufeff") for line in text.split("\n")]
@@ -183,7 +183,7 @@ def texts_of_json(content: bytes) -> list[str | None]:
         values = [parsed_json(text)]
     if len(values) == 1 and isinstance(values[0], list):
         values = values[0]
-    return [text_of_record(value) for value in values]
+    return [text_of_record(value, field) for value in values]
 
 
 def parsed_json(text: str) -> Any:
@@ -193,11 +193,11 @@ def parsed_json(text: str) -> Any:
         raise Damaged(str(error)[:200]) from error
 
 
-def text_of_record(value: Any) -> str | None:
-    """The field `text` of an object: a text, a list of texts, or null."""
-    if not isinstance(value, dict) or "text" not in value:
+def text_of_record(value: Any, field: str = "text") -> str | None:
+    """A field of an object: a text, a list of texts, or null."""
+    if not isinstance(value, dict) or field not in value:
         raise Damaged("no object with a text")
-    parts = value["text"] if isinstance(value["text"], list) else [value["text"]]
+    parts = value[field] if isinstance(value[field], list) else [value[field]]
     if not all(part is None or isinstance(part, str) for part in parts):
         raise Damaged("a text that is none")
     try:

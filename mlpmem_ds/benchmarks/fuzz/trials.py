@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from mlpmem_ds.benchmarks.fuzz import documents, own_files, tables, tars, user_files, zips
+from mlpmem_ds.benchmarks.fuzz import csvs, documents, own_files, tables, tars, user_files, zips
 from mlpmem_ds.benchmarks.fuzz.bounded import Lost, call_bounded
 from mlpmem_ds.benchmarks.fuzz.config import Config
 from mlpmem_ds.benchmarks.fuzz.mutations import mutate
@@ -28,6 +28,7 @@ from mlpmem_ds.core.world import World
 
 TARGETS: Mapping[str, Target] = {
     **documents.TARGETS,
+    "csv": csvs.TARGET,
     "tar": tars.TARGET,
     "zip": zips.TARGET,
     **tables.TARGETS,
@@ -63,9 +64,10 @@ def try_input(target: Target, seed: int, others: Sequence[Target], keep: Path | 
             folder.mkdir()
             sample = target.write(random, folder)
             if fault := fault_of_whole(target, sample):
-                return Outcome(target.name, seed, mutation, _FAILED, fault)
-            mutation = _damage(random, sample, random.choice(others), root)
-            kind, detail = judge(target, sample)
+                kind, detail = _FAILED, fault
+            else:
+                mutation = _damage(random, sample, random.choice(others), root)
+                kind, detail = judge(target, sample)
             outcome = Outcome(target.name, seed, mutation, kind, detail)
         except BaseException:  # also a panic of a library written in Rust
             outcome = Outcome(target.name, seed, mutation, _FAILED, traceback.format_exc())

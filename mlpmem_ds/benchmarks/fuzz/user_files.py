@@ -1,4 +1,5 @@
-"""Samples of small files that users give: configurations of models and of DeepSpeed, tokenizers."""
+"""Samples of small files that users give: configurations of models and of DeepSpeed, tokenizers, prompts,
+questions."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
+from mlpmem_ds.benchmarks.fuzz.documents import decoded, encoded, parsed_json, texts_of_json
 from mlpmem_ds.benchmarks.fuzz.target import Content, Sample, Target
 from mlpmem_ds.benchmarks.fuzz.texts import made_up_texts
 from mlpmem_ds.core.shipped import ds_configs
@@ -20,6 +22,10 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.engines.tokenizer import load_tokenizer, open_encoder, require_end
+from mlpmem_ds.stages.generation.config import Config as GenerateConfig
+from mlpmem_ds.stages.generation.prompts import read_prompts
+from mlpmem_ds.stages.harness.config import Config as EvalConfig
+from mlpmem_ds.stages.harness.local_tasks import build_tasks
 from mlpmem_ds.stages.planning import plan
 from mlpmem_ds.stages.planning.config import Config as PlanConfig
 
@@ -51,8 +57,8 @@ def write_model(random: Random, folder: Path) -> Sample:
 def read_model(sample: Sample) -> Content:
     """As `plan` reads a configuration, and the other stages the files."""
     (root,) = sample.inputs
-    table = plan.run_as_table(PlanConfig(positions=1000, model=str(root)), World())
-    return Content(values=[fingerprint_model(str(root)), str(table)])
+    plan.run_as_table(PlanConfig(positions=1000, model=str(root)), World())
+    return Content(values=[fingerprint_model(str(root))])
 
 
 def write_ds_config(random: Random, folder: Path) -> Sample:
@@ -123,11 +129,75 @@ def read_tokenizer(sample: Sample) -> Content:
     return Content(values=[document.ids.tolist() for document in encoded])
 
 
+def write_prompts(random: Random, folder: Path) -> Sample:
+    """A text file with a prompt a line, or JSON lines."""
+    prompts = made_up_texts(random)
+    if is_json := random.random() < 0.5:
+        lines = [json.dumps(random.choice((text, {"prompt": text, "x": 1}))) for text in prompts]
+    else:
+        prompts = [text for text in (_in_a_line(text) for text in prompts) if text.strip()] or ["x"]
+        lines = prompts
+    path = folder / ("prompts.jsonl" if is_json else "prompts.txt")
+    path.write_bytes(encoded(random, "".join(f"{line}\n" for line in lines)))
+    return Sample(inputs=(path,), files=(path,), content=Content(values=prompts))
+
+
+def _in_a_line(text: str) -> str:
+    return text.translate({ord(character): " " for character in "\n\r\0\ufeff"})
+
+
+def read_prompts_file(sample: Sample) -> Content:
+    config = GenerateConfig(model="m", prompts_file=sample.inputs[0])
+    return Content(values=read_prompts(config))
+
+
+def expect_prompts(sample: Sample) -> Content:
+    """The lines that are not blank; or the texts of JSON lines."""
+    (path,) = sample.files
+    text = decoded(path.read_bytes())
+    if path.suffix == ".txt":
+        lines = [line.removesuffix("\r") for line in text.split("\n")]
+        return Content(values=[line for line in lines if line.strip()])
+    lines = [line.removeprefix("\ufeff") for line in text.split("\n")]
+    values = [parsed_json(line) for line in lines if line.strip()]
+    return Content(values=[value["prompt"] if isinstance(value, dict) else value for value in values])
+
+
+def write_questions(random: Random, folder: Path) -> Sample:
+    questions = [text if text.strip() else "x" for text in made_up_texts(random)]
+    records = [
+        {"question": text, "answer": random.choice(("a", ["b", "c\u2028"]))}
+        | {"id": random.choice((1, 10**30, None, float("nan")))}
+        for text in questions
+    ]
+    path = folder / "questions.jsonl"
+    lines = [json.dumps(record, ensure_ascii=random.random() < 0.5) for record in records]
+    path.write_bytes(encoded(random, "".join(f"{line}\n" for line in lines)))
+    return Sample(inputs=(path,), files=(path,), content=Content(values=questions))
+
+
+def read_questions(sample: Sample) -> Content:
+    """The questions of the task that the harness is given."""
+    (path,) = sample.inputs
+    folder = path.parent / "tasks"
+    folder.mkdir(exist_ok=True)
+    build_tasks(EvalConfig(model="m", questions=path), folder)
+    (written,) = folder.glob("*.jsonl")
+    return Content(values=[json.loads(line)["question"] for line in written.open(encoding="utf-8")])
+
+
+def expect_questions(sample: Sample) -> Content:
+    values = texts_of_json(sample.files[0].read_bytes(), "question")
+    return Content(values=values)
+
+
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         Target(name="model", write=write_model, read=read_model, expect=None),
         Target(name="tokenizer", write=write_tokenizer, read=read_tokenizer, expect=None),
+        Target(name="prompts", write=write_prompts, read=read_prompts_file, expect=expect_prompts),
+        Target(name="questions", write=write_questions, read=read_questions, expect=expect_questions),
         Target(name="ds-config", write=write_ds_config, read=read_ds_config, expect=None),
     )
 }
