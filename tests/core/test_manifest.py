@@ -14,7 +14,7 @@ from mlpmem_ds.core import file_lists
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import files_of, list_files
 from mlpmem_ds.core.files import FileRecord, publish_json, read_json
-from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_manifest, read_stage
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, is_own_directory, read_manifest, read_stage
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 
@@ -97,3 +97,18 @@ def test_each_record_is_read_once_when_the_manifest_is_written(tmp_path: Path) -
     with counted_calls(config.output / "done") as calls:
         directory.complete(UNITS, lambda: {"total": sum(each["sum"] for each in directory.summaries(UNITS))})
     assert calls["opens"] == len(UNITS)
+
+
+def test_an_output_of_ours_is_known_by_its_format_also_where_its_seal_is_broken(tmp_path: Path) -> None:
+    for content, is_ours in (
+        ('{"format": "mlpmem-corpus"}', True),
+        ('{"format": "mlpmem-corpus", "content_sha256": "0"}', True),
+        ('{"format": "other"}', False),
+        ('{"format": 3}', False),
+        ("[1]", False),
+        ("no JSON", False),
+        ("[" * 100_000, False),
+    ):
+        (tmp_path / "identity.json").write_text(content)
+        assert is_own_directory(tmp_path, "identity.json") == is_ours
+    assert not is_own_directory(tmp_path, "manifest.json")

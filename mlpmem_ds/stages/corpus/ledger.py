@@ -13,7 +13,7 @@ from mlpmem_ds.formats.omissions import Omission, describe_omissions
 from mlpmem_ds.stages.corpus.survey import Survey
 
 LEFT_OUT_FILE = "left_out.jsonl"
-_OF_WHOLE_FILES = ("encoding", "pointer", "unreadable")
+_OF_WHOLE_FILES = ("encoding", "misnamed", "pointer", "unreadable")
 
 
 def count_sources(survey: Survey) -> dict[str, SourceCounts]:
