@@ -22,8 +22,6 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-_WORDS_REMEMBERED = 200_000  # some 30 MB
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextBackend:
@@ -83,7 +81,6 @@ def text_backend(original: Any, special: set[str], *, parse: bool) -> TextBacken
     counter, counted_id = None, _mark_dropped(model, definition)
     if counted_id is not None:
         counter = Tokenizer.from_str(json.dumps(definition))
-    _remember_more_words(tokenizer)
     return TextBackend(
         tokenizer=tokenizer,
         parse=parse,
@@ -92,13 +89,6 @@ def text_backend(original: Any, special: set[str], *, parse: bool) -> TextBacken
         counter=counter,
         counted_id=counted_id,
     )
-
-
-def _remember_more_words(tokenizer: Any) -> None:
-    """A word's ids are found once and kept, by default of the first 10,000 words: a tenth of the time."""
-    resize = getattr(tokenizer.model, "_resize_cache", None)
-    if resize is not None:
-        resize(_WORDS_REMEMBERED)
 
 
 def _former_ids(original: Any, copy: Any, names: dict[str, str]) -> tuple[int, ...] | None:
