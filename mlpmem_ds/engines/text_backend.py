@@ -28,6 +28,8 @@ class TextBackend:
     """The library's tokenizer that encodes texts."""
 
     tokenizer: Any
+    definition_sha256: str
+    """as `definition_of` the original"""
     parse: bool
     """whether a spelled special token becomes that token"""
     unknown_id: int | None
@@ -66,6 +68,7 @@ def text_backend(original: Any, special: set[str], *, parse: bool) -> TextBacken
         parse: whether a spelled special token becomes that token.
     """
     definition = json.loads(original.to_str())
+    sha256 = _sha256_of(definition)
     model = definition["model"]
     unknown_id = _unknown_id(original, model)
     tokenizer, ids, changed, names = original, None, False, dict[str, str]()
@@ -83,6 +86,7 @@ def text_backend(original: Any, special: set[str], *, parse: bool) -> TextBacken
         counter = Tokenizer.from_str(json.dumps(definition))
     return TextBackend(
         tokenizer=tokenizer,
+        definition_sha256=sha256,
         parse=parse,
         unknown_id=unknown_id,
         ids=ids,
@@ -105,9 +109,13 @@ def _former_ids(original: Any, copy: Any, names: dict[str, str]) -> tuple[int, .
 
 def definition_of(original: Any) -> str:
     """SHA-256 of all that decides the ids of a text; not of how its file is laid out."""
-    definition = {**json.loads(original.to_str()), "truncation": None, "padding": None}
+    return _sha256_of(json.loads(original.to_str()))
+
+
+def _sha256_of(definition: dict[str, Any]) -> str:
     # Not core's canonical JSON, which takes seconds for a large vocabulary.
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+    deciding = {**definition, "truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def _unknown_id(original: Any, model: dict[str, Any]) -> int | None:

@@ -143,7 +143,7 @@ class TextEncoder:
 
     @cached_property
     def definition_sha256(self) -> str:
-        return definition_sha256(self.tokenizer)
+        return definition_sha256(self.tokenizer, self.backend)
 
     def describe_bounds(self) -> str:
         """In words: how a document begins and ends."""
@@ -310,12 +310,15 @@ def vocab_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def definition_sha256(tokenizer: Any) -> str:
+def definition_sha256(tokenizer: Any, opened: TextBackend | None = None) -> str:
     """What two tokenizers must share to give the same ids for every text; `vocabulary_sha256` is less: equal
     words may be split by other rules."""
+    if opened is not None:
+        return opened.definition_sha256
     backend = backend_of(tokenizer)
-    definition = vocabulary_sha256(tokenizer) if backend is None else definition_of(backend)
-    return content_hash([type(tokenizer).__name__ if backend is None else "tokenizers", definition])
+    if backend is not None:
+        return definition_of(backend)
+    return content_hash([type(tokenizer).__name__, vocabulary_sha256(tokenizer)])
 
 
 def backend_of(tokenizer: Any) -> Any | None:

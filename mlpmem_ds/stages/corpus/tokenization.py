@@ -25,7 +25,7 @@ from mlpmem_ds.stages.corpus.splits import NOT_TAKEN
 from mlpmem_ds.stages.corpus.survey import CorpusUnit, Survey
 from mlpmem_ds.stages.corpus.workers import Workers
 
-BATCH_BYTES = 1 << 17
+BATCH_BYTES = 1 << 18
 """text of a batch: small compared with a unit, so that no process idles at its end, and large compared with
 the cost of sending it to another process"""
 
