@@ -12,6 +12,7 @@
 #   --max-bytes N      text to use at most (default: 1e6 bytes of Python's library, all of --corpus)
 #   --seed N           of the hashes that deal documents to splits (default: 0)
 #   --no-setup         use the active environment instead of .venv
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh FILE`
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/options.sh" # reads the options; `shared` and `trained` start the ranks
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv from requirements.txt and install the package in it, editable. Quick when nothing has changed.
 #   PYTHON=python3.11 bash launch/setup.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh FILE`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}

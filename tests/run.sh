@@ -3,6 +3,7 @@
 #   bash tests/run.sh tests/maths -k loss
 #   --no-setup as the first argument uses the active environment; -n 0 among pytest's arguments runs one test
 #   at a time (for --pdb).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh FILE`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=.venv/bin/

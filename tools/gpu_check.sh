@@ -5,6 +5,7 @@
 #   bash tools/gpu_check.sh --output gpu_check.json --gpus 8     then a rank on each of eight
 #   bash tools/gpu_check.sh --output rehearsal.json --rehearse   no GPU: every command line, tiny sizes
 #   PYTHON=python3.11 bash tools/gpu_check.sh ...                an environment other than .venv
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh FILE`
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}

@@ -14,6 +14,7 @@ import inspect
 import math
 import operator
 import os
+import stat
 import sys
 import textwrap
 import types
@@ -29,6 +30,8 @@ ConfigType = TypeVar("ConfigType", bound="Flags")
 Identity = Literal["own", "resolved", "none"]
 _WIDTH = 118  # columns of the help
 _MAX_DIGITS = 20  # of a whole number, so that 1e999999 is refused and not written out
+# What a shell gives for a command's output (`<(…)`), or for this process's own streams.
+_STREAMS = ("/dev/fd/", "/proc/self/fd/", "/dev/std", "/dev/null", "/dev/tty")
 _BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
     "at least": operator.ge,
     "above": operator.gt,
@@ -274,7 +277,18 @@ def _path(word: str) -> Path:
         )
     if "\0" in word:
         raise argparse.ArgumentTypeError(f"{word!r} holds a NUL byte, which no path can")
+    if not str(path).startswith(_STREAMS) and _is_endless(path):
+        raise argparse.ArgumentTypeError(f"{word!r} is a named pipe or a device: give a file or a directory")
     return path
+
+
+def _is_endless(path: Path) -> bool:
+    """Whether it is no file and no directory, so that who reads it may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _whole_number(word: str) -> int:

@@ -149,8 +149,13 @@ def check_output(output: Path, *, stage: str, leftovers: Collection[str] = ()) -
     `leftovers` are names that may be there before: what a run that was given up has left for the next.
 
     Raises:
-        UserError: it is a file, or holds something that is no stage's.
+        UserError: it is a file, is not UTF-8, or holds something that is no stage's.
     """
+    if not is_utf8(str(output)):
+        raise UserError(
+            f"--output {output} is not UTF-8, and libraries write to no such path: choose another name, or go"
+            " into its parent directory first"
+        )
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose a directory")
     # The first name that shows is enough: large directories are not listed by every rank. The identity is
@@ -164,6 +169,15 @@ def check_output(output: Path, *, stage: str, leftovers: Collection[str] = ()) -
             f"--output {output} is not empty and holds no {stage}: choose a new directory or empty it"
         )
     return False
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a word of the command line, or a file's name, was UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_other_format(output: Path, stage: str) -> None:

@@ -180,7 +180,7 @@ class Index:
         """
         flags = 0 if for_search and not mapped else faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
         try:
-            return cls(faiss.read_index(str(path), flags | (faiss.IO_FLAG_MMAP if mapped else 0)), device)
+            return cls(faiss.read_index(_utf8(path), flags | (faiss.IO_FLAG_MMAP if mapped else 0)), device)
         except RuntimeError as error:
             raise DamagedDataError(
                 f"{path} is not an index that faiss {faiss.__version__} can read ({error}): "
@@ -200,7 +200,7 @@ class Index:
         return first
 
     def write(self, path: Path) -> None:
-        faiss.write_index(self.raw, str(path))
+        faiss.write_index(self.raw, _utf8(path))
 
     @property
     def num_lists(self) -> int:
@@ -438,3 +438,10 @@ def _in_order(distances_QK: Array, ids_QK: Array) -> tuple[Array, Array]:
     packed_QK.sort(axis=1)
     distances_QK = (packed_QK >> 32).astype(np.int32).view(np.float32)
     return distances_QK, np.where(np.isinf(distances_QK), -1, packed_QK & 0xFFFFFFFF)
+
+
+def _utf8(path: Path) -> str:
+    """The path as faiss takes it; a UnicodeEncodeError where it is not UTF-8, which front-ends explain."""
+    text = str(path)
+    text.encode()
+    return text

@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -126,6 +127,7 @@ def test_numbers_that_are_none_are_refused() -> None:
         (["--output", "out\n"], "line ends of Windows"),
         (["--output", "a\0b"], "NUL"),
         (["--output"], "expected one argument"),
+        (["--output", "/dev/zero"], "named pipe or a device"),
         (["--input", "a", "--input", "b"], "given twice: give all its values after one --input"),
         (["--block_size", "9", "--block-size", ""], "no whole number"),
         (["--block-size", "1,000"], "no whole number"),
@@ -140,6 +142,17 @@ def test_wrong_words_are_refused(words: list[str], said: str, capsys: pytest.Cap
     with pytest.raises(SystemExit) as caught:
         parse(*needed, *words)
     assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for_unless_the_shell_gives_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit):
+        parse("--input", "a", "--output", "o", "--also", str(tmp_path / "pipe"))
+    assert "is a named pipe" in capsys.readouterr().err
+    for given in ("/dev/stdin", "/dev/fd/0", "/dev/null"):
+        assert parse("--input", "a", "--output", "o", "--also", given).also == Path(given)
 
 
 def test_paths_as_shells_leave_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import publish_json
-from mlpmem_ds.core.run_description import describe_run, settle_identity
+from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
 from mlpmem_ds.core.world import World
 
 IDENTITY = {
@@ -21,6 +21,12 @@ IDENTITY = {
     "config": {"block_size": 8},
 }
 DEFAULTS = {"block_size": 4, "seed": 0}
+
+
+def test_a_path_that_is_not_utf_8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not UTF-8"):
+        check_output(tmp_path / "caf\udce9", stage="toy")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_identity_continues_and_a_flag_at_its_default_is_no_difference(tmp_path: Path) -> None:
