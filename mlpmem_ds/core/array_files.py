@@ -1,7 +1,7 @@
-"""An .npy file that is written a few rows at a time: an array that need not be in memory whole.
+"""Arrays in .npy files: read, and written a few rows at a time where one need not be in memory whole.
 
-Its bytes are those of `files.publish_array`. The checksum is made, and the disk is asked to keep what it has,
-while the rows arrive, so that little is left to do at the end.
+What is written so has the bytes of `files.publish_array`. The checksum is made, and the disk is asked to keep
+what it has, while the rows arrive, so that little is left to do at the end.
 """
 
 from __future__ import annotations
@@ -14,9 +14,29 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, HashedStream, publish
 
 _BYTES_BETWEEN_FLUSHES = 1 << 26
+
+
+def read_array(path: Path, *, mapped: bool = False) -> np.ndarray:
+    """The array of a file; `mapped`: its numbers stay on disk until they are used.
+
+    Raises:
+        DamagedDataError: it is no array of numbers. Objects are never unpickled.
+    """
+    try:
+        if mapped:
+            return np.lib.format.open_memmap(path, mode="r")
+        with open(path, "rb") as stream:
+            array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DamagedDataError(
+            f"{path} is no array of numbers ({error}): run the stage that wrote it again, or restore it from"
+            " a copy"
+        ) from error
+    return array
 
 
 class ArrayWriter:

@@ -89,7 +89,7 @@ class ClaimWatch:
     def look(self, path: Path) -> State:
         """One open and one fstat of the claim."""
         try:
-            with open(path, encoding="utf-8") as stream:
+            with open(path, encoding="utf-8", errors="replace") as stream:
                 text, touched = stream.read(), os.fstat(stream.fileno()).st_mtime_ns
         except FileNotFoundError:
             return "gone"

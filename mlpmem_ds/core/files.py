@@ -280,5 +280,13 @@ def require_free_bytes(
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{what} need {needed / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB free: {remedy}"
+            f"{what} need {size_in_words(needed)}, and {existing} has {size_in_words(free)} free: {remedy}"
         )
+
+
+def size_in_words(num_bytes: int) -> str:
+    """Of a file or a disk, in the unit that shows it: `1.40 GB`, `0.31 MB`, `12 bytes`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size or (unit == "MB" and num_bytes >= 1e4):
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} bytes"

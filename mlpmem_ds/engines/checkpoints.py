@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError, first_line
-from mlpmem_ds.core.files import FileRecord, require_free_bytes
+from mlpmem_ds.core.files import FileRecord, require_free_bytes, size_in_words
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.processes import gather_values, wait_for_all
 from mlpmem_ds.formats.checkpoint import (
@@ -126,7 +126,7 @@ def _give_up(place: Path, step: int, error: Exception) -> None:
     reason = first_line(error)
     raise UserError(
         f"the checkpoint of step {step} could not be written below {place.parent} ({reason};"
-        f" {shutil.disk_usage(place.parent).free / 1e9:.2f} GB are free there): free some space and run the"
+        f" {size_in_words(shutil.disk_usage(place.parent).free)} are free there): free some space and run the"
         " same command again, it continues from the newest checkpoint, which is untouched"
     ) from error
 

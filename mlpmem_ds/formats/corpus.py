@@ -174,10 +174,14 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.manifest.token_dtype)
 
+    @property
+    def token_files(self) -> list[str]:
+        """Names of the files of its tokens, in the order of the stream."""
+        return [f"{self.name}/tokens-{unit.unit}.bin" for unit in self._split.units if unit.tokens]
+
     @cached_property
     def _shards(self) -> list[Path]:
-        folder = self.root / self.name
-        return [folder / f"tokens-{unit.unit}.bin" for unit in self._split.units if unit.tokens]
+        return [self.root / name for name in self.token_files]
 
     @cached_property
     def _shard_starts(self) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 
+from mlpmem_ds.core.array_files import read_array
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
@@ -319,7 +320,7 @@ class Keys(CompleteStage[KeysManifest]):
             if name in self._arrays:
                 self._arrays.move_to_end(name)
                 return self._arrays[name]
-        mapped = np.load(self.path_of(name), mmap_mode="r", allow_pickle=False)
+        mapped = read_array(self.path_of(name), mapped=True)
         with self._lock:
             while len(self._arrays) >= _max_mapped():
                 self._arrays.popitem(last=False)
@@ -359,8 +360,8 @@ def read_codec(root: Path) -> Codec:
     path = root / "codec/codec.json"
     fitted = from_json(CodecFile, read_json(path), where=str(path), version=KeysManifest.VERSION)
     return Codec(
-        mean_D=np.load(root / "codec/mean.npy", allow_pickle=False),
-        rotation_DE=np.load(root / "codec/rotation.npy", allow_pickle=False),
+        mean_D=read_array(root / "codec/mean.npy"),
+        rotation_DE=read_array(root / "codec/rotation.npy"),
         scale=fitted.scale,
         massive=fitted.massive_dimensions,
     )

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mlpmem_ds.core.array_files import read_array
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.folders import folder_of
 from mlpmem_ds.core.manifest import Manifest
@@ -145,7 +146,7 @@ def open_key_lists(root: Path, num_positions: int, run_positions: int, layout: R
         keys=ListedKeys(runs=runs, num_keys=num_positions),
         values=tuple(run["values"] for run in arrays),
         counts=tuple(run["counts"] for run in arrays),
-        sizes_L=np.load(root / SIZES_NAME, allow_pickle=False),
+        sizes_L=read_array(root / SIZES_NAME),
         run_positions=run_positions,
     )
 
@@ -158,7 +159,7 @@ def bytes_of_key_lists(num_positions: int, layout: RunLayout) -> int:
 
 def map_array(path: Path) -> Any:
     """An array of such a directory, mapped."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return read_array(path, mapped=True)
 
 
 def _bytes_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from mlpmem_ds.core.array_files import read_array
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
@@ -172,7 +173,7 @@ class Targets(CompleteStage[TargetsManifest]):
         if self.encoding == "exact":
             return None
         self.check(ORDER_NAME)
-        order_V = np.load(self.root / ORDER_NAME, allow_pickle=False)
+        order_V = read_array(self.root / ORDER_NAME)
         if not np.array_equal(np.sort(order_V), np.arange(self.manifest.vocab_size)):
             raise DamagedDataError(f"{self.root / ORDER_NAME} does not name each token once; {REMEDY}")
         return order_V

@@ -189,7 +189,9 @@ def read_weights(root: Path, *, flag: str = "--memory") -> TrainedMemory:
     stage: CompleteStage[MemoryManifest] = read_stage(CompleteStage, MemoryManifest, root, flag=flag)
     described = read_memory_description(root / "weights" / "config.json")
     try:
-        weights = WeightFiles(root=root / "weights").read()
+        files = WeightFiles(root=root / "weights")
+        stage.check_files(path.relative_to(root).as_posix() for path in files.paths())
+        weights = files.read()
     except (OSError, DamagedDataError) as error:
         raise DamagedDataError(
             f"the weights of {root} cannot be read ({error}): run the training again, it writes them from its"

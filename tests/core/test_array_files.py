@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.core import array_files
-from mlpmem_ds.core.array_files import array_file
+from mlpmem_ds.core.array_files import array_file, read_array
+from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_array, record_file
 
 
@@ -47,3 +48,16 @@ def test_a_file_with_too_few_rows_does_not_appear(tmp_path: Path) -> None:
     ):
         rows.append(np.zeros(2, np.int8))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_what_is_no_array_of_numbers_is_damaged(tmp_path: Path, mapped: bool) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(read_array(path, mapped=mapped), np.arange(6).reshape(2, 3))
+    content = path.read_bytes()
+    np.save(tmp_path / "objects.npy", np.array([{}, "x"], dtype=object), allow_pickle=True)
+    for wrong in ((tmp_path / "objects.npy").read_bytes(), content[:-1], content[:5], b"", b"PK\x03\x04"):
+        path.write_bytes(wrong)
+        with pytest.raises(DamagedDataError, match="a.npy is no array of numbers"):
+            read_array(path, mapped=mapped)

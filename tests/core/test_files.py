@@ -21,6 +21,7 @@ from mlpmem_ds.core.files import (
     record_file,
     remove_stale_temporaries,
     require_free_bytes,
+    size_in_words,
 )
 
 
@@ -159,3 +160,18 @@ def test_a_sealed_file_with_what_none_of_ours_holds_is_damaged(value: str, tmp_p
 def test_a_name_that_no_file_can_have_is_a_missing_file(name: str, tmp_path: Path) -> None:
     fault = fault_of_file(tmp_path, FileRecord(name=name, bytes=1, sha256="0"))
     assert fault is not None and "is missing" in fault
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [
+        (0, "0 bytes"),
+        (9_999, "9999 bytes"),
+        (10_000, "0.01 MB"),
+        (5_000_000, "5.00 MB"),
+        (1_400_000_000, "1.40 GB"),
+        (3 * 10**12, "3.00 TB"),
+    ],
+)
+def test_a_size_is_said_in_the_unit_that_shows_it(num_bytes: int, words: str) -> None:
+    assert size_in_words(num_bytes) == words

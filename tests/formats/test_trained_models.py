@@ -53,7 +53,10 @@ def test_weights_round_trip(tmp_path):
     path = tmp_path / "memory" / "weights" / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(b"\xff" * 8 + content[8:])
-    with pytest.raises(DamagedDataError, match="last checkpoint"):
+    with pytest.raises(DamagedDataError, match="checksum.*last checkpoint"):
+        read_weights(tmp_path / "memory")
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 16]) + content[-2:])
+    with pytest.raises(DamagedDataError, match="model.safetensors .*checksum"):
         read_weights(tmp_path / "memory")
     path.write_bytes(content[:-1])
     with pytest.raises(DamagedDataError, match="bytes where its record says"):

@@ -15,6 +15,7 @@ from typing import Any
 from mlpmem_ds.core.config import default_of, resolved_flags
 from mlpmem_ds.core.log import log_for_all
 from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.evaluation import ReportManifest
@@ -48,6 +49,8 @@ def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
         dealer=ranks,
     )
     units = list_units(inputs.arms, inputs.streams, config.unit_positions)
+    for name, text in inputs.streams.items():
+        verify_inputs(directory, text, text.token_files, label=f"text-{name}")
     for arm in inputs.arms:
         arm.verify(directory)
     scorer = UnitScorer(units, world)

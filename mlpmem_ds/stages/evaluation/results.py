@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_ds.core.array_files import read_array
 from mlpmem_ds.core.files import publish_bytes
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
@@ -170,7 +171,7 @@ def _by_split(
     """Split → the rows of these files (stream, name), in their order."""
     parts: dict[str, list[np.ndarray]] = {}
     for stream, name in files:
-        parts.setdefault(stream, []).append(np.load(root / name, allow_pickle=False))
+        parts.setdefault(stream, []).append(read_array(root / name))
     streams = {stream: np.concatenate(arrays) for stream, arrays in parts.items()}
     return {name: split.take(streams[split.corpus.name]) for name, split in splits.items()}
 

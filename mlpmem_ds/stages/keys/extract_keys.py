@@ -23,6 +23,7 @@ from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.devices import device_of_rank
@@ -82,6 +83,7 @@ def _extract(config: Config, world: World, ranks: Ranks) -> None:
         dealer=ranks,
     )
 
+    verify_inputs(directory, corpus, corpus.token_files, label="corpus")
     phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []
 
     def fit(_: str, writer: UnitWriter) -> dict[str, Any]:

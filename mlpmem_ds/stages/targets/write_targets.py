@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from mlpmem_ds.core.array_files import read_array
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.files import require_free_bytes
@@ -175,7 +175,7 @@ def _run_first_units(
         encoding=config.encoding,
         container=config.container,
         dtype=token_dtype(inputs.keys.manifest.vocab_size),
-        order_V=np.load(stage.root / ORDER_NAME, allow_pickle=False) if orders else None,
+        order_V=read_array(stage.root / ORDER_NAME) if orders else None,
     )
     rule = WeightingRule(
         kind=config.weighting, temperature=config.fixed_temperature, perplexity=config.perplexity

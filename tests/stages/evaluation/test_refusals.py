@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
@@ -148,3 +148,16 @@ def test_a_missing_extra_split_is_reported_only_if_the_flag_names_it(
 
 def test_fingerprints_tell_the_models_apart(artifacts: Path, base_dir: Path) -> None:
     assert fingerprint_model(str(base_dir)) != fingerprint_model(str(artifacts / "trained_on"))
+
+
+def test_a_flipped_bit_of_the_text_is_refused_before_a_score_is_written(
+    config: Config, corpus_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(corpus_dir, tmp_path / "corpus")
+    path = tmp_path / "corpus" / open_corpus(tmp_path / "corpus", "test").token_files[0]
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedDataError, match="tokens-.*checksum"):
+        evaluate.run(replace(config, corpus=tmp_path / "corpus"), World())
+    assert not list(config.output.rglob("*.npy"))

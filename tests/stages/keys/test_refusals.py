@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.keys.extract_keys import Config
@@ -132,3 +133,15 @@ def test_blocks_longer_than_the_context_are_refused(config: Config, text_dir: Pa
     )
     with pytest.raises(UserError, match="blocks of 128 tokens, the model reads at most 64"):
         extract_keys.run(replace(config, corpus=tmp_path / "long"), World())
+
+
+def test_a_flipped_bit_of_the_text_is_refused_before_a_key_is_written(config: Config, tmp_path: Path) -> None:
+    """Its token would be another one in silence, or one that the model has no row for."""
+    shutil.copytree(config.corpus, tmp_path / "corpus")
+    path = tmp_path / "corpus" / open_corpus(tmp_path / "corpus").token_files[0]
+    content = bytearray(path.read_bytes())
+    content[101] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(DamagedDataError, match="tokens-.*checksum"):
+        extract_keys.run(replace(config, corpus=tmp_path / "corpus"), World())
+    assert not list(config.output.rglob("keys-*"))
