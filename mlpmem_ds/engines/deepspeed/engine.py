@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import FileRecord
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.checkpoints import find_checkpoint, save_checkpoint
 from mlpmem_ds.engines.deepspeed.config import compute_dtype, zero_stage
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part, silenced
+from mlpmem_ds.engines.deepspeed.saved_shards import refuse_foreign_code
 from mlpmem_ds.engines.deepspeed.zero_state import (
     ZeroState,
     load_other_layout,
@@ -31,7 +32,7 @@ from mlpmem_ds.engines.deepspeed.zero_state import (
     write_whole_weights,
 )
 from mlpmem_ds.engines.devices import device_of_rank
-from mlpmem_ds.engines.processes import sum_over_ranks, wait_for_all
+from mlpmem_ds.engines.processes import gather_values, sum_over_ranks, wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint, CheckpointManifest
 from mlpmem_ds.formats.weight_shards import WeightFiles
 
@@ -239,6 +240,10 @@ class Engine:
         return SavedState(step=checkpoint.step, values=dict(checkpoint.manifest.values))
 
     def _load(self, checkpoint: Checkpoint) -> None:
+        files = sorted(checkpoint.path.rglob("*.pt"))[self._world.rank :: self._world.size]
+        faults = gather_values(refuse_foreign_code(files), self._world)  # DeepSpeed unpickles anything
+        if fault := next(filter(None, faults), None):
+            raise DamagedDataError(fault)
         saved_stage, saved_world = checkpoint.manifest.zero_stage, checkpoint.manifest.world
         same_layout = saved_stage == self.stage and (saved_world == self._world.size or self.stage == 0)
         if same_layout:

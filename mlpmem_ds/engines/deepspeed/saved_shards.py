@@ -16,10 +16,17 @@ from typing import Any, Literal
 
 import torch
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, first_line
+from mlpmem_ds.engines.deepspeed.library import import_part
 
 Part = Literal["fp32", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+_CLASSES = (
+    ("runtime.fp16.loss_scaler", "LossScaler"),
+    ("runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("runtime.zero.config", "ZeroStageEnum"),
+    ("utils.tensor_fragment", "fragment_address"),
+)
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
 
 
@@ -37,8 +44,6 @@ class _Place:
 class SavedShards:
     """What a checkpoint of any ZeRO stage and number of ranks holds of each weight.
 
-    The files are unpickled, which runs any code in them.
-
     Args:
         path: the checkpoint's directory.
 
@@ -50,8 +55,8 @@ class SavedShards:
         self._path = path
         try:
             files = sorted(path.glob("*_optim_states.pt"), key=_rank_of)
-            self._optimizer_state = lru_cache(maxsize=None)(lambda rank: _load(files[rank]))
-            groups = _load(sorted(path.glob("*_model_states.pt"))[0])["param_shapes"]
+            self._optimizer_state = lru_cache(maxsize=None)(lambda rank: load_plain(files[rank]))
+            groups = load_plain(sorted(path.glob("*_model_states.pt"))[0])["param_shapes"]
             self.shapes: dict[str, tuple[int, ...]] = {
                 name: tuple(shape) for group in groups for name, shape in group.items()
             }
@@ -152,13 +157,31 @@ def _rank_of(file: Path) -> int:
     return int(match[1])
 
 
-def _load(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+def load_plain(file: Path) -> Any:
+    """What a checkpoint's file holds, tensors mapped: plain values and the few classes of DeepSpeed that its
+    checkpoints name. Nothing else is unpickled, so that no code of whoever wrote the file runs.
+
+    Raises of any kind.
+    """
+    classes = [getattr(import_part(module), name) for module, name in _CLASSES]
+    with torch.serialization.safe_globals(classes):
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def refuse_foreign_code(files: Sequence[Path]) -> str | None:
+    """What is wrong with the first of these files that cannot be read as `load_plain` does; None: nothing."""
+    for file in files:
+        try:
+            load_plain(file)
+        except Exception as error:  # pickle's, zip's and torch's own
+            return str(damaged(file, error))
+    return None
 
 
 def damaged(path: Path, error: Exception) -> DamagedDataError:
     """That a checkpoint cannot be put together, and what to do."""
+    reason = first_line(error)
     return DamagedDataError(
-        f"{path} cannot be put together ({type(error).__name__}: {error}): choose another checkpoint"
+        f"{path} cannot be put together ({type(error).__name__}: {reason}): choose another checkpoint"
         " (convert_checkpoint --step), or restore it from a copy"
     )

@@ -11,15 +11,14 @@ from pathlib import Path
 import torch
 
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
-from mlpmem_ds.engines.deepspeed.saved_shards import SavedShards, damaged
+from mlpmem_ds.engines.deepspeed.saved_shards import SavedShards, damaged, load_plain
 from mlpmem_ds.formats.weight_shards import Weight
 
 
 def weights_of_checkpoint(path: Path) -> dict[str, Weight]:
     """The float32 weights of a checkpoint, by name; each is read when it is asked for.
 
-    The checkpoint may be of any ZeRO stage and world size. The files are unpickled, which runs any code in
-    them.
+    The checkpoint may be of any ZeRO stage and world size.
 
     Raises:
         DamagedDataError: they are not a checkpoint that can be put together.
@@ -42,7 +41,7 @@ def _whole_weights(path: Path) -> dict[str, Weight]:
     """Of stage 0, which cuts nothing: every rank's file holds the whole model."""
     try:
         (file,) = sorted(path.glob("*_model_states.pt"))[:1]
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+        tensors = load_plain(file)["module"]
     except Exception as error:  # ValueError, KeyError, and pickle's and zip's own
         raise damaged(path, error) from error
     return {

@@ -22,8 +22,7 @@ class Config(Flags):
     )
 
     checkpoint: Path | None = option(
-        "output directory of launch/train.py; where it has not finished, its newest whole checkpoint is taken"
-        " (DeepSpeed's files are pickled: only from yourself)",
+        "output directory of launch/train.py; where it has not finished, its newest whole checkpoint",
         None,
     )
     step: int | None = option(

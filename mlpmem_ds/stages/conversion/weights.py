@@ -1,7 +1,6 @@
 """Part of `convert_checkpoint`: the memory of an unfinished training, or of one step, from a checkpoint.
 
-DeepSpeed's files are pickled: loading them runs code of whoever wrote them. Their checksums find damage, not
-malice.
+DeepSpeed's files are pickled; of what they name, only tensors, plain values and its own classes are loaded.
 """
 
 from __future__ import annotations
@@ -103,8 +102,7 @@ def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -
         DamagedDataError: the files do not hold these weights.
     """
     _logger.info(
-        "taking the weights of %s (ZeRO stage %s, %s ranks); its files are pickled: convert only checkpoints"
-        " of your own",
+        "taking the weights of %s (ZeRO stage %s, %s ranks)",
         checkpoint.path,
         checkpoint.manifest.zero_stage,
         checkpoint.manifest.world,
