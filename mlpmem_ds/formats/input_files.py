@@ -110,10 +110,12 @@ def _paths_of(given: str) -> list[Path]:
                 " inputs one by one"
             )
     if not matches:
-        raise UserError(
-            f"--input {given} does not exist and matches nothing: check the path (a data set of the Hub"
-            f" is {DATASET_PREFIX}NAME)"
-        )
+        hint = f"check the path (a data set of the Hub is {DATASET_PREFIX}NAME)"
+        if given == "-":
+            hint = "write what comes from standard input to a file, for inputs are read twice"
+        elif "://" in given:
+            hint = "download it first, for inputs are files of this machine"
+        raise UserError(f"--input {given} does not exist and matches nothing: {hint}")
     return matches
 
 

@@ -34,6 +34,12 @@ def test_directories_are_walked_in_order_and_filtered(tmp_path: Path) -> None:
 def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         names(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="- does not exist.*standard input to a file"):
+        names("-")
+    with pytest.raises(UserError, match="download it first"):
+        names("https://example.org/books.txt")
+    with pytest.raises(UserError, match="does not exist"):
+        names("x" * 5000)
     with pytest.raises(UserError, match="no text files.*--include"):
         names(str(tmp_path))
 
