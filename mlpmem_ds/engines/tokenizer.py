@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from mlpmem_ds.engines.text_backend import TextBackend, definition_of, text_back
 from mlpmem_ds.formats.corpus import SpecialTokens, vocabulary_sha256
 
 _logger = logging.getLogger(__name__)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PROBES = ("x", "a b", "\n", "the 2nd probe, a longer one.", "é")
 _NO_TOKEN_PROBES = ("\ue000", "\U0010fffd")  # private characters, which no vocabulary of words holds
 
@@ -157,8 +160,8 @@ class TextEncoder:
         """(ids of each text, characters of each that are left out)."""
         try:
             return self._encode(texts)
-        except Exception as error:  # tokenizers raises plain exceptions
-            raise self._refusal(texts, names, error) from error
+        except BaseException as error:
+            raise self._refusal(texts, names, _fault_of(error)) from error
 
     def _encode(self, texts: Sequence[str]) -> tuple[list[array[int]], list[int]]:
         if self.backend is not None:
@@ -180,13 +183,13 @@ class TextEncoder:
             " eos_token stands in no text and is not its unknown token"
         )
 
-    def _refusal(self, texts: Sequence[str], names: Sequence[str] | None, error: Exception) -> UserError:
+    def _refusal(self, texts: Sequence[str], names: Sequence[str] | None, error: BaseException) -> UserError:
         """What to say of the first text that cannot be encoded."""
         for number, text in enumerate(texts):
             try:
                 self._encode([text])
-            except Exception as own:
-                name, reason = _name_of(names, number), first_line(own)
+            except BaseException as own:
+                name, reason = _name_of(names, number), first_line(_fault_of(own))
                 if any("\ud800" <= character <= "\udfff" for character in text):
                     return UserError(
                         f"{name} holds half of a surrogate pair ({_first_surrogate(text)}), which is no text:"
@@ -222,10 +225,16 @@ def load_tokenizer(name_or_path: str, *, flag: str = "--tokenizer") -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    except Exception as error:  # each library under these raises a family of its own
+    except BaseException as error:
+        fault = _fault_of(error)
+        if not Path(name_or_path).exists() and not _HUB_NAME.fullmatch(name_or_path):
+            raise UserError(
+                f"{flag} {name_or_path}: there is no such directory, and it is no name of a tokenizer on the"
+                " Hub: check the path"
+            ) from error
         raise UserError(
-            f"{flag} {name_or_path}: its tokenizer cannot be loaded ({first_line(error)}):"
-            f" {_remedy(name_or_path, error)}"
+            f"{flag} {name_or_path}: its tokenizer cannot be loaded ({first_line(fault)}):"
+            f" {_remedy(name_or_path, fault)}"
         ) from error
     if not words:  # where the files of the words are missing, transformers gives a tokenizer without words
         raise UserError(
@@ -290,7 +299,7 @@ def require_end(encoder: TextEncoder) -> int:
         UserError: the tokenizer has none, or one that text becomes.
     """
     end = encoder.end_id
-    remedy = "set eos_token in its tokenizer_config.json"
+    remedy = "set eos_token in its tokenizer_config.json (of the Hub, in that of a copy in a directory)"
     if end is None:
         raise UserError(f"{encoder.label} has no end-of-text token: {remedy}")
     if encoder.special_tokens == "text":
@@ -337,11 +346,18 @@ def _begin_ids(tokenizer: Any, label: str) -> tuple[int, ...]:
     for probe in (*_PROBES, *sorted(words, key=lambda word: (len(word), word))[:8]):
         try:
             bare = _ids_of(tokenizer, probe, add_special_tokens=False)
-            whole = _ids_of(tokenizer, probe, add_special_tokens=True)
-        except Exception:  # it has no token for the probe, nor an unknown one
+        except BaseException as error:
+            _fault_of(error)  # it has no token for the probe, nor an unknown one
             continue
         if not bare:
             continue
+        try:
+            whole = _ids_of(tokenizer, probe, add_special_tokens=True)
+        except BaseException as error:
+            raise UserError(
+                f"{label} cannot put its own tokens around a text ({first_line(_fault_of(error))}): its"
+                " post_processor names tokens that it does not have; mend it, or save the tokenizer again"
+            ) from error
         places = range(len(whole) - len(bare) + 1)
         befores = {tuple(whole[:at]) for at in places if whole[at : at + len(bare)] == bare}
         found = befores if found is None else found & befores
@@ -365,8 +381,17 @@ def _ids_of(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]
 def _ids_or_none(encoder: TextEncoder, text: str) -> Sequence[int]:
     try:
         return encoder._encode([text])[0][0]
-    except Exception:  # it has no token for the text
+    except BaseException as error:
+        _fault_of(error)  # it has no token for the text
         return []
+
+
+def _fault_of(error: BaseException) -> BaseException:
+    """A fault of a library, which may be a panic of its Rust code and is then no Exception; raises all else
+    again."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return error
+    raise error
 
 
 def _name_of(names: Sequence[str] | None, number: int) -> str:
@@ -378,13 +403,21 @@ def _first_surrogate(text: str) -> str:
     return f"U+{ord(text[at]):04X} at character {at}"
 
 
-def _remedy(name_or_path: str, error: Exception) -> str:
+def _remedy(name_or_path: str, error: BaseException) -> str:
     text = str(error).lower()
+    folder = Path(name_or_path)
+    has_words = (folder / "tokenizer.json").exists() or importlib.util.find_spec("sentencepiece") is not None
+    if not has_words and any(folder.glob("*.model")):
+        # transformers then tries to read the file as one of tiktoken, and asks for that
+        return (
+            "it is a model of sentencepiece: pip install sentencepiece protobuf, or save it elsewhere as a"
+            " tokenizer.json and give that directory"
+        )
     for package in ("sentencepiece", "tiktoken", "protobuf", "mistral-common", "mistral_common"):
         if isinstance(error, ImportError) and package in text or f"install {package}" in text:
             return f"pip install {package}, or save it elsewhere as a tokenizer.json and give that directory"
     if "trust_remote_code" in text:
         return "it needs code of its own, which is not run: save it elsewhere as a tokenizer.json"
-    if Path(name_or_path).is_dir():
+    if folder.is_dir():
         return "give the directory that save_pretrained of the tokenizer wrote, with its tokenizer.json"
     return "give a tokenizer directory or a Hub name, and check the path, the network and HF_HUB_OFFLINE"

@@ -26,6 +26,7 @@ PIECES = [
     *SPECIAL, "<wide>", "<tool>", "    ", "</s>", "[CLS]", "[UNK]", "<unk>", "<s>", "<0x0A>",
     "the", "fox", "a", "b", " ", "\n", "é", "日本", "<", "e", ">", "▁", "\x00", "\u2028", "ﬁ",
 ]  # fmt: skip
+LLAMA = {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}
 TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join)
 
 
@@ -253,8 +254,9 @@ def test_equal_words_with_other_rules_are_another_definition() -> None:
         ({"tokenizer.json": "{"}, "cannot be loaded"),
         ({"tokenizer.json": "{}"}, "cannot be loaded"),
         ({"tokenizer_config.json": "[]"}, "cannot be loaded"),
-        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "no tokenizer with words in it"),
+        (LLAMA, "no tokenizer with words in it"),
         ({"config.json": '{"model_type": "gpt2"}'}, "no tokenizer with words in it"),
+        ({"tokenizer.model": "\n\x0exyz", **LLAMA}, "a model of sentencepiece: pip install sentencepiece"),
         (
             {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["x.X", null]}}'},
             "needs code of its own, which is not run",
@@ -266,8 +268,32 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, files: dict[str, str], me
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(UserError, match="--model /no/such: .* check the path, the network"):
+
+
+def test_a_directory_that_is_not_there_is_told() -> None:
+    with pytest.raises(UserError, match="--model /no/such: there is no such directory, .* check the path"):
         load_tokenizer("/no/such", flag="--model")
+
+
+def test_a_panic_of_the_library_is_told(tmp_path: Path) -> None:
+    definition = json.loads(begin_and_end().backend_tokenizer.to_str())
+    del definition["post_processor"]["special_tokens"]["<s>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<e>"}')
+    with pytest.raises(UserError, match="--tokenizer T cannot put its own tokens around a text .*; mend it"):
+        encoder_of(load_tokenizer(str(tmp_path)))
+    definition["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(UserError, match="its tokenizer cannot be loaded .*charsmap"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_flags_of_the_configuration_put_tokens_around_a_text(tmp_path: Path) -> None:
+    made = byte_level(bos_token="<mask>", add_bos_token=True, add_eos_token=True)
+    made.save_pretrained(tmp_path)
+    encoder = encoder_of(load_tokenizer(str(tmp_path)))
+    assert encoder.begin_ids == (2,)
+    assert encoder.encode_documents(["a b"])[0].ids.tolist() == made("a b")["input_ids"]
 
 
 @pytest.mark.parametrize(

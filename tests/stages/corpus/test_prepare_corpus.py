@@ -164,7 +164,7 @@ def test_a_killed_process_is_told(text_dir: Path, tmp_path: Path, monkeypatch: p
     ("changes", "message"),
     [
         ({"input": ("/no/such/path",)}, "does not exist"),
-        ({"tokenizer": "/no/such/tokenizer"}, "cannot be loaded"),
+        ({"tokenizer": "/no/such/tokenizer"}, "no such directory"),
         ({"tokenizer": "train:12"}, "at least 257"),
         ({"stride": 0}, "--stride must be at least 1, not 0"),
         ({"stride": 33}, "--block-size 32 must be a multiple of --stride 33"),
