@@ -141,7 +141,7 @@ def test_a_token_without_a_row_is_refused_only_where_the_text_holds_it(
 
 @pytest.mark.parametrize("content", ["", "{}", "3", '{"weight_map": []}', "\xff"])
 def test_an_index_of_weights_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "model.safetensors.index.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match="model.safetensors.index.json is not an index of weights"):
         fingerprint_model(str(tmp_path))
