@@ -41,9 +41,13 @@ class GrowingText:
             self._decode(self._ids[self._start : self._shown]),
             self._decode(self._ids[self._start :]),
         )
+        is_within = not text.startswith(prefix)  # the tokens before end within a character
+        if is_within:
+            prefix = prefix.rstrip(_UNFINISHED)
         if len(text) <= len(prefix) or (text.endswith(_UNFINISHED) and not whole):
             return ""
-        self._start, self._shown = self._shown, len(self._ids)
+        # The next text is what is added to that of whole characters.
+        self._start, self._shown = self._start if is_within else self._shown, len(self._ids)
         return text[len(prefix) :]
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -64,10 +64,9 @@ def test_every_cut_of_a_text_gives_the_rest_of_it(tokenizer: PreTrainedTokenizer
     for cut in range(1, len(ids)):
         growing = GrowingText(tokenizer, ids[:cut])
         pieces = [*map(growing.add, ids[cut:]), growing.finish()]
-        before = tokenizer.decode(ids[:cut])
-        if "\N{REPLACEMENT CHARACTER}" not in before:
-            assert "".join(pieces) == text_after(tokenizer, ids[:cut], ids[cut:]) == text[len(before) :]
-            assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+        before = tokenizer.decode(ids[:cut]).rstrip("\N{REPLACEMENT CHARACTER}")  # cut within a character
+        assert "".join(pieces) == text_after(tokenizer, ids[:cut], ids[cut:]) == text[len(before) :]
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
 def test_a_space_between_prompt_and_continuation_is_kept() -> None:
@@ -83,6 +82,13 @@ def test_characters_that_never_end_are_given_at_the_end() -> None:
     growing = GrowingText(tokenizer, tokenizer("a")["input_ids"])
     assert [*map(growing.add, half)] == ["", ""]
     assert growing.finish() == "\N{REPLACEMENT CHARACTER}" and growing.finish() == ""
+
+
+def test_a_prompt_that_ends_with_a_replacement_character_keeps_it() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer("a\N{REPLACEMENT CHARACTER} fox", add_special_tokens=False)["input_ids"]
+    cut = len(tokenizer("a\N{REPLACEMENT CHARACTER}", add_special_tokens=False)["input_ids"])
+    assert text_after(tokenizer, ids[:cut], ids[cut:]) == " fox"
 
 
 def test_a_stream_ends_before_the_end_token_and_shows_control_tokens() -> None:
