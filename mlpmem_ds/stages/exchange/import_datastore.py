@@ -157,6 +157,11 @@ def _values(source: _Source, block: Block) -> np.ndarray:
         raise source.table.fault(
             block.start + int(np.argmax(bad_n)), "its value is not in the tokenizer's vocabulary"
         )
+    if (values_n >= source.head_size).any():  # a tokenizer may have more tokens than the base has rows
+        raise source.table.fault(
+            block.start + int(np.argmax(values_n >= source.head_size)),
+            f"its value is a token that the base has no row for (of {source.head_size:,})",
+        )
     return values_n.astype(source.dtype)
 
 

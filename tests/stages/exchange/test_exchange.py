@@ -301,3 +301,18 @@ def test_wrong_files_are_refused_and_nothing_is_written(
     with pytest.raises(UserError, match="nothing to write"):
         ExportConfig(keys=keys_dir, output=tmp_path / "out", datastore=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_value_without_a_row_in_the_base_is_named(
+    arrow: Any, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    """The tokenizer has a token more than the base has rows for, as an added padding token is."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    largest = max(row["label"] for row in stored_rows())
+    shape = GPT2Config(vocab_size=largest, n_positions=64, n_embd=WIDTH, n_layer=1, n_head=1)
+    shape.bos_token_id = shape.eos_token_id = 0
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "small")
+    config = config_of(arrow, tmp_path / "small", corpus_dir, tmp_path / "run", targets=())
+    with pytest.raises(UserError, match=rf"a token that the base has no row for .of {largest}"):
+        import_datastore.run(config, World())
