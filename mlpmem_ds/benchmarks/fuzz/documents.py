@@ -25,7 +25,10 @@ MARKS = (  # the longer ones first: that of UTF-32 starts like that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_NAMES = ("a", "b c", "ü", "x.y", "n" * 100, "-dash", "日本", "1", "'q'", "$(x)", "%41", "a\u2028b")
+_WITH_ASCII = ("utf-8", "latin-1", "cp1252", "cp1251", "shift_jis", "euc_jp", "gb18030", "big5")
+_WIDE = ("utf-16-le", "utf-32-be")
+_ENCODINGS = ("utf-8",) * 4 + _WITH_ASCII + _WIDE + ("utf-7", "iso2022_jp")
+_NAMES = ("\udcff", "a", "b c", "ü", "x.y", "n" * 100, "-dash", "日本", "1", "'q'", "$(x)", "%41", "a\u2028b")
 _ENDINGS = (".txt", ".md", ".py", ".TXT")
 _DEEP = 50
 _MAX_NULS = 10  # of a text file, one character in so many
@@ -34,7 +37,8 @@ _MAX_NULS = 10  # of a text file, one character in so many
 def read_corpus(sample: Sample) -> Content:
     """The texts of documents as `prepare_corpus` finds and reads them."""
     found = find_files([str(path) for path in sample.inputs], None, ())
-    items = [item for file in found.files for item in read_documents(file, ReadRules())]
+    rules = ReadRules(encoding=sample.settings.get("encoding", "utf-8"))
+    items = [item for file in found.files for item in read_documents(file, rules)]
     omissions = [*found.omissions, *(item for item in items if isinstance(item, Omission))]
     return Content(
         values=[item.text for item in items if isinstance(item, Document)],
@@ -55,40 +59,53 @@ def with_plain_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def decoded(content: bytes) -> str:
-    """Text with or without byte-order marks, which are no part of it."""
-    mark, encoding = next(
-        ((mark, encoding) for mark, encoding in MARKS if content.startswith(mark)), (b"", "utf-8")
-    )
-    try:
-        return content[len(mark) :].decode(encoding)
-    except UnicodeDecodeError as error:
-        raise Damaged(str(error)) from error
+def decoded(content: bytes, encoding: str = "utf-8") -> str:
+    """Text with a byte-order mark, which is no part of it, or without one in UTF-8 or in `encoding`."""
+    mark, marked = next(((mark, name) for mark, name in MARKS if content.startswith(mark)), (b"", ""))
+    is_wide = encoding in _WIDE and b"\0" not in content
+    names = ["utf-8", encoding] if encoding in _WITH_ASCII or is_wide else [encoding]
+    for name in [marked] if marked else names:
+        try:
+            text = content[len(mark) :].decode(name)
+            text.encode()
+            return text
+        except UnicodeError as error:
+            fault = error
+    raise Damaged(str(fault)) from fault
 
 
-def text_of_file(content: bytes) -> str:
+def text_of_file(content: bytes, encoding: str = "utf-8") -> str:
     """The text of a whole file, which has few characters NUL."""
-    text = decoded(content).lstrip("\ufeff")
+    text = decoded(content, encoding).lstrip("\ufeff")
     if text.count("\0") * _MAX_NULS > len(text):
         raise Damaged("mostly NUL")
     return with_plain_line_ends(text)
 
 
 def as_file_text(text: str) -> str:
-    """A text that a file can hold: without a mark at its start, with few NUL, not blank."""
+    """A text that a text file can hold: not blank, with few NUL, without a mark at its start."""
     text = text.lstrip("\ufeff")
     if text.count("\0") * _MAX_NULS > len(text):
         text = text.replace("\0", "") + "x"
+    if text.lstrip().startswith(("{", "[", "PAR1", "ARROW1")):  # like another kind of file
+        text = "x" + text
     return text if text and not text.isspace() else "x"
 
 
-def encoded(random: Random, text: str) -> bytes:
-    """The text in a random encoding that its mark tells, or in UTF-8."""
-    choices = [(b"", "utf-8")] * 4 + list(MARKS)
-    mark, encoding = random.choice(choices)
-    if encoding == "utf-16-le" and text.startswith("\0"):  # the mark and NUL are the mark of UTF-32
-        mark, encoding = b"", "utf-8"
-    return mark + text.encode(encoding)
+def encoded(random: Random, text: str, encoding: str = "utf-8") -> bytes:
+    """The text in an encoding that its mark tells, or in `encoding` without one, where that can be read."""
+    mark, marked = random.choice(MARKS)
+    if marked == "utf-16-le" and text.startswith("\0"):  # the mark and NUL are the mark of UTF-32
+        mark, marked = MARKS[2]
+    if random.random() < 0.5:
+        try:
+            content = text.encode(encoding)
+            is_plain = decompressed(content) is content
+            if is_plain and decoded(content, encoding) == text:
+                return content
+        except (UnicodeError, Damaged):
+            pass
+    return mark + text.encode(marked)
 
 
 def written(store: Store) -> Callable[[Random, Path], Sample]:
@@ -100,18 +117,20 @@ def store_texts(random: Random, folder: Path, texts: Sequence[str]) -> Sample:
     """Text files at random depths. Texts that a file cannot hold as they are, are changed."""
     root = folder / "texts"
     files: dict[str, str] = {}
+    encoding = random.choice(_ENCODINGS)
     for number, given in enumerate(texts):
         text, packing = as_file_text(given), random.choice(("", "", "", "", *COMPRESSIONS))
         above = [random.choice(_NAMES) for _ in range(random.choice((0, 0, 1, 3)))]
         name = "/".join([*above, f"{random.choice(_NAMES)}{number}{random.choice(_ENDINGS)}{packing}"])
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(compressed(random, encoded(random, text), packing))
+        (root / name).write_bytes(compressed(random, encoded(random, text, encoding), packing))
         files[name] = with_plain_line_ends(text)
     order = sorted(files, key=lambda name: name.split("/"))
     return Sample(
         inputs=(root,),
         files=tuple(root / name for name in order),
         content=Content(values=[files[name] for name in order]),
+        settings={"encoding": encoding},
     )
 
 
@@ -120,7 +139,7 @@ def expect_texts(sample: Sample) -> Content:
     texts, num_left_out = [], 0
     for path in sample.files:
         try:
-            texts.append(text_of_file(decompressed(path.read_bytes())))
+            texts.append(text_of_file(decompressed(path.read_bytes()), sample.settings["encoding"]))
         except Damaged:
             num_left_out += 1
     return content_of(texts, num_left_out=num_left_out)
