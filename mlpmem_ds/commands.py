@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlpmem_ds
@@ -19,26 +18,30 @@ _PREFIX = "mlpmem-"
 _SUMMARY_OF_BENCH = "Side-by-side measurements on this machine, written as JSON."
 
 
-@dataclass(frozen=True, kw_only=True)
 class Command:
     """A command; called, it reads its flags, runs, and returns the exit code.
 
     `config` and `run` are "module:name" below `mlpmem_ds.stages`. The module of `config` is cheap to import.
+    No dataclass: this file is imported before Ctrl-C is a line, so it imports little.
     """
 
-    config: str
-    run: str
+    def __init__(self, *, config: str, run: str) -> None:
+        self.config, self.run = config, run
 
     def __call__(self, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-        from mlpmem_ds.core.front_end import guarded, name_of_process, run_front_end, seldom_collected
+        name = _name_of_process() if prog is None else prog
 
-        def run(config: Any, world: Any) -> Any:
-            with seldom_collected():
-                function = _load(self.run)
-            return function(config, world)
+        def act() -> int:
+            from mlpmem_ds.core.front_end import run_front_end, seldom_collected
 
-        name = name_of_process() if prog is None else prog
-        return guarded(lambda _: run_front_end(_load(self.config), run, argv=argv, prog=name), prog=name)
+            def run(config: Any, world: Any) -> Any:
+                with seldom_collected():
+                    function = _load(self.run)
+                return function(config, world)
+
+            return run_front_end(_load(self.config), run, argv=argv, prog=name)
+
+        return _guarded(act, name)
 
     @property
     def summary(self) -> str:
@@ -71,16 +74,14 @@ inspect_run = Command(config="inspection.config:Config", run="inspection.inspect
 
 def bench(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the benchmark that the first word names."""
-    from mlpmem_ds.core.front_end import guarded, name_of_process
-
-    name = name_of_process() if prog is None else prog
+    name = _name_of_process() if prog is None else prog
 
     def run() -> int:
         from mlpmem_ds.benchmarks.bench import main as run_benchmark
 
         return run_benchmark(argv, prog=name)
 
-    return guarded(lambda _: run(), prog=name)
+    return _guarded(run, name)
 
 
 def fuzz_readers(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -112,9 +113,22 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m mlpmem_ds NAME …`; the exit code."""
-    from mlpmem_ds.core.front_end import guarded
+    return _guarded(lambda: _run_command(argv), "mlpmem_ds")
 
-    return guarded(lambda _: _run_command(argv), prog="mlpmem_ds")
+
+def _guarded(act: Callable[[], int], prog: str) -> int:
+    """The one place where errors end (core/front_end.py), and Ctrl-C also while that is loaded."""
+    try:
+        from mlpmem_ds.core.front_end import guarded
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; the same command continues where it was\n")
+        return 130
+    return guarded(lambda _: act(), prog=prog)
+
+
+def _name_of_process() -> str:
+    """As the process was called, without its folder."""
+    return sys.argv[0].rpartition("/")[2]
 
 
 def _run_command(argv: Sequence[str] | None) -> int:

@@ -5,7 +5,8 @@ Read in this order:
 - `world.py`: rank and size, a value; `blocks.py`: [start, stop) arithmetic
 - `config.py`: a Config's fields as flags; `front_end.py`: parse, run, exit code; `shipped.py`: ds_configs/
 - `errors.py`: what users can mend; `faults.py`: what no stage has foreseen
-- `streams.py`: standard streams as shells leave them; `termination.py`: SIGTERM
+- `streams.py`: standard streams as shells leave them; `termination.py`: SIGTERM; `caches.py`: of
+  libraries, where the home directory cannot be written
 - `files.py`, `array_files.py`, `directories.py`: what appears whole or not at all
 - `names.py`: names of files that are not UTF-8
 - `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlpmem_ds.core.caches import move_caches
 from mlpmem_ds.core.config import ConfigType, Flags, parse_config
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.faults import describe_fault, remedy_of
@@ -77,11 +78,12 @@ def run_front_end(
         argv: the flags; None = those of this process.
         prog: the command's name in the usage line and in messages; None = as the process was called.
     """
-    prog = name_of_process() if prog is None else prog
+    prog = Path(sys.argv[0]).name if prog is None else prog
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(word)]
 
     def act(this: Run) -> int:
         keep_bars_to_terminals(os.environ, is_terminal=sys.stderr.isatty())
+        move_caches(os.environ)
         config = parse_config(config_class, words, prog=prog)
         if sys.flags.optimize > 1:
             raise UserError(
@@ -98,11 +100,6 @@ def run_front_end(
         return 0
 
     return guarded(act, prog=prog)
-
-
-def name_of_process() -> str:
-    """As the process was called, without its folder."""
-    return Path(sys.argv[0]).name
 
 
 def guarded(act: Callable[[Run], int], *, prog: str) -> int:
