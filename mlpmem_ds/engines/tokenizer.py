@@ -148,6 +148,13 @@ class TextEncoder:
     def definition_sha256(self) -> str:
         return definition_sha256(self.tokenizer, self.backend)
 
+    @cached_property
+    def documents_sha256(self) -> str:
+        """What two encoders must share to give the same ids for every document: the rules of the text, and
+        what the configuration next to them calls the begin, end and special tokens."""
+        special = sorted(self.special_ids)
+        return content_hash([self.definition_sha256, list(self.begin_ids), self.end_id, special])
+
     def describe_bounds(self) -> str:
         """In words: how a document begins and ends."""
         begin = " ".join(map(self._spelling, self.begin_ids))

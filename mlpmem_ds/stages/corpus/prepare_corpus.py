@@ -70,7 +70,7 @@ def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: R
     inputs = {"text": survey.sha256}
     if encoder is not None:
         inputs["vocabulary"] = encoder.vocabulary_sha256
-        inputs["tokenizer"] = encoder.definition_sha256
+        inputs["tokenizer"] = encoder.documents_sha256
     directory = open_stage(
         config.output,
         stage=CorpusManifest.FORMAT,
@@ -123,8 +123,9 @@ def _survey(config: Config, world: World) -> Survey:
     )
     found = find_files(config.input, config.include, config.exclude, output=config.output)
     processes = choose_processes(config.processes, world, sum(file.num_bytes for file in found.files))
-    for pattern in found.unused_patterns:
-        _logger.warning("%s matches nothing in the inputs: check how it is spelled", pattern)
+    if world.is_first:
+        for pattern in found.unused_patterns:
+            _logger.warning("%s matches nothing in the inputs: check how it is spelled", pattern)
     return survey_files(
         found.files,
         _read_rules(config),

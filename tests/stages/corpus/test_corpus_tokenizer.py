@@ -137,3 +137,12 @@ def test_a_tokenizer_of_few_texts_is_as_large_as_they_allow() -> None:
 def test_a_size_that_is_none_is_refused(tmp_path: Path, size: str) -> None:
     with pytest.raises(UserError, match="needs at least 257 entries"):
         prepare(tmp_path, f"train:{size}")
+
+
+def test_a_corpus_is_not_continued_with_another_end_token(tmp_path: Path) -> None:
+    KINDS["byte_level"]().save_pretrained(tmp_path / "tokenizer")
+    prepare(tmp_path, str(tmp_path / "tokenizer"))
+    settings = tmp_path / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "<mask>"}))
+    with pytest.raises(UserError, match="tokenizer"):
+        prepare(tmp_path, str(tmp_path / "tokenizer"))
