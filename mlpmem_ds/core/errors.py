@@ -24,3 +24,8 @@ def first_line(error: BaseException | str) -> str:
     if not line:
         line = type(error).__name__ if isinstance(error, BaseException) else "no message"
     return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} …"
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's message without line ends, for those that say what matters in the second line."""
+    return " ".join(str(error).split())[:_MAX_LENGTH] or type(error).__name__

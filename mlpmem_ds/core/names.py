@@ -32,6 +32,12 @@ def spell_path(path: str) -> str:
     return spell_name(path)
 
 
+def printable(text: str) -> str:
+    """A name or a text for a line of a message: what would break the line, or move a terminal's cursor, is
+    escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def _spelled(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # as os.fsdecode keeps a byte

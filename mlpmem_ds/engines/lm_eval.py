@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.tokenizer import TextEncoder, first_line, require_end
+from mlpmem_ds.core.errors import UserError, first_line
+from mlpmem_ds.engines.tokenizer import TextEncoder, require_end
 
 if TYPE_CHECKING:
     _Harness = Any

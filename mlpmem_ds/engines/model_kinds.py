@@ -53,7 +53,7 @@ def reason_against_config(path: Path) -> str | None:
         )
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"its config.json is not JSON ({error}): download or save it again"
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(model_type, str):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.file_marks import RESOURCE_FORK, is_no_text_by_name
+from mlpmem_ds.formats.file_marks import RESOURCE_FORK, is_no_text_by_name, is_system_file
 from mlpmem_ds.formats.json_lines import NotJsonError, parse_json
 from mlpmem_ds.formats.omissions import MergedOmissions, Omission, ReasonName
 from mlpmem_ds.formats.records import ReadRules, Record, RepeatedFieldError, field_of, record_of
@@ -28,7 +28,6 @@ _READ = (*_TEXTS, "json")
 # What webdataset's writers store of a sample that is no text: labels, tensors, pickled objects.
 _NO_TEXT = (".cls", ".cls2", ".class", ".count", ".index", ".inx", ".id", ".pyd", ".pickle", ".pkl", ".pth",
             ".pt", ".npy", ".npz", ".ten", ".tb", ".mp", ".msg", ".cbor", ".safetensors")  # fmt: skip
-_SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 _SUFFIX = re.compile(r"\.\w{1,12}$")
 
 
@@ -66,7 +65,7 @@ def omission_of(name: str, *, kind: str = "") -> Omission:
     found = _SUFFIX.search(base.lower())
     suffix = found[0] if found else ""
     reason: ReasonName = "other member"
-    if not kind and (base in _SYSTEM_FILES or base.startswith("._")):
+    if not kind and (is_system_file(base) or base.startswith("._")):
         reason, suffix = "system file", ""
     elif not kind and (suffix in _NO_TEXT or is_no_text_by_name(base)):
         reason = "not text"

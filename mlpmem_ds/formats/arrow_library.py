@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, in_one_line
 from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
 
 _FILE, _STREAM = b"ARROW1", b"\xff\xff\xff\xff"
@@ -41,12 +41,12 @@ def arrow_errors(path: Path) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UserError(
-            f"{path} needs more memory than there is ({_one_line(error)}): write it again with smaller row"
+            f"{path} needs more memory than there is ({in_one_line(error)}): write it again with smaller row"
             " groups or batches"
         ) from error
     except NotImplementedError as error:
         raise UserError(
-            f"{path} holds what this version of pyarrow cannot read ({_one_line(error)}): install a newer"
+            f"{path} holds what this version of pyarrow cannot read ({in_one_line(error)}): install a newer"
             " pyarrow, or write the file again with plain columns and compression"
         ) from error
     except (OSError, ValueError, LookupError, TypeError) as error:  # pyarrow's own errors are of these kinds
@@ -54,15 +54,11 @@ def arrow_errors(path: Path) -> Iterator[None]:
             raise
         if "crypt" in str(error):
             raise UserError(
-                f"{path} is encrypted ({_one_line(error)}): write it again without encryption"
+                f"{path} is encrypted ({in_one_line(error)}): write it again without encryption"
             ) from error
         raise UserError(
-            f"{path} is cut short or damaged ({_one_line(error)}): restore it or leave it out"
+            f"{path} is cut short or damaged ({in_one_line(error)}): restore it or leave it out"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def arrow_batches(path: Path, stream: IO[bytes], check: Callable[[Any], None]) -> Iterator[Any]:

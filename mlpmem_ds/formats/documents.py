@@ -19,7 +19,7 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.names import spell_name
 from mlpmem_ds.formats.document_readers import READERS, kind_of
-from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES, kind_by_mark
+from mlpmem_ds.formats.file_marks import LFS_POINTER, NUM_MARK_BYTES, kind_by_mark
 from mlpmem_ds.formats.json_readers import holds_records
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules
@@ -30,7 +30,7 @@ from mlpmem_ds.formats.text_encoding import MARK, NotTextError
 DATASET_PREFIX = "datasets:"
 """an input `datasets:NAME[:CONFIGURATION[:SPLIT]]` is a data set of the Hub, through the package
 `datasets`"""
-_POINTERS = (b"version https://git-lfs.github.com/spec/", b"/annex/objects/")
+_POINTERS = (LFS_POINTER, b"/annex/objects/")
 _TABLES = (b"PAR1", b"ARROW1")  # at both ends
 MAY_NOT_BE_READ = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 """errors that will come again at the next try"""

@@ -10,8 +10,11 @@ from functools import cache
 NUM_MARK_BYTES = 64
 RESOURCE_FORK = b"\x00\x05\x16\x07"
 """AppleDouble: what macOS keeps next to a file, named `._` and the file's name, on disks of others"""
+LFS_POINTER = b"version https://git-lfs"
+"""how a file begins that stands for another one, which Git LFS has not fetched"""
 _TYPES = mimetypes.MimeTypes(filenames=())  # Python's own list, not this machine's
 _NO_TEXT = re.compile(r"(image/(?!svg)|audio/|video/|font/|application/(octet-stream|x-python-code|wasm)$)")
+_SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "Desktop.ini", ".localized", "Icon\r"}
 
 _OF_TABLES = ("_SUCCESS", "_metadata", "_common_metadata")
 """what Hadoop and Spark write next to the parts of a table; and checksums, `.NAME.crc`"""
@@ -21,7 +24,7 @@ _MARKS: tuple[tuple[bytes, str], ...] = (
     (b"PARE", "an encrypted Parquet file"),
     (b"ARROW1", "a file in Arrow's file format"),
     (b"FEA1", "a Feather file of version 1 (write it again: pyarrow.feather.write_feather)"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself (fetch it: git lfs pull)"),
+    (LFS_POINTER, "a pointer of Git LFS, not the file itself (fetch it: git lfs pull)"),
     (b"\x1f\x8b", "compressed by gzip"),
     (b"\x28\xb5\x2f\xfd", "compressed by Zstandard"),
     (b"\x04\x22\x4d\x18", "compressed by LZ4"),
@@ -52,6 +55,11 @@ def kind_by_mark(first: bytes) -> str:
     if first.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page or XML (the page of an error, where a download failed?)"
     return ""
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a name (without its folder) is that of a file which the operating system keeps in folders."""
+    return name in _SYSTEM_FILES
 
 
 def is_no_text_by_name(name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mlpmem_ds.core.names import spell_path
-from mlpmem_ds.formats.file_marks import is_no_text_by_name
+from mlpmem_ds.formats.file_marks import is_no_text_by_name, is_system_file
 from mlpmem_ds.formats.omissions import ReasonName
 from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES
 
@@ -50,7 +50,6 @@ CONTAINER_PATTERNS = (
 FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
 """names that count in a directory unless the user said which do: in small or capital letters, and each also
 with the suffix of a compression after it"""
-_SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "Desktop.ini", ".localized", "Icon\r"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ class Choice:
             return "excluded"
         if self.is_included(name):
             return None
-        if name in _SYSTEM_FILES:
+        if is_system_file(name):
             return "system file"
         if not self.is_default:
             return "not included"

@@ -16,18 +16,10 @@ from decimal import Decimal
 from typing import Any, BinaryIO, NamedTuple
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.text_encoding import has_ascii
+from mlpmem_ds.formats.text_encoding import encoding_by_mark, has_ascii, is_wide
 
 MAX_WHOLE_CHARACTERS = 1 << 30
 """of a file that is one JSON value and not lines: it is held in memory"""
-
-# The mark of UTF-32 little-endian begins with that of UTF-16.
-_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 class NotJsonError(ValueError):
@@ -174,16 +166,23 @@ def decoded_lines(stream: BinaryIO, encoding: str) -> Iterator[str]:
         UnicodeDecodeError: bytes that are no text.
     """
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
-    head = buffered.peek(4)[:4]
-    marked = next((_MARKS[mark] for mark in _MARKS if head.startswith(mark)), None)
-    if marked is not None or not has_ascii(encoding):
-        yield from io.TextIOWrapper(buffered, encoding=marked or encoding, newline="\n")
+    encoding = _encoding_of(buffered.peek(4), encoding)
+    if not has_ascii(encoding):
+        yield from io.TextIOWrapper(buffered, encoding=encoding, newline="\n")
         return
     first = buffered.readline().removeprefix(codecs.BOM_UTF8)
     if first:
         yield _decoded(first, encoding)
     for line in buffered:
         yield _decoded(line, encoding)
+
+
+def _encoding_of(head: bytes, named: str) -> str:
+    """The encoding of a file that begins so: as its mark says, else as it was named; but UTF-8 where that has
+    a NUL byte in each character of ASCII, and there is none."""
+    if marked := encoding_by_mark(head):
+        return marked if marked != "utf-8" or not has_ascii(named) else named
+    return "utf-8" if is_wide(named) and b"\0" not in head else named
 
 
 def _decoded(line: bytes, encoding: str) -> str:

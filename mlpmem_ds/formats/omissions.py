@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlpmem_ds.core.names import printable
+
 ReasonName = Literal[
     "empty",
     "not sampled",
@@ -205,7 +207,7 @@ def _suffixes(omissions: Sequence[Omission]) -> list[str]:
         first.setdefault(omission.detail, omission)
         counts[omission.detail] += omission.count
     shown = [
-        f"{count:,} {_printable(suffix) or 'without a suffix'} as {_printable(first[suffix].name)}"
+        f"{count:,} {_short(suffix) or 'without a suffix'} as {_short(first[suffix].name)}"
         for suffix, count in counts.most_common(_SUFFIXES_SHOWN)
     ]
     return [*shown, "…"] if len(counts) > _SUFFIXES_SHOWN else shown
@@ -213,11 +215,11 @@ def _suffixes(omissions: Sequence[Omission]) -> list[str]:
 
 def _shown(omission: Omission) -> str:
     more = f" and {omission.count - 1:,} more" if omission.count > 1 else ""
-    return f"{_printable(omission.name)}{more}"
+    return f"{_short(omission.name)}{more}"
 
 
-def _printable(name: str) -> str:
-    """For a line of a log: what would break the line, or move a terminal's cursor, is escaped."""
+def _short(name: str) -> str:
+    """A name for a line of a log, its middle left out where it is long."""
     if len(name) > _CHARACTERS_SHOWN:
         name = f"{name[: _CHARACTERS_SHOWN // 2]}…{name[-_CHARACTERS_SHOWN // 2 :]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    return printable(name)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.names import printable
 from mlpmem_ds.formats.json_lines import RepeatedNames
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.text_encoding import decode_text
@@ -195,6 +196,6 @@ def group_name(value: Any) -> str | None:
 
 def listed(names: Any) -> str:
     """Names for a message, in one line: the first of many."""
-    shown = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name)) for name in names]
+    shown = [printable(str(name)) for name in names]
     rest = len(shown) - _MAX_NAMES
     return ", ".join(shown[:_MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "") or "none"

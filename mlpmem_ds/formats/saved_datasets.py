@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, in_one_line
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record, record_of
 
@@ -123,8 +123,7 @@ def read_dataset_of_name(path: Path, rules: ReadRules) -> Iterator[Record | Omis
     except UserError:
         raise
     except Exception as error:  # a family of errors for each way to fail, also in the midst of the rows
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise UserError(
-            f"{path} cannot be loaded or read on ({type(error).__name__}: {reason}): check the name, the"
-            " configuration, the split and the network"
+            f"{path} cannot be loaded or read on ({type(error).__name__}: {in_one_line(error)}): check the"
+            " name, the configuration, the split and the network"
         ) from error

@@ -14,7 +14,6 @@ _MARKS = (  # the longer ones first: that of UTF-32 begins with that of UTF-16
 )
 MARK = "\ufeff"
 """the byte-order mark as a character; it is no text at the start of one"""
-_ALL_MARKS = tuple(mark for mark, _ in _MARKS)
 _ASCII = bytes(range(128)) + rb"\n \u0041 +AGE- ~{" + b"\x1b$B0!\x1b(B \x1b$)C \x0e0!\x0f"
 """ASCII, and what encodings of seven bits make other characters of"""
 _MAX_NULS = 10  # of a text, one character in so many
@@ -49,21 +48,27 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
 
 
 def _decoded(content: bytes, encoding: str) -> str:
-    name = encoding
-    if content.startswith(_ALL_MARKS):
-        name = next(name for mark, name in _MARKS if content.startswith(mark))
-    elif encoding == "utf-8" or has_ascii(encoding) or (is_wide(encoding) and b"\0" not in content):
+    marked = encoding_by_mark(content)
+    if marked is None and (
+        encoding == "utf-8" or has_ascii(encoding) or (is_wide(encoding) and b"\0" not in content)
+    ):
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
             if encoding == "utf-8":
                 raise NotTextError(f"it is not UTF-8: {error.reason} at byte {error.start:,}") from error
+    name = marked or encoding
     try:
         text = content.decode(name)
         text.encode()  # escapes of some encodings give half a surrogate pair
     except UnicodeError as error:
         raise NotTextError(f"it is not {name}: {error}") from error
     return text
+
+
+def encoding_by_mark(head: bytes) -> str | None:
+    """What the byte-order mark at the start of a file says of its encoding; None where there is none."""
+    return next((name for mark, name in _MARKS if head.startswith(mark)), None)
 
 
 @cache

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, fault_of_file, publish, publish_json, read_json, record_file
+from mlpmem_ds.formats.file_marks import LFS_POINTER
 
 _DTYPES = {
     torch.float64: "F64",
@@ -33,8 +34,6 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +161,8 @@ class WeightFiles:
 def fault_of_weights(path: Path) -> str | None:
     """What is wrong with a weights file, safetensors or pickled, as far as its first bytes tell."""
     with open(path, "rb") as stream:
-        start = stream.read(len(_POINTER))
-    if start == _POINTER:
+        start = stream.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
         return (
             f"{path.name} is a pointer of Git LFS, not the weights: fetch them (git lfs pull, or hf download)"
         )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmem_ds.core.names import read_name, spell_name, spell_path
+from mlpmem_ds.core.names import printable, read_name, spell_name, spell_path
 
 
 @given(st.binary(max_size=40))
@@ -42,3 +42,7 @@ def test_a_path_is_read_as_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(os, "fsencode", fsencode)
         for name, spelled in (("ä 文.txt".encode(), "ä 文.txt"), (b"caf\xe9.txt", r"caf\xe9.txt")):
             assert spell_path(name.decode(locale, "surrogateescape")) == spelled
+
+
+def test_what_would_break_a_line_of_a_message_is_escaped() -> None:
+    assert printable("a\nb\x1b[2J\u2028 é") == r"a\nb\x1b[2J\u2028 é"

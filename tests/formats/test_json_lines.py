@@ -151,3 +151,13 @@ def test_lines_of_a_named_encoding() -> None:
     ]
     with pytest.raises(UserError, match="x line 2 is not UTF-8 .*--encoding"):
         list(json_lines(io.BytesIO(mixed), name="x"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-be", "utf-16"])
+@pytest.mark.parametrize("written", ["utf-8", "utf-8-sig"])
+def test_what_is_utf_8_stays_so_where_a_wide_encoding_is_named(encoding: str, written: str) -> None:
+    content = '{"a": "é"}\n{"a": "日"}\n'.encode(written)
+    found = json_lines(io.BytesIO(content), name="x", encoding=encoding)
+    assert [value for _, value in found] == [{"a": "é"}, {"a": "日"}]
+    with pytest.raises(UserError, match="x line 2 is not UTF-8"):
+        list(json_lines(io.BytesIO(content.replace("日".encode(), b"\xff")), name="x", encoding=encoding))
