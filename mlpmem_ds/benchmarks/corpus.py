@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoTokenizer
-
 from mlpmem_ds.benchmarks.common import Report, Row, check_output, interleave, median_of, row_of, timing_rows
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.documents import Document, read_documents
 from mlpmem_ds.formats.input_files import find_files
@@ -81,7 +80,8 @@ def run(config: Config, world: World) -> None:
 
         timings = interleave({BARE: bare, OURS: ours}, config.runs)
         corpus = open_corpus(place / "corpus")
-        if corpus.num_tokens != tokens[0] + len(corpus.documents):  # one end-of-document token each
+        bounds = len(corpus.manifest.tokenizer.begin_of_document_ids) + 1  # and an end token
+        if corpus.num_tokens != tokens[0] + bounds * len(corpus.documents):
             raise AssertionError(
                 f"the arms differ: {corpus.num_tokens} tokens, the bare tokenizer {tokens[0]}"
             )
@@ -163,9 +163,11 @@ _loaded: list[Any] = []
 
 def _load(tokenizer: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _loaded[:] = [AutoTokenizer.from_pretrained(tokenizer)]
+    backend = load_tokenizer(tokenizer).backend_tokenizer
+    backend.encode_special_tokens = True  # text is text, as in ours
+    _loaded[:] = [backend]
 
 
 def _encode_batch(number: int) -> int:
-    encodings = _loaded[0].backend_tokenizer.encode_batch_fast(_texts[number], add_special_tokens=False)
+    encodings = _loaded[0].encode_batch_fast(_texts[number], add_special_tokens=False)
     return sum(len(encoding) for encoding in encodings)

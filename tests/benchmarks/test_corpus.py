@@ -4,9 +4,12 @@ ratio."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from ..toy_tokenizers import begin_and_end
 
 
 def test_both_arms_and_the_ratio(tmp_path: Path, text_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,5 +31,8 @@ def test_both_arms_and_the_ratio(tmp_path: Path, text_dir: Path, monkeypatch: py
     assert report["name"] == "corpus" and set(report["ratios"]) == {"speed_over_tokenizer"}
     assert report["ratios"]["speed_over_tokenizer"] > 0
     assert {row["arm"] for row in report["rows"]} == {corpus.BARE, corpus.OURS}
+    begin_and_end().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = str(tmp_path / "tokenizer")
+    corpus.run(replace(config, output=tmp_path / "y.json", tokenizer=tokenizer), World())
     with pytest.raises(UserError, match="--megabytes"):
         corpus.Config(output=tmp_path / "x.json", megabytes=0)
