@@ -130,6 +130,8 @@ def _read_text(file: SourceFile, rules: ReadRules) -> Document | Omission:
         return Omission(name=file.name, reason="pointer")
     if content.startswith(_TABLES) and content.endswith(_TABLES):
         return _misnamed(file, ".parquet" if content.startswith(b"PAR1") else ".arrow")
+    if content[257:262] == b"ustar" and b"\0" in content[:257]:
+        return _misnamed(file, ".tar")
     try:
         text = rules.decode(content)
     except NotTextError as error:
@@ -146,8 +148,8 @@ def _read_text(file: SourceFile, rules: ReadRules) -> Document | Omission:
         return Omission(name=file.name, reason="encoding", detail=reason)
     if not text or text.isspace():
         return Omission(name=file.name, reason="empty")
-    if suffix := _other_suffix(content, text, rules):
-        return _misnamed(file, suffix)
+    if holds_records(text, rules):
+        return _misnamed(file, ".jsonl")
     group = file.name.split("/")[0].removesuffix(file.path.suffix)
     return Document(name=file.name, group=group, text=text)
 
@@ -159,13 +161,6 @@ def _misnamed(file: SourceFile, suffix: str) -> Omission:
             " they are read one by one"
         )
     return Omission(name=file.name, reason="misnamed", detail=suffix)
-
-
-def _other_suffix(content: bytes, text: str, rules: ReadRules) -> str | None:
-    """The suffix that a file needs which is read as one text and holds many."""
-    if content[257:262] == b"ustar" and "\0" in text:
-        return ".tar"
-    return ".jsonl" if holds_records(text, rules) else None
 
 
 def _read_records(file: SourceFile, rules: ReadRules) -> Iterator[Document | Omission]:

@@ -81,7 +81,7 @@ REASONS: Mapping[ReasonName, Reason] = {
         remedy="give them as one more --input; --exclude leaves them out",
     ),
     "encoding": Reason(
-        words="files that are not text in UTF-8",
+        words="files that are not text in UTF-8, or in the --encoding that was given",
         loses_text=True,
         remedy="--encoding NAME reads another encoding, such as latin-1; --exclude leaves them out",
     ),

@@ -115,8 +115,9 @@ def _entries(
             " or restore the file"
         ) from error
     except (tarfile.TarError, ValueError, OverflowError) as error:
+        place = f"after member {last!r}" if last else "before its first member"
         raise UserError(
-            f"{path} is cut short or damaged after member {last!r} ({error}): restore it or leave it out"
+            f"{path} is cut short or damaged {place} ({error}): restore it or leave it out"
         ) from error
 
 

@@ -208,6 +208,7 @@ MISNAMED = {
     "an array": (b'[\n {"text": "a"}\n]', ".jsonl"),
     "packed JSON lines": (gzip.compress(b'{"text": "a"}\n'), ".jsonl"),
     "a tar": (b"a.txt".ljust(257, b"\0") + b"ustar\0" + b"text " * 600, ".tar"),
+    "a tar of small members": (b"a.txt".ljust(257, b"\0") + b"ustar\0" + bytes(9000), ".tar"),
     "Parquet": (b"PAR1" + bytes(range(256)) + b"PAR1", ".parquet"),
     "an Arrow file": (b"ARROW1\0\0" + b"text " * 60 + b"ARROW1", ".arrow"),
 }

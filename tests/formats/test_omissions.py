@@ -32,7 +32,9 @@ def test_a_line_names_the_first_and_the_remedy() -> None:
     omissions = [Omission(name=f"{letter}.txt", reason="encoding") for letter in "abcd"]
     omissions.append(Omission(name="bad\nname\x1b[2J", reason="broken link"))
     encoding, link = describe_omissions(omissions)
-    assert encoding.startswith("files that are not text in UTF-8: 4 (a.txt, b.txt, c.txt, …); --encoding")
+    assert encoding.startswith(
+        "files that are not text in UTF-8, or in the --encoding that was given: 4 (a.txt, b.txt, c.txt, …);"
+    )
     assert r"(bad\nname\x1b[2J)" in link
     assert describe_omissions([]) == []
 

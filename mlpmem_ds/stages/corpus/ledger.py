@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.formats.corpus import SourceCounts
-from mlpmem_ds.formats.omissions import Omission, describe_omissions
+from mlpmem_ds.formats.omissions import Omission, count_by_reason, describe_omissions
 from mlpmem_ds.stages.corpus.survey import Survey
 
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -43,14 +47,30 @@ def refuse_lost_text(omissions: Sequence[Omission]) -> None:
         raise UserError(f"--strict: the inputs are not read whole: {'; '.join(describe_omissions(lost))}")
 
 
-def write_left_out(omissions: Sequence[Omission], writer: UnitWriter) -> None:
-    """The whole list, one JSON object a line."""
+def write_ledger(survey: Survey, writer: UnitWriter) -> dict[str, Any]:
+    """The whole list of what was left out, one JSON object a line; the numbers are the summary."""
     with (
         writer.file(LEFT_OUT_FILE) as path,
         open(path, "w", encoding="utf-8", newline="\n") as stream,
     ):
-        for omission in omissions:
-            stream.write(json.dumps(omission.to_json(), ensure_ascii=False) + "\n")
+        stream.writelines(_lines(survey.omissions))
+    return {
+        "sources": {kind: asdict(counts) for kind, counts in count_sources(survey).items()},
+        "left_out": count_by_reason(survey.omissions),
+    }
+
+
+def lists_others(path: Path, omissions: Sequence[Omission]) -> bool:
+    """Whether a list on the disk is not of these omissions. What is left out does not bind a corpus: a rerun
+    keeps the list of the run that made it."""
+    with open(path, encoding="utf-8", newline="\n") as stream:
+        listed = itertools.zip_longest(stream, _lines(omissions))
+        return any(old != new for old, new in listed)
+
+
+def _lines(omissions: Sequence[Omission]) -> Iterator[str]:
+    for omission in omissions:
+        yield json.dumps(omission.to_json(), ensure_ascii=False) + "\n"
 
 
 def table_lines(sources: dict[str, SourceCounts], omissions: Sequence[Omission]) -> list[str]:

@@ -23,12 +23,12 @@ from mlpmem_ds.formats.corpus import (
     SPLITS,
     CorpusManifest,
     CorpusUnit,
+    SourceCounts,
     SplitManifest,
     TokenizerFacts,
     token_dtype,
 )
 from mlpmem_ds.formats.input_files import find_files
-from mlpmem_ds.formats.omissions import count_by_reason
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.formats.text_encoding import known_encoding
 from mlpmem_ds.stages.corpus.config import TRAIN, Config
@@ -41,9 +41,10 @@ from mlpmem_ds.stages.corpus.corpus_tokenizer import (
 from mlpmem_ds.stages.corpus.ledger import (
     LEFT_OUT_FILE,
     count_sources,
+    lists_others,
     refuse_lost_text,
     table_lines,
-    write_left_out,
+    write_ledger,
 )
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import Survey, survey_files
@@ -98,7 +99,7 @@ def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: R
 
         directory.run_units(names, tokenize)
     progress.close()
-    directory.run_units([_LEFT_OUT_UNIT], lambda _, writer: write_left_out(survey.omissions, writer))
+    directory.run_units([_LEFT_OUT_UNIT], lambda _, writer: write_ledger(survey, writer))
     directory.complete(
         [_TOKENIZER_UNIT, *names, _LEFT_OUT_UNIT],
         lambda: _describe(config, directory, survey, names, encoder),
@@ -252,13 +253,10 @@ def _describe(
         ),
     )
     _warn_of_small_splits(splits)
-    sources = count_sources(survey)
-    for line in table_lines(sources, survey.omissions):
-        log_for_all(_logger, directory.world, "%s", line)
-    if survey.omissions:
-        log_for_all(_logger, directory.world, "all that was left out: %s", config.output / LEFT_OUT_FILE)
+    _log_table(config, directory, survey)
     _warn_of_lost_text(encoder, splits)
     num_entries = encoder.vocab_size
+    (ledger,) = directory.summaries([_LEFT_OUT_UNIT])  # of the run that wrote it: see `lists_others`
     return CorpusManifest(
         tokenizer=TokenizerFacts(
             vocabulary_sha256=encoder.vocabulary_sha256,
@@ -272,6 +270,20 @@ def _describe(
         block_size=config.block_size,
         stride=config.stride,
         splits=splits,
-        sources=sources,
-        left_out=count_by_reason(survey.omissions),
+        sources={kind: SourceCounts(**counts) for kind, counts in ledger["sources"].items()},
+        left_out=ledger["left_out"],
     )
+
+
+def _log_table(config: Config, directory: StageDirectory, survey: Survey) -> None:
+    for line in table_lines(count_sources(survey), survey.omissions):
+        log_for_all(_logger, directory.world, "%s", line)
+    left_out = config.output / LEFT_OUT_FILE
+    if survey.omissions:
+        log_for_all(_logger, directory.world, "all that was left out: %s", left_out)
+    if lists_others(left_out, survey.omissions):
+        _logger.warning(
+            "since %s was written, what the inputs leave out has changed, and their text has not: the lines"
+            " above are of now, the corpus keeps those of then",
+            left_out,
+        )

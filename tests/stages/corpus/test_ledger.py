@@ -70,7 +70,9 @@ def test_what_was_left_out_is_said_counted_and_listed(
     said = [record.getMessage() for record in caplog.records]
     assert "read      json: 1 files, 2 documents" in said
     (line,) = (line for line in said if "not text in UTF-8" in line)
-    assert line.startswith("left out  files that are not text in UTF-8: 1 (latin.txt); --encoding")
+    assert line.startswith(
+        "left out  files that are not text in UTF-8, or in the --encoding that was given: 1 (latin.txt); --"
+    )
     names = {document["name"] for name in ("train", "tuning", "test", "heldout")
              for document in open_corpus(tmp_path / "out", name).documents}  # fmt: skip
     assert r"caf\xe9.txt" in names and "lines.jsonl:4" in names
@@ -88,6 +90,20 @@ def test_ranks_and_reruns_list_the_same(
         prepare_corpus.run(two, World(rank=rank, size=2))
     assert result_of(tmp_path / "one") == result_of(tmp_path / "two")
     assert len(result_of(tmp_path / "two")["left_out.jsonl"].splitlines()) == 6
+
+
+def test_a_rerun_tells_that_other_files_are_left_out_now(
+    mixed_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, told = config_of(mixed_dir, tmp_path / "out"), "what the inputs leave out has changed"
+    for _ in range(2):
+        prepare_corpus.run(config, World())
+    assert told not in caplog.text
+    before = result_of(tmp_path / "out")
+    (mixed_dir / "y.log").write_text("one more log")
+    prepare_corpus.run(config, World())
+    assert told in caplog.text
+    assert result_of(tmp_path / "out") == before
 
 
 def test_an_output_within_the_input_is_never_read(
