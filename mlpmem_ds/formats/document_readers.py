@@ -12,18 +12,19 @@ from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.csv_readers import read_csv
+from mlpmem_ds.formats.file_marks import JSON_LINES_SUFFIXES, TABLE_SUFFIXES
 from mlpmem_ds.formats.json_readers import read_json
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import Reader, ReadRules, Record
-from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES
+from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES, COMPRESSED_TAR_SUFFIXES
 from mlpmem_ds.formats.table_readers import read_table
 from mlpmem_ds.formats.tar_readers import read_tar
 from mlpmem_ds.formats.zip_readers import read_zip
 
 # kind → suffixes; but for zip, the files may be compressed
 _PLAIN_SUFFIXES = {
-    "json": (".jsonl", ".json", ".ndjson", ".jsonlines"),
-    "table": (".parquet", ".parq", ".pq", ".arrow", ".arrows", ".feather", ".ipc"),
+    "json": (*JSON_LINES_SUFFIXES, ".json"),
+    "table": TABLE_SUFFIXES,
     "csv": (".csv", ".tsv", ".tab"),
     "tar": (".tar",),
 }
@@ -34,7 +35,7 @@ _SUFFIXES = {
         for kind, suffixes in _PLAIN_SUFFIXES.items()
     },
 }
-_SUFFIXES["tar"] += (".tgz", ".tbz2", ".txz", ".tzst")
+_SUFFIXES["tar"] += COMPRESSED_TAR_SUFFIXES
 _PART = re.compile(  # x.jsonl.gz.001, x.tar.part2, x.parquet-aa, as `split` writes them
     r"\.(?:jsonl|json|ndjson|jsonlines|tar|parquet|zip|t?gz|t?zst|t?bz2|t?xz)"
     r"[.\-_]?(?:\d{2,4}|a[a-z]|part[.\-_]?(?:\d{1,4}|a[a-z]))$"

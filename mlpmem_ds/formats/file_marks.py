@@ -8,6 +8,8 @@ import re
 from functools import cache
 
 NUM_MARK_BYTES = 64
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+TABLE_SUFFIXES = (".parquet", ".parq", ".pq", ".arrow", ".arrows", ".feather", ".ipc")
 RESOURCE_FORK = b"\x00\x05\x16\x07"
 """AppleDouble: what macOS keeps next to a file, named `._` and the file's name, on disks of others"""
 LFS_POINTER = b"version https://git-lfs"

@@ -339,4 +339,4 @@ def _name_below(root: Path, output: Path | None) -> str | None:
     if output is None:
         return None
     name = os.path.relpath(os.path.realpath(output), os.path.realpath(root))
-    return None if name.startswith(os.pardir) else name
+    return None if name.split(os.sep)[0] == os.pardir else name

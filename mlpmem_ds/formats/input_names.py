@@ -8,9 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mlpmem_ds.core.names import spell_path
-from mlpmem_ds.formats.file_marks import is_no_text_by_name, is_system_file
+from mlpmem_ds.formats.file_marks import (
+    JSON_LINES_SUFFIXES,
+    TABLE_SUFFIXES,
+    is_no_text_by_name,
+    is_system_file,
+)
 from mlpmem_ds.formats.omissions import ReasonName
-from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES
+from mlpmem_ds.formats.streams import COMPRESSED_SUFFIXES, COMPRESSED_TAR_SUFFIXES
 
 TEXT_PATTERNS = (
     "*.txt",
@@ -34,20 +39,8 @@ TEXT_PATTERNS = (
     "*.css",
     "*.tex",
 )
-TABLE_PATTERNS = ("*.parquet", "*.parq", "*.pq", "*.arrow", "*.arrows", "*.feather", "*.ipc")
-CONTAINER_PATTERNS = (
-    "*.jsonl",
-    "*.ndjson",
-    "*.jsonlines",
-    *TABLE_PATTERNS,
-    "*.tar",
-    "*.tgz",
-    "*.tbz2",
-    "*.txz",
-    "*.tzst",
-    "*.zip",
-)
-FILE_PATTERNS = TEXT_PATTERNS + CONTAINER_PATTERNS
+_OF_MANY_DOCUMENTS = (*JSON_LINES_SUFFIXES, *TABLE_SUFFIXES, ".tar", *COMPRESSED_TAR_SUFFIXES, ".zip")
+FILE_PATTERNS = (*TEXT_PATTERNS, *(f"*{suffix}" for suffix in _OF_MANY_DOCUMENTS))
 """names that count in a directory unless the user said which do: in small or capital letters, and each also
 with the suffix of a compression after it"""
 

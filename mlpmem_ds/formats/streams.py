@@ -25,6 +25,7 @@ import zstandard
 from mlpmem_ds.core.errors import UserError
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSED_TAR_SUFFIXES = (".tgz", ".tzst", ".tbz2", ".txz")
 _READ = 1 << 13  # compressed bytes at once: of a run of one byte each makes 32,000 bytes of text
 _BUFFER = 1 << 20
 _WINDOW = 1 << 31  # bytes: the longest of zstd's (--long=31); only a file that has it takes the memory
@@ -96,7 +97,7 @@ _ANY_MAGIC = re.compile(b"|".join(each.magic.pattern for each in _FORMATS))
 
 def is_compressed_name(name: str) -> bool:
     """Whether a file's name says that it is compressed; .tgz and its like count."""
-    return name.lower().endswith((*COMPRESSED_SUFFIXES, ".tgz", ".tbz2", ".txz", ".tzst"))
+    return name.lower().endswith((*COMPRESSED_SUFFIXES, *COMPRESSED_TAR_SUFFIXES))
 
 
 def is_compressed(head: bytes) -> bool:
