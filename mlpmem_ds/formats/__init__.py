@@ -2,13 +2,13 @@
 
 In the order of the pipeline:
 - `input_files.py`, `input_names.py`: the files of the inputs; `omissions.py`: what was left out, and why
-- `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one;
-  `text_encoding.py`: bytes as text
-- `json_readers.py`, `tar_readers.py`, `zip_readers.py`: JSON lines, archives; `archive_samples.py`: their
-  members as documents;
-  `streams.py`: decompression; `json_lines.py`: JSON that users give
+- `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one
+- `file_marks.py`: what a file is by its name or first bytes; `text_encoding.py`: bytes as text;
+  `streams.py`: decompression
+- `json_lines.py`: JSON that users give; `json_readers.py`: its records as documents
+- `tar_readers.py`, `zip_readers.py`: archives; `archive_samples.py`: their members as documents
 - `table_readers.py`: Parquet and Arrow; `csv_readers.py`: CSV; `saved_datasets.py`: data sets of
-  `datasets`; `arrow_library.py`: pyarrow; `file_marks.py`: what a file is by its name or first bytes
+  `datasets`; `arrow_library.py`: pyarrow
 - `corpus.py`: token shards; `window_tokens.py`: its windows as a model reads them
 - `keys.py`, `mapped_keys.py`: keys, values and memory inputs
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists
