@@ -50,6 +50,9 @@ class Choice:
     """Which names of a directory count."""
 
     is_included: Callable[[str], bool]
+    """of a file's name, without its folder"""
+    is_included_path: Callable[[str], bool]
+    """of its path: for patterns with a slash, which no name has"""
     is_excluded: Callable[[str], bool]
     is_default: bool
     """whether the patterns are the program's own"""
@@ -58,6 +61,7 @@ class Choice:
     def of(cls, include: Sequence[str] | None, exclude: Sequence[str]) -> Choice:
         return cls(
             is_included=_is_known if include is None else _matcher(include),
+            is_included_path=_matcher([pattern for pattern in include or () if "/" in pattern]),
             is_excluded=_matcher([pattern.rstrip("/") for pattern in exclude]),
             is_default=include is None,
         )
@@ -67,7 +71,7 @@ class Choice:
         name = path.rpartition("/")[2]
         if self.is_excluded(name) or self.is_excluded(path):
             return "excluded"
-        if self.is_included(name):
+        if self.is_included(name) or self.is_included_path(path):
             return None
         if is_system_file(name):
             return "system file"

@@ -31,6 +31,15 @@ def test_patterns_that_are_given_are_all_that_count(tmp_path: Path) -> None:
     assert [file.name for file in find_files([str(tmp_path)], TEXT_PATTERNS, ()).files] == ["a.txt"]
 
 
+def test_a_pattern_with_a_slash_is_of_the_path(tmp_path: Path) -> None:
+    for name in ("x/a.log", "x/y/b.log", "z/c.log", "d.log"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    found = find_files([str(tmp_path)], ["x/*.log", "d*"], ())
+    assert [file.name for file in found.files] == ["d.log", "x/a.log", "x/y/b.log"]
+    assert not found.unused_patterns
+
+
 def test_names_count_in_any_case_and_compressed(tmp_path: Path) -> None:
     wanted = ["BOOK.TXT", "DATA.JSONL.GZ", "Notes.Md", "a.txt.xz", "b.Tar.Zst", "c.py"]
     write(tmp_path, *wanted, "d.json.gz", "e.gz", "txt")
