@@ -126,8 +126,9 @@ def _give_up(place: Path, step: int, error: Exception) -> None:
     reason = first_line(error)
     raise UserError(
         f"the checkpoint of step {step} could not be written below {place.parent} ({reason};"
-        f" {size_in_words(shutil.disk_usage(place.parent).free)} are free there): free some space and run the"
-        " same command again, it continues from the newest checkpoint, which is untouched"
+        f" {size_in_words(shutil.disk_usage(place.parent).free)} are free there): free some space, or"
+        " raise the quota or the limit on files' sizes (ulimit -f), and run the same command again, it"
+        " continues from the newest checkpoint, which is untouched"
     ) from error
 
 

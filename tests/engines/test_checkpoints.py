@@ -85,7 +85,7 @@ def test_a_full_disk_is_told_before_and_while_writing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(UserError, match="step 5 could not be written.*No space left.*untouched"):
+    with pytest.raises(UserError, match=r"step 5 could not be written.*No space left.*ulimit -f.*untouched"):
         save(root, 5)
     monkeypatch.undo()
     assert [path.name for path in root.iterdir()] == ["step-00000003"] and find(root).step == 3

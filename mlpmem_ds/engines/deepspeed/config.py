@@ -173,8 +173,13 @@ def _read_ds_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"--ds-config {path} does not exist: choose one of ds_configs/") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--ds-config {path} is not a JSON file ({error})") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--ds-config {path} cannot be read ({reason}): choose one of ds_configs/") from error
+    except (ValueError, RecursionError) as error:  # also an integer of too many digits, or too deep
+        raise UserError(
+            f"--ds-config {path} is not a JSON file ({error}): mend it, or choose one of ds_configs/"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"--ds-config {path} must hold a JSON object, not a {type(config).__name__}")
     return config

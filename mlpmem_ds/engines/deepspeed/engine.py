@@ -290,8 +290,9 @@ class Engine:
             write_whole_weights(self._state, root, stem, max_bytes=MAX_WEIGHTS_BYTES)
         except OSError as error:
             raise UserError(
-                f"the weights could not be written below {root} ({error}): free some space and run the same"
-                " command again, it continues from the newest checkpoint"
+                f"the weights could not be written below {root} ({error}): free some space, or raise the"
+                " quota or the limit on files' sizes (ulimit -f), and run the same command again, it"
+                " continues from the newest checkpoint"
             ) from error
         return WeightFiles(root=root, stem=stem)
 

@@ -77,6 +77,8 @@ def test_micro_batch_is_the_largest_divisor_below_the_bound(batch, world_size, c
     "content, said",
     [
         ("{", "not a JSON file"),
+        ("[" * 100_000, "mend it, or choose one of ds_configs/"),
+        ('{"train_batch_size": ' + "9" * 5_000 + "}", "mend it, or choose one of ds_configs/"),
         ("[]", "must hold a JSON object"),
         ('{"zero_optimizaton": {}}', "did you mean 'zero_optimization'"),
         ('{"zzz_typo": 1}', "known are"),
@@ -107,6 +109,8 @@ def test_wrong_files_are_refused_with_a_remedy(tmp_path, content, said):
 def test_missing_file_and_uneven_batch(tmp_path):
     with pytest.raises(UserError, match="ds_configs/"):
         resolve(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match="cannot be read .*: choose one of ds_configs/"):
+        resolve(tmp_path)
     with pytest.raises(UserError, match="such as 2,049"):
         resolve(SHIPPED[0], batch=2048, world_size=3)
 
