@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.once import computed_once
 from mlpmem_ds.engines.model_kinds import reason_against_config, reason_against_path
+from mlpmem_ds.engines.tokenizer import library_fault
 from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
 from mlpmem_ds.formats.json_lines import parse_json
 from mlpmem_ds.formats.weight_shards import fault_of_weights
@@ -25,9 +26,24 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 def vocabulary_of_model(name_or_path: str) -> str | None:
     """SHA-256 of a model's vocabulary, as a corpus gives its own; None where the model comes without
-    `tokenizer.json`."""
+    `tokenizer.json`.
+
+    Raises:
+        UserError: that file cannot be read.
+    """
     path = model_file(name_or_path, "tokenizer.json")
-    return None if path is None else vocabulary_sha256(Tokenizer.from_file(str(path)))
+    return None if path is None else vocabulary_sha256(_tokenizer_of(name_or_path, path, "--model"))
+
+
+def _tokenizer_of(name_or_path: str, path: Path, flag: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except BaseException as error:
+        reason = first_line(library_fault(error))
+        raise UserError(
+            f"{flag} {name_or_path}: its tokenizer.json is cut short or damaged ({reason}): download or save"
+            " the tokenizer again"
+        ) from error
 
 
 def max_context_of(config: PretrainedConfig) -> int:
@@ -135,7 +151,8 @@ def _check_same_tokens(name_or_path: str, corpus: CorpusSplit, flag: str) -> Non
     own, common = model_file(name_or_path, "tokenizer.json"), corpus.tokenizer_path / "tokenizer.json"
     if own is None or not common.is_file():
         return
-    corpus_ids, model_ids = (Tokenizer.from_file(str(path)).get_vocab() for path in (common, own))
+    corpus_ids = Tokenizer.from_file(str(common)).get_vocab()
+    model_ids = _tokenizer_of(name_or_path, own, flag).get_vocab()
     token_of = {number: token for token, number in model_ids.items()}
     for token, number in corpus_ids.items():
         # Either may have more tokens (added ones); but what both name must be the same.

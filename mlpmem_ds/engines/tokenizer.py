@@ -168,7 +168,7 @@ class TextEncoder:
         try:
             return self._encode(texts)
         except BaseException as error:
-            raise self._refusal(texts, names, _fault_of(error)) from error
+            raise self._refusal(texts, names, library_fault(error)) from error
 
     def _encode(self, texts: Sequence[str]) -> tuple[list[array[int]], list[int]]:
         if self.backend is not None:
@@ -196,7 +196,7 @@ class TextEncoder:
             try:
                 self._encode([text])
             except BaseException as own:
-                name, reason = _name_of(names, number), first_line(_fault_of(own))
+                name, reason = _name_of(names, number), first_line(library_fault(own))
                 if any("\ud800" <= character <= "\udfff" for character in text):
                     return UserError(
                         f"{name} holds half of a surrogate pair ({_first_surrogate(text)}), which is no text:"
@@ -233,7 +233,7 @@ def load_tokenizer(name_or_path: str, *, flag: str = "--tokenizer") -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     except BaseException as error:
-        fault = _fault_of(error)
+        fault = library_fault(error)
         if not Path(name_or_path).exists() and not _HUB_NAME.fullmatch(name_or_path):
             raise UserError(
                 f"{flag} {name_or_path}: there is no such directory, and it is no name of a tokenizer on the"
@@ -354,7 +354,7 @@ def _begin_ids(tokenizer: Any, label: str) -> tuple[int, ...]:
         try:
             bare = _ids_of(tokenizer, probe, add_special_tokens=False)
         except BaseException as error:
-            _fault_of(error)  # it has no token for the probe, nor an unknown one
+            library_fault(error)  # it has no token for the probe, nor an unknown one
             continue
         if not bare:
             continue
@@ -362,7 +362,7 @@ def _begin_ids(tokenizer: Any, label: str) -> tuple[int, ...]:
             whole = _ids_of(tokenizer, probe, add_special_tokens=True)
         except BaseException as error:
             raise UserError(
-                f"{label} cannot put its own tokens around a text ({first_line(_fault_of(error))}): its"
+                f"{label} cannot put its own tokens around a text ({first_line(library_fault(error))}): its"
                 " post_processor names tokens that it does not have; mend it, or save the tokenizer again"
             ) from error
         places = range(len(whole) - len(bare) + 1)
@@ -389,11 +389,11 @@ def _ids_or_none(encoder: TextEncoder, text: str) -> Sequence[int]:
     try:
         return encoder._encode([text])[0][0]
     except BaseException as error:
-        _fault_of(error)  # it has no token for the text
+        library_fault(error)  # it has no token for the text
         return []
 
 
-def _fault_of(error: BaseException) -> BaseException:
+def library_fault(error: BaseException) -> BaseException:
     """A fault of a library, which may be a panic of its Rust code and is then no Exception; raises all else
     again."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":

@@ -19,6 +19,7 @@ from mlpmem_ds.engines.model_files import (
     fetch_directory,
     fingerprint_model,
     model_file,
+    vocabulary_of_model,
 )
 from mlpmem_ds.formats.corpus import open_corpus
 
@@ -105,6 +106,19 @@ def test_begin_tokens_count_in_what_a_model_must_read(corpus_dir: Path, tmp_path
     check_model_reads(str(tmp_path), [corpus], vocab_size=300, max_context=34)
     with pytest.raises(UserError, match="blocks of 32 tokens and 2 begin tokens before each, .* at most 33"):
         check_model_reads(str(tmp_path), [corpus], vocab_size=300, max_context=33)
+
+
+@pytest.mark.parametrize("content", ["", '{"version"', "[]", '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_of_the_model_is_the_users_to_mend(
+    corpus_dir: Path, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"--input-model .*tokenizer.json is cut short or damaged .* again"):
+        check_model_reads(
+            str(tmp_path), [open_corpus(corpus_dir)], vocab_size=300, max_context=34, flag="--input-model"
+        )
+    with pytest.raises(UserError, match=r"tokenizer.json is cut short or damaged .* again"):
+        vocabulary_of_model(str(tmp_path))
 
 
 @pytest.fixture
