@@ -15,7 +15,11 @@ from typing import Any
 import mlpmem_ds
 
 _PREFIX = "mlpmem-"
-_SUMMARY_OF_BENCH = "Side-by-side measurements on this machine, written as JSON."
+# Of the commands that are plain functions.
+_SUMMARIES = {
+    "bench": "Side-by-side measurements on this machine, written as JSON.",
+    "fuzz-readers": "Damaged files of every kind that is read: none lost in silence, no hang, no crash.",
+}
 
 
 class Command:
@@ -156,7 +160,7 @@ def _usage() -> str:
         "commands:",
     ]
     for name, command in COMMANDS.items():
-        summary = command.summary if isinstance(command, Command) else _SUMMARY_OF_BENCH
+        summary = command.summary if isinstance(command, Command) else _SUMMARIES[name]
         lines.append(f"  {name:20s} {summary}")
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ def test_version_configurations_and_list(capsys: pytest.CaptureFixture[str]) -> 
     assert all(f"  {name.replace('_', '-')} " in listed for name in FRONT_ENDS)
     assert set(commands.COMMANDS) == {name.replace("_", "-") for name in FRONT_ENDS}
     summaries = [line[22:].strip() for line in listed.partition("commands:\n")[2].splitlines()]
-    assert len(summaries) == len(FRONT_ENDS) and all(summary.endswith(".") for summary in summaries)
+    assert len(set(summaries)) == len(FRONT_ENDS) and all(summary.endswith(".") for summary in summaries)
 
 
 @pytest.mark.parametrize("words", [["no-such-command"], []])
