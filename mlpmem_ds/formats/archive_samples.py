@@ -28,6 +28,8 @@ _READ = (*_TEXTS, "json")
 # What webdataset's writers store of a sample that is no text: labels, tensors, pickled objects.
 _NO_TEXT = (".cls", ".cls2", ".class", ".count", ".index", ".inx", ".id", ".pyd", ".pickle", ".pkl", ".pth",
             ".pt", ".npy", ".npz", ".ten", ".tb", ".mp", ".msg", ".cbor", ".safetensors")  # fmt: skip
+# Of one sample that are held at once: a tar of `wiki.0001.txt` to `wiki.9999.txt` is a single one.
+_MAX_MEMBERS, _MAX_BYTES = 1000, 256 << 20
 _SUFFIX = re.compile(r"\.\w{1,12}$")
 
 
@@ -81,19 +83,53 @@ def sample_records(
         UserError: a member is not text or JSON, or a sample has no text; names the member.
     """
     omissions = MergedOmissions()
-    key, sample = "", list[Member]()
+    sample = _Sample("")
     for member in members:
         if isinstance(member, Omission):
             omissions.add(member)
         elif _is_of_the_system(member):
             omissions.add(Omission(name=member.name, reason="system file"))
         else:
-            if member.key != key:
-                yield from _records(path, key, sample, rules)
-                key, sample = member.key, []
-            sample.append(member)
-    yield from _records(path, key, sample, rules)
+            if member.key != sample.key:
+                yield from _records(path, sample.key, sample.members, rules)
+                sample = _Sample(member.key)
+            elif sample.is_large and member.stem != sample.members[-1].stem:
+                yield from _records(path, sample.key, sample.members, rules)
+                sample = sample.rest()
+            if member.extension == "json" and member.stem in sample.passed:
+                raise UserError(
+                    f"{path} member {member.name!r} may belong to texts more than {_MAX_MEMBERS:,} members or"
+                    f" {_MAX_BYTES >> 20} MB before it: put it next to them, or unpack the archive"
+                )
+            sample.add(member)
+    yield from _records(path, sample.key, sample.members, rules)
     yield from omissions.all()
+
+
+class _Sample:
+    """The members of a sample, or of the part of it that is held.
+
+    Args:
+        key: its name.
+        passed: names of members whose documents were given already, without their extension, and the key.
+    """
+
+    def __init__(self, key: str, passed: frozenset[str] = frozenset()) -> None:
+        self.key, self.passed = key, passed
+        self.members: list[Member] = []
+        self._num_bytes = 0
+
+    def add(self, member: Member) -> None:
+        self.members.append(member)
+        self._num_bytes += len(member.content)
+
+    @property
+    def is_large(self) -> bool:
+        return len(self.members) >= _MAX_MEMBERS or self._num_bytes >= _MAX_BYTES
+
+    def rest(self) -> _Sample:
+        """The sample after the members that are held."""
+        return _Sample(self.key, self.passed | {self.key, *(member.stem for member in self.members)})
 
 
 def _is_of_the_system(member: Member) -> bool:

@@ -185,6 +185,8 @@ def _walk(root: Path, choice: Choice, output: Path | None) -> Iterator[SourceFil
         yield from _files_of_dataset(root, "", choice)
         return
     own = _name_below(root, output)
+    if own == os.curdir:
+        raise UserError(f"--input {root} is also the --output: name another directory for the corpus")
     open_folders = [("", iter(entries))]
     while open_folders:
         prefix, rest = open_folders[-1]
@@ -317,7 +319,9 @@ def _fault_of_link(link: os.DirEntry[str], root: Path) -> ReasonName | None:
         mode = os.stat(link.path).st_mode
     except PermissionError:
         return "unreadable"
-    except OSError:  # nothing there, or links in a circle
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise  # of the disk, not of the link
         return "broken link"
     if not stat.S_ISDIR(mode):
         return None

@@ -140,6 +140,9 @@ def _whole(
     """The records of a file whose first line is not JSON: perhaps it is one value over many lines."""
     lines, num_characters = [first], len(first)
     for _, line in rest:
+        if len(lines) == 1 and first.lstrip().startswith("{") and _is_object(line):
+            # Objects on lines, of which the first is wrong; within one object none stands alone on a line.
+            raise _not_json(name, number, reason)
         lines.append(line)
         num_characters += len(line)
         if num_characters > MAX_WHOLE_CHARACTERS:
@@ -157,6 +160,13 @@ def _whole(
         ) from error
     values = value if isinstance(value, list) else [value]
     yield from (JsonRecord(f"item {item}", item, value) for item, value in enumerate(values, start=1))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except NotJsonError:
+        return False
 
 
 def decoded_lines(stream: BinaryIO, encoding: str) -> Iterator[str]:

@@ -28,8 +28,8 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
 
     A mark says the encoding (UTF-8, UTF-16, UTF-32). Without one, what is whole UTF-8 is UTF-8, also
     where another encoding was named, if that one has ASCII as its first half, or is UTF-16 or UTF-32 and the
-    text has no NUL byte: text of these that is valid UTF-8 by chance does not occur. Encodings of other kinds
-    (iso-2022-jp, EBCDIC) are taken by their name.
+    text has no NUL byte (a few Chinese characters without a line end may be both: give them a mark).
+    Encodings of other kinds (iso-2022-jp, EBCDIC) are taken by their name.
 
     Raises:
         NotTextError: it is none of these, or more than one character in ten is NUL.

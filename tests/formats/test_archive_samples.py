@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats import archive_samples
 from mlpmem_ds.formats.archive_samples import Member, is_read, omission_of, sample_records
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record
@@ -97,3 +100,28 @@ def test_members_that_are_not_read_are_counted_by_suffix(name: str, reason: str,
     assert not is_read(name)
     omission = omission_of(name)
     assert (omission.reason, omission.detail) == (reason, detail)
+
+
+def test_a_large_sample_is_given_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_samples, "_MAX_MEMBERS", 3)
+    texts = [(f"wiki.{number}.txt", f"text {number}") for number in range(8)]
+    assert read(*texts) == [(name, text, None) for name, text in texts]
+    pairs = [each for name, text in texts for each in ((name, text), (f"{name[:-4]}.json", {"by": text}))]
+    rules = ReadRules(group_field="by")
+    assert read(*pairs, rules=rules) == [(name, text, text) for name, text in texts]
+    for late in ("wiki.1.json", "wiki.json"):
+        with pytest.raises(UserError, match=f"x.tar member '{late}' may belong to texts .*unpack"):
+            read(*texts, (late, {"text": "text 1"}))
+
+
+def test_only_the_held_members_of_a_sample_are_in_memory() -> None:
+    alive = weakref.WeakSet[Member]()
+
+    def members() -> Iterator[Member]:
+        for number in range(3000):
+            member = Member(name=f"wiki.{number}.txt", content=b"a text")
+            alive.add(member)
+            assert len(alive) <= 1002
+            yield member
+
+    assert sum(1 for _ in sample_records(Path("x.tar"), members(), ReadRules())) == 3000

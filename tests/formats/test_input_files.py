@@ -265,3 +265,26 @@ def grow(folder: Path, tree: dict[str, Any]) -> None:
             os.mkfifo(path)
         else:
             path.symlink_to(links[what])
+
+
+def test_a_disk_that_fails_behind_a_link_is_no_broken_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.txt").write_text("text", encoding="utf-8")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "b.txt")
+    real = os.stat
+
+    def stat(path: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).endswith("a.txt") and not kwargs:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(OSError, match="Input/output error"):
+        find_files([str(tmp_path)], None, ())
+
+
+def test_an_input_that_is_also_the_output_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("text", encoding="utf-8")
+    with pytest.raises(UserError, match="also the --output"):
+        find_files([str(tmp_path)], None, (), output=tmp_path / "x" / "..")

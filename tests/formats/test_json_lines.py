@@ -161,3 +161,12 @@ def test_what_is_utf_8_stays_so_where_a_wide_encoding_is_named(encoding: str, wr
     assert [value for _, value in found] == [{"a": "é"}, {"a": "日"}]
     with pytest.raises(UserError, match="x line 2 is not UTF-8"):
         list(json_lines(io.BytesIO(content.replace("日".encode(), b"\xff")), name="x", encoding=encoding))
+
+
+def test_a_wrong_first_line_of_json_lines_is_said_before_the_rest_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_WHOLE_CHARACTERS", 100)
+    content = b'{"text": "cut\n' + b'{"text": "a whole line"}\n' * 100
+    with pytest.raises(UserError, match="x.jsonl line 1 is not JSON"):
+        list(json_records(io.BytesIO(content), name="x.jsonl"))

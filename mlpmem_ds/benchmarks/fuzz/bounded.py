@@ -74,7 +74,7 @@ def _call_all(
 
 def _address_space() -> int:
     """Bytes of this process's address space."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
 
 
 def _end_of(exitcode: int | None) -> str:

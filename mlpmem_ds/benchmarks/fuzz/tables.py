@@ -116,8 +116,8 @@ def store_dataset(random: Random, folder: Path, texts: Sequence[str]) -> Sample:
         },
         "splits": {"train": {"name": "train", "num_examples": len(texts), "dataset_name": "made_up"}},
     }
-    (root / "state.json").write_text(json.dumps(state, indent=2))
-    (root / "dataset_info.json").write_text(json.dumps(info, indent=2))
+    (root / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    (root / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
     files = tuple(root / name for name in (*names, *names, "state.json"))
     return Sample(inputs=(root,), files=files, content=content_of(texts))
 

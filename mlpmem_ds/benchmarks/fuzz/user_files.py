@@ -42,13 +42,16 @@ def write_model(random: Random, folder: Path) -> Sample:
     root = folder / "model"
     root.mkdir()
     config = random.choice(_MODELS)()
-    (root / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["X"]}, indent=1))
+    (root / "config.json").write_text(
+        json.dumps({**config.to_dict(), "architectures": ["X"]}, indent=1), encoding="utf-8"
+    )
     header = json.dumps({"a.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     weights = root / "model-1.safetensors"
     weights.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     index = root / "model.safetensors.index.json"
     index.write_text(
-        json.dumps({"metadata": {}, "weight_map": {"a.weight": "model-1.safetensors"}}, indent=1)
+        json.dumps({"metadata": {}, "weight_map": {"a.weight": "model-1.safetensors"}}, indent=1),
+        encoding="utf-8",
     )
     sample = Sample(inputs=(root,), files=(root / "config.json", index, weights), content=Content(values=()))
     return dataclasses.replace(sample, content=read_model(sample))
@@ -110,7 +113,7 @@ def write_tokenizer(random: Random, folder: Path) -> Sample:
         "eos_token": "<|endoftext|>",
         "bos_token": "<bos>",
     }
-    (root / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (root / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     sample = Sample(
         inputs=(root,),
         files=(root / "tokenizer.json", root / "tokenizer_config.json"),

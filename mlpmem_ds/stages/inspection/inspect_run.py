@@ -41,7 +41,7 @@ def run(config: Config, world: World) -> None:
     if damaged := [state for state in states if state.faults]:
         shown = "; ".join(f"{state.name}: {state.faults[0]}: {state.remedy}" for state in damaged)
         raise DamagedDataError(
-            f"{sum(len(state.faults) for state in damaged)} faults in {len(damaged)} places ({shown})"
+            f"faults: {sum(len(state.faults) for state in damaged)}, directories: {len(damaged)} ({shown})"
         )
 
 

@@ -73,7 +73,7 @@ def test_every_harm_is_found_and_named(run_dir: Path, harm: str) -> None:
     else:
         victim.write_bytes(content[:-3])
     with pytest.raises(
-        DamagedDataError, match=f"1 faults in 1 places .*keys: .*{message}.*run its stage again"
+        DamagedDataError, match=f"faults: 1, directories: 1 .*keys: .*{message}.*run its stage again"
     ):
         run(Config(run=run_dir), World())
 
@@ -136,7 +136,7 @@ def test_checkpoints_and_exports_are_checked_too(run_dir: Path, tmp_path: Path) 
     of_checkpoint.write_bytes(b"wEights")
     of_export.unlink()
     with pytest.raises(
-        DamagedDataError, match=r"2 faults in 2 places .*missing: convert again.*checksum.*: remove it"
+        DamagedDataError, match=r"faults: 2, directories: 2 .*missing: convert again.*checksum.*: remove it"
     ):
         run(Config(run=run_dir), World())
     with pytest.raises(DamagedDataError, match="weights.bin"):
