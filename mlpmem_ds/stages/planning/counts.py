@@ -24,6 +24,7 @@ LIST_IMBALANCE = 1.3
 """keys met in the lists that a query probes, over keys of as many average lists"""
 SAMPLE = 1000
 """positions of targets that are measured first"""
+_POSITIONS_OF_CORPUS_UNIT = 8 << 20  # 32 MB of text at 4 bytes a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def moved(stage: str, work: Workload) -> Moved:
     if stage == "corpus":
         return Moved(read=0.0, written=corpus_bytes(work), hashed=0.0)
     if stage == "keys":
-        return Moved(read=corpus_bytes(work), written=key_bytes(work), hashed=0.0)
+        return Moved(read=corpus_bytes(work), written=key_bytes(work), hashed=corpus_bytes(work))
     if stage == "index":
         return Moved(read=keys, written=index_bytes(work), hashed=keys)
     if stage == "targets":
@@ -116,6 +117,11 @@ def moved(stage: str, work: Workload) -> Moved:
     return Moved(read=max(1.0, work.epochs) * read, written=memory_bytes(work), hashed=0.0)
 
 
+def _verified_records(files: int) -> int:
+    """Of input files that were compared with their checksums (core/verified_inputs.py)."""
+    return math.ceil(files / max(16, math.ceil(files / 512)))
+
+
 def num_files(stage: str, work: Workload) -> int:
     """That a complete stage leaves, with the records of its units and without logs."""
     if stage == "corpus":
@@ -124,11 +130,11 @@ def num_files(stage: str, work: Workload) -> int:
         inputs = {"none": 0, "bf16": 1, "int8": 2}[work.input_codec]
         units = math.ceil(work.positions / work.unit_positions)
         codec = 4 if work.codec == "int8" else 0
-        return units * (3 + inputs + 1) + codec
+        corpus_units = math.ceil(work.positions / _POSITIONS_OF_CORPUS_UNIT)
+        return units * (3 + inputs + 1) + codec + _verified_records(corpus_units)
     if stage == "index":
         units = math.ceil(work.positions / work.unit_positions)
-        verified = math.ceil(units / max(16, math.ceil(units / 512)))  # records alone
-        return 2 * (work.num_shards + 1) + verified
+        return 2 * (work.num_shards + 1) + _verified_records(units)
     if stage == "targets":
         order = 2 if work.encoding == "compact" else 0
         return 3 * math.ceil(work.positions / work.shard_positions) + 1 + order

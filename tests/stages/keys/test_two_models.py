@@ -105,7 +105,7 @@ def test_models_of_two_tokenizers_are_refused(config: Config, tmp_path: Path) ->
 
 def test_layers_path_reaches_the_model(config: Config) -> None:
     with pytest.raises(
-        UserError, match="nothing at the path 'transformer.blocks'.*\n.*transformer.h: 2 x GPT2Block"
+        UserError, match="nothing at the path 'transformer.blocks'.*transformer.h: 2 x GPT2Block"
     ):
         extract_keys.run(replace(config, layers_path="transformer.blocks"), World())
     assert not config.output.exists()

@@ -340,4 +340,4 @@ def test_keys_are_mapped_and_not_a_ranks_own() -> None:
     exact = plan.make_plan(config(positions=10**5, search="exact")).costs["targets"]
     assert not exact.temporary_bytes
     words = "\n".join(plan.make_plan(config(positions=10**9, disk_gb=10.0, search="ivf")).warnings)
-    assert "272 GB more while they are written (elsewhere: --lists)" in words
+    assert "272 GB more while they are written (elsewhere: write_targets --lists)" in words

@@ -83,7 +83,7 @@ def test_wrong_inputs(runs, inputs_dir, changes, said):
     "content, said",
     [
         ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
-        ({"elasticity": {}}, "--batch-positions fixes the batch"),
+        ({"elasticity": {}}, "the batch is the same at any number of GPUs"),
         (
             {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}},
             'stage3_prefetch_bucket_size is "auto"',
