@@ -29,6 +29,8 @@ from mlpmem_ds.core.host import host_name, is_alive
 
 _SECONDS_BETWEEN_TOUCHES = 10.0
 _SECONDS_UNTIL_DEAD = 60.0
+_SECONDS_WITHOUT_A_NAME = 5.0
+"""a claim that stays empty: its process was killed between the two system calls that make and fill it"""
 
 State = Literal["held", "unknown", "gone"]
 """of a claim: its holder is alive; it may be (nothing moved yet); it is not"""
@@ -43,7 +45,7 @@ def claim(path: Path, *, watch: ClaimWatch | None = None) -> Iterator[bool]:
         path: of the claim file.
         watch: of a caller that asks again and again: looks once more, right before the claim is broken.
     """
-    text = holder(os.getpid())  # beforehand: a claim that is left empty holds the others up for a minute
+    text = holder(os.getpid())  # beforehand: a claim that is left empty holds the others up
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -100,7 +102,8 @@ class ClaimWatch:
         if former is None or former[:2] != (text, touched):
             self._seen[path] = (text, touched, time.monotonic())
             return "unknown" if former is None else "held"
-        return "gone" if time.monotonic() - former[2] > _SECONDS_UNTIL_DEAD else "unknown"
+        patience = _SECONDS_UNTIL_DEAD if text else _SECONDS_WITHOUT_A_NAME
+        return "gone" if time.monotonic() - former[2] > patience else "unknown"
 
 
 def remove_dead_claims(folder: Path) -> None:

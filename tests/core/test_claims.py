@@ -111,3 +111,16 @@ def test_a_holder_touches_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         while path.stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.005)
         assert path.stat().st_mtime > 0
+
+
+def test_a_claim_that_stays_empty_is_broken_after_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clock, watch = tmp_path / ".3.claim", Clock(monkeypatch), ClaimWatch()
+    path.touch()  # its process was killed before it wrote its name
+    assert watch.look(path) == "unknown"
+    clock.now += 4
+    assert watch.look(path) == "unknown"
+    clock.now += 2
+    with claim(path, watch=watch) as is_mine:
+        assert is_mine and path.read_text(encoding="utf-8") == holder(os.getpid())
