@@ -5,6 +5,7 @@ The loader would find most of it out too, later and in other words.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,6 @@ from typing import Any
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-_MARK = b"\xef\xbb\xbf"
 
 
 def reason_against_path(name_or_path: str) -> str | None:
@@ -46,7 +45,7 @@ def reason_against_path(name_or_path: str) -> str | None:
 def reason_against_config(path: Path) -> str | None:
     """Why the model of this `config.json` is no causal language model that transformers has a class for."""
     content = path.read_bytes()
-    if content.startswith(_MARK):
+    if content.startswith(codecs.BOM_UTF8):
         return (
             "its config.json begins with a byte-order mark, which transformers does not read: save it as"
             " UTF-8 without one"

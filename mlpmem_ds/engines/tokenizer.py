@@ -86,9 +86,7 @@ class TextEncoder:
         rows, dropped = self._ids(texts, names)
         encoded = []
         for number, (ids, count) in enumerate(zip(rows, dropped, strict=True)):
-            if self.special_tokens == "text" and self.end_id in ids:
-                raise self._end_in_text(names, number)
-            unknown = 0 if self.unknown_id is None else ids.count(self.unknown_id)
+            unknown = self._count_unknown(np.asarray(ids), names, number)
             encoded.append(Encoded(ids.tolist(), unknown, count))
         return encoded
 
@@ -110,11 +108,8 @@ class TextEncoder:
             if self.special_tokens == "text" or not ids or ids[-1] != self.end_id:
                 row.append(self.end_id)
             all_ids = np.frombuffer(row, dtype=np.uint32)
-            text_ids = all_ids[len(begin) : -1]
-            if self.special_tokens == "text" and np.count_nonzero(text_ids == self.end_id):
-                raise self._end_in_text(names, number)
-            unknown = 0 if self.unknown_id is None else np.count_nonzero(text_ids == self.unknown_id)
-            documents.append(EncodedDocument(all_ids, int(unknown), count))
+            unknown = self._count_unknown(all_ids[len(begin) : -1], names, number)
+            documents.append(EncodedDocument(all_ids, unknown, count))
         return documents
 
     def encode_prompts(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[list[int]]:
@@ -183,12 +178,19 @@ class TextEncoder:
         )["input_ids"]
         return [array("I", ids) for ids in lists], [0] * len(lists)
 
-    def _end_in_text(self, names: Sequence[str] | None, number: int) -> UserError:
-        return UserError(
-            f"{_name_of(names, number)}: {self.label} writes some of this text with its end token"
-            f" {self._spelling(self.end_id)}, so that the document would end there: give a tokenizer whose"
-            " eos_token stands in no text and is not its unknown token"
-        )
+    def _count_unknown(self, ids_n: np.ndarray, names: Sequence[str] | None, number: int) -> int:
+        """How many ids of a text are the unknown token.
+
+        Raises:
+            UserError: the text became the end token.
+        """
+        if self.special_tokens == "text" and self.end_id is not None and (ids_n == self.end_id).any():
+            raise UserError(
+                f"{_name_of(names, number)}: {self.label} writes some of this text with its end token"
+                f" {self._spelling(self.end_id)}, so that the document would end there: give a tokenizer"
+                " whose eos_token stands in no text and is not its unknown token"
+            )
+        return 0 if self.unknown_id is None else int(np.count_nonzero(ids_n == self.unknown_id))
 
     def _refusal(self, texts: Sequence[str], names: Sequence[str] | None, error: BaseException) -> UserError:
         """What to say of the first text that cannot be encoded."""

@@ -95,7 +95,7 @@ def sample_records(
                 sample = _Sample(member.key)
             elif sample.is_large and member.stem != sample.members[-1].stem:
                 yield from _records(path, sample.key, sample.members, rules)
-                sample = sample.rest()
+                sample.pass_on()
             if member.extension == "json" and member.stem in sample.passed:
                 raise UserError(
                     f"{path} member {member.name!r} may belong to texts more than {_MAX_MEMBERS:,} members or"
@@ -109,14 +109,13 @@ def sample_records(
 class _Sample:
     """The members of a sample, or of the part of it that is held.
 
-    Args:
-        key: its name.
-        passed: names of members whose documents were given already, without their extension, and the key.
+    `passed`: names of members whose documents were given already, without their extension, and the key.
     """
 
-    def __init__(self, key: str, passed: frozenset[str] = frozenset()) -> None:
-        self.key, self.passed = key, passed
+    def __init__(self, key: str) -> None:
+        self.key = key
         self.members: list[Member] = []
+        self.passed: set[str] = set()
         self._num_bytes = 0
 
     def add(self, member: Member) -> None:
@@ -127,9 +126,10 @@ class _Sample:
     def is_large(self) -> bool:
         return len(self.members) >= _MAX_MEMBERS or self._num_bytes >= _MAX_BYTES
 
-    def rest(self) -> _Sample:
-        """The sample after the members that are held."""
-        return _Sample(self.key, self.passed | {self.key, *(member.stem for member in self.members)})
+    def pass_on(self) -> None:
+        """Forget the members that are held: their documents were given."""
+        self.passed.update((self.key, *(member.stem for member in self.members)))
+        self.members, self._num_bytes = [], 0
 
 
 def _is_of_the_system(member: Member) -> bool:
