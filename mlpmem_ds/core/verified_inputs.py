@@ -18,6 +18,15 @@ _MIN_FILES = 16  # of a unit
 _MAX_UNITS = 512
 
 
+def num_records(num_files: int) -> int:
+    """The units, each a record, in which so many files are compared."""
+    return -(-num_files // _files_of_unit(num_files))
+
+
+def _files_of_unit(num_files: int) -> int:
+    return max(_MIN_FILES, -(-num_files // _MAX_UNITS))
+
+
 def verify_inputs(
     directory: StageDirectory, source: CompleteStage[Any], names: Sequence[str], *, label: str
 ) -> None:
@@ -34,7 +43,7 @@ def verify_inputs(
     Raises:
         DamagedDataError: on the rank that finds a file with another checksum.
     """
-    size = max(_MIN_FILES, -(-len(names) // _MAX_UNITS))
+    size = _files_of_unit(len(names))
     blocks = {
         f"verified-{label}-{number:03d}": block for number, block in enumerate(split_blocks(len(names), size))
     }

@@ -17,9 +17,7 @@ from mlpmem_ds.formats.input_files import find_files
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules
 
-
-def names(*inputs: str, exclude: tuple[str, ...] = ()) -> list[str]:
-    return [file.name for file in find_files(inputs, None, exclude).files]
+from .toy_inputs import names, reasons, write
 
 
 def test_directories_are_walked_in_order_and_filtered(tmp_path: Path) -> None:
@@ -77,17 +75,6 @@ def test_a_walk_gives_what_sorting_all_paths_gives(tmp_path: Path) -> None:
             assert [file.name for file in find_files([str(tmp_path)], ("*.txt",), exclude).files] == wanted, (
                 exclude
             )
-
-
-def reasons(root: Path, **how: Any) -> dict[str, str]:
-    found = find_files([str(root)], how.get("include"), how.get("exclude", ()))
-    return {omission.name: omission.reason for omission in found.omissions}
-
-
-def write(root: Path, *files: str, text: str = "some text") -> None:
-    for name in files:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
 
 
 def test_links_pipes_and_sockets_have_their_reasons(tmp_path: Path) -> None:

@@ -100,13 +100,6 @@ class Config(Flags):
             if words is not None and "" in words:
                 raise UserError(f"--{flag} has an empty value, perhaps of a shell variable that is not set")
         try:
-            str(self.output).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"--output {self.output}: tokenizers cannot be saved under a name that is not UTF-8: choose"
-                " another"
-            ) from error
-        try:
             known_encoding(self.encoding)
         except LookupError as error:
             raise UserError(

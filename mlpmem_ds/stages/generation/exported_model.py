@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.engines.model_files import check_generation_file
 from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.models.generation_settings import complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
@@ -78,3 +79,13 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
             " with: run tools/convert_checkpoint.py again"
         )
     return settings, tokenizer
+
+
+def settings_of_export(model: MemoryAugmentedLM, tokenizer: Any) -> GenerationConfig:
+    """The model's own settings of generation with every end token and the rows that are never taken."""
+    return complete_settings(
+        model.generation_config,
+        base=model.base,
+        tokenizer=tokenizer,
+        num_rows=model.memory.config.vocab_size,
+    )

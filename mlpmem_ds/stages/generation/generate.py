@@ -23,14 +23,13 @@ from mlpmem_ds.engines.tokenizer import open_encoder
 from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.models.generation_settings import (
     choosing_settings,
-    complete_settings,
     end_tokens,
     token_settings,
 )
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.stages.generation.config import Config
-from mlpmem_ds.stages.generation.exported_model import load_model, read_export
+from mlpmem_ds.stages.generation.exported_model import load_model, read_export, settings_of_export
 from mlpmem_ds.stages.generation.prompts import read_prompts
 from mlpmem_ds.stages.generation.text import Writer, side_by_side, text_after
 from mlpmem_ds.stages.shared_flags import device_map_of
@@ -207,12 +206,6 @@ def _continue_all(
 
 def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any) -> GenerationConfig:
     """What the flags say, and the export's end tokens; nothing else of its generation_config.json."""
-    complete = complete_settings(
-        model.generation_config,
-        base=model.base,
-        tokenizer=tokenizer,
-        num_rows=model.memory.config.vocab_size,
-    )
     if ignored := choosing_settings(model.generation_config):
         _logger.info(
             "not taken from the export's generation_config.json, for the flags say how tokens are chosen: %s",
@@ -224,6 +217,6 @@ def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any)
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
-        **token_settings(complete),
+        **token_settings(settings_of_export(model, tokenizer)),
         **sampling,
     )

@@ -19,9 +19,9 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.lm_eval import load_tasks, require_harness, score_tasks
 from mlpmem_ds.engines.tokenizer import open_encoder, require_end
-from mlpmem_ds.models.generation_settings import complete_settings, token_settings
+from mlpmem_ds.models.generation_settings import token_settings
 from mlpmem_ds.models.mixture import Constant, StoredGate
-from mlpmem_ds.stages.generation.exported_model import load_model, read_export
+from mlpmem_ds.stages.generation.exported_model import load_model, read_export, settings_of_export
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.local_tasks import build_tasks, check_lengths
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
@@ -46,13 +46,8 @@ def run(config: Config, world: World) -> str:
     model = load_model(
         config.model, device=device, dtype=config.dtype, device_map=device_map_of(config.device_map)
     )
-    complete = complete_settings(
-        model.generation_config,
-        base=model.base,
-        tokenizer=tokenizer,
-        num_rows=model.memory.config.vocab_size,
-    )
-    model.generation_config = GenerationConfig(**token_settings(complete))  # a task says how to choose tokens
+    # A task says how to choose tokens.
+    model.generation_config = GenerationConfig(**token_settings(settings_of_export(model, tokenizer)))
     own: tuple[StoredGate, ...] = (Constant(0.0), model.gate)
     gates = tuple(grid_of(config.lambdas)) if config.lambdas else tuple(dict.fromkeys(own))
     results: dict[StoredGate, dict[str, dict[str, Any]]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mlpmem_ds.core.verified_inputs import num_records
 from mlpmem_ds.maths.kmeans import TWO_LEVEL_ABOVE
 from mlpmem_ds.stages.index.factory import training_operations
 from mlpmem_ds.stages.planning.sizes_on_disk import (
@@ -117,11 +118,6 @@ def moved(stage: str, work: Workload) -> Moved:
     return Moved(read=max(1.0, work.epochs) * read, written=memory_bytes(work), hashed=0.0)
 
 
-def _verified_records(files: int) -> int:
-    """Of input files that were compared with their checksums (core/verified_inputs.py)."""
-    return math.ceil(files / max(16, math.ceil(files / 512)))
-
-
 def num_files(stage: str, work: Workload) -> int:
     """That a complete stage leaves, with the records of its units and without logs."""
     if stage == "corpus":
@@ -131,10 +127,10 @@ def num_files(stage: str, work: Workload) -> int:
         units = math.ceil(work.positions / work.unit_positions)
         codec = 4 if work.codec == "int8" else 0
         corpus_units = math.ceil(work.positions / _POSITIONS_OF_CORPUS_UNIT)
-        return units * (3 + inputs + 1) + codec + _verified_records(corpus_units)
+        return units * (3 + inputs + 1) + codec + num_records(corpus_units)
     if stage == "index":
         units = math.ceil(work.positions / work.unit_positions)
-        return 2 * (work.num_shards + 1) + _verified_records(units)
+        return 2 * (work.num_shards + 1) + num_records(units)
     if stage == "targets":
         order = 2 if work.encoding == "compact" else 0
         return 3 * math.ceil(work.positions / work.shard_positions) + 1 + order
