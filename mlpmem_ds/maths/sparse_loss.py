@@ -7,7 +7,8 @@ Row n has the teacher's sparse distribution t, the label y and the weight w. Wit
 
 where c is 1, or the memory's responsibility λ p_mem(y) / mixture: this is the derivative of
 `models.mixture.log_mixture`, to which a test ties it in float64. The factor s is needed wherever a row's
-mass is not 1, else all its logits drift. A row whose teacher is empty is pure CE (its α is 0).
+mass is not 1, else all its logits drift. A row whose teacher is empty is pure CE (its α is 0); so is, with
+`only_helpful`, a row whose teacher gives the label no more probability than the base does.
 
 Neither a dense target nor all the logits ever exist: rows are taken in chunks, and a chunk's gradients are
 made while what they are made of is in memory (`sparse_chunk`). Statistics are float32; matrix products take
@@ -39,11 +40,13 @@ CUDA_CHUNK_BYTES = 1536 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """Detached float32 scalars on the loss's device: Σ w KL over rows that have a teacher, Σ w CE, Σ w."""
+    """Detached float32 scalars on the loss's device: Σ w KL over rows that have a teacher, Σ w CE, Σ w, and
+    Σ w of the rows where KL is in the loss."""
 
     kl: Tensor
     ce: Tensor
     weight: Tensor
+    taught: Tensor
 
 
 def sparse_loss(
@@ -54,6 +57,7 @@ def sparse_loss(
     alpha: float,
     mixture_lambda: float | None = None,
     renormalize: bool = True,
+    only_helpful: bool = False,
     divisor: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Sums]:
@@ -61,19 +65,27 @@ def sparse_loss(
     undivided.
 
     ``alpha`` weighs KL against CE. With ``mixture_lambda`` CE goes through the mixture. ``renormalize``
-    divides each teacher row by its sum; else a truncated row keeps its mass below 1. ``chunk_bytes`` bounds
-    what a chunk's logits take (None: as suits the device). On CUDA a Triton kernel does the row work, if
-    Triton is installed.
+    divides each teacher row by its sum; else a truncated row keeps its mass below 1. ``only_helpful`` leaves
+    KL out where the teacher is no better than the base at the label. ``chunk_bytes`` bounds what a chunk's
+    logits take (None: as suits the device). On CUDA a Triton kernel does the row work, if Triton is
+    installed.
     """
-    _check(hidden_ND, weight_VD, targets, alpha, mixture_lambda)
+    _check(hidden_ND, weight_VD, targets, alpha, mixture_lambda, only_helpful)
     with torch.no_grad():
         prepared = prepare_targets(
-            targets, hidden_ND.device, alpha=alpha, mixture_lambda=mixture_lambda, renormalize=renormalize
+            targets,
+            hidden_ND.device,
+            alpha=alpha,
+            mixture_lambda=mixture_lambda,
+            renormalize=renormalize,
+            only_helpful=only_helpful,
         )
+        weights_N = prepared.weights_N
+        taught = (weights_N * (prepared.alphas_N > 0)).sum()
     if chunk_bytes is None:
         chunk_bytes = CUDA_CHUNK_BYTES if hidden_ND.is_cuda else DEFAULT_CHUNK_BYTES
     loss, kl, ce = _FusedSparseLoss.apply(hidden_ND, weight_VD, prepared, divisor, chunk_bytes)
-    return loss, Sums(kl=kl, ce=ce, weight=prepared.weights_N.sum())
+    return loss, Sums(kl=kl, ce=ce, weight=weights_N.sum(), taught=taught)
 
 
 def row_chunks(
@@ -169,7 +181,12 @@ def _scaled(d_weight_VD: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check(
-    hidden_ND: Tensor, weight_VD: Tensor, targets: TargetBatch, alpha: float, mixture_lambda: float | None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets: TargetBatch,
+    alpha: float,
+    mixture_lambda: float | None,
+    only_helpful: bool,
 ) -> None:
     if hidden_ND.dtype != weight_VD.dtype or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
@@ -185,7 +202,8 @@ def _check(
         raise ValueError(f"alpha is {alpha}; the weight of KL against CE lies in [0, 1]")
     if mixture_lambda is not None and not 0 < mixture_lambda <= 1:
         raise ValueError(f"mixture_lambda is {mixture_lambda}; it lies in (0, 1], or is None for plain CE")
-    if mixture_lambda is not None and targets.base_log_probabilities_N is None:
+    if targets.base_log_probabilities_N is None and (mixture_lambda is not None or only_helpful):
         raise ValueError(
-            f"mixture_lambda is {mixture_lambda} but the targets have no base_log_probabilities_N"
+            f"mixture_lambda is {mixture_lambda} and only_helpful {only_helpful} but the targets have no"
+            " base_log_probabilities_N"
         )

@@ -100,7 +100,7 @@ class PreparedTargets:
     ids_E: Tensor
     teacher_E: Tensor
     teacher_mass_N: Tensor
-    alphas_N: Tensor
+    alphas_N: Tensor  # 0 where the row is cross entropy alone
     labels_N: Tensor
     weights_N: Tensor
     log_base_N: Tensor | None  # log((1-λ) p_base(label))
@@ -114,6 +114,7 @@ def prepare_targets(
     alpha: float,
     mixture_lambda: float | None,
     renormalize: bool,
+    only_helpful: bool = False,
 ) -> PreparedTargets:
     """See `sparse_loss` for what the arguments mean."""
     num_rows, num_entries = len(targets.labels_N), len(targets.ids)
@@ -126,6 +127,7 @@ def prepare_targets(
     if renormalize:
         teacher_E = teacher_E / mass_N.clamp_min(torch.finfo(torch.float32).tiny)[row_of_entry_E]
     has_teacher_N = mass_N > 0
+    is_taught_N = has_teacher_N & is_helpful(targets, row_of_entry_E) if only_helpful else has_teacher_N
     weights_N = (
         torch.ones(num_rows, device=device)
         if targets.row_weights_N is None
@@ -146,12 +148,24 @@ def prepare_targets(
         ids_E=ids_E,
         teacher_E=teacher_E,
         teacher_mass_N=has_teacher_N.float() if renormalize else mass_N,
-        alphas_N=has_teacher_N.float() * alpha,
+        alphas_N=is_taught_N.float() * alpha,
         labels_N=targets.labels_N.masked_fill(ignored_N, 0),
         weights_N=weights_N,
         log_base_N=log_base_N,
         log_lambda=0.0 if mixture_lambda is None else math.log(mixture_lambda),
     )
+
+
+def is_helpful(targets: TargetBatch, row_of_entry_E: Tensor) -> Tensor:
+    """bool [N]: whether the teacher gives the label more probability than the base does.
+
+    The teacher's is the stored one, before any renormalization: 0 where the label was truncated.
+    """
+    assert targets.base_log_probabilities_N is not None
+    is_label_E = targets.ids == targets.labels_N[row_of_entry_E]
+    teacher_N = torch.zeros(len(targets.labels_N), device=is_label_E.device)
+    teacher_N.index_add_(0, row_of_entry_E, targets.probabilities.float() * is_label_E)
+    return teacher_N.log() > targets.base_log_probabilities_N.float()
 
 
 def _is_ascending(targets: TargetBatch, row_of_entry_E: Tensor) -> bool:

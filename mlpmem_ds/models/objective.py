@@ -22,6 +22,7 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 
 # What `SparseHead` reports besides the loss, in this order: sums over the rows, detached.
 SUM_NAMES = ("kl", "ce", "weight")
+HELPFUL_SUM_NAMES = ("kl", "ce", "taught", "weight")  # where KL is not on all rows
 
 
 class SparseHead(nn.Module):
@@ -32,6 +33,7 @@ class SparseHead(nn.Module):
         alpha: weight of KL(target || memory); 1 - alpha is that of the cross entropy.
         mixture_lambda: None for plain cross entropy; else the cross entropy of (1 - lambda) p_base + lambda
             p_memory.
+        only_helpful: KL is left out where the target is no better than the base at the label.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class SparseHead(nn.Module):
         initializer_range: float,
         alpha: float = 0.5,
         mixture_lambda: float | None = None,
+        only_helpful: bool = False,
     ) -> None:
         super().__init__()
-        self.alpha, self.mixture_lambda = alpha, mixture_lambda
+        self.alpha, self.mixture_lambda, self.only_helpful = alpha, mixture_lambda, only_helpful
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, mean=0.0, std=initializer_range)
 
@@ -58,8 +61,8 @@ class SparseHead(nn.Module):
         """The loss against `targets`, or the log-probabilities of `labels_N`.
 
         Returns:
-            with targets: the mean of the rows' losses (float32 scalar) and the detached sums [3] of
-            `SUM_NAMES`; with labels: float32 [N].
+            with targets: the mean of the rows' losses (float32 scalar) and the detached sums of
+            `SUM_NAMES`, or `HELPFUL_SUM_NAMES`; with labels: float32 [N].
         """
         if targets is None:
             assert labels_N is not None
@@ -70,20 +73,26 @@ class SparseHead(nn.Module):
             targets,
             alpha=self.alpha,
             mixture_lambda=self.mixture_lambda,
+            only_helpful=self.only_helpful,
             divisor=len(hidden_NH),
         )
-        return loss, torch.stack([getattr(sums, name).float() for name in SUM_NAMES]).detach()
+        names = HELPFUL_SUM_NAMES if self.only_helpful else SUM_NAMES
+        return loss, torch.stack([getattr(sums, name).float() for name in names]).detach()
 
 
 class MemoryObjective(Memory):
     """A `Memory` whose forward is the training loss; its state dict has the names of a plain `Memory`."""
 
-    def __init__(self, config: MemoryConfig, *, alpha: float, mixture_lambda: float | None = None) -> None:
-        super().__init__(
-            config,
-            head_class=partial(SparseHead, alpha=alpha, mixture_lambda=mixture_lambda),
-            mlps=TRAINING_MLPS,
-        )
+    def __init__(
+        self,
+        config: MemoryConfig,
+        *,
+        alpha: float,
+        mixture_lambda: float | None = None,
+        only_helpful: bool = False,
+    ) -> None:
+        head = partial(SparseHead, alpha=alpha, mixture_lambda=mixture_lambda, only_helpful=only_helpful)
+        super().__init__(config, head_class=head, mlps=TRAINING_MLPS)
 
     def forward(  # type: ignore[override]
         self,
@@ -91,7 +100,7 @@ class MemoryObjective(Memory):
         targets: TargetBatch | None = None,
         labels_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """The mean loss over the N rows (float32 scalar) and the detached sums [3] of `SUM_NAMES`.
+        """The mean loss over the N rows (float32 scalar) and the detached sums of the head's names.
 
         With labels in place of targets `label_log_probabilities`: under ZeRO-3 a module's own call gathers
         its weights.
@@ -99,8 +108,8 @@ class MemoryObjective(Memory):
         if targets is None:
             assert labels_N is not None
             return self.label_log_probabilities(inputs_NI, labels_N)
-        loss, sums_3 = self.head(super().forward(inputs_NI), targets)
-        return loss, sums_3
+        loss, sums = self.head(super().forward(inputs_NI), targets)
+        return loss, sums
 
     def label_log_probabilities(self, inputs_NI: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         """float32 [N]: the memory's log-probability of each row's label."""

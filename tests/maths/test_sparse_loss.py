@@ -56,7 +56,7 @@ def make_problem(
     return hidden, weight, targets
 
 
-def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalize):
+def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalize, only_helpful=False):
     """Loss, gradients, kl and ce in float64, from a dense target and all logits."""
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     num_rows, vocabulary = len(hidden), len(weight)
@@ -65,6 +65,10 @@ def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalize):
         for entry in range(targets.offsets_N1[row], targets.offsets_N1[row + 1]):
             teacher[row, targets.ids[entry]] += targets.probabilities[entry].double()
     mass = teacher.sum(1)
+    is_taught = mass > 0
+    if only_helpful:
+        of_label = teacher[torch.arange(num_rows), targets.labels_N.clamp_min(0)]
+        is_taught &= of_label > targets.base_log_probabilities_N.double().exp()
     if renormalize:
         teacher = torch.where(mass[:, None] > 0, teacher / mass[:, None], teacher)
     log_probabilities = torch.log_softmax(hidden @ weight.t(), 1)
@@ -80,7 +84,7 @@ def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalize):
         ce = -torch.logaddexp(
             base + log_keep, log_label + math.log(mixture_lambda)
         )  # float64 exp underflows at -745
-    alphas = alpha * (mass > 0)
+    alphas = alpha * is_taught
     loss = (weights.double() * (alphas * kl + (1 - alphas) * ce)).sum()
     loss.backward()
     parts = (
@@ -113,10 +117,20 @@ def relative_error(found, expected, scale):
 
 
 def check(
-    problem, *, tolerance, alpha=0.4, mixture_lambda=None, renormalize=True, may_cancel=False, **options
+    problem,
+    *,
+    tolerance,
+    alpha=0.4,
+    mixture_lambda=None,
+    renormalize=True,
+    only_helpful=False,
+    may_cancel=False,
+    **options,
 ):
     hidden, weight, targets = problem
-    expected, uncancelled = dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalize)
+    expected, uncancelled = dense_oracle(
+        hidden, weight, targets, alpha, mixture_lambda, renormalize, only_helpful
+    )
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss, sums = sparse_loss(
         hidden,
@@ -125,6 +139,7 @@ def check(
         alpha=alpha,
         mixture_lambda=mixture_lambda,
         renormalize=renormalize,
+        only_helpful=only_helpful,
         **options,
     )
     (loss / 7).backward()
@@ -149,6 +164,44 @@ def test_equals_dense_autograd(chunk_bytes, mixture_lambda, mass, renormalize, d
         renormalize=renormalize,
         chunk_bytes=chunk_bytes,
     )
+
+
+@pytest.mark.parametrize("mixture_lambda", [None, 0.25])
+@pytest.mark.parametrize(("mass", "renormalize"), [(1.0, True), (0.6, True), (0.6, False)])
+@pytest.mark.parametrize("duplicates", [True, False])
+def test_only_rows_where_the_teacher_is_better_at_the_label(mixture_lambda, mass, renormalize, duplicates):
+    hidden, weight, targets = make_problem(num_rows=40, mass=mass, duplicates=duplicates)
+    for row in range(2, 40, 2):  # labels that the teacher knows; the others are mostly truncated ones
+        if targets.row_weights_N[row]:
+            targets.labels_N[row] = targets.ids[targets.offsets_N1[row]]
+    check(
+        (hidden, weight, targets),
+        tolerance=1e-6,
+        mixture_lambda=mixture_lambda,
+        renormalize=renormalize,
+        only_helpful=True,
+        chunk_bytes=4 * 37 * 7,
+    )
+    _, sums = sparse_loss(hidden, weight, targets, alpha=0.4, only_helpful=True)
+    _, every = sparse_loss(hidden, weight, targets, alpha=0.4)
+    assert 0 < sums.taught < every.taught <= every.weight and sums.kl == every.kl
+
+
+def test_a_row_is_helpful_by_the_label_alone_and_by_its_stored_probability():
+    """p_kNN(y) of .3, .3, 0 and (twice) .2 + .2, against a base of .2, .3, 0.1 and .3."""
+    targets = TargetBatch(
+        offsets_N1=torch.tensor([0, 1, 2, 3, 6]),
+        ids=torch.tensor([5, 5, 4, 7, 5, 5]),
+        probabilities=torch.tensor([0.3, 0.3, 0.9, 0.5, 0.2, 0.2]),
+        labels_N=torch.full((4,), 5),
+        base_log_probabilities_N=torch.tensor([0.2, 0.3, 0.1, 0.3]).log(),
+    )
+    hidden, weight = torch.zeros(4, 2), torch.zeros(9, 2)  # p_mem is 1/9
+    _, sums = sparse_loss(hidden, weight, targets, alpha=0.5, only_helpful=True)
+    assert sums.taught == 2 and sums.weight == 4
+    loss, _ = sparse_loss(hidden, weight, targets, alpha=1.0, only_helpful=True)
+    kl_of_last = math.log(9) + (5 * math.log(5 / 9) + 4 * math.log(4 / 9)) / 9  # of .5 and .4 of .9
+    assert float(loss) == pytest.approx(3 * math.log(9) + kl_of_last)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -353,5 +406,6 @@ def test_mistakes_are_named_with_their_numbers():
         probabilities=targets.probabilities,
         labels_N=targets.labels_N,
     )
-    with pytest.raises(ValueError, match="no base_log_probabilities_N"):
-        sparse_loss(hidden, weight, plain, alpha=0.5, mixture_lambda=0.3)
+    for options in ({"mixture_lambda": 0.3}, {"only_helpful": True}):
+        with pytest.raises(ValueError, match="no base_log_probabilities_N"):
+            sparse_loss(hidden, weight, plain, alpha=0.5, **options)

@@ -45,8 +45,10 @@ class Config(TrainingOptions):
         "none",
         identity="none",
     )
-    objective: Literal["imitation"] = option(
-        "what is minimized; imitation: alpha KL(kNN || memory) + (1 - alpha) CE", "imitation"
+    objective: Literal["imitation", "helpful"] = option(
+        "what is minimized; imitation: alpha KL(kNN || memory) + (1 - alpha) CE; helpful: the same where kNN"
+        " gives the label more probability than the base, CE elsewhere",
+        "imitation",
     )
     alpha: float = option(
         "weight of KL(kNN || memory); 1 - alpha is that of the cross entropy", 0.5, at_least=0, at_most=1

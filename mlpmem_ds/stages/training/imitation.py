@@ -1,6 +1,7 @@
-"""Part of `train`: the objective that imitates the retriever.
+"""Part of `train`: the objectives that imitate the retriever, everywhere (`imitation`) or where it is better
+than the base at the label (`helpful`).
 
-loss = alpha KL(kNN || memory) + (1 - alpha) CE
+loss = alpha KL(kNN || memory) + (1 - alpha) CE; where the retriever is not to be imitated, CE.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import nn
 from mlpmem_ds.formats.training_rows import MicroBatch
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.objective import SUM_NAMES, MemoryObjective
+from mlpmem_ds.models.objective import HELPFUL_SUM_NAMES, SUM_NAMES, MemoryObjective
 from mlpmem_ds.stages.training.config import Config
 
 _FLOPS_OF_A_WEIGHT = 6  # a multiplication and an addition, forward, and for each of the two gradients
@@ -26,9 +27,9 @@ class Imitation:
     memory: MemoryConfig
     alpha: float
     mixture_lambda: float | None
+    only_helpful: bool = False
 
     rows = "positions"
-    sums = SUM_NAMES
 
     @classmethod
     def of(cls, config: Config, memory: MemoryConfig) -> Imitation:
@@ -37,7 +38,12 @@ class Imitation:
             memory=memory,
             alpha=config.alpha,
             mixture_lambda=config.mixture_lambda if through_mixture else None,
+            only_helpful=config.objective == "helpful",
         )
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        return HELPFUL_SUM_NAMES if self.only_helpful else SUM_NAMES
 
     @property
     def flops_per_row(self) -> float:
@@ -49,10 +55,15 @@ class Imitation:
 
     @property
     def needs_base_log_probabilities(self) -> bool:
-        return self.mixture_lambda is not None
+        return self.mixture_lambda is not None or self.only_helpful
 
     def make_module(self) -> nn.Module:
-        return MemoryObjective(self.memory, alpha=self.alpha, mixture_lambda=self.mixture_lambda)
+        return MemoryObjective(
+            self.memory,
+            alpha=self.alpha,
+            mixture_lambda=self.mixture_lambda,
+            only_helpful=self.only_helpful,
+        )
 
     def arguments(
         self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype

@@ -36,4 +36,7 @@ class MemoryObjective(Objective, Protocol):
         """Whether a batch brings the base's log-probability of each label."""
 
 
-OBJECTIVES: Mapping[str, Callable[[Config, MemoryConfig], MemoryObjective]] = {"imitation": Imitation.of}
+OBJECTIVES: Mapping[str, Callable[[Config, MemoryConfig], MemoryObjective]] = {
+    "imitation": Imitation.of,
+    "helpful": Imitation.of,
+}

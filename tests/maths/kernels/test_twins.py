@@ -93,6 +93,22 @@ def test_the_loss_and_its_gradients_are_the_originals(twins, vocabulary, mixture
         assert (value - wanted).norm() <= 2e-6 * wanted.norm(), part
 
 
+def test_rows_that_nobody_teaches_are_the_originals(twins):
+    hidden, weight, targets = make_problem(40, 300, torch.float32)
+    for row in range(2, 40, 2):  # the teacher knows these labels
+        if targets.row_weights_N[row]:
+            targets.labels_N[row] = targets.ids[targets.offsets_N1[row]]
+    found = []
+    for on in (False, True):
+        twins(on)
+        options = {"alpha": 0.4, "mixture_lambda": 0.25, "only_helpful": True}
+        found.append(results((hidden, weight, targets), **options))
+        _, sums = sparse_loss(hidden, weight, targets, **options)
+        assert 0 < sums.taught < sums.weight
+    for part, (value, wanted) in enumerate(zip(*found, strict=True)):
+        assert (value - wanted).norm() <= 2e-6 * wanted.norm(), part
+
+
 def test_bfloat16_gradients_of_the_logits_are_rounded_once(twins):
     from mlpmem_ds.maths.kernels.sparse_rows import sparse_rows
 

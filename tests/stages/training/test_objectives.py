@@ -31,10 +31,12 @@ def test_a_batch_brings_what_the_objective_needs(inputs_dir):
     assert needs() == (True, False)
     assert needs(alpha=0.0) == (False, False)
     assert needs(ce_through="mixture") == (True, True)
+    assert needs(objective="helpful") == (True, True)
 
 
 @pytest.mark.parametrize("mixture_lambda", [None, 0.25])
-def test_imitation_is_the_dense_loss(inputs_dir, mixture_lambda):
+@pytest.mark.parametrize("only_helpful", [False, True])
+def test_imitation_is_the_dense_loss(inputs_dir, mixture_lambda, only_helpful):
     alpha, keys = 0.3, open_keys(inputs_dir / "keys")
     shape = MemoryConfig(
         input_size=keys.input_size,
@@ -44,7 +46,7 @@ def test_imitation_is_the_dense_loss(inputs_dir, mixture_lambda):
         vocab_size=keys.manifest.head_size,
         initializer_range=0.3,
     )
-    objective = Imitation(memory=shape, alpha=alpha, mixture_lambda=mixture_lambda)
+    objective = Imitation(memory=shape, alpha=alpha, mixture_lambda=mixture_lambda, only_helpful=only_helpful)
     reader = BatchReader(
         keys,
         open_targets(inputs_dir / "targets"),
@@ -61,6 +63,8 @@ def test_imitation_is_the_dense_loss(inputs_dir, mixture_lambda):
     torch.manual_seed(0)
     module = objective.make_module()
     arguments = objective.arguments(batch, torch.device("cpu"), torch.float32)
+    for row, first in enumerate(arguments[1].offsets_N1[:-1:2].tolist()):  # labels that the teacher knows
+        arguments[1].labels_N[2 * row] = arguments[1].ids[first]
     loss, sums = module(*arguments)
     assert len(sums) == len(objective.sums)
 
@@ -69,16 +73,24 @@ def test_imitation_is_the_dense_loss(inputs_dir, mixture_lambda):
     states_NH = super(type(module), module).forward(inputs_NI).double().detach()
     log_p_NV = (states_NH @ own_NV.T).log_softmax(-1)
     ce_N = -log_p_NV.gather(1, targets.labels_N[:, None])[:, 0]
+    taught = 0
     if mixture_lambda is not None:
         base_N = targets.base_log_probabilities_N.double().exp()
         ce_N = -((1 - mixture_lambda) * base_N + mixture_lambda * (-ce_N).exp()).log()
     total = 0.0
     for row, (start, stop) in enumerate(zip(targets.offsets_N1[:-1], targets.offsets_N1[1:], strict=True)):
         weights = targets.probabilities[start:stop].double()
-        if not len(weights):  # without a teacher a row is cross entropy alone
+        of_label = weights[targets.ids[start:stop] == targets.labels_N[row]].sum()
+        is_taught = len(weights) > 0
+        if only_helpful:
+            is_taught &= bool(of_label > targets.base_log_probabilities_N[row].double().exp())
+        taught += is_taught
+        if not is_taught:  # a row that nobody teaches is cross entropy alone
             total += ce_N[row]
             continue
         weights = weights / weights.sum()
         kl = (weights * (weights.log() - log_p_NV[row, targets.ids[start:stop]])).sum()
         total += alpha * kl + (1 - alpha) * ce_N[row]
     assert loss.item() == pytest.approx(float(total) / len(inputs_NI), rel=1e-5)
+    if only_helpful:
+        assert 0 < sums[objective.sums.index("taught")] == taught < len(inputs_NI)
