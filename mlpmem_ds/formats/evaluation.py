@@ -13,8 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from mlpmem_ds.core.array_files import read_array
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import publish_json, read_json
+from mlpmem_ds.core.files import publish_array, publish_json, read_json
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.typed_json import from_json, json_key, to_json
 
@@ -218,6 +221,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DocumentSums:
+    """What each arm spent on each of a split's M documents: enough for its perplexity, and for intervals that
+    draw whole documents again."""
+
+    positions_M: np.ndarray
+    """int64: scored positions of each document"""
+    sums: Mapping[str, np.ndarray]
+    """arm → natural log-probabilities at its choice, summed by document, float64 [M]"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportManifest(Manifest):
     """What was compared; the figures are in eval.json, which is made anew by every run."""
 
@@ -263,6 +277,30 @@ def read_evaluation(root: Path) -> Evaluation:
             f" {VERSION}: run evaluate again, it writes it anew"
         )
     return from_json(Evaluation, fields, where=str(path), version=VERSION)
+
+
+def write_document_sums(root: Path, split: str, documents: DocumentSums) -> None:
+    """Publish `documents-SPLIT.npy`: the positions, then a row an arm, in the order of eval.json."""
+    rows = [documents.positions_M.astype(np.float64), *documents.sums.values()]
+    publish_array(root / f"documents-{split}.npy", np.stack(rows))
+
+
+def read_document_sums(root: Path, split: str) -> DocumentSums:
+    """Of a complete report.
+
+    Raises:
+        DamagedDataError: the file or eval.json is missing, or they do not fit each other.
+    """
+    arms, path = read_evaluation(root).arms, root / f"documents-{split}.npy"
+    rows = read_array(path) if path.is_file() else np.empty((0, 0))
+    if rows.ndim != 2 or len(rows) != 1 + len(arms):
+        raise DamagedDataError(
+            f"{path} is missing, or not of the arms in {EVALUATION_NAME}: run evaluate again, it writes both"
+        )
+    return DocumentSums(
+        positions_M=rows[0].astype(np.int64),
+        sums={arm.name: sums_M for arm, sums_M in zip(arms, rows[1:], strict=True)},
+    )
 
 
 def open_report(root: Path, *, flag: str = "--report") -> Report:

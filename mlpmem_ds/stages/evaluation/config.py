@@ -89,6 +89,12 @@ class Config(Flags):
     )
     nprobe: int = option("lists that base+knn_ivfpq probes", 32, at_least=1, identity="resolved")
     lambdas: tuple[str, ...] = shared_flags.lambdas("to choose from", ("0:1:0.05",), identity="none")
+    choices_from: Path | None = option(
+        "report whose λ, neighbours and temperature are taken, by arm, instead of the best on the tuning"
+        " split: what the arms do to other text, such as text that the base is for",
+        None,
+        identity="none",
+    )
     bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
     bootstrap_block: int = option("positions in a block of the bootstrap", 256, at_least=1, identity="none")
     speed_positions: int | None = option(

@@ -13,12 +13,13 @@ import logging
 from typing import Any
 
 from mlpmem_ds.core.config import default_of, resolved_flags
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import log_for_all
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.ranks import Ranks
-from mlpmem_ds.formats.evaluation import ReportManifest
+from mlpmem_ds.formats.evaluation import ArmFigures, ReportManifest, open_report
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import Inputs, open_inputs
 from mlpmem_ds.stages.evaluation.results import ReportWriter
@@ -38,6 +39,7 @@ def run(config: Config, world: World) -> str | None:
 
 def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
     inputs = open_inputs(config, world)
+    comparison = _comparison(config, inputs)
     directory = open_stage(
         config.output,
         stage=ReportManifest.FORMAT,
@@ -60,7 +62,7 @@ def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
         inputs=inputs,
         units=units,
         directory=directory,
-        comparison=_comparison(config, inputs),
+        comparison=comparison,
         speed_positions=config.speed_positions,
         num_samples=config.samples,
     )
@@ -85,6 +87,26 @@ def _resolved(inputs: Inputs) -> dict[str, Any]:
     return {name: made.get(name, default_of(Config, name)) for name in resolved_flags(Config)}
 
 
+def _choices(config: Config, inputs: Inputs) -> dict[str, ArmFigures] | None:
+    """The figures of --choices-from by arm.
+
+    Raises:
+        UserError: an arm that is mixed with the base here is not there, or another one.
+    """
+    if config.choices_from is None:
+        return None
+    found = {arm.name: arm for arm in open_report(config.choices_from, flag="--choices-from").evaluation.arms}
+    for arm in inputs.arms:
+        given = found.get(arm.name)
+        is_alike = given is not None and (not arm.choices or given.chosen in arm.choices)
+        if not arm.stands_alone and (given is None or given.lmbda is None or not is_alike):
+            raise UserError(
+                f"--choices-from {config.choices_from} has no choice for the arm {arm.name}: make that report"
+                " with the same --memory, --control names, --k and --temperature, or leave the arm out"
+            )
+    return found
+
+
 def _comparison(config: Config, inputs: Inputs) -> Comparison:
     subject, reference = inputs.playing("subject"), inputs.playing("reference")
     return Comparison(
@@ -97,4 +119,5 @@ def _comparison(config: Config, inputs: Inputs) -> Comparison:
         subject=subject[0].name if subject else None,
         reference=reference[0].name if reference else None,
         controls=tuple(arm.name for arm in inputs.playing("control")),
+        choices=_choices(config, inputs),
     )

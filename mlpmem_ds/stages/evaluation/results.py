@@ -20,11 +20,13 @@ from mlpmem_ds.core.files import publish_bytes
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.evaluation import (
+    DocumentSums,
     Evaluation,
     Machine,
     ReportManifest,
     Sample,
     Settings,
+    write_document_sums,
     write_evaluation,
 )
 from mlpmem_ds.stages.evaluation.arms.arm import Arm
@@ -80,6 +82,9 @@ class ReportWriter:
             for arm in inputs.arms
         ]
         summary = summarize(scores, comparison, _groups(scores[0], test))
+        for name, split in inputs.splits.items():
+            scores_of_split = {arm: by_split[name] for arm, by_split in summary.scores.items()}
+            write_document_sums(self.directory.root, name, sum_documents(split, scores_of_split))
         return Evaluation(
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             machine=Machine(platform=platform.platform(), cores=os.cpu_count()),
@@ -101,6 +106,21 @@ class ReportWriter:
             speeds=measure_speeds(inputs.arms, base.forward_pass, test.corpus, self.speed_positions),
             samples=_samples(inputs, summary, test.corpus, self.num_samples),
         )
+
+
+def sum_documents(split: Split, scores: Mapping[str, np.ndarray]) -> DocumentSums:
+    """The log-probabilities [N] of each arm, summed by document; those without a position are left out."""
+    every = np.arange(split.corpus.num_positions) if split.positions is None else split.positions
+    documents_N = split.corpus.documents_of(every)
+    positions_M = np.bincount(documents_N)
+    is_present_M = positions_M > 0
+    return DocumentSums(
+        positions_M=positions_M[is_present_M],
+        sums={
+            name: np.bincount(documents_N, weights=scores_N)[is_present_M]
+            for name, scores_N in scores.items()
+        },
+    )
 
 
 def _settings(

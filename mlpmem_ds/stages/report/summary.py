@@ -81,6 +81,9 @@ class Comparison:
     """the arm by whose gain the subject's is measured; None: there is none"""
     controls: tuple[str, ...] = ()
     """arms that the subject should be better than"""
+    choices: Mapping[str, ArmFigures] | None = None
+    """arm → its figures in another report, whose λ, neighbours and temperature are taken; None: they are
+    chosen on the tuning split"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,8 @@ class Summary:
     against: Mapping[str, Change]
     wins: Mapping[str, bool]
     breakdowns: tuple[Breakdown, ...]
+    scores: Mapping[str, Mapping[str, np.ndarray]]
+    """arm → split → log-probabilities of the values, float64 [N], at what was chosen"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +129,13 @@ def summarize(arms: Sequence[ArmScores], comparison: Comparison, groups: Sequenc
         against=_against(final_scores, comparison),
         wins=_wins(figures, comparison),
         breakdowns=tuple(_breakdown(way, base.name, final_scores, test) for way in groups),
+        scores=final_scores,
     )
 
 
 def _choose(base: ArmScores, arm: ArmScores, comparison: Comparison) -> _Choice:
-    """The λ and column of the lowest perplexity on the tuning split, and that column's curve over λ."""
+    """The λ and column of the lowest perplexity on the tuning split, or those of another report; and that
+    column's curve over λ."""
     if arm.stands_alone:
         return _Choice(lmbda=None, column=None, chosen={}, curve=None)
     base_N, scores_NT = base.scores[comparison.tuning], arm.scores[comparison.tuning]
@@ -139,14 +146,22 @@ def _choose(base: ArmScores, arm: ArmScores, comparison: Comparison) -> _Choice:
     curves_TG = np.array(
         [lambda_curve(base_N, columns[:, t], comparison.grid) for t in range(columns.shape[1])]
     )
-    t, g = np.unravel_index(np.argmin(np.where(is_allowed_G, curves_TG, np.inf)), curves_TG.shape)
+    if comparison.choices is None:
+        best = int(np.argmin(np.where(is_allowed_G, curves_TG, np.inf)))
+        t, g = divmod(best, len(grid_G))
+        lmbda = float(grid_G[g])
+    else:
+        given = comparison.choices[arm.name]
+        assert given.lmbda is not None
+        t = arm.choices.index(given.chosen) if arm.choices else 0
+        lmbda = given.lmbda
     curve = tuple(
-        CurvePoint(lmbda=float(lmbda), ppl=float(ppl) if np.isfinite(ppl) else None)
-        for lmbda, ppl in zip(grid_G, curves_TG[t], strict=True)
+        CurvePoint(lmbda=float(weight), ppl=float(ppl) if np.isfinite(ppl) else None)
+        for weight, ppl in zip(grid_G, curves_TG[t], strict=True)
     )
     return _Choice(
-        lmbda=float(grid_G[g]),
-        column=int(t) if scores_NT.ndim == 2 else None,
+        lmbda=lmbda,
+        column=t if scores_NT.ndim == 2 else None,
         chosen=arm.choices[t] if arm.choices else {},
         curve=curve,
     )

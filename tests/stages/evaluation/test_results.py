@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 from transformers import GPT2LMHeadModel
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.core.log import seconds_of_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.formats.evaluation import read_evaluation
+from mlpmem_ds.formats.evaluation import read_document_sums, read_evaluation
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.corpus import prepare_corpus
@@ -185,3 +187,47 @@ def test_an_unsplit_corpus_is_dealt_in_halves_by_document(
             document["bytes"] for document, mine in zip(corpus.documents, documents, strict=True) if mine
         )
         assert row.bits_per_byte == pytest.approx(-scores[chosen].sum() / math.log(2) / num_bytes)
+
+
+def test_the_sums_by_document_give_the_perplexity_of_each_arm(finished: Finished) -> None:
+    config, _, evaluation = finished
+    for split in ("tuning", "test", "heldout"):
+        sums = read_document_sums(config.output, split)
+        corpus = open_corpus(config.corpus, split)
+        assert sums.positions_M.sum() == corpus.num_positions
+        assert len(sums.positions_M) == len(corpus.documents)
+        for arm in evaluation.arms:
+            ppl = math.exp(-sums.sums[arm.name].sum() / sums.positions_M.sum())
+            assert ppl == pytest.approx(arm.splits[split].ppl, rel=1e-12)
+
+
+def test_choices_of_another_report_are_taken_in_place_of_the_tuning_splits(
+    config: Config, finished: Finished
+) -> None:
+    """A grid that does not hold the chosen λ shows that none was chosen anew."""
+    shutil.copytree(finished.config.output, config.output)
+    evaluate.run(
+        replace(
+            config,
+            lambdas=("0.99",),
+            choices_from=finished.config.output,
+            speed_positions=None,
+            samples=0,
+        ),
+        World(),
+    )
+    for before, after in zip(finished.evaluation.arms, read_evaluation(config.output).arms, strict=True):
+        assert (after.lmbda, after.chosen, after.splits) == (before.lmbda, before.chosen, before.splits)
+
+
+def test_a_report_without_the_arm_is_refused_before_anything_is_written(
+    config: Config, finished: Finished, artifacts: Path
+) -> None:
+    config = replace(
+        config,
+        control=(*config.control, f"base+another={artifacts / 'memory'}"),
+        choices_from=finished.config.output,
+    )
+    with pytest.raises(UserError, match=r"has no choice for the arm base\+another"):
+        evaluate.run(config, World())
+    assert not config.output.exists()

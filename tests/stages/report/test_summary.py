@@ -91,7 +91,7 @@ def _evaluation(arms, comparison=COMPARISON, groups=(), **changes):
         "lambdas": LAMBDAS,
         "subject": comparison.subject,
         "reference": comparison.reference,
-        **{name: value for name, value in summary.items() if name != "arms"},
+        **{name: value for name, value in summary.items() if name not in ("arms", "scores")},
     }
     return make_evaluation(*summary["arms"], **(fields | changes))
 
