@@ -13,6 +13,7 @@ from pathlib import Path
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.csv_readers import read_csv
 from mlpmem_ds.formats.file_marks import JSON_LINES_SUFFIXES, TABLE_SUFFIXES
+from mlpmem_ds.formats.installed_docs import read_docs
 from mlpmem_ds.formats.json_readers import read_json
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import Reader, ReadRules, Record
@@ -72,4 +73,5 @@ READERS: dict[str, Reader] = {
     "tar": read_tar,
     "zip": read_zip,
     "part": refuse_part,
+    "docs": read_docs,  # of inputs `docs:NAME` alone
 }

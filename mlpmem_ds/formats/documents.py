@@ -46,7 +46,7 @@ class SourceFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A Path's own way to a process costs as much as a read.
-        return _source_file, (str(self.path), self.name, self.is_named, self.kind)
+        return source_file, (str(self.path), self.name, self.is_named, self.kind)
 
     @cached_property
     def kind(self) -> str:
@@ -64,7 +64,8 @@ class SourceFile:
             return 0
 
 
-def _source_file(path: str, name: str, is_named: bool, kind: str) -> SourceFile:
+def source_file(path: str, name: str, is_named: bool, kind: str) -> SourceFile:
+    """A file of a kind that its name does not tell."""
     file = SourceFile(path=Path(path), name=name, is_named=is_named)
     file.__dict__["kind"] = kind
     return file

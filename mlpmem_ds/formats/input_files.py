@@ -18,9 +18,10 @@ from pathlib import Path
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import is_own_directory
 from mlpmem_ds.core.names import spell_path
-from mlpmem_ds.formats.documents import DATASET_PREFIX, MAY_NOT_BE_READ, SourceFile
+from mlpmem_ds.formats.documents import DATASET_PREFIX, MAY_NOT_BE_READ, SourceFile, source_file
 from mlpmem_ds.formats.file_marks import RESOURCE_FORK
 from mlpmem_ds.formats.input_names import FILE_PATTERNS, Choice, unused_patterns
+from mlpmem_ds.formats.installed_docs import DOCS_PREFIX, path_in_package, place_of_docs
 from mlpmem_ds.formats.omissions import REASONS_BY_SUFFIX, Omission, ReasonName, describe_omissions
 from mlpmem_ds.formats.saved_datasets import (
     SAVED_DATASET_MARKS,
@@ -98,7 +99,7 @@ def find_files(
 
 def _paths_of(given: str) -> list[Path]:
     """The path that an input names, or those that its pattern matches."""
-    if given.startswith(DATASET_PREFIX):
+    if given.startswith((DATASET_PREFIX, DOCS_PREFIX)):
         return [Path(given)]
     if os.path.lexists(Path(given)):  # a Path has no slash at its end
         return [_local(given)]
@@ -120,9 +121,9 @@ def _paths_of(given: str) -> list[Path]:
 
 
 def _local(name: str) -> Path:
-    """The path of a file, which is never taken for a data set of the Hub: `./datasets:x`."""
+    """The path of a file, which is never taken for another kind of input: `./datasets:x`."""
     path = Path(name)
-    return path.absolute() if str(path).startswith(DATASET_PREFIX) else path
+    return path.absolute() if str(path).startswith((DATASET_PREFIX, DOCS_PREFIX)) else path
 
 
 def _folders_of_pattern(pattern: str) -> Iterator[str]:
@@ -148,6 +149,9 @@ def _items_of(path: Path, choice: Choice, output: Path | None) -> Iterator[Sourc
     if str(path).startswith(DATASET_PREFIX):
         yield SourceFile(path=path, name=spell_path(str(path)), is_named=True)
         return
+    if str(path).startswith(DOCS_PREFIX):
+        yield from _docs(place_of_docs(str(path)), choice)
+        return
     mode = _mode_of(path)
     if not stat.S_ISDIR(mode):
         if not stat.S_ISREG(mode):
@@ -158,6 +162,19 @@ def _items_of(path: Path, choice: Choice, output: Path | None) -> Iterator[Sourc
         yield SourceFile(path=path, name=spell_path(path.name), is_named=True)
     else:
         yield from _walk(path, choice, output)
+
+
+def _docs(place: Path, choice: Choice) -> Iterator[SourceFile | Omission]:
+    """The Python sources of a package, or of one module; of its other files nothing is asked."""
+    name = path_in_package(place).as_posix()
+    if any(choice.is_excluded(part) for part in (place.name, name)):
+        yield Omission(name=spell_path(name + "/" * place.is_dir()), reason="excluded")
+    elif place.is_dir():
+        for entry in sorted(place.iterdir()):
+            if entry.suffix == ".py" or (entry.is_dir() and entry.name != "__pycache__"):
+                yield from _docs(entry, choice)
+    else:
+        yield source_file(str(place), spell_path(name), is_named=False, kind="docs")
 
 
 def _mode_of(path: Path) -> int:

@@ -33,7 +33,8 @@ class Config(Flags):
     memory_flags: ClassVar[tuple[str, ...]] = ("--processes",)
 
     input: tuple[str, ...] = option(
-        "files, directories, globs, saved data sets or datasets:NAME[:CONFIGURATION[:SPLIT]] to read",
+        "files, directories, globs, saved data sets, datasets:NAME[:CONFIGURATION[:SPLIT]] or docs:PACKAGE"
+        " (docstrings of an installed package; docs:python is the language reference) to read",
         identity="none",
         metavar="PATH",
     )
