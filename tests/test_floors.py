@@ -98,6 +98,8 @@ OWNERS: dict[str, set[str]] = {
 EXPORTED = {
     "models/backbone.py",
     "models/capture_point.py",
+    "models/gate_features.py",
+    "models/gates.py",
     "models/hf.py",
     "models/hf_config.py",
     "models/memory.py",

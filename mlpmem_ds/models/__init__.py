@@ -6,7 +6,9 @@ Read in this order; files marked * are copied into every export and import nothi
     structure*         a base's layers, MLPs and output head, found by structure
     capture_point*     where a hidden state is read
     backbone*          loading a base, and capturing its hidden states
-    mixture*           the mixture of base and memory, and the gates that give the memory's weight
+    mixture*           the mixture of base and memories; gates, which give the memories' weights
+    gate_features*     what a learned gate reads: confidences, and the history of past tokens
+    gates*             gates that learned the weights, and the register of all gates
     hf_config*, hf*    the joint model: its config.json, and its forward, generation, saving and loading
     generation_settings where generation stops, and the rows that it never takes
     quantized*         a memory with int8 matrices, for decoding

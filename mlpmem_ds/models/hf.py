@@ -34,10 +34,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backbone import Taps
 from .capture_point import CapturePoint
+from .gates import open_gate
 from .hf_config import MemoryAugmentedConfig
 from .memory import Memory, NormalLinear
 from .memory_config import DEFAULT_LAMBDA, MemoryConfig
-from .mixture import Constant, GateInputs, StoredGate, log_mixture_of_logits, open_gate
+from .mixture import Constant, GateInputs, StoredGate, log_mixture_of_logits
 from .quantized import Int8Linear, quantize_linears
 from .structure import decoder_layers, output_head, resolve_layer
 
@@ -289,7 +290,12 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         hidden = self.memory(states[MEMORY_INPUT].to(device=weight.device, dtype=weight.dtype))
         memory_logits_BKV = self.memory.head(hidden).to(base_logits_BKV.device)
         lmbda = self.gate(
-            GateInputs(base_logits=base_logits_BKV, memory_logits=memory_logits_BKV, states=states)
+            GateInputs(
+                base_logits=base_logits_BKV,
+                memory_logits=(memory_logits_BKV,),
+                memory_states=(hidden,),
+                states=states,
+            )
         )
         # A compiler makes one kernel of the plain function by itself.
         mixture = log_mixture_of_logits if torch.compiler.is_compiling() else self.mixture

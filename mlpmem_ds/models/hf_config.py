@@ -18,7 +18,7 @@ class MemoryAugmentedConfig(PretrainedConfig):
 
     `base_config` is the base's full config (a dict with its `model_type`, or the object), `memory_config` the
     dict of a `MemoryConfig`, `lmbda` the memory's weight in [0, 1], `gate` what finds the weight at each
-    position (a dict with a `kind` of `mixture.GATES` and its settings; None: `lmbda` everywhere),
+    position (a dict with a `kind` of `gates.GATES` and its settings; None: `lmbda` everywhere),
     `input_layer` and `input_point` the hidden state that the memory reads (see `CapturePoint`), `layers_path`
     the base's list of layers where it cannot be found by structure, `provenance` plain values about how the
     memory was made, `vocabulary_sha256` the fingerprint of the tokenizer's vocabulary, empty when unknown.

@@ -5,16 +5,17 @@
 token that followed. Twins that must follow a change here: `maths/kernels/probability_rows.py` (Triton), and
 the training loss through the mixture with its derivative (`maths/sparse_chunk.py`, a test ties it to this).
 
-To add a gate: a class here (a member of `GATES`, if a model is to hold it), its training, a flag, and a line
-in `formats/README.md` for what an export stores of it.
+Several memories of one base are a *bank*: `p = (1 - Σλ_m) p_base + Σ λ_m p_m`, with a weight for each memory.
+Gates that learned λ, and the register of all that a model can hold, are in `gates`.
 
 This file travels with exported models as remote code: it imports torch and the standard library only.
 
-Shapes: `...` any leading dimensions, V vocabulary, D width of the base, N positions, G weights of a grid.
+Shapes: `...` any leading dimensions, V vocabulary, D width of the base, N positions, G weights of a grid, M
+memories of a bank, H numbers of a history.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -25,8 +26,10 @@ from .memory_config import DEFAULT_LAMBDA
 
 if TYPE_CHECKING:
     from .capture_point import CapturePoint
+    from .gate_features import History
 
 _NO_STATES: Mapping[str, Any] = MappingProxyType({})
+_ROUNDING = 1e-6  # a sum of weights so near to 1 is 1: gates give them in float32
 
 
 def checked_lmbda(value: float) -> float:
@@ -39,8 +42,7 @@ def checked_lmbda(value: float) -> float:
 def log_mixture(base: torch.Tensor, memory: torch.Tensor, lmbda: float | torch.Tensor) -> torch.Tensor:
     """`log((1 - λ) e^base + λ e^memory)`, elementwise, from two tensors of log-probabilities.
 
-    Exact where λ is 0 (base, bit for bit) or 1 (memory), and where either side is -inf. Several memories are
-    mixed one after the other.
+    Exact where λ is 0 (base, bit for bit) or 1 (memory), and where either side is -inf.
 
     Args:
         base, memory: of one shape, or of shapes that broadcast.
@@ -83,6 +85,51 @@ def log_mixture_of_logits(
     return log_mixture(base, memory, lmbda)
 
 
+def log_mixture_of_bank(
+    base: torch.Tensor, memories: Sequence[torch.Tensor], lmbdas: torch.Tensor
+) -> torch.Tensor:
+    """`log((1 - Σλ_m) e^base + Σ λ_m e^memory_m)`, elementwise, from log-probabilities of M memories.
+
+    Exact where one weight is 1 or all are 0, and where a side is -inf. Of one memory it is `log_mixture`.
+
+    Args:
+        base, memories: of one shape.
+        lmbdas: `[..., M]`: the leading dimensions are none, those of the inputs but the last (a set of
+            weights for each row), or theirs.
+
+    Returns:
+        float32, or float64 if an input is. No side is NaN unless a weight lies outside [0, 1] or their sum
+        does, by more than rounding.
+
+    Raises:
+        ValueError: there is not a weight for each memory, or the weights have a shape that does not fit.
+    """
+    if not memories or lmbdas.shape[-1] != len(memories):
+        raise ValueError(f"{len(memories)} memories need as many weights, not {lmbdas.shape[-1:]}")
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    for memory in memories:
+        dtype = torch.promote_types(dtype, memory.dtype)
+    weights = lmbdas.to(base.device).double()
+    rest = 1 - weights.sum(-1)
+    rest = torch.where(rest.abs() < _ROUNDING, rest * 0, rest)
+    mixed = base.to(dtype) + _log_weight(_along_rows(rest, base)).to(dtype)
+    for memory, weight in zip(memories, weights.unbind(-1), strict=True):
+        taken = _log_weight(_along_rows(weight, base)).to(dtype)
+        mixed = torch.logaddexp(mixed, memory.to(dtype) + taken)
+    return mixed
+
+
+def log_mixture_of_bank_logits(
+    base_logits: torch.Tensor, memory_logits: Sequence[torch.Tensor], lmbdas: torch.Tensor
+) -> torch.Tensor:
+    """`log_mixture_of_bank` of softmaxes over the last dimension, float32 [..., V].
+
+    The logits are [..., V] in any floating dtype, `lmbdas` [M] or [..., M]. Raises ValueError as that does.
+    """
+    base, *memories = (torch.log_softmax(logits.float(), dim=-1) for logits in (base_logits, *memory_logits))
+    return log_mixture_of_bank(base, memories, lmbdas)
+
+
 def check_rows(base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float | torch.Tensor) -> None:
     """Raises ValueError unless both logits have one shape, and a tensor λ a value for each of their rows."""
     if base_logits.shape != memory_logits.shape:
@@ -120,6 +167,12 @@ def _log_weights(lmbda: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keep, take
 
 
+def _log_weight(weight: torch.Tensor) -> torch.Tensor:
+    """log of a weight, float64; -inf and without a gradient where it is exactly 0."""
+    is_zero = weight == 0
+    return torch.where(is_zero, -math.inf, torch.log(torch.where(is_zero, 0.5, weight)))
+
+
 # Gates
 
 
@@ -127,14 +180,16 @@ def _log_weights(lmbda: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class GateInputs:
     """What a gate may read at each position, before the token that follows is known.
 
-    A field more is how a new kind of evidence comes in (the probabilities that both gave to the tokens
-    before, for a gate with a history); a host that cannot give one leaves it None, and the gate that needs it
-    says so.
+    A field more is how a new kind of evidence comes in; a host that cannot give one leaves it out, and the
+    gate that needs it says so.
     """
 
     base_logits: torch.Tensor | None = None  # [..., V]
-    memory_logits: torch.Tensor | None = None  # [..., V]
+    memory_logits: Sequence[torch.Tensor] = ()  # [..., V] of each memory
+    memory_states: Sequence[torch.Tensor] = ()  # of each memory, what its head reads
     states: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [..., D], by the names of `Gate.reads`
+    history: torch.Tensor | None = None  # [..., H], as `Gate.history` keeps it
+    confidences: torch.Tensor | None = None  # of `gate_features`, from a host that keeps no logits
 
 
 NOTHING = GateInputs()
@@ -142,14 +197,15 @@ NOTHING = GateInputs()
 
 @runtime_checkable
 class Gate(Protocol):
-    """Gives λ, the memory's weight in [0, 1], at each position.
+    """Gives λ, the memory's weight in [0, 1], at each position; of a bank, one for each memory.
 
     Why this signature. A gate is a function of what is known at a position and no more: whoever runs the
     models (the joint model at each forward, evaluation over a corpus) computes the evidence and applies the
     λ, so that neither knows what kind of gate it holds. All evidence comes in one record, of which a gate
     reads what it needs: entropies and greatest probabilities are a line each from the logits that the host
-    has anyway, and hidden states are captured only where `reads` names them. A record, not arguments: new
-    evidence adds a field and touches no other gate. How a gate was fitted is not part of the protocol, since
+    has anyway, hidden states are captured only where `reads` names them, and past tokens are followed only
+    where `history` says how. A record, not arguments: new evidence adds a field and touches no
+    other gate. How a gate was fitted is not part of the protocol, since
     only its own training knows; a fitted one may be a `torch.nn.Module`, whose weights are then saved with
     the joint model that holds it.
     """
@@ -159,8 +215,13 @@ class Gate(Protocol):
         """Hidden states of the base that it needs in `GateInputs.states`, by name."""
         ...
 
+    @property
+    def history(self) -> "History | None":
+        """What it needs in `GateInputs.history`, and how the host keeps it; None: nothing."""
+        ...
+
     def __call__(self, inputs: GateInputs = NOTHING, /) -> float | torch.Tensor:
-        """λ: one number for all positions, or `[...]`, a value for each."""
+        """λ: one number for all positions, or `[...]`, a value for each; of a bank `[M]` or `[..., M]`."""
         ...
 
 
@@ -169,8 +230,8 @@ class StoredGate(Gate, Protocol):
     """A gate that a joint model holds and an export stores."""
 
     def settings(self) -> dict[str, Any]:
-        """Plain values for config.json: `kind`, a name in `GATES`, and all that its entry there needs but the
-        model's `lmbda`."""
+        """Plain values for config.json: `kind`, a name in `gates.GATES`, and all that its entry there needs
+        but the model's `lmbda`."""
         ...
 
     def __str__(self) -> str:
@@ -184,6 +245,7 @@ class Constant:
 
     lmbda: float = DEFAULT_LAMBDA
     reads: ClassVar[Mapping[str, Any]] = _NO_STATES
+    history: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         checked_lmbda(self.lmbda)
@@ -199,6 +261,32 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The same weights at every position, one for each memory of a bank."""
+
+    lmbdas: tuple[float, ...]
+    reads: ClassVar[Mapping[str, Any]] = _NO_STATES
+    history: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        total = sum(checked_lmbda(value) for value in self.lmbdas)
+        if not self.lmbdas or total > 1 + _ROUNDING:
+            raise ValueError(
+                f"the weights {self.lmbdas} of a bank: one for each memory, with a sum of at most 1"
+            )
+
+    def __call__(self, _: GateInputs = NOTHING, /) -> torch.Tensor:
+        """float64 [M]."""
+        return torch.tensor(self.lmbdas, dtype=torch.float64)
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "weights", "lmbdas": list(self.lmbdas)}
+
+    def __str__(self) -> str:
+        return "λ = " + ", ".join(f"{value:g}" for value in self.lmbdas)
+
+
+@dataclass(frozen=True)
 class Grid:
     """Several constants to choose from, in evaluation and validation.
 
@@ -208,6 +296,7 @@ class Grid:
 
     lambdas: tuple[float, ...]
     reads: ClassVar[Mapping[str, Any]] = _NO_STATES
+    history: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not self.lambdas:
@@ -244,24 +333,3 @@ def _values_of(word: str) -> list[float]:
     if not 0 <= first <= last <= 1:
         raise ValueError(f"{word}: the memory's share of the mixture lies between 0 and 1")
     return [round(first + step * number, 12) for number in range(int((last - first) / step + 1e-9) + 1)]
-
-
-GATES: Mapping[str, Callable[[float, Mapping[str, Any]], StoredGate]] = {
-    "constant": lambda lmbda, _: Constant(lmbda),
-}
-"""The gates that a model can hold: kind → function of the model's `lmbda` and the gate's other settings."""
-
-
-def open_gate(settings: Mapping[str, Any], lmbda: float) -> StoredGate:
-    """The gate that `StoredGate.settings` described.
-
-    Raises:
-        ValueError: this version does not have the kind, or λ is out of range.
-    """
-    others = dict(settings)
-    kind = others.pop("kind", None)
-    if kind not in GATES:
-        raise ValueError(
-            f"the gate's kind {kind!r} is none of {', '.join(GATES)}: it needs a newer version of this code"
-        )
-    return GATES[kind](checked_lmbda(lmbda), others)

@@ -14,16 +14,17 @@ from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
 from mlpmem_ds.models.mixture import (
-    GATES,
     Constant,
     Gate,
     GateInputs,
     Grid,
     StoredGate,
+    Weights,
     checked_lmbda,
     log_mixture,
+    log_mixture_of_bank,
+    log_mixture_of_bank_logits,
     log_mixture_of_logits,
-    open_gate,
 )
 
 LIBRARY = Path(__file__).parents[2] / "mlpmem_ds"
@@ -203,10 +204,58 @@ def test_the_training_loss_through_the_mixture_is_its_derivative() -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_a_bank_mixes_as_its_definition_says(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = 3 * torch.randn(4, 5, 30, generator=generator, dtype=torch.float64)
+    base, *memories = torch.log_softmax(logits, -1).to(dtype)
+    rows = torch.rand(5, 4, generator=generator, dtype=torch.float64).softmax(-1)[:, 1:]
+    for lmbdas in (torch.tensor([0.2, 0.5, 0.1], dtype=torch.float64), rows):
+        rest = 1 - lmbdas.sum(-1)
+        parts = zip((rest, *lmbdas.unbind(-1)), (base, *memories), strict=True)
+        wanted = torch.log(sum(weight[..., None] * part.double().exp() for weight, part in parts))
+        mixed = log_mixture_of_bank(base, memories, lmbdas)
+        assert mixed.dtype == dtype
+        torch.testing.assert_close(mixed.double(), wanted, rtol=0, atol=tolerance)
+        of_logits = log_mixture_of_bank_logits(logits[0], tuple(logits[1:]), lmbdas)
+        torch.testing.assert_close(of_logits.double(), wanted, rtol=0, atol=2e-6)
+        torch.testing.assert_close(  # of one column, a set of weights for each of its entries
+            log_mixture_of_bank(base[:, 3], [memory[:, 3] for memory in memories], lmbdas), mixed[:, 3]
+        )
+    one = log_mixture_of_bank(base, memories[:1], rows[:, :1])
+    torch.testing.assert_close(one, log_mixture(base, memories[0], rows[:, 0]))
+
+
+def test_the_ends_of_a_bank_are_exact() -> None:
+    base, first = log_probabilities(3, 8, dtype=torch.float32)
+    second = torch.full_like(base, -math.inf)
+    lmbdas = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.5]], requires_grad=True)
+    mixed = log_mixture_of_bank(base, [first, second], lmbdas)
+    assert torch.equal(mixed[0], base[0]) and torch.equal(mixed[1], first[1])
+    torch.testing.assert_close(mixed[2], base[2] + math.log(0.5))
+    mixed[:2].sum().backward()
+    assert lmbdas.grad is not None and bool(lmbdas.grad.isfinite().all())
+    rounded = torch.tensor([0.1, 0.9 + 3e-8])  # float32 sums of a softmax
+    assert torch.isfinite(log_mixture_of_bank(base, [first, first], rounded)).all()
+    assert torch.isnan(log_mixture_of_bank(base, [first, first], torch.tensor([0.5, 0.6]))).all()
+    with pytest.raises(ValueError, match="2 memories need as many weights"):
+        log_mixture_of_bank(base, [first, second], torch.tensor([0.3]))
+
+
+def test_the_weights_of_a_bank_are_a_gate() -> None:
+    gate = Weights((0.25, 0.5))
+    assert isinstance(gate, StoredGate) and gate.history is None and str(gate) == "λ = 0.25, 0.5"
+    assert gate().tolist() == [0.25, 0.5]
+    for wrong in ((), (0.5, 0.6), (-0.1, 0.2)):
+        with pytest.raises(ValueError, match=r"λ|weights"):
+            Weights(wrong)
+
+
 class Confidence(nn.Module):
     """A learned gate as a later one may be: from both entropies and a state of the base."""
 
     reads = {"final": CapturePoint(layer=-1, point="final_norm")}
+    history = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +264,7 @@ class Confidence(nn.Module):
     def forward(self, inputs: GateInputs, /) -> torch.Tensor:
         entropies = [
             -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-            for logits in (inputs.base_logits, inputs.memory_logits)
+            for logits in (inputs.base_logits, *inputs.memory_logits)
             if logits is not None
         ]
         features = torch.cat([torch.stack(entropies, -1), inputs.states["final"]], -1)
@@ -225,7 +274,7 @@ class Confidence(nn.Module):
 
 def test_constants_grids_and_learned_gates_are_used_alike() -> None:
     base, memory = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(2))
-    inputs = GateInputs(base_logits=base, memory_logits=memory, states={"final": torch.ones(4, 3)})
+    inputs = GateInputs(base_logits=base, memory_logits=(memory,), states={"final": torch.ones(4, 3)})
     gates: list[Gate] = [Constant(0.3), Confidence()]
     for gate in gates:
         assert isinstance(gate, Gate)
@@ -237,17 +286,6 @@ def test_constants_grids_and_learned_gates_are_used_alike() -> None:
     assert isinstance(gate, nn.Module)
     (-log_mixture_of_logits(base, memory, gate(inputs))[:, 1].sum()).backward()
     assert bool(gate.layer.weight.grad.any())  # type: ignore[union-attr]
-
-
-def test_a_stored_gate_is_opened_by_its_kind() -> None:
-    for kind in GATES:
-        gate = open_gate({"kind": kind}, 0.4)
-        assert isinstance(gate, StoredGate) and open_gate(gate.settings(), 0.4) == gate
-    assert open_gate({"kind": "constant"}, 0.4) == Constant(0.4)
-    with pytest.raises(ValueError, match="'router' is none of constant"):
-        open_gate({"kind": "router"}, 0.4)
-    with pytest.raises(ValueError, match=r"\[0, 1\], not 1.4"):
-        open_gate({"kind": "constant"}, 1.4)
 
 
 def test_a_grid_is_parsed_from_numbers_and_ranges() -> None:

@@ -1,0 +1,102 @@
+"""What gates read: confidences against their definition, histories against a plain loop in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mlpmem_ds.models.gate_features import History, confidences, join_confidences, num_confidences
+
+
+def log_probabilities(*shape: int, seed: int = 0) -> torch.Tensor:
+    return -5 * torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_a_loop(
+    history: History, log_base_S: torch.Tensor, log_memories_SM: torch.Tensor, segments_S: list[int]
+) -> list[list[float]]:
+    """The states of one text, as the definition reads."""
+    state, found = [0.0] * history.size, []
+    for position, segment in enumerate(segments_S):
+        if position and segment != segments_S[position - 1]:
+            state = [0.0] * history.size
+        found.append(state)
+        base = float(log_base_S[position])
+        ratios = [float(memory) - base for memory in log_memories_SM[position]]
+        news = [max(-20.0, min(20.0, ratio)) for ratio in ratios for _ in history.ratio_decays]
+        news += [max(-20.0, base)] * len(history.base_decays)
+        decays = history.ratio_decays * history.num_memories + history.base_decays
+        state = [d * old + (1 - d) * new for d, old, new in zip(decays, state, news, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("num_memories", [1, 3])
+def test_histories_are_those_of_a_plain_loop_over_documents(num_memories: int) -> None:
+    history = History(num_memories=num_memories)
+    assert history.size == 3 * num_memories + 1
+    log_base_S, log_memories_SM = log_probabilities(700), log_probabilities(700, num_memories, seed=1)
+    lengths = [1, 5, 122, 1, 1, 300, 128, 142]  # over and upon the edges of chunks
+    segments = [number for number, length in enumerate(lengths) for _ in range(length)]
+    wanted = torch.tensor(by_a_loop(history, log_base_S, log_memories_SM, segments), dtype=torch.float64)
+    found, last = history.along(log_base_S, log_memories_SM, segments=torch.tensor(segments))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        last, history.update(found[-1], log_base_S[-1], log_memories_SM[-1]), rtol=0, atol=1e-13
+    )
+    one_text, _ = history.along(log_base_S, log_memories_SM)
+    wanted = torch.tensor(by_a_loop(history, log_base_S, log_memories_SM, [0] * 700), dtype=torch.float64)
+    torch.testing.assert_close(one_text, wanted, rtol=0, atol=1e-13)
+
+
+def test_a_batch_goes_on_where_its_prompt_ended_and_sees_no_padding() -> None:
+    history = History(num_memories=2)
+    log_base_BS, log_memories_BSM = log_probabilities(3, 200).float(), log_probabilities(3, 200, 2).float()
+    padding = [0, 7, 130]
+    segments_BS = torch.stack([(torch.arange(200) >= number).long() for number in padding])
+    states_BSH, last_BH = history.along(log_base_BS, log_memories_BSM, segments=segments_BS)
+    for row, number in enumerate(padding):
+        state_H = history.start()
+        for position in range(number, 200):
+            torch.testing.assert_close(states_BSH[row, position], state_H, rtol=0, atol=1e-5)
+            state_H = history.update(state_H, log_base_BS[row, position], log_memories_BSM[row, position])
+        torch.testing.assert_close(last_BH[row], state_H, rtol=0, atol=1e-5)
+    first, state = history.along(log_base_BS[:, :90], log_memories_BSM[:, :90])
+    second, last = history.along(log_base_BS[:, 90:], log_memories_BSM[:, 90:], history=state)
+    whole, wanted = history.along(log_base_BS, log_memories_BSM)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(last, wanted, rtol=0, atol=1e-5)
+    assert whole.dtype == torch.float32 and torch.equal(history.start(3), torch.zeros(3, 7))
+
+
+def test_an_impossible_token_is_bounded() -> None:
+    history = History(ratio_decays=(0.5,), base_decays=(0.0,))
+    state = history.update(history.start(), torch.tensor(-1.0), torch.tensor([-math.inf]))
+    assert state.tolist() == [-10.0, -1.0]
+    state = history.update(state, torch.tensor(-math.inf), torch.tensor([-1.0]))
+    assert state.tolist() == [5.0, -20.0]
+    for wrong in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="decays"):
+            History(ratio_decays=(wrong,))
+
+
+def test_confidences_are_entropy_certainty_and_agreement() -> None:
+    generator = torch.Generator().manual_seed(2)
+    base, one, two = 3 * torch.randn(3, 4, 9, generator=generator)
+    one[0] = base[0]
+    base[1, 3] = one[1, 3] = -math.inf  # a token that is never given
+    found = confidences(base, (one, two))
+    assert found.shape == (4, num_confidences(2)) and found.dtype == torch.float32
+    p_base = base.double().softmax(-1)
+    place = p_base.argmax(-1, keepdim=True)
+    columns = []
+    for logits in (base, one, two):
+        p = logits.double().softmax(-1)
+        columns += [-torch.where(p > 0, p * p.log(), 0.0).sum(-1), p.amax(-1).log()]
+        if logits is not base:
+            columns += [(p.argmax(-1) == place[:, 0]).double(), p.gather(-1, place)[:, 0].log()]
+    torch.testing.assert_close(found.double(), torch.stack(columns, -1), rtol=1e-5, atol=1e-5)
+    assert found[0, 4] == 1 and bool(torch.isfinite(found).all())
+    joined = join_confidences(found[:, :2], [found[:, 2:6], found[:, 6:]])
+    assert torch.equal(joined, found)
