@@ -21,8 +21,8 @@ FLOORS = {
     "formats": {"numpy", "torch", "safetensors", "zstandard", "pyarrow", "datasets"},
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
-        "numpy", "torch", "accelerate", "datasets", "deepspeed", "faiss", "lm_eval", "matplotlib", "mpi4py",
-        "tokenizers", "transformers", "webdataset",
+        "numpy", "torch", "accelerate", "datasets", "datasketch", "deepspeed", "faiss", "lm_eval",
+        "matplotlib", "mpi4py", "tokenizers", "transformers", "webdataset",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
     "benchmarks": {
@@ -34,6 +34,7 @@ ORDER = list(FLOORS)
 OWNERS: dict[str, set[str]] = {
     "accelerate": {"engines/hidden_states.py"},
     "datasets": {"engines/lm_eval.py", "formats/saved_datasets.py"},
+    "datasketch": {"engines/minhash.py"},
     "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss_library.py"},
     "lm_eval": {"engines/lm_eval.py"},

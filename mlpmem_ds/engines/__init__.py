@@ -6,6 +6,7 @@
   cannot be read,
   `online_inputs` computes a memory's inputs with one
 - `tokenizer`: texts → ids by the one rule of all stages; `text_backend`: where a library's tokenizer lacks it
+- `minhash`: texts → signatures of which nearly equal texts have nearly equal ones
 - `faiss`: the inverted-file index; `faiss_library`: which faiss there is, and what it does on a GPU;
   `code_words`: those of its product quantizer, trained by all ranks
 - `deepspeed/`: the ZeRO engine of the trainings

@@ -100,10 +100,59 @@ class SourceCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SplitCounts:
+    """What of one input is in a split; bytes of UTF-8 text."""
+
+    num_documents: int
+    num_bytes: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendedInput:
+    """An input of a blend: the share of the bytes that was asked for (`weight`), what it holds, and what of
+    it is in which split."""
+
+    input: str
+    weight: float
+    available_documents: int
+    available_bytes: int
+    splits: Mapping[str, SplitCounts]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(counts.num_documents for counts in self.splits.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(counts.num_bytes for counts in self.splits.values())
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(counts.num_tokens for counts in self.splits.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearDuplicates:
+    """Documents of which the n-grams of `words` words are like those of another, to the Jaccard similarity
+    `threshold` or more, as `hashes` minimum hashes estimate it; `between`: split of such a document → split
+    of the one that it repeats → how many."""
+
+    are_removed: bool
+    threshold: float
+    words: int
+    hashes: int
+    num_documents: int
+    num_bytes: int
+    between: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CorpusManifest(Manifest):
     """A corpus: `block_size` and `stride`, in tokens, are the windows that the base reads.
 
-    `sources`: kind of files → what was read; `left_out`: reason (omissions.py) → how many things were not.
+    `sources`: kind of files → what was read; `left_out`: reason (omissions.py) → how many things were not;
+    `blend`: the inputs, where they have weights; `near_duplicates`: None where none were looked for.
     """
 
     FORMAT: ClassVar[str] = "corpus"
@@ -116,6 +165,8 @@ class CorpusManifest(Manifest):
     splits: Mapping[str, SplitManifest]
     sources: Mapping[str, SourceCounts] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    blend: tuple[BlendedInput, ...] = ()
+    near_duplicates: NearDuplicates | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,8 @@ class FoundFiles:
     omissions: list[Omission]
     unused_patterns: list[str]
     """such as "--exclude old/*": those of the user that match no name"""
+    input_stops: list[int]
+    """for each input that was named, how many of `files` are of it and those before it"""
 
 
 def find_files(
@@ -67,20 +69,23 @@ def find_files(
             nothing is left.
     """
     choice = Choice.of(include, exclude)
-    paths = [path for given in inputs for path in _paths_of(given)]
-    seen: set[str] | None = set() if len(paths) > 1 else None
+    paths_of_inputs = [_paths_of(given) for given in inputs]
+    seen: set[str] | None = set() if sum(map(len, paths_of_inputs)) > 1 else None
     files: list[SourceFile] = []
     omissions: list[Omission] = []
-    for path in paths:
-        for item in _items_of(path, choice, output):
-            if isinstance(item, Omission):
-                omissions.append(item)
-            elif seen is not None and (place := _real_place(path, item)) in seen:
-                omissions.append(Omission(name=item.name, reason="already read"))
-            else:
-                files.append(item)
-                if seen is not None:
-                    seen.add(place)
+    input_stops = []
+    for paths in paths_of_inputs:
+        for path in paths:
+            for item in _items_of(path, choice, output):
+                if isinstance(item, Omission):
+                    omissions.append(item)
+                elif seen is not None and (place := _real_place(path, item)) in seen:
+                    omissions.append(Omission(name=item.name, reason="already read"))
+                else:
+                    files.append(item)
+                    if seen is not None:
+                        seen.add(place)
+        input_stops.append(len(files))
     if not files:
         left_out = "".join(f"; left out: {line}" for line in describe_omissions(omissions))
         raise UserError(
@@ -94,7 +99,7 @@ def find_files(
         "--exclude": unused_patterns(exclude, excluded),
     }
     given = [f"{flag} {pattern}" for flag, patterns in unused.items() for pattern in patterns]
-    return FoundFiles(files=files, omissions=omissions, unused_patterns=given)
+    return FoundFiles(files=files, omissions=omissions, unused_patterns=given, input_stops=input_stops)
 
 
 def _paths_of(given: str) -> list[Path]:

@@ -18,6 +18,7 @@ from mlpmem_ds.core.names import printable
 ReasonName = Literal[
     "empty",
     "not sampled",
+    "near duplicate",
     "excluded",
     "not included",
     "already read",
@@ -56,7 +57,8 @@ class Reason:
 
 REASONS: Mapping[ReasonName, Reason] = {
     "empty": Reason(words="documents without text", loses_text=False),
-    "not sampled": Reason(words="documents beyond --max-bytes", loses_text=False),
+    "not sampled": Reason(words="documents beyond --max-bytes or --weights", loses_text=False),
+    "near duplicate": Reason(words="documents that nearly repeat another", loses_text=False),
     "excluded": Reason(words="names that --exclude leaves out", loses_text=False),
     "not included": Reason(words="names that match no pattern of --include", loses_text=False),
     "already read": Reason(words="files or folders that are read under another name", loses_text=False),

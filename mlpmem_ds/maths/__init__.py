@@ -1,6 +1,7 @@
 """Maths: functions from arrays to arrays, without ranks, paths or configurations. torch and NumPy only.
 
 In the order of the pipeline:
+- `similar_signatures.py`: MinHash signatures of documents → which nearly repeat others
 - `codec.py`, `encoding.py`: int8 codes of keys, made on a GPU; `kmeans.py`, `centroids.py`: the coarse lists
 - `distances.py`, `neighbours.py`: exact distances; the record of neighbours and what a query may not find
 - `knn.py`: exact and list search, on a CPU here, on a GPU in `knn_on_device.py` and `lists_on_device.py`

@@ -15,6 +15,7 @@ from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.formats.input_names import FILE_PATTERNS
 from mlpmem_ds.formats.text_encoding import known_encoding
 from mlpmem_ds.stages import shared_flags
+from mlpmem_ds.stages.corpus.near_duplicates import Mode
 
 TRAIN = "train:"
 
@@ -37,6 +38,13 @@ class Config(Flags):
         " (docstrings of an installed package; docs:python is the language reference) to read",
         identity="none",
         metavar="PATH",
+    )
+    weights: tuple[float, ...] | None = option(
+        "share of each --input in the text, in their order, such as .7 .3; documents are taken once, as many"
+        " as give these shares (default: all of them)",
+        None,
+        above=0,
+        identity="resolved",
     )
     tokenizer: str = option(
         "a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size"
@@ -68,7 +76,19 @@ class Config(Flags):
     )
     text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
     group_field: str | None = option("the same: the field that names the group", None)
-    seed: int = option("seed of the hashes that deal documents to splits", 0)
+    near_duplicates: Mode = option(
+        "documents that nearly repeat another: kept without a look, found and reported, or removed", "keep"
+    )
+    near_duplicate_threshold: float = option(
+        "Jaccard similarity of the n-grams from which on they do", 0.8, above=0, at_most=1
+    )
+    near_duplicate_words: int = option("words of such an n-gram", 5, at_least=1)
+    near_duplicate_hashes: int = option(
+        "minimum hashes by which the similarity is estimated: bytes of memory for each document",
+        128,
+        at_least=16,
+    )
+    seed: int = option("seed of the hashes that deal documents to splits and find near duplicates", 0)
     processes: int | None = option(
         "processes that tokenize in this rank (default: the machine's cores for a single rank, else 1)",
         None,
@@ -79,6 +99,11 @@ class Config(Flags):
 
     def check(self) -> None:
         self._check_inputs()
+        if self.weights is not None and len(self.weights) != len(self.input):
+            raise UserError(
+                f"--weights has {len(self.weights)} numbers for {len(self.input)} --input: give one for each,"
+                " in their order (a pattern in quotes is one input)"
+            )
         if self.processes not in (None, 1) and "fork" not in multiprocessing.get_all_start_methods():
             raise UserError(
                 f"--processes {self.processes}: this system cannot fork; start several ranks instead"

@@ -14,6 +14,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.formats.corpus import SourceCounts
 from mlpmem_ds.formats.omissions import Omission, count_by_reason, describe_omissions
+from mlpmem_ds.stages.corpus.near_duplicates import LIST_FILE
 from mlpmem_ds.stages.corpus.survey import Survey
 
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -48,12 +49,19 @@ def refuse_lost_text(omissions: Sequence[Omission]) -> None:
 
 
 def write_ledger(survey: Survey, writer: UnitWriter) -> dict[str, Any]:
-    """The whole list of what was left out, one JSON object a line; the numbers are the summary."""
+    """The whole list of what was left out, one JSON object a line; the numbers are the summary. Next to it
+    that of near duplicates, where there are any."""
     with (
         writer.file(LEFT_OUT_FILE) as path,
         open(path, "w", encoding="utf-8", newline="\n") as stream,
     ):
         stream.writelines(_lines(survey.omissions))
+    if survey.repetitions:
+        with (
+            writer.file(LIST_FILE) as path,
+            open(path, "w", encoding="utf-8", newline="\n") as stream,
+        ):
+            stream.writelines(repetition.to_line() for repetition in survey.repetitions)
     return {
         "sources": {kind: asdict(counts) for kind, counts in count_sources(survey).items()},
         "left_out": count_by_reason(survey.omissions),

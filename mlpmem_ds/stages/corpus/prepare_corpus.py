@@ -12,17 +12,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
+from mlpmem_ds.core.config import default_of, flag_name
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.ranks import Ranks
+from mlpmem_ds.engines.minhash import SignatureRules, require_minhash
 from mlpmem_ds.engines.tokenizer import TextEncoder, require_end
 from mlpmem_ds.formats.corpus import (
     SPLITS,
+    BlendedInput,
     CorpusManifest,
     CorpusUnit,
+    NearDuplicates,
     SourceCounts,
     SplitManifest,
     TokenizerFacts,
@@ -31,6 +35,7 @@ from mlpmem_ds.formats.corpus import (
 from mlpmem_ds.formats.input_files import find_files
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.formats.text_encoding import known_encoding
+from mlpmem_ds.stages.corpus.blend import count_blend, describe_blend, warn_of_blend
 from mlpmem_ds.stages.corpus.config import TRAIN, Config
 from mlpmem_ds.stages.corpus.corpus_tokenizer import (
     given_encoder,
@@ -46,6 +51,11 @@ from mlpmem_ds.stages.corpus.ledger import (
     table_lines,
     write_ledger,
 )
+from mlpmem_ds.stages.corpus.near_duplicates import (
+    NearDuplicateRules,
+    count_repetitions,
+    describe_near_duplicates,
+)
 from mlpmem_ds.stages.corpus.splits import SplitRules
 from mlpmem_ds.stages.corpus.survey import Survey, survey_files
 from mlpmem_ds.stages.corpus.tokenization import TokenizerPool, documents_of_unit, read_document
@@ -59,9 +69,20 @@ _TOKENIZER_UNIT, _LEFT_OUT_UNIT = "tokenizer", "left_out"
 
 def run(config: Config, world: World) -> None:
     """Write the corpus; see formats/README.md. Ranks share the units; the tokenizer is made once."""
+    if config.near_duplicates != "keep":
+        require_minhash("--near-duplicates")
+    else:
+        _warn_of_unused(config)
     encoder = given_encoder(config)
     with open_stage_ranks(config.output, config.exchange, world, stage=CorpusManifest.FORMAT) as ranks:
         _prepare(config, world, encoder, ranks)
+
+
+def _warn_of_unused(config: Config) -> None:
+    names = ("near_duplicate_threshold", "near_duplicate_words", "near_duplicate_hashes")
+    for name in names:
+        if getattr(config, name) != default_of(Config, name):
+            _logger.warning("%s is not used: --near-duplicates is keep", flag_name(name))
 
 
 def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: Ranks) -> None:
@@ -78,7 +99,7 @@ def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: R
         version=CorpusManifest.VERSION,
         config=config,
         inputs=inputs,
-        resolved={"encoding": known_encoding(config.encoding)},
+        resolved={"encoding": known_encoding(config.encoding), "weights": _bound_weights(config, survey)},
         world=world,
         dealer=ranks,
     )
@@ -106,6 +127,13 @@ def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: R
     )
 
 
+def _bound_weights(config: Config, survey: Survey) -> list[list[float]] | None:
+    """The weights with the number of documents of each: the text's hash does not say which input has them."""
+    if config.weights is None:
+        return None
+    return [[weight, count] for weight, (count, _) in zip(config.weights, survey.available, strict=True)]
+
+
 def _read_rules(config: Config) -> ReadRules:
     return ReadRules(
         text_field=config.text_field,
@@ -121,6 +149,7 @@ def _survey(config: Config, world: World) -> Survey:
         heldout_fraction=config.heldout_fraction,
         max_bytes=config.max_bytes,
         seed=config.seed,
+        weights=config.weights or (),
     )
     found = find_files(config.input, config.include, config.exclude, output=config.output)
     processes = choose_processes(config.processes, world, sum(file.num_bytes for file in found.files))
@@ -136,6 +165,20 @@ def _survey(config: Config, world: World) -> Survey:
         shared=shared_place(config.output, world),
         world=world,
         left_out=found.omissions,
+        input_stops=found.input_stops,
+        near=_near_duplicate_rules(config),
+    )
+
+
+def _near_duplicate_rules(config: Config) -> NearDuplicateRules | None:
+    if config.near_duplicates == "keep":
+        return None
+    return NearDuplicateRules(
+        mode=config.near_duplicates,
+        threshold=config.near_duplicate_threshold,
+        signatures=SignatureRules(
+            words=config.near_duplicate_words, hashes=config.near_duplicate_hashes, seed=config.seed
+        ),
     )
 
 
@@ -253,7 +296,10 @@ def _describe(
         ),
     )
     _warn_of_small_splits(splits)
-    _log_table(config, directory, survey)
+    rules = _near_duplicate_rules(config)
+    near_duplicates = None if rules is None else count_repetitions(survey.repetitions, rules)
+    blend = _blend(config, survey, directory.summaries(names))
+    _log_table(config, directory, survey, blend, near_duplicates)
     _warn_of_lost_text(encoder, splits)
     num_entries = encoder.vocab_size
     (ledger,) = directory.summaries([_LEFT_OUT_UNIT])  # of the run that wrote it: see `lists_others`
@@ -272,11 +318,36 @@ def _describe(
         splits=splits,
         sources={kind: SourceCounts(**counts) for kind, counts in ledger["sources"].items()},
         left_out=ledger["left_out"],
+        blend=blend,
+        near_duplicates=near_duplicates,
     )
 
 
-def _log_table(config: Config, directory: StageDirectory, survey: Survey) -> None:
-    for line in table_lines(count_sources(survey), survey.omissions):
+def _blend(
+    config: Config, survey: Survey, summaries: Sequence[Mapping[str, Any]]
+) -> tuple[BlendedInput, ...]:
+    """What of each input is in the corpus, where they have weights."""
+    if config.weights is None:
+        return ()
+    units_of_inputs: list[list[Mapping[str, Any]]] = [[] for _ in config.input]
+    for unit, summary in zip(survey.units, summaries, strict=True):
+        units_of_inputs[unit.input_number].append(summary)
+    blend = count_blend(config.input, config.weights, survey.available, units_of_inputs)
+    warn_of_blend(blend, config.max_bytes)
+    return blend
+
+
+def _log_table(
+    config: Config,
+    directory: StageDirectory,
+    survey: Survey,
+    blend: Sequence[BlendedInput],
+    near_duplicates: NearDuplicates | None,
+) -> None:
+    lines = table_lines(count_sources(survey), survey.omissions)
+    if near_duplicates is not None:
+        lines.append(describe_near_duplicates(near_duplicates))
+    for line in [*lines, *describe_blend(blend)]:
         log_for_all(_logger, directory.world, "%s", line)
     left_out = config.output / LEFT_OUT_FILE
     if survey.omissions:

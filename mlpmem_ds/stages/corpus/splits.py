@@ -11,9 +11,11 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import hash_fraction
 from mlpmem_ds.formats.corpus import SPLITS
+from mlpmem_ds.stages.corpus.blend import take_by_weight
 
 _logger = logging.getLogger(__name__)
 DIGEST_BYTES = 32
@@ -30,6 +32,8 @@ class SplitRules:
     max_bytes: float | None
     """None: all"""
     seed: int
+    weights: tuple[float, ...] = ()
+    """of the inputs; none: all that they hold"""
 
 
 class SurveyedDocuments:
@@ -41,17 +45,27 @@ class SurveyedDocuments:
         self.groups: dict[str, int] = {}
         self.digests = bytearray()
         self.names: list[str] | None = [] if with_names else None
+        self.signatures = bytearray()
+        self.inputs: list[Block] = []
+        """the documents of each input; set when all are known"""
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def extend(
-        self, sizes: Sequence[int], groups: Iterable[str], digests: bytes, names: Iterable[str]
+        self,
+        sizes: Sequence[int],
+        groups: Iterable[str],
+        digests: bytes,
+        names: Iterable[str],
+        signatures: bytes = b"",
     ) -> None:
-        """Some more documents: UTF-8 bytes, groups, SHA-256 digests (32 bytes each) and names."""
+        """Some more documents: UTF-8 bytes, groups, SHA-256 digests (32 bytes each), names, and where near
+        duplicates are looked for their signatures."""
         self.sizes.extend(sizes)
         self.group_of.extend(self.groups.setdefault(group, len(self.groups)) for group in groups)
         self.digests += digests
+        self.signatures += signatures
         if self.names is not None:
             self.names.extend(names)
 
@@ -131,7 +145,16 @@ def deal_documents(documents: SurveyedDocuments, rules: SplitRules) -> array[int
 
 def _sample(documents: SurveyedDocuments, rules: SplitRules) -> Iterable[int]:
     """Documents in hash order of their groups, as long as they fit in `max_bytes`; what does not fit is
-    passed over."""
+    passed over. With weights each input has a sample of its own."""
+    if rules.weights and documents.names is not None:
+        return take_by_weight(
+            documents.sizes,
+            documents.names,
+            documents.inputs,
+            rules.weights,
+            max_bytes=rules.max_bytes,
+            seed=rules.seed,
+        )
     if rules.max_bytes is None or documents.names is None:
         return range(len(documents))
     groups = list(documents.groups)

@@ -19,11 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.minhash import SignatureRules, signer
 from mlpmem_ds.formats.documents import SourceFile, read_documents
 from mlpmem_ds.formats.omissions import MergedOmissions, Omission, describe_omissions
 from mlpmem_ds.formats.records import ReadRules
+from mlpmem_ds.stages.corpus.near_duplicates import (
+    NearDuplicateRules,
+    Repetition,
+    find_repetitions,
+    leave_out,
+)
 from mlpmem_ds.stages.corpus.shared_survey import chunks_of, groups_of, shared_findings
 from mlpmem_ds.stages.corpus.splits import (
     DIGEST_BYTES,
@@ -47,6 +55,8 @@ class CorpusUnit:
     files: tuple[SourceFile, ...]
     counts: tuple[int, ...]
     first: int
+    input_number: int = 0
+    """of the blend, where there is one; a unit is then of one input"""
 
     @property
     def stop(self) -> int:
@@ -67,6 +77,9 @@ class Survey:
     """SHA-256 of each document's text, 32 bytes each: the second reading must find the same"""
     omissions: list[Omission] = field(repr=False)
     """what was left out, in the order of the files"""
+    available: list[tuple[int, int]] = field(default_factory=list)
+    """documents and bytes of each input, taken or not, where inputs have weights"""
+    repetitions: list[Repetition] = field(default_factory=list, repr=False)
 
     def digest(self, number: int) -> bytes:
         """SHA-256 of the text of document `number`."""
@@ -85,6 +98,8 @@ class _Part:
     groups: list[str]
     names: list[str]
     digests: bytes
+    signatures: bytes
+    """where near duplicates are looked for, as many bytes a document as the rules say"""
     listed: bytes
     """their entries in the list that `_ListHash` hashes"""
     ends: list[int]
@@ -125,6 +140,8 @@ def survey_files(
     shared: Path | None = None,
     world: World | None = None,
     left_out: Sequence[Omission] = (),
+    input_stops: Sequence[int] = (),
+    near: NearDuplicateRules | None = None,
 ) -> Survey:
     """Read the inputs once: hash every document, sample whole groups, deal documents to splits.
 
@@ -137,46 +154,99 @@ def survey_files(
         shared: the stage's output, where several ranks share what they found; None: this rank reads all.
         world: this rank, where they do.
         left_out: when the files were found.
+        input_stops: with weights, how many files are of each input and those before it.
+        near: how near duplicates are found; None: they are not.
 
     Raises:
         UserError: two files of one name, no text, or nothing for the training split.
     """
     _refuse_equal_names(files)
-    documents, listed = SurveyedDocuments(with_names=rules.max_bytes is not None), _ListHash()
-    units: list[CorpusUnit] = []
+    needs_names = rules.max_bytes is not None or bool(rules.weights) or near is not None
+    documents, listed = SurveyedDocuments(with_names=needs_names), _ListHash()
+    units = _UnitList(unit_bytes, input_stops if rules.weights else ())
     omissions = list(left_out)
-    counts: dict[SourceFile, int] = {}
     rest = iter(files)
-    stop_of_file = size = 0  # of the file before; of the unit
-    for part in _read_shared(files, read_rules, processes, shared, world or World()):
+    stop_of_file = size = 0  # of the file before; of the file so far
+    reading = Reading(rules=read_rules, signatures=None if near is None else near.signatures)
+    for part in _read_shared(files, reading, processes, shared, world or World()):
         first, start = len(documents), 0
-        documents.extend(part.sizes, part.groups, part.digests, part.names)
+        documents.extend(part.sizes, part.groups, part.digests, part.names, part.signatures)
         listed.extend(part.listed)
         omissions += part.omissions
         for end in part.ends:
-            size += sum(part.sizes[start:end])
-            counts[next(rest)] = first + end - stop_of_file
-            start, stop_of_file = end, first + end
-            if size >= unit_bytes:
-                units.append(_unit(counts, stop_of_file))
-                counts, size = {}, 0
+            units.add(next(rest), first + end - stop_of_file, size + sum(part.sizes[start:end]))
+            start, stop_of_file, size = end, first + end, 0
         size += sum(part.sizes[start:])
-    if counts:
-        units.append(_unit(counts, len(documents)))
+    units.close()
+    documents.inputs = units.inputs
     if not documents and omissions:
         raise UserError(f"the inputs hold no text; left out: {'; '.join(describe_omissions(omissions))}")
     split_of = deal_documents(documents, rules)
     check_splits(split_of, rules)
     if num_beyond := split_of.count(NOT_TAKEN):
         omissions.append(Omission(name="", reason="not sampled", count=num_beyond))
+    repetitions = [] if near is None else find_repetitions(documents, split_of, near)
+    if near is not None and near.mode == "remove":
+        omissions += leave_out(repetitions, split_of)
     return Survey(
-        units=units,
+        units=units.units,
         split_of=split_of,
         num_bytes=sum(documents.sizes),
         sha256=listed.hexdigest(),
         digests=documents.digests,
         omissions=omissions,
+        available=[(part.size, sum(documents.sizes[slice(*part)])) for part in documents.inputs],
+        repetitions=repetitions,
     )
+
+
+class _UnitList:
+    """Files, one after another, as units: one ends with the file in which it reaches its size, and with the
+    last file of an input of a blend."""
+
+    def __init__(self, unit_bytes: int, input_stops: Sequence[int]) -> None:
+        self.units: list[CorpusUnit] = []
+        self.inputs: list[Block] = []
+        """the documents of each input of a blend"""
+        self._unit_bytes, self._input_stops = unit_bytes, input_stops
+        self._counts: dict[SourceFile, int] = {}
+        self._size = self._num_files = self._num_documents = 0
+
+    def add(self, file: SourceFile, num_documents: int, num_bytes: int) -> None:
+        self._close_inputs()
+        self._counts[file] = num_documents
+        self._size += num_bytes
+        self._num_files += 1
+        self._num_documents += num_documents
+        if self._size >= self._unit_bytes:
+            self._close_unit()
+
+    def close(self) -> None:
+        """There are no more files."""
+        self._close_inputs()
+        self._close_unit()
+
+    def _close_inputs(self) -> None:
+        while (
+            len(self.inputs) < len(self._input_stops)
+            and self._input_stops[len(self.inputs)] == self._num_files
+        ):
+            self._close_unit()
+            first = self.inputs[-1].stop if self.inputs else 0
+            self.inputs.append(Block(first, self._num_documents))
+
+    def _close_unit(self) -> None:
+        if self._counts:
+            counts = tuple(self._counts.values())
+            self.units.append(
+                CorpusUnit(
+                    files=tuple(self._counts),
+                    counts=counts,
+                    first=self._num_documents - sum(counts),
+                    input_number=len(self.inputs),
+                )
+            )
+        self._counts, self._size = {}, 0
 
 
 def _refuse_equal_names(files: Sequence[SourceFile]) -> None:
@@ -192,22 +262,26 @@ def _refuse_equal_names(files: Sequence[SourceFile]) -> None:
             )
 
 
-def _unit(counts: Mapping[SourceFile, int], stop: int) -> CorpusUnit:
-    return CorpusUnit(files=tuple(counts), counts=tuple(counts.values()), first=stop - sum(counts.values()))
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How files become documents, and how these are signed; None: they are not."""
+
+    rules: ReadRules
+    signatures: SignatureRules | None = None
 
 
 def _read_shared(
-    files: list[SourceFile], rules: ReadRules, processes: int, shared: Path | None, world: World
+    files: list[SourceFile], reading: Reading, processes: int, shared: Path | None, world: World
 ) -> Iterator[_Part]:
     """`_read_parts`, each file by one of the ranks if they share what they find."""
     if shared is None:
-        yield from _read_parts(files, rules, processes)
+        yield from _read_parts(files, reading, processes)
         return
 
     def find(chunk: tuple[SourceFile, ...]) -> dict[str, Any]:
-        return {"parts": [_to_json(part) for part in _read_parts(list(chunk), rules, processes)]}
+        return {"parts": [_to_json(part) for part in _read_parts(list(chunk), reading, processes)]}
 
-    chunks, settings = chunks_of(files, world.size), dataclasses.asdict(rules)
+    chunks, settings = chunks_of(files, world.size), dataclasses.asdict(reading)
     for found in shared_findings(chunks, find, settings=settings, folder=shared, world=world):
         yield from map(_from_json, found["parts"])
 
@@ -216,7 +290,12 @@ def _to_json(part: _Part) -> dict[str, str]:
     """Few and long texts, which JSON reads and writes in a hundredth of the time of many short ones."""
     omissions = [omission.to_json() for omission in part.omissions]
     lists = json.dumps([part.sizes.tolist(), part.groups, part.names, part.ends, omissions])
-    return {"lists": lists, "digests": part.digests.hex(), "listed": part.listed.decode()}
+    return {
+        "lists": lists,
+        "digests": part.digests.hex(),
+        "signatures": part.signatures.hex(),
+        "listed": part.listed.decode(),
+    }
 
 
 def _from_json(value: Mapping[str, str]) -> _Part:
@@ -226,62 +305,71 @@ def _from_json(value: Mapping[str, str]) -> _Part:
         groups=groups,
         names=names,
         digests=bytes.fromhex(value["digests"]),
+        signatures=bytes.fromhex(value["signatures"]),
         listed=value["listed"].encode(),
         ends=ends,
         omissions=[Omission.from_json(values) for values in omissions],
     )
 
 
-def _read_parts(files: list[SourceFile], rules: ReadRules, processes: int) -> Iterator[_Part]:
+def _read_parts(files: list[SourceFile], reading: Reading, processes: int) -> Iterator[_Part]:
     """Sizes, groups, names and hashes of the documents, in their order."""
     if processes == 1:
-        yield from _parts(files, rules)
+        yield from _parts(files, reading)
         return
     with tempfile.TemporaryDirectory() as scratch, Workers(processes) as workers:
         tasks = enumerate(groups_of(files, _GROUP_BYTES))
-        for path in workers.map(functools.partial(_write_parts, rules, Path(scratch)), tasks):
+        for path in workers.map(functools.partial(_write_parts, reading, Path(scratch)), tasks):
             with open(path, "rb") as stream:
                 while (part := pickle.load(stream)) is not None:  # written by _write_parts a moment ago
                     yield part
             path.unlink()
 
 
-def _write_parts(rules: ReadRules, scratch: Path, task: tuple[int, tuple[SourceFile, ...]]) -> Path:
+def _write_parts(reading: Reading, scratch: Path, task: tuple[int, tuple[SourceFile, ...]]) -> Path:
     """Run in a worker: write the parts of some files to one file, and return its path."""
     number, files = task
     with open(scratch / f"{number}", "wb") as stream:
-        for part in _parts(files, rules):
+        for part in _parts(files, reading):
             pickle.dump(part, stream)
         pickle.dump(None, stream)
     return scratch / f"{number}"
 
 
-def _parts(files: Iterable[SourceFile], rules: ReadRules) -> Iterator[_Part]:
+def _parts(files: Iterable[SourceFile], reading: Reading) -> Iterator[_Part]:
     """Sizes, groups, names and hashes of the files' documents; only one text is in memory."""
+    sign = None if reading.signatures is None else signer(reading.signatures)
+    signatures = bytearray()
     entries: list[tuple[str, str, int, str]] = []  # name, group, bytes, SHA-256
     ends: list[int] = []
     omissions: list[Omission] = []
     for file in files:
         merged = MergedOmissions()
-        for document in read_documents(file, rules):
+        for document in read_documents(file, reading.rules):
             if isinstance(document, Omission):
                 merged.add(document)
                 continue
             entries.append((document.name, document.group, document.num_bytes, document.sha256))
+            if sign is not None:
+                signatures += sign(document.text)
             if len(entries) == _PART_DOCUMENTS:
-                yield _part(entries, ends, omissions)
+                yield _part(entries, ends, omissions, bytes(signatures))
                 entries, ends, omissions = [], [], []
+                signatures.clear()
         ends.append(len(entries))
         omissions += merged.all()
-    yield _part(entries, ends, omissions)
+    yield _part(entries, ends, omissions, bytes(signatures))
 
 
-def _part(entries: list[tuple[str, str, int, str]], ends: list[int], omissions: list[Omission]) -> _Part:
+def _part(
+    entries: list[tuple[str, str, int, str]], ends: list[int], omissions: list[Omission], signatures: bytes
+) -> _Part:
     return _Part(
         sizes=array("q", (size for _, _, size, _ in entries)),
         groups=[group for _, group, _, _ in entries],
         names=[name for name, *_ in entries],
         digests=bytes.fromhex("".join(sha256 for *_, sha256 in entries)),
+        signatures=signatures,
         listed=",".join(_ListHash.entry(name, sha256) for name, _, _, sha256 in entries).encode(),
         ends=ends,
         omissions=omissions,
