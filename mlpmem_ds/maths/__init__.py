@@ -10,7 +10,8 @@ In the order of the pipeline:
 - `listed_keys.py`, `search_blocks.py`, `candidates.py`, `rescoring.py`: parts of these searches
 - `weighting.py`, `targets.py`, `sparse_rows.py`: neighbours → weights → sparse rows
 - `target_distance.py`: how far targets are from the truth
-- `sparse_targets.py`, `sparse_loss.py`, `sparse_chunk.py`, `products.py`: the training loss
+- `sparse_targets.py`, `sparse_loss.py`, `sparse_chunk.py`, `products.py`: the training loss;
+  `based_chunk.py`: the same where it needs the base's whole distribution
 - `head_scores.py`, `scores.py`: log-probabilities of tokens; the numbers of a report
 - `kernels`: Triton twins of some of these
 """

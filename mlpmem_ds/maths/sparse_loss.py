@@ -5,6 +5,7 @@ Row n has the teacher's sparse distribution t, the label y and the weight w. Wit
     loss_n = w (α KL(t ‖ softmax z) + (1-α) CE),   CE = -log p_mem(y)  or  -log((1-λ) p_base(y) + λ p_mem(y)),
     m = α t + c (1-α) onehot(y),    s = Σ m,    dloss_n/dz = w (s softmax(z) - m),
 
+(with a `BasePart` the teacher may be joined with the base, or the logits added to the base's: `based_chunk`),
 where c is 1, or the memory's responsibility λ p_mem(y) / mixture: this is the derivative of
 `models.mixture.log_mixture`, to which a test ties it in float64. The factor s is needed wherever a row's
 mass is not 1, else all its logits drift. A row whose teacher is empty is pure CE (its α is 0); so is, with
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernels
+from .based_chunk import BasePart, bytes_per_logit, chunk_with_base
 from .products import cached_rows, fill_logits, padded_columns, padded_rows
 from .sparse_chunk import add_gradients, chunk_by_kernel, chunk_by_torch
 from .sparse_targets import PreparedTargets, TargetBatch, prepare_targets
@@ -58,6 +60,7 @@ def sparse_loss(
     mixture_lambda: float | None = None,
     renormalize: bool = True,
     only_helpful: bool = False,
+    base: BasePart | None = None,
     divisor: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Sums]:
@@ -66,9 +69,9 @@ def sparse_loss(
 
     ``alpha`` weighs KL against CE. With ``mixture_lambda`` CE goes through the mixture. ``renormalize``
     divides each teacher row by its sum; else a truncated row keeps its mass below 1. ``only_helpful`` leaves
-    KL out where the teacher is no better than the base at the label. ``chunk_bytes`` bounds what a chunk's
-    logits take (None: as suits the device). On CUDA a Triton kernel does the row work, if Triton is
-    installed.
+    KL out where the teacher is no better than the base at the label. ``base`` is what the base's whole
+    distribution has to do with it. ``chunk_bytes`` bounds what a chunk's logits take (None: as suits the
+    device). On CUDA a Triton kernel does the row work, if Triton is installed and no base is given.
     """
     _check(hidden_ND, weight_VD, targets, alpha, mixture_lambda, only_helpful)
     with torch.no_grad():
@@ -84,7 +87,7 @@ def sparse_loss(
         taught = (weights_N * (prepared.alphas_N > 0)).sum()
     if chunk_bytes is None:
         chunk_bytes = CUDA_CHUNK_BYTES if hidden_ND.is_cuda else DEFAULT_CHUNK_BYTES
-    loss, kl, ce = _FusedSparseLoss.apply(hidden_ND, weight_VD, prepared, divisor, chunk_bytes)
+    loss, kl, ce = _FusedSparseLoss.apply(hidden_ND, weight_VD, prepared, base, divisor, chunk_bytes)
     return loss, Sums(kl=kl, ce=ce, weight=weights_N.sum(), taught=taught)
 
 
@@ -105,35 +108,39 @@ class _FusedSparseLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         targets: PreparedTargets,
+        base: BasePart | None,
         divisor: float,
         chunk_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         wants_gradient = wants_hidden or wants_weight
         dtype, device = hidden_ND.dtype, hidden_ND.device
-        by_kernel = kernels.usable(hidden_ND)
+        by_kernel = base is None and kernels.usable(hidden_ND)
+        gradient_dtype = dtype if wants_gradient else None
         # What a chunk holds for each logit: the kernel reads float32 logits and writes their gradient,
         # PyTorch the latter only.
-        bytes_per_logit = (4 if by_kernel else 0) + (dtype.itemsize if wants_gradient else 0)
+        logit_bytes = (4 if by_kernel else 0) + (dtype.itemsize if wants_gradient else 0)
+        if base is not None:
+            logit_bytes = bytes_per_logit(base, device, gradient_dtype)
         row_size = padded_columns(len(weight_VD)) if by_kernel else len(weight_VD)
-        chunks = list(
-            row_chunks(len(hidden_ND), row_size, chunk_bytes, bytes_per_logit=max(1, bytes_per_logit))
-        )
+        chunks = list(row_chunks(len(hidden_ND), row_size, chunk_bytes, bytes_per_logit=max(1, logit_bytes)))
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight_VD = None
         if wants_weight:  # several chunks are summed in float32
             d_weight_VD = torch.empty_like(weight_VD, dtype=dtype if len(chunks) == 1 else torch.float32)
         numbers = max(map(_length, chunks), default=0) * row_size
         store = None
-        if by_kernel or wants_gradient:
+        if base is None and (by_kernel or wants_gradient):
             store = torch.empty(numbers, dtype=torch.float32 if by_kernel else dtype, device=device)
         sums_3 = torch.zeros(3, device=device)
         for chunk in chunks:
-            if by_kernel:
+            if base is not None:
+                result = chunk_with_base(hidden_ND[chunk], weight_VD, targets, chunk, base, gradient_dtype)
+            elif by_kernel:
                 assert store is not None
                 logits_CV = padded_rows(store, _length(chunk), len(weight_VD))
                 fill_logits(logits_CV, hidden_ND[chunk], weight_VD)
-                result = chunk_by_kernel(logits_CV, targets, chunk, dtype if wants_gradient else None)
+                result = chunk_by_kernel(logits_CV, targets, chunk, gradient_dtype)
             else:
                 result = chunk_by_torch(hidden_ND[chunk], weight_VD, targets, chunk, store, divisor)
             sums_3 += result.sums_3
@@ -142,7 +149,8 @@ class _FusedSparseLoss(torch.autograd.Function):
             d_weight_VD.zero_()
         ctx.gradients = (d_hidden_ND, d_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
-        ctx.left_to_divide = divisor if by_kernel else 1.0  # by PyTorch the rows' factors are divided
+        # `chunk_by_torch` divides the rows' factors.
+        ctx.left_to_divide = divisor if by_kernel or base is not None else 1.0
         loss, kl, ce = sums_3.unbind()
         ctx.mark_non_differentiable(kl, ce)
         return loss / divisor, kl, ce
@@ -151,7 +159,7 @@ class _FusedSparseLoss(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, d_loss: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("sparse_loss keeps its gradients for one backward; call it again for another")
         d_hidden_ND, d_weight_VD = ctx.gradients
@@ -161,7 +169,7 @@ class _FusedSparseLoss(torch.autograd.Function):
             d_hidden_ND.mul_(d_loss)
         if d_weight_VD is not None:
             d_weight_VD = _scaled(d_weight_VD, d_loss, ctx.weight_dtype)
-        return d_hidden_ND, d_weight_VD, None, None, None
+        return d_hidden_ND, d_weight_VD, None, None, None, None
 
 
 def _length(chunk: slice) -> int:
