@@ -61,6 +61,7 @@ def _load(place: str) -> Any:
 
 
 prepare_corpus = Command(config="corpus.config:Config", run="corpus.prepare_corpus:run")
+fetch_base = Command(config="fetching.config:Config", run="fetching.fetch_base:run")
 train_base = Command(config="base.config:Config", run="base.train_base:run")
 extract_keys = Command(config="keys.config:Config", run="keys.extract_keys:run")
 build_index = Command(config="index.config:Config", run="index.build_index:run")
@@ -97,6 +98,7 @@ def fuzz_readers(argv: Sequence[str] | None = None, *, prog: str | None = None) 
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "prepare-corpus": prepare_corpus,
+    "fetch-base": fetch_base,
     "train-base": train_base,
     "extract-keys": extract_keys,
     "build-index": build_index,

@@ -69,6 +69,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/evaluation/token_kinds.py",
     },
     "transformers": {
+        "engines/gguf.py",
         "engines/hidden_states.py",
         "engines/model_files.py",
         "engines/model_kinds.py",

@@ -28,9 +28,12 @@ WORDS = {
     r"\bextract": ("extract-keys",),
     r"\bbuild (one|it|the index)": ("build-index",),
     r"\bwrite the targets": ("write-targets",),
+    r"\bfetch_base\b": ("fetch-base",),
     r"\btrain\b|launch/train.py|\btraining": ("train", "train-base"),
 }
 OTHER_PROGRAMS = {
+    r"\bpip download\b": "--no-deps",
+    r"--hash=sha256": "--hash",  # of pip
     r"\bpip install\b": "--no-build-isolation",
     r"\bsrun\b": "--mpi",
     r"\bhf download\b": "--local-dir",

@@ -101,6 +101,7 @@ TESTED_BY = {
     "engines/deepspeed/saved_shards.py": "engines/deepspeed/test_zero_state.py",
     "engines/plotting.py": "stages/report/test_summary.py",
     "formats/arrow_library.py": "formats/test_table_readers.py",
+    "formats/fetched_base.py": "stages/fetching/test_fetch_base.py",
     "formats/file_marks.py": "formats/test_table_readers.py",
     "formats/lists_directory.py": "stages/retrieval/test_key_lists.py",
     "formats/mapped_keys.py": "stages/retrieval/test_key_lists.py",

@@ -23,6 +23,7 @@ _logger = logging.getLogger(__name__)
 _FRONT_ENDS = {
     "corpus": "prepare_corpus",
     "base": "train_base",
+    "fetched-base": "fetch_base",
     "keys": "extract_keys",
     "index": "build_index",
     "targets": "write_targets",

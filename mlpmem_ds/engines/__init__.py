@@ -5,6 +5,7 @@
   it gives to the host; `model_files` finds one, `model_kinds` says why it
   cannot be read,
   `online_inputs` computes a memory's inputs with one
+- `gguf`: a model from llama.cpp's file, as a Hugging Face directory
 - `tokenizer`: texts → ids by the one rule of all stages; `text_backend`: where a library's tokenizer lacks it
 - `minhash`: texts → signatures of which nearly equal texts have nearly equal ones
 - `faiss`: the inverted-file index; `faiss_library`: which faiss there is, and what it does on a GPU;

@@ -23,8 +23,9 @@ def reason_against_path(name_or_path: str) -> str | None:
     if not name_or_path.strip():
         return "it is empty (a variable that is not set?): give a directory or a Hub name"
     if path.is_file():
-        kind = "a GGUF file is llama.cpp's" if path.suffix == ".gguf" else "it is a file"
-        return f"{kind}: give a directory with config.json and weights, as save_pretrained writes it"
+        if path.suffix == ".gguf":
+            return "a GGUF file is llama.cpp's: tools/fetch_base.py --gguf makes a model directory of it"
+        return "it is a file: give a directory with config.json and weights, as save_pretrained writes it"
     if not path.is_dir():
         return None
     if (path / "adapter_config.json").is_file():
@@ -36,7 +37,7 @@ def reason_against_path(name_or_path: str) -> str | None:
     if (path / "config.json").is_file():
         return None
     if any(path.glob("*.gguf")):
-        return "GGUF files are llama.cpp's: give the model's Hugging Face version (config.json, safetensors)"
+        return "GGUF files are llama.cpp's: tools/fetch_base.py --gguf makes a model directory of one"
     if (path / "modules.json").is_file():
         return "it is a sentence-transformers directory: give a causal language model"
     return "it is a directory without config.json: give one that save_pretrained wrote, or a Hub name"

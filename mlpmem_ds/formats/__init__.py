@@ -16,6 +16,7 @@ In the order of the pipeline:
 - `training_order.py`, `training_rows.py`, `training_windows.py`, `batches.py`: which rows a training takes,
   what a row is, windows read ahead in threads, a rank's batches
 - `shard_deal.py`: shards that are streamed: whose they are, what of them was read
+- `fetched_base.py`: where a base is from that was read from GGUF
 - `checkpoint.py`, `checkpoint_copy.py`: a training's checkpoints; `trained_models.py`: what it leaves
 - `weight_shards.py`: an export's weights
 - `evaluation.py`: eval.json

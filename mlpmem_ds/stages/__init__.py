@@ -2,6 +2,7 @@
 
 In the order of the pipeline:
 
+- `fetching`: fetch_base
 - `corpus`, `base`, `keys`, `index`, `targets`, `training`: prepare_corpus, train_base, extract_keys,
   build_index, write_targets, train
 - `evaluation`, `report`: evaluate, and what it writes for people

@@ -111,7 +111,7 @@ def test_what_is_no_model_is_refused_by_its_kind(
     [
         ("", "it is empty"),
         (" ", "it is empty"),
-        ("model.gguf", "a GGUF file is llama.cpp's: give a directory"),
+        ("model.gguf", "a GGUF file is llama.cpp's: tools/fetch_base.py --gguf"),
         ("model.safetensors", "it is a file: give a directory"),
         ("no/such/place", "neither a Hugging Face model directory"),
         ("./dangling", "neither a Hugging Face model directory"),

@@ -14,6 +14,7 @@ from mlpmem_ds.formats.arrow_tables import ArrowManifest
 from mlpmem_ds.formats.checkpoint import CheckpointManifest
 from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.formats.evaluation import ReportManifest
+from mlpmem_ds.formats.fetched_base import FetchedBaseManifest
 from mlpmem_ds.formats.index_directory import IndexManifest
 from mlpmem_ds.formats.keys import KeysManifest
 from mlpmem_ds.formats.lists_directory import ListsManifest
@@ -26,6 +27,7 @@ MANIFESTS = [
     BaseManifest,
     CheckpointManifest,
     CorpusManifest,
+    FetchedBaseManifest,
     IndexManifest,
     KeysManifest,
     ListsManifest,

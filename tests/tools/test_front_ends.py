@@ -22,6 +22,7 @@ FRONT_ENDS = sorted(
 # What each needs to get as far as looking at its inputs, with one of them missing.
 MISSING_INPUT = {
     "tools/prepare_corpus.py": ["--input", "MISSING", "--tokenizer", "train:300", "--output", "OUT"],
+    "tools/fetch_base.py": ["--gguf", "MISSING", "--output", "OUT"],
     "tools/train_base.py": ["--corpus", "MISSING", "--output", "OUT"],
     "tools/extract_keys.py": ["--model", "MISSING", "--corpus", "MISSING", "--output", "OUT"],
     "tools/build_index.py": ["--keys", "MISSING", "--output", "OUT"],
