@@ -59,7 +59,7 @@ OWNERS: dict[str, set[str]] = {
         "formats/weight_shards.py",
         "models/hf.py",
         "stages/conversion/weights.py",
-        "stages/training/base_head.py",
+        "stages/training/base_files.py",
         "stages/training/initial_memory.py",
     },
     "tokenizers": {
@@ -76,6 +76,7 @@ OWNERS: dict[str, set[str]] = {
         "engines/tokenizer.py",
         "engines/deepspeed/sharded_base.py",
         "models/backbone.py",
+        "models/final_norm.py",
         "models/generation_settings.py",
         "models/hf.py",
         "models/hf_config.py",
@@ -93,7 +94,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/generation/generate.py",
         "stages/generation/text.py",
         "stages/harness/run_lm_eval.py",
-        "stages/training/base_head.py",
+        "stages/training/base_files.py",
     },
 }
 # `models/hf.py` and all that it imports are copied into every export: no other file may be among them.
@@ -104,6 +105,7 @@ EXPORTED = {
     "models/gates.py",
     "models/hf.py",
     "models/hf_config.py",
+    "models/logit_transform.py",
     "models/memory.py",
     "models/memory_config.py",
     "models/mixture.py",

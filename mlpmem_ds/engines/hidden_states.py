@@ -181,12 +181,6 @@ class TransformersSource:
         with self._head():
             yield output_head(self.model)
 
-    @torch.no_grad()
-    def head_weight(self) -> torch.Tensor:
-        """A copy of the output head's weights, float32 [V, D] on the CPU."""
-        with self._head():
-            return output_head(self.model)[0].to("cpu", torch.float32, copy=True)
-
     def _head(self) -> contextlib.AbstractContextManager[None]:
         """The output head's weights: where the base is spread over devices, they may lie on another
         or on disk."""

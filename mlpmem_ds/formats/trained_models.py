@@ -55,6 +55,7 @@ class Provenance:
     alpha: float | None = None
     ce_through: str | None = None
     mixture_lambda: float | None = None
+    start: str | None = None
     head: str | None = None
     epochs: float | None = None
     batch_positions: int | None = None

@@ -66,10 +66,12 @@ class BasePart:
     is_residual: bool = False
 
 
-def bytes_per_logit(base: BasePart, device: torch.device, gradient_dtype: torch.dtype | None) -> int:
+def bytes_per_logit(
+    base: BasePart, device: torch.device, gradient_dtype: torch.dtype | None, softcap: float | None = None
+) -> int:
     """What a chunk holds for each of its logits: on a GPU, whose tile is the whole vocabulary, the tile's
     float32 gradient and that in the operands' dtype too."""
-    stored = 4 if base.joined_lambda is None else 8
+    stored = (4 if base.joined_lambda is None else 8) + (4 if softcap is not None else 0)
     if device.type == "cpu" or gradient_dtype is None:
         return stored
     return stored + 4 + gradient_dtype.itemsize
@@ -82,14 +84,18 @@ def chunk_with_base(
     chunk: slice,
     base: BasePart,
     gradient_dtype: torch.dtype | None,
+    softcap: float | None = None,
 ) -> ChunkResult:
-    """Sums, and the logits' gradient in `gradient_dtype` (None: not needed); by PyTorch on any device."""
+    """Sums, and the logits' gradient in `gradient_dtype` (None: not needed); by PyTorch on any device.
+
+    With a `softcap` the memory's logits are softcap · tanh(hidden · weightᵀ / softcap).
+    """
     entries = slice(targets.offsets[chunk.start], targets.offsets[chunk.stop])
     ids_E, teacher_E = targets.ids_E[entries], targets.teacher_E[entries]
     row_E = targets.row_of_entry_E[entries] - chunk.start
     row_C = torch.arange(len(hidden_CD), device=hidden_CD.device)
     place_A = torch.cat([row_E, row_C]) * len(weight_VD) + torch.cat([ids_E, targets.labels_N[chunk]])
-    stored = _fill(hidden_CD, weight_VD, chunk, base)
+    stored = _fill(hidden_CD, weight_VD, chunk, base, softcap)
     logits_A = stored.memory_CV.view(-1)[place_A]
     base_logits_E = None if stored.base_CV is None else stored.base_CV.view(-1)[place_A[: len(ids_E)]]
     found = _exponentiate(stored)
@@ -130,24 +136,32 @@ def chunk_with_base(
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """Logits, and later their powers; float32."""
+    """Logits, and later their powers; and the derivative of the soft cap at each; float32."""
 
     memory_CV: Tensor
     base_CV: Tensor | None
+    slopes_CV: Tensor | None
 
 
-def _fill(hidden_CD: Tensor, weight_VD: Tensor, chunk: slice, base: BasePart) -> _Stored:
+def _fill(
+    hidden_CD: Tensor, weight_VD: Tensor, chunk: slice, base: BasePart, softcap: float | None
+) -> _Stored:
     size, device = (len(hidden_CD), len(weight_VD)), hidden_CD.device
     memory_CV = torch.empty(size, device=device)
     base_CV = None if base.joined_lambda is None else torch.empty(size, device=device)
+    slopes_CV = None if softcap is None else torch.empty(size, device=device)
     for columns in vocabulary_tiles(len(weight_VD), device):
         base_CT = base.logits.tile(chunk, columns)
         memory_CV[:, columns] = logits_of_tile(hidden_CD, weight_VD[columns])
+        if slopes_CV is not None and softcap is not None:
+            capped_CT = memory_CV[:, columns].div_(softcap).tanh_()
+            slopes_CV[:, columns] = 1 - capped_CT.square()
+            capped_CT.mul_(softcap)
         if base.is_residual:
             memory_CV[:, columns] += base_CT
         if base_CV is not None:
             base_CV[:, columns] = base_CT
-    return _Stored(memory_CV=memory_CV, base_CV=base_CV)
+    return _Stored(memory_CV=memory_CV, base_CV=base_CV, slopes_CV=slopes_CV)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,4 +214,6 @@ def _gradient_tiles(
         d_logits_CT = memory_CV[:, columns] * scales_C[:, None]
         if base_CV is not None:
             d_logits_CT.addcmul_(base_CV[:, columns], base_scales_C[:, None], value=-1)
+        if stored.slopes_CV is not None:
+            d_logits_CT.mul_(stored.slopes_CV[:, columns])
         yield columns, d_logits_CT.to(dtype)

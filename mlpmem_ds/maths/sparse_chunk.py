@@ -72,6 +72,45 @@ def chunk_by_kernel(
     return ChunkResult(sums_3=torch.stack([loss, kl_C.sum(), ce_C.sum()]), tiles=tiles, scales_C=None)
 
 
+def chunk_of_logits(
+    logits_CV: Tensor, targets: PreparedTargets, chunk: slice, gradient_dtype: torch.dtype | None
+) -> ChunkResult:
+    """What `chunk_by_kernel` gives, by PyTorch: for logits that something was done to (a soft cap), of which
+    `chunk_by_torch` would know nothing."""
+    entries = slice(targets.offsets[chunk.start], targets.offsets[chunk.stop])
+    ids_E, teacher_E = targets.ids_E[entries], targets.teacher_E[entries]
+    row_E = targets.row_of_entry_E[entries] - chunk.start
+    labels_C, alphas_C = targets.labels_N[chunk], targets.alphas_N[chunk]
+    weights_C, row_C = targets.weights_N[chunk], torch.arange(len(logits_CV), device=logits_CV.device)
+    log_sums_C = logits_CV.logsumexp(1)
+    logs_E = logits_CV[row_E, ids_E] - log_sums_C[row_E]
+    log_prediction_C, label_mass_C = logits_CV[row_C, labels_C] - log_sums_C, 1 - alphas_C
+    if targets.log_base_N is not None:
+        log_memory_C = log_prediction_C + targets.log_lambda
+        log_prediction_C = torch.logaddexp(targets.log_base_N[chunk], log_memory_C)
+        label_mass_C = label_mass_C * (log_memory_C - log_prediction_C).exp()
+    kl_E = torch.xlogy(teacher_E, teacher_E) - teacher_E * logs_E
+    kl_C = weights_C * torch.zeros_like(weights_C).index_add_(0, row_E, kl_E)
+    ce_C = -weights_C * log_prediction_C
+    loss = (alphas_C * kl_C + (1 - alphas_C) * ce_C).sum()
+    tiles: list[tuple[slice, Tensor]] = []
+    if gradient_dtype is not None:
+        mass_C = alphas_C * targets.teacher_mass_N[chunk] + label_mass_C
+        d_logits_CV = (logits_CV - log_sums_C[:, None]).exp_().mul_((weights_C * mass_C)[:, None])
+        d_logits_CV.index_put_((row_E, ids_E), -(weights_C * alphas_C)[row_E] * teacher_E, accumulate=True)
+        d_logits_CV.index_put_((row_C, labels_C), -weights_C * label_mass_C, accumulate=True)
+        tiles = [(slice(0, logits_CV.shape[1]), d_logits_CV.to(gradient_dtype))]
+    return ChunkResult(sums_3=torch.stack([loss, kl_C.sum(), ce_C.sum()]), tiles=tiles, scales_C=None)
+
+
+def through_softcap(result: ChunkResult, logits_CV: Tensor, softcap: float) -> None:
+    """Turn the gradient of capped logits, z = softcap tanh(x / softcap), into that of x; `logits_CV`, which
+    are z, are overwritten."""
+    logits_CV.div_(softcap).square_().neg_().add_(1)  # dz / dx
+    for columns, d_logits_CT in result.tiles:
+        d_logits_CT.mul_(logits_CV[:, columns])
+
+
 def chunk_by_torch(
     hidden_CD: Tensor,
     weight_VD: Tensor,

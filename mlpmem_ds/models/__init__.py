@@ -2,6 +2,7 @@
 
 Read in this order; files marked * are copied into every export and import nothing of ours but each other:
     memory_config*     the memory's shape, and named sizes: plain values
+    logit_transform*   a scale and a soft cap of logits
     memory*            the memory: a stack of residual MLP blocks and its head
     structure*         a base's layers, MLPs and output head, found by structure
     capture_point*     where a hidden state is read
@@ -14,6 +15,7 @@ Read in this order; files marked * are copied into every export and import nothi
     quantized*         a memory with int8 matrices, for decoding
     mixture_on_device  the mixture of logits by Triton
     mixture_scores     the mixture of log-probabilities kept in NumPy, for report and validation
+    final_norm         training only: the norm before a base's head, found, and its kind
     objective          training only: the memory with the loss in its head
     activations        training only: activations that are recomputed or compiled
     shape              how large a base is, without its weights, for `plan`

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .capture_point import CapturePoint
+from .logit_transform import LogitTransform
 from .structure import (
     UnknownStructureError,
     decoder,
@@ -46,27 +47,6 @@ class CapturedStates:
 
     states: Mapping[CapturePoint, torch.Tensor]
     final_BSD: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitTransform:
-    """What a base does to its head's output before it calls it logits: `softcap * tanh(scale * x /
-    softcap)`."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Elementwise, same shape and dtype."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-    @property
-    def is_identity(self) -> bool:
-        return self.scale == 1.0 and self.softcap is None
 
 
 def load_base(
@@ -147,6 +127,20 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
+def configured_transform(model: PreTrainedModel) -> LogitTransform:
+    """What this base's config says that it does after its output head; nothing is run.
+
+    Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's `lm_head_multiplier`) and
+    soft caps (Gemma's `final_logit_softcapping`).
+    """
+    config = model.config.get_text_config(decoder=True)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LogitTransform(scale=scale, softcap=None if softcap is None else float(softcap))
+
+
 @torch.no_grad()
 def logit_transform(
     model: PreTrainedModel, *, with_head: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -155,17 +149,10 @@ def logit_transform(
     tokens, which also checks that no token sees those after it.
 
     `with_head` is opened around each use of the head's weights outside the model, for a base whose weights
-    lie elsewhere until they are used. Knows scales (Cohere's `logit_scale`, Granite's `logits_scaling`,
-    Falcon-H1's `lm_head_multiplier`) and soft caps (Gemma's `final_logit_softcapping`). Raises
-    UnknownStructureError when the result differs from the model's logits, and for a model that is not causal.
+    lie elsewhere until they are used. Raises UnknownStructureError when the result differs from the model's
+    logits, and for a model that is not causal.
     """
-    config = model.config.get_text_config(decoder=True)
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    transform = LogitTransform(scale=scale, softcap=None if softcap is None else float(softcap))
-
+    transform = configured_transform(model)
     with with_head():
         vocab_size = len(output_head(model)[0])
     device = (

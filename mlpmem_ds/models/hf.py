@@ -11,8 +11,8 @@ default the same `lmbda` everywhere; at `lmbda = 0` they are the base's own logi
 changes. The memory has no cache: the caches are the base's.
 
 This file is written into every exported directory as remote code, together with those that it imports
-(hf_config, mixture, memory, backbone, structure, quantized): all import torch, transformers and the standard
-library only.
+(hf_config, mixture, memory, backbone, structure, quantized, and what those import): all import torch,
+transformers and the standard library only.
 
 Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any leading
 dimensions.
@@ -36,7 +36,7 @@ from .backbone import Taps
 from .capture_point import CapturePoint
 from .gates import open_gate
 from .hf_config import MemoryAugmentedConfig
-from .memory import Memory, NormalLinear
+from .memory import Memory, NormalLinear, OnePlusLayerNorm, OnePlusRMSNorm
 from .memory_config import DEFAULT_LAMBDA, MemoryConfig
 from .mixture import Constant, GateInputs, StoredGate, log_mixture_of_logits
 from .quantized import Int8Linear, quantize_linears
@@ -286,8 +286,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         return taps
 
     def _mixture(self, base_logits_BKV: torch.Tensor, states: dict[str, torch.Tensor]) -> torch.Tensor:
-        weight: torch.Tensor = self.memory.final_norm.weight  # type: ignore[assignment]
-        hidden = self.memory(states[MEMORY_INPUT].to(device=weight.device, dtype=weight.dtype))
+        hidden = self.memory(self.memory.cast(states[MEMORY_INPUT]))
         memory_logits_BKV = self.memory.head(hidden).to(base_logits_BKV.device)
         lmbda = self.gate(
             GateInputs(
@@ -304,7 +303,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for what no checkpoint filled; the base's parts go to the base's own rule.
-        if isinstance(module, NormalLinear | nn.LayerNorm | nn.RMSNorm):
+        norms = nn.LayerNorm | nn.RMSNorm | OnePlusLayerNorm | OnePlusRMSNorm
+        if isinstance(module, NormalLinear | norms):
             module.reset_parameters()
 
 

@@ -16,12 +16,13 @@ Shapes: `...` any leading dimensions, I input size, H hidden size, F intermediat
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from .logit_transform import LogitTransform
 from .memory_config import MemoryConfig
 
 
@@ -40,16 +41,86 @@ class NormalLinear(nn.Linear):
 
 
 class MemoryHead(NormalLinear):
-    """The memory's own output head: `[..., H] -> logits [..., V]`, no bias."""
+    """The memory's own output head: `[..., H] -> logits [..., V]`, scaled and capped where the base's are."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, initializer_range: float) -> None:
-        super().__init__(hidden_size, vocab_size, bias=False, standard_deviation=initializer_range)
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        initializer_range: float,
+        bias: bool,
+        transform: LogitTransform,
+    ) -> None:
+        super().__init__(hidden_size, vocab_size, bias=bias, standard_deviation=initializer_range)
+        self.transform = transform
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.transform(super().forward(hidden))
 
 
 class HeadFactory(Protocol):
-    """What `Memory` calls to make its head. The head must own a parameter `weight` of shape [V, H]."""
+    """What `Memory` calls to make its head. The head must own a parameter `weight` of shape [V, H], and with
+    `bias` a parameter `bias` [V]; what it gives or trains is `transform(hidden @ weight.T + bias)`."""
 
-    def __call__(self, hidden_size: int, vocab_size: int, *, initializer_range: float) -> nn.Module: ...
+    def __call__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        initializer_range: float,
+        bias: bool,
+        transform: LogitTransform,
+    ) -> nn.Module: ...
+
+
+class OnePlusLayerNorm(nn.Module):
+    """LayerNorm over `[..., H]` whose factor is `1 + weight`, computed in float32: Nemotron's."""
+
+    def __init__(self, hidden_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        factor, bias = 1.0 + self.weight.float(), self.bias.float()
+        normed = functional.layer_norm(hidden.float(), factor.shape, factor, bias, self.epsilon)
+        return normed.to(hidden.dtype)
+
+
+class OnePlusRMSNorm(nn.Module):
+    """RMSNorm over `[..., H]` whose factor is `1 + weight`, computed in float32: Gemma's."""
+
+    def __init__(self, hidden_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        factor = 1.0 + self.weight.float()
+        return functional.rms_norm(hidden.float(), factor.shape, factor, self.epsilon).to(hidden.dtype)
+
+
+def make_norm(kind: str, hidden_size: int, epsilon: float) -> nn.Module:
+    """A norm of one of `memory_config.NORMS`; it leaves its own `__init__` with factor 1 and bias 0."""
+    if kind == "layer-one-plus":
+        return OnePlusLayerNorm(hidden_size, epsilon)
+    if kind == "rms-one-plus":
+        return OnePlusRMSNorm(hidden_size, epsilon)
+    is_affine = not kind.endswith("-plain")
+    if kind.startswith("rms"):
+        return nn.RMSNorm(hidden_size, eps=epsilon, elementwise_affine=is_affine)
+    return nn.LayerNorm(hidden_size, eps=epsilon, elementwise_affine=is_affine, bias=kind != "layer-no-bias")
 
 
 class GeluMLP(nn.Module):
@@ -122,12 +193,12 @@ class MemoryBlock(nn.Module):
 
 
 class Memory(nn.Module):
-    """The memory. `forward` gives the hidden state after the final norm; `head` turns it into logits (or into
-    a loss).
+    """The memory. `forward` gives the hidden state after the final norm, if it has one; `head` turns it into
+    logits (or into a loss).
 
-    The input projection exists only when input and hidden sizes differ. `head_class` is called as
-    `head_class(hidden_size, vocab_size, initializer_range=...)`, so that training can use a head that owns
-    its loss, and of `mlps` the one of the family as `mlp(config)`.
+    The input projection exists only when input and hidden sizes differ. `head_class` is a `HeadFactory`, so
+    that training can use a head that owns its loss, and of `mlps` the one of the family is called as
+    `mlp(config)`.
     """
 
     def __init__(
@@ -144,9 +215,13 @@ class Memory(nn.Module):
                 config.input_size, config.hidden_size, bias=True, standard_deviation=config.initializer_range
             )
         self.blocks = nn.ModuleList(MemoryBlock(config, mlps) for _ in range(config.num_blocks))
-        self.final_norm = _norm(config)
+        self.final_norm = _norm(config) if config.final_norm else nn.Identity()
         self.head = head_class(
-            config.hidden_size, config.vocab_size, initializer_range=config.initializer_range
+            config.hidden_size,
+            config.vocab_size,
+            initializer_range=config.initializer_range,
+            bias=config.head_bias,
+            transform=LogitTransform(scale=config.logit_scale, softcap=config.logit_softcap),
         )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -158,6 +233,13 @@ class Memory(nn.Module):
         output: torch.Tensor = self.final_norm(hidden)
         return output
 
+    def cast(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The inputs on the weights' device and in their dtype."""
+        head: Any = self.head
+        if hasattr(head, "input_dtype"):  # int8
+            return inputs.to(device=head.codes.device, dtype=head.input_dtype)
+        return inputs.to(device=head.weight.device, dtype=head.weight.dtype)
+
 
 def _residual_std(config: MemoryConfig) -> float:
     # GPT-2's rule: the sum over the depth keeps the scale of one block's output.
@@ -165,7 +247,4 @@ def _residual_std(config: MemoryConfig) -> float:
 
 
 def _norm(config: MemoryConfig) -> nn.Module:
-    # Both leave their own __init__ with weight 1 (and bias 0).
-    if config.family == "gelu":
-        return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
-    return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+    return make_norm(config.kind_of_norm, config.hidden_size, config.norm_epsilon)

@@ -13,6 +13,20 @@ DEFAULT_LAMBDA = 0.25
 
 FAMILIES = ("gelu", "swiglu")
 
+NORMS: Mapping[str, int] = {
+    "layer": 2,
+    "layer-one-plus": 2,
+    "layer-no-bias": 1,
+    "layer-plain": 0,
+    "rms": 1,
+    "rms-one-plus": 1,
+    "rms-plain": 0,
+}
+"""kind of norm → its vectors: LayerNorm or RMSNorm, with weight w and bias, with 1 + w in place of w (Gemma,
+Nemotron), without a bias (Cohere), with nothing that is learnt (OLMo)"""
+
+_LEFT_OUT = ("norm", "final_norm", "head_bias", "logit_scale", "logit_softcap")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
@@ -21,6 +35,10 @@ class MemoryConfig:
     `family` is `gelu` (LayerNorm, two matrices with biases, tanh GELU: GPT-2's MLP) or `swiglu` (RMSNorm,
     three matrices without bias: Llama's MLP). `initializer_range` is the standard deviation of every fresh
     weight, before the 1/sqrt(2 * num_blocks) of the matrices that write to the residual stream.
+
+    The other fields let a memory start as its base: `norm` is one of `NORMS` (None: as the family has it),
+    `final_norm` says whether one stands before the head, which may have a bias, and whose logits are
+    `logit_softcap * tanh(logit_scale * x / logit_softcap)` (no soft cap: None).
     """
 
     input_size: int
@@ -31,22 +49,44 @@ class MemoryConfig:
     family: str = "gelu"
     norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    norm: str | None = None
+    final_norm: bool = True
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"a memory's {name} must be a whole number of at least 1, not {value!r}")
-        for name in ("norm_epsilon", "initializer_range"):
+        for name in ("norm_epsilon", "initializer_range", "logit_scale", "logit_softcap"):
             value = getattr(self, name)
+            if name == "logit_softcap" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"a memory's {name} must be a positive number, not {value!r}")
         if self.family not in FAMILIES:
             raise ValueError(f"a memory's family must be one of {', '.join(FAMILIES)}, not {self.family!r}")
+        if self.norm is not None and self.norm not in NORMS:
+            raise ValueError(f"a memory's norm must be one of {', '.join(NORMS)}, not {self.norm!r}")
+        for name in ("final_norm", "head_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"a memory's {name} must be true or false, not {getattr(self, name)!r}")
+
+    @property
+    def kind_of_norm(self) -> str:
+        """One of `NORMS`."""
+        return self.norm or ("layer" if self.family == "gelu" else "rms")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; `from_dict` is the inverse."""
-        return asdict(self)
+        """Plain values, ready for JSON; `from_dict` is the inverse. What only some memories have is left out
+        where it has its default."""
+        values = asdict(self)
+        for field in fields(self):
+            if field.name in _LEFT_OUT and values[field.name] == field.default:
+                del values[field.name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MemoryConfig":
@@ -66,14 +106,14 @@ class MemoryConfig:
     def num_parameters(self) -> int:
         """Number of parameters of `Memory(self)`, its head included, by formula: nothing is built."""
         hidden, intermediate = self.hidden_size, self.intermediate_size
+        norm = NORMS[self.kind_of_norm] * hidden
         if self.family == "gelu":
-            norm = 2 * hidden
             mlp = 2 * hidden * intermediate + intermediate + hidden
         else:
-            norm = hidden
             mlp = 3 * hidden * intermediate
         projection = 0 if self.input_size == hidden else (self.input_size + 1) * hidden
-        return projection + self.num_blocks * (norm + mlp) + norm + self.vocab_size * hidden
+        head = self.vocab_size * (hidden + self.head_bias)
+        return projection + self.num_blocks * (norm + mlp) + self.final_norm * norm + head
 
     def num_matrix_parameters(self) -> int:
         """Numbers in the matrices that each row is multiplied with: 2 FLOPs each forward, 4 backward."""

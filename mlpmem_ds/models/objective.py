@@ -17,6 +17,7 @@ from torch import nn
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
 from mlpmem_ds.models.activations import TRAINING_MLPS
+from mlpmem_ds.models.logit_transform import IDENTITY, LogitTransform
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 
@@ -26,8 +27,7 @@ HELPFUL_SUM_NAMES = ("kl", "ce", "taught", "weight")  # where KL is not on all r
 
 
 class SparseHead(nn.Module):
-    """The output head `[N, H] -> [V]` without bias; its forward is the loss against sparse targets, never the
-    logits.
+    """The output head `[N, H] -> [V]`; its forward is the loss against sparse targets, never the logits.
 
     Args:
         alpha: weight of KL(target || memory); 1 - alpha is that of the cross entropy.
@@ -42,6 +42,8 @@ class SparseHead(nn.Module):
         vocab_size: int,
         *,
         initializer_range: float,
+        bias: bool = False,
+        transform: LogitTransform = IDENTITY,
         alpha: float = 0.5,
         mixture_lambda: float | None = None,
         only_helpful: bool = False,
@@ -50,6 +52,13 @@ class SparseHead(nn.Module):
         self.alpha, self.mixture_lambda, self.only_helpful = alpha, mixture_lambda, only_helpful
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, mean=0.0, std=initializer_range)
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.transform = transform
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """[N, V], in the operands' dtype: for an objective that needs all of them; call it within `forward`,
+        where the weight is whole."""
+        return self.transform(nn.functional.linear(hidden_NH, self.weight, self.bias))
 
     def forward(
         self,
@@ -66,7 +75,10 @@ class SparseHead(nn.Module):
         """
         if targets is None:
             assert labels_N is not None
-            return label_log_probabilities(hidden_NH, self.weight, labels_N)
+            transform = None if self.transform.is_identity else self.transform
+            return label_log_probabilities(
+                hidden_NH, self.weight, labels_N, bias=self.bias, transform=transform
+            )
         loss, sums = sparse_loss(
             hidden_NH,
             self.weight,
@@ -75,6 +87,9 @@ class SparseHead(nn.Module):
             mixture_lambda=self.mixture_lambda,
             only_helpful=self.only_helpful,
             divisor=len(hidden_NH),
+            bias_V=self.bias,
+            scale=self.transform.scale,
+            softcap=self.transform.softcap,
         )
         names = HELPFUL_SUM_NAMES if self.only_helpful else SUM_NAMES
         return loss, torch.stack([getattr(sums, name).float() for name in names]).detach()

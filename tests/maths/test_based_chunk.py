@@ -50,7 +50,7 @@ def base_logits(base):
     return logits if base.transform is None else base.transform(logits)
 
 
-def dense_oracle(problem, alpha, part, mixture_lambda, renormalize, only_helpful):
+def dense_oracle(problem, alpha, part, mixture_lambda, renormalize, only_helpful, softcap=None):
     """Loss, gradients, kl, ce by autograd, all of it dense and in float64."""
     hidden, weight, targets, _ = problem
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
@@ -69,7 +69,8 @@ def dense_oracle(problem, alpha, part, mixture_lambda, renormalize, only_helpful
     z_base = base_logits(part.logits)
     if part.joined_lambda is not None:
         teacher = (1 - part.joined_lambda) * z_base.softmax(1) + part.joined_lambda * teacher
-    z = hidden @ weight.t() + (z_base if part.is_residual else 0)
+    z = hidden @ weight.t()
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) + (z_base if part.is_residual else 0)
     log_p = z.log_softmax(1)
     kl = (torch.xlogy(teacher, teacher) - teacher * log_p).sum(1) * (mass > 0)
     ce = -log_p[rows, labels]
@@ -102,7 +103,7 @@ def check(
     problem, part, *, tolerance, alpha=0.4, mixture_lambda=None, renormalize=True, only_helpful=False, **more
 ):
     options = {"mixture_lambda": mixture_lambda, "renormalize": renormalize, "only_helpful": only_helpful}
-    expected = dense_oracle(problem, alpha, part, *options.values())
+    expected = dense_oracle(problem, alpha, part, *options.values(), softcap=more.get("softcap"))
     found = found_by(problem, alpha, part, **options, **more)
     for number, (value, wanted) in enumerate(zip(found, expected, strict=True)):
         error = float((value.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
@@ -125,6 +126,15 @@ def test_equals_dense_autograd(joined_lambda, is_residual, mixture_lambda, mass,
         renormalize=renormalize,
         chunk_bytes=chunk_bytes,
     )
+
+
+@pytest.mark.parametrize("joined_lambda", [None, 0.25])
+@pytest.mark.parametrize("is_residual", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**28])
+def test_a_soft_cap_of_the_memory_is_in_the_gradients(joined_lambda, is_residual, chunk_bytes):
+    problem = make_problem(num_rows=40, vocabulary=2100)
+    part = BasePart(logits=problem[3], joined_lambda=joined_lambda, is_residual=is_residual)
+    check(problem, part, tolerance=3e-6, softcap=4.0, mixture_lambda=0.3, chunk_bytes=chunk_bytes)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

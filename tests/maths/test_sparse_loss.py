@@ -237,6 +237,42 @@ def test_any_shape_equals_dense_autograd(
 
 
 @pytest.mark.parametrize("mixture_lambda", [None, 0.25])
+@pytest.mark.parametrize("chunk_bytes", [1, 8 * 128 * 5, 2**28])
+@pytest.mark.parametrize("scale, softcap, has_bias", [(0.3, None, True), (2.0, 1.5, False), (0.7, 3.0, True)])
+def test_bias_scale_and_soft_cap_are_in_the_gradients(scale, softcap, has_bias, chunk_bytes, mixture_lambda):
+    """Against autograd through dense float64 logits."""
+    hidden, weight, targets = make_problem(mass=0.8)
+    bias = torch.randn(len(weight), generator=torch.Generator().manual_seed(5)) if has_bias else None
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
+    loss, sums = sparse_loss(
+        *leaves[:2],
+        targets,
+        alpha=0.4,
+        mixture_lambda=mixture_lambda,
+        chunk_bytes=chunk_bytes,
+        bias_V=leaves[2] if has_bias else None,
+        scale=scale,
+        softcap=softcap,
+        divisor=3.0,
+    )
+    (loss / 7).backward()
+
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = scale * (doubles[0] @ doubles[1].t() + (doubles[2] if has_bias else 0))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    identity = torch.eye(len(weight))  # then the hidden states are the logits
+    (expected, d_logits, _, kl, ce), _ = dense_oracle(
+        logits.detach(), identity, targets, 0.4, mixture_lambda, True
+    )
+    logits.backward(d_logits)
+    assert relative_error(loss.detach() * 3, expected, expected) <= 1e-6
+    assert relative_error(sums.kl, kl, kl) <= 1e-6 and relative_error(sums.ce, ce, ce) <= 1e-6
+    for leaf, double in zip(leaves, doubles, strict=True):
+        assert relative_error(leaf.grad * 21, double.grad, double.grad) <= 2e-6
+
+
+@pytest.mark.parametrize("mixture_lambda", [None, 0.25])
 def test_bfloat16_operands(mixture_lambda):
     problem = make_problem(num_rows=256, width=512, vocabulary=1009, dtype=torch.bfloat16, max_entries=40)
     check(problem, tolerance=4e-3, mixture_lambda=mixture_lambda, chunk_bytes=4 * 1009 * 64)

@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mlpmem_ds.models.backbone import LogitTransform, capture, load_base, logit_transform
+from mlpmem_ds.models.backbone import capture, load_base, logit_transform
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.logit_transform import LogitTransform
 from mlpmem_ds.models.structure import UnknownStructureError, decoder_layers, output_head, resolve_layer
 
 LLAMA_SIZES = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mlpmem_ds.models.memory import Memory, MemoryHead, NormalLinear
-from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
+from mlpmem_ds.models.memory import Memory, MemoryHead, NormalLinear, make_norm
+from mlpmem_ds.models.memory_config import NORMS, PRESETS, MemoryConfig
 
 FAMILIES = ("gelu", "swiglu")
 
@@ -34,6 +34,47 @@ def config_of(family: str, **changes: object) -> MemoryConfig:
 def test_parameter_formula_equals_the_module(family: str, input_size: int) -> None:
     config = config_of(family, input_size=input_size)
     assert config.num_parameters() == sum(parameter.numel() for parameter in Memory(config).parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_the_formula_counts_what_comes_from_a_base(family: str, norm: str, final_norm: bool) -> None:
+    config = config_of(family, norm=norm, final_norm=final_norm, head_bias=True)
+    memory = Memory(config)
+    assert config.num_parameters() == sum(parameter.numel() for parameter in memory.parameters())
+    assert memory(torch.randn(2, 7)).shape == (2, 10)
+
+
+def test_only_what_differs_from_the_memory_of_always_is_in_its_dict() -> None:
+    assert set(config_of("gelu").to_dict()) == {
+        *("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size"),
+        *("family", "norm_epsilon", "initializer_range"),
+    }
+    changed = config_of("gelu", norm="rms", final_norm=False, head_bias=True, logit_softcap=3.0)
+    assert changed.to_dict()["logit_softcap"] == 3.0 and "logit_scale" not in changed.to_dict()
+    assert MemoryConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
+
+
+@pytest.mark.parametrize("kind", ["rms-one-plus", "layer-one-plus"])
+def test_norms_whose_factor_is_one_plus_their_weight(kind: str) -> None:
+    norm, plain = make_norm(kind, 10, 1e-5), make_norm(kind.removesuffix("-one-plus"), 10, 1e-5)
+    rows = torch.randn(4, 10)
+    torch.testing.assert_close(norm(rows), plain(rows))
+    for name, parameter in norm.named_parameters():
+        nn.init.normal_(parameter)
+        plain.get_parameter(name).data.copy_(parameter.detach() + (name == "weight"))
+    torch.testing.assert_close(norm(rows), plain(rows))
+    assert norm(rows.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_heads_logits_are_scaled_capped_and_biased() -> None:
+    memory = Memory(config_of("gelu", head_bias=True, logit_scale=0.5, logit_softcap=2.0))
+    nn.init.normal_(memory.head.bias)
+    hidden = torch.randn(4, 10)
+    linear = hidden @ memory.head.weight.T + memory.head.bias
+    torch.testing.assert_close(memory.head(hidden), 2 * torch.tanh(linear / 2 / 2))
+    assert memory.to(torch.bfloat16).cast(hidden).dtype == torch.bfloat16
 
 
 def test_presets_have_the_sizes_that_their_names_promise() -> None:
@@ -217,6 +258,11 @@ def test_config_round_trip_and_refusals() -> None:
         "vocab_size": True,
         "norm_epsilon": 0.0,
         "initializer_range": float("inf"),
+        "norm": "batch",
+        "final_norm": 1,
+        "head_bias": "yes",
+        "logit_scale": 0.0,
+        "logit_softcap": -1.0,
     }.items():
         with pytest.raises(ValueError, match=name):
             MemoryConfig.from_dict({**config.to_dict(), name: value})

@@ -1,6 +1,8 @@
 """The training objective: its loss is the sparse loss of a plain memory, and its weights are a plain
 memory's."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -74,3 +76,12 @@ def test_label_log_probabilities():
     plain.load_state_dict(objective.state_dict())
     expected = torch.log_softmax(plain.head(plain(inputs)), dim=1)[torch.arange(3), labels]
     torch.testing.assert_close(objective.label_log_probabilities(inputs, labels), expected)
+
+
+def test_all_logits_are_those_of_the_plain_head():
+    config = dataclasses.replace(CONFIG, head_bias=True, logit_scale=0.5, logit_softcap=2.0)
+    objective, plain = MemoryObjective(config, alpha=ALPHA), Memory(config)
+    torch.nn.init.normal_(objective.head.bias)
+    plain.load_state_dict(objective.state_dict())
+    hidden = torch.randn(3, config.hidden_size)
+    assert torch.equal(objective.head.logits(hidden), plain.head(hidden))

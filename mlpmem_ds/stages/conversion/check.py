@@ -54,7 +54,7 @@ def read_parts(base: Any, memory: Memory, point: CapturePoint, *, layers_path: s
     ids_BS = torch.randint(text.vocab_size, (num_sequences, num_tokens), generator=generator)
     with capture(base, [point], layers_path=layers_path).recording(num_sequences, num_tokens) as states:
         base_logits_BSV = base(input_ids=ids_BS, use_cache=False).logits
-    memory_logits_BSV = memory.head(memory(states[point].to(memory.head.weight.dtype)))  # type: ignore[arg-type]
+    memory_logits_BSV = memory.head(memory(memory.cast(states[point])))
     return Probe(
         ids_BS=ids_BS,
         base_BSV=base_logits_BSV.double().log_softmax(-1),

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, PRESETS
+from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP, TRAINED_ON_LEARNING_RATE
 from mlpmem_ds.stages.training.options import TrainingOptions
 
 SHAPE_FLAGS = ("num_blocks", "hidden_size", "intermediate_size", "family")
@@ -31,11 +32,17 @@ class Config(TrainingOptions):
     )
     memory_flags: ClassVar[tuple[str, ...]] = ("--micro-batch-positions", "--reader-threads")
 
+    learning_rate: float | None = option(
+        f"peak of the learning rate (default: {LEARNING_RATE_HELP}, and with --start base"
+        f" {TRAINED_ON_LEARNING_RATE:g})",
+        None,
+        above=0,
+    )
     targets: Path | None = option("target directory; may be left out with --alpha 0", None)
     keys: Path | None = option("key directory (default: `keys` next to --targets)", None)
     model: str | None = option(
-        "base, a directory or Hub name: for --head base, for keys that store no inputs, and for validation on"
-        " the corpus's tuning split",
+        "base, a directory or Hub name: for --start or --head base, for keys that store no inputs, and for"
+        " validation on the corpus's tuning split",
         None,
         identity="none",
     )
@@ -72,7 +79,15 @@ class Config(TrainingOptions):
     family: Literal["gelu", "swiglu"] | None = option(
         "kind of block (default: gelu)", None, identity="resolved"
     )
-    head: Literal["random", "base"] = option("start of the output head: random, or the base's own", "random")
+    start: Literal["random", "base"] = option(
+        "what the memory is before the first step: random, or the base itself: blocks that add nothing yet,"
+        " the base's final norm and its head (inputs of the point layer_output of the last layer, or"
+        " final_norm)",
+        "random",
+    )
+    head: Literal["random", "base"] | None = option(
+        "start of the output head: random, or the base's own (default: as --start)", None
+    )
     init_from: Path | None = option(
         "memory whose weights and shape this training starts from: an output of launch/train.py, its"
         " weights/, or an export or its Hub name",
@@ -135,10 +150,7 @@ class Config(TrainingOptions):
         if self.targets is None and (self.alpha > 0 or self.keys is None):
             raise UserError("--targets is needed (without it: --alpha 0 and --keys)")
         self._check_loader()
-        if self.head == "base" and self.model is None:
-            raise UserError("--head base needs --model, the base whose output head is copied")
-        if self.head == "base" and self.init_from is not None:
-            raise UserError("--init-from brings its own output head: leave out --head base")
+        self._check_start()
         if self.asks_for_validation and self.model is None:
             raise UserError(
                 "--validate-every needs --model, the base that the keys were extracted with, and so do"
@@ -149,6 +161,15 @@ class Config(TrainingOptions):
             raise UserError(
                 f"--preset {self.preset} fixes the shape: leave out --{shape[0].replace('_', '-')}"
             )
+
+    def _check_start(self) -> None:
+        if self.start == "base" and self.head == "random":
+            raise UserError("--start base starts with the base's output head: leave out --head random")
+        for flag, value in (("start", self.start), ("head", self.head)):
+            if value == "base" and self.model is None:
+                raise UserError(f"--{flag} base needs --model, the base whose output head is copied")
+            if value == "base" and self.init_from is not None:
+                raise UserError(f"--init-from brings its own weights: leave out --{flag} base")
 
     def _check_loader(self) -> None:
         if self.loader == "stored":
@@ -163,6 +184,11 @@ class Config(TrainingOptions):
             raise UserError(
                 f"--order {self.order} is of --loader stored; webdataset orders in its own way: leave it out"
             )
+
+    @property
+    def start_of_head(self) -> Literal["random", "base"]:
+        """What the output head is before the first step, where no memory is started from."""
+        return self.head or self.start
 
     @property
     def asks_for_validation(self) -> bool:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
+from mlpmem_ds.stages.training.base_start import BaseStart
 from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, check_fits
 from mlpmem_ds.stages.training.inputs import TrainingInputs
 
 
-def memory_shape(config: Config, inputs: TrainingInputs, input_size: int) -> MemoryConfig:
-    """The memory's shape, for inputs of this width.
+def memory_shape(
+    config: Config, inputs: TrainingInputs, input_size: int, start: BaseStart | None = None
+) -> MemoryConfig:
+    """The memory's shape, for inputs of this width; `start` is what it takes from the base.
 
     It has as many outputs as the base's head, which may be padded beyond the tokenizer's entries: the two are
     mixed.
@@ -23,8 +28,9 @@ def memory_shape(config: Config, inputs: TrainingInputs, input_size: int) -> Mem
     vocab_size = inputs.keys.manifest.head_size
     if inputs.initial is not None:
         return _shape_of(inputs.initial, config, inputs, input_size, vocab_size)
+    fields: Mapping[str, Any] = {} if start is None else start.fields
     if config.preset is not None:
-        return dataclasses.replace(PRESETS[config.preset](vocab_size), input_size=input_size)
+        return dataclasses.replace(PRESETS[config.preset](vocab_size), input_size=input_size, **fields)
     hidden_size = config.hidden_size or input_size
     try:
         return MemoryConfig(
@@ -36,6 +42,7 @@ def memory_shape(config: Config, inputs: TrainingInputs, input_size: int) -> Mem
                 4 * hidden_size if config.intermediate_size is None else config.intermediate_size
             ),
             num_blocks=4 if config.num_blocks is None else config.num_blocks,
+            **fields,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

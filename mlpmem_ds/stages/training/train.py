@@ -8,7 +8,7 @@ keys store no inputs the frozen base computes them during the training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,9 +36,14 @@ from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
-from mlpmem_ds.stages.training.base_head import base_head
+from mlpmem_ds.stages.training.base_files import Read
+from mlpmem_ds.stages.training.base_start import open_base_start
 from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
-from mlpmem_ds.stages.training.defaults import default_learning_rate, warn_of_few_rows
+from mlpmem_ds.stages.training.defaults import (
+    TRAINED_ON_LEARNING_RATE,
+    default_learning_rate,
+    warn_of_few_rows,
+)
 from mlpmem_ds.stages.training.frozen_base import open_base
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, hash_initial_memory
 from mlpmem_ds.stages.training.inputs import TrainingInputs, check_loader, open_inputs, provenance_of
@@ -74,18 +79,23 @@ def run(config: Config, world: World) -> None:
     if inputs.initial is not None:
         inputs = replace(inputs, initial_sha256=hash_initial_memory(inputs.initial, world))
     base = open_base(config, inputs, world)
-    memory = memory_shape(config, inputs, inputs.keys.input_size or (0 if base is None else base.width))
-    head = base_head(config, base, memory)
+    start = open_base_start(config, inputs)
+    input_size = inputs.keys.input_size or (0 if base is None else base.width)
+    memory = memory_shape(config, inputs, input_size, start)
+    starts = {} if start is None else start.parameters(memory)
     if config.compile:
         _require_compiler(memory.family, world)
     if config.learning_rate is None:
-        config = replace(config, learning_rate=default_learning_rate(memory.num_parameters()))
+        rate = TRAINED_ON_LEARNING_RATE
+        if config.start == "random":
+            rate = default_learning_rate(memory.num_parameters())
+        config = replace(config, learning_rate=rate)
 
     directory = _open_directory(config, inputs, memory, ds_config, steps, world)
     if is_complete(directory, config):
         return
-    training = _build(config, inputs, ds_config, steps, directory, memory=memory, base=base, head=head)
-    del base, head  # the training holds the base only where it computes the inputs
+    training = _build(config, inputs, ds_config, steps, directory, memory=memory, base=base, starts=starts)
+    del base  # the training holds the base only where it computes the inputs
     training.run()
 
 
@@ -111,7 +121,7 @@ def _open_directory(
     world: World,
 ) -> StageDirectory:
     hashes = dict(inputs.hashes)
-    if inputs.model_sha256 is not None and config.head == "base":
+    if inputs.model_sha256 is not None and config.start_of_head == "base":
         hashes["head"] = inputs.model_sha256
     shape = memory.to_dict()
     return open_stage(
@@ -137,7 +147,7 @@ def _build(
     *,
     memory: MemoryConfig,
     base: StateSource | None,
-    head: Callable[[], torch.Tensor] | None,
+    starts: Mapping[str, Read],
 ) -> Training:
     world, objective = directory.world, OBJECTIVES[config.objective](config, memory)
     announce(
@@ -160,7 +170,7 @@ def _build(
         settings=AdamWSettings(weight_decay=config.weight_decay),
         seed=config.seed,
         world=world,
-        prepare=partial(_prepare, config=config, initial=inputs.initial, head=head, world=world),
+        prepare=partial(_prepare, config=config, initial=inputs.initial, starts=starts, world=world),
     )
     subject = MemorySubject(
         memory=memory.to_dict(), provenance=provenance_of(config, inputs, memory, num_steps=steps.count)
@@ -184,15 +194,15 @@ def _prepare(
     *,
     config: Config,
     initial: InitialMemory | None,
-    head: Callable[[], torch.Tensor] | None,
+    starts: Mapping[str, Read],
     world: World,
 ) -> None:
     """Give the module the weights that the training starts from, and say how it computes."""
     if initial is not None:
         for name, parameter in model.named_parameters():
             set_parameter(parameter, partial(initial.tensor, name), world)
-    if head is not None:
-        set_parameter(model.head.weight, head, world)  # type: ignore[union-attr, arg-type]
+    for name, read in starts.items():
+        set_parameter(model.get_parameter(name), read, world)
     assert isinstance(model, MemoryModule)
     recompute_activations(model, config.recompute_activations)
     if config.compile:

@@ -109,6 +109,17 @@ def test_rows_that_nobody_teaches_are_the_originals(twins):
         assert (value - wanted).norm() <= 2e-6 * wanted.norm(), part
 
 
+def test_the_soft_cap_is_that_of_the_originals(twins):
+    problem = make_problem(11, 1024, torch.float32)
+    options = {"alpha": 0.4, "scale": 0.5, "softcap": 2.0, "bias_V": torch.linspace(-1, 1, 1024).to(DEVICE)}
+    twins(False)
+    expected = results(problem, **options)
+    twins(True)
+    found = results(problem, chunk_bytes=8 * 1024 * 4, **options)
+    for part, (value, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert (value - wanted).norm() <= 2e-6 * wanted.norm(), part
+
+
 def test_bfloat16_gradients_of_the_logits_are_rounded_once(twins):
     from mlpmem_ds.maths.kernels.sparse_rows import sparse_rows
 

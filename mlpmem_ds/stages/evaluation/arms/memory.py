@@ -286,18 +286,19 @@ def memory_log_probabilities(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ:
     Raises:
         UserError: one is not a number, as damaged weights or an overflow in float16 make it.
     """
-    norm: torch.Tensor = memory.final_norm.weight  # type: ignore[assignment]
-    parts = inputs_nD.split(_ROWS)
-    hidden_nH = torch.cat([memory(part.to(dtype=norm.dtype, device=norm.device)) for part in parts])
-    tokens = torch.from_numpy(tokens_nJ).to(norm.device)
+    hidden_nH = torch.cat([memory(memory.cast(part)) for part in inputs_nD.split(_ROWS)])
+    tokens = torch.from_numpy(tokens_nJ).to(hidden_nH.device)
     if isinstance(memory.head, Int8Linear):  # its own product, as generation meets it
         pairs = zip(hidden_nH.split(_INT8_ROWS), tokens.split(_INT8_ROWS), strict=True)
         scores_nJ = torch.cat(
             [memory.head(rows).float().log_softmax(-1).gather(1, columns) for rows, columns in pairs]
         )
     else:
-        weight_VH: torch.Tensor = memory.head.weight  # type: ignore[assignment]
-        scores_nJ = token_log_probabilities(hidden_nH, weight_VH, tokens)
+        head: Any = memory.head
+        transform = None if head.transform.is_identity else head.transform
+        scores_nJ = token_log_probabilities(
+            hidden_nH, head.weight, tokens, bias=head.bias, transform=transform
+        )
     result_nJ: np.ndarray = scores_nJ.cpu().numpy()
     if not np.isfinite(result_nJ).all():
         raise UserError(

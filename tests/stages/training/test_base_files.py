@@ -1,4 +1,4 @@
-"""The base's output head out of its files."""
+"""Single tensors of the base out of its files."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.structure import output_head
-from mlpmem_ds.stages.training import base_head
-from mlpmem_ds.stages.training.base_head import head_of_files
+from mlpmem_ds.stages.training import base_files
+from mlpmem_ds.stages.training.base_files import open_base_files
 
 FAMILIES = {
     "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 50},  # tied
@@ -41,20 +41,32 @@ def test_the_head_is_that_of_the_loaded_model(family, options, tmp_path, monkeyp
     def refuse(*_, **__):
         raise AssertionError("the whole base is loaded")
 
-    monkeypatch.setattr(base_head, "load_base", refuse)
-    shape, read = head_of_files(path)
-    assert shape == (50, 16)
-    weight_VH = read()
+    monkeypatch.setattr(base_files, "load_base", refuse)
+    base = open_base_files(path)
+    weight_VH = base.reader(output_head(base.model)[0])()
     assert weight_VH.dtype == torch.float32 and torch.equal(weight_VH, expected)
 
 
 def test_files_that_name_it_otherwise_are_loaded_whole(tmp_path, monkeypatch):
     path = save("llama", tmp_path / "base")
-    monkeypatch.setattr(base_head, "_find", lambda *_: None)
-    shape, read = head_of_files(path)
-    assert tuple(read().shape) == shape == (50, 16)
+    monkeypatch.setattr(base_files, "_find", lambda *_: None)
+    base = open_base_files(path)
+    expected = output_head(load_base(path, dtype=torch.float32, device="cpu"))[0]
+    assert torch.equal(base.reader(output_head(base.model)[0])(), expected)
+
+
+def test_a_class_that_needs_numbers_is_loaded_whole(tmp_path, monkeypatch):
+    path = save("llama", tmp_path / "base")
+
+    def fail(*_, **__):
+        raise RuntimeError("this class reads its numbers in __init__")
+
+    monkeypatch.setattr(base_files.AutoModelForCausalLM, "from_config", fail)
+    base = open_base_files(path)
+    weight_VH = output_head(base.model)[0]
+    assert not weight_VH.is_meta and torch.equal(base.reader(weight_VH)(), weight_VH)
 
 
 def test_a_missing_base_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        head_of_files(str(tmp_path / "nowhere"))
+        open_base_files(str(tmp_path / "nowhere"))

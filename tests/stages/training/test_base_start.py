@@ -1,0 +1,223 @@
+"""A memory that starts as its base gives the base's distribution before the first step, for every family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.batches import BatchReader
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.formats.trained_models import read_weights
+from mlpmem_ds.formats.training_order import TrainingOrder
+from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.models.quantized import quantize_linears
+from mlpmem_ds.models.structure import UnknownStructureError
+from mlpmem_ds.stages.evaluation.arms.memory import memory_log_probabilities
+from mlpmem_ds.stages.keys import extract_keys
+from mlpmem_ds.stages.training.base_files import open_base_files
+from mlpmem_ds.stages.training.base_start import head_start, whole_start
+
+from ...models.families import BASES, tiny_base
+
+LAYERS = 3
+BATCH = 192
+LAST = CapturePoint(layer=-1, point="layer_output")
+FINAL = CapturePoint(layer=-1, point="final_norm")
+CAN_START_AT_NORM_ONLY = {"opt_post_norm"}  # a matrix stands between its layers and its head
+
+
+def started(path: Path, point: CapturePoint, *, family: str = "gelu") -> Memory:
+    """A memory as `train --start base` makes it."""
+    start = whole_start(open_base_files(str(path)), point, num_layers=LAYERS)
+    vocab_size, width = start.head_shape
+    config = MemoryConfig(
+        input_size=width,
+        hidden_size=width,
+        intermediate_size=40,
+        num_blocks=2,
+        vocab_size=vocab_size,
+        family=family,
+        **start.fields,
+    )
+    torch.manual_seed(0)
+    memory = MemoryObjective(config, alpha=0.5)
+    for name, read in start.parameters(config).items():
+        memory.get_parameter(name).data.copy_(read())
+    plain = Memory(MemoryConfig.from_dict(config.to_dict()))
+    plain.load_state_dict(memory.state_dict())
+    assert sum(tensor.numel() for tensor in plain.state_dict().values()) == config.num_parameters()
+    return plain.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def keys_of(corpus_dir: Path, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Point of the last layer → keys whose inputs were read there."""
+    root = tmp_path_factory.mktemp("start-keys")
+    for point in ("layer_output", "final_norm", "ffn_input"):
+        config = extract_keys.Config(
+            model=str(base_dir),
+            corpus=corpus_dir,
+            output=root / point,
+            input_layer=-1,
+            input_point=point,
+            unit_positions=256,
+        )
+        extract_keys.run(config, World())
+    return {point: root / point for point in ("layer_output", "final_norm", "ffn_input")}
+
+
+@pytest.fixture(scope="module")
+def runs(make_runs: Any, corpus_dir: Path, base_dir: Path, keys_of: dict[str, Path]) -> Any:
+    flags = {
+        "corpus": corpus_dir,
+        "keys": keys_of["layer_output"],
+        "model": base_dir,
+        "validate_every": None,
+        "alpha": 0.0,
+        "start": "base",
+        "num_blocks": 2,
+        "epochs": 1.0,
+        "batch_positions": BATCH,
+        "log_every_steps": 1,
+        "save_every_steps": 2,
+    }
+    runs = make_runs(flags)
+    runs.succeed(
+        runs.start("one", 2),
+        runs.start("one-norm", 2, keys=keys_of["final_norm"]),
+        runs.start("stopped", 3, signal_at=1, size=2),
+        runs.start("stopped", 3, size=2),
+        runs.start("two", 3, size=2),
+    )
+    return runs
+
+
+@pytest.mark.parametrize("name, point", [("one", "layer_output"), ("one-norm", "final_norm")])
+def test_the_first_loss_is_the_bases(runs: Any, keys_of: dict[str, Path], name: str, point: str) -> None:
+    keys = open_keys(keys_of[point])
+    order = TrainingOrder(
+        num_positions=keys.num_positions,
+        block_size=keys.manifest.block_size,
+        window_blocks=1024,
+        seed=0,
+    )
+    reader = BatchReader(
+        keys,
+        None,
+        order,
+        batch_positions=BATCH,
+        rank=0,
+        size=1,
+        num_micro_batches=1,
+        with_log_probabilities=True,
+    )
+    (batch,), _ = next(iter(reader.stream(0, 1)))
+    base_N = batch.targets.base_log_probabilities_N
+    assert base_N is not None
+    first = runs.losses(name)[0]
+    assert abs(first + float(base_N.mean())) < 2e-3 * first  # the stored inputs are bfloat16
+
+
+def test_ranks_stages_and_resumes_give_the_same(runs: Any) -> None:
+    np.testing.assert_allclose(runs.losses("two"), runs.losses("one"), rtol=1e-5)
+    np.testing.assert_array_equal(runs.losses("stopped"), runs.losses("two"))
+    runs.assert_same_weights("stopped", "two")
+    provenance = read_weights(runs / "two").provenance
+    assert (provenance.start, provenance.head) == ("base", "base")
+    assert json.loads((runs / "two" / "run.json").read_text())["config"]["learning_rate"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keys": "ffn_input"}, "--input-layer -1 --input-point layer_output"),
+        ({"head": "random"}, "leave out --head random"),
+        ({"model": None}, "--start base needs --model"),
+        ({"init_from": "x"}, "leave out --start base"),
+        ({"hidden_size": 12}, "leave out --hidden-size and --preset"),
+        ({"preset": "gelu-18x768"}, "leave out --hidden-size and --preset"),
+    ],
+)
+def test_what_cannot_start_leaves_the_disk_untouched(
+    runs: Any, keys_of: dict[str, Path], changes: dict[str, Any], said: str
+) -> None:
+    values = {"num_blocks": None, **changes}
+    if "keys" in values:
+        values["keys"] = keys_of[values["keys"]]
+    runs.refuse(said, "wrong", 2, **values)
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("point", [LAST, FINAL], ids=["layer_output", "final_norm"])
+def test_it_is_the_base_before_the_first_step(family: str, point: CapturePoint, tmp_path: Path) -> None:
+    model = tiny_base(family)
+    model.save_pretrained(tmp_path)
+    if point is LAST and family in CAN_START_AT_NORM_ONLY:
+        with pytest.raises(UnknownStructureError, match="is not understood: a matrix"):
+            started(tmp_path, point)
+        return
+    ids_BS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(4))
+    state_BSD = capture(model, [point])(ids_BS).states[point]
+    expected_BSV = model(input_ids=ids_BS).logits.log_softmax(-1)
+    for kind in ("gelu", "swiglu"):
+        memory = started(tmp_path, point, family=kind)
+        logits_BSV = memory.head(memory(memory.cast(state_BSD)))
+        assert (logits_BSV.log_softmax(-1) - expected_BSV).abs().max() < 2e-5
+    # What evaluation and training say of labels is of the same distribution, and so nearly is int8.
+    tokens_N1 = ids_BS.reshape(-1, 1)
+    inputs_ND = state_BSD.reshape(len(tokens_N1), -1)
+    wanted_N1 = expected_BSV.reshape(len(tokens_N1), -1).gather(1, tokens_N1)
+    found_N1 = torch.from_numpy(memory_log_probabilities(memory, inputs_ND, tokens_N1.numpy()))
+    assert (found_N1 - wanted_N1).abs().max() < 2e-5
+    objective = MemoryObjective(memory.config, alpha=0.5)
+    objective.load_state_dict(memory.state_dict())
+    labels_N = objective.label_log_probabilities(inputs_ND, tokens_N1[:, 0])
+    assert (labels_N - wanted_N1[:, 0]).abs().max() < 2e-5
+    quantize_linears(memory)
+    rounded_N1 = torch.from_numpy(memory_log_probabilities(memory, inputs_ND, tokens_N1.numpy()))
+    assert 0 < (rounded_N1 - wanted_N1).abs().max() < 0.2
+
+
+def test_the_head_alone_brings_what_stands_behind_it(tmp_path: Path) -> None:
+    tiny_base("cohere").save_pretrained(tmp_path / "cohere")
+    start = head_start(open_base_files(str(tmp_path / "cohere")))
+    assert start.fields == {"head_bias": False, "logit_scale": 0.3, "logit_softcap": None}
+    tiny_base("gptj").save_pretrained(tmp_path / "gptj")
+    start = head_start(open_base_files(str(tmp_path / "gptj")))
+    assert start.fields["head_bias"] and set(start.readers) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        CapturePoint(layer=2),
+        CapturePoint(layer=1, point="layer_output"),
+        CapturePoint(layer=0, point="layer_output"),
+    ],
+)
+def test_points_before_the_last_layer_is_done_name_the_flags(point: CapturePoint, tmp_path: Path) -> None:
+    tiny_base("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--input-layer -1 --input-point layer_output"):
+        whole_start(open_base_files(str(tmp_path)), point, num_layers=LAYERS)
+
+
+def test_another_width_is_refused(tmp_path: Path) -> None:
+    tiny_base("llama").save_pretrained(tmp_path)
+    start = whole_start(open_base_files(str(tmp_path)), LAST, num_layers=LAYERS)
+    shape = {"intermediate_size": 8, "num_blocks": 1, "vocab_size": 61}
+    wide = MemoryConfig(input_size=32, hidden_size=40, **shape)
+    with pytest.raises(UserError, match="leave out --hidden-size and --preset"):
+        start.parameters(wide)
+    with pytest.raises(UserError, match="the inputs have 16 numbers and the base's head reads 32"):
+        start.parameters(MemoryConfig(input_size=16, hidden_size=32, **shape))
