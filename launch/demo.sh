@@ -59,7 +59,8 @@ shared launch/train.py "${memory_flags[@]}" --alpha 0 --output "$run/memory_ce_o
 spent=$(seconds_of keys index targets memory)
 say "      the memory's own pipeline took $spent s; the base gets as many"
 [ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
-shared tools/train_base.py --corpus "$run/corpus" --output "$run/base_trained_on" --init-from "$base" \
+shared tools/train_baseline.py --kind continued --model "$base" \
+    --corpus "$run/corpus" --output "$run/base_trained_on" --validate-every epoch \
     --time-budget-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 \
     --warmup-fraction .0005 --early-stopping-patience none --select best --epochs 1000
 

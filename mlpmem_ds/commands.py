@@ -63,6 +63,7 @@ def _load(place: str) -> Any:
 prepare_corpus = Command(config="corpus.config:Config", run="corpus.prepare_corpus:run")
 fetch_base = Command(config="fetching.config:Config", run="fetching.fetch_base:run")
 train_base = Command(config="base.config:Config", run="base.train_base:run")
+train_baseline = Command(config="baseline.config:Config", run="baseline.train_baseline:run")
 extract_keys = Command(config="keys.config:Config", run="keys.extract_keys:run")
 build_index = Command(config="index.config:Config", run="index.build_index:run")
 write_targets = Command(config="targets.config:Config", run="targets.write_targets:run")
@@ -100,6 +101,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "prepare-corpus": prepare_corpus,
     "fetch-base": fetch_base,
     "train-base": train_base,
+    "train-baseline": train_baseline,
     "extract-keys": extract_keys,
     "build-index": build_index,
     "write-targets": write_targets,

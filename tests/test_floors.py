@@ -22,7 +22,7 @@ FLOORS = {
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
         "numpy", "torch", "accelerate", "datasets", "datasketch", "deepspeed", "faiss", "lm_eval",
-        "matplotlib", "mpi4py", "tokenizers", "transformers", "webdataset",
+        "matplotlib", "mpi4py", "peft", "tokenizers", "transformers", "webdataset",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
     "benchmarks": {
@@ -38,6 +38,7 @@ OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss_library.py"},
     "lm_eval": {"engines/lm_eval.py"},
+    "peft": {"engines/adapters.py"},
     "matplotlib": {"engines/plotting.py"},
     "mpi4py": {"engines/collectives/mpi.py"},
     "pyarrow": {"formats/arrow_library.py"},
@@ -69,6 +70,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/evaluation/token_kinds.py",
     },
     "transformers": {
+        "engines/adapters.py",
         "engines/gguf.py",
         "engines/hidden_states.py",
         "engines/model_files.py",
@@ -82,8 +84,12 @@ OWNERS: dict[str, set[str]] = {
         "models/hf_config.py",
         "models/shape.py",
         "models/structure.py",
+        "stages/base/decoder_training.py",
         "stages/base/model.py",
         "stages/base/objective.py",
+        "stages/baseline/bigger_model.py",
+        "stages/baseline/low_rank.py",
+        "stages/baseline/train_baseline.py",
         "stages/conversion/check.py",
         "stages/conversion/convert_checkpoint.py",
         "stages/conversion/import_reference.py",

@@ -24,6 +24,7 @@ _FRONT_ENDS = {
     "corpus": "prepare_corpus",
     "base": "train_base",
     "fetched-base": "fetch_base",
+    "baseline": "train_baseline",
     "keys": "extract_keys",
     "index": "build_index",
     "targets": "write_targets",

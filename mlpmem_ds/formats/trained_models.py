@@ -110,6 +110,28 @@ class BaseManifest(Manifest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaselineManifest(Manifest):
+    """What `train_baseline` made of a base: `kind` how, `base` the result's configuration as plain values.
+
+    `parameters_matched`: what a memory has, to which the trained parameters were fitted, or those beyond the
+    base's; None where nothing was. `rank`, `alpha` of low-rank matrices.
+    """
+
+    FORMAT: ClassVar[str] = "baseline"
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["continued", "lora", "bigger"]
+    base: Mapping[str, Any]
+    weights_dtype: Literal["float32"] = "float32"
+    training: TrainingResult
+    parameters: int
+    parameters_trained: int
+    parameters_matched: int | None
+    rank: int | None
+    alpha: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryDescription:
     """weights/config.json: the memory in weights/model.safetensors, or in its shards."""
 

@@ -19,12 +19,13 @@ from mlpmem_ds.formats.index_directory import IndexManifest
 from mlpmem_ds.formats.keys import KeysManifest
 from mlpmem_ds.formats.lists_directory import ListsManifest
 from mlpmem_ds.formats.targets import TargetAuditManifest, TargetsManifest
-from mlpmem_ds.formats.trained_models import BaseManifest, MemoryManifest
+from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest, MemoryManifest
 
 README = Path(__file__).resolve().parents[2] / "mlpmem_ds" / "formats" / "README.md"
 MANIFESTS = [
     ArrowManifest,
     BaseManifest,
+    BaselineManifest,
     CheckpointManifest,
     CorpusManifest,
     FetchedBaseManifest,

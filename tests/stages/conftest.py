@@ -170,7 +170,8 @@ def _environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("OMPI_", "PMIX", "SLURM", "MASTER"))
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    places = os.pathsep.join([str(_REPOSITORY), os.environ.get("PYTHONPATH", "")])  # optional packages too
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "PYTHONWARNINGS": "ignore"}
 
 
 @pytest.fixture(scope="session")
@@ -207,7 +208,7 @@ class Runs:
         root: each training is in a folder of its name there.
         forked_training: the fixture.
         flags: of every job; JSON values.
-        stage: `train` or `train_base`.
+        stage: `train`, `train_base` or `train_baseline`.
     """
 
     def __init__(

@@ -30,10 +30,11 @@ from mlpmem_ds.core.world import World, world_from_environment
 from mlpmem_ds.engines.deepspeed import engine
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
 from mlpmem_ds.stages.base import train_base
+from mlpmem_ds.stages.baseline import train_baseline
 from mlpmem_ds.stages.training import train
 from mlpmem_ds.stages.training.metrics import Metrics
 
-STAGES = {"train": train, "train_base": train_base}
+STAGES = {"train": train, "train_base": train_base, "train_baseline": train_baseline}
 LATE_IMPORTS = (  # 2 s in each start
     "deepspeed.runtime.zero.muon.original_muon",
     "matplotlib.backends.backend_agg",

@@ -34,12 +34,13 @@ from mlpmem_ds.formats.index_directory import IndexManifest
 from mlpmem_ds.formats.keys import KeysManifest
 from mlpmem_ds.formats.lists_directory import ListsManifest
 from mlpmem_ds.formats.targets import TargetsManifest
-from mlpmem_ds.formats.trained_models import BaseManifest, MemoryManifest
+from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest, MemoryManifest
 from mlpmem_ds.stages.inspection.contents import read_run
 
 _MANIFESTS: tuple[type[Manifest], ...] = (
     ArrowManifest,
     BaseManifest,
+    BaselineManifest,
     CorpusManifest,
     IndexManifest,
     KeysManifest,

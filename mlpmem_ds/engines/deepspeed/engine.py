@@ -61,8 +61,11 @@ class SavedState:
 class Engine:
     """A model under ZeRO. Every method is collective: all ranks call it alike."""
 
-    def __init__(self, engine: Any, config: Mapping[str, Any], world: World) -> None:
+    def __init__(
+        self, engine: Any, config: Mapping[str, Any], world: World, *, keeps_frozen: bool = True
+    ) -> None:
         self._engine, self._config, self._world = engine, config, world
+        self._keeps_frozen = keeps_frozen
         self.stage = zero_stage(config)
         self.dtype = compute_dtype(config)
         self.device: torch.device = torch.device(engine.device)
@@ -190,7 +193,11 @@ class Engine:
             step,
             write=lambda tag: self._write_checkpoint(root, tag, step),
             describe=describe,
-            num_parameters=sum(whole_size(parameter) for parameter in self.module.parameters()),
+            num_parameters=sum(
+                whole_size(parameter)
+                for parameter in self.module.parameters()
+                if parameter.requires_grad or self._keeps_frozen
+            ),
             keep=keep,
             world=self._world,
             begin_copy=begin_copy,
@@ -215,7 +222,11 @@ class Engine:
                     setattr(owner, name, after_all(getattr(owner, name)))
                     patches.callback(delattr, owner, name)  # the class's own is seen again
             self._engine.save_checkpoint(
-                str(root), tag=tag, client_state={"mlpmem": {"step": step}}, save_latest=False
+                str(root),
+                tag=tag,
+                client_state={"mlpmem": {"step": step}},
+                save_latest=False,
+                exclude_frozen_parameters=not self._keeps_frozen,
             )
 
     def resume(
@@ -247,7 +258,11 @@ class Engine:
         saved_stage, saved_world = checkpoint.manifest.zero_stage, checkpoint.manifest.world
         same_layout = saved_stage == self.stage and (saved_world == self._world.size or self.stage == 0)
         if same_layout:
-            path, _ = self._engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+            path, _ = self._engine.load_checkpoint(
+                str(checkpoint.path.parent),
+                tag=checkpoint.path.name,
+                load_module_strict=self._keeps_frozen,
+            )
             if path is None:
                 raise UserError(
                     f"DeepSpeed found nothing to load in {checkpoint.path}: restore it from a copy"
@@ -280,6 +295,8 @@ class Engine:
     def write_weights(self, root: Path, stem: str = "model") -> WeightFiles:
         """Write the float32 master weights below `root`; where they are. See `write_whole_weights`.
 
+        Frozen ones are among them unless the engine was built without (`keeps_frozen`).
+
         Raises:
             UserError: they could not be written.
         """
@@ -287,7 +304,9 @@ class Engine:
             root.mkdir(parents=True, exist_ok=True)
         wait_for_all(self._world)
         try:
-            write_whole_weights(self._state, root, stem, max_bytes=MAX_WEIGHTS_BYTES)
+            write_whole_weights(
+                self._state, root, stem, max_bytes=MAX_WEIGHTS_BYTES, with_frozen=self._keeps_frozen
+            )
         except OSError as error:
             raise UserError(
                 f"the weights could not be written below {root} ({error}): free some space, or raise the"
@@ -313,6 +332,7 @@ def build_engine(
     seed: int,
     world: World,
     prepare: Callable[[nn.Module], None] | None = None,
+    keeps_frozen: bool = True,
 ) -> Engine:
     """Make the model and wrap it.
 
@@ -326,6 +346,8 @@ def build_engine(
         seed: of the initial weights, the same on all ranks.
         world: this rank.
         prepare: called with the model before it is wrapped; changes parameters through `set_parameter` only.
+        keeps_frozen: whether checkpoints and files of weights hold the weights without a gradient too. False
+            where `make_model` gives them again at every start.
     """
     deepspeed = import_deepspeed()
     config = json.loads(json.dumps(config))  # DeepSpeed writes into it
@@ -349,7 +371,7 @@ def build_engine(
         # Stage 1 would round the float32 sums to what ranks exchange, and back, though one rank exchanges
         # nothing.
         engine.enable_backward_allreduce = False
-    return Engine(engine, config, world)
+    return Engine(engine, config, world, keeps_frozen=keeps_frozen)
 
 
 def _make_optimizer(

@@ -56,7 +56,9 @@ def whole_size(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def write_whole_weights(state: ZeroState, root: Path, stem: str, *, max_bytes: int) -> None:
+def write_whole_weights(
+    state: ZeroState, root: Path, stem: str, *, max_bytes: int, with_frozen: bool = True
+) -> None:
     """Write the float32 master weights to `root`/`stem`.safetensors, or in several files with an index.
 
     The ranks take turns at the files, and a file is written while the next one's weights are gathered: a rank
@@ -67,11 +69,16 @@ def write_whole_weights(state: ZeroState, root: Path, stem: str, *, max_bytes: i
         root: an existing directory.
         stem: of the files' names.
         max_bytes: of a file.
+        with_frozen: whether weights without a gradient are written too.
 
     Raises:
         OSError: a file could not be written, on the rank that wrote it.
     """
-    parameters = dict(sorted(state.module.named_parameters()))
+    parameters = {
+        name: parameter
+        for name, parameter in sorted(state.module.named_parameters())
+        if parameter.requires_grad or with_frozen
+    }
     sizes = {name: 4 * whole_size(parameter) for name, parameter in parameters.items()}
     shards = plan_shards(sizes, max_bytes)
     names = shard_names(stem, len(shards))
@@ -147,7 +154,7 @@ def load_other_layout(checkpoint: Checkpoint, state: ZeroState, *, steps_applied
     Raises:
         DamagedDataError: the files do not hold these weights.
     """
-    parameters = dict(state.module.named_parameters())
+    parameters = {name: weight for name, weight in state.module.named_parameters() if weight.requires_grad}
     shards = SavedShards(checkpoint.path)
     if {name: tuple(whole_shape(parameter)) for name, parameter in parameters.items()} != shards.shapes:
         raise DamagedDataError(f"{checkpoint.path} holds other weights than the model has: remove it")

@@ -1,4 +1,5 @@
-"""Part of `train_base`: the model that is trained, new or an existing one, and how it is written."""
+"""Part of `train_base` and `train_baseline`: the model that is trained, new or an existing one, and how it is
+written."""
 
 from __future__ import annotations
 
@@ -21,32 +22,12 @@ from mlpmem_ds.models.backbone import load_base, logit_transform
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.base.config import Config
 
-_MODULE_PREFIX = "model."  # of the model's names inside `NextTokenModule`
+MODULE_PREFIX = "model."
+"""of a model's names inside a `NextTokenModule`"""
 
 
-def make_model(
-    config: Config,
-    splits: Sequence[CorpusSplit],
-    length: int,
-    device: torch.device,
-    *,
-    shared: Path | None,
-) -> PreTrainedModel:
-    """A GPT-2-like model of the flags' shape on the CPU, or that of --init-from on the device, in float32.
-
-    Args:
-        config: the flags.
-        splits: of the corpus, that are trained and validated on.
-        length: tokens of a sequence.
-        device: of --init-from's weights.
-        shared: where several ranks keep what one of them computes.
-
-    Raises:
-        UserError: the model cannot be trained here, or cannot read sequences of this length of the corpus.
-    """
-    if config.init_from is not None:
-        return _load(config.init_from, splits, length, device, shared)
-    corpus = splits[0]
+def new_gpt2(config: Config, corpus: CorpusSplit, length: int) -> PreTrainedModel:
+    """A GPT-2-like model of the flags' shape, on the CPU, in float32; it reads sequences of `length`."""
     torch.manual_seed(config.seed)
     return GPT2LMHeadModel(
         GPT2Config(
@@ -61,39 +42,54 @@ def make_model(
             activation_function="gelu_pytorch_tanh",  # GPT-2's, as one kernel
             bos_token_id=corpus.end_of_document_id,
             eos_token_id=corpus.end_of_document_id,
-            attn_implementation=_attention(),  # type: ignore[call-arg]
+            attn_implementation=fast_attention(),  # type: ignore[call-arg]
         )
     )
 
 
-def _load(
-    init_from: str, splits: Sequence[CorpusSplit], length: int, device: torch.device, shared: Path | None
+def load_model(
+    name_or_path: str,
+    splits: Sequence[CorpusSplit],
+    length: int,
+    device: torch.device,
+    *,
+    shared: Path | None,
 ) -> PreTrainedModel:
+    """The model of --model on the device, in float32, all of it to be trained.
+
+    Args:
+        name_or_path: a directory or Hub name.
+        splits: of the corpus, that are trained and validated on.
+        length: tokens of a sequence.
+        device: of its weights.
+        shared: where several ranks keep what one of them computes.
+
+    Raises:
+        UserError: the model cannot be trained here, or cannot read sequences of this length of the corpus.
+    """
     try:
-        model = load_base(init_from, dtype=torch.float32, device=device, attention=_attention())
+        model = load_base(name_or_path, dtype=torch.float32, device=device, attention=fast_attention())
         weight_VD, bias_V = output_head(model)
         is_linear = bias_V is None and logit_transform(model).is_identity
     except ValueError as error:
         raise UserError(str(error)) from error
     if not is_linear:
         raise UserError(
-            f"--init-from {init_from}: its output head has a bias, a scale or a soft cap, which this "
-            "trainer does not know: train it with its own tools"
+            f"--model {name_or_path}: its output head has a bias, a scale or a soft cap, which this trainer"
+            " does not know: train it with its own tools"
         )
     context = max_context_of(model.config)
-    check_model_reads(
-        init_from, splits, vocab_size=len(weight_VD), max_context=context, flag="--init-from", shared=shared
-    )
-    most = context - len(splits[0].begin_of_document_ids)
-    if length > most:
+    check_model_reads(name_or_path, splits, vocab_size=len(weight_VD), max_context=context, shared=shared)
+    longest = context - len(splits[0].begin_of_document_ids)
+    if length > longest:
         raise UserError(
-            f"--context {length} is more than the {most} tokens that --init-from {init_from} reads:"
-            f" choose at most {most}"
+            f"--context {length} is more than the {longest} tokens that --model {name_or_path} reads:"
+            f" choose at most {longest}"
         )
     return model.requires_grad_(True)
 
 
-def _attention() -> str:
+def fast_attention() -> str:
     """On a CPU in bfloat16 the fused attention is the slower one: 6.5k against 8.9k tokens/s of a 4-layer d
     256 model."""
     return "auto" if torch.cuda.is_available() else "eager"
@@ -122,13 +118,18 @@ def write_model(
     """
     model.float()
     model.load_state_dict(
-        {name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in files.read().items()}, strict=False
+        {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in files.read().items()}, strict=False
     )
     model.tie_weights()
+    save_model(writer, model, corpus)
+    return {"parameters": model.num_parameters()}
+
+
+def save_model(writer: UnitWriter, model: PreTrainedModel, corpus: CorpusSplit) -> None:
+    """Write a model's weights and configuration as they are, and the corpus's tokenizer."""
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         sources = [*sorted(Path(scratch).iterdir()), *sorted(corpus.tokenizer_path.iterdir())]
         for source in sources:
             with writer.file(source.name) as path:
                 shutil.copyfile(source, path)
-    return {"parameters": model.num_parameters()}

@@ -1,4 +1,4 @@
-"""`train`: a memory under DeepSpeed; and the trainer that `train_base` (stages/base) shares with it.
+"""`train`: a memory under DeepSpeed; and the trainer that the trainings of stages/base share with it.
 
 - `train`: the command: checks, builds the parts, starts them; `config`: its flags
 - `options`: the flags that both trainings share; `schedule`, `defaults`: the learning rate, and its default

@@ -52,23 +52,23 @@ class InitialMemory:
         return _read(*self._places[name])
 
 
-def open_initial_memory(root: Path) -> InitialMemory:
+def open_initial_memory(root: Path, *, flag: str = _FLAG) -> InitialMemory:
     """Find the memory and check that every tensor is there and of its shape; no numbers are read.
 
     Raises:
         UserError: no memory there, or one that is not finished.
         DamagedDataError: its files contradict each other or cannot be read.
     """
-    root = fetch_directory(str(root), flag=_FLAG)
+    root = fetch_directory(str(root), flag=flag)
     place = root / "weights" if (root / "weights").is_dir() else root
     if not (place / "config.json").is_file():
         is_unfinished = format_of(root) == MemoryManifest.FORMAT
         raise UserError(
-            f"{_FLAG} {root} is a training that has not finished: run its launch/train.py command again, or"
+            f"{flag} {root} is a training that has not finished: run its launch/train.py command again, or"
             " convert its newest checkpoint with tools/convert_checkpoint.py and give that"
             if is_unfinished
             else (
-                f"{_FLAG} {root} holds no memory: give an output of launch/train.py, its weights/, or an"
+                f"{flag} {root} holds no memory: give an output of launch/train.py, its weights/, or an"
                 " export"
             )
         )
@@ -82,18 +82,20 @@ def open_initial_memory(root: Path) -> InitialMemory:
         vocabulary = description.get("vocabulary_sha256") or None
     else:
         raise UserError(
-            f"{_FLAG} {root} is another model, not a memory: give an output of launch/train.py or an export"
+            f"{flag} {root} is another model, not a memory: give an output of launch/train.py or an export"
         )
     try:
         memory = MemoryConfig.from_dict(shape)
     except (ValueError, TypeError) as error:
-        raise DamagedDataError(f"{_FLAG} {root}: {error}: make it again") from error
-    places, shapes = _locate(place, prefix)
-    _check_shapes(root, memory, shapes)
+        raise DamagedDataError(f"{flag} {root}: {error}: make it again") from error
+    places, shapes = _locate(place, prefix, flag)
+    _check_shapes(f"{flag} {root}", memory, shapes)
     return InitialMemory(root=root, memory=memory, vocabulary_sha256=vocabulary, _places=places)
 
 
-def _locate(place: Path, prefix: str) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[int, ...]]]:
+def _locate(
+    place: Path, prefix: str, flag: str
+) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[int, ...]]]:
     """Our name → (file, its name there), and → its shape."""
     places: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -105,23 +107,23 @@ def _locate(place: Path, prefix: str) -> tuple[dict[str, tuple[Path, str]], dict
                         own = name.removeprefix(prefix)
                         places[own], shapes[own] = (path, name), tuple(file.get_slice(name).get_shape())
         except Exception as error:  # safetensors raises a family of its own
-            raise _damaged(path, error) from error
+            raise _damaged(path, error, flag) from error
     return places, shapes
 
 
-def _check_shapes(root: Path, memory: MemoryConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(name: str, memory: MemoryConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Memory(memory).state_dict().items()}
     if set(expected) != set(shapes):
         differing = sorted(set(expected) ^ set(shapes))
         raise DamagedDataError(
-            f"{_FLAG} {root}: {len(differing)} tensors are missing or too many, the first is {differing[0]}:"
+            f"{name}: {len(differing)} tensors are missing or too many, the first is {differing[0]}:"
             " make it again"
         )
-    for name, shape in sorted(expected.items()):
-        if shapes[name] != shape:
+    for tensor, shape in sorted(expected.items()):
+        if shapes[tensor] != shape:
             raise DamagedDataError(
-                f"{_FLAG} {root}: {name} is of shape {list(shapes[name])}, expected is {list(shape)}:"
+                f"{name}: {tensor} is of shape {list(shapes[tensor])}, expected is {list(shape)}:"
                 " make it again"
             )
 
@@ -164,8 +166,8 @@ def _read(path: Path, name: str) -> torch.Tensor:
     return tensor
 
 
-def _damaged(path: Path, error: Exception) -> DamagedDataError:
-    return DamagedDataError(f"{_FLAG}: {path} cannot be read ({error}): make it again, or copy it again")
+def _damaged(path: Path, error: Exception, flag: str = _FLAG) -> DamagedDataError:
+    return DamagedDataError(f"{flag}: {path} cannot be read ({error}): make it again, or copy it again")
 
 
 def check_fits(

@@ -1,4 +1,4 @@
-"""The flags that `train` and `train_base` share, with the checks that need no file."""
+"""The flags that `train`, `train_base` and `train_baseline` share, with the checks that need no file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP
 from mlpmem_ds.stages.training.schedule import DECAY_SHARE, SCHEDULE_HELP, Schedule
 
 
-def _steps_or_auto(word: str) -> int | Literal["auto"]:
-    return "auto" if word == "auto" else int(word)
+def _steps_or_word(word: str) -> int | Literal["auto", "epoch"]:
+    return "auto" if word == "auto" else "epoch" if word == "epoch" else int(word)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,12 @@ class TrainingOptions(Flags):
         "norm at which gradients are clipped; none = never", 1.0, above=0
     )
     seed: int = option("seed of the initial weights and of the order", 0)
-    validate_every: int | Literal["auto"] | None = option(
-        "steps between validations on the tuning split; auto = five a run of `train`, each epoch of"
-        " `train_base`; none = never",
+    validate_every: int | Literal["auto", "epoch"] | None = option(
+        "steps between validations on the tuning split; epoch = after each epoch; auto = five a run of"
+        " `train`, each epoch of `train_base`, four an epoch of `train_baseline`; none = never",
         "auto",
         at_least=1,
-        parse=_steps_or_auto,
+        parse=_steps_or_word,
         metavar="STEPS",
     )
     early_stopping_patience: int | None = option(

@@ -109,6 +109,8 @@ def _steps(config: Config, inputs: TrainingInputs) -> Steps:
     every = config.validate_every
     if every == "auto":
         every = max(1, num_steps // _VALIDATIONS_A_RUN)
+    elif every == "epoch":
+        every = max(1, inputs.keys.num_positions // config.batch_positions)
     return Steps(count=num_steps, rows=config.batch_positions, validate_every=every or 0)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
-from mlpmem_ds.formats.trained_models import BaseManifest
+from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest
 from mlpmem_ds.stages.evaluation.arms.arm import Price, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_source, num_parameters
 from mlpmem_ds.stages.evaluation.arms.controls import model_controls
@@ -62,8 +63,9 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
 
 
 def _tokens_of_training(root: Path) -> int | None:
-    """Tokens of all steps of `train_base`; None for a model from elsewhere."""
-    if format_of(root) != BaseManifest.FORMAT:
-        return None
-    stage: CompleteStage[BaseManifest] = read_stage(CompleteStage, BaseManifest, root, flag="--control")
-    return stage.manifest.training.steps * stage.manifest.training.rows_per_step
+    """Tokens of all steps of `train_base` or `train_baseline`; None for a model from elsewhere."""
+    for manifest in (BaseManifest, BaselineManifest):
+        if format_of(root) == manifest.FORMAT:
+            stage: CompleteStage[Any] = read_stage(CompleteStage, manifest, root, flag="--control")
+            return int(stage.manifest.training.steps * stage.manifest.training.rows_per_step)
+    return None
