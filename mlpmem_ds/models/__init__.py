@@ -10,7 +10,12 @@ Read in this order; files marked * are copied into every export and import nothi
     mixture*           the mixture of base and memories; gates, which give the memories' weights
     gate_features*     what a learned gate reads: confidences, and the history of past tokens
     gates*             gates that learned the weights, and the register of all gates
-    hf_config*, hf*    the joint model: its config.json, and its forward, generation, saving and loading
+    hf_config*         the joint model's config.json
+    joint_parts*       what it is put together from: base, memories and their inputs, checked
+    history_cache*     what a gate remembers of each sequence, carried by the base's cache
+    joint_step*        from one forward of the base to the mixture, with or without the memories
+    hf*                the joint model: its forward, generation, saving and loading
+    pretrained_memory* a trained memory that waits for its base
     generation_settings where generation stops, and the rows that it never takes
     quantized*         a memory with int8 matrices, for decoding
     mixture_on_device  the mixture of logits by Triton

@@ -67,8 +67,12 @@ class LearnedGate(nn.Module):
         raise NotImplementedError
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
-        """float32 [..., M]: log of each memory's weight over the base's."""
+        """float32 [..., M]: log of each memory's weight over the base's.
+
+        A feature that is NaN is not known, as before a memory has run, and counts as the average one.
+        """
         standardized = (features.to(self.mean.dtype) - self.mean) * self.scale
+        standardized = torch.where(standardized.isnan(), 0.0, standardized)
         result: torch.Tensor = self.out(functional.gelu(self.layer(self.encode(standardized))))
         return result.float()
 

@@ -8,22 +8,20 @@ states.
 `logits` are log-probabilities of the mixture (float32; softmax gives the mixture back, and a temperature
 applies after mixing). How much of the memory there is at a position is said by a gate (see `mixture`), by
 default the same `lmbda` everywhere; at `lmbda = 0` they are the base's own logits, so that nothing at all
-changes. The memory has no cache: the caches are the base's.
+changes. A *bank* is several memories of one base under one gate. The memories have no cache: the caches are
+the base's, and carry what a gate remembers of each sequence (`history_cache`).
 
-This file is written into every exported directory as remote code, together with those that it imports
-(hf_config, mixture, memory, backbone, structure, quantized, and what those import): all import torch,
-transformers and the standard library only.
+This file is written into every exported directory as remote code, together with those that it imports: all
+import torch, transformers and the standard library only.
 
-Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any leading
-dimensions.
+Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, M memories, `...` any
+leading dimensions.
 """
 
 import copy
 import inspect
-import json
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +33,24 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .backbone import Taps
 from .capture_point import CapturePoint
 from .gates import open_gate
-from .hf_config import MemoryAugmentedConfig
+from .hf_config import MemoryAugmentedConfig, checked_threshold
+from .history_cache import carry, history_layer
+from .joint_parts import (
+    checked_gate,
+    described_memories,
+    input_points,
+    is_nothing,
+    joint_config,
+    kept_positions,
+    plain_memory,
+    real_tokens,
+)
+from .joint_step import BaseOnly, Mixture, Step
 from .memory import Memory, NormalLinear, OnePlusLayerNorm, OnePlusRMSNorm
 from .memory_config import DEFAULT_LAMBDA, MemoryConfig
-from .mixture import Constant, GateInputs, StoredGate, log_mixture_of_logits
+from .mixture import Constant, StoredGate, log_mixture_of_logits
+from .pretrained_memory import PretrainedMemory
 from .quantized import Int8Linear, quantize_linears
-from .structure import decoder_layers, output_head, resolve_layer
-
-MEMORY_INPUT = "memory_input"
-"""Name of the state that the memory reads; a gate finds it in `GateInputs.states` too."""
-
-
-Mixture = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor]
 
 
 class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
@@ -56,7 +60,9 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     package's `models.mixture_on_device.mixture_on_device`, which is two launches on CUDA; it need not be
     differentiable.
 
-    `gate` finds the memory's weight at each position; `set_gate` takes another.
+    `gate` finds the weight of the memory, or of each memory of a bank, at each position; `set_gate` takes
+    another. With `base_only_threshold`, where the weight is lower, it is 0, and in decoding the memory does
+    not run where that is foreseen; `base_only` counts.
 
     A forward can be compiled whole wherever the base's can: `model.generate(...,
     cache_implementation="static")` on CUDA does so for each step, with CUDA graphs.
@@ -75,9 +81,10 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         *,
         base: PreTrainedModel | None = None,
         memory: Memory | None = None,
+        further: Sequence[Memory] = (),
     ) -> None:
-        """From a config alone the parts start fresh; `from_parts` passes trained ones, which are kept as they
-        are."""
+        """From a config alone the parts start fresh; `from_parts` passes trained ones, all of them, which are
+        kept as they are."""
         if config.base_config is None or config.memory_config is None:
             raise ValueError(
                 "a MemoryAugmentedConfig needs base_config and memory_config before a model can be built"
@@ -85,12 +92,18 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
         config.base_config = self.base.config
-        self.memory = Memory(MemoryConfig.from_dict(config.memory_config)) if memory is None else memory
+        fresh = (
+            Memory(MemoryConfig.from_dict(described["memory_config"]))
+            for described in described_memories(config)[0 if memory is None else 1 + len(further) :]
+        )
+        self.memory = next(fresh) if memory is None else memory
+        self.further_memories = nn.ModuleList([*further, *fresh])
         # transformers initializes what is not marked as initialized: parts that were given are.
-        for part in (base, memory):
+        for part in (base, memory, *further):
             for module in part.modules() if part is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        self.gate: StoredGate = open_gate(config.gate, config.lmbda)
+        self.gate: StoredGate = checked_gate(open_gate(config.gate, config.lmbda), len(self.memories))
+        self.base_only = BaseOnly()
         self._taps = self._make_taps()
         self._can_compile_fullgraph = bool(self.base._can_compile_fullgraph)
         self.mixture: Mixture = log_mixture_of_logits
@@ -105,23 +118,63 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 
         Args:
             name: the export; with `memory`, the base.
-            memory: a `PretrainedMemory`, or the directory of one (see there).
+            memory: a `PretrainedMemory`, or what `load_memory` reads; or a list of several, a bank.
             lmbda: the memory's weight in [0, 1]; default: the export's, or `DEFAULT_LAMBDA`.
             args, kwargs: of transformers' own `from_pretrained`.
 
         Raises:
-            ValueError: the memory was trained for another kind of base, or lmbda is out of range.
+            ValueError: a memory was trained for another kind of base, or lmbda is out of range.
         """
         if memory is None:
             loaded = super().from_pretrained(name, *args, **kwargs)
             if lmbda is not None:
                 (loaded[0] if isinstance(loaded, tuple) else loaded).lmbda = lmbda
             return loaded
-        if not isinstance(memory, PretrainedMemory):
-            memory = PretrainedMemory.from_pretrained(memory)
+        memories = memory if isinstance(memory, list | tuple) else [memory]
         is_model = isinstance(name, PreTrainedModel)
         base = name if is_model else AutoModelForCausalLM.from_pretrained(name, *args, **kwargs)
-        return memory.attach(base, lmbda=lmbda)
+        return cls.join(
+            base,
+            [each if isinstance(each, PretrainedMemory) else load_memory(each) for each in memories],
+            lmbda=lmbda,
+        )
+
+    @classmethod
+    def join(
+        cls,
+        base: PreTrainedModel,
+        memories: Sequence[PretrainedMemory],
+        *,
+        lmbda: float | None = None,
+        gate: StoredGate | None = None,
+    ) -> "MemoryAugmentedLM":
+        """A loaded base with a memory, or with a bank of several; the base's weights are not copied.
+
+        Args:
+            base: that all memories were trained for.
+            memories: one or more.
+            lmbda: the memory's weight in [0, 1], which those of a bank share equally; default: the first
+                one's own, or `DEFAULT_LAMBDA`.
+            gate: finds the weight at each position, in the place of lmbda.
+
+        Raises:
+            ValueError: the base has another width, vocabulary or depth than a memory was trained for.
+        """
+        first, *further = memories
+        weight = first.lmbda if lmbda is None else lmbda
+        joint = cls.from_parts(
+            base,
+            first.module,
+            lmbda=DEFAULT_LAMBDA if weight is None else weight,
+            input_point=first.point,
+            further=further,
+            layers_path=first.provenance.get("input_layers_path"),
+            provenance=first.provenance,
+            vocabulary_sha256=first.vocabulary_sha256,
+        )
+        if gate is not None:
+            joint.set_gate(gate)
+        return joint
 
     @classmethod
     def from_parts(
@@ -131,6 +184,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         *,
         lmbda: float,
         input_point: CapturePoint,
+        further: Sequence[PretrainedMemory] = (),
         provenance: dict[str, Any] | None = None,
         layers_path: str | None = None,
         vocabulary_sha256: str = "",
@@ -138,35 +192,40 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     ) -> "MemoryAugmentedLM":
         """Join a loaded base and a trained memory, in eval mode; no weight of the base is copied.
 
-        The memory is cast to the base's dtype and moved to its device (unless `cast` is false: then it stays
-        as it is), and a training head is replaced by the plain one with the same weight. Raises ValueError
-        when the sizes of the two do not fit, or lmbda or the point are invalid.
+        The memory, and the `further` ones of a bank, are cast to the base's dtype and moved to its device
+        (unless `cast` is false: then they stay as they are), and a training head is replaced by the plain one
+        with the same weight. Raises ValueError when the sizes of two do not fit, or lmbda or a point is
+        invalid.
         """
-        memory = _plain_memory(memory_module)
-        if cast:
-            memory = memory.to(dtype=base_model.dtype, device=base_model.device)
-        config = MemoryAugmentedConfig(
-            base_config=base_model.config,
-            memory_config=memory.config.to_dict(),
-            lmbda=lmbda,
-            input_layer=resolve_layer(input_point.layer, len(decoder_layers(base_model, layers_path))),
+        first = PretrainedMemory(
+            module=memory_module,
+            input_layer=input_point.layer,
             input_point=input_point.point,
-            layers_path=layers_path,
-            provenance=provenance,
+            lmbda=lmbda,
             vocabulary_sha256=vocabulary_sha256,
-            dtype=base_model.dtype,
+            provenance=provenance or {},
         )
-        _check_sizes(memory.config, base_model, input_point)
-        model = cls(config, base=base_model, memory=memory)
+        config = joint_config(base_model, [first, *further], lmbda=lmbda, layers_path=layers_path)
+        memory, *others = [plain_memory(each.module) for each in (first, *further)]
+        if cast:
+            for each in (memory, *others):
+                each.to(dtype=base_model.dtype, device=base_model.device)
+        model = cls(config, base=base_model, memory=memory, further=others)
         if base_model.generation_config is not None:
             model.generation_config = copy.deepcopy(base_model.generation_config)
         return model.eval()
 
     @property
+    def memories(self) -> tuple[Memory, ...]:
+        """The memory; of a bank, all of them."""
+        return (self.memory, *self.further_memories)
+
+    @property
     def lmbda(self) -> float:
         """The memory's weight in [0, 1]; it may be set at any time, and is saved with the model.
 
-        Setting it makes it the weight at every position: a gate that varied it is replaced.
+        Setting it makes it the weight at every position: a gate that varied it is replaced. The memories of a
+        bank share it equally.
         """
         return float(self.config.lmbda)
 
@@ -175,7 +234,11 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         self.set_gate(Constant(value))
 
     def set_gate(self, gate: StoredGate) -> None:
-        """Let this gate find the memory's weight at each position; it is saved with the model."""
+        """Let this gate find the memory's weight at each position; it is saved with the model.
+
+        Raises ValueError for a gate of another number of memories.
+        """
+        gate = checked_gate(gate, len(self.memories))
         is_read = dict(gate.reads) == dict(self.gate.reads)
         del self.gate  # torch lets no plain object take the name of a module
         self.gate = gate
@@ -186,13 +249,27 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             self._taps.remove()
             self._taps = self._make_taps()
 
+    @property
+    def base_only_threshold(self) -> float | None:
+        """A weight below this is 0; in decoding the memory is not run where that is foreseen. None: never.
+
+        It may be set at any time, and is saved with the model.
+        """
+        threshold: float | None = self.config.base_only_threshold
+        return threshold
+
+    @base_only_threshold.setter
+    def base_only_threshold(self, value: float | None) -> None:
+        self.config.base_only_threshold = checked_threshold(value)
+
     def quantize_memory(self) -> "MemoryAugmentedLM":
-        """Round the memory's matrices to int8, in place, for decoding; gives the model. See quantized.py.
+        """Round the memories' matrices to int8, in place, for decoding; gives the model. See quantized.py.
 
         On a CPU a step reads a quarter of float32's bytes for the memory, and takes less time by as much.
         Such a model is neither trained nor saved.
         """
-        quantize_linears(self.memory)
+        for memory in self.memories:
+            quantize_linears(memory)
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,13 +289,15 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        token_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """One forward of the base, and of the memory on the kept positions.
+        """One forward of the base, and of the memory on the kept positions; for a gate with a history on all.
 
         `logits [B, K, V]`: float32 log-probabilities of the mixture, or the base's own logits when lmbda is
         0. `labels` follow the convention of transformers: aligned with `input_ids`, shifted here, -100
-        ignored, mean loss in nats.
+        ignored, mean loss in nats. `token_mask [B, S]`, false for padding among the new tokens, is needed for
+        a gate with a history where `attention_mask` is not `[B, length]`.
         """
         given = {
             "input_ids": input_ids,
@@ -229,22 +308,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
         }
         arguments = {name: value for name, value in given.items() if value is not None}
-        base_keeps = "logits_to_keep" in self._base_parameters
-        if base_keeps:
-            arguments["logits_to_keep"] = logits_to_keep
         loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
-        if isinstance(self.gate, Constant) and self.gate.lmbda == 0.0:
-            # A shortcut, not another way to mix: the memory need not run, and the logits stay as they are.
-            output = self.base(**arguments, **kwargs, return_dict=True)
-            logits = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
-        else:
-            shape = (input_ids if input_ids is not None else inputs_embeds).shape  # type: ignore[union-attr]
-            output, states = self._taps.read(
-                self.base, shape[0], shape[1], **arguments, **kwargs, return_dict=True
-            )
-            base_logits_BKV = output.logits if base_keeps else _kept(output.logits, logits_to_keep)
-            kept_states = {name: _kept(state_BSD, logits_to_keep) for name, state_BSD in states.items()}
-            logits = self._mixture(base_logits_BKV, kept_states)
+        output, logits = self._base_and_mixture({**arguments, **kwargs}, logits_to_keep, token_mask)
         loss = None
         if labels is not None:
             loss = self.base.loss_function(
@@ -260,6 +325,41 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return joint if as_dict else joint.to_tuple()
 
+    def _base_and_mixture(
+        self, arguments: dict[str, Any], logits_to_keep: int | torch.Tensor, token_mask: torch.Tensor | None
+    ) -> tuple[Any, torch.Tensor]:
+        """The base's output for these arguments, and the joint model's logits [B, K, V] at the kept
+        positions."""
+        is_base_alone = is_nothing(self.gate)
+        has_history = not is_base_alone and self.gate.history is not None
+        # With a history the tokens are looked up in the logits of all positions.
+        num_logits = 0 if has_history else logits_to_keep
+        base_keeps = "logits_to_keep" in self._base_parameters
+        if base_keeps:
+            arguments["logits_to_keep"] = num_logits
+        if is_base_alone:
+            # A shortcut, not another way to mix: the memory need not run, and the logits stay as they are.
+            output = self.base(**arguments, return_dict=True)
+            return output, output.logits if base_keeps else kept_positions(output.logits, num_logits)
+        ids_BS: Any = arguments.get("input_ids")
+        if has_history:
+            if ids_BS is None:
+                raise ValueError("a gate with a history reads the tokens themselves: give input_ids")
+            before = history_layer(arguments.get("past_key_values"))
+            is_real_BS = real_tokens(ids_BS, token_mask, arguments.get("attention_mask"))
+        num_sequences, num_tokens = (arguments["inputs_embeds"] if ids_BS is None else ids_BS).shape[:2]
+        output, states = self._taps.read(self.base, num_sequences, num_tokens, **arguments, return_dict=True)
+        if not has_history:
+            base_logits_BKV = output.logits if base_keeps else kept_positions(output.logits, num_logits)
+            states = {name: kept_positions(state_BSD, num_logits) for name, state_BSD in states.items()}
+            return output, self._step().mix(base_logits_BKV, states)
+        logits_BKV, tail = self._step().mix_and_follow(
+            output.logits, states, ids_BS, is_real_BS, before, logits_to_keep
+        )
+        if output.get("past_key_values") is not None:
+            tail.write_to(carry(output.past_key_values, before))
+        return output, logits_BKV
+
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -268,6 +368,11 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = base.prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        mask = kwargs.get("attention_mask")
+        new = inputs.get("input_ids")
+        # For a static cache the base's is a mask of attention, from which padding cannot be read.
+        if self.gate.history is not None and new is not None and mask is not None and mask.ndim == 2:
+            inputs["token_mask"] = mask[:, -new.shape[1] :].to(new.device)
         return inputs
 
     def get_input_embeddings(self) -> nn.Module:
@@ -280,25 +385,19 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 
     def _make_taps(self) -> Taps:
         config: Any = self.config
-        points = {**self.gate.reads, MEMORY_INPUT: _checked_point(config, self.base)}
+        points = {**self.gate.reads, **input_points(config, self.base)}
         taps = Taps(self.base, points, layers_path=config.layers_path)
         weakref.finalize(self, taps.remove)  # the base may outlive this model
         return taps
 
-    def _mixture(self, base_logits_BKV: torch.Tensor, states: dict[str, torch.Tensor]) -> torch.Tensor:
-        hidden = self.memory(self.memory.cast(states[MEMORY_INPUT]))
-        memory_logits_BKV = self.memory.head(hidden).to(base_logits_BKV.device)
-        lmbda = self.gate(
-            GateInputs(
-                base_logits=base_logits_BKV,
-                memory_logits=(memory_logits_BKV,),
-                memory_states=(hidden,),
-                states=states,
-            )
+    def _step(self) -> Step:
+        return Step(
+            memories=self.memories,
+            gate=self.gate,
+            mixture=self.mixture,
+            threshold=self.base_only_threshold,
+            base_only=self.base_only,
         )
-        # A compiler makes one kernel of the plain function by itself.
-        mixture = log_mixture_of_logits if torch.compiler.is_compiling() else self.mixture
-        return mixture(base_logits_BKV, memory_logits_BKV, lmbda)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -308,87 +407,32 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainedMemory:
-    """A trained memory without its base, and which of the base's states it reads.
+def load_memory(path: str | Path) -> PretrainedMemory:
+    """The memory of a training's output, or of an export.
 
-    `lmbda` is None where none was chosen. `provenance` holds plain values about how it was made.
+    Raises:
+        ValueError: there is no memory, one that is damaged, or a bank of several.
     """
-
-    module: Memory = field(repr=False)
-    input_layer: int
-    input_point: str
-    lmbda: float | None
-    vocabulary_sha256: str
-    provenance: dict[str, Any] = field(repr=False)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> "PretrainedMemory":
-        """From the output of a training (`weights/config.json` and `weights/model*.safetensors`), or
-        from an export.
-
-        Raises:
-            ValueError: there is no memory, or one that is damaged.
-        """
-        root = Path(path)
-        if not (root / "weights" / "config.json").is_file():
-            joint, report = MemoryAugmentedLM.from_pretrained(
-                str(path), dtype="auto", output_loading_info=True
-            )
-            if report["missing_keys"]:  # transformers fills them at random and goes on
-                raise ValueError(
-                    f"the files of {path} lack {len(report['missing_keys'])} weights: export the memory again"
-                )
-            settings = joint.config
-            return cls(
-                module=joint.memory,
-                input_layer=settings.input_layer,
-                input_point=settings.input_point,
-                lmbda=settings.lmbda,
-                vocabulary_sha256=settings.vocabulary_sha256,
-                provenance=dict(settings.provenance),
-            )
-        from safetensors.torch import load_file  # comes with transformers
-
-        try:
-            description = json.loads((root / "weights" / "config.json").read_bytes())
-            with torch.device("meta"):
-                module = Memory(MemoryConfig.from_dict(description["memory"]))
-            weights: dict[str, torch.Tensor] = {}
-            for file in sorted((root / "weights").glob("model*.safetensors")):  # one, or several
-                weights |= load_file(file)
-            module.load_state_dict(weights, assign=True)
-            provenance = description["provenance"]
-            layer, point = provenance["input_layer"], provenance["input_point"]
-        except Exception as error:  # safetensors raises a family of its own
-            raise ValueError(
-                f"{root} holds no whole memory ({type(error).__name__}: {error}): finish its training"
-            ) from error
-        return cls(
-            module=module.eval().requires_grad_(False),
-            input_layer=layer,
-            input_point=point,
-            lmbda=None,
-            vocabulary_sha256=provenance.get("vocabulary_sha256", ""),
-            provenance=provenance,
+    if (Path(path) / "weights" / "config.json").is_file():
+        return PretrainedMemory.from_training(path)
+    joint, report = MemoryAugmentedLM.from_pretrained(str(path), dtype="auto", output_loading_info=True)
+    if report["missing_keys"]:  # transformers fills them at random and goes on
+        raise ValueError(
+            f"the files of {path} lack {len(report['missing_keys'])} weights: export the memory again"
         )
-
-    def attach(self, base: PreTrainedModel, *, lmbda: float | None = None) -> MemoryAugmentedLM:
-        """The joint model of a loaded base and this memory; the base's weights are not copied.
-
-        Raises:
-            ValueError: the base has another width, vocabulary or depth than the memory was trained for.
-        """
-        weight = lmbda if lmbda is not None else self.lmbda
-        return MemoryAugmentedLM.from_parts(
-            base,
-            self.module,
-            lmbda=DEFAULT_LAMBDA if weight is None else weight,
-            input_point=CapturePoint(layer=self.input_layer, point=self.input_point),  # type: ignore[arg-type]
-            layers_path=self.provenance.get("input_layers_path"),
-            provenance=self.provenance,
-            vocabulary_sha256=self.vocabulary_sha256,
+    if len(joint.memories) > 1:
+        raise ValueError(
+            f"{path} holds a bank of {len(joint.memories)} memories: give the output of one training"
         )
+    settings = joint.config
+    return PretrainedMemory(
+        module=joint.memory,
+        input_layer=settings.input_layer,
+        input_point=settings.input_point,
+        lmbda=settings.lmbda,
+        vocabulary_sha256=settings.vocabulary_sha256,
+        provenance=dict(settings.provenance),
+    )
 
 
 def register() -> None:
@@ -398,47 +442,6 @@ def register() -> None:
     AutoModelForCausalLM.register(MemoryAugmentedConfig, MemoryAugmentedLM, exist_ok=True)
     MemoryAugmentedConfig.register_for_auto_class("AutoConfig")
     MemoryAugmentedLM.register_for_auto_class("AutoModelForCausalLM")
-
-
-def _checked_point(config: MemoryAugmentedConfig, base: PreTrainedModel) -> CapturePoint:
-    layer = resolve_layer(config.input_layer, len(decoder_layers(base, config.layers_path)))
-    return CapturePoint(layer=layer, point=config.input_point)  # type: ignore[arg-type]
-
-
-def _check_sizes(memory: MemoryConfig, base_model: PreTrainedModel, point: CapturePoint) -> None:
-    weight_VD, _ = output_head(base_model)
-    if memory.vocab_size != weight_VD.shape[0]:
-        raise ValueError(
-            f"the memory predicts {memory.vocab_size} tokens and the base {weight_VD.shape[0]}: "
-            "they must come from one vocabulary; give the base that the memory was trained for"
-        )
-    text = base_model.config.get_text_config(decoder=True)
-    width = weight_VD.shape[1] if point.point == "final_norm" else text.hidden_size
-    if memory.input_size != width:
-        raise ValueError(
-            f"the memory reads vectors of {memory.input_size} numbers and {point.point} of the base has"
-            f" {width}: give the base that the memory was trained for"
-        )
-
-
-def _plain_memory(memory: Memory) -> Memory:
-    """A memory with the same tensors and a plain head; casting it leaves the given one alone."""
-    with torch.device("meta"):
-        plain = Memory(memory.config)
-    plain.load_state_dict(memory.state_dict(), assign=True)
-    return plain
-
-
-def _kept(values_BSD: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions for which the base gives logits, by transformers' rule: the last ones (0: all), or
-    indices."""
-    if isinstance(logits_to_keep, int):
-        return values_BSD[:, -logits_to_keep:] if logits_to_keep else values_BSD
-    if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
-        return values_BSD[logits_to_keep]
-    if logits_to_keep.ndim == 2:
-        return torch.take_along_dim(values_BSD, logits_to_keep[..., None], dim=1)
-    return values_BSD[:, logits_to_keep]
 
 
 # Inside an exported directory transformers itself finds the classes through config.json; registering there as

@@ -19,9 +19,11 @@ class MemoryAugmentedConfig(PretrainedConfig):
     `base_config` is the base's full config (a dict with its `model_type`, or the object), `memory_config` the
     dict of a `MemoryConfig`, `lmbda` the memory's weight in [0, 1], `gate` what finds the weight at each
     position (a dict with a `kind` of `gates.GATES` and its settings; None: `lmbda` everywhere),
-    `input_layer` and `input_point` the hidden state that the memory reads (see `CapturePoint`), `layers_path`
-    the base's list of layers where it cannot be found by structure, `provenance` plain values about how the
-    memory was made, `vocabulary_sha256` the fingerprint of the tokenizer's vocabulary, empty when unknown.
+    `input_layer` and `input_point` the hidden state that the memory reads (see `CapturePoint`),
+    `further_memories` the same three and `provenance` of the other memories of a bank, `base_only_threshold`
+    the weight below which a memory is left out, `layers_path` the base's list of layers where it cannot be
+    found by structure, `provenance` plain values about how the memory was made, `vocabulary_sha256` the
+    fingerprint of the tokenizer's vocabulary, empty when unknown.
     """
 
     model_type = "mlpmem"
@@ -35,6 +37,8 @@ class MemoryAugmentedConfig(PretrainedConfig):
         gate: dict[str, Any] | None = None,
         input_layer: int = -1,
         input_point: str = "ffn_input",
+        further_memories: list[dict[str, Any]] | None = None,
+        base_only_threshold: float | None = None,
         layers_path: str | None = None,
         provenance: dict[str, Any] | None = None,
         vocabulary_sha256: str = "",
@@ -50,6 +54,8 @@ class MemoryAugmentedConfig(PretrainedConfig):
         self.gate = {"kind": "constant"} if gate is None else dict(gate)
         self.input_layer = input_layer
         self.input_point = input_point
+        self.further_memories = [dict(memory) for memory in further_memories or ()]
+        self.base_only_threshold = checked_threshold(base_only_threshold)
         self.layers_path = layers_path
         self.provenance = dict(provenance or {})
         self.vocabulary_sha256 = vocabulary_sha256
@@ -89,6 +95,15 @@ class MemoryAugmentedConfig(PretrainedConfig):
         if self.base_config is None:
             raise AttributeError(f"a MemoryAugmentedConfig without a base has no {name}")
         return getattr(self.base_config.get_text_config(decoder=True), name)
+
+
+def checked_threshold(value: float | None) -> float | None:
+    """`value` as a float, or None. Raises ValueError unless it is a number in [0, 1]."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"base_only_threshold is a weight of the memory, a number in [0, 1], not {value!r}")
+    return float(value)
 
 
 def _config_of_base(values: dict[str, Any] | PretrainedConfig) -> PretrainedConfig:

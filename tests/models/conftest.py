@@ -9,6 +9,7 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 
 VOCAB, WIDTH, PAD, EOS = 61, 32, 0, 2
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
@@ -56,8 +57,8 @@ def tiny_base(family: str) -> PreTrainedModel:
     return model
 
 
-def tiny_memory(**changes: object) -> Memory:
-    torch.manual_seed(7)
+def tiny_memory(*, seed: int = 7, **changes: object) -> Memory:
+    torch.manual_seed(seed)
     values = {
         "input_size": WIDTH,
         "hidden_size": 24,
@@ -66,12 +67,28 @@ def tiny_memory(**changes: object) -> Memory:
         "vocab_size": VOCAB,
     }
     memory = Memory(MemoryConfig.from_dict({**values, **changes}))
-    spread(memory, 8)
+    spread(memory, seed + 1)
     return memory
 
 
-def tiny_joint(family: str, lmbda: float = 0.4, point: CapturePoint = POINT) -> MemoryAugmentedLM:
-    return MemoryAugmentedLM.from_parts(tiny_base(family), tiny_memory(), lmbda=lmbda, input_point=point)
+def tiny_joint(
+    family: str, lmbda: float = 0.4, point: CapturePoint = POINT, *, num_memories: int = 1
+) -> MemoryAugmentedLM:
+    """With one memory, or a bank, whose others read the last layer's output."""
+    further = [
+        PretrainedMemory(
+            module=tiny_memory(seed=20 + number, hidden_size=20),
+            input_layer=-1,
+            input_point="layer_output",
+            lmbda=None,
+            vocabulary_sha256="",
+            provenance={"corpus": f"further {number}"},
+        )
+        for number in range(1, num_memories)
+    ]
+    return MemoryAugmentedLM.from_parts(
+        tiny_base(family), tiny_memory(), lmbda=lmbda, input_point=point, further=further
+    )
 
 
 def random_ids(num_sequences: int = 3, num_tokens: int = 7) -> torch.Tensor:

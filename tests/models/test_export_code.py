@@ -54,6 +54,12 @@ def test_round_trip_inside_the_package(family: str, tmp_path: Path) -> None:
 CODE_FILES = (
     "hf.py",
     "hf_config.py",
+    "joint_parts.py",
+    "joint_step.py",
+    "history_cache.py",
+    "pretrained_memory.py",
+    "gates.py",
+    "gate_features.py",
     "mixture.py",
     "memory.py",
     "memory_config.py",

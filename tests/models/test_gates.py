@@ -22,7 +22,8 @@ from mlpmem_ds.models.gates import (
     RouterGate,
     open_gate,
 )
-from mlpmem_ds.models.hf import MEMORY_INPUT, MemoryAugmentedLM
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.joint_parts import MEMORY_INPUT
 from mlpmem_ds.models.mixture import (
     Constant,
     GateInputs,

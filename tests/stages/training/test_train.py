@@ -22,9 +22,9 @@ from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.formats.training_order import TrainingOrder
-from mlpmem_ds.models.hf import PretrainedMemory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 from mlpmem_ds.stages.training.initial_memory import hash_initial_memory, open_initial_memory
 
@@ -138,7 +138,7 @@ def test_large_weights_lie_in_several_files(runs, pair):
         open_initial_memory(path) for path in (runs / "two-in-files", runs / "two-stage3" / "weights")
     )
     assert hash_initial_memory(one, World()) == hash_initial_memory(other, World())
-    module = PretrainedMemory.from_pretrained(runs / "two-in-files").module
+    module = PretrainedMemory.from_training(runs / "two-in-files").module
     assert all(torch.equal(tensor, whole[name]) for name, tensor in module.state_dict().items())
 
 

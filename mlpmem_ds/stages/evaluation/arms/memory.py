@@ -29,7 +29,7 @@ from mlpmem_ds.formats.trained_models import (
 )
 from mlpmem_ds.maths.head_scores import token_log_probabilities
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
+from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.quantized import Int8Linear, quantize_linears
@@ -198,7 +198,7 @@ def _read_training(root: Path, flag: str) -> StoredMemory:
 def _read_export(root: Path, flag: str, shared: Path | None) -> StoredMemory:
     """The memory of an exported joint model; its base is not kept."""
     try:
-        export = PretrainedMemory.from_pretrained(root)
+        export = load_memory(root)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{flag} {root} cannot be loaded ({error}): export the memory again") from error
     return StoredMemory(

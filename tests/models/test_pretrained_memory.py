@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.hf import MemoryAugmentedLM, PretrainedMemory
+from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 
@@ -60,12 +60,12 @@ def test_every_way_to_join_gives_the_same_model(
     base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
     wanted = MemoryAugmentedLM.from_parts(base, memory, lmbda=0.3, input_point=CapturePoint(layer=0))
     logits = wanted(IDS).logits
-    found = PretrainedMemory.from_pretrained(memory_dir)
+    found = load_memory(memory_dir)
     assert (found.lmbda, found.input_layer, found.vocabulary_sha256) == (None, 0, "ab")
     joint = MemoryAugmentedLM.from_pretrained(base_dir, memory_dir, lmbda=0.3)
     joint.save_pretrained(tmp_path / "export")
     ways = [
-        found.attach(base, lmbda=0.3),
+        MemoryAugmentedLM.join(base, [found], lmbda=0.3),
         joint,
         MemoryAugmentedLM.from_pretrained(base, found, lmbda=0.3),
         MemoryAugmentedLM.from_pretrained(tmp_path / "export"),
@@ -88,28 +88,28 @@ def test_a_base_whose_layers_had_to_be_named(base_dir: Path, memory_dir: Path) -
     """Extraction's --layers-path comes along in the memory's provenance."""
     twice = GPT2LMHeadModel.from_pretrained(base_dir).eval()
     twice.transformer.other = copy.deepcopy(twice.transformer.h)
-    found = PretrainedMemory.from_pretrained(memory_dir)
+    found = load_memory(memory_dir)
     with pytest.raises(ValueError, match="several lists that could be its layers"):
-        found.attach(twice)
+        MemoryAugmentedLM.join(twice, [found])
     named = replace(found, provenance={**found.provenance, "input_layers_path": "transformer.h"})
-    joint = named.attach(twice, lmbda=0.3)
+    joint = MemoryAugmentedLM.join(twice, [named], lmbda=0.3)
     assert joint.config.layers_path == "transformer.h"
-    plain = found.attach(GPT2LMHeadModel.from_pretrained(base_dir), lmbda=0.3)
+    plain = MemoryAugmentedLM.join(GPT2LMHeadModel.from_pretrained(base_dir), [found], lmbda=0.3)
     with torch.no_grad():
         assert torch.equal(joint(IDS).logits, plain(IDS).logits)
 
 
 def test_what_does_not_fit_is_refused(base_dir: Path, memory_dir: Path, tmp_path: Path) -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB + 1, n_embd=WIDTH, n_layer=2, n_head=2))
-    found = PretrainedMemory.from_pretrained(memory_dir)
+    found = load_memory(memory_dir)
     with pytest.raises(ValueError, match="one vocabulary"):
-        found.attach(other)
+        MemoryAugmentedLM.join(other, [found])
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        found.attach(GPT2LMHeadModel.from_pretrained(base_dir), lmbda=1.5)
+        MemoryAugmentedLM.join(GPT2LMHeadModel.from_pretrained(base_dir), [found], lmbda=1.5)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").write_text((memory_dir / "weights" / "config.json").read_text())
     with pytest.raises(ValueError, match="holds no whole memory"):
-        PretrainedMemory.from_pretrained(tmp_path)
+        load_memory(tmp_path)
 
 
 def test_pipeline_generates_with_the_memory(base_dir: Path, memory_dir: Path) -> None:

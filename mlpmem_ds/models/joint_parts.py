@@ -1,0 +1,165 @@
+"""What a joint model is put together from: the memories of one base, which state each reads, and the checks.
+
+This file travels with exported models as remote code: it imports torch, transformers and the standard library
+only.
+
+Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, `...` any further
+dimensions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .capture_point import CapturePoint
+from .hf_config import MemoryAugmentedConfig
+from .memory import Memory
+from .memory_config import MemoryConfig
+from .mixture import Constant, StoredGate, Weights
+from .pretrained_memory import PretrainedMemory
+from .structure import decoder_layers, output_head, resolve_layer
+
+MEMORY_INPUT = "memory_input"
+"""Name of the state that the (first) memory reads; a gate finds it in `GateInputs.states` too."""
+
+
+def input_name(number: int) -> str:
+    """Name of the state that a bank's memory of this number, from 0, reads."""
+    return MEMORY_INPUT if number == 0 else f"{MEMORY_INPUT}_{number}"
+
+
+def described_memories(config: MemoryAugmentedConfig) -> list[Mapping[str, Any]]:
+    """Of each memory in turn its `memory_config`, `input_layer` and `input_point`."""
+    assert config.memory_config is not None
+    first = {
+        "memory_config": config.memory_config,
+        "input_layer": config.input_layer,
+        "input_point": config.input_point,
+    }
+    return [first, *config.further_memories]
+
+
+def input_points(config: MemoryAugmentedConfig, base: PreTrainedModel) -> dict[str, CapturePoint]:
+    """Where each memory's state is read, by its name. Raises ValueError for a layer that the base lacks."""
+    num_layers = len(decoder_layers(base, config.layers_path))
+    return {
+        input_name(number): CapturePoint(
+            layer=resolve_layer(described["input_layer"], num_layers), point=described["input_point"]
+        )
+        for number, described in enumerate(described_memories(config))
+    }
+
+
+def check_sizes(memory: MemoryConfig, base_model: PreTrainedModel, point: CapturePoint) -> None:
+    """Raises ValueError unless the memory reads states of this base's width, and predicts its tokens."""
+    weight_VD, _ = output_head(base_model)
+    if memory.vocab_size != weight_VD.shape[0]:
+        raise ValueError(
+            f"the memory predicts {memory.vocab_size} tokens and the base {weight_VD.shape[0]}: "
+            "they must come from one vocabulary; give the base that the memory was trained for"
+        )
+    text = base_model.config.get_text_config(decoder=True)
+    width = weight_VD.shape[1] if point.point == "final_norm" else text.hidden_size
+    if memory.input_size != width:
+        raise ValueError(
+            f"the memory reads vectors of {memory.input_size} numbers and {point.point} of the base has"
+            f" {width}: give the base that the memory was trained for"
+        )
+
+
+def joint_config(
+    base_model: PreTrainedModel,
+    memories: Sequence[PretrainedMemory],
+    *,
+    lmbda: float,
+    layers_path: str | None,
+) -> MemoryAugmentedConfig:
+    """The configuration of a base and its memories. Raises ValueError where they do not fit each other."""
+    num_layers = len(decoder_layers(base_model, layers_path))
+    described: list[dict[str, Any]] = []
+    for memory in memories:
+        check_sizes(memory.module.config, base_model, memory.point)
+        described.append(
+            {
+                "memory_config": memory.module.config.to_dict(),
+                "input_layer": resolve_layer(memory.input_layer, num_layers),
+                "input_point": memory.input_point,
+                "provenance": memory.provenance,
+            }
+        )
+    return MemoryAugmentedConfig(
+        base_config=base_model.config,
+        **described[0],
+        lmbda=lmbda,
+        further_memories=described[1:],
+        layers_path=layers_path,
+        vocabulary_sha256=memories[0].vocabulary_sha256,
+        dtype=base_model.dtype,
+    )
+
+
+def plain_memory(memory: Memory) -> Memory:
+    """A memory with the same tensors and a plain head; casting it leaves the given one alone."""
+    with torch.device("meta"):
+        plain = Memory(memory.config)
+    plain.load_state_dict(memory.state_dict(), assign=True)
+    return plain
+
+
+def checked_gate(gate: StoredGate, num_memories: int) -> StoredGate:
+    """The gate; the weights of a learned one are few, and stay float32 where the model is rounded.
+
+    Raises:
+        ValueError: it is of another number of memories.
+    """
+    expected = len(gate.lmbdas) if isinstance(gate, Weights) else getattr(gate, "num_memories", None)
+    if expected not in (None, num_memories):
+        raise ValueError(
+            f"the gate ({gate}) is of {expected} memories, and the model has {num_memories}: give the gate"
+            " that was fitted for these"
+        )
+    return gate.float() if isinstance(gate, nn.Module) else gate
+
+
+def is_nothing(gate: StoredGate) -> bool:
+    """Whether the weight of every memory is 0 at every position."""
+    if isinstance(gate, Weights):
+        return not any(gate.lmbdas)
+    return isinstance(gate, Constant) and gate.lmbda == 0.0
+
+
+def kept_positions(values_BS: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions for which the base gives logits, of `[B, S, ...]`, by transformers' rule: the last ones
+    (0: all), or indices."""
+    if isinstance(logits_to_keep, int):
+        return values_BS[:, -logits_to_keep:] if logits_to_keep else values_BS
+    if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
+        return values_BS[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return torch.take_along_dim(values_BS, logits_to_keep[..., None], dim=1)
+    return values_BS[:, logits_to_keep]
+
+
+def real_tokens(ids_BS: torch.Tensor, token_mask: torch.Tensor | None, attention_mask: Any) -> torch.Tensor:
+    """Which of the new tokens are no padding, bool `[B, S]`.
+
+    Args:
+        ids_BS: the new tokens.
+        token_mask: of these tokens `[B, S]`, as the joint model hands it to itself in generation.
+        attention_mask: of the whole sequence `[B, length]`; None: there is no padding.
+
+    Raises:
+        ValueError: the mask is one of attention, from which padding cannot be read.
+    """
+    mask = attention_mask if token_mask is None else token_mask
+    if mask is None:
+        return torch.ones_like(ids_BS, dtype=torch.bool)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise ValueError(
+            "a gate with a history must know which tokens are padding, and attention_mask is not [B, length]:"
+            " give such a one, or its last columns as token_mask [B, S]"
+        )
+    return mask[:, -ids_BS.shape[1] :].bool()

@@ -1,0 +1,331 @@
+"""From one forward of the base to the mixture: the memories run, a gate weighs them, some are left out.
+
+Place in the pipeline: the joint model (`hf`) makes a `Step` in each forward, from its parts.
+
+**Base only.** With a threshold, a weight below it is 0. A memory need not run where its weight will be 0, but
+the gate also reads what the memory says. So the gate is asked before, with NaN for all that only a memory
+could tell, which a learned gate takes for the average: where this *foreseen* weight is below the threshold,
+the memory is left out. A memory that did not run counts in the history as one that said what the base says,
+so that the averages go back to 0 and it is tried again.
+
+This file travels with exported models as remote code: it imports torch and the standard library only.
+
+Shapes: B sequences, S tokens, K kept positions, D width of the base, H numbers of a history, V vocabulary, M
+memories, P models (the base, then the memories), T positions of a crop, R rows that a memory runs on, `...` B
+and K, or one dimension for both.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .gate_features import confidences, num_confidences
+from .history_cache import HistoryLayer, states_of, token_log_probabilities
+from .joint_parts import input_name, kept_positions
+from .memory import Memory
+from .mixture import GateInputs, StoredGate, log_mixture_of_bank, log_mixture_of_logits
+
+Mixture = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor]
+States = Mapping[str, torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class BaseOnly:
+    """How often memories were left out, since it was last set to zero; compiled steps are not counted.
+
+    A row is one position of one memory, a run one memory in one forward, of one or more rows.
+    """
+
+    rows: int = 0
+    skipped_rows: int = 0
+    runs: int = 0
+    skipped_runs: int = 0
+    flops: float = 0.0
+    """of the rows that were skipped, 2 for each weight of a matrix"""
+    bytes: int = 0
+    """of the weights that the skipped runs did not read"""
+
+    def reset(self) -> None:
+        """Set all to zero."""
+        self.__init__()  # type: ignore[misc]
+
+    def add(self, memory: Memory, num_rows: int, num_skipped: int) -> None:
+        """Count one memory in one forward."""
+        self.rows += num_rows
+        self.skipped_rows += num_skipped
+        self.runs += 1
+        self.flops += 2.0 * num_skipped * memory.config.num_matrix_parameters()
+        if num_skipped == num_rows:
+            self.skipped_runs += 1
+            self.bytes += sum(
+                values.numel() * values.element_size() for values in (*memory.parameters(), *memory.buffers())
+            )
+
+    def __str__(self) -> str:
+        share = self.skipped_rows / max(self.rows, 1)
+        return (
+            f"the memory was left out at {self.skipped_rows:,} of {self.rows:,} positions ({share:.0%}),"
+            f" which saved {self.flops / 1e9:,.3g} GFLOP; {self.skipped_runs:,} of {self.runs:,} runs were"
+            f" not made, which saved reading {self.bytes / 1e9:,.3g} GB of weights"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """What the cache carries to the next call: histories `[B, T, H]`, P logits `[B, T, V]`, no padding `[B,
+    T]`."""
+
+    states: torch.Tensor
+    logits: tuple[torch.Tensor, ...]
+    is_real: torch.Tensor
+
+    def write_to(self, layer: HistoryLayer) -> None:
+        layer.write(self.states, self.logits, self.is_real)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The parts of a joint model, in one forward."""
+
+    memories: Sequence[Memory]
+    gate: StoredGate
+    mixture: Mixture
+    threshold: float | None
+    base_only: BaseOnly = field(default_factory=BaseOnly)
+
+    def mix(self, base_logits: torch.Tensor, states: States) -> torch.Tensor:
+        """float32 log-probabilities of the mixture [..., V], for a gate without a history.
+
+        Args:
+            base_logits: [..., V].
+            states: of the base [..., D], by the names of the memories' inputs and of the gate's.
+        """
+        return self._mix(GateInputs(base_logits=base_logits, states=states), runs=None)[0]
+
+    def mix_and_follow(
+        self,
+        base_logits_BSV: torch.Tensor,
+        states: States,
+        ids_BS: torch.Tensor,
+        is_real_BS: torch.Tensor,
+        before: HistoryLayer | None,
+        logits_to_keep: int | torch.Tensor,
+    ) -> tuple[torch.Tensor, Tail]:
+        """The same at the kept positions, for a gate with a history; and what the next call continues from.
+
+        Args:
+            base_logits_BSV, states: at all new positions.
+            ids_BS, is_real_BS: the new tokens, and which are no padding.
+            before: what the calls before left; None or empty at the beginning.
+        """
+        assert self.gate.history is not None
+        keep = partial(kept_positions, logits_to_keep=logits_to_keep)
+        is_next = ids_BS.shape[1] == 1 and before is not None and before.states is not None
+        hidden: Sequence[torch.Tensor] | None = None
+        followed_BSP = base_logits_BSV.new_zeros(
+            (len(ids_BS), 0, 1 + len(self.memories)), dtype=torch.float32
+        )
+        if not is_next:
+            hidden = [self._hidden(number, states) for number in range(len(self.memories))]
+            followed_BSP = self._followed(base_logits_BSV, hidden, ids_BS)
+        device = base_logits_BSV.device
+        is_real_BS = is_real_BS.to(device)
+        history_BSH = states_of(before, self.gate.history, followed_BSP, ids_BS.to(device), is_real_BS)
+        evidence = GateInputs(
+            base_logits=keep(base_logits_BSV),
+            states={name: keep(state_BSD) for name, state_BSD in states.items()},
+            history=keep(history_BSH),
+        )
+        logits, memory_logits = self._mix(
+            evidence, runs=None if hidden is None else [keep(each) for each in hidden]
+        )
+        num_kept = min(logits_to_keep, len(ids_BS[0])) if isinstance(logits_to_keep, int) else 1
+        last = slice(-max(num_kept, 1), None)
+        if hidden is not None and not isinstance(logits_to_keep, int):
+            memory_logits = [
+                self._logits(memory, each[:, last])
+                for memory, each in zip(self.memories, hidden, strict=True)
+            ]
+        return logits, Tail(
+            states=_own(history_BSH, last),
+            logits=tuple(_own(each, last) for each in (base_logits_BSV, *memory_logits)),
+            is_real=_own(is_real_BS, last),
+        )
+
+    def _followed(
+        self, base_logits_BSV: torch.Tensor, hidden: Sequence[torch.Tensor], ids_BS: torch.Tensor
+    ) -> torch.Tensor:
+        """log p of the tokens after the first, by each model at the position before: [B, S - 1, P]."""
+        next_ids_BS = ids_BS[:, 1:]
+        logits_of: list[Callable[[int, int], torch.Tensor]] = [
+            lambda start, stop: base_logits_BSV[:, start:stop],
+            *(partial(self._block, memory, each) for memory, each in zip(self.memories, hidden, strict=True)),
+        ]
+        each_BS = [token_log_probabilities(of, next_ids_BS).to(base_logits_BSV.device) for of in logits_of]
+        return torch.stack(each_BS, dim=-1)
+
+    def _block(self, memory: Memory, hidden_BSH: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return self._logits(memory, hidden_BSH[:, start:stop])
+
+    def _hidden(self, number: int, states: States, rows: torch.Tensor | None = None) -> torch.Tensor:
+        memory, inputs = self.memories[number], states[input_name(number)]
+        hidden: torch.Tensor = memory(memory.cast(inputs if rows is None else inputs[rows]))
+        return hidden
+
+    @staticmethod
+    def _logits(memory: Memory, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = memory.head(hidden)
+        return logits
+
+    def _mix(
+        self, evidence: GateInputs, runs: Sequence[torch.Tensor] | None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """The mixture, and the logits of each memory (the base's where it was left out).
+
+        `evidence` holds what is known before the memories run; `runs` of each what its head reads, if it ran.
+        """
+        base_logits = evidence.base_logits
+        assert base_logits is not None
+        skips = self._foresee(evidence)  # [..., M], or None
+        if runs is None and skips is not None and not torch.compiler.is_compiling():
+            self._count(skips)
+            if bool(skips.all()):
+                return torch.log_softmax(base_logits.float(), dim=-1), [base_logits] * len(self.memories)
+        memory_logits, hidden = [], []
+        for number, memory in enumerate(self.memories):
+            skip = None if skips is None or runs is not None else skips[..., number]
+            if runs is not None:
+                state = runs[number]
+                logits = self._logits(memory, state).to(base_logits.device)
+            else:
+                logits, state = self._run(number, evidence.states, base_logits, skip)
+            memory_logits.append(logits)
+            hidden.append(state)
+        inputs = replace(evidence, memory_logits=tuple(memory_logits), memory_states=tuple(hidden))
+        if skips is not None and runs is None:
+            inputs = replace(
+                inputs, confidences=_unknown_where(skips, confidences(base_logits, memory_logits))
+            )
+        lmbdas = self._cut(_weigh(self.gate, inputs), skips)
+        return self._mixture(base_logits, memory_logits, lmbdas), memory_logits
+
+    def _run(
+        self, number: int, states: States, base_logits: torch.Tensor, skip: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [..., V] and what the head read [..., H] of one memory; where it is skipped the base's
+        logits, and NaN."""
+        memory, device = self.memories[number], base_logits.device
+        if skip is None or torch.compiler.is_compiling() or not bool(skip.any()):
+            hidden = self._hidden(number, states)
+            logits = self._logits(memory, hidden).to(device)
+            if skip is not None:
+                logits = torch.where(skip[..., None], base_logits, logits)
+                hidden = torch.where(skip[..., None].to(hidden.device), torch.nan, hidden)
+            return logits, hidden
+        rows = ~skip
+        hidden_RH = self._hidden(number, states, rows.to(states[input_name(number)].device))
+        logits_RV = self._logits(memory, hidden_RH).to(device)
+        hidden = hidden_RH.new_full((*skip.shape, hidden_RH.shape[-1]), torch.nan)
+        hidden[rows.to(hidden.device)] = hidden_RH
+        logits = base_logits.to(torch.promote_types(base_logits.dtype, logits_RV.dtype), copy=True)
+        logits[rows] = logits_RV.to(logits.dtype)
+        return logits, hidden
+
+    def _foresee(self, evidence: GateInputs) -> torch.Tensor | None:
+        """Where each memory is left out, bool [..., M]; None: nowhere."""
+        base_logits = evidence.base_logits
+        if self.threshold is None or base_logits is None:
+            return None
+        num_memories, rows = len(self.memories), base_logits.shape[:-1]
+        unknown = base_logits.new_full(
+            (*rows, num_confidences(num_memories) - num_confidences(0)), torch.nan, dtype=torch.float32
+        )
+        inputs = replace(
+            evidence,
+            memory_states=tuple(
+                base_logits.new_full((*rows, memory.config.hidden_size), torch.nan, dtype=torch.float32)
+                for memory in self.memories
+            ),
+            confidences=torch.cat([confidences(base_logits, ()), unknown], dim=-1),
+        )
+        return _of_each(_weigh(self.gate, inputs), base_logits, num_memories) < self.threshold
+
+    def _cut(self, lmbdas: float | torch.Tensor, skips: torch.Tensor | None) -> float | torch.Tensor:
+        """The weights, 0 where they are below the threshold or foreseen to be."""
+        if self.threshold is None or skips is None:
+            return lmbdas
+        each = lmbdas if isinstance(lmbdas, torch.Tensor) else torch.tensor(lmbdas, device=skips.device)
+        if len(self.memories) == 1:
+            skips = skips[..., 0]
+            each = each.expand(skips.shape) if each.ndim == 0 else each
+        return torch.where(skips | (each < self.threshold), 0.0, each)
+
+    def _count(self, skips: torch.Tensor) -> None:
+        for memory, skip in zip(self.memories, skips.unbind(-1), strict=True):
+            self.base_only.add(memory, skip.numel(), int(skip.sum()))
+
+    def _mixture(
+        self, base_logits: torch.Tensor, memory_logits: Sequence[torch.Tensor], lmbdas: float | torch.Tensor
+    ) -> torch.Tensor:
+        if len(memory_logits) > 1:
+            if not isinstance(lmbdas, torch.Tensor):
+                lmbdas = torch.full((len(memory_logits),), lmbdas / len(memory_logits), dtype=torch.float64)
+            base, *memories = (
+                torch.log_softmax(each.float(), dim=-1) for each in (base_logits, *memory_logits)
+            )
+            return log_mixture_of_bank(base, memories, lmbdas)
+        if isinstance(lmbdas, torch.Tensor) and lmbdas.shape == (1,):
+            lmbdas = lmbdas.to(base_logits.device).expand(base_logits.shape[:-1])
+        # A compiler makes one kernel of the plain function by itself.
+        mixture = log_mixture_of_logits if torch.compiler.is_compiling() else self.mixture
+        return mixture(base_logits, memory_logits[0], lmbdas)
+
+
+def _weigh(gate: StoredGate, inputs: GateInputs) -> float | torch.Tensor:
+    """The gate's weights, on the device of the base's logits."""
+    assert inputs.base_logits is not None
+    home = inputs.base_logits.device
+    weight = next(gate.parameters(), None) if isinstance(gate, nn.Module) else None
+    if weight is not None and weight.device != home:
+        inputs = _on(inputs, weight.device)
+    lmbdas = gate(inputs)
+    return lmbdas.to(home) if isinstance(lmbdas, torch.Tensor) else lmbdas
+
+
+def _on(inputs: GateInputs, device: torch.device) -> GateInputs:
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        if isinstance(value, Mapping):
+            return {name: moved(each) for name, each in value.items()}
+        return tuple(map(moved, value)) if isinstance(value, list | tuple) else value
+
+    return GateInputs(**{name: moved(value) for name, value in vars(inputs).items()})
+
+
+def _of_each(lmbdas: float | torch.Tensor, base_logits: torch.Tensor, num_memories: int) -> torch.Tensor:
+    """The weight of each memory at each position, [..., M]."""
+    shape = (*base_logits.shape[:-1], num_memories)
+    if not isinstance(lmbdas, torch.Tensor):
+        return base_logits.new_full(shape, lmbdas / num_memories, dtype=torch.float32)
+    is_of_rows = num_memories == 1 and lmbdas.shape == base_logits.shape[:-1]
+    return (lmbdas[..., None] if is_of_rows else lmbdas).to(base_logits.device).expand(shape)
+
+
+def _unknown_where(skips: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The confidences with NaN for the memories that did not run."""
+    num_memories = skips.shape[-1]
+    width = (num_confidences(num_memories) - num_confidences(0)) // num_memories
+    base_columns = torch.zeros_like(values[..., : num_confidences(0)], dtype=torch.bool)
+    unknown = torch.cat([base_columns, skips.repeat_interleave(width, dim=-1)], dim=-1)
+    return torch.where(unknown, torch.nan, values)
+
+
+def _own(values: torch.Tensor, last: slice) -> torch.Tensor:
+    """The last positions, without keeping all of them in memory."""
+    part = values[:, last]
+    return part if part.shape == values.shape else part.clone()

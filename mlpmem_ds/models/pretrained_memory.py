@@ -1,0 +1,67 @@
+"""A trained memory that waits for its base.
+
+This file travels with exported models as remote code: it imports torch and the standard library only.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .capture_point import CapturePoint
+from .memory import Memory
+from .memory_config import MemoryConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedMemory:
+    """A trained memory without its base, and which of the base's states it reads.
+
+    `lmbda` is None where none was chosen. `provenance` holds plain values about how it was made.
+    """
+
+    module: Memory = field(repr=False)
+    input_layer: int
+    input_point: str
+    lmbda: float | None
+    vocabulary_sha256: str
+    provenance: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_training(cls, path: str | Path) -> "PretrainedMemory":
+        """From the output of a training: `weights/config.json` and `weights/model*.safetensors`.
+
+        Raises:
+            ValueError: there is no memory, or one that is damaged.
+        """
+        root = Path(path)
+        from safetensors.torch import load_file  # comes with transformers
+
+        try:
+            description = json.loads((root / "weights" / "config.json").read_bytes())
+            with torch.device("meta"):
+                module = Memory(MemoryConfig.from_dict(description["memory"]))
+            weights: dict[str, torch.Tensor] = {}
+            for file in sorted((root / "weights").glob("model*.safetensors")):  # one, or several
+                weights |= load_file(file)
+            module.load_state_dict(weights, assign=True)
+            provenance = description["provenance"]
+            layer, point = provenance["input_layer"], provenance["input_point"]
+        except Exception as error:  # safetensors raises a family of its own
+            raise ValueError(
+                f"{root} holds no whole memory ({type(error).__name__}: {error}): finish its training"
+            ) from error
+        return cls(
+            module=module.eval().requires_grad_(False),
+            input_layer=layer,
+            input_point=point,
+            lmbda=None,
+            vocabulary_sha256=provenance.get("vocabulary_sha256", ""),
+            provenance=provenance,
+        )
+
+    @property
+    def point(self) -> CapturePoint:
+        return CapturePoint(layer=self.input_layer, point=self.input_point)  # type: ignore[arg-type]

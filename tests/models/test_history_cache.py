@@ -1,0 +1,228 @@
+"""A gate's history in generation: at every step the weights that one forward of the whole sequence gives."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.gates import HistoryGate
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.history_cache import HistoryLayer
+from mlpmem_ds.models.mixture import GateInputs
+
+from .conftest import BASES, PAD, POINT, random_ids, tiny_joint
+
+NEW = 7
+LAST = CapturePoint(layer=-1, point="layer_output")
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 0},
+    "several sequences": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "beam sampling": {"do_sample": True, "num_beams": 2},
+}
+
+
+def with_history(family: str, *, num_memories: int = 1) -> MemoryAugmentedLM:
+    """A joint model whose gate's weights vary much with what came before."""
+    joint = tiny_joint(family, num_memories=num_memories)
+    torch.manual_seed(12)
+    gate = HistoryGate(lmbdas=(0.4 / num_memories,) * num_memories)
+    joint.set_gate(gate.eval().requires_grad_(False))
+    seen: list[torch.Tensor] = []
+    handle = gate.register_forward_pre_hook(lambda _, args: seen.append(gate.features(args[0])))
+    joint(random_ids(2, 11), use_cache=False)
+    handle.remove()
+    gate.standardize(seen[0].mean(dim=(0, 1)), seen[0].std(dim=(0, 1)))
+    nn.init.normal_(gate.out.weight, std=0.5)
+    return joint
+
+
+class Weights:
+    """All that the gate gave, step by step."""
+
+    def __init__(self, joint: MemoryAugmentedLM) -> None:
+        self.given: list[torch.Tensor] = []
+        self._handle = joint.gate.register_forward_hook(lambda _, args, output: self.given.append(output))  # type: ignore[attr-defined]
+
+    def __enter__(self) -> list[torch.Tensor]:
+        return self.given
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+@torch.no_grad()
+def defined_weights(joint: MemoryAugmentedLM, ids_S: torch.Tensor) -> torch.Tensor:
+    """λ at each position of one sequence, token by token as the history is defined, [S] or [S, M]."""
+    gate: Any = joint.gate
+    points = [POINT, LAST][: len(joint.memories)]
+    states = capture(joint.base, points)(ids_S[None]).states
+    base_SV = joint.base(ids_S[None]).logits[0]
+    memories = [
+        memory.head(memory(states[point][0])) for memory, point in zip(joint.memories, points, strict=True)
+    ]
+    history, weights = gate.history.start(), []
+    for at, token in enumerate(ids_S.tolist()):
+        if at:
+            log_p = [logits[at - 1].double().log_softmax(-1)[token] for logits in (base_SV, *memories)]
+            history = gate.history.update(history, log_p[0], torch.stack(log_p[1:]))
+        known = {"base_logits": base_SV[at], "memory_logits": tuple(logits[at] for logits in memories)}
+        weights.append(gate(GateInputs(**known, history=history)))
+    return torch.stack(weights)
+
+
+def padded(joint: MemoryAugmentedLM) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of 3, 8 and 5 tokens, padded on the left, and their mask."""
+    tokens, mask = random_ids(3, 8), torch.ones(3, 8, dtype=torch.long)
+    for row, length in enumerate((3, 8, 5)):
+        tokens[row, : 8 - length], mask[row, : 8 - length] = PAD, 0
+    return tokens, mask
+
+
+def generate(joint: MemoryAugmentedLM, way: str = "greedy", **options: Any) -> Any:
+    tokens, mask = padded(joint)
+    torch.manual_seed(13)
+    settings = GenerationConfig(
+        max_new_tokens=NEW,
+        pad_token_id=PAD,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **{**WAYS[way], **options},
+    )
+    return joint.generate(tokens, attention_mask=mask, generation_config=settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_memories", [1, 2])
+@pytest.mark.parametrize("family", BASES)
+def test_one_forward_weighs_as_the_history_is_defined(family: str, num_memories: int) -> None:
+    joint, ids_BS = with_history(family, num_memories=num_memories), random_ids(2, 11)
+    with Weights(joint) as given:
+        whole = joint(ids_BS, use_cache=False).logits
+        joint(ids_BS, use_cache=False, logits_to_keep=3)
+        joint(ids_BS, use_cache=False, logits_to_keep=torch.tensor([2, 9]))
+    expected = torch.stack([defined_weights(joint, ids_S) for ids_S in ids_BS])
+    assert float(expected.std()) > 0.03
+    torch.testing.assert_close(given[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given[1], expected[:, -3:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given[2], expected[:, [2, 9]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.exp().sum(-1), torch.ones(2, 11), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BASES)
+def test_each_step_weighs_as_one_forward_of_the_whole(family: str) -> None:
+    joint = with_history(family, num_memories=2 if family == "llama" else 1)
+    for way in ("greedy", "sampling"):
+        with Weights(joint) as given:
+            sequences = generate(joint, way).sequences
+        weights = torch.cat(given, dim=1)
+        assert weights.shape[:2] == (3, NEW)
+        for row, num_given in enumerate((3, 8, 5)):
+            alone = sequences[row, 8 - num_given :]
+            expected = defined_weights(joint, alone)[num_given - 1 : -1]
+            torch.testing.assert_close(weights[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_every_cache_gives_what_none_gives(family: str, way: str) -> None:
+    joint = with_history(family)
+    bare = generate(joint, way, use_cache=False)
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}):
+        found = generate(joint, way, **options)
+        assert torch.equal(found.sequences, bare.sequences), options
+        for one, other in zip(found.logits, bare.logits, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    layers = found.past_key_values.layers
+    assert sum(isinstance(layer, HistoryLayer) for layer in layers) == 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_assisted_generation_takes_rejected_tokens_back(family: str) -> None:
+    joint, prompt = with_history(family), random_ids(1, 6)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    plain = joint.generate(prompt, **options)
+    assert torch.equal(joint.generate(prompt, **options, assistant_model=joint.base), plain)
+    assert torch.equal(joint.generate(prompt, **options, prompt_lookup_num_tokens=3), plain)
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_where_it_was_and_a_new_one_begins_anew() -> None:
+    joint, ids_BS = with_history("llama"), random_ids(2, 12)
+    whole = joint(ids_BS, use_cache=False).logits
+    cache = DynamicCache()
+    parts = [
+        joint(ids_BS[:, start:stop], past_key_values=cache, use_cache=True).logits
+        for start, stop in ((0, 5), (5, 6), (6, 9))
+    ]
+    kept = copy.deepcopy(cache)
+    parts.append(joint(ids_BS[:, 9:], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(joint(ids_BS).logits, whole, rtol=0, atol=0)
+
+    again = joint(ids_BS[:, 9:], past_key_values=copy.deepcopy(kept)).logits
+    assert torch.equal(again, parts[-1])
+    kept.batch_repeat_interleave(2)
+    kept.batch_select_indices(torch.tensor([3, 0]))
+    swapped = joint(ids_BS[[1, 0], 9:], past_key_values=kept).logits
+    torch.testing.assert_close(swapped, parts[-1][[1, 0]], rtol=1e-5, atol=1e-5)
+
+    last = joint(ids_BS, use_cache=True, logits_to_keep=4)
+    last.past_key_values.crop(-3)
+    torch.testing.assert_close(
+        joint(ids_BS[:, 9:], past_key_values=last.past_key_values).logits, whole[:, 9:], rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="cropped by 3 tokens.*let the base be the assistant"):
+        joint(ids_BS, use_cache=True, logits_to_keep=3).past_key_values.crop(-3)
+
+
+@torch.no_grad()
+def test_what_has_no_history_is_refused() -> None:
+    joint, ids_BS = with_history("llama"), random_ids(2, 6)
+    others = joint.base(ids_BS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 6 tokens and no history"):
+        joint(ids_BS[:, :1], past_key_values=others)
+    own = joint(ids_BS, use_cache=True).past_key_values
+    joint.base(ids_BS[:, :1], past_key_values=own)
+    with pytest.raises(ValueError, match="holds 7 tokens and the history of 6"):
+        joint(ids_BS[:, :1], past_key_values=own)
+    with pytest.raises(ValueError, match="give input_ids"):
+        joint(inputs_embeds=joint.get_input_embeddings()(ids_BS))
+    with pytest.raises(ValueError, match="needs a cache with a list of layers"):
+        joint(ids_BS, past_key_values=object())
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="token_mask"):
+        joint(ids_BS, attention_mask=mask)
+    given = joint(ids_BS, attention_mask=mask, token_mask=torch.ones(2, 6), use_cache=False).logits
+    torch.testing.assert_close(given, joint(ids_BS, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_step_with_a_static_cache_compiles_whole(family: str) -> None:
+    joint, ids_BS = with_history(family), random_ids(2, 7)
+    whole = joint(torch.cat([ids_BS, ids_BS[:, :3]], dim=1), use_cache=False).logits
+    compiled = torch.compile(joint, fullgraph=True, backend="eager")
+    cache = StaticCache(config=joint.base.config, max_cache_len=12)
+    for turn in range(2):
+        joint(ids_BS, past_key_values=cache, use_cache=True)
+        [layer] = [layer for layer in cache.layers if isinstance(layer, HistoryLayer)]
+        addresses = [values.data_ptr() for values in (layer.states, *layer.logits)]  # type: ignore[union-attr]
+        for step in range(3):
+            inputs = {"input_ids": ids_BS[:, step : step + 1], "position_ids": torch.full((2, 1), 7 + step)}
+            found = compiled(**inputs, past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(found, whole[:, 7 + step : 8 + step], rtol=1e-4, atol=1e-4)
+        assert addresses == [values.data_ptr() for values in (layer.states, *layer.logits)], turn  # type: ignore[union-attr]
+        cache.reset()
+    torch.compiler.reset()
