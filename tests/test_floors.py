@@ -74,6 +74,7 @@ OWNERS: dict[str, set[str]] = {
         "engines/gguf.py",
         "engines/hidden_states.py",
         "engines/model_files.py",
+        "engines/chat_template.py",
         "engines/model_kinds.py",
         "engines/tokenizer.py",
         "engines/deepspeed/sharded_base.py",

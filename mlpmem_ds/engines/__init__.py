@@ -7,6 +7,7 @@
   `online_inputs` computes a memory's inputs with one
 - `gguf`: a model from llama.cpp's file, as a Hugging Face directory
 - `tokenizer`: texts → ids by the one rule of all stages; `text_backend`: where a library's tokenizer lacks it
+- `chat_template`: conversations → ids, and which of them are answers
 - `minhash`: texts → signatures of which nearly equal texts have nearly equal ones
 - `faiss`: the inverted-file index; `faiss_library`: which faiss there is, and what it does on a GPU;
   `code_words`: those of its product quantizer, trained by all ranks

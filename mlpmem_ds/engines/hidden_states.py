@@ -261,6 +261,7 @@ def scan_positions(
     with_log_probabilities: bool = True,
     finish: Finish | None = None,
     ahead: bool | None = None,
+    chosen: Callable[[Block], np.ndarray | None] | None = None,
 ) -> Iterator[PositionStates]:
     """Run the base over the windows that predict the positions of `block`; give their rows in order, batch by
     batch.
@@ -274,18 +275,26 @@ def scan_positions(
     `ahead`: a thread runs the next batch while the caller works on this one; None = where the base is on a
     GPU. (On a CPU both would want the same cores.) The generator must be at its end, or dropped, before the
     base is used otherwise.
+
+    `chosen` gives the places, from its start, of the positions of a block that have rows (None: all do). A
+    batch of windows without any is not read.
     """
     windows = corpus.windows()
     numbers = windows.covering(block)
 
-    def scan(at: int) -> _Scanned:
-        batch = windows[at : min(at + batch_windows, numbers.stop)]
-        return _scan_batch(source, corpus, block, batch, points, with_log_probabilities, finish)
+    def scan() -> Iterator[_Scanned]:
+        for at in range(numbers.start, numbers.stop, batch_windows):
+            batch = windows[at : min(at + batch_windows, numbers.stop)]
+            part = Block(max(batch[0].start, block.start), min(batch[-1].stop, block.stop))
+            places_n = None if chosen is None else chosen(part)
+            if places_n is None or len(places_n):
+                yield _scan_batch(
+                    source, corpus, part, batch, points, with_log_probabilities, finish, places_n
+                )
 
-    starts = range(numbers.start, numbers.stop, batch_windows)
     if ahead is None:
         ahead = is_read_ahead(source)
-    batches: Iterator[_Scanned] = map(scan, starts)
+    batches = scan()
     if ahead:  # the next batch is being queued when one is handed out: the device does not wait for the host
         batches = run_ahead(batches, count=1, name="states")
     for scanned in batches:
@@ -314,7 +323,9 @@ def _scan_batch(
     points: Mapping[str, CapturePoint],
     with_log_probabilities: bool,
     finish: Finish | None,
+    places_n: np.ndarray | None,
 ) -> _Scanned:
+    """Of the windows' positions those in `block`, or some of them: at these places from its start."""
     tokens = window_tokens(corpus, windows)
     batch = source.read(torch.from_numpy(tokens.tokens_BT), points)
     columns = [
@@ -323,12 +334,15 @@ def _scan_batch(
     ]
 
     def pick(values_BTD: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values_BTD[row, part] for row, part in enumerate(columns)])
+        picked_ND = torch.cat([values_BTD[row, part] for row, part in enumerate(columns)])
+        if places_n is None:
+            return picked_ND
+        return picked_ND[to_device(torch.from_numpy(places_n), picked_ND.device)]
 
-    start, stop = max(windows[0].start, block.start), min(windows[-1].stop, block.stop)
     states: Mapping[str, torch.Tensor] = {name: pick(state) for name, state in batch.states.items()}
     rows_n = dict(states if finish is None else finish(states))
     if with_log_probabilities:
-        values_n = torch.from_numpy(corpus.values(start, stop))
+        values = corpus.values(*block)
+        values_n = torch.from_numpy(values if places_n is None else values[places_n])
         rows_n[_LOG_PROBABILITIES] = source.log_probabilities(pick(batch.final_BSD), values_n)
-    return _Scanned(block=Block(start, stop), copies=HostCopies(rows_n))
+    return _Scanned(block=block, copies=HostCopies(rows_n))

@@ -47,11 +47,18 @@ class Encoded(NamedTuple):
 
 
 class EncodedDocument(NamedTuple):
-    """A document's ids, uint32, from its begin tokens to its end token; the rest as in `Encoded`."""
+    """A document's ids, uint32, from its begin tokens to its end token; the rest as in `Encoded`.
+
+    Of a conversation (chat_template.py) also which ids are answers, and UTF-8 bytes of its text and of its
+    answers.
+    """
 
     ids: np.ndarray
     num_unknown: int
     num_dropped: int
+    is_answer_n: np.ndarray | None = None
+    num_bytes: int = 0
+    num_answer_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

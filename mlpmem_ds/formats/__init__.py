@@ -3,6 +3,7 @@
 In the order of the pipeline:
 - `input_files.py`, `input_names.py`: the files of the inputs; `omissions.py`: what was left out, and why
 - `documents.py`, `document_readers.py`: text from files of many kinds; `records.py`: a document of one
+- `chats.py`: conversations of many forms, brought to one
 - `file_marks.py`: what a file is by its name or first bytes; `text_encoding.py`: bytes as text;
   `streams.py`: decompression
 - `json_lines.py`: JSON that users give; `json_readers.py`: its records as documents
@@ -10,6 +11,7 @@ In the order of the pipeline:
 - `table_readers.py`: Parquet and Arrow; `csv_readers.py`: CSV; `saved_datasets.py`: data sets of
   `datasets`; `arrow_library.py`: pyarrow; `installed_docs.py`: docstrings of installed packages
 - `corpus.py`: token shards; `window_tokens.py`: its windows as a model reads them
+- `counted_rows.py`: rows of keys ↔ positions of a corpus, where answers alone count
 - `keys.py`, `mapped_keys.py`: keys, values and memory inputs
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists
 - `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample

@@ -61,7 +61,7 @@ def arrow_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def arrow_batches(path: Path, stream: IO[bytes], check: Callable[[Any], None]) -> Iterator[Any]:
+def arrow_batches(path: Path, stream: IO[bytes], check: Callable[[Any], object]) -> Iterator[Any]:
     """The record batches of an Arrow file (Feather), of an Arrow stream, or of streams one after the other.
 
     They are mapped from the disk, so that a batch of any size costs no memory. A stream must end with its

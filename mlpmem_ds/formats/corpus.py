@@ -23,6 +23,8 @@ from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 SPLITS = ("train", "tuning", "test", "heldout")
 SpecialTokens = Literal["text", "parse"]
 """what a special token is that is spelled in a text: ordinary text, or the special token itself"""
+Counts = Literal["all", "answers"]
+"""the tokens of a corpus that are learnt, stored and scored"""
 _TOKENS_AT_ONCE = 1 << 20
 
 
@@ -57,7 +59,8 @@ class TokenizerFacts:
 class CorpusUnit:
     """What a unit adds to a split; `bytes` of UTF-8 text.
 
-    `unknown`: tokens that are the unknown token; `dropped`: characters that the tokenizer has no token for.
+    `unknown`: tokens that are the unknown token; `dropped`: characters that the tokenizer has no token for;
+    `answers`: tokens that are answers, and `answer_bytes` of UTF-8 text of these, where they alone count.
     """
 
     unit: str
@@ -66,6 +69,8 @@ class CorpusUnit:
     bytes: int
     unknown: int = 0
     dropped: int = 0
+    answers: int = 0
+    answer_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,8 @@ class SplitManifest:
     units: tuple[CorpusUnit, ...]
     num_unknown: int = 0
     num_dropped: int = 0
+    num_answers: int = 0
+    num_answer_bytes: int = 0
 
     @classmethod
     def from_units(cls, units: Sequence[CorpusUnit]) -> SplitManifest:
@@ -88,6 +95,8 @@ class SplitManifest:
             units=tuple(units),
             num_unknown=sum(unit.unknown for unit in units),
             num_dropped=sum(unit.dropped for unit in units),
+            num_answers=sum(unit.answers for unit in units),
+            num_answer_bytes=sum(unit.answer_bytes for unit in units),
         )
 
 
@@ -152,7 +161,8 @@ class CorpusManifest(Manifest):
     """A corpus: `block_size` and `stride`, in tokens, are the windows that the base reads.
 
     `sources`: kind of files → what was read; `left_out`: reason (omissions.py) → how many things were not;
-    `blend`: the inputs, where they have weights; `near_duplicates`: None where none were looked for.
+    `blend`: the inputs, where they have weights; `near_duplicates`: None where none were looked for;
+    `counts`: the tokens that are learnt, stored and scored: all, or answers of conversations alone.
     """
 
     FORMAT: ClassVar[str] = "corpus"
@@ -167,6 +177,7 @@ class CorpusManifest(Manifest):
     left_out: Mapping[str, int] = field(default_factory=dict)
     blend: tuple[BlendedInput, ...] = ()
     near_duplicates: NearDuplicates | None = None
+    counts: Counts = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +199,14 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         return self.num_tokens - 1
 
     @property
+    def num_counted(self) -> int:
+        """Positions whose values count: all, or those of answers."""
+        return self._split.num_answers if self.has_answers else self.num_positions
+
+    @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the split's text."""
-        return self._split.num_bytes
+        """UTF-8 bytes of the split's text, as far as it counts."""
+        return self._split.num_answer_bytes if self.has_answers else self._split.num_bytes
 
     @property
     def vocab_size(self) -> int:
@@ -222,6 +238,11 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         return self.root / "tokenizer"
 
     @property
+    def units(self) -> tuple[CorpusUnit, ...]:
+        """What each unit adds to the split, in the order of the stream."""
+        return self._split.units
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.manifest.token_dtype)
 
@@ -241,23 +262,46 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64. Read, not memory-mapped: mapped pages would count as memory of this
         process."""
+        return self._read(self._shards, self.dtype, start, stop).astype(np.int64)
+
+    def _read(self, shards: Sequence[Path], dtype: np.dtype[Any], start: int, stop: int) -> np.ndarray:
+        """What these files hold of the tokens [start, stop), one number a token."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are not in a stream of {self.num_tokens}")
-        tokens = np.empty(stop - start, dtype=np.int64)
+        tokens = np.empty(stop - start, dtype=dtype)
         shard, at = int(np.searchsorted(self._shard_starts, start, side="right")) - 1, start
         while at < stop:
             first, last = (int(edge) for edge in self._shard_starts[shard : shard + 2])
             count = min(stop, last) - at
-            part = np.fromfile(
-                self._shards[shard], self.dtype, count, offset=(at - first) * self.dtype.itemsize
-            )
+            part = np.fromfile(shards[shard], dtype, count, offset=(at - first) * dtype.itemsize)
             if len(part) != count:
                 raise DamagedDataError(
-                    f"{self._shards[shard]} is shorter than its manifest says: prepare the corpus again"
+                    f"{shards[shard]} is shorter than its manifest says: prepare the corpus again"
                 )
             tokens[at - start : at - start + count] = part
             at, shard = at + count, shard + 1
         return tokens
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether answers alone count, as `is_answer` says."""
+        return self.manifest.counts == "answers"
+
+    @property
+    def answer_files(self) -> list[str]:
+        """As `token_files`, of what says which tokens are answers; none where all count."""
+        files = [f"{self.name}/answers-{unit.unit}.bin" for unit in self._split.units if unit.tokens]
+        return files if self.has_answers else []
+
+    def is_answer(self, start: int, stop: int) -> np.ndarray:
+        """bool: whether the tokens [start, stop) count: all, or those that are answers."""
+        if not self.has_answers:
+            return np.ones(stop - start, dtype=bool)
+        return self._read([self.root / name for name in self.answer_files], np.dtype(bool), start, stop)
+
+    def counted(self, start: int, stop: int) -> np.ndarray:
+        """bool: whether the values of positions [start, stop) count."""
+        return self.is_answer(start + 1, stop + 1)
 
     def values(self, start: int, stop: int) -> np.ndarray:
         """The values of positions [start, stop) as int64: the tokens that follow."""
@@ -284,7 +328,8 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
 
     @cached_property
     def documents(self) -> list[dict[str, Any]]:
-        """`name`, `group`, `bytes`, `tokens` of each document in stream order."""
+        """`name`, `group`, `bytes`, `tokens` of each document in stream order; of conversations also
+        `answers`, `answer_bytes`."""
         lines = []
         for unit in self._split.units:
             if unit.documents:
@@ -326,6 +371,11 @@ def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> 
         raise UserError(
             f"{flag} {root} has no text in split {split!r}; it has {present or 'none'}: choose another "
             "split, or prepare the corpus with fractions for it"
+        )
+    if corpus.has_answers and not corpus.num_counted:
+        raise UserError(
+            f"{flag} {root} counts answers alone, and its split {split!r} has none: prepare it with more"
+            " conversations, or with --train-on all"
         )
     if sum(unit.tokens for unit in splits[split].units) != corpus.num_tokens:
         raise DamagedDataError(

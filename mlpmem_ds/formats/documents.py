@@ -32,6 +32,8 @@ DATASET_PREFIX = "datasets:"
 `datasets`"""
 _POINTERS = (LFS_POINTER, b"/annex/objects/")
 _TABLES = (b"PAR1", b"ARROW1")  # at both ends
+CHAT_KINDS = ("json", "table", "dataset")
+"""kinds of files that may hold conversations"""
 MAY_NOT_BE_READ = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 """errors that will come again at the next try"""
 
@@ -95,7 +97,9 @@ def read_documents(file: SourceFile, rules: ReadRules) -> Iterator[Document | Om
             and the record.
     """
     try:
-        if file.kind == "text":
+        if rules.chats and file.kind not in CHAT_KINDS:
+            yield _without_chats(file)
+        elif file.kind == "text":
             yield _read_text(file, rules)
         else:
             yield from _read_records(file, rules)
@@ -103,6 +107,15 @@ def read_documents(file: SourceFile, rules: ReadRules) -> Iterator[Document | Om
         if file.is_named or error.errno not in MAY_NOT_BE_READ:
             raise _unreadable(file, error) from error
         yield Omission(name=file.name, reason="unreadable", detail=str(error.strerror))
+
+
+def _without_chats(file: SourceFile) -> Omission:
+    if file.is_named:
+        raise UserError(
+            f"{file.path} cannot hold conversations, which are objects of JSON lines, JSON, Parquet, Arrow or"
+            " a data set: write them so, or leave out --documents chat"
+        )
+    return Omission(name=file.name, reason="no conversations", detail=file.path.suffix)
 
 
 def _unreadable(file: SourceFile, error: OSError) -> UserError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.chats import chat_record
 from mlpmem_ds.formats.json_lines import json_records
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record, record_of
@@ -32,4 +33,7 @@ def read_json(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
     from 1."""
     with opened(path) as stream:
         for place, number, values in json_records(stream, name=str(path), encoding=rules.encoding):
+            if rules.chats:
+                yield chat_record(path, place, str(number), values, rules.group_field)
+                continue
             yield record_of(path, place, str(number), values, rules.text_field, rules.group_field)

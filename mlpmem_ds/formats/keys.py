@@ -25,6 +25,7 @@ from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.folders import folder_of
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.typed_json import from_json
+from mlpmem_ds.formats.corpus import Counts
 from mlpmem_ds.maths.codec import MassiveDimension, clip_massive
 
 Point: TypeAlias = Literal["ffn_input", "layer_output", "final_norm"]
@@ -114,6 +115,8 @@ class KeysManifest(Manifest):
     begin_of_window_ids: tuple[int, ...] | None = ()
     """tokens that the base read before each window that does not begin with them; None where the forward
     passes were not ours"""
+    counts: Counts = "all"
+    """of the corpus: with `answers` a row is a position whose value is of an answer (counted_rows.py)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +216,8 @@ class Keys(CompleteStage[KeysManifest]):
         return split_blocks(self.num_positions, self.manifest.unit_positions)
 
     def unit(self, array: str, first: int) -> np.ndarray:
-        """One unit's array, memory-mapped: `keys`, `values`, `log_probabilities`, `inputs` or `input_scales`.
+        """One unit's array, memory-mapped: `keys`, `values`, `log_probabilities`, `inputs`, `input_scales` or
+        (where answers alone count) `positions`.
 
         Raw keys in bfloat16 come as float32, in memory.
         """

@@ -19,6 +19,8 @@ ReasonName = Literal[
     "empty",
     "not sampled",
     "near duplicate",
+    "no answer",
+    "no conversations",
     "excluded",
     "not included",
     "already read",
@@ -38,7 +40,13 @@ ReasonName = Literal[
     "misnamed",
 ]
 _NAMES_SHOWN, _SUFFIXES_SHOWN, _CHARACTERS_SHOWN = 3, 8, 120
-REASONS_BY_SUFFIX: tuple[ReasonName, ...] = ("unknown name", "not text", "not included", "other member")
+REASONS_BY_SUFFIX: tuple[ReasonName, ...] = (
+    "unknown name",
+    "not text",
+    "not included",
+    "other member",
+    "no conversations",
+)
 """their `detail` is the name's suffix"""
 
 
@@ -59,6 +67,16 @@ REASONS: Mapping[ReasonName, Reason] = {
     "empty": Reason(words="documents without text", loses_text=False),
     "not sampled": Reason(words="documents beyond --max-bytes or --weights", loses_text=False),
     "near duplicate": Reason(words="documents that nearly repeat another", loses_text=False),
+    "no answer": Reason(
+        words="conversations in which the assistant says nothing",
+        loses_text=True,
+        remedy="nothing of them would be trained on; without --documents chat they are read as texts",
+    ),
+    "no conversations": Reason(
+        words="files that cannot hold conversations by their kind",
+        loses_text=True,
+        remedy="give them as a corpus of their own, without --documents chat; --exclude leaves them out",
+    ),
     "excluded": Reason(words="names that --exclude leaves out", loses_text=False),
     "not included": Reason(words="names that match no pattern of --include", loses_text=False),
     "already read": Reason(words="files or folders that are read under another name", loses_text=False),

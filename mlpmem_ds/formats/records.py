@@ -37,11 +37,12 @@ class Record:
 @dataclass(frozen=True, kw_only=True)
 class ReadRules:
     """How files become documents: the fields of a record with its text and its group, and the encoding of
-    text that is not UTF-8."""
+    text that is not UTF-8. `chats`: records are conversations (chats.py), and there are no texts."""
 
     text_field: str = "text"
     group_field: str | None = None
     encoding: str = "utf-8"
+    chats: bool = False
 
     def decode(self, content: bytes) -> str:
         """The text of a whole file; see `decode_text`."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError, in_one_line
+from mlpmem_ds.formats.chats import chat_record
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record, record_of
 
@@ -119,7 +120,11 @@ def read_dataset_of_name(path: Path, rules: ReadRules) -> Iterator[Record | Omis
         for number, values in enumerate(
             datasets.load_dataset(name, configuration, split=split, streaming=True)
         ):
-            yield record_of(path, f"row {number}", str(number), values, rules.text_field, rules.group_field)
+            place, key = f"row {number}", str(number)
+            if rules.chats:
+                yield chat_record(path, place, key, values, rules.group_field)
+            else:
+                yield record_of(path, place, key, values, rules.text_field, rules.group_field)
     except UserError:
         raise
     except Exception as error:  # a family of errors for each way to fail, also in the midst of the rows

@@ -11,13 +11,14 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.arrow_library import arrow_batches, arrow_errors, import_arrow
+from mlpmem_ds.formats.chats import CHAT_FIELDS, chat_record
 from mlpmem_ds.formats.file_marks import NUM_MARK_BYTES
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules, Record, listed, make_record, partition_of
@@ -42,10 +43,18 @@ def read_table(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
     Raises:
         UserError: no such column, no text in it, or the file is something else, cut short or damaged.
     """
+    if rules.chats:
+        yield from _read_chats(path, rules.group_field)
+        return
     text_field, group_field = rules.text_field, rules.group_field
+
+    def columns_of(schema: Any) -> list[str]:
+        _check_columns(path, schema, text_field, group_field)
+        return [text_field, *([group_field] if group_field else [])]
+
     with _seekable(path) as stream, arrow_errors(path):
         first = 0
-        for batch in _batches(path, stream, text_field, group_field):
+        for batch in _batches(path, stream, columns_of):
             texts = _column(batch, _text_place(path, batch.schema, text_field))
             groups = None if group_field is None else _groups(path, batch, group_field)
             for start in range(0, batch.num_rows, _ROWS):
@@ -75,24 +84,47 @@ def _seekable(path: Path) -> Iterator[IO[bytes]]:
             yield plain
 
 
-def _batches(path: Path, stream: IO[bytes], text_field: str, group_field: str | None) -> Iterator[Any]:
+def _read_chats(path: Path, group_field: str | None) -> Iterator[Record | Omission]:
+    """One conversation a row, of the columns that hold its parts."""
+
+    def columns_of(schema: Any) -> list[str]:
+        found = [
+            name for name in schema.names
+            if name in CHAT_FIELDS or (group_field is not None and f"{group_field}.".startswith(f"{name}."))
+        ]  # fmt: skip
+        if not set(found) & set(CHAT_FIELDS):
+            raise UserError(
+                f"{path} has no column of a conversation, such as messages (it has {listed(_names(schema))})"
+            )
+        return found
+
+    with _seekable(path) as stream, arrow_errors(path):
+        first = 0
+        for batch in _batches(path, stream, columns_of):
+            chosen = batch.select(columns_of(batch.schema))
+            chosen.validate(full=True)
+            for start in range(0, chosen.num_rows, _ROWS):
+                for row, values in enumerate(chosen.slice(start, _ROWS).to_pylist(), start=first + start):
+                    yield chat_record(path, f"row {row}", str(row), values, group_field)
+            first += batch.num_rows
+
+
+def _batches(path: Path, stream: IO[bytes], columns_of: Callable[[Any], list[str]]) -> Iterator[Any]:
+    """The record batches; `columns_of` checks a schema, and names the columns that are read of it."""
     first = stream.read(NUM_MARK_BYTES)
     stream.seek(0)
     if first.startswith(_PARQUET):
-        return _parquet_batches(path, stream, text_field, group_field)
-    return arrow_batches(path, stream, lambda schema: _check_columns(path, schema, text_field, group_field))
+        return _parquet_batches(path, stream, columns_of)
+    return arrow_batches(path, stream, columns_of)
 
 
-def _parquet_batches(
-    path: Path, stream: IO[bytes], text_field: str, group_field: str | None
-) -> Iterator[Any]:
+def _parquet_batches(path: Path, stream: IO[bytes], columns_of: Callable[[Any], list[str]]) -> Iterator[Any]:
     parquet = import_arrow("parquet", path=path)
     # pyarrow would read the columns of a whole row group ahead: 390 MiB of one of 377, against 22.
     file = parquet.ParquetFile(
         stream, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
     )
-    columns = [text_field, *([group_field] if group_field else [])]
-    _check_columns(path, file.schema_arrow, text_field, group_field)
+    columns = columns_of(file.schema_arrow)
     num_rows = 0
     for row_group in range(file.num_row_groups):  # pyarrow cannot join dictionaries in lists across two
         for batch in file.iter_batches(batch_size=_ROWS, row_groups=[row_group], columns=columns):

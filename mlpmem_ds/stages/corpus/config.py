@@ -6,12 +6,12 @@ import multiprocessing
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.collectives.opening import Exchange
-from mlpmem_ds.formats.corpus import SpecialTokens
+from mlpmem_ds.formats.corpus import Counts, SpecialTokens
 from mlpmem_ds.formats.input_names import FILE_PATTERNS
 from mlpmem_ds.formats.text_encoding import known_encoding
 from mlpmem_ds.stages import shared_flags
@@ -45,6 +45,18 @@ class Config(Flags):
         None,
         above=0,
         identity="resolved",
+    )
+    documents: Literal["text", "chat"] = option(
+        "what the inputs hold: texts, or conversations (objects with messages, conversations, prompt and"
+        " completion, or instruction and output), which the tokenizer's chat template renders",
+        "text",
+    )
+    chat_template: Path | None = option(
+        "with chat: a file with a template of Jinja (default: the tokenizer's own)", None, identity="none"
+    )
+    train_on: Counts = option(
+        "with chat: the tokens that are learnt, stored and scored, all or those of the assistant's answers",
+        "answers",
     )
     tokenizer: str = option(
         "a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size"
@@ -113,6 +125,7 @@ class Config(Flags):
         fractions = (self.tuning_fraction, self.test_fraction, self.heldout_fraction)
         if sum(fractions) >= 1:
             raise UserError(f"the fractions {fractions} must leave something for training")
+        self._check_chat()
         if self.tokenizer.startswith(TRAIN):
             size = self.tokenizer.removeprefix(TRAIN)
             if not re.fullmatch("[0-9]{1,8}", size) or int(size) < 257:
@@ -120,6 +133,15 @@ class Config(Flags):
                     f"--tokenizer {self.tokenizer}: a byte-level vocabulary needs at least 257 entries (and"
                     " has below 100 million), as in train:4096"
                 )
+
+    def _check_chat(self) -> None:
+        if self.documents == "chat" and self.tokenizer.startswith(TRAIN):
+            raise UserError(
+                f"--documents chat needs a tokenizer that has the special tokens of its template, and"
+                f" --tokenizer {self.tokenizer} makes one of text: give the base's own"
+            )
+        if self.documents == "text" and self.chat_template is not None:
+            raise UserError("--chat-template renders conversations: add --documents chat, or leave it out")
 
     def _check_inputs(self) -> None:
         for flag, words in (("input", self.input), ("include", self.include), ("exclude", self.exclude)):

@@ -39,7 +39,8 @@ def _open(config: Config, name_or_path: str) -> TextEncoder:
     encoder = open_encoder(
         load_tokenizer(name_or_path),
         label=f"--tokenizer {config.tokenizer}",
-        special_tokens=config.special_tokens,
+        # Templates are written with special tokens.
+        special_tokens="parse" if config.documents == "chat" else config.special_tokens,
     )
     require_end(encoder)
     return encoder

@@ -13,11 +13,13 @@ from contextlib import ExitStack
 from typing import Any, BinaryIO
 
 from mlpmem_ds.core.config import default_of, flag_name
+from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.chat_template import ChatEncoder, open_chat_encoder
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.minhash import SignatureRules, require_minhash
 from mlpmem_ds.engines.tokenizer import TextEncoder, require_end
@@ -26,6 +28,7 @@ from mlpmem_ds.formats.corpus import (
     BlendedInput,
     CorpusManifest,
     CorpusUnit,
+    Counts,
     NearDuplicates,
     SourceCounts,
     SplitManifest,
@@ -74,8 +77,12 @@ def run(config: Config, world: World) -> None:
     else:
         _warn_of_unused(config)
     encoder = given_encoder(config)
+    chats = None
+    if config.documents == "chat":
+        assert encoder is not None  # the configuration has refused train:VOCAB
+        chats = open_chat_encoder(encoder, config.chat_template)
     with open_stage_ranks(config.output, config.exchange, world, stage=CorpusManifest.FORMAT) as ranks:
-        _prepare(config, world, encoder, ranks)
+        _prepare(config, world, encoder, chats, ranks)
 
 
 def _warn_of_unused(config: Config) -> None:
@@ -85,7 +92,9 @@ def _warn_of_unused(config: Config) -> None:
             _logger.warning("%s is not used: --near-duplicates is keep", flag_name(name))
 
 
-def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: Ranks) -> None:
+def _prepare(
+    config: Config, world: World, encoder: TextEncoder | None, chats: ChatEncoder | None, ranks: Ranks
+) -> None:
     survey = _survey(config, world)
     if config.strict:
         refuse_lost_text(survey.omissions)
@@ -93,6 +102,8 @@ def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: R
     if encoder is not None:
         inputs["vocabulary"] = encoder.vocabulary_sha256
         inputs["tokenizer"] = encoder.documents_sha256
+    if chats is not None:
+        inputs["chat_template"] = content_hash(chats.template)
     directory = open_stage(
         config.output,
         stage=CorpusManifest.FORMAT,
@@ -113,7 +124,9 @@ def _prepare(config: Config, world: World, encoder: TextEncoder | None, ranks: R
     names = [f"{number:05d}" for number in range(len(survey.units))]
     progress = Progress(survey.num_taken, label="documents", unit="documents", world=world)
     processes = choose_processes(config.processes, world, survey.num_bytes)
-    with TokenizerPool(encoder, _read_rules(config), processes, strict=config.strict) as pool:
+    with TokenizerPool(
+        chats or encoder, _read_rules(config), processes, counts=_counts(config), strict=config.strict
+    ) as pool:
 
         def tokenize(name: str, writer: UnitWriter) -> dict[str, Any]:
             return _tokenize_unit(config, survey, int(name), pool, writer, progress)
@@ -134,11 +147,16 @@ def _bound_weights(config: Config, survey: Survey) -> list[list[float]] | None:
     return [[weight, count] for weight, (count, _) in zip(config.weights, survey.available, strict=True)]
 
 
+def _counts(config: Config) -> Counts:
+    return config.train_on if config.documents == "chat" else "all"
+
+
 def _read_rules(config: Config) -> ReadRules:
     return ReadRules(
         text_field=config.text_field,
         group_field=config.group_field,
         encoding=known_encoding(config.encoding),
+        chats=config.documents == "chat",
     )
 
 
@@ -208,26 +226,29 @@ def _tokenize_unit(
     """Write the token shard and the document list of each split that the unit's files have documents of."""
     unit, name = survey.units[number], f"{number:05d}"
     splits = [split for split in range(len(SPLITS)) if split in survey.split_of[unit.first : unit.stop]]
-    fields = ("tokens", "documents", "bytes", "unknown", "dropped")
+    with_answers = _counts(config) == "answers"
+    fields = ["tokens", "documents", "bytes", "unknown", "dropped"]
+    fields += ["answers", "answer_bytes"] if with_answers else []
+    files = [f"tokens-{name}.bin", f"documents-{name}.jsonl"]
+    files += [f"answers-{name}.bin"] if with_answers else []
     summary = {SPLITS[split]: dict.fromkeys(fields, 0) for split in splits}
     with ExitStack() as stack:
         outputs = {
-            split: [
-                _open_output(stack, writer, f"{SPLITS[split]}/{file}")
-                for file in (f"tokens-{name}.bin", f"documents-{name}.jsonl")
-            ]
+            split: [_open_output(stack, writer, f"{SPLITS[split]}/{file}") for file in files]
             for split in splits
         }
         for parts in pool.tokenize(survey, unit):
             for split, part in parts.items():
-                outputs[split][0].write(part.ids)
-                outputs[split][1].write("".join(part.lines).encode())
+                contents = (bytes(part.ids), "".join(part.lines).encode(), bytes(part.is_answer))
+                for output, content in zip(outputs[split], contents, strict=False):
+                    output.write(content)
                 counts = summary[SPLITS[split]]
-                counts["tokens"] += part.tokens
-                counts["documents"] += len(part.lines)
-                counts["bytes"] += part.num_bytes
-                counts["unknown"] += part.unknown
-                counts["dropped"] += part.dropped
+                found = (
+                    part.tokens, len(part.lines), part.num_bytes, part.unknown, part.dropped, part.answers,
+                    part.answer_bytes,
+                )  # fmt: skip
+                for field, count in zip(fields, found, strict=False):
+                    counts[field] += count
                 progress.advance(len(part.lines))
     return summary
 
@@ -292,6 +313,7 @@ def _describe(
         directory.world,
         "; ".join(
             f"{name}: {entry.num_tokens:,} tokens of {entry.num_documents:,} documents"
+            + (f", {entry.num_answers:,} of answers" if _counts(config) == "answers" else "")
             for name, entry in splits.items()
         ),
     )
@@ -320,6 +342,7 @@ def _describe(
         left_out=ledger["left_out"],
         blend=blend,
         near_duplicates=near_duplicates,
+        counts=_counts(config),
     )
 
 

@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.engines.tokenizer import EncodedDocument, TextEncoder
-from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.engines.tokenizer import EncodedDocument
+from mlpmem_ds.formats.corpus import Counts, token_dtype
 from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus.splits import NOT_TAKEN
@@ -30,6 +30,23 @@ BATCH_BYTES = 1 << 18
 the cost of sending it to another process"""
 
 
+class DocumentEncoder(Protocol):
+    """Documents → ids: of texts (engines/tokenizer.py) or of conversations (engines/chat_template.py)."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id + 1."""
+
+    def encode_documents(
+        self, texts: Sequence[str], names: Sequence[str] | None = None
+    ) -> list[EncodedDocument]:
+        """The ids of each document, from its begin tokens to its end token."""
+
+
 class Item(NamedTuple):
     """A document that is to be tokenized; a SourceFile is a text file that is still to be read."""
 
@@ -39,7 +56,7 @@ class Item(NamedTuple):
     """SHA-256 of the text that the survey found"""
 
 
-_inherited: list[TextEncoder] = []  # in a worker process
+_inherited: list[DocumentEncoder] = []  # in a worker process
 _to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder at each call
 
 
@@ -56,17 +73,27 @@ class TokenizedText:
     """tokens that are the unknown token"""
     dropped: int = 0
     """characters that the tokenizer has no token for, and leaves out"""
+    is_answer: bytearray = field(default_factory=bytearray)
+    """a byte a token, where answers alone count"""
+    answers: int = 0
+    answer_bytes: int = 0
 
 
 class TokenizerPool:
     """Tokenizes a survey's units with a number of processes; use it in a `with`."""
 
     def __init__(
-        self, encoder: TextEncoder, rules: ReadRules, processes: int, *, strict: bool = False
+        self,
+        encoder: DocumentEncoder,
+        rules: ReadRules,
+        processes: int,
+        *,
+        counts: Counts = "all",
+        strict: bool = False,
     ) -> None:
         _inherited[:] = [encoder]
         self._rules, self._workers = rules, Workers(processes)
-        self._tokenize = functools.partial(_tokenize_batch, rules, token_dtype(encoder.vocab_size), strict)
+        self._tokenize = functools.partial(_tokenize_batch, rules, counts, strict)
 
     def __enter__(self) -> TokenizerPool:
         return self
@@ -152,35 +179,44 @@ def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
 
 
 def _tokenize_batch(
-    rules: ReadRules, dtype: np.dtype[Any], strict: bool, batch: list[Item]
+    rules: ReadRules, counts: Counts, strict: bool, batch: list[Item]
 ) -> dict[int, TokenizedText]:
     """Tokenized documents by split; runs in a worker or in the main process."""
     documents = [read_document(rules, item) for item in batch]
-    encoded = encode(_inherited[0], documents)
+    (encoder,) = _inherited
+    dtype = token_dtype(encoder.vocab_size)
     texts: dict[int, TokenizedText] = {}
-    for document, (ids, unknown, dropped), item in zip(documents, encoded, batch, strict=True):
-        if dropped and strict:
+    for document, encoded, item in zip(documents, encode(encoder, documents), batch, strict=True):
+        if encoded.num_dropped and strict:
             raise UserError(
-                f"--strict: {_inherited[0].label} has no token for {dropped} characters of {document.name}"
-                " and would leave them out: give a tokenizer that has all, such as a byte-level one"
+                f"--strict: {encoder.label} has no token for {encoded.num_dropped} characters of"
+                f" {document.name} and would leave them out: give a tokenizer that has all, such as a"
+                " byte-level one"
             )
+        num_bytes = document.num_bytes if encoded.is_answer_n is None else encoded.num_bytes
         entry = {
             "name": document.name,
             "group": document.group,
-            "bytes": document.num_bytes,
-            "tokens": len(ids),
+            "bytes": num_bytes,
+            "tokens": len(encoded.ids),
         }
         part = texts.setdefault(item.split, TokenizedText())
-        part.ids += ids.astype(dtype).tobytes()
+        if counts == "answers" and encoded.is_answer_n is not None:
+            num_answers = int(np.count_nonzero(encoded.is_answer_n))
+            entry |= {"answers": num_answers, "answer_bytes": encoded.num_answer_bytes}
+            part.is_answer += encoded.is_answer_n.tobytes()
+            part.answers += num_answers
+            part.answer_bytes += encoded.num_answer_bytes
+        part.ids += encoded.ids.astype(dtype).tobytes()
         part.lines.append(_to_json(entry) + "\n")
-        part.tokens += len(ids)
-        part.num_bytes += document.num_bytes
-        part.unknown += unknown
-        part.dropped += dropped
+        part.tokens += len(encoded.ids)
+        part.num_bytes += num_bytes
+        part.unknown += encoded.num_unknown
+        part.dropped += encoded.num_dropped
     return texts
 
 
-def encode(encoder: TextEncoder, documents: Sequence[Document]) -> list[EncodedDocument]:
+def encode(encoder: DocumentEncoder, documents: Sequence[Document]) -> list[EncodedDocument]:
     """The ids of each document, from its begin tokens to its end token."""
     return encoder.encode_documents(
         [document.text for document in documents], [document.name for document in documents]

@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """What is scored as one: all positions of a stream, or those of half its documents; none whose value is a
-    begin token."""
+    begin token, and of conversations whose answers alone count no others."""
 
     name: str
     corpus: CorpusSplit
@@ -74,9 +74,18 @@ def open_splits(
 
 
 def _whole_split(corpus: CorpusSplit) -> Split:
-    is_given_N = _is_given(corpus)
-    positions = None if is_given_N is None else np.flatnonzero(~is_given_N)
+    is_scored_N = _is_scored(corpus)
+    positions = None if is_scored_N is None else np.flatnonzero(is_scored_N)
     return Split(name=corpus.name, corpus=corpus, positions=positions, num_bytes=corpus.num_bytes)
+
+
+def _is_scored(corpus: CorpusSplit) -> np.ndarray | None:
+    """bool [N]: whether a position's value is scored; None where all are."""
+    is_given_N = _is_given(corpus)
+    if not corpus.has_answers:
+        return None if is_given_N is None else ~is_given_N
+    is_counted_N = corpus.counted(0, corpus.num_positions)
+    return is_counted_N if is_given_N is None else is_counted_N & ~is_given_N
 
 
 def _is_given(corpus: CorpusSplit) -> np.ndarray | None:
@@ -96,10 +105,11 @@ def _deal_halves(corpus: CorpusSplit, tuning: str, test: str) -> dict[str, Split
     is_tuning = np.array(
         [hash_fraction(f"evaluate:{document['name']}") < 0.5 for document in corpus.documents]
     )
-    sizes = np.array([document["bytes"] for document in corpus.documents])
+    size = "answer_bytes" if corpus.has_answers else "bytes"
+    sizes = np.array([document[size] for document in corpus.documents])
     document_of_N = corpus.documents_of(np.arange(corpus.num_positions))
-    is_given_N = _is_given(corpus)
-    is_scored_N = np.ones(corpus.num_positions, dtype=bool) if is_given_N is None else ~is_given_N
+    found_N = _is_scored(corpus)
+    is_scored_N = np.ones(corpus.num_positions, dtype=bool) if found_N is None else found_N
     _logger.info(
         "the corpus is not split: its %d documents are dealt to %s and %s by their names",
         len(sizes),

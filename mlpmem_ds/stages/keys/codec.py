@@ -21,6 +21,7 @@ from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.counted_rows import CountedRows
 from mlpmem_ds.formats.keys import CodecFile
 from mlpmem_ds.formats.window_tokens import window_tokens
 from mlpmem_ds.maths.codec import FittedCodec, MassiveDimension, fit_codec
@@ -32,13 +33,17 @@ _MAX_DIMENSIONS_NAMED = 8
 
 def sample_windows(corpus: CorpusSplit, num_positions: int, *keys: int) -> list[Window]:
     """Windows in a random order (a pure function of `keys`) until they hold the requested number of
-    positions."""
-    windows, taken, total = corpus.windows(), [], 0
+    positions that have rows; without those that hold none."""
+    windows, counted, taken, total = corpus.windows(), CountedRows(corpus), [], 0
     for number in shuffled(len(windows), *keys):
         if total >= num_positions:
             break
-        taken.append(windows[int(number)])
-        total += taken[-1].stop - taken[-1].start
+        window = windows[int(number)]
+        offsets_n = counted.offsets(Block(window.start, window.stop))
+        num_rows = window.stop - window.start if offsets_n is None else len(offsets_n)
+        if num_rows:
+            taken.append(window)
+        total += num_rows
     return taken
 
 
@@ -69,10 +74,12 @@ def read_sample(
 ) -> np.ndarray:
     """The states of the sample that fits the codec, float32 [N, D]; window by window, so the same for any
     batch size."""
-    windows = sample_windows(corpus, num_positions, seed)
-    return np.concatenate(
-        [states for _, states in read_windows(source, corpus, windows, point, batch_windows=1)]
-    )
+    windows, counted = sample_windows(corpus, num_positions, seed), CountedRows(corpus)
+    parts = []
+    for positions_n, states_nD in read_windows(source, corpus, windows, point, batch_windows=1):
+        offsets_n = counted.offsets(Block(int(positions_n[0]), int(positions_n[-1]) + 1))
+        parts.append(states_nD if offsets_n is None else states_nD[offsets_n])
+    return np.concatenate(parts)
 
 
 def fit_sample(states_ND: np.ndarray, dim: int, seed: int) -> FittedCodec:

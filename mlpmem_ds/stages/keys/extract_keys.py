@@ -49,6 +49,7 @@ from mlpmem_ds.stages.stage_ranks import open_stage_ranks
 __all__ = ["Config", "run"]
 
 _CODEC_UNIT = "codec"
+_POSITION_BYTES = 8  # of a row, where not all positions have one
 
 
 def run(config: Config, world: World) -> None:
@@ -65,12 +66,12 @@ def _extract(config: Config, world: World, ranks: Ranks) -> None:
         dim=dim,
         input_codec=config.input_codec,
         input_size=bases.input_source.width,
-        value_bytes=corpus.dtype.itemsize,
+        value_bytes=corpus.dtype.itemsize + (_POSITION_BYTES if corpus.has_answers else 0),
     )
     codec_name = "int8" if config.codec == "int8" else config.raw_dtype
     if world.is_first:
         require_disk(
-            config.output, each, corpus.num_positions, codec=codec_name, input_codec=config.input_codec
+            config.output, each, corpus.num_counted, codec=codec_name, input_codec=config.input_codec
         )
     directory = open_stage(
         config.output,
@@ -83,7 +84,7 @@ def _extract(config: Config, world: World, ranks: Ranks) -> None:
         dealer=ranks,
     )
 
-    verify_inputs(directory, corpus, corpus.token_files, label="corpus")
+    verify_inputs(directory, corpus, [*corpus.token_files, *corpus.answer_files], label="corpus")
     phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []
 
     def fit(_: str, writer: UnitWriter) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _extract(config: Config, world: World, ranks: Ranks) -> None:
     codec = read_codec(config.output) if phase_1 else raw
 
     blocks = {
-        unit_name(block.start): block for block in split_blocks(corpus.num_positions, inputs.unit_positions)
+        unit_name(block.start): block for block in split_blocks(corpus.num_counted, inputs.unit_positions)
     }
     to_do = _to_do(directory, blocks, world)
     meter = _Meter(sum(blocks[unit].size for unit in to_do), each, world)
@@ -133,7 +134,7 @@ def _describe_codec(
         scale=codec.scale,
         raw_dtype=None if is_fitted else config.raw_dtype,
         energy_kept=directory.summaries([_CODEC_UNIT])[0]["energy_kept"] if is_fitted else 1.0,
-        clipped_share=clipped / (inputs.corpus.num_positions * inputs.dim),
+        clipped_share=clipped / (inputs.corpus.num_counted * inputs.dim),
         massive_dimensions=codec.massive,
     )
 
@@ -173,9 +174,9 @@ class _Meter:
         self._positions, self._forward_seconds, self._start = 0, 0.0, perf_counter()
 
     def advance(self, rows: Rows) -> None:
-        self._positions += rows.block.size
+        self._positions += rows.num_rows
         self._forward_seconds += rows.seconds
-        self._progress.advance(rows.block.size, self._note())
+        self._progress.advance(rows.num_rows, self._note())
 
     def close(self, directory: StageDirectory) -> None:
         """End the line, and leave the figures in the stage's log; nothing where there was nothing to do."""
@@ -206,7 +207,7 @@ def _extract_unit(
 ) -> dict[str, Any]:
     """One unit's files; the next unit is begun while they are finished."""
     num_clipped = 0
-    name_of = partial(file_name, first=block.start, unit_positions=unit_positions, total=corpus.num_positions)
+    name_of = partial(file_name, first=block.start, unit_positions=unit_positions, total=corpus.num_counted)
     with unit_files(writer, block.size, name_of) as files:
         for rows in reader.rows(block):
             files.put(rows.arrays)

@@ -74,7 +74,12 @@ def open_inputs(config: Config, world: World) -> ExtractionInputs:
         UserError: with what is wrong, and the remedy.
     """
     corpus = open_corpus(config.corpus, config.split)
-    unit_positions = config.unit_positions or auto_unit_positions(corpus.num_positions)
+    if corpus.has_answers and config.audit is not None:
+        raise UserError(
+            f"--audit compares positions of the whole text, and of --corpus {config.corpus} answers alone are"
+            " stored: leave it out"
+        )
+    unit_positions = config.unit_positions or auto_unit_positions(corpus.num_counted)
     if unit_positions % corpus.block_size:
         raise UserError(
             f"--unit-positions {unit_positions} must be a multiple of the corpus's block size "
@@ -96,7 +101,7 @@ def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest
     corpus, bases = inputs.corpus, inputs.bases
     return KeysManifest(
         codec=codec,
-        num_positions=corpus.num_positions,
+        num_positions=corpus.num_counted,
         unit_positions=inputs.unit_positions,
         split=config.split,
         block_size=corpus.block_size,
@@ -118,6 +123,7 @@ def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest
         dtype=bases.key_source.dtype_name,
         attention=bases.attention,
         begin_of_window_ids=corpus.begin_of_document_ids,
+        counts=corpus.manifest.counts,
     )
 
 

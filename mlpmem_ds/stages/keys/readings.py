@@ -18,6 +18,7 @@ import numpy as np
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.engines.hidden_states import is_read_ahead, scan_positions
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.counted_rows import CountedRows
 from mlpmem_ds.formats.keys import Codec
 from mlpmem_ds.stages.keys.config import Config
 from mlpmem_ds.stages.keys.inputs import Bases
@@ -29,24 +30,31 @@ class Rows:
     """What a batch of windows gives: checked rows of the arrays, as they are stored."""
 
     block: Block
+    """the positions that were read, not all of which need to have a row"""
     arrays: dict[str, np.ndarray]
     num_clipped: int
     seconds: float
     """that the forward passes took, reading the tokens and the head's product included"""
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.arrays["values"])
+
 
 def read_block(
     config: Config, corpus: CorpusSplit, bases: Bases, codec: Codec, block: Block
 ) -> Iterator[Rows]:
-    """The block's rows, batch by batch; where there are two models, each reads a batch of windows, one after
-    the other."""
+    """The rows [start, stop), batch by batch; where there are two models, each reads a batch of windows, one
+    after the other."""
+    counted = CountedRows(corpus)
     key, own = {"key": bases.key_point}, {"input": bases.input_point}
     own = own if config.input_codec != "none" else {}
     points = key | own
     read = partial(
         scan_positions,
         corpus=corpus,
-        block=block,
+        block=counted.span(block),
+        chosen=counted.offsets,
         batch_windows=config.batch_windows,
         finish=RowMaker(codec=codec, input_codec=config.input_codec),
     )
@@ -59,11 +67,15 @@ def read_block(
         seconds = perf_counter() - start
         if not batch:
             return
-        block_n = batch[0].block
+        block_n, offsets_n = batch[0].block, counted.offsets(batch[0].block)
+        positions_n = np.arange(*block_n) if offsets_n is None else block_n.start + offsets_n
         made = {name: array for each in batch for name, array in each.states.items()}
-        arrays = {"values": corpus.values(*block_n).astype(corpus.dtype)}
+        values_n = corpus.values(*block_n).astype(corpus.dtype)
+        arrays = {"values": values_n if offsets_n is None else values_n[offsets_n]}
         arrays["log_probabilities"] = batch[0].log_probabilities
-        arrays |= stored_rows(made, arrays["log_probabilities"], range(*block_n), points)
+        arrays |= stored_rows(made, arrays["log_probabilities"], positions_n, points)
+        if offsets_n is not None:
+            arrays["positions"] = positions_n
         yield Rows(block=block_n, arrays=arrays, num_clipped=int(made.get("clipped", 0)), seconds=seconds)
 
 

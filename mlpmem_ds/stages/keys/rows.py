@@ -20,8 +20,8 @@ from mlpmem_ds.maths.encoding import DeviceCodec, codec_on_device, encode_states
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.keys.codec import check_log_probabilities, refuse_infinite
 
-ARRAYS = ("keys", "values", "log_probabilities", "inputs", "input_scales")
-"""of a unit, in the order of its record"""
+ARRAYS = ("keys", "values", "log_probabilities", "inputs", "input_scales", "positions")
+"""of a unit, in the order of its record; the last where not all positions have rows"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class RowMaker:
 def stored_rows(
     rows: Mapping[str, torch.Tensor],
     log_probabilities_n: np.ndarray,
-    positions_n: Sequence[int],
+    positions_n: Sequence[int] | np.ndarray,
     points: Mapping[str, CapturePoint],
 ) -> dict[str, np.ndarray]:
     """The arrays among what `RowMaker`s made, as they are stored; all checked.
@@ -108,7 +108,10 @@ def stored_rows(
 
 
 def _refuse_overflow(
-    keys_nD: torch.Tensor, largest_n: torch.Tensor, positions_n: Sequence[int], point: CapturePoint
+    keys_nD: torch.Tensor,
+    largest_n: torch.Tensor,
+    positions_n: Sequence[int] | np.ndarray,
+    point: CapturePoint,
 ) -> None:
     fits_n = torch.isfinite(keys_nD).all(dim=1)
     if not bool(fits_n.all()):

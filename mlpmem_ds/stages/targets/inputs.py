@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from mlpmem_ds.core.dealing import Dealer
@@ -18,7 +19,8 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank, memory_bytes
-from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus, token_dtype
+from mlpmem_ds.formats.corpus import open_corpus, token_dtype
+from mlpmem_ds.formats.counted_rows import CountedRows
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.lists_directory import FOLDER
@@ -130,9 +132,9 @@ def _open_index(config: Config, keys: Keys, device: torch.device) -> IndexDirect
     return index
 
 
-def _read_documents(config: Config, keys: Keys) -> tuple[CorpusSplit | None, dict[str, str]]:
-    """(the text, whose documents bound what a position may find, or None where they do not matter; the input
-    that this brings)."""
+def _read_documents(config: Config, keys: Keys) -> tuple[CountedRows | None, dict[str, str]]:
+    """(the text's rows, whose documents bound what a position may find, or None where they do not matter; the
+    input that this brings)."""
     if config.exclude == "none":
         if config.corpus is not None:
             _logger.warning("--corpus is not used without --exclude same-document")
@@ -144,8 +146,9 @@ def _read_documents(config: Config, keys: Keys) -> tuple[CorpusSplit | None, dic
             f"--corpus {config.corpus} is not the one that --keys {config.keys} were extracted from: give"
             " that one"
         )
-    _ = corpus.document_stops  # read before threads share them
-    return corpus, {"corpus": corpus.sha256}
+    documents = CountedRows(corpus)
+    documents.document_bounds(np.zeros(1, np.int64))  # read before threads share them
+    return documents, {"corpus": corpus.sha256}
 
 
 def _check_lists(config: Config, keys: Keys, index: IndexDirectory | None) -> Path | None:

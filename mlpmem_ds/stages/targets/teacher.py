@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.counted_rows import CountedRows
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.mapped_keys import MappedKeys
 from mlpmem_ds.maths.neighbours import Exclusion, Neighbours, PackedNeighbours
@@ -32,15 +32,15 @@ class Teacher:
         search: how neighbours are found.
         k: neighbours of a position.
         window: positions on either side that are no neighbours.
-        documents: the text, where positions of one document are no neighbours of one another; None where
-            they are.
+        documents: the rows of the text, where those of one document are no neighbours of one another; None
+            where they are.
     """
 
     keys: Keys
     search: NeighbourSearch
     k: int
     window: int = 0
-    documents: CorpusSplit | None = None
+    documents: CountedRows | None = None
 
     def prepare(self) -> None:
         """Make and read what many positions need, before threads share this."""

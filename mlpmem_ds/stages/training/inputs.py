@@ -170,6 +170,11 @@ def _check_one_corpus(config: Config, corpus: CorpusSplit, keys: Keys, targets: 
 
 def _check_online(config: Config, keys: Keys) -> None:
     """The inputs can be computed during the training."""
+    if keys.manifest.counts == "answers":
+        raise UserError(
+            f"--keys {keys.root} are of answers alone and hold no memory inputs, and computing them goes over"
+            " whole blocks of the text: extract the keys again with --input-codec bf16 or int8"
+        )
     if config.model is None:
         raise UserError(
             f"--keys {keys.root} hold no memory inputs: give --model, the base, to compute them during the"

@@ -19,6 +19,7 @@ from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.engines.hidden_states import StateSource, scan_positions
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.counted_rows import CountedRows
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.models.mixture_scores import mixed_scores
@@ -42,7 +43,7 @@ class MemoryValidator:
     def __init__(
         self, source: StateSource, corpus: CorpusSplit, point: CapturePoint, *, positions: int, world: World
     ) -> None:
-        windows = corpus.windows()
+        windows, counted = corpus.windows(), CountedRows(corpus)
         chosen = windows[:: max(1, math.ceil(corpus.num_positions / positions))]
         mine = deal(chosen, world.rank, world.size)
         # Every rank runs the base as often as rank 0, which has no fewer windows than others: a base that is
@@ -61,17 +62,20 @@ class MemoryValidator:
             )
             for window in padded
         ]
-        parts = [(part, tuple(part.block)) for part in scanned[: len(mine)]]
-        inputs = [part.states["input"].to(torch.bfloat16) for part, _ in parts]
+        parts = [
+            (part, slice(None) if (rows := counted.offsets(part.block)) is None else rows, part.block)
+            for part in scanned[: len(mine)]
+        ]
+        inputs = [part.states["input"][rows].to(torch.bfloat16) for part, rows, _ in parts]
         self._world = world
         self._inputs_NI = torch.cat(inputs) if inputs else torch.zeros(0, source.width, dtype=torch.bfloat16)
         self._labels_N = torch.cat(
-            [torch.from_numpy(corpus.values(*span)) for _, span in parts]
+            [torch.from_numpy(corpus.values(*block)[rows]) for _, rows, block in parts]
             or [torch.zeros(0, dtype=torch.int64)]
         )
-        self._base_N = np.concatenate([part.log_probabilities for part, _ in parts] or [np.zeros(0)]).astype(
-            np.float64
-        )
+        self._base_N = np.concatenate(
+            [part.log_probabilities[rows] for part, rows, _ in parts] or [np.zeros(0)]
+        ).astype(np.float64)
         self.num_positions = sum(gather_values(len(self._base_N), world))
         self._num_chunks = max(gather_values(math.ceil(len(self._base_N) / _ROWS_AT_ONCE), world))
 

@@ -24,9 +24,9 @@ def _save_corpus(root: Path, corpus_dir: Path, splits: tuple[str, ...], num_begi
         documents = [[*BEGIN[:num_begin], *range(10, 10 + length), END] for length in lengths]
         tokens = np.array([token for document in documents for token in document], "<u2")
         unit = {"unit": "00000", "tokens": len(tokens), "documents": len(documents), "bytes": 99}
-        unit |= {"unknown": 0, "dropped": 0}
+        unit |= {"unknown": 0, "dropped": 0, "answers": 0, "answer_bytes": 0}
         totals = {"num_tokens": len(tokens), "num_documents": len(documents), "num_bytes": 99}
-        totals |= {"num_unknown": 0, "num_dropped": 0}
+        totals |= {"num_unknown": 0, "num_dropped": 0, "num_answers": 0, "num_answer_bytes": 0}
         manifest["splits"][split] = totals | {"units": [unit] if documents else []}
         (root / split).mkdir(parents=True)
         (root / split / "tokens-00000.bin").write_bytes(tokens.tobytes())

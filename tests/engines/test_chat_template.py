@@ -1,0 +1,123 @@
+"""Which tokens of a conversation are answers: by the marks of a template, and by its prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.chat_template import ChatEncoder, open_chat_encoder
+from mlpmem_ds.engines.tokenizer import load_tokenizer, open_encoder
+from mlpmem_ds.formats.chats import Conversation
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
+    "{{ '\\n' }}{% else %}{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+LLAMA = (  # strips contents, a space before them, the begin token at the front
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
+    " {{ message.content | trim }}{{ eos_token }}{% else %}[INST] {{ message.content | trim }} [/INST]"
+    "{% endif %}{% endfor %}"
+)
+CHAT = (
+    {"role": "user", "content": "Where is it?"},
+    {"role": "assistant", "content": "é, 東: it is here."},
+    {"role": "user", "content": "Is it so?"},
+    {"role": "assistant", "content": "It is.\n"},
+)
+
+
+@pytest.fixture
+def chat_tokenizer(corpus_dir: Path, tmp_path: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def opened(folder: Path, template: str) -> ChatEncoder:
+    path = folder / "given.jinja"
+    path.write_text(template)
+    encoder = open_encoder(load_tokenizer(str(folder)), label=f"--tokenizer {folder}", special_tokens="parse")
+    return open_chat_encoder(encoder, path)
+
+
+def answers_of(chats: ChatEncoder, messages: tuple[Any, ...] = CHAT) -> tuple[list[str], str]:
+    """The runs of answer tokens, and the whole document, as text."""
+    (document,) = chats.encode_documents([Conversation(messages=messages).to_text()])
+    tokenizer, runs, run = chats.encoder.tokenizer, [], []
+    assert document.is_answer_n is not None and len(document.is_answer_n) == len(document.ids)
+    for number, is_answer in zip([*document.ids.tolist(), 0], [*document.is_answer_n, False], strict=True):
+        if is_answer:
+            run.append(number)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    return runs, tokenizer.decode(document.ids)
+
+
+def test_answers_are_what_the_assistant_says_and_the_end_of_its_turn(chat_tokenizer: Path) -> None:
+    runs, text = answers_of(opened(chat_tokenizer, CHATML))
+    assert runs == ["é, 東: it is here.<|im_end|>", "It is.\n<|im_end|>"]
+    assert text.startswith("<|im_start|>user\nWhere is it?<|im_end|>") and text.endswith(
+        "<|im_end|>\n<|endoftext|>"
+    )
+
+
+def test_marks_of_a_template_say_the_same(chat_tokenizer: Path) -> None:
+    assert opened(chat_tokenizer, MARKED).marks_answers
+    marked, text = answers_of(opened(chat_tokenizer, MARKED))
+    assert (marked, text) == answers_of(opened(chat_tokenizer, CHATML))
+
+
+def test_templates_that_trim_and_begin_with_a_token(chat_tokenizer: Path) -> None:
+    runs, text = answers_of(opened(chat_tokenizer, LLAMA))
+    assert [run.strip() for run in runs] == ["é, 東: it is here.<|endoftext|>", "It is.<|endoftext|>"]
+    assert text.count("<|endoftext|>") == 3, "one before the text, one for each answer, none after the last"
+
+
+def test_bytes_are_of_the_text_and_of_the_answers(chat_tokenizer: Path) -> None:
+    chats = opened(chat_tokenizer, CHATML)
+    (document,) = chats.encode_documents([Conversation(messages=CHAT).to_text()])
+    assert document.num_answer_bytes == sum(len(turn["content"].encode()) for turn in CHAT[1::2])
+    assert document.num_bytes == len(chats.render(Conversation(messages=CHAT), "x").text.encode())
+
+
+def test_an_empty_answer_among_others_has_no_tokens(chat_tokenizer: Path) -> None:
+    messages = (CHAT[0], {"role": "assistant", "content": ""}, *CHAT[2:])
+    runs, _ = answers_of(opened(chat_tokenizer, CHATML), messages)
+    assert runs == ["It is.\n<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML.replace("{% if add", "Go on.{% if add"), "writes the turns before message 2 in another way"),
+        (CHATML.replace("message.content", "message.content | upper"), "message 2 is not as it is in what"),
+        ("{{ raise_exception('no such roles') }}", "refuses this conversation .*no such roles"),
+        ("{% for %}", "refuses this conversation"),
+        (MARKED.replace("'assistant'", "'gpt'"), "marks nothing of it"),
+    ],
+)
+def test_a_template_that_does_not_show_its_answers_is_refused(
+    chat_tokenizer: Path, template: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        opened(chat_tokenizer, template)
+
+
+def test_what_cannot_render_is_refused(chat_tokenizer: Path, tmp_path: Path) -> None:
+    encoder = open_encoder(load_tokenizer(str(chat_tokenizer)), label="--tokenizer x", special_tokens="parse")
+    with pytest.raises(UserError, match="--tokenizer x has no chat template: give one with --chat-template"):
+        open_chat_encoder(encoder, None)
+    with pytest.raises(UserError, match="--chat-template .* cannot be read"):
+        open_chat_encoder(encoder, tmp_path / "none.jinja")
