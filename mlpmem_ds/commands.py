@@ -68,6 +68,7 @@ extract_keys = Command(config="keys.config:Config", run="keys.extract_keys:run")
 build_index = Command(config="index.config:Config", run="index.build_index:run")
 write_targets = Command(config="targets.config:Config", run="targets.write_targets:run")
 train = Command(config="training.config:Config", run="training.train:run")
+fit_gate = Command(config="gating.config:Config", run="gating.fit_gate:run")
 evaluate = Command(config="evaluation.config:Config", run="evaluation.evaluate:run")
 convert_checkpoint = Command(config="conversion.config:Config", run="conversion.convert_checkpoint:run")
 generate = Command(config="generation.config:Config", run="generation.generate:run_on_terminal")
@@ -106,6 +107,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "build-index": build_index,
     "write-targets": write_targets,
     "train": train,
+    "fit-gate": fit_gate,
     "evaluate": evaluate,
     "convert-checkpoint": convert_checkpoint,
     "generate": generate,

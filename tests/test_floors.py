@@ -55,6 +55,7 @@ OWNERS: dict[str, set[str]] = {
     "zstandard": {"formats/streams.py", "formats/target_shards.py"},
     # Hugging Face models and tokenizers are the project's subject; these are the files that make or read one.
     "safetensors": {
+        "formats/gates.py",
         "formats/reference_checkpoint.py",
         "formats/trained_models.py",
         "formats/weight_shards.py",

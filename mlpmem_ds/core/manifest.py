@@ -29,6 +29,7 @@ _FRONT_ENDS = {
     "index": "build_index",
     "targets": "write_targets",
     "memory": "train",
+    "gate": "fit_gate",
     "report": "evaluate",
 }  # format → what writes it, for messages
 _REMEDY = "it remakes only what is damaged"

@@ -6,6 +6,7 @@ In the order of the pipeline:
 - `corpus`, `base`, `keys`, `index`, `targets`, `training`: prepare_corpus, train_base, extract_keys,
   build_index, write_targets, train
 - `baseline`: train_baseline, what a memory is compared with
+- `gating`: fit_gate
 - `evaluation`, `report`: evaluate, and what it writes for people
 - `conversion`, `generation`, `harness`: convert_checkpoint, generate, run_lm_eval
 - `exchange`, `planning`, `inspection`: import_datastore and export_datastore, plan, inspect_run

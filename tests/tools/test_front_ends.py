@@ -47,6 +47,9 @@ MISSING_INPUT = {
         "--output",
         "OUT",
     ],
+    "launch/fit_gate.py": [
+        *("--model", "MISSING", "--memory", "MISSING", "--corpus", "MISSING", "--output", "OUT"),
+    ],
     "launch/evaluate.py": ["--model", "MISSING", "--corpus", "MISSING", "--output", "OUT"],
     "tools/convert_checkpoint.py": ["--checkpoint", "MISSING", "--model", "MISSING", "--output", "OUT"],
     "launch/generate.py": ["--model", "MISSING", "--prompt", "x"],

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlpmem_ds.models.mixture import Grid
 
 DEFAULT_EXTRA_SPLITS = ("heldout",)
+BANK = "bank"
 _RESERVED_NAMES = ("base", "memory", "knn_exact", "knn_ivfpq")
 
 
@@ -48,8 +49,12 @@ class Config(Flags):
     model: str = option("base language model: a directory or Hub name", identity="none")
     corpus: Path = option("corpus directory with the text to predict")
     output: Path = option("report directory to write")
-    memory: Path | None = option(
-        "trained memory: an output of launch/train.py, or an exported model or its Hub name", None
+    memory: tuple[str, ...] = option(
+        "trained memory: an output of launch/train.py, or an exported model or its Hub name; several, by"
+        " names of their own or of their directories, add an arm each and the bank of all",
+        (),
+        identity="none",
+        metavar="[NAME=]DIR",
     )
     keys: Path | None = option("key directory: adds the arm base+knn_exact", None)
     index: Path | None = option("index of those keys: adds the arm base+knn_ivfpq", None)
@@ -148,6 +153,27 @@ class Config(Flags):
                 " from it"
             )
         control_directories(self.control)
+        memory_directories(self.memory)
+
+
+def memory_directories(words: Sequence[str]) -> dict[str, str]:
+    """[NAME=]DIR words of --memory → name of the arm and directory (or Hub name); a single one without a name
+    is base+memory.
+
+    Raises:
+        UserError: a name that is none, or taken.
+    """
+    directories: dict[str, str] = {}
+    for word in words:
+        name, sign, directory = word.partition("=")
+        if not sign:
+            name, directory = ("memory" if len(words) == 1 else Path(word).name), word
+        if not directory or not re.fullmatch(r"\w+", name):
+            raise UserError(f"--memory {word}: give NAME=DIR with a name of letters, digits and underscores")
+        if f"base+{name}" in directories or name in (*_RESERVED_NAMES, BANK) and name != "memory":
+            raise UserError(f"--memory {word}: the name {name} is taken; give another, as NAME={directory}")
+        directories[f"base+{name}"] = directory
+    return directories
 
 
 def control_directories(controls: Sequence[str]) -> dict[str, Path]:

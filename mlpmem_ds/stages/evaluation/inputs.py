@@ -14,7 +14,12 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.stages.evaluation.arms import knn, memory, model
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, Opener, open_base
-from mlpmem_ds.stages.evaluation.config import DEFAULT_EXTRA_SPLITS, Config, control_directories
+from mlpmem_ds.stages.evaluation.config import (
+    DEFAULT_EXTRA_SPLITS,
+    Config,
+    control_directories,
+    memory_directories,
+)
 from mlpmem_ds.stages.evaluation.splits import Split, open_splits, streams_of
 
 OPENERS: tuple[Opener, ...] = (knn.open_arms, memory.open_arms, model.open_arms)
@@ -48,7 +53,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     Raises:
         UserError: an input is missing, or does not belong to this base, corpus or datastore.
     """
-    config = _with_fetched_memories(config)
+    config = with_fetched_memories(config)
     splits = open_splits(
         config.corpus,
         tuning=config.tuning_split,
@@ -65,7 +70,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     context = Context(base=base, texts=texts, num_positions=num_positions, shared=shared)
     opened = [arm for opener in OPENERS for arm in opener(config, context)]
     arms = _with_different_names([base, *opened])
-    _refuse_training_text(splits, arms)
+    refuse_training_text(splits, arms)
     return Inputs(splits=splits, base=base, arms=arms)
 
 
@@ -75,14 +80,17 @@ def find_layers_path(config: Config) -> str | None:
     return next((path for teller in TELLERS for path in teller(config)), None)
 
 
-def _with_fetched_memories(config: Config) -> Config:
+def with_fetched_memories(config: Config) -> Config:
     """The same with directories in the place of Hub names."""
-    memory = None if config.memory is None else fetch_directory(str(config.memory), flag="--memory")
+    memories = tuple(
+        f"{name.removeprefix('base+')}={fetch_directory(root, flag='--memory')}"
+        for name, root in memory_directories(config.memory).items()
+    )
     controls = control_directories(config.control).items()
     fetched = tuple(
         f"{name}={fetch_directory(str(root), flag=f'--control {name}')}" for name, root in controls
     )
-    return replace(config, memory=memory, control=fetched)
+    return replace(config, memory=memories, control=fetched)
 
 
 def _with_different_names(arms: Iterable[Arm]) -> tuple[Arm, ...]:
@@ -97,7 +105,7 @@ def _with_different_names(arms: Iterable[Arm]) -> tuple[Arm, ...]:
     return arms
 
 
-def _refuse_training_text(splits: Mapping[str, Split], arms: Sequence[Arm]) -> None:
+def refuse_training_text(splits: Mapping[str, Split], arms: Sequence[Arm]) -> None:
     """No arm may be judged on text that it holds or was trained on."""
     trained = {text for arm in arms for text in arm.trained_on}
     for split in splits.values():

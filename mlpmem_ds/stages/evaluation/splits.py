@@ -73,6 +73,30 @@ def open_splits(
     return splits
 
 
+def open_tuning_split(root: Path, name: str, *, flag: str, min_positions: int) -> Split:
+    """The tuning split of a corpus, as `open_splits` gives it.
+
+    Raises:
+        UserError: there is none, or it has fewer positions.
+    """
+    present = {split for split, tokens in num_tokens_of_splits(root).items() if tokens >= 2}
+    if present == {"train"} and name != "train":
+        split = _deal_halves(open_corpus(root, "train", flag=flag), name, "test")[name]
+    elif name not in present:
+        raise UserError(
+            f"{flag} {root} has no split {name} ({', '.join(sorted(present))}): prepare it with"
+            " --tuning-fraction, or give --tuning-split"
+        )
+    else:
+        split = _whole_split(open_corpus(root, name, flag=flag))
+    if split.num_positions < min_positions:
+        raise UserError(
+            f"the {name} split of {flag} {root} has {split.num_positions:,} positions, and a gate needs"
+            f" {min_positions:,} or more: give more text, or a larger --tuning-fraction"
+        )
+    return split
+
+
 def _whole_split(corpus: CorpusSplit) -> Split:
     is_scored_N = _is_scored(corpus)
     positions = None if is_scored_N is None else np.flatnonzero(is_scored_N)

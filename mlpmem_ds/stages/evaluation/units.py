@@ -29,16 +29,24 @@ class Unit:
     """A block of a corpus split, and the arms that read the same pass over it."""
 
     name: str
+    stream: str
+    """the split's name among those that are scored"""
     corpus: CorpusSplit
     block: Block
     forward_pass: ForwardPass
     arms: tuple[Arm, ...]
 
     def score_file(self, arm: Arm) -> str:
-        return f"scores/{self.corpus.name}-{arm.name}-{unit_name(self.block.start)}.npy"
+        return self._file("scores", arm)
 
     def guess_file(self, arm: Arm) -> str:
-        return f"guesses/{self.corpus.name}-{arm.name}-{unit_name(self.block.start)}.npy"
+        return self._file("guesses", arm)
+
+    def confidence_file(self, arm: Arm) -> str:
+        return self._file("confidences", arm)
+
+    def _file(self, folder: str, arm: Arm) -> str:
+        return f"{folder}/{self.stream}-{arm.name}-{unit_name(self.block.start)}.npy"
 
 
 def list_units(
@@ -53,7 +61,12 @@ def list_units(
             for block in split_blocks(corpus.num_positions, unit_positions):
                 name = f"{stream}-{model}{unit_name(block.start)}"
                 units[name] = Unit(
-                    name=name, corpus=corpus, block=block, forward_pass=forward_pass, arms=served
+                    name=name,
+                    stream=stream,
+                    corpus=corpus,
+                    block=block,
+                    forward_pass=forward_pass,
+                    arms=served,
                 )
     return units
 
@@ -82,6 +95,8 @@ class UnitScorer:
                 scores = arm.score(scan)
             writer.array(unit.score_file(arm), scores.values)
             writer.array(unit.guess_file(arm), scores.guesses)
+            if scores.confidences is not None:
+                writer.array(unit.confidence_file(arm), scores.confidences)
         self._progress.advance(unit.block.size)
         return {
             "positions": unit.block.size,

@@ -115,7 +115,7 @@ def test_it_is_exported_and_loaded(
     assert (
         find_layers_path(
             EvaluationConfig(
-                model="m", corpus=corpus_dir, output=tmp_path / "report", memory=tmp_path / "export"
+                model="m", corpus=corpus_dir, output=tmp_path / "report", memory=(str(tmp_path / "export"),)
             )
         )
         == PATH
@@ -139,7 +139,7 @@ def test_it_is_evaluated_with_a_control_of_its_kind(
     with pytest.raises(UserError, match="several lists that could be its layers"):
         evaluation_inputs.open_inputs(config, World())  # nothing says where they are
     with_memories = (
-        replace(config, memory=memory),
+        replace(config, memory=(str(memory),)),
         replace(config, control=(f"base+other={memory}", *config.control)),
     )
     for told in with_memories:

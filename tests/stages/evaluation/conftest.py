@@ -154,7 +154,7 @@ def _make_config(
         model=str(base_dir),
         corpus=corpus_dir,
         output=output,
-        memory=artifacts / "memory",
+        memory=(str(artifacts / "memory"),),
         keys=keys_dir,
         index=artifacts / "index",
         targets=artifacts / "targets",

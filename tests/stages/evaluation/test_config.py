@@ -19,7 +19,7 @@ def config(tmp_path: Path) -> Config:
         model="base",
         corpus=tmp_path / "corpus",
         output=tmp_path / "report",
-        memory=tmp_path / "memory",
+        memory=(str(tmp_path / "memory"),),
         keys=tmp_path / "keys",
         index=tmp_path / "index",
     )

@@ -153,7 +153,7 @@ def _command(config: Config) -> list[str]:
         "model": config.model,
         "corpus": config.corpus,
         "output": config.output,
-        "memory": config.memory,
+        "memory": config.memory[0],
         "keys": config.keys,
         "index": config.index,
         "targets": config.targets,

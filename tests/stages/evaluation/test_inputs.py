@@ -41,7 +41,7 @@ def test_the_layers_are_where_the_memory_or_the_keys_say(
     write_memory("plain", None)
     keys = tmp_path / "keys"
     assert found() is None
-    assert found(memory=tmp_path / "memory", keys=keys) == "a.layers"
-    assert found(memory=tmp_path / "export") == "b.layers"
-    assert found(memory=tmp_path / "plain", keys=keys) is None
+    assert found(memory=(str(tmp_path / "memory"),), keys=keys) == "a.layers"
+    assert found(memory=(str(tmp_path / "export"),)) == "b.layers"
+    assert found(memory=(str(tmp_path / "plain"),), keys=keys) is None
     assert found(keys=keys) == "c.layers"

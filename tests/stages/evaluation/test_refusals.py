@@ -33,7 +33,7 @@ from .conftest import Finished, save_memory, save_targets
         ({"bootstrap_block": 100_000}, "smaller block"),
         ({"targets": None}, "need a temperature"),
         ({"k": 10**6}, r"1,000,000 neighbours are more than the .* smaller --k"),
-        ({"memory": Path("/nowhere/memory")}, "does not exist"),
+        ({"memory": ("/nowhere/memory",)}, "does not exist"),
         ({"keys": Path("/nowhere/keys")}, "does not exist"),
         ({"model": "/nowhere/base"}, "/nowhere/base"),
         ({"control": ("other=/nowhere/model",)}, "neither a memory nor a language model"),
@@ -62,7 +62,7 @@ def test_a_memory_of_another_base_or_vocabulary_is_refused(
     config: Config, keys_dir: Path, corpus_dir: Path, tmp_path: Path, changes: dict[str, Any], needle: str
 ) -> None:
     root = save_memory(tmp_path / "wrong", open_keys(keys_dir), open_corpus(corpus_dir), seed=3, **changes)
-    for flags in ({"memory": root}, {"control": (f"wrong={root}",)}):
+    for flags in ({"memory": (str(root),)}, {"control": (f"wrong={root}",)}):
         with pytest.raises(UserError, match=needle):
             evaluate.run(replace(config, **flags), World())
         assert not config.output.exists()
@@ -71,7 +71,7 @@ def test_a_memory_of_another_base_or_vocabulary_is_refused(
 def test_keys_index_and_targets_made_from_other_inputs_are_refused(
     config: Config, artifacts: Path, tmp_path: Path, corpus_dir: Path
 ) -> None:
-    other = replace(config, model=str(artifacts / "trained_on"), memory=None, control=())
+    other = replace(config, model=str(artifacts / "trained_on"), memory=(), control=())
     with pytest.raises(UserError, match="extracted from another base"):
         evaluate.run(other, World())
     targets = save_targets(tmp_path / "targets", "0" * 64)
@@ -121,7 +121,7 @@ def test_an_export_that_lacks_weights_is_refused(
     del weights["memory.blocks.1.mlp.down.weight"]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lack 1 weights.*export the memory again"):
-        evaluate.run(replace(config, memory=tmp_path / "export"), World())
+        evaluate.run(replace(config, memory=(str(tmp_path / "export"),)), World())
     assert not config.output.exists()
 
 
@@ -136,7 +136,7 @@ def test_another_run_in_the_output_is_refused_and_untouched(config: Config, fini
 def test_a_missing_extra_split_is_reported_only_if_the_flag_names_it(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alone = {"memory": None, "keys": None, "index": None, "targets": None, "control": ()}
+    alone = {"memory": (), "keys": None, "index": None, "targets": None, "control": ()}
     config = replace(config, extra_splits=("nothing",), **alone)
     with caplog.at_level("INFO", logger="mlpmem_ds"):
         splits = evaluation_inputs.open_inputs(config, World()).splits

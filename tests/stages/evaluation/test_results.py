@@ -143,7 +143,7 @@ def test_breakdowns_count_every_position_and_speeds_and_samples_are_there(
 
 
 def test_the_base_alone_has_a_report(config: Config) -> None:
-    evaluate.run(replace(config, memory=None, keys=None, index=None, targets=None, control=()), World())
+    evaluate.run(replace(config, memory=(), keys=None, index=None, targets=None, control=()), World())
     page = (config.output / "report.md").read_text()
     assert (config.output / "manifest.json").is_file()
     assert "cost.png" in page and "wins.png" not in page and not (config.output / "wins.png").exists()

@@ -154,7 +154,12 @@ def test_an_exported_memory_scores_as_the_training_does(
     joint.save_pretrained(config.output.parent / "export")
     evaluate.run(
         replace(
-            config, memory=config.output.parent / "export", keys=None, index=None, targets=None, control=()
+            config,
+            memory=(str(config.output.parent / "export"),),
+            keys=None,
+            index=None,
+            targets=None,
+            control=(),
         ),
         World(),
     )
@@ -218,7 +223,8 @@ def test_a_memory_is_read_in_chunks_and_a_score_that_is_not_a_number_is_refused(
             memory.head(memory(inputs)).double().log_softmax(-1).gather(1, torch.from_numpy(tokens)).numpy()
         )
     monkeypatch.setattr(memory_arm, "_ROWS", 5)
-    np.testing.assert_allclose(memory_arm.memory_log_probabilities(memory, inputs, tokens), wanted, atol=1e-5)
+    found = memory_arm.memory_scores(memory, inputs, tokens).log_probabilities_NJ
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
     inputs[7, 3] = math.nan
     with pytest.raises(UserError, match=r"2 of 46 log-probabilities .* --dtype float32"):
-        memory_arm.memory_log_probabilities(memory, inputs, tokens)
+        memory_arm.memory_scores(memory, inputs, tokens)

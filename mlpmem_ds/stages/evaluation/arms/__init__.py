@@ -3,6 +3,7 @@
 - `arm.py`: the protocol `Arm`, with the price and the scores that every arm gives
 - `base.py`: the base alone (`--model`), whose pass serves the arms that are mixed with it
 - `memory.py`: base and memory (`--memory`, `--control base+NAME=DIR`)
+- `states.py`: hidden states, for gates that read them; not reported
 - `knn.py`: base and a search of the stored keys; `datastore.py`: keys, index and targets, opened
 - `model.py`: a language model alone (`--control NAME=DIR`)
 - `controls.py`: which controls are memories and which are models

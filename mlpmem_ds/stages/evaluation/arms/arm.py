@@ -57,6 +57,9 @@ class Scores:
     """Of one guessed token a position. An arm that stands alone guesses its own likeliest token: [n, 3],
     log-probability, entropy of the distribution, and 1 where the guess is the value. Another arm gives the
     log-probability of the *base's* likeliest token, in the shape of `values`."""
+    confidences: np.ndarray | None = None
+    """[n, 3], from an arm that a gate may weigh: the entropy of its distribution in nats, the log-probability
+    of its likeliest token, and 1 where that is the base's likeliest too"""
 
 
 Part = Literal["base", "subject", "reference", "control", "other"]

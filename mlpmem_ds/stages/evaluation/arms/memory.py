@@ -27,7 +27,7 @@ from mlpmem_ds.formats.trained_models import (
     read_memory_description,
     read_weights,
 )
-from mlpmem_ds.maths.head_scores import token_log_probabilities
+from mlpmem_ds.maths.head_scores import HeadScores, head_scores
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
@@ -37,10 +37,9 @@ from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_o
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_model
 from mlpmem_ds.stages.evaluation.arms.controls import is_export, memory_controls
 from mlpmem_ds.stages.evaluation.arms.datastore import stages_of_targets
-from mlpmem_ds.stages.evaluation.config import Config, control_directories
+from mlpmem_ds.stages.evaluation.config import Config, control_directories, memory_directories
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
-MEMORY = "base+memory"
 _ROWS = 2048  # whose activations are in memory: 4 · F bytes each and matrix, 117 MB for F = 14,336
 _INT8_ROWS = 256  # whose logits are in memory where the head is int8
 
@@ -82,8 +81,15 @@ class MemoryArm(Arm):
 
     def score(self, scan: Scan) -> Scores:
         tokens_n2 = np.stack([scan.values_n, scan.top_ids_n], axis=1)
-        scores_n2 = memory_log_probabilities(self.memory, scan.states[self.point], tokens_n2)
-        return Scores(values=scores_n2[:, 0].copy(), guesses=scores_n2[:, 1].copy())
+        scores = memory_scores(self.memory, scan.states[self.point], tokens_n2)
+        named_n2 = scores.log_probabilities_NJ.cpu().numpy()
+        agrees_n = scores.top_ids_N.cpu() == torch.from_numpy(scan.top_ids_n)
+        confidences = (scores.entropies_N.cpu(), scores.top_N.cpu(), agrees_n.float())
+        return Scores(
+            values=named_n2[:, 0].copy(),
+            guesses=named_n2[:, 1].copy(),
+            confidences=torch.stack(confidences, dim=1).numpy(),
+        )
 
     def joint_model(self, lmbda: float) -> MemoryAugmentedLM:
         """Base and memory as one model, which generates text; their weights are not copied."""
@@ -103,10 +109,12 @@ class MemoryArm(Arm):
 
 
 def open_arms(config: Config, context: Context) -> list[MemoryArm]:
-    """The memory of `--memory`, and the controls that are memories. See `base.Opener`."""
-    arms = []
-    if config.memory is not None:
-        arms.append(_open_memory(config.memory, "--memory", MEMORY, "subject", config, context))
+    """The memories of `--memory`, and the controls that are memories. See `base.Opener`."""
+    memories = memory_directories(config.memory)
+    part: Part = "subject" if len(memories) == 1 else "other"  # of several, their bank is the subject
+    arms = [
+        _open_memory(Path(root), "--memory", name, part, config, context) for name, root in memories.items()
+    ]
     for name, root in memory_controls(config).items():
         flag, arm = f"--control {name}", f"base+{name.removeprefix('base+')}"
         arms.append(_open_memory(root, flag, arm, "control", config, context))
@@ -116,7 +124,7 @@ def open_arms(config: Config, context: Context) -> list[MemoryArm]:
 def layers_paths(config: Config) -> list[str | None]:
     """Where the base's layers are, as each memory says; None: its training found them."""
     told: list[str | None] = []
-    memories = [] if config.memory is None else [config.memory]
+    memories = map(Path, memory_directories(config.memory).values())
     for root in (*memories, *control_directories(config.control).values()):
         weights, export = root / "weights" / "config.json", root / "config.json"
         if weights.is_file():
@@ -279,30 +287,43 @@ def _description(provenance: Provenance, weights: str) -> str:
 
 
 @torch.no_grad()
-def memory_log_probabilities(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray) -> np.ndarray:
-    """log p_mem(token), float32 [n, J], from float32 logits; the inputs are taken to the memory's dtype and
-    device.
+def memory_states(memory: Memory, inputs_nD: torch.Tensor) -> torch.Tensor:
+    """What the memory's head reads, [n, H] in the memory's dtype and on its device."""
+    return torch.cat([memory(memory.cast(part)) for part in inputs_nD.split(_ROWS)])
+
+
+@torch.no_grad()
+def memory_scores(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray) -> HeadScores:
+    """log p_mem of the tokens, its likeliest token and its entropy, from float32 logits; the inputs are taken
+    to the memory's dtype and device.
 
     Raises:
         UserError: one is not a number, as damaged weights or an overflow in float16 make it.
     """
-    hidden_nH = torch.cat([memory(memory.cast(part)) for part in inputs_nD.split(_ROWS)])
+    hidden_nH = memory_states(memory, inputs_nD)
     tokens = torch.from_numpy(tokens_nJ).to(hidden_nH.device)
     if isinstance(memory.head, Int8Linear):  # its own product, as generation meets it
-        pairs = zip(hidden_nH.split(_INT8_ROWS), tokens.split(_INT8_ROWS), strict=True)
-        scores_nJ = torch.cat(
-            [memory.head(rows).float().log_softmax(-1).gather(1, columns) for rows, columns in pairs]
-        )
+        scores = _int8_scores(memory.head, hidden_nH, tokens)
     else:
         head: Any = memory.head
         transform = None if head.transform.is_identity else head.transform
-        scores_nJ = token_log_probabilities(
-            hidden_nH, head.weight, tokens, bias=head.bias, transform=transform
-        )
-    result_nJ: np.ndarray = scores_nJ.cpu().numpy()
-    if not np.isfinite(result_nJ).all():
+        scores = head_scores(hidden_nH, head.weight, tokens, bias=head.bias, transform=transform)
+    is_finite_nJ = scores.log_probabilities_NJ.isfinite()
+    if not bool(is_finite_nJ.all()):
         raise UserError(
-            f"{int((~np.isfinite(result_nJ)).sum())} of {result_nJ.size} log-probabilities of a memory are"
+            f"{int((~is_finite_nJ).sum())} of {is_finite_nJ.numel()} log-probabilities of a memory are"
             " not finite: its weights are damaged, or --dtype float32 is needed"
         )
-    return result_nJ
+    return scores
+
+
+def _int8_scores(head: Int8Linear, hidden_nH: torch.Tensor, tokens_nJ: torch.Tensor) -> HeadScores:
+    parts = []
+    for rows, columns in zip(hidden_nH.split(_INT8_ROWS), tokens_nJ.split(_INT8_ROWS), strict=True):
+        log_nV = head(rows).float().log_softmax(-1)
+        top_n, top_ids_n = log_nV.max(-1)
+        parts.append((log_nV.gather(1, columns), top_ids_n, top_n, torch.special.entr(log_nV.exp()).sum(-1)))
+    named_nJ, top_ids_n, top_n, entropies_n = (torch.cat(column) for column in zip(*parts, strict=True))
+    return HeadScores(
+        log_probabilities_NJ=named_nJ, top_ids_N=top_ids_n, top_N=top_n, entropies_N=entropies_n
+    )

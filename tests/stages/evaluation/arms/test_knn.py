@@ -124,7 +124,7 @@ def test_all_lists_of_whole_vectors_give_the_exact_scores(
     config: Config, tmp_path: Path, keys_dir: Path, finished: Finished, factory: str
 ) -> None:
     build_index.run(build_index.Config(keys=keys_dir, output=tmp_path / "flat", factory=factory), World())
-    evaluate.run(replace(config, index=tmp_path / "flat", control=(), memory=None), World())
+    evaluate.run(replace(config, index=tmp_path / "flat", control=(), memory=()), World())
     exact, all_lists = (read_scores(config.output, "test", f"base+knn_{kind}") for kind in ("exact", "ivfpq"))
     np.testing.assert_array_equal(exact, read_scores(finished.config.output, "test", "base+knn_exact"))
     # Equal distances at the k-th place may be cut differently by faiss; elsewhere every bit agrees.

@@ -1,0 +1,200 @@
+"""The fit of a gate from text to file: features by brute force, figures, same bytes, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
+from mlpmem_ds.formats.gates import read_gate
+from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.models.gates import LearnedGate, open_gate
+from mlpmem_ds.stages.evaluation.splits import Split, open_tuning_split
+from mlpmem_ds.stages.gating import fit_gate, fitting
+from mlpmem_ds.stages.gating.config import Config
+
+from ..evaluation.conftest import forward_base, load_memory, read_scores, save_memory
+from .conftest import Parts, make_config
+
+
+def brute_force(
+    base_dir: Path, memory_dir: Path, corpus: CorpusSplit
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log p of the values by base and memory [N, 2], confidences [N, 6] and histories [N, 4], by plain
+    loops."""
+    log_base_NV, states_ND = forward_base(base_dir, corpus)
+    memory = load_memory(memory_dir)
+    with torch.no_grad():
+        log_memory_NV = memory.head(memory(torch.from_numpy(states_ND))).double().log_softmax(-1).numpy()
+    values_N = corpus.values(0, corpus.num_positions)
+    places = np.arange(len(values_N))
+    logs_N2 = np.stack([log_base_NV[places, values_N], log_memory_NV[places, values_N]], 1)
+    top_N = log_base_NV.argmax(1)
+
+    def entropy(log_NV: np.ndarray) -> np.ndarray:
+        result: np.ndarray = -(np.exp(log_NV) * log_NV).sum(1)
+        return result
+
+    confidences = np.stack(
+        [
+            entropy(log_base_NV),
+            log_base_NV.max(1),
+            entropy(log_memory_NV),
+            log_memory_NV.max(1),
+            log_memory_NV.argmax(1) == top_N,
+            log_memory_NV[places, top_N],
+        ],
+        axis=1,
+    )
+    first_tokens = {0, *corpus.document_stops[:-1].tolist()}  # of the documents
+    state, histories = np.zeros(4), []
+    for position, (base, memory_log) in enumerate(logs_N2):
+        if position in first_tokens:
+            state = np.zeros(4)
+        histories.append(state)
+        news = np.array([memory_log - base] * 3 + [base])
+        decays = np.array([0.8, 0.95, 0.99, 0.95])
+        state = decays * state + (1 - decays) * news
+    return logs_N2, confidences, np.array(histories)
+
+
+def rebuilt(config: Config) -> LearnedGate:
+    stored = read_gate(config.output)
+    gate = open_gate(stored.manifest.gate, 0.5)
+    assert isinstance(gate, LearnedGate)
+    gate.load_state_dict(stored.weights)
+    return gate
+
+
+def test_a_gate_and_its_figures_are_those_of_brute_force(parts: Parts, fitted: Config) -> None:
+    manifest, gate = read_gate(fitted.output).manifest, rebuilt(fitted)
+    assert [memory.name for memory in manifest.memories] == ["memory"]
+    assert [text.part for text in manifest.texts] == ["domain", "general"]
+    for text, root in zip(manifest.texts, (parts.corpus, parts.general), strict=True):
+        corpus = open_corpus(root, "tuning")
+        logs_N2, confidences, histories = brute_force(parts.base, parts.memory, corpus)
+        stream = "domain0" if text.part == "domain" else "general1"
+        np.testing.assert_allclose(
+            read_scores(fitted.output, stream, "base+memory"), logs_N2[:, 1], rtol=1e-5, atol=1e-5
+        )
+        features = torch.from_numpy(np.concatenate([confidences, histories], 1)).float()
+        with torch.no_grad():
+            weights = gate.weights(features)[:, 0].double().numpy()
+        # Those of whole documents, by hash, that chose when to stop.
+        chosen = fitting.choose_stopping(_tuning(root), 0.5)
+        assert text.stopping_positions == chosen.sum() and text.positions == len(chosen)
+        p = np.exp(logs_N2)[chosen]
+        lmbda = weights[chosen]
+        assert text.base_ppl == pytest.approx(np.exp(-logs_N2[chosen, 0].mean()), rel=1e-5)
+        assert text.memory_ppl[0] == pytest.approx(np.exp(-logs_N2[chosen, 1].mean()), rel=1e-5)
+        gated = np.exp(-np.log((1 - lmbda) * p[:, 0] + lmbda * p[:, 1]).mean())
+        assert text.gate_ppl == pytest.approx(gated, rel=1e-4)
+        assert text.weights.mean == pytest.approx(lmbda.mean(), rel=1e-3)
+        (fixed,) = manifest.fixed
+        at_fixed = np.exp(-np.log((1 - fixed) * p[:, 0] + fixed * p[:, 1]).mean())
+        assert text.fixed_ppl == pytest.approx(at_fixed, rel=1e-5)
+        assert text.own_fixed_ppl <= text.fixed_ppl + 1e-9
+    nats = [np.log([text.gate_ppl, text.fixed_ppl]) for text in manifest.texts]
+    gated_mean, fixed_mean = np.mean(nats, axis=0)
+    assert gated_mean <= fixed_mean + 1e-6  # the epoch was chosen for it, and the first is the fixed weights
+
+
+def _tuning(root: Path) -> Split:
+    return open_tuning_split(root, "tuning", flag="--corpus", min_positions=2)
+
+
+def test_the_same_bytes_again_by_two_ranks_and_after_a_loss(
+    parts: Parts, fitted: Config, tmp_path: Path
+) -> None:
+    config = replace(fitted, output=tmp_path / "gate")
+    for rank in (1, 0):
+        fit_gate.run(config, World(rank=rank, size=2))
+    fit_gate.run(config, World(rank=1, size=2))
+    first, second = (root.joinpath("gate.safetensors") for root in (fitted.output, config.output))
+    assert first.read_bytes() == second.read_bytes()
+    manifests = [root.joinpath("manifest.json").read_bytes() for root in (fitted.output, config.output)]
+    assert manifests[0] == manifests[1]
+    second.unlink()
+    (config.output / "manifest.json").unlink()
+    fit_gate.run(config, World())
+    assert config.output.joinpath("manifest.json").read_bytes() == manifests[0]
+    with pytest.raises(UserError, match="already holds another run"):
+        fit_gate.run(replace(config, kind="confidences"), World())
+
+
+@pytest.mark.parametrize("kind", ["history", "confidences", "router"])
+def test_a_bank_of_any_kind(parts: Parts, tmp_path: Path, kind: str) -> None:
+    config = make_config(parts, tmp_path / "gate", num_memories=2, kind=kind, max_epochs=3)
+    fit_gate.run(config, World())
+    stored, gate = read_gate(config.output), rebuilt(config)
+    manifest = stored.manifest
+    assert [memory.name for memory in manifest.memories] == ["memory", "other"]
+    assert len(manifest.fixed) == 2 and 0 <= sum(manifest.fixed) <= 1
+    assert gate.num_memories == 2 and gate.kind == kind == manifest.gate["kind"]
+    for text in manifest.texts:
+        assert len(text.memory_ppl) == 2 and sum(text.weights.means) == pytest.approx(text.weights.mean)
+        assert text.weights.quantiles == tuple(sorted(text.weights.quantiles))
+    if kind == "router":
+        states = np.load(next((config.output / "scores").glob("domain0-states-*.npy")))
+        assert states.shape[1] == 16 * 3 and manifest.gate["base_size"] == 16
+
+
+def test_stopping_text_is_whole_documents_or_the_end(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    split = _tuning(parts.corpus)
+    documents = split.corpus.documents_of(np.arange(split.num_positions))
+    for fraction in (0.25, 0.5):
+        chosen = fitting.choose_stopping(split, fraction)
+        assert 0.4 * fraction < chosen.mean() < 1 - 0.4 * (1 - fraction)
+        assert all(len(np.unique(chosen[documents == number])) == 1 for number in np.unique(documents))
+    assert not caplog.records
+    one = replace(split, positions=np.flatnonzero(documents == documents[-1]))
+    chosen = fitting.choose_stopping(one, 0.25)
+    assert "do not part well" in caplog.text
+    assert chosen.mean() == pytest.approx(0.25, abs=0.05) and (np.diff(chosen.astype(int)) >= 0).all()
+
+
+def test_wrong_inputs_are_refused_before_anything_is_written(
+    parts: Parts, tmp_path: Path, keys_dir: Path, base_dir: Path
+) -> None:
+    def refused(match: str, **changes: object) -> None:
+        config = make_config(parts, tmp_path / "gate", **changes)
+        with pytest.raises(UserError, match=match):
+            fit_gate.run(config, World())
+        assert not config.output.exists()
+
+    refused("needs 5,000 or more: give more text", min_positions=5000)
+    refused("has no split validation", tuning_split="validation")
+    refused("text that the keys or the memory were made from", tuning_split="train")
+    other_base = save_memory(
+        tmp_path / "stranger", open_keys(keys_dir), open_corpus(parts.corpus), seed=3, base="0" * 64
+    )
+    refused("was trained for another base", memory=(str(other_base),))
+    for changes, match in (
+        ({"memory": ()}, "at least one --memory"),
+        ({"general": (str(parts.corpus),)}, "twice"),
+        ({"memory": (str(parts.memory), str(parts.memory))}, "is taken"),
+        ({"memory": ("bank=x", "y")}, "is taken"),
+        ({"memory": ("a b=x", "y")}, "letters, digits"),
+    ):
+        with pytest.raises(UserError, match=match):
+            make_config(parts, tmp_path / "gate", **changes)
+
+
+def test_without_general_text_there_is_a_warning(
+    parts: Parts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(parts, tmp_path / "gate", general=(), max_epochs=0)
+    fit_gate.run(config, World())
+    assert "--general" in caplog.text
+    manifest = read_gate(config.output).manifest
+    assert manifest.best_epoch == 0 and manifest.texts[0].gate_ppl == pytest.approx(
+        manifest.texts[0].fixed_ppl, rel=1e-6
+    )
