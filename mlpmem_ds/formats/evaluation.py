@@ -20,6 +20,7 @@ from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_array, publish_json, read_json
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.typed_json import from_json, json_key, to_json
+from mlpmem_ds.formats.gates import WeightFigures
 
 FORMAT, VERSION = "report", 1
 EVALUATION_NAME = "eval.json"
@@ -101,6 +102,8 @@ class ArmFigures:
     tuning_curve: tuple[CurvePoint, ...] | None
     settings: Mapping[str, Any]
     """what was set for this kind of arm: k, temperature, lists probed"""
+    weights: Mapping[str, WeightFigures] | None
+    """by split, of an arm whose λ a gate gives at each position, or of a bank; None for the others"""
 
 
 @dataclass(frozen=True, kw_only=True)

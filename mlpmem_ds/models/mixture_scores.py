@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.maths.scores import perplexity
-from mlpmem_ds.models.mixture import Grid, log_mixture
+from mlpmem_ds.models.mixture import Grid, log_mixture, log_mixture_of_bank
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -29,6 +29,17 @@ def mixed_scores(log_base_N: Array, log_memory_N: Array, lmbda: float | Array) -
         )
     mixed_N: Array = log_mixture(_float64(log_base_N), _float64(log_memory_N), weight).numpy()
     return mixed_N
+
+
+def pooled_scores(log_memories_NM: Array, weights_NM: Array) -> tuple[Array, Array]:
+    """A bank as one memory: log of the memories' mixture by their shares, and λ, the sum of their weights,
+    both float64 [N]. Mixed at that λ it is the bank's mixture; where λ is 0 the shares are equal."""
+    logs, weights = _float64(log_memories_NM), _float64(weights_NM)
+    totals = weights.sum(-1)
+    shares = torch.where(totals[:, None] > 0, weights / totals[:, None], 1 / weights.shape[1])
+    first, *others = logs.unbind(-1)
+    pooled = log_mixture_of_bank(first, others, shares[:, 1:]) if others else first
+    return pooled.numpy(), totals.clamp_max(1).numpy()
 
 
 def lambda_curve(log_base_N: Array, log_memory_N: Array, grid: Grid) -> Array:

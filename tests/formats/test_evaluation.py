@@ -24,6 +24,7 @@ from mlpmem_ds.formats.evaluation import (
     read_evaluation,
     write_evaluation,
 )
+from mlpmem_ds.formats.gates import WeightFigures
 
 FIGURES: dict[str, Any] = {
     "ppl": 2.5,
@@ -50,6 +51,7 @@ def make_evaluation() -> Evaluation:
         calibration=Calibration(error=0.1, bins=(CalibrationBin(positions=2, probability=0.5, correct=1.0),)),
         tuning_curve=(CurvePoint(lmbda=0.25, ppl=2.5), CurvePoint(lmbda=1.0, ppl=None)),
         settings={"k": 8},
+        weights={"test": WeightFigures(means=(0.25,), mean=0.25, quantiles=(0.0, 0.1, 0.2, 0.4, 1.0))},
         **FIGURES,
     )
     return Evaluation(

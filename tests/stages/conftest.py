@@ -68,6 +68,7 @@ def make_arm(name: str, ppl: float, **changes: Any) -> ArmFigures:
         "calibration": Calibration(error=0.01, bins=()),
         "tuning_curve": None,
         "settings": {},
+        "weights": None,
     }
     return ArmFigures(name=name, **(figures | fields | changes))
 

@@ -56,6 +56,13 @@ class Config(Flags):
         identity="none",
         metavar="[NAME=]DIR",
     )
+    gate: tuple[str, ...] = option(
+        "fitted gate, an output of launch/fit_gate.py: adds the arm base+memory+gate (of several memories"
+        " base+bank+gate); several are told apart by names",
+        (),
+        identity="none",
+        metavar="[NAME=]DIR",
+    )
     keys: Path | None = option("key directory: adds the arm base+knn_exact", None)
     index: Path | None = option("index of those keys: adds the arm base+knn_ivfpq", None)
     targets: Path | None = option(
@@ -154,6 +161,9 @@ class Config(Flags):
             )
         control_directories(self.control)
         memory_directories(self.memory)
+        gate_directories(self.gate)
+        if self.gate and not self.memory:
+            raise UserError("--gate needs --memory, the memories that it was fitted with")
 
 
 def memory_directories(words: Sequence[str]) -> dict[str, str]:
@@ -173,6 +183,25 @@ def memory_directories(words: Sequence[str]) -> dict[str, str]:
         if f"base+{name}" in directories or name in (*_RESERVED_NAMES, BANK) and name != "memory":
             raise UserError(f"--memory {word}: the name {name} is taken; give another, as NAME={directory}")
         directories[f"base+{name}"] = directory
+    return directories
+
+
+def gate_directories(words: Sequence[str]) -> dict[str, str]:
+    """[NAME=]DIR words of --gate → name and directory; one without a name is called gate.
+
+    Raises:
+        UserError: a name that is none, or given twice.
+    """
+    directories: dict[str, str] = {}
+    for word in words:
+        name, sign, directory = word.partition("=")
+        name, directory = (name, directory) if sign else ("gate", word)
+        if not directory or not re.fullmatch(r"\w+", name) or name in directories:
+            raise UserError(
+                f"--gate {word}: give each gate as NAME=DIR with a name of its own, of letters, digits and"
+                " underscores"
+            )
+        directories[name] = directory
     return directories
 
 

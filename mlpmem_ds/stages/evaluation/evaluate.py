@@ -22,6 +22,7 @@ from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.evaluation import ArmFigures, ReportManifest, open_report
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import Inputs, open_inputs
+from mlpmem_ds.stages.evaluation.mixing import names_of_weights
 from mlpmem_ds.stages.evaluation.results import ReportWriter
 from mlpmem_ds.stages.evaluation.units import UnitScorer, list_units
 from mlpmem_ds.stages.report.summary import Comparison
@@ -50,7 +51,7 @@ def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
         resolved=_resolved(inputs),
         dealer=ranks,
     )
-    units = list_units(inputs.arms, inputs.streams, config.unit_positions)
+    units = list_units(inputs.scorers, inputs.streams, config.unit_positions)
     for name, text in inputs.streams.items():
         verify_inputs(directory, text, text.token_files, label=f"text-{name}")
     for arm in inputs.arms:
@@ -76,7 +77,7 @@ def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
 
 def _hashes(inputs: Inputs) -> dict[str, str]:
     hashes = {"corpus": next(iter(inputs.splits.values())).corpus.sha256}
-    for arm in inputs.arms:
+    for arm in inputs.scorers:
         hashes.update(arm.inputs)
     return hashes
 
@@ -103,6 +104,13 @@ def _choices(config: Config, inputs: Inputs) -> dict[str, ArmFigures] | None:
             raise UserError(
                 f"--choices-from {config.choices_from} has no choice for the arm {arm.name}: make that report"
                 " with the same --memory, --control names, --k and --temperature, or leave the arm out"
+            )
+    for mixed in inputs.mixed:
+        chosen = found[mixed.name].chosen if mixed.name in found else {}
+        if mixed.gate is None and any(name not in chosen for name in names_of_weights(mixed)):
+            raise UserError(
+                f"--choices-from {config.choices_from} has no weights for {mixed.name}: make that report with"
+                " the same --memory words"
             )
     return found
 

@@ -14,6 +14,8 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.stages.evaluation.arms import knn, memory, model
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, Opener, open_base
+from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
+from mlpmem_ds.stages.evaluation.arms.mixed import MixedArm, open_mixed_arms
 from mlpmem_ds.stages.evaluation.config import (
     DEFAULT_EXTRA_SPLITS,
     Config,
@@ -36,15 +38,23 @@ class Inputs:
     """in the order tuning, test, further test sets"""
     base: ModelArm
     arms: tuple[Arm, ...]
-    """all of them, in the order of the report, the base first"""
+    """all that have units, in the order of the report, the base first"""
+    mixed: tuple[MixedArm, ...]
+    """those that are made of them afterwards"""
 
     @property
     def streams(self) -> dict[str, CorpusSplit]:
         return streams_of(self.splits)
 
-    def playing(self, part: Part) -> tuple[Arm, ...]:
+    @property
+    def scorers(self) -> tuple[Arm, ...]:
+        """The arms that have units, those for gates that read states among them."""
+        return (*self.arms, *(arm.states for arm in self.mixed if arm.states is not None))
+
+    def playing(self, part: Part) -> tuple[Arm | MixedArm, ...]:
         """The arms that play a part in the report."""
-        return tuple(arm for arm in self.arms if arm.part == part)
+        every: tuple[Arm | MixedArm, ...] = (*self.arms, *self.mixed)
+        return tuple(arm for arm in every if arm.part == part)
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
@@ -71,7 +81,11 @@ def open_inputs(config: Config, world: World) -> Inputs:
     opened = [arm for opener in OPENERS for arm in opener(config, context)]
     arms = _with_different_names([base, *opened])
     refuse_training_text(splits, arms)
-    return Inputs(splits=splits, base=base, arms=arms)
+    names = memory_directories(config.memory)
+    memories = [arm for arm in arms if isinstance(arm, MemoryArm) and arm.name in names]
+    tests = [split for name, split in splits.items() if name != config.tuning_split]
+    mixed = tuple(open_mixed_arms(config, base, memories, tests))
+    return Inputs(splits=splits, base=base, arms=arms, mixed=mixed)
 
 
 def find_layers_path(config: Config) -> str | None:

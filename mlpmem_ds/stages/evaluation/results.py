@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_ds.core.array_files import read_array
 from mlpmem_ds.core.files import publish_bytes
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
@@ -30,10 +29,13 @@ from mlpmem_ds.formats.evaluation import (
     write_evaluation,
 )
 from mlpmem_ds.stages.evaluation.arms.arm import Arm
+from mlpmem_ds.stages.evaluation.arms.mixed import MixedArm
 from mlpmem_ds.stages.evaluation.inputs import Inputs
+from mlpmem_ds.stages.evaluation.mixing import mix
 from mlpmem_ds.stages.evaluation.samples import continue_samples
 from mlpmem_ds.stages.evaluation.speed import measure_speeds
 from mlpmem_ds.stages.evaluation.splits import Split
+from mlpmem_ds.stages.evaluation.stored_scores import StoredScores, read_stored_scores
 from mlpmem_ds.stages.evaluation.token_kinds import KINDS, kinds_of_positions, read_vocabulary_kinds
 from mlpmem_ds.stages.evaluation.units import Unit
 from mlpmem_ds.stages.report.breakdowns import KIND, Groups, entropy_groups, frequency_groups, shows_wins
@@ -77,10 +79,15 @@ class ReportWriter:
         inputs, comparison = self.inputs, self.comparison
         summaries = dict(zip(self.units, self.directory.summaries(list(self.units)), strict=True))
         test, base = inputs.splits[comparison.tests[0]], inputs.base
+        stored = {
+            arm.name: read_stored_scores(self.directory.root, arm, self.units.values())
+            for arm in inputs.scorers
+        }
         scores = [
-            _read_scores(arm, self.units, summaries, inputs.splits, test.corpus, self.directory.root)
+            _arm_scores(arm, stored[arm.name], self.units, summaries, inputs.splits, test.corpus)
             for arm in inputs.arms
         ]
+        scores += [self._mixed_scores(arm, stored, scores) for arm in inputs.mixed]
         summary = summarize(scores, comparison, _groups(scores[0], test))
         for name, split in inputs.splits.items():
             scores_of_split = {arm: by_split[name] for arm, by_split in summary.scores.items()}
@@ -105,6 +112,38 @@ class ReportWriter:
             breakdowns=summary.breakdowns,
             speeds=measure_speeds(inputs.arms, base.forward_pass, test.corpus, self.speed_positions),
             samples=_samples(inputs, summary, test.corpus, self.num_samples),
+        )
+
+    def _mixed_scores(
+        self, arm: MixedArm, stored: Mapping[str, StoredScores], scores: Sequence[ArmScores]
+    ) -> ArmScores:
+        """Of an arm that is made of others."""
+        inputs, comparison = self.inputs, self.comparison
+        given = None if comparison.choices is None or arm.gate is not None else comparison.choices[arm.name]
+        mixed = mix(
+            arm,
+            stored,
+            stored[inputs.base.name],
+            inputs.splits,
+            tuning=comparison.tuning,
+            given=None if given is None else given.chosen,
+        )
+        rates = {one.name: one.tokens_per_second for one in scores}
+        base_seconds = 1 / rates[inputs.base.name]
+        seconds = base_seconds + sum(1 / rates[member.name] - base_seconds for member in arm.members)
+        return ArmScores(
+            name=arm.name,
+            description=arm.description,
+            scores=mixed.scores,
+            guesses=mixed.guesses,
+            stands_alone=False,
+            parameters=arm.price.parameters,
+            bytes=arm.price.bytes,
+            seconds=arm.price.seconds,
+            tokens=arm.price.tokens,
+            tokens_per_second=1 / max(seconds, 1e-9),
+            settings=arm.settings,
+            weights=mixed.weights,
         )
 
 
@@ -148,24 +187,27 @@ def _samples(inputs: Inputs, summary: Summary, corpus: CorpusSplit, num_samples:
     return ()
 
 
-def _read_scores(
+def _arm_scores(
     arm: Arm,
+    stored: StoredScores,
     units: Mapping[str, Unit],
     summaries: Mapping[str, Mapping[str, Any]],
     splits: Mapping[str, Split],
     test: CorpusSplit,
-    root: Path,
 ) -> ArmScores:
     """An arm's scores by split, and its price."""
-    mine = [unit for unit in units.values() if arm in unit.arms]
-    guesses = _by_split(root, [(unit.corpus.name, unit.guess_file(arm)) for unit in mine], splits)
+    guesses = _by_split(stored.guesses, splits)
     # The median: another program on the machine slows some units many times over.
-    rates = [_tokens_per_second(arm, summaries[unit.name]) for unit in mine if unit.corpus.name == test.name]
+    rates = [
+        _tokens_per_second(arm, summaries[unit.name])
+        for unit in units.values()
+        if arm in unit.arms and unit.corpus.name == test.name
+    ]
     own = arm.stands_alone
     return ArmScores(
         name=arm.name,
         description=arm.description,
-        scores=_by_split(root, [(unit.corpus.name, unit.score_file(arm)) for unit in mine], splits),
+        scores=_by_split(stored.values, splits),
         stands_alone=own,
         choices=tuple(arm.choices),
         gives_zeros=arm.gives_zeros,
@@ -185,14 +227,8 @@ def _tokens_per_second(arm: Arm, summary: Mapping[str, Any]) -> float:
     return summary["positions"] / max(summary["pass_seconds"] + summary["seconds"][arm.name], 1e-9)
 
 
-def _by_split(
-    root: Path, files: Sequence[tuple[str, str]], splits: Mapping[str, Split]
-) -> dict[str, np.ndarray]:
-    """Split → the rows of these files (stream, name), in their order."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for stream, name in files:
-        parts.setdefault(stream, []).append(read_array(root / name))
-    streams = {stream: np.concatenate(arrays) for stream, arrays in parts.items()}
+def _by_split(streams: Mapping[str, np.ndarray], splits: Mapping[str, Split]) -> dict[str, np.ndarray]:
+    """Split → its rows of its stream."""
     return {name: split.take(streams[split.corpus.name]) for name, split in splits.items()}
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.hashing import hash_fraction
-from mlpmem_ds.formats.gates import GateText, WeightFigures
+from mlpmem_ds.formats.gates import GateText
 from mlpmem_ds.maths.scores import perplexity
 from mlpmem_ds.models.gate_fit import Fit, FitSettings, GateRows, best_weights, fit_gate
 from mlpmem_ds.models.gates import ConfidencesGate, HistoryGate, LearnedGate, RouterGate
+from mlpmem_ds.stages.evaluation.arms.mixed import figures_of_weights
 from mlpmem_ds.stages.evaluation.evidence import Evidence, evidence_of, gate_features
 from mlpmem_ds.stages.evaluation.splits import Split
 from mlpmem_ds.stages.evaluation.stored_scores import StoredScores, read_stored_scores
@@ -27,7 +28,6 @@ from mlpmem_ds.stages.gating.inputs import Inputs, Text
 
 _logger = logging.getLogger(__name__)
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MIN_SHARE = 0.2  # of the positions that either part should have; with fewer a document is cut
 
 
@@ -186,13 +186,3 @@ def describe_text(part: TextRows, gate: LearnedGate, fixed: tuple[float, ...], s
 
 def _positions(split: Split) -> np.ndarray:
     return np.arange(split.corpus.num_positions) if split.positions is None else split.positions
-
-
-def figures_of_weights(weights_NM: np.ndarray) -> WeightFigures:
-    """Means and quantiles of weights over a text."""
-    totals_N = weights_NM.sum(axis=1)
-    return WeightFigures(
-        means=tuple(float(mean) for mean in weights_NM.mean(axis=0)),
-        mean=float(totals_N.mean()),
-        quantiles=tuple(float(value) for value in np.quantile(totals_N, QUANTILES)),
-    )

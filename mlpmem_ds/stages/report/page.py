@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlpmem_ds.formats.evaluation import ArmFigures, Change, Evaluation
+from mlpmem_ds.formats.gates import WeightFigures
 from mlpmem_ds.stages.report.breakdowns import shows_wins
 from mlpmem_ds.stages.report.table import columns, markdown_of_arms, markdown_table
 from mlpmem_ds.stages.report.words import interval_text, listed_text, number_text, percent_text
@@ -153,10 +154,28 @@ def _choices(evaluation: Evaluation) -> list[str]:
         " together with what else an arm leaves open. The other splits were read once, at that choice."
     )
     lines = [f"- `{arm.name}`: {_choice_text(arm, lambdas)}" for arm in mixed]
+    lines += [
+        f"- `{arm.name}`: {_gate_text(arm.weights[evaluation.test_split])}"
+        for arm in evaluation.arms
+        if arm.lmbda is None and arm.weights is not None
+    ]
     return ["## How λ was chosen", "\n".join([text, "", *lines])] if lines else []
 
 
+def _gate_text(weights: WeightFigures) -> str:
+    low, _, middle, _, high = weights.quantiles
+    return (
+        f"a gate gives λ at each token, on the test split {weights.mean:.2f} on average, half of the time"
+        f" below {middle:.2f}, and nine times in ten between {low:.2f} and {high:.2f}"
+    )
+
+
 def _choice_text(arm: ArmFigures, lambdas: Sequence[float]) -> str:
+    if arm.weights is not None:
+        weights = ", ".join(
+            f"{name.removeprefix('lambda_')} {value:.3g}" for name, value in arm.chosen.items()
+        )
+        return f"λ {arm.lmbda:.3g} in all, the best weights on that split: {weights}"
     at_end = " (the end of the grid)" if arm.lmbda in (lambdas[0], lambdas[-1]) else ""
     parts = [f"λ {arm.lmbda:g}{at_end}"]
     for name, value in arm.chosen.items():

@@ -23,10 +23,21 @@ from mlpmem_ds.formats.evaluation import (
     CurvePoint,
     SplitFigures,
 )
+from mlpmem_ds.formats.gates import WeightFigures
 from mlpmem_ds.maths.scores import bits_per_byte, bootstrap_interval, perplexity, win_rate
 from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.models.mixture_scores import lambda_curve, mixed_scores
 from mlpmem_ds.stages.report.breakdowns import Groups, breakdown, calibration
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenWeights:
+    """λ of an arm at each position, which is not chosen from a grid: by split, float64 [N]; `figures` of the
+    weights of its memories; `chosen` the fixed weight of each, empty where a gate gave them."""
+
+    lambdas: Mapping[str, np.ndarray]
+    figures: Mapping[str, WeightFigures]
+    chosen: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,8 @@ class ArmScores:
     `scores`. An arm that stands alone guesses its own likeliest token; `is_correct` [N] says where it was the
     value, and `entropies` [N] of its distribution are in nats. The others guess the base's likeliest token,
     and have None for these two.
+
+    `weights`: the λ of each position, where it is not one for all that is chosen from the grid.
 
     `gives_zeros`: some tokens have no probability at all, so that λ = 1 is not among its choices.
     """
@@ -59,6 +72,7 @@ class ArmScores:
     settings: Mapping[str, Any] = field(default_factory=dict)
     is_correct: Mapping[str, np.ndarray] | None = None
     entropies: Mapping[str, np.ndarray] | None = None
+    weights: GivenWeights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +152,10 @@ def _choose(base: ArmScores, arm: ArmScores, comparison: Comparison) -> _Choice:
     column's curve over λ."""
     if arm.stands_alone:
         return _Choice(lmbda=None, column=None, chosen={}, curve=None)
+    if arm.weights is not None:
+        chosen = arm.weights.chosen
+        lmbda = sum(chosen.values()) if chosen else None
+        return _Choice(lmbda=lmbda, column=None, chosen=chosen, curve=None)
     base_N, scores_NT = base.scores[comparison.tuning], arm.scores[comparison.tuning]
     grid_G = np.array(comparison.grid.lambdas)
     # Tokens without any probability: such an arm is no language model by itself.
@@ -179,6 +197,12 @@ def _final_scores(
     scores_of_base: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Split → log-probabilities [N] at the chosen λ and column, float64."""
+    if arm.weights is not None:
+        lambdas = arm.weights.lambdas
+        return {
+            split: mixed_scores(scores_of_base[split], scores_N, lambdas[split])
+            for split, scores_N in scores_of_arm.items()
+        }
     if choice.lmbda is None:
         return {split: scores.astype(np.float64) for split, scores in scores_of_arm.items()}
     return {
@@ -221,6 +245,7 @@ def _figures(
         tokens_per_second=arm.tokens_per_second,
         calibration=_calibration(base, arm, choice, comparison.tests[0]),
         tuning_curve=choice.curve,
+        weights=None if arm.weights is None else arm.weights.figures,
         settings=arm.settings,
     )
 

@@ -80,8 +80,11 @@ def _quality_columns(evaluation: Evaluation) -> list[Column]:
         ),
         Column(
             title="λ",
-            meaning="weight in the mixture with the base; – for an arm that stands alone",
-            cell=lambda arm: number_text(arm.lmbda, "{:.2f}"),
+            meaning=(
+                "weight in the mixture with the base; ~ before the mean where a gate gives another at each"
+                " token; – for an arm that stands alone"
+            ),
+            cell=lambda arm: _lambda_text(arm, evaluation.test_split),
         ),
         Column(
             title="wins",
@@ -93,6 +96,12 @@ def _quality_columns(evaluation: Evaluation) -> list[Column]:
             cell=lambda arm: number_text(arm.win_rate, "{:.2f}"),
         ),
     ]
+
+
+def _lambda_text(arm: ArmFigures, split: str) -> str:
+    if arm.lmbda is None and arm.weights is not None:
+        return f"~{arm.weights[split].mean:.2f}"
+    return number_text(arm.lmbda, "{:.2f}")
 
 
 def _split_column(split: str) -> Column:

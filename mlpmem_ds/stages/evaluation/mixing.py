@@ -1,0 +1,111 @@
+"""Part of `evaluate`: what the memories left → the scores of arms that weigh them anew, position by position.
+
+N positions of a stream or split, M memories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mlpmem_ds.models.gate_fit import GateRows, best_weights
+from mlpmem_ds.models.mixture_scores import pooled_scores
+from mlpmem_ds.stages.evaluation.arms.mixed import MixedArm, figures_of_weights
+from mlpmem_ds.stages.evaluation.evidence import evidence_of, gate_weights
+from mlpmem_ds.stages.evaluation.splits import Split
+from mlpmem_ds.stages.evaluation.stored_scores import StoredScores
+from mlpmem_ds.stages.report.summary import GivenWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedScores:
+    """Scores [N] and guesses [N] of the memories as one, by split, and its given weights."""
+
+    scores: Mapping[str, np.ndarray]
+    guesses: Mapping[str, np.ndarray]
+    weights: GivenWeights
+
+
+def mix(
+    arm: MixedArm,
+    stored: Mapping[str, StoredScores],
+    base: StoredScores,
+    splits: Mapping[str, Split],
+    *,
+    tuning: str,
+    given: Mapping[str, float] | None = None,
+) -> MixedScores:
+    """An arm's scores.
+
+    Args:
+        arm: whose members are in `stored`, as is the arm that scores its states.
+        stored, base: what the units left.
+        splits: by name.
+        tuning: the split on which fixed weights are chosen.
+        given: the fixed weights of another report, by their names; None: they are chosen.
+    """
+    members = [stored[member.name] for member in arm.members]
+    fixed: dict[str, float] | None = None
+    if arm.gate is None:
+        chosen = _best_fixed(base, members, splits[tuning])
+        fixed = {
+            name: given[name] if given is not None else weight
+            for name, weight in zip(names_of_weights(arm), chosen, strict=True)
+        }
+    streams: dict[str, np.ndarray] = {}
+    scores, guesses, lambdas, figures = {}, {}, {}, {}
+    for name, split in splits.items():
+        stream = split.corpus.name
+        if stream not in streams:
+            streams[stream] = _weights_of_stream(arm, stored, base, members, split, fixed)
+        weights_NM = split.take(streams[stream])
+        values_NM = np.stack([split.take(member.values[stream]) for member in members], axis=1)
+        guesses_NM = np.stack([split.take(member.guesses[stream]) for member in members], axis=1)
+        scores[name], lambdas[name] = pooled_scores(values_NM, weights_NM)
+        guesses[name], _ = pooled_scores(guesses_NM, weights_NM)
+        figures[name] = figures_of_weights(weights_NM)
+    return MixedScores(
+        scores=scores,
+        guesses=guesses,
+        weights=GivenWeights(lambdas=lambdas, figures=figures, chosen=fixed or {}),
+    )
+
+
+def names_of_weights(arm: MixedArm) -> list[str]:
+    """As they stand among what was chosen for a bank."""
+    return [f"lambda_{member.name.removeprefix('base+')}" for member in arm.members]
+
+
+def _best_fixed(base: StoredScores, members: list[StoredScores], tuning: Split) -> tuple[float, ...]:
+    stream = tuning.corpus.name
+    log_base_N = torch.from_numpy(tuning.take(base.values[stream]).astype(np.float64))
+    columns = [tuning.take(member.values[stream]).astype(np.float64) for member in members]
+    return best_weights(
+        GateRows(
+            features_NF=torch.empty(len(log_base_N), 0),
+            log_base_N=log_base_N,
+            log_memories_NM=torch.from_numpy(np.stack(columns, axis=1)),
+            shares_N=torch.full((len(log_base_N),), 1 / len(log_base_N), dtype=torch.float64),
+        )
+    )
+
+
+def _weights_of_stream(
+    arm: MixedArm,
+    stored: Mapping[str, StoredScores],
+    base: StoredScores,
+    members: list[StoredScores],
+    split: Split,
+    fixed: Mapping[str, float] | None,
+) -> np.ndarray:
+    """float64 [N, M], of all positions of the split's stream."""
+    stream, corpus = split.corpus.name, split.corpus
+    if fixed is not None:
+        return np.tile(np.array(list(fixed.values())), (corpus.num_positions, 1))
+    assert arm.gate is not None
+    if arm.states is not None:
+        return stored[arm.states.name].values[stream].astype(np.float64)
+    return gate_weights(arm.gate, evidence_of(base, members, stream, corpus))
