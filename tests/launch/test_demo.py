@@ -30,12 +30,12 @@ SECONDS = 400
 
 @pytest.fixture(scope="module")
 def model_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random GPT-2 that reads blocks of 256 tokens, its head padded beyond the tokenizer's 300 entries."""
+    """A random GPT-2 that reads blocks of 512 tokens, its head padded beyond the tokenizer's 300 entries."""
     path = tmp_path_factory.mktemp("model") / "model"
     torch.manual_seed(0)
     GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=304, n_positions=256, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+            vocab_size=304, n_positions=512, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
         )
     ).save_pretrained(path)
     for file in (corpus_dir / "tokenizer").iterdir():
@@ -72,17 +72,22 @@ def demo(*words: str, commands: Path = Path(sys.executable).parent) -> subproces
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def test_the_whole_pipeline_on_ones_own_text_and_model(
-    model_dir: Path, launchers: Path, tmp_path: Path
-) -> None:
-    run, text = tmp_path / "run", tmp_path / "text"
-    generator = random.Random(0)
-    for number in range(60):  # enough for an interval on each split
-        path = text / f"package{number % 20}" / f"module{number}.py"
+def write_modules(folder: Path, *, seed: int) -> Path:
+    """Sixty small files, enough for an interval on each split."""
+    generator = random.Random(seed)
+    for number in range(60):
+        path = folder / f"package{number % 20}" / f"module{number}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             "\n".join(f"value{generator.randint(0, 99)} = {generator.random():.6f}" for _ in range(20))
         )
+    return folder
+
+
+def test_the_whole_pipeline_on_ones_own_text_and_model(
+    model_dir: Path, launchers: Path, tmp_path: Path
+) -> None:
+    run, text = tmp_path / "run", write_modules(tmp_path / "text", seed=0)
     words = [
         "--corpus",
         str(text),
@@ -120,11 +125,34 @@ def test_the_whole_pipeline_on_ones_own_text_and_model(
     assert (run / "report" / "eval.json").is_file() and (run / "export" / "model.safetensors").is_file()
 
 
+def test_a_pretrained_model_is_compared_with_itself_on_two_texts(
+    model_dir: Path, launchers: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["--corpus", str(write_modules(tmp_path / "text", seed=0)), "--run", str(run), "--ranks", "1"]
+    words += ["--general", str(write_modules(tmp_path / "other", seed=1)), "--base", str(model_dir)]
+    done = demo("--pretrained", *words, commands=launchers)
+    assert done.returncode == 0, done.stderr[-5000:]
+    shown = done.stdout.partition("8/8")[2]
+    assert shown.count("with the memory") == 3  # passages, continued before and after
+    assert "On text of yours that it has not seen the model with its memory predicts" in shown
+    assert "On other text the model with its memory predicts" in shown
+    for report in ("report", "report_general"):
+        arms = json.loads((run / report / "eval.json").read_text())["arms"]
+        assert [arm["name"] for arm in arms][:2] == ["base", "base+memory"]
+    assert (run / "export" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--corpus", "/no/such/text"], "--corpus /no/such/text does not exist"),
         (["--ranks", "none"], "not a number of processes"),
+        (["--quick", "--pretrained"], "--quick and --pretrained are two demonstrations"),
+        (["--wheel", "/no.whl"], "--wheel is of --pretrained"),
+        (["--general", "docs:python"], "--general is of --pretrained"),
+        (["--pretrained", "--wheel", "/no.whl"], "--wheel /no.whl does not exist"),
+        (["--pretrained", "--wheel", "x", "--base", "y"], "--wheel and --base are two ways"),
         (["--nonsense"], "unknown option --nonsense"),
         (["--run"], "--run needs a value"),
         (["--corpus"], "--corpus needs a path"),

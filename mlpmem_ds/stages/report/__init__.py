@@ -5,5 +5,6 @@
 - `table.py`: the table of the arms, and what each of its columns means
 - `page.py`: `report.md`
 - `plots.py`: its plots
+- `in_words.py`: what was found, in a sentence
 - `words.py`: how numbers are written
 """
