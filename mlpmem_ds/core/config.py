@@ -56,6 +56,12 @@ class Flags:
     def __init_subclass__(cls) -> None:
         assert "__post_init__" not in vars(cls), f"{cls.__qualname__}: write check(self) for __post_init__"
 
+    @classmethod
+    def dependent_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Defaults of some flags on a command line that gives these values; flags that it gives itself keep
+        their values."""
+        return {}
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_numbers(field, getattr(self, field.name))
@@ -145,6 +151,9 @@ def parse_config(
     _refuse_unknown_flags(parser, words)
     _refuse_repeated_flags(parser, words)
     values = vars(parser.parse_args(words))
+    if defaults := config_class.dependent_defaults(values):
+        parser.set_defaults(**defaults)
+        values = vars(parser.parse_args(words))
     return config_class(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     )

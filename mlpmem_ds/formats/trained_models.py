@@ -33,7 +33,9 @@ class Provenance:
     """What a memory was made from and for; None = it does not apply, or is not known (an imported memory).
 
     `base`, `key_model` fingerprints of models; `corpus`, `keys`, `targets`, `init_from` SHA-256 of what it
-    was trained from; `steps` done, `steps_planned` where it was taken from a checkpoint before the end.
+    was trained from; `steps` done, `steps_planned` where it was taken from a checkpoint before the end;
+    `objective_reason` why `--objective auto` chose the objective; `recipe` by name, and what of it was
+    changed; `control` which control it is, if it is no memory to be used.
     """
 
     base: str
@@ -52,6 +54,10 @@ class Provenance:
     targets: str | None = None
     init_from: str | None = None
     objective: str | None = None
+    objective_reason: str | None = None
+    recipe: str | None = None
+    recipe_changes: Mapping[str, Any] | None = None
+    control: Literal["random-memory", "permuted-targets"] | None = None
     alpha: float | None = None
     ce_through: str | None = None
     mixture_lambda: float | None = None

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -39,6 +40,22 @@ class Config(Flags):
 
 def parse(*words: str) -> Config:
     return parse_config(Config, words, prog="tool")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Config):
+    @classmethod
+    def dependent_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"rate": 0.25, "codec": "raw"} if values["size"] == "large" else {}
+
+
+def test_a_flag_may_change_the_defaults_of_others_and_what_is_given_wins() -> None:
+    def parse_named(*words: str) -> Named:
+        return parse_config(Named, ["--input", "a", "--output", "out", *words], prog="tool")
+
+    assert parse_named("--size", "large").rate == 0.25 and parse_named("--size", "small").rate is None
+    config = parse_named("--rate", "none", "--codec", "int8", "--size", "large")
+    assert config.rate is None and config.codec == "int8"  # the ordinary defaults, and given
 
 
 def test_flags_become_typed_fields() -> None:

@@ -5,6 +5,7 @@
 - `inputs`, `memory_shape`, `initial_memory`, `frozen_base`: what is given, opened, checked
 - `base_start`: what a memory takes over from its base; `base_files`: out of the base's files
 - `objectives`: what may be minimized, by name, and how one is added; `imitation`: the first
+- `automatic`: which of them `--objective auto` takes; `recipes`: sets of flags by name
 - `streamed_batches`: batches of `--loader webdataset`
 - `parts`: what a training is put together from: objective, batches, validator
 - `training`: one training from its start to its result; `loop`: the steps one after another

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, PRESETS
 from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP, TRAINED_ON_LEARNING_RATE
 from mlpmem_ds.stages.training.options import TrainingOptions
+from mlpmem_ds.stages.training.recipes import RECIPES
 
 SHAPE_FLAGS = ("num_blocks", "hidden_size", "intermediate_size", "family")
 _PRESETS_VOCABULARY = 32_000
@@ -52,18 +54,34 @@ class Config(TrainingOptions):
         "none",
         identity="none",
     )
-    objective: Literal["imitation", "helpful"] = option(
+    objective: Literal["auto", "imitation", "helpful"] = option(
         "what is minimized; imitation: alpha KL(kNN || memory) + (1 - alpha) CE; helpful: the same where kNN"
-        " gives the label more probability than the base, CE elsewhere",
+        " gives the label more probability than the base, CE elsewhere; auto: it, --alpha and --ce-through"
+        " are chosen, and the reason is logged",
         "imitation",
     )
-    alpha: float = option(
-        "weight of KL(kNN || memory); 1 - alpha is that of the cross entropy", 0.5, at_least=0, at_most=1
+    alpha: float | None = option(
+        "weight of KL; 1 - alpha is that of the cross entropy; none: of --objective auto",
+        0.5,
+        at_least=0,
+        at_most=1,
     )
-    ce_through: Literal["plain", "mixture"] = option(
+    ce_through: Literal["plain", "mixture"] | None = option(
         "cross entropy of the memory alone, or of its mixture with the base", "plain"
     )
     mixture_lambda: float = option("weight of the memory in that mixture", DEFAULT_LAMBDA, above=0, at_most=1)
+    recipe: str | None = option(
+        "a set of flags by name, for those that are not given: "
+        + "; ".join(f"{name} ({recipe.source})" for name, recipe in RECIPES.items()),
+        None,
+        choices=tuple(RECIPES),
+        identity="none",
+    )
+    control: Literal["random-memory", "permuted-targets"] | None = option(
+        "train a control in place of the memory: its initial weights, without a step, or a memory that is"
+        " given the targets of other positions",
+        None,
+    )
     preset: str | None = option(
         "a named size of memory, instead of the four flags below; parameters at a vocabulary of"
         f" {_PRESETS_VOCABULARY:,}: " + _PRESETS_HELP,
@@ -145,9 +163,16 @@ class Config(TrainingOptions):
         identity="none",
     )
 
+    @classmethod
+    def dependent_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        if values["recipe"] is not None:
+            return RECIPES[values["recipe"]].flags
+        return {"alpha": None, "ce_through": None} if values["objective"] == "auto" else {}
+
     def check(self) -> None:
         super().check()
-        if self.targets is None and (self.alpha > 0 or self.keys is None):
+        self._check_objective()
+        if self.targets is None and (self.kl_weight > 0 or self.keys is None):
             raise UserError("--targets is needed (without it: --alpha 0 and --keys)")
         self._check_loader()
         self._check_start()
@@ -171,6 +196,29 @@ class Config(TrainingOptions):
             if value == "base" and self.init_from is not None:
                 raise UserError(f"--init-from brings its own weights: leave out --{flag} base")
 
+    def _check_objective(self) -> None:
+        if self.objective == "auto":
+            if self.recipe is not None:
+                raise UserError(
+                    f"--recipe {self.recipe} says what is minimized: leave out --objective auto, or --recipe"
+                )
+        elif self.alpha is None or self.ce_through is None:
+            raise UserError(
+                f"--alpha {self.alpha} and --ce-through {self.ce_through} with --objective {self.objective}:"
+                " give both, or --objective auto, which chooses them"
+            )
+        if self.control == "random-memory" and (self.init_from is not None or self.start == "base"):
+            raise UserError(
+                "--control random-memory keeps the initial weights, which --init-from and --start base make"
+                " those of a trained model: leave out one of them"
+            )
+        reads_targets = self.targets is not None and self.alpha != 0 and self.loader == "stored"
+        if self.control == "permuted-targets" and not reads_targets:
+            raise UserError(
+                "--control permuted-targets reads the targets of other positions: give --targets, an --alpha"
+                " above 0 and --loader stored"
+            )
+
     def _check_loader(self) -> None:
         if self.loader == "stored":
             if self.targets_url is not None:
@@ -189,6 +237,11 @@ class Config(TrainingOptions):
     def start_of_head(self) -> Literal["random", "base"]:
         """What the output head is before the first step, where no memory is started from."""
         return self.head or self.start
+
+    @property
+    def kl_weight(self) -> float:
+        """`alpha`; 0 where it is not chosen yet."""
+        return self.alpha or 0.0
 
     @property
     def asks_for_validation(self) -> bool:

@@ -36,7 +36,7 @@ class Imitation:
         through_mixture = config.ce_through == "mixture"
         return cls(
             memory=memory,
-            alpha=config.alpha,
+            alpha=config.kl_weight,
             mixture_lambda=config.mixture_lambda if through_mixture else None,
             only_helpful=config.objective == "helpful",
         )

@@ -22,6 +22,7 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, open_initial_memory
 from mlpmem_ds.stages.training.metrics import require_wandb
+from mlpmem_ds.stages.training.recipes import recipe_changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class TrainingInputs:
     """whose weights the training starts from; None = random ones"""
     initial_sha256: str | None = None
     """of them; the ranks work it out together, after they have met"""
+    objective_reason: str | None = None
+    """why the objective was chosen; None where the flags say it"""
 
     @property
     def is_online(self) -> bool:
@@ -234,6 +237,10 @@ def provenance_of(
         begin_of_window_ids=manifest.begin_of_window_ids,
         input_layers_path=manifest.input_layers_path,
         objective=config.objective,
+        objective_reason=inputs.objective_reason,
+        recipe=config.recipe,
+        recipe_changes=recipe_changes(config) or None,
+        control=config.control,
         alpha=config.alpha,
         ce_through=config.ce_through,
         mixture_lambda=config.mixture_lambda if config.ce_through == "mixture" else None,

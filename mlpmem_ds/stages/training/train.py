@@ -30,12 +30,15 @@ from mlpmem_ds.engines.hidden_states import StateSource
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.batches import BatchReader, threads_for
+from mlpmem_ds.formats.permuted_targets import PermutedTargets
 from mlpmem_ds.formats.trained_models import MemoryManifest, MemorySubject, TrainingResult, take_weights
 from mlpmem_ds.formats.training_order import TrainingOrder
+from mlpmem_ds.formats.training_windows import StoredTargets
 from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
+from mlpmem_ds.stages.training.automatic import settle
 from mlpmem_ds.stages.training.base_files import Read
 from mlpmem_ds.stages.training.base_start import open_base_start
 from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
@@ -63,6 +66,7 @@ def run(config: Config, world: World) -> None:
     """Train, or continue, or say that it is complete; formats/README.md says what is written."""
     # What a rank can refuse alone.
     inputs = open_inputs(config, world)
+    config, inputs = settle(config, inputs, world)
     ds_config = resolve_ds_config(
         config.ds_config,
         batch=config.batch_positions,
@@ -100,6 +104,8 @@ def run(config: Config, world: World) -> None:
 
 
 def _steps(config: Config, inputs: TrainingInputs) -> Steps:
+    if config.control == "random-memory":
+        return Steps(count=0, rows=config.batch_positions)
     num_steps = int(config.epochs * inputs.keys.num_positions) // config.batch_positions
     if num_steps < 1:
         raise UserError(
@@ -240,9 +246,12 @@ def _batches(
             with_log_probabilities=objective.needs_base_log_probabilities,
             inputs=online,
         )
+    targets: StoredTargets | None = inputs.targets if objective.needs_targets else None
+    if inputs.targets is not None and config.control == "permuted-targets":
+        targets = PermutedTargets(inputs.targets, config.seed)
     return BatchReader(
         inputs.keys,
-        inputs.targets if objective.needs_targets else None,
+        targets,
         TrainingOrder(
             num_positions=inputs.keys.num_positions,
             block_size=inputs.keys.manifest.block_size,
@@ -264,7 +273,7 @@ def _batches(
 def _validator(
     config: Config, inputs: TrainingInputs, base: StateSource | None, world: World
 ) -> MemoryValidator | None:
-    if inputs.tuning is None:
+    if inputs.tuning is None or config.control == "random-memory":
         return None
     assert base is not None
     return MemoryValidator(

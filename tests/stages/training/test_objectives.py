@@ -16,7 +16,7 @@ from mlpmem_ds.stages.training.objectives import OBJECTIVES
 
 
 def test_the_flag_has_the_names_of_the_list():
-    assert typing.get_args(typing.get_type_hints(Config)["objective"]) == tuple(OBJECTIVES)
+    assert typing.get_args(typing.get_type_hints(Config)["objective"]) == ("auto", *OBJECTIVES)
 
 
 def test_a_batch_brings_what_the_objective_needs(inputs_dir):

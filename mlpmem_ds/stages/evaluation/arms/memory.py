@@ -146,7 +146,7 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
     point = resolve_point(source, stored.layer, stored.point, flag=flag)
     return MemoryArm(
         name=name,
-        description=_description(provenance, weights),
+        description=memory_description(provenance, weights),
         part=part,
         base=base,
         memory=memory,
@@ -168,7 +168,10 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
 
 def _stages(stored: StoredMemory, config: Config) -> list[Path | None]:
     """The directories of all stages that made a memory; None in the place of one that was not given."""
-    needs_targets = stored.provenance.alpha != 0
+    provenance = stored.provenance
+    if provenance.control == "random-memory":
+        return [stored.root if stored.is_training else None]
+    needs_targets = provenance.alpha != 0
     made_from = (
         stages_of_targets(config.keys, config.index, config.targets) if needs_targets else [config.keys]
     )
@@ -273,15 +276,28 @@ def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) ->
         )
 
 
-def _description(provenance: Provenance, weights: str) -> str:
-    teacher = (
-        "on the text alone, without the retriever (α = 0)"
-        if provenance.alpha == 0
-        else "to imitate the retriever"
-    )
+_TRAINED = {
+    "imitation": "to imitate the retriever",
+    "helpful": "to imitate the retriever where it is better than the base",
+}
+_CONTROLS = {
+    "random-memory": "was not trained at all: its weights are the random ones that a training starts from",
+    "permuted-targets": (
+        "was trained on the retriever's targets of other positions, which say nothing of its own text"
+    ),
+}
+
+
+def memory_description(provenance: Provenance, weights: str) -> str:
     rounded = "; its matrices are rounded to int8 once read" if weights == "int8" else ""
+    if provenance.control is not None:
+        what = _CONTROLS[provenance.control]
+        return f"a control: the base mixed with a feed-forward network that {what}{rounded}"
+    trained = _TRAINED.get(provenance.objective or "imitation", _TRAINED["imitation"])
+    if provenance.alpha == 0:
+        trained = "on the text alone, without the retriever (α = 0)"
     return (
-        f"the base mixed with a memory, a feed-forward network that was trained {teacher} and needs no search"
+        f"the base mixed with a memory, a feed-forward network that was trained {trained} and needs no search"
         f" and no datastore{rounded}"
     )
 
