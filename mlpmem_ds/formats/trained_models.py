@@ -61,6 +61,7 @@ class Provenance:
     alpha: float | None = None
     ce_through: str | None = None
     mixture_lambda: float | None = None
+    joined_lambda: float | None = None
     start: str | None = None
     head: str | None = None
     epochs: float | None = None

@@ -21,6 +21,7 @@ Read in this order; files marked * are copied into every export and import nothi
     mixture_on_device  the mixture of logits by Triton
     mixture_scores     the mixture of log-probabilities kept in NumPy, for report and validation
     final_norm         training only: the norm before a base's head, found, and its kind
+    base_end           training only: that norm and the head, for objectives that need p_base
     gate_fit           training only: a gate's net, and the best fixed weights, fitted to stored scores
     objective          training only: the memory with the loss in its head
     activations        training only: activations that are recomputed or compiled

@@ -14,9 +14,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from mlpmem_ds.maths.based_chunk import BaseLogits, BasePart
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
 from mlpmem_ds.models.activations import TRAINING_MLPS
+from mlpmem_ds.models.base_end import BaseEnd
 from mlpmem_ds.models.logit_transform import IDENTITY, LogitTransform
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -34,6 +36,8 @@ class SparseHead(nn.Module):
         mixture_lambda: None for plain cross entropy; else the cross entropy of (1 - lambda) p_base + lambda
             p_memory.
         only_helpful: KL is left out where the target is no better than the base at the label.
+        joined_lambda: None for KL(target || memory); else the target is joined with the base, and this is its
+            share.
     """
 
     def __init__(
@@ -47,9 +51,11 @@ class SparseHead(nn.Module):
         alpha: float = 0.5,
         mixture_lambda: float | None = None,
         only_helpful: bool = False,
+        joined_lambda: float | None = None,
     ) -> None:
         super().__init__()
         self.alpha, self.mixture_lambda, self.only_helpful = alpha, mixture_lambda, only_helpful
+        self.joined_lambda = joined_lambda
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, mean=0.0, std=initializer_range)
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
@@ -66,8 +72,9 @@ class SparseHead(nn.Module):
         targets: TargetBatch | None = None,
         *,
         labels_N: torch.Tensor | None = None,
+        base: BaseLogits | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """The loss against `targets`, or the log-probabilities of `labels_N`.
+        """The loss against `targets`, or the log-probabilities of `labels_N`; `base` with `joined_lambda`.
 
         Returns:
             with targets: the mean of the rows' losses (float32 scalar) and the detached sums of
@@ -79,6 +86,7 @@ class SparseHead(nn.Module):
             return label_log_probabilities(
                 hidden_NH, self.weight, labels_N, bias=self.bias, transform=transform
             )
+        part = None if base is None else BasePart(logits=base, joined_lambda=self.joined_lambda)
         loss, sums = sparse_loss(
             hidden_NH,
             self.weight,
@@ -86,6 +94,7 @@ class SparseHead(nn.Module):
             alpha=self.alpha,
             mixture_lambda=self.mixture_lambda,
             only_helpful=self.only_helpful,
+            base=part,
             divisor=len(hidden_NH),
             bias_V=self.bias,
             scale=self.transform.scale,
@@ -96,7 +105,13 @@ class SparseHead(nn.Module):
 
 
 class MemoryObjective(Memory):
-    """A `Memory` whose forward is the training loss; its state dict has the names of a plain `Memory`."""
+    """A `Memory` whose forward is the training loss; its state dict has the names of a plain `Memory`.
+
+    With `joined_lambda` it needs a `base_end` before its first forward, on the device and in the dtype of the
+    inputs.
+    """
+
+    base_end: BaseEnd | None = None
 
     def __init__(
         self,
@@ -105,9 +120,17 @@ class MemoryObjective(Memory):
         alpha: float,
         mixture_lambda: float | None = None,
         only_helpful: bool = False,
+        joined_lambda: float | None = None,
     ) -> None:
-        head = partial(SparseHead, alpha=alpha, mixture_lambda=mixture_lambda, only_helpful=only_helpful)
+        head = partial(
+            SparseHead,
+            alpha=alpha,
+            mixture_lambda=mixture_lambda,
+            only_helpful=only_helpful,
+            joined_lambda=joined_lambda,
+        )
         super().__init__(config, head_class=head, mlps=TRAINING_MLPS)
+        self._needs_base_end = joined_lambda is not None
 
     def forward(  # type: ignore[override]
         self,
@@ -123,7 +146,11 @@ class MemoryObjective(Memory):
         if targets is None:
             assert labels_N is not None
             return self.label_log_probabilities(inputs_NI, labels_N)
-        loss, sums = self.head(super().forward(inputs_NI), targets)
+        base = None
+        if self._needs_base_end:
+            assert self.base_end is not None, "an objective joined with the base has no base_end"
+            base = self.base_end.logits(inputs_NI)
+        loss, sums = self.head(super().forward(inputs_NI), targets, base=base)
         return loss, sums
 
     def label_log_probabilities(self, inputs_NI: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@
 - `options`: the flags that both trainings share; `schedule`, `defaults`: the learning rate, and its default
 - `inputs`, `memory_shape`, `initial_memory`, `frozen_base`: what is given, opened, checked
 - `base_start`: what a memory takes over from its base; `base_files`: out of the base's files
-- `objectives`: what may be minimized, by name, and how one is added; `imitation`: the first
+- `objectives`: what may be minimized, by name, and how one is added; `imitation`: the first,
+  `joined`: with the base's whole distribution
 - `automatic`: which of them `--objective auto` takes; `recipes`: sets of flags by name
 - `streamed_batches`: batches of `--loader webdataset`
 - `parts`: what a training is put together from: objective, batches, validator

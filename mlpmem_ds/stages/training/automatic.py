@@ -36,7 +36,7 @@ class Facts:
 class Choice:
     """What is to be minimized, how long for at the least, and the reason in a sentence."""
 
-    objective: Literal["imitation", "helpful"]
+    objective: Literal["imitation", "helpful", "joined"]
     alpha: float
     ce_through: Literal["plain", "mixture"]
     min_epochs: float

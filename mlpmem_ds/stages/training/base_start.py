@@ -116,9 +116,14 @@ def head_start(base: BaseFiles) -> BaseStart:
 
 
 def whole_start(
-    base: BaseFiles, point: CapturePoint, *, num_layers: int, layers_path: str | None = None
+    base: BaseFiles,
+    point: CapturePoint,
+    *,
+    num_layers: int,
+    layers_path: str | None = None,
+    flag: str = "--start base",
 ) -> BaseStart:
-    """The base's output head, and what stands between it and the state at `point`.
+    """The base's output head, and what stands between it and the state at `point`; `flag` asks for it.
 
     Raises:
         UserError: the base's own layers stand between.
@@ -129,9 +134,9 @@ def whole_start(
     is_last = point.layer % num_layers == num_layers - 1
     if point.point == "ffn_input" or not is_last:
         raise UserError(
-            f"--start base: the keys hold inputs of the point {point.point} of layer {point.layer} of"
-            f" {num_layers}, and the base does more after it than a norm: {_REMEDY} (or final_norm), or use"
-            " --start random"
+            f"{flag}: the keys hold inputs of the point {point.point} of layer {point.layer} of"
+            f" {num_layers}, and the base does more after it than a norm: {_REMEDY} (or final_norm), or leave"
+            f" out {flag}"
         )
     norm: nn.Module | None = None
     if point.point == "layer_output":

@@ -54,11 +54,14 @@ class Config(TrainingOptions):
         "none",
         identity="none",
     )
-    objective: Literal["auto", "imitation", "helpful"] = option(
+    objective: Literal["auto", "imitation", "helpful", "joined"] = option(
         "what is minimized; imitation: alpha KL(kNN || memory) + (1 - alpha) CE; helpful: the same where kNN"
-        " gives the label more probability than the base, CE elsewhere; auto: it, --alpha and --ce-through"
-        " are chosen, and the reason is logged",
+        " gives the label more probability than the base, CE elsewhere; joined: imitation of kNN joined with"
+        " the base; auto: it, --alpha and --ce-through are chosen, and the reason is logged",
         "imitation",
+    )
+    joined_lambda: float = option(
+        "with --objective joined: share of kNN, the rest is the base's", DEFAULT_LAMBDA, above=0, at_most=1
     )
     alpha: float | None = option(
         "weight of KL; 1 - alpha is that of the cross entropy; none: of --objective auto",
@@ -206,6 +209,10 @@ class Config(TrainingOptions):
             raise UserError(
                 f"--alpha {self.alpha} and --ce-through {self.ce_through} with --objective {self.objective}:"
                 " give both, or --objective auto, which chooses them"
+            )
+        if self.objective == "joined" and self.model is None:
+            raise UserError(
+                "--objective joined needs --model, the base whose head and final norm give its distribution"
             )
         if self.control == "random-memory" and (self.init_from is not None or self.start == "base"):
             raise UserError(

@@ -30,6 +30,7 @@ class Imitation:
     only_helpful: bool = False
 
     rows = "positions"
+    needs_base_end = False
 
     @classmethod
     def of(cls, config: Config, memory: MemoryConfig) -> Imitation:

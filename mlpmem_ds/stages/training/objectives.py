@@ -21,6 +21,7 @@ from typing import Protocol
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.imitation import Imitation
+from mlpmem_ds.stages.training.joined import Joined
 from mlpmem_ds.stages.training.parts import Objective
 
 
@@ -35,8 +36,13 @@ class MemoryObjective(Objective, Protocol):
     def needs_base_log_probabilities(self) -> bool:
         """Whether a batch brings the base's log-probability of each label."""
 
+    @property
+    def needs_base_end(self) -> bool:
+        """Whether its module, a `models.objective.MemoryObjective`, is given the base's norm and head."""
+
 
 OBJECTIVES: Mapping[str, Callable[[Config, MemoryConfig], MemoryObjective]] = {
     "imitation": Imitation.of,
     "helpful": Imitation.of,
+    "joined": Joined.of,
 }

@@ -36,6 +36,7 @@ from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.formats.training_windows import StoredTargets
 from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
+from mlpmem_ds.models.base_end import BaseEnd
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
 from mlpmem_ds.stages.training.automatic import settle
@@ -50,6 +51,7 @@ from mlpmem_ds.stages.training.defaults import (
 from mlpmem_ds.stages.training.frozen_base import open_base
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, hash_initial_memory
 from mlpmem_ds.stages.training.inputs import TrainingInputs, check_loader, open_inputs, provenance_of
+from mlpmem_ds.stages.training.joined import open_base_end
 from mlpmem_ds.stages.training.memory_shape import memory_shape
 from mlpmem_ds.stages.training.memory_validation import MemoryValidator
 from mlpmem_ds.stages.training.objectives import OBJECTIVES, MemoryObjective
@@ -87,6 +89,8 @@ def run(config: Config, world: World) -> None:
     input_size = inputs.keys.input_size or (0 if base is None else base.width)
     memory = memory_shape(config, inputs, input_size, start)
     starts = {} if start is None else start.parameters(memory)
+    objective = OBJECTIVES[config.objective](config, memory)
+    base_end = open_base_end(config, inputs) if objective.needs_base_end else None
     if config.compile:
         _require_compiler(memory.family, world)
     if config.learning_rate is None:
@@ -98,8 +102,19 @@ def run(config: Config, world: World) -> None:
     directory = _open_directory(config, inputs, memory, ds_config, steps, world)
     if is_complete(directory, config):
         return
-    training = _build(config, inputs, ds_config, steps, directory, memory=memory, base=base, starts=starts)
-    del base  # the training holds the base only where it computes the inputs
+    training = _build(
+        config,
+        inputs,
+        ds_config,
+        steps,
+        directory,
+        objective=objective,
+        memory=memory,
+        base=base,
+        starts=starts,
+        base_end=base_end,
+    )
+    del base, base_end  # the training holds the base only where it computes the inputs
     training.run()
 
 
@@ -153,11 +168,13 @@ def _build(
     steps: Steps,
     directory: StageDirectory,
     *,
+    objective: MemoryObjective,
     memory: MemoryConfig,
     base: StateSource | None,
     starts: Mapping[str, Read],
+    base_end: BaseEnd | None,
 ) -> Training:
-    world, objective = directory.world, OBJECTIVES[config.objective](config, memory)
+    world = directory.world
     announce(
         directory,
         config,
@@ -180,6 +197,9 @@ def _build(
         world=world,
         prepare=partial(_prepare, config=config, initial=inputs.initial, starts=starts, world=world),
     )
+    if base_end is not None:
+        assert isinstance(engine.module, MemoryModule)
+        engine.module.base_end = base_end.to(engine.device, engine.dtype)
     subject = MemorySubject(
         memory=memory.to_dict(), provenance=provenance_of(config, inputs, memory, num_steps=steps.count)
     )

@@ -32,6 +32,7 @@ def test_a_batch_brings_what_the_objective_needs(inputs_dir):
     assert needs(alpha=0.0) == (False, False)
     assert needs(ce_through="mixture") == (True, True)
     assert needs(objective="helpful") == (True, True)
+    assert needs(objective="joined", model="x") == (True, False)
 
 
 @pytest.mark.parametrize("mixture_lambda", [None, 0.25])

@@ -279,6 +279,7 @@ def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) ->
 _TRAINED = {
     "imitation": "to imitate the retriever",
     "helpful": "to imitate the retriever where it is better than the base",
+    "joined": "to imitate the retriever joined with the base",
 }
 _CONTROLS = {
     "random-memory": "was not trained at all: its weights are the random ones that a training starts from",
