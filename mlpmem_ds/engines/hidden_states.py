@@ -55,6 +55,8 @@ class StateSource(Protocol):
 
     num_layers: int
     width: int
+    final_width: int
+    """numbers in what the output head reads; in a few bases fewer than `width`"""
     vocab_size: int
     """rows of the output head, which may be more than the tokenizer has entries"""
     max_context: int
@@ -115,7 +117,7 @@ class TransformersSource:
             self._layers = decoder_layers(self.model, layers_path)
             self.transform = logit_transform(self.model, with_head=self._head)
             with self._head():
-                self.vocab_size = len(output_head(self.model)[0])
+                self.vocab_size, self.final_width = output_head(self.model)[0].shape
         except ValueError as error:
             raise UserError(f"{flag} {path}: {error}") from error
         config = self.model.config.get_text_config()
@@ -233,14 +235,31 @@ def check_source_reads(
     )
 
 
-def resolve_point(source: StateSource, layer: int | float, point: str, *, flag: str) -> CapturePoint:
-    """The capture point at an index or a fraction of the depth.
+def state_width(source: StateSource, point: CapturePoint) -> int:
+    """Numbers in the states that a source gives at a point."""
+    last = source.final_width if point.point == "final_norm" else source.width
+    return len(point.earlier) * source.width + last
+
+
+def resolve_point(
+    source: StateSource,
+    layer: int | float,
+    point: str,
+    *,
+    flag: str,
+    earlier: Sequence[int | float] = (),
+) -> CapturePoint:
+    """The capture point at an index or a fraction of the depth, with those before it.
 
     Raises:
         UserError: the layer does not exist.
     """
     try:
-        return CapturePoint(layer=resolve_layer(layer, source.num_layers), point=point)  # type: ignore[arg-type]
+        return CapturePoint(
+            layer=resolve_layer(layer, source.num_layers),
+            point=point,  # type: ignore[arg-type]
+            earlier=tuple(resolve_layer(number, source.num_layers) for number in earlier),
+        )
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
 

@@ -81,7 +81,7 @@ class CodecManifest:
 class KeysManifest(Manifest):
     """Keys: their positions, and where in which model keys and memory inputs were read.
 
-    `key_size` and `input_width` numbers in a state of the keys' model and of the base; `input_size` the
+    `key_size` and `input_width` numbers in a state of the keys' model and in a memory input; `input_size` the
     latter, or 0 where inputs are not stored; `num_layers` and `layers_path` of the keys' model,
     `input_num_layers` and `input_layers_path` of the base; `head_size` rows of the base's output head;
     `dtype` and `attention` of the forward passes, None where they were not ours.
@@ -112,6 +112,8 @@ class KeysManifest(Manifest):
     head_size: int
     dtype: str | None
     attention: str | None
+    input_earlier_layers: tuple[int, ...] = ()
+    """layers whose states stand in an input before that of `input_layer`; see `CapturePoint`"""
     begin_of_window_ids: tuple[int, ...] | None = ()
     """tokens that the base read before each window that does not begin with them; None where the forward
     passes were not ours"""

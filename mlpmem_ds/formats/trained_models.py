@@ -46,6 +46,7 @@ class Provenance:
     key_layer: int | None
     key_point: Point | None
     parameters: int
+    input_earlier_layers: tuple[int, ...] = ()
     steps: int | None = None
     steps_planned: int | None = None
     key_model: str | None = None

@@ -11,9 +11,11 @@ only.
 Shapes: B sequences, S tokens, D width of the base, V vocabulary, `...` any leading dimensions.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +201,7 @@ class Capture:
     ) -> None:
         self._model = model
         self._layers_path = layers_path
-        self._places = {point: _place(model, point, layers_path) for point in points}
+        self._places = {point: [_place(model, part, layers_path) for part in point.parts] for point in points}
 
     def __call__(self, input_ids_BS: torch.Tensor) -> CapturedStates:
         num_sequences, num_tokens = input_ids_BS.shape
@@ -214,11 +216,13 @@ class Capture:
         """While open, each forward on `[num_sequences, num_tokens]` ids fills the yielded dict."""
         states: dict[CapturePoint, torch.Tensor] = {}
         with ExitStack() as hooks:
-            for point, (module, reads_input) in self._places.items():
-                # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores
-                # them.
-                shape = (num_sequences, num_tokens, -1)
-                hooks.enter_context(_hook(module, reads_input, shape, point, states))
+            # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores them.
+            shape = (num_sequences, num_tokens, -1)
+            for point, places in self._places.items():
+                parts: dict[int, torch.Tensor] = {}
+                for number, (module, reads_input) in enumerate(places):
+                    keep = partial(_keep, states, point, parts, number, len(places))
+                    hooks.enter_context(_hook(module, reads_input, shape, keep))
             yield states
 
     def check(self, states: Mapping[CapturePoint, torch.Tensor]) -> None:
@@ -243,7 +247,9 @@ class Taps:
     ) -> None:
         """Raises ValueError for a layer out of range and UnknownStructureError when the structure is not
         understood."""
-        self._taps = {name: _Tap(model, point, layers_path) for name, point in points.items()}
+        self._taps = {
+            name: [_Tap(model, part, layers_path) for part in point.parts] for name, point in points.items()
+        }
 
     def read(
         self, forward: Callable[..., Any], num_sequences: int, num_tokens: int, **arguments: Any
@@ -253,17 +259,19 @@ class Taps:
 
         Raises UnknownStructureError when nothing passed a point.
         """
-        for tap in self._taps.values():
+        for tap in itertools.chain.from_iterable(self._taps.values()):
             # OPT flattens its hidden states to [B * S, D] before the MLP: the shape of the ids restores them.
             tap.shape, tap.state = (num_sequences, num_tokens, -1), None
         states: dict[str, torch.Tensor] = {}
         try:
             output = forward(**arguments)
         finally:
-            for name, tap in self._taps.items():
-                if tap.state is not None:
-                    states[name] = tap.state
-                tap.shape, tap.state = None, None
+            for name, taps in self._taps.items():
+                parts = [tap.state for tap in taps if tap.state is not None]
+                if len(parts) == len(taps):
+                    states[name] = _joined(parts)
+                for tap in taps:
+                    tap.shape, tap.state = None, None
         for name in self._taps:
             if name not in states:
                 raise UnknownStructureError(f"the layers did not run where the {name} should be read")
@@ -271,7 +279,7 @@ class Taps:
 
     def remove(self) -> None:
         """Take the hooks off the model; may be called again."""
-        for tap in self._taps.values():
+        for tap in itertools.chain.from_iterable(self._taps.values()):
             tap.remove()
 
 
@@ -307,6 +315,24 @@ def capture(
     return Capture(model, points, layers_path=layers_path)
 
 
+def resolved_point(model: PreTrainedModel, point: CapturePoint, layers_path: str | None) -> CapturePoint:
+    """The point with its layers counted from the front. Raises ValueError where there is no such layer."""
+    count = len(decoder_layers(model, layers_path))
+    return CapturePoint(
+        layer=resolve_layer(point.layer, count),
+        point=point.point,
+        earlier=tuple(resolve_layer(layer, count) for layer in point.earlier),
+    )
+
+
+def state_width(model: PreTrainedModel, point: CapturePoint) -> int:
+    """Numbers in the state at a point. That behind the final norm is as wide as the head, which is narrower
+    than the layers in a few bases."""
+    width = int(model.config.get_text_config(decoder=True).hidden_size)
+    final = output_head(model)[0].shape[1] if point.point == "final_norm" else width
+    return len(point.earlier) * width + int(final)
+
+
 def _place(model: PreTrainedModel, point: CapturePoint, layers_path: str | None) -> tuple[nn.Module, bool]:
     """The module to hook for this point, and whether its input (else its output) is the state."""
     layers = decoder_layers(model, layers_path)
@@ -335,14 +361,13 @@ def _hook(
     module: nn.Module,
     reads_input: bool,
     shape: tuple[int, int, int],
-    point: CapturePoint,
-    states: dict[CapturePoint, torch.Tensor],
+    keep: Callable[[torch.Tensor], None],
 ) -> Iterator[None]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states[point] = _first_tensor((*args, *kwargs.values())).reshape(shape)
+        keep(_first_tensor((*args, *kwargs.values())).reshape(shape))
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states[point] = _state_of_output(output).reshape(shape)
+        keep(_state_of_output(output).reshape(shape))
 
     register_before = module.register_forward_pre_hook
     handle = register_before(before, with_kwargs=True) if reads_input else module.register_forward_hook(after)
@@ -350,6 +375,27 @@ def _hook(
         yield
     finally:
         handle.remove()
+
+
+def _keep(
+    states: dict[CapturePoint, torch.Tensor],
+    point: CapturePoint,
+    parts: dict[int, torch.Tensor],
+    number: int,
+    count: int,
+    state: torch.Tensor,
+) -> None:
+    """Put a part of a point's state with the others; with the last of a forward the state is whole."""
+    parts[number] = state
+    if len(parts) == count:
+        states[point] = _joined([parts.pop(number) for number in range(count)])
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Side by side, where the last one is: a base may be spread over devices."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.to(parts[-1].device) for part in parts], dim=-1)
 
 
 def _state_of_output(output: Any) -> torch.Tensor:

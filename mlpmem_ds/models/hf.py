@@ -199,8 +199,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         """
         first = PretrainedMemory(
             module=memory_module,
-            input_layer=input_point.layer,
-            input_point=input_point.point,
+            **input_point.settings(),
             lmbda=lmbda,
             vocabulary_sha256=vocabulary_sha256,
             provenance=provenance or {},
@@ -427,8 +426,7 @@ def load_memory(path: str | Path) -> PretrainedMemory:
     settings = joint.config
     return PretrainedMemory(
         module=joint.memory,
-        input_layer=settings.input_layer,
-        input_point=settings.input_point,
+        **CapturePoint.of(settings).settings(),
         lmbda=settings.lmbda,
         vocabulary_sha256=settings.vocabulary_sha256,
         provenance=dict(settings.provenance),

@@ -5,6 +5,7 @@ only.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -19,8 +20,8 @@ class MemoryAugmentedConfig(PretrainedConfig):
     `base_config` is the base's full config (a dict with its `model_type`, or the object), `memory_config` the
     dict of a `MemoryConfig`, `lmbda` the memory's weight in [0, 1], `gate` what finds the weight at each
     position (a dict with a `kind` of `gates.GATES` and its settings; None: `lmbda` everywhere),
-    `input_layer` and `input_point` the hidden state that the memory reads (see `CapturePoint`),
-    `further_memories` the same three and `provenance` of the other memories of a bank, `base_only_threshold`
+    `input_layer`, `input_point` and `input_earlier_layers` what the memory reads (see `CapturePoint`),
+    `further_memories` the same four and `provenance` of the other memories of a bank, `base_only_threshold`
     the weight below which a memory is left out, `layers_path` the base's list of layers where it cannot be
     found by structure, `provenance` plain values about how the memory was made, `vocabulary_sha256` the
     fingerprint of the tokenizer's vocabulary, empty when unknown.
@@ -37,6 +38,7 @@ class MemoryAugmentedConfig(PretrainedConfig):
         gate: dict[str, Any] | None = None,
         input_layer: int = -1,
         input_point: str = "ffn_input",
+        input_earlier_layers: Sequence[int] = (),
         further_memories: list[dict[str, Any]] | None = None,
         base_only_threshold: float | None = None,
         layers_path: str | None = None,
@@ -54,6 +56,7 @@ class MemoryAugmentedConfig(PretrainedConfig):
         self.gate = {"kind": "constant"} if gate is None else dict(gate)
         self.input_layer = input_layer
         self.input_point = input_point
+        self.input_earlier_layers = list(input_earlier_layers)
         self.further_memories = [dict(memory) for memory in further_memories or ()]
         self.base_only_threshold = checked_threshold(base_only_threshold)
         self.layers_path = layers_path

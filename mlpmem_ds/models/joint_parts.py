@@ -8,19 +8,21 @@ dimensions.
 """
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .backbone import resolved_point, state_width
 from .capture_point import CapturePoint
 from .hf_config import MemoryAugmentedConfig
 from .memory import Memory
 from .memory_config import MemoryConfig
 from .mixture import Constant, StoredGate, Weights
 from .pretrained_memory import PretrainedMemory
-from .structure import decoder_layers, output_head, resolve_layer
+from .structure import output_head
 
 MEMORY_INPUT = "memory_input"
 """Name of the state that the (first) memory reads; a gate finds it in `GateInputs.states` too."""
@@ -32,24 +34,22 @@ def input_name(number: int) -> str:
 
 
 def described_memories(config: MemoryAugmentedConfig) -> list[Mapping[str, Any]]:
-    """Of each memory in turn its `memory_config`, `input_layer` and `input_point`."""
+    """Of each memory in turn its `memory_config`, and of `CapturePoint.settings` what it reads."""
     assert config.memory_config is not None
     first = {
         "memory_config": config.memory_config,
-        "input_layer": config.input_layer,
-        "input_point": config.input_point,
+        **CapturePoint.of(config).settings(),
     }
     return [first, *config.further_memories]
 
 
 def input_points(config: MemoryAugmentedConfig, base: PreTrainedModel) -> dict[str, CapturePoint]:
     """Where each memory's state is read, by its name. Raises ValueError for a layer that the base lacks."""
-    num_layers = len(decoder_layers(base, config.layers_path))
+    names = ("input_layer", "input_point", "input_earlier_layers")
+    settings = [{name: memory[name] for name in names} for memory in described_memories(config)]
     return {
-        input_name(number): CapturePoint(
-            layer=resolve_layer(described["input_layer"], num_layers), point=described["input_point"]
-        )
-        for number, described in enumerate(described_memories(config))
+        input_name(number): resolved_point(base, CapturePoint.of(SimpleNamespace(**each)), config.layers_path)
+        for number, each in enumerate(settings)
     }
 
 
@@ -61,8 +61,7 @@ def check_sizes(memory: MemoryConfig, base_model: PreTrainedModel, point: Captur
             f"the memory predicts {memory.vocab_size} tokens and the base {weight_VD.shape[0]}: "
             "they must come from one vocabulary; give the base that the memory was trained for"
         )
-    text = base_model.config.get_text_config(decoder=True)
-    width = weight_VD.shape[1] if point.point == "final_norm" else text.hidden_size
+    width = state_width(base_model, point)
     if memory.input_size != width:
         raise ValueError(
             f"the memory reads vectors of {memory.input_size} numbers and {point.point} of the base has"
@@ -78,15 +77,13 @@ def joint_config(
     layers_path: str | None,
 ) -> MemoryAugmentedConfig:
     """The configuration of a base and its memories. Raises ValueError where they do not fit each other."""
-    num_layers = len(decoder_layers(base_model, layers_path))
     described: list[dict[str, Any]] = []
     for memory in memories:
         check_sizes(memory.module.config, base_model, memory.point)
         described.append(
             {
                 "memory_config": memory.module.config.to_dict(),
-                "input_layer": resolve_layer(memory.input_layer, num_layers),
-                "input_point": memory.input_point,
+                **resolved_point(base_model, memory.point, layers_path).settings(),
                 "provenance": memory.provenance,
             }
         )

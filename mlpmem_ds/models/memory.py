@@ -196,7 +196,8 @@ class Memory(nn.Module):
     """The memory. `forward` gives the hidden state after the final norm, if it has one; `head` turns it into
     logits (or into a loss).
 
-    The input projection exists only when input and hidden sizes differ. `head_class` is a `HeadFactory`, so
+    The input projection exists only when input and hidden sizes differ; it maps all of an input, or, with
+    `residual_input`, all but its last H numbers, to which it adds. `head_class` is a `HeadFactory`, so
     that training can use a head that owns its loss, and of `mlps` the one of the family is called as
     `mlp(config)`.
     """
@@ -210,9 +211,12 @@ class Memory(nn.Module):
         super().__init__()
         self.config = config
         self.input_projection: NormalLinear | None = None
-        if config.input_size != config.hidden_size:
+        if config.num_projected:
             self.input_projection = NormalLinear(
-                config.input_size, config.hidden_size, bias=True, standard_deviation=config.initializer_range
+                config.num_projected,
+                config.hidden_size,
+                bias=not config.residual_input,
+                standard_deviation=0.0 if config.residual_input else config.initializer_range,
             )
         self.blocks = nn.ModuleList(MemoryBlock(config, mlps) for _ in range(config.num_blocks))
         self.final_norm = _norm(config) if config.final_norm else nn.Identity()
@@ -227,11 +231,27 @@ class Memory(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`inputs [..., I]` in the weights' dtype -> hidden `[..., H]`, after the final norm, before the
         head."""
-        hidden = inputs if self.input_projection is None else self.input_projection(inputs)
+        hidden = self._residual_stream(inputs)
         for block in self.blocks:
             hidden = block(hidden)
         output: torch.Tensor = self.final_norm(hidden)
         return output
+
+    def _residual_stream(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the first block reads: `[..., I] -> [..., H]`."""
+        if self.input_projection is None:
+            return inputs
+        if not self.config.residual_input:
+            projected: torch.Tensor = self.input_projection(inputs)
+            return projected
+        width = self.config.hidden_size
+        others, own = inputs.split([self.config.num_projected, width], dim=-1)
+        # The residual streams of layers differ in scale, and some of their numbers are massive: a step of the
+        # optimizer on the matrix would throw the base's own state over.
+        size = width if others.shape[-1] % width == 0 else others.shape[-1]
+        parts = functional.rms_norm(others.unflatten(-1, (-1, size)), (size,), eps=self.config.norm_epsilon)
+        stream: torch.Tensor = own + self.input_projection(parts.flatten(-2))
+        return stream
 
     def cast(self, inputs: torch.Tensor) -> torch.Tensor:
         """The inputs on the weights' device and in their dtype."""

@@ -25,7 +25,7 @@ NORMS: Mapping[str, int] = {
 """kind of norm → its vectors: LayerNorm or RMSNorm, with weight w and bias, with 1 + w in place of w (Gemma,
 Nemotron), without a bias (Cohere), with nothing that is learnt (OLMo)"""
 
-_LEFT_OUT = ("norm", "final_norm", "head_bias", "logit_scale", "logit_softcap")
+_LEFT_OUT = ("norm", "final_norm", "head_bias", "residual_input", "logit_scale", "logit_softcap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,9 @@ class MemoryConfig:
 
     The other fields let a memory start as its base: `norm` is one of `NORMS` (None: as the family has it),
     `final_norm` says whether one stands before the head, which may have a bias, and whose logits are
-    `logit_softcap * tanh(logit_scale * x / logit_softcap)` (no soft cap: None).
+    `logit_softcap * tanh(logit_scale * x / logit_softcap)` (no soft cap: None). With `residual_input` the
+    last `hidden_size` numbers of an input are the residual stream, and a matrix, at zero to begin with, adds
+    to it what it makes of the others (the states of earlier layers), each divided by its root mean square.
     """
 
     input_size: int
@@ -52,6 +54,7 @@ class MemoryConfig:
     norm: str | None = None
     final_norm: bool = True
     head_bias: bool = False
+    residual_input: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
@@ -68,11 +71,23 @@ class MemoryConfig:
                 raise ValueError(f"a memory's {name} must be a positive number, not {value!r}")
         if self.family not in FAMILIES:
             raise ValueError(f"a memory's family must be one of {', '.join(FAMILIES)}, not {self.family!r}")
+        if self.residual_input and self.input_size < self.hidden_size:
+            raise ValueError(
+                "a memory with residual_input needs inputs of at least its hidden_size"
+                f" {self.hidden_size}, not {self.input_size}"
+            )
         if self.norm is not None and self.norm not in NORMS:
             raise ValueError(f"a memory's norm must be one of {', '.join(NORMS)}, not {self.norm!r}")
-        for name in ("final_norm", "head_bias"):
+        for name in ("final_norm", "head_bias", "residual_input"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"a memory's {name} must be true or false, not {getattr(self, name)!r}")
+
+    @property
+    def num_projected(self) -> int:
+        """Numbers of an input that a matrix brings to the width; 0: there is no such matrix."""
+        if self.residual_input:
+            return self.input_size - self.hidden_size
+        return 0 if self.input_size == self.hidden_size else self.input_size
 
     @property
     def kind_of_norm(self) -> str:
@@ -111,16 +126,16 @@ class MemoryConfig:
             mlp = 2 * hidden * intermediate + intermediate + hidden
         else:
             mlp = 3 * hidden * intermediate
-        projection = 0 if self.input_size == hidden else (self.input_size + 1) * hidden
+        has_bias = self.num_projected > 0 and not self.residual_input
+        projection = (self.num_projected + has_bias) * hidden
         head = self.vocab_size * (hidden + self.head_bias)
         return projection + self.num_blocks * (norm + mlp) + self.final_norm * norm + head
 
     def num_matrix_parameters(self) -> int:
         """Numbers in the matrices that each row is multiplied with: 2 FLOPs each forward, 4 backward."""
         matrices = 2 if self.family == "gelu" else 3
-        projection = 0 if self.input_size == self.hidden_size else self.input_size * self.hidden_size
         return (
-            projection
+            self.num_projected * self.hidden_size
             + self.num_blocks * matrices * self.hidden_size * self.intermediate_size
             + self.vocab_size * self.hidden_size
         )

@@ -4,6 +4,7 @@ This file travels with exported models as remote code: it imports torch and the 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class PretrainedMemory:
     lmbda: float | None
     vocabulary_sha256: str
     provenance: dict[str, Any] = field(repr=False)
+    input_earlier_layers: Sequence[int] = ()
 
     @classmethod
     def from_training(cls, path: str | Path) -> "PretrainedMemory":
@@ -57,6 +59,7 @@ class PretrainedMemory:
             module=module.eval().requires_grad_(False),
             input_layer=layer,
             input_point=point,
+            input_earlier_layers=provenance.get("input_earlier_layers", ()),
             lmbda=None,
             vocabulary_sha256=provenance.get("vocabulary_sha256", ""),
             provenance=provenance,
@@ -64,4 +67,4 @@ class PretrainedMemory:
 
     @property
     def point(self) -> CapturePoint:
-        return CapturePoint(layer=self.input_layer, point=self.input_point)  # type: ignore[arg-type]
+        return CapturePoint.of(self)

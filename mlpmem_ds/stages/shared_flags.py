@@ -122,6 +122,17 @@ def layer(help: str, *, identity: Identity) -> Any:
     )
 
 
+def layers(help: str, *, identity: Identity) -> Any:
+    """Some layers, of type `tuple[Layer, ...]`: the last one where it is left out."""
+    return option(
+        f"{help}: indices, or fractions of the depth such as 0.7",
+        (-1,),
+        parse=layer_number,
+        metavar="LAYER",
+        identity=identity,
+    )
+
+
 def layer_number(text: str) -> Layer:
     """`-1` is an index, `0.7` a fraction of the depth."""
     try:

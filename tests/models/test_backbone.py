@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mlpmem_ds.models.backbone import capture, load_base, logit_transform
+from mlpmem_ds.models.backbone import Taps, capture, load_base, logit_transform, state_width
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.logit_transform import LogitTransform
 from mlpmem_ds.models.structure import UnknownStructureError, decoder_layers, output_head, resolve_layer
@@ -119,6 +119,24 @@ def test_capture_of_every_family(family: str) -> None:
     assert torch.equal(captured.final_BSD, head_input_BSD)
     assert torch.equal(captured.states[points[4]], head_input_BSD)
     assert not any(state.requires_grad for state in captured.states.values())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2"])
+def test_several_layers_stand_side_by_side(family: str) -> None:
+    model, ids_BS = tiny_base(family), random_ids()
+    several = CapturePoint(layer=-1, point="layer_output", earlier=(1, 0))
+    behind = CapturePoint(layer=-1, point="final_norm", earlier=(0,))
+    states = capture(model, [several, behind, *several.parts, *behind.parts])(ids_BS).states
+    for point in (several, behind):
+        joined_BSD = torch.cat([states[part] for part in point.parts], dim=-1)
+        assert torch.equal(states[point], joined_BSD)
+        assert states[point].shape[-1] == state_width(model, point)
+    taps = Taps(model, {"several": several})
+    for ids in (ids_BS, ids_BS.flip(1)):
+        _, read = taps.read(model, *ids.shape, input_ids=ids)
+        assert torch.equal(read["several"], capture(model, [several])(ids).states[several])
+    taps.remove()
+    assert hooks_in(model) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

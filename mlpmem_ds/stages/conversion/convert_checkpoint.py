@@ -282,8 +282,7 @@ def _weight_bytes(export: Path) -> int:
 
 
 def _point(inputs: ExportInputs) -> CapturePoint:
-    provenance = inputs.trained.provenance
-    return CapturePoint(layer=provenance.input_layer, point=provenance.input_point)
+    return CapturePoint.of(inputs.trained.provenance)
 
 
 def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:

@@ -85,6 +85,12 @@ def _bytes_of(num_parameters: int) -> str:
     return ", ".join(f"{dtype}: {num_parameters * size / 1e9:.3g} GB" for dtype, size in sizes.items())
 
 
+def _layers(provenance: Provenance) -> str:
+    if not provenance.input_earlier_layers:
+        return f"layer {provenance.input_layer}"
+    return f"layers {', '.join(map(str, provenance.input_earlier_layers))} and {provenance.input_layer}"
+
+
 def _ingredients(inputs: ExportInputs) -> list[str]:
     """The memory, its weight, its corpus and its training, a line each."""
     provenance, memory, targets = inputs.trained.provenance, inputs.memory, inputs.targets
@@ -92,7 +98,8 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
         (
             f"Memory: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family} blocks of"
             f" width {memory.hidden_size} ({memory.intermediate_size} inside), vocabulary"
-            f" {memory.vocab_size:,}; it reads the base's layer {provenance.input_layer}"
+            f" {memory.vocab_size:,}; it reads the base's"
+            f" {_layers(provenance)}"
             f" ({provenance.input_point})"
         ),
         f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",

@@ -105,6 +105,7 @@ class _ScoringSource:
         self._source = source
         self._transform = source.transform
         self.num_layers, self.width, self.vocab_size = source.num_layers, source.width, source.vocab_size
+        self.final_width = source.final_width
         self.max_context, self.dtype_name = source.max_context, source.dtype_name
         self.attention = source.attention
         self.parts: list[HeadScores] = []

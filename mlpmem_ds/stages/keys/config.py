@@ -41,7 +41,11 @@ class Config(Flags):
     split: str = option("split of the corpus", "train")
     key_layer: shared_flags.Layer = shared_flags.layer("layer of the keys", identity="resolved")
     key_point: Point = option("where in the layer the key is read", "ffn_input")
-    input_layer: shared_flags.Layer = shared_flags.layer("layer of the memory's inputs", identity="resolved")
+    input_layer: tuple[shared_flags.Layer, ...] = shared_flags.layers(
+        "layers of the memory's inputs, one or more: their states are stored side by side, the last one as"
+        " the last",
+        identity="resolved",
+    )
     input_point: Point | None = option(
         "where in the layer the memory's input is read (default: as --key-point)", None, identity="resolved"
     )
@@ -105,6 +109,8 @@ class Config(Flags):
     )
 
     def check(self) -> None:
+        if not self.input_layer:
+            raise UserError("--input-layer needs one layer or more, such as -1")
         if self.audit_dims and self.audit is None:
             raise UserError("--audit-dims says what an audit measures: give --audit 2000 too")
         if self.audit is not None and self.audit_candidates < 2 * self.audit:

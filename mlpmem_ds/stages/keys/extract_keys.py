@@ -65,7 +65,7 @@ def _extract(config: Config, world: World, ranks: Ranks) -> None:
         codec=config.codec,
         dim=dim,
         input_codec=config.input_codec,
-        input_size=bases.input_source.width,
+        input_size=bases.input_width,
         value_bytes=corpus.dtype.itemsize + (_POSITION_BYTES if corpus.has_answers else 0),
     )
     codec_name = "int8" if config.codec == "int8" else config.raw_dtype
@@ -141,7 +141,7 @@ def _describe_codec(
 
 def _resolved(config: Config, inputs: ExtractionInputs) -> dict[str, Any]:
     """What decides the keys in place of the flags; one that the codec does not use has its default."""
-    bases = inputs.bases
+    bases, layer = inputs.bases, inputs.bases.input_point.layer
     unused = ("raw_dtype",) if config.codec == "int8" else ("fit_positions", "seed")
     return {
         "dim": inputs.dim,
@@ -150,7 +150,8 @@ def _resolved(config: Config, inputs: ExtractionInputs) -> dict[str, Any]:
         "dtype": bases.key_source.dtype_name,
         "attention": bases.attention,
         "key_layer": bases.key_point.layer,
-        "input_layer": bases.input_point.layer,
+        # One layer is a number, several are a list.
+        "input_layer": [*earlier, layer] if (earlier := bases.input_point.earlier) else layer,
         "input_point": bases.input_point.point,
     } | {
         name: default_of(Config, name) if name in unused else getattr(config, name)

@@ -21,6 +21,7 @@ from mlpmem_ds.engines.hidden_states import (
     check_source_reads,
     fingerprint_model,
     resolve_point,
+    state_width,
     vocabulary_of_model,
 )
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
@@ -48,6 +49,11 @@ class Bases:
     @property
     def is_one(self) -> bool:
         return self.key_source is self.input_source
+
+    @property
+    def input_width(self) -> int:
+        """Numbers in a memory input."""
+        return state_width(self.input_source, self.input_point)
 
     @property
     def attention(self) -> str:
@@ -113,9 +119,10 @@ def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest
         num_layers=bases.key_source.num_layers,
         layers_path=config.layers_path,
         input_codec=config.input_codec,
-        input_size=0 if config.input_codec == "none" else bases.input_source.width,
-        input_width=bases.input_source.width,
+        input_size=0 if config.input_codec == "none" else bases.input_width,
+        input_width=bases.input_width,
         input_layer=bases.input_point.layer,
+        input_earlier_layers=bases.input_point.earlier,
         input_point=bases.input_point.point,
         input_num_layers=bases.input_source.num_layers,
         input_layers_path=config.layers_path if bases.is_one else config.input_layers_path,
@@ -174,7 +181,13 @@ def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
         key_source=key_source,
         key_point=resolve_point(key_source, config.key_layer, config.key_point, flag="--key-layer"),
         input_source=input_source,
-        input_point=resolve_point(input_source, config.input_layer, input_point, flag="--input-layer"),
+        input_point=resolve_point(
+            input_source,
+            config.input_layer[-1],
+            input_point,
+            flag="--input-layer",
+            earlier=config.input_layer[:-1],
+        ),
     )
     _try_reading(bases, corpus)
     return bases

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
         (TrainingConfig, ("epochs", "keep_checkpoints", "batch_positions", "shuffle_window_blocks")),
     )
     for name in names
-}
+} | {"input_layers": 1}
 """flag → the default that its stage gives it"""
 
 
@@ -58,6 +58,9 @@ class Config(Flags):
     dim: int | None = option("numbers in a key (default: the width, at most 256)", None, at_least=1)
     codec: Literal["int8", "raw"] | None = _of_stage("codec", "of keys")
     input_codec: Literal["bf16", "int8", "none"] | None = _of_stage("input_codec", "of memory inputs")
+    input_layers: int | None = _of_stage(
+        "input_layers", "layers whose states make a memory input, as many as --input-layer names", at_least=1
+    )
     factory: str = option("faiss factory of the index, or auto", "auto")
     num_shards: int | None = option("files of the index (default: as build_index chooses)", None, at_least=1)
     search: Literal["auto", "exact", "ivf"] = option("of the targets", "auto")

@@ -202,7 +202,7 @@ def _workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Wo
                 f"--model {config.model}: {error}; give --parameters, --width and --vocab-size instead"
             ) from error
     # The keys and the memory of another base have other sizes than the run's, and units follow the positions.
-    own = ("unit_positions", "shard_positions", *(("dim", "memory") if shape else ()))
+    own = ("unit_positions", "shard_positions", *(("dim", "memory") if shape or config.input_layers else ()))
     inherited = {name: value for name, value in run_sizes.items() if name not in own}
     sizes: dict[str, Any] = DEFAULTS | inherited | shape | flags
     if "k" in flags and "neighbour_perplexity" not in flags:
@@ -242,7 +242,8 @@ def _workload_of_run(run_sizes: dict[str, Any], machine: Machine) -> Workload:
 
 def _memory(config: Config, sizes: dict[str, Any]) -> MemoryConfig:
     if config.preset is not None:
-        return dataclasses.replace(PRESETS[config.preset](sizes["vocab_size"]), input_size=sizes["width"])
+        memory = PRESETS[config.preset](sizes["vocab_size"])
+        return dataclasses.replace(memory, input_size=sizes["input_layers"] * sizes["width"])
     return MemoryConfig.from_dict(sizes["memory"]) if "memory" in sizes else _default_memory(sizes)
 
 
@@ -250,7 +251,7 @@ def _default_memory(sizes: dict[str, Any]) -> MemoryConfig:
     """Four blocks of the base's width, as train makes them."""
     width = sizes["width"]
     return MemoryConfig(
-        input_size=width,
+        input_size=sizes["input_layers"] * width,
         hidden_size=width,
         intermediate_size=4 * width,
         num_blocks=4,

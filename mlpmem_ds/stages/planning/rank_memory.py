@@ -100,7 +100,9 @@ def key_memory(work: Workload, machine: Machine) -> int:
     being read, stored and written; a unit's files are written as its batches come."""
     weights = work.parameters * (2 if machine.gpus else 4)
     batch = min(work.positions, _BATCH_WINDOWS * work.block_size)
-    return 2 * _PROCESS_BYTES + weights + _BATCHES_KEPT * batch * 4 * (work.dim + 2 * work.width)
+    return (
+        2 * _PROCESS_BYTES + weights + _BATCHES_KEPT * batch * 4 * (work.dim + work.width + work.input_width)
+    )
 
 
 def training_memory(work: Workload, machine: Machine) -> int:
@@ -118,5 +120,5 @@ def reader_memory(work: Workload, machine: Machine) -> int:
     """
     window = min(work.positions, work.shuffle_window_blocks * work.block_size)
     targets = window * (_ENTRY_IN_MEMORY * work.entries_of_row + _ROW_IN_MEMORY)
-    inputs = work.batch_positions * 2 * work.width
+    inputs = work.batch_positions * 2 * work.input_width
     return math.ceil((_WINDOWS_KEPT * targets + _BATCHES_KEPT * inputs) / machine.ranks)

@@ -27,7 +27,7 @@ def key_bytes(work: Workload) -> int:
         codec=work.codec,
         dim=work.dim,
         input_codec=work.input_codec,
-        input_size=work.width,
+        input_size=work.input_width,
         value_bytes=work.value_bytes,
     )
     return work.positions * each.total

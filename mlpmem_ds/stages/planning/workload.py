@@ -20,6 +20,7 @@ class Workload:
     """The sizes of a run.
 
     Attributes:
+        input_layers: layers whose states make a memory input.
         block_size, stride: of the corpus: each window of `block_size` tokens gives `stride` positions.
         unit_positions: positions in a unit of keys.
         shard_positions: positions in a shard of targets.
@@ -31,6 +32,7 @@ class Workload:
     vocab_size: int
     parameters: int
     width: int
+    input_layers: int
     block_size: int
     stride: int
     dim: int
@@ -50,6 +52,11 @@ class Workload:
     batch_positions: int
     shuffle_window_blocks: int
     keep_checkpoints: int
+
+    @property
+    def input_width(self) -> int:
+        """Numbers in a memory input."""
+        return self.input_layers * self.width
 
     @property
     def index(self) -> Index:

@@ -41,26 +41,29 @@ class BaseStart:
     readers: Mapping[str, Read] = field(repr=False)
     """name of a parameter of the memory → what reads it"""
 
-    def parameters(self, memory: MemoryConfig) -> dict[str, Read]:
-        """`readers`, and zeros for what writes to the residual stream where the memory starts as the base.
+    def check_fits(self, *, vocab_size: int, hidden_size: int, input_size: int) -> None:
+        """Make sure that a memory of these sizes can take it.
 
         Raises:
-            UserError: the memory is not as wide as the base's head.
+            UserError: it is not as wide as the base's head.
         """
-        expected = (memory.vocab_size, memory.hidden_size)
+        expected = (vocab_size, hidden_size)
         if self.head_shape != expected:
             raise UserError(
                 f"--{'start' if self.is_whole else 'head'} base: the base's head is {self.head_shape}"
                 f" (vocabulary, width), the memory's {expected}: leave out --hidden-size and --preset, or use"
                 f" --{'start' if self.is_whole else 'head'} random"
             )
+        if self.is_whole and input_size < hidden_size:
+            raise UserError(
+                f"--start base: the inputs have {input_size:,} numbers and the base's head reads"
+                f" {hidden_size:,}: {_REMEDY}, or use --start random"
+            )
+
+    def parameters(self, memory: MemoryConfig) -> dict[str, Read]:
+        """`readers`, and zeros for what writes to the residual stream where the memory starts as the base."""
         readers = dict(self.readers)
         if self.is_whole:
-            if memory.input_size != memory.hidden_size:
-                raise UserError(
-                    f"--start base: the inputs have {memory.input_size:,} numbers and the base's head reads"
-                    f" {memory.hidden_size:,}: {_REMEDY}, or use --start random"
-                )
             shape = (memory.hidden_size, memory.intermediate_size)
             for block in range(memory.num_blocks):
                 readers[f"blocks.{block}.mlp.down.weight"] = partial(torch.zeros, shape)
@@ -147,4 +150,6 @@ def whole_start(
         fields["norm"], fields["norm_epsilon"] = kind_of_norm(norm)
         for name, parameter in norm.named_parameters():
             readers[f"final_norm.{name}"] = base.reader(parameter)
+    if point.earlier:
+        fields["residual_input"] = True
     return BaseStart(fields=fields, head_shape=start.head_shape, is_whole=True, readers=readers)

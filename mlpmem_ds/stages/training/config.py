@@ -93,7 +93,9 @@ class Config(TrainingOptions):
         identity="none",
     )
     num_blocks: int | None = option("residual blocks (default: 4)", None, at_least=1, identity="resolved")
-    hidden_size: int | None = option("width (default: the inputs')", None, at_least=1, identity="resolved")
+    hidden_size: int | None = option(
+        "width (default: that of a state of the base)", None, at_least=1, identity="resolved"
+    )
     intermediate_size: int | None = option(
         "width inside a block (default: 4 x the width)", None, at_least=1, identity="resolved"
     )

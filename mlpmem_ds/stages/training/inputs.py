@@ -56,7 +56,7 @@ class TrainingInputs:
     @cached_property
     def point(self) -> CapturePoint:
         """Where the memory reads."""
-        return CapturePoint(layer=self.keys.manifest.input_layer, point=self.keys.input_point)
+        return CapturePoint.of(self.keys.manifest)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -233,6 +233,7 @@ def provenance_of(
         key_layer=manifest.key_layer,
         input_layer=manifest.input_layer,
         input_point=manifest.input_point,
+        input_earlier_layers=manifest.input_earlier_layers,
         key_point=manifest.key_point,
         begin_of_window_ids=manifest.begin_of_window_ids,
         input_layers_path=manifest.input_layers_path,

@@ -29,9 +29,14 @@ def memory_shape(
     if inputs.initial is not None:
         return _shape_of(inputs.initial, config, inputs, input_size, vocab_size)
     fields: Mapping[str, Any] = {} if start is None else start.fields
-    if config.preset is not None:
-        return dataclasses.replace(PRESETS[config.preset](vocab_size), input_size=input_size, **fields)
-    hidden_size = config.hidden_size or input_size
+    preset = None if config.preset is None else PRESETS[config.preset](vocab_size)
+    hidden_size = config.hidden_size or input_size // len(inputs.point.parts)
+    if preset is not None:
+        hidden_size = preset.hidden_size
+    if start is not None:
+        start.check_fits(vocab_size=vocab_size, hidden_size=hidden_size, input_size=input_size)
+    if preset is not None:
+        return dataclasses.replace(preset, input_size=input_size, **fields)
     try:
         return MemoryConfig(
             input_size=input_size,

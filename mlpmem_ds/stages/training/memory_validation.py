@@ -16,7 +16,7 @@ import torch
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.engine import Engine
-from mlpmem_ds.engines.hidden_states import StateSource, scan_positions
+from mlpmem_ds.engines.hidden_states import StateSource, scan_positions, state_width
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.counted_rows import CountedRows
@@ -68,7 +68,9 @@ class MemoryValidator:
         ]
         inputs = [part.states["input"][rows].to(torch.bfloat16) for part, rows, _ in parts]
         self._world = world
-        self._inputs_NI = torch.cat(inputs) if inputs else torch.zeros(0, source.width, dtype=torch.bfloat16)
+        self._inputs_NI = (
+            torch.cat(inputs) if inputs else torch.zeros(0, state_width(source, point), dtype=torch.bfloat16)
+        )
         self._labels_N = torch.cat(
             [torch.from_numpy(corpus.values(*block)[rows]) for _, rows, block in parts]
             or [torch.zeros(0, dtype=torch.int64)]

@@ -26,7 +26,7 @@ from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.deepspeed.zero_state import set_parameter
 from mlpmem_ds.engines.devices import device_of_rank
-from mlpmem_ds.engines.hidden_states import StateSource
+from mlpmem_ds.engines.hidden_states import StateSource, state_width
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.batches import BatchReader, threads_for
@@ -86,7 +86,7 @@ def run(config: Config, world: World) -> None:
         inputs = replace(inputs, initial_sha256=hash_initial_memory(inputs.initial, world))
     base = open_base(config, inputs, world)
     start = open_base_start(config, inputs)
-    input_size = inputs.keys.input_size or (0 if base is None else base.width)
+    input_size = inputs.keys.input_size or (0 if base is None else state_width(base, inputs.point))
     memory = memory_shape(config, inputs, input_size, start)
     starts = {} if start is None else start.parameters(memory)
     objective = OBJECTIVES[config.objective](config, memory)

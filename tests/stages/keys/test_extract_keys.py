@@ -27,7 +27,7 @@ from .conftest import CODECS
 def test_raw_keys_inputs_and_log_probabilities_match_an_independent_pass(
     config: Config, oracle: dict[str, np.ndarray]
 ) -> None:
-    extract_keys.run(replace(config, codec="raw", input_layer=0, batch_windows=3), World())
+    extract_keys.run(replace(config, codec="raw", input_layer=(0,), batch_windows=3), World())
     keys = open_keys(config.output)
     corpus = open_corpus(config.corpus)
     np.testing.assert_allclose(keys.read("keys").astype(np.float64), oracle["layer1"], rtol=2e-3, atol=2e-3)
@@ -61,7 +61,7 @@ def test_fewer_dimensions_keep_less_energy(config: Config) -> None:
 def test_codecs_give_back_what_an_independent_pass_sees(
     config: Config, oracle: dict[str, np.ndarray], codec: str
 ) -> None:
-    extract_keys.run(replace(config, **{**CODECS[codec], "dim": None}, input_layer=0), World())
+    extract_keys.run(replace(config, **{**CODECS[codec], "dim": None}, input_layer=(0,)), World())
     keys = open_keys(config.output)
     inputs = torch.from_numpy(keys.read_inputs(5, 300)).view(torch.bfloat16).double().numpy()
     largest = np.abs(oracle["layer0"][5:300]).max(axis=1, keepdims=True)

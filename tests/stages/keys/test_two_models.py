@@ -29,13 +29,13 @@ def test_keys_and_inputs_of_two_models_are_those_of_each_alone(
         model=str(other_base),
         input_model=config.model,
         key_layer=-1,
-        input_layer=0,
+        input_layer=(0,),
         input_point="layer_output",
     )
     extract_keys.run(both, World())
     key_side = replace(config, model=str(other_base), output=tmp_path / "key_side")
     extract_keys.run(key_side, World())
-    input_side = replace(config, input_layer=0, key_point="layer_output", output=tmp_path / "input_side")
+    input_side = replace(config, input_layer=(0,), key_point="layer_output", output=tmp_path / "input_side")
     extract_keys.run(input_side, World())
     keys, of_key, of_input = (open_keys(each.output) for each in (both, key_side, input_side))
     np.testing.assert_array_equal(keys.read("keys"), of_key.read("keys"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.batches import BatchReader
+from mlpmem_ds.formats.evaluation import open_report
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.formats.training_order import TrainingOrder
-from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.backbone import capture, load_base
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
 from mlpmem_ds.models.quantized import quantize_linears
 from mlpmem_ds.models.structure import UnknownStructureError
+from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.arms.memory import memory_log_probabilities
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training.base_files import open_base_files
@@ -37,12 +41,13 @@ FINAL = CapturePoint(layer=-1, point="final_norm")
 CAN_START_AT_NORM_ONLY = {"opt_post_norm"}  # a matrix stands between its layers and its head
 
 
-def started(path: Path, point: CapturePoint, *, family: str = "gelu") -> Memory:
+def started(path: Path, point: CapturePoint, *, family: str = "gelu", input_size: int = 0) -> Memory:
     """A memory as `train --start base` makes it."""
     start = whole_start(open_base_files(str(path)), point, num_layers=LAYERS)
     vocab_size, width = start.head_shape
+    input_size = input_size or width
     config = MemoryConfig(
-        input_size=width,
+        input_size=input_size,
         hidden_size=width,
         intermediate_size=40,
         num_blocks=2,
@@ -52,6 +57,7 @@ def started(path: Path, point: CapturePoint, *, family: str = "gelu") -> Memory:
     )
     torch.manual_seed(0)
     memory = MemoryObjective(config, alpha=0.5)
+    start.check_fits(vocab_size=vocab_size, hidden_size=width, input_size=input_size)
     for name, read in start.parameters(config).items():
         memory.get_parameter(name).data.copy_(read())
     plain = Memory(MemoryConfig.from_dict(config.to_dict()))
@@ -69,12 +75,15 @@ def keys_of(corpus_dir: Path, base_dir: Path, tmp_path_factory: pytest.TempPathF
             model=str(base_dir),
             corpus=corpus_dir,
             output=root / point,
-            input_layer=-1,
+            input_layer=(-1,),
             input_point=point,
             unit_positions=256,
         )
         extract_keys.run(config, World())
-    return {point: root / point for point in ("layer_output", "final_norm", "ffn_input")}
+    config = replace(config, output=root / "depths", input_layer=(0, -1), input_point="layer_output")
+    extract_keys.run(config, World())
+    extract_keys.run(replace(config, output=root / "online", input_codec="none"), World())
+    return {path.name: path for path in root.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +108,15 @@ def runs(make_runs: Any, corpus_dir: Path, base_dir: Path, keys_of: dict[str, Pa
         runs.start("stopped", 3, signal_at=1, size=2),
         runs.start("stopped", 3, size=2),
         runs.start("two", 3, size=2),
+        runs.start("one-depths", 2, keys=keys_of["depths"], validate_every=2, order="blocks"),
+        runs.start("one-online", 2, keys=keys_of["online"]),
     )
     return runs
 
 
-@pytest.mark.parametrize("name, point", [("one", "layer_output"), ("one-norm", "final_norm")])
+@pytest.mark.parametrize(
+    "name, point", [("one", "layer_output"), ("one-norm", "final_norm"), ("one-depths", "depths")]
+)
 def test_the_first_loss_is_the_bases(runs: Any, keys_of: dict[str, Path], name: str, point: str) -> None:
     keys = open_keys(keys_of[point])
     order = TrainingOrder(
@@ -111,6 +124,7 @@ def test_the_first_loss_is_the_bases(runs: Any, keys_of: dict[str, Path], name: 
         block_size=keys.manifest.block_size,
         window_blocks=1024,
         seed=0,
+        by_block=name == "one-depths",
     )
     reader = BatchReader(
         keys,
@@ -127,6 +141,41 @@ def test_the_first_loss_is_the_bases(runs: Any, keys_of: dict[str, Path], name: 
     assert base_N is not None
     first = runs.losses(name)[0]
     assert abs(first + float(base_N.mean())) < 2e-3 * first  # the stored inputs are bfloat16
+
+
+def test_inputs_of_several_layers_are_the_same_where_the_base_computes_them(runs: Any) -> None:
+    np.testing.assert_allclose(runs.losses("one-online"), runs.losses("one-depths"), rtol=1e-6)
+    line = runs.lines("one-depths", "validation_base_perplexity")[0]
+    assert 0.8 < line["validation_memory_perplexity"] / line["validation_base_perplexity"] < 1.25
+
+
+@torch.no_grad()
+def test_whoever_reads_such_a_memory_reads_those_layers(
+    runs: Any, base_dir: Path, corpus_dir: Path, keys_of: dict[str, Path], tmp_path: Path
+) -> None:
+    memory = load_memory(runs / "one-depths")
+    base = load_base(str(base_dir), dtype=torch.float32, device="cpu")
+    ids_BS = torch.arange(12).reshape(2, 6)
+    point = CapturePoint(layer=1, point="layer_output", earlier=(0,))
+    inputs_BSI = capture(base, [point])(ids_BS).states[point]
+    expected_BSV = memory.module.head(memory.module(inputs_BSI)).log_softmax(-1)
+    joint = MemoryAugmentedLM.from_pretrained(base, memory, lmbda=1.0)
+    torch.testing.assert_close(joint(ids_BS).logits, expected_BSV, rtol=1e-4, atol=1e-4)
+    joint.save_pretrained(tmp_path / "export")
+    again = MemoryAugmentedLM.from_pretrained(tmp_path / "export")
+    torch.testing.assert_close(again(ids_BS).logits, expected_BSV, rtol=1e-4, atol=1e-4)
+
+    config = evaluate.Config(
+        model=str(base_dir),
+        corpus=corpus_dir,
+        memory=runs / "one-depths",
+        output=tmp_path / "report",
+        samples=0,
+        bootstrap_samples=100,
+    )
+    evaluate.run(config, World())
+    arms = {arm.name: arm for arm in open_report(tmp_path / "report").evaluation.arms}
+    assert 0.8 < arms["base+memory"].ppl / arms["base"].ppl < 1.05
 
 
 def test_ranks_stages_and_resumes_give_the_same(runs: Any) -> None:
@@ -215,9 +264,25 @@ def test_points_before_the_last_layer_is_done_name_the_flags(point: CapturePoint
 def test_another_width_is_refused(tmp_path: Path) -> None:
     tiny_base("llama").save_pretrained(tmp_path)
     start = whole_start(open_base_files(str(tmp_path)), LAST, num_layers=LAYERS)
-    shape = {"intermediate_size": 8, "num_blocks": 1, "vocab_size": 61}
-    wide = MemoryConfig(input_size=32, hidden_size=40, **shape)
     with pytest.raises(UserError, match="leave out --hidden-size and --preset"):
-        start.parameters(wide)
+        start.check_fits(vocab_size=61, hidden_size=40, input_size=32)
     with pytest.raises(UserError, match="the inputs have 16 numbers and the base's head reads 32"):
-        start.parameters(MemoryConfig(input_size=16, hidden_size=32, **shape))
+        start.check_fits(vocab_size=61, hidden_size=32, input_size=16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt_post_norm"])
+@pytest.mark.parametrize("point", ["layer_output", "final_norm"])
+def test_earlier_layers_change_nothing_before_the_first_step(family: str, point: Any, tmp_path: Path) -> None:
+    model = tiny_base(family)
+    model.save_pretrained(tmp_path)
+    if family == "opt_post_norm" and point == "layer_output":
+        return
+    ids_BS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(4))
+    several = CapturePoint(layer=2, point=point, earlier=(0, 1))
+    state_BSD = capture(model, [several])(ids_BS).states[several]
+    expected_BSV = model(input_ids=ids_BS).logits.log_softmax(-1)
+    memory = started(tmp_path, several, input_size=state_BSD.shape[-1])
+    assert (memory.head(memory(state_BSD)).log_softmax(-1) - expected_BSV).abs().max() < 2e-5
+    assert memory.input_projection is not None
+    torch.nn.init.normal_(memory.input_projection.weight)  # and then the earlier layers count
+    assert (memory.head(memory(state_BSD)).log_softmax(-1) - expected_BSV).abs().max() > 1e-2

@@ -19,7 +19,7 @@ import torch
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.typed_json import from_json
-from mlpmem_ds.engines.hidden_states import fingerprint_model, resolve_point
+from mlpmem_ds.engines.hidden_states import fingerprint_model, resolve_point, state_width
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.trained_models import (
     MemoryManifest,
@@ -54,6 +54,7 @@ class StoredMemory:
     memory: Memory = field(repr=False)
     layer: int | float
     point: str
+    earlier: tuple[int, ...]
     vocabulary_sha256: str
     provenance: Provenance
     bytes: int
@@ -143,7 +144,8 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
     num_parameters = memory.config.num_parameters()
     if weights == "int8":
         quantize_linears(memory)
-    point = resolve_point(source, stored.layer, stored.point, flag=flag)
+    point = resolve_point(source, stored.layer, stored.point, flag=flag, earlier=stored.earlier)
+    _check_width(stored, base, point)
     return MemoryArm(
         name=name,
         description=memory_description(provenance, weights),
@@ -199,6 +201,7 @@ def _read_training(root: Path, flag: str) -> StoredMemory:
         memory=_build_memory(trained.memory, trained.weights, f"{flag} {root}"),
         layer=provenance.input_layer,
         point=provenance.input_point,
+        earlier=provenance.input_earlier_layers,
         vocabulary_sha256=provenance.vocabulary_sha256,
         provenance=provenance,
         bytes=bytes_of_model(root / "weights"),
@@ -219,6 +222,7 @@ def _read_export(root: Path, flag: str, shared: Path | None) -> StoredMemory:
         memory=export.module,
         layer=export.input_layer,
         point=export.input_point,
+        earlier=tuple(export.input_earlier_layers),
         vocabulary_sha256=export.vocabulary_sha256,
         provenance=from_json(
             Provenance,
@@ -269,10 +273,14 @@ def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) ->
             f"{named} predicts {config.vocab_size} tokens, and the base has rows for"
             f" {base.source.vocab_size}: give the base that it was trained for"
         )
-    if config.input_size != base.source.width:
+
+
+def _check_width(stored: StoredMemory, base: ModelArm, point: CapturePoint) -> None:
+    own, given = stored.memory.config.input_size, state_width(base.source, point)
+    if own != given:
         raise UserError(
-            f"{named} reads vectors of {config.input_size} numbers, the base's have"
-            f" {base.source.width}: give the base that it was trained for"
+            f"{stored.flag} {stored.root} reads vectors of {own} numbers, the base's have"
+            f" {given}: give the base that it was trained for"
         )
 
 
