@@ -15,12 +15,13 @@ import torch
 
 from mlpmem_ds.core.hashing import Permutation, hash_fraction, shuffled
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import CorpusSplit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
     """The train split cut into sequences of S + 1 tokens, S apart; where the first starts changes with the
-    epoch. `begin` stands before each, as before a document."""
+    epoch. `begin` stands before each, as before a document. Tokens as `learnt_tokens` gives them."""
 
     tokens: np.ndarray
     length: int
@@ -42,10 +43,20 @@ class Sequences:
         if not self.begin:
             return sequences
         # One that starts with a document starts behind its begin tokens, which are there once.
-        is_document = (sequences[:, : len(self.begin)] == self.begin).all(axis=1)
+        first_tokens = sequences[:, : len(self.begin)]
+        is_document = (np.where(first_tokens < 0, ~first_tokens, first_tokens) == self.begin).all(axis=1)
         starts = np.minimum(starts + len(self.begin) * is_document, last)
         sequences = self.tokens[starts[:, None] + np.arange(self.length + 1)]
         return np.concatenate([np.tile(self.begin, (count, 1)), sequences], axis=1)
+
+
+def learnt_tokens(corpus: CorpusSplit) -> np.ndarray:
+    """int64: all tokens of a split; one that is read but not learnt, such as what the user says where answers
+    alone count, is stored as its complement, `~token`, which is negative."""
+    tokens = corpus.tokens(0, corpus.num_tokens)
+    if corpus.has_answers:
+        np.invert(tokens, where=~corpus.is_answer(0, corpus.num_tokens), out=tokens)
+    return tokens
 
 
 @lru_cache(maxsize=2)

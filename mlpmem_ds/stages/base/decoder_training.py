@@ -30,7 +30,7 @@ from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.trained_models import TrainingResult
 from mlpmem_ds.formats.weight_shards import WeightFiles
-from mlpmem_ds.stages.base.batches import SequenceBatches, Sequences
+from mlpmem_ds.stages.base.batches import SequenceBatches, Sequences, learnt_tokens
 from mlpmem_ds.stages.base.objective import NextToken
 from mlpmem_ds.stages.base.options import DecoderOptions
 from mlpmem_ds.stages.base.validation import BaseValidator
@@ -97,7 +97,7 @@ def open_text(config: DecoderOptions, world: World) -> Text:
         ds_config=ds_config,
         batches=SequenceBatches(
             sequences=Sequences(
-                tokens=corpus.tokens(0, corpus.num_tokens),
+                tokens=learnt_tokens(corpus),
                 length=length,
                 seed=config.seed,
                 begin=corpus.begin_of_document_ids,
@@ -185,7 +185,11 @@ def _build(
     config: DecoderOptions, text: Text, steps: Steps, learner: Learner, directory: StageDirectory
 ) -> Training:
     world, model = directory.world, learner.model
-    objective = NextToken(model=model, num_begin_tokens=len(text.corpus.begin_of_document_ids))
+    objective = NextToken(
+        model=model,
+        num_begin_tokens=len(text.corpus.begin_of_document_ids),
+        learnt_share=text.corpus.num_counted / text.corpus.num_positions,
+    )
     announce(
         directory,
         config,

@@ -5,7 +5,7 @@ B sequences, S predicted tokens of each, T = S + 1 and the begin tokens, N = B *
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,13 +23,17 @@ class NextToken:
 
     model: PreTrainedModel
     num_begin_tokens: int = 0
+    learnt_share: float = 1.0
+    """of the text's tokens: below 1 where answers alone count"""
 
     rows = "tokens"
     sums = ()
     flops_per_row = 0.0
 
     def make_module(self) -> nn.Module:
-        return NextTokenModule(self.model, num_begin_tokens=self.num_begin_tokens)
+        return NextTokenModule(
+            self.model, num_begin_tokens=self.num_begin_tokens, learnt_share=self.learnt_share
+        )
 
     def arguments(
         self, micro_batch: torch.Tensor, device: torch.device, dtype: torch.dtype
@@ -40,12 +44,18 @@ class NextToken:
 class NextTokenModule(nn.Module):
     """A causal language model whose forward is its loss, without ever holding all the logits.
 
-    `num_begin_tokens` stand before each sequence, and no loss is taken of what follows each but the last.
+    `num_begin_tokens` stand before each sequence, and no loss is taken of what follows each but the last. Nor
+    is it of tokens that come as their complements (`learnt_tokens`): where the text has such, `learnt_share`
+    is below 1, and the loss is divided by the number of others that is expected, so that each of them weighs
+    the same in any batch.
     """
 
-    def __init__(self, model: PreTrainedModel, *, num_begin_tokens: int = 0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, num_begin_tokens: int = 0, learnt_share: float = 1.0
+    ) -> None:
         super().__init__()
         self.model, self._num_begin_tokens = model, num_begin_tokens
+        self._learnt_share = learnt_share
 
     def hidden(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """[B, S, D]: what the output head reads."""
@@ -54,15 +64,18 @@ class NextTokenModule(nn.Module):
 
     def forward(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor]:
         """The mean cross entropy (float32 scalar) of the last S tokens of sequences, int64."""
-        start = self._num_begin_tokens
+        start, weights_N = self._num_begin_tokens, None
+        if self._learnt_share < 1:
+            weights_N = (tokens_BT[:, start + 1 :] >= 0).reshape(-1).float()
+            tokens_BT = torch.where(tokens_BT < 0, ~tokens_BT, tokens_BT)
         labels_N = tokens_BT[:, start + 1 :].reshape(-1)
         weight_VD = output_head(self.model)[0]
         hidden_BSD = self.hidden(tokens_BT[:, :-1])[:, start:]
         loss, _ = sparse_loss(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
             weight_VD,
-            TargetBatch.from_labels(labels_N),
+            replace(TargetBatch.from_labels(labels_N), row_weights_N=weights_N),
             alpha=0.0,
             chunk_bytes=_CHUNK_BYTES_CPU if weight_VD.device.type == "cpu" else DEFAULT_CHUNK_BYTES,
         )
-        return (loss / len(labels_N),)
+        return (loss / (len(labels_N) * self._learnt_share),)

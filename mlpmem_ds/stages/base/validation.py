@@ -26,7 +26,8 @@ _WINDOWS_AT_ONCE = 16
 
 
 class BaseValidator:
-    """Scores every position of the tuning split, in the corpus's blocks; the ranks share the windows."""
+    """Scores the positions of the tuning split that count, in the corpus's blocks; the ranks share the
+    windows."""
 
     def __init__(self, tuning: CorpusSplit, world: World) -> None:
         self._tuning, self._world = tuning, world
@@ -39,7 +40,7 @@ class BaseValidator:
             for score in self._scores(module, engine.device):
                 total += score  # in this order: the sum's last bits reach a file
         totals = gather_values(total, self._world)
-        return Validation(step=step, perplexity=math.exp(-math.fsum(totals) / self._tuning.num_positions))
+        return Validation(step=step, perplexity=math.exp(-math.fsum(totals) / self._tuning.num_counted))
 
     def _scores(self, module: NextTokenModule, device: torch.device) -> Iterator[float]:
         """The log-probability of each of this rank's windows, of the positions that it predicts."""
@@ -56,4 +57,7 @@ class BaseValidator:
             scores_N = label_log_probabilities(hidden_ND, weight_VD, values_N.to(device))
             scores_BS = scores_N.double().reshape(len(windows), -1)
             for window, scores_S in zip(windows, scores_BS, strict=True):
-                yield float(scores_S[window.start - window.context_start :].sum())
+                own_n = scores_S[window.start - window.context_start :]
+                if self._tuning.has_answers:
+                    own_n = own_n[torch.from_numpy(self._tuning.counted(window.start, window.stop))]
+                yield float(own_n.sum())

@@ -44,3 +44,30 @@ def test_the_loss_is_that_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     log_p_BSV = model(tokens_BT).logits.double().log_softmax(-1)[:, 2:-1]
     expected = -log_p_BSV.gather(2, tokens_BT[:, 3:, None]).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_what_does_not_count_is_read_and_not_learnt() -> None:
+    """Tokens that come as their complements; of any batch, a token that counts weighs the same."""
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=1, initializer_range=0.5)
+    model = GPT2LMHeadModel(shape).eval()
+    tokens_BT = torch.randint(50, (3, 1 + LENGTH + 1))
+    is_learnt_BT = torch.rand(tokens_BT.shape) < 0.4
+    given_BT = torch.where(is_learnt_BT, tokens_BT, ~tokens_BT)
+    (loss,) = NextTokenModule(model, num_begin_tokens=1, learnt_share=0.5)(given_BT)
+    log_p_BSV = model(tokens_BT).logits.double().log_softmax(-1)[:, 1:-1]
+    losses_BS = -log_p_BSV.gather(2, tokens_BT[:, 2:, None])[..., 0]
+    expected = (losses_BS * is_learnt_BT[:, 2:]).sum() / (losses_BS.numel() * 0.5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_sequences_of_complements_are_those_of_the_text() -> None:
+    tokens = np.random.default_rng(0).integers(3, 50, 300)
+    tokens[::10] = 0
+    hidden = np.where(np.arange(300) % 3 == 0, ~tokens, tokens)
+    for begin in ((), (0,)):
+        plain, given = (
+            Sequences(tokens=each, length=LENGTH, seed=1, begin=begin).batch(0, 0, 40)
+            for each in (tokens, hidden)
+        )
+        assert np.array_equal(np.where(given < 0, ~given, given), plain)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
@@ -20,6 +22,9 @@ from mlpmem_ds.formats.corpus import open_corpus, read_corpus_manifest
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.stages.base.batches import learnt_tokens
+from mlpmem_ds.stages.base.objective import NextTokenModule
+from mlpmem_ds.stages.base.validation import BaseValidator
 from mlpmem_ds.stages.corpus import prepare_corpus
 from mlpmem_ds.stages.evaluation.splits import open_splits
 from mlpmem_ds.stages.keys import extract_keys
@@ -203,3 +208,17 @@ def test_validation_and_evaluation_see_answers_alone(answers_dir: Path, base_dir
     assert validator.num_positions == tuning.num_counted
     labels_N = tuning.values(0, tuning.num_positions)[tuning.counted(0, tuning.num_positions)]
     assert torch.equal(validator._labels_N, torch.from_numpy(labels_N))
+    engine = SimpleNamespace(
+        module=NextTokenModule(GPT2LMHeadModel.from_pretrained(base_dir).eval()),
+        device=torch.device("cpu"),
+        evaluating=contextlib.nullcontext,
+    )
+    found = BaseValidator(tuning, World()).run(engine, 0)  # type: ignore[arg-type]
+    assert found.perplexity == pytest.approx(np.exp(-validator._base_N.mean()), rel=1e-5)
+
+
+def test_a_language_model_learns_answers_alone(answers_dir: Path) -> None:
+    corpus = open_corpus(answers_dir)
+    tokens, is_answer = learnt_tokens(corpus), corpus.is_answer(0, corpus.num_tokens)
+    assert np.array_equal(tokens >= 0, is_answer)
+    assert np.array_equal(np.where(tokens < 0, ~tokens, tokens), corpus.tokens(0, corpus.num_tokens))
