@@ -18,6 +18,7 @@ _PREFIX = "mlpmem-"
 # Of the commands that are plain functions.
 _SUMMARIES = {
     "bench": "Side-by-side measurements on this machine, written as JSON.",
+    "fit-scaling": "Perplexity against parameters and compute, decoder alone and decoder + memory.",
     "fuzz-readers": "Damaged files of every kind that is read: none lost in silence, no hang, no crash.",
 }
 
@@ -98,6 +99,19 @@ def fuzz_readers(argv: Sequence[str] | None = None, *, prog: str | None = None) 
     return run_fuzz(argv, prog=prog)
 
 
+def fit_scaling(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Fit perplexity to parameters and compute, for a decoder alone and with a memory."""
+    name = _name_of_process() if prog is None else prog
+
+    def run() -> int:
+        from mlpmem_ds.benchmarks.scaling import fit_scaling as benchmark
+        from mlpmem_ds.core.front_end import run_front_end
+
+        return run_front_end(benchmark.Config, benchmark.run, argv=argv, prog=name)
+
+    return _guarded(run, name)
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "prepare-corpus": prepare_corpus,
     "fetch-base": fetch_base,
@@ -116,6 +130,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export-datastore": export_datastore,
     "plan": plan,
     "bench": bench,
+    "fit-scaling": fit_scaling,
     "fuzz-readers": fuzz_readers,
     "inspect-run": inspect_run,
 }

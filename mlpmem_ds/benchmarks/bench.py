@@ -10,12 +10,25 @@ from pathlib import Path
 
 from mlpmem_ds.core.front_end import run_front_end, seldom_collected
 
-NAMES = ("corpus", "decode", "evaluate", "extract", "index", "loss", "plan", "scale", "targets", "train")
+NAMES = (
+    "corpus",
+    "decode",
+    "evaluate",
+    "extract",
+    "index",
+    "loss",
+    "plan",
+    "quality",
+    "scale",
+    "targets",
+    "train",
+)
+_FOLDERS = ("quality", "scale")
 
 
 def module_of(name: str) -> str:
     """The module with the `Config` and the `run` of a benchmark; that of a folder has the folder's name."""
-    return f"mlpmem_ds.benchmarks.{name}.{name}" if name == "scale" else f"mlpmem_ds.benchmarks.{name}"
+    return f"mlpmem_ds.benchmarks.{name}.{name}" if name in _FOLDERS else f"mlpmem_ds.benchmarks.{name}"
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -22,6 +22,7 @@ FRONT_ENDS = sorted(
 # What each needs to get as far as looking at its inputs, with one of them missing.
 MISSING_INPUT = {
     "tools/prepare_corpus.py": ["--input", "MISSING", "--tokenizer", "train:300", "--output", "OUT"],
+    "tools/fit_scaling.py": ["--reports", "MISSING", "--output", "OUT"],
     "tools/fetch_base.py": ["--gguf", "MISSING", "--output", "OUT"],
     "tools/train_base.py": ["--corpus", "MISSING", "--output", "OUT"],
     "tools/train_baseline.py": [

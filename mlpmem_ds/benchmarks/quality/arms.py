@@ -1,0 +1,120 @@
+"""Part of `quality`: the trained arms by name, what the trainers are given and what the page says of them.
+
+The flags that decide size and length are the preset's (presets.py), alike for all arms of a kind; here are
+those in which the arms differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SUBJECT = "memory"
+"""the memory of the default recipe: --memory of evaluate, under a gate and in a bank"""
+BASE, KNN, KNN_INDEX = "base", "base+knn_exact", "base+knn_ivfpq"
+MEMORY, CE_ONLY = f"base+{SUBJECT}", f"base+{SUBJECT}_ce"
+GATE, BANK = f"base+{SUBJECT}+gate", "base+bank+gate"
+CONTINUED = "continued"
+BEST_MEMORIES = (GATE, MEMORY)
+"""the arm that stands for the memory in comparisons: the first that there is"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryArm:
+    """A memory: flags of `train`."""
+
+    flags: tuple[str, ...]
+    description: str
+    """for the page: no capital at its start, no full stop at its end"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArm:
+    """A language model in place of the base: flags of `train_baseline`."""
+
+    flags: tuple[str, ...]
+    description: str
+    is_of_equal_time: bool = False
+    """it gets the seconds that keys, index, targets and the subject took"""
+    matches_memory: bool = False
+    """it has as many parameters more as the subject"""
+    package: str | None = None
+    """that it needs"""
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether its package is installed."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+_BEST = ("--select", "best")
+_PAPER = ("--recipe", "paper", "--learning-rate", "2e-3")  # its own rate is that of a billion parameters
+
+MEMORIES: Mapping[str, MemoryArm] = {
+    SUBJECT: MemoryArm(
+        flags=(*_BEST, "--start", "base", "--alpha", "0.5", "--ce-through", "plain"),
+        description="memory that started as the base; half KL to the retriever, half cross entropy",
+    ),
+    "memory_ce": MemoryArm(
+        flags=(*_BEST, "--start", "base", "--alpha", "0"),
+        description="the same without the retriever: cross entropy alone",
+    ),
+    "paper": MemoryArm(
+        flags=(*_BEST, *_PAPER),
+        description="memory by the published recipe: random start, .4 KL, .6 cross entropy",
+    ),
+    "paper_ce": MemoryArm(
+        flags=(*_BEST, *_PAPER, "--alpha", "0"),
+        description="the published recipe without the retriever",
+    ),
+    "paper_permuted": MemoryArm(
+        flags=(*_BEST, *_PAPER, "--control", "permuted-targets"),
+        description="the published recipe with the retriever's answers to other positions",
+    ),
+    "paper_random": MemoryArm(
+        flags=(*_PAPER, "--control", "random-memory"),
+        description="a memory that was not trained",
+    ),
+}
+MODELS: Mapping[str, ModelArm] = {
+    CONTINUED: ModelArm(
+        flags=("--kind", "continued"),
+        description="the base trained on the same text, all weights, to its best tuning perplexity",
+    ),
+    "continued_equal_time": ModelArm(
+        flags=(
+            *("--kind", "continued", "--early-stopping-patience", "none", "--select", "best"),
+            *("--schedule", "constant", "--epochs", "1000", "--warmup-fraction", "0.0005"),
+        ),
+        description="the base trained on for the seconds of keys, index, targets and memory",
+        is_of_equal_time=True,
+    ),
+    "lora": ModelArm(
+        flags=("--kind", "lora"),
+        description="low-rank matrices of as many parameters as the memory (peft), to their best",
+        matches_memory=True,
+        package="peft",
+    ),
+    "bigger": ModelArm(
+        flags=("--kind", "bigger"),
+        description="a decoder of the size of base and memory together, from scratch on this text",
+        matches_memory=True,
+    ),
+}
+_UNTRAINED = {
+    BASE: "the frozen language model alone",
+    KNN: "kNN-LM: the base mixed with a search of all keys; k, temperature and λ tuned",
+    KNN_INDEX: "the same by an IVF-PQ index",
+    GATE: "`base+memory` with a gate: λ of each token, fitted to tuning splits of both texts",
+    BANK: "both texts' memories at once under one gate",
+}
+
+
+def description_of(name: str) -> str:
+    """Of an arm by its name in the report: `base`, `base+NAME` or NAME. Raises KeyError."""
+    if name in _UNTRAINED:
+        return _UNTRAINED[name]
+    arm = name.removeprefix("base+")
+    description = MODELS[arm].description if arm in MODELS else MEMORIES[arm].description
+    return description if arm in MODELS else f"the base mixed with a {description}".replace("a the", "the")

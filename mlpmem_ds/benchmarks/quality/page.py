@@ -1,0 +1,320 @@
+"""Part of `quality`: the results of all presets → docs/RESULTS.md, for a sceptic who has three minutes.
+
+The page is made anew from the JSON files in the folder `results` next to it, so that runs of different days
+stand on one page.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mlpmem_ds.benchmarks.quality.arms import BANK, BASE, BEST_MEMORIES, CONTINUED, KNN, MODELS
+from mlpmem_ds.benchmarks.quality.plots import plot_changes
+from mlpmem_ds.benchmarks.quality.results import (
+    ArmRow,
+    QualityResult,
+    RatioResult,
+    TextResult,
+    read_result,
+    write_result,
+)
+from mlpmem_ds.benchmarks.scaling.results import (
+    ScalingResult,
+    plot_scaling,
+    read_scaling,
+    scaling_table,
+    write_scaling,
+)
+from mlpmem_ds.core.files import publish_bytes
+from mlpmem_ds.stages.report.table import markdown_table
+from mlpmem_ds.stages.report.words import interval_text, percent_text
+
+_WIDTH = 98
+_ORDER = ("real", "small", "tiny")
+_FOLDER, _SCALING = "results", "scaling.json"
+
+
+def publish_page(page: Path, result: QualityResult) -> None:
+    """Keep this result next to the page, in place of the preset's former one, and write the page anew."""
+    folder = page.parent / _FOLDER
+    folder.mkdir(exist_ok=True)
+    write_result(folder / f"{result.preset}.json", result)
+    plot_changes(result, folder / f"{result.preset}.png")
+    _write_page(page)
+
+
+def publish_scaling(page: Path, result: ScalingResult) -> None:
+    """The same with a result of fit_scaling."""
+    folder = page.parent / _FOLDER
+    folder.mkdir(exist_ok=True)
+    write_scaling(folder / _SCALING, result)
+    plot_scaling(result, folder / "scaling.png")
+    _write_page(page)
+
+
+def _write_page(page: Path) -> None:
+    folder = page.parent / _FOLDER
+    results = [read_result(path) for path in sorted(folder.glob("*.json")) if path.name != _SCALING]
+    scaling = read_scaling(folder / _SCALING) if (folder / _SCALING).is_file() else None
+    publish_bytes(page, render_page(results, scaling).encode())
+
+
+def render_page(results: Sequence[QualityResult], scaling: ScalingResult | None = None) -> str:
+    """The page: in short, a section a preset, scaling, how it was measured, how to rerun."""
+    results = sorted(results, key=lambda result: _rank(result.preset))
+    parts = [
+        "# Results: is the memory worth its parameters?",
+        _paragraph(
+            "Written by `tools/bench.py quality`, from the JSON files in `docs/results/`; not by hand. Every"
+            " number is of text that no arm was trained on, everything that is chosen (λ, temperature,"
+            " neighbours, gate, epochs) was chosen on other text, and arms that beat the memory are in the"
+            " same tables."
+        ),
+        "## In three minutes",
+        _overview(results),
+        *_claims(results),
+        *(part for result in results for part in _section(result)),
+        *([] if scaling is None else _scaling_section(scaling)),
+        *_method(),
+        *_rerun(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rank(preset: str) -> int:
+    return _ORDER.index(preset) if preset in _ORDER else len(_ORDER)
+
+
+def _overview(results: Iterable[QualityResult]) -> str:
+    """A line a preset and text."""
+    header = [
+        "preset, text",
+        "base",
+        "kNN-LM",
+        "memory",
+        "base trained on",
+        "other text: memory",
+        "trained on",
+    ]
+    lines = []
+    for result in results:
+        for text in result.texts:
+            rows = {row.arm: row for row in text.rows}
+            memory = next((rows[arm] for arm in BEST_MEMORIES if arm in rows), None)
+            continued = rows.get(CONTINUED)
+            lines.append(
+                [
+                    f"{result.preset}: {text.title}",
+                    f"{rows[BASE].ppl:.2f}",
+                    _change_text(rows.get(KNN)),
+                    _change_text(memory),
+                    _change_text(continued),
+                    percent_text(None if memory is None else memory.other_change),
+                    percent_text(None if continued is None else continued.other_change),
+                ]
+            )
+    return markdown_table(header, lines)
+
+
+def _change_text(row: ArmRow | None) -> str:
+    return "–" if row is None else f"{row.ppl:.2f} ({percent_text(row.change)})"
+
+
+def _claims(results: Sequence[QualityResult]) -> list[str]:
+    """What holds, what does not, what cannot be said: a sentence each, over all goals."""
+    found = [(result.preset, ratio) for result in results for ratio in result.ratios]
+    kinds = (
+        ("**Holds**, in the whole interval", lambda ratio: ratio.is_clear and ratio.is_met),
+        ("**Does not hold**, nowhere in the interval", lambda ratio: ratio.is_clear and not ratio.is_met),
+        ("**Cannot be said**, the interval has both", lambda ratio: not ratio.is_clear),
+    )
+    return [
+        _paragraph(f"{title}: {_claim_text([one for one in found if belongs(one[1])])}.")
+        for title, belongs in kinds
+    ]
+
+
+def _claim_text(found: Sequence[tuple[str, RatioResult]]) -> str:
+    """Each ratio once, with its goal and where it was found."""
+    by_name: dict[str, list[tuple[str, RatioResult]]] = {}
+    for preset, ratio in found:
+        by_name.setdefault(ratio.name, []).append((preset, ratio))
+    parts = []
+    for ratios in by_name.values():
+        first = ratios[0][1]
+        places = ", ".join(f"{ratio.value:.3f} ({preset}, {ratio.text} text)" for preset, ratio in ratios)
+        parts.append(f"{first.meaning}, goal {first.goal}: {places}")
+    return "; ".join(parts) or "nothing"
+
+
+def _section(result: QualityResult) -> list[str]:
+    minutes = sum(result.job_seconds.values()) / 60
+    parts = [
+        f"## Preset {result.preset}",
+        _paragraph(
+            f"Base: {result.base}. {result.seeds} seeds of every trained arm, on {result.machine},"
+            f" {result.date}; {minutes:,.0f} minutes of jobs in all."
+        ),
+        f"![change of perplexity by arm]({_FOLDER}/{result.preset}.png)",
+    ]
+    for text in result.texts:
+        parts += _text_section(text)
+    rows = {row.arm: row for text in result.texts for row in text.rows}
+    parts += ["### The arms", "\n".join(_item(f"`{row.arm}`: {row.description}") for row in rows.values())]
+    if result.left_out:
+        named = ", ".join(f"`{arm}` ({MODELS[arm].package})" for arm in result.left_out)
+        parts.append(_paragraph(f"Left out, because a package was not installed: {named}."))
+    parts += ["### Ratios", _ratio_table(result.ratios)]
+    return parts
+
+
+def _text_section(text: TextResult) -> list[str]:
+    tested = (
+        f"{text.positions.get('train', 0):,} tokens to learn from, {text.positions.get('tuning', 0):,} to"
+        f" choose on, {text.positions['test']:,} in {text.documents} documents to test on."
+    )
+    if text.other is not None:
+        tested += f" The column *other text* is {text.other}, at the choices made here."
+    return [
+        f"### {text.name.capitalize()} text: {text.title}",
+        _paragraph(tested),
+        _table(text),
+        *_better_than_memory(text),
+    ]
+
+
+def _table(text: TextResult) -> str:
+    header = ["arm", "ppl", "change", "95 % interval", "bits/byte", "ECE", "λ", "other text", "M params", "s"]
+    lines = [
+        [
+            f"`{row.arm}`",
+            f"{row.ppl:.2f}" if row.ppl < 1000 else f"{row.ppl:,.0f}",
+            percent_text(row.change),
+            interval_text(row.interval),
+            f"{row.bits_per_byte:.3f}",
+            f"{row.calibration_error:.3f}",
+            " ".join(f"{lmbda:g}" for lmbda in dict.fromkeys(row.lambdas)) or "–",
+            percent_text(row.other_change),
+            f"{row.parameters / 1e6:.1f}",
+            "–" if row.seconds is None else f"{row.seconds:,.0f}",
+        ]
+        for row in text.rows
+    ]
+    return markdown_table(header, lines)
+
+
+def _better_than_memory(text: TextResult) -> list[str]:
+    """The arms of the table to which the memory loses, by name."""
+    rows = {row.arm: row for row in text.rows}
+    memory = next((rows[arm] for arm in BEST_MEMORIES if arm in rows), None)
+    if memory is None:
+        return []
+    better = [row for row in text.rows if row.ppl < memory.ppl and row.arm not in (*BEST_MEMORIES, BANK)]
+    named = ", ".join(f"`{row.arm}` ({row.ppl:.2f})" for row in better)
+    return [_paragraph(f"Better than `{memory.arm}` ({memory.ppl:.2f}) on this text: {named or 'no arm'}.")]
+
+
+def _ratio_table(ratios: Sequence[RatioResult]) -> str:
+    lines = [
+        [
+            f"`{ratio.name}`",
+            ratio.text,
+            f"{ratio.value:.3f}",
+            f"{ratio.interval[0]:.3f} … {ratio.interval[1]:.3f}",
+            " ".join(f"{value:.3f}" for value in ratio.by_seed),
+            ratio.goal,
+            ("yes" if ratio.is_met else "no") + ("" if ratio.is_clear else ", not clear"),
+        ]
+        for ratio in ratios
+    ]
+    return markdown_table(["ratio", "text", "value", "95 % interval", "by seed", "goal", "met"], lines)
+
+
+def _scaling_section(scaling: ScalingResult) -> list[str]:
+    return [
+        "## Parameters and compute: decoder alone, decoder with memory",
+        _paragraph(
+            f"Power laws of the loss in nats (log perplexity), on {scaling.text}; {scaling.machine},"
+            f" {scaling.date}. Held equal: {scaling.held_equal}. Compute is counted: 6 operations a parameter"
+            " and learnt token, 2 where a model only reads. Intervals are over draws of whole documents"
+            f" ({scaling.documents} of them) and cover neither seeds nor other sizes; with so few sizes an"
+            " exponent describes them, and is no law."
+        ),
+        f"![perplexity over parameters and compute]({_FOLDER}/scaling.png)",
+        scaling_table(scaling),
+    ]
+
+
+def _method() -> list[str]:
+    return [
+        "## How it was measured",
+        "\n".join(
+            map(
+                _item,
+                (
+                    "**Perplexity** is exp of the mean over seeds of the nats a token; bits per byte count"
+                    " the bytes of the text, so that vocabularies compare.",
+                    "**Intervals.** Within a seed, whole documents are drawn again 2,000 times, the same ones"
+                    " for both arms; the 2.5 and 97.5 percentiles are that seed's interval. The interval that"
+                    " stands here reaches from the lowest end of any seed to the highest. So it covers other"
+                    " documents of the kind, and what the trainings differed by. The base is one: it does not"
+                    " cover another base.",
+                    "**Seeds** change the initial weights and the order of each trained arm. The base, the"
+                    " keys, the index and the targets are made once.",
+                    "**Equal.** All memories of a text have the same shape, steps and batches. Models that"
+                    " are trained instead stop at their best tuning perplexity; `continued_equal_time` gets"
+                    " the seconds of keys, index, targets and memory together, `lora` and `bigger` as many"
+                    " parameters as the memory. All keep the weights of their best validation on the tuning"
+                    " split. What is not equal stands in the last columns: parameters with the base's, and"
+                    " seconds beyond the base, on a machine that runs several jobs at once.",
+                    "**The gate** is fitted to the tuning splits of both texts; the fixed λ to that of the"
+                    " arm's own text. The column *other text* keeps both as they are.",
+                    "**All memories read the last layer's output**, so that one extraction serves all of"
+                    " them; the published recipe reads the input of the last layer's MLP.",
+                    "**ECE** is the expected calibration error of the base's likeliest token (of a model that"
+                    " stands alone, of its own).",
+                    "**Gains** in ratios are differences of perplexity from the base.",
+                ),
+            )
+        ),
+    ]
+
+
+def _rerun(results: Sequence[QualityResult]) -> list[str]:
+    lines = []
+    for preset in ("tiny", "small", "real"):
+        found = next((result for result in results if result.preset == preset), None)
+        flags = {} if found is None else dict(found.settings)
+        flags.pop("preset", None)
+        if flags.get("seeds") == "3":
+            del flags["seeds"]
+        if preset == "real":
+            flags.setdefault("base", "DIR")
+        words = "".join(f" --{name} {value}" for name, value in flags.items())
+        output = f"--output runs/quality-{preset} --page docs/RESULTS.md"
+        lines.append(f"python tools/bench.py quality --preset {preset}{words} \\\n    {output}")
+    return [
+        "## How to rerun it",
+        "```bash\n" + "\n".join(lines) + "\n```",
+        _paragraph(
+            "tiny takes about 15 minutes on two cores, small 2 hours, real 3 hours. Interrupted, the same"
+            " command continues. `quality.json` in the output has all numbers of this page, by seed."
+        ),
+    ]
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent="- ",
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,272 @@
+"""Part of `quality`: a preset → its jobs and the reports that they leave, in the order in which they run.
+
+texts ─▶ base ─▶ for each text: keys ─▶ index ─▶ targets           once, for all arms and seeds
+                   for each seed: memories, models                   each on one text
+                     ─▶ a gate over the subject, fitted to both texts; one over both subjects, the bank
+                     ─▶ report of the text's arms on its test split  (seed 0: the kNN arms too)
+                     ─▶ report of the new domain's arms on the general text, at the same λ and gate
+                     ─▶ report of the bank on each text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mlpmem_ds.benchmarks.quality.arms import MEMORIES, MODELS, SUBJECT
+from mlpmem_ds.benchmarks.quality.jobs import Job
+from mlpmem_ds.benchmarks.quality.presets import Preset, Text
+from mlpmem_ds.core.shipped import ds_configs
+
+TextName = Literal["general", "domain"]
+TEXTS: tuple[TextName, ...] = ("general", "domain")
+_STAGES = ("keys", "index", "targets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportPlace:
+    """A report that the plan leaves: the arms of one text and seed, tested on this or the other text."""
+
+    trained_on: TextName | Literal["bank"]
+    tested_on: TextName
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its job, below the output."""
+        other = "" if self.trained_on == self.tested_on else f"_on_{self.tested_on}"
+        return f"{self.trained_on}/report{other}-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All jobs, each after those that it needs, and the reports among them."""
+
+    jobs: tuple[Job, ...]
+    reports: tuple[ReportPlace, ...]
+    left_out: tuple[str, ...]
+    """arms of the preset whose package is missing"""
+
+
+def make_plan(preset: Preset, root: Path, *, num_seeds: int, base: str | None) -> Plan:
+    """The jobs of a preset below `root`; `base` in place of one that is trained."""
+    planner = _Planner(preset=preset, root=root, given_base=base)
+    planner.add_corpora()
+    planner.add_base()
+    for text in TEXTS:
+        planner.add_datastore(text)
+    for seed in range(num_seeds):
+        for text in TEXTS:
+            planner.add_trainings(text, seed)
+    for seed in range(num_seeds):
+        planner.add_gates(seed)
+        planner.add_reports(seed)
+    arms = [arm for text in TEXTS for arm in planner.text(text).arms]
+    left_out = {arm: None for arm in arms if arm in MODELS and not MODELS[arm].is_possible}
+    return Plan(jobs=tuple(planner.jobs), reports=tuple(planner.reports), left_out=tuple(left_out))
+
+
+@dataclass(kw_only=True)
+class _Planner:
+    """Collects jobs; a method adds those of one step."""
+
+    preset: Preset
+    root: Path
+    given_base: str | None
+    jobs: list[Job] = field(default_factory=list)
+    reports: list[ReportPlace] = field(default_factory=list)
+
+    def text(self, name: TextName) -> Text:
+        return self.preset.general if name == "general" else self.preset.domain
+
+    def add_corpora(self) -> None:
+        tokenizer = self.given_base or f"train:{self.preset.vocab_size}"
+        self._add_corpus("general", tokenizer, needs=())
+        if self.given_base is None:  # one vocabulary for both texts
+            tokenizer = self._at("general/corpus/tokenizer")
+        self._add_corpus("domain", tokenizer, needs=() if self.given_base else ("general/corpus",))
+
+    def _add_corpus(self, name: TextName, tokenizer: str, needs: tuple[str, ...]) -> None:
+        preset, text = self.preset, self.text(name)
+        self._add(
+            f"{name}/corpus",
+            *("prepare-corpus", "--input", *text.inputs, *text.flags, "--tokenizer", tokenizer),
+            *("--block-size", preset.block_size, "--stride", preset.stride),
+            *("--tuning-fraction", text.tuning_fraction, "--test-fraction", text.test_fraction),
+            *("--max-bytes", f"{text.max_bytes:g}", "--processes", 1),
+            needs=needs,
+        )
+
+    def add_base(self) -> None:
+        if self.given_base is None:
+            assert self.preset.base is not None
+            words = ("train-base", *self._trainer, "--corpus", self._at("general/corpus"))
+            self._add("base", *words, *self.preset.base, needs=("general/corpus",))
+
+    def add_datastore(self, text: TextName) -> None:
+        """All memories read the last layer's output: one extraction serves them, and one set of targets."""
+        corpus, preset, keys = f"{text}/corpus", self.preset, ("--keys", self._at(f"{text}/keys"))
+        self._add(
+            f"{text}/keys",
+            *("extract-keys", "--model", self._base, "--corpus", self._at(corpus)),
+            *("--input-point", "layer_output", "--unit-positions", 16384),
+            needs=(corpus, *self._base_job),
+        )
+        self._add(f"{text}/index", "build-index", *keys, needs=(f"{text}/keys",))
+        self._add(
+            f"{text}/targets",
+            *("write-targets", *keys, "--index", self._at(f"{text}/index"), "--corpus", self._at(corpus)),
+            *("--k", preset.k, "--neighbour-perplexity", preset.neighbour_perplexity),
+            *("--exclude", "same-document", "--shard-positions", 32768),
+            needs=(f"{text}/index",),
+        )
+
+    def add_trainings(self, text: TextName, seed: int) -> None:
+        for arm in self._arms(text):
+            if arm in MEMORIES:
+                self._add_memory(text, arm, seed)
+        for arm in self._arms(text):
+            if arm in MODELS:
+                self._add_model(text, arm, seed)
+
+    def _add_memory(self, text: TextName, arm: str, seed: int) -> None:
+        self._add(
+            _trained(text, arm, seed),
+            *("train", *self._trainer, "--corpus", self._at(f"{text}/corpus"), "--model", self._base),
+            *("--keys", self._at(f"{text}/keys"), "--targets", self._at(f"{text}/targets")),
+            *("--seed", seed, *self.preset.memory, *MEMORIES[arm].flags),
+            needs=(f"{text}/targets",),
+        )
+
+    def _add_model(self, text: TextName, arm: str, seed: int) -> None:
+        kind, subject = MODELS[arm], _trained(text, SUBJECT, seed)
+        budget_of = (*(f"{text}/{stage}" for stage in _STAGES), subject) if kind.is_of_equal_time else ()
+        size = ("--match-memory", self._at(subject)) if kind.matches_memory else ()
+        needs = (f"{text}/corpus", *self._base_job, *budget_of, *((subject,) if size else ()))
+        self._add(
+            _trained(text, arm, seed),
+            *(
+                "train-baseline",
+                *self._trainer,
+                "--corpus",
+                self._at(f"{text}/corpus"),
+                "--model",
+                self._base,
+            ),
+            *("--seed", seed, *self.preset.models, *kind.flags, *size),
+            needs=needs,
+            budget_of=budget_of,
+        )
+
+    def add_gates(self, seed: int) -> None:
+        """One for each text's subject, fitted to both texts, and one for both subjects."""
+        subjects = {text: _trained(text, SUBJECT, seed) for text in TEXTS}
+        corpora = {text: self._at(f"{text}/corpus") for text in TEXTS}
+        for text in TEXTS:
+            self._add(
+                f"{text}/gate-{seed}",
+                *("fit-gate", "--model", self._base, "--memory", self._at(subjects[text])),
+                *("--corpus", corpora[text], "--general", corpora[_other(text)], "--seed", seed),
+                needs=(subjects[text], "general/corpus", "domain/corpus"),
+            )
+        self._add(
+            f"bank/gate-{seed}",
+            *("fit-gate", "--model", self._base, "--memory", *self._bank(seed)),
+            *("--corpus", *corpora.values(), "--seed", seed),
+            needs=(*subjects.values(), "general/corpus", "domain/corpus"),
+        )
+
+    def add_reports(self, seed: int) -> None:
+        for text in TEXTS:
+            own = ReportPlace(trained_on=text, tested_on=text, seed=seed)
+            self._add_report(own, (), needs=())
+        own = ReportPlace(trained_on="domain", tested_on="domain", seed=seed)
+        on_general = ReportPlace(trained_on="domain", tested_on="general", seed=seed)
+        self._add_report(on_general, ("--choices-from", self._at(own.name)), needs=(own.name,))
+        for text in TEXTS:
+            self._add_bank_report(ReportPlace(trained_on="bank", tested_on=text, seed=seed))
+
+    def _add_report(self, place: ReportPlace, flags: Sequence[str], needs: tuple[str, ...]) -> None:
+        text, seed = place.trained_on, place.seed
+        assert text != "bank"
+        jobs = {arm: _trained(text, arm, seed) for arm in self._arms(text)}
+        gate = f"{text}/gate-{seed}"
+        controls = [
+            f"{'base+' if arm in MEMORIES else ''}{arm}={self._at(job)}"
+            for arm, job in jobs.items()
+            if arm != SUBJECT
+        ]
+        datastore: tuple[object, ...] = ()
+        if seed == 0 and place.tested_on == text:
+            datastore = tuple(word for name in _STAGES for word in (f"--{name}", self._at(f"{text}/{name}")))
+            datastore += ("--k", self.preset.k)
+        self._add_evaluation(
+            place,
+            *("--memory", self._at(jobs[SUBJECT]), "--gate", self._at(gate)),
+            *(("--control", *controls) if controls else ()),
+            *(*datastore, *flags),
+            needs=(*jobs.values(), gate, *needs),
+        )
+
+    def _add_bank_report(self, place: ReportPlace) -> None:
+        gate = f"bank/gate-{place.seed}"
+        flags = ("--memory", *self._bank(place.seed), "--gate", self._at(gate))
+        self._add_evaluation(place, *flags, needs=(gate,))
+
+    def _add_evaluation(self, place: ReportPlace, *flags: object, needs: tuple[str, ...]) -> None:
+        corpus = f"{place.tested_on}/corpus"
+        self._add(
+            place.name,
+            *("evaluate", "--model", self._base, "--corpus", self._at(corpus)),
+            *flags,
+            *("--speed-positions", "none", "--samples", 0),
+            needs=(corpus, *needs),
+        )
+        self.reports.append(place)
+
+    def _bank(self, seed: int) -> list[str]:
+        """Both subjects as --memory takes them."""
+        return [f"{text}={self._at(_trained(text, SUBJECT, seed))}" for text in TEXTS]
+
+    def _arms(self, text: TextName) -> list[str]:
+        """Those of the preset that can be trained here."""
+        return [arm for arm in self.text(text).arms if arm not in MODELS or MODELS[arm].is_possible]
+
+    @property
+    def _trainer(self) -> tuple[str, str]:
+        return ("--ds_config", str(ds_configs() / "cpu.json"))
+
+    @property
+    def _base(self) -> str:
+        return self.given_base or self._at("base")
+
+    @property
+    def _base_job(self) -> tuple[str, ...]:
+        return () if self.given_base else ("base",)
+
+    def _at(self, name: str) -> str:
+        return str(self.root / name)
+
+    def _add(
+        self, name: str, command: str, *flags: object, needs: tuple[str, ...], budget_of: tuple[str, ...] = ()
+    ) -> None:
+        self.jobs.append(
+            Job(
+                name=name,
+                words=(command, *map(str, flags)),
+                needs=needs,
+                budget_of=budget_of,
+                expected_seconds=self.preset.seconds.get(command, 0.0),
+            )
+        )
+
+
+def _trained(text: TextName, arm: str, seed: int) -> str:
+    """The job that trains an arm on a text."""
+    return f"{text}/{arm}-{seed}"
+
+
+def _other(text: TextName) -> TextName:
+    return "general" if text == "domain" else "domain"

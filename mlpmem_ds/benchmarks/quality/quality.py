@@ -1,0 +1,144 @@
+"""Benchmark `quality`: **is the memory worth its parameters?** From text to a table, with controls and seeds.
+
+A preset names two texts, a base and arms; every trained arm is trained with several seeds, everything that is
+chosen is chosen off the test split, and arms that win against the memory stand in the same table. Started
+again, the same command continues: a job is a stage, and a stage continues in its units.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from mlpmem_ds.benchmarks.common import describe_machine, describe_versions
+from mlpmem_ds.benchmarks.quality.figures import text_result
+from mlpmem_ds.benchmarks.quality.jobs import JobRunner, runner_of
+from mlpmem_ds.benchmarks.quality.page import publish_page
+from mlpmem_ds.benchmarks.quality.plan import TEXTS, Plan, make_plan
+from mlpmem_ds.benchmarks.quality.presets import PRESETS, Preset
+from mlpmem_ds.benchmarks.quality.results import FILE_NAME, QualityResult, write_result
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+
+_logger = logging.getLogger("mlpmem_ds.benchmarks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
+
+    tiny takes about 15 minutes on two cores, small 2 hours, real (a pretrained --base) 3 hours. The same
+    command continues what was interrupted.
+    """
+
+    example: ClassVar[str] = "python tools/bench.py quality --preset tiny --output runs/quality-tiny"
+
+    output: Path = option("directory of all stages, and of quality.json")
+    preset: Literal["tiny", "small", "real"] = option("which texts, base and arms", "tiny")
+    base: str | None = option("with real: the pretrained base, a directory or Hub name", None)
+    general: tuple[str, ...] = option(
+        "text that the base is for (small: it is trained on it), in place of the preset's", (), metavar="PATH"
+    )
+    domain: tuple[str, ...] = option(
+        "text that is new to the base, in place of the preset's", (), metavar="PATH"
+    )
+    seeds: int = option("trainings of each trained arm", 3, at_least=1)
+    jobs: int | None = option("stages that run at once (default: the machine's cores)", None, at_least=1)
+    page: Path | None = option(
+        "page to write too, such as docs/RESULTS.md: of this result and of the other presets' in the folder"
+        " results next to it",
+        None,
+    )
+
+    def check(self) -> None:
+        if (self.preset == "real") != (self.base is not None):
+            raise UserError(
+                f"--preset {self.preset} trains its own base: leave out --base, or choose --preset real"
+                if self.base is not None
+                else "--preset real needs --base, a directory or Hub name of a pretrained model"
+            )
+
+
+def run(config: Config, world: World) -> None:
+    """Do what is missing of a preset, and write quality.json and the page."""
+    preset = _with_texts(PRESETS[config.preset], config)
+    run_preset(preset, config)
+
+
+def run_preset(preset: Preset, config: Config) -> QualityResult:
+    """The same with any preset.
+
+    Raises:
+        UserError: --output is a file, or a job failed.
+    """
+    if config.output.is_file():
+        raise UserError(f"--output {config.output} is a file: name a directory, such as runs/quality")
+    if config.page is not None and not config.page.parent.is_dir():
+        raise UserError(f"--page {config.page}: {config.page.parent} does not exist; make it first")
+    root = config.output.absolute()
+    plan = make_plan(preset, root, num_seeds=config.seeds, base=config.base)
+    runner = runner_of(root, config.jobs)
+    runner.run(plan.jobs)
+    result = collect(preset, plan, runner, config)
+    write_result(root / FILE_NAME, result)
+    if config.page is not None:
+        publish_page(config.page, result)
+        _logger.info("the page is %s", config.page)
+    return result
+
+
+def collect(preset: Preset, plan: Plan, runner: JobRunner, config: Config) -> QualityResult:
+    """The result of a plan whose jobs are complete."""
+    texts, ratios = [], []
+    by_name = {"general": preset.general, "domain": preset.domain}
+    for name in TEXTS:
+        (other,) = (text for key, text in by_name.items() if key != name)
+        result, found = text_result(name, by_name[name], other, plan, runner.root)
+        texts.append(result)
+        ratios += found
+    machine = describe_machine()
+    return QualityResult(
+        preset=preset.name,
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        machine=f"{machine['processor']}, {machine['cores']} cores, {runner.at_once} jobs at once",
+        versions=describe_versions(),
+        settings=_settings(config),
+        seeds=config.seeds,
+        left_out=plan.left_out,
+        base=_describe_base(preset, config),
+        texts=tuple(texts),
+        ratios=tuple(ratios),
+        job_seconds={job.name: runner.seconds(job) or 0.0 for job in plan.jobs},
+    )
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """The flags that say how it was run, without places on this machine."""
+    flags = {"preset": config.preset, "seeds": str(config.seeds)}
+    for name in ("general", "domain"):
+        if paths := getattr(config, name):
+            flags[name] = " ".join(Path(path).name for path in paths)
+    return flags | ({} if config.base is None else {"base": Path(config.base).name})
+
+
+def _describe_base(preset: Preset, config: Config) -> str:
+    if preset.base_title is not None:
+        return preset.base_title
+    return f"`{Path(str(config.base)).name}`, pretrained by others"
+
+
+def _with_texts(preset: Preset, config: Config) -> Preset:
+    """The preset with the texts that flags name."""
+    if config.general:
+        title = f"`{', '.join(Path(path).name for path in config.general)}`"
+        preset = replace(
+            preset, general=replace(preset.general, title=title, inputs=config.general, flags=())
+        )
+    if config.domain:
+        title = f"`{', '.join(Path(path).name for path in config.domain)}`"
+        preset = replace(preset, domain=replace(preset.domain, title=title, inputs=config.domain, flags=()))
+    return preset

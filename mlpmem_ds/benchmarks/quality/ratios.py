@@ -1,0 +1,148 @@
+"""Part of `quality`: the ratios that say whether the memory is worth its parameters, each with its goal.
+
+A gain is perplexity of the base less perplexity of the arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mlpmem_ds.benchmarks.quality.arms import BANK, BASE, CE_ONLY, CONTINUED, GATE, KNN, MEMORY
+from mlpmem_ds.benchmarks.quality.bootstrap import ArmSums, Array, estimate
+from mlpmem_ds.benchmarks.quality.results import RatioResult
+
+Ppl = Callable[[str], Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """One ratio: what is computed of which arms, on which text, and what it should be."""
+
+    name: str
+    figure: Callable[[Ppl], Array]
+    arms: tuple[str, ...]
+    """that the figure reads; without one of them the ratio is left out"""
+    goal: float
+    direction: Literal["at least", "at most"]
+    meaning: str
+    """for the page"""
+    is_of_other: bool = False
+    """whether it is taken on the other text than that of the training"""
+
+    def result(self, tested: ArmSums, text: str) -> RatioResult | None:
+        """None where an arm is missing."""
+        if not all(arm in tested.sums for arm in self.arms):
+            return None
+        found = estimate(tested, self.figure, self.arms)
+        meets = [self._meets(value) for value in (found.value, *found.interval)]
+        return RatioResult(
+            name=self.name,
+            text=text,
+            value=found.value,
+            interval=found.interval,
+            by_seed=found.by_seed,
+            goal=f"{self.direction} {self.goal:g}",
+            is_met=meets[0],
+            is_clear=len(set(meets)) == 1,
+            meaning=self.meaning,
+        )
+
+    def _meets(self, value: float) -> bool:
+        return value >= self.goal if self.direction == "at least" else value <= self.goal
+
+
+def gain_share(ppl: Ppl, arm: str, of: str) -> Array:
+    """Gain of an arm over that of another; NaN where the other gains nothing."""
+    gain, reference = ppl(BASE) - ppl(arm), ppl(BASE) - ppl(of)
+    shares: Array = np.where(reference > 0, gain / np.where(reference > 0, reference, 1.0), np.nan)
+    return shares
+
+
+def _quotient(arm: str, of: str) -> Callable[[Ppl], Array]:
+    return lambda ppl: ppl(arm) / ppl(of)
+
+
+def _share(arm: str, of: str) -> Callable[[Ppl], Array]:
+    return lambda ppl: gain_share(ppl, arm, of)
+
+
+RATIOS: tuple[Ratio, ...] = (
+    Ratio(
+        name="recovered_share",
+        figure=_share(MEMORY, KNN),
+        arms=(BASE, MEMORY, KNN),
+        goal=1.0,
+        direction="at least",
+        meaning="gain of the memory over that of exact kNN-LM with k, T and λ tuned",
+    ),
+    Ratio(
+        name="memory_gain_over_ce_only_gain",
+        figure=_share(MEMORY, CE_ONLY),
+        arms=(BASE, MEMORY, CE_ONLY),
+        goal=1.0,
+        direction="at least",
+        meaning="gain of the memory over that of the same memory trained without the retriever",
+    ),
+    Ratio(
+        name="gate_ppl_over_best_fixed",
+        figure=_quotient(GATE, MEMORY),
+        arms=(GATE, MEMORY),
+        goal=0.99,
+        direction="at most",
+        meaning="perplexity with the gate over that with the best fixed λ",
+    ),
+    Ratio(
+        name="gate_share_of_new_domain_gain",
+        figure=_share(GATE, MEMORY),
+        arms=(BASE, GATE, MEMORY),
+        goal=1.0,
+        direction="at least",
+        meaning="gain with the gate over that with the best fixed λ",
+    ),
+    Ratio(
+        name="gate_out_of_domain_ppl_over_base",
+        figure=_quotient(GATE, BASE),
+        arms=(GATE, BASE),
+        goal=1.005,
+        direction="at most",
+        meaning="perplexity of the other text with the gate over that of the base alone",
+        is_of_other=True,
+    ),
+    Ratio(
+        name="memory_ppl_over_continued_training",
+        figure=_quotient(GATE, CONTINUED),
+        arms=(GATE, CONTINUED),
+        goal=1.0,
+        direction="at most",
+        meaning="perplexity with gated memory over that of the base trained on to its best",
+    ),
+    Ratio(
+        name="bank_share_of_own_gain",
+        figure=_share(BANK, GATE),
+        arms=(BASE, BANK, GATE),
+        goal=0.95,
+        direction="at least",
+        meaning="gain of the bank of both memories over that of the text's own memory with a gate",
+    ),
+)
+
+
+def ratios_of(own: ArmSums, other: ArmSums | None, text: str) -> list[RatioResult]:
+    """All ratios of one text that its arms allow.
+
+    Args:
+        own: the arms on the text that they were trained on.
+        other: the same on the other text; None where they were not tested there.
+        text: the first one's name.
+    """
+    found = []
+    for ratio in RATIOS:
+        tested = other if ratio.is_of_other else own
+        result = None if tested is None else ratio.result(tested, text)
+        if result is not None:
+            found.append(result)
+    return found

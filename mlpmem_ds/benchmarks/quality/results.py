@@ -1,0 +1,117 @@
+"""Part of `quality`: what a preset found, as records; written as JSON, from which the page is made.
+
+Perplexities are of the test split, at choices made on the tuning split. A change is relative to the base
+(-0.05: five per cent less perplexity). An interval holds every seed's own 95 % interval (figures.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import publish_json, read_json
+from mlpmem_ds.core.typed_json import from_json, to_json
+
+FORMAT, VERSION = "quality", 1
+FILE_NAME = "quality.json"
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRow:
+    """An arm on the text that it was trained on, and what it does to the other text."""
+
+    arm: str
+    description: str
+    seeds: int
+    """trainings of it; 1 for an arm that no seed changes"""
+    ppl: float
+    """exp of the mean over the seeds of the negative log-probability"""
+    ppl_by_seed: tuple[float, ...]
+    change: float | None
+    """None, as the interval, for the base"""
+    interval: Interval | None
+    bits_per_byte: float
+    calibration_error: float
+    lambdas: tuple[float, ...]
+    """chosen, by seed; () for an arm without"""
+    other_change: float | None
+    """on the other text, at the choices made on this one; None where it was not tested there"""
+    other_interval: Interval | None
+    parameters: int
+    """with the base's"""
+    tokens: int | None
+    """read to make it, beyond the base"""
+    seconds: float | None
+    """that its stages took beyond the base, mean over the seeds"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextResult:
+    """One of the texts, and the arms that were trained on it."""
+
+    name: str
+    title: str
+    positions: Mapping[str, int]
+    """of the splits train, tuning, test"""
+    documents: int
+    """of the test split"""
+    other: str | None
+    """title of the other text, of the rows' `other_change`"""
+    rows: tuple[ArmRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioResult:
+    """One ratio on one text."""
+
+    name: str
+    text: str
+    value: float
+    """mean over the seeds"""
+    interval: Interval
+    by_seed: tuple[float, ...]
+    goal: str
+    """in words, such as `at least 1`"""
+    is_met: bool
+    """by the value"""
+    is_clear: bool
+    """the whole interval meets the goal, or none of it"""
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityResult:
+    """All that one preset found."""
+
+    preset: str
+    date: str
+    machine: str
+    versions: Mapping[str, str]
+    settings: Mapping[str, str]
+    """flags of the run, in words"""
+    seeds: int
+    left_out: tuple[str, ...]
+    """arms of the preset whose package was not installed"""
+    base: str
+    """in words"""
+    texts: tuple[TextResult, ...]
+    ratios: tuple[RatioResult, ...]
+    job_seconds: Mapping[str, float]
+
+
+def write_result(path: Path, result: QualityResult) -> None:
+    publish_json(path, {"format": f"mlpmem-{FORMAT}", "version": VERSION, **to_json(result)})
+
+
+def read_result(path: Path) -> QualityResult:
+    """Raises DamagedDataError: missing, of another version, or with a key too many or too few."""
+    fields = read_json(path)
+    found = (fields.pop("format", None), fields.pop("version", None)) if isinstance(fields, dict) else None
+    if found != (f"mlpmem-{FORMAT}", VERSION):
+        raise DamagedDataError(
+            f"{path} is no mlpmem-{FORMAT} of version {VERSION}: run the benchmark again, it writes it anew"
+        )
+    return from_json(QualityResult, fields, where=str(path), version=VERSION)

@@ -1,0 +1,119 @@
+"""`fit_scaling`: perplexity against parameters and against compute, decoder alone and decoder + memory.
+
+Three sizes or more of a base, each with a memory: from reports that there are, or trained here.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from mlpmem_ds.benchmarks.common import describe_machine
+from mlpmem_ds.benchmarks.quality.jobs import runner_of
+from mlpmem_ds.benchmarks.quality.page import publish_scaling
+from mlpmem_ds.benchmarks.quality.presets import PRESETS
+from mlpmem_ds.benchmarks.scaling.points import Point, read_points
+from mlpmem_ds.benchmarks.scaling.power_law import MIN_SIZES
+from mlpmem_ds.benchmarks.scaling.results import (
+    FILE_NAME,
+    PointFigures,
+    ScalingResult,
+    fit_points,
+    plot_scaling,
+    scaling_table,
+    write_scaling,
+)
+from mlpmem_ds.benchmarks.scaling.sizes import SIZES, held_equal, make_jobs
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Fit perplexity to parameters and compute, for a decoder alone and for decoder and memory.
+
+    Power laws of the loss in nats, loss = a x^-b, and with four sizes or more also with a constant that no
+    size removes; exponents with 95 % intervals over documents.
+    """
+
+    example: ClassVar[str] = "python tools/fit_scaling.py --preset tiny --output runs/scaling"
+
+    output: Path = option("directory of scaling.json and scaling.png, and with --preset of all stages")
+    preset: Literal["tiny", "small"] | None = option("train these sizes on the preset's text", None)
+    reports: tuple[Path, ...] = option(
+        "report directories of evaluate, of bases that train_base made, each with --memory, on one text",
+        (),
+        metavar="DIR",
+    )
+    jobs: int | None = option("stages that run at once (default: the machine's cores)", None, at_least=1)
+    page: Path | None = option(
+        "page to write too, such as docs/RESULTS.md: the result goes into the folder results next to it", None
+    )
+
+    def check(self) -> None:
+        if (self.preset is None) == (not self.reports):
+            raise UserError("give either --preset, which trains the sizes, or --reports that there are")
+
+
+def run(config: Config, world: World) -> str:
+    """Train what is missing, fit, write; the tables as text.
+
+    Raises:
+        UserError: a job failed, or the reports are of fewer than three sizes.
+    """
+    if config.output.is_file():
+        raise UserError(f"--output {config.output} is a file: name a directory, such as runs/scaling")
+    root = config.output.absolute()
+    reports, text, equal = list(config.reports), "of the reports", "what the reports' trainings have alike"
+    if config.preset is not None:
+        preset = PRESETS[config.preset]
+        jobs = make_jobs(preset, SIZES[config.preset], root)
+        runner_of(root, config.jobs).run(jobs)
+        reports = [root / size.name / "report" for size in SIZES[config.preset]]
+        text, equal = preset.general.title, held_equal()
+    result = fit_reports(reports, text=text, held_equal=equal)
+    root.mkdir(parents=True, exist_ok=True)
+    write_scaling(root / FILE_NAME, result)
+    plot_scaling(result, root / "scaling.png")
+    if config.page is not None:
+        publish_scaling(config.page, result)
+    return scaling_table(result)
+
+
+def fit_reports(reports: Sequence[Path], *, text: str, held_equal: str) -> ScalingResult:
+    """The fits of these reports; `text` and `held_equal` in words.
+
+    Raises:
+        UserError: they are of fewer than three sizes, or as `points.read_points`.
+    """
+    points = read_points(reports)
+    num_sizes = len(np.unique([point.parameters for point in points if point.arm == points[0].arm]))
+    if num_sizes < MIN_SIZES:
+        raise UserError(
+            f"--reports are of {num_sizes} sizes of base; a power law needs {MIN_SIZES} or more: train"
+            " further sizes"
+        )
+    return ScalingResult(
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        machine=f"{describe_machine()['processor']}",
+        text=text,
+        held_equal=held_equal,
+        documents=len(points[0].positions_M),
+        points=tuple(_figures(point) for point in points),
+        fits=fit_points(points),
+    )
+
+
+def _figures(point: Point) -> PointFigures:
+    return PointFigures(
+        arm=point.arm,
+        parameters=point.parameters,
+        compute=point.compute,
+        ppl=float(np.exp(point.loss)),
+    )

@@ -1,0 +1,115 @@
+"""The runner of jobs, with a child that leaves what a stage leaves: order, resumption, budgets, failures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.benchmarks.quality.jobs import Job, JobRunner
+from mlpmem_ds.core.errors import UserError
+
+# Notes its start; with --fail it ends as a front-end that refuses, until the file `mended` is there.
+CHILD = """
+import json, pathlib, sys
+root = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+top = root.parent
+with open(top / "starts", "a") as stream:
+    stream.write(root.name + "\\n")
+if "--fail" in sys.argv and not (top / "mended").exists():
+    print("error: no such text")
+    sys.exit(2)
+root.mkdir(parents=True, exist_ok=True)
+events = [{"time": 0, "rank": 0, "event": "started"}, {"time": 20, "rank": 0, "event": "done"}]
+(root / "log.jsonl").write_text("".join(json.dumps(event) + "\\n" for event in events))
+(root / "manifest.json").write_text("{}")
+"""
+
+
+class Script:
+    """A child that runs CHILD."""
+
+    def __init__(self, words: Sequence[str], log: Path, threads: int) -> None:
+        with open(log, "ab") as stream:
+            self._process = subprocess.Popen([sys.executable, "-c", CHILD, *words], stdout=stream)
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, seconds: float) -> bool:
+        self._process.wait(seconds)
+        return True
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> JobRunner:
+    return JobRunner(root=tmp_path, at_once=2, cores=2, launch=Script)
+
+
+def _starts(runner: JobRunner) -> list[str]:
+    return (runner.root / "starts").read_text().split()
+
+
+def test_a_job_starts_after_those_that_it_needs(runner: JobRunner) -> None:
+    runner.run(
+        [
+            Job(name="last", words=("evaluate",), needs=("first", "second")),
+            Job(name="first", words=("train",)),
+            Job(name="second", words=("train",), needs=("first",)),
+        ]
+    )
+    assert _starts(runner) == ["first", "second", "last"]
+
+
+def test_what_is_complete_is_not_started_again_and_other_flags_are(runner: JobRunner) -> None:
+    plan = [Job(name="one", words=("train", "--seed", "0")), Job(name="two", words=("train",))]
+    runner.run(plan)
+    runner.run(plan)
+    assert sorted(_starts(runner)) == ["one", "two"]
+    assert runner.seconds(plan[0]) == 20
+    runner.run([Job(name="one", words=("train", "--seed", "1"))])
+    assert _starts(runner).count("one") == 2
+
+
+def test_a_job_that_is_not_complete_is_started_again(runner: JobRunner) -> None:
+    plan = [Job(name="one", words=("train",))]
+    runner.run(plan)
+    (runner.root / "one" / "manifest.json").unlink()
+    runner.run(plan)
+    assert _starts(runner) == ["one", "one"]
+
+
+def test_a_failure_names_the_job_and_its_log_and_the_rest_is_continued(runner: JobRunner) -> None:
+    plan = [
+        Job(name="one", words=("train",)),
+        Job(name="two", words=("train", "--fail"), needs=("one",)),
+        Job(name="three", words=("evaluate",), needs=("two",)),
+    ]
+    with pytest.raises(UserError, match=r"train for two ended with exit code 2 \(error: no such text\)"):
+        runner.run(plan)
+    assert "no such text" in (runner.root / "logs" / "two.log").read_text()
+    (runner.root / "mended").touch()
+    runner.run(plan)
+    assert _starts(runner) == ["one", "two", "two", "three"]
+
+
+def test_a_budget_is_what_other_jobs_took_together(runner: JobRunner) -> None:
+    runner.run(
+        [
+            Job(name="keys", words=("extract-keys",)),
+            Job(name="memory", words=("train",)),
+            Job(name="equal", words=("train-base",), needs=("keys", "memory"), budget_of=("keys", "memory")),
+        ]
+    )
+    record = json.loads((runner.root / "jobs" / "equal.json").read_text())
+    assert record["words"][-2:] == ["--time-budget-seconds", "40"]

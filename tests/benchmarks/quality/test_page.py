@@ -1,0 +1,72 @@
+"""The page from made-up results: claims, losses by name, all presets, lines that a page may have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mlpmem_ds.benchmarks.quality.page import publish_page, render_page
+
+from .conftest import make_result
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> None:
+    page = _words(render_page([make_result()]))
+    holds, rest = page.split("**Does not hold**")
+    fails, unclear = rest.split("**Cannot be said**")
+    assert "what recovered_share means, goal at least 1: 1.500 (tiny, domain text)" in holds
+    assert "what memory_ppl_over_continued_training means" in fails
+    assert "what memory_gain_over_ce_only_gain means" in unclear.split("##")[0]
+
+
+def test_arms_that_beat_the_memory_are_named() -> None:
+    page = _words(render_page([make_result()]))
+    assert "Better than `base+memory` (17.00) on this text: `continued` (16.00)." in page
+    assert "| tiny: a manual | 20.00 | 18.00 (−10.0 %) | 17.00 (−15.0 %) | 16.00 (−20.0 %) |" in page
+
+
+def test_lines_have_a_hundred_characters_at_most_but_those_of_tables() -> None:
+    for line in render_page([make_result()]).splitlines():
+        assert len(line) <= 100 or line.startswith("|"), line
+
+
+def test_results_of_several_days_stand_on_one_page(tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    publish_page(page, make_result("tiny"))
+    publish_page(page, make_result("real", date="2026-02-03"))
+    text = page.read_text()
+    assert text.index("## Preset real") < text.index("## Preset tiny")
+    assert "2026-01-02" in text and "2026-02-03" in text
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        *("real.json", "real.png", "tiny.json", "tiny.png")
+    ]
+    publish_page(page, make_result("tiny", date="2026-03-04"))
+    assert "2026-01-02" not in page.read_text() and "2026-02-03" in page.read_text()
+
+
+def test_the_commands_are_those_of_the_runs() -> None:
+    result = make_result("real", settings={"preset": "real", "seeds": "5", "base": "smollm2"})
+    assert "--preset real --seeds 5 --base smollm2" in render_page([result])
+
+
+def test_a_preset_without_a_memory_has_no_comparison_with_it() -> None:
+    result = make_result()
+    (text,) = result.texts
+    bare = replace(text, rows=(text.rows[0], text.rows[3]))
+    assert "Better than" not in render_page([replace(result, texts=(bare,), ratios=())])
+
+
+def test_arms_that_were_left_out_are_named_with_their_package() -> None:
+    assert "Left out, because a package was not installed: `lora` (peft)." in _words(
+        render_page([make_result()])
+    )
+
+
+def test_a_ratio_of_several_presets_is_named_once_with_all_its_values() -> None:
+    page = _words(render_page([make_result("tiny"), make_result("small")]))
+    values = "1.500 (small, domain text), 1.500 (tiny, domain text)"
+    assert page.count(f"what recovered_share means, goal at least 1: {values}") == 1

@@ -1,0 +1,82 @@
+"""The plan: each job after what it needs, and nothing is made twice for two arms."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.benchmarks.quality.arms import (
+    BANK,
+    BASE,
+    GATE,
+    KNN,
+    KNN_INDEX,
+    MEMORIES,
+    MODELS,
+    description_of,
+)
+from mlpmem_ds.benchmarks.quality.plan import make_plan
+from mlpmem_ds.benchmarks.quality.presets import PRESETS
+from mlpmem_ds.commands import COMMANDS
+from mlpmem_ds.core.config import parse_config
+
+ROOT = Path("/run")
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
+def test_each_job_stands_once_and_after_those_that_it_needs(preset) -> None:
+    base = None if preset.base is not None else "model"
+    plan = make_plan(preset, ROOT, num_seeds=3, base=base)
+    names = [job.name for job in plan.jobs]
+    assert len(set(names)) == len(names)
+    for number, job in enumerate(plan.jobs):
+        assert {*job.needs} <= {*names[:number]}, job.name
+        assert {*job.budget_of} <= {*job.needs}
+        assert job.expected_seconds > 0
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
+def test_texts_are_extracted_once_and_every_arm_is_trained_with_every_seed(preset) -> None:
+    base = None if preset.base is not None else "model"
+    plan = make_plan(preset, ROOT, num_seeds=3, base=base)
+    counts = Counter(job.words[0] for job in plan.jobs)
+    assert counts["extract-keys"] == counts["prepare-corpus"] == 2
+    arms = [arm for text in (preset.general, preset.domain) for arm in text.arms]
+    assert {*arms} <= {*MEMORIES, *MODELS}
+    assert counts["train"] == 3 * sum(arm in MEMORIES for arm in arms)
+    models = [arm for arm in arms if arm in MODELS and arm not in plan.left_out]
+    assert counts["train-baseline"] == 3 * len(models)
+    assert counts["fit-gate"] == 3 * 3  # each subject's and the bank's
+    assert counts["evaluate"] == len(plan.reports) == 3 * 5
+
+
+def test_every_arm_has_a_description() -> None:
+    for arm in (BASE, KNN, KNN_INDEX, GATE, BANK, *MODELS, *(f"base+{name}" for name in MEMORIES)):
+        assert description_of(arm)[0].islower() or description_of(arm)[0] in "`k"
+
+
+def test_an_arm_whose_package_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    plan = make_plan(PRESETS["tiny"], ROOT, num_seeds=1, base=None)
+    assert plan.left_out == ("lora",)
+    assert not any("lora" in job.name for job in plan.jobs)
+
+
+def test_exact_search_is_done_once() -> None:
+    plan = make_plan(PRESETS["tiny"], ROOT, num_seeds=3, base=None)
+    with_keys = [job.name for job in plan.jobs if job.words[0] == "evaluate" and "--keys" in job.words]
+    assert with_keys == ["general/report-0", "domain/report-0"]
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
+def test_every_job_has_flags_that_its_command_takes(preset) -> None:
+    base = None if preset.base is not None else "model"
+    for job in make_plan(preset, ROOT, num_seeds=1, base=base).jobs:
+        module, _, name = COMMANDS[job.words[0]].config.partition(":")
+        config = getattr(importlib.import_module(f"mlpmem_ds.stages.{module}"), name)
+        budget = ["--time-budget-seconds", "60"] if job.budget_of else []
+        parse_config(config, [*job.words[1:], "--output", "out", *budget], prog=job.name)

@@ -1,0 +1,119 @@
+"""A whole preset at toy size, its stages in this process: from text to the page, and continued."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds import commands
+from mlpmem_ds.benchmarks.quality import quality
+from mlpmem_ds.benchmarks.quality.jobs import JobRunner
+from mlpmem_ds.benchmarks.quality.presets import TINY, Preset
+from mlpmem_ds.benchmarks.quality.quality import Config, run_preset
+from mlpmem_ds.benchmarks.quality.results import read_result
+from mlpmem_ds.core.errors import UserError
+
+
+@dataclass
+class Ended:
+    """A front-end that ran in this process."""
+
+    code: int
+
+    def poll(self) -> int:
+        return self.code
+
+    def terminate(self) -> None:
+        return
+
+    kill = terminate
+
+    def wait(self, seconds: float) -> bool:
+        return True
+
+
+def _write_text(path: Path, words: Sequence[str], seed: int) -> None:
+    """Documents of sentences that repeat, so that there is something to learn."""
+    draw = random.Random(seed)
+    sentences = [" ".join(draw.choices(words, k=9)) + "." for _ in range(60)]
+    with open(path, "w", encoding="utf-8") as stream:
+        for number in range(60):
+            text = " ".join(draw.choices(sentences, k=14))
+            stream.write(json.dumps({"text": text, "name": f"document {number}"}) + "\n")
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Preset:
+    general, domain = tmp_path / "general.jsonl", tmp_path / "domain.jsonl"
+    _write_text(general, ["river", "stone", "walks", "under", "seven", "lamps", "and", "sleeps"], 1)
+    _write_text(domain, ["valve", "torque", "must", "exceed", "nine", "units", "before", "start"], 2)
+    fractions = {"max_bytes": 1e6, "tuning_fraction": 0.2, "test_fraction": 0.2, "flags": ()}
+    return replace(
+        TINY,
+        name="tiny",
+        general=replace(TINY.general, inputs=(str(general),), arms=("memory",), **fractions),
+        domain=replace(
+            TINY.domain, inputs=(str(domain),), arms=("memory", "memory_ce", "continued"), **fractions
+        ),
+        vocab_size=400,
+        base=("--num-layers", "1", "--hidden-size", "32", "--epochs", "2"),
+        block_size=64,
+        stride=64,
+        k=16,
+        neighbour_perplexity=8,
+        memory=("--num-blocks", "1", "--epochs", "1", "--batch-positions", "512"),
+        models=("--epochs", "1"),
+    )
+
+
+def test_from_text_to_the_page_and_again_without_a_stage(
+    preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def launch(words: Sequence[str], log: Path, threads: int) -> Ended:
+        started.append(words[0])
+        return Ended(commands.main(list(words)))
+
+    def make_runner(root: Path, jobs: int | None) -> JobRunner:
+        return JobRunner(root=root, at_once=1, cores=1, launch=launch)
+
+    monkeypatch.setattr(quality, "runner_of", make_runner)
+    page = tmp_path / "docs" / "RESULTS.md"
+    page.parent.mkdir()
+    config = Config(output=tmp_path / "run", seeds=1, page=page)
+    result = run_preset(preset, config)
+    assert read_result(tmp_path / "run" / "quality.json") == result
+    general, domain = result.texts
+    arms = {row.arm: row for row in domain.rows}
+    assert {"base", "base+knn_exact", "base+memory", "base+memory+gate", "continued"} <= {*arms}
+    assert arms["base+memory"].other_change is not None
+    assert arms["continued"].other_change is not None
+    assert "base+bank+gate" in arms and general.other is None
+    names = {ratio.name for ratio in result.ratios if ratio.text == "domain"}
+    assert {"recovered_share", "gate_out_of_domain_ppl_over_base", "bank_share_of_own_gain"} <= names
+    assert "base+memory+gate" in page.read_text()
+    started.clear()
+    again = run_preset(preset, config)
+    assert not started
+    assert again.texts == result.texts and again.ratios == result.ratios
+
+
+def test_a_file_as_output_and_a_page_in_no_folder_are_refused(preset: Preset, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file: name a directory"):
+        run_preset(preset, Config(output=tmp_path / "file"))
+    with pytest.raises(UserError, match="does not exist; make it first"):
+        run_preset(preset, Config(output=tmp_path / "run", page=tmp_path / "no" / "RESULTS.md"))
+
+
+def test_only_real_takes_a_base_and_needs_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--preset real needs --base"):
+        Config(output=tmp_path, preset="real")
+    with pytest.raises(UserError, match="trains its own base"):
+        Config(output=tmp_path, preset="tiny", base="model")
