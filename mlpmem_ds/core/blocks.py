@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar, overload
 
+import numpy as np
+
 Item = TypeVar("Item")
 
 
@@ -67,6 +69,16 @@ class WindowSequence(Sequence[Window]):
         """The numbers of the windows that predict the positions of `block`."""
         start, stop = max(block.start, 0), min(block.stop, self._total)
         return range(self._number_of(start), self._number_of(stop - 1) + 1) if start < stop else range(0)
+
+    @property
+    def num_positions(self) -> int:
+        return self._total
+
+    def starts_of(self, positions_n: np.ndarray) -> np.ndarray:
+        """The first position that the window predicts which predicts each of these, int64."""
+        later_n = positions_n - self._length
+        starts_n: np.ndarray = np.where(later_n < 0, 0, self._length + later_n // self._stride * self._stride)
+        return starts_n
 
     def _window(self, number: int) -> Window:
         if number == 0:

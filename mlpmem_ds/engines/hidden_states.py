@@ -30,10 +30,11 @@ from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.formats.window_tokens import window_tokens
+from mlpmem_ds.formats.window_tokens import WindowTokens, window_tokens
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.backbone import attention_of, capture, load_base, logit_transform
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.past_states import with_past
 from mlpmem_ds.models.structure import decoder_layers, output_head, resolve_layer
 
 _logger = logging.getLogger(__name__)
@@ -236,9 +237,9 @@ def check_source_reads(
 
 
 def state_width(source: StateSource, point: CapturePoint) -> int:
-    """Numbers in the states that a source gives at a point."""
+    """Numbers in a position's state at a point, with those before it where it has a past."""
     last = source.final_width if point.point == "final_norm" else source.width
-    return len(point.earlier) * source.width + last
+    return (1 + point.past) * (len(point.earlier) * source.width + last)
 
 
 def resolve_point(
@@ -320,6 +321,16 @@ def scan_positions(
         yield scanned.arrived()
 
 
+def rows_of_window(
+    states_TD: torch.Tensor, tokens: WindowTokens, row: int, part: Block, past: int
+) -> torch.Tensor:
+    """The states of some positions of a window, with the `past` before each; zeros before the first one that
+    the window predicts."""
+    first = max(tokens.windows[row].start, part.start - past)
+    states_nD = states_TD[tokens.columns(row, Block(first, part.stop))]
+    return with_past(states_nD, past)[part.start - first :] if past else states_nD
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Scanned:
     """A batch whose work is queued on the device."""
@@ -347,18 +358,18 @@ def _scan_batch(
     """Of the windows' positions those in `block`, or some of them: at these places from its start."""
     tokens = window_tokens(corpus, windows)
     batch = source.read(torch.from_numpy(tokens.tokens_BT), points)
-    columns = [
-        tokens.columns(row, Block(max(window.start, block.start), min(window.stop, block.stop)))
-        for row, window in enumerate(windows)
-    ]
+    parts = [Block(max(window.start, block.start), min(window.stop, block.stop)) for window in windows]
 
-    def pick(values_BTD: torch.Tensor) -> torch.Tensor:
-        picked_ND = torch.cat([values_BTD[row, part] for row, part in enumerate(columns)])
+    def pick(values_BTD: torch.Tensor, past: int = 0) -> torch.Tensor:
+        rows = [rows_of_window(values_BTD[row], tokens, row, part, past) for row, part in enumerate(parts)]
+        picked_ND = torch.cat(rows)
         if places_n is None:
             return picked_ND
         return picked_ND[to_device(torch.from_numpy(places_n), picked_ND.device)]
 
-    states: Mapping[str, torch.Tensor] = {name: pick(state) for name, state in batch.states.items()}
+    states: Mapping[str, torch.Tensor] = {
+        name: pick(state, points[name].past) for name, state in batch.states.items()
+    }
     rows_n = dict(states if finish is None else finish(states))
     if with_log_probabilities:
         values = corpus.values(*block)

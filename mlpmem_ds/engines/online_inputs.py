@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from mlpmem_ds.core.blocks import Block, Window
-from mlpmem_ds.engines.hidden_states import StateSource
+from mlpmem_ds.engines.hidden_states import StateSource, rows_of_window
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.window_tokens import window_tokens
 from mlpmem_ds.models.capture_point import CapturePoint
@@ -66,5 +66,8 @@ class OnlineInputs:
         tokens = window_tokens(self._corpus, [window for window, _ in group])
         batch = self._source.read(torch.from_numpy(tokens.tokens_BT), {"input": self._point})
         states_BTD = batch.states["input"]
-        rows = [states_BTD[row, tokens.columns(row, part)] for row, (_, part) in enumerate(group)]
+        past = self._point.past
+        rows = [
+            rows_of_window(states_BTD[row], tokens, row, part, past) for row, (_, part) in enumerate(group)
+        ]
         return torch.cat(rows).to(torch.bfloat16)

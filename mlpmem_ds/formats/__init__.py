@@ -16,6 +16,7 @@ In the order of the pipeline:
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists
 - `targets.py`, `target_shards.py`, `target_encoding.py`: sparse targets, from directory to sample;
   `permuted_targets.py`: those of other positions, for a control
+- `past_inputs.py`: stored inputs with those of the positions before
 - `training_order.py`, `training_rows.py`, `training_windows.py`, `batches.py`: which rows a training takes,
   what a row is, windows read ahead in threads, a rank's batches
 - `shard_deal.py`: shards that are streamed: whose they are, what of them was read

@@ -20,6 +20,7 @@ Read in this order; files marked * are copied into every export and import nothi
     quantized*         a memory with int8 matrices, for decoding
     mixture_on_device  the mixture of logits by Triton
     mixture_scores     the mixture of log-probabilities kept in NumPy, for report and validation
+    past_states        states of a position and of those before it, for a memory with a window
     final_norm         training only: the norm before a base's head, found, and its kind
     base_end           training only: that norm and the head, for objectives that need p_base
     gate_fit           training only: a gate's net, and the best fixed weights, fitted to stored scores

@@ -21,11 +21,15 @@ class CapturePoint:
     With `earlier` layers the state is several in one: those of the earlier layers one after another, in this
     order, and that of `layer` as the last. They are read at the same point, or, where that is `final_norm`,
     at `layer_output`.
+
+    `past` is for those who read a corpus position by position: the states of so many positions before stand
+    in front (`past_states.with_past`). What reads whole sequences gives each position's own state.
     """
 
     layer: int
     point: Point = "ffn_input"
     earlier: tuple[int, ...] = ()
+    past: int = 0
 
     def __post_init__(self) -> None:
         if self.point not in POINTS:

@@ -55,6 +55,11 @@ def input_points(config: MemoryAugmentedConfig, base: PreTrainedModel) -> dict[s
 
 def check_sizes(memory: MemoryConfig, base_model: PreTrainedModel, point: CapturePoint) -> None:
     """Raises ValueError unless the memory reads states of this base's width, and predicts its tokens."""
+    if memory.window > 1:
+        raise ValueError(
+            f"the memory reads the states of {memory.window} positions at once, which `evaluate` can and"
+            " generation and exports cannot: train it without --window for these"
+        )
     weight_VD, _ = output_head(base_model)
     if memory.vocab_size != weight_VD.shape[0]:
         raise ValueError(

@@ -25,7 +25,7 @@ NORMS: Mapping[str, int] = {
 """kind of norm → its vectors: LayerNorm or RMSNorm, with weight w and bias, with 1 + w in place of w (Gemma,
 Nemotron), without a bias (Cohere), with nothing that is learnt (OLMo)"""
 
-_LEFT_OUT = ("norm", "final_norm", "head_bias", "residual_input", "logit_scale", "logit_softcap")
+_LEFT_OUT = ("norm", "final_norm", "head_bias", "residual_input", "window", "logit_scale", "logit_softcap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,8 @@ class MemoryConfig:
     `final_norm` says whether one stands before the head, which may have a bias, and whose logits are
     `logit_softcap * tanh(logit_scale * x / logit_softcap)` (no soft cap: None). With `residual_input` the
     last `hidden_size` numbers of an input are the residual stream, and a matrix, at zero to begin with, adds
-    to it what it makes of the others (the states of earlier layers), each divided by its root mean square.
+    to it what it makes of the others (the states of earlier layers and positions), each divided by its root
+    mean square. With a `window` an input has the states of so many positions, the position's own as the last.
     """
 
     input_size: int
@@ -55,11 +56,12 @@ class MemoryConfig:
     final_norm: bool = True
     head_bias: bool = False
     residual_input: bool = False
+    window: int = 1
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size"):
+        for name in ("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size", "window"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"a memory's {name} must be a whole number of at least 1, not {value!r}")

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +59,8 @@ def test_windows_by_arithmetic_are_those_of_the_listing(
         [window for window in listed if window.start < stop and window.stop > start] if start < stop else []
     )
     assert [windows[number] for number in windows.covering(Block(start, stop))] == wanted
+    starts = [window.start for window in listed for _ in range(window.start, window.stop)]
+    assert windows.starts_of(np.arange(total)).tolist() == starts
 
 
 def test_a_trillion_positions_cost_nothing() -> None:

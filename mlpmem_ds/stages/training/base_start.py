@@ -150,6 +150,6 @@ def whole_start(
         fields["norm"], fields["norm_epsilon"] = kind_of_norm(norm)
         for name, parameter in norm.named_parameters():
             readers[f"final_norm.{name}"] = base.reader(parameter)
-    if point.earlier:
+    if point.earlier or point.past:
         fields["residual_input"] = True
     return BaseStart(fields=fields, head_shape=start.head_shape, is_whole=True, readers=readers)

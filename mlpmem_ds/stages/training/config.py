@@ -111,6 +111,11 @@ class Config(TrainingOptions):
     head: Literal["random", "base"] | None = option(
         "start of the output head: random, or the base's own (default: as --start)", None
     )
+    window: int = option(
+        "positions whose inputs the memory reads at once: the position's own and those before it",
+        1,
+        at_least=1,
+    )
     init_from: Path | None = option(
         "memory whose weights and shape this training starts from: an output of launch/train.py, its"
         " weights/, or an export or its Hub name",

@@ -6,7 +6,7 @@ ranks meet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mlpmem_ds.core.errors import UserError
@@ -15,8 +15,10 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.keys import Keys, open_keys
+from mlpmem_ds.formats.past_inputs import KeysWithPast
 from mlpmem_ds.formats.targets import Targets, open_targets
 from mlpmem_ds.formats.trained_models import Provenance
+from mlpmem_ds.formats.training_windows import StoredKeys
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.training.config import Config
@@ -38,6 +40,8 @@ class TrainingInputs:
     """what is validated on; None = no validation"""
     initial: InitialMemory | None
     """whose weights the training starts from; None = random ones"""
+    window: int = 1
+    """positions whose inputs the memory reads at once"""
     initial_sha256: str | None = None
     """of them; the ranks work it out together, after they have met"""
     objective_reason: str | None = None
@@ -56,7 +60,14 @@ class TrainingInputs:
     @cached_property
     def point(self) -> CapturePoint:
         """Where the memory reads."""
-        return CapturePoint.of(self.keys.manifest)
+        return replace(CapturePoint.of(self.keys.manifest), past=self.window - 1)
+
+    @property
+    def stored_keys(self) -> StoredKeys:
+        """The keys as a training reads them."""
+        if self.window == 1:
+            return self.keys
+        return KeysWithPast(keys=self.keys, windows=self.corpus.windows(), past=self.window - 1)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -90,8 +101,14 @@ def open_inputs(config: Config, world: World) -> TrainingInputs:
         targets=targets,
         model_sha256=_check_base(config, keys, world),
         tuning=_tuning_split(config),
+        window=config.window,
         initial=None if config.init_from is None else open_initial_memory(config.init_from),
     )
+    if config.window > 1 and corpus.has_answers:
+        raise UserError(
+            f"--window {config.window} needs keys of all positions, and those of a corpus with answers are of"
+            " the answers alone: leave it out"
+        )
     if config.base_sharding != "none" and not inputs.needs_base:
         raise UserError(
             f"--base-sharding {config.base_sharding} cuts the base that runs next to the training, and none"

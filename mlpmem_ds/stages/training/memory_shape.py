@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
@@ -28,9 +27,10 @@ def memory_shape(
     vocab_size = inputs.keys.manifest.head_size
     if inputs.initial is not None:
         return _shape_of(inputs.initial, config, inputs, input_size, vocab_size)
-    fields: Mapping[str, Any] = {} if start is None else start.fields
+    fields: dict[str, Any] = {} if start is None else dict(start.fields)
+    fields["window"] = config.window
     preset = None if config.preset is None else PRESETS[config.preset](vocab_size)
-    hidden_size = config.hidden_size or input_size // len(inputs.point.parts)
+    hidden_size = config.hidden_size or input_size // (len(inputs.point.parts) * config.window)
     if preset is not None:
         hidden_size = preset.hidden_size
     if start is not None:
@@ -62,6 +62,7 @@ def _shape_of(
         source = PRESETS[config.preset](initial.memory.vocab_size)
     required: dict[str, tuple[str, object]] = {
         "input_size": (f"the inputs of --keys {inputs.keys.root} have", input_size),
+        "window": ("--window asks for", config.window),
         "vocab_size": ("the base's output head has", vocab_size),
     }
     for name in SHAPE_FLAGS:

@@ -86,7 +86,9 @@ def run(config: Config, world: World) -> None:
         inputs = replace(inputs, initial_sha256=hash_initial_memory(inputs.initial, world))
     base = open_base(config, inputs, world)
     start = open_base_start(config, inputs)
-    input_size = inputs.keys.input_size or (0 if base is None else state_width(base, inputs.point))
+    input_size = inputs.keys.input_size * inputs.window
+    if base is not None and inputs.is_online:
+        input_size = state_width(base, inputs.point)
     memory = memory_shape(config, inputs, input_size, start)
     starts = {} if start is None else start.parameters(memory)
     objective = OBJECTIVES[config.objective](config, memory)
@@ -252,7 +254,7 @@ def _batches(
     if config.loader == "webdataset":
         assert inputs.targets is not None
         return StreamedBatches(
-            inputs.keys,
+            inputs.stored_keys,
             inputs.targets,
             StreamSettings(
                 place=config.targets_url or str(config.targets),
@@ -270,7 +272,7 @@ def _batches(
     if inputs.targets is not None and config.control == "permuted-targets":
         targets = PermutedTargets(inputs.targets, config.seed)
     return BatchReader(
-        inputs.keys,
+        inputs.stored_keys,
         targets,
         TrainingOrder(
             num_positions=inputs.keys.num_positions,

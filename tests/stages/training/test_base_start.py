@@ -27,7 +27,7 @@ from mlpmem_ds.models.objective import MemoryObjective
 from mlpmem_ds.models.quantized import quantize_linears
 from mlpmem_ds.models.structure import UnknownStructureError
 from mlpmem_ds.stages.evaluation import evaluate
-from mlpmem_ds.stages.evaluation.arms.memory import memory_log_probabilities
+from mlpmem_ds.stages.evaluation.arms.memory import memory_scores
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training.base_files import open_base_files
 from mlpmem_ds.stages.training.base_start import head_start, whole_start
@@ -110,12 +110,17 @@ def runs(make_runs: Any, corpus_dir: Path, base_dir: Path, keys_of: dict[str, Pa
         runs.start("two", 3, size=2),
         runs.start("one-depths", 2, keys=keys_of["depths"], validate_every=2, order="blocks"),
         runs.start("one-online", 2, keys=keys_of["online"]),
+        runs.start("one-window", 2, keys=keys_of["depths"], window=3, validate_every=2, order="blocks"),
+        runs.start("one-window-online", 2, keys=keys_of["online"], window=3),
+        runs.start("two-window", 3, keys=keys_of["depths"], window=3, order="blocks", size=2),
+        runs.start("one-window-random", 2, window=3, start="random"),
     )
     return runs
 
 
 @pytest.mark.parametrize(
-    "name, point", [("one", "layer_output"), ("one-norm", "final_norm"), ("one-depths", "depths")]
+    "name, point",
+    [("one", "layer_output"), ("one-norm", "final_norm"), ("one-depths", "depths"), ("one-window", "depths")],
 )
 def test_the_first_loss_is_the_bases(runs: Any, keys_of: dict[str, Path], name: str, point: str) -> None:
     keys = open_keys(keys_of[point])
@@ -124,7 +129,7 @@ def test_the_first_loss_is_the_bases(runs: Any, keys_of: dict[str, Path], name: 
         block_size=keys.manifest.block_size,
         window_blocks=1024,
         seed=0,
-        by_block=name == "one-depths",
+        by_block=point == "depths",
     )
     reader = BatchReader(
         keys,
@@ -168,7 +173,7 @@ def test_whoever_reads_such_a_memory_reads_those_layers(
     config = evaluate.Config(
         model=str(base_dir),
         corpus=corpus_dir,
-        memory=runs / "one-depths",
+        memory=(str(runs / "one-depths"),),
         output=tmp_path / "report",
         samples=0,
         bootstrap_samples=100,
@@ -176,6 +181,34 @@ def test_whoever_reads_such_a_memory_reads_those_layers(
     evaluate.run(config, World())
     arms = {arm.name: arm for arm in open_report(tmp_path / "report").evaluation.arms}
     assert 0.8 < arms["base+memory"].ppl / arms["base"].ppl < 1.05
+
+
+def test_a_window_reads_the_same_wherever_its_inputs_come_from(
+    runs: Any, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    np.testing.assert_allclose(runs.losses("one-window-online"), runs.losses("one-window"), rtol=1e-6)
+    np.testing.assert_allclose(runs.losses("two-window"), runs.losses("one-window"), rtol=1e-5)
+    assert runs.losses("one-window")[-1] != runs.losses("one-depths")[-1]
+    trained = read_weights(runs / "one-window").memory
+    assert trained["window"] == 3 and trained["input_size"] == 6 * trained["hidden_size"]
+    line = runs.lines("one-window", "validation_base_perplexity")[0]
+    assert 0.8 < line["validation_memory_perplexity"] / line["validation_base_perplexity"] < 1.25
+    random = read_weights(runs / "one-window-random").memory
+    assert random["input_size"] == 3 * random["hidden_size"]
+
+    config = evaluate.Config(
+        model=str(base_dir),
+        corpus=corpus_dir,
+        memory=(str(runs / "one-window"),),
+        output=tmp_path / "report",
+        bootstrap_samples=100,
+    )
+    evaluate.run(config, World())
+    arms = {arm.name: arm for arm in open_report(tmp_path / "report").evaluation.arms}
+    assert 0.8 < arms["base+memory"].ppl / arms["base"].ppl < 1.05
+    base = load_base(str(base_dir), dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="train it without --window"):
+        MemoryAugmentedLM.from_pretrained(base, load_memory(runs / "one-window"))
 
 
 def test_ranks_stages_and_resumes_give_the_same(runs: Any) -> None:
@@ -227,14 +260,14 @@ def test_it_is_the_base_before_the_first_step(family: str, point: CapturePoint, 
     tokens_N1 = ids_BS.reshape(-1, 1)
     inputs_ND = state_BSD.reshape(len(tokens_N1), -1)
     wanted_N1 = expected_BSV.reshape(len(tokens_N1), -1).gather(1, tokens_N1)
-    found_N1 = torch.from_numpy(memory_log_probabilities(memory, inputs_ND, tokens_N1.numpy()))
+    found_N1 = memory_scores(memory, inputs_ND, tokens_N1.numpy()).log_probabilities_NJ
     assert (found_N1 - wanted_N1).abs().max() < 2e-5
     objective = MemoryObjective(memory.config, alpha=0.5)
     objective.load_state_dict(memory.state_dict())
     labels_N = objective.label_log_probabilities(inputs_ND, tokens_N1[:, 0])
     assert (labels_N - wanted_N1[:, 0]).abs().max() < 2e-5
     quantize_linears(memory)
-    rounded_N1 = torch.from_numpy(memory_log_probabilities(memory, inputs_ND, tokens_N1.numpy()))
+    rounded_N1 = memory_scores(memory, inputs_ND, tokens_N1.numpy()).log_probabilities_NJ
     assert 0 < (rounded_N1 - wanted_N1).abs().max() < 0.2
 
 

@@ -9,7 +9,7 @@ position.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,11 @@ class MemoryArm(Arm):
             confidences=torch.stack(confidences, dim=1).numpy(),
         )
 
-    def joint_model(self, lmbda: float) -> MemoryAugmentedLM:
-        """Base and memory as one model, which generates text; their weights are not copied."""
+    def joint_model(self, lmbda: float) -> MemoryAugmentedLM | None:
+        """Base and memory as one model, which generates text; their weights are not copied. None for a memory
+        with a window, which no joint model reads."""
+        if self.memory.config.window > 1:
+            return None
         source = self.base.source
         with torch.device("meta"):  # an int8 memory cannot be taken apart and put together again
             stand_in = Memory(self.memory.config)
@@ -145,6 +148,7 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
     if weights == "int8":
         quantize_linears(memory)
     point = resolve_point(source, stored.layer, stored.point, flag=flag, earlier=stored.earlier)
+    point = replace(point, past=memory.config.window - 1)
     _check_width(stored, base, point)
     return MemoryArm(
         name=name,
