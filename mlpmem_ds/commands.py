@@ -103,13 +103,18 @@ def fit_scaling(argv: Sequence[str] | None = None, *, prog: str | None = None) -
     """Fit perplexity to parameters and compute, for a decoder alone and with a memory."""
     name = _name_of_process() if prog is None else prog
 
-    def run() -> int:
-        from mlpmem_ds.benchmarks.scaling import fit_scaling as benchmark
-        from mlpmem_ds.core.front_end import run_front_end
+    def act() -> int:
+        from mlpmem_ds.benchmarks.scaling.config import Config
+        from mlpmem_ds.core.front_end import run_front_end, seldom_collected
 
-        return run_front_end(benchmark.Config, benchmark.run, argv=argv, prog=name)
+        def run(config: Any, world: Any) -> Any:
+            with seldom_collected():
+                from mlpmem_ds.benchmarks.scaling.fit_scaling import run as fit
+            return fit(config, world)
 
-    return _guarded(run, name)
+        return run_front_end(Config, run, argv=argv, prog=name)
+
+    return _guarded(act, name)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -83,6 +83,7 @@ TESTED_BY = {
     "benchmarks/quality/arms.py": "benchmarks/quality/test_plan.py",
     "benchmarks/quality/plots.py": "benchmarks/quality/test_results.py",
     "benchmarks/quality/presets.py": "benchmarks/quality/test_plan.py",
+    "benchmarks/scaling/config.py": "benchmarks/scaling/test_points.py",
     "benchmarks/scaling/fit_scaling.py": "benchmarks/scaling/test_points.py",
     "benchmarks/scale/counted_calls.py": "benchmarks/scale/test_metadata.py",
     "benchmarks/plan.py": "benchmarks/test_index.py",

@@ -1,6 +1,6 @@
 """`fit_scaling`: how perplexity falls with parameters and compute, for a decoder alone and with a memory.
 
-- `fit_scaling`: the flags; trains the sizes of a preset, or reads reports; writes scaling.json
+- `config`: the flags; `fit_scaling`: trains the sizes of a preset, or reads reports; writes scaling.json
 - `sizes`: the sizes of a preset as jobs of `quality`
 - `points`: reports as points: parameters, compute, what each document cost
 - `power_law`: the fit and its intervals

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from mlpmem_ds.benchmarks.common import describe_machine
 from mlpmem_ds.benchmarks.quality.jobs import runner_of
 from mlpmem_ds.benchmarks.quality.page import publish_scaling
 from mlpmem_ds.benchmarks.quality.presets import PRESETS
+from mlpmem_ds.benchmarks.scaling.config import Config
 from mlpmem_ds.benchmarks.scaling.points import Point, read_points
 from mlpmem_ds.benchmarks.scaling.power_law import MIN_SIZES
 from mlpmem_ds.benchmarks.scaling.results import (
@@ -29,36 +28,8 @@ from mlpmem_ds.benchmarks.scaling.results import (
     write_scaling,
 )
 from mlpmem_ds.benchmarks.scaling.sizes import SIZES, held_equal, make_jobs
-from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Flags):
-    """Fit perplexity to parameters and compute, for a decoder alone and for decoder and memory.
-
-    Power laws of the loss in nats, loss = a x^-b, and with four sizes or more also with a constant that no
-    size removes; exponents with 95 % intervals over documents.
-    """
-
-    example: ClassVar[str] = "python tools/fit_scaling.py --preset tiny --output runs/scaling"
-
-    output: Path = option("directory of scaling.json and scaling.png, and with --preset of all stages")
-    preset: Literal["tiny", "small"] | None = option("train these sizes on the preset's text", None)
-    reports: tuple[Path, ...] = option(
-        "report directories of evaluate, of bases that train_base made, each with --memory, on one text",
-        (),
-        metavar="DIR",
-    )
-    jobs: int | None = option("stages that run at once (default: the machine's cores)", None, at_least=1)
-    page: Path | None = option(
-        "page to write too, such as docs/RESULTS.md: the result goes into the folder results next to it", None
-    )
-
-    def check(self) -> None:
-        if (self.preset is None) == (not self.reports):
-            raise UserError("give either --preset, which trains the sizes, or --reports that there are")
 
 
 def run(config: Config, world: World) -> str:
