@@ -74,6 +74,12 @@ class Config(Flags):
         identity="none",
         metavar="NAME=DIR",
     )
+    ensemble: tuple[str, ...] = option(
+        "further arms base+NAME: the base mixed with a second language model of its vocabulary",
+        (),
+        identity="none",
+        metavar="NAME=DIR",
+    )
     exact: bool | None = option(
         "search all the keys as well; its cost grows with positions times keys (default: where it is no more"
         " than what --search auto of write_targets searches exactly)",
@@ -161,6 +167,7 @@ class Config(Flags):
             )
         control_directories(self.control)
         memory_directories(self.memory)
+        named_directories(self.ensemble, flag="--ensemble")
         gate_directories(self.gate)
         if self.gate and not self.memory:
             raise UserError("--gate needs --memory, the memories that it was fitted with")
@@ -206,17 +213,23 @@ def gate_directories(words: Sequence[str]) -> dict[str, str]:
 
 
 def control_directories(controls: Sequence[str]) -> dict[str, Path]:
-    """NAME=DIR words → name of the arm and directory.
+    """The words of `--control` → name of the arm and directory. Raises UserError as `named_directories`."""
+    return named_directories(controls, flag="--control", may_be_mixed=True)
+
+
+def named_directories(words: Sequence[str], *, flag: str, may_be_mixed: bool = False) -> dict[str, Path]:
+    """NAME=DIR words → name and directory; NAME may begin with base+ where it `may_be_mixed`.
 
     Raises:
         UserError: not of that form, or a name that is taken.
     """
     directories: dict[str, Path] = {}
-    for word in controls:
+    form = r"(base\+)?\w+" if may_be_mixed else r"\w+"
+    for word in words:
         name, sign, directory = word.partition("=")
-        if not sign or not directory or not re.fullmatch(r"(base\+)?\w+", name):
-            raise UserError(f"--control {word}: give NAME=DIR with a name of letters, digits and underscores")
+        if not sign or not directory or not re.fullmatch(form, name):
+            raise UserError(f"{flag} {word}: give NAME=DIR with a name of letters, digits and underscores")
         if name in directories or name.removeprefix("base+") in _RESERVED_NAMES:
-            raise UserError(f"--control {word}: the name {name} is taken; choose another")
+            raise UserError(f"{flag} {word}: the name {name} is taken; choose another")
         directories[name] = Path(directory)
     return directories

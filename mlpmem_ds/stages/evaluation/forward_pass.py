@@ -16,7 +16,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.hidden_states import BatchStates, TransformersSource, scan_positions
 from mlpmem_ds.engines.host_copies import to_device
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.maths.head_scores import HeadScores, head_scores
+from mlpmem_ds.maths.head_scores import HeadScores, head_scores, token_log_probabilities
 from mlpmem_ds.models.capture_point import CapturePoint
 
 _CPU_TOKENS = 2048  # of a forward on a CPU; from a few hundred on, more at once are no faster
@@ -94,32 +94,79 @@ class ForwardPass:
             },
         )
 
+    def score_tokens(self, corpus: CorpusSplit, block: Block, tokens_nJ: np.ndarray) -> np.ndarray:
+        """The log-probabilities, float32 [n, J], of given tokens at a block's positions.
 
-class _ScoringSource:
-    """A source that keeps, with each log-probability that it is asked for, the likeliest token and the
-    entropy."""
+        Raises:
+            UserError: one is not finite.
+        """
+        scoring = _TokenSource(self.source, tokens_nJ)
+        at_once = self.windows_at_once(corpus)
+        for _ in scan_positions(scoring, corpus, block, {}, batch_windows=at_once, ahead=False):
+            pass
+        scores_nJ: np.ndarray = torch.cat(scoring.parts).cpu().numpy()
+        _check_finite(scores_nJ.min(axis=1), corpus, block)
+        return scores_nJ
+
+
+class _Source:
+    """A source that is asked for more than the log-probabilities that it gives."""
 
     is_collective = False
 
     def __init__(self, source: TransformersSource) -> None:
         self._source = source
-        self._transform = source.transform
+        self._transform = None if source.transform.is_identity else source.transform
         self.num_layers, self.width, self.vocab_size = source.num_layers, source.width, source.vocab_size
         self.final_width = source.final_width
         self.max_context, self.dtype_name = source.max_context, source.dtype_name
         self.attention = source.attention
-        self.parts: list[HeadScores] = []
 
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
         return self._source.read(tokens_BS, points)
 
+
+class _TokenSource(_Source):
+    """Keeps the log-probabilities of given tokens, J at each position, in the order of the positions."""
+
+    def __init__(self, source: TransformersSource, tokens_nJ: np.ndarray) -> None:
+        super().__init__(source)
+        self._tokens_nJ, self._next = torch.from_numpy(tokens_nJ), 0
+        self.parts: list[torch.Tensor] = []
+
     def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:
-        transform = None if self._transform.is_identity else self._transform
+        tokens_NJ = self._tokens_nJ[self._next : self._next + len(final_ND)]
+        self._next += len(final_ND)
+        with self._source.head() as (weight_VD, bias_V):
+            device = weight_VD.device
+            self.parts.append(
+                token_log_probabilities(
+                    final_ND.to(device),
+                    weight_VD,
+                    to_device(tokens_NJ, device),
+                    bias=bias_V,
+                    transform=self._transform,
+                )
+            )
+        return self.parts[-1][:, 0]
+
+
+class _ScoringSource(_Source):
+    """A source that keeps, with each log-probability that it is asked for, the likeliest token and the
+    entropy."""
+
+    def __init__(self, source: TransformersSource) -> None:
+        super().__init__(source)
+        self.parts: list[HeadScores] = []
+
+    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:
         with self._source.head() as (weight_VD, bias_V):
             device = weight_VD.device
             values_N1 = to_device(values_N, device)[:, None]
             final_ND = final_ND.to(device)
-            self.parts.append(head_scores(final_ND, weight_VD, values_N1, bias=bias_V, transform=transform))
+            self.parts.append(
+                head_scores(final_ND, weight_VD, values_N1, bias=bias_V, transform=self._transform)
+            )
         return self.parts[-1].log_probabilities_NJ[:, 0]
 
 

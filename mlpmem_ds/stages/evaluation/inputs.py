@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.once import shared_place
@@ -11,7 +12,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.stages.evaluation.arms import knn, memory, model
+from mlpmem_ds.stages.evaluation.arms import ensemble, knn, memory, model
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, Opener, open_base
 from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
@@ -21,10 +22,11 @@ from mlpmem_ds.stages.evaluation.config import (
     Config,
     control_directories,
     memory_directories,
+    named_directories,
 )
 from mlpmem_ds.stages.evaluation.splits import Split, open_splits, streams_of
 
-OPENERS: tuple[Opener, ...] = (knn.open_arms, memory.open_arms, model.open_arms)
+OPENERS: tuple[Opener, ...] = (knn.open_arms, memory.open_arms, ensemble.open_arms, model.open_arms)
 """one for each kind of arm, in the order of the report; a new kind is a line here"""
 TELLERS = (memory.layers_paths, knn.layers_paths)
 """who says where the base's layers are, if extraction had to be told: the first that says something"""
@@ -100,11 +102,15 @@ def with_fetched_memories(config: Config) -> Config:
         f"{name.removeprefix('base+')}={fetch_directory(root, flag='--memory')}"
         for name, root in memory_directories(config.memory).items()
     )
-    controls = control_directories(config.control).items()
-    fetched = tuple(
-        f"{name}={fetch_directory(str(root), flag=f'--control {name}')}" for name, root in controls
+    controls = _fetched(control_directories(config.control), "--control")
+    ensemble = _fetched(named_directories(config.ensemble, flag="--ensemble"), "--ensemble")
+    return replace(config, memory=memories, control=controls, ensemble=ensemble)
+
+
+def _fetched(directories: Mapping[str, Path], flag: str) -> tuple[str, ...]:
+    return tuple(
+        f"{name}={fetch_directory(str(root), flag=f'{flag} {name}')}" for name, root in directories.items()
     )
-    return replace(config, memory=memories, control=fetched)
 
 
 def _with_different_names(arms: Iterable[Arm]) -> tuple[Arm, ...]:

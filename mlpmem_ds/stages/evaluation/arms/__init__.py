@@ -6,6 +6,7 @@
 - `mixed.py`: memories at weights of their own, by gates or as a bank (`--gate`, several `--memory`)
 - `states.py`: hidden states, for gates that read them; not reported
 - `knn.py`: base and a search of the stored keys; `datastore.py`: keys, index and targets, opened
+- `ensemble.py`: base and a second language model (`--ensemble NAME=DIR`)
 - `model.py`: a language model alone (`--control NAME=DIR`)
 - `controls.py`: which controls are memories and which are models
 

@@ -24,12 +24,37 @@ def open_arms(config: Config, context: Context) -> list[ModelArm]:
 
 
 def _open_model(root: Path, name: str, config: Config, context: Context) -> ModelArm:
-    flag, base = f"--control {name}", context.base
+    flag = f"--control {name}"
     if name.startswith("base+"):
         raise UserError(
             f"{flag}: {root} is a language model of its own, and arms named base+… are the base with"
             " something added: choose another name"
         )
+    source, sha256 = open_source(root, flag, config, context)
+    return ModelArm(
+        name=name,
+        description="another language model in place of the base, with nothing mixed in",
+        part="control",
+        path=str(root),
+        sha256=sha256,
+        inputs={name: sha256},
+        forward_pass=ForwardPass(source=source, name=name, batch_windows=config.batch_windows),
+        price=Price(
+            parameters=num_parameters(source),
+            bytes=bytes_of_source(str(root), source),
+            seconds=sum_of_logs([root]),
+            tokens=tokens_of_training(root),
+        ),
+    )
+
+
+def open_source(root: Path, flag: str, config: Config, context: Context) -> tuple[TransformersSource, str]:
+    """Open a language model that reads the same text as the base, and its fingerprint.
+
+    Raises:
+        UserError: it is not complete, or of another vocabulary than the corpus.
+    """
+    base = context.base
     if (root / "identity.json").is_file() and not (root / "manifest.json").is_file():
         raise UserError(f"{flag}: {root} is not complete: run its stage again, it continues")
     sha256 = fingerprint_model(str(root), flag=flag, shared=context.shared)
@@ -45,24 +70,10 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
         device_map=device_map_of(config.device_map),
     )
     check_source_reads(source, context.texts, str(root), flag=flag, shared=context.shared)
-    return ModelArm(
-        name=name,
-        description="another language model in place of the base, with nothing mixed in",
-        part="control",
-        path=str(root),
-        sha256=sha256,
-        inputs={name: sha256},
-        forward_pass=ForwardPass(source=source, name=name, batch_windows=config.batch_windows),
-        price=Price(
-            parameters=num_parameters(source),
-            bytes=bytes_of_source(str(root), source),
-            seconds=sum_of_logs([root]),
-            tokens=_tokens_of_training(root),
-        ),
-    )
+    return source, sha256
 
 
-def _tokens_of_training(root: Path) -> int | None:
+def tokens_of_training(root: Path) -> int | None:
     """Tokens of all steps of `train_base` or `train_baseline`; None for a model from elsewhere."""
     for manifest in (BaseManifest, BaselineManifest):
         if format_of(root) == manifest.FORMAT:
