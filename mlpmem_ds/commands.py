@@ -73,6 +73,7 @@ fit_gate = Command(config="gating.config:Config", run="gating.fit_gate:run")
 evaluate = Command(config="evaluation.config:Config", run="evaluation.evaluate:run")
 convert_checkpoint = Command(config="conversion.config:Config", run="conversion.convert_checkpoint:run")
 generate = Command(config="generation.config:Config", run="generation.generate:run_on_terminal")
+answer_questions = Command(config="questions.config:Config", run="questions.answer_questions:run")
 run_lm_eval = Command(config="harness.config:Config", run="harness.run_lm_eval:run")
 import_datastore = Command(config="exchange.config:ImportConfig", run="exchange.import_datastore:run")
 export_datastore = Command(config="exchange.config:ExportConfig", run="exchange.export_datastore:run")
@@ -130,6 +131,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "convert-checkpoint": convert_checkpoint,
     "generate": generate,
+    "answer-questions": answer_questions,
     "run-lm-eval": run_lm_eval,
     "import-datastore": import_datastore,
     "export-datastore": export_datastore,

@@ -22,7 +22,7 @@ FLOORS = {
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
         "numpy", "torch", "accelerate", "datasets", "datasketch", "deepspeed", "faiss", "lm_eval",
-        "matplotlib", "mpi4py", "peft", "tokenizers", "transformers", "webdataset",
+        "matplotlib", "mpi4py", "peft", "bm25s", "tokenizers", "transformers", "webdataset",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
     "benchmarks": {
@@ -38,6 +38,7 @@ OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss_library.py"},
     "lm_eval": {"engines/lm_eval.py"},
+    "bm25s": {"engines/passage_index.py"},
     "peft": {"engines/adapters.py"},
     "matplotlib": {"engines/plotting.py"},
     "mpi4py": {"engines/collectives/mpi.py"},
@@ -104,6 +105,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/generation/generate.py",
         "stages/generation/text.py",
         "stages/harness/run_lm_eval.py",
+        "stages/questions/answering.py",
         "stages/training/base_files.py",
     },
 }

@@ -31,6 +31,7 @@ _FRONT_ENDS = {
     "memory": "train",
     "gate": "fit_gate",
     "report": "evaluate",
+    "answers": "answer_questions",
 }  # format → what writes it, for messages
 _REMEDY = "it remakes only what is damaged"
 

@@ -18,6 +18,7 @@
 - `webdataset_stream`: shards streamed from paths, commands and URLs
 - `device_feed`: batches copied to the device ahead of their steps
 - `device_peak`: FLOP/s of a device
+- `passage_index`: passages found by their words, with bm25s
 - `adapters`: low-rank matrices next to a model's layers, with peft
 - `lm_eval`, `plotting`: the evaluation harness; matplotlib
 """

@@ -23,6 +23,6 @@ In the order of the pipeline:
 - `fetched_base.py`: where a base is from that was read from GGUF
 - `checkpoint.py`, `checkpoint_copy.py`: a training's checkpoints; `trained_models.py`: what it leaves
 - `weight_shards.py`: an export's weights; `gates.py`: a fitted gate
-- `evaluation.py`: eval.json
+- `evaluation.py`: eval.json; `question_files.py`, `answers.py`: questions that users give, and their scores
 - `reference_checkpoint.py`, `arrow_tables.py`: files of the method's authors
 """

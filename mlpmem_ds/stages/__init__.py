@@ -8,7 +8,8 @@ In the order of the pipeline:
 - `baseline`: train_baseline, what a memory is compared with
 - `gating`: fit_gate
 - `evaluation`, `report`: evaluate, and what it writes for people
-- `conversion`, `generation`, `harness`: convert_checkpoint, generate, run_lm_eval
+- `conversion`, `generation`, `questions`, `harness`: convert_checkpoint, generate, answer_questions,
+  run_lm_eval
 - `exchange`, `planning`, `inspection`: import_datastore and export_datastore, plan, inspect_run
 - `retrieval`: neighbour search, for targets, audits and the kNN arms
 - `shared_flags.py`: flags that several commands have; `stage_ranks.py`: how a stage's ranks are connected

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.manifest import Manifest
+from mlpmem_ds.formats.answers import AnswersManifest
 from mlpmem_ds.formats.arrow_tables import ArrowManifest
 from mlpmem_ds.formats.checkpoint import CheckpointManifest
 from mlpmem_ds.formats.corpus import CorpusManifest
@@ -23,6 +24,7 @@ from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest, Mem
 
 README = Path(__file__).resolve().parents[2] / "mlpmem_ds" / "formats" / "README.md"
 MANIFESTS = [
+    AnswersManifest,
     ArrowManifest,
     BaseManifest,
     BaselineManifest,

@@ -56,6 +56,7 @@ MISSING_INPUT = {
     "launch/generate.py": ["--model", "MISSING", "--prompt", "x"],
     "tools/inspect_run.py": ["MISSING"],
     "tools/plan.py": ["--positions", "1000", "--calibrate", "MISSING", "--output", "OUT"],
+    "launch/answer_questions.py": ["--model", "MISSING", "--questions", "MISSING", "--output", "OUT"],
     "tools/run_lm_eval.py": ["--model", "MISSING", "--questions", "MISSING", "--output", "OUT"],
     "tools/import_datastore.py": ["--datastore", "MISSING", "--model", "MISSING", "--output", "OUT"],
     "tools/export_datastore.py": ["--keys", "MISSING", "--output", "OUT"],

@@ -5,14 +5,14 @@ from __future__ import annotations
 import collections
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.engines.tokenizer import TextEncoder
-from mlpmem_ds.formats.json_lines import RepeatedNames, json_records
+from mlpmem_ds.formats.question_files import as_list, fault_of_question, fault_of_ranking, read_records
 from mlpmem_ds.stages.harness.config import Config
 
 _QUESTIONS, _RANKING = "local_questions", "local_ranking"
@@ -32,13 +32,13 @@ def build_tasks(config: Config, folder: Path) -> list[str | dict[str, Any]]:
     """
     tasks: list[str | dict[str, Any]] = []
     if config.questions is not None:
-        records = _read_records(config.questions, "--questions", ("question", "answer"), _fault_of_question)
-        questions = [{**record, "answer": _as_list(record["answer"])} for record in records]
+        records = read_records(config.questions, "--questions", ("question", "answer"), fault_of_question)
+        questions = [{**record, "answer": as_list(record["answer"])} for record in records]
         _check_repetitions(questions, "question", f"--questions {config.questions}", config.num_fewshot)
         tasks.append(_questions_task(_write_lines(folder / "questions.jsonl", questions)))
     if config.ranking is not None:
         names = ("query", "choices", "gold")
-        rankings = _read_records(config.ranking, "--ranking", names, _fault_of_ranking)
+        rankings = read_records(config.ranking, "--ranking", names, fault_of_ranking)
         _check_repetitions(rankings, "query", f"--ranking {config.ranking}", config.num_fewshot)
         tasks.append(_ranking_task(_write_lines(folder / "ranking.jsonl", rankings)))
     return [*tasks, *dict.fromkeys(config.tasks)]
@@ -136,33 +136,6 @@ def _local_data(path: Path, same_question: str) -> dict[str, Any]:
     }
 
 
-def _read_records(
-    path: Path, flag: str, names: Sequence[str], fault_of: Callable[[Any], str | None]
-) -> list[dict[str, Any]]:
-    """The records with these fields alone."""
-    records = []
-    for place, record in _records(path, flag):
-        if (fault := fault_of(record) or _fault_of_fields(record, names)) is not None:
-            raise UserError(f"{flag} {path}, {place} {fault}: see --help for the fields")
-        records.append({name: record[name] for name in names})
-    if not records:
-        raise UserError(f"{flag} {path} is empty: write one JSON object a line")
-    return records
-
-
-def _records(path: Path, flag: str) -> list[tuple[str, Any]]:
-    if not path.exists():
-        raise UserError(f"{flag} {path} does not exist: give a file of JSON lines")
-    try:
-        with path.open("rb") as stream:
-            found = json_records(stream, name=f"{flag} {path}")
-            return [(record.place, record.value) for record in found]
-    except OSError as error:
-        raise UserError(
-            f"{flag} {path} cannot be read ({error.strerror}): give a file of JSON lines"
-        ) from error
-
-
 def _check_repetitions(
     records: Sequence[Mapping[str, Any]], name: str, source: str, num_fewshot: int | None
 ) -> None:
@@ -185,53 +158,3 @@ def _check_repetitions(
 def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
-
-
-def _as_list(value: Any) -> Any:
-    """One text as a list of one; anything else as it is."""
-    return [value] if isinstance(value, str) else value
-
-
-def _fault_of_question(record: Any) -> str | None:
-    if not isinstance(record, dict) or not _is_text(record.get("question")):
-        return "has no text in `question`"
-    answers = _as_list(record.get("answer"))
-    is_text = isinstance(answers, list) and answers and all(map(_is_text, answers))
-    return None if is_text else "has no text or list in `answer`"
-
-
-def _fault_of_ranking(record: Any) -> str | None:
-    if not isinstance(record, dict) or not isinstance(record.get("query"), str):
-        return "has no text in `query`"
-    choices, gold = record.get("choices"), record.get("gold")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-        return "has no list of two or more texts in `choices`"
-    if len({*choices}) < len(choices):
-        return "has the same text twice in `choices`, of which neither can be the likelier one"
-    is_index = isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(choices)
-    return (
-        None
-        if is_index
-        else f"has {_short(gold)} in `gold`, which is no index into its {len(choices)} choices"
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _fault_of_fields(record: dict[str, Any], names: Sequence[str]) -> str | None:
-    if isinstance(record, RepeatedNames) and (repeated := sorted(record.repeated & {*names})):
-        return f"has `{repeated[0]}` twice, with different values"
-    for value in (record[name] for name in names):
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (
-                halves := [letter for letter in text if "\ud800" <= letter <= "\udfff"]
-            ):
-                return f"has half of a surrogate pair ({halves[0]!r}), which is no text"
-    return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,0 +1,223 @@
+"""`answer_questions`: question sets in local files, answered by several arms, in one table.
+
+A unit is a block of questions of one set, answered by one arm: a file with a line a question. The table is
+made afterwards from those files, paired question by question. No harness is needed (`run_lm_eval` asks an
+export through the lm-evaluation-harness).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.files import content_hash
+from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
+from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
+from mlpmem_ds.engines.passage_index import require_bm25s
+from mlpmem_ds.formats.answers import Answers, AnswersManifest, write_answers
+from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
+from mlpmem_ds.formats.question_files import Question, read_questions
+from mlpmem_ds.stages.questions.answer_scores import contains, exact_match, f1, short_answer
+from mlpmem_ds.stages.questions.answering import Answerer, answer, score_choices
+from mlpmem_ds.stages.questions.arms import Answerers, Arm, hash_models, list_arms
+from mlpmem_ds.stages.questions.config import Config, set_name
+from mlpmem_ds.stages.questions.passages import Passages, open_passages, write_passages
+from mlpmem_ds.stages.questions.results import read_scores, render, score_set
+
+_PASSAGES = "passages"  # a unit that the others read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Questions of one set, and the arm that answers them."""
+
+    set: str
+    arm: Arm
+    block: Block
+
+    @property
+    def name(self) -> str:
+        return f"{self.set}-{self.arm.name}-{self.block.start:06d}"
+
+    @property
+    def file(self) -> str:
+        return f"answers/{self.name}.jsonl"
+
+
+def run(config: Config, world: World) -> str | None:
+    """Answer what is missing; the rank that completes the last unit writes answers.json and returns the
+    table."""
+    sets = {set_name(path): read_questions(path, limit=config.limit) for path in config.questions}
+    arms = list_arms(config)
+    corpus = None
+    if config.passages is not None:
+        require_bm25s()
+        corpus = open_corpus(config.passages, "train", flag="--passages")
+    inputs = {f"questions-{name}": _hash_of(questions) for name, questions in sets.items()}
+    directory = open_stage(
+        config.output,
+        stage=AnswersManifest.FORMAT,
+        version=AnswersManifest.VERSION,
+        config=config,
+        inputs={**hash_models(arms), **inputs, **({} if corpus is None else {"passages": corpus.sha256})},
+        world=world,
+    )
+    units = {unit.name: unit for unit in _list_units(sets, arms, config.unit_questions)}
+    stage = _Answering(config, world, directory, sets, units, arms, corpus)
+    stage.answer_all()
+    return stage.table
+
+
+def _hash_of(questions: list[Question]) -> str:
+    return content_hash([[each.kind, each.prompt, list(each.answers), each.gold] for each in questions])
+
+
+def _list_units(sets: Mapping[str, list[Question]], arms: list[Arm], size: int) -> list[Unit]:
+    """Arm by arm, so that a model is loaded once; passages are of use to open questions alone."""
+    return [
+        Unit(set=name, arm=arm, block=block)
+        for arm in arms
+        for name, questions in sets.items()
+        if not arm.with_passages or questions[0].kind == "open"
+        for block in split_blocks(len(questions), size)
+    ]
+
+
+class _Answering:
+    """One start of the command."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        directory: StageDirectory,
+        sets: Mapping[str, list[Question]],
+        units: Mapping[str, Unit],
+        arms: list[Arm],
+        corpus: CorpusSplit | None,
+    ) -> None:
+        self._config, self._world, self._directory = config, world, directory
+        self._sets, self._units, self._arms, self._corpus = sets, units, arms, corpus
+        self._device = device_of_rank(config.device, world)
+        self._answerers = Answerers(config, self._device)
+        self._passages: Passages | None = None
+        self.table: str | None = None
+
+    def answer_all(self) -> None:
+        phases = list(self._units)
+        if self._corpus is not None:
+            write = partial(write_passages, corpus=self._corpus, num_tokens=self._config.passage_tokens)
+            self._directory.run_phase([_PASSAGES], lambda _, writer: write(writer))
+            self._passages = open_passages(self._config.output)
+            phases = [_PASSAGES, *phases]
+        count = sum(unit.block.size for unit in self._units.values()) // self._world.size
+        self._progress = Progress(count, label="answering", unit="questions", world=self._world)
+        self._directory.run_units(list(self._units), self._answer_unit)
+        self._progress.close()
+        self._directory.complete(phases, self._describe)
+
+    # -- a unit
+
+    def _answer_unit(self, name: str, writer: UnitWriter) -> dict[str, Any]:
+        unit = self._units[name]
+        answerer = self._answerers.of(unit.arm)
+        lines, totals = [], {"questions": 0, "seconds": 0.0, "first_token_seconds": 0.0, "tokens": 0}
+        for number in range(*unit.block):
+            line, spent = self._ask(answerer, unit.arm, self._sets[unit.set][number])
+            lines.append(json.dumps({"question": number, **line}, ensure_ascii=False))
+            totals["questions"] += 1
+            for key, value in spent.items():
+                totals[key] += value
+            self._progress.advance(1)
+        with writer.file(unit.file) as path:
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return totals
+
+    def _ask(
+        self, answerer: Answerer, arm: Arm, question: Question
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """A line of the unit's file, and what the answer took."""
+        start = time.perf_counter()
+        if question.kind == "open":
+            return self._ask_in_words(answerer, arm, question)
+        scored = score_choices(answerer, question.prompt, question.answers)
+        spent = {"seconds": time.perf_counter() - start}
+        if question.kind == "last word":
+            [choice] = scored
+            scores = {"accuracy": float(choice.is_greedy)}
+            return {"log_probability": choice.log_probability, "scores": scores}, spent
+        logs = [choice.log_probability for choice in scored]
+        by_byte = [log / len(text.encode()) for log, text in zip(logs, question.answers, strict=True)]
+        scores = {
+            "accuracy": float(logs.index(max(logs)) == question.gold),
+            "accuracy_by_byte": float(by_byte.index(max(by_byte)) == question.gold),
+        }
+        return {"log_probabilities": logs, "scores": scores}, spent
+
+    def _ask_in_words(
+        self, answerer: Answerer, arm: Arm, question: Question
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        start, prompt = time.perf_counter(), question.prompt
+        if arm.with_passages:
+            assert self._passages is not None
+            prompt = self._passages.prompt(
+                prompt,
+                count=self._config.num_passages,
+                max_tokens=answerer.context - self._config.max_new_tokens,
+                encoder=answerer.encoder,
+            )
+        searched = time.perf_counter() - start
+        found = answer(answerer, prompt, self._config.max_new_tokens)
+        short = short_answer(found.text)
+        scores = {
+            "exact_match": exact_match(short, question.answers),
+            "f1": f1(short, question.answers),
+            "contains": contains(found.text, question.answers),
+        }
+        spent = {
+            "seconds": searched + found.seconds,
+            "first_token_seconds": searched + found.first_token_seconds,
+            "tokens": found.num_tokens,
+        }
+        return {"answer": found.text, "scores": scores}, spent
+
+    # -- the end
+
+    def _describe(self) -> AnswersManifest:
+        sets = [self._score_set(name) for name in self._sets]
+        answers = Answers(
+            arms={arm.name: arm.description for arm in self._arms},
+            sets=tuple(sets),
+            passages=None if self._passages is None else len(self._passages.texts),
+            index_bytes=None if self._passages is None else self._passages.num_bytes,
+            device=str(self._device),
+        )
+        write_answers(self._config.output / "answers.json", answers)
+        self.table = render(sets)
+        return AnswersManifest(
+            arms=tuple(arm.name for arm in self._arms),
+            sets={name: len(questions) for name, questions in self._sets.items()},
+        )
+
+    def _score_set(self, name: str) -> Any:
+        units: dict[str, list[Unit]] = {}
+        for unit in self._units.values():
+            if unit.set == name:
+                units.setdefault(unit.arm.name, []).append(unit)
+        root: Path = self._config.output
+        return score_set(
+            name,
+            self._sets[name][0].kind,
+            {arm: read_scores([root / unit.file for unit in own]) for arm, own in units.items()},
+            {arm: self._directory.summaries([unit.name for unit in own]) for arm, own in units.items()},
+            self._config.bootstrap_samples,
+        )

@@ -1,0 +1,132 @@
+"""Part of `answer_questions`: who answers: the base, base and memory, controls, the base with passages."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import read_json
+from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
+from mlpmem_ds.engines.model_files import fingerprint_model, max_context_of, model_file
+from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
+from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.generation_settings import complete_settings, token_settings
+from mlpmem_ds.models.mixture import StoredGate
+from mlpmem_ds.models.structure import output_head
+from mlpmem_ds.stages.generation.exported_model import load_model, read_export
+from mlpmem_ds.stages.questions.answering import Answerer
+from mlpmem_ds.stages.questions.config import Config, control_models
+from mlpmem_ds.stages.shared_flags import grid_of
+
+BASE, MEMORY, RAG = "base", "base+memory", "base+rag"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to answer."""
+
+    name: str
+    description: str
+    model: str
+    """as the user named it"""
+    flag: str
+    part: str = "whole"
+    """of an export: `base` alone, or the `whole`"""
+    gate: StoredGate | None = None
+    """of base and memory; None = the export's own"""
+    with_passages: bool = False
+
+
+def list_arms(config: Config) -> list[Arm]:
+    """The arms that the flags name, the base first."""
+    is_export = _is_export(config.model)
+    if config.lambdas and not is_export:
+        raise UserError(
+            f"--lambdas: --model {config.model} has no memory: give the output of"
+            " tools/convert_checkpoint.py, or leave the flag out"
+        )
+    model: dict[str, Any] = {"model": config.model, "flag": "--model"}
+    base: dict[str, Any] = {**model, "part": "base" if is_export else "whole"}
+    arms = [Arm(name=BASE, description="the base alone", **base)]
+    if is_export and not config.lambdas:
+        arms.append(Arm(name=MEMORY, description="base and memory, by the export's own gate", **model))
+    for gate in grid_of(config.lambdas) if config.lambdas else ():
+        name = f"{MEMORY}_{gate.lmbda:g}"
+        arms.append(Arm(name=name, description=f"base and memory, {gate}", gate=gate, **model))
+    if config.passages is not None:
+        description = f"the base with {config.num_passages} passages before an open question"
+        arms.append(Arm(name=RAG, description=description, with_passages=True, **base))
+    for name, place in control_models(config.control).items():
+        description = "another language model in place of the base"
+        arms.append(Arm(name=name, description=description, model=place, flag=f"--control {name}"))
+    return arms
+
+
+def _is_export(model: str) -> bool:
+    path = model_file(model, "config.json")
+    return path is not None and read_json(path).get("model_type") == "mlpmem"
+
+
+def hash_models(arms: list[Arm]) -> dict[str, str]:
+    """Name of an input → SHA-256, of each model once. Raises UserError for what is no model."""
+    flags = {arm.model: arm.flag for arm in reversed(arms)}
+    return {
+        flag.removeprefix("--").replace(" ", "-"): fingerprint_model(model, flag=flag)
+        for model, flag in flags.items()
+    }
+
+
+class Answerers:
+    """Models that are loaded when they are asked, one model at a time.
+
+    Args:
+        config: the flags.
+        device: of this rank.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._load = functools.lru_cache(maxsize=1)(self._load_model)
+
+    def of(self, arm: Arm) -> Answerer:
+        """The arm's model, ready to answer."""
+        model, encoder = self._load(arm.model, arm.flag)
+        is_joint = hasattr(model, "set_gate")
+        base = model.base if is_joint else model
+        if is_joint and arm.part == "base":
+            model = base
+        elif is_joint:
+            model.set_gate(self._own_gate if arm.gate is None else arm.gate)
+        num_rows = len(output_head(base)[0])
+        complete = complete_settings(
+            model.generation_config, base=base, tokenizer=encoder.tokenizer, num_rows=num_rows
+        )
+        return Answerer(
+            model=model,
+            encoder=encoder,
+            tokens=token_settings(complete),
+            context=max_context_of(base.config),
+        )
+
+    def _load_model(self, place: str, flag: str) -> tuple[Any, TextEncoder]:
+        config = self._config
+        model: Any
+        if _is_export(place):
+            _, tokenizer = read_export(place)
+            model = load_model(place, device=self._device, dtype=config.dtype)
+            self._own_gate = model.gate
+        else:
+            tokenizer = load_tokenizer(place, flag=flag)
+            dtype = DTYPES[resolve_dtype(config.dtype, self._device)]
+            try:
+                model = load_base(place, dtype=dtype, device=self._device)
+            except ValueError as error:
+                raise UserError(f"{flag} {place}: {error}") from error
+        encoder = open_encoder(
+            tokenizer, label=f"the tokenizer of {flag}", special_tokens=config.special_tokens
+        )
+        return model, encoder

@@ -1,0 +1,88 @@
+"""The flags of `answer_questions`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.corpus import SpecialTokens
+from mlpmem_ds.stages import shared_flags
+
+_RESERVED_NAMES = ("base", "memory", "rag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Answer question sets in local files: base, base + memory, controls, and base + passages, in one table.
+
+    Open questions are answered greedily (exact match, F1, contains), choices and last words by their
+    log-probability (accuracy); each arm with its time to the first token and its tokens a second.
+    """
+
+    example: ClassVar[str] = (
+        "python launch/answer_questions.py --model run/export --questions nq_open.jsonl piqa.jsonl"
+        " --passages run/corpus --control base_trained_on=run/base_trained_on --output run/answers"
+    )
+
+    model: str = option(
+        "an exported model (arms base and base+memory), or a plain language model (arm base)", identity="none"
+    )
+    questions: tuple[Path, ...] = option(
+        "files of JSON lines: docs/questions.md has their layouts", identity="none"
+    )
+    output: Path = option("directory to write")
+    lambdas: tuple[str, ...] = shared_flags.lambdas("of base+memory (default: the export's own gate)", ())
+    control: tuple[str, ...] = option(
+        "further arms: NAME=a plain language model", (), identity="none", metavar="NAME=DIR"
+    )
+    passages: Path | None = option(
+        "corpus: adds the arm base+rag, which reads passages of its train split (BM25) before a question",
+        None,
+    )
+    passage_tokens: int = option("tokens of a passage, at most", 128, at_least=8)
+    num_passages: int = option("passages before a question", 5, at_least=1)
+    limit: int | None = option(
+        "the first questions of each file, at most so many (default: all)", None, at_least=1
+    )
+    max_new_tokens: int = option("largest number of tokens of an answer", 32, at_least=1)
+    special_tokens: SpecialTokens = shared_flags.special_tokens()
+    unit_questions: int = option("questions in a unit of work", 64, at_least=1)
+    bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
+    dtype: shared_flags.Dtype = shared_flags.dtype("own")
+    device: str = shared_flags.device()
+
+    def check(self) -> None:
+        if self.lambdas:
+            shared_flags.grid_of(self.lambdas)
+        if not self.questions:
+            raise UserError("nothing to ask: give --questions FILE…")
+        names = [set_name(path) for path in self.questions]
+        if len(set(names)) < len(names):
+            raise UserError(f"two of --questions have the same name ({', '.join(names)}): rename one")
+        control_models(self.control)
+
+
+def set_name(path: Path) -> str:
+    """What a file of questions is called in the table: its name to the first dot."""
+    return re.sub(r"\W", "_", path.name.partition(".")[0])
+
+
+def control_models(controls: tuple[str, ...]) -> dict[str, str]:
+    """NAME=DIR words → name of the arm and model.
+
+    Raises:
+        UserError: not of that form, or a name that is taken.
+    """
+    models: dict[str, str] = {}
+    for word in controls:
+        name, sign, place = word.partition("=")
+        if not sign or not place or not re.fullmatch(r"\w+", name):
+            raise UserError(f"--control {word}: give NAME=DIR with a name of letters, digits and underscores")
+        if name in models or name in _RESERVED_NAMES:
+            raise UserError(f"--control {word}: the name {name} is taken; choose another")
+        models[name] = place
+    return models

@@ -1,0 +1,203 @@
+"""Question sets through every arm: scores as a plain model gives them, resumable, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.answers import read_answers
+from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.stages.questions import answer_questions
+from mlpmem_ds.stages.questions.config import Config
+from mlpmem_ds.stages.questions.passages import cut_passages
+from mlpmem_ds.stages.questions.results import interval_of_change
+
+OPEN = [{"question": f"what is {word}", "answer": [word, "value"]} for word in ("alpha", "beta", "gamma")]
+CHOICES = [
+    {"query": "alpha", "choices": ["beta", "in range gamma"], "gold": 0},
+    {"query": "for", "choices": ["index", "é é", "value"], "gold": 2},
+]
+LAST = [{"text": "alpha beta gamma"}, {"text": "return value index"}]
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir: Path) -> Path:
+    """A folder with an export and a plain model, `other`."""
+    torch.manual_seed(6)
+    root = tmp_path_factory.mktemp("questions")
+    shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=20, num_blocks=1, vocab_size=300)
+    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
+    MemoryAugmentedLM.from_parts(
+        base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)
+    ).save_pretrained(root / "export")
+    base.save_pretrained(root / "other")
+    for name in ("export", "other"):
+        AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").save_pretrained(root / name)
+    write_lines(root / "open.dev.jsonl", OPEN)
+    write_lines(root / "choices.jsonl", CHOICES)
+    write_lines(root / "last.jsonl", LAST)
+    return root
+
+
+def make_config(models: Path, output: Path, **changes: Any) -> Config:
+    files = tuple(models / name for name in ("open.dev.jsonl", "choices.jsonl", "last.jsonl"))
+    flags = {
+        "model": str(models / "export"),
+        "questions": files,
+        "output": output,
+        "control": (f"other={models / 'other'}",),
+        "max_new_tokens": 6,
+        "unit_questions": 2,
+        "bootstrap_samples": 100,
+        "dtype": "float32",
+    }
+    return Config(**flags | changes)
+
+
+def lines_of(root: Path, name: str) -> list[dict[str, Any]]:
+    paths = sorted((root / "answers").glob(f"{name}-*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("answers") / "out"
+    table = answer_questions.run(make_config(models, output), World())
+    assert table is not None
+    return output, table
+
+
+def test_choices_have_the_log_probabilities_of_a_plain_forward(
+    finished: tuple[Path, str], models: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "other")
+    model = AutoModelForCausalLM.from_pretrained(models / "other").eval()
+    lines = lines_of(finished[0], "choices-base")
+    assert [line["question"] for line in lines] == [0, 1]
+    for record, line in zip(CHOICES, lines, strict=True):
+        expected = []
+        for choice in record["choices"]:
+            before = tokenizer(record["query"], add_special_tokens=False).input_ids
+            ids = tokenizer(f"{record['query']} {choice}", add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            after = range(len(before), len(ids))
+            expected.append(sum(float(logs[at - 1, ids[at]]) for at in after))
+        np.testing.assert_allclose(line["log_probabilities"], expected, atol=1e-4)
+        assert line["scores"]["accuracy"] == float(np.argmax(expected) == record["gold"])
+
+
+def test_open_answers_are_those_of_plain_generation(finished: tuple[Path, str], models: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "other")
+    model = AutoModelForCausalLM.from_pretrained(models / "other").eval()
+    for record, line in zip(OPEN, lines_of(finished[0], "open-other"), strict=True):
+        ids = tokenizer(
+            f"Q: {record['question']}?\nA:", add_special_tokens=False, return_tensors="pt"
+        ).input_ids
+        made = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=0, pad_token_id=0)
+        text = tokenizer.decode(made[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+        assert line["answer"] == text.strip().partition("\n")[0]
+
+
+def test_the_table_compares_arms_question_by_question(finished: tuple[Path, str]) -> None:
+    output, table = finished
+    answers = read_answers(output)
+    assert list(answers.arms) == ["base", "base+memory", "other"]
+    assert {each.name: (each.kind, each.questions) for each in answers.sets} == {
+        "open": ("open", 3),
+        "choices": ("choice", 2),
+        "last": ("last word", 2),
+    }
+    for each in answers.sets:
+        base, memory, other = each.arms
+        assert other.scores == base.scores and set(other.changes.values()) == {0.0}  # the same weights
+        assert not base.changes and set(memory.changes) == set(base.scores)
+        assert (base.tokens_per_second is not None) == (each.kind == "open")
+    assert lines_of(output, "choices-base") == lines_of(output, "choices-other")
+    assert lines_of(output, "choices-base")[0] != lines_of(output, "choices-base+memory")[0]
+    assert "open (3)" in table and "base+memory" in table and "first token" in table
+    assert answers.passages is None
+
+
+def test_a_missing_unit_alone_is_made_again(finished: tuple[Path, str], models: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "out")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out" / "answers").iterdir()}
+    (tmp_path / "out" / "answers" / "open-base-000000.jsonl").unlink()
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert answer_questions.run(make_config(models, tmp_path / "out"), World()) is not None
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "answers").iterdir()} == files
+
+
+def test_passages_are_put_before_open_questions_alone(models: Path, corpus_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="passages are found with the optional package bm25s")
+    flags: dict[str, Any] = {"control": (), "passages": corpus_dir, "passage_tokens": 8, "num_passages": 3}
+    config = make_config(models, tmp_path / "out", lambdas=("0.2", "0.5"), **flags)
+    assert answer_questions.run(config, World()) is not None
+    answers = read_answers(tmp_path / "out")
+    assert list(answers.arms) == ["base", "base+memory_0.2", "base+memory_0.5", "base+rag"]
+    arms = {each.name: [row.arm for row in each.arms] for each in answers.sets}
+    assert "base+rag" in arms["open"] and "base+rag" not in arms["choices"]
+    corpus = open_corpus(corpus_dir)
+    assert answers.passages == len(cut_passages(corpus, 8))
+    assert answers.index_bytes is not None and answers.index_bytes > corpus.num_bytes
+    assert lines_of(tmp_path / "out", "open-base+rag") != lines_of(tmp_path / "out", "open-base")
+
+
+def test_passages_hold_the_documents_text(corpus_dir: Path) -> None:
+    corpus = open_corpus(corpus_dir)
+    pieces = cut_passages(corpus, 8)
+    whole = cut_passages(corpus, 10**6)
+    assert len(whole) == len(corpus.documents) < len(pieces)
+    assert "".join("".join(pieces).split()) == "".join("".join(whole).split())
+
+
+def test_the_interval_is_paired() -> None:
+    generator = np.random.default_rng(1)
+    base_Q = generator.integers(0, 2, 400).astype(float)
+    better_Q = np.maximum(base_Q, generator.random(400) < 0.2)
+    low, high = interval_of_change(base_Q, better_Q, 500)
+    change = (better_Q - base_Q).mean()
+    assert 0 < low < change < high < 2 * change
+    assert interval_of_change(base_Q, base_Q, 100) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"control": ("base=x",)}, "the name base is taken"),
+        ({"control": ("a b=x",)}, "give NAME=DIR"),
+        ({"questions": ()}, "nothing to ask"),
+        ({"control": ("x=/nowhere/at/all",)}, "--control x .*nowhere"),
+        ({"questions": (Path("/nowhere/x.jsonl"),)}, "does not exist"),
+    ],
+)
+def test_wrong_inputs_leave_the_disk_untouched(
+    models: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        answer_questions.run(make_config(models, tmp_path / "out", **changes), World())
+    assert not (tmp_path / "out").exists()
+
+
+def test_lambdas_need_a_memory(models: Path, tmp_path: Path) -> None:
+    config = make_config(models, tmp_path / "out", model=str(models / "other"), lambdas=("0.5",))
+    with pytest.raises(UserError, match="--lambdas: --model .* has no memory"):
+        answer_questions.run(config, World())
