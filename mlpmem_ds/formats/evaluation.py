@@ -38,6 +38,8 @@ class SplitFigures:
     ppl_interval: tuple[float, float] | None
     win_rate: float | None
     """share of positions to which the arm's own distribution gives the token more than the base; ties half"""
+    document_interval: tuple[float, float] | None = None
+    """as `ppl_interval`, by drawing whole documents again; None also where there are fewer than 20"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,9 @@ class Change:
 
     ppl_change: float
     ppl_interval: tuple[float, float]
+    """by drawing blocks of positions again"""
+    document_interval: tuple[float, float] | None = None
+    """by drawing whole documents again; None where there are fewer than 20"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,24 +26,30 @@ def bits_per_byte(log_probabilities_N: Array, num_bytes: int) -> float:
 
 
 def bootstrap_interval(
-    log_a_N: Array, log_b_N: Array, *, block: int = 512, num_resamples: int = 2000, seed: int = 0
+    log_a_N: Array,
+    log_b_N: Array,
+    *,
+    block: int = 512,
+    starts: Array | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """95 % interval of the relative perplexity change of b against a, ``ppl_b / ppl_a - 1``, by a paired
     block bootstrap.
 
-    The positions are cut into contiguous blocks of ``block`` (the last may be shorter), since neighbouring
-    positions of a text are not independent. Each resample draws as many blocks as there are, with
-    replacement, the same for a and b, and gives exp(mean(log a) - mean(log b)) - 1 over its positions; the
-    interval is the 2.5 and 97.5 percentiles. All positions must have a positive probability under both.
-    Raises ValueError for fewer than 2 blocks.
+    The positions are cut into contiguous blocks of ``block`` (the last may be shorter), or where ``starts``
+    says (rising, from 0: of documents), since neighbouring positions of a text are not independent. Each
+    resample draws as many blocks as there are, with replacement, the same for a and b, and gives
+    exp(mean(log a) - mean(log b)) - 1 over its positions; the interval is the 2.5 and 97.5 percentiles. All
+    positions must have a positive probability under both. Raises ValueError for fewer than 2 blocks.
     """
     _check_pair(log_a_N, log_b_N)
     differences_N = _float64(log_a_N) - _float64(log_b_N)
-    starts_B = np.arange(0, len(differences_N), block)
+    starts_B = np.arange(0, len(differences_N), block) if starts is None else starts
     if len(starts_B) < 2:
         raise ValueError(
-            f"{len(differences_N)} positions make {len(starts_B)} blocks of {block}; a bootstrap needs 2 or"
-            " more"
+            f"{len(differences_N)} positions make {len(starts_B)} blocks{f' of {block}' * (starts is None)};"
+            " a bootstrap needs 2 or more"
         )
     if not np.isfinite(differences_N).all():
         raise ValueError(

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from .capture_point import CapturePoint
 from .gate_features import History, confidences, num_confidences
+from .memory_config import DEFAULT_LAMBDA
 from .mixture import NOTHING, Constant, GateInputs, StoredGate, Weights, checked_lmbda
 
 _MIN_WEIGHT = 1e-4  # of a weight that a net starts from: a logit cannot be that of 0
@@ -214,6 +215,22 @@ GATES: Mapping[str, Callable[[float, Mapping[str, Any]], StoredGate]] = {
     "router": _learned(RouterGate),
 }
 """The gates that a model can hold: kind → function of the model's `lmbda` and the gate's other settings."""
+
+
+def load_gate(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> LearnedGate:
+    """A fitted gate from its settings and the state dict of its net, which is not trained further.
+
+    Raises:
+        ValueError: the settings are not of a learned gate, or the weights are of another.
+    """
+    gate = open_gate(settings, DEFAULT_LAMBDA)
+    if not isinstance(gate, LearnedGate):
+        raise ValueError(f"a gate of the kind {settings.get('kind')!r} has no weights to load")
+    try:
+        gate.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights are not those of the gate {dict(settings)}: {error}") from error
+    return gate.eval().requires_grad_(False)
 
 
 def open_gate(settings: Mapping[str, Any], lmbda: float) -> StoredGate:

@@ -55,6 +55,25 @@ def test_blocks_widen_the_interval_of_correlated_positions():
     assert widths[1] / widths[0] == pytest.approx(math.sqrt(50), rel=0.2)
 
 
+def test_documents_are_drawn_whole():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 90, size=300)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    by_document = rng.standard_normal(300)
+    differences = 0.1 * np.repeat(by_document, lengths)
+    low, high = bootstrap_interval(np.zeros(lengths.sum()), differences, starts=starts)
+    means = []
+    for _ in range(2000):  # the definition
+        drawn = rng.integers(300, size=300)
+        means.append((0.1 * by_document * lengths)[drawn].sum() / lengths[drawn].sum())
+    expected = np.quantile(np.expm1(-np.array(means)), [0.025, 0.975])
+    np.testing.assert_allclose([low, high], expected, atol=2e-3)
+    even = bootstrap_interval(np.zeros(1000), np.arange(1000.0), starts=np.arange(0, 1000, 50))
+    assert even == bootstrap_interval(np.zeros(1000), np.arange(1000.0), block=50)
+    with pytest.raises(ValueError, match="10 positions make 1 blocks;"):
+        bootstrap_interval(np.zeros(10), np.zeros(10), starts=np.array([0]))
+
+
 def test_bootstrap_refuses_what_it_cannot_resample():
     with pytest.raises(ValueError, match="10 positions make 1 blocks of 512"):
         bootstrap_interval(np.zeros(10), np.zeros(10))

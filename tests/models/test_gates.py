@@ -20,6 +20,7 @@ from mlpmem_ds.models.gates import (
     HistoryGate,
     LearnedGate,
     RouterGate,
+    load_gate,
     open_gate,
 )
 from mlpmem_ds.models.hf import MemoryAugmentedLM
@@ -241,6 +242,12 @@ def test_a_stored_gate_is_opened_by_its_kind(num_memories: int) -> None:
         nn.init.normal_(gate.out.weight)
         opened.load_state_dict(gate.state_dict())
         assert torch.equal(opened(inputs), gate(inputs))
+        loaded = load_gate(gate.settings(), gate.state_dict())
+        assert torch.equal(loaded(inputs), gate(inputs)) and not loaded.training
+        with pytest.raises(ValueError, match="not those of the gate"):
+            load_gate({**gate.settings(), "hidden": 3}, gate.state_dict())
+    with pytest.raises(ValueError, match="no weights to load"):
+        load_gate({"kind": "constant"}, {})
     assert set(GATES) == {"constant", "weights", *LEARNED}
     with pytest.raises(ValueError, match="'oracle' is none of constant"):
         open_gate({"kind": "oracle"}, 0.4)

@@ -127,5 +127,6 @@ def _comparison(config: Config, inputs: Inputs) -> Comparison:
         subject=subject[0].name if subject else None,
         reference=reference[0].name if reference else None,
         controls=tuple(arm.name for arm in inputs.playing("control")),
+        document_starts={name: split.document_starts() for name, split in inputs.splits.items()},
         choices=_choices(config, inputs),
     )

@@ -33,6 +33,12 @@ class Split:
     def num_positions(self) -> int:
         return self.corpus.num_positions if self.positions is None else len(self.positions)
 
+    def document_starts(self) -> np.ndarray:
+        """int64: where each document begins among the scored positions."""
+        positions = np.arange(self.corpus.num_positions) if self.positions is None else self.positions
+        documents_N = self.corpus.documents_of(positions)
+        return np.flatnonzero(np.diff(documents_N, prepend=-1))
+
     def take(self, scores_N: np.ndarray) -> np.ndarray:
         """This split's rows of its stream's scores."""
         return scores_N if self.positions is None else scores_N[self.positions]

@@ -29,6 +29,8 @@ from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.models.mixture_scores import lambda_curve, mixed_scores
 from mlpmem_ds.stages.report.breakdowns import Groups, breakdown, calibration
 
+_MIN_DOCUMENTS = 20  # of a split, for an interval over documents
+
 
 @dataclass(frozen=True, kw_only=True)
 class GivenWeights:
@@ -95,6 +97,8 @@ class Comparison:
     """the arm by whose gain the subject's is measured; None: there is none"""
     controls: tuple[str, ...] = ()
     """arms that the subject should be better than"""
+    document_starts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """split → its first position of each document, for intervals that draw whole documents again"""
     choices: Mapping[str, ArmFigures] | None = None
     """arm → its figures in another report, whose λ, neighbours and temperature are taken; None: they are
     chosen on the tuning split"""
@@ -260,12 +264,13 @@ def _split_figures(
 ) -> SplitFigures:
     """One arm on one split; the change and its interval are against the base."""
     base_N = base.scores[split]
-    change = None if arm is base else _change(base_N, final_N, comparison)
+    change = None if arm is base else _change(base_N, final_N, split, comparison)
     return SplitFigures(
         ppl=perplexity(final_N),
         bits_per_byte=bits_per_byte(final_N, comparison.num_bytes[split]),
         ppl_change=None if change is None else change.ppl_change,
         ppl_interval=None if change is None else change.ppl_interval,
+        document_interval=None if change is None else change.document_interval,
         win_rate=None if arm is base else win_rate(base_N, _column(arm.scores[split], choice)),
     )
 
@@ -286,12 +291,23 @@ def _breakdown(
     return breakdown(groups, final_scores[base][split], arms)
 
 
-def _change(before_N: np.ndarray, after_N: np.ndarray, comparison: Comparison) -> Change:
-    """The relative change of perplexity, negative where `after` is better, and its 95 % interval."""
+def _change(before_N: np.ndarray, after_N: np.ndarray, split: str, comparison: Comparison) -> Change:
+    """The relative change of perplexity, negative where `after` is better, and its 95 % intervals."""
+    num_resamples = comparison.bootstrap_samples
     interval = bootstrap_interval(
-        before_N, after_N, block=comparison.bootstrap_block, num_resamples=comparison.bootstrap_samples
+        before_N, after_N, block=comparison.bootstrap_block, num_resamples=num_resamples
     )
-    return Change(ppl_change=perplexity(after_N) / perplexity(before_N) - 1, ppl_interval=interval)
+    starts = comparison.document_starts.get(split, ())
+    by_document = (
+        bootstrap_interval(before_N, after_N, starts=np.asarray(starts), num_resamples=num_resamples)
+        if len(starts) >= _MIN_DOCUMENTS
+        else None
+    )
+    return Change(
+        ppl_change=perplexity(after_N) / perplexity(before_N) - 1,
+        ppl_interval=interval,
+        document_interval=by_document,
+    )
 
 
 def _recovered_share(arms: Sequence[ArmFigures], comparison: Comparison) -> float | None:
@@ -312,7 +328,7 @@ def _against(
     if subject is None:
         return {}
     return {
-        name: _change(scores[test], final_scores[subject][test], comparison)
+        name: _change(scores[test], final_scores[subject][test], test, comparison)
         for name, scores in final_scores.items()
         if name != subject
     }

@@ -14,7 +14,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.gates import read_gate
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.models.gates import LearnedGate, open_gate
+from mlpmem_ds.models.gates import LearnedGate, load_gate
 from mlpmem_ds.stages.evaluation.splits import Split, open_tuning_split
 from mlpmem_ds.stages.gating import fit_gate, fitting
 from mlpmem_ds.stages.gating.config import Config
@@ -66,10 +66,7 @@ def brute_force(
 
 def rebuilt(config: Config) -> LearnedGate:
     stored = read_gate(config.output)
-    gate = open_gate(stored.manifest.gate, 0.5)
-    assert isinstance(gate, LearnedGate)
-    gate.load_state_dict(stored.weights)
-    return gate
+    return load_gate(stored.manifest.gate, stored.weights)
 
 
 def test_a_gate_and_its_figures_are_those_of_brute_force(parts: Parts, fitted: Config) -> None:

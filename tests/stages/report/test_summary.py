@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.formats.evaluation import Sample, Speed
+from mlpmem_ds.formats.gates import WeightFigures
 from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.stages.report import plots as report_plots
 from mlpmem_ds.stages.report import table
 from mlpmem_ds.stages.report.breakdowns import KIND, Groups
 from mlpmem_ds.stages.report.page import render_report
 from mlpmem_ds.stages.report.plots import plot_costs, plot_lambda_curves, plot_speeds, plot_wins
-from mlpmem_ds.stages.report.summary import ArmScores, Comparison, summarize
+from mlpmem_ds.stages.report.summary import ArmScores, Comparison, GivenWeights, summarize
 from mlpmem_ds.stages.report.table import render_table
 from mlpmem_ds.stages.report.words import scaled_text
 
@@ -224,6 +225,37 @@ def test_shares_wins_and_paired_changes(evaluation):
         assert numbers.ppl_change == pytest.approx(ppl["base+memory"] / ppl[name] - 1)
         low, high = numbers.ppl_interval
         assert low < numbers.ppl_change < high
+
+
+def test_an_interval_over_documents_where_there_are_enough(arms):
+    starts = {"tuning": np.arange(0, 700, 100), "test": np.arange(0, 900, 30)}
+    summary = summarize(arms, replace(COMPARISON, document_starts=starts))
+    memory = {arm.name: arm for arm in summary.arms}["base+memory"]
+    assert memory.splits["tuning"].document_interval is None  # 7 documents
+    low, high = memory.splits["test"].document_interval
+    assert low < memory.ppl_change < high
+    by_blocks = replace(COMPARISON, bootstrap_block=30)
+    same = {arm.name: arm for arm in summarize(arms, by_blocks).arms}["base+memory"]
+    assert (low, high) == same.ppl_interval
+    against = summary.against["base_trained_on"]
+    assert against.document_interval[0] < against.ppl_change < against.document_interval[1]
+
+
+def test_given_weights_are_those_of_each_position(arms):
+    base, memory = arms[0], arms[2]
+    generator = np.random.default_rng(5)
+    lambdas = {split: generator.uniform(size=size) for split, size in SPLITS.items()}
+    figures = {split: WeightFigures(means=(0.5,), mean=0.5, quantiles=(0.1,) * 5) for split in SPLITS}
+    given = GivenWeights(lambdas=lambdas, figures=figures, chosen={})
+    gated = replace(memory, name="base+memory+gate", weights=given)
+    found = {arm.name: arm for arm in summarize([*arms, gated], COMPARISON).arms}["base+memory+gate"]
+    for split, weight in lambdas.items():
+        p = (1 - weight) * np.exp(base.scores[split]) + weight * np.exp(memory.scores[split])
+        assert found.splits[split].ppl == pytest.approx(np.exp(-np.log(p).mean()))
+    assert found.lmbda is None and found.weights == figures and found.tuning_curve is None
+    assert (
+        found.win_rate == {arm.name: arm for arm in summarize(arms, COMPARISON).arms}["base+memory"].win_rate
+    )
 
 
 def test_without_a_memory_or_a_gain_there_is_no_share(arms):

@@ -19,7 +19,7 @@ import numpy as np
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.gates import FittedGate, GateManifest, WeightFigures, read_gate
-from mlpmem_ds.models.gates import LearnedGate, open_gate
+from mlpmem_ds.models.gates import LearnedGate, load_gate
 from mlpmem_ds.stages.evaluation.arms.arm import Part, Price, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import ModelArm
 from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
@@ -90,10 +90,7 @@ def _bank(base: ModelArm, memories: Sequence[MemoryArm]) -> MixedArm:
 def _gated(name: str, stored: FittedGate, base: ModelArm, memories: Sequence[MemoryArm]) -> MixedArm:
     manifest = stored.manifest
     members = _members(stored, base, memories)
-    gate = open_gate(manifest.gate, 0.5)
-    assert isinstance(gate, LearnedGate)
-    gate.load_state_dict(stored.weights)
-    gate.eval().requires_grad_(False)
+    gate = load_gate(manifest.gate, stored.weights)
     mixed = members[0].name if len(members) == 1 else f"base+{BANK}"
     price = _price(base, members)
     helper = StatesArm(
