@@ -74,8 +74,7 @@ def run(config: Config, world: World) -> None:
     """Write the corpus; see formats/README.md. Ranks share the units; the tokenizer is made once."""
     if config.near_duplicates != "keep":
         require_minhash("--near-duplicates")
-    else:
-        _warn_of_unused(config)
+    _warn_of_unused(config)
     encoder = given_encoder(config)
     chats = None
     if config.documents == "chat":
@@ -86,10 +85,17 @@ def run(config: Config, world: World) -> None:
 
 
 def _warn_of_unused(config: Config) -> None:
-    names = ("near_duplicate_threshold", "near_duplicate_words", "near_duplicate_hashes")
-    for name in names:
+    unused = []
+    if config.near_duplicates == "keep":
+        names = ("near_duplicate_threshold", "near_duplicate_words", "near_duplicate_hashes")
+        unused += [(name, "--near-duplicates is keep") for name in names]
+    if config.documents == "text":
+        unused.append(("train_on", "--documents is text, of which all tokens count"))
+    else:
+        unused.append(("text_field", "--documents is chat, whose fields are known"))
+    for name, why in unused:
         if getattr(config, name) != default_of(Config, name):
-            _logger.warning("%s is not used: --near-duplicates is keep", flag_name(name))
+            _logger.warning("%s is not used: %s", flag_name(name), why)
 
 
 def _prepare(

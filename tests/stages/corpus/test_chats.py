@@ -116,11 +116,15 @@ def test_ranks_processes_and_all_tokens_give_the_same_stream(
     )
 
 
-def test_what_cannot_be_a_corpus_of_chats_is_refused(chats: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_a_corpus_of_chats_is_told(
+    chats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(UserError, match="--documents chat needs a tokenizer that has the special tokens"):
         chat_config(chats, tmp_path / "x", tokenizer="train:300")
     with pytest.raises(UserError, match="--chat-template renders conversations: add --documents chat"):
         chat_config(chats, tmp_path / "x", documents="text", chat_template=chats / "x.jinja")
+    prepare_corpus.run(chat_config(chats, tmp_path / "named", text_field="content"), World())
+    assert "--text-field is not used: --documents is chat" in caplog.text
     with pytest.raises(UserError, match="--strict.*the assistant says nothing: 1"):
         prepare_corpus.run(chat_config(chats, tmp_path / "x", strict=True), World())
     assert not (tmp_path / "x").exists()
