@@ -53,8 +53,8 @@ _PAPER = ("--recipe", "paper", "--learning-rate", "2e-3")  # its own rate is tha
 
 MEMORIES: Mapping[str, MemoryArm] = {
     SUBJECT: MemoryArm(
-        flags=(*_BEST, "--start", "base", "--alpha", "0.5", "--ce-through", "plain"),
-        description="memory that started as the base; half KL to the retriever, half cross entropy",
+        flags=(*_BEST, "--start", "base", "--objective", "auto"),
+        description="memory that started as the base, trained for what `--objective auto` chooses",
     ),
     "memory_ce": MemoryArm(
         flags=(*_BEST, "--start", "base", "--alpha", "0"),

@@ -72,6 +72,11 @@ def render_page(results: Sequence[QualityResult], scaling: ScalingResult | None 
             " neighbours, gate, epochs) was chosen on other text, and arms that beat the memory are in the"
             " same tables."
         ),
+        _paragraph(
+            "A preset has two texts: *general*, of the kind that the base knows, and *domain*, which is new"
+            " to it. What is trained on the domain should help there, and leave the general text as it was:"
+            " the columns *other text*."
+        ),
         "## In three minutes",
         _overview(results),
         *_claims(results),
@@ -96,7 +101,7 @@ def _overview(results: Iterable[QualityResult]) -> str:
         "memory",
         "base trained on",
         "other text: memory",
-        "trained on",
+        "other text: trained on",
     ]
     lines = []
     for result in results:
@@ -186,7 +191,19 @@ def _text_section(text: TextResult) -> list[str]:
 
 
 def _table(text: TextResult) -> str:
-    header = ["arm", "ppl", "change", "95 % interval", "bits/byte", "ECE", "λ", "other text", "M params", "s"]
+    header = [
+        "arm",
+        "ppl",
+        "change",
+        "95 % interval",
+        "bits/byte",
+        "ECE",
+        "λ",
+        "other text",
+        "M params",
+        "M tokens",
+        "s",
+    ]
     lines = [
         [
             f"`{row.arm}`",
@@ -198,6 +215,7 @@ def _table(text: TextResult) -> str:
             " ".join(f"{lmbda:g}" for lmbda in dict.fromkeys(row.lambdas)) or "–",
             percent_text(row.other_change),
             f"{row.parameters / 1e6:.1f}",
+            "–" if row.tokens is None else f"{row.tokens / 1e6:.2f}",
             "–" if row.seconds is None else f"{row.seconds:,.0f}",
         ]
         for row in text.rows
@@ -267,8 +285,8 @@ def _method() -> list[str]:
                     " are trained instead stop at their best tuning perplexity; `continued_equal_time` gets"
                     " the seconds of keys, index, targets and memory together, `lora` and `bigger` as many"
                     " parameters as the memory. All keep the weights of their best validation on the tuning"
-                    " split. What is not equal stands in the last columns: parameters with the base's, and"
-                    " seconds beyond the base, on a machine that runs several jobs at once.",
+                    " split. What is not equal stands in the last columns: parameters with the base's, tokens"
+                    " read and seconds spent beyond the base, on a machine that runs several jobs at once.",
                     "**The gate** is fitted to the tuning splits of both texts; the fixed λ to that of the"
                     " arm's own text. The column *other text* keeps both as they are.",
                     "**All memories read the last layer's output**, so that one extraction serves all of"

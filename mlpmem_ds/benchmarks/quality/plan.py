@@ -137,6 +137,7 @@ class _Planner:
             *("train", *self._trainer, "--corpus", self._at(f"{text}/corpus"), "--model", self._base),
             *("--keys", self._at(f"{text}/keys"), "--targets", self._at(f"{text}/targets")),
             *("--seed", seed, *self.preset.memory, *MEMORIES[arm].flags),
+            *(("--learning-rate", self.preset.rates[arm]) if arm in self.preset.rates else ()),
             needs=(f"{text}/targets",),
         )
 

@@ -54,6 +54,8 @@ class Preset:
     neighbour_perplexity: float
     memory: tuple[str, ...]
     """flags of all memories: shape, epochs, batches"""
+    rates: Mapping[str, str]
+    """arm → learning rate, of memories that do not have that of their recipe"""
     models: tuple[str, ...]
     """flags of all models of `train_baseline`, after those of the arm"""
     seconds: Mapping[str, float]
@@ -98,6 +100,7 @@ TINY = Preset(
         *("--num-blocks", "3", "--epochs", "3", "--batch-positions", "2048"),
         *("--validation-positions", "8192"),
     ),
+    rates={"memory": "1e-3", "memory_ce": "1e-3"},
     models=("--epochs", "6"),
     seconds={
         "prepare-corpus": 6,
@@ -144,6 +147,7 @@ SMALL = Preset(
         *("--num-blocks", "3", "--epochs", "4", "--batch-positions", "2048"),
         *("--validation-positions", "16384"),
     ),
+    rates={"memory": "1e-3", "memory_ce": "1e-3"},
     models=("--epochs", "4"),
     seconds={
         "prepare-corpus": 20,
@@ -186,6 +190,7 @@ REAL = Preset(
         *("--num-blocks", "2", "--epochs", "3", "--batch-positions", "1024"),
         *("--validation-positions", "4096"),
     ),
+    rates={"memory": "1e-3", "memory_ce": "3e-4"},  # each one's best of the trials
     models=("--epochs", "2"),
     seconds={
         "prepare-corpus": 10,

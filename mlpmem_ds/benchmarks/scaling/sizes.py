@@ -82,7 +82,7 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
             ),
             "memory": (
                 *("train", *trainer, "--model", base, "--keys", keys, "--targets", targets),
-                *(*preset.memory, *MEMORIES[SUBJECT].flags),
+                *(*preset.memory, *MEMORIES[SUBJECT].flags, "--learning-rate", preset.rates[SUBJECT]),
             ),
             "report": (
                 *("evaluate", "--model", base, "--corpus", corpus, "--memory", str(at / "memory")),
