@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
@@ -26,12 +27,14 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
 from mlpmem_ds.models.quantized import quantize_linears
 from mlpmem_ds.models.structure import UnknownStructureError
+from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.arms.memory import memory_scores
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training.base_files import open_base_files
 from mlpmem_ds.stages.training.base_start import head_start, whole_start
 
+from ...conftest import VOCAB_SIZE
 from ...models.families import BASES, tiny_base
 
 LAYERS = 3
@@ -209,6 +212,37 @@ def test_a_window_reads_the_same_wherever_its_inputs_come_from(
     base = load_base(str(base_dir), dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match="train it without --window"):
         MemoryAugmentedLM.from_pretrained(base, load_memory(runs / "one-window"))
+
+
+@torch.no_grad()
+def test_a_base_with_a_norm_and_a_soft_cap_of_its_own_goes_through_every_stage(
+    runs: Any, corpus_dir: Path, tmp_path: Path
+) -> None:
+    """Gemma 2's: keys, training with a loss through the soft cap, an export that is compared and loaded."""
+    sizes = {**BASES["gemma2"], "vocab_size": VOCAB_SIZE, "final_logit_softcapping": 5.0}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **sizes))
+    model.save_pretrained(tmp_path / "base")
+    keys = extract_keys.Config(
+        model=str(tmp_path / "base"),
+        corpus=corpus_dir,
+        output=tmp_path / "keys",
+        input_layer=(0.4, -1),
+        input_point="layer_output",
+    )
+    extract_keys.run(keys, World())
+    flags = {"keys": tmp_path / "keys", "model": tmp_path / "base", "learning_rate": 1e-3}
+    runs.succeed(runs.start("capped", 2, **flags))
+    assert read_weights(runs / "capped").memory["logit_softcap"] == 5.0
+    export = convert_checkpoint.Config(
+        checkpoint=runs / "capped", model=str(tmp_path / "base"), output=tmp_path / "export", lmbda=1.0
+    )
+    convert_checkpoint.run(export, World())
+    joint = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    ids_BS = torch.arange(12).reshape(2, 6)
+    base_BSV = model.eval()(input_ids=ids_BS).logits.log_softmax(-1)
+    difference_BSV = (joint(ids_BS).logits.log_softmax(-1) - base_BSV).abs()
+    assert 1e-4 < difference_BSV.max() < 0.5  # a few steps from where it started
 
 
 def test_ranks_stages_and_resumes_give_the_same(runs: Any) -> None:
