@@ -106,6 +106,9 @@ def write_whole_weights(
 
 def _gather_master(parameter: nn.Parameter) -> torch.Tensor:
     """The whole float32 parameter, of its own shape, on every rank; collective."""
+    if not parameter.requires_grad:  # the optimizer has no float32 copy of it
+        with import_deepspeed().zero.GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
     has_master = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
     whole = import_part("utils").safe_get_full_fp32_param(parameter) if has_master else parameter
     gathered: torch.Tensor = whole.detach().reshape(whole_shape(parameter))

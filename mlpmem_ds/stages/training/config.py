@@ -108,8 +108,10 @@ class Config(TrainingOptions):
         " final_norm)",
         "random",
     )
-    head: Literal["random", "base"] | None = option(
-        "start of the output head: random, or the base's own (default: as --start)", None
+    head: Literal["random", "base", "frozen"] | None = option(
+        "the output head before the first step: random, or the base's own; frozen: the base's own, which is"
+        " then not trained: a third less time a step, and no optimizer memory for it (default: as --start)",
+        None,
     )
     window: int = option(
         "positions whose inputs the memory reads at once: the position's own and those before it",
@@ -201,10 +203,12 @@ class Config(TrainingOptions):
         if self.start == "base" and self.head == "random":
             raise UserError("--start base starts with the base's output head: leave out --head random")
         for flag, value in (("start", self.start), ("head", self.head)):
-            if value == "base" and self.model is None:
-                raise UserError(f"--{flag} base needs --model, the base whose output head is copied")
-            if value == "base" and self.init_from is not None:
-                raise UserError(f"--init-from brings its own weights: leave out --{flag} base")
+            if value not in ("base", "frozen"):
+                continue
+            if self.model is None:
+                raise UserError(f"--{flag} {value} needs --model, the base whose output head is copied")
+            if self.init_from is not None:
+                raise UserError(f"--init-from brings its own weights: leave out --{flag} {value}")
 
     def _check_objective(self) -> None:
         if self.objective == "auto":
@@ -250,7 +254,7 @@ class Config(TrainingOptions):
     @property
     def start_of_head(self) -> Literal["random", "base"]:
         """What the output head is before the first step, where no memory is started from."""
-        return self.head or self.start
+        return "base" if self.head == "frozen" else self.head or self.start
 
     @property
     def kl_weight(self) -> float:

@@ -264,7 +264,7 @@ def provenance_of(
         mixture_lambda=config.mixture_lambda if config.ce_through == "mixture" else None,
         joined_lambda=config.joined_lambda if config.objective == "joined" else None,
         start=config.start if inputs.initial is None else "init_from",
-        head=config.start_of_head if inputs.initial is None else "init_from",
+        head=config.head or config.start if inputs.initial is None else "init_from",
         epochs=config.epochs,
         batch_positions=config.batch_positions,
         steps=num_steps,

@@ -234,6 +234,8 @@ def _prepare(
     for name, read in starts.items():
         set_parameter(model.get_parameter(name), read, world)
     assert isinstance(model, MemoryModule)
+    if config.head == "frozen":
+        model.head.requires_grad_(False)
     recompute_activations(model, config.recompute_activations)
     if config.compile:
         compile_activations(model)

@@ -26,7 +26,7 @@ from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
 from mlpmem_ds.models.quantized import quantize_linears
-from mlpmem_ds.models.structure import UnknownStructureError
+from mlpmem_ds.models.structure import UnknownStructureError, output_head
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.arms.memory import memory_scores
@@ -117,6 +117,9 @@ def runs(make_runs: Any, corpus_dir: Path, base_dir: Path, keys_of: dict[str, Pa
         runs.start("one-window-online", 2, keys=keys_of["online"], window=3),
         runs.start("two-window", 3, keys=keys_of["depths"], window=3, order="blocks", size=2),
         runs.start("one-window-random", 2, window=3, start="random"),
+        runs.start("one-frozen", 2, head="frozen"),
+        runs.start("two-frozen", 3, head="frozen", signal_at=1, size=2),
+        runs.start("two-frozen", 3, head="frozen", size=2),
     )
     return runs
 
@@ -254,12 +257,25 @@ def test_ranks_stages_and_resumes_give_the_same(runs: Any) -> None:
     assert json.loads((runs / "two" / "run.json").read_text())["config"]["learning_rate"] == 3e-4
 
 
+def test_a_frozen_head_stays_the_bases(runs: Any, base_dir: Path) -> None:
+    head_VD, _ = output_head(load_base(str(base_dir), dtype=torch.float32, device="cpu"))
+    for name in ("one-frozen", "two-frozen"):
+        trained = read_weights(runs / name)
+        assert trained.provenance.head == "frozen"
+        assert torch.equal(trained.weights["head.weight"], head_VD)
+        assert trained.weights["blocks.0.mlp.down.weight"].abs().max() > 0
+    np.testing.assert_allclose(runs.losses("two-frozen"), runs.losses("one-frozen"), rtol=1e-5)
+    assert runs.losses("one-frozen")[0] == runs.losses("one")[0]
+    assert runs.losses("one-frozen")[-1] > runs.losses("one")[-1]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"keys": "ffn_input"}, "--input-layer -1 --input-point layer_output"),
         ({"head": "random"}, "leave out --head random"),
         ({"model": None}, "--start base needs --model"),
+        ({"model": None, "start": "random", "head": "frozen"}, "--head frozen needs --model"),
         ({"init_from": "x"}, "leave out --start base"),
         ({"hidden_size": 12}, "leave out --hidden-size and --preset"),
         ({"preset": "gelu-18x768"}, "leave out --hidden-size and --preset"),
