@@ -248,7 +248,7 @@ def test_a_stored_gate_is_opened_by_its_kind(num_memories: int) -> None:
             load_gate({**gate.settings(), "hidden": 3}, gate.state_dict())
     with pytest.raises(ValueError, match="no weights to load"):
         load_gate({"kind": "constant"}, {})
-    assert set(GATES) == {"constant", "weights", *LEARNED}
+    assert {"constant", "weights", *LEARNED} <= set(GATES)
     with pytest.raises(ValueError, match="'oracle' is none of constant"):
         open_gate({"kind": "oracle"}, 0.4)
     with pytest.raises(ValueError, match=r"\[0, 1\], not 1.4"):

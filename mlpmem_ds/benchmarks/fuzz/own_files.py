@@ -30,6 +30,7 @@ from mlpmem_ds.formats.arrow_tables import ArrowManifest
 from mlpmem_ds.formats.checkpoint import CheckpointManifest, fault_of_checkpoint, read_checkpoint
 from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.formats.evaluation import Evaluation, ReportManifest, read_evaluation, write_evaluation
+from mlpmem_ds.formats.gates import GateManifest
 from mlpmem_ds.formats.index_directory import IndexManifest
 from mlpmem_ds.formats.keys import KeysManifest
 from mlpmem_ds.formats.lists_directory import ListsManifest
@@ -42,6 +43,7 @@ _MANIFESTS: tuple[type[Manifest], ...] = (
     BaseManifest,
     BaselineManifest,
     CorpusManifest,
+    GateManifest,
     IndexManifest,
     KeysManifest,
     ListsManifest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,15 @@ def test_the_same_bytes_again_by_two_ranks_and_after_a_loss(
     assert config.output.joinpath("manifest.json").read_bytes() == manifests[0]
     with pytest.raises(UserError, match="already holds another run"):
         fit_gate.run(replace(config, kind="confidences"), World())
+
+
+def test_killed_at_random_and_run_again_it_is_undisturbed(
+    fitted: Config, tmp_path: Path, killed_runs: Callable[..., int]
+) -> None:
+    config = replace(fitted, output=tmp_path / "gate")
+    assert killed_runs(fit_gate.run, config, ranks=2, kills=2) >= 2
+    for name in ("gate.safetensors", "manifest.json"):
+        assert (config.output / name).read_bytes() == (fitted.output / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["history", "confidences", "router"])
