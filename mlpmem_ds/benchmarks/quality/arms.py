@@ -15,7 +15,9 @@ SUBJECT = "memory"
 BASE, KNN, KNN_INDEX = "base", "base+knn_exact", "base+knn_ivfpq"
 MEMORY, CE_ONLY = f"base+{SUBJECT}", f"base+{SUBJECT}_ce"
 GATE, BANK = f"base+{SUBJECT}+gate", "base+bank+gate"
-CONTINUED = "continued"
+CONTINUED, ENSEMBLE = "continued", "base+ensemble"
+SECOND_MODELS = (CONTINUED, "bigger")
+"""what the base is mixed with in the ensemble: the first of these that is trained on the text"""
 BEST_MEMORIES = (GATE, MEMORY)
 """the arm that stands for the memory in comparisons: the first that there is"""
 
@@ -107,6 +109,7 @@ _UNTRAINED = {
     KNN: "kNN-LM: the base mixed with a search of all keys; k, temperature and λ tuned",
     KNN_INDEX: "the same by an IVF-PQ index",
     GATE: "`base+memory` with a gate: λ of each token, fitted to tuning splits of both texts",
+    ENSEMBLE: "the base mixed with a second language model: `continued`, else `bigger`; λ tuned",
     BANK: "both texts' memories at once under one gate",
 }
 

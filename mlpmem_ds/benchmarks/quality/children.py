@@ -74,6 +74,7 @@ class _Forked:
 def make_launcher(preloaded: Sequence[str] = _PRELOADED) -> Launch:
     """A launcher of children; their environment is set here, for it is read when libraries are imported."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin slow a shared machine many times
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"

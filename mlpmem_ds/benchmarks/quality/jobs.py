@@ -37,6 +37,8 @@ class Job:
     """jobs that must be complete before it"""
     expected_seconds: float = 0.0
     """on one core, for what is printed of the time left"""
+    last_file: str = "manifest.json"
+    """of its output: it is there when the job is complete"""
     budget_of: tuple[str, ...] = ()
     """its --time-budget-seconds are what these jobs took together; they are among `needs`"""
 
@@ -92,7 +94,7 @@ class JobRunner:
     def seconds(self, job: Job) -> float | None:
         """That a complete job took, over all its starts; None where it is not complete, or was another."""
         record = self._record_of(job.name)
-        is_it = record.get("words") == self._words(job) and (self.root / job.name / "manifest.json").is_file()
+        is_it = record.get("words") == self._words(job) and (self.root / job.name / job.last_file).is_file()
         return float(record["seconds"]) if is_it else None
 
     def _record_of(self, name: str) -> Mapping[str, Any]:

@@ -28,6 +28,7 @@ from mlpmem_ds.benchmarks.scaling.results import (
     write_scaling,
 )
 from mlpmem_ds.core.files import publish_bytes
+from mlpmem_ds.formats.answers import SetScores
 from mlpmem_ds.stages.report.table import markdown_table
 from mlpmem_ds.stages.report.words import interval_text, percent_text
 
@@ -172,6 +173,8 @@ def _section(result: QualityResult) -> list[str]:
         named = ", ".join(f"`{arm}` ({MODELS[arm].package})" for arm in result.left_out)
         parts.append(_paragraph(f"Left out, because a package was not installed: {named}."))
     parts += ["### Ratios", _ratio_table(result.ratios)]
+    if result.questions:
+        parts += ["### Questions", *_questions(result.questions)]
     return parts
 
 
@@ -232,6 +235,36 @@ def _better_than_memory(text: TextResult) -> list[str]:
     better = [row for row in text.rows if row.ppl < memory.ppl and row.arm not in (*BEST_MEMORIES, BANK)]
     named = ", ".join(f"`{row.arm}` ({row.ppl:.2f})" for row in better)
     return [_paragraph(f"Better than `{memory.arm}` ({memory.ppl:.2f}) on this text: {named or 'no arm'}.")]
+
+
+def _questions(sets: Sequence[SetScores]) -> list[str]:
+    """A line an arm and set, of the set's first metric."""
+    lines = []
+    for asked in sets:
+        for arm in asked.arms:
+            metric = next(iter(arm.scores))
+            change, interval = arm.changes.get(metric), arm.intervals.get(metric)
+            first = arm.first_token_seconds
+            lines.append(
+                [
+                    f"{asked.name} ({asked.questions})",
+                    f"`{arm.arm}`",
+                    metric,
+                    f"{100 * arm.scores[metric]:.1f}",
+                    "–" if change is None else f"{100 * change:+.1f}".replace("-", "−"),
+                    interval_text(interval),
+                    "–" if first is None else f"{first:.2f}",
+                    "–" if arm.tokens_per_second is None else f"{arm.tokens_per_second:.1f}",
+                ]
+            )
+    header = ["set", "arm", "metric", "%", "change", "95 % interval", "s to first token", "tokens/s"]
+    return [
+        _paragraph(
+            "The first seed's memory at its fixed λ, without the gate. Changes are percentage points against"
+            " the base, intervals over questions; `base+rag` reads five passages of the domain text (BM25)."
+        ),
+        markdown_table(header, lines),
+    ]
 
 
 def _ratio_table(ratios: Sequence[RatioResult]) -> str:

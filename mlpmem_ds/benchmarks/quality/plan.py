@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mlpmem_ds.benchmarks.quality.arms import MEMORIES, MODELS, SUBJECT
+from mlpmem_ds.benchmarks.quality.arms import MEMORIES, MODELS, SECOND_MODELS, SUBJECT
 from mlpmem_ds.benchmarks.quality.jobs import Job
 from mlpmem_ds.benchmarks.quality.presets import Preset, Text
 from mlpmem_ds.core.shipped import ds_configs
@@ -23,6 +23,8 @@ from mlpmem_ds.core.shipped import ds_configs
 TextName = Literal["general", "domain"]
 TEXTS: tuple[TextName, ...] = ("general", "domain")
 _STAGES = ("keys", "index", "targets")
+QUESTIONS_JOB = "questions"
+_QUESTIONS_A_SET = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,14 @@ class Plan:
     """arms of the preset whose package is missing"""
 
 
-def make_plan(preset: Preset, root: Path, *, num_seeds: int, base: str | None) -> Plan:
+def make_plan(
+    preset: Preset,
+    root: Path,
+    *,
+    num_seeds: int,
+    base: str | None,
+    questions: Sequence[Path] = (),
+) -> Plan:
     """The jobs of a preset below `root`; `base` in place of one that is trained."""
     planner = _Planner(preset=preset, root=root, given_base=base)
     planner.add_corpora()
@@ -63,6 +72,8 @@ def make_plan(preset: Preset, root: Path, *, num_seeds: int, base: str | None) -
     for seed in range(num_seeds):
         planner.add_gates(seed)
         planner.add_reports(seed)
+    if questions:
+        planner.add_questions(questions)
     arms = [arm for text in TEXTS for arm in planner.text(text).arms]
     left_out = {arm: None for arm in arms if arm in MODELS and not MODELS[arm].is_possible}
     return Plan(jobs=tuple(planner.jobs), reports=tuple(planner.reports), left_out=tuple(left_out))
@@ -199,6 +210,7 @@ class _Planner:
             for arm, job in jobs.items()
             if arm != SUBJECT
         ]
+        second = [jobs[arm] for arm in SECOND_MODELS if arm in jobs][:1]
         datastore: tuple[object, ...] = ()
         if seed == 0 and place.tested_on == text:
             datastore = tuple(word for name in _STAGES for word in (f"--{name}", self._at(f"{text}/{name}")))
@@ -207,6 +219,7 @@ class _Planner:
             place,
             *("--memory", self._at(jobs[SUBJECT]), "--gate", self._at(gate)),
             *(("--control", *controls) if controls else ()),
+            *(word for job in second for word in ("--ensemble", f"ensemble={self._at(job)}")),
             *(*datastore, *flags),
             needs=(*jobs.values(), gate, *needs),
         )
@@ -226,6 +239,27 @@ class _Planner:
             needs=(corpus, *needs),
         )
         self.reports.append(place)
+
+    def add_questions(self, questions: Sequence[Path]) -> None:
+        """Question sets for the first seed: the exported subject at its fixed λ, models, passages."""
+        export, memory = "domain/export-0", _trained("domain", SUBJECT, 0)
+        self._add(
+            export,
+            *("convert-checkpoint", "--checkpoint", self._at(memory), "--model", self._base),
+            *("--report", self._at("domain/report-0")),
+            needs=(memory, "domain/report-0"),
+            last_file="mlpmem_export.json",
+        )
+        models = {arm: _trained("domain", arm, 0) for arm in self._arms("domain") if arm in MODELS}
+        controls = [f"{arm}={self._at(job)}" for arm, job in models.items()]
+        self._add(
+            QUESTIONS_JOB,
+            "answer-questions",
+            *("--model", self._at(export), "--questions", *questions),
+            *("--passages", self._at("domain/corpus"), "--limit", _QUESTIONS_A_SET),
+            *(("--control", *controls) if controls else ()),
+            needs=(export, "domain/corpus", *models.values()),
+        )
 
     def _bank(self, seed: int) -> list[str]:
         """Both subjects as --memory takes them."""
@@ -251,7 +285,13 @@ class _Planner:
         return str(self.root / name)
 
     def _add(
-        self, name: str, command: str, *flags: object, needs: tuple[str, ...], budget_of: tuple[str, ...] = ()
+        self,
+        name: str,
+        command: str,
+        *flags: object,
+        needs: tuple[str, ...],
+        budget_of: tuple[str, ...] = (),
+        last_file: str = "manifest.json",
     ) -> None:
         self.jobs.append(
             Job(
@@ -259,6 +299,7 @@ class _Planner:
                 words=(command, *map(str, flags)),
                 needs=needs,
                 budget_of=budget_of,
+                last_file=last_file,
                 expected_seconds=self.preset.seconds.get(command, 0.0),
             )
         )

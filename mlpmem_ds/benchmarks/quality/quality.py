@@ -17,12 +17,13 @@ from mlpmem_ds.benchmarks.common import describe_machine, describe_versions
 from mlpmem_ds.benchmarks.quality.figures import text_result
 from mlpmem_ds.benchmarks.quality.jobs import JobRunner, runner_of
 from mlpmem_ds.benchmarks.quality.page import publish_page
-from mlpmem_ds.benchmarks.quality.plan import TEXTS, Plan, make_plan
+from mlpmem_ds.benchmarks.quality.plan import QUESTIONS_JOB, TEXTS, Plan, make_plan
 from mlpmem_ds.benchmarks.quality.presets import PRESETS, Preset
 from mlpmem_ds.benchmarks.quality.results import FILE_NAME, QualityResult, write_result
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.answers import read_answers
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 
@@ -45,6 +46,12 @@ class Config(Flags):
     )
     domain: tuple[str, ...] = option(
         "text that is new to the base, in place of the preset's", (), metavar="PATH"
+    )
+    questions: tuple[Path, ...] = option(
+        "files of questions (docs/questions.md), of which the first 200 are asked: the first seed's memory at"
+        " its fixed λ, models and passages of the domain text",
+        (),
+        metavar="FILE",
     )
     seeds: int = option("trainings of each trained arm", 3, at_least=1)
     jobs: int | None = option("stages that run at once (default: the machine's cores)", None, at_least=1)
@@ -80,7 +87,13 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
     if config.page is not None and not config.page.parent.is_dir():
         raise UserError(f"--page {config.page}: {config.page.parent} does not exist; make it first")
     root = config.output.absolute()
-    plan = make_plan(preset, root, num_seeds=config.seeds, base=config.base)
+    plan = make_plan(
+        preset,
+        root,
+        num_seeds=config.seeds,
+        base=config.base,
+        questions=[path.absolute() for path in config.questions],
+    )
     runner = runner_of(root, config.jobs)
     runner.run(plan.jobs)
     result = collect(preset, plan, runner, config)
@@ -112,6 +125,7 @@ def collect(preset: Preset, plan: Plan, runner: JobRunner, config: Config) -> Qu
         base=_describe_base(preset, config),
         texts=tuple(texts),
         ratios=tuple(ratios),
+        questions=read_answers(runner.root / QUESTIONS_JOB).sets if config.questions else (),
         job_seconds={job.name: runner.seconds(job) or 0.0 for job in plan.jobs},
     )
 

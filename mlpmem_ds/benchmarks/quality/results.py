@@ -13,6 +13,7 @@ from pathlib import Path
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.formats.answers import SetScores
 
 FORMAT, VERSION = "quality", 1
 FILE_NAME = "quality.json"
@@ -99,6 +100,8 @@ class QualityResult:
     """in words"""
     texts: tuple[TextResult, ...]
     ratios: tuple[RatioResult, ...]
+    questions: tuple[SetScores, ...]
+    """question sets, as `answer_questions` scored them; () where none were asked"""
     job_seconds: Mapping[str, float]
 
 

@@ -71,6 +71,7 @@ def make_result(preset: str = "tiny", **changes: Any) -> QualityResult:
             make_ratio("memory_ppl_over_continued_training", 0.4, is_met=False, is_clear=True),
             make_ratio("memory_gain_over_ce_only_gain", 1.05, is_met=True, is_clear=False),
         ),
+        "questions": (),
         "job_seconds": {"base": 60.0, "domain/keys": 30.0},
     }
     return QualityResult(preset=preset, **(fields | changes))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlpmem_ds.benchmarks.quality.page import publish_page, render_page
+from mlpmem_ds.formats.answers import ArmScores, SetScores
 
 from .conftest import make_result
 
@@ -70,3 +71,25 @@ def test_a_ratio_of_several_presets_is_named_once_with_all_its_values() -> None:
     page = _words(render_page([make_result("tiny"), make_result("small")]))
     values = "1.500 (small, domain text), 1.500 (tiny, domain text)"
     assert page.count(f"what recovered_share means, goal at least 1: {values}") == 1
+
+
+def test_question_sets_stand_with_the_change_against_the_base() -> None:
+    scores = {
+        "seconds": 9.0,
+        "first_token_seconds": None,
+        "tokens_per_second": None,
+    }
+    arms = (
+        ArmScores(arm="base", scores={"accuracy": 0.5}, changes={}, intervals={}, **scores),
+        ArmScores(
+            arm="base+memory",
+            scores={"accuracy": 0.49},
+            changes={"accuracy": -0.01},
+            intervals={"accuracy": (-0.02, 0.005)},
+            **scores,
+        ),
+    )
+    asked = SetScores(name="boolq", kind="choice", questions=200, arms=arms)
+    page = render_page([make_result(questions=(asked,))])
+    line = "| boolq (200) | `base+memory` | accuracy | 49.0 | −1.0 | −2.0 … +0.5 | – | – |"
+    assert line in page

@@ -12,6 +12,7 @@ import pytest
 from mlpmem_ds.benchmarks.quality.arms import (
     BANK,
     BASE,
+    ENSEMBLE,
     GATE,
     KNN,
     KNN_INDEX,
@@ -55,7 +56,7 @@ def test_texts_are_extracted_once_and_every_arm_is_trained_with_every_seed(prese
 
 
 def test_every_arm_has_a_description() -> None:
-    for arm in (BASE, KNN, KNN_INDEX, GATE, BANK, *MODELS, *(f"base+{name}" for name in MEMORIES)):
+    for arm in (BASE, KNN, KNN_INDEX, GATE, BANK, ENSEMBLE, *MODELS, *(f"base+{name}" for name in MEMORIES)):
         assert description_of(arm)[0].islower() or description_of(arm)[0] in "`k"
 
 
@@ -75,7 +76,7 @@ def test_exact_search_is_done_once() -> None:
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_every_job_has_flags_that_its_command_takes(preset) -> None:
     base = None if preset.base is not None else "model"
-    for job in make_plan(preset, ROOT, num_seeds=1, base=base).jobs:
+    for job in make_plan(preset, ROOT, num_seeds=1, base=base, questions=[Path("a.jsonl")]).jobs:
         module, _, name = COMMANDS[job.words[0]].config.partition(":")
         config = getattr(importlib.import_module(f"mlpmem_ds.stages.{module}"), name)
         budget = ["--time-budget-seconds", "60"] if job.budget_of else []
