@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash
+from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -34,6 +36,8 @@ from mlpmem_ds.stages.questions.passages import Passages, open_passages, write_p
 from mlpmem_ds.stages.questions.results import read_scores, render, score_set
 
 _PASSAGES = "passages"  # a unit that the others read
+_DESCRIPTION = "Answer these questions:\n\n"  # as NQ-open's task of the harness begins
+_SEED = 0  # of the examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +60,16 @@ class Unit:
 def run(config: Config, world: World) -> str | None:
     """Answer what is missing; the rank that completes the last unit writes answers.json and returns the
     table."""
-    sets = {set_name(path): read_questions(path, limit=config.limit) for path in config.questions}
+    whole = {set_name(path): read_questions(path) for path in config.questions}
+    sets = {name: questions[: config.limit] for name, questions in whole.items()}
+    examples = {name: draw_examples(name, questions, config.num_fewshot) for name, questions in whole.items()}
     arms = list_arms(config)
     corpus = None
     if config.passages is not None:
         require_bm25s()
         corpus = open_corpus(config.passages, "train", flag="--passages")
-    inputs = {f"questions-{name}": _hash_of(questions) for name, questions in sets.items()}
+    asked = {name: [*sets[name], *examples[name]] for name in sets}
+    inputs = {f"questions-{name}": _hash_of(questions) for name, questions in asked.items()}
     directory = open_stage(
         config.output,
         stage=AnswersManifest.FORMAT,
@@ -72,9 +79,34 @@ def run(config: Config, world: World) -> str | None:
         world=world,
     )
     units = {unit.name: unit for unit in _list_units(sets, arms, config.unit_questions)}
-    stage = _Answering(config, world, directory, sets, units, arms, corpus)
+    stage = _Answering(config, world, directory, sets, examples, units, arms, corpus)
     stage.answer_all()
     return stage.table
+
+
+def draw_examples(name: str, questions: list[Question], count: int) -> list[Question]:
+    """Questions of a set to take examples from, one more than are needed, all different.
+
+    Raises:
+        UserError: there are too few.
+    """
+    if count == 0 or questions[0].kind != "open":
+        return []
+    different = list({question.prompt: question for question in questions}.values())
+    if len(different) <= count:
+        raise UserError(
+            f"--num-fewshot {count}: the examples of a question are other questions, and {name} has"
+            f" {len(different) - 1} besides each: give at most as many"
+        )
+    return [different[number] for number in shuffled(len(different), _SEED)[: count + 1]]
+
+
+def prompt_with_examples(question: Question, examples: list[Question], count: int) -> str:
+    """An open question as it is asked: behind a line that says what to do, and `count` answered examples that
+    are other questions."""
+    others = [example for example in examples if example.prompt != question.prompt][:count]
+    answered = "".join(f"{other.prompt} {other.answers[0]}\n" for other in others)
+    return f"{_DESCRIPTION}{answered}{question.prompt}"
 
 
 def _hash_of(questions: list[Question]) -> str:
@@ -101,12 +133,14 @@ class _Answering:
         world: World,
         directory: StageDirectory,
         sets: Mapping[str, list[Question]],
+        examples: Mapping[str, list[Question]],
         units: Mapping[str, Unit],
         arms: list[Arm],
         corpus: CorpusSplit | None,
     ) -> None:
         self._config, self._world, self._directory = config, world, directory
-        self._sets, self._units, self._arms, self._corpus = sets, units, arms, corpus
+        self._sets, self._examples = sets, examples
+        self._units, self._arms, self._corpus = units, arms, corpus
         self._device = device_of_rank(config.device, world)
         self._answerers = Answerers(config, self._device)
         self._passages: Passages | None = None
@@ -132,7 +166,7 @@ class _Answering:
         answerer = self._answerers.of(unit.arm)
         lines, totals = [], {"questions": 0, "seconds": 0.0, "first_token_seconds": 0.0, "tokens": 0}
         for number in range(*unit.block):
-            line, spent = self._ask(answerer, unit.arm, self._sets[unit.set][number])
+            line, spent = self._ask(answerer, unit, self._sets[unit.set][number])
             lines.append(json.dumps({"question": number, **line}, ensure_ascii=False))
             totals["questions"] += 1
             for key, value in spent.items():
@@ -143,12 +177,12 @@ class _Answering:
         return totals
 
     def _ask(
-        self, answerer: Answerer, arm: Arm, question: Question
+        self, answerer: Answerer, unit: Unit, question: Question
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """A line of the unit's file, and what the answer took."""
         start = time.perf_counter()
         if question.kind == "open":
-            return self._ask_in_words(answerer, arm, question)
+            return self._ask_in_words(answerer, unit, question)
         scored = score_choices(answerer, question.prompt, question.answers)
         spent = {"seconds": time.perf_counter() - start}
         if question.kind == "last word":
@@ -164,13 +198,15 @@ class _Answering:
         return {"log_probabilities": logs, "scores": scores}, spent
 
     def _ask_in_words(
-        self, answerer: Answerer, arm: Arm, question: Question
+        self, answerer: Answerer, unit: Unit, question: Question
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        start, prompt = time.perf_counter(), question.prompt
-        if arm.with_passages:
+        prompt = prompt_with_examples(question, self._examples[unit.set], self._config.num_fewshot)
+        start = time.perf_counter()
+        if unit.arm.with_passages:
             assert self._passages is not None
             prompt = self._passages.prompt(
                 prompt,
+                query=question.prompt,
                 count=self._config.num_passages,
                 max_tokens=answerer.context - self._config.max_new_tokens,
                 encoder=answerer.encoder,

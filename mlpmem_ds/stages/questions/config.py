@@ -45,6 +45,7 @@ class Config(Flags):
     )
     passage_tokens: int = option("tokens of a passage, at most", 128, at_least=8)
     num_passages: int = option("passages before a question", 5, at_least=1)
+    num_fewshot: int = option("answered examples before an open question, of its own set", 0, at_least=0)
     limit: int | None = option(
         "the first questions of each file, at most so many (default: all)", None, at_least=1
     )

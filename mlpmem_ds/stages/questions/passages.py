@@ -29,10 +29,10 @@ class Passages:
     num_bytes: int
     """of both on disk"""
 
-    def prompt(self, prompt: str, *, count: int, max_tokens: int, encoder: TextEncoder) -> str:
-        """The prompt behind the passages that are nearest to it, the best last, next to the question: as many
-        of `count` as leave the whole at most `max_tokens` tokens."""
-        found = [self.texts[number] for number in self.index.search(prompt, count)]
+    def prompt(self, prompt: str, *, query: str, count: int, max_tokens: int, encoder: TextEncoder) -> str:
+        """The prompt behind the passages that are nearest to the query, the best last, next to the question:
+        as many of `count` as leave the whole at most `max_tokens` tokens."""
+        found = [self.texts[number] for number in self.index.search(query, count)]
         while found:
             text = "\n\n".join([*reversed(found), prompt])
             if len(encoder.encode_prompts([text])[0]) <= max_tokens:

@@ -16,11 +16,13 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.answers import read_answers
 from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.question_files import Question
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.questions import answer_questions
+from mlpmem_ds.stages.questions.answer_questions import draw_examples, prompt_with_examples
 from mlpmem_ds.stages.questions.config import Config
 from mlpmem_ds.stages.questions.passages import cut_passages
 from mlpmem_ds.stages.questions.results import interval_of_change
@@ -110,7 +112,9 @@ def test_open_answers_are_those_of_plain_generation(finished: tuple[Path, str], 
     model = AutoModelForCausalLM.from_pretrained(models / "other").eval()
     for record, line in zip(OPEN, lines_of(finished[0], "open-other"), strict=True):
         ids = tokenizer(
-            f"Q: {record['question']}?\nA:", add_special_tokens=False, return_tensors="pt"
+            f"Answer these questions:\n\nQ: {record['question']}?\nA:",
+            add_special_tokens=False,
+            return_tensors="pt",
         ).input_ids
         made = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=0, pad_token_id=0)
         text = tokenizer.decode(made[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
@@ -167,6 +171,20 @@ def test_passages_hold_the_documents_text(corpus_dir: Path) -> None:
     whole = cut_passages(corpus, 10**6)
     assert len(whole) == len(corpus.documents) < len(pieces)
     assert "".join("".join(pieces).split()) == "".join("".join(whole).split())
+
+
+def test_examples_are_other_questions() -> None:
+    questions = [
+        Question(kind="open", prompt=f"Q: {number}?\nA:", answers=(str(number), "x")) for number in range(5)
+    ]
+    examples = draw_examples("set", [*questions, *questions], 2)
+    assert len({example.prompt for example in examples}) == 3
+    for question in questions:
+        prompt = prompt_with_examples(question, examples, 2)
+        assert prompt.startswith("Answer these questions:\n\nQ: ") and prompt.endswith(question.prompt)
+        assert prompt.count("Q: ") == 3 and prompt.count(question.prompt) == 1
+    with pytest.raises(UserError, match="has 4 besides each"):
+        draw_examples("set", questions, 5)
 
 
 def test_the_interval_is_paired() -> None:
