@@ -15,6 +15,8 @@ torch_lce_onednn    torch_lce with PyTorch's float32 products by oneDNN, as ours
 products            the three matrix products of any exact loss and nothing else, by the same libraries as
                     ours: the least time that a loss can take on this processor. It says which part of a ratio
                     is the processor's.
+ours_joined         ours with a teacher that is joined with the base, of the memory's own width: a fourth
+                    product, and statistics of a second distribution.
 ours_bfloat16       ours with 16-bit operands (float32 statistics and gradient of the weight): another
                     precision.
 
@@ -55,8 +57,10 @@ from mlpmem_ds.benchmarks.loss_gpu import gpu_rows
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.maths.based_chunk import BaseLogits, BasePart
 from mlpmem_ds.maths.products import logits_of_tile, product, set_transposed_product, vocabulary_tiles
 from mlpmem_ds.maths.sparse_loss import DEFAULT_CHUNK_BYTES, TargetBatch, sparse_loss
+from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
 from mlpmem_ds.stages import shared_flags
 
 _SEED = 1
@@ -133,6 +137,7 @@ def run(config: Config, world: World) -> None:
         )
     }
     own_seconds = median_of(rows, "ours", "cpu_seconds")
+    ratios["cpu_time_joined_over_imitation"] = median_of(rows, "ours_joined", "cpu_seconds") / own_seconds
     ratios["products_over_dense"] = median_of(rows, "products", "cpu_seconds") / median_of(
         rows, "dense", "cpu_seconds"
     )
@@ -183,6 +188,20 @@ def ours(problem: Problem, config: Config) -> Outcome:
     hidden_ND, weight_VD = _leaves(problem)
     loss, _ = sparse_loss(
         hidden_ND, weight_VD, problem.targets, alpha=problem.alpha, chunk_bytes=config.chunk_bytes
+    )
+    return _outcome(loss, hidden_ND, weight_VD)
+
+
+def ours_joined(problem: Problem, config: Config) -> Outcome:
+    hidden_ND, weight_VD = _leaves(problem)
+    base = BaseLogits(hidden_NB=problem.hidden_ND.flip(0), weight_VB=problem.weight_VD.flip(0))
+    loss, _ = sparse_loss(
+        hidden_ND,
+        weight_VD,
+        problem.targets,
+        alpha=problem.alpha,
+        base=BasePart(logits=base, joined_lambda=DEFAULT_LAMBDA),
+        chunk_bytes=config.chunk_bytes,
     )
     return _outcome(loss, hidden_ND, weight_VD)
 
@@ -268,7 +287,8 @@ def onednn_products_are_float32() -> bool:
 def timed_arms() -> dict[str, Callable[[Problem, Config], Outcome]]:
     """Those of `ARMS`, and those that are timed but not compared in memory."""
     more = {"torch_lce_onednn": torch_lce_onednn} if onednn_products_are_float32() else {}
-    return ARMS | more | {"ours_bfloat16": ours_bfloat16, "products": products}
+    own = {"ours_joined": ours_joined, "ours_bfloat16": ours_bfloat16, "products": products}
+    return ARMS | more | own
 
 
 ARMS: dict[str, Callable[[Problem, Config], Outcome]] = {

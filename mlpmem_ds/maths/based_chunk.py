@@ -1,17 +1,13 @@
 """Pipeline: hidden states of a chunk of rows, the base's logits, prepared targets → **its part of a training
 loss that needs the base's whole distribution, and of its gradients**.
 
-Two things may be asked of the base, alone or together (see `sparse_loss` for the rest of the loss):
-
-- its distribution joins the teacher: KL is that of q = (1-λ) p_base + λ t;
-- its logits are added to the memory's: z = z_base + hidden · weightᵀ (a residual readout).
-
-With q the gradient of the logits is
+The base's distribution joins the teacher: KL is that of q = (1-λ) p_base + λ t. The rest of the loss is as
+`sparse_loss` says. The gradient of the logits is
 
     w (s softmax(z) - α (1-λ) p_base - α λ t - c (1-α) onehot(y)),   s = α (1-λ + λ Σ t) + c (1-α),
 
 so p_base takes part at every entry, a tile of the vocabulary at a time. What a chunk holds of its rows is
-exp(z - max z) and exp(z_base - max z_base), float32. Exponentials are powers of two.
+exp(z - shift) and exp(z_base - shift), float32, each with a shift of its own, as in `sparse_chunk`.
 
 Shape legend: N rows, C rows of the chunk, B width of the base's final state, D width of the memory's, V
 vocabulary, T columns of a tile, E stored teacher entries, A the entries and after them the C labels.
@@ -25,11 +21,10 @@ import torch
 from torch import Tensor
 
 from .products import logits_of_tile, vocabulary_tiles
-from .sparse_chunk import ChunkResult
+from .sparse_chunk import LN_2, LOG2_E, MAX_SUM, ChunkResult, Named, named_places, stored_tiles, tile_of
 from .sparse_targets import PreparedTargets
 
-_LOG2_E = math.log2(math.e)  # exp2 takes a quarter of the time of exp on CPU
-_MIN_LOGIT = -1e4  # 2 to its power is 0, and 0 times it is 0, which 0 times -inf is not
+_MIN_EXPONENT = -1e4  # 2 to its power is 0, and 0 times it is 0, which 0 times -inf is not
 _MIN_SCALE = 1e-30
 
 
@@ -55,23 +50,19 @@ class BaseLogits:
 
 @dataclass(frozen=True, kw_only=True)
 class BasePart:
-    """What the base has to do with a loss.
-
-    `joined_lambda`: the teacher's share λ of what the memory is pulled towards (None: it is the teacher
-    alone). `is_residual`: whether the memory's logits are added to the base's.
-    """
+    """What the base has to do with a loss: `joined_lambda` is the teacher's share λ of what the memory is
+    pulled towards."""
 
     logits: BaseLogits
-    joined_lambda: float | None = None
-    is_residual: bool = False
+    joined_lambda: float
 
 
 def bytes_per_logit(
-    base: BasePart, device: torch.device, gradient_dtype: torch.dtype | None, softcap: float | None = None
+    device: torch.device, gradient_dtype: torch.dtype | None, softcap: float | None = None
 ) -> int:
     """What a chunk holds for each of its logits: on a GPU, whose tile is the whole vocabulary, the tile's
     float32 gradient and that in the operands' dtype too."""
-    stored = (4 if base.joined_lambda is None else 8) + (4 if softcap is not None else 0)
+    stored = 8 + (4 if softcap is not None else 0)
     if device.type == "cpu" or gradient_dtype is None:
         return stored
     return stored + 4 + gradient_dtype.itemsize
@@ -90,25 +81,17 @@ def chunk_with_base(
 
     With a `softcap` the memory's logits are softcap · tanh(hidden · weightᵀ / softcap).
     """
-    entries = slice(targets.offsets[chunk.start], targets.offsets[chunk.stop])
-    ids_E, teacher_E = targets.ids_E[entries], targets.teacher_E[entries]
-    row_E = targets.row_of_entry_E[entries] - chunk.start
-    row_C = torch.arange(len(hidden_CD), device=hidden_CD.device)
-    place_A = torch.cat([row_E, row_C]) * len(weight_VD) + torch.cat([ids_E, targets.labels_N[chunk]])
-    stored = _fill(hidden_CD, weight_VD, chunk, base, softcap)
-    logits_A = stored.memory_CV.view(-1)[place_A]
-    base_logits_E = None if stored.base_CV is None else stored.base_CV.view(-1)[place_A[: len(ids_E)]]
-    found = _exponentiate(stored)
-    logs_A = logits_A - found.log_sums_C[torch.cat([row_E, row_C])]
-    logs_E, log_prediction_C = logs_A[: len(ids_E)], logs_A[len(ids_E) :]
+    named = named_places(targets, chunk, weight_VD)
+    powers = _Powers.of(hidden_CD, weight_VD, chunk, base, named, softcap)
+    num_entries = len(named.teacher_E)
+    row_E = named.row_A[:num_entries]
+    logs_E, log_prediction_C = powers.log_shares_A[:num_entries], powers.log_shares_A[num_entries:]
 
-    lmbda = 1.0 if base.joined_lambda is None else base.joined_lambda
-    pulled_E, at_rest_E = lmbda * teacher_E, torch.zeros_like(teacher_E)
-    kl_C = torch.zeros_like(found.log_sums_C)
-    if base_logits_E is not None:
-        at_rest_E = (1 - lmbda) * (base_logits_E - found.base_log_sums_C[row_E]).exp()
-        kl_C += (1 - lmbda) * found.divergence_C + _entropy_term(1 - lmbda)
+    lmbda = base.joined_lambda
+    pulled_E = lmbda * named.teacher_E
+    at_rest_E = (1 - lmbda) * powers.base_log_shares_A[:num_entries].exp()
     whole_E = at_rest_E + pulled_E  # q where the teacher names it, of which at_rest is the base's part
+    kl_C = (1 - lmbda) * powers.divergence_C + _entropy_term(1 - lmbda)
     kl_E = torch.xlogy(whole_E, whole_E) - torch.xlogy(at_rest_E, at_rest_E) - pulled_E * logs_E
     kl_C.index_add_(0, row_E, kl_E)
 
@@ -125,95 +108,138 @@ def chunk_with_base(
         return result
     mass_C = alphas_C * (1 - lmbda + lmbda * teacher_mass_C) + label_mass_C
     shares_A = torch.cat([alphas_C[row_E] * pulled_E, label_mass_C])
-    scales_C = mass_C / found.sums_C
+    scales_C = mass_C / powers.sums_C
     # The sparse part goes to where the powers stand, in their scale; it is 0 where no mass is.
     inverse_C = torch.where(scales_C > _MIN_SCALE, -1 / scales_C, 0.0)
-    stored.memory_CV.view(-1).index_add_(0, place_A, shares_A * inverse_C[torch.cat([row_E, row_C])])
-    base_scales_C = alphas_C * (1 - lmbda) / found.base_sums_C
-    tiles = _gradient_tiles(stored, weights_C * scales_C, weights_C * base_scales_C, gradient_dtype)
-    return ChunkResult(sums_3=result.sums_3, tiles=tiles, scales_C=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """Logits, and later their powers; and the derivative of the soft cap at each; float32."""
-
-    memory_CV: Tensor
-    base_CV: Tensor | None
-    slopes_CV: Tensor | None
-
-
-def _fill(
-    hidden_CD: Tensor, weight_VD: Tensor, chunk: slice, base: BasePart, softcap: float | None
-) -> _Stored:
-    size, device = (len(hidden_CD), len(weight_VD)), hidden_CD.device
-    memory_CV = torch.empty(size, device=device)
-    base_CV = None if base.joined_lambda is None else torch.empty(size, device=device)
-    slopes_CV = None if softcap is None else torch.empty(size, device=device)
-    for columns in vocabulary_tiles(len(weight_VD), device):
-        base_CT = base.logits.tile(chunk, columns)
-        memory_CV[:, columns] = logits_of_tile(hidden_CD, weight_VD[columns])
-        if slopes_CV is not None and softcap is not None:
-            capped_CT = memory_CV[:, columns].div_(softcap).tanh_()
-            slopes_CV[:, columns] = 1 - capped_CT.square()
-            capped_CT.mul_(softcap)
-        if base.is_residual:
-            memory_CV[:, columns] += base_CT
-        if base_CV is not None:
-            base_CV[:, columns] = base_CT
-    return _Stored(memory_CV=memory_CV, base_CV=base_CV, slopes_CV=slopes_CV)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Statistics:
-    """Of each row, float32: sums of the powers, log Σ exp of the logits, and KL(p_base ‖ p_mem)."""
-
-    sums_C: Tensor
-    log_sums_C: Tensor
-    base_sums_C: Tensor
-    base_log_sums_C: Tensor
-    divergence_C: Tensor
-
-
-def _exponentiate(stored: _Stored) -> _Statistics:
-    """Turn the logits into powers, in place: exp of their distance from the row's greatest."""
-    memory_CV, base_CV = stored.memory_CV, stored.base_CV
-    greatest_C = memory_CV.amax(1)
-    sums_C, differences_C = torch.zeros_like(greatest_C), torch.zeros_like(greatest_C)
-    base_sums_C, base_greatest_C = torch.ones_like(greatest_C), greatest_C
-    if base_CV is not None:
-        base_sums_C, base_greatest_C = torch.zeros_like(greatest_C), base_CV.amax(1)
-    for columns in vocabulary_tiles(memory_CV.shape[1], memory_CV.device):
-        memory_CT = memory_CV[:, columns].sub_(greatest_C[:, None])
-        if base_CV is not None:
-            base_CT = base_CV[:, columns].sub_(base_greatest_C[:, None])
-            difference_CT = base_CT.clamp_min(_MIN_LOGIT) - memory_CT.clamp_min(_MIN_LOGIT)
-            base_CT.mul_(_LOG2_E).exp2_()
-            base_sums_C += base_CT.sum(1)
-            differences_C += difference_CT.mul_(base_CT).sum(1)
-        sums_C += memory_CT.mul_(_LOG2_E).exp2_().sum(1)
-    log_sums_C, base_log_sums_C = sums_C.log(), base_sums_C.log()
-    return _Statistics(
-        sums_C=sums_C,
-        log_sums_C=log_sums_C + greatest_C,
-        base_sums_C=base_sums_C,
-        base_log_sums_C=base_log_sums_C + base_greatest_C,
-        divergence_C=differences_C / base_sums_C - base_log_sums_C + log_sums_C,
+    powers.memory_store.index_add_(0, named.place_A, shares_A * inverse_C[named.row_A])
+    base_scales_C = alphas_C * (1 - lmbda) / powers.base_sums_C
+    tiles = _gradient_tiles(
+        powers, weight_VD, weights_C * scales_C, weights_C * base_scales_C, gradient_dtype
     )
+    return ChunkResult(sums_3=result.sums_3, tiles=tiles, scales_C=None)
 
 
 def _entropy_term(share: float) -> float:
     return share * math.log(share) if share > 0 else 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Powers:
+    """Powers of both distributions, tile after tile, and what was summed while they were made; float32.
+
+    `slopes_store` are derivatives of the memory's soft cap; `log_shares_A` are log p_mem and log p_base
+    where the targets name them, `divergence_C` is KL(p_base ‖ p_mem).
+    """
+
+    memory_store: Tensor
+    base_store: Tensor
+    slopes_store: Tensor | None
+    sums_C: Tensor
+    base_sums_C: Tensor
+    log_shares_A: Tensor
+    base_log_shares_A: Tensor
+    divergence_C: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        chunk: slice,
+        base: BasePart,
+        named: Named,
+        softcap: float | None,
+    ) -> "_Powers":
+        sizes = len(hidden_CD) * len(weight_VD)
+        stores = [torch.empty(sizes, device=hidden_CD.device) for _ in range(2 if softcap is None else 3)]
+        logits = _Logits(hidden_CD=hidden_CD, weight_VD=weight_VD, chunk=chunk, base=base, softcap=softcap)
+        sums_3C, exponents_2A = _exponentiate(logits, named, stores, None)
+        if not bool((sums_3C[:2] <= MAX_SUM).all()):  # a logit far above those of the first tile
+            sums_3C, exponents_2A = _exponentiate(logits, named, stores, logits.greatest())
+        logs_2C = sums_3C[:2].log2()
+        log_shares_2A = (exponents_2A - logs_2C[:, named.row_A]) * LN_2
+        return cls(
+            memory_store=stores[0],
+            base_store=stores[1],
+            slopes_store=None if softcap is None else stores[2],
+            sums_C=sums_3C[0],
+            base_sums_C=sums_3C[1],
+            log_shares_A=log_shares_2A[0],
+            base_log_shares_A=log_shares_2A[1],
+            divergence_C=(sums_3C[2] / sums_3C[1] - logs_2C[1] + logs_2C[0]) * LN_2,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Logits:
+    """Makes the logits of a chunk, of the memory and of the base, a tile at a time."""
+
+    hidden_CD: Tensor
+    weight_VD: Tensor
+    chunk: slice
+    base: BasePart
+    softcap: float | None
+
+    def tile(self, columns: slice, slopes_CT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """float32 [C, T] of both; the derivatives of the soft cap go to `slopes_CT`."""
+        memory_CT = logits_of_tile(self.hidden_CD, self.weight_VD[columns]).float()
+        if self.softcap is not None:
+            memory_CT = torch.tanh(memory_CT / self.softcap)
+            if slopes_CT is not None:
+                torch.sub(1, memory_CT.square(), out=slopes_CT)
+            memory_CT.mul_(self.softcap)
+        return memory_CT, self.base.logits.tile(self.chunk, columns)
+
+    def greatest(self) -> tuple[Tensor, Tensor]:
+        """The greatest of each row, of both."""
+        tiles = vocabulary_tiles(len(self.weight_VD), self.hidden_CD.device)
+        parts = [[logits_CT.amax(1) for logits_CT in self.tile(columns)] for columns in tiles]
+        memory, base = zip(*parts, strict=True)
+        return torch.stack(memory).amax(0), torch.stack(base).amax(0)
+
+
+def _exponentiate(
+    logits: _Logits, named: Named, stores: list[Tensor], shifts: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """One pass over the vocabulary, which leaves 2^x in the first two stores, x = z log2(e) - shift.
+
+    Returns:
+        [3, C]: sums of 2^x of memory and base, and of the base's times the difference of its x and the
+        memory's; [2, A]: both x where the targets name them. The shifts are of z; None: the greatest of the
+        first tile.
+    """
+    num_rows, device = len(logits.hidden_CD), logits.hidden_CD.device
+    sums_3C = torch.zeros(3, num_rows, device=device)
+    place_A, done, parts = named.place_A[named.by_tile_A], 0, []
+    tiles = vocabulary_tiles(len(logits.weight_VD), device)
+    for columns, num_named in zip(tiles, named.num_by_tile, strict=True):
+        memory_CT, base_CT, *slopes = (tile_of(store, num_rows, columns) for store in stores)
+        both = logits.tile(columns, *slopes)
+        if shifts is None:
+            shifts = both[0].amax(1), both[1].amax(1)
+        for logits_CT, shift_C, powers_CT in zip(both, shifts, (memory_CT, base_CT), strict=True):
+            torch.add((shift_C * -LOG2_E)[:, None], logits_CT, alpha=LOG2_E, out=powers_CT)
+        base_CT.clamp_(min=_MIN_EXPONENT)  # tokens that the base rules out
+        place = place_A[done : done + num_named] - columns.start * num_rows
+        parts.append(torch.stack([memory_CT.view(-1)[place], base_CT.view(-1)[place]]))
+        done += num_named
+        difference_CT = base_CT - memory_CT
+        sums_3C[0] += memory_CT.exp2_().sum(1)
+        sums_3C[1] += base_CT.exp2_().sum(1)
+        sums_3C[2] += difference_CT.mul_(base_CT).sum(1)
+    exponents_2A = torch.empty(2, len(place_A), device=device)
+    exponents_2A[:, named.by_tile_A] = torch.cat(parts, dim=1)
+    return sums_3C, exponents_2A
+
+
 def _gradient_tiles(
-    stored: _Stored, scales_C: Tensor, base_scales_C: Tensor, dtype: torch.dtype
+    powers: _Powers, weight_VD: Tensor, scales_C: Tensor, base_scales_C: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    memory_CV, base_CV = stored.memory_CV, stored.base_CV
-    for columns in vocabulary_tiles(memory_CV.shape[1], memory_CV.device):
-        d_logits_CT = memory_CV[:, columns] * scales_C[:, None]
-        if base_CV is not None:
-            d_logits_CT.addcmul_(base_CV[:, columns], base_scales_C[:, None], value=-1)
-        if stored.slopes_CV is not None:
-            d_logits_CT.mul_(stored.slopes_CV[:, columns])
+    num_rows = len(scales_C)
+    for columns, memory_CT in stored_tiles(powers.memory_store, num_rows, weight_VD):
+        base_CT = tile_of(powers.base_store, num_rows, columns)
+        d_logits_CT = memory_CT.mul_(scales_C[:, None])
+        d_logits_CT.addcmul_(base_CT, base_scales_C[:, None], value=-1)
+        if powers.slopes_store is not None:
+            d_logits_CT.mul_(tile_of(powers.slopes_store, num_rows, columns))
         yield columns, d_logits_CT.to(dtype)

@@ -30,9 +30,9 @@ from .products import logits_of_tile, product, set_transposed_product, vocabular
 from .sparse_targets import PreparedTargets
 
 _MIN_MASS = 1e-30
-_LARGEST_SUM = 1e20  # of exponentials: far below what float32 and bfloat16 hold, far above a vocabulary
+MAX_SUM = 1e20  # of exponentials: far below what float32 and bfloat16 hold, far above a vocabulary
 # exp2 takes a quarter of the time of exp on CPU (PyTorch 2.13: exp goes through MKL).
-_LN_2, _LOG2_E = math.log(2), math.log2(math.e)
+LN_2, LOG2_E = math.log(2), math.log2(math.e)
 
 Tiles = Iterable[tuple[slice, Tensor]]
 """Columns of the vocabulary, and the logits' gradient there [C, T], but for a factor of each row."""
@@ -124,15 +124,15 @@ def chunk_by_torch(
 
     The rows' factors are divided by `divisor`, the sums are not.
     """
-    named = _named_places(targets, chunk, weight_VD)
+    named = named_places(targets, chunk, weight_VD)
     found = _exponentiate(hidden_CD, weight_VD, named, None, store)
-    if not bool((found.sums_C <= _LARGEST_SUM).all()):
-        found = _exponentiate(hidden_CD, weight_VD, named, _greatest_logits(hidden_CD, weight_VD), store)
+    if not bool((found.sums_C <= MAX_SUM).all()):
+        found = _exponentiate(hidden_CD, weight_VD, named, greatest_logits(hidden_CD, weight_VD), store)
     num_entries = len(named.teacher_E)
     row_E = named.row_A[:num_entries]
     weights_C, alphas_C = targets.weights_N[chunk], targets.alphas_N[chunk]
 
-    logs_A = (found.exponents_A - found.sums_C.log2()[named.row_A]) * _LN_2
+    logs_A = (found.exponents_A - found.sums_C.log2()[named.row_A]) * LN_2
     entry_kl_E = torch.xlogy(named.teacher_E, named.teacher_E) - named.teacher_E * logs_A[:num_entries]
     if targets.log_base_N is None:
         log_prediction_C, label_mass_C = logs_A[num_entries:], 1 - alphas_C
@@ -153,7 +153,7 @@ def chunk_by_torch(
     shares_A = _with_labels_joined(shares_A, named)
     values_A = found.exponents_A.exp2() - found.sums_C[named.row_A] * shares_A
     store.index_copy_(0, named.place_A, values_A.to(store.dtype))
-    tiles = _stored_tiles(store, len(hidden_CD), weight_VD)
+    tiles = stored_tiles(store, len(hidden_CD), weight_VD)
     return ChunkResult(sums_3=sums_3, tiles=tiles, scales_C=weights_C * mass_C / (divisor * found.sums_C))
 
 
@@ -185,7 +185,7 @@ def add_gradients(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Named:
+class Named:
     """The chunk's entries that have mass, and after them its labels."""
 
     row_A: Tensor
@@ -197,7 +197,7 @@ class _Named:
     vocabulary_size: int
 
 
-def _named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> _Named:
+def named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> Named:
     entries, num_rows = (
         slice(targets.offsets[chunk.start], targets.offsets[chunk.stop]),
         chunk.stop - chunk.start,
@@ -214,7 +214,7 @@ def _named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> 
     tile_A = id_A // tile_columns
     start_A = tile_A * tile_columns
     columns_A = (len(weight_VD) - start_A).clamp(max=tile_columns)
-    return _Named(
+    return Named(
         row_A=row_A,
         id_A=id_A,
         place_A=start_A * num_rows + row_A * columns_A + (id_A - start_A),
@@ -227,7 +227,7 @@ def _named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> 
     )
 
 
-def _with_labels_joined(shares_A: Tensor, named: _Named) -> Tensor:
+def _with_labels_joined(shares_A: Tensor, named: Named) -> Tensor:
     """A label that is also an entry of its row: both get the sum of their shares, for both write the same
     place."""
     num_entries = len(named.teacher_E)
@@ -251,7 +251,7 @@ class _Exponentials:
 
 
 def _exponentiate(
-    hidden_CD: Tensor, weight_VD: Tensor, named: _Named, shift_C: Tensor | None, store: Tensor | None
+    hidden_CD: Tensor, weight_VD: Tensor, named: Named, shift_C: Tensor | None, store: Tensor | None
 ) -> _Exponentials:
     """One pass over the vocabulary; 2^x is left in the store, tile after tile. The shift is of z; None: of
     the first tile."""
@@ -265,24 +265,24 @@ def _exponentiate(
         done += num_named
         if shift_C is None:
             shift_C = logits_CT.amax(1).float()
-        shift_C1 = (shift_C * -_LOG2_E)[:, None]
+        shift_C1 = (shift_C * -LOG2_E)[:, None]
         if logits_CT.dtype != torch.float32:  # widened where the last tile was: that is still in the cache
             scratch = torch.empty(logits_CT.numel(), device=device) if scratch is None else scratch
             logits_CT = scratch[: logits_CT.numel()].view(logits_CT.shape).copy_(logits_CT)
-        stored_CT = None if store is None else _tile_of(store, num_rows, columns)
+        stored_CT = None if store is None else tile_of(store, num_rows, columns)
         powers_CT = stored_CT if stored_CT is not None and stored_CT.dtype == torch.float32 else logits_CT
-        torch.add(shift_C1, logits_CT, alpha=_LOG2_E, out=powers_CT)
+        torch.add(shift_C1, logits_CT, alpha=LOG2_E, out=powers_CT)
         sums_C += powers_CT.exp2_().sum(1)
         if stored_CT is not None and stored_CT is not powers_CT:
             stored_CT.copy_(powers_CT)
     logits_A = torch.empty(len(place_A), device=device)
     logits_A[named.by_tile_A] = torch.cat(parts).float()
     return _Exponentials(
-        sums_C=sums_C, exponents_A=torch.add(shift_C1[named.row_A, 0], logits_A, alpha=_LOG2_E)
+        sums_C=sums_C, exponents_A=torch.add(shift_C1[named.row_A, 0], logits_A, alpha=LOG2_E)
     )
 
 
-def _greatest_logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+def greatest_logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     parts = [
         logits_of_tile(hidden_CD, weight_VD[columns]).amax(1)
         for columns in vocabulary_tiles(len(weight_VD), hidden_CD.device)
@@ -290,10 +290,10 @@ def _greatest_logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     return torch.stack(parts).amax(0).float()
 
 
-def _tile_of(store: Tensor, num_rows: int, columns: slice) -> Tensor:
+def tile_of(store: Tensor, num_rows: int, columns: slice) -> Tensor:
     return store[columns.start * num_rows : columns.stop * num_rows].view(num_rows, -1)
 
 
-def _stored_tiles(store: Tensor, num_rows: int, weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def stored_tiles(store: Tensor, num_rows: int, weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for columns in vocabulary_tiles(len(weight_VD), weight_VD.device):
-        yield columns, _tile_of(store, num_rows, columns)
+        yield columns, tile_of(store, num_rows, columns)

@@ -5,7 +5,7 @@ Row n has the teacher's sparse distribution t, the label y and the weight w. Wit
     loss_n = w (α KL(t ‖ softmax z) + (1-α) CE),   CE = -log p_mem(y)  or  -log((1-λ) p_base(y) + λ p_mem(y)),
     m = α t + c (1-α) onehot(y),    s = Σ m,    dloss_n/dz = w (s softmax(z) - m),
 
-(with a `BasePart` the teacher may be joined with the base, or the logits added to the base's: `based_chunk`),
+(with a `BasePart` the teacher is joined with the base: `based_chunk`),
 where c is 1, or the memory's responsibility λ p_mem(y) / mixture: this is the derivative of
 `models.mixture.log_mixture`, to which a test ties it in float64. The factor s is needed wherever a row's
 mass is not 1, else all its logits drift. A row whose teacher is empty is pure CE (its α is 0); so is, with
@@ -155,7 +155,7 @@ class _FusedSparseLoss(torch.autograd.Function):
         # What a chunk holds for each logit: float32 logits and their gradient, or the latter only.
         logit_bytes = (4 if from_logits else 0) + (dtype.itemsize if wants_gradient else 0)
         if base is not None:
-            logit_bytes = bytes_per_logit(base, device, gradient_dtype, softcap)
+            logit_bytes = bytes_per_logit(device, gradient_dtype, softcap)
         row_size = padded_columns(len(weight_VD)) if from_logits else len(weight_VD)
         chunks = list(row_chunks(len(hidden_ND), row_size, chunk_bytes, bytes_per_logit=max(1, logit_bytes)))
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None

@@ -86,7 +86,9 @@ class SparseHead(nn.Module):
             return label_log_probabilities(
                 hidden_NH, self.weight, labels_N, bias=self.bias, transform=transform
             )
-        part = None if base is None else BasePart(logits=base, joined_lambda=self.joined_lambda)
+        part = None
+        if base is not None and self.joined_lambda is not None:
+            part = BasePart(logits=base, joined_lambda=self.joined_lambda)
         loss, sums = sparse_loss(
             hidden_NH,
             self.weight,

@@ -37,6 +37,8 @@ def test_the_timed_arms_compute_what_they_say(tools):
     for found, wanted in zip(loss.ours_bfloat16(problem, config), loss.ours(problem, config), strict=True):
         assert (found.float() - wanted).norm() <= 1e-2 * wanted.norm()
     assert loss.ours_bfloat16(problem, config)[1].dtype == torch.bfloat16
+    joined, plain = loss.ours_joined(problem, config), loss.ours(problem, config)
+    assert all(part.isfinite().all() for part in joined) and joined[0] != plain[0]
     logits = problem.hidden_ND @ problem.weight_VD.t()
     _, d_hidden, d_weight = loss.products(problem, config)
     torch.testing.assert_close(d_hidden, logits @ problem.weight_VD, rtol=1e-4, atol=1e-4)

@@ -110,7 +110,11 @@ def read_base_end(
         weight_VD = tensors["head.weight"]
         norm = make_norm(found.fields["norm"], weight_VD.shape[1], found.fields["norm_epsilon"])
         norm.load_state_dict(
-            {name.removeprefix("final_norm."): tensor for name, tensor in tensors.items() if "norm" in name}
+            {
+                name.removeprefix("final_norm."): tensor
+                for name, tensor in tensors.items()
+                if "final_norm." in name
+            }
         )
     return BaseEnd(
         weight_VD=tensors["head.weight"],

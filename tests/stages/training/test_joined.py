@@ -43,7 +43,7 @@ def last_dir(inputs_dir, base_dir, tmp_path_factory):
             model=str(base_dir),
             corpus=inputs_dir / "corpus",
             output=root / point / "keys",
-            input_layer=-1,
+            input_layer=(-1,),
             input_point=point,
             unit_positions=256,
         )

@@ -7,7 +7,6 @@ import torch
 from mlpmem_ds.core.manifest import CompleteStage, read_stage
 from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights
 
-STEPS = 12
 FLAGS = {
     "epochs": 1.0,
     "batch_positions": 48,
