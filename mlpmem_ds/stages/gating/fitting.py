@@ -28,7 +28,7 @@ from mlpmem_ds.stages.gating.inputs import Inputs, Text
 
 _logger = logging.getLogger(__name__)
 
-_MIN_SHARE = 0.2  # of the positions that either part should have; with fewer a document is cut
+_MIN_SHARE = 0.5  # of the positions that either part should have; with fewer a document is cut
 
 
 @dataclass(frozen=True, kw_only=True)
