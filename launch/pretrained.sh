@@ -58,7 +58,7 @@ shared launch/evaluate.py "${scored[@]}" --corpus "$run/general" --samples 0 --c
 
 say "8/9 Hugging Face model"
 python tools/convert_checkpoint.py --checkpoint "$run/memory" --model "$base" --report "$run/report" \
-    --dtype bfloat16 --output "$run/export"
+    --gate "$run/gate" --dtype bfloat16 --output "$run/export"
 
 say "9/9 the model before and after"
 [ "$samples" != 0 ] || python launch/generate.py --model "$run/export" --max-new-tokens 60 --compare \

@@ -50,6 +50,9 @@ class Config(Flags):
     report: Path | None = option(
         "report of launch/evaluate.py: its λ, and its perplexities for the model card", None
     )
+    gate: Path | None = option(
+        "output of launch/fit_gate.py for this memory: its weight at each token, in the place of one λ", None
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
     tokenizer: str | None = option("directory or Hub name (default: the base's, else the corpus's)", None)
     corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
@@ -67,5 +70,7 @@ class Config(Flags):
             )
         if self.from_reference is not None and self.model is None:
             raise UserError("--from-reference needs --model, the base that the memory was trained for")
+        if self.gate is not None and (self.checkpoint is None or self.write == "memory"):
+            raise UserError("--gate belongs into the export of a --checkpoint: leave it out here")
         if self.step is not None and self.checkpoint is None:
             raise UserError(f"--step {self.step} names a checkpoint of --checkpoint: give that too")

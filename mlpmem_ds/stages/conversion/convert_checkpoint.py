@@ -50,6 +50,7 @@ from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
 from mlpmem_ds.models.backbone import attention_of, load_base
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.gates import load_gate
 from mlpmem_ds.models.generation_settings import choosing_settings, complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
@@ -310,6 +311,8 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
         raise UserError(
             f"--model {inputs.model} and {_flag(config)} {inputs.source} do not fit: {error}"
         ) from error
+    if inputs.gate is not None:
+        joint.set_gate(load_gate(inputs.gate.manifest.gate, inputs.gate.weights))
     _say_what_is_kept(joint)
     joint.generation_config = complete_settings(
         joint.generation_config,

@@ -16,6 +16,7 @@ from mlpmem_ds.engines.tokenizer import definition_sha256, load_tokenizer, open_
 from mlpmem_ds.formats.checkpoint import Checkpoint
 from mlpmem_ds.formats.corpus import CorpusManifest, TokenizerFacts, read_corpus_manifest, vocabulary_sha256
 from mlpmem_ds.formats.evaluation import Report, open_report
+from mlpmem_ds.formats.gates import FittedGate, read_gate
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.formats.targets import TargetsManifest, open_targets
 from mlpmem_ds.formats.trained_models import TrainedMemory, read_weights
@@ -46,6 +47,8 @@ class ExportInputs:
     corpus: CorpusManifest | None
     """None if the corpus is not on this disk"""
     targets: TargetsManifest | None
+    gate: FittedGate | None = None
+    """finds the memory's weight at each token; None: `lmbda` at all of them"""
     unread: Checkpoint | None = None
     """checkpoint whose weights are still to be read; None if they are in `trained`"""
 
@@ -64,6 +67,8 @@ class ExportInputs:
         }
         if self.report is not None:
             inputs["report"] = self.report.sha256
+        if self.gate is not None:
+            inputs["gate"] = self.gate.sha256
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -121,8 +126,25 @@ def open_inputs(config: Config) -> ExportInputs:
         source=config.checkpoint,
         corpus=corpus,
         targets=None if targets_root is None else open_targets(targets_root).manifest,
+        gate=None if config.gate is None else _read_gate(config.gate, trained),
         unread=unread,
     )
+
+
+def _read_gate(root: Path, trained: TrainedMemory) -> FittedGate:
+    """The gate of this one memory.
+
+    Raises:
+        UserError: it was fitted with another memory, or with several.
+    """
+    gate = read_gate(root)
+    if [memory.sha256 for memory in gate.manifest.memories] != [trained.sha256]:
+        names = ", ".join(memory.name for memory in gate.manifest.memories)
+        raise UserError(
+            f"--gate {root} was fitted with other memories ({names}) than the one of --checkpoint: fit one"
+            " with it alone (fit_gate)"
+        )
+    return gate
 
 
 def _open_published(config: Config) -> ExportInputs:

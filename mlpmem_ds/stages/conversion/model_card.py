@@ -102,7 +102,12 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
             f" {_layers(provenance)}"
             f" ({provenance.input_point})"
         ),
-        f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})",
+        (
+            f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})"
+            if inputs.gate is None
+            else f"λ: a gate of the kind {inputs.gate.manifest.gate['kind']} gives it at each token; setting"
+            " `lmbda` puts one weight in its place"
+        ),
         *_imported(provenance),
         f"Corpus: {_tokens(inputs.corpus)} (SHA-256 of its manifest {_shown(provenance.corpus)})",
         (
