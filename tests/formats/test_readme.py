@@ -16,6 +16,7 @@ from mlpmem_ds.formats.checkpoint import CheckpointManifest
 from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.formats.evaluation import ReportManifest
 from mlpmem_ds.formats.fetched_base import FetchedBaseManifest
+from mlpmem_ds.formats.gates import GateManifest
 from mlpmem_ds.formats.index_directory import IndexManifest
 from mlpmem_ds.formats.keys import KeysManifest
 from mlpmem_ds.formats.lists_directory import ListsManifest
@@ -31,6 +32,7 @@ MANIFESTS = [
     CheckpointManifest,
     CorpusManifest,
     FetchedBaseManifest,
+    GateManifest,
     IndexManifest,
     KeysManifest,
     ListsManifest,
