@@ -34,6 +34,7 @@ from mlpmem_ds.stages.report.words import interval_text, percent_text
 
 _WIDTH = 98
 _ORDER = ("real", "small", "tiny")
+_FEW_DOCUMENTS = 20  # below it a bootstrap over documents is too narrow
 _FOLDER, _SCALING = "results", "scaling.json"
 
 
@@ -160,8 +161,8 @@ def _section(result: QualityResult) -> list[str]:
     parts = [
         f"## Preset {result.preset}",
         _paragraph(
-            f"Base: {result.base}. {result.seeds} seeds of every trained arm, on {result.machine},"
-            f" {result.date}; {minutes:,.0f} minutes of jobs in all."
+            f"Base: {result.base}. {result.seeds} seed{'s' * (result.seeds > 1)} of every trained arm, on"
+            f" {result.machine}, {result.date}; {minutes:,.0f} minutes of jobs in all."
         ),
         f"![change of perplexity by arm]({_FOLDER}/{result.preset}.png)",
     ]
@@ -183,6 +184,8 @@ def _text_section(text: TextResult) -> list[str]:
         f"{text.positions.get('train', 0):,} tokens to learn from, {text.positions.get('tuning', 0):,} to"
         f" choose on, {text.positions['test']:,} in {text.documents} documents to test on."
     )
+    if text.documents < _FEW_DOCUMENTS:
+        tested += f" Fewer than {_FEW_DOCUMENTS} documents: take the intervals for no more than a hint."
     if text.other is not None:
         tested += f" The column *other text* is {text.other}, at the choices made here."
     return [

@@ -24,6 +24,10 @@ def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> Non
     assert "what memory_gain_over_ce_only_gain means" in unclear.split("##")[0]
 
 
+def test_few_documents_are_a_warning() -> None:
+    assert "Fewer than 20 documents: take the intervals" in _words(render_page([make_result()]))
+
+
 def test_arms_that_beat_the_memory_are_named() -> None:
     page = _words(render_page([make_result()]))
     assert "Better than `base+memory` (17.00) on this text: `continued` (16.00)." in page
