@@ -98,6 +98,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/conversion/check.py",
         "stages/conversion/convert_checkpoint.py",
         "stages/conversion/import_reference.py",
+        "stages/conversion/joining.py",
         "stages/corpus/corpus_tokenizer.py",
         "stages/evaluation/samples.py",
         "stages/exchange/import_datastore.py",

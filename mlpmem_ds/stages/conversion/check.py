@@ -9,7 +9,7 @@ Shapes: B sequences, S tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,49 +22,101 @@ from mlpmem_ds.formats.weight_shards import Weight
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory import Memory
-from mlpmem_ds.models.mixture import log_mixture
+from mlpmem_ds.models.mixture import Constant, GateInputs, StoredGate, log_mixture, log_mixture_of_bank
 
 # The loaded model and its parts do the same operations on the same numbers: what is left is float32 against
 # float64 in the softmax and the mixture. Largest difference of log-probabilities over the largest
 # log-probability; for every dtype.
 LOGIT_BOUND = 1e-6
+# A learned gate sums its history in float32, in another order than the check, and its slopes pass that on.
+GATE_BOUND = 1e-4
 _PROBE_SHAPE = (4, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What the two parts give on the probe batch, float64 log-probabilities [B, S, V]."""
+    """What the parts give on the probe batch: float64 log-probabilities [B, S, V] of the base and of each
+    memory, and all that a gate may read."""
 
     ids_BS: torch.Tensor
     base_BSV: torch.Tensor
-    memory_BSV: torch.Tensor
+    memories_BSV: tuple[torch.Tensor, ...]
+    evidence: GateInputs
 
-    def mixture_BSV(self, lmbda: float) -> torch.Tensor:
-        return log_mixture(self.base_BSV, self.memory_BSV, lmbda)
+    def mixture_BSV(self, gate: StoredGate) -> torch.Tensor:
+        lmbdas = gate(self.evidence)
+        if len(self.memories_BSV) == 1:
+            return log_mixture(self.base_BSV, self.memories_BSV[0], lmbdas)
+        if not isinstance(lmbdas, torch.Tensor):  # shared equally
+            lmbdas = torch.full((len(self.memories_BSV),), lmbdas / len(self.memories_BSV))
+        return log_mixture_of_bank(self.base_BSV, self.memories_BSV, lmbdas)
 
 
 @torch.no_grad()
-def read_parts(base: Any, memory: Memory, point: CapturePoint, *, layers_path: str | None = None) -> Probe:
-    """Run both parts on random tokens without the joint model: the base, and the memory on a captured
-    state."""
+def read_parts(
+    base: Any,
+    memories: Sequence[Memory],
+    points: Mapping[str, CapturePoint],
+    gate: StoredGate,
+    *,
+    layers_path: str | None = None,
+) -> Probe:
+    """Run the parts on random tokens without the joint model: the base, and each memory on its own state.
+
+    Args:
+        points: of each memory in turn.
+        gate: its states and its history are read, too.
+    """
     text = base.config.get_text_config(decoder=True)
     num_sequences, num_tokens = _PROBE_SHAPE
     num_tokens = min(num_tokens, getattr(text, "max_position_embeddings", None) or num_tokens)
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(text.vocab_size, (num_sequences, num_tokens), generator=generator)
-    with capture(base, [point], layers_path=layers_path).recording(num_sequences, num_tokens) as states:
+    places = [*points.values(), *gate.reads.values()]
+    with capture(base, list(dict.fromkeys(places)), layers_path=layers_path).recording(
+        num_sequences, num_tokens
+    ) as states:
         base_logits_BSV = base(input_ids=ids_BS, use_cache=False).logits
-    memory_logits_BSV = memory.head(memory(memory.cast(states[point])))
+    hidden = [
+        memory(memory.cast(states[point])) for memory, point in zip(memories, points.values(), strict=True)
+    ]
+    logits = tuple(memory.head(each) for memory, each in zip(memories, hidden, strict=True))
+    base_BSV, *memories_BSV = (each.double().log_softmax(-1) for each in (base_logits_BSV, *logits))
     return Probe(
         ids_BS=ids_BS,
-        base_BSV=base_logits_BSV.double().log_softmax(-1),
-        memory_BSV=memory_logits_BSV.double().log_softmax(-1),
+        base_BSV=base_BSV,
+        memories_BSV=tuple(memories_BSV),
+        evidence=GateInputs(
+            base_logits=base_logits_BSV,
+            memory_logits=logits,
+            memory_states=tuple(hidden),
+            states={name: states[point] for name, point in gate.reads.items()},
+            history=_history(gate, ids_BS, base_BSV, memories_BSV),
+        ),
     )
 
 
-def total_variation(one: Probe, other: Probe, lmbda: float) -> float:
+def _history(
+    gate: StoredGate, ids_BS: torch.Tensor, base_BSV: torch.Tensor, memories_BSV: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """What the gate remembers at each position, [B, S, H], token by token."""
+    if gate.history is None:
+        return None
+    state_BH = gate.history.start(len(ids_BS))
+    states = [state_BH]
+    for at in range(1, ids_BS.shape[1]):
+        next_B1 = ids_BS[:, at : at + 1]
+        base_B, *memories_B = (
+            log_BSV[:, at - 1].gather(-1, next_B1)[:, 0] for log_BSV in (base_BSV, *memories_BSV)
+        )
+        state_BH = gate.history.update(state_BH, base_B, torch.stack(memories_B, dim=-1))
+        states.append(state_BH)
+    return torch.stack(states, dim=1)
+
+
+def total_variation(one: Probe, other: Probe, gate: StoredGate) -> float:
     """Mean total variation between the mixtures' distributions."""
-    pair = (parts.mixture_BSV(lmbda).exp() for parts in (one, other))
+    pair = (parts.mixture_BSV(gate).exp() for parts in (one, other))
     return float(torch.sub(*pair).abs().sum(-1).mean() / 2)
 
 
@@ -118,8 +170,9 @@ def _is_tied(found: Mapping[str, torch.Tensor], name: str, weights: Mapping[str,
 
 
 @torch.no_grad()
-def compare_logits(loaded: Any, probe: Probe, lmbda: float) -> float:
-    """Log-probabilities at λ = 0, the export's λ and 1 within `LOGIT_BOUND` of those of the parts.
+def compare_logits(loaded: Any, probe: Probe, gate: StoredGate, lmbda: float) -> float:
+    """Log-probabilities with the export's gate, and at λ = 0, the export's λ and 1, within `LOGIT_BOUND` (a
+    learned gate: `GATE_BOUND`) of those of the parts.
 
     Returns:
         the largest difference of log-probabilities, over the largest log-probability.
@@ -127,17 +180,23 @@ def compare_logits(loaded: Any, probe: Probe, lmbda: float) -> float:
     Raises:
         DamagedDataError: they differ by more.
     """
-    worst = 0.0
-    for value in dict.fromkeys((0.0, lmbda, 1.0)):
-        loaded.lmbda = value
+    worst, threshold = 0.0, loaded.base_only_threshold
+    loaded.base_only_threshold = None
+    own = () if isinstance(gate, Constant) else (None,)
+    for value in dict.fromkeys((*own, 0.0, lmbda, 1.0)):
+        if value is not None:
+            loaded.lmbda = value
         logits_BSV = loaded(input_ids=probe.ids_BS, use_cache=False).logits
-        difference = _relative_difference(logits_BSV.double().log_softmax(-1), probe.mixture_BSV(value))
-        if not difference <= LOGIT_BOUND:
+        expected_BSV = probe.mixture_BSV(gate if value is None else Constant(value))
+        difference = _relative_difference(logits_BSV.double().log_softmax(-1), expected_BSV)
+        bound = GATE_BOUND if value is None else LOGIT_BOUND
+        if not difference <= bound:
+            named = "with the gate" if value is None else f"at λ = {value:g}"
             raise _refusal(
-                f"log-probabilities at λ = {value:g} differ by {difference:.2g} relative, more than"
-                f" {LOGIT_BOUND:g}"
+                f"log-probabilities {named} differ by {difference:.2g} relative, more than {bound:g}"
             )
-        worst = max(worst, difference)
+        worst = max(worst, difference if value is not None else 0.0)
+    loaded.base_only_threshold = threshold
     return worst
 
 

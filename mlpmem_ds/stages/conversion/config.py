@@ -14,16 +14,21 @@ from mlpmem_ds.stages import shared_flags
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
-    """Join a memory with its base into a Hugging Face directory, and verify it by loading it again."""
+    """Join memories with their base into a Hugging Face directory, and verify it by loading it again."""
 
     example: ClassVar[str] = (
         "python tools/convert_checkpoint.py --checkpoint run/memory --model run/base --report run/report"
         " --output run/export"
     )
 
-    checkpoint: Path | None = option(
-        "output directory of launch/train.py; where it has not finished, its newest whole checkpoint",
-        None,
+    checkpoint: tuple[Path, ...] = option(
+        "output directory of launch/train.py; where it has not finished, its newest whole checkpoint; several"
+        " make a bank",
+        (),
+    )
+    gate: Path | None = option("output directory of launch/fit_gate.py, which weighs these memories", None)
+    base_only_threshold: float | None = option(
+        "leave a memory out where its weight is below this (default: never)", None, at_least=0, at_most=1
     )
     step: int | None = option(
         "with --checkpoint: the checkpoint of this step, also of a finished training", None, at_least=0
@@ -50,9 +55,6 @@ class Config(Flags):
     report: Path | None = option(
         "report of launch/evaluate.py: its λ, and its perplexities for the model card", None
     )
-    gate: Path | None = option(
-        "output of launch/fit_gate.py for this memory: its weight at each token, in the place of one λ", None
-    )
     dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
     tokenizer: str | None = option("directory or Hub name (default: the base's, else the corpus's)", None)
     corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
@@ -64,13 +66,17 @@ class Config(Flags):
     )
 
     def check(self) -> None:
-        if (self.checkpoint is None) == (self.from_reference is None):
+        if bool(self.checkpoint) == (self.from_reference is not None):
             raise UserError(
                 "give either --checkpoint, a training's output, or --from-reference, a published memory"
             )
         if self.from_reference is not None and self.model is None:
             raise UserError("--from-reference needs --model, the base that the memory was trained for")
-        if self.gate is not None and (self.checkpoint is None or self.write == "memory"):
-            raise UserError("--gate belongs into the export of a --checkpoint: leave it out here")
-        if self.step is not None and self.checkpoint is None:
-            raise UserError(f"--step {self.step} names a checkpoint of --checkpoint: give that too")
+        if self.step is not None and len(self.checkpoint) != 1:
+            raise UserError(
+                f"--step {self.step} names a checkpoint of one training: give one --checkpoint with it"
+            )
+        if self.write == "memory" and (len(self.checkpoint) > 1 or self.gate is not None):
+            raise UserError("--write memory writes one memory: give one --checkpoint, and no --gate")
+        if self.gate is not None and not self.checkpoint:
+            raise UserError("--gate weighs trained memories: give them with --checkpoint")

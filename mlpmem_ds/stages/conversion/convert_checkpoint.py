@@ -43,16 +43,14 @@ from mlpmem_ds.core.files import (
     sealed_json,
 )
 from mlpmem_ds.core.log import Progress
-from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
 from mlpmem_ds.models.backbone import attention_of, load_base
-from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.gates import load_gate
-from mlpmem_ds.models.generation_settings import choosing_settings, complete_settings
+from mlpmem_ds.models.generation_settings import choosing_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.joint_parts import input_points
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.stages.conversion.check import (
     LOGIT_BOUND,
@@ -64,6 +62,7 @@ from mlpmem_ds.stages.conversion.check import (
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.import_reference import write_memory
 from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs, open_inputs
+from mlpmem_ds.stages.conversion.joining import join_parts
 from mlpmem_ds.stages.conversion.model_card import describe_verification, model_card
 
 _logger = logging.getLogger(__name__)
@@ -162,9 +161,7 @@ def _require_disk(config: Config, inputs: ExportInputs) -> None:
         if root.is_dir()
         else 0
     )
-    require_free_bytes(
-        config.output, base + size * inputs.memory.num_parameters(), what="the export's weights"
-    )
+    require_free_bytes(config.output, base + size * inputs.num_parameters, what="the export's weights")
 
 
 def _identity_of(partial: Path) -> Any:
@@ -190,13 +187,14 @@ def _write_and_verify(
         UserError: the dtype cannot hold the model.
         DamagedDataError: what was loaded is not what was trained.
     """
-    point, dtype = _point(inputs), DTYPES[config.dtype]
+    dtype, gate = DTYPES[config.dtype], joint.gate
+    points = input_points(joint.config, joint.base)  # type: ignore[arg-type]
     layers_path = inputs.trained.provenance.input_layers_path
     weights = _weights_of(joint, dtype)
     as_stored = (
         None
         if config.dtype == "float32"
-        else read_parts(joint.base, joint.memory, point, layers_path=layers_path)
+        else read_parts(joint.base, joint.memories, points, gate, layers_path=layers_path)
     )
     num_bytes = sum(weight.num_bytes for weight in weights.values())
     progress = Progress(num_bytes, label="weights", unit="bytes", world=world)
@@ -205,14 +203,14 @@ def _write_and_verify(
     progress.close()
     write_description(joint, inputs.tokenizer, dtype, export)
     loaded = load_export(export, weights, inputs.lmbda, attention=attention_of(joint.base))
-    probe = read_parts(*_parts_in_dtype(joint, loaded, dtype), point, layers_path=layers_path)
-    rounding = 0.0 if as_stored is None else total_variation(as_stored, probe, inputs.lmbda)
+    probe = read_parts(*_parts_in_dtype(joint, loaded, dtype), points, gate, layers_path=layers_path)
+    rounding = 0.0 if as_stored is None else total_variation(as_stored, probe, gate)
     if not rounding <= ROUNDING_BOUND:  # not a number, too
         raise UserError(
             f"--dtype {config.dtype} changes the model's distributions by {rounding:.3g} (total variation; at"
             f" most {ROUNDING_BOUND} is accepted): it cannot hold this model; choose bfloat16 or float32"
         )
-    difference = compare_logits(loaded, probe, inputs.lmbda)
+    difference = compare_logits(loaded, probe, gate, inputs.lmbda)
     if (
         vocabulary_sha256(AutoTokenizer.from_pretrained(export))
         != inputs.trained.provenance.vocabulary_sha256
@@ -239,11 +237,13 @@ def _weights_of(joint: MemoryAugmentedLM, dtype: torch.dtype) -> dict[str, Weigh
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
     }
 
-    def weight(tensor: torch.Tensor) -> Weight:
-        stored = dtype if tensor.is_floating_point() else tensor.dtype
+    def weight(name: str, tensor: torch.Tensor) -> Weight:
+        # A gate's weights are few, and stay float32.
+        is_rounded = tensor.is_floating_point() and not name.startswith("gate.")
+        stored = dtype if is_rounded else tensor.dtype
         return Weight(shape=tuple(tensor.shape), dtype=stored, read=lambda: tensor.to(stored))
 
-    return {name: weight(tensor) for name, tensor in state.items() if name not in tied}
+    return {name: weight(name, tensor) for name, tensor in state.items() if name not in tied}
 
 
 def write_description(joint: MemoryAugmentedLM, tokenizer: Any, dtype: torch.dtype, export: Path) -> None:
@@ -262,32 +262,31 @@ def write_description(joint: MemoryAugmentedLM, tokenizer: Any, dtype: torch.dty
         shutil.copymode(export / "config.json", path)
 
 
-def _parts_in_dtype(joint: MemoryAugmentedLM, loaded: Any, dtype: torch.dtype) -> tuple[Any, Memory]:
-    """Base and memory with the written numbers: the trained tensors if they have `dtype`, else the loaded
+def _parts_in_dtype(
+    joint: MemoryAugmentedLM, loaded: Any, dtype: torch.dtype
+) -> tuple[Any, tuple[Memory, ...]]:
+    """Base and memories with the written numbers: the trained tensors if they have `dtype`, else the loaded
     ones.
 
     The loaded tensors were found equal to the rounded trained ones, and are mapped from the files. Modules
     and settings stay those of the given base, and nothing is copied.
     """
-    base, memory = joint.base, joint.memory
+    base = joint.base
     if any(parameter.dtype != dtype for parameter in base.parameters()):
         base.load_state_dict(loaded.base.state_dict(), assign=True)
         base.tie_weights()
-    if any(parameter.dtype != dtype for parameter in memory.parameters()):
-        memory.load_state_dict(loaded.memory.state_dict(), assign=True)
-    return base, memory
+    for memory, written in zip(joint.memories, loaded.memories, strict=True):
+        if any(parameter.dtype != dtype for parameter in memory.parameters()):
+            memory.load_state_dict(written.state_dict(), assign=True)
+    return base, joint.memories
 
 
 def _weight_bytes(export: Path) -> int:
     return sum(path.stat().st_size for path in export.glob("*.safetensors"))
 
 
-def _point(inputs: ExportInputs) -> CapturePoint:
-    return CapturePoint.of(inputs.trained.provenance)
-
-
 def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
-    """Join both parts in the dtypes in which they are stored, so that they stay in their files until read.
+    """Join the parts in the dtypes in which they are stored, so that they stay in their files until read.
 
     Raises:
         UserError: they do not fit each other.
@@ -296,35 +295,8 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
         base = load_base(inputs.model, dtype="auto", device="cpu", attention=config.attention)
     except ValueError as error:
         raise UserError(f"--model {inputs.model}: {error}") from error
-    try:
-        joint = MemoryAugmentedLM.from_parts(
-            base,
-            _build_memory(inputs),
-            lmbda=inputs.lmbda,
-            input_point=_point(inputs),
-            layers_path=inputs.trained.provenance.input_layers_path,
-            cast=False,
-            provenance=to_json(inputs.trained.provenance),
-            vocabulary_sha256=inputs.trained.provenance.vocabulary_sha256,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"--model {inputs.model} and {_flag(config)} {inputs.source} do not fit: {error}"
-        ) from error
-    if inputs.gate is not None:
-        joint.set_gate(load_gate(inputs.gate.manifest.gate, inputs.gate.weights))
-    _say_what_is_kept(joint)
-    joint.generation_config = complete_settings(
-        joint.generation_config,
-        base=base,
-        tokenizer=inputs.tokenizer,
-        num_rows=inputs.memory.vocab_size,
-        further_ends=() if inputs.corpus is None else (inputs.corpus.tokenizer.end_of_document_id,),
-    )
-    return joint
-
-
-def _say_what_is_kept(joint: MemoryAugmentedLM) -> None:
+    flag = "--checkpoint" if config.checkpoint else "--from-reference"
+    joint = join_parts(base, inputs, cast=False, threshold=config.base_only_threshold, flag=flag)
     if choosing := choosing_settings(joint.generation_config):
         settings = ", ".join(f"{name} {value}" for name, value in choosing.items())
         _logger.info(
@@ -332,20 +304,4 @@ def _say_what_is_kept(joint: MemoryAugmentedLM) -> None:
             " launch/generate.py goes by its flags alone",
             settings,
         )
-
-
-def _flag(config: Config) -> str:
-    return "--checkpoint" if config.checkpoint is not None else "--from-reference"
-
-
-def _build_memory(inputs: ExportInputs) -> Memory:
-    """The plain memory with the trained weights."""
-    with torch.device("meta"):
-        memory = Memory(inputs.memory)
-    try:
-        memory.load_state_dict(inputs.trained.weights, assign=True)
-    except RuntimeError as error:
-        raise DamagedDataError(
-            f"the memory's weights do not fit their own configuration ({error}): run launch/train.py again"
-        ) from error
-    return memory.eval().requires_grad_(False)
+    return joint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from mlpmem_ds.formats.targets import TargetsManifest, open_targets
 from mlpmem_ds.formats.trained_models import TrainedMemory, read_weights
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, MemoryConfig
 from mlpmem_ds.stages.conversion.config import Config
+from mlpmem_ds.stages.conversion.gate_inputs import check_gate_base, places_in_gate
 from mlpmem_ds.stages.conversion.import_reference import read_reference
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 
 _logger = logging.getLogger(__name__)
+_Opened = tuple[TrainedMemory, MemoryConfig, Checkpoint | None]
 FORMAT, VERSION = "mlpmem-export", 1
 EXPORT_FILE = "mlpmem_export.json"
 
@@ -47,10 +50,23 @@ class ExportInputs:
     corpus: CorpusManifest | None
     """None if the corpus is not on this disk"""
     targets: TargetsManifest | None
-    gate: FittedGate | None = None
-    """finds the memory's weight at each token; None: `lmbda` at all of them"""
     unread: Checkpoint | None = None
     """checkpoint whose weights are still to be read; None if they are in `trained`"""
+    further: tuple[TrainedMemory, ...] = ()
+    """the other memories of a bank"""
+    gate: FittedGate | None = None
+    """finds the memories' weights at each token; None: `lmbda` at all of them"""
+
+    @property
+    def memories(self) -> tuple[TrainedMemory, ...]:
+        """The memory; of a bank all of them, in the order of its gate."""
+        return (self.trained, *self.further)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all memories."""
+        shapes = (MemoryConfig.from_dict(dict(trained.memory)) for trained in self.memories)
+        return sum(shape.num_parameters() for shape in shapes)
 
     def read(self, output: Path) -> ExportInputs:
         """These inputs with the weights read."""
@@ -65,6 +81,7 @@ class ExportInputs:
             "base": self.base_sha256,
             "vocabulary": self.trained.provenance.vocabulary_sha256,
         }
+        inputs |= {f"memory_{number}": memory.sha256 for number, memory in enumerate(self.further, start=2)}
         if self.report is not None:
             inputs["report"] = self.report.sha256
         if self.gate is not None:
@@ -77,43 +94,54 @@ class ExportInputs:
                 "lambda": self.lmbda,
                 "dtype": config.dtype,
                 "max_shard_gigabytes": config.max_shard_gigabytes,
-                **({} if config.corpus_license is None else {"corpus_license": config.corpus_license}),
+                **{
+                    name: value
+                    for name in ("base_only_threshold", "corpus_license")
+                    if (value := getattr(config, name)) is not None
+                },
             },
         }
 
 
-def open_inputs(config: Config) -> ExportInputs:
-    """Open and check everything that the export is made from.
+def open_inputs(config: Config, *, flag: str = "--checkpoint") -> ExportInputs:
+    """Open and check everything that the export is made from; `flag` is how messages name the memories.
 
     Raises:
         UserError: something is missing, or does not belong to this memory.
     """
-    if config.checkpoint is None:
+    if not config.checkpoint:
         return _open_published(config)
-    trained, memory, unread = _read_trained(config)
-    report, report_lmbda = _read_report(config, trained)
-    lmbda, rule = _choose_lambda(config, report_lmbda)
-    model = config.model or _model_of_keys(config.checkpoint, trained)
+    opened = [_read_trained(config, root, flag) for root in config.checkpoint]
+    gate = None if config.gate is None else read_gate(config.gate)
+    places: Sequence[int] = range(len(opened))
+    if gate is not None:
+        sha256s = [trained.sha256 for trained, _, _ in opened]
+        places = places_in_gate(gate, sha256s, config.checkpoint, flag=flag)
+    (trained, memory, unread), source = opened[places[0]], config.checkpoint[places[0]]
+    further = tuple(_finished(opened[place], config.checkpoint[place], flag) for place in places[1:])
+    report, report_lmbda = _read_report(config, trained, source, is_bank=bool(further))
+    lmbda, rule = _choose_lambda(config, report_lmbda, gate)
+    model = config.model or _model_of_keys(source, trained)
     base_sha256 = fingerprint_model(model)
     check_generation_file(model)
-    if base_sha256 != trained.provenance.base:
-        raise UserError(
-            f"--model {model} ({base_sha256[:12]}…) is not the base that --checkpoint {config.checkpoint} was"
-            f" trained for ({trained.provenance.base[:12]}…): give the model that its keys were extracted"
-            " with"
-        )
-    corpus_root = _input_of_training(config.checkpoint, "corpus", trained.provenance.corpus)
-    targets_root = _input_of_training(config.checkpoint, "targets", trained.provenance.targets)
-    tokenizer, flag = _load_tokenizer(config, model, corpus_root)
-    own, expected = vocabulary_sha256(tokenizer), trained.provenance.vocabulary_sha256
-    if own != expected:
-        raise UserError(
-            f"{flag} has another vocabulary ({len(tokenizer)} tokens, {own[:12]}…) than the memory was "
-            f"trained with ({expected[:12]}…): give --tokenizer RUN/corpus/tokenizer"
-        )
+    if gate is not None:
+        check_gate_base(gate, base_sha256, model)
+    for each, place in zip((trained, *further), places, strict=True):
+        _check_base(each, config.checkpoint[place], model, base_sha256, flag)
+    corpus_root = _input_of_training(source, "corpus", trained.provenance.corpus)
+    targets_root = _input_of_training(source, "targets", trained.provenance.targets)
+    tokenizer, named = _load_tokenizer(config, model, corpus_root)
+    own = vocabulary_sha256(tokenizer)
+    for each in (trained, *further):
+        expected = each.provenance.vocabulary_sha256
+        if own != expected:
+            raise UserError(
+                f"{named} has another vocabulary ({len(tokenizer)} tokens, {own[:12]}…) than the memory was "
+                f"trained with ({expected[:12]}…): give --tokenizer RUN/corpus/tokenizer"
+            )
     corpus = None if corpus_root is None else read_corpus_manifest(corpus_root)
     if corpus is not None:
-        _check_begins(tokenizer, corpus.tokenizer, flag)
+        _check_begins(tokenizer, corpus.tokenizer, named)
     return ExportInputs(
         trained=trained,
         memory=memory,
@@ -123,28 +151,29 @@ def open_inputs(config: Config) -> ExportInputs:
         lmbda=lmbda,
         lmbda_rule=rule,
         report=report,
-        source=config.checkpoint,
+        source=source,
         corpus=corpus,
         targets=None if targets_root is None else open_targets(targets_root).manifest,
-        gate=None if config.gate is None else _read_gate(config.gate, trained),
         unread=unread,
+        further=further,
+        gate=gate,
     )
 
 
-def _read_gate(root: Path, trained: TrainedMemory) -> FittedGate:
-    """The gate of this one memory.
-
-    Raises:
-        UserError: it was fitted with another memory, or with several.
-    """
-    gate = read_gate(root)
-    if [memory.sha256 for memory in gate.manifest.memories] != [trained.sha256]:
-        names = ", ".join(memory.name for memory in gate.manifest.memories)
+def _check_base(trained: TrainedMemory, root: Path, model: str, base_sha256: str, flag: str) -> None:
+    if base_sha256 != trained.provenance.base:
         raise UserError(
-            f"--gate {root} was fitted with other memories ({names}) than the one of --checkpoint: fit one"
-            " with it alone (fit_gate)"
+            f"--model {model} ({base_sha256[:12]}…) is not the base that {flag} {root} was"
+            f" trained for ({trained.provenance.base[:12]}…): give the model that its keys were extracted"
+            " with"
         )
-    return gate
+
+
+def _finished(opened: _Opened, root: Path, flag: str) -> TrainedMemory:
+    trained, _, unread = opened
+    if unread is not None:
+        raise UserError(f"{flag} {root} is not finished, and a bank is of finished memories: finish it")
+    return trained
 
 
 def _open_published(config: Config) -> ExportInputs:
@@ -184,15 +213,12 @@ def _open_published(config: Config) -> ExportInputs:
     )
 
 
-def _read_trained(config: Config) -> tuple[TrainedMemory, MemoryConfig, Checkpoint | None]:
+def _read_trained(config: Config, root: Path, flag: str) -> _Opened:
     """The memory of a training, its shape, and the checkpoint that holds its weights (None: they are
     read)."""
-    assert config.checkpoint is not None
-    root, checkpoint = config.checkpoint, None
+    checkpoint = None
     if (root / EXPORT_FILE).is_file():
-        raise UserError(
-            f"--checkpoint {root} is an export already: give the output directory of launch/train.py"
-        )
+        raise UserError(f"{flag} {root} is an export already: give the output directory of launch/train.py")
     is_finished = (root / "manifest.json").is_file() or not (root / "identity.json").is_file()
     if config.step is None and is_finished:
         if config.write == "memory" and (root / "manifest.json").is_file():
@@ -200,35 +226,43 @@ def _read_trained(config: Config) -> tuple[TrainedMemory, MemoryConfig, Checkpoi
                 f"--write memory: --checkpoint {root} is finished, and such a directory already; the flag is"
                 " for --from-reference, for a training that has not finished, and for one --step of it"
             )
-        trained = read_weights(root, flag="--checkpoint")
+        trained = read_weights(root, flag=flag)
     else:
-        checkpoint = find_checkpoint(root, config.step)
+        checkpoint = find_checkpoint(root, config.step, flag=flag)
         trained = describe_checkpoint(checkpoint)
     try:
         return trained, MemoryConfig.from_dict(dict(trained.memory)), checkpoint
     except ValueError as error:
-        raise DamagedDataError(f"--checkpoint {root}: {error}: train it again") from error
+        raise DamagedDataError(f"{flag} {root}: {error}: train it again") from error
 
 
-def _read_report(config: Config, trained: TrainedMemory) -> tuple[Report | None, float | None]:
-    """(the report, the λ that it chose for this memory)."""
+def _read_report(
+    config: Config, trained: TrainedMemory, root: Path, *, is_bank: bool
+) -> tuple[Report | None, float | None]:
+    """(the report, the λ that it chose for this memory; None for a bank)."""
     if config.report is None:
         return None, None
     report = open_report(config.report)
+    if is_bank:
+        return report, None
     names = [name for name, value in report.inputs.items() if value == trained.sha256]
     chosen = [arm.lmbda for arm in report.evaluation.arms if arm.name in names]
     if not chosen or chosen[0] is None:
         raise UserError(
-            f"--report {config.report} does not evaluate the memory of --checkpoint {config.checkpoint}: run "
+            f"--report {config.report} does not evaluate the memory of --checkpoint {root}: run "
             "launch/evaluate.py with that memory, or leave out --report and give --lambda"
         )
     return report, float(chosen[0])
 
 
-def _choose_lambda(config: Config, report_lmbda: float | None) -> tuple[float, str]:
+def _choose_lambda(
+    config: Config, report_lmbda: float | None, gate: FittedGate | None = None
+) -> tuple[float, str]:
     """λ and, in words, how it was chosen."""
     if config.lmbda is not None:
         return float(config.lmbda), "given as a flag"
+    if report_lmbda is None and gate is not None:
+        return min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
     if report_lmbda is None:
         _logger.warning(
             "neither --lambda nor --report: λ is %g, which was not tuned; it can be changed at any time",
@@ -282,11 +316,11 @@ def _load_tokenizer(config: Config, model: str, corpus: Path | None) -> tuple[An
         name, flag = model, "the tokenizer of --model"
     elif corpus is not None:
         name, flag = str(corpus / "tokenizer"), "the corpus's tokenizer"
-    elif config.checkpoint is None:
+    elif not config.checkpoint:
         raise UserError(f"--model {model} has no tokenizer: give --tokenizer, a directory or Hub name")
     else:
         raise UserError(
-            f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint} is not"
+            f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint[0]} is not"
             " on this disk: give --tokenizer RUN/corpus/tokenizer"
         )
     return load_tokenizer(name, flag=flag), f"{flag} {name}"

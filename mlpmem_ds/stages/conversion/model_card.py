@@ -10,6 +10,7 @@ from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.formats.evaluation import ArmFigures
 from mlpmem_ds.formats.targets import TargetsManifest
 from mlpmem_ds.formats.trained_models import Provenance
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs
 
@@ -45,12 +46,12 @@ def model_card(
         f"Base: {base}, {num_base_parameters:,} parameters, frozen"
         f" (SHA-256 of its files {inputs.base_sha256})",
         f"Weights: {config.dtype}, {weight_bytes:,} bytes"
-        f" ({_bytes_of(num_base_parameters + inputs.memory.num_parameters())})",
+        f" ({_bytes_of(num_base_parameters + inputs.num_parameters)})",
         *_ingredients(inputs),
     ]
     sections = [
         "---\n" + "\n".join(header) + "\n---",
-        f"# {base} with an MLP memory",
+        f"# {base} with {'an MLP memory' if not inputs.further else f'{len(inputs.memories)} MLP memories'}",
         "A frozen causal language model (the base) and a token-wise MLP (the memory) that was trained to"
         " give the next-token distribution of a kNN retriever over a corpus (arXiv 2508.01832):"
         " `p = (1 - λ) p_base + λ p_memory`. No index and no search are needed; the logits are"
@@ -75,7 +76,7 @@ def _limits(config: Config) -> list[str]:
         "The licences of the base and of the corpus apply."
         f" Corpus: {config.corpus_license or 'its licence was not stated'}.",
         "Facts are as old as the corpus. The figures above hold for text like it; elsewhere the memory may"
-        " make the base worse, which a smaller `lmbda` limits.",
+        " make the base worse, which a smaller `lmbda` limits, or a gate that was fitted to other text, too.",
     ]
 
 
@@ -102,12 +103,8 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
             f" {_layers(provenance)}"
             f" ({provenance.input_point})"
         ),
-        (
-            f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule})"
-            if inputs.gate is None
-            else f"λ: a gate of the kind {inputs.gate.manifest.gate['kind']} gives it at each token; setting"
-            " `lmbda` puts one weight in its place"
-        ),
+        *_further(inputs),
+        _weight(inputs),
         *_imported(provenance),
         f"Corpus: {_tokens(inputs.corpus)} (SHA-256 of its manifest {_shown(provenance.corpus)})",
         (
@@ -130,6 +127,35 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
             f" keys of layer {_shown(provenance.key_layer)}"
         ),
     ]
+
+
+def _further(inputs: ExportInputs) -> list[str]:
+    """The other memories of a bank, a line each."""
+    lines = []
+    for number, trained in enumerate(inputs.further, start=2):
+        memory, provenance = MemoryConfig.from_dict(dict(trained.memory)), trained.provenance
+        lines.append(
+            f"Memory {number}: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family}"
+            f" blocks of width {memory.hidden_size}; it reads the base's {_layers(provenance)}"
+            f" ({provenance.input_point}); SHA-256 of its corpus's manifest {_shown(provenance.corpus)}"
+        )
+    return lines
+
+
+def _weight(inputs: ExportInputs) -> str:
+    """How much of each memory there is."""
+    if inputs.gate is None:
+        shared = ", shared equally" if inputs.further else ""
+        return f"λ: {inputs.lmbda:g} ({inputs.lmbda_rule}){shared}"
+    manifest = inputs.gate.manifest
+    texts = "; ".join(f"{text.name} {text.base_ppl:.2f} → {text.gate_ppl:.2f}" for text in manifest.texts)
+    names = ", ".join(memory.name for memory in manifest.memories)
+    return (
+        f"Gate: kind {manifest.gate['kind']}, over {names} in this order, which finds the weight at each"
+        f" token (fixed weights that it began from: {', '.join(f'{value:g}' for value in manifest.fixed)};"
+        f" perplexity of the base → with the gate on the text that chose when to stop: {texts};"
+        f" SHA-256 of its manifest {inputs.gate.sha256})"
+    )
 
 
 def _shown(value: object) -> str:

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
+from mlpmem_ds.stages.generation.options import JointOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Flags):
-    """Continue prompts with the output of convert_checkpoint; greedy unless --temperature is given."""
+class Config(JointOptions):
+    """Continue prompts with an export, or a base and its memories; greedy unless --temperature is given."""
 
     example: ClassVar[str] = (
         'python launch/generate.py --model run/export --prompt "def read(self, " --max-new-tokens 40'
@@ -22,7 +23,6 @@ class Config(Flags):
     )
     memory_flags: ClassVar[tuple[str, ...]] = ("--batch-size", "--max-new-tokens")
 
-    model: str = option("exported model: a directory or Hub name")
     prompt: tuple[str, ...] = option("texts to continue", (), parse=str)
     prompts_file: Path | None = option(
         "instead: a UTF-8 file with one prompt a line; of JSON lines (.jsonl), each is a text, or an object"
@@ -39,7 +39,7 @@ class Config(Flags):
     )
     num_beams: int = option("beams; 1 = none", 1, at_least=1)
     seed: int = option("seed of the sampling", 0)
-    lmbda: float | None = shared_flags.lmbda("the export's")
+    lmbda: float | None = shared_flags.lmbda("the export's or the gate's, else 0.25")
     compare: bool = option("show the base alone (λ = 0) next to base + memory", False)
     stream: bool = option("write the text as it is made; for one prompt, without --compare and beams", False)
     batch_size: int = option("prompts that are continued at once", 16, at_least=1)
@@ -53,6 +53,9 @@ class Config(Flags):
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
 
     def check(self) -> None:
+        super().check()
+        if self.gate is not None and self.lmbda is not None:
+            raise UserError("--gate finds the weight at each token: leave out --lambda")
         if bool(self.prompt) == (self.prompts_file is not None):
             raise UserError("give either --prompt or --prompts-file")
         if self.stream and (self.compare or self.num_beams > 1):

@@ -1,7 +1,10 @@
-"""Part of `generate` and `run_lm_eval`: an export's configuration, tokenizer and joint model."""
+"""Part of `generate` and `run_lm_eval`: the joint model and its tokenizer, of an export or of its parts."""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +15,72 @@ from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.engines.model_files import check_generation_file
 from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.generation_settings import complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
+from mlpmem_ds.stages.conversion.config import Config as ConversionConfig
+from mlpmem_ds.stages.conversion.inputs import ExportInputs, open_inputs
+from mlpmem_ds.stages.conversion.joining import join_parts
+from mlpmem_ds.stages.generation.options import JointOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a joint model is made from; its weights are not read yet, but those of trained memories."""
+
+    options: JointOptions
+    tokenizer: Any
+    context: int | None
+    """tokens that the base reads"""
+    parts: ExportInputs | None
+    """None: an export"""
+
+    def load(
+        self, *, device: torch.device, dtype: str, device_map: str | dict[str, Any] | None
+    ) -> MemoryAugmentedLM:
+        """The joint model, on the device or spread over several."""
+        options, parts = self.options, self.parts
+        if parts is None:
+            joint = load_model(options.model, device=device, dtype=dtype, device_map=device_map)
+            if options.base_only_threshold is not None:
+                joint.base_only_threshold = options.base_only_threshold
+            return joint
+        weights_dtype = DTYPES[resolve_dtype(dtype, device)]
+        try:
+            base = load_base(options.model, dtype=weights_dtype, device=device, device_map=device_map)
+        except ValueError as error:
+            raise UserError(f"--model {error}") from error
+        joint = join_parts(base, parts, cast=True, threshold=options.base_only_threshold, flag="--memory")
+        joint.mixture = mixture_on_device
+        return joint
+
+
+def open_source(options: JointOptions, *, lmbda: float | None = None) -> Source:
+    """Find and check what the flags name; `lmbda` is the weight of memories without a gate.
+
+    Raises:
+        UserError: there is no such model, or its parts do not belong together.
+    """
+    if not options.memory:
+        settings, tokenizer = read_export(options.model)
+        context = getattr(settings, "max_position_embeddings", None)
+        return Source(options=options, tokenizer=tokenizer, context=context, parts=None)
+    parts = open_inputs(
+        ConversionConfig(
+            checkpoint=options.memory,
+            model=options.model,
+            gate=options.gate,
+            lmbda=lmbda,
+            tokenizer=options.tokenizer,
+            output=Path(),
+        ),
+        flag="--memory",
+    ).read(Path(tempfile.gettempdir()) / "memory")
+    text = AutoConfig.from_pretrained(options.model).get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    return Source(options=options, tokenizer=parts.tokenizer, context=context, parts=parts)
 
 
 def load_model(
@@ -69,7 +134,7 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
     if not isinstance(settings, MemoryAugmentedConfig):
         raise UserError(
             f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
-            "tools/convert_checkpoint.py"
+            "tools/convert_checkpoint.py, or its memory with --memory"
         )
     check_generation_file(model)
     tokenizer = load_tokenizer(model, flag="--model")

@@ -1,4 +1,4 @@
-"""`generate`: an exported model and prompts → text, with the memory, without it, or both next to each other.
+"""`generate`: a joint model and prompts → text, with the memory, without it, or both next to each other.
 
 Shapes: B prompts of a batch, S tokens of the longest.
 """
@@ -29,7 +29,7 @@ from mlpmem_ds.models.generation_settings import (
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.stages.generation.config import Config
-from mlpmem_ds.stages.generation.exported_model import load_model, read_export, settings_of_export
+from mlpmem_ds.stages.generation.exported_model import open_source, settings_of_export
 from mlpmem_ds.stages.generation.prompts import read_prompts
 from mlpmem_ds.stages.generation.text import Writer, side_by_side, text_after
 from mlpmem_ds.stages.shared_flags import device_map_of
@@ -53,11 +53,10 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
         _logger.warning(
             "--top-p %g is ignored: --temperature 0 always takes the likeliest token", config.top_p
         )
-    settings, tokenizer = read_export(config.model)
-    context = getattr(settings, "max_position_embeddings", None) or math.inf
+    source = open_source(config, lmbda=config.lmbda)
+    tokenizer, context = source.tokenizer, source.context or math.inf
     ids = _encode(tokenizer, prompts, context, config.max_new_tokens, config.special_tokens)
-    model = load_model(
-        config.model,
+    model = source.load(
         device=device_of_rank(config.device, world),
         dtype=config.dtype,
         device_map=device_map_of(config.device_map),
@@ -72,6 +71,8 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
         _continue_all(config, model, tokenizer, ids, each, generation, write if config.stream else None)
         for each in ([Constant(0.0), gate] if config.compare else [gate])
     ]
+    if model.base_only_threshold is not None:
+        _logger.info("%s", model.base_only)
     if config.compare:
         header = ("base", f"base + memory, {gate}")
         blocks = [

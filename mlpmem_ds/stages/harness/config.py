@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
+from mlpmem_ds.stages.generation.options import JointOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Flags):
+class Config(JointOptions):
     """Ask an exported model questions through the lm-evaluation-harness, without and with its memory.
 
     Exact match on questions and accuracy on ranked choices, of the base (λ = 0) and with the memory.
@@ -25,7 +26,6 @@ class Config(Flags):
     )
     memory_flags: ClassVar[tuple[str, ...]] = ("--batch-size",)
 
-    model: str = option("exported model: a directory or Hub name")
     questions: Path | None = option(
         'JSON lines of {"question", "answer": text or list of texts}: exact match, asked as NQ-open is', None
     )
@@ -47,6 +47,7 @@ class Config(Flags):
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
 
     def check(self) -> None:
+        super().check()
         if self.lambdas:
             shared_flags.grid_of(self.lambdas)
         if not (self.questions or self.ranking or self.tasks):

@@ -1,4 +1,4 @@
-"""`run_lm_eval`: an exported model in EleutherAI's lm-evaluation-harness, at several λ.
+"""`run_lm_eval`: a joint model in EleutherAI's lm-evaluation-harness, at several λ.
 
 Two kinds of local files need no network: questions with answers (NQ-open's prompt and its exact match), and
 texts with choices that are ranked by likelihood. Any other task of the harness is given by its name.
@@ -21,7 +21,7 @@ from mlpmem_ds.engines.lm_eval import load_tasks, require_harness, score_tasks
 from mlpmem_ds.engines.tokenizer import open_encoder, require_end
 from mlpmem_ds.models.generation_settings import token_settings
 from mlpmem_ds.models.mixture import Constant, StoredGate
-from mlpmem_ds.stages.generation.exported_model import load_model, read_export, settings_of_export
+from mlpmem_ds.stages.generation.exported_model import open_source, settings_of_export
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.local_tasks import build_tasks, check_lengths
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
@@ -33,19 +33,17 @@ def run(config: Config, world: World) -> str:
     with tempfile.TemporaryDirectory(prefix="mlpmem-") as folder:
         tasks = build_tasks(config, Path(folder))
         require_harness()
-        settings, tokenizer = read_export(config.model)
+        source = open_source(config)
+        tokenizer, context = source.tokenizer, source.context
         encoder = open_encoder(
             tokenizer, label="the tokenizer of --model", special_tokens=config.special_tokens
         )
         require_end(encoder)
-        context = getattr(settings, "max_position_embeddings", None)
         check_lengths(tasks, encoder, context)
         loaded = load_tasks(
             tasks, num_fewshot=config.num_fewshot, limit=config.limit, include_path=config.include_path
         )
-    model = load_model(
-        config.model, device=device, dtype=config.dtype, device_map=device_map_of(config.device_map)
-    )
+    model = source.load(device=device, dtype=config.dtype, device_map=device_map_of(config.device_map))
     # A task says how to choose tokens.
     model.generation_config = GenerationConfig(**token_settings(settings_of_export(model, tokenizer)))
     own: tuple[StoredGate, ...] = (Constant(0.0), model.gate)
@@ -56,7 +54,11 @@ def run(config: Config, world: World) -> str:
         results[gate] = score_tasks(model, encoder, loaded, batch_size=config.batch_size, context=context)
     if config.output is not None:
         rows = [
-            {"lambda": gate.lmbda if isinstance(gate, Constant) else None, "tasks": found}
+            {
+                "lambda": gate.lmbda if isinstance(gate, Constant) else None,
+                "gate": gate.settings(),
+                "tasks": found,
+            }
             for gate, found in results.items()
         ]
         publish_json(config.output, {"settings": plain_values(config), "results": rows})

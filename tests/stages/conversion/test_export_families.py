@@ -120,7 +120,7 @@ def test_round_trip(
     kind = "gelu" if family in ("gpt2", "gpt_neox") else "swiglu"
     root = save_memory(tmp_path / "memory", bases[family], tokenizer, kind)
     config = Config(
-        checkpoint=root,
+        checkpoint=(root,),
         model=str(bases[family]),
         tokenizer=str(tokenizer),
         output=tmp_path / "export",

@@ -103,7 +103,7 @@ def test_it_is_exported_and_loaded(
     dtype: str, base: Path, memory: Path, corpus_dir: Path, tmp_path: Path
 ) -> None:
     config = Config(
-        checkpoint=memory,
+        checkpoint=(memory,),
         model=str(base),
         tokenizer=str(corpus_dir / "tokenizer"),
         output=tmp_path / "export",

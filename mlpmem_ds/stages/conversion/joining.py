@@ -1,0 +1,80 @@
+"""Part of `convert_checkpoint` and `generate`: a loaded base and trained memories → the joint model."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.typed_json import to_json
+from mlpmem_ds.formats.trained_models import TrainedMemory
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.generation_settings import complete_settings
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.pretrained_memory import PretrainedMemory
+from mlpmem_ds.stages.conversion.gate_inputs import stored_gate
+from mlpmem_ds.stages.conversion.inputs import ExportInputs
+
+
+def join_parts(
+    base: PreTrainedModel, inputs: ExportInputs, *, cast: bool, threshold: float | None, flag: str
+) -> MemoryAugmentedLM:
+    """The joint model, with its gate and its settings of generation.
+
+    Args:
+        cast: bring the memories to the base's dtype and device; else they stay in their files until read.
+        threshold: the weight below which a memory is left out; None: never.
+        flag: how messages name the memories.
+
+    Raises:
+        UserError: the parts do not fit each other.
+    """
+    try:
+        first, *further = (_pretrained(trained) for trained in inputs.memories)
+        joint = MemoryAugmentedLM.from_parts(
+            base,
+            first.module,
+            lmbda=inputs.lmbda,
+            input_point=first.point,
+            further=further,
+            layers_path=inputs.trained.provenance.input_layers_path,
+            cast=cast,
+            provenance=first.provenance,
+            vocabulary_sha256=first.vocabulary_sha256,
+        )
+        if inputs.gate is not None:
+            gate = stored_gate(inputs.gate)
+            joint.set_gate(gate.to(base.device) if isinstance(gate, torch.nn.Module) else gate)
+    except ValueError as error:
+        raise UserError(f"--model {inputs.model} and {flag} {inputs.source} do not fit: {error}") from error
+    joint.base_only_threshold = threshold
+    joint.generation_config = complete_settings(
+        joint.generation_config,
+        base=base,
+        tokenizer=inputs.tokenizer,
+        num_rows=inputs.memory.vocab_size,
+        further_ends=() if inputs.corpus is None else (inputs.corpus.tokenizer.end_of_document_id,),
+    )
+    return joint
+
+
+def _pretrained(trained: TrainedMemory) -> PretrainedMemory:
+    """The plain memory with the trained weights, as a joint model takes it."""
+    with torch.device("meta"):
+        memory = Memory(MemoryConfig.from_dict(dict(trained.memory)))
+    try:
+        memory.load_state_dict(trained.weights, assign=True)
+    except RuntimeError as error:
+        raise DamagedDataError(
+            f"the memory's weights do not fit their own configuration ({error}): run launch/train.py again"
+        ) from error
+    provenance = trained.provenance
+    return PretrainedMemory(
+        module=memory.eval().requires_grad_(False),
+        **CapturePoint.of(provenance).settings(),
+        lmbda=None,
+        vocabulary_sha256=provenance.vocabulary_sha256,
+        provenance=to_json(provenance),
+    )

@@ -1,0 +1,41 @@
+"""The flags by which `generate` and `run_lm_eval` name a joint model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointOptions(Flags):
+    """An exported model, or a base and trained memories that are joined here."""
+
+    model: str = option("exported model, or with --memory the base: a directory or Hub name")
+    memory: tuple[Path, ...] = option(
+        "join these with the base, in the place of an export: output directories of launch/train.py; several"
+        " make a bank",
+        (),
+    )
+    gate: Path | None = option(
+        "with --memory: output directory of launch/fit_gate.py, which weighs these memories", None
+    )
+    tokenizer: str | None = option(
+        "with --memory: directory or Hub name (default: the base's, else the corpus's)", None
+    )
+    base_only_threshold: float | None = option(
+        "leave a memory out where its weight is below this (default: as the export says, else never)",
+        None,
+        at_least=0,
+        at_most=1,
+    )
+
+    def check(self) -> None:
+        for name in ("gate", "tokenizer"):
+            if getattr(self, name) is not None and not self.memory:
+                raise UserError(
+                    f"--{name} goes with --memory, for an export has its own: give --memory, and the base as"
+                    " --model"
+                )
