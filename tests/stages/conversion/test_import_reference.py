@@ -137,10 +137,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
         ({"tokenizer": None}, "has no tokenizer: give --tokenizer"),
         ({"model": str(tmp_path / "nowhere")}, "neither a Hugging Face model directory"),
         ({"model": None}, "needs --model"),
-        ({"checkpoint": tmp_path}, "give either --checkpoint"),
+        ({"checkpoint": (tmp_path,)}, "give either --checkpoint"),
         ({"report": tmp_path}, "import the memory with --write memory"),
         (
-            {"from_reference": None, "checkpoint": tmp_path, "write": "memory"},
+            {"from_reference": None, "checkpoint": (tmp_path,), "write": "memory"},
             "is not a directory of mlpmem memory",
         ),
     ]

@@ -238,7 +238,7 @@ def test_a_base_with_a_norm_and_a_soft_cap_of_its_own_goes_through_every_stage(
     runs.succeed(runs.start("capped", 2, **flags))
     assert read_weights(runs / "capped").memory["logit_softcap"] == 5.0
     export = convert_checkpoint.Config(
-        checkpoint=runs / "capped", model=str(tmp_path / "base"), output=tmp_path / "export", lmbda=1.0
+        checkpoint=(runs / "capped",), model=str(tmp_path / "base"), output=tmp_path / "export", lmbda=1.0
     )
     convert_checkpoint.run(export, World())
     joint = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
