@@ -31,7 +31,7 @@ fi
 text_bytes=1e6 vocabulary=4096 k=1024 neighbour_perplexity=250 blocks=4 epochs=5
 base_flags=()
 if [ "$kind" = quick ]; then
-    text_bytes=2.5e5 vocabulary=2048 k=256 neighbour_perplexity=100 blocks=2 epochs=4
+    text_bytes=2.5e5 vocabulary=2048 k=256 neighbour_perplexity=100 blocks=2 epochs=6
     base_flags=(--num-layers 2 --hidden-size 128 --epochs 12)
 fi
 
