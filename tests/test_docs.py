@@ -21,7 +21,8 @@ PAGES = sorted(
 FRONT_ENDS = {path.stem: path for folder in ("tools", "launch") for path in (ROOT / folder).glob("*.py")}
 MAX_COLUMNS = 100
 NAMES_OF_THAT_TIME = {"docs/LAB_ARCHIVE.md"}
-WIDE_TABLES = {"mlpmem_ds/formats/README.md", "docs/damage.md"}  # a row of a table cannot be wrapped
+# Pages of wide tables: a row of a table cannot be wrapped.
+WIDE_TABLES = {"mlpmem_ds/formats/README.md", "docs/RESULTS.md", "docs/damage.md"}
 # Flags of other programs that the pages name: launchers, pytest, pip, git.
 FOREIGN = {"nproc-per-node", "num-accelerators", "module", "local-rank", "pdb", "local-dir", "no-setup"}
 _PATH = re.compile(
