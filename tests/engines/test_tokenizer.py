@@ -112,8 +112,8 @@ def test_characters_without_a_token_are_counted() -> None:
         encoder.encode_prompts(["ab", "yz"], ["prompt 1", "prompt 2"])
     assert encoder_of(lossy(), special_tokens="parse").encode(["z<e>"])[0][1:] == (0, 1)
     assert ENCODERS["words"].encode(["the thing"])[0].num_unknown == 1
-    assert [one[1:] for one in ENCODERS["words"].encode_documents(["the thing", "the"])] == [(1, 0), (0, 0)]
-    assert encoder.encode_documents(["ayz"])[0][1:] == (0, 2)
+    assert [one[1:3] for one in ENCODERS["words"].encode_documents(["the thing", "the"])] == [(1, 0), (0, 0)]
+    assert encoder.encode_documents(["ayz"])[0][1:3] == (0, 2)
     assert ENCODERS["byte_level"].encode(["日本 \x00"])[0][1:] == (0, 0)
 
 

@@ -315,6 +315,7 @@ def test_a_grid_is_parsed_from_numbers_and_ranges() -> None:
 FORMULA = (
     "models/mixture.py",
     "maths/sparse_chunk.py",
+    "maths/based_chunk.py",
     "maths/sparse_targets.py",
     "maths/kernels/",
     "benchmarks/",

@@ -14,7 +14,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.arms import base as base_arm
-from mlpmem_ds.stages.generation import generate
+from mlpmem_ds.stages.generation import exported_model, generate
 from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.keys import extract_keys
@@ -60,10 +60,8 @@ def test_models_are_loaded_on_the_gpu_of_the_rank(
 ) -> None:
     monkeypatch.setattr(key_inputs, "TransformersSource", give)
     monkeypatch.setattr(base_arm, "TransformersSource", give)
-    monkeypatch.setattr(generate, "load_model", give)
-    monkeypatch.setattr(generate, "read_export", lambda model: (None, lambda text: {"input_ids": [1]}))
-    monkeypatch.setattr(run_lm_eval, "load_model", give)
-    monkeypatch.setattr(run_lm_eval, "read_export", lambda model: (None, None))
+    monkeypatch.setattr(exported_model, "load_model", give)
+    monkeypatch.setattr(exported_model, "read_export", lambda model: (None, None))
     monkeypatch.setattr(run_lm_eval, "open_encoder", lambda *_, **__: None)
     monkeypatch.setattr(run_lm_eval, "require_end", lambda encoder: 0)
     monkeypatch.setattr(run_lm_eval, "load_tasks", lambda *_, **__: None)

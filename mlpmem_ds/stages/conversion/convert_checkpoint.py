@@ -61,7 +61,12 @@ from mlpmem_ds.stages.conversion.check import (
 )
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.import_reference import write_memory
-from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs, open_inputs
+from mlpmem_ds.stages.conversion.inputs import (
+    EXPORT_FILE,
+    ExportInputs,
+    open_inputs,
+    with_weights_read,
+)
 from mlpmem_ds.stages.conversion.joining import join_parts
 from mlpmem_ds.stages.conversion.model_card import describe_verification, model_card
 
@@ -79,14 +84,14 @@ def run(config: Config, world: World) -> None:
         return
     inputs, output = open_inputs(config), config.output.resolve()
     if config.write == "memory":
-        write_memory(config, inputs.read(output).trained, world)
+        write_memory(config, with_weights_read(inputs, output).trained, world)
         return
     identity = inputs.identity(config)
     if _is_complete(output, identity):
         _logger.info("complete: %s", config.output)
         return
     _require_disk(config, inputs)
-    inputs = inputs.read(output)
+    inputs = with_weights_read(inputs, output)
     joint = _join(config, inputs)
     plain = json.loads(canonical_json(identity))  # as a reader sees it
     with work_directory(output, continues=lambda path: _identity_of(path) == plain) as partial:

@@ -28,7 +28,6 @@ from mlpmem_ds.stages.conversion.import_reference import read_reference
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 
 _logger = logging.getLogger(__name__)
-_Opened = tuple[TrainedMemory, MemoryConfig, Checkpoint | None]
 FORMAT, VERSION = "mlpmem-export", 1
 EXPORT_FILE = "mlpmem_export.json"
 
@@ -68,12 +67,6 @@ class ExportInputs:
         shapes = (MemoryConfig.from_dict(dict(trained.memory)) for trained in self.memories)
         return sum(shape.num_parameters() for shape in shapes)
 
-    def read(self, output: Path) -> ExportInputs:
-        """These inputs with the weights read."""
-        if self.unread is None:
-            return self
-        return dataclasses.replace(self, trained=with_weights(self.trained, self.unread, output), unread=None)
-
     def identity(self, config: Config) -> dict[str, Any]:
         """What the weights and the configuration depend on."""
         inputs = {
@@ -103,61 +96,139 @@ class ExportInputs:
         }
 
 
-def open_inputs(config: Config, *, flag: str = "--checkpoint") -> ExportInputs:
-    """Open and check everything that the export is made from; `flag` is how messages name the memories.
+def open_inputs(config: Config) -> ExportInputs:
+    """Open and check everything that the export is made from.
 
     Raises:
         UserError: something is missing, or does not belong to this memory.
     """
     if not config.checkpoint:
         return _open_published(config)
-    opened = [_read_trained(config, root, flag) for root in config.checkpoint]
+    opened = [_read_trained(config, root) for root in config.checkpoint]
     gate = None if config.gate is None else read_gate(config.gate)
-    places: Sequence[int] = range(len(opened))
-    if gate is not None:
-        sha256s = [trained.sha256 for trained, _, _ in opened]
-        places = places_in_gate(gate, sha256s, config.checkpoint, flag=flag)
-    (trained, memory, unread), source = opened[places[0]], config.checkpoint[places[0]]
-    further = tuple(_finished(opened[place], config.checkpoint[place], flag) for place in places[1:])
-    report, report_lmbda = _read_report(config, trained, source, is_bank=bool(further))
+    memories = [
+        OpenedMemory(root=root, trained=trained, checkpoint=checkpoint)
+        for root, (trained, checkpoint) in zip(config.checkpoint, opened, strict=True)
+    ]
+    memories = in_order_of_gate(memories, gate, flag="--checkpoint")
+    for memory in memories if len(memories) > 1 else ():
+        if memory.checkpoint is not None:
+            raise UserError(
+                f"--checkpoint {memory.root} is not finished, and a bank is of finished memories: finish it"
+            )
+    first = memories[0]
+    report, report_lmbda = _read_report(config, first.trained, first.root, is_bank=len(memories) > 1)
     lmbda, rule = _choose_lambda(config, report_lmbda, gate)
-    model = config.model or _model_of_keys(source, trained)
+    inputs = open_parts(
+        memories,
+        model=config.model or _model_of_keys(first.root, first.trained),
+        gate=gate,
+        lmbda=lmbda,
+        lmbda_rule=rule,
+        tokenizer=config.tokenizer,
+        flag="--checkpoint",
+    )
+    return dataclasses.replace(inputs, report=report, unread=first.checkpoint)
+
+
+def with_weights_read(inputs: ExportInputs, output: Path) -> ExportInputs:
+    """The same with the weights that a checkpoint still holds."""
+    if inputs.unread is None:
+        return inputs
+    trained = with_weights(inputs.trained, inputs.unread, output)
+    return dataclasses.replace(inputs, trained=trained, unread=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedMemory:
+    """A memory and where it lies; `checkpoint` still holds its weights where it has not finished."""
+
+    root: Path
+    trained: TrainedMemory
+    checkpoint: Checkpoint | None = None
+
+
+def in_order_of_gate(
+    memories: Sequence[OpenedMemory], gate: FittedGate | None, *, flag: str
+) -> list[OpenedMemory]:
+    """The memories in the order in which the gate weighs them.
+
+    Raises:
+        UserError: they are not those that it was fitted for.
+    """
+    if gate is None:
+        return list(memories)
+    sha256s, roots = [one.trained.sha256 for one in memories], [one.root for one in memories]
+    return [memories[place] for place in places_in_gate(gate, sha256s, roots, flag=flag)]
+
+
+def open_parts(
+    memories: Sequence[OpenedMemory],
+    *,
+    model: str,
+    gate: FittedGate | None,
+    lmbda: float,
+    lmbda_rule: str,
+    tokenizer: str | None,
+    flag: str,
+) -> ExportInputs:
+    """Check that memories, in the order of their gate, belong to one base and its tokenizer.
+
+    Args:
+        memories: one, or those of a bank.
+        model: the base.
+        gate: None: `lmbda` at all tokens.
+        lmbda, lmbda_rule: the weight, and in words how it was chosen.
+        tokenizer: None: the base's, else the corpus's.
+        flag: how messages name the memories.
+
+    Raises:
+        UserError: something is missing, or does not belong to these memories.
+    """
+    first = memories[0]
+    trained = first.trained
     base_sha256 = fingerprint_model(model)
     check_generation_file(model)
     if gate is not None:
         check_gate_base(gate, base_sha256, model)
-    for each, place in zip((trained, *further), places, strict=True):
-        _check_base(each, config.checkpoint[place], model, base_sha256, flag)
-    corpus_root = _input_of_training(source, "corpus", trained.provenance.corpus)
-    targets_root = _input_of_training(source, "targets", trained.provenance.targets)
-    tokenizer, named = _load_tokenizer(config, model, corpus_root)
-    own = vocabulary_sha256(tokenizer)
-    for each in (trained, *further):
-        expected = each.provenance.vocabulary_sha256
+    for each in memories:
+        _check_base(each.trained, each.root, model, base_sha256, flag)
+    corpus_root = _input_of_training(first.root, "corpus", trained.provenance.corpus)
+    targets_root = _input_of_training(first.root, "targets", trained.provenance.targets)
+    opened, named = _load_tokenizer(tokenizer, model, corpus_root, f"{flag} {first.root}")
+    own = vocabulary_sha256(opened)
+    for each in memories:
+        expected = each.trained.provenance.vocabulary_sha256
         if own != expected:
             raise UserError(
-                f"{named} has another vocabulary ({len(tokenizer)} tokens, {own[:12]}…) than the memory was "
+                f"{named} has another vocabulary ({len(opened)} tokens, {own[:12]}…) than the memory was "
                 f"trained with ({expected[:12]}…): give --tokenizer RUN/corpus/tokenizer"
             )
     corpus = None if corpus_root is None else read_corpus_manifest(corpus_root)
     if corpus is not None:
-        _check_begins(tokenizer, corpus.tokenizer, named)
+        _check_begins(opened, corpus.tokenizer, named)
     return ExportInputs(
         trained=trained,
-        memory=memory,
+        memory=_shape_of(trained, f"{flag} {first.root}"),
         model=model,
         base_sha256=base_sha256,
-        tokenizer=tokenizer,
+        tokenizer=opened,
         lmbda=lmbda,
-        lmbda_rule=rule,
-        report=report,
-        source=source,
+        lmbda_rule=lmbda_rule,
+        report=None,
+        source=first.root,
         corpus=corpus,
         targets=None if targets_root is None else open_targets(targets_root).manifest,
-        unread=unread,
-        further=further,
+        further=tuple(each.trained for each in memories[1:]),
         gate=gate,
     )
+
+
+def _shape_of(trained: TrainedMemory, named: str) -> MemoryConfig:
+    try:
+        return MemoryConfig.from_dict(dict(trained.memory))
+    except ValueError as error:
+        raise DamagedDataError(f"{named}: {error}: train it again") from error
 
 
 def _check_base(trained: TrainedMemory, root: Path, model: str, base_sha256: str, flag: str) -> None:
@@ -167,13 +238,6 @@ def _check_base(trained: TrainedMemory, root: Path, model: str, base_sha256: str
             f" trained for ({trained.provenance.base[:12]}…): give the model that its keys were extracted"
             " with"
         )
-
-
-def _finished(opened: _Opened, root: Path, flag: str) -> TrainedMemory:
-    trained, _, unread = opened
-    if unread is not None:
-        raise UserError(f"{flag} {root} is not finished, and a bank is of finished memories: finish it")
-    return trained
 
 
 def _open_published(config: Config) -> ExportInputs:
@@ -188,7 +252,7 @@ def _open_published(config: Config) -> ExportInputs:
     open_reference(root)  # before the base, which may be large, is read
     base_sha256 = fingerprint_model(config.model)
     check_generation_file(config.model)
-    tokenizer, _ = _load_tokenizer(config, config.model, None)
+    tokenizer, _ = _load_tokenizer(config.tokenizer, config.model, None, None)
     lmbda, rule = _choose_lambda(config, None)
     trained = read_reference(
         root,
@@ -213,27 +277,22 @@ def _open_published(config: Config) -> ExportInputs:
     )
 
 
-def _read_trained(config: Config, root: Path, flag: str) -> _Opened:
-    """The memory of a training, its shape, and the checkpoint that holds its weights (None: they are
-    read)."""
-    checkpoint = None
+def _read_trained(config: Config, root: Path) -> tuple[TrainedMemory, Checkpoint | None]:
+    """The memory of a training, and the checkpoint that holds its weights (None: they are read)."""
     if (root / EXPORT_FILE).is_file():
-        raise UserError(f"{flag} {root} is an export already: give the output directory of launch/train.py")
+        raise UserError(
+            f"--checkpoint {root} is an export already: give the output directory of launch/train.py"
+        )
     is_finished = (root / "manifest.json").is_file() or not (root / "identity.json").is_file()
-    if config.step is None and is_finished:
-        if config.write == "memory" and (root / "manifest.json").is_file():
-            raise UserError(
-                f"--write memory: --checkpoint {root} is finished, and such a directory already; the flag is"
-                " for --from-reference, for a training that has not finished, and for one --step of it"
-            )
-        trained = read_weights(root, flag=flag)
-    else:
-        checkpoint = find_checkpoint(root, config.step, flag=flag)
-        trained = describe_checkpoint(checkpoint)
-    try:
-        return trained, MemoryConfig.from_dict(dict(trained.memory)), checkpoint
-    except ValueError as error:
-        raise DamagedDataError(f"{flag} {root}: {error}: train it again") from error
+    if config.step is not None or not is_finished:
+        checkpoint = find_checkpoint(root, config.step)
+        return describe_checkpoint(checkpoint), checkpoint
+    if config.write == "memory" and (root / "manifest.json").is_file():
+        raise UserError(
+            f"--write memory: --checkpoint {root} is finished, and such a directory already; the flag is"
+            " for --from-reference, for a training that has not finished, and for one --step of it"
+        )
+    return read_weights(root, flag="--checkpoint"), None
 
 
 def _read_report(
@@ -308,20 +367,23 @@ def _model_of_keys(checkpoint: Path, trained: TrainedMemory) -> str:
     return str(model)
 
 
-def _load_tokenizer(config: Config, model: str, corpus: Path | None) -> tuple[Any, str]:
-    """The first of --tokenizer, the base's and the corpus's, and its name for messages."""
-    if config.tokenizer is not None:
-        name, flag = config.tokenizer, "--tokenizer"
+def _load_tokenizer(
+    tokenizer: str | None, model: str, corpus: Path | None, memory: str | None
+) -> tuple[Any, str]:
+    """The first of --tokenizer, the base's and the corpus's, and its name for messages, in which `memory` is
+    that of a trained one."""
+    if tokenizer is not None:
+        name, flag = tokenizer, "--tokenizer"
     elif _has_tokenizer(model):
         name, flag = model, "the tokenizer of --model"
     elif corpus is not None:
         name, flag = str(corpus / "tokenizer"), "the corpus's tokenizer"
-    elif not config.checkpoint:
+    elif memory is None:
         raise UserError(f"--model {model} has no tokenizer: give --tokenizer, a directory or Hub name")
     else:
         raise UserError(
-            f"--model {model} has no tokenizer, and the corpus of --checkpoint {config.checkpoint[0]} is not"
-            " on this disk: give --tokenizer RUN/corpus/tokenizer"
+            f"--model {model} has no tokenizer, and the corpus of {memory} is not on this disk"
+            ": give --tokenizer RUN/corpus/tokenizer"
         )
     return load_tokenizer(name, flag=flag), f"{flag} {name}"
 

@@ -98,7 +98,8 @@ def open_tuning_split(root: Path, name: str, *, flag: str, min_positions: int) -
     if split.num_positions < min_positions:
         raise UserError(
             f"the {name} split of {flag} {root} has {split.num_positions:,} positions, and a gate needs"
-            f" {min_positions:,} or more: give more text, or a larger --tuning-fraction"
+            f" {min_positions:,} or more: give more text, or prepare it with a larger"
+            " --tuning-fraction"
         )
     return split
 

@@ -76,7 +76,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     )
     num_positions = sum(split.num_positions for split in splits)
     context = Context(base=base, texts=splits, num_positions=num_positions, shared=shared)
-    memories = tuple(memory.open_arms(scoring, context))
+    memories = tuple(memory.open_memories(scoring, context))
     refuse_training_text({name: text.split for name, text in texts.items()}, memories)
     if not config.general:
         _logger.warning(

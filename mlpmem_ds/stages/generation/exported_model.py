@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +14,25 @@ from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.engines.model_files import check_generation_file
 from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.formats.gates import read_gate
+from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.generation_settings import complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
+from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
-from mlpmem_ds.stages.conversion.config import Config as ConversionConfig
-from mlpmem_ds.stages.conversion.inputs import ExportInputs, open_inputs
+from mlpmem_ds.stages.conversion.inputs import (
+    EXPORT_FILE,
+    ExportInputs,
+    OpenedMemory,
+    in_order_of_gate,
+    open_parts,
+)
 from mlpmem_ds.stages.conversion.joining import join_parts
 from mlpmem_ds.stages.generation.options import JointOptions
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +76,39 @@ def open_source(options: JointOptions, *, lmbda: float | None = None) -> Source:
         settings, tokenizer = read_export(options.model)
         context = getattr(settings, "max_position_embeddings", None)
         return Source(options=options, tokenizer=tokenizer, context=context, parts=None)
-    parts = open_inputs(
-        ConversionConfig(
-            checkpoint=options.memory,
-            model=options.model,
-            gate=options.gate,
-            lmbda=lmbda,
-            tokenizer=options.tokenizer,
-            output=Path(),
-        ),
-        flag="--memory",
-    ).read(Path(tempfile.gettempdir()) / "memory")
+    parts = _open_trained(options, lmbda)
     text = AutoConfig.from_pretrained(options.model).get_text_config(decoder=True)
     context = getattr(text, "max_position_embeddings", None)
     return Source(options=options, tokenizer=parts.tokenizer, context=context, parts=parts)
+
+
+def _open_trained(options: JointOptions, lmbda: float | None) -> ExportInputs:
+    """The finished trainings of --memory, and the gate, checked against the base."""
+    for root in options.memory:
+        if (root / EXPORT_FILE).is_file():
+            raise UserError(
+                f"--memory {root} is an export already: give it with --model, or the output directory of"
+                " launch/train.py"
+            )
+    gate = None if options.gate is None else read_gate(options.gate)
+    memories = [
+        OpenedMemory(root=root, trained=read_weights(root, flag="--memory")) for root in options.memory
+    ]
+    rule = "given as a flag"
+    if lmbda is None and gate is not None:
+        lmbda, rule = min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
+    elif lmbda is None:
+        lmbda, rule = DEFAULT_LAMBDA, "the default, not tuned"
+        _logger.warning("the memory's weight was not given: λ is %g, which was not tuned", lmbda)
+    return open_parts(
+        in_order_of_gate(memories, gate, flag="--memory"),
+        model=options.model,
+        gate=gate,
+        lmbda=lmbda,
+        lmbda_rule=rule,
+        tokenizer=options.tokenizer,
+        flag="--memory",
+    )
 
 
 def load_model(
@@ -134,7 +162,7 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
     if not isinstance(settings, MemoryAugmentedConfig):
         raise UserError(
             f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
-            "tools/convert_checkpoint.py, or its memory with --memory"
+            "tools/convert_checkpoint.py, or let generate join them with --memory"
         )
     check_generation_file(model)
     tokenizer = load_tokenizer(model, flag="--model")

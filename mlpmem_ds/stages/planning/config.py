@@ -59,7 +59,9 @@ class Config(Flags):
     codec: Literal["int8", "raw"] | None = _of_stage("codec", "of keys")
     input_codec: Literal["bf16", "int8", "none"] | None = _of_stage("input_codec", "of memory inputs")
     input_layers: int | None = _of_stage(
-        "input_layers", "layers whose states make a memory input, as many as --input-layer names", at_least=1
+        "input_layers",
+        "layers whose states make a memory input, as many as extract_keys --input-layer names",
+        at_least=1,
     )
     factory: str = option("faiss factory of the index, or auto", "auto")
     num_shards: int | None = option("files of the index (default: as build_index chooses)", None, at_least=1)

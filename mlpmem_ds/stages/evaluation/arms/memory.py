@@ -114,15 +114,20 @@ class MemoryArm(Arm):
 
 def open_arms(config: Config, context: Context) -> list[MemoryArm]:
     """The memories of `--memory`, and the controls that are memories. See `base.Opener`."""
-    memories = memory_directories(config.memory)
-    part: Part = "subject" if len(memories) == 1 else "other"  # of several, their bank is the subject
-    arms = [
-        _open_memory(Path(root), "--memory", name, part, config, context) for name, root in memories.items()
-    ]
+    arms = open_memories(config, context)
     for name, root in memory_controls(config).items():
         flag, arm = f"--control {name}", f"base+{name.removeprefix('base+')}"
         arms.append(_open_memory(root, flag, arm, "control", config, context))
     return arms
+
+
+def open_memories(config: Config, context: Context) -> list[MemoryArm]:
+    """The memories of `--memory` alone."""
+    memories = memory_directories(config.memory)
+    part: Part = "subject" if len(memories) == 1 else "other"  # of several, their bank is the subject
+    return [
+        _open_memory(Path(root), "--memory", name, part, config, context) for name, root in memories.items()
+    ]
 
 
 def layers_paths(config: Config) -> list[str | None]:
