@@ -27,7 +27,7 @@ from .gate_features import confidences, num_confidences
 from .history_cache import HistoryLayer, states_of, token_log_probabilities
 from .joint_parts import input_name, kept_positions
 from .memory import Memory
-from .mixture import GateInputs, StoredGate, log_mixture_of_bank, log_mixture_of_logits
+from .mixture import GateInputs, StoredGate, log_mixture_of_bank_logits, log_mixture_of_logits
 
 Mixture = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor]
 States = Mapping[str, torch.Tensor]
@@ -274,10 +274,7 @@ class Step:
         if len(memory_logits) > 1:
             if not isinstance(lmbdas, torch.Tensor):
                 lmbdas = torch.full((len(memory_logits),), lmbdas / len(memory_logits), dtype=torch.float64)
-            base, *memories = (
-                torch.log_softmax(each.float(), dim=-1) for each in (base_logits, *memory_logits)
-            )
-            return log_mixture_of_bank(base, memories, lmbdas)
+            return log_mixture_of_bank_logits(base_logits, memory_logits, lmbdas)
         if isinstance(lmbdas, torch.Tensor) and lmbdas.shape == (1,):
             lmbdas = lmbdas.to(base_logits.device).expand(base_logits.shape[:-1])
         # A compiler makes one kernel of the plain function by itself.

@@ -61,7 +61,7 @@ def estimate(tested: ArmSums, figure: Figure, arms: Sequence[str]) -> Estimate:
         arms: those that it reads; where each has one entry, there is one seed.
     """
     num_seeds = max(len(tested.sums[arm]) for arm in arms)
-    counts_RM = _draws(len(tested.positions_M))
+    counts_RM = draw_documents(len(tested.positions_M), NUM_DRAWS)
     values, ends = [], []
     for seed in range(num_seeds):
         exact = {arm: np.array([tested.ppl(arm, seed)]) for arm in arms}
@@ -75,11 +75,11 @@ def estimate(tested: ArmSums, figure: Figure, arms: Sequence[str]) -> Estimate:
     )
 
 
-def _draws(num_documents: int) -> Array:
-    """How often each document is drawn, [R, M]; the same for every figure of a text."""
+def draw_documents(num_documents: int, num_draws: int) -> Array:
+    """How often each document is drawn with replacement, float64 [R, M]; the same in every call."""
     generator = np.random.default_rng(0)
     shares_M = np.full(num_documents, 1 / num_documents)
-    return generator.multinomial(num_documents, shares_M, size=NUM_DRAWS).astype(np.float64)
+    return generator.multinomial(num_documents, shares_M, size=num_draws).astype(np.float64)
 
 
 def _drawn_ppl(tested: ArmSums, arm: str, seed: int, counts_RM: Array) -> Array:

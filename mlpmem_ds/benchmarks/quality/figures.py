@@ -15,6 +15,7 @@ from mlpmem_ds.benchmarks.quality.plan import Plan, TextName
 from mlpmem_ds.benchmarks.quality.presets import Text
 from mlpmem_ds.benchmarks.quality.ratios import ratios_of
 from mlpmem_ds.benchmarks.quality.results import ArmRow, RatioResult, TextResult
+from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
 from mlpmem_ds.formats.evaluation import ArmFigures, read_document_sums, read_evaluation
 
@@ -63,8 +64,12 @@ def read_reports(roots: Sequence[Path], fixed: Sequence[str]) -> Reports:
         for root, evaluation in zip(roots, evaluations, strict=True)
     ]
     sums: dict[str, list[np.ndarray]] = {}
-    for part in parts:
-        assert np.array_equal(part.positions_M, parts[0].positions_M), "reports of one text differ in it"
+    for root, part in zip(roots, parts, strict=True):
+        if not np.array_equal(part.positions_M, parts[0].positions_M):
+            raise DamagedDataError(
+                f"the reports {roots[0]} and {root} are of different documents: remove both and run the"
+                " benchmark again, it makes them anew"
+            )
         for arm, sums_M in part.sums.items():
             if arm not in fixed or arm not in sums:
                 sums.setdefault(arm, []).append(sums_M)

@@ -1,7 +1,7 @@
 """Part of `quality`: what a preset found, as records; written as JSON, from which the page is made.
 
 Perplexities are of the test split, at choices made on the tuning split. A change is relative to the base
-(-0.05: five per cent less perplexity). An interval holds every seed's own 95 % interval (figures.py).
+(-0.05: five per cent less perplexity). An interval holds every seed's own 95 % interval (bootstrap.py).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlpmem_ds.benchmarks.quality.bootstrap import draw_documents
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
@@ -92,10 +93,7 @@ def _tokens_of_base(evaluation: Evaluation, root: Path) -> int:
 
 def drawn_losses(points: Sequence[Point]) -> Array:
     """[R, P]: the losses of each point for draws of whole documents, the same ones for all points."""
-    num_documents = len(points[0].positions_M)
-    generator = np.random.default_rng(0)
-    shares_M = np.full(num_documents, 1 / num_documents)
-    counts_RM = generator.multinomial(num_documents, shares_M, size=NUM_DRAWS).astype(np.float64)
+    counts_RM = draw_documents(len(points[0].positions_M), NUM_DRAWS)
     columns = [-(counts_RM @ point.sums_M) / (counts_RM @ point.positions_M) for point in points]
     losses_RP: Array = np.stack(columns, axis=1)
     return losses_RP

@@ -149,8 +149,7 @@ class ReportWriter:
 
 def sum_documents(split: Split, scores: Mapping[str, np.ndarray]) -> DocumentSums:
     """The log-probabilities [N] of each arm, summed by document; those without a position are left out."""
-    every = np.arange(split.corpus.num_positions) if split.positions is None else split.positions
-    documents_N = split.corpus.documents_of(every)
+    documents_N = split.corpus.documents_of(split.scored_positions)
     positions_M = np.bincount(documents_N)
     is_present_M = positions_M > 0
     return DocumentSums(

@@ -27,16 +27,21 @@ class Split:
     name: str
     corpus: CorpusSplit
     positions: np.ndarray | None
+    """int64, ascending, of the stream; None: all"""
     num_bytes: int
 
     @property
     def num_positions(self) -> int:
         return self.corpus.num_positions if self.positions is None else len(self.positions)
 
+    @property
+    def scored_positions(self) -> np.ndarray:
+        """int64 [N]: where the split's rows stand in the stream."""
+        return np.arange(self.corpus.num_positions) if self.positions is None else self.positions
+
     def document_starts(self) -> np.ndarray:
         """int64: where each document begins among the scored positions."""
-        positions = np.arange(self.corpus.num_positions) if self.positions is None else self.positions
-        documents_N = self.corpus.documents_of(positions)
+        documents_N = self.corpus.documents_of(self.scored_positions)
         return np.flatnonzero(np.diff(documents_N, prepend=-1))
 
     def take(self, scores_N: np.ndarray) -> np.ndarray:

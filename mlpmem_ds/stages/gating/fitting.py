@@ -113,7 +113,7 @@ def _states_of(states: StoredScores | None, stream: str, sizes: list[int]) -> tu
 
 def _rows_of_text(text: Text, gate: LearnedGate, evidence: Evidence, is_stopping_N: np.ndarray) -> TextRows:
     features_NF = gate_features(gate, evidence)
-    positions = np.arange(len(features_NF)) if text.split.positions is None else text.split.positions
+    positions = text.split.scored_positions
     fitted, stopping = (
         _take(evidence, features_NF, torch.from_numpy(positions[chosen]))
         for chosen in (~is_stopping_N, is_stopping_N)
@@ -137,7 +137,7 @@ def choose_stopping(split: Split, fraction: float) -> np.ndarray:
     Where documents are too few or too long for that, the text is cut at a position: its end chooses.
     """
     corpus = split.corpus
-    positions = np.arange(corpus.num_positions) if split.positions is None else split.positions
+    positions = split.scored_positions
     document_of_N = corpus.documents_of(positions)
     sizes = np.bincount(document_of_N, minlength=len(corpus.documents))
     names = [str(document["name"]) for document in corpus.documents]
@@ -171,7 +171,7 @@ def describe_text(part: TextRows, gate: LearnedGate, fixed: tuple[float, ...], s
         name=part.text.root.name,
         split=split,
         part=part.text.part,
-        documents=len(np.unique(corpus.documents_of(_positions(part.text.split)))),
+        documents=len(np.unique(corpus.documents_of(part.text.split.scored_positions))),
         positions=part.text.split.num_positions,
         stopping_positions=len(rows.shares_N),
         base_ppl=perplexity(rows.log_base_N.numpy()),
@@ -182,7 +182,3 @@ def describe_text(part: TextRows, gate: LearnedGate, fixed: tuple[float, ...], s
         gate_ppl=float(rows.loss(weights_NM).exp()),
         weights=figures_of_weights(weights_NM.double().numpy()),
     )
-
-
-def _positions(split: Split) -> np.ndarray:
-    return np.arange(split.corpus.num_positions) if split.positions is None else split.positions

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.benchmarks.quality.figures import FIXED_ARMS, read_reports
+from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.formats.evaluation import DocumentSums, write_document_sums, write_evaluation
 
 from ...stages.conftest import make_arm, make_evaluation
@@ -47,3 +48,11 @@ def test_the_bank_stands_with_the_arms_of_the_text_that_it_was_tested_on(tmp_pat
     assert both.arms == ["base", "base+memory", "base+bank+gate"]
     assert both.tested.ppl("base+bank+gate", 0) == pytest.approx(16.5)
     assert own.with_arm(bank, "base+other").arms == own.arms
+
+
+def test_reports_of_different_documents_are_refused(tmp_path: Path) -> None:
+    roots = [_write(tmp_path / "0", base=20.0), _write(tmp_path / "1", base=20.0)]
+    sums = DocumentSums(positions_M=POSITIONS_M + 1, sums={"base": -POSITIONS_M.astype(float)})
+    write_document_sums(roots[1], "test", sums)
+    with pytest.raises(DamagedDataError, match="different documents"):
+        read_reports(roots, FIXED_ARMS)
