@@ -25,7 +25,7 @@ from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.passage_index import require_bm25s
-from mlpmem_ds.formats.answers import Answers, AnswersManifest, write_answers
+from mlpmem_ds.formats.answers import Answers, AnswersManifest, SetScores, write_answers
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.question_files import Question, read_questions
 from mlpmem_ds.stages.questions.answer_scores import contains, exact_match, f1, short_answer
@@ -147,17 +147,17 @@ class _Answering:
         self.table: str | None = None
 
     def answer_all(self) -> None:
-        phases = list(self._units)
+        names = list(self._units)
         if self._corpus is not None:
             write = partial(write_passages, corpus=self._corpus, num_tokens=self._config.passage_tokens)
             self._directory.run_phase([_PASSAGES], lambda _, writer: write(writer))
             self._passages = open_passages(self._config.output)
-            phases = [_PASSAGES, *phases]
+            names = [_PASSAGES, *names]
         count = sum(unit.block.size for unit in self._units.values()) // self._world.size
         self._progress = Progress(count, label="answering", unit="questions", world=self._world)
         self._directory.run_units(list(self._units), self._answer_unit)
         self._progress.close()
-        self._directory.complete(phases, self._describe)
+        self._directory.complete(names, self._describe)
 
     # -- a unit
 
@@ -244,7 +244,7 @@ class _Answering:
             sets={name: len(questions) for name, questions in self._sets.items()},
         )
 
-    def _score_set(self, name: str) -> Any:
+    def _score_set(self, name: str) -> SetScores:
         units: dict[str, list[Unit]] = {}
         for unit in self._units.values():
             if unit.set == name:
