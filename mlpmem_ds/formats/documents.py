@@ -90,7 +90,35 @@ class Document:
 
 
 def read_documents(file: SourceFile, rules: ReadRules) -> Iterator[Document | Omission]:
-    """The documents of one file: the whole file, or one a record; and what of it is not read.
+    """The documents of one file: the whole file, or one a record, or their pieces; and what of it is not
+    read.
+
+    Raises:
+        UserError: as `_read_whole_documents`.
+    """
+    for read in _read_whole_documents(file, rules):
+        if rules.piece is None or isinstance(read, Omission) or len(read.text) <= rules.piece:
+            yield read
+            continue
+        for number, text in enumerate(cut_text(read.text, rules.piece), start=1):
+            if text.strip():
+                yield dataclasses.replace(read, name=f"{read.name}, piece {number}", text=text)
+
+
+def cut_text(text: str, size: int) -> list[str]:
+    """Pieces of at most `size` characters, which together are the text; they end where lines end, if one
+    does in a piece's second half."""
+    pieces, start = [], 0
+    while len(text) - start > size:
+        line_end = text.rfind("\n", start + size // 2, start + size)
+        stop = start + size if line_end < 0 else line_end + 1
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
+
+
+def _read_whole_documents(file: SourceFile, rules: ReadRules) -> Iterator[Document | Omission]:
+    """The same before anything is cut.
 
     Raises:
         UserError: a named file cannot be read whole, or any file of many documents is damaged; names the file

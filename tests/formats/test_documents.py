@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
+from mlpmem_ds.formats.documents import Document, SourceFile, cut_text, read_documents
 from mlpmem_ds.formats.input_files import find_files
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.formats.records import ReadRules
@@ -250,3 +250,21 @@ def test_a_compressed_text_cut_to_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt.gz").write_bytes(b"")
     with pytest.raises(UserError, match="cut short in its header"):
         read_one(tmp_path / "x.txt.gz")
+
+
+@given(st.text(alphabet="ab \n", max_size=200), st.integers(2, 50))
+def test_pieces_are_the_text_and_none_is_longer(text: str, size: int) -> None:
+    pieces = cut_text(text, size)
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= size
+    assert all(pieces) or not text
+
+
+def test_long_texts_are_cut_where_lines_end(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("one two\nthree four\nfive")
+    (file,) = find_files([str(path)], None, ()).files
+    documents = [read for read in read_documents(file, ReadRules(piece=12)) if isinstance(read, Document)]
+    assert [document.text for document in documents] == ["one two\n", "three four\n", "five"]
+    assert [document.name for document in documents] == [f"book.txt, piece {n}" for n in (1, 2, 3)]
+    assert len({document.group for document in documents}) == 1

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 SUBJECT = "memory"
 """the memory of the default recipe: --memory of evaluate, under a gate and in a bank"""
 BASE, KNN, KNN_INDEX = "base", "base+knn_exact", "base+knn_ivfpq"
-MEMORY, CE_ONLY = f"base+{SUBJECT}", f"base+{SUBJECT}_ce"
+MEMORY, WITH_RETRIEVER = f"base+{SUBJECT}", f"base+{SUBJECT}_knn"
+PAPER, PAPER_CE = "base+paper", "base+paper_ce"
 GATE, BANK = f"base+{SUBJECT}+gate", "base+bank+gate"
 CONTINUED, ENSEMBLE = "continued", "base+ensemble"
 SECOND_MODELS = (CONTINUED, "bigger")
@@ -29,6 +30,9 @@ class MemoryArm:
     flags: tuple[str, ...]
     description: str
     """for the page: no capital at its start, no full stop at its end"""
+    reads_base_output: bool = False
+    """the final norm's output at three depths, else the input that the paper published"""
+    needs_targets: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class ModelArm:
     flags: tuple[str, ...]
     description: str
     is_of_equal_time: bool = False
-    """it gets the seconds that keys, index, targets and the subject took"""
+    """it gets the seconds that the subject and its keys took"""
     matches_memory: bool = False
     """it has as many parameters more as the subject"""
     package: str | None = None
@@ -51,16 +55,27 @@ class ModelArm:
 
 
 _BEST = ("--select", "best")
+_START = (*_BEST, "--start", "base", "--head", "frozen", "--learning-rate", "1e-3")
 _PAPER = ("--recipe", "paper", "--learning-rate", "2e-3")  # its own rate is that of a billion parameters
+PAPER_INPUTS = ("--input-layer", "0.7", "--input-point", "ffn_input")
+"""what memories of the published recipe read: flags of `extract_keys`"""
+BASE_OUTPUTS = ("--input-layer", "0.33", "0.67", "-1", "--input-point", "final_norm")
+"""what memories read that start as the base"""
 
 MEMORIES: Mapping[str, MemoryArm] = {
     SUBJECT: MemoryArm(
-        flags=(*_BEST, "--start", "base", "--objective", "auto"),
-        description="memory that started as the base, trained for what `--objective auto` chooses",
+        flags=(*_START, "--objective", "auto"),
+        description=(
+            "memory of **the default recipe**: three depths read, started as the base, head frozen, no"
+            " retriever (cross entropy alone, by `--objective auto`)"
+        ),
+        reads_base_output=True,
+        needs_targets=False,
     ),
-    "memory_ce": MemoryArm(
-        flags=(*_BEST, "--start", "base", "--alpha", "0"),
-        description="the same without the retriever: cross entropy alone",
+    "memory_knn": MemoryArm(
+        flags=(*_START, "--objective", "imitation", "--alpha", "0.5"),
+        description="memory of the default recipe, but with the retriever: .5 KL, .5 cross entropy",
+        reads_base_output=True,
     ),
     "paper": MemoryArm(
         flags=(*_BEST, *_PAPER),
@@ -89,7 +104,7 @@ MODELS: Mapping[str, ModelArm] = {
             *("--kind", "continued", "--early-stopping-patience", "none", "--select", "best"),
             *("--schedule", "constant", "--epochs", "1000", "--warmup-fraction", "0.0005"),
         ),
-        description="the base trained on for the seconds of keys, index, targets and memory",
+        description="the base trained on for the seconds of the memory and its keys",
         is_of_equal_time=True,
     ),
     "lora": ModelArm(

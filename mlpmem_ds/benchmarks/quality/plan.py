@@ -1,6 +1,7 @@
 """Part of `quality`: a preset → its jobs and the reports that they leave, in the order in which they run.
 
-texts ─▶ base ─▶ for each text: keys ─▶ index ─▶ targets           once, for all arms and seeds
+texts ─▶ base ─▶ for each text: two key directories, one a kind of memory input; of those with an arm that
+                   imitates the retriever: index ─▶ targets        once, for all arms and seeds
                    for each seed: memories, models                   each on one text
                      ─▶ a gate over the subject, fitted to both texts; one over both subjects, the bank
                      ─▶ report of the text's arms on its test split  (seed 0: the kNN arms too)
@@ -15,14 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mlpmem_ds.benchmarks.quality.arms import MEMORIES, MODELS, SECOND_MODELS, SUBJECT
+from mlpmem_ds.benchmarks.quality.arms import (
+    BASE_OUTPUTS,
+    MEMORIES,
+    MODELS,
+    PAPER_INPUTS,
+    SECOND_MODELS,
+    SUBJECT,
+    MemoryArm,
+)
 from mlpmem_ds.benchmarks.quality.jobs import Job
 from mlpmem_ds.benchmarks.quality.presets import Preset, Text
 from mlpmem_ds.core.shipped import ds_configs
 
 TextName = Literal["general", "domain"]
 TEXTS: tuple[TextName, ...] = ("general", "domain")
-_STAGES = ("keys", "index", "targets")
+_STAGES = ("keys", "index", "targets")  # of the published input, which the kNN arms read too
+_OUTPUTS = "outputs-"  # before a stage of the other kind
 QUESTIONS_JOB = "questions"
 _QUESTIONS_A_SET = 200
 
@@ -117,21 +127,32 @@ class _Planner:
             self._add("base", *words, *self.preset.base, needs=("general/corpus",))
 
     def add_datastore(self, text: TextName) -> None:
-        """All memories read the last layer's output: one extraction serves them, and one set of targets."""
-        corpus, preset, keys = f"{text}/corpus", self.preset, ("--keys", self._at(f"{text}/keys"))
+        """Two extractions. The keys are alike in both, but targets belong to one key directory: they are
+        written again, a search of a minute, where an arm reads the other kind and imitates."""
+        self._add_stages(text, "", PAPER_INPUTS, has_targets=True)
+        others = [MEMORIES[arm] for arm in self._arms(text) if arm in MEMORIES]
+        imitates = any(arm.reads_base_output and arm.needs_targets for arm in others)
+        self._add_stages(text, _OUTPUTS, BASE_OUTPUTS, has_targets=imitates)
+
+    def _add_stages(self, text: TextName, kind: str, inputs: tuple[str, ...], *, has_targets: bool) -> None:
+        corpus, preset = f"{text}/corpus", self.preset
+        keys_job, index_job = f"{text}/{kind}keys", f"{text}/{kind}index"
+        keys = ("--keys", self._at(keys_job))
         self._add(
-            f"{text}/keys",
+            keys_job,
             *("extract-keys", "--model", self._base, "--corpus", self._at(corpus)),
-            *("--input-point", "layer_output", "--unit-positions", 16384),
+            *(*inputs, "--unit-positions", 16384),
             needs=(corpus, *self._base_job),
         )
-        self._add(f"{text}/index", "build-index", *keys, needs=(f"{text}/keys",))
+        if not has_targets:
+            return
+        self._add(index_job, "build-index", *keys, needs=(keys_job,))
         self._add(
-            f"{text}/targets",
-            *("write-targets", *keys, "--index", self._at(f"{text}/index"), "--corpus", self._at(corpus)),
+            f"{text}/{kind}targets",
+            *("write-targets", *keys, "--index", self._at(index_job), "--corpus", self._at(corpus)),
             *("--k", preset.k, "--neighbour-perplexity", preset.neighbour_perplexity),
             *("--exclude", "same-document", "--shard-positions", 32768),
-            needs=(f"{text}/index",),
+            needs=(index_job,),
         )
 
     def add_trainings(self, text: TextName, seed: int) -> None:
@@ -143,18 +164,21 @@ class _Planner:
                 self._add_model(text, arm, seed)
 
     def _add_memory(self, text: TextName, arm: str, seed: int) -> None:
+        kind, preset = MEMORIES[arm], self.preset
+        keys, targets = _keys_of(text, kind), _targets_of(text, kind)
+        epochs = preset.start_epochs if kind.reads_base_output else preset.fresh_epochs
         self._add(
             _trained(text, arm, seed),
             *("train", *self._trainer, "--corpus", self._at(f"{text}/corpus"), "--model", self._base),
-            *("--keys", self._at(f"{text}/keys"), "--targets", self._at(f"{text}/targets")),
-            *("--seed", seed, *self.preset.memory, *MEMORIES[arm].flags),
-            *(("--learning-rate", self.preset.rates[arm]) if arm in self.preset.rates else ()),
-            needs=(f"{text}/targets",),
+            *("--keys", self._at(keys)),
+            *(("--targets", self._at(targets)) if kind.needs_targets else ()),
+            *("--seed", seed, *preset.memory, "--epochs", epochs, *kind.flags),
+            needs=(targets if kind.needs_targets else keys,),
         )
 
     def _add_model(self, text: TextName, arm: str, seed: int) -> None:
         kind, subject = MODELS[arm], _trained(text, SUBJECT, seed)
-        budget_of = (*(f"{text}/{stage}" for stage in _STAGES), subject) if kind.is_of_equal_time else ()
+        budget_of = (_keys_of(text, MEMORIES[SUBJECT]), subject) if kind.is_of_equal_time else ()
         size = ("--match-memory", self._at(subject)) if kind.matches_memory else ()
         needs = (f"{text}/corpus", *self._base_job, *budget_of, *((subject,) if size else ()))
         self._add(
@@ -241,13 +265,13 @@ class _Planner:
         self.reports.append(place)
 
     def add_questions(self, questions: Sequence[Path]) -> None:
-        """Question sets for the first seed: the exported subject at its fixed λ, models, passages."""
-        export, memory = "domain/export-0", _trained("domain", SUBJECT, 0)
+        """Question sets for the first seed: the exported subject under its gate, models, passages."""
+        export, memory, gate = "domain/export-0", _trained("domain", SUBJECT, 0), "domain/gate-0"
         self._add(
             export,
             *("convert-checkpoint", "--checkpoint", self._at(memory), "--model", self._base),
-            *("--report", self._at("domain/report-0")),
-            needs=(memory, "domain/report-0"),
+            *("--gate", self._at(gate), "--report", self._at("domain/report-0")),
+            needs=(memory, gate, "domain/report-0"),
             last_file="mlpmem_export.json",
         )
         models = {arm: _trained("domain", arm, 0) for arm in self._arms("domain") if arm in MODELS}
@@ -308,6 +332,15 @@ class _Planner:
 def _trained(text: TextName, arm: str, seed: int) -> str:
     """The job that trains an arm on a text."""
     return f"{text}/{arm}-{seed}"
+
+
+def _keys_of(text: TextName, arm: MemoryArm) -> str:
+    """The job that extracts what an arm reads."""
+    return f"{text}/{_OUTPUTS if arm.reads_base_output else ''}keys"
+
+
+def _targets_of(text: TextName, arm: MemoryArm) -> str:
+    return f"{text}/{_OUTPUTS if arm.reads_base_output else ''}targets"
 
 
 def _other(text: TextName) -> TextName:

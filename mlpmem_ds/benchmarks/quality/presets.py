@@ -1,13 +1,14 @@
 """Part of `quality`: the presets, what each reads and trains, and what that is expected to cost.
 
 Seconds are of one core: estimates from operations and the rates of LAB.md until a run says better (its JSON
-has the seconds of each job). Trainings are epochs of train positions; a seed trains all arms.
+has the seconds of each job). Trainings are epochs of train positions; a seed trains all arms. A memory that
+starts as the base costs 6 operations a weight of its blocks and 4 of its frozen head, a fresh one 6 of each.
 
-| preset | texts: train positions | base | one memory | trained arms x 3 seeds | core s | 2 cores |
+| preset | texts: train positions | base | starts as the base, fresh | trainings a seed | core s | 2 cores |
 | --- | --- | --- | ---: | --- | ---: | ---: |
-| tiny | library 110 k, reference 80 k | .9 M, 8 epochs: 160 s | 25 s | 6 + 6 | 1,500 | 13 min |
-| small | library or books 500 k, docstrings 250 k | 6 M, 6 epochs: 1,400 s | 350 s | 5 + 6 | 14,400 | 2 h |
-| real | reference 42 k, docstrings 68 k | SmolLM2-135M, given | 700 s | 1 + 6 | 21,500 | 3 h |
+| tiny | library 57 k, reference 43 k | .9 M, 20 epochs: 145 s | 8 s, 16 s | 7 + 7 | 1,700 | 14 min |
+| small | library 240 k, docstrings 115 k | 6 M, 8 epochs: 900 s | 140 s, 320 s | 6 + 7 | 10,000 | 1 h 25 |
+| real | reference 37 k, docstrings 55 k | SmolLM2-135M, given | 300 s, 500 s | 1 + 6 | 14,900 | 2 h 5 |
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ class Preset:
     k: int
     neighbour_perplexity: float
     memory: tuple[str, ...]
-    """flags of all memories: shape, epochs, batches"""
-    rates: Mapping[str, str]
-    """arm → learning rate, of memories that do not have that of their recipe"""
+    """flags of all memories: shape, batches"""
+    start_epochs: int
+    """of memories that start as the base"""
+    fresh_epochs: int
+    """of memories that start at random, which need more"""
     models: tuple[str, ...]
     """flags of all models of `train_baseline`, after those of the arm"""
     seconds: Mapping[str, float]
@@ -68,50 +71,52 @@ _LIBRARY_FLAGS = (
     *("encodings", "pydoc_data", "lib2to3", "idlelib", "turtledemo"),
 )
 _CONTROLS = ("continued", "continued_equal_time", "lora")
-_RECIPES = ("memory", "memory_ce", "paper", "paper_ce")
+_RECIPES = ("memory", "memory_knn", "paper", "paper_ce")
 
 TINY = Preset(
     name="tiny",
     general=Text(
         title="source of Python's own library",
         inputs=(_LIBRARY,),
-        flags=_LIBRARY_FLAGS,
-        max_bytes=5e5,
+        flags=(*_LIBRARY_FLAGS, "--cut-documents", "3000"),
+        max_bytes=3e5,
         tuning_fraction=0.12,
-        test_fraction=0.22,
+        test_fraction=0.25,
         arms=(*_RECIPES, "paper_permuted", "paper_random", "bigger"),
     ),
     domain=Text(
         title="the reference of the Python language",
         inputs=("docs:python",),
-        max_bytes=1e6,
+        flags=("--cut-documents", "3000"),
+        max_bytes=2.4e5,
         tuning_fraction=0.15,
         test_fraction=0.3,
-        arms=("memory", "memory_ce", "paper", *_CONTROLS),
+        arms=("memory", "memory_knn", "paper", "paper_ce", *_CONTROLS),
     ),
     vocab_size=2048,
-    base=("--num-layers", "3", "--hidden-size", "128", "--epochs", "8", "--learning-rate", "2e-3"),
+    base=("--num-layers", "3", "--hidden-size", "128", "--epochs", "20", "--learning-rate", "2e-3"),
     base_title="a GPT-2-like model of .9 M parameters, trained on the spot",
     block_size=256,
     stride=256,
     k=256,
     neighbour_perplexity=100,
     memory=(
-        *("--num-blocks", "3", "--epochs", "3", "--batch-positions", "2048"),
+        *("--num-blocks", "3", "--batch-positions", "2048"),
         *("--validation-positions", "8192"),
     ),
-    rates={"memory": "1e-3", "memory_ce": "1e-3"},
-    models=("--epochs", "6"),
+    start_epochs=2,
+    fresh_epochs=5,
+    models=("--epochs", "10"),
     seconds={
-        "prepare-corpus": 6,
-        "train-base": 120,
+        "prepare-corpus": 3,
+        "train-base": 145,
         "extract-keys": 8,
         "build-index": 5,
-        "write-targets": 12,
-        "train": 22,
-        "train-baseline": 35,
-        "fit-gate": 20,
-        "evaluate": 30,
+        "write-targets": 10,
+        "train": 13,
+        "train-baseline": 62,
+        "fit-gate": 10,
+        "evaluate": 15,
     },
 )
 SMALL = Preset(
@@ -119,23 +124,24 @@ SMALL = Preset(
     general=Text(
         title="source of Python's own library",
         inputs=(_LIBRARY,),
-        flags=_LIBRARY_FLAGS,
-        max_bytes=2.1e6,
+        flags=(*_LIBRARY_FLAGS, "--cut-documents", "6000"),
+        max_bytes=1e6,
         tuning_fraction=0.06,
-        test_fraction=0.14,
+        test_fraction=0.16,
         arms=(*_RECIPES, "paper_permuted", "paper_random"),
     ),
     domain=Text(
         title="docstrings of PyTorch",
         inputs=("docs:torch",),
-        max_bytes=1.2e6,
+        flags=("--cut-documents", "6000"),
+        max_bytes=6e5,
         tuning_fraction=0.08,
-        test_fraction=0.16,
-        arms=("memory", "memory_ce", "paper", *_CONTROLS),
+        test_fraction=0.2,
+        arms=("memory", "memory_knn", "paper", "paper_ce", *_CONTROLS),
     ),
     vocab_size=8192,
     base=(
-        *("--num-layers", "5", "--hidden-size", "256", "--epochs", "6", "--learning-rate", "1e-3"),
+        *("--num-layers", "5", "--hidden-size", "256", "--epochs", "8", "--learning-rate", "1e-3"),
         *("--dropout", "0.1"),
     ),
     base_title="a GPT-2-like model of 6 M parameters, trained on the spot",
@@ -144,21 +150,22 @@ SMALL = Preset(
     k=1024,
     neighbour_perplexity=250,
     memory=(
-        *("--num-blocks", "3", "--epochs", "4", "--batch-positions", "2048"),
+        *("--num-blocks", "3", "--batch-positions", "2048"),
         *("--validation-positions", "16384"),
     ),
-    rates={"memory": "1e-3", "memory_ce": "1e-3"},
-    models=("--epochs", "4"),
+    start_epochs=2,
+    fresh_epochs=4,
+    models=("--epochs", "4", "--validate-every", "28", "--early-stopping-patience", "3"),  # twice an epoch
     seconds={
         "prepare-corpus": 20,
-        "train-base": 1400,
-        "extract-keys": 60,
-        "build-index": 40,
-        "write-targets": 150,
-        "train": 280,
-        "train-baseline": 450,
-        "fit-gate": 90,
-        "evaluate": 180,
+        "train-base": 900,
+        "extract-keys": 30,
+        "build-index": 25,
+        "write-targets": 60,
+        "train": 190,
+        "train-baseline": 240,
+        "fit-gate": 40,
+        "evaluate": 60,
     },
 )
 REAL = Preset(
@@ -166,7 +173,8 @@ REAL = Preset(
     general=Text(
         title="the reference of the Python language",
         inputs=("docs:python",),
-        max_bytes=3e5,
+        flags=("--cut-documents", "4000"),
+        max_bytes=2.6e5,
         tuning_fraction=0.15,
         test_fraction=0.25,
         arms=("memory",),
@@ -174,7 +182,8 @@ REAL = Preset(
     domain=Text(
         title="docstrings of PyTorch, Transformers and DeepSpeed",
         inputs=("docs:torch", "docs:transformers", "docs:deepspeed"),
-        max_bytes=4.2e5,
+        flags=("--cut-documents", "4000"),
+        max_bytes=3.4e5,
         tuning_fraction=0.12,
         test_fraction=0.2,
         arms=(*_RECIPES, "continued", "lora"),
@@ -185,22 +194,24 @@ REAL = Preset(
     block_size=512,
     stride=512,
     k=1024,
-    neighbour_perplexity=250,
+    neighbour_perplexity=30,
     memory=(
-        *("--num-blocks", "2", "--epochs", "3", "--batch-positions", "1024"),
+        *("--num-blocks", "4", "--batch-positions", "1024"),
         *("--validation-positions", "4096"),
     ),
-    rates={"memory": "1e-3", "memory_ce": "3e-4"},  # each one's best of the trials
-    models=("--epochs", "2", "--validate-every", "16"),  # twice an epoch: each reads the tuning split
+    start_epochs=2,
+    fresh_epochs=3,
+    # Validated twice an epoch, for each reads the tuning split.
+    models=("--epochs", "2", "--validate-every", "14", "--early-stopping-patience", "2"),
     seconds={
         "prepare-corpus": 10,
-        "extract-keys": 240,
-        "build-index": 30,
-        "write-targets": 60,
-        "train": 700,
-        "train-baseline": 1000,
-        "fit-gate": 150,
-        "evaluate": 400,
+        "extract-keys": 155,
+        "build-index": 10,
+        "write-targets": 30,
+        "train": 365,
+        "train-baseline": 863,
+        "fit-gate": 65,
+        "evaluate": 170,
     },
 )
 PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in (TINY, SMALL, REAL)}

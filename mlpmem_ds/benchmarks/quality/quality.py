@@ -26,13 +26,15 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.answers import read_answers
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
+_CUT = ("--cut-documents", "4000")
+"""of texts that flags name: intervals draw whole documents, and a book is one"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
     """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
 
-    tiny takes about 15 minutes on two cores, small 2 hours, real (a pretrained --base) 3 hours. The same
+    tiny takes about 15 minutes on two cores, small 1.5 hours, real (a pretrained --base) 2 hours. The same
     command continues what was interrupted.
     """
 
@@ -48,8 +50,8 @@ class Config(Flags):
         "text that is new to the base, in place of the preset's", (), metavar="PATH"
     )
     questions: tuple[Path, ...] = option(
-        "files of questions (docs/questions.md), of which the first 200 are asked: the first seed's memory at"
-        " its fixed λ, models and passages of the domain text",
+        "files of questions (docs/questions.md), of which the first 200 are asked: the first seed's memory"
+        " under its gate, models and passages of the domain text",
         (),
         metavar="FILE",
     )
@@ -150,9 +152,9 @@ def _with_texts(preset: Preset, config: Config) -> Preset:
     if config.general:
         title = f"`{', '.join(Path(path).name for path in config.general)}`"
         preset = replace(
-            preset, general=replace(preset.general, title=title, inputs=config.general, flags=())
+            preset, general=replace(preset.general, title=title, inputs=config.general, flags=_CUT)
         )
     if config.domain:
         title = f"`{', '.join(Path(path).name for path in config.domain)}`"
-        preset = replace(preset, domain=replace(preset.domain, title=title, inputs=config.domain, flags=()))
+        preset = replace(preset, domain=replace(preset.domain, title=title, inputs=config.domain, flags=_CUT))
     return preset

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlpmem_ds.benchmarks.quality.arms import MEMORIES, SUBJECT
+from mlpmem_ds.benchmarks.quality.arms import BASE_OUTPUTS, MEMORIES, SUBJECT
 from mlpmem_ds.benchmarks.quality.jobs import Job
 from mlpmem_ds.benchmarks.quality.presets import Preset
 from mlpmem_ds.core.shipped import ds_configs
@@ -47,7 +47,7 @@ def held_equal() -> str:
 
 
 def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
-    """For each size a base, keys, index, targets, a memory and a report, on the preset's general text."""
+    """For each size a base, keys, a memory of the default recipe and a report, on the general text."""
     text, corpus = preset.general, str(root / "corpus")
     trainer = ("--ds_config", str(ds_configs() / "cpu.json"), "--corpus", corpus)
     jobs = [
@@ -64,7 +64,7 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
     assert preset.base is not None
     for size in sizes:
         at = root / size.name
-        base, keys, index, targets = (str(at / stage) for stage in ("base", "keys", "index", "targets"))
+        base, keys = str(at / "base"), str(at / "keys")
         steps = {
             "base": (
                 *("train-base", *trainer, *preset.base),
@@ -72,17 +72,11 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
             ),
             "keys": (
                 *("extract-keys", "--model", base, "--corpus", corpus, "--unit-positions", 16384),
-                *("--input-point", "layer_output"),
-            ),
-            "index": ("build-index", "--keys", keys),
-            "targets": (
-                *("write-targets", "--keys", keys, "--index", index, "--corpus", corpus, "--k", preset.k),
-                *("--neighbour-perplexity", preset.neighbour_perplexity, "--exclude", "same-document"),
-                *("--shard-positions", 32768),
+                *BASE_OUTPUTS,
             ),
             "memory": (
-                *("train", *trainer, "--model", base, "--keys", keys, "--targets", targets),
-                *(*preset.memory, *MEMORIES[SUBJECT].flags, "--learning-rate", preset.rates[SUBJECT]),
+                *("train", *trainer, "--model", base, "--keys", keys),
+                *(*preset.memory, "--epochs", preset.start_epochs, *MEMORIES[SUBJECT].flags),
             ),
             "report": (
                 *("evaluate", "--model", base, "--corpus", corpus, "--memory", str(at / "memory")),

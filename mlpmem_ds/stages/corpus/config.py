@@ -71,6 +71,12 @@ class Config(Flags):
     max_bytes: float | None = option(
         "bytes of text to take, group after group in the order of a hash (default: all)", None, above=0
     )
+    cut_documents: int | None = option(
+        "cut longer texts at ends of lines into documents of at most so many characters, each dealt to a"
+        " split of its own (default: never)",
+        None,
+        at_least=100,
+    )
     include: tuple[str, ...] | None = option(
         f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)}, also in capital"
         " letters or compressed)",
@@ -140,6 +146,8 @@ class Config(Flags):
                 f"--documents chat needs a tokenizer that has the special tokens of its template, and"
                 f" --tokenizer {self.tokenizer} makes one of text: give the base's own"
             )
+        if self.documents == "chat" and self.cut_documents is not None:
+            raise UserError("--cut-documents cuts texts, and conversations stay whole: leave it out")
         if self.documents == "text" and self.chat_template is not None:
             raise UserError("--chat-template renders conversations: add --documents chat, or leave it out")
 

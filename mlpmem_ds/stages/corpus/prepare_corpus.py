@@ -163,6 +163,7 @@ def _read_rules(config: Config) -> ReadRules:
         group_field=config.group_field,
         encoding=known_encoding(config.encoding),
         chats=config.documents == "chat",
+        piece=config.cut_documents,
     )
 
 

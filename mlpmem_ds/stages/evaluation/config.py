@@ -100,7 +100,7 @@ class Config(Flags):
         identity="resolved",
     )
     temperature: float | None = option(
-        "kNN temperature in squared key units (default: the targets'); 1/4 to 4 times it are tried",
+        "kNN temperature in squared key units (default: the targets'); 1/32 to 4 times it are tried",
         None,
         above=0,
         identity="resolved",

@@ -20,7 +20,8 @@ from mlpmem_ds.maths.targets import knn_probability
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.retrieval.neighbour_search import NeighbourSearch, squared_key_distances
 
-TEMPERATURE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+# Down to sharp ones: on a real base a T of a few units of d² was best, far below what broad targets store.
+TEMPERATURE_FACTORS = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 NEIGHBOUR_DIVISORS = (1, 4, 16)  # one search serves them: the nearest few are among the nearest many
 _ROWS_AT_ONCE = 64  # whose weights are in memory: half a MB at 1,024 neighbours
 

@@ -45,7 +45,10 @@ def test_texts_are_extracted_once_and_every_arm_is_trained_with_every_seed(prese
     base = None if preset.base is not None else "model"
     plan = make_plan(preset, ROOT, num_seeds=3, base=base)
     counts = Counter(job.words[0] for job in plan.jobs)
-    assert counts["extract-keys"] == counts["prepare-corpus"] == 2
+    assert counts["prepare-corpus"] == 2
+    assert counts["extract-keys"] == 4  # of each text what either recipe reads
+    imitates = [text for text in (preset.general, preset.domain) if "memory_knn" in text.arms]
+    assert counts["write-targets"] == 2 + len(imitates)
     arms = [arm for text in (preset.general, preset.domain) for arm in text.arms]
     assert {*arms} <= {*MEMORIES, *MODELS}
     assert counts["train"] == 3 * sum(arm in MEMORIES for arm in arms)

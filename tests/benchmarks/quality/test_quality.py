@@ -58,7 +58,10 @@ def preset(tmp_path: Path) -> Preset:
         name="tiny",
         general=replace(TINY.general, inputs=(str(general),), arms=("memory",), **fractions),
         domain=replace(
-            TINY.domain, inputs=(str(domain),), arms=("memory", "memory_ce", "continued"), **fractions
+            TINY.domain,
+            inputs=(str(domain),),
+            arms=("memory", "memory_knn", "paper", "continued"),
+            **fractions,
         ),
         vocab_size=400,
         base=("--num-layers", "1", "--hidden-size", "32", "--epochs", "2"),
@@ -66,7 +69,9 @@ def preset(tmp_path: Path) -> Preset:
         stride=64,
         k=16,
         neighbour_perplexity=8,
-        memory=("--num-blocks", "1", "--epochs", "1", "--batch-positions", "512"),
+        memory=("--num-blocks", "1", "--batch-positions", "512"),
+        start_epochs=1,
+        fresh_epochs=1,
         models=("--epochs", "1"),
     )
 
