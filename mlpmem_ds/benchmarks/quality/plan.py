@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -280,7 +281,8 @@ class _Planner:
             QUESTIONS_JOB,
             "answer-questions",
             *("--model", self._at(export), "--questions", *questions),
-            *("--passages", self._at("domain/corpus"), "--limit", _QUESTIONS_A_SET),
+            *(("--passages", self._at("domain/corpus")) if find_spec("bm25s") else ()),
+            *("--limit", _QUESTIONS_A_SET),
             *(("--control", *controls) if controls else ()),
             needs=(export, "domain/corpus", *models.values()),
         )

@@ -119,7 +119,7 @@ def documents_of_unit(rules: ReadRules, survey: Survey, unit: CorpusUnit) -> Ite
     number = unit.first
     for file, count in zip(unit.files, unit.counts, strict=True):
         splits = survey.split_of[number : number + count]
-        if file.kind == "text":
+        if file.kind == "text" and rules.piece is None:
             yield from (Item(file, split, survey.digest(number)) for split in splits if split != NOT_TAKEN)
         elif splits.count(NOT_TAKEN) < count:
             yield from _documents_of_file(rules, survey, file, range(number, number + count))

@@ -320,3 +320,16 @@ def test_ranks_write_nothing_into_a_directory_that_holds_something_else(
     with pytest.raises(UserError, match="is not empty"):
         prepare_corpus.run(config, World(rank=1, size=2))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_long_documents_are_cut_into_more_documents(text_dir: Path, tmp_path: Path) -> None:
+    config = config_of(text_dir, tmp_path / "corpus", cut_documents=500)
+    prepare_corpus.run(config, World())
+    found = [line for split in SPLITS for line in _listed(tmp_path / "corpus", split)]
+    assert any(", piece 2" in line["name"] for line in found)
+    assert len(found) > len(list(text_dir.rglob("*.py")))
+
+
+def _listed(corpus: Path, split: str) -> list[dict[str, Any]]:
+    lists = sorted((corpus / split).glob("documents-*.jsonl"))
+    return [json.loads(line) for path in lists for line in path.read_text().splitlines()]
