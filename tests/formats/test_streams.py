@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mlpmem_ds.core.errors import UserError
@@ -42,6 +42,8 @@ def written(folder: Path, name: str, content: bytes) -> Path:
 @given(parts=st.lists(st.binary(max_size=3000), min_size=1, max_size=4))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_joined_members_give_all_that_was_compressed(suffix: str, parts: list[bytes], tmp_path: Path) -> None:
+    # Content that begins as a compressed file does is refused: it was compressed twice.
+    assume(not b"".join(parts).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")))
     joined = b"".join(map(COMPRESS[suffix], parts))
     for name in (f"x.txt.{suffix}", f"X.TXT.{suffix.upper()}", "misnamed.txt", "misnamed.gz"):
         assert read_whole(written(tmp_path, name, joined)) == b"".join(parts)
