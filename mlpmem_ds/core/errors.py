@@ -1,6 +1,9 @@
 """The errors that a front-end turns into exit code 2: they are the user's to mend, and the message says
 how."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A wrong input, flag or environment; the message holds the numbers and names the remedy."""
@@ -9,6 +12,15 @@ class UserError(ValueError):
 class DamagedDataError(UserError):
     """A file of ours that is truncated, altered, missing or of an unknown version; names the file and the
     remedy."""
+
+
+@contextmanager
+def package_for(flag: str, name: str, remedy: str) -> Iterator[None]:
+    """An import inside that fails becomes a UserError: what needs the package, the reason, and the remedy."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{flag} needs the package {name} ({error}): {remedy}") from error
 
 
 _MAX_LENGTH = 500  # characters of a line; some libraries put whole tables into their messages

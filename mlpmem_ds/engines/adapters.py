@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import package_for
 
 _LINEAR_LAYERS = "all-linear"  # peft's word: every one but the output head
 
@@ -25,12 +25,8 @@ def require_peft() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
+    with package_for("--kind lora", "peft", "pip install peft, or '.[lora]' of this package"):
         return importlib.import_module("peft")
-    except ImportError as error:
-        raise UserError(
-            f"--kind lora needs the package peft ({error}): pip install peft, or '.[lora]' of this package"
-        ) from error
 
 
 class LowRankModel:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import package_for
 
 # A word; of scripts that are written without spaces (Chinese, Japanese, Thai) each character is one.
 _NO_SPACES = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
@@ -28,13 +28,9 @@ class SignatureRules:
 
 def require_minhash(flag: str) -> None:
     """Raises UserError where `datasketch` is missing."""
-    try:
+    remedy = "pip install 'mlpmem-ds[near-duplicates]', or pip install 'datasketch>=2' scipy"
+    with package_for(flag, "datasketch", remedy):
         import datasketch  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"{flag} needs the package datasketch ({error}): pip install 'mlpmem-ds[near-duplicates]', or"
-            " pip install 'datasketch>=2' scipy"
-        ) from error
 
 
 @functools.lru_cache

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import package_for
 
 _STOP_WORDS = "en"
 
@@ -23,13 +23,8 @@ def require_bm25s() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
+    with package_for("--passages", "bm25s", "pip install bm25s, or '.[passages]' of this package"):
         return importlib.import_module("bm25s")
-    except ImportError as error:
-        raise UserError(
-            f"--passages needs the package bm25s ({error}): pip install bm25s, or '.[passages]' of this"
-            " package"
-        ) from error
 
 
 class PassageIndex:

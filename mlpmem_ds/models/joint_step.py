@@ -35,7 +35,7 @@ States = Mapping[str, torch.Tensor]
 
 @dataclass(kw_only=True)
 class BaseOnly:
-    """How often memories were left out, since it was last set to zero; compiled steps are not counted.
+    """How often memories were left out; compiled steps are not counted.
 
     A row is one position of one memory, a run one memory in one forward, of one or more rows.
     """
@@ -48,10 +48,6 @@ class BaseOnly:
     """of the rows that were skipped, 2 for each weight of a matrix"""
     bytes: int = 0
     """of the weights that the skipped runs did not read"""
-
-    def reset(self) -> None:
-        """Set all to zero."""
-        self.__init__()  # type: ignore[misc]
 
     def add(self, memory: Memory, num_rows: int, num_skipped: int) -> None:
         """Count one memory in one forward."""

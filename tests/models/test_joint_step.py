@@ -9,6 +9,7 @@ import torch
 
 from mlpmem_ds.models.gates import ConfidencesGate, RouterGate
 from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.joint_step import BaseOnly
 from mlpmem_ds.models.mixture import Constant, Weights, log_mixture_of_bank
 
 from .conftest import POINT, VOCAB, WIDTH, expected_log_probabilities, random_ids, tiny_joint
@@ -88,7 +89,7 @@ def test_rows_below_the_threshold_are_the_bases_and_are_not_run(num_memories: in
         assert torch.equal(joint(ids_BS).logits, joint.base(ids_BS).logits.log_softmax(-1))
         foreseen = given[1].view(4, 6, num_memories)
         joint.base_only_threshold = threshold = float(foreseen.median())
-        joint.base_only.reset()
+        joint.base_only = BaseOnly()
         found = joint(ids_BS).logits
         foreseen_again, exact = (each.view(4, 6, num_memories) for each in given[2:])
     assert torch.equal(foreseen_again, foreseen)

@@ -231,6 +231,13 @@ def _shape_of(trained: TrainedMemory, named: str) -> MemoryConfig:
         raise DamagedDataError(f"{named}: {error}: train it again") from error
 
 
+def lambda_of_gate(gate: FittedGate | None) -> tuple[float, str]:
+    """The weight where neither a flag nor a report gives one and, in words, how it was chosen."""
+    if gate is None:
+        return DEFAULT_LAMBDA, "the default, not tuned"
+    return min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
+
+
 def _check_base(trained: TrainedMemory, root: Path, model: str, base_sha256: str, flag: str) -> None:
     if base_sha256 != trained.provenance.base:
         raise UserError(
@@ -320,14 +327,14 @@ def _choose_lambda(
     """λ and, in words, how it was chosen."""
     if config.lmbda is not None:
         return float(config.lmbda), "given as a flag"
-    if report_lmbda is None and gate is not None:
-        return min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
     if report_lmbda is None:
-        _logger.warning(
-            "neither --lambda nor --report: λ is %g, which was not tuned; it can be changed at any time",
-            DEFAULT_LAMBDA,
-        )
-        return DEFAULT_LAMBDA, "the default, not tuned"
+        lmbda, rule = lambda_of_gate(gate)
+        if gate is None:
+            _logger.warning(
+                "neither --lambda nor --report: λ is %g, which was not tuned; it can be changed at any time",
+                lmbda,
+            )
+        return lmbda, rule
     if report_lmbda == 0:
         _logger.warning(
             "the report chose λ = 0: the memory does not help this base, and the export is the base alone"

@@ -20,13 +20,13 @@ from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.generation_settings import complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
-from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
 from mlpmem_ds.stages.conversion.inputs import (
     EXPORT_FILE,
     ExportInputs,
     OpenedMemory,
     in_order_of_gate,
+    lambda_of_gate,
     open_parts,
 )
 from mlpmem_ds.stages.conversion.joining import join_parts
@@ -94,17 +94,14 @@ def _open_trained(options: JointOptions, lmbda: float | None) -> ExportInputs:
     memories = [
         OpenedMemory(root=root, trained=read_weights(root, flag="--memory")) for root in options.memory
     ]
-    rule = "given as a flag"
-    if lmbda is None and gate is not None:
-        lmbda, rule = min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
-    elif lmbda is None:
-        lmbda, rule = DEFAULT_LAMBDA, "the default, not tuned"
-        _logger.warning("the memory's weight was not given: λ is %g, which was not tuned", lmbda)
+    weight, rule = lambda_of_gate(gate) if lmbda is None else (lmbda, "given as a flag")
+    if lmbda is None and gate is None:
+        _logger.warning("the memory's weight was not given: λ is %g, which was not tuned", weight)
     return open_parts(
         in_order_of_gate(memories, gate, flag="--memory"),
         model=options.model,
         gate=gate,
-        lmbda=lmbda,
+        lmbda=weight,
         lmbda_rule=rule,
         tokenizer=options.tokenizer,
         flag="--memory",

@@ -24,6 +24,7 @@ from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.stages.generation.exported_model import open_source, settings_of_export
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.local_tasks import build_tasks, check_lengths
+from mlpmem_ds.stages.report.table import aligned_columns
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
 
@@ -74,8 +75,4 @@ def render(results: Mapping[StoredGate, Mapping[str, Mapping[str, Any]]]) -> str
             if "stderr" not in metric and metric != "sample_len":
                 values = [found[task][metric] for found in results.values()]
                 cells.append([task, metric.partition(",")[0], *(f"{value:.4f}" for value in values)])
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+    return aligned_columns(cells)

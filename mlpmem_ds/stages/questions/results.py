@@ -14,6 +14,7 @@ import numpy as np
 
 from mlpmem_ds.formats.answers import ArmScores, SetScores
 from mlpmem_ds.stages.questions.arms import BASE
+from mlpmem_ds.stages.report.table import aligned_columns
 
 _SEED = 0
 
@@ -102,8 +103,4 @@ def render(sets: Sequence[SetScores]) -> str:
                         f"{row.tokens_per_second:.1f}" if timed else "",
                     ]
                 )
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
+    return aligned_columns(cells)

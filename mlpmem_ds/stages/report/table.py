@@ -175,6 +175,14 @@ def render_table(evaluation: Evaluation) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *note])
 
 
+def aligned_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as plain text, every column to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
 def markdown_of_arms(evaluation: Evaluation) -> str:
     """The table for the page."""
     return markdown_table(*_cells(evaluation))
