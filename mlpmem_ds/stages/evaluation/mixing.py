@@ -50,11 +50,11 @@ def mix(
     members = [stored[member.name] for member in arm.members]
     fixed: dict[str, float] | None = None
     if arm.gate is None:
-        chosen = _best_fixed(base, members, splits[tuning])
-        fixed = {
-            name: given[name] if given is not None else weight
-            for name, weight in zip(names_of_weights(arm), chosen, strict=True)
-        }
+        names = names_of_weights(arm)
+        if given is None:
+            fixed = dict(zip(names, _best_fixed(base, members, splits[tuning]), strict=True))
+        else:
+            fixed = {name: given[name] for name in names}
     streams: dict[str, np.ndarray] = {}
     scores, guesses, lambdas, figures = {}, {}, {}, {}
     for name, split in splits.items():
