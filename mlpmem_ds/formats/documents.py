@@ -90,8 +90,8 @@ class Document:
 
 
 def read_documents(file: SourceFile, rules: ReadRules) -> Iterator[Document | Omission]:
-    """The documents of one file: the whole file, or one a record, or their pieces; and what of it is not
-    read.
+    """The documents of one file: the whole file, or one a record, or their pieces or beginnings; and what
+    of it is not read.
 
     Raises:
         UserError: as `_read_whole_documents`.
@@ -100,7 +100,12 @@ def read_documents(file: SourceFile, rules: ReadRules) -> Iterator[Document | Om
         if rules.piece is None or isinstance(read, Omission) or len(read.text) <= rules.piece:
             yield read
             continue
-        for number, text in enumerate(cut_text(read.text, rules.piece), start=1):
+        pieces = cut_text(read.text, rules.piece)
+        if rules.first_piece_only:
+            yield dataclasses.replace(read, text=pieces[0])
+            yield Omission(name=read.name, reason="shortened")
+            continue
+        for number, text in enumerate(pieces, start=1):
             if text.strip():
                 yield dataclasses.replace(read, name=f"{read.name}, piece {number}", text=text)
 

@@ -18,6 +18,7 @@ from mlpmem_ds.core.names import printable
 ReasonName = Literal[
     "empty",
     "not sampled",
+    "shortened",
     "near duplicate",
     "no answer",
     "no conversations",
@@ -66,6 +67,7 @@ class Reason:
 REASONS: Mapping[ReasonName, Reason] = {
     "empty": Reason(words="documents without text", loses_text=False),
     "not sampled": Reason(words="documents beyond --max-bytes or --weights", loses_text=False),
+    "shortened": Reason(words="documents without their ends, by --shorten-documents", loses_text=False),
     "near duplicate": Reason(words="documents that nearly repeat another", loses_text=False),
     "no answer": Reason(
         words="conversations in which the assistant says nothing",

@@ -38,13 +38,15 @@ class Record:
 class ReadRules:
     """How files become documents: the fields of a record with its text and its group, and the encoding of
     text that is not UTF-8. `chats`: records are conversations (chats.py), and there are no texts. `piece`:
-    longer texts become pieces of so many characters at most; None: they stay whole."""
+    longer texts become pieces of so many characters at most; None: they stay whole. `first_piece_only`: only
+    the first of a text counts."""
 
     text_field: str = "text"
     group_field: str | None = None
     encoding: str = "utf-8"
     chats: bool = False
     piece: int | None = None
+    first_piece_only: bool = False
 
     def decode(self, content: bytes) -> str:
         """The text of a whole file; see `decode_text`."""

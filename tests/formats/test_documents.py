@@ -268,3 +268,16 @@ def test_long_texts_are_cut_where_lines_end(tmp_path: Path) -> None:
     assert [document.text for document in documents] == ["one two\n", "three four\n", "five"]
     assert [document.name for document in documents] == [f"book.txt, piece {n}" for n in (1, 2, 3)]
     assert len({document.group for document in documents}) == 1
+
+
+def test_of_long_texts_only_the_beginning_is_taken_and_this_is_told(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("one two\nthree four\nfive")
+    (tmp_path / "note.txt").write_text("six\nseven")
+    files = find_files([str(tmp_path)], None, ()).files
+    rules = ReadRules(piece=12, first_piece_only=True)
+    read = [entry for file in files for entry in read_documents(file, rules)]
+    texts = {entry.name: entry.text for entry in read if isinstance(entry, Document)}
+    assert texts == {"book.txt": "one two\n", "note.txt": "six\nseven"}
+    assert [entry for entry in read if isinstance(entry, Omission)] == [
+        Omission(name="book.txt", reason="shortened")
+    ]

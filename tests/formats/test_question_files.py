@@ -85,8 +85,9 @@ def test_the_shared_sets_are_read() -> None:
         pytest.skip("the shared question sets are absent")
     kinds = {path.name.partition(".")[0]: read_questions(path)[0].kind for path in _known(folder)}
     assert kinds["nq_open"] == "open" and kinds["lambada"] == "last word" and kinds["boolq"] == "choice"
-    assert len(kinds) >= 18
+    assert len(kinds) >= 17
 
 
 def _known(folder: Path) -> list[Path]:
+    """All but pairs of sentences, which no layout takes, and one in which a text is a number."""
     return [path for path in sorted(folder.glob("*.jsonl")) if not path.name.startswith(("rte", "cb", "cr"))]

@@ -8,7 +8,7 @@ starts as the base costs 6 operations a weight of its blocks and 4 of its frozen
 | --- | --- | --- | ---: | --- | ---: | ---: |
 | tiny | library 57 k, reference 43 k | .9 M, 20 epochs: 145 s | 8 s, 16 s | 7 + 7 | 1,700 | 14 min |
 | small | library 240 k, docstrings 115 k | 6 M, 8 epochs: 900 s | 140 s, 320 s | 6 + 7 | 10,000 | 1 h 25 |
-| real | reference 37 k, docstrings 55 k | SmolLM2-135M, given | 300 s, 500 s | 1 + 6 | 14,900 | 2 h 5 |
+| real | reference 27 k, docstrings 105 k | SmolLM2-135M, given | 310 s, 540 s | 1 + 6 | 19,000 | 2 h 40 |
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ TINY = Preset(
     general=Text(
         title="source of Python's own library",
         inputs=(_LIBRARY,),
-        flags=(*_LIBRARY_FLAGS, "--cut-documents", "3000"),
+        flags=(*_LIBRARY_FLAGS, "--shorten-documents", "3000"),
         max_bytes=3e5,
         tuning_fraction=0.12,
         test_fraction=0.25,
@@ -87,7 +87,7 @@ TINY = Preset(
     domain=Text(
         title="the reference of the Python language",
         inputs=("docs:python",),
-        flags=("--cut-documents", "3000"),
+        flags=("--shorten-documents", "3000"),
         max_bytes=2.4e5,
         tuning_fraction=0.15,
         test_fraction=0.3,
@@ -124,7 +124,7 @@ SMALL = Preset(
     general=Text(
         title="source of Python's own library",
         inputs=(_LIBRARY,),
-        flags=(*_LIBRARY_FLAGS, "--cut-documents", "6000"),
+        flags=(*_LIBRARY_FLAGS, "--shorten-documents", "6000"),
         max_bytes=1e6,
         tuning_fraction=0.06,
         test_fraction=0.16,
@@ -133,7 +133,7 @@ SMALL = Preset(
     domain=Text(
         title="docstrings of PyTorch",
         inputs=("docs:torch",),
-        flags=("--cut-documents", "6000"),
+        flags=("--shorten-documents", "6000"),
         max_bytes=6e5,
         tuning_fraction=0.08,
         test_fraction=0.2,
@@ -173,7 +173,7 @@ REAL = Preset(
     general=Text(
         title="the reference of the Python language",
         inputs=("docs:python",),
-        flags=("--cut-documents", "4000"),
+        flags=("--shorten-documents", "4000"),
         max_bytes=2.6e5,
         tuning_fraction=0.15,
         test_fraction=0.25,
@@ -182,10 +182,10 @@ REAL = Preset(
     domain=Text(
         title="docstrings of PyTorch, Transformers and DeepSpeed",
         inputs=("docs:torch", "docs:transformers", "docs:deepspeed"),
-        flags=("--cut-documents", "4000"),
-        max_bytes=3e5,
-        tuning_fraction=0.12,
-        test_fraction=0.2,
+        flags=("--shorten-documents", "4000"),
+        max_bytes=5.2e5,
+        tuning_fraction=0.1,
+        test_fraction=0.15,
         arms=(*_RECIPES, "continued", "lora"),
     ),
     vocab_size=None,
@@ -202,15 +202,15 @@ REAL = Preset(
     start_epochs=2,
     fresh_epochs=3,
     # Validated twice an epoch, for each reads the tuning split.
-    models=("--epochs", "2", "--validate-every", "14", "--early-stopping-patience", "2"),
+    models=("--epochs", "2", "--validate-every", "26", "--early-stopping-patience", "2"),
     seconds={
         "prepare-corpus": 10,
-        "extract-keys": 155,
+        "extract-keys": 250,
         "build-index": 10,
-        "write-targets": 30,
-        "train": 365,
-        "train-baseline": 863,
-        "fit-gate": 65,
+        "write-targets": 60,
+        "train": 430,
+        "train-baseline": 1400,
+        "fit-gate": 80,
         "evaluate": 170,
     },
 )

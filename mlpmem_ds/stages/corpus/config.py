@@ -77,6 +77,12 @@ class Config(Flags):
         None,
         at_least=100,
     )
+    shorten_documents: int | None = option(
+        "take only the beginning of longer texts, at most so many characters, up to the end of a line"
+        " (default: whole texts)",
+        None,
+        at_least=100,
+    )
     include: tuple[str, ...] | None = option(
         f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)}, also in capital"
         " letters or compressed)",
@@ -132,6 +138,11 @@ class Config(Flags):
         if sum(fractions) >= 1:
             raise UserError(f"the fractions {fractions} must leave something for training")
         self._check_chat()
+        if self.cut_documents is not None and self.shorten_documents is not None:
+            raise UserError(
+                "--cut-documents and --shorten-documents each say what to do with longer texts:"
+                " give one of them"
+            )
         if self.tokenizer.startswith(TRAIN):
             size = self.tokenizer.removeprefix(TRAIN)
             if not re.fullmatch("[0-9]{1,8}", size) or int(size) < 257:
@@ -148,6 +159,8 @@ class Config(Flags):
             )
         if self.documents == "chat" and self.cut_documents is not None:
             raise UserError("--cut-documents cuts texts, and conversations stay whole: leave it out")
+        if self.documents == "chat" and self.shorten_documents is not None:
+            raise UserError("--shorten-documents cuts texts, and conversations stay whole: leave it out")
         if self.documents == "text" and self.chat_template is not None:
             raise UserError("--chat-template renders conversations: add --documents chat, or leave it out")
 

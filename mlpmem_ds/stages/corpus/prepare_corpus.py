@@ -163,7 +163,8 @@ def _read_rules(config: Config) -> ReadRules:
         group_field=config.group_field,
         encoding=known_encoding(config.encoding),
         chats=config.documents == "chat",
-        piece=config.cut_documents,
+        piece=config.cut_documents or config.shorten_documents,
+        first_piece_only=config.shorten_documents is not None,
     )
 
 

@@ -330,6 +330,21 @@ def test_long_documents_are_cut_into_more_documents(text_dir: Path, tmp_path: Pa
     assert len(found) > len(list(text_dir.rglob("*.py")))
 
 
+def test_long_documents_are_shortened(text_dir: Path, tmp_path: Path) -> None:
+    config = config_of(text_dir, tmp_path / "corpus", shorten_documents=500)
+    prepare_corpus.run(config, World())
+    found = [line for split in SPLITS for line in _listed(tmp_path / "corpus", split)]
+    assert len(found) == len([path for path in text_dir.rglob("*.py") if path.read_text().strip()])
+    assert max(line["bytes"] for line in found) <= 550  # characters of one byte, with a few of two
+    left_out = (tmp_path / "corpus" / "left_out.jsonl").read_text().splitlines()
+    assert "shortened" in {json.loads(line)["reason"] for line in left_out}
+
+
+def test_cutting_and_shortening_at_once_is_refused(text_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give one of them"):
+        config_of(text_dir, tmp_path, cut_documents=500, shorten_documents=500)
+
+
 def _listed(corpus: Path, split: str) -> list[dict[str, Any]]:
     lists = sorted((corpus / split).glob("documents-*.jsonl"))
     return [json.loads(line) for path in lists for line in path.read_text().splitlines()]

@@ -24,6 +24,7 @@ from mlpmem_ds.stages.evaluation.arms import memory as memory_arm
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
+from mlpmem_ds.stages.retrieval.knn_scorer import TEMPERATURE_FACTORS
 
 from .conftest import (
     TEMPERATURE,
@@ -86,7 +87,8 @@ def test_guesses_are_those_of_plain_fp64_models(
     np.testing.assert_allclose(
         read_scores(config.output, "test", "base+memory", "guesses"), of_memory[rows, top], atol=1e-5
     )
-    of_knn = np.exp(read_scores(config.output, "test", "base+knn_exact", "guesses").astype(np.float64))[:, 2]
+    stored = read_scores(config.output, "test", "base+knn_exact", "guesses").astype(np.float64)
+    of_knn = np.exp(stored)[:, TEMPERATURE_FACTORS.index(1.0)]  # all neighbours, at the temperature given
     np.testing.assert_allclose(
         of_knn, brute_force_knn(keys_dir, states, top, TEMPERATURE), rtol=2e-6, atol=1e-12
     )
