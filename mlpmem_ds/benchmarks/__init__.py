@@ -13,6 +13,7 @@
     decode              time to the first token and tokens a second, against kNN and RAG
     plan                what `plan` says against what a run takes
     quality             is the memory worth its parameters: all arms, several seeds, docs/RESULTS.md
+    sweep               when what wins: epochs, size of the text, quality of the base
     scaling             power laws of perplexity over parameters and compute (tools/fit_scaling.py)
     scale               what grows with ranks, keys and positions, counted at a cluster's sizes
     fuzz                files of every kind, damaged at random (tools/fuzz_readers.py); no measurement

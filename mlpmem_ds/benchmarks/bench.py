@@ -20,10 +20,11 @@ NAMES = (
     "plan",
     "quality",
     "scale",
+    "sweep",
     "targets",
     "train",
 )
-_FOLDERS = ("quality", "scale")
+_FOLDERS = ("quality", "scale", "sweep")
 
 
 def module_of(name: str) -> str:

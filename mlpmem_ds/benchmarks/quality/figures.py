@@ -119,10 +119,11 @@ def _reports_of(
 def _row(arm: str, own: Reports, other: Reports | None) -> ArmRow:
     by_seed = own.figures(arm)[: len(own.tested.sums[arm])]
     ppl = [own.tested.ppl(arm, seed) for seed in range(len(by_seed))]
-    change = None if arm == BASE else _change(arm, own)
+    change = None if arm == BASE else change_of(arm, own.tested)
     is_on_other = arm != BASE and other is not None and arm in other.tested.sums
-    other_change = _change(arm, other) if is_on_other and other is not None else None
-    seconds = [figures.seconds for figures in by_seed]
+    other_change = change_of(arm, other.tested) if is_on_other and other is not None else None
+    # The first seed's report alone has the datastore, by whose time a memory's is counted.
+    seconds = [figures.seconds for figures in by_seed if figures.seconds is not None]
     return ArmRow(
         arm=arm,
         description=description_of(arm),
@@ -138,11 +139,10 @@ def _row(arm: str, own: Reports, other: Reports | None) -> ArmRow:
         other_interval=None if other_change is None else other_change.interval,
         parameters=by_seed[0].parameters,
         tokens=by_seed[0].tokens,
-        seconds=None
-        if None in seconds
-        else float(np.mean([value for value in seconds if value is not None])),
+        seconds=float(np.mean(seconds)) if seconds else None,
     )
 
 
-def _change(arm: str, reports: Reports) -> Estimate:
-    return estimate(reports.tested, lambda ppl: ppl(arm) / ppl(BASE) - 1, (BASE, arm))
+def change_of(arm: str, tested: ArmSums) -> Estimate:
+    """Of an arm's perplexity against the base's."""
+    return estimate(tested, lambda ppl: ppl(arm) / ppl(BASE) - 1, (BASE, arm))

@@ -27,6 +27,13 @@ from mlpmem_ds.benchmarks.scaling.results import (
     scaling_table,
     write_scaling,
 )
+from mlpmem_ds.benchmarks.sweep.results import (
+    SweepResult,
+    plot_sweep,
+    read_sweep,
+    sweep_table,
+    write_sweep,
+)
 from mlpmem_ds.core.files import publish_bytes
 from mlpmem_ds.formats.answers import SetScores
 from mlpmem_ds.stages.report.table import markdown_table
@@ -35,7 +42,7 @@ from mlpmem_ds.stages.report.words import interval_text, percent_text
 _WIDTH = 98
 _ORDER = ("real", "small", "tiny")
 _FEW_DOCUMENTS = 20  # below it a bootstrap over documents is too narrow
-_FOLDER, _SCALING = "results", "scaling.json"
+_FOLDER, _SCALING, _SWEEP = "results", "scaling.json", "sweep.json"
 
 
 def publish_page(page: Path, result: QualityResult) -> None:
@@ -56,15 +63,30 @@ def publish_scaling(page: Path, result: ScalingResult) -> None:
     _write_page(page)
 
 
+def publish_sweep(page: Path, result: SweepResult) -> None:
+    """The same with a result of `bench sweep`."""
+    folder = page.parent / _FOLDER
+    folder.mkdir(exist_ok=True)
+    write_sweep(folder / _SWEEP, result)
+    plot_sweep(result, folder / "sweep.png")
+    _write_page(page)
+
+
 def _write_page(page: Path) -> None:
     folder = page.parent / _FOLDER
-    results = [read_result(path) for path in sorted(folder.glob("*.json")) if path.name != _SCALING]
+    others = (_SCALING, _SWEEP)
+    results = [read_result(path) for path in sorted(folder.glob("*.json")) if path.name not in others]
     scaling = read_scaling(folder / _SCALING) if (folder / _SCALING).is_file() else None
-    publish_bytes(page, render_page(results, scaling).encode())
+    sweep = read_sweep(folder / _SWEEP) if (folder / _SWEEP).is_file() else None
+    publish_bytes(page, render_page(results, scaling, sweep).encode())
 
 
-def render_page(results: Sequence[QualityResult], scaling: ScalingResult | None = None) -> str:
-    """The page: in short, a section a preset, scaling, how it was measured, how to rerun."""
+def render_page(
+    results: Sequence[QualityResult],
+    scaling: ScalingResult | None = None,
+    sweep: SweepResult | None = None,
+) -> str:
+    """The page: in short, a section a preset, when what wins, scaling, how it was measured, how to rerun."""
     results = sorted(results, key=lambda result: _rank(result.preset))
     parts = [
         "# Results: is the memory worth its parameters?",
@@ -83,6 +105,7 @@ def render_page(results: Sequence[QualityResult], scaling: ScalingResult | None 
         _overview(results),
         *_claims(results),
         *(part for result in results for part in _section(result)),
+        *([] if sweep is None else _sweep_section(sweep)),
         *([] if scaling is None else _scaling_section(scaling)),
         *_method(),
         *_rerun(results),
@@ -286,6 +309,21 @@ def _ratio_table(ratios: Sequence[RatioResult]) -> str:
     return markdown_table(["ratio", "text", "value", "95 % interval", "by seed", "goal", "met"], lines)
 
 
+def _sweep_section(sweep: SweepResult) -> list[str]:
+    return [
+        "## When: epochs, size of the text, quality of the base",
+        _paragraph(
+            f"Base: {sweep.base}, on {sweep.general}; domain: {sweep.domain}. One thing is varied at a time"
+            f" around the first line; {sweep.seeds} seed{'s' * (sweep.seeds > 1)} (the points), on"
+            f" {sweep.machine}, {sweep.date}. All arms of a line train for the same epochs and keep their"
+            " best weights; λ is the best fixed one, without a gate. In bold: the best arm of a line."
+            " `python tools/bench.py sweep` measures it again; sweep.json has the intervals."
+        ),
+        f"![change of perplexity over epochs, text and base]({_FOLDER}/sweep.png)",
+        sweep_table(sweep),
+    ]
+
+
 def _scaling_section(scaling: ScalingResult) -> list[str]:
     return [
         "## Parameters and compute: decoder alone, decoder with memory",
@@ -325,8 +363,11 @@ def _method() -> list[str]:
                     " read and seconds spent beyond the base, on a machine that runs several jobs at once.",
                     "**The gate** is fitted to the tuning splits of both texts; the fixed λ to that of the"
                     " arm's own text. The column *other text* keeps both as they are.",
-                    "**All memories read the last layer's output**, so that one extraction serves all of"
-                    " them; the published recipe reads the input of the last layer's MLP.",
+                    "**Memories that start as the base** read the final norm's output after a third, two"
+                    " thirds and all of the layers; those of the published recipe read the input of the MLP"
+                    " at .7 of the depth.",
+                    "**Documents.** Long ones of the presets' own texts are shortened to their beginnings, so"
+                    " that no document is in two splits.",
                     "**ECE** is the expected calibration error of the base's likeliest token (of a model that"
                     " stands alone, of its own).",
                     "**Gains** in ratios are differences of perplexity from the base.",

@@ -72,7 +72,7 @@ def make_plan(
     questions: Sequence[Path] = (),
 ) -> Plan:
     """The jobs of a preset below `root`; `base` in place of one that is trained."""
-    planner = _Planner(preset=preset, root=root, given_base=base)
+    planner = Planner(preset=preset, root=root, given_base=base)
     planner.add_corpora()
     planner.add_base()
     for text in TEXTS:
@@ -85,32 +85,38 @@ def make_plan(
         planner.add_reports(seed)
     if questions:
         planner.add_questions(questions)
-    arms = [arm for text in TEXTS for arm in planner.text(text).arms]
-    left_out = {arm: None for arm in arms if arm in MODELS and not MODELS[arm].is_possible}
-    return Plan(jobs=tuple(planner.jobs), reports=tuple(planner.reports), left_out=tuple(left_out))
+    return planner.plan()
 
 
 @dataclass(kw_only=True)
-class _Planner:
-    """Collects jobs; a method adds those of one step."""
+class Planner:
+    """Collects jobs; a method adds those of one step, after those that they need."""
 
     preset: Preset
     root: Path
-    given_base: str | None
+    given_base: str | None = None
+    has_gates: bool = True
+    """whether the subject's gate is in the reports of its text"""
     jobs: list[Job] = field(default_factory=list)
     reports: list[ReportPlace] = field(default_factory=list)
+
+    def plan(self) -> Plan:
+        """What was added."""
+        arms = [arm for text in TEXTS for arm in self.text(text).arms]
+        left_out = {arm: None for arm in arms if arm in MODELS and not MODELS[arm].is_possible}
+        return Plan(jobs=tuple(self.jobs), reports=tuple(self.reports), left_out=tuple(left_out))
 
     def text(self, name: TextName) -> Text:
         return self.preset.general if name == "general" else self.preset.domain
 
     def add_corpora(self) -> None:
         tokenizer = self.given_base or f"train:{self.preset.vocab_size}"
-        self._add_corpus("general", tokenizer, needs=())
+        self.add_corpus("general", tokenizer)
         if self.given_base is None:  # one vocabulary for both texts
             tokenizer = self._at("general/corpus/tokenizer")
-        self._add_corpus("domain", tokenizer, needs=() if self.given_base else ("general/corpus",))
+        self.add_corpus("domain", tokenizer, needs=() if self.given_base else ("general/corpus",))
 
-    def _add_corpus(self, name: TextName, tokenizer: str, needs: tuple[str, ...]) -> None:
+    def add_corpus(self, name: TextName, tokenizer: str, needs: tuple[str, ...] = ()) -> None:
         preset, text = self.preset, self.text(name)
         self._add(
             f"{name}/corpus",
@@ -217,19 +223,22 @@ class _Planner:
 
     def add_reports(self, seed: int) -> None:
         for text in TEXTS:
-            own = ReportPlace(trained_on=text, tested_on=text, seed=seed)
-            self._add_report(own, (), needs=())
+            self.add_own_report(text, seed)
         own = ReportPlace(trained_on="domain", tested_on="domain", seed=seed)
         on_general = ReportPlace(trained_on="domain", tested_on="general", seed=seed)
         self._add_report(on_general, ("--choices-from", self._at(own.name)), needs=(own.name,))
         for text in TEXTS:
             self._add_bank_report(ReportPlace(trained_on="bank", tested_on=text, seed=seed))
 
+    def add_own_report(self, text: TextName, seed: int) -> None:
+        """Of a text's arms on its own test split."""
+        self._add_report(ReportPlace(trained_on=text, tested_on=text, seed=seed), (), needs=())
+
     def _add_report(self, place: ReportPlace, flags: Sequence[str], needs: tuple[str, ...]) -> None:
         text, seed = place.trained_on, place.seed
         assert text != "bank"
         jobs = {arm: _trained(text, arm, seed) for arm in self._arms(text)}
-        gate = f"{text}/gate-{seed}"
+        gate = (f"{text}/gate-{seed}",) if self.has_gates else ()
         controls = [
             f"{'base+' if arm in MEMORIES else ''}{arm}={self._at(job)}"
             for arm, job in jobs.items()
@@ -242,11 +251,12 @@ class _Planner:
             datastore += ("--k", self.preset.k)
         self._add_evaluation(
             place,
-            *("--memory", self._at(jobs[SUBJECT]), "--gate", self._at(gate)),
+            *("--memory", self._at(jobs[SUBJECT])),
+            *(word for job in gate for word in ("--gate", self._at(job))),
             *(("--control", *controls) if controls else ()),
             *(word for job in second for word in ("--ensemble", f"ensemble={self._at(job)}")),
             *(*datastore, *flags),
-            needs=(*jobs.values(), gate, *needs),
+            needs=(*jobs.values(), *gate, *needs),
         )
 
     def _add_bank_report(self, place: ReportPlace) -> None:

@@ -46,7 +46,7 @@ class ArmRow:
     tokens: int | None
     """read to make it, beyond the base"""
     seconds: float | None
-    """that its stages took beyond the base, mean over the seeds"""
+    """that its stages took beyond the base, mean over the seeds of which it is known"""
 
 
 @dataclass(frozen=True, kw_only=True)
