@@ -18,7 +18,7 @@ from mlpmem_ds.core.caches import move_caches
 from mlpmem_ds.core.config import ConfigType, Flags, parse_config
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.faults import describe_fault, remedy_of
-from mlpmem_ds.core.log import set_up_logging
+from mlpmem_ds.core.log import forget_begun, log_end, set_up_logging
 from mlpmem_ds.core.streams import end_streams, is_left_by_reader, prepare_streams, say
 from mlpmem_ds.core.termination import EXIT_CODE, MESSAGE, Terminated, terminated_by_sigterm
 from mlpmem_ds.core.world import World, world_from_environment
@@ -94,6 +94,7 @@ def run_front_end(
         world = world_from_environment(os.environ)
         this.rank = world.rank
         set_up_logging(world, name=prog.replace(".py", ""))
+        forget_begun()
         text = run(config, world)
         if isinstance(text, str):
             sys.stdout.write(text + "\n")
@@ -114,11 +115,9 @@ def guarded(act: Callable[[Run], int], *, prog: str) -> int:
         try:
             code = act(this)
         except KeyboardInterrupt:
-            say("error: interrupted; the same command continues where it was")
-            code = 130
+            code = _end(130, "interrupted; the same command continues where it was")
         except Terminated:
-            say(MESSAGE)
-            code = EXIT_CODE
+            code = _end(EXIT_CODE, MESSAGE.removeprefix("error: "))
         except Exception as error:
             code = _complain(error, this)
         finally:
@@ -134,10 +133,15 @@ def _complain(error: Exception, this: Run) -> int:
         return _LEFT_BY_READER
     message = remedy_of(error, memory_flags=this.config.memory_flags if this.config else ())
     if message is not None:
-        say(f"error: {message}")
-        return 2
-    say(f"error: {describe_fault(error, folder=this.folder, rank=this.rank, prog=this.prog)}")
-    return 1
+        return _end(2, message)
+    return _end(1, describe_fault(error, folder=this.folder, rank=this.rank, prog=this.prog))
+
+
+def _end(code: int, message: str) -> int:
+    """Say why the command ends, and leave it in the log of the stage that it began; the exit code."""
+    say(f"error: {message}")
+    log_end(code, message)
+    return code
 
 
 @contextlib.contextmanager

@@ -42,6 +42,10 @@ def _shown_level(world: World) -> int:
     return logging.INFO if world.is_first else logging.WARNING
 
 
+_begun: list[EventLog] = []
+"""of the stages that this process has begun since its command started, the latest last"""
+
+
 class EventLog:
     """Appends one JSON object a line to `path`; lines of several ranks may interleave but never mix.
 
@@ -58,6 +62,35 @@ class EventLog:
         record = {"time": round(time.time(), 3), "rank": self._rank, "event": event, **fields}
         with open(self._path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
+
+    def begin(self, **fields: Any) -> None:
+        """Write `started`: from now on an end of this process before its time is noted here."""
+        self.write("started", **fields)
+        _begun.append(self)
+
+    def finish(self, **fields: Any) -> None:
+        """Write `finished`; an end of this process is from now on that of another stage which it began, if
+        any."""
+        self.write("finished", **fields)
+        if self in _begun and len(_begun) > 1:
+            _begun.remove(self)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file still exists: a stage that gives up removes it."""
+        return self._path.is_file()
+
+
+def forget_begun() -> None:
+    """A command starts: what the process did before is none of its affair."""
+    _begun.clear()
+
+
+def log_end(code: int, message: str) -> None:
+    """Note in the stage that this process began last, if any, why the process ends: exit code and message."""
+    with contextlib.suppress(OSError):  # the disk may be full, or away: the message is shown anyway
+        if _begun and _begun[-1].is_there:
+            _begun[-1].write("ended", code=code, message=message)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

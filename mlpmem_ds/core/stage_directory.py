@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.blocks import deal
-from mlpmem_ds.core.claims import ClaimWatch, claim, remove_dead_claims
+from mlpmem_ds.core.claims import ClaimWatch, claim, holder, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
 from mlpmem_ds.core.dealing import Dealer, dealt_units, free_units
 from mlpmem_ds.core.file_lists import list_files
@@ -45,6 +45,7 @@ from mlpmem_ds.core.files import (
     content_hash,
     publish_json,
     remove_stale_temporaries,
+    sha256_of_file,
 )
 from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest, remove_damaged_manifest
@@ -122,6 +123,7 @@ class StageDirectory:
             self._read_here.update(units)
         self.records.place(units)
         recorded = self.records.listing().recorded
+        self.log_phase(len(units), missing=sum(unit not in recorded for unit in units))
         if take_over:
             self._compute_of_unit.update(dict.fromkeys(units, compute))
         if self._dealer is not None and take_over:
@@ -198,8 +200,16 @@ class StageDirectory:
             self.records.publish(unit, writer.records, summary or {})
             self.records.former_path(unit).unlink(missing_ok=True)
         seconds = round(time.monotonic() - start, 3)
-        self.log.write("unit", unit=unit, seconds=seconds, **({"taken_over": True} if taken_over else {}))
+        num_bytes = sum(file.bytes for file in writer.records)
+        more = {"taken_over": taken_over, "read_here": unit in self._read_here}
+        more = {name: True for name, is_so in more.items() if is_so}
+        self.log.write("unit", unit=unit, seconds=seconds, bytes=num_bytes, **more)
         return True
+
+    def log_phase(self, count: int, *, missing: int, of: str = "units") -> None:
+        """Note what this rank begins: so many units, or steps of a training, of which some are missing."""
+        if count:
+            self.log.write("phase", of=of, count=count, missing=missing)
 
     def wait_for(self, units: Sequence[str]) -> None:
         """Until every unit has a record; a rank that waits makes the units of one that died. All ranks call
@@ -292,7 +302,7 @@ class StageDirectory:
     ) -> None:
         """`complete` for ranks that share only the file system."""
         self._wait([unit for unit in units if unit in self._compute_of_unit])
-        self.log.write("finished", seconds=self._seconds())
+        self.log.finish(seconds=self._seconds())
         self._publish_manifest(units, describe, afterwards)
         if wait:
             self._wait(units)
@@ -312,7 +322,7 @@ class StageDirectory:
     ) -> None:
         """`complete` for ranks with a dealer: rank 0 publishes when all have got here."""
         dealer.wait()
-        self.log.write("finished", seconds=self._seconds())
+        self.log.finish(seconds=self._seconds())
         if self.world.is_first:
             self._wait(units)  # until its client sees the records too
             self._publish_manifest(units, describe, afterwards)
@@ -335,6 +345,7 @@ class StageDirectory:
                     return
                 if is_mine:
                     self._write_manifest(units, describe)
+                    self.log.write("complete", manifest=sha256_of_file(self.manifest_path))
                     break
             # Who has the claim writes it, or was killed on another host, which only time can tell.
             if self.manifest_path.is_file() or watch.look(path) == "held":
@@ -405,5 +416,5 @@ def open_stage(
     if world.is_first:
         directory.remove_stale_files()
         publish_json(output / "run.json", describe_run(config, world))
-    directory.log.write("started", world=world.size)
+    directory.log.begin(world=world.size, process=holder(os.getpid()))
     return directory

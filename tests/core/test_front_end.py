@@ -14,6 +14,8 @@ import pytest
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.front_end import keep_bars_to_terminals, run_front_end
+from mlpmem_ds.core.log import EventLog, read_events
+from mlpmem_ds.core.termination import Terminated
 from mlpmem_ds.core.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -193,3 +195,26 @@ def test_libraries_draw_their_bars_on_terminals_only() -> None:
     keep_bars_to_terminals(asked_for, is_terminal=False)
     assert (on_terminal, in_log) == ({}, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     assert asked_for == {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+
+
+def test_what_ends_a_begun_stage_is_in_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def end_with(error: BaseException, *, begins: bool) -> int:
+        def run(config: StageConfig, world: World) -> None:
+            if begins:
+                EventLog(config.output / "log.jsonl", world).begin(world=1)
+            raise error
+
+        return run_front_end(StageConfig, run, argv=["--output", str(tmp_path)])
+
+    endings = [UserError("--k 9 is too large: choose 8"), KeyboardInterrupt(), Terminated(), KeyError("x")]
+    codes = [end_with(ending, begins=True) for ending in endings]
+    assert end_with(UserError("refused"), begins=False) == 2  # leaves the disk as it was
+    events = [event for event in read_events(tmp_path / "log.jsonl") if event["event"] == "ended"]
+    assert codes == [event["code"] for event in events] == [2, 130, 143, 1]
+    assert events[0]["message"] == "--k 9 is too large: choose 8"
+    said = capsys.readouterr().err
+    assert all(f"error: {event['message']}\n" in said for event in events)

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.host import host_name
-from mlpmem_ds.core.log import EventLog, Progress, read_events, seconds_of_stage, set_up_logging
+from mlpmem_ds.core.log import (
+    EventLog,
+    Progress,
+    forget_begun,
+    log_end,
+    read_events,
+    seconds_of_stage,
+    set_up_logging,
+)
 from mlpmem_ds.core.world import World
 
 
@@ -84,3 +92,21 @@ def test_ranks_of_other_hosts_have_a_file_of_their_host(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", f"log-{host_name()}.jsonl"}
     assert [event["rank"] for event in read_events(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
     assert seconds_of_stage(tmp_path) is not None
+
+
+def test_an_end_is_noted_in_the_stage_that_it_ends(tmp_path: Path) -> None:
+    forget_begun()
+    log_end(2, "before any stage")
+    outer, inner = (EventLog(tmp_path / f"{name}.jsonl", World()) for name in ("outer", "inner"))
+    outer.begin(world=1)
+    inner.begin(world=1)
+    log_end(1, "in the inner stage")
+    inner.finish(seconds=1.0)
+    log_end(1, "in the outer stage")
+    outer.finish(seconds=2.0)
+    (tmp_path / "outer.jsonl").unlink()  # the stage gave up: its log is not made anew
+    log_end(2, "after it")
+    forget_begun()
+    assert [path.name for path in tmp_path.iterdir()] == ["inner.jsonl"]
+    messages = [event.get("message") for event in read_events(tmp_path / "inner.jsonl")]
+    assert messages == [None, "in the inner stage", None]

@@ -16,8 +16,10 @@ import pytest
 
 from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
 from mlpmem_ds.core import claims, files, unit_writer
+from mlpmem_ds.core.claims import holder
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import publish_array
+from mlpmem_ds.core.files import publish_array, sha256_of_file
+from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -35,6 +37,36 @@ def test_a_broken_run_continues_to_the_same_bytes(tmp_path: Path, straight: dict
     assert run(config, World()) == ["3", "4"]
     assert result_of(config.output) == straight
     assert run(config, World()) == []
+
+
+def test_the_log_says_what_is_done_of_how_much_by_which_process(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    with pytest.raises(RuntimeError):
+        run(config, World(), fail_at="3")
+    run(config, World())
+    events = read_events(config.output / "log.jsonl")
+    assert [event["event"] for event in events] == [
+        *("started", "phase", "unit", "unit", "unit"),
+        *("started", "phase", "unit", "unit", "finished", "complete"),
+    ]
+    phases = [event for event in events if event["event"] == "phase"]
+    assert [(event["of"], event["count"], event["missing"]) for event in phases] == [
+        ("units", 5, 5),
+        ("units", 5, 2),
+    ]
+    units = {event["unit"]: event["bytes"] for event in events if event["event"] == "unit"}
+    assert units == {unit: (config.output / f"part-{unit}.npy").stat().st_size for unit in UNITS}
+    assert events[0]["process"] == holder(os.getpid()) and events[0]["world"] == 1
+    assert events[-1]["manifest"] == sha256_of_file(config.output / "manifest.json")
+
+
+def test_the_log_says_that_other_units_of_the_directory_read_its_files(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World())
+    directory.run_phase(["codec"], lambda unit, writer: writer.array("codec.npy", np.ones(9)))
+    directory.run_units(["1"], lambda unit, writer: writer.array("1.npy", np.ones(9)))
+    made = [event for event in read_events(config.output / "log.jsonl") if event["event"] == "unit"]
+    assert [(event["unit"], event.get("read_here")) for event in made] == [("codec", True), ("1", None)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])

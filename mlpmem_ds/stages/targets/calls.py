@@ -32,6 +32,7 @@ def write_together(stage: StageDirectory, writer: ShardWriter, ranks: Ranks, sea
     damaged = [unit for unit in mine if unit not in missing and stage.is_damaged(unit)]
     incomplete = {unit for part in ranks.gather([*damaged, *missing]) for unit in part}
     todo = [unit for unit in units if unit in incomplete]
+    stage.log_phase(len(units), missing=len(todo))
     if not todo:
         return
     owners = ListOwners(search, ranks)

@@ -198,6 +198,7 @@ class Training:
             return Outcome(steps=first, reason="patience")
         rows_left = (self._steps.count - first) * self._steps.rows
         progress = Progress(rows_left, label="training", unit=self._objective.rows, world=self._world)
+        self._directory.log_phase(self._steps.count, missing=self._steps.count - first, of="steps")
         stop_request = StopRequest(self._engine.device)
         outcome = run_steps(
             self._engine,
