@@ -1,5 +1,5 @@
 """The errors that a front-end turns into exit code 2: they are the user's to mend, and the message says
-how."""
+how. One of them, a lost rank, has its own code: there is nothing to mend but to start again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,14 @@ class UserError(ValueError):
 class DamagedDataError(UserError):
     """A file of ours that is truncated, altered, missing or of an unknown version; names the file and the
     remedy."""
+
+
+class LostRankError(UserError):
+    """Another rank of the launch is gone: exit code `LOST_RANK`. The same command continues."""
+
+
+REFUSED, LOST_RANK = 2, 75
+"""exit codes; 75 is that of temporary failures in sysexits.h"""
 
 
 @contextmanager

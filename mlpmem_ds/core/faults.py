@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlpmem_ds
-from mlpmem_ds.core.errors import UserError, first_line
+from mlpmem_ds.core.errors import LostRankError, UserError, first_line
 
 _AGAIN = "run the same command again: it continues where it was"
 _SPACE = f"free some space and {_AGAIN}"
@@ -113,6 +113,13 @@ def remedy_of(error: BaseException, *, memory_flags: Sequence[str] = ()) -> str 
     return _of_broken_package(error)
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether `remedy_of` says that another rank has ended: all of them are to be started again."""
+    if isinstance(error, UserError):
+        return isinstance(error, LostRankError)
+    return any(_is_of_ranks(link) for link in _causes(error))
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error, what it was raised from, and what was being handled then."""
     link: BaseException | None = error
@@ -161,12 +168,18 @@ def _of_message(error: BaseException, memory_flags: Sequence[str]) -> str | None
         return f"{first_line(error)}: {_PROCESSES}"
     if _GPU.search(text):
         return f"the GPU or its driver does not work ({first_line(error)}): see nvidia-smi, and {_AGAIN}"
-    is_of_ranks = type(error).__module__.startswith("torch") or "gloo" in text
-    if type(error).__name__.startswith("Dist") or (is_of_ranks and _RANK_LOST.search(text)):
+    if _is_of_ranks(error):
         return (
             f"another rank has ended, or is out of reach ({first_line(error)}): read what it wrote, {_AGAIN}"
         )
     return None
+
+
+def _is_of_ranks(error: BaseException) -> bool:
+    """Whether it is what torch raises where a rank does not answer."""
+    text = f"{type(error).__name__}: {first_line(error)}"
+    is_of_torch = type(error).__module__.startswith("torch") or "gloo" in text
+    return type(error).__name__.startswith("Dist") or bool(is_of_torch and _RANK_LOST.search(text))
 
 
 def _of_encoding(error: UnicodeEncodeError) -> str:

@@ -16,14 +16,15 @@ from typing import Any
 
 from mlpmem_ds.core.caches import move_caches
 from mlpmem_ds.core.config import ConfigType, Flags, parse_config
-from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.faults import describe_fault, remedy_of
+from mlpmem_ds.core.errors import LOST_RANK, REFUSED, UserError
+from mlpmem_ds.core.faults import describe_fault, is_lost_rank, remedy_of
 from mlpmem_ds.core.log import forget_begun, log_end, set_up_logging
 from mlpmem_ds.core.streams import end_streams, is_left_by_reader, prepare_streams, say
 from mlpmem_ds.core.termination import EXIT_CODE, MESSAGE, Terminated, terminated_by_sigterm
 from mlpmem_ds.core.world import World, world_from_environment
 
 _LEFT_BY_READER = 141  # as of a program that SIGPIPE ends
+_REFUSED_FILE = "MLPMEM_REFUSED"  # launch/supervise.sh sets it to the path of an empty file
 
 
 def keep_bars_to_terminals(environment: MutableMapping[str, str], *, is_terminal: bool) -> None:
@@ -106,8 +107,9 @@ def run_front_end(
 def guarded(act: Callable[[Run], int], *, prog: str) -> int:
     """The exit code of `act`; any error becomes one line on standard error, and never a traceback.
 
-    0 or what `act` returns; 2 the user's to mend; 1 a fault of this package, whose traceback is in a file
-    that the line names; 130 Ctrl-C; 143 SIGTERM; 141 who reads the output has gone. May be nested.
+    0 or what `act` returns; 2 the user's to mend; 75 another rank is gone; 1 a fault of this package, whose
+    traceback is in a file that the line names; 130 Ctrl-C; 143 SIGTERM; 141 who reads the output has gone.
+    May be nested.
     """
     prepare_streams()
     this = Run(prog)
@@ -118,12 +120,16 @@ def guarded(act: Callable[[Run], int], *, prog: str) -> int:
             code = _end(130, "interrupted; the same command continues where it was")
         except Terminated:
             code = _end(EXIT_CODE, MESSAGE.removeprefix("error: "))
+        except SystemExit as left:  # argparse has said what is wrong with a flag
+            _tell_supervisor(left.code)
+            raise
         except Exception as error:
             code = _complain(error, this)
         finally:
             failed = end_streams()
     if failed is not None and code == 0:
-        return _LEFT_BY_READER if failed.errno == errno.EPIPE else _complain(failed, this)
+        code = _LEFT_BY_READER if failed.errno == errno.EPIPE else _complain(failed, this)
+    _tell_supervisor(code)
     return code
 
 
@@ -133,7 +139,7 @@ def _complain(error: Exception, this: Run) -> int:
         return _LEFT_BY_READER
     message = remedy_of(error, memory_flags=this.config.memory_flags if this.config else ())
     if message is not None:
-        return _end(2, message)
+        return _end(LOST_RANK if is_lost_rank(error) else REFUSED, message)
     return _end(1, describe_fault(error, folder=this.folder, rank=this.rank, prog=this.prog))
 
 
@@ -142,6 +148,14 @@ def _end(code: int, message: str) -> int:
     say(f"error: {message}")
     log_end(code, message)
     return code
+
+
+def _tell_supervisor(code: object) -> None:
+    """Say to launch/supervise.sh that no new start would help: a launcher may end with another code."""
+    path = Path(os.environ.get(_REFUSED_FILE, ""))
+    with contextlib.suppress(OSError):
+        if code == REFUSED and path.is_file():  # on this host
+            path.write_text("refused\n", encoding="ascii")
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import LostRankError
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
-class RanksLost(UserError):
+class RanksLost(LostRankError):
     """Another rank has ended, or shows no sign of life; `ranks` are their numbers, none where unknown."""
 
     def __init__(self, ranks: Sequence[int], how: str) -> None:
