@@ -2,20 +2,20 @@
 # Run a command, and run it again whenever it dies of a signal, of a lost rank or of a fault: it continues.
 #
 #   bash launch/supervise.sh torchrun --standalone --nproc-per-node 8 launch/train.py FLAGS...
-#   srun --kill-on-bad-exit=0 bash launch/supervise.sh python tools/write_targets.py --exchange none FLAGS...
+#   srun --kill-on-bad-exit=0 bash launch/supervise.sh python tools/write_targets.py --exchange none ...
 #
-# The first starts all ranks again when one has died. The second has a supervisor for each rank: where the
-# ranks are not connected (--exchange none), one that has died starts again and the others go on.
+# The first starts all ranks again when one has died. The second has a supervisor for each rank: where
+# the ranks are not connected (--exchange none), one that has died starts again and the others go on.
 #
-# Not run again: exit code 0 (done, or saved as asked), 2 (yours to mend; also where the launcher makes another
-# code of a rank's 2), 130 and 143 (Ctrl-C, SIGTERM), after a signal that the supervisor was sent, and after
-# too many rapid deaths. Signals are passed on to the command. Before a new start, and at the end, nothing
-# that the command has started on this host is left running.
+# Not run again: exit code 0 (done, or saved as asked), 2 (yours to mend; also where the launcher makes
+# another code of a rank's 2), 130 and 143 (Ctrl-C, SIGTERM), after a signal that the supervisor was sent,
+# and after too many rapid deaths. Signals are passed on to the command. Before a new start, and at the
+# end, nothing that the command has started on this host is left running.
 #
 #   --rapid-seconds N   a life shorter than this is a rapid death (default: 60)
 #   --max-rapid N       give up after so many rapid deaths in a row (default: 5)
-#   --grace-seconds N   time that what is left of a command has to end by itself (default: 30; after a signal to
-#                       the supervisor 300, for a training saves)
+#   --grace-seconds N   time that what is left of a command has to end by itself (default: 30; after a
+#                       signal to the supervisor 300, for a training saves)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh FILE`
 set -euo pipefail
 fail() { echo "error: $*" >&2; exit 2; }
@@ -44,7 +44,7 @@ command -v -- "$1" > /dev/null || fail "there is no command $1"
 # A rank whose exit code is 2 leaves its message here, for a launcher may end with another code.
 refused=$(mktemp)
 trap 'rm -f -- "$refused"' EXIT
-# All that the command starts has this variable, in whatever session and after whatever death of its parent.
+# All that the command starts has this variable, in any session and after any death of its parent.
 mark=MLPMEM_SUPERVISOR=$$-$RANDOM$RANDOM
 # Where the supervisor itself is killed, the command is told to end.
 tied=()

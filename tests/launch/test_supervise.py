@@ -136,7 +136,7 @@ def test_the_command_ends_with_a_supervisor_that_is_killed(tmp_path: Path) -> No
         time.sleep(0.02)
 
 
-def test_a_rank_that_refuses_ends_it_whatever_code_the_launcher_makes_of_that(tmp_path: Path) -> None:
+def test_a_rank_that_refuses_ends_it_for_any_code_that_the_launcher_makes_of_that(tmp_path: Path) -> None:
     front_end = f"{sys.executable} {ROOT}/tools/plan.py --no-such-flag || exit 1"
     process = supervised(tmp_path, "bash", "-c", front_end)
     assert "no flag --no-such-flag" in process.communicate(timeout=60)[1] and process.returncode == 2
