@@ -55,8 +55,8 @@ python tools/convert_checkpoint.py --checkpoint "$run/memory" --model "$base" --
     --gate "$run/gate" --dtype bfloat16 --output "$run/export"
 
 say "8/8 the model before and after"
-[ "$samples" != 0 ] || python launch/generate.py --model "$run/export" --max-new-tokens 60 --compare \
-    --prompts-file launch/pretrained_prompts.jsonl
+[ "$samples" != 0 ] || python launch/generate.py --model "$run/export" --max-new-tokens 50 --compare \
+    --no-repeat-ngram-size 4 --prompts-file launch/pretrained_prompts.jsonl
 python -c '
 import sys
 from pathlib import Path

@@ -218,6 +218,7 @@ def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any)
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
         **token_settings(settings_of_export(model, tokenizer)),
         **sampling,
     )
