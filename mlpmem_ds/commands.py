@@ -78,6 +78,7 @@ run_lm_eval = Command(config="harness.config:Config", run="harness.run_lm_eval:r
 import_datastore = Command(config="exchange.config:ImportConfig", run="exchange.import_datastore:run")
 export_datastore = Command(config="exchange.config:ExportConfig", run="exchange.export_datastore:run")
 plan = Command(config="planning.config:Config", run="planning.plan:run_as_table")
+view_report = Command(config="viewing.config:Config", run="viewing.view_report:run")
 inspect_run = Command(config="inspection.config:Config", run="inspection.inspect_run:run")
 
 
@@ -140,6 +141,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "fit-scaling": fit_scaling,
     "fuzz-readers": fuzz_readers,
     "inspect-run": inspect_run,
+    "view-report": view_report,
 }
 
 

@@ -7,7 +7,7 @@ In the order of the pipeline:
   build_index, write_targets, train
 - `baseline`: train_baseline, what a memory is compared with
 - `gating`: fit_gate
-- `evaluation`, `report`: evaluate, and what it writes for people
+- `evaluation`, `report`, `viewing`: evaluate, what it writes for people, view_report
 - `conversion`, `generation`, `questions`, `harness`: convert_checkpoint, generate, answer_questions,
   run_lm_eval
 - `exchange`, `planning`, `inspection`: import_datastore and export_datastore, plan, inspect_run

@@ -45,6 +45,10 @@ class Config(JointOptions):
     lmbda: float | None = shared_flags.lmbda("the export's or the gate's, else 0.25")
     compare: bool = option("show the base alone (λ = 0) next to base + memory", False)
     stream: bool = option("write the text as it is made; for one prompt, without --compare and beams", False)
+    html: Path | None = option(
+        "HTML file to write too: prompts and new text, token by token, with what base and memory gave each",
+        None,
+    )
     batch_size: int = option("prompts that are continued at once", 16, at_least=1)
     dtype: shared_flags.Dtype = shared_flags.dtype("none")
     memory_weights: Literal["float", "int8"] = option(
@@ -63,6 +67,8 @@ class Config(JointOptions):
             raise UserError("give either --prompt or --prompts-file")
         if self.stream and (self.compare or self.num_beams > 1):
             raise UserError("--stream writes one text as it is made: leave out --compare and --num-beams")
+        if self.html is not None and (self.html.is_dir() or not self.html.absolute().parent.is_dir()):
+            raise UserError(f"--html {self.html} is no file in a folder that exists: name one")
         if self.memory_weights == "int8" and self.device_map != "none":
             # accelerate brings inputs and weights together by hooks on the float layers, which would be gone.
             raise UserError(

@@ -33,6 +33,7 @@ from mlpmem_ds.stages.generation.exported_model import open_source, settings_of_
 from mlpmem_ds.stages.generation.prompts import read_prompts
 from mlpmem_ds.stages.generation.text import Writer, side_by_side, text_after
 from mlpmem_ds.stages.shared_flags import device_map_of
+from mlpmem_ds.stages.viewing.generated import write_generated
 
 _logger = logging.getLogger(__name__)
 
@@ -67,10 +68,16 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     generation = _generation_config(config, model, tokenizer)
     if config.stream and write is not None:
         write(prompts[0])
-    *texts_of_base, texts = [
+    *rows_of_base, rows = [
         _continue_all(config, model, tokenizer, ids, each, generation, write if config.stream else None)
         for each in ([Constant(0.0), gate] if config.compare else [gate])
     ]
+    *texts_of_base, texts = [
+        [text_after(tokenizer, prompt, row) for prompt, row in zip(ids, found, strict=True)]
+        for found in (*rows_of_base, rows)
+    ]
+    if config.html is not None:
+        write_generated(config.html, model, tokenizer, ids, rows)
     if model.base_only_threshold is not None:
         _logger.info("%s", model.base_only)
     if config.compare:
@@ -190,19 +197,18 @@ def _continue_all(
     gate: StoredGate,
     generation: GenerationConfig,
     write: Callable[[str], object] | None,
-) -> list[str]:
-    """The continuation of each prompt with this gate; the same seed for each gate."""
+) -> list[list[int]]:
+    """The new tokens of each prompt with this gate; the same seed for each gate."""
     model.set_gate(gate)
     torch.manual_seed(config.seed)
     streamer = (
         None if write is None else Writer(tokenizer, ids[0], end_tokens(generation.eos_token_id), write)
     )
-    rows = [
+    return [
         row
         for at in range(0, len(ids), config.batch_size)
         for row in continue_batch(model, ids[at : at + config.batch_size], generation, streamer=streamer)
     ]
-    return [text_after(tokenizer, prompt, row) for prompt, row in zip(ids, rows, strict=True)]
 
 
 def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any) -> GenerationConfig:

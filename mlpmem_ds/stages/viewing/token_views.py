@@ -1,0 +1,146 @@
+"""Part of `view_report` and `generate`: what base and memory say of each token of a text.
+
+The joint model is asked through its public forward alone, once with each weight: 0 gives the base, all of the
+weight on one memory gives that memory, its own gate the mixture. The weights of the gate are then what makes
+the first the last: λ of p = p_base + Σ λ_m (p_m - p_base), by least squares over the vocabulary.
+
+S tokens, V vocabulary, M memories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.mixture import Constant, StoredGate, Weights
+from mlpmem_ds.stages.generation.text import GrowingText
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A token that was likely."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opinion:
+    """What base and memory predicted in the place of a token. Of a bank, the memories at the gate's
+    weights."""
+
+    base: float
+    """probability of the token"""
+    memory: float
+    joint: float
+    weight: float
+    """λ, of all memories together"""
+    base_is_right: bool
+    """the token was the likeliest"""
+    memory_is_right: bool
+    base_top: tuple[Candidate, ...]
+    memory_top: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """A token of a text."""
+
+    text: str
+    """what it adds to the text before it; "" where a character is not finished"""
+    opinion: Opinion | None
+    """None for the first of a text, which nothing predicts"""
+
+
+@torch.no_grad()
+def views_of(
+    model: MemoryAugmentedLM, tokenizer: Any, ids: Sequence[int], *, num_context: int = 0, num_top: int = 5
+) -> list[TokenView]:
+    """The tokens of a text after the first `num_context`, which are read only.
+
+    Args:
+        model: its gate is as before afterwards.
+        tokenizer: of the ids.
+        ids: at most as many as the base reads.
+        num_context: tokens at the beginning that are not shown, such as a begin token.
+        num_top: how many likely tokens of each.
+    """
+    gate, lmbda = model.gate, model.config.lmbda
+    try:
+        joint_SV = _probabilities(model, gate, ids)
+        base_SV = _probabilities(model, Constant(0.0), ids)
+        memories_MSV = [_probabilities(model, each, ids) for each in _one_at_a_time(len(model.memories))]
+    finally:
+        model.set_gate(gate)
+        model.config.lmbda = lmbda
+    text = GrowingText(tokenizer, ids[:num_context])
+    views = []
+    for place in range(num_context, len(ids)):
+        piece = text.add(ids[place])
+        if place == len(ids) - 1:
+            piece += text.finish()
+        opinion = None
+        if place:
+            rows = [rows_SV[place - 1] for rows_SV in memories_MSV]
+            opinion = _opinion(tokenizer, ids[place], base_SV[place - 1], rows, joint_SV[place - 1], num_top)
+        views.append(TokenView(text=piece, opinion=opinion))
+    return views
+
+
+def _one_at_a_time(num_memories: int) -> list[StoredGate]:
+    if num_memories == 1:
+        return [Constant(1.0)]
+    return [Weights(tuple(row)) for row in np.eye(num_memories).tolist()]
+
+
+def _probabilities(model: MemoryAugmentedLM, gate: StoredGate, ids: Sequence[int]) -> np.ndarray:
+    """p of each next token, float64 [S, V]."""
+    model.set_gate(gate)
+    logits_BSV = model(torch.tensor([list(ids)], device=model.device), use_cache=False).logits
+    probabilities_SV: np.ndarray = torch.softmax(logits_BSV[0].double(), dim=-1).cpu().numpy()
+    return probabilities_SV
+
+
+def _opinion(
+    tokenizer: Any,
+    token: int,
+    base_V: np.ndarray,
+    memories_MV: Sequence[np.ndarray],
+    joint_V: np.ndarray,
+    num_top: int,
+) -> Opinion:
+    weights_M = mixture_weights(base_V, memories_MV, joint_V)
+    total = float(weights_M.sum())
+    shares_M = weights_M / total if total > 0 else np.full(len(weights_M), 1 / len(weights_M))
+    memory_V = shares_M @ np.stack(memories_MV)
+    return Opinion(
+        base=float(base_V[token]),
+        memory=float(memory_V[token]),
+        joint=float(joint_V[token]),
+        weight=total,
+        base_is_right=bool(base_V.argmax() == token),
+        memory_is_right=bool(memory_V.argmax() == token),
+        base_top=_top(tokenizer, base_V, num_top),
+        memory_top=_top(tokenizer, memory_V, num_top),
+    )
+
+
+def mixture_weights(base_V: np.ndarray, memories_MV: Sequence[np.ndarray], joint_V: np.ndarray) -> np.ndarray:
+    """λ of each memory, float64 [M] in [0, 1]; 0 for one that says what the base says."""
+    differences_VM = np.stack([memory_V - base_V for memory_V in memories_MV], axis=1)
+    found_M = np.linalg.lstsq(differences_VM, joint_V - base_V, rcond=1e-6)[0]
+    weights_M: np.ndarray = np.clip(found_M, 0.0, 1.0)
+    return weights_M
+
+
+def _top(tokenizer: Any, probabilities_V: np.ndarray, num_top: int) -> tuple[Candidate, ...]:
+    best = np.argsort(-probabilities_V, kind="stable")[:num_top]
+    return tuple(
+        Candidate(text=str(tokenizer.decode([int(token)])), probability=float(probabilities_V[token]))
+        for token in best
+    )

@@ -1,0 +1,98 @@
+"""`view_report`: a report and passages of text as one HTML file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import publish_bytes
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.devices import device_of_rank
+from mlpmem_ds.engines.tokenizer import open_encoder
+from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
+from mlpmem_ds.formats.evaluation import read_evaluation
+from mlpmem_ds.formats.window_tokens import begins_with
+from mlpmem_ds.models.mixture import Constant
+from mlpmem_ds.stages.generation.exported_model import open_source
+from mlpmem_ds.stages.viewing.config import Config
+from mlpmem_ds.stages.viewing.html import Passage, render_page, report_details, report_summary
+from mlpmem_ds.stages.viewing.token_views import views_of
+
+_logger = logging.getLogger(__name__)
+
+
+def run(config: Config, world: World) -> None:
+    """Write the page; another of the same name is replaced once the new one is whole.
+
+    Raises:
+        UserError: a report, model, corpus or text that is not one, or of another vocabulary.
+    """
+    evaluation = read_evaluation(config.report)
+    source = open_source(config, lmbda=config.lmbda)
+    texts = list(_texts(config, source.tokenizer, source.context))
+    model = source.load(device=device_of_rank(config.device, world), dtype=config.dtype, device_map=None)
+    if config.lmbda is not None:
+        model.set_gate(Constant(config.lmbda))
+    passages = []
+    for number, (title, ids, num_context) in enumerate(texts, start=1):
+        views = views_of(model, source.tokenizer, ids, num_context=num_context)
+        passages.append(Passage(title=title, views=views))
+        _logger.info("passage %d of %d: %d tokens", number, len(texts), len(views))
+    page = render_page(
+        f"{Path(evaluation.model).name}, with and without its memory, {evaluation.date[:10]}",
+        passages,
+        summary=report_summary(evaluation),
+        details=report_details(evaluation, config.report),
+    )
+    publish_bytes(config.output, page.encode())
+    _logger.info("the page is %s", config.output)
+
+
+def _texts(config: Config, tokenizer: Any, context: int | None) -> Iterator[tuple[str, list[int], int]]:
+    """Title, ids, and how many ids at the beginning are not shown, of each passage."""
+    num_tokens = config.tokens if context is None else min(config.tokens, context - 1)
+    if config.corpus is not None:
+        corpus = open_corpus(config.corpus, config.split)
+        if len(tokenizer) < corpus.vocab_size:
+            raise UserError(
+                f"--corpus {config.corpus} has {corpus.vocab_size} tokens and --model {config.model} knows"
+                f" {len(tokenizer)}: give the corpus that was prepared with the model's tokenizer"
+            )
+        yield from _passages(corpus, config.passages, num_tokens)
+        return
+    for path in config.text:
+        ids = _ids_of_file(path, tokenizer)[:num_tokens]
+        if len(ids) < 2:
+            raise UserError(
+                f"--text {path} has {len(ids)} tokens, and there is nothing to predict: give more"
+            )
+        yield path.name, ids, 0
+
+
+def _passages(
+    corpus: CorpusSplit, num_passages: int, num_tokens: int
+) -> Iterator[tuple[str, list[int], int]]:
+    num_tokens = min(num_tokens, corpus.num_tokens)
+    starts = np.linspace(0, corpus.num_tokens - num_tokens, num_passages + 2).astype(int)[1:-1]
+    for start in starts.tolist():
+        ids = corpus.tokens(start, start + num_tokens).tolist()
+        begin: Sequence[int] = corpus.begin_of_document_ids
+        begin = () if begins_with(np.array(ids), corpus.begin_of_document_ids) else begin
+        title = f"{corpus.name} split, tokens {start:,} to {start + num_tokens:,}"
+        yield title, [*begin, *ids], len(begin)
+
+
+def _ids_of_file(path: Path, tokenizer: Any) -> list[int]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--text {path} cannot be read ({error.strerror}): give a text file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path} is not UTF-8 ({error}): convert it first") from error
+    encoder = open_encoder(tokenizer, label="the tokenizer of --model")
+    return list(encoder.encode_prompts([text], [str(path)])[0])
