@@ -7,7 +7,8 @@ Read in this order:
 - `errors.py`: what users can mend; `faults.py`: what no stage has foreseen
 - `streams.py`: standard streams as shells leave them; `termination.py`: SIGTERM; `caches.py`: of
   libraries, where the home directory cannot be written
-- `files.py`, `array_files.py`, `directories.py`: what appears whole or not at all
+- `files.py`, `array_files.py`, `directories.py`: what appears whole or not at all;
+  `temporaries.py`: what they are until then
 - `names.py`: names of files that are not UTF-8
 - `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back
 - `stage_directory.py`: units with records, the manifest last; `unit_writer.py`: a unit's files;

@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlpmem_ds.core.files import flush, remove_stale_temporaries
-from mlpmem_ds.core.host import host_name, is_alive
+from mlpmem_ds.core.files import flush
+from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.temporaries import remove_stale_directories, remove_stale_temporaries
 
 
 @contextlib.contextmanager
@@ -52,18 +53,14 @@ def replace_directory(path: Path, filled: Path) -> None:
 def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator[Path]:
     """Give this process a directory next to `path`, `.<name>.<host>.<pid>.partial`; it is removed at the end.
 
-    What killed processes of this host left under such names is removed first, but for one that `continues`
-    accepts as the same work: it is taken over, without its half-written files.
+    What killed processes of this host left under such names is removed first, and what other hosts left and
+    have not written to for an hour; but for one of this host that `continues` accepts as the same work: it is
+    taken over, without its half-written files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix, suffix = f".{path.name}.{host_name()}.", ".partial"
-    own = path.parent / f"{prefix}{os.getpid()}{suffix}"
-    for other in sorted(path.parent.iterdir()):
-        if not (other.name.startswith(prefix) and other.name.endswith(suffix)):
-            continue
-        pid = other.name[len(prefix) : -len(suffix)]
-        if not pid.isdigit() or (int(pid) != os.getpid() and is_alive(int(pid))):
-            continue
+    suffix = ".partial"
+    own = path.parent / f".{path.name}.{host_name()}.{os.getpid()}{suffix}"
+    for other in remove_stale_directories(path.parent, name=path.name, suffix=suffix):
         if other != own and not own.exists() and continues(other):
             os.replace(other, own)
         else:

@@ -1,8 +1,5 @@
-"""Files that appear whole or not at all: temporary name, fsync, rename; and checksums of what was written.
-
-Temporary files are named `.<name>.<host>.<pid>.tmp` in the directory of their target, so that a later run on
-the same host can tell those of dead processes and remove them.
-"""
+"""Files that appear whole or not at all: a name for the time of writing (core/temporaries.py), fsync, rename;
+and checksums of what was written."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.host import host_name, is_alive
+from mlpmem_ds.core.temporaries import temporary_path
 
 SEAL = "content_sha256"
 """the field of a sealed JSON object that holds the SHA-256 of the canonical JSON of the others"""
@@ -78,7 +75,7 @@ def content_hash(value: Any) -> str:
 def publish(path: Path, *, flush_folder: bool = True) -> Iterator[Path]:
     """Give a temporary path to write; on leaving, flush it to disk and rename it to `path`; on an error,
     remove it. The folder's names are flushed too, unless the caller does it for several files at once."""
-    temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with _naming(path):
             yield temporary
@@ -247,19 +244,6 @@ def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> s
     if checksum and sha256_of_file(path) != record.sha256:
         return f"{path} does not have the checksum of its record"
     return None
-
-
-def remove_stale_temporaries(root: Path) -> None:
-    """Remove temporary files of dead processes of this host below `root`."""
-    prefix = f".{host_name()}."
-    # Not rglob, which fails where another rank removes a folder meanwhile.
-    names = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-    for path in names:
-        if not (path.name.startswith(".") and path.suffix == ".tmp"):
-            continue
-        head, _, pid = path.name.removesuffix(".tmp").rpartition(".")
-        if pid.isdigit() and f"{head}.".endswith(prefix) and path.is_file() and not is_alive(int(pid)):
-            path.unlink(missing_ok=True)
 
 
 def require_free_bytes(

@@ -41,16 +41,12 @@ from mlpmem_ds.core.claims import ClaimWatch, claim, holder, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
 from mlpmem_ds.core.dealing import Dealer, dealt_units, free_units
 from mlpmem_ds.core.file_lists import list_files
-from mlpmem_ds.core.files import (
-    content_hash,
-    publish_json,
-    remove_stale_temporaries,
-    sha256_of_file,
-)
+from mlpmem_ds.core.files import content_hash, publish_json, sha256_of_file
 from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest, remove_damaged_manifest
 from mlpmem_ds.core.once import remove_computed
 from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
+from mlpmem_ds.core.temporaries import SECONDS_UNTIL_GIVEN_UP, is_own_temporary, remove_stale_temporaries
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_records import UnitRecords, missing_of
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -58,6 +54,7 @@ from mlpmem_ds.core.waiting import Patience, wait_for_units
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
+_SECONDS_AT_THE_END = 60.0
 
 
 Compute = Callable[[str, UnitWriter], Mapping[str, Any] | None]
@@ -192,9 +189,8 @@ class StageDirectory:
             if compute is None:
                 return False
             self.manifest_path.unlink(missing_ok=True)
-            writer = UnitWriter(self.root)
             start = time.monotonic()
-            summary = compute(unit, writer)
+            writer, summary = self._compute(unit, compute)
             self.records.refuse_other_bytes(unit, writer.records, is_read_here=unit in self._read_here)
             writer.flush_folders()
             self.records.publish(unit, writer.records, summary or {})
@@ -210,6 +206,18 @@ class StageDirectory:
         """Note what this rank begins: so many units, or steps of a training, of which some are missing."""
         if count:
             self.log.write("phase", of=of, count=count, missing=missing)
+
+    def _compute(self, unit: str, compute: Compute) -> tuple[UnitWriter, Mapping[str, Any] | None]:
+        """A unit's files and summary; once more where another host took this process for one that is gone."""
+        writer = UnitWriter(self.root)
+        try:
+            return writer, compute(unit, writer)
+        except FileNotFoundError as error:
+            if not is_own_temporary(error.filename):
+                raise
+            _logger.warning("%s was removed while it was written: making the unit again", error.filename)
+        writer = UnitWriter(self.root)
+        return writer, compute(unit, writer)
 
     def wait_for(self, units: Sequence[str]) -> None:
         """Until every unit has a record; a rank that waits makes the units of one that died. All ranks call
@@ -233,9 +241,9 @@ class StageDirectory:
             name=f"rank {self.world.rank}",
         )
 
-    def remove_stale_files(self) -> None:
-        """Remove temporary files and claims of processes that were killed."""
-        remove_stale_temporaries(self.root)
+    def remove_stale_files(self, *, seconds_until_given_up: float = SECONDS_UNTIL_GIVEN_UP) -> None:
+        """Remove temporary files and claims of processes that were killed, also of lost hosts."""
+        remove_stale_temporaries(self.root, seconds_until_given_up=seconds_until_given_up)
         for folder in (self.root, *self.records.folders()):
             remove_dead_claims(folder)
 
@@ -363,7 +371,8 @@ class StageDirectory:
         self._summaries = {}
         manifest = {**self.identity, **own, **list_files(self.root, files)}
         publish_json(self.manifest_path, manifest, seal=True)
-        self.remove_stale_files()
+        # Every unit has its record: whoever still writes one makes it for nothing.
+        self.remove_stale_files(seconds_until_given_up=_SECONDS_AT_THE_END)
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self._start, 3)

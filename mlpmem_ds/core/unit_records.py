@@ -9,7 +9,6 @@ files have their sizes and were not written to since.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import FileRecord, fault_of_file, publish_json, read_sealed_json
 from mlpmem_ds.core.folders import folder_of
 from mlpmem_ds.core.run_description import IDENTITY_FIELD
+from mlpmem_ds.core.temporaries import time_of_file_system
 
 _SECONDS_OF_TRUST = 600.0
 """before this process opened the directory: ranks of one run do not start at the same moment"""
@@ -158,12 +158,6 @@ class UnitRecords:
             f" from a copy. Otherwise {accepted}, run the same command again, and then make anew what later"
             " stages made from this directory: they name its manifest, and refuse another"
         )
-
-
-def time_of_file_system(folder: Path) -> float:
-    """Now, in seconds, by the clock that gives a new file in this folder its modification time."""
-    with tempfile.TemporaryFile(dir=folder) as stream:
-        return os.fstat(stream.fileno()).st_mtime
 
 
 def _files_of(record: Mapping[str, Any]) -> list[FileRecord]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,13 @@ def test_a_killed_run_is_continued_and_others_are_removed(tmp_path: Path) -> Non
         "another": f".out.{host}.{DEAD + 1}.partial",
         "alive": f".out.{host}.{os.getppid()}.partial",
         "elsewhere": f".out.elsewhere.{DEAD}.partial",
+        "lost": f".out.lost-host.{DEAD}.partial",
     }
     for kind, name in names.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "kind.txt").write_text(kind)
+    for path in (tmp_path / names["lost"] / "kind.txt", tmp_path / names["lost"]):
+        os.utime(path, (time.time() - 3700,) * 2)  # another host's: given up after an hour
     (tmp_path / names["same"] / f".half.{host}.{DEAD}.tmp").write_text("half")
     (tmp_path / "out").mkdir()
     with work_directory(

@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from mlpmem_ds.core.files import (
     read_json,
     read_sealed_json,
     record_file,
-    remove_stale_temporaries,
     require_free_bytes,
     size_in_words,
 )
@@ -130,15 +128,6 @@ def test_a_disk_that_fills_up_is_named_with_the_file(tmp_path: Path) -> None:
         with open("/dev/full", "wb", buffering=0) as stream:
             stream.write(b"x")
     assert caught.value.filename == str(tmp_path / "keys.npy")
-
-
-def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
-    host, dead = socket.gethostname(), 2**22 + 1
-    names = [f".a.{host}.{dead}.tmp", f".b.{host}.{os.getpid()}.tmp", f".c.elsewhere.{dead}.tmp", "d.tmp"]
-    for name in names:
-        (tmp_path / name).touch()
-    remove_stale_temporaries(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
 
 
 def test_a_full_disk_is_refused_before_the_start(tmp_path: Path) -> None:

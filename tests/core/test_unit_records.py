@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.files import record_file
-from mlpmem_ds.core.unit_records import UnitRecords, missing_of, time_of_file_system
+from mlpmem_ds.core.unit_records import UnitRecords, missing_of
 
 
 @pytest.fixture
@@ -71,8 +71,3 @@ def test_the_records_of_many_units_lie_in_folders_of_a_thousand(tmp_path: Path) 
     listing = records.listing()
     assert listing.recorded == {"7", "02007"} and listing.claimed == {"02008"}
     assert len(missing_of(many, listing)) == 2499
-
-
-def test_the_file_systems_clock_is_read_from_a_file_that_leaves_nothing(tmp_path: Path) -> None:
-    assert abs(time_of_file_system(tmp_path) - time.time()) < 60
-    assert list(tmp_path.iterdir()) == []

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import remove_stale_temporaries, require_free_bytes, sha256_of_file
-from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.files import require_free_bytes, sha256_of_file
 from mlpmem_ds.core.manifest import format_of
+from mlpmem_ds.core.temporaries import remove_stale_temporaries, temporary_path
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
 from mlpmem_ds.formats.checkpoint import (
@@ -122,8 +121,8 @@ def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -
         output, sum(weight.num_bytes for weight in weights.values()), what="the checkpoint's weights"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_temporaries(output.parent)
-    scratch = output.parent / f".{output.name}.weights.{host_name()}.{os.getpid()}.tmp"
+    scratch = temporary_path(output.with_name(f"{output.name}.weights"))
+    remove_stale_temporaries(output.parent, prefix=f".{output.name}.weights.")
     try:
         write_safetensors(scratch, weights)
         tensors = load_file(scratch)  # mapped: the numbers outlive the file's name

@@ -1,0 +1,105 @@
+"""Half-written files: those that nobody will finish are removed, those of live writers are not."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.temporaries import (
+    is_own_temporary,
+    remove_stale_temporaries,
+    temporary_path,
+    time_of_file_system,
+)
+from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.world import World
+
+from .toy_stage import Config
+
+DEAD = 2**22 + 1
+HOUR = 3600.0
+
+
+def make(path: Path, *, age: float = 0.0) -> Path:
+    path.write_text("half")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
+    host = host_name()
+    names = [f".a.{host}.{DEAD}.tmp", f".b.{host}.{os.getpid()}.tmp", f".c.elsewhere.{DEAD}.tmp", "d.tmp"]
+    for name in names:
+        make(tmp_path / name)
+    make(tmp_path / names[1], age=2 * HOUR)  # a live process of this host takes as long as it takes
+    remove_stale_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+
+
+def test_those_of_another_host_go_when_nobody_has_written_for_an_hour(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    old = make(tmp_path / "folder" / ".a.lost-host.77.tmp", age=HOUR + 60)
+    young = make(tmp_path / ".b.lost-host.77.tmp", age=HOUR - 60)
+    ahead = make(tmp_path / ".c.lost-host.77.tmp", age=-2 * HOUR)
+    remove_stale_temporaries(tmp_path)
+    assert not old.exists() and young.exists() and ahead.exists()
+
+
+def test_the_age_is_not_measured_by_this_hosts_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of this host is two hours ahead of the file server's."""
+    young, now = make(tmp_path / ".a.lost-host.77.tmp"), time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 2 * HOUR)
+    assert abs(time_of_file_system(tmp_path) - now) < 60
+    remove_stale_temporaries(tmp_path)
+    assert young.exists()
+
+
+def test_at_the_end_of_a_stage_every_unit_is_recorded_and_no_temporary_is_needed(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    stage = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World())
+    left = make(config.output / ".part-1.npy.lost-host.77.tmp", age=120)
+    in_use = make(config.output / f".log.{host_name()}.{os.getpid()}.tmp", age=120)
+    stage.run_units(["1"], lambda unit, writer: None)
+    assert left.exists()
+    stage.complete(["1"], dict)
+    assert not left.exists() and in_use.exists()
+
+
+def test_a_live_writer_whose_file_was_removed_makes_its_unit_again(tmp_path: Path) -> None:
+    """A process that was stopped for an hour is not told from one that is gone."""
+    config = Config(output=tmp_path / "toy")
+    stage = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World())
+    tries = []
+
+    def write(unit: str, writer: UnitWriter) -> None:
+        tries.append(unit)
+        with writer.file("part.bin") as path:
+            path.write_text(unit)
+            if len(tries) == 1:
+                path.unlink()
+
+    assert stage.run_units(["1"], write) == 1
+    assert tries == ["1", "1"] and (config.output / "part.bin").read_text() == "1"
+
+
+def test_a_file_that_is_missing_otherwise_is_an_error(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "toy")
+    stage = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World())
+    with pytest.raises(FileNotFoundError):
+        stage.run_units(["1"], lambda unit, writer: (tmp_path / "no.bin").read_bytes() and None)
+
+
+def test_a_process_knows_the_names_that_it_gave(tmp_path: Path) -> None:
+    assert is_own_temporary(str(temporary_path(tmp_path / "a.npy")))
+    assert not is_own_temporary(str(tmp_path / f".a.npy.lost-host.{os.getpid()}.tmp"))
+    assert not is_own_temporary(None)
+
+
+def test_the_file_systems_clock_is_read_from_a_file_that_leaves_nothing(tmp_path: Path) -> None:
+    assert abs(time_of_file_system(tmp_path) - time.time()) < 60
+    assert list(tmp_path.iterdir()) == []
