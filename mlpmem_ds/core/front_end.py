@@ -19,6 +19,7 @@ from mlpmem_ds.core.config import ConfigType, Flags, parse_config
 from mlpmem_ds.core.errors import LOST_RANK, REFUSED, UserError
 from mlpmem_ds.core.faults import describe_fault, is_lost_rank, remedy_of
 from mlpmem_ds.core.log import forget_begun, log_end, set_up_logging
+from mlpmem_ds.core.run_description import withdraw
 from mlpmem_ds.core.streams import end_streams, is_left_by_reader, prepare_streams, say
 from mlpmem_ds.core.termination import EXIT_CODE, MESSAGE, Terminated, terminated_by_sigterm
 from mlpmem_ds.core.world import World, world_from_environment
@@ -96,7 +97,13 @@ def run_front_end(
         this.rank = world.rank
         set_up_logging(world, name=prog.replace(".py", ""))
         forget_begun()
-        text = run(config, world)
+        try:
+            text = run(config, world)
+        except UserError:
+            output = getattr(config, "output", None)
+            if world.size == 1 and isinstance(output, Path) and output.is_dir():
+                withdraw(output)
+            raise
         if isinstance(text, str):
             sys.stdout.write(text + "\n")
         return 0

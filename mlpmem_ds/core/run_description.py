@@ -171,6 +171,29 @@ def check_output(output: Path, *, stage: str, leftovers: Collection[str] = ()) -
     return False
 
 
+def withdraw(output: Path) -> None:
+    """Remove what a start has written that was refused before it made anything, so that a wrong flag or input
+    leaves the disk as it was. What other starts have made stays, and so do hidden files, of which the next
+    start can make use.
+
+    Only where no other process is at this output.
+    """
+    done = output / "done"
+    visible = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    logs = {name for name in visible if name.startswith("log") and name.endswith(".jsonl")}
+    if (
+        "identity.json" not in visible
+        or visible - logs - _WRITTEN_FIRST
+        or (done.is_dir() and any(done.iterdir()))
+    ):
+        return
+    for name in (*logs, "run.json", "identity.json"):  # the identity last: until then it is a run's output
+        (output / name).unlink(missing_ok=True)
+    for folder in (done, output):
+        with contextlib.suppress(OSError):  # missing, or not empty
+            folder.rmdir()
+
+
 def is_utf8(text: str) -> bool:
     """Whether a word of the command line, or a file's name, was UTF-8."""
     try:

@@ -1,8 +1,8 @@
-"""Files that are being written: their names, and which of them nobody will finish.
+"""Files that are being written: their names, and which of them no process will finish.
 
 They are named `.<name>.<host>.<pid>.tmp` in the directory of their target. A later run on the same host can
 tell those of dead processes. A host that was lost may never come back under its name (a container, a node of
-a cluster): its files are given up when nobody has written to them for an hour.
+a cluster): its files are given up when no process has written to them for an hour.
 
 Age is measured between two times of one clock, the one that gives files of this folder their times: a host
 whose own clock is wrong neither removes too early nor keeps for ever. A writer that is alive all the same,
@@ -43,7 +43,7 @@ def time_of_file_system(folder: Path) -> float:
 def remove_stale_temporaries(
     root: Path, *, seconds_until_given_up: float = SECONDS_UNTIL_GIVEN_UP, prefix: str = "."
 ) -> None:
-    """Remove the temporary files below `root` that nobody will finish.
+    """Remove the temporary files below `root` that will not be finished.
 
     Args:
         root: a directory of the caller's own.
@@ -76,7 +76,7 @@ def is_stale(
     now: float,
     seconds_until_given_up: float = SECONDS_UNTIL_GIVEN_UP,
 ) -> bool:
-    """Whether nobody will finish a file, or a directory with all that is in it.
+    """Whether no process will finish a file, or a directory with all that is in it.
 
     Args:
         path: the file or directory.
@@ -100,7 +100,7 @@ def _times_of(path: Path) -> Iterator[float]:
 
 
 def remove_stale_directories(folder: Path, *, name: str, suffix: str) -> list[Path]:
-    """Remove directories `.<name>.<host>.<pid><suffix>` of other hosts that nobody will finish.
+    """Remove directories `.<name>.<host>.<pid><suffix>` of other hosts that will not be finished.
 
     Returns:
         those of processes of this host that have ended, or of this process; they are left to the caller.

@@ -175,6 +175,28 @@ def join_store(world: World, environment: Mapping[str, str], timeout: datetime.t
     return torch.distributed.PrefixStore("mlpmem_ds", store)
 
 
+def store_among(rank: int, gather: Callable[[Any], list[Any]]) -> Any | None:
+    """A key-value store for ranks that are connected in another way; rank 0 keeps it. None, on every rank,
+    where one of them does not reach it.
+
+    Args:
+        rank: this one.
+        gather: every rank's value, in rank order.
+    """
+    store: Any = None
+    new_store = partial(
+        torch.distributed.TCPStore, wait_for_workers=False, timeout=datetime.timedelta(seconds=30)
+    )
+    if rank == 0:
+        with contextlib.suppress(RuntimeError):
+            store = new_store("127.0.0.1", 0, is_master=True)
+    host, port = gather((socket.gethostname(), 0 if store is None else store.port))[0]
+    if rank > 0 and port:
+        with contextlib.suppress(RuntimeError):
+            store = new_store(host, port, is_master=False)
+    return store if all(gather(store is not None)) else None
+
+
 def start_gloo_group(store: Any, world: World, timeout: datetime.timedelta) -> None:
     """Connect the ranks of a stage that computes on the host; each transfer may take `timeout`."""
     assert not has_group()

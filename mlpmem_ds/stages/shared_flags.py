@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlpmem_ds.core.config import Identity, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.collectives.ranks import RANK_TIMEOUT_SECONDS
 
 if TYPE_CHECKING:  # it loads torch, and no flag needs it before its value is looked at
     from mlpmem_ds.models.mixture import Grid
@@ -29,6 +30,17 @@ def exchange() -> Any:
         " (torch.distributed), files (through the output folder), none (each works by itself);"
         " auto = mpi under mpirun or srun, torch where MASTER_ADDR is set (torchrun, deepspeed), else none",
         "auto",
+        identity="none",
+    )
+
+
+def rank_timeout_seconds() -> Any:
+    """`rank_timeout_seconds: float`"""
+    return option(
+        "without a sign of life from a rank, after which it is lost and the others stop; a thread gives"
+        " one every two seconds, however long a step takes",
+        RANK_TIMEOUT_SECONDS,
+        at_least=1,
         identity="none",
     )
 

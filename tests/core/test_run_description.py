@@ -11,7 +11,7 @@ import pytest
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import publish_json
-from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
+from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity, withdraw
 from mlpmem_ds.core.world import World
 
 IDENTITY = {
@@ -79,3 +79,40 @@ def test_run_json_has_every_flag_the_world_and_the_versions(tmp_path: Path) -> N
     assert description["config"] == {"output": str(tmp_path), "seed": 3} and description["world"] == 4
     assert {"mlpmem_ds", "python", "torch"} <= set(description["versions"])
     assert json.dumps(description)
+
+
+def begin(output: Path) -> None:
+    settle_identity(output, IDENTITY, defaults=DEFAULTS)
+    (output / "run.json").touch()
+    (output / "log.jsonl").touch()
+
+
+def test_a_start_that_made_nothing_is_withdrawn_and_leaves_the_disk_as_it_was(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "done").mkdir()
+    withdraw(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["done/1.json", "done/.1.former", "keys.npy", "checkpoints/step-1", "manifest.json"]
+)
+def test_what_was_made_is_not_withdrawn(tmp_path: Path, name: str) -> None:
+    begin(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    withdraw(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"identity.json", "run.json", "log.jsonl"}
+
+
+def test_a_directory_of_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").touch()
+    withdraw(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_hidden_files_that_the_next_start_uses_stay(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    (tmp_path / "run" / ".fetched").mkdir()
+    withdraw(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".fetched"]

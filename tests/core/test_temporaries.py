@@ -1,4 +1,4 @@
-"""Half-written files: those that nobody will finish are removed, those of live writers are not."""
+"""Half-written files: those that no process will finish are removed, those of live writers are not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
 
 
-def test_those_of_another_host_go_when_nobody_has_written_for_an_hour(tmp_path: Path) -> None:
+def test_those_of_another_host_go_when_no_process_has_written_for_an_hour(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     old = make(tmp_path / "folder" / ".a.lost-host.77.tmp", age=HOUR + 60)
     young = make(tmp_path / ".b.lost-host.77.tmp", age=HOUR - 60)

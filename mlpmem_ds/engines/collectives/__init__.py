@@ -5,5 +5,6 @@ Read in this order:
 - `alone.py`: one rank; `torch_group.py`: torch.distributed (torchrun, deepspeed); `mpi.py`: mpi4py (mpirun,
   srun); `files.py`: a folder that the ranks share
 - `pairwise.py`: arrays of any shape from each rank to each other one, in messages of bounded size
-- `heartbeat.py`: long waits, and ranks that show no sign of life
+- `heartbeat.py`: long waits, and ranks that show no sign of life; `rank_watch.py`: the same next to a library
+  that waits, by threads
 """

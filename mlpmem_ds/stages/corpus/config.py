@@ -120,6 +120,7 @@ class Config(Flags):
         identity="none",
     )
     exchange: Exchange = shared_flags.exchange()
+    rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()
 
     def check(self) -> None:
         self._check_inputs()

@@ -80,7 +80,7 @@ def run(config: Config, world: World) -> None:
     if config.documents == "chat":
         assert encoder is not None  # the configuration has refused train:VOCAB
         chats = open_chat_encoder(encoder, config.chat_template)
-    with open_stage_ranks(config.output, config.exchange, world, stage=CorpusManifest.FORMAT) as ranks:
+    with open_stage_ranks(config, world, stage=CorpusManifest.FORMAT) as ranks:
         _prepare(config, world, encoder, chats, ranks)
 
 

@@ -126,6 +126,7 @@ class Config(Flags):
     )
     unit_positions: int = option("positions in a unit of work", 8192, at_least=1)
     exchange: Exchange = shared_flags.exchange()
+    rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()
     batch_windows: int = option(
         "windows that a GPU reads at once; on a CPU always as many as make 2,048 tokens, so that scores do"
         " not depend on it",

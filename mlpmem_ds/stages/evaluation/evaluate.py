@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 def run(config: Config, world: World) -> str | None:
     """Score what is missing; the rank that completes the last unit writes the report and returns the table as
     text."""
-    with open_stage_ranks(config.output, config.exchange, world, stage=ReportManifest.FORMAT) as ranks:
+    with open_stage_ranks(config, world, stage=ReportManifest.FORMAT) as ranks:
         return _evaluate(config, world, ranks)
 
 

@@ -64,6 +64,7 @@ class Config(Flags):
     seed: int = option("of the first layer and the order of the batches", 0, at_least=0)
     unit_positions: int = option("positions in a unit of scoring", 8192, at_least=1)
     exchange: Exchange = shared_flags.exchange()
+    rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()
     batch_windows: int = option("windows that a GPU reads at once", 16, at_least=1, identity="none")
     dtype: shared_flags.Dtype = shared_flags.dtype("resolved")
     memory_weights: Literal["float", "int8"] = option(

@@ -35,7 +35,7 @@ _FIT = "gate"
 
 def run(config: Config, world: World) -> None:
     """Score what is missing, then fit; rerunning is resuming."""
-    with open_stage_ranks(config.output, config.exchange, world, stage=GateManifest.FORMAT) as ranks:
+    with open_stage_ranks(config, world, stage=GateManifest.FORMAT) as ranks:
         _run(config, world, ranks)
 
 

@@ -57,7 +57,7 @@ _OPERATIONS_PER_SECOND = (
 def run(config: Config, world: World) -> None:
     keys = open_keys(config.keys)
     factory, num_shards = _resolve(config, keys)
-    with open_stage_ranks(config.output, config.exchange, world, stage=IndexManifest.FORMAT) as ranks:
+    with open_stage_ranks(config, world, stage=IndexManifest.FORMAT) as ranks:
         _build(config, world, keys, factory, num_shards, ranks)
 
 

@@ -33,3 +33,4 @@ class Config(Flags):
     )
     threads: int | None = shared_flags.threads()
     exchange: Exchange = shared_flags.exchange()
+    rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()

@@ -254,7 +254,7 @@ def _leftovers(root: Path) -> Iterator[str]:
     if temporaries:
         yield (
             f"{temporaries} temporary files of running or killed processes (the next start removes the"
-            " latter; those of another host when nobody has written to them for an hour, or at the end)"
+            " latter; those of another host when no process has written to them for an hour, or at the end)"
         )
     if claims := sorted(path.name[1:].removesuffix(".claim") for path in (root / "done").rglob(".*.claim")):
         yield f"{len(claims)} units claimed by running or killed processes: {some(claims)}"

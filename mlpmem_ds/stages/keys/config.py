@@ -83,6 +83,7 @@ class Config(Flags):
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
     attention: str = shared_flags.attention()
     exchange: Exchange = shared_flags.exchange()
+    rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()
     seed: int = option(
         "seed of the int8 codec's sample and rotation, and of the audit's samples", 0, identity="resolved"
     )

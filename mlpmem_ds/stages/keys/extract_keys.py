@@ -54,7 +54,7 @@ _POSITION_BYTES = 8  # of a row, where not all positions have one
 
 def run(config: Config, world: World) -> None:
     """Write the key directory; see formats/README.md."""
-    with open_stage_ranks(config.output, config.exchange, world, stage=KeysManifest.FORMAT) as ranks:
+    with open_stage_ranks(config, world, stage=KeysManifest.FORMAT) as ranks:
         _extract(config, world, ranks)
 
 

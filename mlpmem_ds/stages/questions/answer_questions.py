@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash
@@ -68,6 +70,7 @@ def run(config: Config, world: World) -> str | None:
     if config.passages is not None:
         require_bm25s()
         corpus = open_corpus(config.passages, "train", flag="--passages")
+    device = device_of_rank(config.device, world)
     asked = {name: [*sets[name], *examples[name]] for name in sets}
     inputs = {f"questions-{name}": _hash_of(questions) for name, questions in asked.items()}
     directory = open_stage(
@@ -79,7 +82,7 @@ def run(config: Config, world: World) -> str | None:
         world=world,
     )
     units = {unit.name: unit for unit in _list_units(sets, arms, config.unit_questions)}
-    stage = _Answering(config, world, directory, sets, examples, units, arms, corpus)
+    stage = _Answering(config, world, directory, sets, examples, units, arms, corpus, device)
     stage.answer_all()
     return stage.table
 
@@ -137,12 +140,13 @@ class _Answering:
         units: Mapping[str, Unit],
         arms: list[Arm],
         corpus: CorpusSplit | None,
+        device: torch.device,
     ) -> None:
         self._config, self._world, self._directory = config, world, directory
         self._sets, self._examples = sets, examples
         self._units, self._arms, self._corpus = units, arms, corpus
-        self._device = device_of_rank(config.device, world)
-        self._answerers = Answerers(config, self._device)
+        self._device = device
+        self._answerers = Answerers(config, device)
         self._passages: Passages | None = None
         self.table: str | None = None
 

@@ -94,6 +94,7 @@ class Config(Flags):
     )
     threads: int | None = shared_flags.threads()
     exchange: Exchange = shared_flags.exchange()
+    rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()
 
     def check(self) -> None:
         if self.temperature != "auto" and not _is_positive(self.temperature):

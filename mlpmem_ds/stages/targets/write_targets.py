@@ -65,9 +65,7 @@ def run(config: Config, world: World) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        with open_stage_ranks(
-            config.output, config.exchange, world, stage=TargetsManifest.FORMAT, leftovers=[FOLDER]
-        ) as ranks:
+        with open_stage_ranks(config, world, stage=TargetsManifest.FORMAT, leftovers=[FOLDER]) as ranks:
             _run(config, world, ranks)
     except RanksLost as lost:
         if config.exchange != "files":  # the others of a launch by MPI or torch are ended too

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP
 from mlpmem_ds.stages.training.schedule import DECAY_SHARE, SCHEDULE_HELP, Schedule
 
@@ -91,6 +92,7 @@ class TrainingOptions(Flags):
         at_least=1,
         identity="none",
     )
+    rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()
     wandb_project: str | None = option("Weights & Biases project to log to as well", None, identity="none")
 
     def check(self) -> None:

@@ -81,7 +81,7 @@ def run(config: Config, world: World) -> None:
     steps = _steps(config, inputs)
 
     # From here on the ranks work together; nothing is written yet.
-    set_up_distributed(world)
+    set_up_distributed(world, rank_timeout_seconds=config.rank_timeout_seconds)
     if inputs.initial is not None:
         inputs = replace(inputs, initial_sha256=hash_initial_memory(inputs.initial, world))
     base = open_base(config, inputs, world)

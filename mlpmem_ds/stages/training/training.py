@@ -22,6 +22,7 @@ from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.deepspeed.config import zero_stage
 from mlpmem_ds.engines.deepspeed.engine import Engine, SavedState
+from mlpmem_ds.engines.deepspeed.process_group import watched_ranks
 from mlpmem_ds.engines.device_feed import DeviceFeed, streams_for
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.engines.processes import StopRequest, gather_values
@@ -124,7 +125,15 @@ class Training:
             self._copier = CheckpointCopier(options.copy_to, options.keep_checkpoints)
 
     def run(self) -> None:
-        """Train until the end, or until a stop that the same command continues."""
+        """Train until the end, or until a stop that the same command continues.
+
+        Raises:
+            RanksLost: another rank has ended or was cut off.
+        """
+        with watched_ranks(self._world):
+            self._run()
+
+    def _run(self) -> None:
         saved = self._resume()
         first, values = (0, {}) if saved is None else (saved.step, saved.values)
         self._batches.continue_from(values.get("reader"))

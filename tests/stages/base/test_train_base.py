@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed import process_group
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.stages.corpus import prepare_corpus
 
@@ -179,3 +180,11 @@ def test_without_a_tuning_split_the_last_weights_are_written(runs, single):
 )
 def test_wrong_inputs_leave_the_disk_untouched(runs, changes, said):
     runs.refuse(said, "wrong", **{"ds_config": 2, **changes})
+
+
+def test_ranks_that_do_not_know_where_to_meet_leave_the_disk_untouched(runs, monkeypatch):
+    """As mpirun starts them on several hosts."""
+    monkeypatch.setattr(process_group, "has_group", lambda: False)  # of another test in this process
+    for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    runs.refuse("set MASTER_ADDR", "nowhere", 2, World(rank=0, size=2))

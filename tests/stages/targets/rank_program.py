@@ -6,7 +6,7 @@ ranks that were not killed.
 """
 
 import atexit
-import functools
+import dataclasses
 import os
 import pickle
 import sys
@@ -15,7 +15,6 @@ from pathlib import Path
 from mlpmem_ds.core import files
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World, world_from_environment
-from mlpmem_ds.stages import stage_ranks
 from mlpmem_ds.stages.retrieval import list_owners
 from mlpmem_ds.stages.targets import units, write_targets
 
@@ -25,7 +24,7 @@ _POSITIONS_OF_ALL = 48
 
 def run(world: World, config: write_targets.Config, killed: int, call: int) -> int:
     list_owners._CALL_QUERIES = _POSITIONS_OF_ALL  # several calls a shard
-    stage_ranks.open_ranks = functools.partial(stage_ranks.open_ranks, timeout_seconds=TIMEOUT_SECONDS)
+    config = dataclasses.replace(config, rank_timeout_seconds=TIMEOUT_SECONDS)
     if world.rank == killed:
         original, count = units.ShardWriter._found, 0
 
