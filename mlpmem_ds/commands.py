@@ -79,6 +79,7 @@ import_datastore = Command(config="exchange.config:ImportConfig", run="exchange.
 export_datastore = Command(config="exchange.config:ExportConfig", run="exchange.export_datastore:run")
 plan = Command(config="planning.config:Config", run="planning.plan:run_as_table")
 view_report = Command(config="viewing.config:Config", run="viewing.view_report:run")
+mirror = Command(config="mirroring.config:Config", run="mirroring.mirror:run")
 inspect_run = Command(config="inspection.config:Config", run="inspection.inspect_run:run")
 
 
@@ -140,6 +141,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "bench": bench,
     "fit-scaling": fit_scaling,
     "fuzz-readers": fuzz_readers,
+    "mirror": mirror,
     "inspect-run": inspect_run,
     "view-report": view_report,
 }

@@ -95,6 +95,7 @@ TESTED_BY = {
     "benchmarks/scale/targets.py": "benchmarks/scale/test_scale.py",
     "benchmarks/target_fidelity.py": "benchmarks/test_targets.py",
     "commands.py": "test_commands.py",
+    "core/objects/locks.py": "core/objects/test_push.py",
     "core/shipped.py": "test_commands.py",
     "core/errors.py": "core/test_front_end.py",
     "engines/collectives/heartbeat.py": "engines/collectives/test_torch_group.py",

@@ -18,6 +18,7 @@ Read in this order:
 - `once.py`: what every rank needs at the start and one computes
 - `run_description.py`: identity.json and run.json; `manifest.py`, `file_lists.py`: what the next
   stage reads first; `verified_inputs.py`: the files it reads, compared once by one rank
+- `objects/`: directories of ours in an object store, and the cache of what is read from there
 - `hashing.py`: randomness as a pure function of its keys; `log.py`: progress and JSON lines;
   `ahead.py`: an iterator run ahead by a thread
 """

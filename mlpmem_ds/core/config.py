@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.objects.urls import named_url_of, url_of
 
 ConfigType = TypeVar("ConfigType", bound="Flags")
 Identity = Literal["own", "resolved", "none"]
@@ -89,6 +90,7 @@ def option(
     flag: str | None = None,
     choices: tuple[str, ...] = (),
     positional: bool = False,
+    by_url: bool = False,
 ) -> Any:
     """A field of a Config.
 
@@ -106,7 +108,9 @@ def option(
         flag: the flag's name without hyphens in front, where it is not the field's (`lambda` is a word of
             Python).
         choices: the words allowed, where the type does not list them.
-        positional: the value is given as a word of its own; the flag is accepted too. For a required field.
+        positional: the value is given as a word of its own; the flag is accepted too.
+        by_url: an input directory that may also be a URL, which is fetched before the command opens it
+            (core/objects/inputs.py); also in words NAME=URL.
     """
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {
@@ -118,6 +122,7 @@ def option(
         "flag": flag,
         "choices": choices,
         "positional": positional,
+        "by_url": by_url,
     }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -255,12 +260,16 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         return
     convert = field.metadata["parse"] or _CONVERTERS.get(base, base)
+    if base is Path and not field.metadata["by_url"]:
+        convert = _local_path
     if base in (int, float) and type(None) in typing.get_args(hint):
         convert = _number_or_none(convert)
     settings["type"] = convert
     settings["metavar"] = field.metadata["metavar"] or (None if choices else _metavar(base))
     if field.metadata["positional"]:
-        parser.add_argument(field.name, type=settings["type"], metavar=settings["metavar"], help=help_text)
+        names = {name: settings[name] for name in ("type", "metavar", "help")}
+        optional: dict[str, Any] = {} if required else {"nargs": "?", "default": field.default}
+        parser.add_argument(field.name, **names, **optional)
         return
     if is_tuple:
         settings["nargs"] = "+"
@@ -289,6 +298,14 @@ def _path(word: str) -> Path:
     if not str(path).startswith(_STREAMS) and _is_endless(path):
         raise argparse.ArgumentTypeError(f"{word!r} is a named pipe or a device: give a file or a directory")
     return path
+
+
+def _local_path(word: str) -> Path:
+    if url_of(word) is not None:
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is a URL, and this is a local path: tools/mirror.py copies directories to URLs"
+        )
+    return _path(word)
 
 
 def _is_endless(path: Path) -> bool:
@@ -343,6 +360,17 @@ def _read_hint(hint: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] |
 
 def _metavar(base: Any) -> str:
     return {int: "INT", float: "NUMBER", Path: "PATH"}.get(base, "TEXT")
+
+
+def has_urls(config: Flags) -> bool:
+    """Whether a flag that takes a URL has one."""
+    for field in dataclasses.fields(config):
+        if field.metadata.get("by_url"):
+            value = getattr(config, field.name)
+            words = value if isinstance(value, tuple) else (value,)
+            if any(named_url_of(word) for word in words if isinstance(word, str | Path)):
+                return True
+    return False
 
 
 def default_of(config_class: type[Flags], name: str) -> Any:

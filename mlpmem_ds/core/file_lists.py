@@ -127,7 +127,7 @@ class Files:
         return by_name
 
 
-def records_in(values: Mapping[str, Any], path: Path) -> list[FileRecord]:
+def records_in(values: Mapping[str, Any], path: Path | str) -> list[FileRecord]:
     """The records under `files` of a manifest or a list.
 
     Raises:

@@ -183,6 +183,17 @@ def read_sealed_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
     return _unsealed(path, value)
 
 
+def parse_sealed_json(content: bytes, where: str) -> dict[str, Any]:
+    """As `read_sealed_json`, of bytes that are not in a file; `where` they are from, for messages."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedDataError(f"{where} is not valid JSON ({error}){_REMEDY}") from error
+    if not isinstance(value, dict):
+        raise DamagedDataError(f"{where} is damaged: not a JSON object{_REMEDY}")
+    return _unsealed(where, value)
+
+
 def _parse(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     try:
         return json.loads(_content(path, max_bytes))
@@ -207,7 +218,7 @@ def _content(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def _unsealed(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+def _unsealed(path: Path | str, value: dict[str, Any]) -> dict[str, Any]:
     """The object without its seal, which must be right."""
     plain = {name: item for name, item in value.items() if name != SEAL}
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.caches import move_caches
-from mlpmem_ds.core.config import ConfigType, Flags, parse_config
+from mlpmem_ds.core.config import ConfigType, Flags, has_urls, parse_config
 from mlpmem_ds.core.errors import LOST_RANK, REFUSED, UserError
 from mlpmem_ds.core.faults import describe_fault, is_lost_rank, remedy_of
 from mlpmem_ds.core.log import forget_begun, log_end, set_up_logging
@@ -98,7 +98,8 @@ def run_front_end(
         set_up_logging(world, name=prog.replace(".py", ""))
         forget_begun()
         try:
-            text = run(config, world)
+            with _local_inputs(config) as local:
+                text = run(local, world)
         except UserError:
             output = getattr(config, "output", None)
             if world.size == 1 and isinstance(output, Path) and output.is_dir():
@@ -109,6 +110,18 @@ def run_front_end(
         return 0
 
     return guarded(act, prog=prog)
+
+
+@contextlib.contextmanager
+def _local_inputs(config: ConfigType) -> Iterator[ConfigType]:
+    """The Config with local directories where its flags name URLs."""
+    if not has_urls(config):
+        yield config
+        return
+    from mlpmem_ds.core.objects.inputs import opened_inputs
+
+    with opened_inputs(config, os.environ) as local:
+        yield local
 
 
 def guarded(act: Callable[[Run], int], *, prog: str) -> int:

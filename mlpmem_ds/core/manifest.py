@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import LISTS_KEY, Files, files_of
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
+from mlpmem_ds.core.objects.on_demand import ensure, is_fetched_on_demand
 from mlpmem_ds.core.typed_json import from_json, to_json
 
 _logger = logging.getLogger(__name__)
@@ -90,12 +91,15 @@ class CompleteStage(Generic[AnyManifest]):
         return self.files.num_bytes
 
     def path_of(self, name: str) -> Path:
-        """The path of a file that is about to be opened.
+        """The path of a file that is about to be opened; of a directory in the cache it is fetched now
+        (core/objects/on_demand.py). Ask again before it is opened again: it may have been dropped.
 
         Raises:
             DamagedDataError: it is missing, of another size, or not recorded.
         """
-        if fault := fault_of_file(self.root, self.record(name), checksum=False):
+        record = self.record(name)
+        ensure(self.root, record)
+        if fault := fault_of_file(self.root, record, checksum=False):
             raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
         return self.root / name
 
@@ -106,6 +110,7 @@ class CompleteStage(Generic[AnyManifest]):
             DamagedDataError: one has another, or is not recorded.
         """
         for record in self.files if names is None else map(self.record, names):
+            ensure(self.root, record)
             if fault := fault_of_file(self.root, record):
                 raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
 
@@ -210,7 +215,7 @@ def _read(
             "use the release that wrote it, or remake it"
         )
     files = files_of(manifest, root, version=version)
-    for record in files.sample() if has_files else ():
+    for record in files.sample() if has_files and not is_fetched_on_demand(root) else ():
         if fault := fault_of_file(root, record, checksum=False):
             raise DamagedDataError(f"{fault}: run the stage that made {root} again, {_REMEDY}")
     return manifest, sha256_of_file(path), files

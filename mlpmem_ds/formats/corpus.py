@@ -246,14 +246,10 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.manifest.token_dtype)
 
-    @property
+    @cached_property
     def token_files(self) -> list[str]:
         """Names of the files of its tokens, in the order of the stream."""
         return [f"{self.name}/tokens-{unit.unit}.bin" for unit in self._split.units if unit.tokens]
-
-    @cached_property
-    def _shards(self) -> list[Path]:
-        return [self.root / name for name in self.token_files]
 
     @cached_property
     def _shard_starts(self) -> np.ndarray:
@@ -262,9 +258,9 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64. Read, not memory-mapped: mapped pages would count as memory of this
         process."""
-        return self._read(self._shards, self.dtype, start, stop).astype(np.int64)
+        return self._read(self.token_files, self.dtype, start, stop).astype(np.int64)
 
-    def _read(self, shards: Sequence[Path], dtype: np.dtype[Any], start: int, stop: int) -> np.ndarray:
+    def _read(self, names: Sequence[str], dtype: np.dtype[Any], start: int, stop: int) -> np.ndarray:
         """What these files hold of the tokens [start, stop), one number a token."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are not in a stream of {self.num_tokens}")
@@ -273,11 +269,10 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         while at < stop:
             first, last = (int(edge) for edge in self._shard_starts[shard : shard + 2])
             count = min(stop, last) - at
-            part = np.fromfile(shards[shard], dtype, count, offset=(at - first) * dtype.itemsize)
+            path = self.path_of(names[shard])
+            part = np.fromfile(path, dtype, count, offset=(at - first) * dtype.itemsize)
             if len(part) != count:
-                raise DamagedDataError(
-                    f"{shards[shard]} is shorter than its manifest says: prepare the corpus again"
-                )
+                raise DamagedDataError(f"{path} is shorter than its manifest says: prepare the corpus again")
             tokens[at - start : at - start + count] = part
             at, shard = at + count, shard + 1
         return tokens
@@ -287,7 +282,7 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         """Whether answers alone count, as `is_answer` says."""
         return self.manifest.counts == "answers"
 
-    @property
+    @cached_property
     def answer_files(self) -> list[str]:
         """As `token_files`, of what says which tokens are answers; none where all count."""
         files = [f"{self.name}/answers-{unit.unit}.bin" for unit in self._split.units if unit.tokens]
@@ -297,7 +292,7 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         """bool: whether the tokens [start, stop) count: all, or those that are answers."""
         if not self.has_answers:
             return np.ones(stop - start, dtype=bool)
-        return self._read([self.root / name for name in self.answer_files], np.dtype(bool), start, stop)
+        return self._read(self.answer_files, np.dtype(bool), start, stop)
 
     def counted(self, start: int, stop: int) -> np.ndarray:
         """bool: whether the values of positions [start, stop) count."""

@@ -189,7 +189,7 @@ class Targets(CompleteStage[TargetsManifest]):
     def _samples_of(self, shard: TargetShard, start: int, stop: int) -> Iterator[tuple[int, SparseRows]]:
         """(first position, rows) of the samples of a shard that hold some of the positions [start, stop)."""
         index, order_V = self.index_of(shard), self.order_V
-        path = self.root / shard.name
+        path = self.path_of(shard.name)
         with open(path, "rb", buffering=0) as stream:
             first = bisect_right(index.samples, start, key=lambda sample: sample.first) - 1
             stop_sample = bisect_left(index.samples, stop, key=lambda sample: sample.first)

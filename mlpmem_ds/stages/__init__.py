@@ -10,7 +10,8 @@ In the order of the pipeline:
 - `evaluation`, `report`, `viewing`: evaluate, what it writes for people, view_report
 - `conversion`, `generation`, `questions`, `harness`: convert_checkpoint, generate, answer_questions,
   run_lm_eval
-- `exchange`, `planning`, `inspection`: import_datastore and export_datastore, plan, inspect_run
+- `exchange`, `planning`, `inspection`, `mirroring`: import_datastore and export_datastore, plan, inspect_run,
+  mirror
 - `retrieval`: neighbour search, for targets, audits and the kNN arms
 - `shared_flags.py`: flags that several commands have; `stage_ranks.py`: how a stage's ranks are connected
 """

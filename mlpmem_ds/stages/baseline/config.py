@@ -31,11 +31,12 @@ class Config(DecoderOptions):
     )
 
     kind: Kind = option("continued, lora or bigger, see above")
-    model: str = option("the base: a directory or Hub name", identity="none")
+    model: str = option("the base: a directory or Hub name", identity="none", by_url=True)
     match_memory: Path | None = option(
         "lora, bigger: spend as many parameters as this memory (output of launch/train.py, or export)",
         None,
         identity="none",
+        by_url=True,
     )
     match_parameters: int | None = option(
         "lora, bigger: spend so many parameters", None, at_least=1, identity="resolved"

@@ -25,8 +25,11 @@ class Config(Flags):
         "output directory of launch/train.py; where it has not finished, its newest whole checkpoint; several"
         " make a bank",
         (),
+        by_url=True,
     )
-    gate: Path | None = option("output directory of launch/fit_gate.py, which weighs these memories", None)
+    gate: Path | None = option(
+        "output directory of launch/fit_gate.py, which weighs these memories", None, by_url=True
+    )
     base_only_threshold: float | None = option(
         "leave a memory out where its weight is below this (default: never)", None, at_least=0, at_most=1
     )
@@ -38,6 +41,7 @@ class Config(Flags):
         " base",
         None,
         metavar="PATH",
+        by_url=True,
     )
     output: Path = option("directory to write")
     write: Literal["export", "memory"] = option(
@@ -49,14 +53,18 @@ class Config(Flags):
         "with --from-reference: the layer whose MLP input the memory reads", identity="own"
     )
     model: str | None = option(
-        "the base: a directory or Hub name (default: the one that the keys were extracted with)", None
+        "the base: a directory or Hub name (default: the one that the keys were extracted with)",
+        None,
+        by_url=True,
     )
     lmbda: float | None = shared_flags.lmbda(f"the report's choice, else {DEFAULT_LAMBDA}")
     report: Path | None = option(
-        "report of launch/evaluate.py: its λ, and its perplexities for the model card", None
+        "report of launch/evaluate.py: its λ, and its perplexities for the model card", None, by_url=True
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
-    tokenizer: str | None = option("directory or Hub name (default: the base's, else the corpus's)", None)
+    tokenizer: str | None = option(
+        "directory or Hub name (default: the base's, else the corpus's)", None, by_url=True
+    )
     corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
     max_shard_gigabytes: float = option("largest weights file, in GB", 5.0, above=0)
     attention: str = option(

@@ -59,7 +59,7 @@ class Config(Flags):
         "answers",
     )
     tokenizer: str = option(
-        "a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size"
+        "a tokenizer directory or Hub name, or train:VOCAB for a new byte-level BPE of that size", by_url=True
     )
     special_tokens: SpecialTokens = shared_flags.special_tokens()
     output: Path = option("corpus directory to write")

@@ -46,8 +46,8 @@ class Config(Flags):
     )
     memory_flags: ClassVar[tuple[str, ...]] = ("--batch-windows",)
 
-    model: str = option("base language model: a directory or Hub name", identity="none")
-    corpus: Path = option("corpus directory with the text to predict")
+    model: str = option("base language model: a directory or Hub name", identity="none", by_url=True)
+    corpus: Path = option("corpus directory with the text to predict", by_url=True)
     output: Path = option("report directory to write")
     memory: tuple[str, ...] = option(
         "trained memory: an output of launch/train.py, or an exported model or its Hub name; several, by"
@@ -55,6 +55,7 @@ class Config(Flags):
         (),
         identity="none",
         metavar="[NAME=]DIR",
+        by_url=True,
     )
     gate: tuple[str, ...] = option(
         "fitted gate, an output of launch/fit_gate.py: adds the arm base+memory+gate (of several memories"
@@ -62,23 +63,26 @@ class Config(Flags):
         (),
         identity="none",
         metavar="[NAME=]DIR",
+        by_url=True,
     )
-    keys: Path | None = option("key directory: adds the arm base+knn_exact", None)
-    index: Path | None = option("index of those keys: adds the arm base+knn_ivfpq", None)
+    keys: Path | None = option("key directory: adds the arm base+knn_exact", None, by_url=True)
+    index: Path | None = option("index of those keys: adds the arm base+knn_ivfpq", None, by_url=True)
     targets: Path | None = option(
-        "targets of those keys: their weighting and k are taken", None, identity="resolved"
+        "targets of those keys: their weighting and k are taken", None, identity="resolved", by_url=True
     )
     control: tuple[str, ...] = option(
         "further arms: base+NAME=a memory, NAME=a language model of its own",
         (),
         identity="none",
         metavar="NAME=DIR",
+        by_url=True,
     )
     ensemble: tuple[str, ...] = option(
         "further arms base+NAME: the base mixed with a second language model of its vocabulary",
         (),
         identity="none",
         metavar="NAME=DIR",
+        by_url=True,
     )
     exact: bool | None = option(
         "search all the keys as well; its cost grows with positions times keys (default: where it is no more"
@@ -112,6 +116,7 @@ class Config(Flags):
         " split: what the arms do to other text, such as text that the base is for",
         None,
         identity="none",
+        by_url=True,
     )
     bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
     bootstrap_block: int = option("positions in a block of the bootstrap", 256, at_least=1, identity="none")

@@ -31,7 +31,9 @@ class ImportConfig(Flags):
     key_layer: shared_flags.Layer = shared_flags.layer(
         "the layer whose MLP input the keys are", identity="own"
     )
-    keys: Path | None = option("without --datastore: the key directory whose rows the targets are of", None)
+    keys: Path | None = option(
+        "without --datastore: the key directory whose rows the targets are of", None, by_url=True
+    )
     k: int = option("for the record: neighbours of a target", 1024, at_least=1)
     temperature: float = option("for the record: of the targets, in squared key units", 16.0, above=0)
     block_size: int = option("positions of a sample and of a window", 1024, at_least=1)
@@ -65,8 +67,8 @@ class ExportConfig(Flags):
         "python tools/export_datastore.py --keys run/keys --targets run/targets --output run/arrow"
     )
 
-    keys: Path = option("key directory")
-    targets: Path | None = option("target directory of these keys", None)
+    keys: Path = option("key directory", by_url=True)
+    targets: Path | None = option("target directory of these keys", None, by_url=True)
     output: Path = option("directory to write")
     datastore: bool = option("write the datastore too", True)
 

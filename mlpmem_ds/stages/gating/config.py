@@ -28,15 +28,16 @@ class Config(Flags):
     )
     memory_flags: ClassVar[tuple[str, ...]] = ("--batch-windows",)
 
-    model: str = option("base language model: a directory or Hub name", identity="none")
+    model: str = option("base language model: a directory or Hub name", identity="none", by_url=True)
     memory: tuple[str, ...] = option(
         "trained memory: an output of launch/train.py, or an exported model or its Hub name; several make the"
         " gate of a bank, and get names of their own or of their directories",
         identity="none",
         metavar="[NAME=]DIR",
+        by_url=True,
     )
     corpus: tuple[str, ...] = option(
-        "corpus directories of the memories' domains", identity="none", metavar="DIR"
+        "corpus directories of the memories' domains", identity="none", metavar="DIR", by_url=True
     )
     general: tuple[str, ...] = option(
         "corpus directories of other text, on which the base shall stay as it is; without them the gate costs"
@@ -44,6 +45,7 @@ class Config(Flags):
         (),
         identity="none",
         metavar="DIR",
+        by_url=True,
     )
     output: Path = option("gate directory to write")
     kind: Literal["history", "confidences", "router"] = option(

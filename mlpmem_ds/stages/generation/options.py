@@ -13,17 +13,20 @@ from mlpmem_ds.core.errors import UserError
 class JointOptions(Flags):
     """An exported model, or a base and trained memories that are joined here."""
 
-    model: str = option("exported model, or with --memory the base: a directory or Hub name")
+    model: str = option("exported model, or with --memory the base: a directory or Hub name", by_url=True)
     memory: tuple[Path, ...] = option(
         "join these with the base, in the place of an export: output directories of launch/train.py; several"
         " make a bank",
         (),
+        by_url=True,
     )
     gate: Path | None = option(
-        "with --memory: output directory of launch/fit_gate.py, which weighs these memories", None
+        "with --memory: output directory of launch/fit_gate.py, which weighs these memories",
+        None,
+        by_url=True,
     )
     tokenizer: str | None = option(
-        "with --memory: directory or Hub name (default: the base's, else the corpus's)", None
+        "with --memory: directory or Hub name (default: the base's, else the corpus's)", None, by_url=True
     )
     base_only_threshold: float | None = option(
         "leave a memory out where its weight is below this (default: as the export says, else never)",

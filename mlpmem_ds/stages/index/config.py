@@ -17,7 +17,7 @@ class Config(Flags):
 
     example: ClassVar[str] = "mpirun -n 4 python tools/build_index.py --keys RUN/keys --output RUN/index"
 
-    keys: Path = option("key directory of extract_keys")
+    keys: Path = option("key directory of extract_keys", by_url=True)
     output: Path = option("index directory to write")
     factory: str = option(
         "faiss index factory that holds IVF, such as IVF1024,PQ64; without a code, as IVF1024, lists alone,"

@@ -29,14 +29,15 @@ class Config(Flags):
     )
     memory_flags: ClassVar[tuple[str, ...]] = ("--batch-windows",)
 
-    model: str = option("language model of the keys: a directory or Hub name", identity="none")
+    model: str = option("language model of the keys: a directory or Hub name", identity="none", by_url=True)
     input_model: str | None = option(
         "base of the memory, with the same tokenizer: gives its inputs and the log-probabilities"
         " (default: --model)",
         None,
         identity="none",
+        by_url=True,
     )
-    corpus: Path = option("corpus directory")
+    corpus: Path = option("corpus directory", by_url=True)
     output: Path = option("key directory to write")
     split: str = option("split of the corpus", "train")
     key_layer: shared_flags.Layer = shared_flags.layer("layer of the keys", identity="resolved")

@@ -29,7 +29,9 @@ class Config(Flags):
     )
 
     model: str = option(
-        "an exported model (arms base and base+memory), or a plain language model (arm base)", identity="none"
+        "an exported model (arms base and base+memory), or a plain language model (arm base)",
+        identity="none",
+        by_url=True,
     )
     questions: tuple[Path, ...] = option(
         "files of JSON lines: docs/questions.md has their layouts", identity="none"
@@ -37,11 +39,12 @@ class Config(Flags):
     output: Path = option("directory to write")
     lambdas: tuple[str, ...] = shared_flags.lambdas("of base+memory (default: the export's own gate)", ())
     control: tuple[str, ...] = option(
-        "further arms: NAME=a plain language model", (), identity="none", metavar="NAME=DIR"
+        "further arms: NAME=a plain language model", (), identity="none", metavar="NAME=DIR", by_url=True
     )
     passages: Path | None = option(
         "corpus: adds the arm base+rag, which reads passages of its train split (BM25) before a question",
         None,
+        by_url=True,
     )
     passage_tokens: int = option("tokens of a passage, at most", 128, at_least=8)
     num_passages: int = option("passages before a question", 5, at_least=1)

@@ -28,10 +28,10 @@ class Config(Flags):
     )
     memory_flags: ClassVar[tuple[str, ...]] = ("--batch-positions",)
 
-    keys: Path = option("key directory of extract_keys")
+    keys: Path = option("key directory of extract_keys", by_url=True)
     output: Path = option("target directory to write")
     index: Path | None = option(
-        "index directory of build_index over the same keys; not needed for exact search", None
+        "index directory of build_index over the same keys; not needed for exact search", None, by_url=True
     )
     k: int = option("neighbours of a position", 1024, at_least=1, at_most=_MAX_COUNTS)
     weighting: Kind = option(
@@ -59,7 +59,9 @@ class Config(Flags):
         "which neighbours a position may not have besides itself", "none"
     )
     exclude_window: int = option("positions on either side that are no neighbours", 0, at_least=0)
-    corpus: Path | None = option("corpus directory of the keys, for --exclude same-document", None)
+    corpus: Path | None = option(
+        "corpus directory of the keys, for --exclude same-document", None, by_url=True
+    )
     shard_positions: int | None = option(
         "positions in a shard file, a multiple of the corpus' block size (default: 131072; above 262 million"
         " positions the power of two that gives 1,000 shards or more, at most 1048576)",
@@ -91,6 +93,7 @@ class Config(Flags):
         "with --audit: key directory of extract_keys --codec raw of the same corpus and model, as the truth",
         None,
         identity="none",
+        by_url=True,
     )
     threads: int | None = shared_flags.threads()
     exchange: Exchange = shared_flags.exchange()

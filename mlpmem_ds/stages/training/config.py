@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.objects.urls import url_of
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, PRESETS
 from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP, TRAINED_ON_LEARNING_RATE
 from mlpmem_ds.stages.training.options import TrainingOptions
@@ -40,13 +41,14 @@ class Config(TrainingOptions):
         None,
         above=0,
     )
-    targets: Path | None = option("target directory; may be left out with --alpha 0", None)
-    keys: Path | None = option("key directory (default: `keys` next to --targets)", None)
+    targets: Path | None = option("target directory; may be left out with --alpha 0", None, by_url=True)
+    keys: Path | None = option("key directory (default: `keys` next to --targets)", None, by_url=True)
     model: str | None = option(
         "base, a directory or Hub name: for --start or --head base, for keys that store no inputs, and for"
         " validation on the corpus's tuning split",
         None,
         identity="none",
+        by_url=True,
     )
     base_sharding: Literal["none", "zero3"] = option(
         "the base next to the training (keys without inputs, validation): whole on each rank, or cut over the"
@@ -122,6 +124,7 @@ class Config(TrainingOptions):
         "memory whose weights and shape this training starts from: an output of launch/train.py, its"
         " weights/, or an export or its Hub name",
         None,
+        by_url=True,
     )
     batch_positions: int = option("positions in a step, over all ranks", 2048, at_least=1)
     micro_batch_positions: int = option(
@@ -177,9 +180,14 @@ class Config(TrainingOptions):
 
     @classmethod
     def dependent_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        found: dict[str, Any] = {}
         if values["recipe"] is not None:
-            return RECIPES[values["recipe"]].flags
-        return {"alpha": None, "ce_through": None} if values["objective"] == "auto" else {}
+            found |= RECIPES[values["recipe"]].flags
+        elif values["objective"] == "auto":
+            found |= {"alpha": None, "ce_through": None}
+        if values["targets"] is not None and url_of(values["targets"]):
+            found["keys"] = values["targets"].parent / "keys"  # next to them is in the store
+        return found
 
     def check(self) -> None:
         super().check()

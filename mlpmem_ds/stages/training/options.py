@@ -23,7 +23,9 @@ class TrainingOptions(Flags):
     """How a training runs, of a memory or of a base."""
 
     ds_config: Path = option("DeepSpeed configuration, one of ds_configs/", identity="resolved")
-    corpus: Path = option("corpus directory: its train split is learnt, its tuning split is validated on")
+    corpus: Path = option(
+        "corpus directory: its train split is learnt, its tuning split is validated on", by_url=True
+    )
     output: Path = option("directory to write")
     epochs: float = option("passes over the train split", 5.0, above=0)
     learning_rate: float | None = option(

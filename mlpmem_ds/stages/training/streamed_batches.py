@@ -33,6 +33,7 @@ from mlpmem_ds.core.ahead import run_ahead, timed
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.hashing import hash_fraction, shuffled
+from mlpmem_ds.core.objects.on_demand import ensure
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import webdataset_stream
 from mlpmem_ds.engines.processes import gather_values
@@ -274,6 +275,8 @@ class StreamedBatches:
         epoch, number = self._sequence.at(left.number)
         shard, targets = self._targets.manifest.shards[number], self._targets
         record = targets.record(shard.name)
+        if self._settings.place == str(targets.root):
+            ensure(targets.root, record)
         source = webdataset_stream.Shard(
             url=webdataset_stream.url_of(self._settings.place, shard.name),
             num_bytes=record.bytes,

@@ -1,0 +1,325 @@
+"""What is read from URLs, on a local disk, up to a size.
+
+    CACHE/<listing>/<name>/        a directory as the mirror has it; <listing>: of its `.mirror/files.json`
+    CACHE/<listing>/source.json    {url, patterns, num_files, num_bytes, reserved}; its time is the last use
+    CACHE/<listing>/.use-*.claim   one of each process that uses it, for as long as it lives
+    CACHE/.room.claim              of the process that is making room
+
+Where room is needed, what was used longest ago goes first: directories that no live process uses, and of
+those in use the files that are fetched on demand and were not read for ten minutes (they are fetched again
+if they are). A file that a process has open stays readable for it in any case. Two URLs of the same content
+share one directory; a mirror that was pushed anew is another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpmem_ds.core.claims import ClaimWatch, claim, is_held
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import (
+    FileRecord,
+    fault_of_file,
+    publish_json,
+    read_sealed_json,
+    require_free_bytes,
+    size_in_words,
+)
+from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.objects import on_demand
+from mlpmem_ds.core.objects.fetch import fetch_file, fetch_files, partial_path
+from mlpmem_ds.core.objects.listing import Listing, require_listing
+from mlpmem_ds.core.objects.locks import PathLocks
+from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.objects.urls import name_of_url
+from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.core.waiting import Patience
+
+_logger = logging.getLogger(__name__)
+
+PLACE, SIZE = "MLPMEM_CACHE", "MLPMEM_CACHE_BYTES"
+"""variables of the environment: its directory, and how many bytes it may hold"""
+_DEFAULT_BYTES = 100_000_000_000
+_SECONDS_IN_USE = 600.0
+"""a file that was opened since then is in use"""
+_SECONDS_BETWEEN_MARKS = 60.0
+_SOURCE = "source.json"
+_IDENTITY = "identity.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a directory of the cache is from. `reserved` bytes that its first fetch takes."""
+
+    url: str
+    name: str
+    patterns: tuple[str, ...]
+    num_files: int
+    num_bytes: int
+    reserved: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A directory of the cache as it is now. `used` in seconds of the clock."""
+
+    home: Path
+    source: Source
+    num_bytes: int
+    used: float
+    is_in_use: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Droppable:
+    used: float
+    num_bytes: int
+    path: Path
+
+
+_locks = PathLocks()
+_used_here: defaultdict[Path, int] = defaultdict(int)  # directory → how often this process has it open
+
+
+class Cache:
+    """A directory on a local disk that holds at most `max_bytes` of what was fetched."""
+
+    def __init__(self, root: Path, max_bytes: int) -> None:
+        self.root, self.max_bytes = root, max_bytes
+        self._marked: dict[Path, float] = {}
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Cache:
+        """
+        Raises:
+            UserError: the size is no number.
+        """
+        place = environment.get(PLACE)
+        caches = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        size = environment.get(SIZE) or str(_DEFAULT_BYTES)
+        try:
+            max_bytes = int(float(size))
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{SIZE}={size} is no number of bytes, such as 500e9") from error
+        root = Path(place) if place else Path(caches, "mlpmem-ds")
+        return cls(root.absolute(), max_bytes)
+
+    def open(self, url: str, held: contextlib.ExitStack, *, flag: str) -> Path:
+        """The directory of a URL, as a local one: complete, but for what is fetched when it is read.
+
+        Args:
+            url: of a whole mirror.
+            held: until it is closed the directory is in use.
+            flag: how the user named it, for messages.
+
+        Raises:
+            UserError: no whole mirror, the store's refusal, or more bytes than the cache may hold.
+            DamagedDataError: an object is not what the mirror's list says.
+        """
+        store = Store(url)
+        listing = require_listing(store, flag=flag)
+        home = self.root / listing.sha256[:16]
+        root = home / (name_of_url(url) or store.scheme)
+        with self._one_at_a_time(self.root / ".room.claim"):
+            held.enter_context(_use(home))
+        start = time.monotonic()
+        with self._one_at_a_time(home / ".fetch.claim"):
+            source, fetched = self._fill(store, listing, home, root)
+        if fetched:
+            rest = "" if not source.patterns else "; the rest when it is read"
+            _logger.info(
+                "%s %s: %s in %.1f s to %s%s",
+                flag,
+                url,
+                size_in_words(fetched),
+                time.monotonic() - start,
+                root,
+                rest,
+            )
+        if source.patterns:
+            on_demand.register(root, lambda record: self._ensure(store, record, root, source.patterns))
+            held.callback(on_demand.forget, root)
+        return root
+
+    def _fill(self, store: Store, listing: Listing, home: Path, root: Path) -> tuple[Source, int]:
+        """Fetch what is missing of a directory; where it is from, and the bytes that were fetched."""
+        identity = listing.find(_IDENTITY)
+        if identity is not None:
+            fetch_files(store, [identity], root)
+        patterns = on_demand.PATTERNS.get(_format_of(root), ())
+        records = [record for record in listing.files if not on_demand.is_on_demand(record.name, patterns)]
+        missing = [record for record in records if fault_of_file(root, record, checksum=False)]
+        source = Source(
+            url=store.url,
+            name=root.name,
+            patterns=patterns,
+            num_files=len(listing.files),
+            num_bytes=listing.num_bytes,
+            reserved=sum(record.bytes for record in records),
+        )
+        needed = sum(record.bytes for record in missing)
+        with self._room_for(needed, what=store.url):
+            publish_json(home / _SOURCE, to_json(source), seal=True)
+        fetch_files(store, missing, root)
+        return source, needed
+
+    def _ensure(self, store: Store, record: FileRecord, root: Path, patterns: tuple[str, ...]) -> None:
+        """Fetch a file on demand, or note that it was used."""
+        if not on_demand.is_on_demand(record.name, patterns):
+            return
+        path = root / record.name
+        if not fault_of_file(root, record, checksum=False):
+            now = time.monotonic()
+            if now - self._marked.get(path, float("-inf")) > _SECONDS_BETWEEN_MARKS:
+                self._marked[path] = now
+                with contextlib.suppress(OSError):
+                    os.utime(path, (time.time(), path.stat().st_mtime))
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._one_at_a_time(path.with_name(f".{path.name}.claim")):
+            if fault_of_file(root, record, checksum=False):
+                with self._room_for(record.bytes, what=f"{store.url}/{record.name}"):
+                    partial_path(path, record).touch()  # its name reserves the room
+                fetch_file(store, record, root)
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self, path: Path) -> Iterator[None]:
+        """This thread alone, of all threads and processes of the machine, as far as claims go."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        watch, patience = ClaimWatch(), Patience()
+        with _locks.of(path):
+            while True:
+                with claim(path, watch=watch) as is_mine:
+                    if is_mine:
+                        yield
+                        return
+                patience.log("waiting for another process at %s", path)
+                time.sleep(min(patience.pause_seconds, 1.0))
+
+    @contextlib.contextmanager
+    def _room_for(self, needed: int, *, what: str) -> Iterator[None]:
+        """Drop what was used longest ago until so many bytes fit; what is reserved inside counts for others.
+
+        Raises:
+            UserError: they do not fit next to what is in use.
+        """
+        if needed == 0:
+            yield
+            return
+        with self._one_at_a_time(self.root / ".room.claim"):
+            held = self.contents()
+            total = sum(each.num_bytes for each in held)
+            for candidate in self._droppable(held) if total + needed > self.max_bytes else ():
+                _logger.info("dropping %s from the cache", candidate.path.relative_to(self.root))
+                _remove(candidate.path)
+                total -= candidate.num_bytes
+                if total + needed <= self.max_bytes:
+                    break
+            if total + needed > self.max_bytes:
+                raise UserError(
+                    f"{what} needs {size_in_words(needed)} in the cache {self.root}, which may hold"
+                    f" {size_in_words(self.max_bytes)} and has {size_in_words(total)} in use: set {SIZE}"
+                    f" higher, or {PLACE} to a larger disk"
+                )
+            require_free_bytes(self.root, needed, what=what, remedy=f"free some space, or set {PLACE}")
+            yield
+
+    def _droppable(self, held: list[Held]) -> list[_Droppable]:
+        """What may be dropped, in the order in which it is."""
+        found = [
+            _Droppable(used=each.used, num_bytes=each.num_bytes, path=each.home)
+            for each in held
+            if not each.is_in_use
+        ]
+        now = time.time()
+        for each in held:
+            root = each.home / each.source.name
+            for path in _files_below(root) if each.is_in_use and each.source.patterns else ():
+                name = path.relative_to(root).as_posix()
+                state = path.stat()
+                is_idle = now - max(state.st_atime, state.st_mtime) > _SECONDS_IN_USE
+                if is_idle and on_demand.is_on_demand(name, each.source.patterns):
+                    found.append(_Droppable(used=state.st_atime, num_bytes=state.st_size, path=path))
+        return sorted(found, key=lambda candidate: candidate.used)
+
+    def contents(self) -> list[Held]:
+        """What the cache holds, the latest use first."""
+        found = []
+        for home in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            if home.is_dir() and (source := _source_of(home)) is not None:
+                num_bytes = sum(map(_bytes_of, _files_below(home)))
+                found.append(
+                    Held(
+                        home=home,
+                        source=source,
+                        num_bytes=max(num_bytes, source.reserved),
+                        used=(home / _SOURCE).stat().st_mtime,
+                        is_in_use=_is_in_use(home),
+                    )
+                )
+        return sorted(found, key=lambda each: -each.used)
+
+
+@contextlib.contextmanager
+def _use(home: Path) -> Iterator[None]:
+    """Let a directory of the cache be in use, by this process."""
+    home.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(home / _SOURCE)
+    _used_here[home] += 1
+    try:
+        if _used_here[home] > 1:
+            yield
+            return
+        with claim(home / f".use-{host_name()}-{os.getpid()}.claim"):
+            yield
+    finally:
+        _used_here[home] -= 1
+
+
+def _is_in_use(home: Path) -> bool:
+    return _used_here[home] > 0 or any(map(is_held, home.glob(".use-*.claim")))
+
+
+def _source_of(home: Path) -> Source | None:
+    path = home / _SOURCE
+    try:
+        return from_json(Source, read_sealed_json(path), where=str(path), version=1)
+    except DamagedDataError:  # another program's, or one that is being filled
+        return None
+
+
+def _format_of(root: Path) -> str:
+    path = root / _IDENTITY
+    return str(read_sealed_json(path).get("format")).removeprefix("mlpmem-") if path.is_file() else ""
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(root):
+        yield from (Path(folder, name) for name in names)
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file that is being fetched those that it will have."""
+    if path.suffix == ".partial" and (size := path.name.split(".")[-2]).isdigit():
+        return int(size)
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        (path / _SOURCE).unlink(missing_ok=True)  # first: what is left of it is not believed
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""Files from a URL: in parts, compared with their checksums as they arrive, continued where they were.
+
+A file is written as `.<name>.<checksum>.<bytes>.partial` until it is whole, so that what was fetched before
+an interruption is not fetched again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import FileRecord, fault_of_file, flush
+from mlpmem_ds.core.objects.listing import LAST_FILES, Listing, require_listing
+from mlpmem_ds.core.objects.parts import PART_BYTES, in_order
+from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.objects.urls import join_url
+
+THREADS = 8
+_PARTS_AHEAD = 3
+_HASH_BYTES = 1 << 20
+_REMEDY = "push the directory again with tools/mirror.py, or check what else writes there"
+
+
+def fetch_file(store: Store, record: FileRecord, root: Path) -> None:
+    """An object as the file of its name below `root`, which appears when its checksum is right.
+
+    Raises:
+        DamagedDataError: the object is missing, of another size, or has another checksum; the file that was
+            begun is removed.
+    """
+    path = root / record.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path, record)
+    where = join_url(store.url, record.name)
+    partial.touch()
+    with open(partial, "r+b") as stream:
+        digest = hashlib.sha256()
+        for part in _parts_of(store, record, _hash_whole_parts(stream, digest)):
+            if part is None:
+                partial.unlink(missing_ok=True)
+                raise DamagedDataError(f"{where} is missing, and the mirror's list names it: {_REMEDY}")
+            digest.update(part)
+            stream.write(part)
+        num_bytes = stream.tell()
+        stream.truncate()
+    if num_bytes != record.bytes:
+        partial.unlink(missing_ok=True)
+        raise DamagedDataError(
+            f"{where} is cut short or changed: {num_bytes:,} bytes of {record.bytes:,}; {_REMEDY}"
+        )
+    if digest.hexdigest() != record.sha256:
+        partial.unlink(missing_ok=True)
+        raise DamagedDataError(f"{where} does not have the checksum of the mirror's list: {_REMEDY}")
+    flush(partial)
+    os.replace(partial, path)
+
+
+def partial_path(path: Path, record: FileRecord) -> Path:
+    """Of a file that is being fetched: the name says how large it will be."""
+    return path.with_name(f".{path.name}.{record.sha256[:12]}.{record.bytes}.partial")
+
+
+def _hash_whole_parts(stream: BinaryIO, digest: Any) -> int:
+    """Hash the whole parts that an earlier fetch has left, and stand behind them; their bytes."""
+    start = os.fstat(stream.fileno()).st_size // PART_BYTES * PART_BYTES
+    while stream.tell() < start:
+        digest.update(stream.read(min(_HASH_BYTES, start - stream.tell())))
+    return start
+
+
+def _parts_of(store: Store, record: FileRecord, start: int) -> Iterator[bytes | None]:
+    """The bytes of an object from `start` on; None where there is no object."""
+    starts = range(start, record.bytes, PART_BYTES)
+
+    def read(first: int) -> bytes | None:
+        return store.read_range(record.name, first, min(first + PART_BYTES, record.bytes))
+
+    if len(starts) == 1 and start == 0:
+        yield store.read(record.name)  # whole, so that one that has grown is seen
+        return
+    if not starts:
+        return
+    with ThreadPoolExecutor(_PARTS_AHEAD + 1) as pool:
+        yield from in_order(pool, read, starts, ahead=_PARTS_AHEAD)
+
+
+def fetch_files(
+    store: Store,
+    records: Iterable[FileRecord],
+    root: Path,
+    *,
+    threads: int = THREADS,
+    done: Callable[[FileRecord], None] = lambda _: None,
+) -> None:
+    """Several files at once; those that are there with their size are taken as they are."""
+
+    def fetch(record: FileRecord) -> FileRecord:
+        if fault_of_file(root, record, checksum=False):
+            fetch_file(store, record, root)
+        return record
+
+    with ThreadPoolExecutor(threads) as pool:
+        for record in in_order(pool, fetch, records, ahead=2 * threads):
+            done(record)
+
+
+def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> Listing:
+    """A whole mirror as a local directory, which is complete at the end and not before.
+
+    Files that are there are compared with their checksums, and fetched where they differ.
+
+    Raises:
+        UserError: no whole mirror, too little space, or the directory is another one.
+        DamagedDataError: an object is not what the list says; its name is in the message.
+    """
+    listing = require_listing(store, flag=flag)
+    _refuse_other(root, store, listing)
+    root.mkdir(parents=True, exist_ok=True)
+    missing: list[FileRecord] = []
+    with ThreadPoolExecutor(threads) as pool:
+        faults = in_order(
+            pool, lambda record: (record, fault_of_file(root, record)), listing.files, ahead=2 * threads
+        )
+        missing = [record for record, fault in faults if fault is not None]
+    needed = sum(record.bytes for record in missing)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(f"{store.url} needs {needed:,} bytes, and {root} has {free:,} free: free some space")
+    last = [record for record in missing if record.name in LAST_FILES]
+    for record in (*last, *missing):  # the last first: not complete meanwhile
+        (root / record.name).unlink(missing_ok=True)
+    fetch_files(store, (record for record in missing if record.name not in LAST_FILES), root, threads=threads)
+    for folder in {(root / record.name).parent for record in missing}:
+        flush(folder)
+    for record in last:
+        fetch_file(store, record, root)
+    flush(root)
+    return listing
+
+
+def _refuse_other(root: Path, store: Store, listing: Listing) -> None:
+    """Nothing is written into a directory of something else."""
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise UserError(f"{root} is a file: give a directory for what {store.url} holds")
+    names = {record.name.partition("/")[0] for record in listing.files}
+    foreign = [
+        path.name for path in root.iterdir() if not path.name.startswith(".") and path.name not in names
+    ]
+    identity = listing.find("identity.json")
+    differs = identity is not None and (root / identity.name).is_file() and fault_of_file(root, identity)
+    if foreign or differs:
+        reason = f"holds {sorted(foreign)[0]}" if foreign else "is of another run"
+        raise UserError(f"{root} {reason}, which {store.url} does not have: give another directory")

@@ -1,0 +1,50 @@
+"""Files of directories in the cache that are fetched when they are first read, and not before.
+
+Those of which a rank reads a part: token shards and target shards. Who is about to open a file of a stage
+asks `CompleteStage.path_of` (core/manifest.py), which asks here; for any other directory that is one look at
+a dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+
+from mlpmem_ds.core.files import FileRecord
+
+PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "corpus": ("*/tokens-*.bin", "*/answers-*.bin"),
+        "targets": ("knn-*.tar*", "*/knn-*.tar*"),
+    }
+)
+"""format → names of its files that are fetched on demand; their readers go through `path_of`"""
+
+_FETCHERS: dict[Path, Callable[[FileRecord], None]] = {}
+
+
+def is_on_demand(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def register(root: Path, fetch: Callable[[FileRecord], None]) -> None:
+    """From now on `fetch` is called before a file below `root` is opened."""
+    _FETCHERS[root] = fetch
+
+
+def forget(root: Path) -> None:
+    _FETCHERS.pop(root, None)
+
+
+def is_fetched_on_demand(root: Path) -> bool:
+    """Whether files of this directory may be missing until they are read."""
+    return root in _FETCHERS
+
+
+def ensure(root: Path, record: FileRecord) -> None:
+    """Fetch a file that is not there yet; raises as `fetch.fetch_file`."""
+    fetch = _FETCHERS.get(root)
+    if fetch is not None:
+        fetch(record)

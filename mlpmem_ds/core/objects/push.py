@@ -1,0 +1,208 @@
+"""A directory to a URL: its files, then what makes it complete, then the list of all (`listing.py`).
+
+Finished units of a stage that is still at work are sent behind it: a unit's files and then its record, as the
+stage itself publishes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import FileRecord, record_file, size_in_words
+from mlpmem_ds.core.objects.contents import LocalDirectory, is_for_people
+from mlpmem_ds.core.objects.journal import Journal
+from mlpmem_ds.core.objects.listing import (
+    LAST_FILES,
+    Listing,
+    begin,
+    publish_listing,
+    read_listing,
+    require_same,
+    withdraw,
+)
+from mlpmem_ds.core.objects.parts import in_order, send_file
+from mlpmem_ds.core.objects.store import Store
+
+_logger = logging.getLogger(__name__)
+THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What a push did; `is_whole`: the mirror has all of a complete directory."""
+
+    num_files: int
+    num_bytes: int
+    seconds: float
+    is_whole: bool
+
+
+class Push:
+    """A directory and its mirror. `send` may be called again and again while a stage is at work.
+
+    Args:
+        directory: to mirror.
+        store: where.
+        threads: that send at once.
+        replace: take away what another directory has there.
+
+    Raises:
+        UserError: the URL is another directory's mirror, or holds other bytes.
+    """
+
+    def __init__(
+        self, directory: LocalDirectory, store: Store, *, threads: int = THREADS, replace: bool = False
+    ) -> None:
+        self._directory, self._store, self._threads = directory, store, threads
+        self._of = directory.of()
+        self._journal = Journal(directory.root, store.url)
+        self._count = threading.Lock()
+        self._num_files = self._num_bytes = 0
+        self._names: list[str] = []
+        self._former: Listing | None = None
+        try:
+            self._former = self._open()
+        except UserError:
+            if not replace:
+                raise
+            _logger.warning("%s: taking away what it says that it holds", store.url)
+            withdraw(store)
+            begin(store, self._of, name=str(directory.root))
+        if self._former is None:
+            self._journal.read(store.sizes())
+
+    def _open(self) -> Listing | None:
+        """The mirror of this very directory, if it is whole; of none a new one is begun."""
+        listing = read_listing(self._store)
+        if listing is None:
+            begin(self._store, self._of, name=str(self._directory.root))
+            return None
+        require_same(self._store, listing.of, self._of, name=str(self._directory.root))
+        self._refuse_other_bytes(listing)
+        return listing
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the mirror has all of a complete directory."""
+        return self._former is not None and self._directory.is_complete
+
+    def _refuse_other_bytes(self, listing: Listing) -> None:
+        own = self._directory.recorded()
+        for record in listing.files:
+            if record.name in own and own[record.name] != record:
+                raise UserError(
+                    f"{self._store.url} holds another {record.name} than {self._directory.root} ("
+                    f"{record.sha256[:12]} and {own[record.name].sha256[:12]}), of the same flags and inputs:"
+                    " choose another URL, or --replace what is there"
+                )
+
+    def send(self) -> Pushed:
+        """Send all that is final and not there yet; of a complete directory then the list, after which the
+        mirror is whole."""
+        start, self._num_files, self._num_bytes = time.monotonic(), 0, 0
+        is_complete = self._directory.is_complete
+        if self._former is not None:  # nothing is changed below a list that says what is there
+            self._refuse_other_bytes(self._former)
+        else:
+            with ThreadPoolExecutor(self._threads) as pool:
+                self._send_all(pool, self._in_units())
+                self._send_all(pool, self._records_of_units())
+                if is_complete:
+                    self._names = self._directory.names()
+                    self._send_all(pool, self._others())
+            if is_complete:
+                self._complete()
+        return Pushed(
+            num_files=self._num_files,
+            num_bytes=self._num_bytes,
+            seconds=time.monotonic() - start,
+            is_whole=self.is_whole,
+        )
+
+    def _in_units(self) -> Iterator[tuple[str, FileRecord | None]]:
+        for unit in self._directory.units():
+            yield from ((record.name, record) for record in unit.files if not self._journal.has(record))
+
+    def _records_of_units(self) -> Iterator[tuple[str, FileRecord | None]]:
+        """Of the units whose files are all there."""
+        for unit in self._directory.units():
+            if all(map(self._journal.has, unit.files)):
+                yield from self._changed(unit.record_path.relative_to(self._directory.root).as_posix())
+
+    def _others(self) -> Iterator[tuple[str, FileRecord | None]]:
+        """What no unit names, but for the last files."""
+        own = self._directory.recorded()
+        for name in self._names:
+            if name in LAST_FILES:
+                continue
+            if name in own:
+                yield from ((name, record) for record in [own[name]] if not self._journal.has(record))
+            else:
+                yield from self._changed(name)
+
+    def _changed(self, name: str) -> Iterator[tuple[str, FileRecord | None]]:
+        """The file, unless it is there as it is now."""
+        record = record_file(self._directory.root, name)
+        if not self._journal.has(record):
+            # A log may grow while it is sent.
+            yield name, None if is_for_people(name) else record
+
+    def _send_all(self, pool: ThreadPoolExecutor, files: Iterable[tuple[str, FileRecord | None]]) -> None:
+        for _ in in_order(pool, self._send_one, files, ahead=2 * self._threads):
+            pass
+
+    def _send_one(self, file: tuple[str, FileRecord | None]) -> None:
+        name, expected = file
+        record = send_file(self._store, name, self._directory.root / name, expected)
+        self._journal.note(record)
+        with self._count:
+            self._num_files += 1
+            self._num_bytes += record.bytes
+
+    def _complete(self) -> None:
+        """The last files and the list, once the store has all the others."""
+        sizes = self._store.sizes()
+        sent = {record.name: record for record in self._journal.records}
+        own = self._directory.recorded()
+        for name in self._names:
+            record = sent.get(name)
+            if name in LAST_FILES:
+                continue
+            if record is None or sizes.get(name) != record.bytes or own.get(name, record) != record:
+                raise UserError(
+                    f"{self._store.url}/{name} is missing, or not what was sent: does another program write"
+                    " there? The same command sends it again"
+                )
+        for name in (name for name in self._names if name in LAST_FILES):
+            self._send_one((name, None))
+        records = {record.name: record for record in self._journal.records}
+        publish_listing(self._store, self._of, [records[name] for name in self._names])
+        self._journal.remove()
+        self._former = read_listing(self._store)
+
+
+def push(
+    directory: LocalDirectory,
+    store: Store,
+    *,
+    threads: int = THREADS,
+    replace: bool = False,
+    say: Callable[[str], None] = _logger.info,
+) -> Pushed:
+    """Send a directory as far as it is finished. See `Push`."""
+    begun = Push(directory, store, threads=threads, replace=replace)
+    if begun.is_whole:
+        say(f"{store.url} is there already, whole")
+    pushed = begun.send()
+    if pushed.num_files:
+        say(
+            f"{store.url}: sent {pushed.num_files:,} files, {size_in_words(pushed.num_bytes)} in"
+            f" {pushed.seconds:.1f} s"
+        )
+    return pushed

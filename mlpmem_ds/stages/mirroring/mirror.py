@@ -1,0 +1,178 @@
+"""Bring directories of a run to an object store and back. core/objects/ is what does it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import size_in_words
+from mlpmem_ds.core.objects.cache import Cache
+from mlpmem_ds.core.objects.contents import LocalDirectory, directories_in
+from mlpmem_ds.core.objects.fetch import pull
+from mlpmem_ds.core.objects.listing import BEGUN, FILES
+from mlpmem_ds.core.objects.push import Push, Pushed
+from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.objects.urls import join_url
+from mlpmem_ds.core.objects.verify import verify
+from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.mirroring.config import Config
+
+_logger = logging.getLogger(__name__)
+
+
+def run(config: Config, world: World) -> str | None:
+    """See `Config`; the text for the terminal. Of several ranks one works.
+
+    Raises:
+        UserError: with the URL and the remedy.
+        DamagedDataError: an object or a file is not what its record says; its name is in the message.
+    """
+    if not world.is_first:
+        return None
+    if config.source is None:
+        return _cache_in_words(Cache.from_environment(os.environ))
+    if config.from_url is None:
+        assert config.to_url is not None
+        return _send(config, Path(config.source), config.to_url)
+    if config.target is None:
+        return _verify(config.from_url, config.threads)
+    return _fetch(config.from_url, Path(config.target), config)
+
+
+def _send(config: Config, source: Path, url: str) -> str:
+    if config.watch:
+        lines = _watch(config, source, url)
+    else:
+        directories = directories_in(source, checkpoints=config.checkpoints)
+        _name_left_out(source, directories)
+        lines = [_send_one(config, directory, join_url(url, directory.name)) for directory in directories]
+    return "\n".join([*lines, *([_verify(url, config.threads)] if config.verify else [])])
+
+
+def _send_one(config: Config, directory: LocalDirectory, url: str) -> str:
+    push = Push(directory, Store(url), threads=config.threads, replace=config.replace)
+    return _in_words(url, push.send())
+
+
+def _in_words(url: str, pushed: Pushed) -> str:
+    rate = pushed.num_bytes / max(pushed.seconds, 1e-9) / 1e6
+    sent = (
+        f"sent {pushed.num_files:,} files, {size_in_words(pushed.num_bytes)} in {pushed.seconds:.1f} s"
+        f" ({rate:,.0f} MB/s)"
+        if pushed.num_files
+        else "nothing to send"
+    )
+    return f"{url}: {sent}; {'whole' if pushed.is_whole else 'not whole yet: its stage is not complete'}"
+
+
+def _watch(config: Config, source: Path, url: str) -> list[str]:
+    """Send what is finished again and again; the lines for the terminal, once all is there.
+
+    A store that cannot be reached is an error at the first look, and a warning later on.
+    """
+    pushes: dict[str, Push] = {}
+    is_first = True
+    while True:
+        states: dict[str, Pushed] = {}
+        directories = directories_in(source, checkpoints=config.checkpoints) if source.is_dir() else []
+        for directory in directories:
+            if directory.kind == "plain":
+                continue  # an empty run
+            place = join_url(url, directory.name)
+            try:
+                if directory.name not in pushes:
+                    pushes[directory.name] = Push(
+                        directory, Store(place), threads=config.threads, replace=config.replace
+                    )
+                pushed = pushes[directory.name].send()
+            except UserError as error:
+                if is_first or isinstance(error, DamagedDataError):
+                    raise
+                _logger.warning("%s", error)
+                continue
+            states[place] = pushed
+            if pushed.num_files:
+                _logger.info("%s", _in_words(place, pushed))
+        is_first = False
+        if set(states) == {url} and states[url].is_whole:
+            return [_in_words(url, states[url])]
+        time.sleep(config.watch_seconds)
+
+
+def _name_left_out(source: Path, directories: list[LocalDirectory]) -> None:
+    """Directories of a run that hold nothing of ours are not sent with it."""
+    if directories[0].name == "":
+        return
+    sent = {directory.name.partition("/")[0] for directory in directories}
+    others = [path.name for path in sorted(source.iterdir()) if path.is_dir() and path.name not in sent]
+    if others := [name for name in others if not name.startswith(".")]:
+        _logger.warning("left out, for they are no stages: %s; send each by itself", ", ".join(others))
+
+
+def _mirrors_at(url: str) -> list[tuple[str, Store]]:
+    """(name below the URL, store) of each whole mirror there: one at the URL itself, or those of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    store = Store(url)
+    if store.read(FILES) is not None:
+        return [("", store)]
+    names = list(store.sizes())
+    found = sorted(name.removesuffix(FILES).rstrip("/") for name in names if name.endswith(f"/{FILES}"))
+    begun = {name.removesuffix(BEGUN).rstrip("/") for name in names if name.endswith(f"/{BEGUN}")}
+    for name in sorted(begun - set(found)):
+        _logger.warning("%s is not whole: its push has not ended", join_url(url, name))
+    return [(name, Store(join_url(url, name))) for name in found] or [("", store)]
+
+
+def _fetch(url: str, target: Path, config: Config) -> str:
+    lines = []
+    for name, store in _mirrors_at(url):
+        start = time.monotonic()
+        listing = pull(store, target / name if name else target, flag="SOURCE", threads=config.threads)
+        seconds = time.monotonic() - start
+        lines.append(
+            f"{store.url}: {len(listing.files):,} files, {size_in_words(listing.num_bytes)} in"
+            f" {seconds:.1f} s ({listing.num_bytes / max(seconds, 1e-9) / 1e6:,.0f} MB/s); whole"
+        )
+    return "\n".join([*lines, *([_verify(url, config.threads)] if config.verify else [])])
+
+
+def _verify(url: str, threads: int) -> str:
+    lines: list[str] = []
+    faults: list[str] = []
+    for _, store in _mirrors_at(url):
+        verified = verify(store, flag="SOURCE", threads=threads)
+        faults += verified.faults
+        lines.append(
+            f"{store.url}: {verified.num_files:,} files, {size_in_words(verified.num_bytes)},"
+            f" {len(verified.faults)} faults"
+        )
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise DamagedDataError(
+            f"{faults[0]}{more}: send the directory again with --replace, or fetch what is right from"
+            " elsewhere"
+        )
+    return "\n".join(lines)
+
+
+def _cache_in_words(cache: Cache) -> str:
+    held = cache.contents()
+    total = sum(each.num_bytes for each in held)
+    lines = [
+        f"{cache.root}: {size_in_words(total)} of {size_in_words(cache.max_bytes)}"
+        " (MLPMEM_CACHE, MLPMEM_CACHE_BYTES)"
+    ]
+    for each in held:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.used))
+        state = "in use" if each.is_in_use else "free to go"
+        lines.append(
+            f"{size_in_words(each.num_bytes):>10} of {size_in_words(each.source.num_bytes):<10} {used} "
+            f" {state:10}  {each.source.url}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""URLs of every kind that can be opened here, a toy stage's directory, and stores that count."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.world import World
+
+from ...object_store import BUCKET, KEYS, s3_server
+from ..toy_stage import Config, run
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    yield from s3_server()
+
+
+@pytest.fixture
+def s3_url(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3_address}.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}/run"
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where nothing is yet."""
+    if request.param == "s3":
+        found: str = request.getfixturevalue("s3_url")
+        return found
+    return f"memory://{uuid.uuid4().hex}/run" if request.param == "memory" else f"file://{tmp_path}/store/run"
+
+
+@pytest.fixture
+def memory_url() -> str:
+    return f"memory://{uuid.uuid4().hex}/run"
+
+
+@pytest.fixture
+def stage_dir(tmp_path: Path) -> Path:
+    """A complete directory of the toy stage: five units."""
+    run(Config(output=tmp_path / "stage"), World())
+    return tmp_path / "stage"
+
+
+class CountingStore(Store):
+    """Keeps the names of what is written and read, and fails at the object `fails_at`."""
+
+    def __init__(self, url: str, *, fails_at: str | None = None) -> None:
+        super().__init__(url)
+        self.fails_at = fails_at
+        self.written: list[str] = []
+        self.read_names: list[str] = []
+
+    def write(self, name: str, content: bytes) -> None:
+        if name == self.fails_at:
+            raise KeyboardInterrupt
+        super().write(name, content)
+        self.written.append(name)
+
+    def read(self, name: str) -> bytes | None:
+        if name == self.fails_at:
+            raise KeyboardInterrupt
+        self.read_names.append(name)
+        return super().read(name)

@@ -1,0 +1,200 @@
+"""The cache: what it holds, what it drops and what it does not, and files that are fetched on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.objects import on_demand
+from mlpmem_ds.core.objects.cache import PLACE, SIZE, Cache
+from mlpmem_ds.core.objects.contents import directories_in
+from mlpmem_ds.core.objects.push import Push
+from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import open_corpus
+
+from ..toy_stage import Config, result_of, run
+
+
+def push(root: Path, url: str) -> int:
+    """The bytes of its files."""
+    Push(directories_in(root)[0], Store(url)).send()
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", 10**9)
+
+
+@pytest.fixture
+def held() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def stages(tmp_path: Path, url: str, count: int) -> tuple[list[str], int]:
+    """URLs of stages of about the same size, and the size of the largest."""
+    sizes = []
+    for number in range(count):
+        run(Config(output=tmp_path / f"stage{number}", factor=number + 1), World())
+        sizes.append(push(tmp_path / f"stage{number}", f"{url}{number}/stage"))
+    return [f"{url}{number}/stage" for number in range(count)], max(sizes)
+
+
+def test_a_url_is_a_local_directory_of_its_name_and_bytes(
+    url: str, stage_dir: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    size = push(stage_dir, url)
+    root = cache.open(url, held, flag="--keys")
+    assert root.name == "run" and result_of(root) == result_of(stage_dir)
+    (content,) = cache.contents()
+    assert content.source.url == url and content.is_in_use
+    assert content.num_bytes >= size and content.source.num_files == 14
+    again = cache.open(url, held, flag="--keys")
+    assert again == root
+
+
+def test_what_is_there_is_not_fetched_again_and_a_new_mirror_is(
+    memory_url: str, stage_dir: Path, tmp_path: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    push(stage_dir, memory_url)
+    root = cache.open(memory_url, held, flag="--keys")
+    path = root / "part-1.npy"
+    path.write_bytes(b"x" * path.stat().st_size)  # fetched again, this would be lost
+    assert cache.open(memory_url, held, flag="--keys") == root and path.read_bytes()[:1] == b"x"
+    path.unlink()
+    cache.open(memory_url, held, flag="--keys")
+    assert result_of(root) == result_of(stage_dir)
+    run(Config(output=tmp_path / "new", factor=3), World())
+    Push(directories_in(tmp_path / "new")[0], Store(memory_url), replace=True).send()
+    newer = cache.open(memory_url, held, flag="--keys")
+    assert newer != root and result_of(newer) == result_of(tmp_path / "new")
+
+
+def test_what_was_used_longest_ago_is_dropped_and_nothing_in_use(
+    memory_url: str, tmp_path: Path, held: contextlib.ExitStack
+) -> None:
+    (one, two, three), size = stages(tmp_path, memory_url, 3)
+    cache = Cache(tmp_path / "cache", int(2.5 * size))
+    with contextlib.ExitStack() as first:
+        root = cache.open(one, first, flag="--keys")
+    cache.open(two, held, flag="--keys")
+    os.utime(root.parent / "source.json", (0, 0))
+    cache.open(three, held, flag="--keys")
+    assert not root.exists()
+    assert [content.source.url for content in cache.contents()] == [three, two]
+    with pytest.raises(UserError, match=rf"{one} needs .* MB|bytes in the cache .*set {SIZE} higher"):
+        cache.open(one, held, flag="--keys")
+    assert [content.source.url for content in cache.contents()] == [three, two]
+
+
+def test_what_another_live_process_uses_is_not_dropped(tmp_path: Path, held: contextlib.ExitStack) -> None:
+    """Until that process is killed."""
+    (one, two), size = stages(tmp_path, f"file://{tmp_path}/store", 2)
+    code = (
+        "import contextlib, sys, time\n"
+        "from pathlib import Path\n"
+        "from mlpmem_ds.core.objects.cache import Cache\n"
+        "held = contextlib.ExitStack()\n"
+        f"Cache(Path({str(tmp_path / 'cache')!r}), {int(1.5 * size)}).open({one!r}, held, flag='--keys')\n"
+        "print('open', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "open\n"
+        cache = Cache(tmp_path / "cache", int(1.5 * size))
+        assert [content.is_in_use for content in cache.contents()] == [True]
+        with pytest.raises(UserError, match="in use"):
+            cache.open(two, held, flag="--keys")
+        process.kill()
+        process.wait()
+        cache.open(two, held, flag="--keys")
+    assert [content.source.url for content in cache.contents()] == [two]
+
+
+def test_a_changed_object_is_refused_with_its_name(
+    memory_url: str, stage_dir: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    push(stage_dir, memory_url)
+    Store(memory_url).write("part-1.npy", b"short")
+    with pytest.raises(DamagedDataError, match=f"{memory_url}/part-1.npy is cut short"):
+        cache.open(memory_url, held, flag="--keys")
+    with pytest.raises(UserError, match=f"--keys {memory_url}/none holds no mirror"):
+        cache.open(f"{memory_url}/none", held, flag="--keys")
+
+
+def test_token_shards_are_fetched_when_they_are_read(
+    url: str, corpus_dir: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    push(corpus_dir, url)
+    root = cache.open(url, held, flag="--corpus")
+    assert not list(root.glob("*/tokens-*.bin")) and (root / "tokenizer").is_dir()
+    local, cached = open_corpus(corpus_dir, "test"), open_corpus(root, "test")
+    assert cached.sha256 == local.sha256
+    np.testing.assert_array_equal(cached.tokens(0, cached.num_tokens), local.tokens(0, local.num_tokens))
+    assert list(root.glob("test/tokens-*.bin")) and not list(root.glob("train/tokens-*.bin"))
+    held.close()
+    assert not on_demand.is_fetched_on_demand(root)
+
+
+def test_shards_not_read_for_long_are_dropped_from_a_directory_in_use(
+    memory_url: str, corpus_dir: Path, tmp_path: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    push(corpus_dir, memory_url)
+    root = cache.open(memory_url, held, flag="--corpus")
+    corpus = open_corpus(root, "train")
+    tokens = corpus.tokens(0, corpus.num_tokens)
+    (shard, *_) = root.glob("train/tokens-*.bin")
+    open_corpus(root, "test").tokens(0, 1)
+    (other,) = root.glob("test/tokens-*.bin")
+    os.utime(shard, (time.time() - 3600, time.time() - 3600))
+    cache.max_bytes = cache.contents()[0].num_bytes + 100
+    open_corpus(root, "tuning").tokens(0, 1)
+    assert not shard.exists() and other.exists()
+    cache.max_bytes = 10**9
+    np.testing.assert_array_equal(corpus.tokens(0, corpus.num_tokens), tokens)  # fetched again
+
+
+def test_a_missing_shard_is_refused_with_its_name(
+    memory_url: str, corpus_dir: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    push(corpus_dir, memory_url)
+    root = cache.open(memory_url, held, flag="--corpus")
+    store = Store(memory_url)
+    (name,) = (name for name in store.sizes("test") if "tokens-" in name)
+    store.remove(name)
+    with pytest.raises(DamagedDataError, match=f"{memory_url}/{name} is missing"):
+        open_corpus(root, "test").tokens(0, 1)
+
+
+def test_half_a_fetch_is_gone_on_with(memory_url: str, stage_dir: Path, cache: Cache) -> None:
+    push(stage_dir, memory_url)
+    content = Store(memory_url).read("part-4.npy")
+    assert content is not None
+    Store(memory_url).remove("part-4.npy")
+    with contextlib.ExitStack() as held, pytest.raises(DamagedDataError):
+        cache.open(memory_url, held, flag="--keys")
+    (half,) = cache.contents()
+    assert not half.is_in_use
+    Store(memory_url).write("part-4.npy", content)
+    with contextlib.ExitStack() as held:
+        assert result_of(cache.open(memory_url, held, flag="--keys")) == result_of(stage_dir)
+
+
+def test_place_and_size_are_from_the_environment(tmp_path: Path) -> None:
+    cache = Cache.from_environment({PLACE: str(tmp_path), SIZE: "2e9"})
+    assert (cache.root, cache.max_bytes) == (tmp_path, 2 * 10**9)
+    assert Cache.from_environment({"XDG_CACHE_HOME": "/c"}).root == Path("/c/mlpmem-ds")
+    with pytest.raises(UserError, match=f"{SIZE}=much is no number of bytes"):
+        Cache.from_environment({SIZE: "much"})
+    assert cache.contents() == []

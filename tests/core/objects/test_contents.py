@@ -1,0 +1,71 @@
+"""Which files of a directory are mirrored, and which directories of a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import content_hash, publish_json, read_sealed_json, record_file
+from mlpmem_ds.core.objects.contents import directories_in, is_for_people
+
+
+def test_all_but_temporary_files_are_named_the_manifest_last(stage_dir: Path) -> None:
+    for name in (".part.npy.host.1.tmp", "done/.3.claim", ".hidden/file", "checkpoints/step-00000001/x"):
+        (stage_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage_dir / name).touch()
+    (directory,) = directories_in(stage_dir)
+    names = directory.names()
+    assert names[-1] == "manifest.json" and directory.name == ""
+    assert set(names) == {
+        *(f"part-{number}.npy" for number in range(5)),
+        *(f"done/{number}.json" for number in range(5)),
+        *("identity.json", "log.jsonl", "manifest.json", "run.json"),
+    }
+    assert [name for name in names if is_for_people(name)] == ["log.jsonl", "run.json"]
+
+
+def test_a_stage_is_known_by_its_identity_also_before_it_is_complete(stage_dir: Path) -> None:
+    (directory,) = directories_in(stage_dir)
+    assert directory.kind == "stage" and directory.is_complete
+    of = directory.of()
+    assert of == content_hash(read_sealed_json(stage_dir / "identity.json"))
+    assert directory.recorded()["part-2.npy"] == record_file(stage_dir, "part-2.npy")
+    (stage_dir / "manifest.json").unlink()
+    assert directory.of() == of and not directory.is_complete and directory.recorded() == {}
+    assert [unit.files[0].name for unit in directory.units()] == [f"part-{n}.npy" for n in range(5)]
+
+
+def test_the_directories_of_a_run_are_mirrored_one_by_one(stage_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("corpus", "memory"):
+        shutil.copytree(stage_dir, run / name)
+    (run / "export").mkdir()
+    step = run / "memory/checkpoints/step-00000010"
+    step.mkdir(parents=True)
+    publish_json(run / "export" / "mlpmem_export.json", {"files": []}, seal=True)
+    publish_json(step / "manifest.json", {"files": []}, seal=True)
+    (run / "notes").mkdir()
+    (run / "notes" / "note.txt").write_text("mine")
+    kinds = {directory.name: directory.kind for directory in directories_in(run)}
+    assert kinds == {"corpus": "stage", "export": "listed", "memory": "stage"}
+    names = [directory.name for directory in directories_in(run, checkpoints=True)]
+    assert names == ["corpus", "export", "memory", "memory/checkpoints/step-00000010"]
+
+
+def test_any_other_directory_is_one_and_known_by_its_content(tmp_path: Path) -> None:
+    root = tmp_path / "model"
+    root.mkdir()
+    (root / "config.json").write_text("{}")
+    (directory,) = directories_in(root)
+    of = directory.of()
+    assert directory.kind == "plain" and directory.names() == ["config.json"] and directory.is_complete
+    (root / "config.json").write_text("[]")
+    assert directory.of() != of
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none is no directory"):
+        directories_in(tmp_path / "none")

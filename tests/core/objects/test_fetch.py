@@ -1,0 +1,126 @@
+"""Files from a URL: continued, compared, refused by name; a directory complete at the end and not before."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import record_file
+from mlpmem_ds.core.objects import fetch
+from mlpmem_ds.core.objects.contents import directories_in
+from mlpmem_ds.core.objects.fetch import fetch_file, pull
+from mlpmem_ds.core.objects.push import Push
+from mlpmem_ds.core.objects.store import Store
+
+from ..toy_stage import result_of
+from .conftest import CountingStore
+
+
+class RangeStore(Store):
+    """Keeps the ranges that are read; the connection breaks at the byte `breaks_at`."""
+
+    def __init__(self, url: str, *, breaks_at: int | None = None) -> None:
+        super().__init__(url)
+        self.breaks_at = breaks_at
+        self.starts: list[int] = []
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes | None:
+        if start == self.breaks_at:
+            raise KeyboardInterrupt
+        self.starts.append(start)
+        return super().read_range(name, start, stop)
+
+
+@pytest.fixture
+def pushed(url: str, stage_dir: Path) -> str:
+    Push(directories_in(stage_dir)[0], Store(url)).send()
+    return url
+
+
+def test_finished_parts_are_not_fetched_again(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "PART_BYTES", 1000)
+    monkeypatch.setattr(fetch, "_PARTS_AHEAD", 0)
+    content = np.random.default_rng(0).bytes(4500)
+    (tmp_path / "file").write_bytes(content)
+    record = record_file(tmp_path, "file")
+    Store(url).write("file", content)
+    target = tmp_path / "target"
+    with pytest.raises(KeyboardInterrupt):
+        fetch_file(RangeStore(url, breaks_at=3000), record, target)
+    assert not (target / "file").exists()
+    (partial,) = target.iterdir()
+    with open(partial, "ab") as stream:  # half a part, as a kill may leave it
+        stream.write(b"half")
+    store = RangeStore(url)
+    fetch_file(store, record, target)
+    assert store.starts == [3000, 4000] and (target / "file").read_bytes() == content
+    assert [path.name for path in target.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["part-2.npy", "done/3.json", "identity.json", "manifest.json", "run.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "extend", "delete"])
+def test_a_changed_object_is_refused_with_its_name(
+    memory_url: str, stage_dir: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    store = Store(memory_url)
+    Push(directories_in(stage_dir)[0], store).send()
+    content = store.read(name)
+    assert content is not None
+    if damage == "delete":
+        store.remove(name)
+    else:
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        store.write(name, {"flip": flipped, "truncate": content[:-1], "extend": content + b"x"}[damage])
+    with pytest.raises(DamagedDataError, match=f"{memory_url}/{name} "):
+        pull(store, tmp_path / "copy", flag="SOURCE")
+    assert not (tmp_path / "copy/manifest.json").exists()
+    store.write(name, content)
+    pull(store, tmp_path / "copy", flag="SOURCE")
+    assert result_of(tmp_path / "copy") == result_of(stage_dir)
+
+
+@pytest.mark.parametrize("fails_at", ["part-0.npy", "part-4.npy", "manifest.json"])
+def test_an_interrupted_pull_fetches_the_rest(
+    pushed: str, stage_dir: Path, tmp_path: Path, fails_at: str
+) -> None:
+    first = CountingStore(pushed, fails_at=fails_at)
+    with pytest.raises(KeyboardInterrupt):
+        pull(first, tmp_path / "copy", flag="SOURCE", threads=1)
+    assert not (tmp_path / "copy/manifest.json").exists()
+    second = CountingStore(pushed)
+    pull(second, tmp_path / "copy", flag="SOURCE", threads=1)
+    both = set(first.read_names) & set(second.read_names)
+    assert all(name.startswith(".mirror/") for name in both)
+    assert result_of(tmp_path / "copy") == result_of(stage_dir)
+
+
+def test_a_damaged_file_of_the_copy_is_fetched_again(pushed: str, stage_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(stage_dir, copy)
+    content = (copy / "part-2.npy").read_bytes()
+    (copy / "part-2.npy").write_bytes(content[:-1] + b"X")
+    pull(Store(pushed), copy, flag="SOURCE")
+    assert (copy / "part-2.npy").read_bytes() == content
+
+
+def test_a_directory_of_something_else_is_not_written_into(
+    memory_url: str, stage_dir: Path, tmp_path: Path
+) -> None:
+    Push(directories_in(stage_dir)[0], Store(memory_url)).send()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"mine holds thesis.tex"):
+        pull(Store(memory_url), mine, flag="SOURCE")
+    with pytest.raises(UserError, match="is a file"):
+        pull(Store(memory_url), mine / "thesis.tex", flag="SOURCE")
+    assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+    (stage_dir / "identity.json").write_text("{}")
+    with pytest.raises(UserError, match="is of another run"):
+        pull(Store(memory_url), stage_dir, flag="SOURCE")

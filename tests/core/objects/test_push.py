@@ -1,0 +1,145 @@
+"""A directory to a URL: the list last, nothing twice after an interruption, no other directory's mirror."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.objects.contents import LocalDirectory, directories_in
+from mlpmem_ds.core.objects.fetch import pull
+from mlpmem_ds.core.objects.listing import BEGUN, FILES, read_listing
+from mlpmem_ds.core.objects.push import Push
+from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.world import World
+
+from ..toy_stage import Config, result_of, run
+from .conftest import CountingStore
+
+
+def directory_of(root: Path) -> LocalDirectory:
+    (directory,) = directories_in(root)
+    return directory
+
+
+def test_a_mirror_has_the_same_files_and_gives_the_same_directory(
+    url: str, stage_dir: Path, tmp_path: Path
+) -> None:
+    store = Store(url)
+    pushed = Push(directory_of(stage_dir), store).send()
+    assert pushed.is_whole and pushed.num_files == 14
+    own = {path.relative_to(stage_dir).as_posix(): path for path in stage_dir.rglob("*") if path.is_file()}
+    mirrored = {name for name in store.sizes() if not name.startswith(".mirror/")}
+    assert mirrored == set(own)
+    assert all(store.read(name) == path.read_bytes() for name, path in own.items())
+    pull(store, tmp_path / "copy", flag="SOURCE")
+    assert result_of(tmp_path / "copy") == result_of(stage_dir)
+    assert run(Config(output=tmp_path / "copy"), World()) == []  # the stage itself takes it as its own
+
+
+def test_what_makes_a_mirror_whole_is_written_last(memory_url: str, stage_dir: Path) -> None:
+    store = CountingStore(memory_url)
+    Push(directory_of(stage_dir), store).send()
+    sent = [name for name in store.written if name != BEGUN]
+    assert sent[-3:] == ["manifest.json", ".mirror/000000.json", FILES]
+    for number in range(5):
+        assert sent.index(f"part-{number}.npy") < sent.index(f"done/{number}.json")
+
+
+def test_a_second_push_of_the_same_directory_sends_nothing(url: str, stage_dir: Path) -> None:
+    Push(directory_of(stage_dir), Store(url)).send()
+    pushed = Push(directory_of(stage_dir), Store(url)).send()
+    assert pushed.is_whole and pushed.num_files == 0
+    assert not list(stage_dir.glob(".mirror-*"))
+
+
+@pytest.mark.parametrize(
+    "fails_at", ["part-0.npy", "part-3.npy", "done/2.json", "run.json", "manifest.json", FILES]
+)
+def test_an_interrupted_push_sends_the_rest(url: str, stage_dir: Path, fails_at: str) -> None:
+    first = CountingStore(url, fails_at=fails_at)
+    with pytest.raises(KeyboardInterrupt):
+        Push(directory_of(stage_dir), first, threads=1).send()
+    assert read_listing(Store(url)) is None
+    second = CountingStore(url)
+    assert Push(directory_of(stage_dir), second, threads=1).send().is_whole
+    again = set(first.written) & set(second.written)
+    assert again <= {"run.json", "manifest.json", ".mirror/000000.json"} and fails_at in second.written
+
+
+def test_units_are_sent_behind_the_work(memory_url: str, tmp_path: Path) -> None:
+    output = tmp_path / "stage"
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Config(output=output), World(), fail_at="3")
+    push = Push(directory_of(output), Store(memory_url))
+    assert not push.send().is_whole
+    sizes = Store(memory_url).sizes()
+    assert {"part-2.npy", "done/2.json"} <= sizes.keys() and not {
+        "part-3.npy",
+        "manifest.json",
+    } & sizes.keys()
+    run(Config(output=output), World())
+    pushed = push.send()
+    assert pushed.is_whole and pushed.num_files == 14 - 6
+    assert Push(directory_of(output), Store(memory_url)).is_whole
+
+
+def test_another_run_is_refused_and_may_replace(memory_url: str, stage_dir: Path, tmp_path: Path) -> None:
+    Push(directory_of(stage_dir), Store(memory_url)).send()
+    run(Config(output=tmp_path / "other", factor=3), World())
+    other = directory_of(tmp_path / "other")
+    with pytest.raises(UserError, match="mirror of another directory"):
+        Push(other, Store(memory_url))
+    assert Push(other, Store(memory_url), replace=True).send().is_whole
+    pull(Store(memory_url), tmp_path / "copy", flag="SOURCE")
+    assert result_of(tmp_path / "copy") == result_of(tmp_path / "other")
+
+
+def test_other_bytes_of_the_same_flags_are_refused(memory_url: str, stage_dir: Path, tmp_path: Path) -> None:
+    """As a training on other ranks leaves them."""
+    Push(directory_of(stage_dir), Store(memory_url)).send()
+    (stage_dir / "done/1.json").unlink()
+    (stage_dir / "manifest.json").unlink()
+    push = Push(directory_of(stage_dir), Store(memory_url))
+    assert push.send().num_files == 0  # what is whole stays so while the stage is at work
+
+    run(Config(output=tmp_path / "other", factor=3), World())
+    for name in ("part-1.npy", "done/1.json", "manifest.json"):
+        shutil.copy(tmp_path / "other" / name, stage_dir / name)
+    with pytest.raises(UserError, match=r"holds another part-\d.npy than .*of the same flags and inputs"):
+        push.send()
+
+
+def test_a_damaged_file_is_not_sent(memory_url: str, stage_dir: Path) -> None:
+    path = stage_dir / "part-1.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"X")
+    with pytest.raises(DamagedDataError, match=r"part-1.npy does not have the checksum"):
+        Push(directory_of(stage_dir), Store(memory_url)).send()
+    assert read_listing(Store(memory_url)) is None
+
+
+def test_two_writers_of_one_url_leave_one_whole_mirror(url: str, stage_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(stage_dir, copy)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(
+            pool.map(lambda root: Push(directory_of(root), Store(url), threads=2).send(), [stage_dir, copy])
+        )
+    assert all(pushed.is_whole for pushed in found)
+    pull(Store(url), tmp_path / "pulled", flag="SOURCE")
+    assert result_of(tmp_path / "pulled") == result_of(stage_dir)
+
+
+def test_an_object_that_vanished_meanwhile_is_no_whole_mirror(memory_url: str, stage_dir: Path) -> None:
+    class Losing(Store):
+        def write(self, name: str, content: bytes) -> None:
+            super().write(name, content)
+            if name == "identity.json":
+                self.remove("part-1.npy")
+
+    with pytest.raises(UserError, match=r"/part-1.npy is missing, or not what was sent"):
+        Push(directory_of(stage_dir), Losing(memory_url)).send()
+    assert Push(directory_of(stage_dir), Store(memory_url)).send().is_whole

@@ -1,0 +1,76 @@
+"""The objects below a URL, on every kind of store that can be opened here, and errors in words."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.objects.store import Store
+
+
+def test_objects_are_written_read_listed_and_removed(url: str) -> None:
+    store = Store(url)
+    assert store.sizes() == {} and store.read("a/b") is None and store.read_range("a/b", 0, 2) is None
+    store.write("a/b", b"0123456789")
+    store.write("c", b"")
+    assert store.sizes() == {"a/b": 10, "c": 0} and store.sizes("a") == {"a/b": 10}
+    assert store.read("a/b") == b"0123456789" and store.read_range("a/b", 3, 5) == b"34"
+    store.write("a/b", b"new")
+    assert store.read("a/b") == b"new"
+    store.remove("a/b")
+    store.remove("a/b")
+    assert store.sizes() == {"c": 0}
+
+
+def test_what_is_there_is_not_written_over(url: str) -> None:
+    store = Store(url)
+    assert store.write_if_absent("begun", b"one") == b"one"
+    assert store.write_if_absent("begun", b"two") == b"one"
+
+
+def test_a_stream_that_fails_leaves_no_object(memory_url: str) -> None:
+    store = Store(memory_url)
+    with pytest.raises(UserError, match="full"), store.writing("a", 4, 4) as stream:
+        stream.write(b"half")
+        raise OSError("full")
+    assert store.sizes() == {}
+    with store.writing("a", 4, 4) as stream:
+        stream.write(b"full")
+    assert store.read("a") == b"full"
+
+
+def test_an_unknown_kind_of_url_is_named() -> None:
+    with pytest.raises(UserError, match="ftps3://x/y is of no kind that fsspec knows"):
+        Store("ftps3://x/y")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match="gs://bucket/run needs the package gcsfs: pip install gcsfs"):
+        Store("gs://bucket/run")
+
+
+def test_a_missing_bucket_is_named(s3_url: str) -> None:
+    store = Store("s3://no-such-bucket/run")
+    assert store.read("a") is None and store.sizes() == {}
+    with pytest.raises(UserError, match=r"cannot write s3://no-such-bucket/run/a .*make the bucket"):
+        store.write("a", b"")
+
+
+def test_a_store_out_of_reach_is_named(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/run/a .*AWS_ENDPOINT_URL"):
+        Store("s3://bucket/run").read("a")
+
+
+def test_missing_credentials_are_named(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="cannot write .*set the store's credentials"):
+        Store("s3://bucket/run").write("a", b"")

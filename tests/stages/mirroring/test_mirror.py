@@ -1,0 +1,148 @@
+"""`mirror` as a command, the example of its page, and a pipeline whose directories all lie in a store."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds import commands
+from mlpmem_ds.core.files import sha256_of_file
+from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.index import build_index
+from mlpmem_ds.stages.targets import write_targets
+
+ROOT = Path(__file__).parents[3]
+INDEX = ("--factory", "IVF4,PQ4x4")
+TARGETS = ("--search", "ivf", "--k", "8", "--shard-positions", "512", "--exclude", "same-document")
+
+
+def run(words: Sequence[object]) -> None:
+    """A command of the project in this process; it must succeed."""
+    name, *flags = map(str, words)
+    command = Path(name).stem.replace("_", "-")
+    assert commands.COMMANDS[command](flags) == 0
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, corpus_dir: Path, keys_dir: Path) -> Path:
+    root = tmp_path / "run"
+    for source in (corpus_dir, keys_dir):
+        shutil.copytree(source, root / source.name)
+    return root
+
+
+def test_the_example_of_the_page_runs(
+    run_dir: Path,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/objects.md").read_text(encoding="utf-8")
+    found = re.search(r"```bash\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    lines = [line.partition(" #")[0] for line in found[1].splitlines()]
+    for line in lines:
+        words = shlex.split(line.replace("s3://bucket/run", url))
+        assert words[0] == "python"
+        run([*words[1:], *(INDEX if "build_index" in line else ())])
+    said = capsys.readouterr().out
+    assert f"{url}/corpus: sent" in said and f"{url}/keys: 10 files" not in said
+    assert sha256_of_file(tmp_path / "elsewhere/keys/manifest.json") == sha256_of_file(
+        run_dir / "keys/manifest.json"
+    )
+    assert said.splitlines()[-1].endswith(f"{url}/keys") and "free to go" in said
+    assert Store(f"{url}/index").read("manifest.json") == Path("index/manifest.json").read_bytes()
+
+
+def test_every_directory_in_the_store_gives_the_same_checksums(
+    run_dir: Path, url: str, base_dir: Path, tmp_path: Path
+) -> None:
+    """Keys, index and targets; train, evaluate and convert: tests/cluster/test_objects.py."""
+    local = tmp_path / "local"
+    build_index.run(
+        build_index.Config(keys=run_dir / "keys", output=local / "index", factory="IVF4,PQ4x4"), World()
+    )
+    write_targets.run(
+        write_targets.Config(
+            keys=run_dir / "keys",
+            index=local / "index",
+            corpus=run_dir / "corpus",
+            search="ivf",
+            k=8,
+            shard_positions=512,
+            exclude="same-document",
+            output=local / "targets",
+        ),
+        World(),
+    )
+    away = tmp_path / "away"
+    run(["mirror", run_dir / "corpus", f"{url}/corpus"])
+    run(["mirror", base_dir, f"{url}/base"])
+    source = ("--corpus", f"{url}/corpus")
+    run(
+        [
+            "extract_keys",
+            "--model",
+            f"{url}/base",
+            *source,
+            "--unit-positions",
+            256,
+            "--output",
+            away / "keys",
+        ]
+    )
+    run(["mirror", away / "keys", f"{url}/keys"])
+    run(["build_index", "--keys", f"{url}/keys", *INDEX, "--output", away / "index"])
+    run(["mirror", away / "index", f"{url}/index"])
+    keys = ("--keys", f"{url}/keys", "--index", f"{url}/index")
+    run(["write_targets", *keys, *source, *TARGETS, "--output", away / "targets"])
+    for name, expected in (("keys", run_dir), ("index", local), ("targets", local)):
+        assert sha256_of_file(away / name / "manifest.json") == sha256_of_file(
+            expected / name / "manifest.json"
+        )
+
+
+def test_a_stage_is_watched_until_it_is_there(
+    keys_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its units are there before it is complete."""
+    url, output = f"file://{tmp_path}/store/keys", tmp_path / "keys"
+    shutil.copytree(keys_dir, output)
+    (output / "manifest.json").rename(tmp_path / "manifest.json")
+    watch = threading.Thread(target=run, args=[["mirror", output, url, "--watch", "--watch-seconds", ".05"]])
+    watch.start()
+    store = Store(url)
+    while len([name for name in store.sizes("done") if name.endswith(".json")]) < len(
+        list((output / "done").glob("*.json"))
+    ):
+        watch.join(0.05)
+        assert watch.is_alive()
+    assert store.read("manifest.json") is None
+    (tmp_path / "manifest.json").rename(output / "manifest.json")
+    watch.join(30)
+    assert not watch.is_alive()
+    run(["mirror", url, "--verify"])
+
+
+def test_a_damaged_object_and_a_missing_mirror_are_exit_code_2(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"file://{tmp_path}/store/run"
+    run(["mirror", run_dir, url])
+    path = next((tmp_path / "store/run/keys").glob("keys-*.npy"))
+    path.write_bytes(path.read_bytes()[:-1])
+    for words in ([url, "--verify"], [url, str(tmp_path / "copy")], [f"{url}/none", str(tmp_path / "copy2")]):
+        assert commands.mirror(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 or "Traceback" not in said
+    assert commands.mirror([f"{url}/keys", "--verify"]) == 2
+    assert path.name in capsys.readouterr().err
