@@ -123,6 +123,11 @@ class Host:
         self._inside: _Namespaces | None = None
 
     @property
+    def directory(self) -> Path:
+        """`cluster.directory`, as this host sees it."""
+        return self._cluster.directory
+
+    @property
     def is_on(self) -> bool:
         return self._inside is not None
 
@@ -250,8 +255,11 @@ class Process:
     words: tuple[str, ...] = field(default=())
 
     def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
+    def send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
 
 
 @dataclass(frozen=True)

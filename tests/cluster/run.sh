@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Rehearse a cluster: several hosts on this machine (network namespaces), each launcher, cut cables, kills.
+#   bash tests/cluster/run.sh            everything, about 8 minutes on two idle cores
+#   bash tests/cluster/run.sh --quick    one launcher, a cut and a kill: about 2 minutes
+#   --no-setup as the first argument uses the active environment; other arguments go to pytest.
+# As root, where namespaces are allowed; elsewhere every test is skipped with the reason.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh FILE`
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+if [ "${1:-}" = "--no-setup" ]; then
+    shift
+else
+    bash launch/setup.sh
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
+which=(-m cluster)
+if [ "${1:-}" = "--quick" ]; then
+    shift
+    which=(-m "cluster and quick")
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+exec python -m pytest -n 0 "${which[@]}" tests/cluster "$@"
