@@ -48,6 +48,16 @@ class Command:
 
         return _guarded(act, name)
 
+    def check(self, argv: Sequence[str], *, prog: str) -> int:
+        """Read the flags as the command does, and run nothing: 0, or 2 with what is wrong with them."""
+
+        def act() -> int:
+            from mlpmem_ds.core.front_end import run_front_end
+
+            return run_front_end(_load(self.config), lambda config, world: None, argv=argv, prog=prog)
+
+        return _guarded(act, prog)
+
     @property
     def summary(self) -> str:
         """What it does, in a line."""
@@ -171,6 +181,8 @@ def _run_command(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # deepspeed --module puts it before the command's name
         words = [*words[1:], words[0]]
+    if words[:1] == ["--check"]:
+        return _check_flags(words[1:])
     name = words[0].replace("_", "-") if words else ""
     if name in COMMANDS:
         return COMMANDS[name](words[1:], prog=_PREFIX + name)
@@ -182,10 +194,20 @@ def _run_command(argv: Sequence[str] | None) -> int:
     return 2
 
 
+def _check_flags(words: Sequence[str]) -> int:
+    name = words[0].replace("_", "-") if words else ""
+    command = COMMANDS.get(name)
+    if isinstance(command, Command):
+        return command.check(words[1:], prog=_PREFIX + name)
+    sys.stderr.write(f"error: --check reads the flags of a command such as train, not of {name!r}\n")
+    return 2
+
+
 def _usage() -> str:
     lines = [
         "usage: python -m mlpmem_ds COMMAND …         (also installed as mlpmem-COMMAND)",
         "       python -m mlpmem_ds COMMAND --help    its flags",
+        "       python -m mlpmem_ds --check COMMAND … read its flags, and run nothing",
         "       python -m mlpmem_ds --version",
         "       python -m mlpmem_ds --ds-configs      the directory of DeepSpeed configurations",
         "",

@@ -40,6 +40,20 @@ def test_an_unknown_command_is_exit_code_2(words: list[str], capsys: pytest.Capt
     assert "usage:" in error and ("no-such-command" in error) == bool(words)
 
 
+def test_flags_are_checked_without_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["build_index", "--keys", str(tmp_path / "later"), "--output", str(tmp_path / "index")]
+    assert commands.main(["--check", *words]) == 0
+    assert commands.main(["--check", *words, "--num-shards", "0"]) == 2
+    assert "--num-shards must be at least 1" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        commands.main(["--check", *words, "--num-shard", "2"])
+    assert caught.value.code == 2 and "did you mean --num-shards?" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    for name in ("bench", "build_inde"):  # nothing to check, and nothing may run
+        assert commands.main(["--check", name]) == 2
+        assert "not of '" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("called", ["python -m", "console"])
 def test_a_command_is_its_front_end(
     called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,5 @@
-"""The batch files for Slurm, run by a fake one: how ranks are started, when a job is queued again."""
+"""The batch files for Slurm and the pipeline that submits them, with commands of Slurm that write down how
+they are called. The same with Slurm itself: tests/cluster/test_slurm.py."""
 
 from __future__ import annotations
 
@@ -8,135 +9,323 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
-FRONT_ENDS = {
-    "build_index": "tools/build_index.py",
-    "evaluate": "launch/evaluate.py",
-    "extract_keys": "tools/extract_keys.py",
-    "train": "launch/train.py",
-    "write_targets": "tools/write_targets.py",
-}
+SLURM = ROOT / "launch" / "slurm"
+STAGES = ("extract_keys", "build_index", "write_targets", "train", "evaluate", "convert_checkpoint")
+ALL = ("prepare_corpus", "train_base", *STAGES)
 _FAKES = {
-    "sbatch": 'exec bash "$@"',
-    "scontrol": """
-if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$FAKE/scontrol"; fi""",
+    # Jobs have the numbers 101, 102, …; the one that REFUSED names is not taken.
+    "sbatch": """
+stage=$*
+stage=${stage%.sbatch *}
+stage=${stage##*/}
+if [ "$1" = --test-only ]; then
+    [ "$stage" != "${NOT_POSSIBLE:-}" ] || { echo "sbatch: error: invalid partition" >&2; exit 1; }
+    exit 0
+fi
+[ "$stage" != "${REFUSED:-}" ] || { echo "sbatch: error: too many jobs" >&2; exit 1; }
+echo "$@" >> "$FAKE/sbatch"
+echo $((100 + $(wc -l < "$FAKE/sbatch")))""",
+    "squeue": """
+case "$*" in *%T*) echo "${STATE:-RUNNING}" ;; *) echo "${QUEUE:-}" ;; esac""",
+    "scancel": 'echo "$*" >> "$FAKE/scancel"; touch "$FAKE/asked"',
+    "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$*" >> "$FAKE/scontrol"; fi',
+    # One rank for each word of CODES, one after the other; `gone` leaves no code.
     "srun": """
-printf '%s\\n' "$*" > "$FAKE/srun"
-printf '%s %s %s' "$OMP_NUM_THREADS" "${MASTER_ADDR:-}" "${MASTER_PORT:-}" > "$FAKE/environment"
-[ -z "${FAKE_SECONDS:-}" ] || sleep "$FAKE_SECONDS"
-[ -z "${FAKE_RESULT:-}" ] || { mkdir -p "$(dirname "$FAKE_RESULT")"; touch "$FAKE_RESULT"; }""",
+echo "$*" > "$FAKE/srun"
+while [[ $1 = --* ]]; do shift; done
+rank=0
+for code in $CODES; do
+    [ "$code" = gone ] || SLURM_PROCID=$rank CODE=$code "$@" || true
+    rank=$((rank + 1))
+done
+exit 1""",
+    # A rank of a stage, which ends with CODE; anything else is Python.
+    "python": f"""
+if [ -z "${{CODE:-}}" ]; then exec "{sys.executable}" "$@"; fi
+env > "$FAKE/environment"
+if [ "$CODE" = waits ]; then
+    until [ -e "$FAKE/asked" ]; do sleep .05; done
+    exit 143
+fi
+[ "$CODE" != done ] || {{ mkdir -p "$(dirname "$MARK")"; touch "$MARK"; exit 0; }}
+exit "$CODE" """,
 }
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Cluster:
+    """A directory with fake commands, a run and its settings."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run = root / "a run"
+        self.commands = root / "commands"
+        self.commands.mkdir()
+        for name, text in _FAKES.items():
+            (self.commands / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+            (self.commands / name).chmod(0o755)
+        self.base = root / "base"
+        self.base.mkdir()
+        self.settings = root / "settings.sh"
+        self.set()
+
+    def set(self, **values: str) -> None:
+        """Write the settings: a filled-in copy of the example, with these lines in place of its own."""
+        values = {"RUN": f"'{self.run}'", "BASE": str(self.base), "ENVIRONMENT": "true", **values}
+        more = values.pop("more", "")
+        text = (SLURM / "settings.sh").read_text()
+        for name, value in values.items():
+            line = f"{name}={value}"
+            text, count = re.subn(rf"(?m)^{name}=(\(.*?\)|'[^']*'|\S*)", lambda _, line=line: line, text)
+            assert count == 1, name
+        self.settings.write_text(f"{text}\n{more}\n")
+
+    def make(self, *names: str) -> None:
+        """Directories of the run, as if their stages were complete."""
+        for name in names:
+            (self.run / name).mkdir(parents=True)
+            (self.run / name / "manifest.json").touch()
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        path = f"{self.commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        return {**kept, "FAKE": str(self.root), "PATH": path, "PYTHONPATH": str(ROOT), **variables}
+
+    def submit(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(SLURM / "pipeline.sh"), *words],
+            env=self.environment(**variables),
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def job(self, stage: str, codes: str, **variables: str) -> subprocess.Popen[str]:
+        """The batch file of a stage, as Slurm starts it: one rank for each of the codes."""
+        result = {"extract_keys": "keys", "train": "memory", "write_targets": "targets"}[stage]
+        given = {
+            "CODES": codes,
+            "MARK": str(self.run / result / "manifest.json"),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_CPUS_PER_TASK": "12",
+            "SLURM_NTASKS": str(len(codes.split())),
+            **variables,
+        }
+        return subprocess.Popen(
+            ["bash", str(SLURM / f"{stage}.sbatch"), str(self.settings)],
+            env=self.environment(**given),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def said(self, command: str) -> list[str]:
+        """The calls of a command, a line each."""
+        path = self.root / command
+        return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.fixture
-def slurm(tmp_path):
-    """start(file, *words, **variables) gives the process of a job in a directory with the fake commands."""
-    commands = tmp_path / "commands"
-    commands.mkdir()
-    for name, text in _FAKES.items():
-        (commands / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (commands / name).chmod(0o755)
-
-    def start(file, *words, **variables):
-        given = {
-            "FAKE": tmp_path,
-            "PATH": f"{commands}:{os.environ['PATH']}",
-            "RUN": tmp_path / "big run",
-            "BASE": "some/base",
-            "SLURM_JOB_ID": 123456,
-            "SLURM_JOB_NODELIST": "node[7-8]",
-            "SLURM_CPUS_PER_TASK": 12,
-        }
-        named = {name: str(value) for name, value in {**given, **variables}.items() if value is not None}
-        return subprocess.Popen(
-            ["sbatch", file, *words], env=named, cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-
-    return start
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
 
 
-def words_of_srun(root: Path) -> list[str]:
-    """The words of srun, without its own flags and `python`."""
-    words = (root / "srun").read_text()
-    own, _, rest = words.partition(" python ")
-    assert "--cpus-per-task=12" in own.split()
-    return rest.split()
+def test_every_stage_has_a_file_and_resources() -> None:
+    assert {path.stem for path in SLURM.glob("*.sbatch")} == set(ALL)
+    table = re.findall(r"(?m)^resources (\w+)", (SLURM / "settings.sh").read_text())
+    assert tuple(table) == ALL
+    for path in SLURM.glob("*.sh*"):
+        assert subprocess.run(["bash", "-n", path]).returncode == 0
 
 
-def test_every_heavy_stage_has_one():
-    assert [path.stem for path in FILES] == list(FRONT_ENDS)
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_a_job_starts_its_ranks(slurm, tmp_path, file):
-    assert subprocess.run(["bash", "-n", file]).returncode == 0
-    process = slurm(file, "--seed", "3" if file.stem in ("train", "extract_keys") else "")
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 0, said
-    front_end, *words = words_of_srun(tmp_path)
-    assert front_end == FRONT_ENDS[file.stem]
-    flags = {word for word in words if word.startswith("--")}
-    assert flags - {"--seed"} <= flags_of(front_end)
-    threads, *meeting = (tmp_path / "environment").read_text().split(" ")
-    assert threads == "12"
-    assert meeting == ([""] * 2 if file.stem == "extract_keys" else ["node7", str(20000 + 123456 % 20000)])
-
-
-def flags_of(front_end: str) -> set[str]:
-    """Those of the front-end's --help, which accepts underscores in place of hyphens too."""
-    result = subprocess.run(
-        [sys.executable, front_end, "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+def test_the_stages_are_submitted_one_after_another_with_flags_that_they_have(cluster: Cluster) -> None:
+    """The example of the settings, filled in, and all stages: their flags are read by the front-ends."""
+    text = cluster.root / "text"
+    text.mkdir()
+    cluster.set(TEXT=f"({text})", TOKENIZER="train:32000", BASE="$RUN/base", STAGES=f"({' '.join(ALL)})")
+    result = cluster.submit(str(cluster.settings))
     assert result.returncode == 0, result.stderr
-    found = set(re.findall(r"--[a-z][\w-]*", result.stdout))
-    return found | {flag[:2] + flag[2:].replace("-", "_") for flag in found}
+    calls = cluster.said("sbatch")
+    assert [re.search(r"--job-name=(\w+)", call)[1] for call in calls] == list(ALL)
+    assert "--dependency" not in calls[0]
+    for number, (stage, call) in enumerate(zip(ALL[1:], calls[1:], strict=True)):
+        assert f"--dependency=afterok:{101 + number} launch/slurm/{stage}.sbatch" in call
+        assert "--kill-on-invalid-dep=yes" in call and "--signal=B:USR1@300" in call
+    train = calls[ALL.index("train")]
+    assert "--nodes=2 --ntasks-per-node=8 --cpus-per-task=8 --time=24:00:00 --gpus-per-node=8" in train
+    assert "--gpus-per-node" not in calls[0] and f"--chdir={ROOT}" in train
+    assert (cluster.run / "slurm" / "jobs").read_text().split() == [str(101 + n) for n in range(len(ALL))]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_what_is_missing_is_named(slurm, tmp_path, file):
-    process = slurm(file, RUN=None)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode != 0 and "set RUN to the directory that holds" in said
-    assert not (tmp_path / "srun").exists()
+def test_a_dry_run_submits_nothing_and_leaves_nothing(cluster: Cluster) -> None:
+    cluster.make("corpus")
+    result = cluster.submit("--dry-run", str(cluster.settings), "extract_keys")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("sbatch --job-name=extract_keys --nodes=2 ")
+    assert not cluster.said("sbatch") and not (cluster.run / "slurm").exists()
 
 
-def test_an_unfinished_training_is_queued_again(slurm, tmp_path):
-    (file,) = (path for path in FILES if path.stem == "train")
-    assert slurm(file).wait(30) == 0
-    assert (tmp_path / "scontrol").read_text() == "requeue 123456\n"
-    (tmp_path / "scontrol").unlink()
-    assert slurm(file, FAKE_RESULT=tmp_path / "big run" / "memory" / "manifest.json").wait(30) == 0
-    assert not (tmp_path / "scontrol").exists()
-    words = words_of_srun(tmp_path)
-    assert words[words.index("--ds_config") + 1] == "ds_configs/zero2.json"  # the preset is not cut
-    assert slurm(file, DS_CONFIG="ds_configs/zero3_hpz.json").wait(30) == 0
-    assert "ds_configs/zero3_hpz.json" in words_of_srun(tmp_path)
+WRONG = {
+    "no run": ({"RUN": ""}, ["train"], "RUN is not set"),
+    "no base": ({"BASE": ""}, ["extract_keys"], "BASE is not set, and extract_keys needs it"),
+    "a base that is not there": ({"BASE": "/no/base"}, ["extract_keys"], "BASE: /no/base does not exist"),
+    "a base that no node has": ({"BASE": "no/base"}, ["extract_keys"], "no model in the cache of the Hub"),
+    "no such stage": ({}, ["trian"], "there is no stage 'trian'; the stages: build_index convert_checkpoint"),
+    "no stage": ({"STAGES": "()"}, [], "STAGES is empty"),
+    "a stage too early": ({}, ["write_targets", "extract_keys"], "write_targets reads .*/a run/keys"),
+    "a wrong flag": (
+        {"more": "flags extract_keys --codecs int8"},
+        ["extract_keys"],
+        "there is no flag --codecs; did you mean --codec.*these flags of extract_keys are not right",
+    ),
+    "a wrong value": ({"more": "flags extract_keys --dim 0"}, ["extract_keys"], "--dim must be at least 1"),
+    "no text": ({"TEXT": "(/no/text)"}, ["prepare_corpus"], "TEXT: /no/text does not exist"),
+    "texts not named": ({}, ["prepare_corpus"], "TEXT is not set"),
+    "a stage in a wrong line": ({"more": "flags trian --k 3"}, ["train"], "there is no stage 'trian'"),
+    "a short line": ({"more": "resources train 2 8"}, ["train"], "resources train 2 8: give stage, nodes"),
+    "no number": ({"more": "resources train 2 x 1 0 1:00"}, ["train"], "tasks a node: 'x' is not a number"),
+    "no time": ({"more": "resources train 2 8 1 0 long"}, ["train"], "time: 'long' is not"),
+    "no seconds": ({"SECONDS_TO_SAVE": "soon"}, ["train"], "SECONDS_TO_SAVE: 'soon' is not a number"),
+    "not bash": ({"more": "if"}, ["train"], "could not be read by bash|syntax error"),
+    "no environment": ({"ENVIRONMENT": "'source /no/file'"}, ["train"], "ENVIRONMENT=.* failed"),
+}
 
 
-@pytest.mark.parametrize("file", [path for path in FILES if path.stem != "train"], ids=lambda path: path.stem)
-def test_a_stage_is_queued_again_before_its_time_is_over(slurm, tmp_path, file):
-    process = slurm(file, FAKE_SECONDS=2)
-    while not (tmp_path / "environment").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_before_anything_is_submitted(cluster: Cluster, name: str) -> None:
+    settings, stages, message = WRONG[name]
+    cluster.set(**settings)
+    (cluster.run / "corpus").mkdir(parents=True)
+    result = cluster.submit(str(cluster.settings), *stages)
+    assert result.returncode == 2, result
+    assert re.search(message, result.stderr, re.DOTALL), result.stderr
+    assert not cluster.said("sbatch") and not (cluster.run / "slurm").exists()
+
+
+def test_what_slurm_refuses_leaves_no_jobs(cluster: Cluster) -> None:
+    cluster.make("corpus")
+    stages = ("extract_keys", "build_index", "write_targets")
+    result = cluster.submit(str(cluster.settings), *stages, NOT_POSSIBLE="write_targets")
+    assert result.returncode == 2 and "Slurm does not take write_targets: sbatch: error" in result.stderr
+    assert not cluster.said("sbatch") and not (cluster.run / "slurm").exists()
+    result = cluster.submit(str(cluster.settings), *stages, REFUSED="write_targets")
+    assert result.returncode == 2 and "2 jobs before it were cancelled" in result.stderr
+    assert cluster.said("scancel") == ["101 102"]
+
+
+def test_a_run_is_in_the_queue_once(cluster: Cluster) -> None:
+    cluster.make("corpus")
+    assert cluster.submit(str(cluster.settings), "extract_keys").returncode == 0
+    again = cluster.submit(str(cluster.settings), "extract_keys", QUEUE="101 extract_keys")
+    assert again.returncode == 2 and "in the queue: 101 extract_keys" in again.stderr
+    assert len(cluster.said("sbatch")) == 1
+    assert cluster.submit(str(cluster.settings), "extract_keys").returncode == 0  # it has ended since
+
+
+def test_a_stage_that_is_complete_is_submitted_only_with_other_flags(cluster: Cluster) -> None:
+    cluster.make("corpus", "keys")
+    assert cluster.job("extract_keys", "0 0").wait(60) == 0
+    result = cluster.submit(str(cluster.settings), "extract_keys", "write_targets")
+    assert "extract_keys: complete, not submitted" in result.stderr
+    assert [call for call in cluster.said("sbatch") if "extract_keys" in call] == []
+    cluster.set(more="flags extract_keys --dim 8")
+    assert cluster.submit(str(cluster.settings), "extract_keys").returncode == 0
+    assert "extract_keys.sbatch" in cluster.said("sbatch")[-1]
+
+
+def test_a_job_starts_its_ranks(cluster: Cluster) -> None:
+    """Connected, or apart; as many threads as cores; nothing of the launcher that submitted it."""
+    cluster.make("corpus", "keys", "targets")
+    process = cluster.job("train", "done 0", RANK="3", WORLD_SIZE="9", OMP_NUM_THREADS="1")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    (words,) = cluster.said("srun")
+    assert words.startswith("--kill-on-bad-exit=1 --cpus-per-task=12 bash launch/slurm/rank.sh ")
+    assert "python launch/train.py --ds_config ds_configs/zero2.json" in words
+    given = dict(line.partition("=")[::2] for line in cluster.said("environment"))
+    assert given["OMP_NUM_THREADS"] == "12" and not {"RANK", "WORLD_SIZE"} & given.keys()
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("node7", str(20000 + 123456 % 20000))
+    assert given["HF_HUB_OFFLINE"] == "1" and given["NCCL_DEBUG"] == "WARN"
+    (cluster.run / "keys" / "manifest.json").unlink()
+    assert cluster.job("extract_keys", "done 0", MASTER_ADDR="elsewhere").wait(60) == 0
+    assert cluster.said("srun")[0].startswith("--kill-on-bad-exit=0 ")
+    assert not any(line.startswith("MASTER_") for line in cluster.said("environment"))
+
+
+def test_targets_use_the_index_that_is_there(cluster: Cluster) -> None:
+    cluster.make("corpus", "keys")
+    assert cluster.job("write_targets", "done 0").wait(60) == 0
+    assert "--index" not in cluster.said("srun")[0]
+    cluster.make("index")
+    assert cluster.job("write_targets", "done 0").wait(60) == 0
+    assert f"--index {cluster.run / 'index'}" in cluster.said("srun")[0]
+
+
+ENDS = {
+    "complete": ("done 0", 0, False),
+    "complete, one rank was killed": ("137 done", 0, False),
+    "a training that was asked to stop": ("0 0", 0, True),
+    "ranks that were sent SIGTERM": ("143 143", 0, True),
+    "sent USR1 before they took it": ("138 143", 0, True),
+    "a rank was killed, the other says so": ("75 137", 0, True),
+    "a host was lost": ("75 gone", 0, True),
+    "a host was out of reach": ("75 75", 0, True),
+    "wrong input, the others were ended": ("2 143", 2, False),
+    "a fault": ("143 1", 1, False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_how_a_job_ends(cluster: Cluster, name: str) -> None:
+    codes, expected, is_queued = ENDS[name]
+    cluster.make("corpus", "keys", "targets")
+    process = cluster.job("train", codes)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == expected, said
+    assert cluster.said("scontrol") == (["requeue 123456"] if is_queued else [])
+    assert not list((cluster.run / "slurm").glob("*.codes"))
+
+
+def test_wrong_input_to_a_complete_stage_fails(cluster: Cluster) -> None:
+    cluster.make("corpus", "keys", "targets", "memory")
+    assert cluster.job("train", "2 2").wait(60) == 2
+
+
+def test_a_job_that_was_cancelled_is_not_queued_again(cluster: Cluster) -> None:
+    cluster.make("corpus", "keys", "targets")
+    assert cluster.job("train", "143 143", STATE="CANCELLED").wait(60) == 143
+    assert not cluster.said("scontrol")
+
+
+def test_the_third_short_life_is_the_last(cluster: Cluster) -> None:
+    cluster.make("corpus", "keys", "targets")
+    for _ in range(2):
+        assert cluster.job("train", "137 143").wait(60) == 0
+    process = cluster.job("train", "137 143")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "three times in a row: not started again" in said
+    assert len(cluster.said("scontrol")) == 2
+
+
+def test_before_its_time_is_over_a_job_stops_its_ranks_and_is_queued_again(cluster: Cluster) -> None:
+    cluster.make("corpus")
+    process = cluster.job("extract_keys", "waits")
+    deadline = time.monotonic() + 60
+    while not (cluster.root / "environment").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=30)
-    assert (tmp_path / "scontrol").read_text() == "requeue 123456\n"
-
-
-def test_targets_use_the_index_that_is_there(slurm, tmp_path):
-    (file,) = (path for path in FILES if path.stem == "write_targets")
-    assert slurm(file).wait(30) == 0
-    assert "--index" not in words_of_srun(tmp_path)
-    (tmp_path / "big run" / "index").mkdir(parents=True)
-    assert slurm(file).wait(30) == 0
-    assert "--index" in words_of_srun(tmp_path)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert cluster.said("scancel") == ["--quiet --signal=TERM 123456"]
+    assert cluster.said("scontrol") == ["requeue 123456"]

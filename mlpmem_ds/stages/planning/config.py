@@ -75,8 +75,12 @@ class Config(Flags):
     preset: str | None = option(
         "size of the memory (default: 4 blocks of the width)", None, choices=tuple(PRESETS)
     )
+    batch_positions: int | None = _of_stage(
+        "batch_positions", "positions of a training step, over all ranks", at_least=1
+    )
     epochs: float | None = _of_stage("epochs", "passes of the training over all positions", above=0)
     ranks: int = option("processes of each stage", 1, at_least=1)
+    nodes: int = option("machines that the ranks are spread over", 1, at_least=1)
     threads: int | None = option(
         "CPU threads of a rank (default: the cores of this machine over the ranks)", None, at_least=1
     )
@@ -97,6 +101,15 @@ class Config(Flags):
         " over InfiniBand: 10)",
         1.0,
         above=0,
+    )
+    gpu_network_gb_per_second: float = option(
+        "10^9 bytes that a GPU sends to those of other machines in a second, in training (25: half of a"
+        " 400-gigabit connection of its own)",
+        25.0,
+        above=0,
+    )
+    price_per_gpu_hour: float | None = option(
+        "price of a GPU for an hour, in any currency: adds the price of each stage", None, above=0
     )
     calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
     output: Path | None = option("JSON file to write besides the table", None)

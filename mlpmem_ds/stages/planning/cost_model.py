@@ -56,6 +56,7 @@ _SECONDS_OF_ANSWER = 1e-8  # of a neighbour that another rank found, to merge it
 _GPU_FORWARD, _GPU_TRAINING, _GPU_SEARCH = 0.4, 0.35, 0.2  # shares of the dense 16-bit peak
 # Of a distance on a GPU: int32 tiles pass its memory about seven times, 28 bytes at 3.35e12 bytes a second.
 _GPU_SECONDS_OF_PAIR = 8.4e-12
+_NVLINK_RATE = 2e11  # bytes a second that a GPU sends to those of its node; assumed, half of the data sheet's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +163,22 @@ def _seconds_of_training(work: Workload, machine: Machine) -> dict[str, float]:
         else _CORE_TRAINING * machine.ranks * machine.cores
     )
     online = work.epochs * body_operations(work) if work.input_codec == "none" else 0.0
-    trained = operations("memory", work) - online
-    return {"memory": trained / rate + online / _forward_rate(machine)}
+    trained = (operations("memory", work) - online) / rate
+    return {"memory": trained + online / _forward_rate(machine) + _seconds_of_sending(work, machine, trained)}
+
+
+def _seconds_of_sending(work: Workload, machine: Machine, trained: float) -> float:
+    """Gradients and weights between GPUs, that the backward (two thirds of `trained`) does not hide.
+
+    ZeRO 2 with one micro-batch a step sends 4 P bytes of gradients while the backward runs, and then 2 P of
+    weights (ds_configs/README.md, counted). On CPUs it is within the measured rate.
+    """
+    if machine.gpus < 2:
+        return 0.0
+    rate = machine.gpu_network_rate if machine.nodes > 1 else _NVLINK_RATE
+    steps = work.epochs * work.positions / work.batch_positions
+    each = steps * work.memory.num_parameters() / rate
+    return 2 * each + max(0.0, 4 * each - trained * 2 / 3)
 
 
 def _forward_rate(machine: Machine) -> float:

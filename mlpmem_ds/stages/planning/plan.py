@@ -49,6 +49,18 @@ class Plan:
     costs: dict[str, Cost]
     calibrated: tuple[str, ...]
     warnings: tuple[str, ...]
+    price_per_gpu_hour: float | None = None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of all stages; None where one of them cannot be planned."""
+        return _sum([cost.gpu_hours for cost in self.costs.values()])
+
+    def price(self, gpu_hours: float | None) -> float | None:
+        """Of so many hours; None without a price, or without hours."""
+        if gpu_hours is None or self.price_per_gpu_hour is None:
+            return None
+        return gpu_hours * self.price_per_gpu_hour
 
     @property
     def seconds(self) -> float | None:
@@ -61,12 +73,16 @@ class Plan:
             "version": _VERSION,
             "work": dataclasses.asdict(self.work),
             "machine": dataclasses.asdict(self.machine),
-            "stages": [{"name": name, **dataclasses.asdict(cost)} for name, cost in self.costs.items()],
+            "stages": [
+                {"name": name, **dataclasses.asdict(cost), "price": self.price(cost.gpu_hours)}
+                for name, cost in self.costs.items()
+            ],
             "calibrated": list(self.calibrated),
             "bytes": sum(cost.bytes for cost in self.costs.values()),
             "files": sum(cost.num_files for cost in self.costs.values()),
             "seconds": self.seconds,
-            "gpu_hours": _sum([cost.gpu_hours for cost in self.costs.values()]),
+            "gpu_hours": self.gpu_hours,
+            "price": self.price(self.gpu_hours),
             "warnings": list(self.warnings),
         }
 
@@ -105,6 +121,7 @@ def make_plan(config: Config) -> Plan:
         costs=result,
         calibrated=calibrated,
         warnings=(*_warnings(result, machine), *_warnings_of_machine(config, machine)),
+        price_per_gpu_hour=config.price_per_gpu_hour,
     )
 
 
@@ -112,6 +129,7 @@ def table(plan: Plan) -> str:
     """The plan in words, a line a stage."""
     work, machine = plan.work, plan.machine
     where = f"{machine.gpus} GPUs of {machine.gpu_flops / 1e12:.0f} TFLOP/s" if machine.gpus else "no GPU"
+    price = "" if plan.price_per_gpu_hour is None else f"{'price':>11}"
     lines = [
         (
             f"{work.positions:,} positions · base of {work.parameters / 1e6:,.1f} M parameters, width"
@@ -126,11 +144,11 @@ def table(plan: Plan) -> str:
         "",
         (
             f"{'stage':<9}{'on disk':>10}{'files':>10}{'B/position':>12}{'time':>10}{'memory a rank':>15}"
-            f"{'GPU hours':>11}  figures"
+            f"{'GPU hours':>11}{price}  figures"
         ),
     ]
     for name, cost in plan.costs.items():
-        lines.append(_row(name, cost, work, basis=_basis(plan, name)))
+        lines.append(_row(name, cost, plan, basis=_basis(plan, name)))
     all_costs = list(plan.costs.values())
     total = Cost(
         bytes=sum(cost.bytes for cost in all_costs),
@@ -138,9 +156,9 @@ def table(plan: Plan) -> str:
         operations=sum(cost.operations for cost in all_costs),
         seconds=plan.seconds,
         rank_memory_bytes=max(cost.rank_memory_bytes for cost in all_costs),
-        gpu_hours=_sum([cost.gpu_hours for cost in all_costs]),
+        gpu_hours=plan.gpu_hours,
     )
-    lines.append(_row("all", total, work, basis=""))
+    lines.append(_row("all", total, plan, basis=""))
     lines += [f"{name}: {cost.limit}" for name, cost in plan.costs.items() if cost.limit]
     if work.input_codec == "none":
         lines.append(_words_on_online_inputs(work))
@@ -151,12 +169,14 @@ def table(plan: Plan) -> str:
     return "\n".join([*lines, "", *(f"warning: {line}" for line in plan.warnings)]).rstrip() + "\n"
 
 
-def _row(name: str, cost: Cost, work: Workload, *, basis: str) -> str:
+def _row(name: str, cost: Cost, plan: Plan, *, basis: str) -> str:
     hours = "-" if cost.gpu_hours is None else f"{cost.gpu_hours:.2f}"
-    time = "-" if cost.seconds is None else _time(cost.seconds)
+    price = "" if plan.price_per_gpu_hour is None else f"{price_in_words(plan.price(cost.gpu_hours)):>11}"
+    time = "-" if cost.seconds is None else time_in_words(cost.seconds)
     return (
-        f"{name:<9}{_bytes(cost.bytes):>10}{cost.num_files:>10,}{cost.bytes / work.positions:>12.1f}"
-        f"{time:>10}{_bytes(cost.rank_memory_bytes):>15}{hours:>11}  {basis}"
+        f"{name:<9}{bytes_in_words(cost.bytes):>10}{cost.num_files:>10,}"
+        f"{cost.bytes / plan.work.positions:>12.1f}{time:>10}{bytes_in_words(cost.rank_memory_bytes):>15}"
+        f"{hours:>11}{price}  {basis}"
     ).rstrip()
 
 
@@ -292,6 +312,8 @@ def _machine(config: Config) -> Machine:
         ),
         disk_rate=config.disk_gb_per_second * 1e9,
         network_rate=config.network_gb_per_second * 1e9,
+        nodes=config.nodes,
+        gpu_network_rate=config.gpu_network_gb_per_second * 1e9,
     )
 
 
@@ -304,19 +326,20 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
         "memory": "more ranks (ZeRO-3 spreads the state), or a smaller --preset",
     }
     lines = [
-        f"{machine.ranks} ranks of {name} need {_bytes(machine.ranks * cost.rank_memory_bytes)} of memory and"
-        f" one node has {_bytes(machine.memory_bytes)}: spread them over nodes, or take"
+        f"{machine.ranks_of_node} ranks of {name} need"
+        f" {bytes_in_words(machine.ranks_of_node * cost.rank_memory_bytes)} of memory and one node has"
+        f" {bytes_in_words(machine.memory_bytes)}: spread them over nodes (--nodes), or take"
         f" {remedies.get(name, 'fewer ranks')}"
         for name, cost in result.items()
-        if machine.ranks * cost.rank_memory_bytes > machine.memory_bytes
+        if machine.ranks_of_node * cost.rank_memory_bytes > machine.memory_bytes
     ]
     total = sum(cost.bytes for cost in result.values())
     temporary = max(cost.temporary_bytes for cost in result.values())
     if total + temporary > machine.disk_bytes:
         lines.append(
-            f"all stages together leave {_bytes(total)}, the targets need {_bytes(temporary)} more while they"
-            f" are written (elsewhere: write_targets --lists), and the disk has"
-            f" {_bytes(machine.disk_bytes)}: a larger disk, a smaller --dim, --input-codec int8"
+            f"all stages together leave {bytes_in_words(total)}, the targets need {bytes_in_words(temporary)}"
+            f" more while they are written (elsewhere: write_targets --lists), and the disk has"
+            f" {bytes_in_words(machine.disk_bytes)}: a larger disk, a smaller --dim, --input-codec int8"
             " or none, or --encoding compact"
         )
     return lines
@@ -330,7 +353,7 @@ def _warnings_of_machine(config: Config, machine: Machine) -> list[str]:
         if missing:
             lines.append(
                 f"{' and '.join(missing)} not given: this machine's are assumed "
-                f"({machine.cores} threads a rank, {_bytes(machine.memory_bytes)} of memory)"
+                f"({machine.cores} threads a rank, {bytes_in_words(machine.memory_bytes)} of memory)"
             )
         lines.append(
             "times on GPUs are shares of their peak (.4 forward, .35 training, .2 search) and passes over"
@@ -343,14 +366,18 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _bytes(count: float) -> str:
+def bytes_in_words(count: float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count / 1e3:.3g} kB"
 
 
-def _time(seconds: float) -> str:
+def price_in_words(amount: float | None) -> str:
+    return "-" if amount is None else f"{amount:,.2f}" if amount < 1000 else f"{amount:,.0f}"
+
+
+def time_in_words(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"

@@ -88,7 +88,7 @@ def group_bytes(work: Workload, machine: Machine) -> int:
         return 0
     each = work.dim * work.key_dtype.itemsize + BYTES_BESIDE_KEY
     group = work.positions * each // machine.ranks
-    return group if machine.ranks * group <= SHARE_OF_MEMORY * machine.memory_bytes else 0
+    return group if machine.ranks_of_node * group <= SHARE_OF_MEMORY * machine.memory_bytes else 0
 
 
 def corpus_memory(work: Workload, machine: Machine) -> int:

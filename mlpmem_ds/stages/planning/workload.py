@@ -101,6 +101,8 @@ class Machine:
         gpu_bytes: memory of one GPU.
         disk_rate: bytes a second, of all ranks together.
         network_rate: bytes a second, that one rank sends to others.
+        nodes: machines that the ranks are spread over; `memory_bytes` is that of one.
+        gpu_network_rate: bytes a second, that one GPU sends to those of other nodes.
     """
 
     ranks: int
@@ -112,3 +114,10 @@ class Machine:
     gpu_bytes: float = 80e9
     disk_rate: float = 1e9
     network_rate: float = 1e9
+    nodes: int = 1
+    gpu_network_rate: float = 25e9
+
+    @property
+    def ranks_of_node(self) -> int:
+        """The most on one node."""
+        return -(-self.ranks // self.nodes)

@@ -152,6 +152,7 @@ def test_gpus_take_over_and_are_counted() -> None:
 
 def test_a_stage_takes_the_time_of_its_bytes_at_least() -> None:
     sizes = {"positions": 10**9, "gpus": 64, "ranks": 64, "threads": 2, "memory_gb": 1000.0}
+    sizes["batch_positions"] = 1 << 20  # of so many GPUs; smaller ones send weights most of the time
     slow, quick = (plan.make_plan(config(**sizes, disk_gb_per_second=rate)) for rate in (0.5, 1e6))
     moved = slow.costs["keys"].bytes + slow.costs["corpus"].bytes
     assert slow.costs["keys"].seconds == pytest.approx(moved / 0.5e9)
@@ -246,6 +247,7 @@ def test_a_query_is_compared_with_all_centroids_too() -> None:
 
 def test_a_training_without_stored_inputs_says_what_the_base_costs() -> None:
     base = {"parameters": 8e9, "width": 4096, "vocab_size": 128_256, "preset": "1b"}
+    base["batch_positions"] = 1 << 20
     stored, online = (
         plan.make_plan(config(**base, **CLUSTER, input_codec=codec)) for codec in ("bf16", "none")
     )
@@ -341,3 +343,38 @@ def test_keys_are_mapped_and_not_a_ranks_own() -> None:
     assert not exact.temporary_bytes
     words = "\n".join(plan.make_plan(config(positions=10**9, disk_gb=10.0, search="ivf")).warnings)
     assert "272 GB more while they are written (elsewhere: write_targets --lists)" in words
+
+
+def test_small_batches_are_bound_by_the_weights_that_are_sent() -> None:
+    """ZeRO 2: after each step 2 P bytes a GPU; its 4 P of gradients where the backward does not hide them."""
+    sizes = {"positions": 10**9, "gpus": 16, "ranks": 16, "epochs": 1.0, "disk_gb_per_second": 1e6}
+    seconds = {
+        (nodes, batch): plan.make_plan(config(**sizes, nodes=nodes, batch_positions=batch))
+        .costs["memory"]
+        .seconds
+        for nodes in (1, 2)
+        for batch in (1 << 13, 1 << 20)
+    }
+    memory = plan.make_plan(config(**sizes)).work.memory
+    computed = 6 * memory.num_matrix_parameters() * 10**9 / (0.35 * 16 * 990e12)
+    each = 10**9 / 2**20 * memory.num_parameters()
+    assert seconds[2, 1 << 20] == pytest.approx(computed + 2 * each / 25e9)
+    assert seconds[1, 1 << 20] == pytest.approx(computed + 2 * each / 2e11)
+    hidden = computed * 2 / 3
+    assert seconds[2, 1 << 13] == pytest.approx(computed + 128 * 6 * each / 25e9 - hidden)
+    alone = plan.make_plan(config(**sizes | {"gpus": 1, "ranks": 1}, batch_positions=1 << 13))
+    assert alone.costs["memory"].seconds == pytest.approx(16 * computed)  # nothing is sent
+
+
+def test_a_price_follows_the_gpu_hours_and_ranks_their_nodes() -> None:
+    sizes = {"gpus": 16, "ranks": 16, "memory_gb": 100.0}
+    unsaid, dear = (plan.make_plan(config(**sizes, price_per_gpu_hour=price)) for price in (None, 2.5))
+    assert "price" not in plan.table(unsaid) and unsaid.to_json()["price"] is None
+    assert "      price  figures" in plan.table(dear)
+    told = dear.to_json()
+    assert told["price"] == pytest.approx(2.5 * told["gpu_hours"])
+    assert told["price"] == pytest.approx(sum(stage["price"] for stage in told["stages"]))
+    small = {"positions": 10**10, "input_codec": "none", **sizes, "memory_gb": 60.0}
+    together, spread = (plan.make_plan(config(**small, nodes=nodes)).warnings for nodes in (1, 16))
+    assert any("16 ranks of keys need" in line and "(--nodes)" in line for line in together)
+    assert not any("ranks of keys need" in line for line in spread)

@@ -1,0 +1,164 @@
+# Sourced by the files of the stages, with SETTINGS: reads the settings, defines `needs`, `makes`, `together`
+# and `apart`. With SETTINGS check DIRECTORY... nothing runs: what the stage would do is checked, as if the
+# stages before it had made these directories, and its result and command are written to standard output.
+# shellcheck shell=bash
+set -euo pipefail
+source launch/slurm/read_settings.sh
+read_settings "$1"
+is_check=${2:-}
+made=("${@:3}")
+result='' mark=''
+
+set +u # of scripts that others wrote
+eval "$ENVIRONMENT" || fail "$settings: ENVIRONMENT='$ENVIRONMENT' failed, see above"
+set -u
+
+# is_there DIRECTORY: it exists, or a stage before this one makes it
+is_there() {
+    local directory
+    for directory in ${made[@]+"${made[@]}"}; do
+        [ "$directory" != "$1" ] || return 0
+    done
+    [ -e "$1" ]
+}
+
+# needs DIRECTORY: of another stage
+needs() {
+    [ -z "$is_check" ] || is_there "$1" ||
+        fail "$settings: $stage reads $1, which does not exist, and no stage before it makes it: put the" \
+            "stage that does into STAGES, or set RUN to the directory that has it"
+}
+
+# makes DIRECTORY [FILE]: of this stage, complete where it holds this file
+makes() { result=$1 mark=$1/${2:-manifest.json}; }
+
+# requires NAME VALUES...: a setting, not empty; values that are paths exist
+requires() {
+    [ -n "$is_check" ] || return 0
+    local value
+    [ $# -gt 1 ] && [ -n "$2" ] || fail "$settings: $1 is not set, and $stage needs it"
+    for value in "${@:2}"; do
+        [[ $value != [./~]* ]] || is_there "$value" || [[ $value == *[*?[]* ]] ||
+            fail "$settings: $1: $value does not exist"
+    done
+}
+
+# needs_base: a directory, or a name that the nodes find without the Hub
+needs_base() {
+    requires BASE "$BASE"
+    [ -z "$is_check" ] || is_there "$BASE" || [ "${HF_HUB_OFFLINE:-1}" = 0 ] || python -c '
+import sys
+from huggingface_hub import try_to_load_from_cache
+try:
+    sys.exit(not isinstance(try_to_load_from_cache(sys.argv[1], "config.json"), str))
+except ValueError:
+    sys.exit(1)' "$BASE" || fail "$settings: BASE=$BASE is no directory, and no model in the cache of the" \
+        "Hub, and nodes do not ask the Hub: give a directory, fetch it here first, or export HF_HUB_OFFLINE=0"
+}
+
+# together FRONT_END FLAGS...: ranks that are connected; one that is lost ends the others
+together() { run_stage 1 "$@"; }
+
+# apart FRONT_END FLAGS...: ranks that share the files alone; what a lost one leaves, the others do
+apart() { run_stage 0 "$@"; }
+
+run_stage() {
+    local kill=$1 front_end=$2
+    local -n more="flags_$stage"
+    local words=("${@:3}" ${more[@]+"${more[@]}"})
+    if [ -n "$is_check" ]; then
+        local name=${front_end##*/}
+        python -m mlpmem_ds --check "${name%.py}" "${words[@]}" ||
+            fail "$settings: these flags of $stage are not right, see above"
+        printf '%s\n%s\n' "$mark" "$(printf ' %q' "$front_end" "${words[@]}")"
+        return
+    fi
+    mkdir -p "$RUN/slurm"
+    printf ' %q' "$front_end" "${words[@]}" > "$RUN/slurm/$stage.command"
+    codes=$RUN/slurm/$stage.codes
+    rm -rf "$codes" && mkdir "$codes"
+    set_environment "$kill"
+    echo "$stage: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST," \
+        "$(date '+%F %T')"
+    # Before the time is over, and before another job takes the nodes, this shell is told. The ranks save
+    # what can be saved at SIGTERM, and end.
+    asked=''
+    trap 'asked=1; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' USR1
+    # srun of Slurm 22.05 to 23.10 does not take the job's --cpus-per-task: a rank would have one core.
+    srun --kill-on-bad-exit="$kill" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+        ${SRUN_FLAGS[@]+"${SRUN_FLAGS[@]}"} \
+        bash launch/slurm/rank.sh "$codes" python "$front_end" "${words[@]}" &
+    local code=0
+    wait $! || code=$?
+    if [ -n "$asked" ]; then # `wait` ended with the signal, not with srun
+        code=0
+        wait $! || code=$?
+    fi
+    end_stage "$code"
+}
+
+# set_environment CONNECTED: variables of the ranks; those of another launcher, which sbatch took along, go
+set_environment() {
+    unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
+    export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+    source launch/env.sh
+    [ "$1" = 1 ] || return 0
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export MASTER_ADDR=${MASTER_ADDR%%$'\n'*} # no pipe to head: it would close it while scontrol writes
+    export MASTER_PORT=$((20000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 20000))
+}
+
+# end_stage CODE_OF_SRUN: done, failed, or back into the queue. srun's code is the highest of all ranks', and
+# it ends the ranks that are left with SIGTERM (143), so the ranks' own codes say more.
+end_stage() {
+    local code=$1 number all=0 failed='' lost=0
+    for number in $(cat "$codes"/* 2> /dev/null); do
+        all=$((all + 1))
+        case $number in
+            0) ;;
+            138 | 143) ;;                                  # stopped: USR1, TERM
+            75 | 1[3-9][0-9]) lost=$((lost + 1)) ;; # it lost another rank, or was killed by a signal
+            *) failed=${failed:-$number} ;;
+        esac
+    done
+    [ "$all" = "$SLURM_NTASKS" ] || lost=$((lost + SLURM_NTASKS - all))
+    rm -rf "$codes"
+    if [ -z "$failed" ] && [ -f "$mark" ]; then
+        [ "$lost" = 0 ] || echo "$stage: $lost of $SLURM_NTASKS ranks were lost, the others did their work"
+        echo "$stage: complete, $mark"
+        exit 0
+    fi
+    if [ "$lost" -gt 0 ] && [ -z "$asked" ]; then
+        count_death
+        requeue "ranks were lost"
+    fi
+    # A training that was asked to stop saves, and its ranks end with 0.
+    [ -z "$asked" ] && [ -n "$failed" ] || requeue "stopped before it was complete"
+    echo "$stage: failed, code ${failed:-$code}; the log above says why. No later stage is started." >&2
+    exit "${failed:-$code}"
+}
+
+# count_death: ends the job where it was the third of three short lives in a row
+count_death() {
+    local file=$RUN/slurm/$stage.deaths
+    [ "$SECONDS" -lt 600 ] || rm -f "$file"
+    echo "$SECONDS s: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))" >> "$file"
+    [ "$(wc -l < "$file")" -lt 3 ] || {
+        rm -f "$file"
+        fail "$stage lost ranks within ten minutes three times in a row: not started again. A rank that is" \
+            "killed (137) often had too little memory"
+    }
+}
+
+requeue() {
+    local state
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2> /dev/null) || state=''
+    [ "$state" = RUNNING ] || {
+        echo "$stage: $1; its job is ${state:-over}, and not queued again"
+        exit 143
+    }
+    echo "$stage: $1; its job goes back into the queue, and continues"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        fail "$stage: the job could not be queued again: submit the pipeline again"
+    exit 0
+}
