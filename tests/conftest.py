@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import logging
 import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import tempfile
@@ -30,12 +32,34 @@ from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from mlpmem_ds.core.files import publish_json, read_sealed_json  # noqa: E402
 from mlpmem_ds.core.world import World  # noqa: E402
+from mlpmem_ds.engines import device_peak, plotting  # noqa: E402
 from mlpmem_ds.stages.corpus import prepare_corpus  # noqa: E402
 from mlpmem_ds.stages.keys import extract_keys  # noqa: E402
 
 VOCAB_SIZE = 300
 BLOCK_SIZE = 32
 _SECONDS_OF_A_RANK = 60.0
+
+
+# The files that take longest, the first ones first: workers that begin with them end together.
+_LONGEST = (
+    "launch/test_demo.py",
+    "benchmarks/quality/test_quality.py",
+    "stages/training/test_train.py",
+    "stages/training/test_train_faults.py",
+    "stages/targets/test_same_bytes.py",
+    "engines/deepspeed/test_zero_state.py",
+    "stages/test_kill.py",
+    "engines/collectives/test_torch_group.py",
+    "stages/training/test_base_start.py",
+    "stages/base/test_train_base.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    assert all(path.is_file() for path in places), _LONGEST
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def write_text(root: Path, *, num_files: int = 24, seed: int = 0) -> Path:
@@ -75,12 +99,34 @@ def _no_flush_to_disk() -> Iterator[None]:
         yield
 
 
+_DRAWING = ("mlpmem_ds.stages.report.plots.save_png", "mlpmem_ds.stages.training.curves.save_png")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """The picture of a small training or evaluation takes as long as the rest of it, and the peak of the
+    processor a tenth; the first is drawn where the fixture `drawn_pictures` asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _DRAWING:
+            patch.setattr(name, lambda figure, path, **_: path.write_bytes(b"\x89PNG"))
+        patch.setitem(device_peak._SIZES, "cpu", 64)
+        yield
+
+
+@pytest.fixture
+def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _DRAWING:
+        monkeypatch.setattr(name, plotting.save_png)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _environment_as_before() -> Iterator[None]:
-    """A training in this process leaves its rank in the environment, where the next file's stages would find
-    it."""
-    before = dict(os.environ)
+    """A training in this process leaves its rank in the environment and in what is logged, where the next
+    file's stages would find it."""
+    before, library = dict(os.environ), logging.getLogger("mlpmem_ds")
+    level = library.level
     yield
+    library.setLevel(level)
     for name in set(os.environ) - set(before):
         del os.environ[name]
     os.environ.update(before)
@@ -162,6 +208,20 @@ def keys_dir(corpus_dir: Path, base_dir: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
+def forked_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with `python`, `torchrun` and `deepspeed` that start at once; see warm_server.py."""
+    path = tmp_path_factory.mktemp("commands")
+    file, globals_of_file = str(Path(__file__).with_name("warm_server.py")), {"DIRECTORY": path}
+    (server,) = _forked((runpy.run_path, file, globals_of_file, "__main__"))
+    while not (path / "ready").exists():
+        assert server.is_alive(), "its stderr says why"
+        time.sleep(0.05)
+    yield path
+    server.kill()
+    server.join()
+
+
+@pytest.fixture(scope="session")
 def killed_runs() -> Callable[..., int]:
     """killed_runs(run, config, ranks=2, kills=20, seed=0, check=None) -> kills that hit a running process.
 
@@ -215,14 +275,18 @@ def _killed_runs(
 
 
 def _start_ranks(run: Callable[[Any, World], Any], config: Any, ranks: int) -> list[Any]:
+    worlds = [World(rank=rank, size=ranks, local_rank=rank) for rank in range(ranks)]
+    return _forked(*((run, config, world) for world in worlds))
+
+
+def _forked(*calls: tuple[Any, ...]) -> list[Any]:
+    """A process for each (function, argument, …), forked from a server that has imported everything.
+
+    One server for a session, whoever comes first; it finds warm_start.py as its own search path says.
+    """
     context = multiprocessing.get_context("forkserver")
-    # One process server for the session, whichever stage comes first; it finds the file as its own search
-    # path says.
     context.set_forkserver_preload(["pytest", "warm_start"])
-    processes = [
-        context.Process(target=run, args=(config, World(rank=rank, size=ranks, local_rank=rank)))
-        for rank in range(ranks)
-    ]
+    processes = [context.Process(target=run, args=arguments) for run, *arguments in calls]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         for process in processes:

@@ -18,12 +18,19 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 "${bin}ruff" check mlpmem_ds tools launch tests
 "${bin}ruff" format --check mlpmem_ds tools launch tests
-"${bin}mypy"
-# A file of tests stays together: its fixtures are costly. In the order of the tree the long files are not
-# last.
+# The types beside the tests: the checker has one thread.
+types=$(mktemp)
+"${bin}mypy" > "$types" 2>&1 &
+checker=$!
+trap 'kill $(jobs -p) 2> /dev/null || true; rm -f "$types"' EXIT
+# A file of tests stays together: its fixtures are costly. tests/conftest.py puts the long ones first.
 workers=()
 if "${bin}python" -c 'import xdist' 2>/dev/null; then
     cores=$("${bin}python" -c 'import os; print(len(os.sched_getaffinity(0)))')
     workers=(-n $((cores < 4 ? cores : 4)) --dist loadfile --no-loadscope-reorder)
 fi
-exec "${bin}python" -m pytest ${workers[@]+"${workers[@]}"} "$@"
+status=0
+"${bin}python" -m pytest ${workers[@]+"${workers[@]}"} "$@" || status=$?
+wait $checker || status=1
+cat "$types"
+exit $status

@@ -1,8 +1,8 @@
 """What every stage imports or makes at its first start, done once: a process that is forked from here starts
 in milliseconds.
 
-The process server of `killed_runs` imports this file, and the launchers of the demo's test
-(`launch/forked_launchers.py`). One thread: a fork would be without the others that OpenMP counts on.
+The process server of the tests imports this file (`conftest._forked`). One thread: a fork would be without
+the others that OpenMP counts on.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from transformers.utils import logging
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
 
 _LATE_IMPORTS = (
+    "deepspeed.runtime.zero.muon.original_muon",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "torch.utils.tensorboard",
+    "mlpmem_ds.engines.collectives.torch_group",
     "mlpmem_ds.stages.conversion.convert_checkpoint",
     "mlpmem_ds.stages.corpus.prepare_corpus",
     "mlpmem_ds.stages.evaluation.evaluate",
@@ -34,6 +36,7 @@ _LATE_IMPORTS = (
     "mlpmem_ds.stages.targets.write_targets",
     "mlpmem_ds.stages.training.train",
     "mlpmem_ds.stages.base.train_base",
+    "mlpmem_ds.stages.baseline.train_baseline",
 )
 
 
@@ -54,5 +57,8 @@ with tempfile.TemporaryDirectory() as _directory:
     GPT2LMHeadModel(_shape).save_pretrained(_directory)
     AutoModelForCausalLM.from_pretrained(_directory)
 os.fsync = _no_flush
+# A fork has no threads, so torch makes its pool anew; where two threads ask for it first, one of them finds
+# none ("Invalid thread pool"). So the fork's own thread asks at once.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
 gc.collect()
 gc.freeze()

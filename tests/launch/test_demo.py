@@ -1,8 +1,7 @@
 """The demo's script, whole, on a toy text and a toy model: every front-end as its own process, two ranks,
 then again.
 
-The first `python`, `torchrun` and `deepspeed` are the real ones, later ones are forked: a real start takes 5
-to 15 s.
+`python`, `torchrun` and `deepspeed` are forks of a process that has imported everything (warm_server.py).
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,20 +39,6 @@ def model_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for file in (corpus_dir / "tokenizer").iterdir():
         shutil.copy(file, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def launchers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory with `python`, `torchrun` and `deepspeed`, see forked_launchers.py."""
-    path = tmp_path_factory.mktemp("launchers")
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forked_launchers.py")), str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "ready\n", "its stderr says why"
-    yield path
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def demo(*words: str, commands: Path = Path(sys.executable).parent) -> subprocess.CompletedProcess[str]:
@@ -85,7 +69,7 @@ def write_modules(folder: Path, *, seed: int) -> Path:
 
 
 def test_the_whole_pipeline_on_ones_own_text_and_model(
-    model_dir: Path, launchers: Path, tmp_path: Path
+    model_dir: Path, forked_commands: Path, tmp_path: Path
 ) -> None:
     run, text = tmp_path / "run", write_modules(tmp_path / "text", seed=0)
     words = [
@@ -100,7 +84,7 @@ def test_the_whole_pipeline_on_ones_own_text_and_model(
         "--seed",
         "3",
     ]
-    first = demo(*words, commands=launchers)
+    first = demo(*words, commands=forked_commands)
     assert first.returncode == 0, first.stderr[-5000:]
     evaluation = json.loads((run / "report" / "eval.json").read_text())
     arms = {arm["name"]: arm for arm in evaluation["arms"]}
@@ -119,19 +103,21 @@ def test_the_whole_pipeline_on_ones_own_text_and_model(
     weights = (run / "memory" / "weights" / "model.safetensors").read_bytes()
     (run / "report" / "eval.json").unlink()
     shutil.rmtree(run / "export")
-    second = demo(*words, commands=launchers)  # continues: the memory stays, what is missing is made again
+    second = demo(
+        *words, commands=forked_commands
+    )  # continues: the memory stays, what is missing is made again
     assert second.returncode == 0, second.stderr[-5000:]
     assert (run / "memory" / "weights" / "model.safetensors").read_bytes() == weights
     assert (run / "report" / "eval.json").is_file() and (run / "export" / "model.safetensors").is_file()
 
 
 def test_a_pretrained_model_is_compared_with_itself_on_two_texts(
-    model_dir: Path, launchers: Path, tmp_path: Path
+    model_dir: Path, forked_commands: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     words = ["--corpus", str(write_modules(tmp_path / "text", seed=0)), "--run", str(run), "--ranks", "1"]
     words += ["--general", str(write_modules(tmp_path / "other", seed=1)), "--base", str(model_dir)]
-    done = demo("--pretrained", *words, commands=launchers)
+    done = demo("--pretrained", *words, commands=forked_commands)
     assert done.returncode == 0, done.stderr[-5000:]
     shown = done.stdout.partition("8/8")[2]
     assert shown.count("with the memory") == 3  # passages, continued before and after

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,14 +160,14 @@ print(json.dumps(result))
 """
 
 
-def test_initialization_is_right_under_zero_3() -> None:
+def test_initialization_is_right_under_zero_3(forked_commands: Path) -> None:
     """The trap: under zero.Init an initialization from outside the leaves leaves nn.Linear's own numbers."""
     configs = [
         config_of(family, input_size=96, hidden_size=128, intermediate_size=384, vocab_size=200)
         for family in FAMILIES
     ]
     done = subprocess.run(
-        [sys.executable, "-c", PARTITIONED, json.dumps([config.to_dict() for config in configs])],
+        [forked_commands / "python", "-c", PARTITIONED, json.dumps([config.to_dict() for config in configs])],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

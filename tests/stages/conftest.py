@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -176,11 +175,11 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def forked_training() -> Iterator[ForkedTraining]:
+def forked_training(forked_commands: Path) -> Iterator[ForkedTraining]:
     """forked_training(step, …) runs steps of trainings, see forked_training.py; their results, and what each
     said."""
     process = subprocess.Popen(
-        [sys.executable, _FORKED_TRAINING],
+        [forked_commands / "python", _FORKED_TRAINING],
         env=_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -246,7 +245,7 @@ class Runs:
 
     def start(self, name: str, ds_config: int | str, *, size: int = 1, **changes: Any) -> dict[str, Any]:
         """A step that starts a job with `size` ranks; `changes` may hold flags of `run_rank` too."""
-        special = ("signal_at", "kill_at", "bytes_of_a_file", "bytes_of_weights")
+        special = ("signal_at", "kill_at", "draw", "bytes_of_a_file", "bytes_of_weights")
         more = {key: changes.pop(key) for key in special if key in changes}
         job = self.job(name, ds_config, **changes)
         return {"kind": "start", "job": job, "size": size, "stage": self._stage, **more}
@@ -262,7 +261,10 @@ class Runs:
         return said
 
     def launch(self, launcher: Sequence[str | Path], *steps: dict[str, Any]) -> str:
-        """Run steps one after another in the ranks of mpirun or torchrun; what they said."""
+        """Run steps one after another in the ranks of mpirun or torchrun; what they said.
+
+        `launcher` has to start `python` of `forked_commands`.
+        """
         (self.root / "steps.json").write_text(json.dumps(steps))
         result = subprocess.run(
             [*launcher, _FORKED_TRAINING, self.root / "steps.json"],

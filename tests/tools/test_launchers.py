@@ -44,7 +44,7 @@ def started_ranks(output: Path) -> set[tuple[int, int]]:
     "launcher",
     [
         ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
-        ["torchrun", "--nproc-per-node", "2"],
+        ["torchrun", "--standalone", "--nproc-per-node", "2"],
     ],
     ids=lambda words: words[0],
 )

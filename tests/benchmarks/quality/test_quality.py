@@ -42,7 +42,7 @@ def _write_text(path: Path, words: Sequence[str], seed: int) -> None:
     draw = random.Random(seed)
     sentences = [" ".join(draw.choices(words, k=9)) + "." for _ in range(60)]
     with open(path, "w", encoding="utf-8") as stream:
-        for number in range(60):
+        for number in range(30):
             text = " ".join(draw.choices(sentences, k=14))
             stream.write(json.dumps({"text": text, "name": f"document {number}"}) + "\n")
 

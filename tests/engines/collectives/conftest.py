@@ -20,11 +20,12 @@ RunRanks = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> RunRanks:
+def run_ranks(tmp_path: Path, forked_commands: Path) -> RunRanks:
     """`run_ranks(how, size, scenario)` gives what each rank left, {} where it left nothing."""
 
     def run(how: str, size: int, scenario: str, *, launcher: list[str] = [], code: int = 0) -> list[dict]:  # noqa: B006
-        words = [*launcher, sys.executable, str(PROGRAM), how, str(size), scenario, str(tmp_path)]
+        python = sys.executable if launcher else forked_commands / "python"
+        words = [*launcher, python, str(PROGRAM), how, str(size), scenario, str(tmp_path)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ from mlpmem_ds.engines.collectives.ranks import RanksLost
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_exchange_and_wait_for_a_slow_one(run_ranks, check_everything, size):
+def test_ranks_exchange_and_three_wait_for_a_slow_one(run_ranks, check_everything, size):
     check_everything(run_ranks("files", size, "everything"))
 
 

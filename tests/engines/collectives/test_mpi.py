@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not MPIRUN.is_file(), reason="mpirun is not inst
 
 
 @pytest.mark.parametrize(("how", "size"), [("mpi", 3), ("auto", 2)])
-def test_ranks_exchange_and_wait_for_a_slow_one(run_ranks, check_everything, how, size):
+def test_ranks_exchange_and_three_wait_for_a_slow_one(run_ranks, check_everything, how, size):
     check_everything(run_ranks(how, size, "everything", launcher=[*LAUNCHER, str(size)]))
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ for name, file in json.loads(sys.argv[1]).items():
 """
 
 
-def test_initial_weights_are_right_at_every_stage(tmp_path):
+def test_initial_weights_are_right_at_every_stage(tmp_path, forked_commands):
     """zero.Init cuts a parameter as soon as its module is made: an initialization from outside would miss
     it."""
     files = {}
@@ -58,7 +57,7 @@ def test_initial_weights_are_right_at_every_stage(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     (tmp_path / "script.py").write_text(SCRIPT)
     result = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), json.dumps(files), str(tmp_path)],
+        [forked_commands / "python", str(tmp_path / "script.py"), json.dumps(files), str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,

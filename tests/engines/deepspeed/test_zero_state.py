@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 STAGES = ("zero1", "zero2", "zero3", "zero3_hpz")
-LIMIT, SLEEP = 5, 7  # seconds: of a collective, of the slow rank
+LIMIT, SLEEP = 4.0, 5.5  # seconds: of a collective, of the slow rank
 
 SCRIPT = """
 import datetime, json, os, socket, sys, time, traceback
@@ -35,7 +34,7 @@ from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import MemoryObjective
 import_deepspeed()
-root, limit, sleep = Path(sys.argv[1]), *map(int, sys.argv[2:4])
+root, limit, sleep = Path(sys.argv[1]), *map(float, sys.argv[2:4])
 files = json.loads(sys.argv[4])
 memory = MemoryConfig(input_size=10, hidden_size=11, intermediate_size=13, num_blocks=2, vocab_size=17)
 
@@ -89,8 +88,25 @@ def save_all(world):
         if world.is_first:
             torch.save(found, root / f"{name}.pt")
 
-def load_all(world):
+def start_meeting(world):
     set_up_distributed(world, timeout=datetime.timedelta(seconds=limit))
+
+def take_over(world):
+    '''Every checkpoint into every stage.'''
+    set_up_distributed(world)
+    for name in files:
+        engine = build(name, world)
+        for source in files:
+            saved = engine.resume(root / source / "checkpoints")
+            assert saved.step == 3 and saved.values == {"x": 1}
+            expected = torch.load(root / f"{source}.pt", weights_only=True)
+            for key, parts in everything(engine).items():
+                for number, (part, wanted) in enumerate(zip(parts, expected[key])):
+                    assert torch.equal(part, wanted), (source, name, key, number)
+        engine.train_step([arguments(3)], 0.01)
+
+def start_slowly(world):
+    start_meeting(world)
     if world.rank == 1:
         SavedShards.read = slowly(SavedShards.read, sleep)
         checkpoints.fault_of_checkpoint = slowly(checkpoints.fault_of_checkpoint, sleep)
@@ -100,14 +116,12 @@ def load_all(world):
         engine = build(name, world, prepare=start_head)
         head = import_part("utils").safe_get_full_fp32_param(engine.module.head.weight)
         assert (head == 1).all() and head.numel() == 17 * 11
-        for source in files:
-            saved = engine.resume(root / source / "checkpoints")
-            assert saved.step == 3 and saved.values == {"x": 1}
-            expected = torch.load(root / f"{source}.pt", weights_only=True)
-            for key, parts in everything(engine).items():
-                for number, (part, wanted) in enumerate(zip(parts, expected[key])):
-                    assert torch.equal(part, wanted), (source, name, key, number)
-        engine.train_step([arguments(3)], 0.01)
+        assert engine.resume(root / "zero1" / "checkpoints").step == 3
+
+def write_slowly(world):
+    start_meeting(world)
+    engine = build("zero3_hpz", world)
+    engine.train_step([arguments(3)], 0.01)
     engine_file.MAX_WEIGHTS_BYTES = 1000
     if world.rank == 1:
         zero_state.publish = slowly(zero_state.publish, sleep)
@@ -115,11 +129,6 @@ def load_all(world):
     assert len(list((root / "weights").glob("*.safetensors"))) > 4
     for key, (weight, *_) in everything(engine).items():
         assert torch.equal(weight, written[key]), key
-    if world.rank == 1:
-        torch.save = slowly(torch.save, sleep)
-    if world.rank == 0:
-        checkpoints.publish_checkpoint = slowly(checkpoints.publish_checkpoint, sleep)
-    engine.save(root / "again" / "checkpoints", 4, subject={}, values={}, keep=9)
     # The limit holds for a step: a rank that is as slow there ends the others.
     if world.rank == 1:
         time.sleep(sleep)
@@ -129,7 +138,17 @@ def load_all(world):
     except RuntimeError:
         (root / "limited").touch()
 
-def run(task, size):
+def save_slowly(world):
+    start_meeting(world)
+    engine = build("zero3_hpz", world)
+    engine.train_step([arguments(3)], 0.01)
+    if world.rank == 1:
+        torch.save = slowly(torch.save, sleep)
+    if world.rank == 0:
+        checkpoints.publish_checkpoint = slowly(checkpoints.publish_checkpoint, sleep)
+    engine.save(root / "again" / "checkpoints", 4, subject={}, values={}, keep=9)
+
+def start(task, size):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
@@ -146,22 +165,27 @@ def run(task, size):
             sys.stderr.flush()
             os._exit(code)
         pids.append(pid)
+    return pids
+
+def join(pids):
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert not any(codes), codes
 
-run(save_all, 3)
-run(load_all, 2)
+join(start(save_all, 3))
+# Three worlds that mostly sleep, and one that works meanwhile.
+tasks = (start_slowly, write_slowly, save_slowly, take_over)
+join([pid for task in tasks for pid in start(task, 2)])
 """
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, forked_commands):
     """Checkpoints of three ranks at each stage, taken over by two ranks at each stage."""
     root = tmp_path_factory.mktemp("taken-over")
     files = {name: str(REPOSITORY / "ds_configs" / f"{name}.json") for name in STAGES}
     (root / "script.py").write_text(SCRIPT)
     result = subprocess.run(
-        [sys.executable, root / "script.py", root, str(LIMIT), str(SLEEP), json.dumps(files)],
+        [forked_commands / "python", root / "script.py", root, str(LIMIT), str(SLEEP), json.dumps(files)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,

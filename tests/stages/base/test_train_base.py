@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -138,10 +137,9 @@ def test_the_default_learning_rate_is_written_as_a_number(runs, single):
     assert "learning rate 0.002" in single
 
 
-def test_two_ranks_are_one(runs, single):
-    port = str(30000 + os.getpid() % 20000)
-    torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", port]
-    said = runs.launch(torchrun, runs.start("two", 2))
+def test_two_ranks_are_one(runs, single, forked_commands):
+    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2"]
+    said = runs.launch([*torchrun, "--no-python", forked_commands / "python"], runs.start("two", 2))
     np.testing.assert_allclose(perplexities(runs, "two"), perplexities(runs, "one"), rtol=1e-4)
     assert "FutureWarning" not in said  # of PyTorch's new names, about what DeepSpeed calls
 

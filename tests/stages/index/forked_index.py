@@ -1,11 +1,10 @@
-"""Ranks that build an index together: `forked_index.py KEYS OUTPUT HOW SIZE`, forked when torch is loaded."""
+"""Ranks that build an index together: `forked_index.py KEYS OUTPUT HOW SIZE`, each a fork."""
 
 import os
 import sys
 from pathlib import Path
 
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.collectives import torch_group  # noqa: F401  so that each rank has it
 from mlpmem_ds.stages.index import build_index
 
 

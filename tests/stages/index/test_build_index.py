@@ -95,12 +95,12 @@ def test_ranks_give_the_same_files(keys: Path, undisturbed: Path, tmp_path: Path
 
 @pytest.mark.parametrize(("how", "size"), [("torch", 2), ("torch", 3), ("torch", 8), ("files", 3)])
 def test_ranks_that_train_together_give_the_same_files(
-    keys: Path, undisturbed: Path, tmp_path: Path, how: str, size: int
+    keys: Path, undisturbed: Path, forked_commands: Path, tmp_path: Path, how: str, size: int
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    words = [sys.executable, FORKED_INDEX, keys, tmp_path / "index", how, str(size)]
+    words = [forked_commands / "python", FORKED_INDEX, keys, tmp_path / "index", how, str(size)]
     environment = os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FORKED_INDEX.parents[3])}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -140,7 +140,7 @@ def test_calibration_is_of_the_mixtures_own_probabilities(whole):
     assert len(rows["base+memory"].calibration.bins) > 1
 
 
-def test_the_page_shows_breakdowns_speeds_and_samples(whole, evaluation, tmp_path):
+def test_the_page_shows_breakdowns_speeds_and_samples(whole, evaluation, tmp_path, drawn_pictures):
     text = render_report(whole)
     for needle in ("### By kind of token", "| letters | ", "| none | 0 | – |", "(wins.png)", "(speed.png)",
                    "| base+knn_exact | 500 | 250 | 125 |", "| base | 812 | 812 | 812 |", "a midnight",
@@ -330,7 +330,7 @@ def test_a_memory_that_loses_is_reported_as_losing(arms):
     assert "worse" in line and "+" in line
 
 
-def test_plots_are_png_and_the_same_from_the_same_numbers(evaluation, tmp_path):
+def test_plots_are_png_and_the_same_from_the_same_numbers(evaluation, tmp_path, drawn_pictures):
     for plot in (plot_lambda_curves, plot_costs):
         plot(evaluation, tmp_path / "one.png")
         plot(evaluation, tmp_path / "two.png")

@@ -1,7 +1,7 @@
 """`write_targets` by several ranks, for the tests: `rank_program.py HOW SIZE CONFIG KILLED CALL`.
 
 CONFIG is a pickled Config; the rank KILLED (-1: none) ends without a word after so many calls. Started once
-for all ranks, which it forks when torch is loaded; under mpirun once for each. The exit code is the worst of
+for all ranks, which it forks; under mpirun once for each. The exit code is the worst of
 ranks that were not killed.
 """
 
@@ -60,9 +60,6 @@ def main() -> None:
         world = world_from_environment(os.environ)
         assert world.size == size
         sys.exit(run(world, config, killed, call))
-    import mlpmem_ds.engines.collectives.torch_group  # noqa: F401  so that each rank has it
-    import mlpmem_ds.engines.faiss  # noqa: F401
-
     children = {}
     for rank in range(size):
         child = os.fork()

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,17 @@ MPIRUN = Path(sys.executable).parent / "mpirun"
 OF_LAUNCHERS = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MASTER_", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE")
 
 
-def run_together(
+RunTogether = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run_together(forked_commands: Path) -> RunTogether:
+    """run_together(config, how, size) -> (the worst exit code of ranks not killed, what they said)."""
+    return partial(_run_together, forked_commands / "python")
+
+
+def _run_together(
+    forked_python: Path,
     wanted: write_targets.Config,
     how: str,
     size: int,
@@ -42,7 +54,6 @@ def run_together(
     call: int = 0,
     launcher: list[str] | None = None,
 ) -> tuple[int, str]:
-    """(the worst exit code of the ranks that were not killed, what they said)."""
     path = wanted.output.with_suffix(".config")
     path.write_bytes(pickle.dumps(wanted))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
@@ -52,7 +63,8 @@ def run_together(
     if launcher is None:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [*(launcher or []), sys.executable, PROGRAM, how, size, path, killed, call]
+    start = [*launcher, sys.executable] if launcher else [forked_python]
+    words = [*start, PROGRAM, how, size, path, killed, call]
     command = [str(word) for word in words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr
@@ -60,7 +72,7 @@ def run_together(
 
 @pytest.mark.parametrize(("how", "size"), [("torch", 2), ("torch", 3), ("torch", 8), ("files", 3)])
 def test_ranks_that_search_together_give_the_bytes_of_one(
-    keys: Path, index: Path, compact: Path, tmp_path: Path, how: str, size: int
+    keys: Path, index: Path, compact: Path, tmp_path: Path, how: str, size: int, run_together: RunTogether
 ) -> None:
     changes: dict[str, Any] = {**COMPACT, "index": index, "exchange": how}
     wanted = config(keys, tmp_path / "targets", **changes)
@@ -76,7 +88,7 @@ def test_ranks_that_search_together_give_the_bytes_of_one(
 
 @pytest.mark.skipif(not MPIRUN.is_file(), reason="mpirun is not installed")
 def test_ranks_of_mpirun_give_the_bytes_of_one(
-    keys: Path, index: Path, compact: Path, tmp_path: Path
+    keys: Path, index: Path, compact: Path, tmp_path: Path, run_together: RunTogether
 ) -> None:
     pytest.importorskip("mpi4py")
     wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange="mpi")
@@ -87,7 +99,7 @@ def test_ranks_of_mpirun_give_the_bytes_of_one(
 
 
 def test_when_a_rank_is_killed_those_that_exchange_files_finish_by_themselves(
-    keys: Path, index: Path, compact: Path, tmp_path: Path
+    keys: Path, index: Path, compact: Path, tmp_path: Path, run_together: RunTogether
 ) -> None:
     wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange="files")
     code, said = run_together(wanted, "files", 3, killed=1, call=3)
@@ -96,7 +108,7 @@ def test_when_a_rank_is_killed_those_that_exchange_files_finish_by_themselves(
 
 
 def test_when_a_rank_is_killed_the_next_start_goes_on(
-    keys: Path, index: Path, compact: Path, tmp_path: Path
+    keys: Path, index: Path, compact: Path, tmp_path: Path, run_together: RunTogether
 ) -> None:
     wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange="torch")
     code, said = run_together(wanted, "torch", 2, killed=1, call=7)
@@ -140,7 +152,7 @@ def test_ranks_search_alone_only_on_the_cpus_of_one_host_that_has_room(
     "damaged", ["frequency_order.npy", "done/weighting.json", "knn-000000000104-104.tar"]
 )
 def test_ranks_mend_what_is_damaged_in_complete_targets(
-    keys: Path, index: Path, compact: Path, tmp_path: Path, damaged: str
+    keys: Path, index: Path, compact: Path, tmp_path: Path, damaged: str, run_together: RunTogether
 ) -> None:
     """The lists are gone by then, and all ranks make them again where one of them needs them."""
     wanted = config(keys, tmp_path / "targets", **COMPACT, index=index, exchange="torch")
@@ -155,7 +167,7 @@ def test_ranks_mend_what_is_damaged_in_complete_targets(
 
 
 def test_ranks_that_search_alone_make_the_lists_of_a_missing_shard_together(
-    keys: Path, index: Path, compact: Path, tmp_path: Path
+    keys: Path, index: Path, compact: Path, tmp_path: Path, run_together: RunTogether
 ) -> None:
     wanted = config(keys, tmp_path / "targets", **COMPACT, index=index)
     shutil.copytree(compact, wanted.output)
@@ -193,7 +205,7 @@ def test_a_rank_that_is_lost_while_the_sample_is_measured_takes_no_record_away(
 
 
 def test_ranks_that_exchange_files_and_are_refused_leave_the_lists_alone(
-    keys: Path, index: Path, tmp_path: Path
+    keys: Path, index: Path, tmp_path: Path, run_together: RunTogether
 ) -> None:
     changes = {**COMPACT, "neighbour_perplexity": 19.99, "exclude_window": 190}
     wanted = config(keys, tmp_path / "targets", **changes, index=index, exchange="files")

@@ -60,7 +60,7 @@ def start_deepspeed(job):
     port = str(random.SystemRandom().randrange(30000, 60000))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "MASTER"))}
     return subprocess.Popen(
-        [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--master_port", port]
+        [Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2", "--master_port", port]
         + ["launch/train.py", *words],
         env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
         cwd=REPOSITORY,

@@ -93,7 +93,7 @@ def test_the_note_names_what_is_there(caplog):
     assert "MFU 50%" in note and "SKIPPED 3 steps" in note
 
 
-def test_curves(tmp_path):
+def test_curves(tmp_path, drawn_pictures):
     assert not draw_curves(tmp_path) and not (tmp_path / "curves.png").exists()
     lines = [{"step": step, "loss": 1 / step, "kl": None if step == 2 else 1.0} for step in (1, 2, 3)]
     lines += [{"step": 3, "validation_perplexity": 9.0, "validation_base_perplexity": 10.0}]

@@ -178,13 +178,13 @@ def test_resume_at_another_world_and_stage(runs, pair):
         np.testing.assert_allclose(runs.losses(name), expected, rtol=PARITY, err_msg=name)
 
 
-def test_resume_and_damage_and_complete(runs, pair):
+def test_resume_and_damage_and_complete(runs, pair, forked_commands):
     """20 steps = 10 + 10 bit for bit, through mpirun; a flipped byte costs the newest checkpoint and nothing
     else."""
     bf16 = runs.ds_config(3, bf16=True)
     steps = [runs.start(name, bf16) for name in ("two-rewound", "two-damaged", "two-bf16")]
     mpirun = [Path(sys.executable).parent / "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
-    said = runs.launch([*mpirun, sys.executable], *steps)
+    said = runs.launch([*mpirun, forked_commands / "python"], *steps)
     runs.assert_same_weights("two-rewound", "two-bf16")
     np.testing.assert_array_equal(runs.losses("two-rewound"), runs.losses("two-bf16"))
     assert "does not have the checksum" in said and "step-00000020" in said

@@ -90,7 +90,7 @@ def driven(runs, base_dir, bare_keys, damaged_keys):
         "offline": runs.start("offline", 2, **base),
         "online": runs.start("online", 2, **online),
         "online-3": runs.start("online-3", 3, **{**online, "validate_every": 4}, size=3),
-        "plain": runs.start("plain", 3),
+        "plain": runs.start("plain", 3, draw=True),
         "three": runs.start("three", 3, size=3),
         "recomputed": runs.start("recomputed", 3, recompute_activations=True),
         "validated": runs.start("validated", 2, **often, select="best"),

@@ -1,18 +1,22 @@
-"""`python`, `torchrun` and `deepspeed` for a script's test: the first start of each is the real one, later
-ones are forks.
+"""`python`, `torchrun` and `deepspeed` as forks of a process that has imported everything.
 
-Run as a process of its own with a directory: it fills the directory with the three commands, says so on
-standard output, and serves them until it is killed. A fork gets the command's words, directory, environment
-and standard streams, runs the front-end as `__main__`, and differs from the real start by the seconds of its
-imports only.
+A real start takes 5 to 15 s of imports; a fork takes milliseconds. It gets the command's words, directory,
+environment and standard streams, and runs the file as `__main__`. Who ends the command ends the fork too.
+
+Forked itself from the process server of `conftest._forked`, it fills a directory with the three
+commands and serves them until the tests end. What only a real start can show is elsewhere: the launchers'
+own words, and ranks that hash strings differently, in tools/test_launchers.py and
+stages/training/test_launchers.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -20,9 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# One forks; the real one comes first. `mkdir` succeeds once.
 _COMMAND = """#!/bin/sh
-if mkdir "{directory}/started-{name}" 2>/dev/null; then exec "{real}" "$@"; fi
 exec "{python}" -IS "{directory}/ask.py" {name} "$@"
 """
 _ASK = """
@@ -46,7 +48,7 @@ def free_port() -> int:
 def ranks_of(name: str, words: list[str]) -> tuple[list[str], list[dict[str, str]], bool]:
     """(the words after the launcher's own, each rank's variables, whether --local_rank is appended)."""
     if name == "python":
-        return words, [{}], False
+        return [word for word in words[:1] if word != "-u"] + words[1:], [{}], False
     parser = argparse.ArgumentParser(name, allow_abbrev=False)
     parser.add_argument(
         "--nproc-per-node" if name == "torchrun" else "--num_accelerators", type=int, dest="size"
@@ -68,6 +70,12 @@ def run(words: list[str], directory: str, environment: dict[str, str], streams: 
     """A fork's whole life; the exit code."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    for stream in streams:
+        os.close(stream)
+    # New objects: those of the server know whether its own streams can seek.
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
@@ -75,6 +83,9 @@ def run(words: list[str], directory: str, environment: dict[str, str], streams: 
         if words[0] == "-c":
             sys.argv = ["-c", *words[2:]]
             exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        elif words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = words
             sys.path.insert(0, str(Path(words[0]).absolute().parent))
@@ -90,17 +101,26 @@ def run(words: list[str], directory: str, environment: dict[str, str], streams: 
     return 0
 
 
-def join(pids: list[int]) -> int:
-    """The first exit code that is not 0, whose siblings are then killed, as launchers do; else 0."""
-    failed = 0
-    while pids:
-        pid, status = os.wait()
-        pids.remove(pid)
-        code = os.waitstatus_to_exitcode(status)
-        if code and not failed:
-            failed = code if code > 0 else 128 - code
-            for other in pids:
-                os.kill(other, signal.SIGKILL)
+def join(pids: list[int], question: socket.socket) -> int:
+    """The first exit code that is not 0, whose siblings are then killed, as launchers do; else 0.
+
+    Who asked has ended: all are killed.
+    """
+    failed, running = 0, {os.pidfd_open(pid): pid for pid in pids}
+    while running:
+        ready, _, _ = select.select([question, *running], [], [])
+        for descriptor in ready:
+            if descriptor is question:
+                code = 1
+            else:
+                code = os.waitstatus_to_exitcode(os.waitpid(running.pop(descriptor), 0)[1])
+                os.close(descriptor)
+            if code and not failed:
+                failed = code if code > 0 else 128 - code
+                for pid in running.values():
+                    os.kill(pid, signal.SIGKILL)
+        if question in ready:
+            break
     return failed
 
 
@@ -116,34 +136,42 @@ def answer(question: socket.socket) -> None:
     for number, variables in enumerate(ranks):
         pid = os.fork()
         if pid == 0:
+            question.close()
             own = [*words, f"--local_rank={number}"] if is_told else words
             os._exit(run(own, directory, {**environment, **variables}, streams))
         pids.append(pid)
     for stream in streams:
         os.close(stream)
-    question.sendall(str(join(pids)).encode())
+    question.sendall(str(join(pids, question)).encode())
 
 
 def serve(directory: Path) -> None:
     os.chdir(directory)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("socket")
-    listener.listen()
     (directory / "ask.py").write_text(_ASK.format(directory=str(directory)))
     for name in ("python", "torchrun", "deepspeed"):
-        real: Any = sys.executable if name == "python" else Path(sys.executable).with_name(name)
         path = directory / name
-        path.write_text(_COMMAND.format(directory=directory, name=name, real=real, python=sys.executable))
+        path.write_text(_COMMAND.format(directory=directory, name=name, python=sys.executable))
         path.chmod(0o755)
-    print("ready", flush=True)
+    listener.listen()
+    (directory / "ready").touch()
+    parent: Any = multiprocessing.parent_process()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     while True:
+        ready, _, _ = select.select([listener, parent.sentinel], [], [])
+        if parent.sentinel in ready:
+            return
         question, _ = listener.accept()
-        with question:
-            answer(question)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            try:
+                answer(question)
+            finally:
+                os._exit(0)
+        question.close()
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import warm_start  # noqa: F401
-
-    serve(Path(sys.argv[1]))
+    serve(globals()["DIRECTORY"])  # given by who runs this file
