@@ -13,13 +13,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device
 from torch import nn
-from transformers import PreTrainedModel
 
 from mlpmem_ds.core.ahead import run_ahead
 from mlpmem_ds.core.blocks import Block, Window
@@ -36,6 +34,9 @@ from mlpmem_ds.models.backbone import attention_of, capture, load_base, logit_tr
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.past_states import with_past
 from mlpmem_ds.models.structure import decoder_layers, output_head, resolve_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _logger = logging.getLogger(__name__)
 _LOG_PROBABILITIES = "log_probabilities"
@@ -189,6 +190,8 @@ class TransformersSource:
         or on disk."""
         if not hasattr(self.model, "hf_device_map"):
             return contextlib.nullcontext()
+        from accelerate.utils import align_module_device
+
         return align_module_device(self.model.get_output_embeddings())
 
 

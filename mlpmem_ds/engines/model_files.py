@@ -8,10 +8,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
-from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.once import computed_once
@@ -20,6 +19,9 @@ from mlpmem_ds.engines.tokenizer import library_fault
 from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
 from mlpmem_ds.formats.json_lines import parse_json
 from mlpmem_ds.formats.weight_shards import fault_of_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -285,6 +287,8 @@ def model_file(name_or_path: str, name: str) -> Path | None:
     if Path(name_or_path).exists():
         path = Path(name_or_path) / name
         return path if path.is_file() else None
+    from transformers.utils import cached_file
+
     try:
         found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):

@@ -11,10 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
 
 def reason_against_path(name_or_path: str) -> str | None:
     """Why this names no model directory, and what to give instead; None where it has a `config.json`, or is
@@ -45,6 +41,10 @@ def reason_against_path(name_or_path: str) -> str | None:
 
 def reason_against_config(path: Path) -> str | None:
     """Why the model of this `config.json` is no causal language model that transformers has a class for."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     content = path.read_bytes()
     if content.startswith(codecs.BOM_UTF8):
         return (

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import AutoTokenizer
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import content_hash
@@ -238,6 +236,8 @@ def load_tokenizer(name_or_path: str, *, flag: str = "--tokenizer") -> Any:
     Raises:
         UserError: there is none, its files are damaged, or it needs a package that is not installed.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
@@ -348,6 +348,8 @@ def definition_sha256(tokenizer: Any, opened: TextBackend | None = None) -> str:
 
 def backend_of(tokenizer: Any) -> Any | None:
     """The tokenizer of the library `tokenizers` below it; None where it is written in Python."""
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
     return tokenizer.backend_tokenizer if isinstance(tokenizer, TokenizersBackend) else None
 
 

@@ -11,17 +11,18 @@ only.
 Shapes: B sequences, S tokens, D width of the base, V vocabulary, `...` any leading dimensions.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .capture_point import CapturePoint
 from .logit_transform import LogitTransform
@@ -35,6 +36,9 @@ from .structure import (
     resolve_layer,
     structure_message,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MAX_REASON = 400
 
@@ -73,6 +77,8 @@ def load_base(
     `device_map` spreads a model that is too large for one device over several, layer by layer (accelerate):
     `auto` and its like, or a mapping of module paths to devices, `cpu` or `disk`; `device` is not used then.
     """
+    from transformers import AutoModelForCausalLM  # seconds to import; a start may need no base
+
     name = str(name_or_path)
     if _is_path(name) and not Path(name).expanduser().is_dir():
         raise ValueError(

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from mlpmem_ds.models.memory import make_norm
 from mlpmem_ds.models.memory_config import NORMS
@@ -23,6 +23,9 @@ from mlpmem_ds.models.structure import (
     decoder_layers,
     names_of_parts,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)  # of norms that do not say theirs
 

@@ -9,12 +9,17 @@ only.
 Shapes: D width of the base, F width inside its MLP, V vocabulary.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 

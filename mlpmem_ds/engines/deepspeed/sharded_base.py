@@ -15,16 +15,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, silenced
 from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.structure import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PERSISTENT_WIDTHS = 10
 """parameters of at most so many times the width (norms, biases) stay whole on each rank"""
@@ -116,6 +117,8 @@ def _parameters(module: nn.Module) -> list[Any]:
 @contextlib.contextmanager
 def _cut_while_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     """While open, `from_pretrained` makes and fills its models in shards."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
     config = HfDeepSpeedConfig(ds_config)  # transformers keeps a weak reference to it
     try:
         yield

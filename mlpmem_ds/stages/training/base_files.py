@@ -10,15 +10,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.model_files import model_file
 from mlpmem_ds.models.backbone import load_base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Read: TypeAlias = Callable[[], torch.Tensor]
 """reads a tensor, float32 on the CPU"""
@@ -52,6 +54,8 @@ def open_base_files(name_or_path: str) -> BaseFiles:
     Raises:
         UserError: there is no such model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

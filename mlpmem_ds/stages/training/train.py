@@ -56,7 +56,6 @@ from mlpmem_ds.stages.training.memory_shape import memory_shape
 from mlpmem_ds.stages.training.memory_validation import MemoryValidator
 from mlpmem_ds.stages.training.objectives import OBJECTIVES, MemoryObjective
 from mlpmem_ds.stages.training.parts import Batches, Steps
-from mlpmem_ds.stages.training.streamed_batches import StreamedBatches, StreamSettings
 from mlpmem_ds.stages.training.training import Training, announce, is_complete
 
 __all__ = ["Config", "run"]
@@ -254,6 +253,8 @@ def _batches(
         assert base is not None
         online = OnlineInputs(base, inputs.corpus, inputs.point)
     if config.loader == "webdataset":
+        from mlpmem_ds.stages.training.streamed_batches import StreamedBatches, StreamSettings
+
         assert inputs.targets is not None
         return StreamedBatches(
             inputs.stored_keys,

@@ -61,7 +61,7 @@ def test_a_class_that_needs_numbers_is_loaded_whole(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("this class reads its numbers in __init__")
 
-    monkeypatch.setattr(base_files.AutoModelForCausalLM, "from_config", fail)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fail)
     base = open_base_files(path)
     weight_VH = output_head(base.model)[0]
     assert not weight_VH.is_meta and torch.equal(base.reader(weight_VH)(), weight_VH)
