@@ -114,8 +114,7 @@ while :; do
             "$rapid_seconds s, and it is not started again: read what it wrote last"
         exit "$code"
     fi
-    pause=$((num_rapid > 5 ? 32 : (1 << num_rapid) / 2))  # seconds: 1, 2, 4, … of rapid deaths in a row
-    [ $pause -gt 0 ] || pause=1
+    pause=$((num_rapid > 5 ? 32 : (1 << num_rapid) / 2))  # seconds; 1, 2, 4, … of rapid deaths in a row
     say "exit code $code after $lived s: starting it again in $pause s"
     sleep "$pause" &
     child=$!

@@ -15,6 +15,7 @@ NAMES = (
     "decode",
     "evaluate",
     "extract",
+    "goodput",
     "index",
     "loss",
     "plan",

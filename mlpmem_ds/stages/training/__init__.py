@@ -12,4 +12,5 @@
 - `training`: one training from its start to its result; `loop`: the steps one after another
 - `validation`: what validations found, the best weights; `memory_validation`: those of a memory
 - `metrics`, `curves`: metrics.jsonl, TensorBoard, W&B, one picture
+- `intervals`: how many steps between two checkpoints cost least time
 """

@@ -31,6 +31,7 @@ from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
 from mlpmem_ds.formats.trained_models import TrainingResult
 from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.stages.training.curves import draw_curves
+from mlpmem_ds.stages.training.intervals import interval_advice
 from mlpmem_ds.stages.training.loop import Hooks, LoopSettings, Outcome, run_steps
 from mlpmem_ds.stages.training.metrics import Metrics
 from mlpmem_ds.stages.training.options import TrainingOptions
@@ -120,6 +121,8 @@ class Training:
         self._directory, self._subject = directory, subject
         self._describe, self._write = describe, write
         self._world, self._checkpoints = directory.world, options.output / "checkpoints"
+        self._first = 0
+        self._loop_began: float | None = None  # until a checkpoint was saved
         self._copier = None
         if options.copy_to is not None and self._world.is_first:
             self._copier = CheckpointCopier(options.copy_to, options.keep_checkpoints)
@@ -209,6 +212,7 @@ class Training:
         progress = Progress(rows_left, label="training", unit=self._objective.rows, world=self._world)
         self._directory.log_phase(self._steps.count, missing=self._steps.count - first, of="steps")
         stop_request = StopRequest(self._engine.device)
+        self._first, self._loop_began = first, time.monotonic()
         outcome = run_steps(
             self._engine,
             self._arguments(first),
@@ -237,6 +241,7 @@ class Training:
         return feed.stream(self._batches.stream(first, self._steps.count))
 
     def _save(self, step: int) -> None:
+        start = time.monotonic()
         self._engine.save(
             self._checkpoints,
             step,
@@ -250,9 +255,18 @@ class Training:
             keep=self._options.keep_checkpoints,
             begin_copy=None if self._copier is None else self._copier.start,
         )
-        self._directory.log.write("checkpoint", step=step)
+        seconds = time.monotonic() - start
+        self._directory.log.write("checkpoint", step=step, seconds=round(seconds, 3))
         if self._world.is_first:
+            self._advise(step, seconds, until=start)
             self._best.remove_others()
+
+    def _advise(self, step: int, seconds: float, *, until: float) -> None:
+        """Say once a start how often to save, from the first checkpoint and the steps before it."""
+        if self._loop_began is not None and step > self._first:
+            step_seconds = (until - self._loop_began) / (step - self._first)
+            _logger.info("%s", interval_advice(seconds, step_seconds))
+        self._loop_began = None
 
     def _validate(self, step: int) -> bool:
         assert self._validator is not None
