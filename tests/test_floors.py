@@ -82,11 +82,11 @@ OWNERS: dict[str, set[str]] = {
         "engines/tokenizer.py",
         "engines/deepspeed/sharded_base.py",
         "models/backbone.py",
+        "models/carried_layers.py",
         "models/final_norm.py",
         "models/generation_settings.py",
         "models/hf.py",
         "models/hf_config.py",
-        "models/history_cache.py",
         "models/joint_parts.py",
         "models/shape.py",
         "models/structure.py",
@@ -115,6 +115,7 @@ OWNERS: dict[str, set[str]] = {
 EXPORTED = {
     "models/backbone.py",
     "models/capture_point.py",
+    "models/carried_layers.py",
     "models/gate_features.py",
     "models/gates.py",
     "models/hf.py",
@@ -128,7 +129,9 @@ EXPORTED = {
     "models/mixture.py",
     "models/pretrained_memory.py",
     "models/quantized.py",
+    "models/shared_head.py",
     "models/structure.py",
+    "models/window_cache.py",
 }
 
 

@@ -190,9 +190,16 @@ class TransformersSource:
         or on disk."""
         if not hasattr(self.model, "hf_device_map"):
             return contextlib.nullcontext()
-        from accelerate.utils import align_module_device
+        return weights_at_hand(self.model.get_output_embeddings())
 
-        return align_module_device(self.model.get_output_embeddings())
+
+def weights_at_hand(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The weights of a module, of a base that may be spread over devices, on their device while this is
+    open."""
+    from accelerate.utils import align_module_device
+
+    opened: contextlib.AbstractContextManager[None] = align_module_device(module)
+    return opened
 
 
 @contextlib.contextmanager

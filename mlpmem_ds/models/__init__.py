@@ -3,6 +3,7 @@
 Read in this order; files marked * are copied into every export and import nothing of ours but each other:
     memory_config*     the memory's shape, and named sizes: plain values
     logit_transform*   a scale and a soft cap of logits
+    shared_head*       the base's output head, for a memory that has none of its own
     memory*            the memory: a stack of residual MLP blocks and its head
     structure*         a base's layers, MLPs and output head, found by structure
     capture_point*     where a hidden state is read
@@ -12,7 +13,9 @@ Read in this order; files marked * are copied into every export and import nothi
     gates*             gates that learned the weights, and the register of all gates
     hf_config*         the joint model's config.json
     joint_parts*       what it is put together from: base, memories and their inputs, checked
-    history_cache*     what a gate remembers of each sequence, carried by the base's cache
+    carried_layers*    what a joint model remembers of each sequence, carried by the base's cache:
+    history_cache*     a gate its history,
+    window_cache*      a memory with a window the states of the positions before
     joint_step*        from one forward of the base to the mixture, with or without the memories
     hf*                the joint model: its forward, generation, saving and loading
     pretrained_memory* a trained memory that waits for its base
@@ -20,7 +23,7 @@ Read in this order; files marked * are copied into every export and import nothi
     quantized*         a memory with int8 matrices, for decoding
     mixture_on_device  the mixture of logits by Triton
     mixture_scores     the mixture of log-probabilities kept in NumPy, for report and validation
-    past_states        states of a position and of those before it, for a memory with a window
+    past_states        states of a position and of those before it in stored text, for a memory with a window
     final_norm         training only: the norm before a base's head, found, and its kind
     base_end           training only: that norm and the head, for objectives that need p_base
     gate_fit           training only: a gate's net, and the best fixed weights, fitted to stored scores

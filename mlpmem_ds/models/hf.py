@@ -8,8 +8,8 @@ states.
 `logits` are log-probabilities of the mixture (float32; softmax gives the mixture back, and a temperature
 applies after mixing). How much of the memory there is at a position is said by a gate (see `mixture`), by
 default the same `lmbda` everywhere; at `lmbda = 0` they are the base's own logits, so that nothing at all
-changes. A *bank* is several memories of one base under one gate. The memories have no cache: the caches are
-the base's, and carry what a gate remembers of each sequence (`history_cache`).
+changes. A *bank* is several memories of one base under one gate. The caches are the base's, and carry what a
+gate (`history_cache`) and memories with a window (`window_cache`) need of the tokens before.
 
 This file is written into every exported directory as remote code, together with those that it imports: all
 import torch, transformers and the standard library only.
@@ -22,6 +22,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backbone import Taps
 from .capture_point import CapturePoint
+from .carried_layers import carried_layer, carry
 from .gates import open_gate
 from .hf_config import MemoryAugmentedConfig, checked_threshold
-from .history_cache import carry, history_layer
+from .history_cache import HistoryLayer
 from .joint_parts import (
     checked_gate,
     described_memories,
@@ -44,6 +46,7 @@ from .joint_parts import (
     kept_positions,
     plain_memory,
     real_tokens,
+    windows_of,
 )
 from .joint_step import BaseOnly, Mixture, Step
 from .memory import Memory, NormalLinear, OnePlusLayerNorm, OnePlusRMSNorm
@@ -56,16 +59,13 @@ from .quantized import Int8Linear, quantize_linears
 class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose next-token distribution is the mixture of its base's and its memory's.
 
-    `mixture`, the function `mixture.log_mixture_of_logits`, may be replaced by a faster one, such as the
-    package's `models.mixture_on_device.mixture_on_device`, which is two launches on CUDA; it need not be
-    differentiable.
+    `mixture`, the function `mixture.log_mixture_of_logits`, may be replaced by a faster one, such as
+    `mixture_on_device` of the package, two launches on CUDA, which need not be differentiable. `gate` finds
+    the weight of the memory, or of each memory of a bank, at each position; `set_gate` takes another. With
+    `base_only_threshold`, where the weight is lower, it is 0, and in decoding the memory does not run where
+    that is foreseen; `base_only` counts.
 
-    `gate` finds the weight of the memory, or of each memory of a bank, at each position; `set_gate` takes
-    another. With `base_only_threshold`, where the weight is lower, it is 0, and in decoding the memory does
-    not run where that is foreseen; `base_only` counts.
-
-    A forward can be compiled whole wherever the base's can: `model.generate(...,
-    cache_implementation="static")` on CUDA does so for each step, with CUDA graphs.
+    A forward can be compiled whole wherever the base's can (`generate(…, cache_implementation="static")`).
     """
 
     config_class = MemoryAugmentedConfig
@@ -102,6 +102,9 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         for part in (base, memory, *further):
             for module in part.modules() if part is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
+        for each in self.memories:
+            each.share_head(self.get_output_embeddings())
+        self._windows = windows_of(self.memories)
         self.gate: StoredGate = checked_gate(open_gate(config.gate, config.lmbda), len(self.memories))
         self.base_only = BaseOnly()
         self._taps = self._make_taps()
@@ -193,9 +196,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         """Join a loaded base and a trained memory, in eval mode; no weight of the base is copied.
 
         The memory, and the `further` ones of a bank, are cast to the base's dtype and moved to its device
-        (unless `cast` is false: then they stay as they are), and a training head is replaced by the plain one
-        with the same weight. Raises ValueError when the sizes of two do not fit, or lmbda or a point is
-        invalid.
+        (not where `cast` is false), and a training head is replaced by the plain one with the same weight.
+        Raises ValueError when the sizes of two do not fit, or lmbda or a point is invalid.
         """
         first = PretrainedMemory(
             module=memory_module,
@@ -254,8 +256,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 
         It may be set at any time, and is saved with the model.
         """
-        threshold: float | None = self.config.base_only_threshold
-        return threshold
+        return self.config.base_only_threshold
 
     @base_only_threshold.setter
     def base_only_threshold(self, value: float | None) -> None:
@@ -264,8 +265,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     def quantize_memory(self) -> "MemoryAugmentedLM":
         """Round the memories' matrices to int8, in place, for decoding; gives the model. See quantized.py.
 
-        On a CPU a step reads a quarter of float32's bytes for the memory, and takes less time by as much.
-        Such a model is neither trained nor saved.
+        On a CPU a step reads a quarter of float32's bytes for the memory, and takes less time by as much. A
+        head that is the base's stays as it is. Such a model is neither trained nor saved.
         """
         for memory in self.memories:
             quantize_linears(memory)
@@ -273,7 +274,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises ValueError after `quantize_memory`: the float weights are gone."""
-        if isinstance(self.memory.head, Int8Linear):
+        if any(isinstance(module, Int8Linear) for module in self.memory.modules()):
             raise ValueError("a model with an int8 memory is not saved: save it before quantize_memory()")
         return super().save_pretrained(*args, **kwargs)
 
@@ -295,8 +296,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 
         `logits [B, K, V]`: float32 log-probabilities of the mixture, or the base's own logits when lmbda is
         0. `labels` follow the convention of transformers: aligned with `input_ids`, shifted here, -100
-        ignored, mean loss in nats. `token_mask [B, S]`, false for padding among the new tokens, is needed for
-        a gate with a history where `attention_mask` is not `[B, length]`.
+        ignored, mean loss in nats. `token_mask [B, S]`, false for padding among the new tokens, is needed
+        where `attention_mask` is not `[B, length]`, for a gate with a history and memories with a window.
         """
         given = {
             "input_ids": input_ids,
@@ -341,14 +342,16 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             output = self.base(**arguments, return_dict=True)
             return output, output.logits if base_keeps else kept_positions(output.logits, num_logits)
         ids_BS: Any = arguments.get("input_ids")
-        if has_history:
-            if ids_BS is None:
-                raise ValueError("a gate with a history reads the tokens themselves: give input_ids")
-            before = history_layer(arguments.get("past_key_values"))
-            is_real_BS = real_tokens(ids_BS, token_mask, arguments.get("attention_mask"))
-        num_sequences, num_tokens = (arguments["inputs_embeds"] if ids_BS is None else ids_BS).shape[:2]
-        output, states = self._taps.read(self.base, num_sequences, num_tokens, **arguments, return_dict=True)
-        if not has_history:
+        if has_history and ids_BS is None:
+            raise ValueError("a gate with a history reads the tokens themselves: give input_ids")
+        new_BS = arguments["inputs_embeds"][..., 0] if ids_BS is None else ids_BS
+        cache, is_real_BS = arguments.get("past_key_values"), None
+        if has_history or self._windows.sizes:
+            is_real_BS = real_tokens(new_BS, token_mask, arguments.get("attention_mask"))
+        before = carried_layer(cache, HistoryLayer) if has_history else None
+        forward = partial(self._taps.read, self.base, *new_BS.shape, **arguments, return_dict=True)
+        output, states = self._windows.follow(forward, cache, is_real_BS, logits_to_keep, needs=num_logits)
+        if is_real_BS is None or not has_history:
             base_logits_BKV = output.logits if base_keeps else kept_positions(output.logits, num_logits)
             states = {name: kept_positions(state_BSD, num_logits) for name, state_BSD in states.items()}
             return output, self._step().mix(base_logits_BKV, states)
@@ -356,7 +359,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             output.logits, states, ids_BS, is_real_BS, before, logits_to_keep
         )
         if output.get("past_key_values") is not None:
-            tail.write_to(carry(output.past_key_values, before))
+            tail.write_to(carry(output.past_key_values, before, HistoryLayer))
         return output, logits_BKV
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -370,17 +373,16 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         mask = kwargs.get("attention_mask")
         new = inputs.get("input_ids")
         # For a static cache the base's is a mask of attention, from which padding cannot be read.
-        if self.gate.history is not None and new is not None and mask is not None and mask.ndim == 2:
+        reads_padding = self.gate.history is not None or self._windows.sizes
+        if reads_padding and new is not None and mask is not None and mask.ndim == 2:
             inputs["token_mask"] = mask[:, -new.shape[1] :].to(new.device)
         return inputs
 
     def get_input_embeddings(self) -> nn.Module:
-        embeddings: nn.Module = self.base.get_input_embeddings()
-        return embeddings
+        return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        head: nn.Module = self.base.get_output_embeddings()
-        return head
+        return self.base.get_output_embeddings()
 
     def _make_taps(self) -> Taps:
         config: Any = self.config

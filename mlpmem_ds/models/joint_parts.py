@@ -22,7 +22,9 @@ from .memory import Memory
 from .memory_config import MemoryConfig
 from .mixture import Constant, StoredGate, Weights
 from .pretrained_memory import PretrainedMemory
+from .shared_head import head_fingerprint
 from .structure import output_head
+from .window_cache import Windows
 
 MEMORY_INPUT = "memory_input"
 """Name of the state that the (first) memory reads; a gate finds it in `GateInputs.states` too."""
@@ -31,6 +33,12 @@ MEMORY_INPUT = "memory_input"
 def input_name(number: int) -> str:
     """Name of the state that a bank's memory of this number, from 0, reads."""
     return MEMORY_INPUT if number == 0 else f"{MEMORY_INPUT}_{number}"
+
+
+def windows_of(memories: Sequence[Memory]) -> Windows:
+    """The memories that read the states of several positions."""
+    sizes = {input_name(number): memory.config.window for number, memory in enumerate(memories)}
+    return Windows(sizes={name: window for name, window in sizes.items() if window > 1})
 
 
 def described_memories(config: MemoryAugmentedConfig) -> list[Mapping[str, Any]]:
@@ -54,23 +62,27 @@ def input_points(config: MemoryAugmentedConfig, base: PreTrainedModel) -> dict[s
 
 
 def check_sizes(memory: MemoryConfig, base_model: PreTrainedModel, point: CapturePoint) -> None:
-    """Raises ValueError unless the memory reads states of this base's width, and predicts its tokens."""
-    if memory.window > 1:
-        raise ValueError(
-            f"the memory reads the states of {memory.window} positions at once, which `evaluate` can and"
-            " generation and exports cannot: train it without --window for these"
-        )
+    """Raises ValueError unless the memory reads states of this base's width, predicts its tokens, and was
+    trained with its output head where it has no own."""
     weight_VD, _ = output_head(base_model)
     if memory.vocab_size != weight_VD.shape[0]:
         raise ValueError(
             f"the memory predicts {memory.vocab_size} tokens and the base {weight_VD.shape[0]}: "
             "they must come from one vocabulary; give the base that the memory was trained for"
         )
-    width = state_width(base_model, point)
+    width = memory.window * state_width(base_model, point)
     if memory.input_size != width:
+        positions = f" in {memory.window} positions" if memory.window > 1 else ""
         raise ValueError(
             f"the memory reads vectors of {memory.input_size} numbers and {point.point} of the base has"
-            f" {width}: give the base that the memory was trained for"
+            f" {width}{positions}: give the base that the memory was trained for"
+        )
+    # A head on disk, of a base that is spread over devices, is not read for this.
+    is_checked = memory.shared_head is not None and not weight_VD.is_meta
+    if is_checked and head_fingerprint(weight_VD) != memory.shared_head:
+        raise ValueError(
+            "the memory uses the output head of the base that it was trained for, and this base has another:"
+            " give the base that the memory was trained for"
         )
 
 
@@ -149,7 +161,7 @@ def real_tokens(ids_BS: torch.Tensor, token_mask: torch.Tensor | None, attention
     """Which of the new tokens are no padding, bool `[B, S]`.
 
     Args:
-        ids_BS: the new tokens.
+        ids_BS: the new tokens, or anything of their shape.
         token_mask: of these tokens `[B, S]`, as the joint model hands it to itself in generation.
         attention_mask: of the whole sequence `[B, length]`; None: there is no padding.
 
@@ -161,7 +173,7 @@ def real_tokens(ids_BS: torch.Tensor, token_mask: torch.Tensor | None, attention
         return torch.ones_like(ids_BS, dtype=torch.bool)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise ValueError(
-            "a gate with a history must know which tokens are padding, and attention_mask is not [B, length]:"
-            " give such a one, or its last columns as token_mask [B, S]"
+            "a gate with a history or a memory with a window must know which tokens are padding, and"
+            " attention_mask is not [B, length]: give such a one, or its last columns as token_mask [B, S]"
         )
     return mask[:, -ids_BS.shape[1] :].bool()

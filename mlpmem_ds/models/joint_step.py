@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .carried_layers import last_of, num_followed
 from .gate_features import confidences, num_confidences
 from .history_cache import HistoryLayer, states_of, token_log_probabilities
 from .joint_parts import input_name, kept_positions
 from .memory import Memory
 from .mixture import GateInputs, StoredGate, log_mixture_of_bank_logits, log_mixture_of_logits
+from .shared_head import SharedHead
 
 Mixture = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor]
 States = Mapping[str, torch.Tensor]
@@ -57,8 +59,10 @@ class BaseOnly:
         self.flops += 2.0 * num_skipped * memory.config.num_matrix_parameters()
         if num_skipped == num_rows:
             self.skipped_runs += 1
+            shared = [memory.head.weight] if isinstance(memory.head, SharedHead) else []
             self.bytes += sum(
-                values.numel() * values.element_size() for values in (*memory.parameters(), *memory.buffers())
+                values.numel() * values.element_size()
+                for values in (*memory.parameters(), *memory.buffers(), *shared)
             )
 
     def __str__(self) -> str:
@@ -139,17 +143,16 @@ class Step:
         logits, memory_logits = self._mix(
             evidence, runs=None if hidden is None else [keep(each) for each in hidden]
         )
-        num_kept = min(logits_to_keep, len(ids_BS[0])) if isinstance(logits_to_keep, int) else 1
-        last = slice(-max(num_kept, 1), None)
+        last = slice(-num_followed(ids_BS.shape[1], logits_to_keep), None)
         if hidden is not None and not isinstance(logits_to_keep, int):
             memory_logits = [
                 self._logits(memory, each[:, last])
                 for memory, each in zip(self.memories, hidden, strict=True)
             ]
         return logits, Tail(
-            states=_own(history_BSH, last),
-            logits=tuple(_own(each, last) for each in (base_logits_BSV, *memory_logits)),
-            is_real=_own(is_real_BS, last),
+            states=last_of(history_BSH, -last.start),
+            logits=tuple(last_of(each, -last.start) for each in (base_logits_BSV, *memory_logits)),
+            is_real=last_of(is_real_BS, -last.start),
         )
 
     def _followed(
@@ -316,9 +319,3 @@ def _unknown_where(skips: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     base_columns = torch.zeros_like(values[..., : num_confidences(0)], dtype=torch.bool)
     unknown = torch.cat([base_columns, skips.repeat_interleave(width, dim=-1)], dim=-1)
     return torch.where(unknown, torch.nan, values)
-
-
-def _own(values: torch.Tensor, last: slice) -> torch.Tensor:
-    """The last positions, without keeping all of them in memory."""
-    part = values[:, last]
-    return part if part.shape == values.shape else part.clone()

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from .logit_transform import LogitTransform
 from .memory_config import MemoryConfig
+from .shared_head import SharedHead
 
 
 class NormalLinear(nn.Linear):
@@ -199,13 +200,14 @@ class Memory(nn.Module):
     The input projection exists only when input and hidden sizes differ; it maps all of an input, or, with
     `residual_input`, all but its last H numbers, to which it adds. `head_class` is a `HeadFactory`, so
     that training can use a head that owns its loss, and of `mlps` the one of the family is called as
-    `mlp(config)`.
+    `mlp(config)`. Without a `head_class` the head is a plain one, or that of the base where the config says
+    so; then `share_head` must be called before the head is.
     """
 
     def __init__(
         self,
         config: MemoryConfig,
-        head_class: HeadFactory = MemoryHead,
+        head_class: HeadFactory | None = None,
         mlps: Mapping[str, Callable[[MemoryConfig], nn.Module]] = MLPS,
     ) -> None:
         super().__init__()
@@ -220,12 +222,17 @@ class Memory(nn.Module):
             )
         self.blocks = nn.ModuleList(MemoryBlock(config, mlps) for _ in range(config.num_blocks))
         self.final_norm = _norm(config) if config.final_norm else nn.Identity()
-        self.head = head_class(
+        transform = LogitTransform(scale=config.logit_scale, softcap=config.logit_softcap)
+        self.head: nn.Module
+        if head_class is None and config.shared_head is not None:
+            self.head = SharedHead(transform)
+            return
+        self.head = (head_class or MemoryHead)(
             config.hidden_size,
             config.vocab_size,
             initializer_range=config.initializer_range,
             bias=config.head_bias,
-            transform=LogitTransform(scale=config.logit_scale, softcap=config.logit_softcap),
+            transform=transform,
         )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -255,10 +262,17 @@ class Memory(nn.Module):
 
     def cast(self, inputs: torch.Tensor) -> torch.Tensor:
         """The inputs on the weights' device and in their dtype."""
-        head: Any = self.head
-        if hasattr(head, "input_dtype"):  # int8
-            return inputs.to(device=head.codes.device, dtype=head.input_dtype)
-        return inputs.to(device=head.weight.device, dtype=head.weight.dtype)
+        # A head that is the base's may lie elsewhere.
+        first: Any = self.blocks[0]
+        own: Any = first.mlp.up if isinstance(self.head, SharedHead) else self.head
+        if hasattr(own, "input_dtype"):  # int8
+            return inputs.to(device=own.codes.device, dtype=own.input_dtype)
+        return inputs.to(device=own.weight.device, dtype=own.weight.dtype)
+
+    def share_head(self, head: nn.Module) -> None:
+        """Use this output layer, of the base, where the memory has none of its own; else nothing is done."""
+        if isinstance(self.head, SharedHead):
+            self.head.use(head)
 
 
 def _residual_std(config: MemoryConfig) -> float:

@@ -25,7 +25,10 @@ NORMS: Mapping[str, int] = {
 """kind of norm → its vectors: LayerNorm or RMSNorm, with weight w and bias, with 1 + w in place of w (Gemma,
 Nemotron), without a bias (Cohere), with nothing that is learnt (OLMo)"""
 
-_LEFT_OUT = ("norm", "final_norm", "head_bias", "residual_input", "window", "logit_scale", "logit_softcap")
+_LEFT_OUT = (
+    *("norm", "final_norm", "head_bias", "residual_input", "window", "logit_scale", "logit_softcap"),
+    "shared_head",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class MemoryConfig:
     window: int = 1
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    shared_head: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("input_size", "hidden_size", "intermediate_size", "num_blocks", "vocab_size", "window"):
@@ -83,6 +87,10 @@ class MemoryConfig:
         for name in ("final_norm", "head_bias", "residual_input"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"a memory's {name} must be true or false, not {getattr(self, name)!r}")
+        if self.shared_head is not None and (not isinstance(self.shared_head, str) or not self.shared_head):
+            raise ValueError(
+                f"a memory's shared_head must be null or the identity of a head, not {self.shared_head!r}"
+            )
 
     @property
     def num_projected(self) -> int:
@@ -121,7 +129,7 @@ class MemoryConfig:
         return cls(**values)
 
     def num_parameters(self) -> int:
-        """Number of parameters of `Memory(self)`, its head included, by formula: nothing is built."""
+        """Number of parameters of `Memory(self)`, an own head included, by formula: nothing is built."""
         hidden, intermediate = self.hidden_size, self.intermediate_size
         norm = NORMS[self.kind_of_norm] * hidden
         if self.family == "gelu":
@@ -130,11 +138,24 @@ class MemoryConfig:
             mlp = 3 * hidden * intermediate
         has_bias = self.num_projected > 0 and not self.residual_input
         projection = (self.num_projected + has_bias) * hidden
-        head = self.vocab_size * (hidden + self.head_bias)
+        head = 0 if self.shared_head is not None else self._head_parameters()
         return projection + self.num_blocks * (norm + mlp) + self.final_norm * norm + head
 
+    def num_shared_parameters(self) -> int:
+        """Number of parameters of the base that the memory uses: of its output head, or none."""
+        return 0 if self.shared_head is None else self._head_parameters()
+
+    def _head_parameters(self) -> int:
+        return self.vocab_size * (self.hidden_size + self.head_bias)
+
+    def training_flops(self) -> int:
+        """Of the matrix products of one row, forward and backward."""
+        without_gradient = 0 if self.shared_head is None else self.vocab_size * self.hidden_size
+        return 6 * self.num_matrix_parameters() - 2 * without_gradient
+
     def num_matrix_parameters(self) -> int:
-        """Numbers in the matrices that each row is multiplied with: 2 FLOPs each forward, 4 backward."""
+        """Numbers in the matrices that each row is multiplied with, those of a shared head among them: 2
+        FLOPs each forward, 2 for each of the two gradients."""
         matrices = 2 if self.family == "gelu" else 3
         return (
             self.num_projected * self.hidden_size

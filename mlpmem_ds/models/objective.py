@@ -9,7 +9,10 @@ Shapes: N rows (positions), H hidden size, I input size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +25,9 @@ from mlpmem_ds.models.base_end import BaseEnd
 from mlpmem_ds.models.logit_transform import IDENTITY, LogitTransform
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+
+Lender: TypeAlias = Callable[[], AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]]
+"""opens a head's weight [V, H] and bias [V], on the device and in the dtype that the training computes in"""
 
 # What `SparseHead` reports besides the loss, in this order: sums over the rows, detached.
 SUM_NAMES = ("kl", "ce", "weight")
@@ -38,6 +44,8 @@ class SparseHead(nn.Module):
         only_helpful: KL is left out where the target is no better than the base at the label.
         joined_lambda: None for KL(target || memory); else the target is joined with the base, and this is its
             share.
+        is_shared: whether the weight is the base's, which does not change: then it is no parameter here, and
+            `lender` gives weight [V, H] and bias [V] (or None) where they are whole, while it is open.
     """
 
     def __init__(
@@ -52,19 +60,33 @@ class SparseHead(nn.Module):
         mixture_lambda: float | None = None,
         only_helpful: bool = False,
         joined_lambda: float | None = None,
+        is_shared: bool = False,
     ) -> None:
         super().__init__()
         self.alpha, self.mixture_lambda, self.only_helpful = alpha, mixture_lambda, only_helpful
         self.joined_lambda = joined_lambda
+        self.transform = transform
+        self.lender: Lender | None = None
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if is_shared:
+            return
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, mean=0.0, std=initializer_range)
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
-        self.transform = transform
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """[N, V], in the operands' dtype: for an objective that needs all of them; call it within `forward`,
         where the weight is whole."""
-        return self.transform(nn.functional.linear(hidden_NH, self.weight, self.bias))
+        with self._tensors() as (weight_VH, bias_V):
+            return self.transform(nn.functional.linear(hidden_NH, weight_VH, bias_V))
+
+    def _tensors(self) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weight and bias, whole while this is open."""
+        if self.weight is not None:
+            return nullcontext((self.weight, self.bias))
+        assert self.lender is not None, "a head that is the base's has no lender"
+        return self.lender()
 
     def forward(
         self,
@@ -80,25 +102,34 @@ class SparseHead(nn.Module):
             with targets: the mean of the rows' losses (float32 scalar) and the detached sums of
             `SUM_NAMES`, or `HELPFUL_SUM_NAMES`; with labels: float32 [N].
         """
-        if targets is None:
+        with self._tensors() as (weight_VH, bias_V):
+            if targets is not None:
+                return self._loss(hidden_NH, weight_VH, bias_V, targets, base)
             assert labels_N is not None
             transform = None if self.transform.is_identity else self.transform
-            return label_log_probabilities(
-                hidden_NH, self.weight, labels_N, bias=self.bias, transform=transform
-            )
+            return label_log_probabilities(hidden_NH, weight_VH, labels_N, bias=bias_V, transform=transform)
+
+    def _loss(
+        self,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets: TargetBatch,
+        base: BaseLogits | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         part = None
         if base is not None and self.joined_lambda is not None:
             part = BasePart(logits=base, joined_lambda=self.joined_lambda)
         loss, sums = sparse_loss(
             hidden_NH,
-            self.weight,
+            weight_VH,
             targets,
             alpha=self.alpha,
             mixture_lambda=self.mixture_lambda,
             only_helpful=self.only_helpful,
             base=part,
             divisor=len(hidden_NH),
-            bias_V=self.bias,
+            bias_V=bias_V,
             scale=self.transform.scale,
             softcap=self.transform.softcap,
         )
@@ -110,7 +141,7 @@ class MemoryObjective(Memory):
     """A `Memory` whose forward is the training loss; its state dict has the names of a plain `Memory`.
 
     With `joined_lambda` it needs a `base_end` before its first forward, on the device and in the dtype of the
-    inputs.
+    inputs; and where the head is the base's, `lend_head` must have said what gives it.
     """
 
     base_end: BaseEnd | None = None
@@ -130,6 +161,7 @@ class MemoryObjective(Memory):
             mixture_lambda=mixture_lambda,
             only_helpful=only_helpful,
             joined_lambda=joined_lambda,
+            is_shared=config.shared_head is not None,
         )
         super().__init__(config, head_class=head, mlps=TRAINING_MLPS)
         self._needs_base_end = joined_lambda is not None
@@ -154,6 +186,11 @@ class MemoryObjective(Memory):
             base = self.base_end.logits(inputs_NI)
         loss, sums = self.head(super().forward(inputs_NI), targets, base=base)
         return loss, sums
+
+    def lend_head(self, lender: Lender) -> None:
+        """Let this give the weight of the base's head."""
+        assert isinstance(self.head, SparseHead)
+        self.head.lender = lender
 
     def label_log_probabilities(self, inputs_NI: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         """float32 [N]: the memory's log-probability of each row's label."""

@@ -1,6 +1,7 @@
 """The training objective: its loss is the sparse loss of a plain memory, and its weights are a plain
 memory's."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -67,6 +68,35 @@ def test_names_are_those_of_a_plain_memory_and_so_is_the_start():
     assert list(objective.state_dict()) == list(plain.state_dict())
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, objective.state_dict()[name]), name
+
+
+def test_a_head_that_is_lent_gives_the_same_loss_and_gradients_as_a_frozen_copy():
+    config = dataclasses.replace(CONFIG, head_bias=True, logit_softcap=3.0)
+    torch.manual_seed(0)
+    copied = MemoryObjective(config, alpha=ALPHA)
+    copied.head.requires_grad_(False)
+    torch.nn.init.normal_(copied.head.bias)
+    lent = MemoryObjective(dataclasses.replace(config, shared_head="a base's"), alpha=ALPHA)
+    own = {name: tensor for name, tensor in copied.state_dict().items() if not name.startswith("head.")}
+    lent.load_state_dict(own)
+    opened = []
+
+    @contextlib.contextmanager
+    def lender():
+        opened.append(True)
+        yield copied.head.weight, copied.head.bias
+        opened.append(False)
+
+    lent.lend_head(lender)
+    inputs, labels = torch.randn(3, CONFIG.input_size), torch.tensor([3, 0, 30])
+    for objective in (copied, lent):
+        objective(inputs, make_targets())[0].backward()
+    assert opened == [True, False]  # the backward needs it no more
+    for (name, one), other in zip(lent.named_parameters(), copied.parameters(), strict=False):
+        assert torch.equal(one.grad, other.grad), name
+    assert torch.equal(lent(inputs, None, labels), copied(inputs, None, labels))
+    hidden = torch.randn(2, CONFIG.hidden_size)
+    assert torch.equal(lent.head.logits(hidden), copied.head.logits(hidden))
 
 
 def test_label_log_probabilities():

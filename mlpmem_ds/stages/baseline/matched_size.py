@@ -7,7 +7,7 @@ from mlpmem_ds.stages.training.initial_memory import open_initial_memory
 
 
 def matched_parameters(config: Config) -> int | None:
-    """The parameters of --match-memory, its head included, or --match-parameters; None with neither.
+    """The parameters of --match-memory, an own head included, or --match-parameters; None with neither.
 
     Raises:
         UserError: there is no finished memory.

@@ -23,6 +23,7 @@ from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.mixture import Constant, GateInputs, StoredGate, log_mixture, log_mixture_of_bank
+from mlpmem_ds.models.past_states import with_past
 
 # The loaded model and its parts do the same operations on the same numbers: what is left is float32 against
 # float64 in the softmax and the mixture. Largest difference of log-probabilities over the largest
@@ -78,7 +79,8 @@ def read_parts(
     ) as states:
         base_logits_BSV = base(input_ids=ids_BS, use_cache=False).logits
     hidden = [
-        memory(memory.cast(states[point])) for memory, point in zip(memories, points.values(), strict=True)
+        memory(memory.cast(_with_window(states[point], memory.config.window)))
+        for memory, point in zip(memories, points.values(), strict=True)
     ]
     logits = tuple(memory.head(each) for memory, each in zip(memories, hidden, strict=True))
     base_BSV, *memories_BSV = (each.double().log_softmax(-1) for each in (base_logits_BSV, *logits))
@@ -94,6 +96,11 @@ def read_parts(
             history=_history(gate, ids_BS, base_BSV, memories_BSV),
         ),
     )
+
+
+def _with_window(states_BSD: torch.Tensor, window: int) -> torch.Tensor:
+    """What a memory with this window reads at each position of texts without padding."""
+    return torch.stack([with_past(states_SD, window - 1) for states_SD in states_BSD])
 
 
 def _history(

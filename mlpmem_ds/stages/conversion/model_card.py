@@ -86,6 +86,10 @@ def _bytes_of(num_parameters: int) -> str:
     return ", ".join(f"{dtype}: {num_parameters * size / 1e9:.3g} GB" for dtype, size in sizes.items())
 
 
+def _window(memory: MemoryConfig) -> str:
+    return "" if memory.window == 1 else f" at {memory.window} positions, its own the last"
+
+
 def _layers(provenance: Provenance) -> str:
     if not provenance.input_earlier_layers:
         return f"layer {provenance.input_layer}"
@@ -101,7 +105,7 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
             f" width {memory.hidden_size} ({memory.intermediate_size} inside), vocabulary"
             f" {memory.vocab_size:,}; it reads the base's"
             f" {_layers(provenance)}"
-            f" ({provenance.input_point})"
+            f" ({provenance.input_point}){_window(memory)}{_head(memory)}"
         ),
         *_further(inputs),
         _weight(inputs),
@@ -129,6 +133,10 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
     ]
 
 
+def _head(memory: MemoryConfig) -> str:
+    return "" if memory.shared_head is None else "; its output head is the base's own, which is not counted"
+
+
 def _further(inputs: ExportInputs) -> list[str]:
     """The other memories of a bank, a line each."""
     lines = []
@@ -137,7 +145,8 @@ def _further(inputs: ExportInputs) -> list[str]:
         lines.append(
             f"Memory {number}: {memory.num_parameters():,} parameters, {memory.num_blocks} {memory.family}"
             f" blocks of width {memory.hidden_size}; it reads the base's {_layers(provenance)}"
-            f" ({provenance.input_point}); SHA-256 of its corpus's manifest {_shown(provenance.corpus)}"
+            f" ({provenance.input_point}){_window(memory)}{_head(memory)};"
+            f" SHA-256 of its corpus's manifest {_shown(provenance.corpus)}"
         )
     return lines
 

@@ -75,6 +75,11 @@ class Config(Flags):
     preset: str | None = option(
         "size of the memory (default: 4 blocks of the width)", None, choices=tuple(PRESETS)
     )
+    head: Literal["own", "frozen"] | None = option(
+        "the memory's output head: its own, or the base's, as train --head frozen has it (default: own, or as"
+        " in the calibrated run)",
+        None,
+    )
     batch_positions: int | None = _of_stage(
         "batch_positions", "positions of a training step, over all ranks", at_least=1
     )

@@ -88,7 +88,7 @@ def operations(stage: str, work: Workload) -> float:
     if stage == "keys":
         return body_operations(work) + 2.0 * work.vocab_size * work.width * work.positions
     if stage == "memory":
-        trained = 6.0 * work.memory.num_matrix_parameters() * work.positions
+        trained = float(work.memory.training_flops()) * work.positions
         online = body_operations(work) if work.input_codec == "none" else 0.0
         return work.epochs * (trained + online)
     return 0.0

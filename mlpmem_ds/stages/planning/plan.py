@@ -192,7 +192,7 @@ def _basis(plan: Plan, stage: str) -> str:
 def _words_on_online_inputs(work: Workload) -> str:
     """What it costs that keys store no inputs."""
     online = body_operations(work) / work.positions
-    trained = 6.0 * work.memory.num_matrix_parameters()
+    trained = float(work.memory.training_flops())
     return (
         f"The keys store no inputs: the base computes them in each epoch, {online / 1e9:.3g} GFLOP a position"
         f" and {online / trained:.2g} times the memory's own training (--stride {work.block_size} would halve"
@@ -261,6 +261,18 @@ def _workload_of_run(run_sizes: dict[str, Any], machine: Machine) -> Workload:
 
 
 def _memory(config: Config, sizes: dict[str, Any]) -> MemoryConfig:
+    memory = _memory_of_size(config, sizes)
+    if config.head is None:
+        return memory
+    if config.head == "frozen" and memory.hidden_size != sizes["width"]:
+        raise UserError(
+            f"--head frozen: the base's head reads {sizes['width']:,} numbers, and the memory is"
+            f" {memory.hidden_size:,} wide: leave out --preset, or take one of that width"
+        )
+    return dataclasses.replace(memory, shared_head="that of the base" if config.head == "frozen" else None)
+
+
+def _memory_of_size(config: Config, sizes: dict[str, Any]) -> MemoryConfig:
     if config.preset is not None:
         memory = PRESETS[config.preset](sizes["vocab_size"])
         return dataclasses.replace(memory, input_size=sizes["input_layers"] * sizes["width"])

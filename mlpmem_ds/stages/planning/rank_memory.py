@@ -110,6 +110,8 @@ def training_memory(work: Workload, machine: Machine) -> int:
     `reader_memory`."""
     state = math.ceil(work.memory.num_parameters() * _TRAINING_BYTES / machine.ranks)
     base = 2 * work.parameters if work.input_codec == "none" else 0
+    if not base:  # else the head that is shared is the base's own tensor
+        base = (2 if machine.gpus else 4) * work.memory.num_shared_parameters()
     return 2 * _PROCESS_BYTES + state + base + reader_memory(work, machine)
 
 

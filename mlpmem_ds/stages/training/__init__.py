@@ -3,7 +3,8 @@
 - `train`: the command: checks, builds the parts, starts them; `config`: its flags
 - `options`: the flags that both trainings share; `schedule`, `defaults`: the learning rate, and its default
 - `inputs`, `memory_shape`, `initial_memory`, `frozen_base`: what is given, opened, checked
-- `base_start`: what a memory takes over from its base; `base_files`: out of the base's files
+- `base_start`: what a memory takes over from its base; `base_files`: out of the base's files;
+  `lent_head`: its head, for a memory that has none of its own
 - `objectives`: what may be minimized, by name, and how one is added; `imitation`: the first,
   `joined`: with the base's whole distribution
 - `automatic`: which of them `--objective auto` takes; `recipes`: sets of flags by name

@@ -33,19 +33,21 @@ class BaseFiles:
     name_or_path: str
     model: PreTrainedModel
 
-    def reader(self, tensor: torch.Tensor) -> Read:
-        """What reads the numbers of a parameter of `model`.
+    def reader(self, tensor: torch.Tensor, *, rows: int | None = None) -> Read:
+        """What reads the numbers of a parameter of `model`, or its first `rows`.
 
         The whole model is loaded only where its files do not name the tensor as its class does: pickled
         weights, and weights that are renamed while they are loaded.
         """
         if not tensor.is_meta:
-            return partial(_same, tensor.detach().float())
+            return partial(_same, tensor.detach()[slice(rows)].float())
         prefix = f"{self.model.base_model_prefix}."
         parameters = self.model.named_parameters(remove_duplicate=False)
         names = [name for name, parameter in parameters if parameter is tensor]
         place = _find(self.name_or_path, [*names, *(name.removeprefix(prefix) for name in names)])
-        return partial(_load_tensor, self.name_or_path, names[0]) if place is None else partial(_read, *place)
+        if place is None:
+            return partial(_load_tensor, self.name_or_path, names[0], rows)
+        return partial(_read, *place, rows)
 
 
 def open_base_files(name_or_path: str) -> BaseFiles:
@@ -86,10 +88,10 @@ def _find(name_or_path: str, names: Collection[str]) -> tuple[Path, str] | None:
     return None
 
 
-def _read(path: Path, name: str) -> torch.Tensor:
+def _read(path: Path, name: str, rows: int | None) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name).float()
-    return tensor
+        tensor: torch.Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[:rows]
+    return tensor.float()
 
 
 def _load(name_or_path: str) -> PreTrainedModel:
@@ -99,6 +101,6 @@ def _load(name_or_path: str) -> PreTrainedModel:
         raise UserError(str(error)) from error
 
 
-def _load_tensor(name_or_path: str, name: str) -> torch.Tensor:
+def _load_tensor(name_or_path: str, name: str, rows: int | None) -> torch.Tensor:
     parameters = dict(_load(name_or_path).named_parameters(remove_duplicate=False))
-    return parameters[name].detach().clone()
+    return parameters[name].detach()[slice(rows)].clone()

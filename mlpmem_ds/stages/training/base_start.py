@@ -1,6 +1,7 @@
 """Part of `train`: what a memory takes over from its base before the first step.
 
-`--head base` takes the output head, with its bias, scale and soft cap where the base has them. `--start base`
+`--head base` takes the output head, with its bias, scale and soft cap where the base has them. With `--head
+frozen` that is not copied but used (`lent_head`), and the memory keeps its identity alone. `--start base`
 takes more: residual blocks that add nothing yet (`down` at zero), and the base's final norm, or none where
 the inputs stand behind it. Then p_mem = p_base before the first step.
 """
@@ -8,7 +9,7 @@ the inputs stand behind it. Then p_mem = p_base before the first step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlpmem_ds.models.backbone import configured_transform
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.final_norm import final_norm, kind_of_norm
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.shared_head import FINGERPRINT_ROWS, head_fingerprint
 from mlpmem_ds.models.structure import UnknownStructureError, output_head
 from mlpmem_ds.stages.training.base_files import BaseFiles, Read, open_base_files
 from mlpmem_ds.stages.training.config import Config
@@ -63,6 +65,8 @@ class BaseStart:
     def parameters(self, memory: MemoryConfig) -> dict[str, Read]:
         """`readers`, and zeros for what writes to the residual stream where the memory starts as the base."""
         readers = dict(self.readers)
+        if memory.shared_head is not None:
+            readers = {name: read for name, read in readers.items() if not name.startswith("head.")}
         if self.is_whole:
             shape = (memory.hidden_size, memory.intermediate_size)
             for block in range(memory.num_blocks):
@@ -82,14 +86,18 @@ def open_base_start(config: Config, inputs: TrainingInputs) -> BaseStart | None:
     base = open_base_files(config.model)
     try:
         if config.start == "random":
-            return head_start(base)
-        manifest = inputs.keys.manifest
-        return whole_start(
-            base,
-            inputs.point,
-            num_layers=manifest.input_num_layers,
-            layers_path=manifest.input_layers_path,
-        )
+            start = head_start(base)
+        else:
+            manifest = inputs.keys.manifest
+            start = whole_start(
+                base,
+                inputs.point,
+                num_layers=manifest.input_num_layers,
+                layers_path=manifest.input_layers_path,
+            )
+        if config.head == "frozen":
+            start = replace(start, fields={**start.fields, "shared_head": fingerprint_of_head(base)})
+        return start
     except UnknownStructureError as error:
         if config.start == "random":
             raise UserError(f"--head base, --model {config.model}: {error}: use --head random") from error
@@ -97,6 +105,12 @@ def open_base_start(config: Config, inputs: TrainingInputs) -> BaseStart | None:
             f"--start base, --model {config.model}: {error}: extract the keys with --input-layer -1"
             " --input-point final_norm, which stands behind it, or use --start random"
         ) from error
+
+
+def fingerprint_of_head(base: BaseFiles) -> str:
+    """Identity of the base's output head; a few of its rows are read. Raises UnknownStructureError."""
+    weight_VD, _ = output_head(base.model)
+    return head_fingerprint(base.reader(weight_VD, rows=FINGERPRINT_ROWS)())
 
 
 def head_start(base: BaseFiles) -> BaseStart:

@@ -111,8 +111,9 @@ class Config(TrainingOptions):
         "random",
     )
     head: Literal["random", "base", "frozen"] | None = option(
-        "the output head before the first step: random, or the base's own; frozen: the base's own, which is"
-        " then not trained: a third less time a step, and no optimizer memory for it (default: as --start)",
+        "the output head before the first step: random, or a copy of the base's own; frozen: the base's own,"
+        " shared with it: it is neither trained nor stored, and a step takes a third less time (default: as"
+        " --start)",
         None,
     )
     window: int = option(
@@ -122,7 +123,7 @@ class Config(TrainingOptions):
     )
     init_from: Path | None = option(
         "memory whose weights and shape this training starts from: an output of launch/train.py, its"
-        " weights/, or an export or its Hub name",
+        " weights/, or an export or its Hub name (one without a head of its own needs --model)",
         None,
         by_url=True,
     )
@@ -214,7 +215,7 @@ class Config(TrainingOptions):
             if value not in ("base", "frozen"):
                 continue
             if self.model is None:
-                raise UserError(f"--{flag} {value} needs --model, the base whose output head is copied")
+                raise UserError(f"--{flag} {value} needs --model, the base whose output head it takes")
             if self.init_from is not None:
                 raise UserError(f"--init-from brings its own weights: leave out --{flag} {value}")
 

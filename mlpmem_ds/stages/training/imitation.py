@@ -17,9 +17,6 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.objective import HELPFUL_SUM_NAMES, SUM_NAMES, MemoryObjective
 from mlpmem_ds.stages.training.config import Config
 
-_FLOPS_OF_A_WEIGHT = 6  # a multiplication and an addition, forward, and for each of the two gradients
-_FLOPS_OF_A_WEIGHT_GRADIENT = 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class Imitation:
@@ -29,7 +26,6 @@ class Imitation:
     alpha: float
     mixture_lambda: float | None
     only_helpful: bool = False
-    trains_head: bool = True
 
     rows = "positions"
     needs_base_end = False
@@ -42,7 +38,6 @@ class Imitation:
             alpha=config.kl_weight,
             mixture_lambda=config.mixture_lambda if through_mixture else None,
             only_helpful=config.objective == "helpful",
-            trains_head=config.head != "frozen",
         )
 
     @property
@@ -51,9 +46,7 @@ class Imitation:
 
     @property
     def flops_per_row(self) -> float:
-        frozen = 0 if self.trains_head else self.memory.vocab_size * self.memory.hidden_size
-        numbers = self.memory.num_matrix_parameters()
-        return _FLOPS_OF_A_WEIGHT * numbers - _FLOPS_OF_A_WEIGHT_GRADIENT * frozen
+        return self.memory.training_flops()
 
     @property
     def needs_targets(self) -> bool:

@@ -44,7 +44,6 @@ class Joined(Imitation):
             memory=memory,
             alpha=plain.alpha,
             mixture_lambda=plain.mixture_lambda,
-            trains_head=plain.trains_head,
             joined_lambda=config.joined_lambda,
         )
 

@@ -22,11 +22,11 @@ from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import compute_dtype, micro_batches_per_step, resolve_ds_config
-from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, Engine, build_engine
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.deepspeed.zero_state import set_parameter
 from mlpmem_ds.engines.devices import device_of_rank
-from mlpmem_ds.engines.hidden_states import StateSource, state_width
+from mlpmem_ds.engines.hidden_states import StateSource, TransformersSource, state_width
 from mlpmem_ds.engines.online_inputs import OnlineInputs
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.batches import BatchReader, threads_for
@@ -52,6 +52,7 @@ from mlpmem_ds.stages.training.frozen_base import open_base
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, hash_initial_memory
 from mlpmem_ds.stages.training.inputs import TrainingInputs, check_loader, open_inputs, provenance_of
 from mlpmem_ds.stages.training.joined import open_base_end
+from mlpmem_ds.stages.training.lent_head import check_initial_head, lender_of
 from mlpmem_ds.stages.training.memory_shape import memory_shape
 from mlpmem_ds.stages.training.memory_validation import MemoryValidator
 from mlpmem_ds.stages.training.objectives import OBJECTIVES, MemoryObjective
@@ -84,6 +85,8 @@ def run(config: Config, world: World) -> None:
     if inputs.initial is not None:
         inputs = replace(inputs, initial_sha256=hash_initial_memory(inputs.initial, world))
     base = open_base(config, inputs, world)
+    if inputs.initial is not None:
+        check_initial_head(inputs.initial, config.model)
     start = open_base_start(config, inputs)
     input_size = inputs.keys.input_size * inputs.window
     if base is not None and inputs.is_online:
@@ -97,7 +100,7 @@ def run(config: Config, world: World) -> None:
     if config.learning_rate is None:
         rate = TRAINED_ON_LEARNING_RATE
         if config.start == "random":
-            rate = default_learning_rate(memory.num_parameters())
+            rate = default_learning_rate(memory.num_parameters() + memory.num_shared_parameters())
         config = replace(config, learning_rate=rate)
 
     directory = _open_directory(config, inputs, memory, ds_config, steps, world)
@@ -171,7 +174,7 @@ def _build(
     *,
     objective: MemoryObjective,
     memory: MemoryConfig,
-    base: StateSource | None,
+    base: TransformersSource | None,
     starts: Mapping[str, Read],
     base_end: BaseEnd | None,
 ) -> Training:
@@ -181,6 +184,7 @@ def _build(
         config,
         ds_config,
         num_parameters=memory.num_parameters(),
+        num_shared=memory.num_shared_parameters(),
         steps=steps,
         rows=objective.rows,
     )
@@ -198,9 +202,7 @@ def _build(
         world=world,
         prepare=partial(_prepare, config=config, initial=inputs.initial, starts=starts, world=world),
     )
-    if base_end is not None:
-        assert isinstance(engine.module, MemoryModule)
-        engine.module.base_end = base_end.to(engine.device, engine.dtype)
+    _give_base(engine, config, memory, base if inputs.is_online else None, base_end)
     subject = MemorySubject(
         memory=memory.to_dict(), provenance=provenance_of(config, inputs, memory, num_steps=steps.count)
     )
@@ -214,8 +216,33 @@ def _build(
         directory=directory,
         subject=to_json(subject),
         describe=partial(_describe, subject=subject),
-        write=partial(_write, subject=subject, num_parameters=memory.num_parameters()),
+        write=partial(_write, subject=subject, memory=memory),
     )
+
+
+def _give_base(
+    engine: Engine,
+    config: Config,
+    memory: MemoryConfig,
+    running: TransformersSource | None,
+    base_end: BaseEnd | None,
+) -> None:
+    """Give the module what it takes of the base: its end for the objective, its head for the memory."""
+    module = engine.module
+    assert isinstance(module, MemoryModule)
+    if base_end is not None:
+        module.base_end = base_end.to(engine.device, engine.dtype)
+    if memory.shared_head is not None:
+        assert config.model is not None
+        module.lend_head(
+            lender_of(
+                config.model,
+                device=engine.device,
+                dtype=engine.dtype,
+                running=running,
+                base_end=module.base_end,
+            )
+        )
 
 
 def _prepare(
@@ -233,8 +260,6 @@ def _prepare(
     for name, read in starts.items():
         set_parameter(model.get_parameter(name), read, world)
     assert isinstance(model, MemoryModule)
-    if config.head == "frozen":
-        model.head.requires_grad_(False)
     recompute_activations(model, config.recompute_activations)
     if config.compile:
         compile_activations(model)
@@ -311,10 +336,11 @@ def _describe(result: TrainingResult, *, subject: MemorySubject) -> MemoryManife
 
 
 def _write(
-    writer: UnitWriter, files: WeightFiles, *, subject: MemorySubject, num_parameters: int
+    writer: UnitWriter, files: WeightFiles, *, subject: MemorySubject, memory: MemoryConfig
 ) -> dict[str, Any]:
     take_weights(writer, files, memory=subject.memory, provenance=subject.provenance)
-    return {"parameters": num_parameters}
+    shared = memory.num_shared_parameters()
+    return {"parameters": memory.num_parameters(), **({"parameters_of_base": shared} if shared else {})}
 
 
 def _require_compiler(family: str, world: World) -> None:

@@ -67,14 +67,18 @@ def announce(
     num_parameters: int,
     steps: Steps,
     rows: str,
+    num_shared: int = 0,
 ) -> None:
-    """Say what this start trains, and write OUTPUT/ds_config.json; rank 0."""
+    """Say what this start trains, and write OUTPUT/ds_config.json; rank 0. `num_shared`: parameters of the
+    base that are used besides, and not trained."""
     if not directory.world.is_first:
         return
     publish_json(options.output / "ds_config.json", ds_config)
+    shared = f" and the base's head ({num_shared:,} more, not trained)" if num_shared else ""
     _logger.info(
-        "%s parameters, %s%d steps of %d %s, learning rate %g, ZeRO stage %d on %d ranks",
+        "%s parameters%s, %s%d steps of %d %s, learning rate %g, ZeRO stage %d on %d ranks",
         f"{num_parameters:,}",
+        shared,
         "at most " if options.may_end_early else "",
         steps.count,
         steps.rows,

@@ -14,8 +14,10 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.logit_transform import LogitTransform
 from mlpmem_ds.models.quantized import Int8Linear
-from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
+from mlpmem_ds.models.shared_head import SharedHead
+from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm, _float_scores
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
@@ -44,6 +46,21 @@ def test_scores_are_those_of_the_whole_base(
     np.testing.assert_array_equal(found.log_probabilities_n, expected.log_probabilities_n)
     np.testing.assert_array_equal(found.guesses_n3, expected.guesses_n3)
     np.testing.assert_array_equal(found.states[POINT].numpy(), expected.states[POINT].numpy())
+
+
+def test_a_memory_that_shares_a_head_on_disk_says_the_same(base_dir: Path, tmp_path: Path) -> None:
+    where = dict.fromkeys(PARTS, "cpu") | {"lm_head": "disk", "transformer.wte": "disk"}
+    hidden_nH, tokens_nJ = torch.randn(5, 16), torch.arange(10).reshape(5, 2)
+    scores, logits = [], []
+    for device_map in (None, where):
+        source = TransformersSource(str(base_dir), device_map=device_map, offload_folder=tmp_path / "offload")
+        head = SharedHead(LogitTransform(scale=2.0, softcap=None))
+        head.use(source.model.get_output_embeddings())
+        assert head.weight.is_meta == (device_map is not None)
+        scores.append(_float_scores(head, hidden_nH, tokens_nJ))
+        logits.append(head(hidden_nH))
+    assert torch.equal(scores[0].log_probabilities_NJ, scores[1].log_probabilities_NJ)
+    assert torch.equal(*logits)
 
 
 def test_the_flag_reaches_base_and_controls(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,6 +257,18 @@ def test_a_training_without_stored_inputs_says_what_the_base_costs() -> None:
     assert online.costs["memory"].rank_memory_bytes > stored.costs["memory"].rank_memory_bytes + 15e9
 
 
+def test_a_head_that_is_the_bases_is_neither_trained_nor_stored() -> None:
+    base = {"parameters": 8e9, "width": 4096, "vocab_size": 128_256}
+    own, frozen = (plan.make_plan(config(**base, **CLUSTER, head=head)) for head in ("own", "frozen"))
+    head = 4096 * 128_256
+    assert own.work.memory.num_parameters() - frozen.work.memory.num_parameters() == head
+    assert own.costs["memory"].bytes - frozen.costs["memory"].bytes >= 16 * head
+    saved = own.costs["memory"].operations - frozen.costs["memory"].operations
+    assert saved == pytest.approx(2 * head * own.work.positions * own.work.epochs)
+    with pytest.raises(UserError, match="the base's head reads 4,096 numbers, and the memory is 2,048 wide"):
+        plan.make_plan(config(**base, preset="1b", head="frozen"))
+
+
 def test_each_window_of_the_base_is_read_block_over_stride_times() -> None:
     twice, once = (plan.make_plan(config(stride=stride)).costs["keys"].seconds for stride in (512, 1024))
     assert once < 0.6 * twice

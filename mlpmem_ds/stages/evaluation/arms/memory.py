@@ -8,6 +8,7 @@ position.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,12 @@ import torch
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.typed_json import from_json
-from mlpmem_ds.engines.hidden_states import fingerprint_model, resolve_point, state_width
+from mlpmem_ds.engines.hidden_states import (
+    fingerprint_model,
+    resolve_point,
+    state_width,
+    weights_at_hand,
+)
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.trained_models import (
     MemoryManifest,
@@ -33,6 +39,7 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.quantized import Int8Linear, quantize_linears
+from mlpmem_ds.models.shared_head import SharedHead
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_model
 from mlpmem_ds.stages.evaluation.arms.controls import is_export, memory_controls
@@ -92,11 +99,8 @@ class MemoryArm(Arm):
             confidences=torch.stack(confidences, dim=1).numpy(),
         )
 
-    def joint_model(self, lmbda: float) -> MemoryAugmentedLM | None:
-        """Base and memory as one model, which generates text; their weights are not copied. None for a memory
-        with a window, which no joint model reads."""
-        if self.memory.config.window > 1:
-            return None
+    def joint_model(self, lmbda: float) -> MemoryAugmentedLM:
+        """Base and memory as one model, which generates text; their weights are not copied."""
         source = self.base.source
         with torch.device("meta"):  # an int8 memory cannot be taken apart and put together again
             stand_in = Memory(self.memory.config)
@@ -149,6 +153,7 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
     _check_belongs(stored, base, context.corpus)
     source, provenance = base.source, stored.provenance
     memory = stored.memory.to(dtype=source.model.dtype, device=source.device).eval().requires_grad_(False)
+    memory.share_head(source.model.get_output_embeddings())
     num_parameters = memory.config.num_parameters()
     if weights == "int8":
         quantize_linears(memory)
@@ -157,7 +162,9 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
     _check_width(stored, base, point)
     return MemoryArm(
         name=name,
-        description=memory_description(provenance, weights),
+        description=memory_description(
+            provenance, weights, shares_head=memory.config.shared_head is not None
+        ),
         part=part,
         base=base,
         memory=memory,
@@ -306,8 +313,9 @@ _CONTROLS = {
 }
 
 
-def memory_description(provenance: Provenance, weights: str) -> str:
+def memory_description(provenance: Provenance, weights: str, *, shares_head: bool = False) -> str:
     rounded = "; its matrices are rounded to int8 once read" if weights == "int8" else ""
+    rounded = f"; its output head is the base's own{rounded}" if shares_head else rounded
     if provenance.control is not None:
         what = _CONTROLS[provenance.control]
         return f"a control: the base mixed with a feed-forward network that {what}{rounded}"
@@ -339,9 +347,7 @@ def memory_scores(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray
     if isinstance(memory.head, Int8Linear):  # its own product, as generation meets it
         scores = _int8_scores(memory.head, hidden_nH, tokens)
     else:
-        head: Any = memory.head
-        transform = None if head.transform.is_identity else head.transform
-        scores = head_scores(hidden_nH, head.weight, tokens, bias=head.bias, transform=transform)
+        scores = _float_scores(memory.head, hidden_nH, tokens)
     is_finite_nJ = scores.log_probabilities_NJ.isfinite()
     if not bool(is_finite_nJ.all()):
         raise UserError(
@@ -349,6 +355,16 @@ def memory_scores(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray
             " not finite: its weights are damaged, or --dtype float32 is needed"
         )
     return scores
+
+
+def _float_scores(head: Any, hidden_nH: torch.Tensor, tokens_nJ: torch.Tensor) -> HeadScores:
+    is_shared = isinstance(head, SharedHead)
+    with weights_at_hand(head.module) if is_shared else contextlib.nullcontext():
+        transform = None if head.transform.is_identity else head.transform
+        device = head.weight.device
+        return head_scores(
+            hidden_nH.to(device), head.weight, tokens_nJ.to(device), bias=head.bias, transform=transform
+        )
 
 
 def _int8_scores(head: Int8Linear, hidden_nH: torch.Tensor, tokens_nJ: torch.Tensor) -> HeadScores:
