@@ -74,6 +74,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    generate: Any  # transformers' own types leave out models of other packages
 
     def __init__(
         self,
@@ -425,13 +426,12 @@ def load_memory(path: str | Path) -> PretrainedMemory:
         raise ValueError(
             f"{path} holds a bank of {len(joint.memories)} memories: give the output of one training"
         )
-    settings = joint.config
     return PretrainedMemory(
         module=joint.memory,
-        **CapturePoint.of(settings).settings(),
-        lmbda=settings.lmbda,
-        vocabulary_sha256=settings.vocabulary_sha256,
-        provenance=dict(settings.provenance),
+        **CapturePoint.of(joint.config).settings(),
+        lmbda=joint.config.lmbda,
+        vocabulary_sha256=joint.config.vocabulary_sha256,
+        provenance=dict(joint.config.provenance),
     )
 
 
