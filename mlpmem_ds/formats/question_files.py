@@ -5,6 +5,7 @@
     question, mc1_targets: {text: 0 or 1}          choice: the one text with 1 is right (TruthfulQA)
     query, choices, gold                           choice
     text, label, labels                            choice of the label's name
+    premise, hypothesis, label                     choice: true, false (, neither); of entailment
     text                                           last word: the text's last word is right (LAMBADA)
 
 `run_lm_eval` reads two of them, `answer_questions` all.
@@ -44,7 +45,8 @@ class Layout:
     fields: tuple[str, ...]
     """without which a record is not of this layout"""
     fault_of: Callable[[Any], str | None]
-    question: Callable[[dict[str, Any]], Question]
+    questions: Callable[[Sequence[dict[str, Any]]], list[Question]]
+    """of all records of a file"""
     optional: tuple[str, ...] = ()
 
 
@@ -66,7 +68,14 @@ def read_questions(path: Path, *, flag: str = "--questions", limit: int | None =
         layouts = "; ".join(", ".join(each.fields) for each in LAYOUTS)
         raise UserError(f"{flag} {path}: its first record has the fields {named}, known are: {layouts}")
     found = read_records(path, flag, layout.fields, layout.fault_of, optional=layout.optional)
-    return [layout.question(record) for record in found[:limit]]
+    return layout.questions(found)[:limit]
+
+
+def _each(
+    question: Callable[[dict[str, Any]], Question],
+) -> Callable[[Sequence[dict[str, Any]]], list[Question]]:
+    """A layout in which each record is a question of its own."""
+    return lambda records: [question(record) for record in records]
 
 
 def open_prompt(question: str) -> str:
@@ -118,6 +127,26 @@ def _of_label(record: dict[str, Any]) -> Question:
     )
 
 
+def _of_pairs(records: Sequence[dict[str, Any]]) -> list[Question]:
+    """A file whose labels are entailment and not_entailment has two verdicts, any other three."""
+    labels = _TWO_LABELS if any(record["label"] == _TWO_LABELS[1] for record in records) else _THREE_LABELS
+    if others := sorted({record["label"] for record in records} - {*labels}):
+        raise UserError(
+            f"the labels of a file are {', '.join(_TWO_LABELS)}, or {', '.join(_THREE_LABELS)}; this one has"
+            f" {_TWO_LABELS[1]} and {', '.join(others)}: give them as two files"
+        )
+    asked = "true or false" if labels == _TWO_LABELS else "true, false, or neither"
+    return [
+        Question(
+            kind="choice",
+            prompt=f"{record['premise']}\nQuestion: {record['hypothesis']} {asked}?\nAnswer:",
+            answers=_VERDICTS[: len(labels)],
+            gold=labels.index(record["label"]),
+        )
+        for record in records
+    ]
+
+
 def _of_last_word(record: dict[str, Any]) -> Question:
     before, word = record["text"].rstrip().rsplit(maxsplit=1)
     return Question(kind="last word", prompt=before, answers=(word,))
@@ -136,8 +165,16 @@ def _fault_of_targets(record: Any) -> str | None:
     return None if is_one else "has no texts in `mc1_targets` of which one has 1"
 
 
+def _fault_of_pair(record: Any) -> str | None:
+    for name in ("premise", "hypothesis"):
+        if not isinstance(record, dict) or not _is_text(record.get(name)):
+            return f"has no text in `{name}`"
+    accepted = dict.fromkeys((*_TWO_LABELS, *_THREE_LABELS))
+    return None if record.get("label") in accepted else f"has none of {', '.join(accepted)} in `label`"
+
+
 def _fault_of_label(record: Any) -> str | None:
-    if not isinstance(record, dict) or not _is_text(record.get("text")):
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):  # a review may be blank
         return "has no text in `text`"
     values = {"query": "", "choices": record.get("labels"), "gold": record.get("label")}
     fault = fault_of_ranking(values)
@@ -245,13 +282,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
+_TWO_LABELS, _THREE_LABELS = ("entailment", "not_entailment"), ("entailment", "contradiction", "neutral")
+_VERDICTS = ("true", "false", "neither")
 LAYOUTS: tuple[Layout, ...] = (
-    Layout(fields=("query", "choices", "gold"), fault_of=fault_of_ranking, question=_of_choices),
-    Layout(fields=("question", "mc1_targets"), fault_of=_fault_of_targets, question=_of_targets),
+    Layout(fields=("query", "choices", "gold"), fault_of=fault_of_ranking, questions=_each(_of_choices)),
+    Layout(fields=("question", "mc1_targets"), fault_of=_fault_of_targets, questions=_each(_of_targets)),
     Layout(
-        fields=("question", "answer"), fault_of=_fault_of_answer, question=_of_answer, optional=("passage",)
+        fields=("question", "answer"),
+        fault_of=_fault_of_answer,
+        questions=_each(_of_answer),
+        optional=("passage",),
     ),
-    Layout(fields=("text", "label", "labels"), fault_of=_fault_of_label, question=_of_label),
-    Layout(fields=("text",), fault_of=_fault_of_last_word, question=_of_last_word),
+    Layout(fields=("premise", "hypothesis", "label"), fault_of=_fault_of_pair, questions=_of_pairs),
+    Layout(fields=("text", "label", "labels"), fault_of=_fault_of_label, questions=_each(_of_label)),
+    Layout(fields=("text",), fault_of=_fault_of_last_word, questions=_each(_of_last_word)),
 )
 """in the order in which they are tried"""

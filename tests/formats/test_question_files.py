@@ -44,6 +44,24 @@ LAYOUTS = {
         {"text": "fine", "label": 1, "labels": ["bad", "good"]},
         Question(kind="choice", prompt="fine\nLabel:", answers=("bad", "good"), gold=1),
     ),
+    "pair": (
+        {"premise": "It rains.", "hypothesis": "It is wet.", "label": "not_entailment"},
+        Question(
+            kind="choice",
+            prompt="It rains.\nQuestion: It is wet. true or false?\nAnswer:",
+            answers=("true", "false"),
+            gold=1,
+        ),
+    ),
+    "pair of three": (
+        {"premise": "It rains.", "hypothesis": "It is wet.", "label": "neutral"},
+        Question(
+            kind="choice",
+            prompt="It rains.\nQuestion: It is wet. true, false, or neither?\nAnswer:",
+            answers=("true", "false", "neither"),
+            gold=2,
+        ),
+    ),
     "last word": (
         {"text": "so it goes  on "},
         Question(kind="last word", prompt="so it goes", answers=("on",)),
@@ -63,13 +81,22 @@ def test_a_layout_is_known_by_its_fields(tmp_path: Path, record: Any, question: 
     [
         ([], "is empty"),
         (
-            [{"premise": "x"}],
-            r"its first record has the fields \['premise'\], known are: query, choices, gold;",
+            [{"premises": "x"}],
+            r"its first record has the fields \['premises'\], known are: query, choices, gold;",
         ),
         ([3], "its first record has the fields int"),
         ([{"question": "a", "answer": "b"}, {"question": "a"}], "line 2 has no text or list in `answer`"),
         ([{"question": "a", "mc1_targets": {"x": 1, "y": 1}}], "of which one has 1"),
         ([{"text": "a", "label": 2, "labels": ["x", "y"]}], "has 2 in `label`"),
+        ([{"premise": "a", "hypothesis": "b", "label": "no"}], "has none of entailment, not_entailment"),
+        ([{"premise": "a", "hypothesis": 3, "label": "no"}], "has no text in `hypothesis`"),
+        (
+            [
+                {"premise": "a", "hypothesis": "b", "label": label}
+                for label in ("not_entailment", "contradiction")
+            ],
+            "has not_entailment and contradiction: give them as two files",
+        ),
         ([{"text": "word"}], "no text of two or more words"),
     ],
 )
@@ -83,11 +110,15 @@ def test_the_shared_sets_are_read() -> None:
     folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "qa"
     if not folder.is_dir():
         pytest.skip("the shared question sets are absent")
-    kinds = {path.name.partition(".")[0]: read_questions(path)[0].kind for path in _known(folder)}
+    kinds = {path.name.partition(".")[0]: read_questions(path)[0].kind for path in folder.glob("*.jsonl")}
     assert kinds["nq_open"] == "open" and kinds["lambada"] == "last word" and kinds["boolq"] == "choice"
-    assert len(kinds) >= 17
+    assert len(kinds) >= 20
 
 
-def _known(folder: Path) -> list[Path]:
-    """All but pairs of sentences, which no layout takes, and one in which a text is a number."""
-    return [path for path in sorted(folder.glob("*.jsonl")) if not path.name.startswith(("rte", "cb", "cr"))]
+def test_a_file_of_two_labels_has_two_verdicts_in_every_record(tmp_path: Path) -> None:
+    pairs = [
+        {"premise": "a", "hypothesis": "b", "label": label} for label in ("entailment", "not_entailment")
+    ]
+    found = read_questions(write(tmp_path / "x.jsonl", *pairs))
+    assert [question.answers for question in found] == [("true", "false")] * 2
+    assert [question.gold for question in found] == [0, 1]
