@@ -22,7 +22,13 @@ FRONT_ENDS = {path.stem: path for folder in ("tools", "launch") for path in (ROO
 MAX_COLUMNS = 100
 NAMES_OF_THAT_TIME = {"docs/LAB_ARCHIVE.md"}
 # Pages of wide tables: a row of a table cannot be wrapped.
-WIDE_TABLES = {"mlpmem_ds/formats/README.md", "docs/RESULTS.md", "docs/SCALE.md", "docs/damage.md"}
+WIDE_TABLES = {
+    "mlpmem_ds/formats/README.md",
+    "docs/OPERATIONS.md",
+    "docs/RESULTS.md",
+    "docs/SCALE.md",
+    "docs/damage.md",
+}
 # Flags of other programs that the pages name: launchers, pytest, pip, git.
 FOREIGN = {"nproc-per-node", "num-accelerators", "module", "local-rank", "pdb", "local-dir", "no-setup"}
 FOREIGN |= {"hostfile", "kill-on-bad-exit", "dry-run", "check"}  # srun; pipeline.sh; mlpmem_ds itself

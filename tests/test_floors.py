@@ -22,7 +22,7 @@ FLOORS = {
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
         "numpy", "torch", "accelerate", "datasets", "datasketch", "deepspeed", "faiss", "lm_eval",
-        "matplotlib", "mpi4py", "peft", "bm25s", "tokenizers", "transformers", "webdataset",
+        "matplotlib", "mpi4py", "peft", "bm25s", "rich", "tokenizers", "transformers", "webdataset",
     },
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
     "benchmarks": {
@@ -43,6 +43,7 @@ OWNERS: dict[str, set[str]] = {
     "peft": {"engines/adapters.py"},
     "matplotlib": {"engines/plotting.py"},
     "mpi4py": {"engines/collectives/mpi.py"},
+    "rich": {"engines/terminal.py"},
     "pyarrow": {"formats/arrow_library.py"},
     "torch.distributed": {"engines/processes.py"},
     "torch.utils.tensorboard": {"stages/training/metrics.py"},

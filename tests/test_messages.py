@@ -29,6 +29,7 @@ WORDS = {
     r"\bbuild (one|it|the index)": ("build-index",),
     r"\bwrite the targets": ("write-targets",),
     r"\bfetch_base\b": ("fetch-base",),
+    r"\binspect_run\.py\b": ("inspect-run",),
     r"\btrain\b|launch/train.py|\btraining": ("train", "train-base"),
 }
 OTHER_PROGRAMS = {

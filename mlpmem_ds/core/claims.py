@@ -72,8 +72,13 @@ def holder(pid: int) -> str:
 
 def has_ended(text: str) -> bool:
     """Whether the process that `holder` named is known to be gone: only one of this machine is."""
+    return is_of_this_machine(text) and not is_alive(int(text.rpartition(" ")[2]))
+
+
+def is_of_this_machine(text: str) -> bool:
+    """Whether the process that `holder` named is, or was, one of those that this process sees."""
     machine, _, pid = text.rpartition(" ")
-    return pid.isdigit() and machine == holder(0).rpartition(" ")[0] and not is_alive(int(pid))
+    return pid.isdigit() and machine == holder(0).rpartition(" ")[0]
 
 
 def is_held(path: Path) -> bool:

@@ -91,6 +91,7 @@ def option(
     choices: tuple[str, ...] = (),
     positional: bool = False,
     by_url: bool = False,
+    implied: Any = None,
 ) -> Any:
     """A field of a Config.
 
@@ -111,6 +112,7 @@ def option(
         positional: the value is given as a word of its own; the flag is accepted too.
         by_url: an input directory that may also be a URL, which is fetched before the command opens it
             (core/objects/inputs.py); also in words NAME=URL.
+        implied: the value where the flag is given without one; None: it needs one.
     """
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {
@@ -123,6 +125,7 @@ def option(
         "choices": choices,
         "positional": positional,
         "by_url": by_url,
+        "implied": implied,
     }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -273,6 +276,8 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
         return
     if is_tuple:
         settings["nargs"] = "+"
+    if field.metadata["implied"] is not None:
+        settings |= {"nargs": "?", "const": field.metadata["implied"]}
     if choices:
         settings["choices"] = choices
     parser.add_argument(flag, **settings)

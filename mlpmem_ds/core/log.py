@@ -103,8 +103,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of ours that grows by lines, without lines that a crash cut short or damaged; []
     where there is no file."""
+    return parse_json_lines(path.read_bytes() if path.is_file() else b"")
+
+
+def parse_json_lines(content: bytes) -> list[dict[str, Any]]:
+    """The objects of such a file's content."""
     objects = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+    for line in content.split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):

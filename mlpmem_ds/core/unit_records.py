@@ -9,6 +9,7 @@ files have their sizes and were not written to since.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -145,18 +146,19 @@ class UnitRecords:
                 return
         except DamagedDataError:  # none that can be read: nothing to compare with
             return
-        accepted = (
-            f"the other units here are made from it: to make them all anew with the new bytes, remove"
-            f" {self._root / 'done'}"
+        run, stage = self._root.resolve().parent, self._root.resolve().name
+        what = (
+            "the other units here and what later stages made from this directory"
             if is_read_here
-            else f"no other unit here is made from it: to accept the new bytes, rm '{former}'"
+            else "what later stages made from this directory (no other unit here is made from it)"
         )
         raise DamagedDataError(
             f"unit {unit} of {self._root} was damaged and has other bytes when made again (another machine,"
             f" library or number of threads?). Run the same command where it was made, or restore"
             f" {', '.join(file.name for file in files[:3]) or 'its files'} and {former.name} (as {unit}.json)"
-            f" from a copy. Otherwise {accepted}, run the same command again, and then make anew what later"
-            " stages made from this directory: they name its manifest, and refuse another"
+            f" from a copy. Or accept the new bytes, and make anew what depends on them, {what}: python"
+            f" tools/inspect_run.py {shlex.quote(str(run))} --discard {shlex.quote(f'{stage}/{unit}')} --yes"
+            " throws that away, and then the same commands make it"
         )
 
 

@@ -20,5 +20,6 @@
 - `device_peak`: FLOP/s of a device
 - `passage_index`: passages found by their words, with bm25s
 - `adapters`: low-rank matrices next to a model's layers, with peft
+- `terminal`: one screen that is drawn anew, with rich
 - `lm_eval`, `plotting`: the evaluation harness; matplotlib
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlpmem_ds.commands import inspect_run
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -92,8 +92,9 @@ def test_a_damaged_unit_that_comes_out_different_is_refused(tmp_path: Path) -> N
         with pytest.raises(DamagedDataError, match="has other bytes") as caught:
             directory.run_units(UNITS, lambda unit, writer: writer.array(f"part-{unit}.npy", np.zeros(9)))
         assert not directory.manifest_path.exists()
-    (command,) = re.findall(r"rm '.*?'", str(caught.value))
-    subprocess.run(command, shell=True, check=True)  # the new bytes are accepted, and no other unit is made
+    (command,) = re.findall(r"inspect_run\.py (\S+ --discard \S+ --yes)", str(caught.value))
+    directory.log.finish()  # as a command that ends says
+    assert inspect_run(command.split()) == 0  # the new bytes are accepted, and no other unit is made
     assert directory.run_units(UNITS, lambda unit, writer: writer.array("part-2.npy", np.zeros(9))) == 1
 
 
@@ -102,7 +103,7 @@ def test_a_damaged_unit_that_others_here_are_made_from_is_not_accepted_alone(tmp
     directory = open_stage(config.output, stage="toy", version=1, config=config, inputs={}, world=World())
     directory.run_phase(["codec"], lambda unit, writer: writer.array("codec.npy", np.ones(9)))
     (config.output / "codec.npy").write_bytes(b"")
-    with pytest.raises(DamagedDataError, match="make them all anew with the new bytes, remove .*toy/done"):
+    with pytest.raises(DamagedDataError, match=r"the other units here and .* --discard toy/codec --yes"):
         directory.run_phase(["codec"], lambda unit, writer: writer.array("codec.npy", np.zeros(9)))
 
 

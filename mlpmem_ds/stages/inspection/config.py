@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
     """Look at a run directory (or one stage's): what is in it, complete or not, every checksum.
 
-    Exit code 2 where something is damaged.
+    Exit code 2 where something is damaged. With --watch: how far every stage is, until Ctrl-C. With
+    --discard: throw away what is broken, and what was made from it.
     """
 
     example: ClassVar[str] = "python tools/inspect_run.py run"
@@ -26,3 +28,37 @@ class Config(Flags):
         "that read and hash at once (default: one a core, at most eight)", None, at_least=1
     )
     output: Path | None = option("also write what was found to this JSON file", None, metavar="FILE")
+    watch: float | None = option(
+        "show how far every stage is, every SECONDS (10 without a number), until Ctrl-C",
+        None,
+        above=0,
+        implied=10.0,
+        metavar="SECONDS",
+    )
+    prometheus: Path | None = option(
+        "write how far every stage is to this *.prom file of node-exporter's text collector, once or in each"
+        " round of --watch; compares no files",
+        None,
+        metavar="FILE",
+    )
+    discard: str | None = option(
+        "say what goes with this unit (STAGE/UNIT), or with a stage or checkpoint: its files, and what was"
+        " made from it",
+        None,
+        metavar="UNIT",
+    )
+    yes: bool = option("with --discard: do it", False)
+    keep_dependents: bool = option(
+        "with --discard: leave what was made from it; the unit must then come out with the same bytes", False
+    )
+
+    def check(self) -> None:
+        if (self.yes or self.keep_dependents) and self.discard is None:
+            raise UserError("--yes and --keep-dependents say how to --discard UNIT: give that too")
+        looks = self.watch is not None or self.prometheus is not None
+        if looks and (self.discard is not None or self.output is not None):
+            raise UserError(
+                "--watch and --prometheus look on while stages run: give --discard or --output without them"
+            )
+        if self.discard is not None and self.output is not None:
+            raise UserError("--output is written of what was found: give it without --discard")

@@ -10,6 +10,8 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.inspection.config import Config
 from mlpmem_ds.stages.inspection.contents import StageState, read_run, some
+from mlpmem_ds.stages.inspection.discard import discard
+from mlpmem_ds.stages.inspection.watch import RunWatch, watch_run
 
 _logger = logging.getLogger(__name__)
 
@@ -23,6 +25,12 @@ def run(config: Config, world: World) -> None:
     """
     if not config.run.is_dir():
         raise UserError(f"{config.run} is not a directory: give a run directory, such as the demo's --run")
+    if config.watch is not None or config.prometheus is not None:
+        watch_run(config.run, seconds=config.watch, prometheus=config.prometheus)
+        return
+    if config.discard is not None:
+        discard(config.run, config.discard, keep_dependents=config.keep_dependents, is_agreed=config.yes)
+        return
     states = read_run(config.run, checksums=config.checksums, threads=config.threads)
     if not states:
         raise UserError(
@@ -35,9 +43,9 @@ def run(config: Config, world: World) -> None:
         for fault in state.faults:
             _logger.warning("  %s", fault)
     if config.output is not None:
-        config.output.write_text(
-            json.dumps([state.to_json() for state in states], indent=1) + "\n", encoding="utf-8"
-        )
+        progress = {stage.root: stage.to_json() for stage in RunWatch(config.run).look().stages}
+        found = [state.to_json() | {"progress": progress.get(state.root)} for state in states]
+        config.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if damaged := [state for state in states if state.faults]:
         shown = "; ".join(f"{state.name}: {state.faults[0]}: {state.remedy}" for state in damaged)
         raise DamagedDataError(

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlpmem_ds.core.files import publish_json, sha256_of_file
+from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.inspection.origins import dependents_of, read_made
+
+from ...core import toy_stage
+
+
+def make(root: Path, *, source: Path | None = None, **flags: str) -> Path:
+    """A toy stage, made from `source`'s manifest and started with these flags too."""
+    input_hash = "i" if source is None else sha256_of_file(source / "manifest.json")
+    toy_stage.run(toy_stage.Config(output=root), World(), input_hash=input_hash)
+    described = json.loads((root / "run.json").read_text())
+    described["config"] |= flags
+    publish_json(root / "run.json", described)
+    return root
+
+
+def names_from(run: Path, name: str) -> list[str]:
+    made = {one.name: one for one in read_made(run)}
+    return [one.name for one in dependents_of(made[name], list(made.values()))]
+
+
+def test_what_was_made_from_what_by_manifests_and_by_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    corpus = make(run / "corpus")
+    make(run / "base")
+    keys = make(run / "keys", source=corpus, model="run/base")
+    index = make(run / "index", source=keys)
+    targets = make(run / "targets", source=index, keys=str(keys))
+    make(run / "memory", source=targets)
+    (run / "export").mkdir()
+    inputs = {"memory": sha256_of_file(run / "memory" / "manifest.json"), "vocabulary": "v"}
+    publish_json(run / "export" / "mlpmem_export.json", {"inputs": inputs, "files": []}, seal=True)
+    monkeypatch.chdir(tmp_path)
+    after_keys = ["export", "memory", "targets", "index"]  # the last of the pipeline first
+    assert names_from(run, "keys") == after_keys
+    assert names_from(run, "corpus") == names_from(run, "base") == [*after_keys, "keys"]
+    assert names_from(run, "export") == []
+    monkeypatch.chdir("/")
+    assert names_from(run, "base") == [*after_keys, "keys"]  # as seen from where the run directory lies
+
+
+def test_a_stage_without_its_manifest_is_known_by_its_log(tmp_path: Path) -> None:
+    keys = make(tmp_path / "keys")
+    make(tmp_path / "index", source=keys)
+    (keys / "manifest.json").unlink()  # a unit is being mended
+    assert names_from(tmp_path, "keys") == ["index"]
+
+
+def test_directories_that_name_each_other_do_not_loop(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    make(tmp_path / "a", model=str(tmp_path / "b"))
+    make(tmp_path / "b", model=str(tmp_path / "a"))
+    assert names_from(tmp_path, "a") == ["b"] and names_from(tmp_path, "b") == ["a"]
