@@ -12,6 +12,7 @@ stages/training/test_launchers.py.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import multiprocessing
 import os
@@ -76,6 +77,7 @@ def run(words: list[str], directory: str, environment: dict[str, str], streams: 
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    atexit._clear()
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
@@ -96,6 +98,9 @@ def run(words: list[str], directory: str, environment: dict[str, str], streams: 
         traceback.print_exc()
         return 1
     finally:
+        atexit._run_exitfuncs()
+        if "mpi4py.MPI" in sys.modules:  # it ends with the interpreter, which a fork leaves out
+            sys.modules["mpi4py.MPI"].Finalize()
         sys.stdout.flush()
         sys.stderr.flush()
     return 0

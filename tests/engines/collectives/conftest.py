@@ -4,7 +4,6 @@ import os
 import pickle
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ def run_ranks(tmp_path: Path, forked_commands: Path) -> RunRanks:
     """`run_ranks(how, size, scenario)` gives what each rank left, {} where it left nothing."""
 
     def run(how: str, size: int, scenario: str, *, launcher: list[str] = [], code: int = 0) -> list[dict]:  # noqa: B006
-        python = sys.executable if launcher else forked_commands / "python"
-        words = [*launcher, python, str(PROGRAM), how, str(size), scenario, str(tmp_path)]
+        words = [*launcher, forked_commands / "python", str(PROGRAM), how, str(size), scenario, str(tmp_path)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

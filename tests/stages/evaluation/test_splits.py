@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlpmem_ds.core.files import publish_json, read_sealed_json
+from mlpmem_ds.core.files import publish_json, read_sealed_json, record_file
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.stages.evaluation.splits import open_splits
 
@@ -18,7 +18,7 @@ def _save_corpus(root: Path, corpus_dir: Path, splits: tuple[str, ...], num_begi
     """Documents of begin tokens, numbers from 10 on, and the end token."""
     manifest = read_sealed_json(corpus_dir / "manifest.json")
     manifest["tokenizer"]["begin_of_document_ids"] = BEGIN[:num_begin]
-    manifest["files"] = []
+    files = []
     for split in manifest["splits"]:
         lengths = (5, 1, 9, 30, 2, 4) if split in splits else ()
         documents = [[*BEGIN[:num_begin], *range(10, 10 + length), END] for length in lengths]
@@ -36,6 +36,9 @@ def _save_corpus(root: Path, corpus_dir: Path, splits: tuple[str, ...], num_begi
                 for number, document in enumerate(documents)
             )
         )
+        names = (f"{split}/tokens-00000.bin", f"{split}/documents-00000.jsonl")
+        files += [record_file(root, name).to_json() for name in names]
+    manifest["files"] = files
     publish_json(root / "manifest.json", manifest, seal=True)
 
 

@@ -107,7 +107,9 @@ def test_ranks_that_train_together_give_the_same_files(
     assert result_of(tmp_path / "index") == result_of(undisturbed)
 
 
-def test_ranks_of_mpirun_train_together(keys: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_ranks_of_mpirun_train_together(
+    keys: Path, undisturbed: Path, forked_commands: Path, tmp_path: Path
+) -> None:
     mpirun = Path(sys.executable).parent / "mpirun"
     if not mpirun.is_file() or importlib.util.find_spec("mpi4py") is None:
         pytest.skip("mpirun or mpi4py is not installed")
@@ -118,7 +120,7 @@ def test_ranks_of_mpirun_train_together(keys: Path, undisturbed: Path, tmp_path:
         "--oversubscribe",
         "-n",
         "2",
-        sys.executable,
+        forked_commands / "python",
         "tools/build_index.py",
     ]
     flags = ["--keys", keys, "--output", tmp_path / "index", "--factory", "IVF8,PQ4", "--num-shards", "3"]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from mlpmem_ds.core import files
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import LOST_RANK, REFUSED, LostRankError, UserError
 from mlpmem_ds.core.world import World, world_from_environment
 from mlpmem_ds.stages.retrieval import list_owners
 from mlpmem_ds.stages.targets import units, write_targets
@@ -49,7 +49,7 @@ def run(world: World, config: write_targets.Config, killed: int, call: int) -> i
         write_targets.run(config, world)
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return LOST_RANK if isinstance(error, LostRankError) else REFUSED
     return 0
 
 

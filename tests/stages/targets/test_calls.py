@@ -63,8 +63,7 @@ def _run_together(
     if launcher is None:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    start = [*launcher, sys.executable] if launcher else [forked_python]
-    words = [*start, PROGRAM, how, size, path, killed, call]
+    words = [*(launcher or []), forked_python, PROGRAM, how, size, path, killed, call]
     command = [str(word) for word in words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr
