@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from mlpmem_ds.core.files import publish_json, read_sealed_json, record_file
 from mlpmem_ds.formats.checkpoint import CheckpointManifest
 from mlpmem_ds.formats.keys import CodecManifest, KeysManifest
 from mlpmem_ds.formats.targets import ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.formats.trained_models import Provenance
 from mlpmem_ds.maths.weighting import Weighting
+
+
+def record_again(root: Path) -> None:
+    """Let a directory's manifest say what its files are now: the test has changed them."""
+    values = read_sealed_json(root / "manifest.json")
+    values["files"] = [record_file(root, entry["name"]).to_json() for entry in values["files"]]
+    publish_json(root / "manifest.json", values, seal=True)
 
 
 def codec_manifest(**changes: Any) -> CodecManifest:

@@ -15,7 +15,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import LISTS_KEY, Files, files_of
-from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
+from mlpmem_ds.core.files import (
+    FileRecord,
+    fault_of_content,
+    fault_of_file,
+    first_fault,
+    read_json,
+    read_sealed_json,
+    sha256_of_file,
+)
 from mlpmem_ds.core.objects.on_demand import ensure, is_fetched_on_demand
 from mlpmem_ds.core.typed_json import from_json, to_json
 
@@ -71,8 +79,8 @@ class CompleteStage(Generic[AnyManifest]):
 
     Who compares its files with what the manifest says: `read_stage` the sizes of all, or of a sample above
     1,000; `path_of` the size of a file whenever it is opened; `check_files` the checksums of those that a
-    stage is about to read where a flipped byte would be a wrong result in silence (core/verified_inputs.py:
-    once, by one rank); `inspect_run` everything.
+    stage is about to read, for a flipped byte would be a wrong result in silence: large ones once, by one
+    rank (core/verified_inputs.py), small ones once a process; `inspect_run` everything.
 
     `sha256` of manifest.json, by which later stages name it; `inputs` name → SHA-256 of what it was made
     from; `config` the flags that its bytes depend on.
@@ -104,15 +112,23 @@ class CompleteStage(Generic[AnyManifest]):
         return self.root / name
 
     def check_files(self, names: Iterable[str] | None = None) -> None:
-        """Compare the files of these names, or all of them, with their checksums.
+        """Compare the files of these names, or all of them, with their checksums; not again what this process
+        has compared.
 
         Raises:
             DamagedDataError: one has another, or is not recorded.
         """
-        for record in self.files if names is None else map(self.record, names):
-            ensure(self.root, record)
-            if fault := fault_of_file(self.root, record):
-                raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
+        records = self.files if names is None else map(self.record, names)
+        if is_fetched_on_demand(self.root):  # one after another: the cache may have room for few
+            fault = next(filter(None, map(self._fault_after_fetching, records)), None)
+        else:
+            fault = first_fault(self.root, records)
+        if fault:
+            raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
+
+    def _fault_after_fetching(self, record: FileRecord) -> str | None:
+        ensure(self.root, record)
+        return fault_of_content(self.root, record)
 
     def record(self, name: str) -> FileRecord:
         """What the manifest says of a file.

@@ -6,14 +6,18 @@ them are units of the stage that reads them, without files of their own, dealt a
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.files import FileRecord, size_in_words
 from mlpmem_ds.core.manifest import CompleteStage
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.core.unit_writer import UnitWriter
 
+_logger = logging.getLogger(__name__)
 _MIN_FILES = 16  # of a unit
 _MAX_UNITS = 512
 
@@ -48,10 +52,21 @@ def verify_inputs(
         f"verified-{label}-{number:03d}": block for number, block in enumerate(split_blocks(len(names), size))
     }
 
+    compared: list[FileRecord] = []
+    start = time.monotonic()
+
     def verify(unit: str, writer: UnitWriter) -> dict[str, Any]:
-        chosen = names[slice(*blocks[unit])]
-        source.check_files(chosen)
-        return {"files": len(chosen)}
+        records = [source.record(name) for name in names[slice(*blocks[unit])]]
+        source.check_files(record.name for record in records)
+        compared.extend(records)
+        return {"files": len(records), "bytes": sum(record.bytes for record in records)}
 
     directory.run_units(list(blocks), verify)
+    seconds = time.monotonic() - start
     directory.wait_for(list(blocks))
+    if compared:
+        _logger.info(
+            "%s: %d of %d files compared with their checksums, %s in %.1f s",
+            source.root, len(compared), len(names),
+            size_in_words(sum(record.bytes for record in compared)), seconds,
+        )  # fmt: skip

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from mlpmem_ds.core.errors import UserError, first_line
+from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
 from mlpmem_ds.core.once import computed_once
 from mlpmem_ds.engines.model_kinds import reason_against_config, reason_against_path
 from mlpmem_ds.engines.tokenizer import library_fault
 from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
 from mlpmem_ds.formats.json_lines import parse_json
+from mlpmem_ds.formats.model_directory import check_model_files, recorded_files, remedy_of_model
 from mlpmem_ds.formats.weight_shards import fault_of_weights
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def check_generation_file(name_or_path: str, *, flag: str = "--model") -> None:
     Raises:
         UserError: with the file and what is wrong.
     """
-    for file in ("generation_config.json", "config.json"):
+    files = ("generation_config.json", "config.json")
+    check_model_files(name_or_path, flag=flag, names=files)
+    for file in files:
         path = model_file(name_or_path, file)
         if path is None:
             continue
@@ -187,7 +190,7 @@ def fingerprint_model(name_or_path: str, *, flag: str = "--model", shared: Path 
         for path in paths[1:]:
             if reason := fault_of_weights(path):
                 raise UserError(f"{flag} {name_or_path}: {reason}")
-        return {"sha256": _sha256_of_files(paths)}
+        return {"sha256": _sha256_of_files(paths, name_or_path, flag)}
 
     if shared is None:
         return compute()["sha256"]
@@ -213,13 +216,23 @@ def _config_file(name_or_path: str, flag: str) -> Path:
     return config
 
 
-def _sha256_of_files(paths: Sequence[Path]) -> str:
+def _sha256_of_files(paths: Sequence[Path], name_or_path: str, flag: str) -> str:
+    """Of names, sizes and contents; a file that this package wrote is compared with its record on the way."""
+    root = Path(name_or_path)
+    records = recorded_files(root) if root.is_dir() else {}
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
+        own, record = hashlib.sha256(), records.get(path.name)
         with open(path, "rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
+                if record is not None:
+                    own.update(chunk)
+        if record is not None and own.hexdigest() != record.sha256:
+            raise DamagedDataError(
+                f"{flag}: {path} does not have the checksum of its record: {remedy_of_model(root)}"
+            )
     return digest.hexdigest()
 
 

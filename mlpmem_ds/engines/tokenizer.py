@@ -27,9 +27,14 @@ from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.engines.text_backend import TextBackend, definition_of, text_backend
 from mlpmem_ds.formats.corpus import SpecialTokens, vocabulary_sha256
+from mlpmem_ds.formats.model_directory import check_model_files
 
 _logger = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja"),
+)
 _PROBES = ("x", "a b", "\n", "the 2nd probe, a longer one.", "é")
 _NO_TOKEN_PROBES = ("\ue000", "\U0010fffd")  # private characters, which no vocabulary of words holds
 
@@ -235,9 +240,11 @@ def load_tokenizer(name_or_path: str, *, flag: str = "--tokenizer") -> Any:
 
     Raises:
         UserError: there is none, its files are damaged, or it needs a package that is not installed.
+        DamagedDataError: this package wrote its files, and one does not have its checksum.
     """
     from transformers import AutoTokenizer
 
+    check_model_files(name_or_path, flag=flag, names=_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)

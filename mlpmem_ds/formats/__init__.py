@@ -22,7 +22,8 @@ In the order of the pipeline:
 - `shard_deal.py`: shards that are streamed: whose they are, what of them was read
 - `fetched_base.py`: where a base is from that was read from GGUF
 - `checkpoint.py`, `checkpoint_copy.py`: a training's checkpoints; `trained_models.py`: what it leaves
-- `weight_shards.py`: an export's weights; `gates.py`: a fitted gate
+- `weight_shards.py`: an export's weights; `gates.py`: a fitted gate; `model_directory.py`: what our models
+  say of their files
 - `evaluation.py`: eval.json; `question_files.py`, `answers.py`: questions that users give, and their scores
 - `reference_checkpoint.py`, `arrow_tables.py`: files of the method's authors
 """

@@ -69,7 +69,7 @@ class Answers:
 def write_answers(path: Path, answers: Answers) -> None:
     """Publish answers.json."""
     fields = {"format": _FORMAT, "version": AnswersManifest.VERSION, **to_json(answers)}
-    publish_json(path, fields)
+    publish_json(path, fields, seal=True)
 
 
 def read_answers(root: Path) -> Answers:

@@ -288,6 +288,11 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         files = [f"{self.name}/answers-{unit.unit}.bin" for unit in self._split.units if unit.tokens]
         return files if self.has_answers else []
 
+    @property
+    def stream_files(self) -> list[str]:
+        """All files that its stream is read from."""
+        return [*self.token_files, *self.answer_files]
+
     def is_answer(self, start: int, stop: int) -> np.ndarray:
         """bool: whether the tokens [start, stop) count: all, or those that are answers."""
         if not self.has_answers:
@@ -328,7 +333,9 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         lines = []
         for unit in self._split.units:
             if unit.documents:
-                path = self.root / self.name / f"documents-{unit.unit}.jsonl"
+                name = f"{self.name}/documents-{unit.unit}.jsonl"
+                self.check_files([name])
+                path = self.root / name
                 # Names may hold U+2028 and the like, at which str.splitlines breaks.
                 with open(path, encoding="utf-8", newline="\n") as stream:
                     lines += [json.loads(line) for line in stream]
@@ -372,6 +379,7 @@ def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> 
             f"{flag} {root} counts answers alone, and its split {split!r} has none: prepare it with more"
             " conversations, or with --train-on all"
         )
+    corpus.check_files(record.name for record in corpus.files.starting_with("tokenizer/"))
     if sum(unit.tokens for unit in splits[split].units) != corpus.num_tokens:
         raise DamagedDataError(
             f"the manifest of {root} contradicts itself on split {split!r}: prepare the corpus again"

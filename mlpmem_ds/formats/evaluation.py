@@ -265,7 +265,7 @@ class Report(CompleteStage[ReportManifest]):
 def write_evaluation(root: Path, evaluation: Evaluation) -> None:
     """Publish eval.json in a report directory."""
     fields = {"format": f"mlpmem-{FORMAT}", "version": VERSION, **to_json(evaluation)}
-    publish_json(root / EVALUATION_NAME, fields)
+    publish_json(root / EVALUATION_NAME, fields, seal=True)
 
 
 def read_evaluation(root: Path) -> Evaluation:

@@ -267,6 +267,11 @@ class Keys(CompleteStage[KeysManifest]):
         units = self.blocks if block is None else [block]
         self.check_files(self.file_name(array, unit.start) for unit in units)
 
+    def array_files(self, *arrays: str) -> list[str]:
+        """Names of the files of these arrays, as far as they are stored, unit by unit."""
+        names = (self.file_name(array, unit.start) for unit in self.blocks for array in arrays)
+        return [name for name in names if self.files.find(name) is not None]
+
     def file_name(self, array: str, first: int) -> str:
         """The file of an array of the unit that starts at position `first`."""
         return file_name(array, first, unit_positions=self.manifest.unit_positions, total=self.num_positions)

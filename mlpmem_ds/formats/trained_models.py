@@ -218,6 +218,7 @@ def read_weights(root: Path, *, flag: str = "--memory") -> TrainedMemory:
         DamagedDataError: files missing, of another size or version, or unreadable.
     """
     stage: CompleteStage[MemoryManifest] = read_stage(CompleteStage, MemoryManifest, root, flag=flag)
+    stage.check_files(["weights/config.json"])
     described = read_memory_description(root / "weights" / "config.json")
     try:
         files = WeightFiles(root=root / "weights")

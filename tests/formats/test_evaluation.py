@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import publish_json, read_sealed_json
 from mlpmem_ds.formats.evaluation import ArmFigures as Arm
 from mlpmem_ds.formats.evaluation import (
     Calibration,
@@ -108,10 +109,18 @@ def test_an_evaluation_comes_back_from_its_file(tmp_path: Path) -> None:
 )
 def test_what_this_version_does_not_know_is_refused(tmp_path: Path, change: Any, fault: str) -> None:
     write_evaluation(tmp_path, make_evaluation())
-    found = json.loads((tmp_path / "eval.json").read_bytes())
+    found = read_sealed_json(tmp_path / "eval.json")
     change(found)
-    (tmp_path / "eval.json").write_text(json.dumps(found))
+    publish_json(tmp_path / "eval.json", found, seal=True)
     with pytest.raises(DamagedDataError, match=fault):
+        read_evaluation(tmp_path)
+
+
+def test_a_flipped_digit_is_found_by_the_checksum_that_the_file_carries(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, make_evaluation())
+    text = (tmp_path / "eval.json").read_text()
+    (tmp_path / "eval.json").write_text(text.replace('"ppl": ', '"ppl": 1', 1))
+    with pytest.raises(DamagedDataError, match="does not have the checksum that it carries"):
         read_evaluation(tmp_path)
 
 

@@ -190,7 +190,7 @@ def read_whole_checkpoint(sample: Sample) -> Content:
 
 
 def write_eval(random: Random, folder: Path) -> Sample:
-    """eval.json: its checksum is in the manifest of its report, so that alone it has none."""
+    """eval.json, which carries its checksum; one without it is read too, as of a report that was edited."""
     evaluation = made_up(Evaluation, random)
     write_evaluation(folder, evaluation)
     plain = from_json(Evaluation, to_json(evaluation), where="eval.json", version=1)

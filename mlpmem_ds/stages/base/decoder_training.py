@@ -18,6 +18,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import (
     compute_dtype,
@@ -162,6 +163,8 @@ def train_decoder(config: DecoderOptions, text: Text, steps: Steps, learner: Lea
         },
     )
     if not is_complete(directory, config):
+        for split in text.splits:
+            verify_inputs(directory, split, split.stream_files, label=f"text-{split.name}")
         _build(config, text, steps, learner, directory).run()
 
 

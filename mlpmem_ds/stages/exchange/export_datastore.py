@@ -16,6 +16,7 @@ from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.arrow_library import import_arrow
 from mlpmem_ds.formats.arrow_tables import ArrowManifest, write_datastore, write_rows
@@ -54,6 +55,9 @@ def run(config: ExportConfig, world: World) -> None:
         inputs=inputs,
         world=world,
     )
+    vectors = ("inputs", "input_scales") if keys.input_size else ("keys",)
+    arrays = ("values", *(vectors if config.datastore else ()))
+    verify_inputs(stage, keys, keys.array_files(*arrays), label="keys")
     units = [*(["datastore"] if config.datastore else []), *(["targets"] if targets is not None else [])]
     progress = Progress(len(units) * keys.num_positions, label="rows", unit="rows", world=world)
 

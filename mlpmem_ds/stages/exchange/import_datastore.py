@@ -30,6 +30,7 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.tokenizer import (
@@ -318,6 +319,8 @@ def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: W
         config, TargetsManifest, inputs, ("k", "temperature", "block_size", "shard_positions"), world
     )
     progress = Progress(table.num_rows, label="targets", unit="positions", world=world)
+
+    verify_inputs(stage, keys, keys.array_files("values"), label="keys")
 
     def write(unit: str, writer: UnitWriter) -> dict[str, Any]:
         shard, empty = shards[unit], 0

@@ -15,6 +15,7 @@ from mlpmem_ds.engines.model_files import check_generation_file
 from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.gates import read_gate
+from mlpmem_ds.formats.model_directory import check_model_files
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.generation_settings import complete_settings
@@ -148,7 +149,9 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
 
     Raises:
         UserError: there is no export of that name, or its tokenizer is missing or another one.
+        DamagedDataError: a file does not have its checksum.
     """
+    check_model_files(model, flag="--model")
     try:
         settings = AutoConfig.from_pretrained(model)
     except Exception as error:  # transformers and the Hub raise families of their own

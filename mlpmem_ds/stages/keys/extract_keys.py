@@ -84,7 +84,7 @@ def _extract(config: Config, world: World, ranks: Ranks) -> None:
         dealer=ranks,
     )
 
-    verify_inputs(directory, corpus, [*corpus.token_files, *corpus.answer_files], label="corpus")
+    verify_inputs(directory, corpus, corpus.stream_files, label="corpus")
     phase_1 = [_CODEC_UNIT] if config.codec == "int8" else []
 
     def fit(_: str, writer: UnitWriter) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.passage_index import require_bm25s
@@ -153,6 +154,7 @@ class _Answering:
     def answer_all(self) -> None:
         names = list(self._units)
         if self._corpus is not None:
+            verify_inputs(self._directory, self._corpus, self._corpus.stream_files, label="passages")
             write = partial(write_passages, corpus=self._corpus, num_tokens=self._config.passage_tokens)
             self._directory.run_phase([_PASSAGES], lambda _, writer: write(writer))
             self._passages = open_passages(self._config.output)

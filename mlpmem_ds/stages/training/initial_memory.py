@@ -24,6 +24,7 @@ from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fetch_directory
 from mlpmem_ds.engines.processes import gather_values
+from mlpmem_ds.formats.model_directory import check_model_files
 from mlpmem_ds.formats.trained_models import MemoryManifest, read_memory_description
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -46,6 +47,10 @@ class InitialMemory:
     def names(self) -> list[str]:
         """Of its tensors, in order."""
         return sorted(self._places)
+
+    def file_of(self, name: str) -> Path:
+        """Where a tensor is."""
+        return self._places[name][0]
 
     def tensor(self, name: str) -> torch.Tensor:
         """float32, by the name that it has in a plain `Memory`."""
@@ -72,6 +77,7 @@ def open_initial_memory(root: Path, *, flag: str = _FLAG) -> InitialMemory:
                 " export"
             )
         )
+    check_model_files(place, flag=flag, names=["config.json"])
     description = read_json(place / "config.json")
     if description.get("format") == f"mlpmem-{MemoryManifest.FORMAT}":
         described = read_memory_description(place / "config.json")
@@ -146,7 +152,10 @@ def hash_initial_memory(initial: InitialMemory, world: World) -> str:
 def _hash_share(initial: InitialMemory, names: Sequence[str]) -> list[list[str]] | str:
     """Name and hash of these tensors; what is wrong with one of them, for all ranks to say."""
     hashes = []
+    files = sorted({initial.file_of(name) for name in names})
     try:
+        for path in files:  # a large memory has many, of which a rank reads its share
+            check_model_files(path.parent, flag=_FLAG, names=[path.name])
         for name in names:
             tensor = initial.tensor(name)
             if not tensor.isfinite().all():

@@ -11,6 +11,8 @@ from functools import cached_property
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.once import shared_place
+from mlpmem_ds.core.stage_directory import StageDirectory
+from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
@@ -116,6 +118,22 @@ def open_inputs(config: Config, world: World) -> TrainingInputs:
             " give --model, a corpus with a tuning split and a --validate-every other than none"
         )
     return inputs
+
+
+def verify_files(directory: StageDirectory, inputs: TrainingInputs, *, with_log_probabilities: bool) -> None:
+    """Compare what the steps read with its checksums, once, each rank a share; samples of targets carry
+    checksums of their own, and are compared when they are read.
+
+    Raises:
+        DamagedDataError: a file does not have its checksum.
+    """
+    arrays = ["values", *([] if inputs.is_online else ["inputs", "input_scales"]), "positions"]
+    arrays += ["log_probabilities"] if with_log_probabilities else []
+    verify_inputs(directory, inputs.keys, inputs.keys.array_files(*arrays), label="keys")
+    if inputs.is_online:
+        verify_inputs(directory, inputs.corpus, inputs.corpus.stream_files, label="corpus")
+    if inputs.tuning is not None:
+        verify_inputs(directory, inputs.tuning, inputs.tuning.stream_files, label="tuning")
 
 
 def check_loader(config: Config, inputs: TrainingInputs, world: World) -> None:

@@ -50,7 +50,13 @@ from mlpmem_ds.stages.training.defaults import (
 )
 from mlpmem_ds.stages.training.frozen_base import open_base
 from mlpmem_ds.stages.training.initial_memory import InitialMemory, hash_initial_memory
-from mlpmem_ds.stages.training.inputs import TrainingInputs, check_loader, open_inputs, provenance_of
+from mlpmem_ds.stages.training.inputs import (
+    TrainingInputs,
+    check_loader,
+    open_inputs,
+    provenance_of,
+    verify_files,
+)
 from mlpmem_ds.stages.training.joined import open_base_end
 from mlpmem_ds.stages.training.lent_head import check_initial_head, lender_of
 from mlpmem_ds.stages.training.memory_shape import memory_shape
@@ -106,6 +112,7 @@ def run(config: Config, world: World) -> None:
     directory = _open_directory(config, inputs, memory, ds_config, steps, world)
     if is_complete(directory, config):
         return
+    verify_files(directory, inputs, with_log_probabilities=objective.needs_base_log_probabilities)
     training = _build(
         config,
         inputs,

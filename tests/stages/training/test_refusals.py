@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.target_shards import shard_name
@@ -114,6 +114,25 @@ def test_wrong_flags(tuned_runs, base_dir, bare_keys, monkeypatch, changes, said
     monkeypatch.setitem(sys.modules, "wandb", None)
     paths = {"bare": bare_keys, "base": str(base_dir)}
     tuned_runs.refuse(said, "wrong", 2, **{name: paths.get(value, value) for name, value in changes.items()})
+
+
+@pytest.mark.parametrize("array", ["inputs", "values", "log_probabilities", "tokens"])
+def test_a_flipped_bit_of_what_is_read_is_refused_before_the_first_step(
+    tuned_runs, corpus_dir, keys_dir, base_dir, tmp_path, array
+):
+    keys, corpus = shutil.copytree(keys_dir, tmp_path / "keys"), corpus_dir
+    if array == "tokens":  # of the split that is validated on; its copy has the same manifest
+        corpus = shutil.copytree(corpus_dir, tmp_path / "corpus")
+        path = next((corpus / "tuning").glob("tokens-*.bin"))
+    else:
+        path = keys / open_keys(keys).array_files(array)[0]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    changes = {"keys": keys, "corpus": corpus, "model": base_dir, "validate_every": 1}
+    with pytest.raises(DamagedDataError, match=rf"{array}.* does not have the checksum"):
+        tuned_runs.train(f"flipped-{array}", 1, ce_through="mixture", **changes)
+    assert not (tuned_runs / f"flipped-{array}" / "checkpoints").exists()
 
 
 def test_no_compiler(tuned_runs, monkeypatch):

@@ -30,6 +30,8 @@ from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkp
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training import frozen_base, training
 
+from ...manifests import record_again
+
 HAS_COMPILER = shutil.which("g++") is not None
 FLAGS = {
     "alpha": 0.0,
@@ -75,6 +77,7 @@ def damaged_keys(runs, keys_dir):
     array = np.load(path)
     array[[3, 70, 200]] = bfloat16_bits(np.full((3, array.shape[1]), np.nan, np.float32))
     np.save(path, array)
+    record_again(runs / "damaged")
     return runs / "damaged"
 
 
