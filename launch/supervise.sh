@@ -50,10 +50,34 @@ mark=MLPMEM_SUPERVISOR=$$-$RANDOM$RANDOM
 tied=()
 ! setpriv --pdeathsig TERM true 2> /dev/null || tied=(setpriv --pdeathsig TERM --)
 
+# The processes that are left of the command.
+left() {
+    grep -lzxF -- "$mark" /proc/[0-9]*/environ 2> /dev/null | sed 's,/proc/\(.*\)/environ,\1,' || true
+}
+
+# Those of them that have a handler for this signal.
+handlers_of() {
+    local pid mask
+    for pid in $(left); do
+        mask=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$pid/status" 2> /dev/null) || true
+        (((0x${mask:-0} >> ($(kill -l "$1") - 1)) & 1)) && echo "$pid"
+    done
+    return 0
+}
+
+# INT, TERM, HUP and QUIT go to the command, which passes them on to its ranks. Launchers die of USR1, which
+# asks a training to save and end: it goes to the ranks; where none knows it yet, the command gets TERM.
 child="" asked="" interrupted=""
 pass_on() {
+    local name=$1 pids=$child
     asked=$1 interrupted=1
-    [ -z "$child" ] || kill -s "$1" "$child" 2> /dev/null || true
+    [ -n "$child" ] || return 0
+    if [[ $name == USR? ]]; then
+        pids=$(handlers_of "$name")
+        [ -n "$pids" ] || name=TERM pids=$child
+    fi
+    # shellcheck disable=SC2086  # a number each
+    kill -s "$name" $pids 2> /dev/null || true
 }
 for name in HUP INT QUIT TERM USR1 USR2; do
     # shellcheck disable=SC2064  # the name of now
@@ -71,11 +95,6 @@ await() {
         [ -n "$interrupted" ] || break
     done
     return "$code"
-}
-
-# The processes that are left of the command.
-left() {
-    grep -lzxF -- "$mark" /proc/[0-9]*/environ 2> /dev/null | sed 's,/proc/\(.*\)/environ,\1,' || true
 }
 
 # Let them end within so many seconds; then tell them to, then kill them.
@@ -98,7 +117,7 @@ while :; do
     env -- "$mark" MLPMEM_REFUSED="$refused" ${tied[@]+"${tied[@]}"} "$@" &
     child=$!
     set +m
-    [ -z "$asked" ] || kill -s "$asked" "$child" 2> /dev/null || true
+    [ -z "$asked" ] || pass_on "$asked"
     await || code=$?
     lived=$((SECONDS - started))
     if [ -n "$asked" ]; then

@@ -107,6 +107,35 @@ time.sleep(60)
     assert process.returncode == 7 and (tmp_path / "ready").read_text() == "ready"
 
 
+def test_usr1_goes_to_the_ranks_for_a_launcher_dies_of_it(tmp_path: Path) -> None:
+    rank = """
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+open("ready", "w").write("ready")
+time.sleep(60)
+"""
+    launcher = f"{sys.executable} -c '{rank}'; echo $? > code; exit 9"
+    process = supervised(tmp_path, "bash", "-c", launcher)
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 9 and (tmp_path / "code").read_text() == "0\n"
+
+
+def test_usr1_ends_a_command_that_does_not_know_it_yet(tmp_path: Path) -> None:
+    command = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+open("ready", "w").write("ready")
+time.sleep(60)
+"""
+    process = supervised(tmp_path, sys.executable, "-c", command)
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 5
+
+
 def test_what_a_launcher_leaves_behind_is_ended_before_the_next_start(tmp_path: Path) -> None:
     """torchrun's ranks have sessions of their own, and outlive a launcher that is killed."""
     command = """
