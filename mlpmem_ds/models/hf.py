@@ -1,18 +1,17 @@
 """The joint model for Hugging Face users: a frozen base and its memory behind `generate` and
 `from_pretrained`.
 
-Place in the pipeline: `convert_checkpoint` builds it from a trained memory, `generate` and every outside user
-load it: `p(y|x) = (1 - lmbda) p_base(y|x) + lmbda p_mem(y|h(x))`, where `h(x)` is one of the base's hidden
-states.
+Place in the pipeline: `convert_checkpoint` builds it from a trained memory, every user loads it: `p(y|x) =
+(1 - lmbda) p_base(y|x) + lmbda p_mem(y|h(x))`, where `h(x)` is one of the base's hidden states.
 
-`logits` are log-probabilities of the mixture (float32; softmax gives the mixture back, and a temperature
-applies after mixing). How much of the memory there is at a position is said by a gate (see `mixture`), by
-default the same `lmbda` everywhere; at `lmbda = 0` they are the base's own logits, so that nothing at all
-changes. A *bank* is several memories of one base under one gate. The caches are the base's, and carry what a
-gate (`history_cache`) and memories with a window (`window_cache`) need of the tokens before.
+`logits` are those of the mixture (float32; softmax gives the mixture back, and a temperature applies after
+mixing), with the base's log-sum-exp in each row: they become the base's own as the weight does 0. How much of
+the memory there is at a position is said by a gate (see `mixture`), by default the same `lmbda` everywhere;
+at `lmbda = 0` nothing at all changes. A *bank* is several memories of one base under one gate. Caches are the
+base's, and carry what a gate (`history_cache`) and memories with a window (`window_cache`) need of the tokens
+before.
 
-This file is written into every exported directory as remote code, together with those that it imports: all
-import torch, transformers and the standard library only.
+This file and those that it imports are written into every export: torch, transformers, standard library only.
 
 Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabulary, M memories, `...` any
 leading dimensions.
@@ -295,10 +294,11 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One forward of the base, and of the memory on the kept positions; for a gate with a history on all.
 
-        `logits [B, K, V]`: float32 log-probabilities of the mixture, or the base's own logits when lmbda is
-        0. `labels` follow the convention of transformers: aligned with `input_ids`, shifted here, -100
-        ignored, mean loss in nats. `token_mask [B, S]`, false for padding among the new tokens, is needed
-        where `attention_mask` is not `[B, length]`, for a gate with a history and memories with a window.
+        `logits [B, K, V]`: float32, log-probabilities of the mixture and in each row the log-sum-exp of the
+        base's logits; these themselves when lmbda is 0. `labels` follow the convention of transformers:
+        aligned with `input_ids`, shifted here, -100 ignored, mean loss in nats. `token_mask [B, S]`, false
+        for padding among the new tokens, is needed where `attention_mask` is not `[B, length]`, for a gate
+        with a history and memories with a window.
         """
         given = {
             "input_ids": input_ids,

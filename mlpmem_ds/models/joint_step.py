@@ -98,7 +98,8 @@ class Step:
     base_only: BaseOnly = field(default_factory=BaseOnly)
 
     def mix(self, base_logits: torch.Tensor, states: States) -> torch.Tensor:
-        """float32 log-probabilities of the mixture [..., V], for a gate without a history.
+        """float32 logits of the mixture [..., V], for a gate without a history: its log-probabilities, and in
+        each row the log-sum-exp of the base's logits, so that they become the base's as the weight does 0.
 
         Args:
             base_logits: [..., V].
@@ -183,7 +184,7 @@ class Step:
     def _mix(
         self, evidence: GateInputs, runs: Sequence[torch.Tensor] | None
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """The mixture, and the logits of each memory (the base's where it was left out).
+        """The mixture's logits, and those of each memory (the base's where it was left out).
 
         `evidence` holds what is known before the memories run; `runs` of each what its head reads, if it ran.
         """
@@ -193,7 +194,7 @@ class Step:
         if runs is None and skips is not None and not torch.compiler.is_compiling():
             self._count(skips)
             if bool(skips.all()):
-                return torch.log_softmax(base_logits.float(), dim=-1), [base_logits] * len(self.memories)
+                return base_logits.float(), [base_logits] * len(self.memories)
         memory_logits, hidden = [], []
         for number, memory in enumerate(self.memories):
             skip = None if skips is None or runs is not None else skips[..., number]
@@ -210,7 +211,8 @@ class Step:
                 inputs, confidences=_unknown_where(skips, confidences(base_logits, memory_logits))
             )
         lmbdas = self._cut(_weigh(self.gate, inputs), skips)
-        return self._mixture(base_logits, memory_logits, lmbdas), memory_logits
+        log_mixture = self._mixture(base_logits, memory_logits, lmbdas)
+        return log_mixture + torch.logsumexp(base_logits.float(), dim=-1, keepdim=True), memory_logits
 
     def _run(
         self, number: int, states: States, base_logits: torch.Tensor, skip: torch.Tensor | None

@@ -28,6 +28,25 @@ from .conftest import (
 )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_logits_become_the_bases_as_the_weight_does_0(family: str) -> None:
+    """So that penalties, which ask for the sign of a score, act as with the base."""
+    joint, ids_BS = tiny_joint(family), random_ids()
+    base_BSV = joint.base(ids_BS).logits
+    assert float(base_BSV.max()) > 0
+    differences = []
+    for lmbda in (1e-2, 1e-4, 1e-6):
+        joint.lmbda = lmbda
+        differences.append(float((joint(ids_BS).logits - base_BSV).abs().max()))
+    assert differences[0] > 10 * differences[1] and differences[2] < 1e-3
+    penalized = []
+    for lmbda in (0.0, 1e-7):
+        joint.lmbda = lmbda
+        penalized.append(joint.generate(ids_BS, max_new_tokens=8, do_sample=False, repetition_penalty=1.5))
+    assert torch.equal(*penalized)
+
+
 @pytest.mark.parametrize("family", BASES)
 def test_logits_are_the_mixture(family: str) -> None:
     ids_BS = random_ids()
@@ -38,7 +57,9 @@ def test_logits_are_the_mixture(family: str) -> None:
         with torch.no_grad():
             logits_BSV = joint(ids_BS).logits
         assert logits_BSV.dtype == torch.float32
-        torch.testing.assert_close(logits_BSV.double(), expected_BSV, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits_BSV.double().log_softmax(-1), expected_BSV, rtol=1e-5, atol=1e-5)
+        totals_BS = joint.base(ids_BS).logits.logsumexp(-1)
+        torch.testing.assert_close(logits_BSV.logsumexp(-1), totals_BS, rtol=1e-5, atol=1e-5)
         assert (expected_BSV.exp() - joint.base(ids_BS).logits.double().softmax(-1)).abs().max() > 0.02
 
 
@@ -105,7 +126,10 @@ def test_a_step_with_a_static_cache_compiles_whole(family: str) -> None:
         torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-5)
     sequence = torch.cat([ids_BS, ids_BS[:, :2]], dim=1)
     torch.testing.assert_close(
-        traced[:, 0].double(), expected_log_probabilities(joint, sequence, POINT)[:, -1], rtol=1e-4, atol=1e-4
+        traced[:, 0].double().log_softmax(-1),
+        expected_log_probabilities(joint, sequence, POINT)[:, -1],
+        rtol=1e-4,
+        atol=1e-4,
     )
     torch.compiler.reset()
 

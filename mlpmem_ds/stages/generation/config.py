@@ -41,6 +41,9 @@ class Config(JointOptions):
     no_repeat_ngram_size: int = option(
         "no run of so many tokens stands twice in prompt and text; 0 = it may", 0, at_least=0
     )
+    repetition_penalty: float = option(
+        "divides the score of tokens that were there, above 1 makes them rarer", 1.0, above=0
+    )
     seed: int = option("seed of the sampling", 0)
     lmbda: float | None = shared_flags.lmbda("the export's or the gate's, else 0.25")
     compare: bool = option("show the base alone (λ = 0) next to base + memory", False)

@@ -225,6 +225,7 @@ def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any)
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
         no_repeat_ngram_size=config.no_repeat_ngram_size,
+        repetition_penalty=config.repetition_penalty,
         **token_settings(settings_of_export(model, tokenizer)),
         **sampling,
     )

@@ -145,5 +145,5 @@ def test_round_trip(
         captured = capture(base, [CapturePoint(layer=1)])(IDS).states[CapturePoint(layer=1)]
         base_BSV = base(IDS).logits.double().softmax(-1)
         memory_BSV = memory.head(memory(captured)).double().softmax(-1)
-        found_BSV = loaded(IDS).logits.double()
+        found_BSV = loaded(IDS).logits.double().log_softmax(-1)
     torch.testing.assert_close(found_BSV, (0.6 * base_BSV + 0.4 * memory_BSV).log(), rtol=1e-5, atol=1e-5)

@@ -85,9 +85,11 @@ def test_memory_directory_and_export_of_a_published_memory(
     states: list[torch.Tensor] = []
     base.transformer.h[1].mlp.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     with torch.no_grad():
-        base_BSV = base(IDS).logits.double().softmax(-1)
+        base_BSV = base(IDS).logits.double().log_softmax(-1).softmax(-1)
         memory_BSV = memory.head(memory(states[0])).double().softmax(-1)
-        found_BSV = AutoModelForCausalLM.from_pretrained(tmp_path / "export")(IDS).logits.double()
+        found_BSV = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "export")(IDS).logits.double().log_softmax(-1)
+        )
     torch.testing.assert_close(found_BSV, (0.6 * base_BSV + 0.4 * memory_BSV).log(), rtol=1e-5, atol=1e-5)
     card = (tmp_path / "export" / "README.md").read_text()
     assert "imported from memory-of-others (mistral type" in card, card

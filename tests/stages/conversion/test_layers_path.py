@@ -124,8 +124,8 @@ def test_it_is_exported_and_loaded(
     states: list[torch.Tensor] = []
     joint.base.get_submodule(PATH)[1].mlp.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     with torch.no_grad():
-        found_BSV = joint(IDS).logits.double()
-        base_BSV = joint.base(IDS).logits.double().softmax(-1)
+        found_BSV = joint(IDS).logits.double().log_softmax(-1)
+        base_BSV = joint.base(IDS).logits.double().log_softmax(-1).softmax(-1)
         memory_BSV = joint.memory.head(joint.memory(states[0])).double().softmax(-1)
     torch.testing.assert_close(found_BSV, (0.6 * base_BSV + 0.4 * memory_BSV).log(), rtol=1e-5, atol=1e-5)
 

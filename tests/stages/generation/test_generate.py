@@ -172,6 +172,7 @@ def test_without_the_memory_it_is_the_bases_own_generate(
         ([], {"do_sample": False}),
         (["--num-beams", 3], {"do_sample": False, "num_beams": 3}),
         (["--no-repeat-ngram-size", 1], {"do_sample": False, "no_repeat_ngram_size": 1}),
+        (["--repetition-penalty", 1.3], {"do_sample": False, "repetition_penalty": 1.3}),
         (
             ["--temperature", 0.8, "--top-p", 0.9, "--seed", 5],
             {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0},
@@ -186,7 +187,7 @@ def test_without_the_memory_it_is_the_bases_own_generate(
         text = generate("--prompt", PROMPTS[2], "--max-new-tokens", NEW, "--lambda", 0, *flags)
         assert text == PROMPTS[2] + tokenizer.decode(expected, skip_special_tokens=True) + "\n", flags
         results.add(text)
-    assert len(results) == 4
+    assert len(results) == 5
 
 
 def test_sampling_follows_the_seed(generate: Callable[..., str]) -> None:
