@@ -18,6 +18,9 @@ from mlpmem_ds.core.log import read_events
 from mlpmem_ds.stages.inspection.contents import EXPORT_FILE
 from mlpmem_ds.stages.inspection.watch import name_of, stage_roots
 
+_OUTPUTS = ("output", "lists", "copy_to")
+"""flags that name what a stage writes"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
@@ -69,9 +72,8 @@ def _read_stage(run: Path, root: Path) -> Made:
     events = read_events(root / "log.jsonl")
     manifests = {str(event.get("manifest")) for event in events if event.get("event") == "complete"}
     flags = description.get("config", {})
-    own = (
-        {name: value for name, value in flags.items() if name != "output"} if isinstance(flags, dict) else {}
-    )
+    flags = flags if isinstance(flags, dict) else {}
+    own = {name: value for name, value in flags.items() if name not in _OUTPUTS}
     return Made(
         root=root.resolve(),
         name=name_of(run, root),

@@ -116,6 +116,13 @@ def test_a_unit_that_the_others_are_made_from_takes_them_along(tmp_path: Path) -
     assert (config.output / "identity.json").is_file()
 
 
+def test_where_the_log_is_lost_all_units_go(run_dir: Path) -> None:
+    (run_dir / "memory" / "log.jsonl").unlink()
+    discard(run_dir, "memory/2")
+    assert not list((run_dir / "memory").glob("*.npy"))
+    assert (run_dir / "memory" / "identity.json").is_file() and (run_dir / "targets" / "part-2.npy").is_file()
+
+
 def test_stages_exports_and_checkpoints_go_whole(run_dir: Path) -> None:
     checkpoint = run_dir / "memory" / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)

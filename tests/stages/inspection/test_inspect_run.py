@@ -25,6 +25,11 @@ def inspect(run_dir: Path, output: Path) -> dict[str, dict]:
 def test_a_good_run_is_complete(run_dir: Path, tmp_path: Path) -> None:
     states = inspect(run_dir, tmp_path / "found.json")
     assert {name: state["complete"] for name, state in states.items()} == {"corpus": True, "keys": True}
+    progress = states["keys"]["progress"]
+    assert (
+        progress["state"] == "complete" and progress["done"] == progress["total"] == states["keys"]["units"]
+    )
+    assert progress["of"] == "units" and progress["error"] is None and len(progress["ranks"]) == 1
     on_disk = sum(path.stat().st_size for path in run_dir.glob("keys/*.npy"))
     assert states["keys"]["bytes"] > on_disk > 0
 

@@ -56,6 +56,12 @@ def test_a_stage_without_its_manifest_is_known_by_its_log(tmp_path: Path) -> Non
     assert names_from(tmp_path, "keys") == ["index"]
 
 
+def test_what_a_stage_wrote_is_not_what_it_was_made_from(tmp_path: Path) -> None:
+    make(tmp_path / "lists")
+    make(tmp_path / "targets", lists=str(tmp_path / "lists"), copy_to=str(tmp_path / "lists"))
+    assert names_from(tmp_path, "lists") == []
+
+
 def test_directories_that_name_each_other_do_not_loop(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     make(tmp_path / "a", model=str(tmp_path / "b"))
