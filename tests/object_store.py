@@ -28,6 +28,6 @@ def s3_server() -> Iterator[str]:
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
     store = s3fs.S3FileSystem(key="key", secret="secret", endpoint_url=address, skip_instance_cache=True)
-    store.mkdir(BUCKET)
+    store.makedirs(BUCKET, exist_ok=True)  # servers of one process share what they hold
     yield address
     server.stop()

@@ -87,6 +87,7 @@ class _Droppable:
 
 _locks = PathLocks()
 _used_here: defaultdict[Path, int] = defaultdict(int)  # directory → how often this process has it open
+_claims: defaultdict[Path, contextlib.ExitStack] = defaultdict(contextlib.ExitStack)
 
 
 class Cache:
@@ -274,15 +275,17 @@ def _use(home: Path) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         os.utime(home / _SOURCE)
-    _used_here[home] += 1
+    with _locks.of(home):
+        if _used_here[home] == 0:
+            _claims[home].enter_context(claim(home / f".use-{host_name()}-{os.getpid()}.claim"))
+        _used_here[home] += 1
     try:
-        if _used_here[home] > 1:
-            yield
-            return
-        with claim(home / f".use-{host_name()}-{os.getpid()}.claim"):
-            yield
+        yield
     finally:
-        _used_here[home] -= 1
+        with _locks.of(home):
+            _used_here[home] -= 1
+            if _used_here[home] == 0:
+                _claims.pop(home).close()
 
 
 def _is_in_use(home: Path) -> bool:

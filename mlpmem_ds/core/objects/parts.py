@@ -120,10 +120,10 @@ def _send_in_parts(
 
     def send(item: tuple[int, bytes]) -> dict[str, Any]:
         number, part = item
-        if sent.get(number) != hashlib.md5(part, usedforsecurity=False).hexdigest():
-            answer = store.s3("upload_part", name, UploadId=upload, PartNumber=number, Body=part)
-            return {"PartNumber": number, "ETag": answer["ETag"]}
-        return {"PartNumber": number, "ETag": f'"{sent[number]}"'}
+        if number in sent and sent[number] == hashlib.md5(part, usedforsecurity=False).hexdigest():
+            return {"PartNumber": number, "ETag": f'"{sent[number]}"'}
+        answer = store.s3("upload_part", name, UploadId=upload, PartNumber=number, Body=part)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
 
     try:
         with ThreadPoolExecutor(_PARTS_AHEAD + 1) as pool:

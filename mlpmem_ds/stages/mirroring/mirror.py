@@ -71,7 +71,8 @@ def _in_words(url: str, pushed: Pushed) -> str:
 def _watch(config: Config, source: Path, url: str) -> list[str]:
     """Send what is finished again and again; the lines for the terminal, once all is there.
 
-    A store that cannot be reached is an error at the first look, and a warning later on.
+    A store that cannot be reached, and a file that is not what its record says (it may just be made anew),
+    are errors at the first look, and warnings later on.
     """
     pushes: dict[str, Push] = {}
     is_first = True
@@ -88,8 +89,11 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
                         directory, Store(place), threads=config.threads, replace=config.replace
                     )
                 pushed = pushes[directory.name].send()
+            except FileNotFoundError as error:  # a checkpoint that its training has removed meanwhile
+                _logger.info("%s is gone: %s", error.filename, directory.root)
+                continue
             except UserError as error:
-                if is_first or isinstance(error, DamagedDataError):
+                if is_first:
                     raise
                 _logger.warning("%s", error)
                 continue

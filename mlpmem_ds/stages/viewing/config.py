@@ -22,9 +22,9 @@ class Config(JointOptions):
         " --output report.html"
     )
 
-    report: Path = option("output directory of launch/evaluate.py")
+    report: Path = option("output directory of launch/evaluate.py", by_url=True)
     output: Path = option("HTML file to write")
-    corpus: Path | None = option("corpus directory, passages of which are shown", None)
+    corpus: Path | None = option("corpus directory, passages of which are shown", None, by_url=True)
     split: str = option("of the corpus", "test", choices=SPLITS)
     text: tuple[Path, ...] = option("UTF-8 text files to show in place of the corpus's passages", ())
     passages: int = option("passages of the corpus, at even distances", 4, at_least=1)

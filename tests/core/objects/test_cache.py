@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.objects import cache as cache_module
 from mlpmem_ds.core.objects import on_demand
 from mlpmem_ds.core.objects.cache import PLACE, SIZE, Cache
 from mlpmem_ds.core.objects.contents import directories_in
@@ -23,6 +25,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 
 from ..toy_stage import Config, result_of, run
+from .conftest import CountingStore
 
 
 def push(root: Path, url: str) -> int:
@@ -79,6 +82,28 @@ def test_what_is_there_is_not_fetched_again_and_a_new_mirror_is(
     Push(directories_in(tmp_path / "new")[0], Store(memory_url), replace=True).send()
     newer = cache.open(memory_url, held, flag="--keys")
     assert newer != root and result_of(newer) == result_of(tmp_path / "new")
+
+
+def test_ranks_of_a_machine_fetch_a_directory_once(
+    memory_url: str,
+    stage_dir: Path,
+    cache: Cache,
+    held: contextlib.ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push(stage_dir, memory_url)
+    stores: list[CountingStore] = []
+
+    def counting(url: str) -> CountingStore:
+        stores.append(CountingStore(url))
+        return stores[-1]
+
+    monkeypatch.setattr(cache_module, "Store", counting)
+    with ThreadPoolExecutor(4) as pool:
+        roots = list(pool.map(lambda _: cache.open(memory_url, held, flag="--keys"), range(4)))
+    assert len(set(roots)) == 1 and result_of(roots[0]) == result_of(stage_dir)
+    names = [name for store in stores for name in store.read_names if not name.startswith(".mirror/")]
+    assert len(names) == len(set(names)) == 14
 
 
 def test_what_was_used_longest_ago_is_dropped_and_nothing_in_use(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from mlpmem_ds import commands
+from mlpmem_ds.core.config import flag_of
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.stages.mirroring.config import Config
 
@@ -28,3 +32,24 @@ def test_the_urls_say_which_way_it_goes() -> None:
 def test_what_does_not_fit_is_refused(flags: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Config(**flags)  # type: ignore[arg-type]
+
+
+INPUTS = {
+    *("corpus", "general", "keys", "raw_keys", "index", "targets", "model", "input_model", "memory", "gate"),
+    *("report", "choices_from", "checkpoint", "control", "ensemble", "init_from", "match_memory", "passages"),
+}
+OTHERS = {  # files, numbers, and words
+    *(("import-datastore", "targets"), ("import-datastore", "model"), ("plan", "model")),
+    *(("train", "control"), ("view-report", "passages")),
+}
+
+
+def test_every_flag_for_an_input_directory_takes_a_url() -> None:
+    missing = []
+    for name, command in commands.COMMANDS.items():
+        if isinstance(command, commands.Command):
+            for field in dataclasses.fields(commands._load(command.config)):
+                is_input = field.name in INPUTS and (name, field.name) not in OTHERS
+                if is_input and not field.metadata["by_url"]:
+                    missing.append(f"{name} {flag_of(field)}")
+    assert missing == []

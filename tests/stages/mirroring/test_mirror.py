@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds import commands
-from mlpmem_ds.core.files import sha256_of_file
+from mlpmem_ds.core.files import FileRecord, publish_json, record_file, sha256_of_file
+from mlpmem_ds.core.objects import push
+from mlpmem_ds.core.objects.listing import FILES
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.index import build_index
@@ -146,3 +148,25 @@ def test_a_damaged_object_and_a_missing_mirror_are_exit_code_2(
         assert said.count("\n") == 1 or "Traceback" not in said
     assert commands.mirror([f"{url}/keys", "--verify"]) == 2
     assert path.name in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(
+    keys_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training keeps its newest ones only."""
+    output, url = tmp_path / "memory", f"file://{tmp_path}/store/memory"
+    shutil.copytree(keys_dir, output)
+    step = output / "checkpoints/step-00000010"
+    step.mkdir(parents=True)
+    (step / "weights.pt").write_bytes(b"weights")
+    publish_json(step / "manifest.json", {"files": [record_file(step, "weights.pt").to_json()]}, seal=True)
+    send = push.send_file
+
+    def removing(store: Store, name: str, path: Path, expected: FileRecord | None) -> FileRecord:
+        if name == "weights.pt":
+            shutil.rmtree(step)
+        return send(store, name, path, expected)
+
+    monkeypatch.setattr(push, "send_file", removing)
+    run(["mirror", output, url, "--watch", "--watch-seconds", ".05", "--checkpoints"])
+    assert Store(url).read(FILES) is not None and not step.exists()
