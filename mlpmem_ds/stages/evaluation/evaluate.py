@@ -22,7 +22,6 @@ from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.evaluation import ArmFigures, ReportManifest, open_report
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import Inputs, open_inputs
-from mlpmem_ds.stages.evaluation.mixing import names_of_weights
 from mlpmem_ds.stages.evaluation.results import ReportWriter
 from mlpmem_ds.stages.evaluation.units import UnitScorer, list_units
 from mlpmem_ds.stages.report.summary import Comparison
@@ -107,7 +106,7 @@ def _choices(config: Config, inputs: Inputs) -> dict[str, ArmFigures] | None:
             )
     for mixed in inputs.mixed:
         chosen = found[mixed.name].chosen if mixed.name in found else {}
-        if mixed.gate is None and any(name not in chosen for name in names_of_weights(mixed)):
+        if mixed.gate is None and any(name not in chosen for name in mixed.names_of_weights):
             raise UserError(
                 f"--choices-from {config.choices_from} has no weights for {mixed.name}: make that report with"
                 " the same --memory words"

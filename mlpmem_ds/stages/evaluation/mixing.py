@@ -50,7 +50,7 @@ def mix(
     members = [stored[member.name] for member in arm.members]
     fixed: dict[str, float] | None = None
     if arm.gate is None:
-        names = names_of_weights(arm)
+        names = arm.names_of_weights
         if given is None:
             fixed = dict(zip(names, _best_fixed(base, members, splits[tuning]), strict=True))
         else:
@@ -72,11 +72,6 @@ def mix(
         guesses=guesses,
         weights=GivenWeights(lambdas=lambdas, figures=figures, chosen=fixed or {}),
     )
-
-
-def names_of_weights(arm: MixedArm) -> list[str]:
-    """As they stand among what was chosen for a bank."""
-    return [f"lambda_{member.name.removeprefix('base+')}" for member in arm.members]
 
 
 def _best_fixed(base: StoredScores, members: list[StoredScores], tuning: Split) -> tuple[float, ...]:

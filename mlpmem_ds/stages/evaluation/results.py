@@ -179,8 +179,8 @@ def _settings(
 def _samples(inputs: Inputs, summary: Summary, corpus: CorpusSplit, num_samples: int) -> tuple[Sample, ...]:
     """Text that the base and the subject continue."""
     for subject in inputs.playing("subject") if num_samples else ():
-        lmbda = next(arm.lmbda for arm in summary.arms if arm.name == subject.name)
-        joint = None if lmbda is None else subject.joint_model(lmbda)
+        found = next(arm for arm in summary.arms if arm.name == subject.name)
+        joint = None if found.lmbda is None else subject.joint_model(found.lmbda, found.chosen)
         if joint is not None:
             return continue_samples(inputs.base.source.model, joint, corpus, num_samples)
     return ()

@@ -98,6 +98,6 @@ def test_an_int8_memory_beside_a_spread_base_says_the_same(
         scores.append(arm.score(arm.forward_pass.scan(corpus, Block(0, 70), arm.reads)).values)
         tokens = torch.from_numpy(corpus.tokens(0, 9).astype(np.int64))[None]
         with torch.no_grad():
-            logits.append(arm.joint_model(0.4)(tokens).logits.numpy())
+            logits.append(arm.joint_model(0.4, {})(tokens).logits.numpy())
     np.testing.assert_array_equal(*scores)
     np.testing.assert_array_equal(*logits)

@@ -20,10 +20,12 @@ from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.base_end import BaseEnd
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.mixture import Weights
 from mlpmem_ds.models.shared_head import head_fingerprint
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.evaluation import evaluate
+from mlpmem_ds.stages.evaluation.inputs import open_inputs
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.training.base_files import open_base_files
 from mlpmem_ds.stages.training.base_start import fingerprint_of_head
@@ -139,6 +141,8 @@ def test_a_memory_with_a_frozen_head_goes_through_every_stage(
     )
     evaluate.run(config, World())
     arms = {arm.name: arm for arm in open_report(tmp_path / "report").evaluation.arms}
+    samples = open_report(tmp_path / "report").evaluation.samples
+    assert len(samples) == config.samples and all(sample.memory for sample in samples)
     shape = MemoryConfig.from_dict(read_weights(first).memory)
     for name in ("base+a", "base+b"):
         assert arms[name].parameters - arms["base"].parameters == shape.num_parameters()
@@ -159,6 +163,12 @@ def test_a_memory_with_a_frozen_head_goes_through_every_stage(
     ids_BS = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         torch.testing.assert_close(joint(ids_BS).logits, bank(ids_BS).logits, rtol=1e-5, atol=1e-5)
+
+    (subject,) = open_inputs(config, World()).playing("subject")
+    mixed = subject.joint_model(0.9, {"lambda_a": 0.6, "lambda_b": 0.3})
+    bank.set_gate(Weights((0.6, 0.3)))
+    with torch.no_grad():
+        torch.testing.assert_close(mixed(ids_BS).logits, bank(ids_BS).logits, rtol=1e-5, atol=1e-5)
 
     further = {"start": "random", "init_from": first, "num_blocks": None}
     runs.refuse("give that base with --model", "wrong", 2, model=None, **further)

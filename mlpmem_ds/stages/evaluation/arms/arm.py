@@ -116,8 +116,9 @@ class Arm(Protocol):
         """Score a block's positions from what the pass gave of them."""
         ...
 
-    def joint_model(self, lmbda: float) -> Any | None:
-        """Base and arm at this λ as one model that generates text; None for an arm that cannot."""
+    def joint_model(self, lmbda: float, chosen: Mapping[str, float]) -> Any | None:
+        """Base and arm as one model that generates text, at this λ and what else was chosen; None for an arm
+        that cannot."""
         return None
 
     def at_size(self, size: int) -> Arm:

@@ -9,7 +9,7 @@ position.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 from mlpmem_ds.models.quantized import Int8Linear, quantize_linears
 from mlpmem_ds.models.shared_head import SharedHead
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
@@ -99,21 +100,34 @@ class MemoryArm(Arm):
             confidences=torch.stack(confidences, dim=1).numpy(),
         )
 
-    def joint_model(self, lmbda: float) -> MemoryAugmentedLM:
-        """Base and memory as one model, which generates text; their weights are not copied."""
-        source = self.base.source
-        with torch.device("meta"):  # an int8 memory cannot be taken apart and put together again
-            stand_in = Memory(self.memory.config)
-        joint = MemoryAugmentedLM.from_parts(
-            source.model,
-            stand_in,
-            lmbda=lmbda,
-            input_point=self.point,
-            layers_path=source.layers_path,
-            cast=False,
+    def joint_model(self, lmbda: float, chosen: Mapping[str, float]) -> MemoryAugmentedLM:
+        return joint_of((self,), lmbda)
+
+
+def joint_of(arms: Sequence[MemoryArm], lmbda: float) -> MemoryAugmentedLM:
+    """Base and memories of one base as one model, which generates text; their weights are not copied."""
+    source = arms[0].base.source
+    with torch.device("meta"):  # an int8 memory cannot be taken apart and put together again
+        stand_ins = [Memory(arm.memory.config) for arm in arms]
+    further = [
+        PretrainedMemory(
+            module=stand_in, **arm.point.settings(), lmbda=None, vocabulary_sha256="", provenance={}
         )
-        joint.memory = self.memory
-        return joint
+        for arm, stand_in in zip(arms[1:], stand_ins[1:], strict=True)
+    ]
+    joint = MemoryAugmentedLM.from_parts(
+        source.model,
+        stand_ins[0],
+        lmbda=lmbda,
+        input_point=arms[0].point,
+        further=further,
+        layers_path=source.layers_path,
+        cast=False,
+    )
+    joint.memory = arms[0].memory
+    for number, arm in enumerate(arms[1:]):
+        joint.further_memories[number] = arm.memory
+    return joint
 
 
 def open_arms(config: Config, context: Context) -> list[MemoryArm]:

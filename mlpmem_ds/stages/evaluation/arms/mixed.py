@@ -10,6 +10,7 @@ N positions, M memories.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,11 @@ import numpy as np
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.gates import FittedGate, GateManifest, WeightFigures, read_gate
 from mlpmem_ds.models.gates import LearnedGate, load_gate
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.mixture import Weights
 from mlpmem_ds.stages.evaluation.arms.arm import Part, Price, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import ModelArm
-from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
+from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm, joint_of
 from mlpmem_ds.stages.evaluation.arms.states import StatesArm
 from mlpmem_ds.stages.evaluation.config import BANK, Config, gate_directories
 from mlpmem_ds.stages.evaluation.splits import Split
@@ -47,9 +50,19 @@ class MixedArm:
     fitted_to: frozenset[tuple[str, str]] = frozenset()
     """texts (SHA-256 of the corpus, split): it is not judged on them"""
 
-    def joint_model(self, lmbda: float) -> Any | None:
-        """None: samples are of one memory at one λ."""
-        return None
+    @property
+    def names_of_weights(self) -> list[str]:
+        """As they stand among what was chosen for a bank."""
+        return [f"lambda_{member.name.removeprefix('base+')}" for member in self.members]
+
+    def joint_model(self, lmbda: float, chosen: Mapping[str, float]) -> MemoryAugmentedLM:
+        """Base and memories as one model that generates text: by the gate, or at the chosen weights."""
+        joint = joint_of(self.members, lmbda)
+        if self.gate is not None:
+            joint.set_gate(copy.deepcopy(self.gate).to(joint.base.device))
+        elif len(self.members) > 1:
+            joint.set_gate(Weights(tuple(chosen[name] for name in self.names_of_weights)))
+        return joint
 
 
 def open_mixed_arms(
