@@ -122,14 +122,8 @@ def continue_batch(
     Prompts are padded on the left to one length. Only these settings count, not those of the model's own
     file, from which transformers takes what is not given.
     """
-    num_tokens = max(map(len, ids))
-    padding, ends = generation.pad_token_id, end_tokens(generation.eos_token_id)
-    tokens_BS = torch.tensor(
-        [[padding] * (num_tokens - len(row)) + list(row) for row in ids], device=model.device
-    )
-    mask_BS = torch.tensor(
-        [[0] * (num_tokens - len(row)) + [1] * len(row) for row in ids], device=model.device
-    )
+    ends = end_tokens(generation.eos_token_id)
+    tokens_BS, mask_BS = padded_on_the_left(ids, generation.pad_token_id, model.device)
     with own_settings(model, generation):
         generated = model.generate(
             tokens_BS,
@@ -137,9 +131,19 @@ def continue_batch(
             generation_config=generation,
             **({"streamer": streamer} if streamer else {}),
         )
-    rows: list[list[int]] = generated[:, num_tokens:].tolist()
+    rows: list[list[int]] = generated[:, tokens_BS.shape[1] :].tolist()
     stops = [next((at for at, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
+
+
+def padded_on_the_left(
+    ids: Sequence[Sequence[int]], padding: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B, S], and 0 where they are padding [B, S]."""
+    length = max(map(len, ids))
+    tokens = [[padding] * (length - len(row)) + list(row) for row in ids]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in ids]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
 @contextlib.contextmanager

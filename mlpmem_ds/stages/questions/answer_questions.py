@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -32,7 +32,7 @@ from mlpmem_ds.formats.answers import Answers, AnswersManifest, SetScores, write
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.question_files import Question, read_questions
 from mlpmem_ds.stages.questions.answer_scores import contains, exact_match, f1, short_answer
-from mlpmem_ds.stages.questions.answering import Answerer, answer, score_choices
+from mlpmem_ds.stages.questions.answering import Answerer, Choice, answer, score_choices
 from mlpmem_ds.stages.questions.arms import Answerers, Arm, hash_models, list_arms
 from mlpmem_ds.stages.questions.config import Config, set_name
 from mlpmem_ds.stages.questions.passages import Passages, open_passages, write_passages
@@ -41,6 +41,8 @@ from mlpmem_ds.stages.questions.results import read_scores, render, score_set
 _PASSAGES = "passages"  # a unit that the others read
 _DESCRIPTION = "Answer these questions:\n\n"  # as NQ-open's task of the harness begins
 _SEED = 0  # of the examples
+_Asked: TypeAlias = tuple[dict[str, Any], dict[str, float]]
+"""a line of a unit's file, and what the answer took"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,21 @@ def _list_units(sets: Mapping[str, list[Question]], arms: list[Arm], size: int) 
     ]
 
 
+def _score_choices_of(question: Question, scored: Sequence[Choice]) -> dict[str, Any]:
+    """A line of the unit's file."""
+    if question.kind == "last word":
+        [choice] = scored
+        scores = {"accuracy": float(choice.is_greedy)}
+        return {"log_probability": choice.log_probability, "scores": scores}
+    logs = [choice.log_probability for choice in scored]
+    by_byte = [log / len(text.encode()) for log, text in zip(logs, question.answers, strict=True)]
+    scores = {
+        "accuracy": float(logs.index(max(logs)) == question.gold),
+        "accuracy_by_byte": float(by_byte.index(max(by_byte)) == question.gold),
+    }
+    return {"log_probabilities": logs, "scores": scores}
+
+
 class _Answering:
     """One start of the command."""
 
@@ -171,66 +188,65 @@ class _Answering:
         unit = self._units[name]
         answerer = self._answerers.of(unit.arm)
         lines, totals = [], {"questions": 0, "seconds": 0.0, "first_token_seconds": 0.0, "tokens": 0}
-        for number in range(*unit.block):
-            line, spent = self._ask(answerer, unit, self._sets[unit.set][number])
-            lines.append(json.dumps({"question": number, **line}, ensure_ascii=False))
-            totals["questions"] += 1
-            for key, value in spent.items():
-                totals[key] += value
-            self._progress.advance(1)
+        questions = self._sets[unit.set]
+        for first in range(unit.block.start, unit.block.stop, self._config.batch):
+            numbers = range(first, min(first + self._config.batch, unit.block.stop))
+            asked = self._ask(answerer, unit, [questions[number] for number in numbers])
+            for number, (line, spent) in zip(numbers, asked, strict=True):
+                lines.append(json.dumps({"question": number, **line}, ensure_ascii=False))
+                totals["questions"] += 1
+                for key, value in spent.items():
+                    totals[key] += value
+            self._progress.advance(len(numbers))
         with writer.file(unit.file) as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return totals
 
-    def _ask(
-        self, answerer: Answerer, unit: Unit, question: Question
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """A line of the unit's file, and what the answer took."""
+    def _ask(self, answerer: Answerer, unit: Unit, questions: Sequence[Question]) -> list[_Asked]:
+        """Of each question of a batch a line of the unit's file, and what the answer took."""
+        if questions[0].kind == "open":
+            return self._ask_in_words(answerer, unit, questions)
         start = time.perf_counter()
-        if question.kind == "open":
-            return self._ask_in_words(answerer, unit, question)
-        scored = score_choices(answerer, question.prompt, question.answers)
-        spent = {"seconds": time.perf_counter() - start}
-        if question.kind == "last word":
-            [choice] = scored
-            scores = {"accuracy": float(choice.is_greedy)}
-            return {"log_probability": choice.log_probability, "scores": scores}, spent
-        logs = [choice.log_probability for choice in scored]
-        by_byte = [log / len(text.encode()) for log, text in zip(logs, question.answers, strict=True)]
-        scores = {
-            "accuracy": float(logs.index(max(logs)) == question.gold),
-            "accuracy_by_byte": float(by_byte.index(max(by_byte)) == question.gold),
-        }
-        return {"log_probabilities": logs, "scores": scores}, spent
+        pairs = [(question.prompt, question.answers) for question in questions]
+        scored = score_choices(answerer, pairs, batch=self._config.batch)
+        spent = {"seconds": (time.perf_counter() - start) / len(questions)}
+        return [
+            (_score_choices_of(question, choices), spent)
+            for question, choices in zip(questions, scored, strict=True)
+        ]
 
-    def _ask_in_words(
-        self, answerer: Answerer, unit: Unit, question: Question
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        prompt = prompt_with_examples(question, self._examples[unit.set], self._config.num_fewshot)
-        start = time.perf_counter()
-        if unit.arm.with_passages:
-            assert self._passages is not None
-            prompt = self._passages.prompt(
-                prompt,
-                query=question.prompt,
-                count=self._config.num_passages,
-                max_tokens=answerer.context - self._config.max_new_tokens,
-                encoder=answerer.encoder,
-            )
-        searched = time.perf_counter() - start
-        found = answer(answerer, prompt, self._config.max_new_tokens)
-        short = short_answer(found.text)
-        scores = {
-            "exact_match": exact_match(short, question.answers),
-            "f1": f1(short, question.answers),
-            "contains": contains(found.text, question.answers),
-        }
-        spent = {
-            "seconds": searched + found.seconds,
-            "first_token_seconds": searched + found.first_token_seconds,
-            "tokens": found.num_tokens,
-        }
-        return {"answer": found.text, "scores": scores}, spent
+    def _ask_in_words(self, answerer: Answerer, unit: Unit, questions: Sequence[Question]) -> list[_Asked]:
+        start, prompts = time.perf_counter(), []
+        for question in questions:
+            prompt = prompt_with_examples(question, self._examples[unit.set], self._config.num_fewshot)
+            if unit.arm.with_passages:
+                assert self._passages is not None
+                prompt = self._passages.prompt(
+                    prompt,
+                    query=question.prompt,
+                    count=self._config.num_passages,
+                    max_tokens=answerer.context - self._config.max_new_tokens,
+                    encoder=answerer.encoder,
+                )
+            prompts.append(prompt)
+        searched = time.perf_counter() - start if unit.arm.with_passages else 0.0
+        asked = []
+        for question, found in zip(
+            questions, answer(answerer, prompts, self._config.max_new_tokens), strict=True
+        ):
+            short = short_answer(found.text)
+            scores = {
+                "exact_match": exact_match(short, question.answers),
+                "f1": f1(short, question.answers),
+                "contains": contains(found.text, question.answers),
+            }
+            spent = {
+                "seconds": searched / len(questions) + found.seconds,
+                "first_token_seconds": searched + found.first_token_seconds,
+                "tokens": found.num_tokens,
+            }
+            asked.append(({"answer": found.text, "scores": scores}, spent))
+        return asked
 
     # -- the end
 

@@ -1,7 +1,7 @@
-"""Part of `answer_questions`: one question and one model → an answer in words, or the choices' scores.
+"""Part of `answer_questions`: questions and one model → answers in words, or the choices' scores.
 
-Questions are asked one by one, as a user asks them: the time to the first token and the tokens a second are
-those of a batch of one.
+Asked one by one, as a user asks them, the time to the first token and the tokens a second are those of a
+batch of one. In a batch the answers are the same, but where rounding decides between two tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.engines.tokenizer import TextEncoder
 from mlpmem_ds.models.generation_settings import end_tokens
-from mlpmem_ds.stages.generation.generate import own_settings
+from mlpmem_ds.stages.generation.generate import own_settings, padded_on_the_left
 from mlpmem_ds.stages.generation.text import text_after
 
 _LINE_END = "\n"
@@ -56,47 +56,79 @@ class Choice:
     is_greedy: bool
 
 
-def answer(answerer: Answerer, prompt: str, max_new_tokens: int) -> Answer:
-    """Go on with a prompt, greedily, to the end of the first line that is not blank."""
-    [ids] = answerer.encoder.encode_prompts([prompt])
-    ids = _cut(ids, answerer.context - max_new_tokens, answerer.encoder)
+def answer(answerer: Answerer, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    """Go on with each prompt of a batch, greedily, to the end of the first line that is not blank.
+
+    The time to the first token is the batch's, and each answer has an equal share of its seconds.
+    """
+    ids = [
+        _cut(row, answerer.context - max_new_tokens, answerer.encoder)
+        for row in answerer.encoder.encode_prompts(list(prompts))
+    ]
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **answerer.tokens)
-    tokens_BS = torch.tensor([ids], device=answerer.model.device)
+    tokens_BS, mask_BS = padded_on_the_left(ids, generation.pad_token_id, answerer.model.device)
+    num_given, ends = tokens_BS.shape[1], end_tokens(generation.eos_token_id)
     tokenizer, clock = answerer.encoder.tokenizer, _Clock()
+    line_ends = _LineEnds(tokenizer, num_given, len(ids))
     with own_settings(answerer.model, generation):
         generated = answerer.model.generate(
             tokens_BS,
-            attention_mask=torch.ones_like(tokens_BS),
+            attention_mask=mask_BS,
             generation_config=generation,
             streamer=clock,
-            stopping_criteria=StoppingCriteriaList([_LineEnds(tokenizer, len(ids))]),
+            stopping_criteria=StoppingCriteriaList([line_ends]),
         )
-    row, ends = generated[0, len(ids) :].tolist(), end_tokens(generation.eos_token_id)
-    stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-    return Answer(
-        text=text_after(tokenizer, ids, row[:stop]).strip().partition(_LINE_END)[0],
-        num_tokens=len(row),
-        first_token_seconds=clock.times[0],
-        seconds=clock.times[-1],
-    )
+    answers = []
+    for prompt, row, length in zip(ids, generated[:, num_given:].tolist(), line_ends.lengths, strict=True):
+        row = row[:length]  # what follows in a batch is padding
+        stop = next((at for at, token in enumerate(row) if token in ends), len(row))
+        answers.append(
+            Answer(
+                text=text_after(tokenizer, prompt, row[:stop]).strip().partition(_LINE_END)[0],
+                num_tokens=min(stop + 1, len(row)),
+                first_token_seconds=clock.times[0],
+                seconds=clock.times[-1] / len(ids),
+            )
+        )
+    return answers
 
 
 @torch.no_grad()
-def score_choices(answerer: Answerer, prompt: str, choices: Sequence[str]) -> list[Choice]:
-    """How likely each choice is after the prompt and a blank, by the harness's convention of tokens."""
+def score_choices(
+    answerer: Answerer, questions: Sequence[tuple[str, Sequence[str]]], *, batch: int = 1
+) -> list[list[Choice]]:
+    """How likely each choice of each question is after the prompt and a blank, by the harness's convention of
+    tokens; `batch` choices at a time."""
+    rows: list[tuple[list[int], int]] = []
+    for prompt, choices in questions:
+        for choice in choices:
+            before, after = encode_pair(answerer.encoder, prompt, f" {choice}")
+            after = after[: answerer.context - 1 - len(answerer.encoder.begin_ids)]
+            rows.append((_cut([*before, *after], answerer.context, answerer.encoder), len(after)))
+    scored: list[Choice] = []
+    for start in range(0, len(rows), batch):
+        scored += _score_rows(answerer, rows[start : start + batch])
+    each = iter(scored)
+    return [[next(each) for _ in choices] for _, choices in questions]
+
+
+def _score_rows(answerer: Answerer, rows: Sequence[tuple[list[int], int]]) -> list[Choice]:
+    """Of ids and how many of them, at the end, are scored. Padding stands behind them, where no token that
+    counts can see it."""
+    length, device = max(len(ids) for ids, _ in rows), answerer.model.device
+    padded = [ids + ids[-1:] * (length - len(ids)) for ids, _ in rows]
+    arguments = {"input_ids": torch.tensor(padded, device=device)}
+    if len(rows) > 1:
+        mask = [[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]
+        arguments["attention_mask"] = torch.tensor(mask, device=device)
+    logits_BSV = answerer.model(**arguments).logits
     scored = []
-    for choice in choices:
-        before, after = encode_pair(answerer.encoder, prompt, f" {choice}")
-        after = after[: answerer.context - 1 - len(answerer.encoder.begin_ids)]
-        ids = _cut([*before, *after], answerer.context, answerer.encoder)
-        tokens_BS = torch.tensor([ids], device=answerer.model.device)
-        logits_SV = answerer.model(input_ids=tokens_BS).logits[0, -len(after) - 1 : -1]
-        log_SV = logits_SV.float().log_softmax(dim=-1)
-        continuation_S = tokens_BS[0, -len(after) :]
+    for logits_SV, (ids, count) in zip(logits_BSV, rows, strict=True):
+        log_SV = logits_SV[len(ids) - count - 1 : len(ids) - 1].float().log_softmax(dim=-1)
+        continuation_S = torch.tensor(ids[-count:], device=log_SV.device)
         log_p = float(log_SV.gather(1, continuation_S[:, None]).double().sum())
-        scored.append(
-            Choice(log_probability=log_p, is_greedy=bool((log_SV.argmax(dim=-1) == continuation_S).all()))
-        )
+        is_greedy = bool((log_SV.argmax(dim=-1) == continuation_S).all())
+        scored.append(Choice(log_probability=log_p, is_greedy=is_greedy))
     return scored
 
 
@@ -126,12 +158,14 @@ class _Clock(BaseStreamer):
 
 
 class _LineEnds(StoppingCriteria):
-    """Whether a line has ended after some text of the answer; a batch of one."""
+    """Whether a line has ended after some text of an answer; `lengths` says after how many new tokens."""
 
-    def __init__(self, tokenizer: Any, num_prompt_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, num_prompt_tokens: int, num_answers: int) -> None:
         self._tokenizer, self._num_prompt_tokens = tokenizer, num_prompt_tokens
+        self.lengths: list[int | None] = [None] * num_answers
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        text = self._tokenizer.decode(input_ids[0, self._num_prompt_tokens :])
-        has_ended = _LINE_END in text.lstrip()
-        return torch.tensor([has_ended], device=input_ids.device)
+        for number, ids in enumerate(input_ids[:, self._num_prompt_tokens :]):
+            if self.lengths[number] is None and _LINE_END in self._tokenizer.decode(ids).lstrip():
+                self.lengths[number] = len(ids)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)

@@ -54,6 +54,11 @@ class Config(Flags):
     )
     max_new_tokens: int = option("largest number of tokens of an answer", 32, at_least=1)
     special_tokens: SpecialTokens = shared_flags.special_tokens()
+    batch: int = option(
+        "questions (of choices: choices) that go through the model at once; times are those of a batch",
+        1,
+        at_least=1,
+    )
     unit_questions: int = option("questions in a unit of work", 64, at_least=1)
     bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
     dtype: shared_flags.Dtype = shared_flags.dtype("own")

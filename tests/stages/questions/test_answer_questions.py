@@ -107,6 +107,22 @@ def test_choices_have_the_log_probabilities_of_a_plain_forward(
         assert line["scores"]["accuracy"] == float(np.argmax(expected) == record["gold"])
 
 
+def test_a_batch_gives_the_same_answers(finished: tuple[Path, str], models: Path, tmp_path: Path) -> None:
+    answer_questions.run(make_config(models, tmp_path, batch=3, unit_questions=3), World())
+    for name in ("choices-base", "last-base", "choices-base+memory", "last-other"):
+        for one, other in zip(lines_of(tmp_path, name), lines_of(finished[0], name), strict=True):
+            assert one["scores"] == other["scores"] and one["question"] == other["question"]
+            key = "log_probability" if name.startswith("last") else "log_probabilities"
+            np.testing.assert_allclose(one[key], other[key], atol=1e-4)
+    for arm in ("base", "base+memory", "other"):
+        assert lines_of(tmp_path, f"open-{arm}") == lines_of(finished[0], f"open-{arm}")
+    (one, *_), (other, *_) = (
+        next(each for each in read_answers(root).sets if each.name == "open").arms
+        for root in (tmp_path, finished[0])
+    )
+    assert one.scores == other.scores and one.tokens_per_second > 0
+
+
 def test_open_answers_are_those_of_plain_generation(finished: tuple[Path, str], models: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models / "other")
     model = AutoModelForCausalLM.from_pretrained(models / "other").eval()
