@@ -15,12 +15,17 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
+# The same examples in every run, however slow the machine is; HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # transformers copies the code of the exports that it loads there, and reads the variable at its import: not
@@ -274,6 +279,9 @@ def _killed_runs(
     return hits
 
 
+_warm_server: int | None = None
+
+
 def _start_ranks(run: Callable[[Any, World], Any], config: Any, ranks: int) -> list[Any]:
     worlds = [World(rank=rank, size=ranks, local_rank=rank) for rank in range(ranks)]
     return _forked(*((run, config, world) for world in worlds))
@@ -282,8 +290,13 @@ def _start_ranks(run: Callable[[Any, World], Any], config: Any, ranks: int) -> l
 def _forked(*calls: tuple[Any, ...]) -> list[Any]:
     """A process for each (function, argument, …), forked from a server that has imported everything.
 
-    One server for a session, whoever comes first; it finds warm_start.py as its own search path says.
+    One server for a session, which finds warm_start.py as its own search path says. A server that another
+    has started (a benchmark's in_child), with less imported, ends first: each fork would take seconds.
     """
+    global _warm_server
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid != _warm_server:
+        server._stop()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "warm_start"])
     processes = [context.Process(target=run, args=arguments) for run, *arguments in calls]
@@ -291,6 +304,7 @@ def _forked(*calls: tuple[Any, ...]) -> list[Any]:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         for process in processes:
             process.start()
+    _warm_server = server._forkserver_pid
     return processes
 
 

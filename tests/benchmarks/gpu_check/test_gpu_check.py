@@ -92,7 +92,7 @@ def test_a_slow_step_is_cut_off_with_what_it_started(tmp_path: Path) -> None:
     began = time.monotonic()
     result = gpu_check.run_in_process(BY_NAME["machine"], config(tmp_path), tmp_path, 0.2)
     assert result.outcome == "cut off" and not result.is_ok
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30  # of a machine that may be busy
 
 
 def test_what_the_machine_lacks_is_said_first(

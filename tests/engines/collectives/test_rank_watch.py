@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -158,7 +157,9 @@ sys.exit(guarded(act, prog="look"))
     ("what", "said"),
     [("stopped", "rank 1 on .* has shown no sign of life for 4 s"), ("killed", r"rank 1 on .* is gone \(")],
 )
-def test_a_collective_of_a_training_ends_with_a_line_that_names_the_rank(what: str, said: str) -> None:
+def test_a_collective_of_a_training_ends_with_a_line_that_names_the_rank(
+    what: str, said: str, forked_commands: Path
+) -> None:
     """A process that is stopped is as a host whose link is cut: its connections stay open and are silent."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -172,7 +173,7 @@ def test_a_collective_of_a_training_ends_with_a_line_that_names_the_rank(what: s
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), "4", what],
+            [forked_commands / "python", "-c", PROGRAM, str(rank), "4", what],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,8 +1,8 @@
 """The `deepspeed` command is told to stop: its ranks save and end, and the run continues."""
 
 import os
-import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,7 +57,9 @@ def test_sigterm_to_the_launcher_saves_and_leaves_no_orphan(runs, inputs_dir):
 def start_deepspeed(job):
     """launch/train.py with two ranks, in a process group of its own."""
     words = [word for name, value in job.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    port = str(random.SystemRandom().randrange(30000, 60000))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "MASTER"))}
     return subprocess.Popen(
         [Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2", "--master_port", port]
