@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mlpmem_ds.core.claims import has_ended, holder
 from mlpmem_ds.core.errors import LOST_RANK, first_line
 from mlpmem_ds.core.faults import is_lost_rank
 from mlpmem_ds.core.host import host_name
@@ -31,7 +32,7 @@ from mlpmem_ds.engines.collectives.ranks import RanksLost
 
 SECONDS_BETWEEN_SIGNS = 2.0
 _SIGNS_PER_LIMIT = 10
-_SECONDS_TO_JOIN = 1.0
+_SECONDS_TO_JOIN, _SECONDS_BETWEEN_LOOKS = 1.0, 0.1
 _LOST, _BEATS_TO_BE_HEARD = "lost", 2.5
 
 End = Callable[[RanksLost], None]
@@ -81,6 +82,7 @@ class RankWatch:
         self._answered = self._heard = time.monotonic()
         self._sign_of_next, self._told = "", ""
         store.set(f"host/{world.rank}", host_name())
+        store.set(f"process/{world.rank}", holder(os.getpid()))
         store.set(f"sign/{world.rank}", "0")
         self._keeper, self._host_of_keeper = keeper, store.get("host/0").decode()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._judge)]
@@ -144,10 +146,17 @@ class RankWatch:
     # -- who it is
 
     def silent_ranks(self) -> list[int]:
-        """The ranks that give no sign while this one looks: for three times as long as one takes."""
-        keys = [f"sign/{rank}" for rank in range(self._world.size)]
+        """The ranks that give no sign while this one looks, for three times as long as one takes; those of
+        this machine whose processes have ended as soon as that is seen."""
+        ranks = range(self._world.size)
+        processes = [text.decode() for text in self._store.multi_get([f"process/{rank}" for rank in ranks])]
+        keys = [f"sign/{rank}" for rank in ranks]
         before = self._store.multi_get(keys)
-        time.sleep(3 * self._every)
+        deadline = time.monotonic() + 3 * self._every
+        while time.monotonic() < deadline:
+            if ended := [rank for rank in ranks if has_ended(processes[rank])]:
+                return ended
+            time.sleep(min(_SECONDS_BETWEEN_LOOKS, self._every))
         after = self._store.multi_get(keys)
         return [rank for rank, signs in enumerate(zip(before, after, strict=True)) if signs[0] == signs[1]]
 

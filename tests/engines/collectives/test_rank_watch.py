@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_ds.core.claims import holder
 from mlpmem_ds.core.errors import LOST_RANK
 from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.world import World
@@ -106,6 +107,15 @@ def test_a_rank_that_has_left_looks_no_more() -> None:
     ranks.watches[0].stop()
     time.sleep(2 * LIMIT)
     assert ranks.ends == {}
+
+
+def test_a_process_of_this_machine_that_has_ended_is_known_without_waiting_for_its_signs() -> None:
+    ranks = Watched(3)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ranks.stores[0].values["process/1"] = holder(gone.pid).encode()
+    assert ranks.watches[0].silent_ranks() == [1]  # its signs go on
+    ranks.stop()
 
 
 def test_where_the_launcher_keeps_the_store_it_is_named() -> None:
