@@ -6,6 +6,7 @@ A real S3 server (moto's) in this process; trainings, and what is killed, in pro
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -118,6 +119,29 @@ def test_every_directory_in_the_store_gives_the_same_checksums(tmp_path: Path) -
         names = {file for file in names if not file.startswith(FIGURES_FOR_PEOPLE)}
         assert {file for file in names if found.get(file) != expected.get(file)} == set(), name
     run(["inspect-run", str(tmp_path / "copy")])
+
+
+def test_two_ranks_share_what_the_cache_fetches(
+    tmp_path: Path, corpus_dir: Path, base_dir: Path, keys_dir: Path
+) -> None:
+    """At the same time, from an empty cache: a rank reads what the other has fetched."""
+    place = f"s3://{BUCKET}/ranks"
+    run(["mirror", str(corpus_dir), f"{place}/corpus"])
+    run(["mirror", str(base_dir), f"{place}/base"])
+    read = ["--corpus", f"{place}/corpus", "--model", f"{place}/base", "--unit-positions", "256"]
+    words = ["extract-keys", *read, "--exchange", "none", "--output", str(tmp_path / "keys")]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mlpmem_ds", *words],
+            cwd=ROOT,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    made = result_of(tmp_path / "keys")
+    assert made == result_of(keys_dir)
+    assert not [path for path in (tmp_path / "cache").rglob(".*") if path.is_file()]
 
 
 def killed(words: list[str], seconds: float, kills: int, generator: random.Random) -> int:
