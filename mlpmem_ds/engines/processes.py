@@ -185,7 +185,7 @@ def store_among(rank: int, gather: Callable[[Any], list[Any]]) -> Any | None:
     """
     store: Any = None
     new_store = partial(
-        torch.distributed.TCPStore, wait_for_workers=False, timeout=datetime.timedelta(seconds=30)
+        torch.distributed.TCPStore, wait_for_workers=False, timeout=datetime.timedelta(seconds=10)
     )
     if rank == 0:
         with contextlib.suppress(RuntimeError):

@@ -9,7 +9,9 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import processes
-from mlpmem_ds.engines.processes import DeviceAnswers, StopRequest, meeting_point
+from mlpmem_ds.engines.processes import DeviceAnswers, StopRequest, meeting_point, store_among
+
+from ..thread_ranks import on_thread_ranks
 
 
 def test_ranks_agree_where_to_meet():
@@ -35,6 +37,34 @@ def test_a_port_that_is_none_is_refused_or_of_no_account(port):
             meeting_point(World(rank=1, size=2, local_rank=1), environment)
     else:
         assert meeting_point(World(rank=1, size=2, local_rank=1), environment)[0] == "10.0.0.7"
+
+
+def test_ranks_that_are_connected_otherwise_share_a_store(monkeypatch):
+    def meet(rank):
+        store = store_among(rank.rank, rank.gather)
+        store.set(f"here/{rank.rank}", "yes")
+        rank.gather(None)
+        seen = [store.get(f"here/{other}") for other in range(rank.size)]
+        rank.gather(None)
+        return seen
+
+    monkeypatch.setattr(processes.socket, "gethostname", lambda: "127.0.0.1")
+    assert on_thread_ranks(3, meet) == [[b"yes"] * 3] * 3
+
+
+def test_where_one_of_them_does_not_reach_it_none_has_it(monkeypatch):
+    class Unreachable(RuntimeError):
+        pass
+
+    original = torch.distributed.TCPStore
+
+    def new_store(*words, is_master, **settings):
+        if not is_master:
+            raise Unreachable
+        return original(*words, is_master=is_master, **settings)
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", new_store)
+    assert on_thread_ranks(2, lambda rank: store_among(rank.rank, rank.gather)) == [None, None]
 
 
 class FakeWork:
