@@ -14,7 +14,7 @@ else
     export PATH="$PWD/.venv/bin:$PATH"
     # An S3 server for the tests of object stores.
     [ "${1:-}" = "--quick" ] || python -c 'import moto, s3fs' 2> /dev/null ||
-        python -m pip install --quiet --disable-pip-version-check -r requirements-s3.txt ||
+        python -m pip install --quiet --disable-pip-version-check -r tests/cluster/requirements-s3.txt ||
         echo "no S3 server: its tests are skipped" >&2
 fi
 which=(-m cluster)
