@@ -58,6 +58,12 @@ _LONGEST = (
     "engines/collectives/test_torch_group.py",
     "stages/training/test_base_start.py",
     "stages/base/test_train_base.py",
+    "stages/training/test_launchers.py",
+    "stages/evaluation/test_evaluate.py",
+    "stages/targets/test_calls.py",
+    "tools/test_launchers.py",
+    "tools/test_gpu_check.py",
+    "test_rules.py",
 )
 
 

@@ -44,6 +44,7 @@ OTHER_PROGRAMS = {
 OF_ALL = {"--help", "--version"}
 # (module, flag) → why no command without the flag can print it
 CANNOT_BE: Mapping[tuple[str, str], str] = {
+    ("core.files", "--output"): "a command that fills another place than --output gives its own remedy",
     ("engines.devices", "--device"): "without the flag it is auto, which is always here",
     ("engines.hidden_states", "--attention"): "without the flag it is one that was found to run here",
 }
