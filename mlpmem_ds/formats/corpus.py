@@ -393,6 +393,9 @@ def num_tokens_of_splits(root: Path, *, flag: str = "--corpus") -> dict[str, int
 
 
 def read_corpus_manifest(root: Path, *, flag: str = "--corpus") -> CorpusManifest:
-    """What a complete corpus says of all its splits; raises as `open_corpus` does."""
-    stage: CompleteStage[CorpusManifest] = read_stage(CompleteStage, CorpusManifest, root, flag=flag)
+    """What a complete corpus says of all its splits; raises as `open_corpus` does. Its tokens may be
+    elsewhere: of one at a URL the cache holds what was read."""
+    stage: CompleteStage[CorpusManifest] = read_stage(
+        CompleteStage, CorpusManifest, root, flag=flag, has_files=False
+    )
     return stage.manifest

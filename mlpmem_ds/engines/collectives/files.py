@@ -181,7 +181,8 @@ class SharedFolder(Ranks):
             failed = [name for name in in_session if name.startswith(_FAILED)]
             if missing and failed:
                 lost = {rank for name in failed for rank in _read(self._session / name)}
-                raise RanksLost(sorted(lost), "has failed")
+                hosts = {rank: self._host_of(rank) for rank in lost}
+                raise RanksLost(sorted(lost), "has failed", hosts=hosts)
             return not missing
 
         wait_until(
@@ -189,6 +190,7 @@ class SharedFolder(Ranks):
             awaited=lambda: missing,
             sign_of=self._sign_of,
             has_ended=self._has_ended,
+            host_of=self._host_of,
             timeout_seconds=timeout_seconds,
             longest_pause_seconds=_LONGEST_PAUSE_SECONDS,
         )
@@ -202,6 +204,9 @@ class SharedFolder(Ranks):
         with contextlib.suppress(OSError):
             return (self._session / f"sign-{rank}").read_text(encoding="utf-8")
         return ""
+
+    def _host_of(self, rank: int) -> str:
+        return self._sign_of(rank).partition(" ")[0]
 
     def _has_ended(self, rank: int) -> bool:
         process, end_of_line, _ = self._sign_of(rank).partition("\n")

@@ -60,6 +60,7 @@ def wait_until(
     timeout_seconds: float,
     longest_pause_seconds: float,
     has_ended: Callable[[int], bool] = lambda rank: False,
+    host_of: Callable[[int], str] = lambda rank: "",
 ) -> None:
     """Look again and again, less often the longer it takes, until it is over.
 
@@ -68,6 +69,7 @@ def wait_until(
         awaited: the ranks that are not there yet.
         sign_of: a rank's last sign of life; any text that changes while it lives.
         has_ended: whether a rank's process is known to be gone; then its time limit is not waited for.
+        host_of: a rank's host, to be named; "" where it is not known.
 
     Raises:
         RanksLost: an awaited rank has ended, or gave the same sign for the whole time limit.
@@ -84,10 +86,10 @@ def wait_until(
                     signs[rank] = sign, now
             ended = [rank for rank in missing if has_ended(rank)]
             if ended and not is_over():
-                raise RanksLost(ended, "has ended")
+                raise _lost(ended, "has ended", host_of)
             lost = [rank for rank in missing if now - signs[rank][1] > timeout_seconds]
             if lost and not is_over():
-                raise RanksLost(lost, f"has shown no sign of life for {timeout_seconds:.0f} s")
+                raise _lost(lost, f"has shown no sign of life for {timeout_seconds:.0f} s", host_of)
             if missing and now - said > _SECONDS_BETWEEN_LINES:
                 said, named = now, ", ".join(str(rank) for rank in missing[:_MAX_RANKS_NAMED])
                 silent_seconds = max(now - signs[rank][1] for rank in missing)
@@ -101,3 +103,7 @@ def wait_until(
                 )
         time.sleep(pause)
         pause = min(pause * _PAUSE_GROWTH, longest_pause_seconds)
+
+
+def _lost(ranks: list[int], how: str, host_of: Callable[[int], str]) -> RanksLost:
+    return RanksLost(ranks, how, hosts={rank: host_of(rank) for rank in ranks[:_MAX_RANKS_NAMED]})

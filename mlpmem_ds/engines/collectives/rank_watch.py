@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,6 @@ from typing import Any
 from mlpmem_ds.core.claims import has_ended, holder
 from mlpmem_ds.core.errors import LOST_RANK, first_line
 from mlpmem_ds.core.faults import is_lost_rank
-from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.log import log_end
 from mlpmem_ds.core.streams import say
 from mlpmem_ds.core.world import World
@@ -81,10 +81,10 @@ class RankWatch:
         self._stopping, self._lock = threading.Event(), threading.Lock()
         self._answered = self._heard = time.monotonic()
         self._sign_of_next, self._told = "", ""
-        store.set(f"host/{world.rank}", host_name())
+        store.set(f"host/{world.rank}", socket.gethostname())
         store.set(f"process/{world.rank}", holder(os.getpid()))
         store.set(f"sign/{world.rank}", "0")
-        self._keeper, self._host_of_keeper = keeper, store.get("host/0").decode()
+        self._keeper, self.host_of_rank_0 = keeper, store.get("host/0").decode()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._judge)]
         for thread in self._threads:
             thread.start()
@@ -166,7 +166,7 @@ class RankWatch:
     def _without_keeper(self, how: str) -> RanksLost:
         if self._keeper:
             return RanksLost([], how, who=self._keeper)
-        return RanksLost([0], how, hosts={0: self._host_of_keeper})
+        return RanksLost([0], how, hosts={0: self.host_of_rank_0})
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:

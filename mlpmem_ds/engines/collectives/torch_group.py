@@ -54,7 +54,7 @@ class TorchGroup(Ranks):
         self._world, self._timeout_seconds = world, timeout_seconds
         self._store: Any = join_store(world, environment, datetime.timedelta(seconds=_SECONDS_TO_MEET))
         self._rank_0_keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._operation = 0
+        self._operation, self._host_of_rank_0 = 0, ""
         self._arrive()
         self._wait_for_others(max(timeout_seconds, _SECONDS_TO_MEET))
         self._watch = RankWatch(
@@ -64,6 +64,7 @@ class TorchGroup(Ranks):
             grace_seconds=_SECONDS_FOR_THE_MAIN_THREAD,
             keeper=keeper_in_words(environment),
         )
+        self._host_of_rank_0 = self._watch.host_of_rank_0
         start_gloo_group(self._store, world, datetime.timedelta(seconds=_SECONDS_OF_A_TRANSFER))
 
     def sum(self, array: Array) -> Array:
@@ -124,7 +125,7 @@ class TorchGroup(Ranks):
             if int(self._store.add("arrived", 0)) >= self._operation * self.size:
                 return True
             if failed := self._failed():
-                raise RanksLost(failed, "has failed")
+                raise self._named(failed, "has failed")
             return False
 
         with self._transfer():
@@ -136,6 +137,7 @@ class TorchGroup(Ranks):
                 sign_of=lambda rank: self._read(f"sign/{rank}"),
                 timeout_seconds=timeout_seconds,
                 longest_pause_seconds=_LONGEST_PAUSE_SECONDS,
+                host_of=self._host_of,
             )
 
     def _failed(self) -> list[int]:
@@ -152,14 +154,23 @@ class TorchGroup(Ranks):
             deadline, signs = time.monotonic() + _SECONDS_TO_LOOK, self._signs()
             while time.monotonic() < deadline:
                 if failed := self._failed():
-                    return RanksLost(failed, "has failed")
+                    return self._named(failed, "has failed")
                 time.sleep(_LONGEST_PAUSE_SECONDS)
             silent = [rank for rank, sign in enumerate(self._signs()) if sign == signs[rank]]
-            return RanksLost([rank for rank in silent if rank != self.rank], f"is gone ({reason})")
+            return self._named([rank for rank in silent if rank != self.rank], f"is gone ({reason})")
         except RuntimeError:  # the store does not answer either
             if self._rank_0_keeps_store and self.rank > 0:
-                return RanksLost([0], f"is gone, and with it the store in which the ranks meet ({reason})")
+                how = f"is gone, and with it the store in which the ranks meet ({reason})"
+                return RanksLost([0], how, hosts={0: self._host_of_rank_0})
             return RanksLost([], f"or the launcher is gone ({reason})")
+
+    def _named(self, ranks: list[int], how: str) -> RanksLost:
+        """With the hosts of the ranks."""
+        return RanksLost(ranks, how, hosts={rank: self._host_of(rank) for rank in ranks})
+
+    def _host_of(self, rank: int) -> str:
+        """As its watch has written it (rank_watch.py); "" before that."""
+        return self._read(f"host/{rank}")
 
     def _signs(self) -> list[bytes]:
         """The last sign of life of each rank; in one call, since a thousand ranks may ask at once."""

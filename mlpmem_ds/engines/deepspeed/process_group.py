@@ -76,13 +76,19 @@ def set_up_distributed(
 
 
 @contextlib.contextmanager
-def watched_ranks(world: World) -> Iterator[None]:
+def named_ranks() -> Iterator[None]:
     """What the ranks of a group do together: the error of a connection that broke becomes `RanksLost` with
-    the rank and its host. They leave together, at the end."""
-    if _watch is None:
+    the rank and its host."""
+    with contextlib.nullcontext() if _watch is None else _watch.naming():
         yield
-        return
-    with _watch.naming():
+
+
+@contextlib.contextmanager
+def watched_ranks(world: World) -> Iterator[None]:
+    """The same for the last that they do: they leave together, at the end."""
+    with named_ranks():
         yield
-        wait_for_all(world)
-    _watch.stop()
+        if _watch is not None:
+            wait_for_all(world)
+    if _watch is not None:
+        _watch.stop()

@@ -27,7 +27,7 @@ from mlpmem_ds.engines.deepspeed.config import (
     zero_stage,
 )
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
-from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
+from mlpmem_ds.engines.deepspeed.process_group import named_ranks, set_up_distributed
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
 from mlpmem_ds.formats.trained_models import TrainingResult
 from mlpmem_ds.formats.weight_shards import WeightFiles
@@ -149,6 +149,11 @@ def train_decoder(config: DecoderOptions, text: Text, steps: Steps, learner: Lea
     """
     # Before anything is written: the ranks may not find each other.
     set_up_distributed(world, rank_timeout_seconds=config.rank_timeout_seconds)
+    with named_ranks():
+        _train_together(config, text, steps, learner, world)
+
+
+def _train_together(config: DecoderOptions, text: Text, steps: Steps, learner: Learner, world: World) -> None:
     directory = open_stage(
         config.output,
         stage=learner.manifest.FORMAT,

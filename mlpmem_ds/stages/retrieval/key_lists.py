@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from mlpmem_ds.core.blocks import Block, split_blocks
-from mlpmem_ds.core.claims import ClaimWatch, claim
+from mlpmem_ds.core.claims import ClaimWatch, State, claim
 from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, require_free_bytes
@@ -45,6 +46,7 @@ _logger = logging.getLogger(__name__)
 _SIZES = "sizes"
 _ROWS = 1 << 16  # rows in memory while a run is written
 _NUMBERS_AT_ONCE = 1 << 22  # that are counted
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def check_key_lists(root: Path, keys: Keys, index: IndexDirectory) -> None:
@@ -131,8 +133,8 @@ class ListsInUse:
     On NFS a mapped file that a rank of another host removes is gone (SIGBUS): only there the last reader must
     not be another's. A process takes its claim before it looks at what is missing; so whoever finds no claim
     and complete targets knows that no process will still need the lists. The claim of a process of another
-    host that was killed counts for a minute of this process's own time; then the lists go, or at the end of
-    the next start.
+    host that was killed counts for a minute of this process's own time, which the end of a shorter run waits
+    for: targets that are complete are not started again.
     """
 
     def __init__(self, output: Path) -> None:
@@ -141,18 +143,24 @@ class ListsInUse:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Be one of them while the block runs."""
-        self._others_hold()  # a first look, for one a minute later
+        self._others()  # a first look, for one a minute later
         with claim(self._output / f".lists-{host_name()}-{os.getpid()}.claim"):
             yield
 
     def remove_unless_held(self) -> None:
         """Remove the lists if no other process reads them. Called after `hold`."""
-        if not self._others_hold():
+        while (others := self._others()) and "held" not in others:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if not others:
             remove_key_lists(self._output / layout.FOLDER)
 
-    def _others_hold(self) -> bool:
-        states = [self._watch.look(path) for path in self._output.glob(".lists-*.claim")]
-        return any(state != "gone" for state in states)
+    def _others(self) -> list[State]:
+        """What is known of each other process; the claims of those that are gone are removed."""
+        states = {path: self._watch.look(path) for path in self._output.glob(".lists-*.claim")}
+        for path, state in states.items():
+            if state == "gone":
+                path.unlink(missing_ok=True)
+        return [state for state in states.values() if state != "gone"]
 
 
 def remove_key_lists(root: Path) -> None:

@@ -23,7 +23,7 @@ from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import compute_dtype, micro_batches_per_step, resolve_ds_config
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, Engine, build_engine
-from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
+from mlpmem_ds.engines.deepspeed.process_group import named_ranks, set_up_distributed
 from mlpmem_ds.engines.deepspeed.zero_state import set_parameter
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import StateSource, TransformersSource, state_width
@@ -88,6 +88,13 @@ def run(config: Config, world: World) -> None:
 
     # From here on the ranks work together; nothing is written yet.
     set_up_distributed(world, rank_timeout_seconds=config.rank_timeout_seconds)
+    with named_ranks():
+        _run_together(config, inputs, ds_config, steps, world)
+
+
+def _run_together(
+    config: Config, inputs: TrainingInputs, ds_config: dict[str, Any], steps: Steps, world: World
+) -> None:
     if inputs.initial is not None:
         inputs = replace(inputs, initial_sha256=hash_initial_memory(inputs.initial, world))
     base = open_base(config, inputs, world)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.files import SharedFolder
 from mlpmem_ds.engines.collectives.ranks import RanksLost
@@ -20,13 +21,13 @@ def test_a_killed_rank_is_named(run_ranks):
     results = run_ranks("files", 3, "killed")[::2]
     assert [result["lost"] for result in results] == [(1,), (1,)]
     # Who sees it first tells the other.
-    assert any("rank 1 has ended" in result["said"] for result in results)
+    assert any(f"rank 1 on {host_name()} has ended" in result["said"] for result in results)
     assert all(result["seconds"] < 20 for result in results)
 
 
 def test_a_rank_that_fails_ends_the_others_at_once(run_ranks):
     for result in run_ranks("files", 3, "failed")[::2]:
-        assert result["lost"] == (1,) and "rank 1 has failed" in result["said"]
+        assert result["lost"] == (1,) and f"rank 1 on {host_name()} has failed" in result["said"]
         assert result["seconds"] < 20
 
 

@@ -14,13 +14,14 @@ from mlpmem_ds.engines.collectives.ranks import RanksLost
 def test_a_silent_rank_is_not_called_alive_and_is_lost_after_the_limit(caplog, monkeypatch):
     monkeypatch.setattr(heartbeat, "_SECONDS_BETWEEN_LINES", 0.1)
     signs = itertools.count()
-    with caplog.at_level("INFO"), pytest.raises(RanksLost, match="rank 3 has shown no sign of life"):
+    with caplog.at_level("INFO"), pytest.raises(RanksLost, match="rank 3 on node7 has shown no sign of life"):
         heartbeat.wait_until(
             lambda: False,
             awaited=lambda: [1, 3],
             sign_of=lambda rank: str(next(signs)) if rank == 1 else "always the same",
             timeout_seconds=0.5,
             longest_pause_seconds=0.01,
+            host_of=lambda rank: {3: "node7"}.get(rank, ""),
         )
     lines = [record.message for record in caplog.records]
     assert lines and all("waiting for 2 ranks: 1, 3" in line and "alive" not in line for line in lines)

@@ -3,6 +3,8 @@ them."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlpmem_ds.core import claims
+from mlpmem_ds.core.claims import claim, holder
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.faiss import Index
@@ -17,7 +21,7 @@ from mlpmem_ds.formats import lists_directory as layout
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.stages.index import build_index
-from mlpmem_ds.stages.retrieval.key_lists import make_key_lists, missing_bytes, remove_key_lists
+from mlpmem_ds.stages.retrieval.key_lists import ListsInUse, make_key_lists, missing_bytes, remove_key_lists
 from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from mlpmem_ds.stages.targets import write_targets
 from mlpmem_ds.stages.targets.teacher import Teacher
@@ -179,3 +183,30 @@ def test_an_index_of_other_keys_in_a_shard_is_damaged(keys: Path, index: Path, t
         DamagedDataError, match="does not hold the keys that are its share: build the index again"
     ):
         make_key_lists(tmp_path / "lists", open_keys(keys), Swapped(), World())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("host", ["this host", "another host"])
+def test_killed_readers_of_any_host_leave_no_lists_and_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """That of another host is known to be gone when its claim has not changed for a minute: here .2 s."""
+    monkeypatch.setattr(claims, "_SECONDS_UNTIL_DEAD", 0.2)
+    (tmp_path / layout.FOLDER).mkdir()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = tmp_path / ".lists-left.claim"
+    left.write_text(holder(ended.pid) if host == "this host" else f"elsewhere boot {ended.pid}")
+    lists = ListsInUse(tmp_path)
+    with lists.hold():
+        assert left.exists() == (host == "another host")
+    lists.remove_unless_held()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_lives_keeps_the_lists(tmp_path: Path) -> None:
+    (tmp_path / layout.FOLDER).mkdir()
+    lists = ListsInUse(tmp_path)
+    with lists.hold(), claim(tmp_path / ".lists-other.claim"):
+        (tmp_path / ".lists-other.claim").write_text(holder(os.getppid()))
+        lists.remove_unless_held()
+    assert [path.name for path in tmp_path.iterdir()] == [layout.FOLDER]
