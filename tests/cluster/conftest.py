@@ -35,14 +35,14 @@ def new_cluster(_namespaces: None, tmp_path: Path) -> Iterator[Callable[..., Clu
 
 @pytest.fixture(scope="session")
 def cluster(_namespaces: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two hosts with a shared directory, for all tests."""
-    with make_cluster(tmp_path_factory.mktemp("cluster")) as made:
+    """Four hosts with a shared directory, for all tests; most take the first two."""
+    with make_cluster(tmp_path_factory.mktemp("cluster"), 4) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def warm_hosts(cluster: Cluster) -> list[WarmHost]:
-    return warm(cluster.hosts)
+    return warm(cluster.hosts[:2])
 
 
 @pytest.fixture(scope="session")

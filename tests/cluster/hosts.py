@@ -119,6 +119,8 @@ class Host:
         self.name, self.address = name, _address(name)
         self.folder = cluster.folder / "hosts_files" / name
         self.disk = self.folder / "disk"
+        self.environment = _environment(cluster.folder / "bin", self.folder / "home")
+        """of every process that is started on it; for those of `ssh` as it is at `power_on`"""
         self._cluster, self._switch = cluster, switch
         self._inside: _Namespaces | None = None
 
@@ -130,22 +132,6 @@ class Host:
     @property
     def is_on(self) -> bool:
         return self._inside is not None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of every process that is started on it: no variable of a launcher, and none that names a device."""
-        programs = [str(self._cluster.folder / "bin"), os.path.dirname(sys.executable), os.environ["PATH"]]
-        return {
-            "PATH": os.pathsep.join(programs),
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "HOME": str(self.folder / "home"),
-            "USER": "root",
-            "TMPDIR": "/tmp",
-            "LANG": "C.UTF-8",
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
 
     def power_on(self) -> None:
         """With an empty /tmp; what lies on its disk is still there."""
@@ -302,6 +288,22 @@ class _Namespaces:
 
 def _try(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_TO_START)
+
+
+def _environment(programs: Path, home: Path) -> dict[str, str]:
+    """No variable of a launcher, and none that names a device."""
+    folders = [str(programs), os.path.dirname(sys.executable), os.environ["PATH"]]
+    return {
+        "PATH": os.pathsep.join(folders),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "HOME": str(home),
+        "USER": "root",
+        "TMPDIR": "/tmp",
+        "LANG": "C.UTF-8",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def _address(name: str) -> str:

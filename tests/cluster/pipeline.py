@@ -74,7 +74,8 @@ def write_config(run: Path) -> None:
 
 
 def is_complete(run: Path, name: str) -> bool:
-    return (run / name / "manifest.json").is_file()
+    last = "mlpmem_export.json" if name == "export" else "manifest.json"
+    return (run / name / last).is_file()
 
 
 def data_of(directory: Path) -> dict[str, str]:

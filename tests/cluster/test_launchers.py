@@ -25,7 +25,14 @@ def test_two_hosts_give_what_one_gives(cluster, undisturbed, new_run, orphans, l
         if stage.name in pipeline.ALONE:
             starts = variables(cluster.hosts[:1], stage.words, 1)
         else:
-            starts = LAUNCHERS[launcher](cluster.hosts, stage.words, 1)
+            starts = LAUNCHERS[launcher](cluster.hosts[:2], stage.words, 1)
         complete(starts, run, timeout=SECONDS)
         assert pipeline.differences(run, undisturbed, stage.name) == []
+    assert pipeline.leftovers(run) == [] and orphans() == []
+
+
+def test_six_ranks_on_three_hosts_make_the_same_targets(cluster, undisturbed, new_run, orphans):
+    run = new_run("targets")
+    complete(variables(cluster.hosts[:3], pipeline.stage_named("targets").words, 2), run, timeout=SECONDS)
+    assert pipeline.differences(run, undisturbed, "targets") == []
     assert pipeline.leftovers(run) == [] and orphans() == []

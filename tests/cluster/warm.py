@@ -1,7 +1,7 @@
 """Ranks that start in a second: forks of a process on their host that has imported everything already.
 
-A start differs from the real one by its imports alone (tests/launch/forked_launchers.py). What is rehearsed
-is what happens between hosts; the real launchers are in test_launchers.py.
+A start differs from the real one by its imports alone (tests/warm_server.py). What is rehearsed is what
+happens between hosts; the real launchers are in test_launchers.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 from .hosts import REPOSITORY, Host, Process
@@ -16,29 +17,40 @@ from .launchers import Start, variables
 
 _PLACE = "/tmp/warm"
 """on the host: of the commands `python` and `torchrun` that fork"""
-_SERVER = str(REPOSITORY / "tests" / "launch" / "forked_launchers.py")
+_SERVER = f"""
+import multiprocessing, pathlib, sys
+sys.path.insert(0, {str(REPOSITORY / "tests")!r})
+import warm_start, warm_server
+serve = multiprocessing.get_context("fork").Process(
+    target=warm_server.serve, args=(pathlib.Path({_PLACE!r}),)
+)
+serve.start()
+serve.join()
+"""
+_SECONDS_OF_IMPORTS = 120.0
 
 
 class WarmHost:
-    """A host with such a process, for one start of ranks at a time."""
+    """A host with such a process."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.start()
 
     def start(self) -> None:
-        host = self.host
-        place = host.folder / "tmp" / "warm"
-        shutil.rmtree(place, ignore_errors=True)
-        for name in ("python", "torchrun", "deepspeed"):  # no first start that is a real one
-            (place / f"started-{name}").mkdir(parents=True)
-        self._server = host.start([sys.executable, _SERVER, _PLACE], stdout=subprocess.PIPE)
-        self._own = 0
+        self._place = self.host.folder / "tmp" / "warm"
+        shutil.rmtree(self._place, ignore_errors=True)
+        self._place.mkdir()
+        self._own: set[int] = set()
+        self._server = self.host.start([sys.executable, "-c", _SERVER], stdin=subprocess.DEVNULL)
 
     def wait(self) -> None:
         """Until it can start ranks."""
-        assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
-        (self._own,) = (process.pid for process in self.host.processes() if _SERVER in process.words)
+        deadline = time.monotonic() + _SECONDS_OF_IMPORTS
+        while not (self._place / "ready").exists():
+            assert self._server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        self._own = {process.pid for process in self.host.processes()}
 
     def power_on(self) -> None:
         self.host.power_on()
@@ -46,12 +58,12 @@ class WarmHost:
         self.wait()
 
     def ranks(self) -> list[Process]:
-        """The ranks that run on it."""
-        return [one for one in self.host.processes() if _SERVER in one.words and one.pid != self._own]
+        """The ranks that run on it, and the processes that wait for them."""
+        return [one for one in self.others() if _SERVER in one.words]
 
     def others(self) -> list[Process]:
-        """All that runs on it, apart from the process that is forked."""
-        return [one for one in self.host.processes() if one.pid != self._own]
+        """All that runs on it, apart from what is forked."""
+        return [one for one in self.host.processes() if one.pid not in self._own]
 
     def kill_ranks(self) -> None:
         for rank in self.ranks():
