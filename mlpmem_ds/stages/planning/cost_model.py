@@ -164,10 +164,10 @@ def _seconds_of_training(work: Workload, machine: Machine) -> dict[str, float]:
     )
     online = work.epochs * body_operations(work) if work.input_codec == "none" else 0.0
     trained = (operations("memory", work) - online) / rate
-    return {"memory": trained + online / _forward_rate(machine) + _seconds_of_sending(work, machine, trained)}
+    return {"memory": trained + online / _forward_rate(machine) + seconds_of_sending(work, machine, trained)}
 
 
-def _seconds_of_sending(work: Workload, machine: Machine, trained: float) -> float:
+def seconds_of_sending(work: Workload, machine: Machine, trained: float = 0.0) -> float:
     """Gradients and weights between GPUs, that the backward (two thirds of `trained`) does not hide.
 
     ZeRO 2 with one micro-batch a step sends 4 P bytes of gradients while the backward runs, and then 2 P of

@@ -31,12 +31,19 @@ from mlpmem_ds.stages.index.factory import (
 from mlpmem_ds.stages.keys.plan import auto_unit_positions
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.config import DEFAULTS, Config
-from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, costs, resolve_search
+from mlpmem_ds.stages.planning.cost_model import (
+    Calibration,
+    Cost,
+    costs,
+    resolve_search,
+    seconds_of_sending,
+)
 from mlpmem_ds.stages.planning.counts import body_operations
 from mlpmem_ds.stages.planning.workload import Machine, Workload
 from mlpmem_ds.stages.targets.units import auto_shard_positions
 
 _logger = logging.getLogger(__name__)
+_POSITIONS_OF_GPU = 8192  # of a step, that keep a GPU busy for longer than sending does at usual sizes
 _FORMAT, _VERSION = "mlpmem-plan", 1
 
 
@@ -120,7 +127,11 @@ def make_plan(config: Config) -> Plan:
         machine=machine,
         costs=result,
         calibrated=calibrated,
-        warnings=(*_warnings(result, machine), *_warnings_of_machine(config, machine)),
+        warnings=(
+            *_warnings(result, machine),
+            *_warnings_of_training(work, machine),
+            *_warnings_of_machine(config, machine),
+        ),
         price_per_gpu_hour=config.price_per_gpu_hour,
     )
 
@@ -355,6 +366,20 @@ def _warnings(result: dict[str, Cost], machine: Machine) -> list[str]:
             " or none, or --encoding compact"
         )
     return lines
+
+
+def _warnings_of_training(work: Workload, machine: Machine) -> list[str]:
+    """Of small batches, whose gradients and weights take longer to send than to compute with."""
+    sending, smooth = (
+        seconds_of_sending(dataclasses.replace(work, batch_positions=size), machine)
+        for size in (work.batch_positions, machine.gpus * _POSITIONS_OF_GPU)
+    )
+    if sending <= 2 * smooth:
+        return []
+    return [
+        f"steps of {work.batch_positions:,} positions on {machine.gpus} GPUs send gradients and weights for"
+        f" {time_in_words(sending)}: give --batch-positions of {_POSITIONS_OF_GPU:,} a GPU, or train on fewer"
+    ]
 
 
 def _warnings_of_machine(config: Config, machine: Machine) -> list[str]:

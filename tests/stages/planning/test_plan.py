@@ -374,6 +374,12 @@ def test_small_batches_are_bound_by_the_weights_that_are_sent() -> None:
     assert seconds[1, 1 << 20] == pytest.approx(computed + 2 * each / 2e11)
     hidden = computed * 2 / 3
     assert seconds[2, 1 << 13] == pytest.approx(computed + 128 * 6 * each / 25e9 - hidden)
+    small, large = (
+        "\n".join(plan.make_plan(config(**sizes, nodes=2, batch_positions=batch)).warnings)
+        for batch in (1 << 13, 1 << 20)
+    )
+    assert "steps of 8,192 positions on 16 GPUs send" in small and "--batch-positions of 8,192 a GPU" in small
+    assert "positions on 16 GPUs send" not in large
     alone = plan.make_plan(config(**sizes | {"gpus": 1, "ranks": 1}, batch_positions=1 << 13))
     assert alone.costs["memory"].seconds == pytest.approx(16 * computed)  # nothing is sent
 
