@@ -133,6 +133,15 @@ def test_it_needs_its_base_and_says_so() -> None:
 
 
 @torch.no_grad()
+def test_a_forward_compiles_whole() -> None:
+    base = tiny_base("llama")
+    joint = join(base, pair(base)[1])
+    compiled = torch.compile(joint, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids(), use_cache=False).logits, joint(ids()).logits)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
 def test_int8_leaves_it_to_the_base(tmp_path: Path) -> None:
     base = tiny_base("llama")
     _, shared = pair(base)
