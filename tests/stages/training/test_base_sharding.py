@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.keys import extract_keys
 
+from ...manifests import record_again
+
 VALIDATED = ("validation_base_perplexity", "validation_memory_perplexity", "validation_perplexity")
 FLAGS = {
     "alpha": 0.0,
@@ -93,6 +95,7 @@ def holes(root, bare):
     array = np.load(path)
     array[[3, 5]] = np.nan
     np.save(path, array)
+    record_again(root / "holes-keys")
     return str(root / "holes-keys")
 
 
