@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.core.blocks import Block
-from mlpmem_ds.core.files import publish_json, read_sealed_json
+from mlpmem_ds.core.files import publish_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.counted_rows import CountedRows
 
@@ -50,7 +50,15 @@ def marked(corpus_dir: Path, tmp_path: Path) -> tuple[CorpusSplit, np.ndarray]:
     manifest = read_sealed_json(root / "manifest.json")
     total = int(is_answer.sum())
     manifest["splits"]["train"] |= {"units": units, "num_answers": total, "num_answer_bytes": total}
-    manifest |= {"counts": "answers", "files": []}
+    files = [
+        {
+            "name": f"train/{path.name}",
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of_file(path),
+        }
+        for path in sorted(folder.iterdir())
+    ]
+    manifest |= {"counts": "answers", "files": files}
     publish_json(root / "manifest.json", manifest, seal=True)
     return open_corpus(root), np.flatnonzero(is_answer) - 1
 

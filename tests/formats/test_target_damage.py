@@ -92,7 +92,7 @@ def test_a_shard_cut_short_is_refused(targets_copy: Path, first_shard: str) -> N
             open_targets(targets_copy)
         samples = json.loads((targets_copy / index_name(first_shard)).read_text())["samples"]
         if length < samples[-1]["offset"] + samples[-1]["compressed_bytes"]:
-            with pytest.raises(DamagedDataError, match="too early; run the stage"):
+            with pytest.raises(DamagedDataError, match=f"too early; run the stage|has {length} bytes"):
                 before.read(0, SHARD_POSITIONS)
     (targets_copy / first_shard).unlink()
     with pytest.raises(DamagedDataError, match="missing"):

@@ -25,6 +25,7 @@ WRITERS = {
 }
 # Flags that have to be given and are no paths, or that a command asks for beyond its parser.
 WORDS = {"tokenizer": ["train:300"], "epochs": ["1"], "kind": ["continued"], "match_parameters": ["1000"]}
+WORDS["wheel"] = ["missing.whl"]  # pip would fetch one
 LAUNCHES = {
     "one process": {},
     "ranks without MASTER_ADDR": {"RANK": "0", "WORLD_SIZE": "2"},
