@@ -7,10 +7,10 @@ source launch/slurm/read_settings.sh
 read_settings "$1"
 is_check=${2:-}
 made=("${@:3}")
-result='' mark=''
+mark=''
 
-set +u # of scripts that others wrote
-eval "$ENVIRONMENT" || fail "$settings: ENVIRONMENT='$ENVIRONMENT' failed, see above"
+set +u # of scripts that others wrote; what they say is not the result of a check
+eval "$ENVIRONMENT" >&2 || fail "$settings: ENVIRONMENT='$ENVIRONMENT' failed, see above"
 set -u
 
 # is_there DIRECTORY: it exists, or a stage before this one makes it
@@ -30,7 +30,7 @@ needs() {
 }
 
 # makes DIRECTORY [FILE]: of this stage, complete where it holds this file
-makes() { result=$1 mark=$1/${2:-manifest.json}; }
+makes() { mark=$1/${2:-manifest.json}; }
 
 # requires NAME VALUES...: a setting, not empty; values that are paths exist
 requires() {
@@ -116,7 +116,7 @@ end_stage() {
         all=$((all + 1))
         case $number in
             0) ;;
-            138 | 143) ;;                                  # stopped: USR1, TERM
+            138 | 143) ;; # stopped: USR1, TERM
             75 | 1[3-9][0-9]) lost=$((lost + 1)) ;; # it lost another rank, or was killed by a signal
             *) failed=${failed:-$number} ;;
         esac
@@ -125,6 +125,7 @@ end_stage() {
     rm -rf "$codes"
     if [ -z "$failed" ] && [ -f "$mark" ]; then
         [ "$lost" = 0 ] || echo "$stage: $lost of $SLURM_NTASKS ranks were lost, the others did their work"
+        rm -f "$RUN/slurm/$stage.deaths"
         echo "$stage: complete, $mark"
         exit 0
     fi
@@ -141,7 +142,10 @@ end_stage() {
 # count_death: ends the job where it was the third of three short lives in a row
 count_death() {
     local file=$RUN/slurm/$stage.deaths
-    [ "$SECONDS" -lt 600 ] || rm -f "$file"
+    if [ "$SECONDS" -ge 600 ]; then
+        rm -f "$file"
+        return
+    fi
     echo "$SECONDS s: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))" >> "$file"
     [ "$(wc -l < "$file")" -lt 3 ] || {
         rm -f "$file"

@@ -33,6 +33,12 @@ resources() {
 # flags STAGE FLAGS...: sets flags_STAGE
 flags() {
     known_stage "$1"
+    local word
+    for word in "${@:2}"; do
+        [[ $word != --output && $word != --output=* ]] ||
+            fail "$settings: flags $1: leave out --output: every stage writes below RUN, where the next one" \
+                "reads"
+    done
     local -n words="flags_$1"
     words=("${@:2}")
 }
@@ -45,7 +51,7 @@ read_settings() {
     # Variables of ours that a loop in the settings might use.
     local stage=${stage:-} here=${here:-} dry=${dry:-} given=()
     # shellcheck disable=SC1090
-    source "$settings" || fail "$settings could not be read by bash, see above"
+    source "$settings" >&2 || fail "$settings could not be read by bash, see above"
     [ -n "$RUN" ] || fail "$settings: RUN is not set: the directory for all results, that all nodes share"
     [[ $SECONDS_TO_SAVE =~ ^[1-9][0-9]*$ ]] ||
         fail "$settings: SECONDS_TO_SAVE: '$SECONDS_TO_SAVE' is not a number of seconds"

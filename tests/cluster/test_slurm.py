@@ -192,7 +192,7 @@ def test_a_lost_node_costs_a_start(slurm: Slurm, copy: Callable[..., Path]) -> N
 
 
 def test_where_a_stage_fails_those_after_it_never_start(slurm: Slurm, copy: Callable[..., Path]) -> None:
-    """The keys are of another corpus than the training's."""
+    """The files of the keys are missing."""
     run = copy("corpus", "base", "keys")
     for path in (run / "keys").glob("*.npy"):
         path.unlink()

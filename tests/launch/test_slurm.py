@@ -167,6 +167,19 @@ def test_the_stages_are_submitted_one_after_another_with_flags_that_they_have(cl
     assert (cluster.run / "slurm" / "jobs").read_text().split() == [str(101 + n) for n in range(len(ALL))]
 
 
+def test_what_the_environment_says_is_no_result_of_a_check(cluster: Cluster) -> None:
+    """As `module load` and settings of others may."""
+    cluster.make("corpus")
+    cluster.set(ENVIRONMENT="'echo loaded python/3.12'", more="echo settings of the group")
+    result = cluster.submit("--dry-run", str(cluster.settings), "extract_keys", "build_index")
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[1] for line in result.stdout.splitlines()] == [
+        "--job-name=extract_keys",
+        "--job-name=build_index",
+    ]
+    assert "loaded python/3.12" in result.stderr and "settings of the group" in result.stderr
+
+
 def test_a_dry_run_submits_nothing_and_leaves_nothing(cluster: Cluster) -> None:
     cluster.make("corpus")
     result = cluster.submit("--dry-run", str(cluster.settings), "extract_keys")
@@ -191,6 +204,11 @@ WRONG = {
     "a wrong value": ({"more": "flags extract_keys --dim 0"}, ["extract_keys"], "--dim must be at least 1"),
     "no text": ({"TEXT": "(/no/text)"}, ["prepare_corpus"], "TEXT: /no/text does not exist"),
     "texts not named": ({}, ["prepare_corpus"], "TEXT is not set"),
+    "an output of its own": (
+        {"more": "flags extract_keys --output /elsewhere"},
+        ["extract_keys"],
+        "flags extract_keys: leave out --output: every stage writes below RUN",
+    ),
     "a stage in a wrong line": ({"more": "flags trian --k 3"}, ["train"], "there is no stage 'trian'"),
     "a short line": ({"more": "resources train 2 8"}, ["train"], "resources train 2 8: give stage, nodes"),
     "no number": ({"more": "resources train 2 x 1 0 1:00"}, ["train"], "tasks a node: 'x' is not a number"),
@@ -315,6 +333,17 @@ def test_the_third_short_life_is_the_last(cluster: Cluster) -> None:
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "three times in a row: not started again" in said
     assert len(cluster.said("scontrol")) == 2
+
+
+def test_a_long_life_and_a_complete_stage_end_the_count_of_short_lives(cluster: Cluster) -> None:
+    cluster.make("corpus", "keys", "targets")
+    for seconds in (0, 700, 0, 0):
+        cluster.set(ENVIRONMENT=f"SECONDS={seconds}")
+        assert cluster.job("train", "137 143").wait(60) == 0
+    assert cluster.job("train", "done 0").wait(60) == 0
+    (cluster.run / "memory" / "manifest.json").unlink()
+    assert cluster.job("train", "137 143").wait(60) == 0
+    assert len(cluster.said("scontrol")) == 5
 
 
 def test_before_its_time_is_over_a_job_stops_its_ranks_and_is_queued_again(cluster: Cluster) -> None:
