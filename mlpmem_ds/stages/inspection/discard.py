@@ -35,6 +35,7 @@ _SECONDS_UNTIL_GONE = 600.0
 """without a line in the log, of a process of another host"""
 _SECONDS_OF_CLAIMS = 70.0
 _SECONDS_BETWEEN_LOOKS = 2.0
+_CHECKPOINTS = "checkpoints"
 _ENDS = ("finished", "ended", "stopped")
 
 
@@ -59,6 +60,14 @@ class _Plan:
     units: tuple[_Unit, ...] | None
     dependents: tuple[Made, ...]
     stays: tuple[Made, ...]
+
+    @property
+    def places(self) -> tuple[Made, ...]:
+        """The directories in which no process may be at work; of a checkpoint that of its training."""
+        made = self.made
+        if made.root.parent.name == _CHECKPOINTS:
+            made = _nameless(made.root.parents[1], Path(made.name).parent.parent.as_posix())
+        return (made, *self.dependents)
 
     @property
     def commands_of(self) -> str:
@@ -86,7 +95,7 @@ def discard(run: Path, name: str, *, keep_dependents: bool, is_agreed: bool) -> 
         _logger.info("nothing was removed: the same command with --yes does it")
         return
     watch = ClaimWatch()
-    _refuse_live_processes([plan.made, *plan.dependents], watch)
+    _refuse_live_processes(plan.places, watch)
     for made in plan.dependents:
         _remove_directory(made.root)
     if plan.units is None:
@@ -122,7 +131,8 @@ def _find(
                 return made, tuple(_all_units(made.root))
             return made, None
     checkpoint = (run / name).resolve()
-    if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
+    is_checkpoint = (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == _CHECKPOINTS
+    if is_checkpoint and ".." not in Path(name).parts:  # of another run: its processes are not looked for
         return _nameless(checkpoint, name), None
     folder, _, unit = name.rpartition("/")
     stages = [made for made in everything if not folder or folder == made.name]
@@ -139,7 +149,7 @@ def _find(
 
 
 def _nameless(root: Path, name: str) -> Made:
-    """A checkpoint: nothing says that it was made from it."""
+    """A directory that nothing is known to be made from, such as a checkpoint."""
     return Made(root=root, name=name, hashes=frozenset(), inputs=frozenset(), paths=frozenset())
 
 

@@ -82,8 +82,10 @@ def remarks_of(stages: Sequence[StageProgress]) -> list[str]:
     for stage in stages:
         for rank in stage.ranks:
             if rank.state == "silent" and stage.state != "complete":
-                since = duration(rank.seconds_since_sign)
-                remarks.append(f"{stage.name}: rank {rank.rank} ({rank.host}) gives no sign since {since}")
+                silence = duration(rank.seconds_since_sign)
+                remarks.append(
+                    f"{stage.name}: rank {rank.rank} ({rank.host}) has given no sign of life for {silence}"
+                )
         if stage.error is not None:
             moment = time.strftime("%H:%M:%S", time.localtime(stage.error.time))
             ended = f"rank {stage.error.rank} ended at {moment} with exit code {stage.error.code}"

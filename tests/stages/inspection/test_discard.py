@@ -178,6 +178,31 @@ def test_a_rank_that_did_not_say_that_it_ended_refuses(run_dir: Path, process: s
     discard(run_dir, "targets/2")
 
 
+def test_a_checkpoint_stays_while_its_training_runs(run_dir: Path) -> None:
+    (run_dir / "memory" / "manifest.json").unlink()
+    checkpoint = run_dir / "memory" / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    log = EventLog(run_dir / "memory" / "log.jsonl", World())
+    log.write("started", world=1, process=holder(1))
+    with pytest.raises(UserError, match="rank 0 of memory is at work"):
+        discard(run_dir, "memory/checkpoints/step-00000010")
+    with pytest.raises(UserError, match="no such unit"):
+        discard(run_dir / "corpus", "../memory/checkpoints/step-00000010")
+    assert (checkpoint / "manifest.json").is_file()
+    log.write("ended", code=2, message="m")
+    discard(run_dir, "memory/checkpoints/step-00000010")
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("name", ["", "/"])
+def test_an_empty_name_is_not_the_whole_directory(run_dir: Path, name: str) -> None:
+    """As of a variable of a script that is not set."""
+    with pytest.raises(UserError, match="--discard names nothing"):
+        discard(run_dir / "corpus", name)
+    assert (run_dir / "corpus" / "manifest.json").is_file()
+
+
 class Cut(Exception):
     """The machine stops."""
 

@@ -51,7 +51,7 @@ def test_a_stage_in_words() -> None:
         "rank 1 (n1) takes 2.5 times as long",
         "3.20 MB",
     )
-    assert remarks_of([stage()]) == ["targets: rank 2 (n1) gives no sign since 14 min 00 s"]
+    assert remarks_of([stage()]) == ["targets: rank 2 (n1) has given no sign of life for 14 min 00 s"]
     error = LastError(time=0.0, rank=3, code=2, message="the disk is full: free some space")
     (remark,) = remarks_of([stage(ranks=(), state="failed", error=error)])
     assert re.fullmatch(
