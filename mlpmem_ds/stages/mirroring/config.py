@@ -37,6 +37,11 @@ class Config(Flags):
 
     def check(self) -> None:
         if self.source is None:
+            if self.watch or self.verify or self.replace or self.checkpoints:
+                raise UserError(
+                    "--watch, --verify, --replace and --checkpoints say how SOURCE is sent, or fetched: give"
+                    " that too"
+                )
             return
         ways = (self.from_url is not None, self.to_url is not None)
         if self.target is None:

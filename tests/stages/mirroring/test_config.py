@@ -22,6 +22,8 @@ def test_the_urls_say_which_way_it_goes() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        ({"watch": True}, "say how SOURCE is sent"),
+        ({"verify": True}, "say how SOURCE is sent"),
         ({"source": "run"}, "run alone"),
         ({"source": "s3://b/run"}, "s3://b/run alone"),
         ({"source": "run", "target": "copy"}, "two local paths"),
