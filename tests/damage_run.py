@@ -245,13 +245,13 @@ def prepare(kind: str, place: Path) -> None:
 
 
 def judged(found: Outcome, expected: Outcome, damaged: Path) -> str:
-    """The end of a trial, one of ENDS."""
+    """The end of a trial, one of ENDS; the damaged file is named by its path below the run."""
     if "Traceback" in found.said or "this is a fault of" in found.said or found.code not in (0, 2):
         return "TRACEBACK"
     if found.code == 2:
         lines = [line for line in found.said.splitlines() if "error: " in line]
-        names = (damaged.name, damaged.parent.name, damaged.parent.parent.name)
-        return "refused" if len(lines) == 1 and any(name in lines[0] for name in names) else "TRACEBACK"
+        is_named = len(lines) == 1 and any(name in lines[0] for name in damaged.parts[-3:])
+        return "refused" if is_named else "TRACEBACK"
     return "same" if found.files == expected.files else "USED"
 
 
@@ -284,10 +284,10 @@ class Trials:
             damage(path, operation, generator)
             prepare(kind, place)
             found = outcome_of(command, kind, place)
-            end = judged(found, expected, path)
-            name = path.relative_to(place).as_posix()
+        name = path.relative_to(place)
+        end = judged(found, expected, name)
         said = next((line for line in found.said.splitlines() if "error: " in line), "")
-        return Trial(number, kind, operation, name, command.split()[0], end, said)
+        return Trial(number, kind, operation, name.as_posix(), command.split()[0], end, said)
 
 
 def table_of(trials: list[Trial]) -> str:

@@ -34,8 +34,8 @@ def test_damage_is_refused_healed_or_not_read(run: Path, tmp_path: Path) -> None
     assert sum(trial.end == "refused" for trial in done) >= 2
 
 
-def test_what_a_trial_calls_used_is_told_from_what_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "keys" / "keys-0.npy"
+def test_what_a_trial_calls_used_is_told_from_what_is_refused() -> None:
+    path = Path("keys/keys-0.npy")
     whole = Outcome(code=0, said="", files={"a.npy": "1"})
     ends = {
         "same": Outcome(code=0, said="12:00:00 a line", files={"a.npy": "1"}),
@@ -44,7 +44,8 @@ def test_what_a_trial_calls_used_is_told_from_what_is_refused(tmp_path: Path) ->
         "TRACEBACK": Outcome(code=2, said="error: something else", files={}),
     }
     assert {end: judged(found, whole, path) for end, found in ends.items()} == {end: end for end in ends}
-    assert judged(Outcome(code=1, said="error: fault", files={}), whole, path) == "TRACEBACK"
+    for code, said in ((1, "error: fault"), (2, "error: /scratch/copy/next cannot be written")):
+        assert judged(Outcome(code=code, said=said, files={}), whole, path) == "TRACEBACK"
 
 
 def test_each_kind_of_directory_has_a_reader() -> None:

@@ -21,7 +21,7 @@ while code := subprocess.run([sys.executable, "-c", rank]).returncode:
 """
 
 
-def test_the_schedule_is_that_of_the_seed_and_its_second_kill_is_is_whole() -> None:
+def test_the_schedule_is_that_of_the_seed_and_its_second_kill_is_of_all_ranks() -> None:
     first, again, other = (list(islice(schedule(5.0, seed), 4)) for seed in (0, 0, 1))
     assert first == again != other
     assert [kill.seconds for kill in first] == [5.0] * 4

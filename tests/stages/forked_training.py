@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import LOST_RANK, REFUSED, UserError
+from mlpmem_ds.core.faults import is_lost_rank
 from mlpmem_ds.core.log import set_up_logging
 from mlpmem_ds.core.world import World, world_from_environment
 from mlpmem_ds.engines import device_peak
@@ -133,7 +134,7 @@ def run_rank(
         STAGES[stage].run(config, world)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return LOST_RANK if is_lost_rank(error) else REFUSED
     except BaseException:
         traceback.print_exc()
         return 1
