@@ -1,5 +1,5 @@
 # The settings of one run on a Slurm cluster. Copy this file, fill it in, and give it to the pipeline:
-#     cp launch/slurm/settings.sh runs/big.sh && bash launch/slurm/pipeline.sh runs/big.sh
+#     cp launch/slurm/settings.sh big.sh   # fill it in, then: bash launch/slurm/pipeline.sh --dry-run big.sh
 # It is read by bash. What it names is checked before anything is submitted.
 # shellcheck shell=bash disable=SC2034
 
@@ -14,7 +14,8 @@ DS_CONFIG=ds_configs/zero2.json  # of train; ds_configs/README.md says which is 
 # the targets are searched exactly.
 STAGES=(extract_keys build_index write_targets train evaluate convert_checkpoint)
 
-# What makes `python` the right one, on the nodes and here: modules, an environment.
+# What makes `python` the right one, on the nodes and here: modules, an environment. That of launch/setup.sh,
+# .venv, is for machines without a GPU; docs/README.md, Packages, says what one for GPUs needs.
 ENVIRONMENT='source .venv/bin/activate'
 
 # Flags of every sbatch and every srun: partition, account, constraints.

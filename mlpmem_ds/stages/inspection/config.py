@@ -64,3 +64,7 @@ class Config(Flags):
             )
         if self.discard is not None and self.output is not None:
             raise UserError("--output is written of what was found: give it without --discard")
+        for name in ("output", "prometheus"):  # before hours of checksums, and not after them
+            path: Path | None = getattr(self, name)
+            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+                raise UserError(f"--{name} {path} is no file in a folder that exists: name one")

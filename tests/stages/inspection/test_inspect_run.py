@@ -34,6 +34,15 @@ def test_a_good_run_is_complete(run_dir: Path, tmp_path: Path) -> None:
     assert states["keys"]["bytes"] > on_disk > 0
 
 
+@pytest.mark.parametrize("flag", ["output", "prometheus"])
+@pytest.mark.parametrize("place", ["", "no/such/found.prom"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_read(
+    run_dir: Path, tmp_path: Path, flag: str, place: str
+) -> None:
+    with pytest.raises(UserError, match=f"--{flag} .* is no file in a folder that exists: name one"):
+        Config(run=run_dir, **{flag: tmp_path / place})
+
+
 def test_an_unfinished_stage_is_not_damaged(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "keys" / "manifest.json").unlink()
     assert inspect(run_dir, tmp_path / "found.json")["keys"]["complete"] is False
