@@ -100,9 +100,9 @@ class ClaimWatch:
                 text, touched = stream.read(), os.fstat(stream.fileno()).st_mtime_ns
         except FileNotFoundError:
             return "gone"
-        machine, _, pid = text.rpartition(" ")
-        if pid.isdigit() and machine == holder(0).rpartition(" ")[0]:
-            return "held" if int(pid) != os.getpid() and is_alive(int(pid)) else "gone"
+        if is_of_this_machine(text):
+            pid = int(text.rpartition(" ")[2])
+            return "held" if pid != os.getpid() and is_alive(pid) else "gone"
         former = self._seen.get(path)
         if former is None or former[:2] != (text, touched):
             self._seen[path] = (text, touched, time.monotonic())

@@ -127,9 +127,10 @@ class RankWatch:
             if answered > self._limit:
                 return self._leave(self._without_keeper(f"{how}, and with it the way to the others"))
             if heard > self._limit and answered < self._limit / 2:
-                silent = self.silent_ranks()
-                if self._next in silent:
-                    return self._leave(self._tell(silent, how))
+                with contextlib.suppress(RuntimeError):  # the keeper of the store is gone too: look again
+                    silent = self.silent_ranks()
+                    if self._next in silent:
+                        return self._leave(self._tell(silent, how))
 
     def _leave(self, error: RanksLost) -> None:
         if not self._stopping.is_set():
@@ -179,9 +180,10 @@ class RankWatch:
             reason = first_line(error).split(". This is typically caused")[0]  # gloo's own advice
             try:
                 silent = self.silent_ranks()
+                hosts = self._hosts_of(silent)
             except RuntimeError:  # the keeper is gone
                 raise self._without_keeper(f"is gone ({reason})") from error
-            raise RanksLost(silent, f"is gone ({reason})", hosts=self._hosts_of(silent)) from error
+            raise RanksLost(silent, f"is gone ({reason})", hosts=hosts) from error
 
 
 def _lost_as_told(told: str) -> RanksLost:

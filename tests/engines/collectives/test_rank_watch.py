@@ -94,6 +94,24 @@ def test_a_rank_that_is_cut_off_is_named_to_all_with_its_host() -> None:
     assert time.monotonic() - start < 15  # of a machine that may be busy
 
 
+def test_a_store_that_fails_once_ends_no_watch() -> None:
+    ranks = Watched(3)
+    failures = []
+    multi_get = ranks.stores[0].multi_get
+
+    def failing_once(keys: list[str]) -> list[bytes]:
+        if not failures:
+            failures.append(keys)
+            raise RuntimeError("Connection reset by peer")
+        return multi_get(keys)
+
+    ranks.stores[0].multi_get = failing_once  # type: ignore[method-assign]
+    ranks.stores[1].whole.clear()
+    ranks.wait_for(3)
+    ranks.stop()
+    assert failures and ranks.ends[0].ranks == (1,)
+
+
 def test_ranks_that_live_are_never_called_lost_however_long_they_do_something_else() -> None:
     ranks = Watched(3)
     time.sleep(4 * LIMIT)
