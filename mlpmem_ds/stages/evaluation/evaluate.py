@@ -52,7 +52,7 @@ def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
     )
     units = list_units(inputs.scorers, inputs.streams, config.unit_positions)
     for name, text in inputs.streams.items():
-        verify_inputs(directory, text, text.token_files, label=f"text-{name}")
+        verify_inputs(directory, text, text.stream_files, label=f"text-{name}")
     for arm in inputs.arms:
         arm.verify(directory)
     scorer = UnitScorer(units, world)

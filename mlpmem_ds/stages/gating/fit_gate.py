@@ -53,7 +53,7 @@ def _run(config: Config, world: World, ranks: Ranks) -> None:
     )
     units = list_units(inputs.arms, inputs.streams, config.unit_positions)
     for name, text in inputs.streams.items():
-        verify_inputs(directory, text, text.token_files, label=f"text-{name}")
+        verify_inputs(directory, text, text.stream_files, label=f"text-{name}")
     scorer = UnitScorer(units, world)
     directory.run_phase(list(units), scorer.score)
     scorer.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.corpus import open_corpus, read_corpus_manifest
@@ -26,6 +27,7 @@ from mlpmem_ds.stages.base.batches import learnt_tokens
 from mlpmem_ds.stages.base.objective import NextTokenModule
 from mlpmem_ds.stages.base.validation import BaseValidator
 from mlpmem_ds.stages.corpus import prepare_corpus
+from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.splits import open_splits
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.targets import write_targets
@@ -226,3 +228,18 @@ def test_a_language_model_learns_answers_alone(answers_dir: Path) -> None:
     tokens, is_answer = learnt_tokens(corpus), corpus.is_answer(0, corpus.num_tokens)
     assert np.array_equal(tokens >= 0, is_answer)
     assert np.array_equal(np.where(tokens < 0, ~tokens, tokens), corpus.tokens(0, corpus.num_tokens))
+
+
+def test_a_flipped_mark_is_refused_before_a_score_is_written(
+    answers_dir: Path, base_dir: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(answers_dir, corpus)
+    path = corpus / open_corpus(corpus, "test").answer_files[0]
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    config = evaluate.Config(model=str(base_dir), corpus=corpus, output=tmp_path / "report")
+    with pytest.raises(DamagedDataError, match="answers-.*checksum"):
+        evaluate.run(config, World())
+    assert not list(config.output.rglob("*.npy"))
