@@ -103,7 +103,8 @@ def run_front_end(
         except UserError:
             output = getattr(config, "output", None)
             if world.size == 1 and isinstance(output, Path) and output.is_dir():
-                withdraw(output)
+                with contextlib.suppress(OSError):  # what was refused is what is to be said
+                    withdraw(output)
             raise
         if isinstance(text, str):
             sys.stdout.write(text + "\n")

@@ -68,7 +68,10 @@ def read_questions(path: Path, *, flag: str = "--questions", limit: int | None =
         layouts = "; ".join(", ".join(each.fields) for each in LAYOUTS)
         raise UserError(f"{flag} {path}: its first record has the fields {named}, known are: {layouts}")
     found = read_records(path, flag, layout.fields, layout.fault_of, optional=layout.optional)
-    return layout.questions(found)[:limit]
+    try:
+        return layout.questions(found)[:limit]
+    except UserError as error:
+        raise UserError(f"{flag} {path}: {error}") from error
 
 
 def _each(
@@ -169,7 +172,7 @@ def _fault_of_pair(record: Any) -> str | None:
     for name in ("premise", "hypothesis"):
         if not isinstance(record, dict) or not _is_text(record.get(name)):
             return f"has no text in `{name}`"
-    accepted = dict.fromkeys((*_TWO_LABELS, *_THREE_LABELS))
+    accepted = list(dict.fromkeys((*_TWO_LABELS, *_THREE_LABELS)))  # a label may be of any type
     return None if record.get("label") in accepted else f"has none of {', '.join(accepted)} in `label`"
 
 

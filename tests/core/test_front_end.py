@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_ds.core import front_end
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.front_end import keep_bars_to_terminals, run_front_end
@@ -218,3 +219,17 @@ def test_what_ends_a_begun_stage_is_in_its_log(
     assert events[0]["message"] == "--k 9 is too large: choose 8"
     said = capsys.readouterr().err
     assert all(f"error: {event['message']}\n" in said for event in events)
+
+
+def test_a_refusal_is_said_also_where_nothing_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse_removal(output: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(output))
+
+    def run(config: StageConfig, world: World) -> None:
+        raise UserError("--k 9 is too large: choose 8")
+
+    monkeypatch.setattr(front_end, "withdraw", refuse_removal)
+    assert run_front_end(StageConfig, run, argv=["--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: --k 9 is too large: choose 8\n"

@@ -89,13 +89,14 @@ def test_a_layout_is_known_by_its_fields(tmp_path: Path, record: Any, question: 
         ([{"question": "a", "mc1_targets": {"x": 1, "y": 1}}], "of which one has 1"),
         ([{"text": "a", "label": 2, "labels": ["x", "y"]}], "has 2 in `label`"),
         ([{"premise": "a", "hypothesis": "b", "label": "no"}], "has none of entailment, not_entailment"),
+        ([{"premise": "a", "hypothesis": "b", "label": ["no"]}], "has none of entailment, not_entailment"),
         ([{"premise": "a", "hypothesis": 3, "label": "no"}], "has no text in `hypothesis`"),
         (
             [
                 {"premise": "a", "hypothesis": "b", "label": label}
                 for label in ("not_entailment", "contradiction")
             ],
-            "has not_entailment and contradiction: give them as two files",
+            r"^--questions .*x\.jsonl: .* has not_entailment and contradiction: give them as two files",
         ),
         ([{"text": "word"}], "no text of two or more words"),
     ],
