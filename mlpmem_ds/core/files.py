@@ -185,15 +185,16 @@ def read_sealed_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
     return _unsealed(path, value)
 
 
-def parse_sealed_json(content: bytes, where: str) -> dict[str, Any]:
-    """As `read_sealed_json`, of bytes that are not in a file; `where` they are from, for messages."""
+def parse_sealed_json(content: bytes, where: str, *, remedy: str) -> dict[str, Any]:
+    """As `read_sealed_json`, of bytes that are not in a file; `where` they are from and the `remedy`, for
+    messages."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DamagedDataError(f"{where} is not valid JSON ({error}){_REMEDY}") from error
+        raise DamagedDataError(f"{where} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise DamagedDataError(f"{where} is damaged: not a JSON object{_REMEDY}")
-    return _unsealed(where, value)
+        raise DamagedDataError(f"{where} is damaged: not a JSON object; {remedy}")
+    return _unsealed(where, value, remedy=f"; {remedy}")
 
 
 def _parse(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -220,7 +221,7 @@ def _content(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def _unsealed(path: Path | str, value: dict[str, Any]) -> dict[str, Any]:
+def _unsealed(path: Path | str, value: dict[str, Any], *, remedy: str = _REMEDY) -> dict[str, Any]:
     """The object without its seal, which must be right."""
     plain = {name: item for name, item in value.items() if name != SEAL}
     try:
@@ -228,7 +229,7 @@ def _unsealed(path: Path | str, value: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):  # it holds what no file of ours does: NaN, half a surrogate pair
         is_whole = False
     if not is_whole:
-        raise DamagedDataError(f"{path} is damaged: it does not have the checksum that it carries{_REMEDY}")
+        raise DamagedDataError(f"{path} is damaged: it does not have the checksum that it carries{remedy}")
     return plain
 
 

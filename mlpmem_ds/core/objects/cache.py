@@ -40,6 +40,7 @@ from mlpmem_ds.core.objects.listing import Listing, require_listing
 from mlpmem_ds.core.objects.locks import PathLocks
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.objects.urls import name_of_url
+from mlpmem_ds.core.temporaries import is_stale, time_of_file_system
 from mlpmem_ds.core.typed_json import from_json, to_json
 from mlpmem_ds.core.waiting import Patience
 
@@ -245,9 +246,10 @@ class Cache:
             root = each.home / each.source.name
             for path in _files_below(root) if each.is_in_use and each.source.patterns else ():
                 name = path.relative_to(root).as_posix()
+                if not on_demand.is_on_demand(name, each.source.patterns):
+                    continue
                 state = path.stat()
-                is_idle = now - max(state.st_atime, state.st_mtime) > _SECONDS_IN_USE
-                if is_idle and on_demand.is_on_demand(name, each.source.patterns):
+                if now - max(state.st_atime, state.st_mtime) > _SECONDS_IN_USE:
                     found.append(_Droppable(used=state.st_atime, num_bytes=state.st_size, path=path))
         return sorted(found, key=lambda candidate: candidate.used)
 
@@ -255,17 +257,9 @@ class Cache:
         """What the cache holds, the latest use first."""
         found = []
         for home in sorted(self.root.iterdir()) if self.root.is_dir() else ():
-            if home.is_dir() and (source := _source_of(home)) is not None:
-                num_bytes = sum(map(_bytes_of, _files_below(home)))
-                found.append(
-                    Held(
-                        home=home,
-                        source=source,
-                        num_bytes=max(num_bytes, source.reserved),
-                        used=(home / _SOURCE).stat().st_mtime,
-                        is_in_use=_is_in_use(home),
-                    )
-                )
+            with contextlib.suppress(FileNotFoundError):  # another process drops it in this moment
+                if home.is_dir() and (source := _source_of(home)) is not None:
+                    found.append(_held(home, source))
         return sorted(found, key=lambda each: -each.used)
 
 
@@ -288,8 +282,26 @@ def _use(home: Path) -> Iterator[None]:
                 _claims.pop(home).close()
 
 
+def _held(home: Path, source: Source) -> Held:
+    num_bytes = sum(map(_bytes_of, _files_below(home)))
+    return Held(
+        home=home,
+        source=source,
+        num_bytes=max(num_bytes, source.reserved),
+        used=(home / _SOURCE).stat().st_mtime,
+        is_in_use=_is_in_use(home),
+    )
+
+
 def _is_in_use(home: Path) -> bool:
-    return _used_here[home] > 0 or any(map(is_held, home.glob(".use-*.claim")))
+    """Whether a process uses it. Of containers that are gone claims are left, which are touched no more."""
+    if _used_here[home] > 0:
+        return True
+    held = [path for path in home.glob(".use-*.claim") if is_held(path)]
+    if not held:
+        return False
+    now = time_of_file_system(home)
+    return not all(is_stale(path, None, now=now) for path in held)
 
 
 def _source_of(home: Path) -> Source | None:

@@ -24,7 +24,7 @@ from mlpmem_ds.core.objects.urls import join_url
 THREADS = 8
 _PARTS_AHEAD = 3
 _HASH_BYTES = 1 << 20
-_REMEDY = "push the directory again with tools/mirror.py, or check what else writes there"
+_REMEDY = "push the directory again with tools/mirror.py --replace, or check what else writes there"
 
 
 def fetch_file(store: Store, record: FileRecord, root: Path) -> None:
@@ -57,8 +57,12 @@ def fetch_file(store: Store, record: FileRecord, root: Path) -> None:
     if digest.hexdigest() != record.sha256:
         partial.unlink(missing_ok=True)
         raise DamagedDataError(f"{where} does not have the checksum of the mirror's list: {_REMEDY}")
-    flush(partial)
-    os.replace(partial, path)
+    try:
+        flush(partial)
+        os.replace(partial, path)
+    except FileNotFoundError:  # another process fetched the same file, and has given it its name
+        if fault_of_file(root, record) is not None:
+            raise
 
 
 def partial_path(path: Path, record: FileRecord) -> Path:

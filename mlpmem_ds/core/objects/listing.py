@@ -29,6 +29,7 @@ LAST_FILES = ("manifest.json", "mlpmem_export.json")
 """what makes a directory complete: sent and fetched after all others"""
 _FORMAT, _VERSION = "mlpmem-mirror", 1
 _FILES_OF_LIST = 10_000
+_REMEDY = "push the directory again with tools/mirror.py --replace"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,9 @@ def begin(store: Store, of: str, *, name: str) -> None:
     """
     content = sealed_json({"format": _FORMAT, "version": _VERSION, "of": of})
     found = store.write_if_absent(BEGUN, content)
-    begun = from_json(_Begun, _checked(store, BEGUN, found), where=join_url(store.url, BEGUN), version=1)
+    begun = from_json(
+        _Begun, _checked(store, BEGUN, found), where=join_url(store.url, BEGUN), version=_VERSION
+    )
     require_same(store, begun.of, of, name=name)
 
 
@@ -133,9 +136,7 @@ def read_listing(store: Store) -> Listing | None:
     for record in summary.lists:
         listed = store.read(record.name)
         if listed is None or _sha256(listed) != record.sha256:
-            raise DamagedDataError(
-                f"{join_url(store.url, record.name)} is missing or changed: push the directory again"
-            )
+            raise DamagedDataError(f"{join_url(store.url, record.name)} is missing or changed: {_REMEDY}")
         files += records_in(_checked(store, record.name, listed), join_url(store.url, record.name))
     return Listing(of=summary.of, sha256=_sha256(content), files=tuple(files))
 
@@ -161,7 +162,7 @@ def require_listing(store: Store, *, flag: str) -> Listing:
 
 
 def _checked(store: Store, name: str, content: bytes) -> Mapping[str, Any]:
-    return parse_sealed_json(content, join_url(store.url, name))
+    return parse_sealed_json(content, join_url(store.url, name), remedy=_REMEDY)
 
 
 def _sha256(content: bytes) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import FileRecord, record_file, size_in_words
+from mlpmem_ds.core.files import FileRecord, record_file
 from mlpmem_ds.core.objects.contents import LocalDirectory, is_for_people
 from mlpmem_ds.core.objects.journal import Journal
 from mlpmem_ds.core.objects.listing import (
@@ -50,7 +50,7 @@ class Push:
         directory: to mirror.
         store: where.
         threads: that send at once.
-        replace: take away what another directory has there.
+        replace: send all anew where the URL has a whole mirror, or that of another directory.
 
     Raises:
         UserError: the URL is another directory's mirror, or holds other bytes.
@@ -71,11 +71,20 @@ class Push:
         except UserError:
             if not replace:
                 raise
-            _logger.warning("%s: taking away what it says that it holds", store.url)
-            withdraw(store)
-            begin(store, self._of, name=str(directory.root))
-        if self._former is None:
-            self._journal.read(store.sizes())
+            self._begin_anew()
+        else:
+            if self._former is None:
+                self._journal.read(store.sizes())
+            elif replace and directory.is_complete:
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Take away what says that the mirror is whole; no object that is there is believed."""
+        _logger.warning("%s: all files are sent again, in place of what it holds", self._store.url)
+        self._former = None
+        self._journal.remove()
+        withdraw(self._store)
+        begin(self._store, self._of, name=str(self._directory.root))
 
     def _open(self) -> Listing | None:
         """The mirror of this very directory, if it is whole; of none a new one is begun."""
@@ -185,24 +194,3 @@ class Push:
         publish_listing(self._store, self._of, [records[name] for name in self._names])
         self._journal.remove()
         self._former = read_listing(self._store)
-
-
-def push(
-    directory: LocalDirectory,
-    store: Store,
-    *,
-    threads: int = THREADS,
-    replace: bool = False,
-    say: Callable[[str], None] = _logger.info,
-) -> Pushed:
-    """Send a directory as far as it is finished. See `Push`."""
-    begun = Push(directory, store, threads=threads, replace=replace)
-    if begun.is_whole:
-        say(f"{store.url} is there already, whole")
-    pushed = begun.send()
-    if pushed.num_files:
-        say(
-            f"{store.url}: sent {pushed.num_files:,} files, {size_in_words(pushed.num_bytes)} in"
-            f" {pushed.seconds:.1f} s"
-        )
-    return pushed

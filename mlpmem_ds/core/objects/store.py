@@ -7,14 +7,16 @@ temporary name first (core/files.py). The one file that uses fsspec.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError, first_line
-from mlpmem_ds.core.files import publish
+from mlpmem_ds.core.files import flush, publish
 from mlpmem_ds.core.objects.locks import PathLocks
 from mlpmem_ds.core.objects.urls import join_url
+from mlpmem_ds.core.temporaries import temporary_path
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _AGAIN = "the same command goes on where it was"
@@ -125,6 +127,8 @@ class Store:
         found = self.read(name)
         if found is not None:
             return found
+        if self.is_local:
+            return self._link_if_absent(name, content)
         try:
             with self._in_words("write", name):
                 self._fs.pipe_file(self._path(name), content, mode="create")
@@ -134,6 +138,22 @@ class Store:
                 return content
             return found
         return self.read(name) or content
+
+    def _link_if_absent(self, name: str, content: bytes) -> bytes:
+        """The same on a file system: a whole file gets its name, unless another one has it."""
+        path = self.local_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_path(path)
+        with _locks.of(path):
+            try:
+                temporary.write_bytes(content)
+                flush(temporary)
+                with contextlib.suppress(FileExistsError):
+                    _give_name(temporary, path)
+                flush(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return path.read_bytes()
 
     @contextlib.contextmanager
     def writing(self, name: str, num_bytes: int, part_bytes: int) -> Iterator[Any]:
@@ -197,6 +217,16 @@ class Store:
             place = join_url(self.url, name)
             said = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"cannot {action} {place} ({said}): {_remedy_of(error)}") from error
+
+
+def _give_name(temporary: Path, path: Path) -> None:
+    """Raises FileExistsError where there is a file of that name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: of writers at the same moment the last one wins
+        os.replace(temporary, path)
 
 
 def _remedy_of(error: BaseException) -> str:

@@ -21,7 +21,9 @@ class Config(Flags):
     example: ClassVar[str] = "python tools/mirror.py run s3://bucket/run --watch"
 
     source: str | None = option("a local directory, or a URL", None, positional=True, metavar="SOURCE")
-    target: str | None = option("the other of both", None, positional=True, metavar="TARGET")
+    target: str | None = option(
+        "where it goes: a URL, or a local directory", None, positional=True, metavar="TARGET"
+    )
     watch: bool = option(
         "go on behind running stages: send what they have finished, until it is stopped (of one stage: until"
         " it is complete and there)",
@@ -31,7 +33,9 @@ class Config(Flags):
     verify: bool = option(
         "of a URL alone: read every object and compare its checksum; after sending: the same", False
     )
-    replace: bool = option("take away another directory's mirror at the URL", False)
+    replace: bool = option(
+        "send all anew where the URL has a whole mirror, or that of another directory", False
+    )
     checkpoints: bool = option("send a training's checkpoints too", False)
     threads: int = option("files that are sent or fetched at once", 8, at_least=1)
 

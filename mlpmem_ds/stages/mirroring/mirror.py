@@ -174,7 +174,7 @@ def _cache_in_words(cache: Cache) -> str:
     ]
     for each in held:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.used))
-        state = "in use" if each.is_in_use else "free to go"
+        state = "in use" if each.is_in_use else "not in use"
         lines.append(
             f"{size_in_words(each.num_bytes):>10} of {size_in_words(each.source.num_bytes):<10} {used} "
             f" {state:10}  {each.source.url}"

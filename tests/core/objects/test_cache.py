@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -144,6 +145,41 @@ def test_what_another_live_process_uses_is_not_dropped(tmp_path: Path, held: con
         process.kill()
         process.wait()
         cache.open(two, held, flag="--keys")
+    assert [content.source.url for content in cache.contents()] == [two]
+
+
+def test_a_container_that_is_gone_uses_nothing(
+    memory_url: str, tmp_path: Path, held: contextlib.ExitStack
+) -> None:
+    """No process of this machine can ask whether it lives: its claim is no longer touched."""
+    (one, two), size = stages(tmp_path, memory_url, 2)
+    cache = Cache(tmp_path / "cache", int(1.5 * size))
+    with contextlib.ExitStack() as first:
+        root = cache.open(one, first, flag="--keys")
+    left = root.parent / ".use-container-7.claim"
+    left.write_text("container boot 7")
+    with pytest.raises(UserError, match="in use"):
+        cache.open(two, held, flag="--keys")
+    os.utime(left, (time.time() - 7200,) * 2)
+    cache.open(two, held, flag="--keys")
+    assert not root.exists()
+
+
+def test_what_another_process_drops_in_this_moment_is_passed_over(
+    memory_url: str, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one, two), _ = stages(tmp_path, memory_url, 2)
+    with contextlib.ExitStack() as held:
+        roots = [cache.open(url, held, flag="--keys") for url in (one, two)]
+    source_of = cache_module._source_of
+
+    def and_drop(home: Path) -> cache_module.Source | None:
+        source = source_of(home)
+        if home == roots[0].parent:
+            shutil.rmtree(home)
+        return source
+
+    monkeypatch.setattr(cache_module, "_source_of", and_drop)
     assert [content.source.url for content in cache.contents()] == [two]
 
 

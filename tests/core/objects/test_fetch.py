@@ -63,6 +63,21 @@ def test_finished_parts_are_not_fetched_again(
     assert [path.name for path in target.iterdir()] == ["file"]
 
 
+def test_two_processes_that_fetch_one_file_both_end_well(url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    record = record_file(tmp_path, "file")
+    Store(url).write("file", b"content")
+
+    class Overtaken(Store):
+        def read(self, name: str) -> bytes | None:
+            fetch_file(Store(self.url), record, tmp_path / "target")
+            return super().read(name)
+
+    fetch_file(Overtaken(url), record, tmp_path / "target")
+    assert (tmp_path / "target/file").read_bytes() == b"content"
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("name", ["part-2.npy", "done/3.json", "identity.json", "manifest.json", "run.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "extend", "delete"])
 def test_a_changed_object_is_refused_with_its_name(

@@ -14,6 +14,7 @@ from mlpmem_ds.core.objects.fetch import pull
 from mlpmem_ds.core.objects.listing import BEGUN, FILES, read_listing
 from mlpmem_ds.core.objects.push import Push
 from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.objects.verify import verify
 from mlpmem_ds.core.world import World
 
 from ..toy_stage import Config, result_of, run
@@ -143,3 +144,28 @@ def test_an_object_that_vanished_meanwhile_is_no_whole_mirror(memory_url: str, s
     with pytest.raises(UserError, match=r"/part-1.npy is missing, or not what was sent"):
         Push(directory_of(stage_dir), Losing(memory_url)).send()
     assert Push(directory_of(stage_dir), Store(memory_url)).send().is_whole
+
+
+def test_what_a_former_push_has_noted_is_not_believed_after_another_directory_was_there(
+    memory_url: str, stage_dir: Path, tmp_path: Path
+) -> None:
+    """Its objects may have the same names and sizes."""
+    store = Store(memory_url)
+    with pytest.raises(KeyboardInterrupt):
+        Push(directory_of(stage_dir), CountingStore(memory_url, fails_at="part-3.npy"), threads=1).send()
+    run(Config(output=tmp_path / "other", factor=3), World())
+    Push(directory_of(tmp_path / "other"), store, replace=True).send()
+    assert Push(directory_of(stage_dir), store, replace=True).send().is_whole
+    assert verify(store, flag="SOURCE").faults == ()
+
+
+def test_replace_sends_a_damaged_mirror_anew(memory_url: str, stage_dir: Path) -> None:
+    store = Store(memory_url)
+    Push(directory_of(stage_dir), store).send()
+    content = store.read("part-1.npy")
+    assert content is not None
+    store.write("part-1.npy", content[:-1] + b"X")
+    store.remove("part-2.npy")
+    assert len(verify(store, flag="SOURCE").faults) == 2
+    assert Push(directory_of(stage_dir), store, replace=True).send().num_files == 14
+    assert verify(store, flag="SOURCE").faults == ()

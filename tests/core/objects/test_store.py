@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +31,33 @@ def test_what_is_there_is_not_written_over(url: str) -> None:
     store = Store(url)
     assert store.write_if_absent("begun", b"one") == b"one"
     assert store.write_if_absent("begun", b"two") == b"one"
+
+
+def test_of_two_writers_at_the_same_moment_one_wins(url: str) -> None:
+    class Late(Store):
+        has_looked = False
+
+        def read(self, name: str) -> bytes | None:
+            if not self.has_looked:  # right before the other one writes
+                self.has_looked = True
+                return None
+            return super().read(name)
+
+    Store(url).write("begun", b"one")
+    assert Late(url).write_if_absent("begun", b"two") == b"one"
+    assert Store(url).sizes() == {"begun": 3}
+
+
+def test_without_links_a_file_gets_its_name_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(f"file://{tmp_path}/store")
+    assert store.write_if_absent("begun", b"one") == b"one" == store.read("begun")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["begun"]
 
 
 def test_a_stream_that_fails_leaves_no_object(memory_url: str) -> None:

@@ -61,7 +61,7 @@ def test_the_example_of_the_page_runs(
     assert sha256_of_file(tmp_path / "elsewhere/keys/manifest.json") == sha256_of_file(
         run_dir / "keys/manifest.json"
     )
-    assert said.splitlines()[-1].endswith(f"{url}/keys") and "free to go" in said
+    assert said.splitlines()[-1].endswith(f"{url}/keys") and "not in use" in said
     assert Store(f"{url}/index").read("manifest.json") == Path("index/manifest.json").read_bytes()
 
 
