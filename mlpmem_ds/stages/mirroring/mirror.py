@@ -76,6 +76,8 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
     """
     pushes: dict[str, Push] = {}
     is_first = True
+    if not source.is_dir():
+        _logger.info("%s does not exist yet: waiting until a stage makes it", source)
     while True:
         states: dict[str, Pushed] = {}
         directories = directories_in(source, checkpoints=config.checkpoints) if source.is_dir() else []

@@ -18,6 +18,7 @@ from mlpmem_ds.core.objects.listing import FILES
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.index import build_index
+from mlpmem_ds.stages.mirroring import mirror
 from mlpmem_ds.stages.targets import write_targets
 
 ROOT = Path(__file__).parents[3]
@@ -133,6 +134,19 @@ def test_a_stage_is_watched_until_it_is_there(
     watch.join(30)
     assert not watch.is_alive()
     run(["mirror", url, "--verify"])
+
+
+def test_a_directory_that_is_not_there_yet_is_waited_for_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name may be a wrong one."""
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mirror.time, "sleep", interrupt)  # Ctrl-C in the first pause
+    assert commands.mirror([str(tmp_path / "run"), f"file://{tmp_path}/store", "--watch"]) == 130
+    assert f"{tmp_path / 'run'} does not exist yet: waiting" in capsys.readouterr().err
 
 
 def test_a_damaged_object_and_a_missing_mirror_are_exit_code_2(
