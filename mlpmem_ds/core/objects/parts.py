@@ -139,7 +139,7 @@ def _send_in_parts(
         is_complete = isinstance(error.__cause__, FileNotFoundError) and not isinstance(
             error, DamagedDataError
         )
-        if not is_complete or store.sizes(name).get(name, num_bytes) != num_bytes:
+        if not is_complete or store.sizes(name).get(name) != num_bytes:
             raise
         while part := stream.read(size):
             digest.update(part)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import FileRecord, record_file
 from mlpmem_ds.core.objects import parts
 from mlpmem_ds.core.objects.parts import in_order, part_bytes_of, send_file
@@ -119,3 +119,19 @@ def test_two_writers_of_one_upload_both_end_well(s3_url: str, large: Path) -> No
 
     record = send_file(Overtaken(s3_url), "large", large, None)
     assert Store(s3_url).read("large") == large.read_bytes() and record.bytes == 12 * _MIB
+
+
+def test_an_upload_that_is_gone_is_not_taken_for_one_that_another_writer_ended(
+    s3_url: str, large: Path
+) -> None:
+    """As where the bucket's lifecycle rule removes it."""
+
+    class Aborted(Store):
+        def s3(self, method: str, name: str, **arguments: Any) -> dict[str, Any]:
+            if method == "complete_multipart_upload":
+                super().s3("abort_multipart_upload", name, UploadId=arguments["UploadId"])
+            return super().s3(method, name, **arguments)
+
+    with pytest.raises(UserError, match=f"{s3_url}/large"):
+        send_file(Aborted(s3_url), "large", large, None)
+    assert Store(s3_url).read("large") is None
