@@ -275,6 +275,8 @@ def read_evaluation(root: Path) -> Evaluation:
         DamagedDataError: missing, of another version, or with a key too many or too few.
     """
     path = root / EVALUATION_NAME
+    if not path.exists():
+        raise DamagedDataError(f"{path} is missing: give a directory that launch/evaluate.py has completed")
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise DamagedDataError(f"{path} is damaged: not a JSON object; run evaluate again, it writes it anew")

@@ -162,7 +162,7 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
     if not isinstance(settings, MemoryAugmentedConfig):
         raise UserError(
             f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
-            "tools/convert_checkpoint.py, or let generate join them with --memory"
+            "tools/convert_checkpoint.py, or add --memory, which is joined with it here"
         )
     check_generation_file(model)
     tokenizer = load_tokenizer(model, flag="--model")

@@ -2,7 +2,8 @@
 
 A stage names what it was made from by the hash of the input's manifest (identity.json, of an export its own
 list), and by the paths of its flags (run.json), which is how a model is found: its hash is of its weights. A
-stage that is being mended has no manifest; its log says what it was before.
+report names the gates of its arms in eval.json, also where the run was moved and its paths are of another
+place. A stage that is being mended has no manifest; its log says what it was before.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import read_json, sha256_of_file
 from mlpmem_ds.core.log import read_events
+from mlpmem_ds.formats.evaluation import EVALUATION_NAME
 from mlpmem_ds.stages.inspection.contents import EXPORT_FILE
 from mlpmem_ds.stages.inspection.watch import name_of, stage_roots
 
@@ -73,12 +75,13 @@ def _read_stage(run: Path, root: Path) -> Made:
     manifests = {str(event.get("manifest")) for event in events if event.get("event") == "complete"}
     flags = description.get("config", {})
     flags = flags if isinstance(flags, dict) else {}
+    arms = _read(root / EVALUATION_NAME).get("arms")
     own = {name: value for name, value in flags.items() if name not in _OUTPUTS}
     return Made(
         root=root.resolve(),
         name=name_of(run, root),
         hashes=frozenset(manifests | _hash_of(root / "manifest.json")),
-        inputs=frozenset(_texts(identity.get("inputs"))),
+        inputs=frozenset([*_texts(identity.get("inputs")), *_texts(arms)]),
         paths=frozenset(path for text in _texts(own) for path in _paths(text, run)),
     )
 

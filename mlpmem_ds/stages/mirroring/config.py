@@ -53,7 +53,10 @@ class Config(Flags):
                 raise UserError(f"{self.source} alone: give DIRECTORY URL, URL DIRECTORY, or URL --verify")
         elif ways[0] == ways[1]:
             kind = "two URLs" if ways[0] else "two local paths"
-            raise UserError(f"{self.source} and {self.target} are {kind}: give a directory and a URL")
+            raise UserError(
+                f"{self.source} and {self.target} are {kind}: give a directory and a URL, such as"
+                " s3://bucket/run"
+            )
         if self.from_url is not None and (self.watch or self.replace or self.checkpoints):
             raise UserError("--watch, --replace and --checkpoints go with DIRECTORY URL, which sends")
 

@@ -56,6 +56,15 @@ def test_a_stage_without_its_manifest_is_known_by_its_log(tmp_path: Path) -> Non
     assert names_from(tmp_path, "keys") == ["index"]
 
 
+def test_a_report_is_from_the_gates_of_its_arms_also_where_the_run_was_moved(tmp_path: Path) -> None:
+    gate = make(tmp_path / "gate")
+    report = make(tmp_path / "report", gate="/of/another/machine/gate")
+    assert names_from(tmp_path, "gate") == []
+    arms = [{"settings": {"gate": sha256_of_file(gate / "manifest.json")}}]
+    publish_json(report / "eval.json", {"arms": arms})
+    assert names_from(tmp_path, "gate") == ["report"]
+
+
 def test_what_a_stage_wrote_is_not_what_it_was_made_from(tmp_path: Path) -> None:
     make(tmp_path / "lists")
     make(tmp_path / "targets", lists=str(tmp_path / "lists"), copy_to=str(tmp_path / "lists"))
