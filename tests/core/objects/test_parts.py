@@ -130,8 +130,9 @@ def test_an_upload_that_is_gone_is_not_taken_for_one_that_another_writer_ended(
         def s3(self, method: str, name: str, **arguments: Any) -> dict[str, Any]:
             if method == "complete_multipart_upload":
                 super().s3("abort_multipart_upload", name, UploadId=arguments["UploadId"])
+                raise UserError(f"{self.url}/{name}: no such upload") from FileNotFoundError(name)
             return super().s3(method, name, **arguments)
 
-    with pytest.raises(UserError, match=f"{s3_url}/large"):
+    with pytest.raises(UserError, match=f"{s3_url}/large: no such upload"):
         send_file(Aborted(s3_url), "large", large, None)
     assert Store(s3_url).read("large") is None
