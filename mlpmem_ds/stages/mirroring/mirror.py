@@ -118,26 +118,25 @@ def _name_left_out(source: Path, directories: list[LocalDirectory]) -> None:
         _logger.warning("left out, for they are no stages: %s; send each by itself", ", ".join(others))
 
 
-def _mirrors_at(url: str) -> list[tuple[str, Store]]:
-    """(name below the URL, store) of each whole mirror there: one at the URL itself, or those of a run.
-
-    Raises:
-        UserError: there is none.
-    """
+def _mirrors_at(url: str) -> tuple[list[tuple[str, Store]], list[str]]:
+    """(name below the URL, store) of each whole mirror there: one at the URL itself, or those of a run. Then
+    the URLs of those that are not whole."""
     store = Store(url)
     if store.read(FILES) is not None:
-        return [("", store)]
+        return [("", store)], []
     names = list(store.sizes())
     found = sorted(name.removesuffix(FILES).rstrip("/") for name in names if name.endswith(f"/{FILES}"))
     begun = {name.removesuffix(BEGUN).rstrip("/") for name in names if name.endswith(f"/{BEGUN}")}
-    for name in sorted(begun - set(found)):
-        _logger.warning("%s is not whole: its push has not ended", join_url(url, name))
-    return [(name, Store(join_url(url, name))) for name in found] or [("", store)]
+    halves = [join_url(url, name) for name in sorted(begun - set(found)) if name]
+    return [(name, Store(join_url(url, name))) for name in found] or [("", store)], halves
 
 
 def _fetch(url: str, target: Path, config: Config) -> str:
     lines = []
-    for name, store in _mirrors_at(url):
+    mirrors, halves = _mirrors_at(url)
+    for half in halves:
+        _logger.warning("%s is not whole: its push has not ended", half)
+    for name, store in mirrors:
         start = time.monotonic()
         listing = pull(store, target / name if name else target, flag="SOURCE", threads=config.threads)
         seconds = time.monotonic() - start
@@ -151,7 +150,8 @@ def _fetch(url: str, target: Path, config: Config) -> str:
 def _verify(url: str, threads: int) -> str:
     lines: list[str] = []
     faults: list[str] = []
-    for _, store in _mirrors_at(url):
+    mirrors, halves = _mirrors_at(url)
+    for _, store in mirrors:
         verified = verify(store, flag="SOURCE", threads=threads)
         faults += verified.faults
         lines.append(
@@ -164,6 +164,9 @@ def _verify(url: str, threads: int) -> str:
             f"{faults[0]}{more}: send the directory again with --replace, or fetch what is right from"
             " elsewhere"
         )
+    if halves:
+        more = f", and {len(halves) - 1} more" if len(halves) > 1 else ""
+        raise DamagedDataError(f"{halves[0]} is not whole: its push has not ended{more}: run it again")
     return "\n".join(lines)
 
 

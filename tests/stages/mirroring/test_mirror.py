@@ -164,6 +164,20 @@ def test_a_damaged_object_and_a_missing_mirror_are_exit_code_2(
     assert path.name in capsys.readouterr().err
 
 
+def test_a_run_of_which_a_stage_is_not_whole_is_no_verified_run(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its whole stages are fetched all the same."""
+    url, store = f"file://{tmp_path}/store/run", tmp_path / "store/run"
+    run(["mirror", run_dir, url])
+    (store / "keys" / FILES).unlink()
+    assert commands.mirror([url, "--verify"]) == 2
+    assert f"{url}/keys is not whole: its push has not ended: run it again" in capsys.readouterr().err
+    run(["mirror", url, tmp_path / "copy"])
+    assert "is not whole" in capsys.readouterr().err and not (tmp_path / "copy" / "keys").exists()
+    assert (tmp_path / "copy" / "corpus" / "manifest.json").is_file()
+
+
 def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(
     keys_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
