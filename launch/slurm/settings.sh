@@ -36,5 +36,6 @@ resources evaluate                1             8             8            8   1
 resources convert_checkpoint      1             1             8            0    2:00:00
 
 # Flags that a stage gets besides its inputs and outputs, which its file in launch/slurm/ has.
+flags write_targets --corpus "$RUN/corpus" --exclude same-document  # a text is no neighbour of itself
 flags train --preset 1b --batch-positions 262144 --micro-batch-positions 16384 --learning-rate 3e-4 \
     --schedule wsd --save-every-steps 200
