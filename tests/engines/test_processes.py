@@ -96,6 +96,7 @@ def played(monkeypatch):
 def test_a_step_is_told_what_was_asked_two_steps_before(played):
     log, others = played
     others[3] = [0.0, 1.0, 0.0]
+    handler = signal.getsignal(signal.SIGUSR1)
     request = StopRequest(torch.device("cpu"))
     answers = []
     for step in range(8):
@@ -108,7 +109,7 @@ def test_a_step_is_told_what_was_asked_two_steps_before(played):
     assert [answer[1] for answer in answers] == [False] * 5 + [True] + [False] * 2
     assert [answer[2] for answer in answers] == [False] * 7 + [True]
     assert [entry for entry in log if entry[0] == "waited"] == [("waited", number) for number in range(8)]
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) == handler
 
 
 def test_a_gpu_is_read_through_pinned_memory_two_steps_later(played):

@@ -74,7 +74,9 @@ def open_source(options: JointOptions, *, lmbda: float | None = None) -> Source:
         UserError: there is no such model, or its parts do not belong together.
     """
     if not options.memory:
-        settings, tokenizer = read_export(options.model)
+        settings, tokenizer = read_export(
+            options.model, or_else=", or add --memory, which is joined with it here"
+        )
         context = getattr(settings, "max_position_embeddings", None)
         return Source(options=options, tokenizer=tokenizer, context=context, parts=None)
     parts = _open_trained(options, lmbda)
@@ -144,8 +146,8 @@ def load_model(
     return joint
 
 
-def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
-    """The export's configuration and tokenizer.
+def read_export(model: str, *, or_else: str = "") -> tuple[MemoryAugmentedConfig, Any]:
+    """The export's configuration and tokenizer; `or_else` is what else the command takes, for the remedy.
 
     Raises:
         UserError: there is no export of that name, or its tokenizer is missing or another one.
@@ -162,7 +164,7 @@ def read_export(model: str) -> tuple[MemoryAugmentedConfig, Any]:
     if not isinstance(settings, MemoryAugmentedConfig):
         raise UserError(
             f"--model {model} holds a {settings.model_type} model without a memory: give the output of "
-            "tools/convert_checkpoint.py, or add --memory, which is joined with it here"
+            f"tools/convert_checkpoint.py{or_else}"
         )
     check_generation_file(model)
     tokenizer = load_tokenizer(model, flag="--model")
