@@ -19,6 +19,7 @@
     scale               what grows with ranks, keys and positions, counted at a cluster's sizes
     fuzz                files of every kind, damaged at random (tools/fuzz_readers.py); no measurement
     gpu_check           all that needs a GPU, on a machine that has some (tools/gpu_check.sh)
+    result_files        results of quality, scaling and sweep as JSON
     made_up_corpus      random tokens that a base reads
     made_up_keys        keys that stand in for real ones in speed, and not in fidelity
 

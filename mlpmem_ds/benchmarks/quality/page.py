@@ -7,8 +7,9 @@ stand on one page.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from mlpmem_ds.benchmarks.quality.arms import BANK, BASE, BEST_MEMORIES, CONTINUED, KNN, MODELS
 from mlpmem_ds.benchmarks.quality.plots import plot_changes
@@ -42,43 +43,48 @@ from mlpmem_ds.stages.report.words import interval_text, percent_text
 _WIDTH = 98
 _ORDER = ("real", "small", "tiny")
 _FEW_DOCUMENTS = 20  # below it a bootstrap over documents is too narrow
-_FOLDER, _SCALING, _SWEEP = "results", "scaling.json", "sweep.json"
+_FOLDER, _SCALING, _SWEEP = "results", "scaling", "sweep"
+Result = TypeVar("Result")
 
 
 def publish_page(page: Path, result: QualityResult) -> None:
     """Keep this result next to the page, in place of the preset's former one, and write the page anew."""
-    folder = page.parent / _FOLDER
-    folder.mkdir(exist_ok=True)
-    write_result(folder / f"{result.preset}.json", result)
-    plot_changes(result, folder / f"{result.preset}.png")
-    _write_page(page)
+    _publish(page, result.preset, result, write_result, plot_changes)
 
 
 def publish_scaling(page: Path, result: ScalingResult) -> None:
     """The same with a result of fit_scaling."""
-    folder = page.parent / _FOLDER
-    folder.mkdir(exist_ok=True)
-    write_scaling(folder / _SCALING, result)
-    plot_scaling(result, folder / "scaling.png")
-    _write_page(page)
+    _publish(page, _SCALING, result, write_scaling, plot_scaling)
 
 
 def publish_sweep(page: Path, result: SweepResult) -> None:
     """The same with a result of `bench sweep`."""
+    _publish(page, _SWEEP, result, write_sweep, plot_sweep)
+
+
+def _publish(
+    page: Path,
+    name: str,
+    result: Result,
+    write: Callable[[Path, Result], None],
+    plot: Callable[[Result, Path], None],
+) -> None:
     folder = page.parent / _FOLDER
     folder.mkdir(exist_ok=True)
-    write_sweep(folder / _SWEEP, result)
-    plot_sweep(result, folder / "sweep.png")
+    write(folder / f"{name}.json", result)
+    plot(result, folder / f"{name}.png")
     _write_page(page)
 
 
 def _write_page(page: Path) -> None:
-    folder = page.parent / _FOLDER
-    others = (_SCALING, _SWEEP)
-    results = [read_result(path) for path in sorted(folder.glob("*.json")) if path.name not in others]
-    scaling = read_scaling(folder / _SCALING) if (folder / _SCALING).is_file() else None
-    sweep = read_sweep(folder / _SWEEP) if (folder / _SWEEP).is_file() else None
-    publish_bytes(page, render_page(results, scaling, sweep).encode())
+    places = {path.stem: path for path in sorted((page.parent / _FOLDER).glob("*.json"))}
+    scaling, sweep = places.pop(_SCALING, None), places.pop(_SWEEP, None)
+    text = render_page(
+        [read_result(path) for path in places.values()],
+        None if scaling is None else read_scaling(scaling),
+        None if sweep is None else read_sweep(sweep),
+    )
+    publish_bytes(page, text.encode())
 
 
 def render_page(

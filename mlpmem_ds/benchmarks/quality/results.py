@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import publish_json, read_json
-from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.benchmarks.result_files import read_record, write_record
 from mlpmem_ds.formats.answers import SetScores
 
 FORMAT, VERSION = "quality", 1
@@ -106,15 +104,9 @@ class QualityResult:
 
 
 def write_result(path: Path, result: QualityResult) -> None:
-    publish_json(path, {"format": f"mlpmem-{FORMAT}", "version": VERSION, **to_json(result)})
+    write_record(path, result, kind=FORMAT, version=VERSION)
 
 
 def read_result(path: Path) -> QualityResult:
-    """Raises DamagedDataError: missing, of another version, or with a key too many or too few."""
-    fields = read_json(path)
-    found = (fields.pop("format", None), fields.pop("version", None)) if isinstance(fields, dict) else None
-    if found != (f"mlpmem-{FORMAT}", VERSION):
-        raise DamagedDataError(
-            f"{path} is no mlpmem-{FORMAT} of version {VERSION}: run the benchmark again, it writes it anew"
-        )
-    return from_json(QualityResult, fields, where=str(path), version=VERSION)
+    """Raises DamagedDataError as `read_record`."""
+    return read_record(path, QualityResult, kind=FORMAT, version=VERSION, maker="the benchmark")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlpmem_ds.benchmarks.result_files import read_record, write_record
 from mlpmem_ds.benchmarks.scaling.points import Point, drawn_losses
 from mlpmem_ds.benchmarks.scaling.power_law import (
     MIN_SIZES_WITH_FLOOR,
@@ -15,9 +16,7 @@ from mlpmem_ds.benchmarks.scaling.power_law import (
     exponent_interval,
     fit_power_law,
 )
-from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import publish, publish_json, read_json
-from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.core.files import publish
 from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.stages.report.table import markdown_table
 from mlpmem_ds.stages.report.words import scaled_text
@@ -88,18 +87,12 @@ def fit_points(points: Sequence[Point]) -> tuple[Fit, ...]:
 
 
 def write_scaling(path: Path, result: ScalingResult) -> None:
-    publish_json(path, {"format": f"mlpmem-{FORMAT}", "version": VERSION, **to_json(result)})
+    write_record(path, result, kind=FORMAT, version=VERSION)
 
 
 def read_scaling(path: Path) -> ScalingResult:
-    """Raises DamagedDataError: missing, of another version, or with a key too many or too few."""
-    fields = read_json(path)
-    found = (fields.pop("format", None), fields.pop("version", None)) if isinstance(fields, dict) else None
-    if found != (f"mlpmem-{FORMAT}", VERSION):
-        raise DamagedDataError(
-            f"{path} is no mlpmem-{FORMAT} of version {VERSION}: run fit_scaling again, it writes it anew"
-        )
-    return from_json(ScalingResult, fields, where=str(path), version=VERSION)
+    """Raises DamagedDataError as `read_record`."""
+    return read_record(path, ScalingResult, kind=FORMAT, version=VERSION, maker="fit_scaling")
 
 
 def plot_scaling(result: ScalingResult, path: Path) -> None:

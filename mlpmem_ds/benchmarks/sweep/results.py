@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import publish, publish_json, read_json
-from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.benchmarks.result_files import read_record, write_record
+from mlpmem_ds.core.files import publish
 from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.stages.report.table import markdown_table
 from mlpmem_ds.stages.report.words import percent_text
@@ -79,18 +78,12 @@ class SweepResult:
 
 
 def write_sweep(path: Path, result: SweepResult) -> None:
-    publish_json(path, {"format": f"mlpmem-{FORMAT}", "version": VERSION, **to_json(result)})
+    write_record(path, result, kind=FORMAT, version=VERSION)
 
 
 def read_sweep(path: Path) -> SweepResult:
-    """Raises DamagedDataError: missing, of another version, or with a key too many or too few."""
-    fields = read_json(path)
-    found = (fields.pop("format", None), fields.pop("version", None)) if isinstance(fields, dict) else None
-    if found != (f"mlpmem-{FORMAT}", VERSION):
-        raise DamagedDataError(
-            f"{path} is no mlpmem-{FORMAT} of version {VERSION}: run bench sweep again, it writes it anew"
-        )
-    return from_json(SweepResult, fields, where=str(path), version=VERSION)
+    """Raises DamagedDataError as `read_record`."""
+    return read_record(path, SweepResult, kind=FORMAT, version=VERSION, maker="bench sweep")
 
 
 def plot_sweep(result: SweepResult, path: Path) -> None:
