@@ -7,41 +7,33 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache
 
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.gates import HistoryGate
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.history_cache import HistoryLayer
 from mlpmem_ds.models.mixture import GateInputs
 
-from .conftest import BASES, PAD, POINT, random_ids, tiny_joint
+from .carried_generation import (
+    NEW,
+    WAYS,
+    assert_a_step_with_a_static_cache_compiles_whole,
+    assert_assisted_generation_takes_rejected_tokens_back,
+    assert_every_cache_gives_what_none_gives,
+    generate,
+    set_history_gate,
+)
+from .conftest import BASES, POINT, random_ids, tiny_joint
 
-NEW = 7
+LENGTHS = (3, 8, 5)
 LAST = CapturePoint(layer=-1, point="layer_output")
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 0},
-    "several sequences": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
-    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
-    "beam sampling": {"do_sample": True, "num_beams": 2},
-}
 
 
 def with_history(family: str, *, num_memories: int = 1) -> MemoryAugmentedLM:
     """A joint model whose gate's weights vary much with what came before."""
     joint = tiny_joint(family, num_memories=num_memories)
-    torch.manual_seed(12)
-    gate = HistoryGate(lmbdas=(0.4 / num_memories,) * num_memories)
-    joint.set_gate(gate.eval().requires_grad_(False))
-    seen: list[torch.Tensor] = []
-    handle = gate.register_forward_pre_hook(lambda _, args: seen.append(gate.features(args[0])))
-    joint(random_ids(2, 11), use_cache=False)
-    handle.remove()
-    gate.standardize(seen[0].mean(dim=(0, 1)), seen[0].std(dim=(0, 1)))
-    nn.init.normal_(gate.out.weight, std=0.5)
+    set_history_gate(joint)
     return joint
 
 
@@ -79,29 +71,6 @@ def defined_weights(joint: MemoryAugmentedLM, ids_S: torch.Tensor) -> torch.Tens
     return torch.stack(weights)
 
 
-def padded(joint: MemoryAugmentedLM) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of 3, 8 and 5 tokens, padded on the left, and their mask."""
-    tokens, mask = random_ids(3, 8), torch.ones(3, 8, dtype=torch.long)
-    for row, length in enumerate((3, 8, 5)):
-        tokens[row, : 8 - length], mask[row, : 8 - length] = PAD, 0
-    return tokens, mask
-
-
-def generate(joint: MemoryAugmentedLM, way: str = "greedy", **options: Any) -> Any:
-    tokens, mask = padded(joint)
-    torch.manual_seed(13)
-    settings = GenerationConfig(
-        max_new_tokens=NEW,
-        pad_token_id=PAD,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-        output_scores=True,
-        **{**WAYS[way], **options},
-    )
-    return joint.generate(tokens, attention_mask=mask, generation_config=settings)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("num_memories", [1, 2])
 @pytest.mark.parametrize("family", BASES)
@@ -126,7 +95,7 @@ def test_each_step_weighs_as_one_forward_of_the_whole(family: str) -> None:
     joint = with_history(family, num_memories=2 if family == "llama" else 1)
     for way in ("greedy", "sampling"):
         with Weights(joint) as given:
-            sequences = generate(joint, way).sequences
+            sequences = generate(joint, way, lengths=LENGTHS).sequences
         weights = torch.cat(given, dim=1)
         assert weights.shape[:2] == (3, NEW)
         for row, num_given in enumerate((3, 8, 5)):
@@ -138,24 +107,13 @@ def test_each_step_weighs_as_one_forward_of_the_whole(family: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_every_cache_gives_what_none_gives(family: str, way: str) -> None:
-    joint = with_history(family)
-    bare = generate(joint, way, use_cache=False)
-    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}):
-        found = generate(joint, way, **options)
-        assert torch.equal(found.sequences, bare.sequences), options
-        for one, other in zip(found.logits, bare.logits, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    layers = found.past_key_values.layers
+    layers = assert_every_cache_gives_what_none_gives(with_history(family), way, lengths=LENGTHS)
     assert sum(isinstance(layer, HistoryLayer) for layer in layers) == 1
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_assisted_generation_takes_rejected_tokens_back(family: str) -> None:
-    joint, prompt = with_history(family), random_ids(1, 6)
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
-    plain = joint.generate(prompt, **options)
-    assert torch.equal(joint.generate(prompt, **options, assistant_model=joint.base), plain)
-    assert torch.equal(joint.generate(prompt, **options, prompt_lookup_num_tokens=3), plain)
+    assert_assisted_generation_takes_rejected_tokens_back(with_history(family))
 
 
 @torch.no_grad()
@@ -212,18 +170,7 @@ def test_what_has_no_history_is_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_step_with_a_static_cache_compiles_whole(family: str) -> None:
-    joint, ids_BS = with_history(family), random_ids(2, 7)
-    whole = joint(torch.cat([ids_BS, ids_BS[:, :3]], dim=1), use_cache=False).logits
-    compiled = torch.compile(joint, fullgraph=True, backend="eager")
-    cache = StaticCache(config=joint.base.config, max_cache_len=12)
-    for turn in range(2):
-        joint(ids_BS, past_key_values=cache, use_cache=True)
-        [layer] = [layer for layer in cache.layers if isinstance(layer, HistoryLayer)]
-        addresses = [values.data_ptr() for values in (layer.states, *layer.logits)]  # type: ignore[union-attr]
-        for step in range(3):
-            inputs = {"input_ids": ids_BS[:, step : step + 1], "position_ids": torch.full((2, 1), 7 + step)}
-            found = compiled(**inputs, past_key_values=cache, use_cache=True).logits
-            torch.testing.assert_close(found, whole[:, 7 + step : 8 + step], rtol=1e-4, atol=1e-4)
-        assert addresses == [values.data_ptr() for values in (layer.states, *layer.logits)], turn  # type: ignore[union-attr]
-        cache.reset()
-    torch.compiler.reset()
+    def tensors_of(layer: Any) -> list[torch.Tensor]:
+        return [layer.states, *layer.logits]
+
+    assert_a_step_with_a_static_cache_compiles_whole(with_history(family), HistoryLayer, tensors_of, 1e-4)

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache
 
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.gates import HistoryGate
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.history_cache import HistoryLayer
 from mlpmem_ds.models.mixture import log_mixture, log_mixture_of_bank
@@ -21,18 +19,20 @@ from mlpmem_ds.models.past_states import with_past
 from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 from mlpmem_ds.models.window_cache import WindowLayer, with_window
 
+from .carried_generation import (
+    assert_a_step_with_a_static_cache_compiles_whole,
+    assert_assisted_generation_takes_rejected_tokens_back,
+    assert_every_cache_gives_what_none_gives,
+    generate,
+    set_history_gate,
+)
 from .conftest import BASES, PAD, VOCAB, WIDTH, random_ids, tiny_base, tiny_memory
 
-NEW = 6
+LENGTHS = (2, 8, 5)
 WINDOW, OTHER = 4, 2
 DEPTHS = CapturePoint(layer=-1, point="layer_output", earlier=(0,))
 LAST = CapturePoint(layer=-1, point="layer_output")
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "several sequences": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
-    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
-}
 
 
 def joint_of(family: str, *, num_memories: int = 1, history: bool = False) -> MemoryAugmentedLM:
@@ -51,15 +51,7 @@ def joint_of(family: str, *, num_memories: int = 1, history: bool = False) -> Me
     joint = MemoryAugmentedLM.join(tiny_base(family).double(), memories, lmbda=0.4)
     joint.mixture = double_mixture
     if history:
-        torch.manual_seed(12)
-        gate = HistoryGate(lmbdas=(0.4 / num_memories,) * num_memories)
-        joint.set_gate(gate.eval().requires_grad_(False))
-        seen: list[torch.Tensor] = []
-        handle = gate.register_forward_pre_hook(lambda _, args: seen.append(gate.features(args[0])))
-        joint(random_ids(2, 11), use_cache=False)
-        handle.remove()
-        gate.standardize(seen[0].mean(dim=(0, 1)), seen[0].std(dim=(0, 1)))
-        nn.init.normal_(gate.out.weight, std=0.5)
+        set_history_gate(joint)
     return joint
 
 
@@ -81,29 +73,6 @@ def defined(joint: MemoryAugmentedLM, ids_S: torch.Tensor) -> torch.Tensor:
         return log_mixture(base_SV, memories[0], joint.lmbda)
     share = torch.full((len(memories),), joint.lmbda / len(memories), dtype=torch.float64)
     return log_mixture_of_bank(base_SV, memories, share)
-
-
-def padded() -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of 2, 8 and 5 tokens, padded on the left, and their mask."""
-    tokens, mask = random_ids(3, 8), torch.ones(3, 8, dtype=torch.long)
-    for row, length in enumerate((2, 8, 5)):
-        tokens[row, : 8 - length], mask[row, : 8 - length] = PAD, 0
-    return tokens, mask
-
-
-def generate(joint: MemoryAugmentedLM, way: str = "greedy", **options: Any) -> Any:
-    tokens, mask = padded()
-    torch.manual_seed(13)
-    settings = GenerationConfig(
-        max_new_tokens=NEW,
-        pad_token_id=PAD,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-        output_scores=True,
-        **{**WAYS[way], **options},
-    )
-    return joint.generate(tokens, attention_mask=mask, generation_config=settings)
 
 
 def test_windows_are_those_of_stored_states_and_end_at_padding() -> None:
@@ -154,38 +123,28 @@ def test_one_forward_reads_the_windows(family: str, num_memories: int) -> None:
 def test_each_step_gives_what_the_whole_sequence_gives(family: str, options: dict[str, Any]) -> None:
     joint = joint_of(family)
     for way in ("greedy", "several sequences"):
-        found = generate(joint, way, **options)
+        found = generate(joint, way, lengths=LENGTHS, **options)
         logits = torch.stack(found.logits, dim=1)
         copies = len(logits) // 3
         for row, sequence in enumerate(found.sequences):
-            start = 8 - (2, 8, 5)[row // copies]
+            start = 8 - LENGTHS[row // copies]
             expected = defined(joint, sequence[start:])[7 - start : -1]
             torch.testing.assert_close(logits[row].double().log_softmax(-1), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["greedy", "several sequences", "beams"])
 @pytest.mark.parametrize("history", [False, True])
 def test_every_cache_gives_what_none_gives(way: str, history: bool) -> None:
     joint = joint_of("gemma2" if history else "llama", num_memories=2, history=history)
     joint = joint.float() if history else joint  # Gemma 2 itself gives NaN at padding in float64
-    bare = generate(joint, way, use_cache=False)
-    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}):
-        found = generate(joint, way, **options)
-        assert torch.equal(found.sequences, bare.sequences), options
-        for one, other in zip(found.logits, bare.logits, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    layers = found.past_key_values.layers
+    layers = assert_every_cache_gives_what_none_gives(joint, way, lengths=LENGTHS)
     assert sum(isinstance(layer, WindowLayer) for layer in layers) == 1
     assert sum(isinstance(layer, HistoryLayer) for layer in layers) == history
 
 
 @pytest.mark.parametrize("history", [False, True])
 def test_assisted_generation_takes_rejected_tokens_back(history: bool) -> None:
-    joint, prompt = joint_of("gpt2", history=history), random_ids(1, 6)
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
-    plain = joint.generate(prompt, **options)
-    assert torch.equal(joint.generate(prompt, **options, assistant_model=joint.base), plain)
-    assert torch.equal(joint.generate(prompt, **options, prompt_lookup_num_tokens=3), plain)
+    assert_assisted_generation_takes_rejected_tokens_back(joint_of("gpt2", history=history))
 
 
 @torch.no_grad()
@@ -221,21 +180,9 @@ def test_a_cache_goes_on_where_it_was_and_a_new_one_begins_anew() -> None:
 
 @torch.no_grad()
 def test_a_step_with_a_static_cache_compiles_whole() -> None:
-    joint, ids_BS = joint_of("llama"), random_ids(2, 7)
-    whole = joint(torch.cat([ids_BS, ids_BS[:, :3]], dim=1), use_cache=False).logits
-    compiled = torch.compile(joint, fullgraph=True, backend="eager")
-    cache = StaticCache(config=joint.base.config, max_cache_len=12)
-    for turn in range(2):
-        joint(ids_BS, past_key_values=cache, use_cache=True)
-        [layer] = [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
-        addresses = [values.data_ptr() for values in layer.tensors]
-        for step in range(3):
-            inputs = {"input_ids": ids_BS[:, step : step + 1], "position_ids": torch.full((2, 1), 7 + step)}
-            found = compiled(**inputs, past_key_values=cache, use_cache=True).logits
-            torch.testing.assert_close(found.double(), whole[:, 7 + step : 8 + step], rtol=1e-5, atol=1e-5)
-        assert addresses == [values.data_ptr() for values in layer.tensors], turn
-        cache.reset()
-    torch.compiler.reset()
+    assert_a_step_with_a_static_cache_compiles_whole(
+        joint_of("llama"), WindowLayer, lambda layer: layer.tensors, 1e-5
+    )
 
 
 @torch.no_grad()
