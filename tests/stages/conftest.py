@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import option
@@ -25,7 +26,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.corpus import token_dtype
+from mlpmem_ds.formats.corpus import token_dtype, vocabulary_sha256
 from mlpmem_ds.formats.evaluation import (
     ArmFigures,
     Calibration,
@@ -36,6 +37,10 @@ from mlpmem_ds.formats.evaluation import (
     SplitFigures,
 )
 from mlpmem_ds.formats.keys import KeysManifest, file_name, unit_name
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.memory_config import MemoryConfig
 
 from ..manifests import codec_manifest, keys_manifest
 
@@ -353,3 +358,26 @@ def make_runs(
         return Runs(tmp_path_factory.mktemp("runs"), forked_training, flags, stage=stage)
 
     return make
+
+
+def save_export(root: Path, base_dir: Path, corpus_dir: Path, *, lmbda: float) -> Path:
+    """A joint model of the toy base and a random memory, with the corpus's tokenizer."""
+    torch.manual_seed(4)
+    shape = MemoryConfig(
+        input_size=16,
+        hidden_size=16,
+        intermediate_size=20,
+        num_blocks=2,
+        vocab_size=300,
+        initializer_range=0.4,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
+    MemoryAugmentedLM.from_parts(
+        GPT2LMHeadModel.from_pretrained(base_dir).eval(),
+        Memory(shape),
+        lmbda=lmbda,
+        input_point=CapturePoint(layer=0),
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+    ).save_pretrained(root)
+    tokenizer.save_pretrained(root)
+    return root

@@ -15,18 +15,16 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.models.memory import Memory
-from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.generation.config import Config
 from mlpmem_ds.stages.generation.exported_model import load_model
 from mlpmem_ds.stages.generation.generate import _encode, _generation_config, continue_batch
 from mlpmem_ds.stages.generation.text import side_by_side
 
 from ...toy_tokenizers import KINDS
+from ..conftest import save_export
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = ("alpha beta return", "in", "for value in range import é gamma")
@@ -36,28 +34,7 @@ LAMBDA = 0.45
 
 @pytest.fixture(scope="module")
 def export_dir(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir: Path) -> Path:
-    """A joint model of the toy base and a random memory, with the corpus's tokenizer."""
-    output = tmp_path_factory.mktemp("generate") / "export"
-    torch.manual_seed(4)
-    shape = MemoryConfig(
-        input_size=16,
-        hidden_size=16,
-        intermediate_size=20,
-        num_blocks=2,
-        vocab_size=300,
-        initializer_range=0.4,
-    )
-    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
-    tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
-    MemoryAugmentedLM.from_parts(
-        base,
-        Memory(shape),
-        lmbda=LAMBDA,
-        input_point=CapturePoint(layer=0),
-        vocabulary_sha256=vocabulary_sha256(tokenizer),
-    ).save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    return output
+    return save_export(tmp_path_factory.mktemp("generate") / "export", base_dir, corpus_dir, lmbda=LAMBDA)
 
 
 @pytest.fixture(scope="module")
