@@ -156,6 +156,23 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def check_places(output: Path, page: Path | None = None, *, name: str) -> None:
+    """Of a benchmark of many stages.
+
+    Args:
+        output: its directory.
+        page: that it writes too.
+        name: the benchmark's.
+
+    Raises:
+        UserError: --output is a file, or --page is in no folder.
+    """
+    if output.is_file():
+        raise UserError(f"--output {output} is a file: name a directory, such as runs/{name}")
+    if page is not None and not page.parent.is_dir():
+        raise UserError(f"--page {page}: {page.parent} does not exist; make it first")
+
+
 def check_output(path: Path) -> None:
     """Refuse an output that cannot be written, before minutes are spent.
 

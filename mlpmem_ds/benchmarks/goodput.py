@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import mlpmem_ds
-from mlpmem_ds.benchmarks.common import Report, Row, median_of, row_of
+from mlpmem_ds.benchmarks.common import Report, Row, check_places, median_of, row_of
 from mlpmem_ds.benchmarks.gpu_check.made_up import write_base, write_corpus
 from mlpmem_ds.benchmarks.gpu_check.sizes import BaseShape
 from mlpmem_ds.benchmarks.kills import Kill, KilledRun, run_under_kills, schedule
@@ -82,8 +82,7 @@ class Config(Flags):
 
 def run(config: Config, world: World) -> None:
     """Do the runs that are missing, and write goodput.json."""
-    if config.output.is_file():
-        raise UserError(f"--output {config.output} is a file: name a directory, such as runs/goodput")
+    check_places(config.output, name="goodput")
     if not (_ROOT / "launch" / "supervise.sh").is_file():
         raise UserError(
             f"launch/supervise.sh is not next to the package ({_ROOT}): run tools/bench.py of a checkout"

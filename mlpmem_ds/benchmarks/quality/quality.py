@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mlpmem_ds.benchmarks.common import describe_machine, describe_versions
+from mlpmem_ds.benchmarks.common import check_places, describe_machine, describe_versions
 from mlpmem_ds.benchmarks.quality.figures import text_result
 from mlpmem_ds.benchmarks.quality.jobs import JobRunner, runner_of
 from mlpmem_ds.benchmarks.quality.page import publish_page
@@ -84,10 +84,7 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
     Raises:
         UserError: --output is a file, or a job failed.
     """
-    if config.output.is_file():
-        raise UserError(f"--output {config.output} is a file: name a directory, such as runs/quality")
-    if config.page is not None and not config.page.parent.is_dir():
-        raise UserError(f"--page {config.page}: {config.page.parent} does not exist; make it first")
+    check_places(config.output, config.page, name="quality")
     root = config.output.absolute()
     plan = make_plan(
         preset,

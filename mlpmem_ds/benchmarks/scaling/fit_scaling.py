@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlpmem_ds.benchmarks.common import describe_machine
+from mlpmem_ds.benchmarks.common import check_places, describe_machine
 from mlpmem_ds.benchmarks.quality.jobs import runner_of
 from mlpmem_ds.benchmarks.quality.page import publish_scaling
 from mlpmem_ds.benchmarks.quality.presets import PRESETS
@@ -38,8 +38,7 @@ def run(config: Config, world: World) -> str:
     Raises:
         UserError: a job failed, or the reports are of fewer than three sizes.
     """
-    if config.output.is_file():
-        raise UserError(f"--output {config.output} is a file: name a directory, such as runs/scaling")
+    check_places(config.output, config.page, name="scaling")
     root = config.output.absolute()
     reports, text, equal = list(config.reports), "of the reports", "what the reports' trainings have alike"
     if config.preset is not None:

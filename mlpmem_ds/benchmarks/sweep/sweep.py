@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mlpmem_ds.benchmarks.common import describe_machine
+from mlpmem_ds.benchmarks.common import check_places, describe_machine
 from mlpmem_ds.benchmarks.quality.arms import BASE, KNN_INDEX
 from mlpmem_ds.benchmarks.quality.figures import FIXED_ARMS, change_of, read_reports
-from mlpmem_ds.benchmarks.quality.jobs import JobRunner, runner_of
+from mlpmem_ds.benchmarks.quality.jobs import runner_of
 from mlpmem_ds.benchmarks.quality.page import publish_sweep
 from mlpmem_ds.benchmarks.quality.plan import Plan
 from mlpmem_ds.benchmarks.quality.presets import Preset
@@ -25,7 +25,6 @@ from mlpmem_ds.benchmarks.sweep.results import (
 )
 from mlpmem_ds.benchmarks.sweep.settings import PRESET, SWEEP, Setting, Sweep, base_plan, setting_plan
 from mlpmem_ds.core.config import Flags, option
-from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
 
@@ -63,19 +62,16 @@ def run_sweep(preset: Preset, sweep: Sweep, config: Config) -> SweepResult:
     Raises:
         UserError: --output is a file, --page is in no folder, or a job failed.
     """
-    if config.output.is_file():
-        raise UserError(f"--output {config.output} is a file: name a directory, such as runs/sweep")
-    if config.page is not None and not config.page.parent.is_dir():
-        raise UserError(f"--page {config.page}: {config.page.parent} does not exist; make it first")
+    check_places(config.output, config.page, name="sweep")
     root = config.output.absolute()
     found, settings = [], sweep.settings()
     for number, setting in enumerate(settings, start=1):
         _logger.info("setting %d of %d: %s", number, len(settings), setting.name)
         base_root = root / f"base-{setting.base_epochs}"
-        _runner(base_root, config).run(base_plan(preset, setting.base_epochs, base_root).jobs)
+        runner_of(base_root, config.jobs).run(base_plan(preset, setting.base_epochs, base_root).jobs)
         setting_root = root / setting.name
         plan = setting_plan(preset, setting, setting_root, base=base_root / "base", num_seeds=config.seeds)
-        _runner(setting_root, config).run(plan.jobs)
+        runner_of(setting_root, config.jobs).run(plan.jobs)
         found.append(setting_result(setting, plan, setting_root))
     machine = describe_machine()
     result = SweepResult(
@@ -95,10 +91,6 @@ def run_sweep(preset: Preset, sweep: Sweep, config: Config) -> SweepResult:
         publish_sweep(config.page, result)
         _logger.info("the page is %s", config.page)
     return result
-
-
-def _runner(root: Path, config: Config) -> JobRunner:
-    return runner_of(root, config.jobs)
 
 
 def setting_result(setting: Setting, plan: Plan, root: Path) -> SettingResult:
