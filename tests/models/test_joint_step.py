@@ -12,8 +12,9 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.joint_step import BaseOnly
 from mlpmem_ds.models.mixture import Constant, Weights, log_mixture_of_bank
 
+from .carried_generation import generate
 from .conftest import POINT, VOCAB, WIDTH, expected_log_probabilities, random_ids, tiny_joint
-from .test_history_cache import LAST, generate, with_history
+from .test_history_cache import LAST, LENGTHS, with_history
 from .test_history_cache import Weights as Given
 
 
@@ -66,9 +67,9 @@ def test_a_bank_mixes_memories_that_read_different_states(family: str) -> None:
 @torch.no_grad()
 def test_without_a_threshold_nothing_is_left_out_and_with_one_of_0_neither() -> None:
     joint = with_history("llama")
-    plain = generate(joint)
+    plain = generate(joint, "greedy", lengths=LENGTHS)
     joint.base_only_threshold = 0.0
-    assert torch.equal(generate(joint).sequences, plain.sequences)
+    assert torch.equal(generate(joint, "greedy", lengths=LENGTHS).sequences, plain.sequences)
     assert joint.base_only.rows == 3 * 6 and joint.base_only.skipped_rows == 0
     for wrong in (-0.1, 1.1, True, "0.1"):
         with pytest.raises(ValueError, match="base_only_threshold"):

@@ -61,7 +61,7 @@ def test_models_are_loaded_on_the_gpu_of_the_rank(
     monkeypatch.setattr(key_inputs, "TransformersSource", give)
     monkeypatch.setattr(base_arm, "TransformersSource", give)
     monkeypatch.setattr(exported_model, "load_model", give)
-    monkeypatch.setattr(exported_model, "read_export", lambda model: (None, None))
+    monkeypatch.setattr(exported_model, "read_export", lambda *_, **__: (None, None))
     monkeypatch.setattr(run_lm_eval, "open_encoder", lambda *_, **__: None)
     monkeypatch.setattr(run_lm_eval, "require_end", lambda encoder: 0)
     monkeypatch.setattr(run_lm_eval, "load_tasks", lambda *_, **__: None)
