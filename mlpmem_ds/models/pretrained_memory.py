@@ -4,7 +4,7 @@ This file travels with exported models as remote code: it imports torch and the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,10 @@ class PretrainedMemory:
 
         try:
             description = json.loads((root / "weights" / "config.json").read_bytes())
-            with torch.device("meta"):
-                module = Memory(MemoryConfig.from_dict(description["memory"]))
             weights: dict[str, torch.Tensor] = {}
             for file in sorted((root / "weights").glob("model*.safetensors")):  # one, or several
                 weights |= load_file(file)
-            module.load_state_dict(weights, assign=True)
+            module = build_memory(description["memory"], weights)
             provenance = description["provenance"]
             layer, point = provenance["input_layer"], provenance["input_point"]
         except Exception as error:  # safetensors raises a family of its own
@@ -68,3 +66,18 @@ class PretrainedMemory:
     @property
     def point(self) -> CapturePoint:
         return CapturePoint.of(self)
+
+
+def build_memory(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Memory:
+    """A memory of these settings that holds these tensors themselves, not copies.
+
+    Raises:
+        ValueError: the settings are none of a memory, or the weights are not of its shape.
+    """
+    with torch.device("meta"):
+        memory = Memory(MemoryConfig.from_dict(dict(settings)))
+    try:
+        memory.load_state_dict(dict(weights), assign=True)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return memory

@@ -18,6 +18,7 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.pretrained_memory import build_memory
 
 VOCAB, WIDTH = 40, 16
 IDS = torch.tensor([[5, 7, 8, 21], [29, 3, 3, 19]])
@@ -125,3 +126,12 @@ def test_pipeline_generates_with_the_memory(base_dir: Path, memory_dir: Path) ->
     assert with_memory == tokenizer.decode(new, skip_special_tokens=True)
     joint.lmbda = 0.0
     assert generate("w5", **way)[0]["generated_text"] != with_memory
+
+
+def test_a_memory_is_built_around_tensors_of_its_own_shape(memory: Memory) -> None:
+    weights = memory.state_dict()
+    built = build_memory(SHAPE.to_dict(), weights)
+    assert all(one.data_ptr() == weights[name].data_ptr() for name, one in built.state_dict().items())
+    del weights["final_norm.weight"]
+    with pytest.raises(ValueError, match="final_norm.weight"):
+        build_memory(SHAPE.to_dict(), weights)

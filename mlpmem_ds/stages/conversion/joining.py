@@ -11,9 +11,7 @@ from mlpmem_ds.formats.trained_models import TrainedMemory
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.generation_settings import complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.models.memory import Memory
-from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.pretrained_memory import PretrainedMemory
+from mlpmem_ds.models.pretrained_memory import PretrainedMemory, build_memory
 from mlpmem_ds.stages.conversion.gate_inputs import stored_gate
 from mlpmem_ds.stages.conversion.inputs import ExportInputs
 
@@ -62,11 +60,9 @@ def join_parts(
 
 def _pretrained(trained: TrainedMemory) -> PretrainedMemory:
     """The plain memory with the trained weights, as a joint model takes it."""
-    with torch.device("meta"):
-        memory = Memory(MemoryConfig.from_dict(dict(trained.memory)))
     try:
-        memory.load_state_dict(trained.weights, assign=True)
-    except RuntimeError as error:
+        memory = build_memory(trained.memory, trained.weights)
+    except ValueError as error:
         raise DamagedDataError(
             f"the memory's weights do not fit their own configuration ({error}): run launch/train.py again"
         ) from error

@@ -30,6 +30,7 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.trained_models import (
     MemoryManifest,
     Provenance,
+    TrainedMemory,
     read_memory_description,
     read_weights,
 )
@@ -37,8 +38,7 @@ from mlpmem_ds.maths.head_scores import HeadScores, head_scores
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
-from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.pretrained_memory import PretrainedMemory
+from mlpmem_ds.models.pretrained_memory import PretrainedMemory, build_memory
 from mlpmem_ds.models.quantized import Int8Linear, quantize_linears
 from mlpmem_ds.models.shared_head import SharedHead
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
@@ -228,7 +228,7 @@ def _read_training(root: Path, flag: str) -> StoredMemory:
         root=root,
         flag=flag,
         sha256=trained.sha256,
-        memory=_build_memory(trained.memory, trained.weights, f"{flag} {root}"),
+        memory=_memory_of(trained, f"{flag} {root}"),
         layer=provenance.input_layer,
         point=provenance.input_point,
         earlier=provenance.input_earlier_layers,
@@ -265,16 +265,13 @@ def _read_export(root: Path, flag: str, shared: Path | None) -> StoredMemory:
     )
 
 
-def _build_memory(shape: Mapping[str, Any], weights: Mapping[str, torch.Tensor], name: str) -> Memory:
+def _memory_of(trained: TrainedMemory, name: str) -> Memory:
     try:
-        with torch.device("meta"):
-            memory = Memory(MemoryConfig.from_dict(shape))
-        memory.load_state_dict(dict(weights), assign=True)
-    except (ValueError, RuntimeError) as error:
+        return build_memory(trained.memory, trained.weights)
+    except ValueError as error:
         raise DamagedDataError(
             f"{name}: the weights do not fit the memory's configuration ({error}): train it again"
         ) from error
-    return memory
 
 
 def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) -> None:
