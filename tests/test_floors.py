@@ -24,6 +24,7 @@ FLOORS = {
         "numpy", "torch", "accelerate", "datasets", "datasketch", "deepspeed", "faiss", "lm_eval",
         "matplotlib", "mpi4py", "peft", "bm25s", "rich", "tokenizers", "transformers", "webdataset",
     },
+    "serving": {"torch", "transformers", "vllm"},
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
     "benchmarks": {
         "numpy", "torch", "faiss", "pyarrow", "pytest", "tokenizers", "transformers", "zstandard",
@@ -53,6 +54,7 @@ OWNERS: dict[str, set[str]] = {
         "maths/kernels/list_candidates.py",
         "maths/kernels/probability_rows.py",
     },
+    "vllm": {"serving/vllm_model.py", "serving/vllm_plugin.py", "serving/vllm_requests.py"},
     "wandb": {"stages/training/metrics.py"},
     "webdataset": {"engines/webdataset_stream.py"},  # `train --loader webdataset`; a format that others read
     "zstandard": {"formats/streams.py", "formats/target_shards.py"},
@@ -91,6 +93,7 @@ OWNERS: dict[str, set[str]] = {
         "models/joint_parts.py",
         "models/shape.py",
         "models/structure.py",
+        "serving/transformers_serve.py",
         "stages/base/decoder_training.py",
         "stages/base/model.py",
         "stages/base/objective.py",

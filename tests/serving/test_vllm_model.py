@@ -1,0 +1,168 @@
+"""The class for vLLM, over stand-ins of vLLM: its logits are those of the transformers class."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.gates import ConfidencesGate, HistoryGate, RouterGate
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.mixture import Weights
+from mlpmem_ds.models.shared_head import head_fingerprint
+from mlpmem_ds.models.structure import output_head
+from mlpmem_ds.serving.request_weights import STEP
+
+from ..models.conftest import WIDTH, random_ids, spread, tiny_base, tiny_joint, tiny_memory
+from .conftest import BaseWithOutputs, engine_config
+
+POINTS = {
+    "last": CapturePoint(layer=-1, point="final_norm"),
+    "mlp": CapturePoint(layer=2),
+    "mlps": CapturePoint(layer=-1, earlier=(0, 2)),
+    "output": CapturePoint(layer=1, point="layer_output"),
+    "last-and-earlier": CapturePoint(layer=-1, point="final_norm", earlier=(0, 2)),
+}
+IDS_T = random_ids(1, 9)[0]
+ROWS = torch.tensor([8, 2, 5])  # as of three requests
+
+
+def served(vllm: SimpleNamespace, joint: MemoryAugmentedLM, **changes: Any) -> Any:
+    """The export's weights in the class for vLLM."""
+    model = vllm.vllm_model.MemoryAugmentedLM(vllm_config=engine_config(joint, **changes)).eval()
+    loaded = model.load_weights(joint.state_dict().items())
+    missing = {name for name, _ in model.named_parameters() if not name.startswith("base.")} - loaded
+    assert not missing
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: Any, rows: torch.Tensor = ROWS) -> torch.Tensor:
+    states = model(IDS_T, torch.arange(len(IDS_T)))
+    return model.compute_logits(states[rows])
+
+
+@torch.no_grad()
+def expected_of(joint: MemoryAugmentedLM, rows: torch.Tensor = ROWS) -> torch.Tensor:
+    return joint(input_ids=IDS_T[None]).logits[0, rows]
+
+
+def joint_at(point: CapturePoint, family: str = "llama", **changes: Any) -> MemoryAugmentedLM:
+    memory = tiny_memory(input_size=WIDTH * len(point.parts), **changes)
+    return MemoryAugmentedLM.from_parts(tiny_base(family), memory, lmbda=0.4, input_point=point)
+
+
+@pytest.mark.parametrize("base_class", [None, BaseWithOutputs], ids=["hooks", "outputs"])
+@pytest.mark.parametrize("point", list(POINTS))
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_are_those_of_the_transformers_class(
+    vllm: SimpleNamespace, family: str, point: str, base_class: Any
+) -> None:
+    joint = joint_at(POINTS[point], family)
+    model = served(vllm, joint, **({} if base_class is None else {"base_class": base_class}))
+    torch.testing.assert_close(logits_of(model), expected_of(joint), rtol=0, atol=1e-5)
+
+
+def test_logits_of_a_base_with_a_soft_cap(vllm: SimpleNamespace) -> None:
+    joint = joint_at(POINTS["last"], "gemma2", logit_softcap=5.0)
+    torch.testing.assert_close(logits_of(served(vllm, joint)), expected_of(joint), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        Weights((0.3,)),
+        ConfidencesGate(lmbdas=[0.3], hidden=8),
+        RouterGate(lmbdas=[0.3], base_size=WIDTH, memory_sizes=[24], hidden=8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("threshold", [None, 0.35])
+def test_gates_and_the_base_alone(vllm: SimpleNamespace, gate: Any, threshold: float | None) -> None:
+    joint = tiny_joint("llama")
+    if isinstance(gate, torch.nn.Module):
+        spread(gate, 4)
+    joint.set_gate(gate)
+    joint.base_only_threshold = threshold
+    torch.testing.assert_close(logits_of(served(vllm, joint)), expected_of(joint), rtol=0, atol=1e-5)
+
+
+def test_a_bank(vllm: SimpleNamespace) -> None:
+    joint = tiny_joint("llama", num_memories=3)
+    joint.set_gate(Weights((0.2, 0.1, 0.4)))
+    torch.testing.assert_close(logits_of(served(vllm, joint)), expected_of(joint), rtol=0, atol=1e-5)
+
+
+def test_a_memory_with_the_bases_head_uses_the_engines(vllm: SimpleNamespace) -> None:
+    base = tiny_base("llama")
+    fingerprint = head_fingerprint(output_head(base)[0])
+    memory = tiny_memory(hidden_size=WIDTH, shared_head=fingerprint)
+    joint = MemoryAugmentedLM.from_parts(base, memory, lmbda=0.4, input_point=POINTS["last"])
+    assert not any("memory.head" in name for name in joint.state_dict())
+    model = served(vllm, joint)
+    torch.testing.assert_close(logits_of(model), expected_of(joint), rtol=0, atol=1e-5)
+    assert model.base.num_heads_used == 2
+
+
+def test_without_weight_the_logits_are_the_bases_bit_for_bit(vllm: SimpleNamespace) -> None:
+    joint = tiny_joint("llama", lmbda=0.0)
+    model = served(vllm, joint)
+    with torch.no_grad():
+        final = model(IDS_T, torch.arange(len(IDS_T)))[ROWS, :WIDTH]
+        assert torch.equal(logits_of(model), model.base.compute_logits(final))
+        assert torch.equal(model.embed_input_ids(IDS_T), joint.base.get_input_embeddings()(IDS_T))
+
+
+@pytest.mark.parametrize("num_memories", [1, 2])
+@pytest.mark.parametrize("default", [0.0, 0.4])
+def test_each_request_has_its_own_weight(vllm: SimpleNamespace, default: float, num_memories: int) -> None:
+    joint = tiny_joint("llama", lmbda=default, num_memories=num_memories)
+    model = served(vllm, joint)
+    STEP.put(torch.tensor([0.9, float("nan"), 0.0], dtype=torch.float64))
+    found = logits_of(model)
+    for row, lmbda in enumerate((0.9, default, 0.0)):
+        joint.lmbda = lmbda
+        torch.testing.assert_close(found[row], expected_of(joint)[row], rtol=0, atol=1e-5)
+    # Prompt log-probabilities, asked for in the same step, are of the engine's weight.
+    joint.lmbda = default
+    prompt = torch.arange(6)
+    torch.testing.assert_close(logits_of(model, prompt), expected_of(joint, prompt), rtol=0, atol=1e-5)
+
+
+def test_a_fixed_weight_in_the_place_of_a_learned_gate(vllm: SimpleNamespace) -> None:
+    joint = tiny_joint("llama")
+    joint.set_gate(HistoryGate(lmbdas=[0.3], hidden=8))
+    weights = dict(joint.state_dict())
+    with pytest.raises(ValueError, match="reads a history"):
+        vllm.vllm_model.MemoryAugmentedLM(vllm_config=engine_config(joint))
+    joint.config.gate, joint.config.lmbda = {"kind": "constant"}, 0.25  # as by --hf-overrides
+    model = vllm.vllm_model.MemoryAugmentedLM(vllm_config=engine_config(joint)).eval()
+    model.load_weights(weights.items())
+    joint.lmbda = 0.25
+    torch.testing.assert_close(logits_of(model), expected_of(joint), rtol=0, atol=1e-5)
+
+
+def test_what_a_compiled_model_hands_over(vllm: SimpleNamespace) -> None:
+    for name in ("last", "last-and-earlier"):
+        served(vllm, joint_at(POINTS[name]), enforce_eager=False, base_class=BaseWithOutputs)
+    for name, base_class in (("mlp", BaseWithOutputs), ("output", None)):
+        changes = {} if base_class is None else {"base_class": base_class}
+        with pytest.raises(ValueError, match="--enforce-eager, or train a memory on keys of"):
+            served(vllm, joint_at(POINTS[name]), enforce_eager=False, **changes)
+
+
+def test_modes_that_would_give_other_results_are_refused(vllm: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="--tensor-parallel-size"):
+        served(vllm, joint_at(POINTS["last"]), pipeline_parallel_size=2)
+    with pytest.raises(ValueError, match="leave out --speculative-config"):
+        served(vllm, joint_at(POINTS["mlp"]), speculative_config=object())
+    served(vllm, joint_at(POINTS["last"]), speculative_config=object())
+
+
+def test_logits_that_another_rank_gathers(vllm: SimpleNamespace) -> None:
+    model = served(vllm, joint_at(POINTS["last"]))
+    model.base.compute_logits = lambda hidden: None
+    assert logits_of(model) is None
