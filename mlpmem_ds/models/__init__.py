@@ -17,10 +17,13 @@ Read in this order; files marked * are copied into every export and import nothi
     history_cache*     a gate its history,
     window_cache*      a memory with a window the states of the positions before
     joint_step*        from one forward of the base to the mixture, with or without the memories
+    joint_forward*     a forward of the joint model: base, memories, and what the cache carries
+    forward_docs*      what that forward takes and gives, in words
     hf*                the joint model: its forward, generation, saving and loading
     pretrained_memory* a trained memory that waits for its base
     generation_settings where generation stops, and the rows that it never takes
     quantized*         a memory with int8 matrices, for decoding
+    quantized_base*    a base of 4 or 8 bits, whose memories and gate stay as they are
     mixture_on_device  the mixture of logits by Triton
     mixture_scores     the mixture of log-probabilities kept in NumPy, for report and validation
     past_states        states of a position and of those before it in stored text, for a memory with a window

@@ -63,6 +63,7 @@ def load_base(
     attention: str = "auto",
     device_map: str | dict[str, Any] | None = None,
     offload_folder: str | Path | None = None,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """A causal language model from a directory or from the Hub, in eval mode, without gradients.
 
@@ -76,6 +77,7 @@ def load_base(
 
     `device_map` spreads a model that is too large for one device over several, layer by layer (accelerate):
     `auto` and its like, or a mapping of module paths to devices, `cpu` or `disk`; `device` is not used then.
+    `quantization_config` is of transformers, such as `BitsAndBytesConfig`.
     """
     from transformers import AutoModelForCausalLM  # seconds to import; a start may need no base
 
@@ -90,6 +92,8 @@ def load_base(
         placement = {"device_map": device_map, "offload_folder": offload_folder}
     elif device is not None and torch.device(device).type != "cpu":
         placement = {"device_map": {"": torch.device(device)}}
+    if quantization_config is not None:
+        placement["quantization_config"] = quantization_config
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,

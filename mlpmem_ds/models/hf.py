@@ -21,7 +21,6 @@ import copy
 import inspect
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backbone import Taps
 from .capture_point import CapturePoint
-from .carried_layers import carried_layer, carry
+from .forward_docs import FORWARD, documented
 from .gates import open_gate
 from .hf_config import MemoryAugmentedConfig, checked_threshold
-from .history_cache import HistoryLayer
+from .joint_forward import JointForward
 from .joint_parts import (
     checked_gate,
     described_memories,
     input_points,
-    is_nothing,
     joint_config,
-    kept_positions,
     plain_memory,
-    real_tokens,
     windows_of,
 )
 from .joint_step import BaseOnly, Mixture, Step
@@ -53,18 +49,32 @@ from .memory_config import DEFAULT_LAMBDA, MemoryConfig
 from .mixture import Constant, StoredGate, log_mixture_of_logits
 from .pretrained_memory import PretrainedMemory
 from .quantized import Int8Linear, quantize_linears
+from .quantized_base import for_the_base_alone, prepare_to_save
 
 
 class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
-    """A causal language model whose next-token distribution is the mixture of its base's and its memory's.
+    r"""A causal language model whose next-token distribution is the mixture of its base's and its memory's.
 
-    `mixture`, the function `mixture.log_mixture_of_logits`, may be replaced by a faster one, such as
-    `mixture_on_device` of the package, two launches on CUDA, which need not be differentiable. `gate` finds
-    the weight of the memory, or of each memory of a bank, at each position; `set_gate` takes another. With
-    `base_only_threshold`, where the weight is lower, it is 0, and in decoding the memory does not run where
-    that is foreseen; `base_only` counts.
+    It is a transformers model: `generate`, `save_pretrained`, `pipeline` and the Auto classes work as with
+    the base. `from_pretrained` loads an export, or joins a base with a memory; `join` does so with loaded
+    parts. The base's weights are not changed by anything here. A forward can be compiled whole wherever the
+    base's can (`generate(…, cache_implementation="static")`).
 
-    A forward can be compiled whole wherever the base's can (`generate(…, cache_implementation="static")`).
+    Args:
+        config: a `MemoryAugmentedConfig` with base and memory.
+        base, memory, further: trained parts, which are kept as they are; without them all start fresh.
+
+    Attributes:
+        lmbda (`float`): the memory's weight, in [0, 1], at every position; 0: the base's own logits, bit for
+            bit. Setting it replaces a gate.
+        gate: gives the weight of the memory, or of each of a bank, at each position; `set_gate` takes
+            another.
+        base_only_threshold (`float`, *optional*): where the weight is lower, it is 0, and in decoding the
+            memory does not run where that is foreseen; `base_only` counts.
+        mixture (`Callable`): the function `mixture.log_mixture_of_logits`; it may be replaced by a faster
+            one, such as `mixture_on_device` of the package, two launches on CUDA, which need not be
+            differentiable.
+        base, memories: the parts; the memories of a bank are several.
     """
 
     config_class = MemoryAugmentedConfig
@@ -123,15 +133,22 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             name: the export; with `memory`, the base.
             memory: a `PretrainedMemory`, or what `load_memory` reads; or a list of several, a bank.
             lmbda: the memory's weight in [0, 1]; default: the export's, or `DEFAULT_LAMBDA`.
-            args, kwargs: of transformers' own `from_pretrained`.
+            args, kwargs: of transformers' own `from_pretrained`; a `quantization_config` holds for the base.
 
         Raises:
             ValueError: a memory was trained for another kind of base, or lmbda is out of range.
         """
         if memory is None:
+            if (given := kwargs.get("quantization_config")) is not None:
+                origin = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+                config = kwargs.get("config") or cls.config_class.from_pretrained(name, **origin)
+                kwargs["quantization_config"] = for_the_base_alone(given, config)
             loaded = super().from_pretrained(name, *args, **kwargs)
+            joint = loaded[0] if isinstance(loaded, tuple) else loaded
+            if getattr(joint, "hf_quantizer", None):
+                joint._make_taps_anew()  # a module at which a state is read may have been replaced
             if lmbda is not None:
-                (loaded[0] if isinstance(loaded, tuple) else loaded).lmbda = lmbda
+                joint.lmbda = lmbda
             return loaded
         memories = memory if isinstance(memory, list | tuple) else [memory]
         is_model = isinstance(name, PreTrainedModel)
@@ -247,8 +264,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         if isinstance(gate, Constant):
             self.config.lmbda = float(gate.lmbda)
         if not is_read:
-            self._taps.remove()
-            self._taps = self._make_taps()
+            self._make_taps_anew()
 
     @property
     def base_only_threshold(self) -> float | None:
@@ -273,11 +289,14 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Raises ValueError after `quantize_memory`: the float weights are gone."""
+        """As transformers'. Raises ValueError after `quantize_memory`, and where the base was quantized by
+        another library than bitsandbytes: the float weights are gone."""
         if any(isinstance(module, Int8Linear) for module in self.memory.modules()):
             raise ValueError("a model with an int8 memory is not saved: save it before quantize_memory()")
+        prepare_to_save(self.base)
         return super().save_pretrained(*args, **kwargs)
 
+    @documented(FORWARD)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -292,14 +311,6 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         token_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """One forward of the base, and of the memory on the kept positions; for a gate with a history on all.
-
-        `logits [B, K, V]`: float32, log-probabilities of the mixture and in each row the log-sum-exp of the
-        base's logits; these themselves when lmbda is 0. `labels` follow the convention of transformers:
-        aligned with `input_ids`, shifted here, -100 ignored, mean loss in nats. `token_mask [B, S]`, false
-        for padding among the new tokens, is needed where `attention_mask` is not `[B, length]`, for a gate
-        with a history and memories with a window.
-        """
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -310,7 +321,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         }
         arguments = {name: value for name, value in given.items() if value is not None}
         loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
-        output, logits = self._base_and_mixture({**arguments, **kwargs}, logits_to_keep, token_mask)
+        output, logits = self._forward_of_parts().run({**arguments, **kwargs}, logits_to_keep, token_mask)
         loss = None
         if labels is not None:
             loss = self.base.loss_function(
@@ -325,43 +336,6 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return joint if as_dict else joint.to_tuple()
-
-    def _base_and_mixture(
-        self, arguments: dict[str, Any], logits_to_keep: int | torch.Tensor, token_mask: torch.Tensor | None
-    ) -> tuple[Any, torch.Tensor]:
-        """The base's output for these arguments, and the joint model's logits [B, K, V] at the kept
-        positions."""
-        is_base_alone = is_nothing(self.gate)
-        has_history = not is_base_alone and self.gate.history is not None
-        # With a history the tokens are looked up in the logits of all positions.
-        num_logits = 0 if has_history else logits_to_keep
-        base_keeps = "logits_to_keep" in self._base_parameters
-        if base_keeps:
-            arguments["logits_to_keep"] = num_logits
-        if is_base_alone:
-            # A shortcut, not another way to mix: the memory need not run, and the logits stay as they are.
-            output = self.base(**arguments, return_dict=True)
-            return output, output.logits if base_keeps else kept_positions(output.logits, num_logits)
-        ids_BS: Any = arguments.get("input_ids")
-        if has_history and ids_BS is None:
-            raise ValueError("a gate with a history reads the tokens themselves: give input_ids")
-        new_BS = arguments["inputs_embeds"][..., 0] if ids_BS is None else ids_BS
-        cache, is_real_BS = arguments.get("past_key_values"), None
-        if has_history or self._windows.sizes:
-            is_real_BS = real_tokens(new_BS, token_mask, arguments.get("attention_mask"))
-        before = carried_layer(cache, HistoryLayer) if has_history else None
-        forward = partial(self._taps.read, self.base, *new_BS.shape, **arguments, return_dict=True)
-        output, states = self._windows.follow(forward, cache, is_real_BS, logits_to_keep, needs=num_logits)
-        if is_real_BS is None or not has_history:
-            base_logits_BKV = output.logits if base_keeps else kept_positions(output.logits, num_logits)
-            states = {name: kept_positions(state_BSD, num_logits) for name, state_BSD in states.items()}
-            return output, self._step().mix(base_logits_BKV, states)
-        logits_BKV, tail = self._step().mix_and_follow(
-            output.logits, states, ids_BS, is_real_BS, before, logits_to_keep
-        )
-        if output.get("past_key_values") is not None:
-            tail.write_to(carry(output.past_key_values, before, HistoryLayer))
-        return output, logits_BKV
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
@@ -385,6 +359,10 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
 
+    def _make_taps_anew(self) -> None:
+        self._taps.remove()
+        self._taps = self._make_taps()
+
     def _make_taps(self) -> Taps:
         config: Any = self.config
         points = {**self.gate.reads, **input_points(config, self.base)}
@@ -392,13 +370,20 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         weakref.finalize(self, taps.remove)  # the base may outlive this model
         return taps
 
-    def _step(self) -> Step:
-        return Step(
+    def _forward_of_parts(self) -> JointForward:
+        step = Step(
             memories=self.memories,
             gate=self.gate,
             mixture=self.mixture,
             threshold=self.base_only_threshold,
             base_only=self.base_only,
+        )
+        return JointForward(
+            base=self.base,
+            parameters=self._base_parameters,
+            taps=self._taps,
+            windows=self._windows,
+            step=step,
         )
 
     @torch.no_grad()

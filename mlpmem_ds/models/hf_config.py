@@ -15,16 +15,40 @@ from .mixture import checked_lmbda
 
 
 class MemoryAugmentedConfig(PretrainedConfig):
-    """The base's config, the memory's config, and how they are joined.
+    r"""The base's config, the memory's config, and how they are joined.
 
-    `base_config` is the base's full config (a dict with its `model_type`, or the object), `memory_config` the
-    dict of a `MemoryConfig`, `lmbda` the memory's weight in [0, 1], `gate` what finds the weight at each
-    position (a dict with a `kind` of `gates.GATES` and its settings; None: `lmbda` everywhere),
-    `input_layer`, `input_point` and `input_earlier_layers` what the memory reads (see `CapturePoint`),
-    `further_memories` the same four and `provenance` of the other memories of a bank, `base_only_threshold`
-    the weight below which a memory is left out, `layers_path` the base's list of layers where it cannot be
-    found by structure, `provenance` plain values about how the memory was made, `vocabulary_sha256` the
-    fingerprint of the tokenizer's vocabulary, empty when unknown.
+    It stands for its base: `vocab_size`, `hidden_size`, `num_hidden_layers`, `max_position_embeddings` and
+    `get_text_config()` are the base's.
+
+    Args:
+        base_config (`dict` or `PretrainedConfig`): the base's full config, as a dict with its `model_type`.
+        memory_config (`dict`): of a `MemoryConfig`, the memory's shape.
+        lmbda (`float`, *optional*, defaults to 0.25): the memory's weight in the mixture, in [0, 1].
+        gate (`dict`, *optional*): what finds the weight at each position, by its `kind` of `gates.GATES` and
+            its settings; None: `lmbda` everywhere.
+        input_layer (`int`, *optional*, defaults to -1): the layer of the base that the memory reads, from the
+            end where negative.
+        input_point (`str`, *optional*, defaults to `"ffn_input"`): where in that layer; see `CapturePoint`.
+        input_earlier_layers (`list[int]`, *optional*): layers whose states stand before that one's.
+        further_memories (`list[dict]`, *optional*): the other memories of a bank, each with `memory_config`,
+            the three settings of its input, and `provenance`.
+        base_only_threshold (`float`, *optional*): the weight below which a memory is left out; None: never.
+        layers_path (`str`, *optional*): the base's list of layers, where it cannot be found by structure.
+        provenance (`dict`, *optional*): plain values about how the memory was made.
+        vocabulary_sha256 (`str`, *optional*): fingerprint of the tokenizer's vocabulary; empty when unknown.
+        kwargs: of `PretrainedConfig`.
+
+    Raises:
+        ValueError: a weight lies outside [0, 1], or the base's type is missing or unknown.
+
+    Example:
+        >>> from mlpmem_ds.models.hf import MemoryAugmentedLM
+        >>> from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
+        >>> base = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50}
+        >>> memory = {"input_size": 16, "hidden_size": 8, "intermediate_size": 32, "num_blocks": 2}
+        >>> config = MemoryAugmentedConfig(base, {**memory, "vocab_size": 50}, lmbda=0.3)
+        >>> MemoryAugmentedLM(config).lmbda
+        0.3
     """
 
     model_type = "mlpmem"

@@ -65,6 +65,11 @@ def check_sizes(memory: MemoryConfig, base_model: PreTrainedModel, point: Captur
     """Raises ValueError unless the memory reads states of this base's width, predicts its tokens, and was
     trained with its output head where it has no own."""
     weight_VD, _ = output_head(base_model)
+    if not weight_VD.is_floating_point():
+        raise ValueError(
+            "the base's output head is quantized, and memories need it as it is: leave it out of the"
+            " quantization (llm_int8_skip_modules or modules_to_not_convert, with its name)"
+        )
     if memory.vocab_size != weight_VD.shape[0]:
         raise ValueError(
             f"the memory predicts {memory.vocab_size} tokens and the base {weight_VD.shape[0]}: "

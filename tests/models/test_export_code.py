@@ -54,6 +54,8 @@ def test_round_trip_inside_the_package(family: str, tmp_path: Path) -> None:
 CODE_FILES = (
     "hf.py",
     "hf_config.py",
+    "forward_docs.py",
+    "joint_forward.py",
     "joint_parts.py",
     "joint_step.py",
     "history_cache.py",
@@ -67,6 +69,7 @@ CODE_FILES = (
     "capture_point.py",
     "structure.py",
     "quantized.py",
+    "quantized_base.py",
 )
 STRANGER = """
 import json, sys
