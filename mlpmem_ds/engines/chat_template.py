@@ -1,4 +1,4 @@
-"""Conversations → ids and which of them are answers, by the tokenizer's chat template.
+"""Conversations → ids and which of them are answers, or prompts, by the tokenizer's chat template.
 
 An *answer token* is one that the model generates in use: of what the assistant says, from the place where a
 prompt would end on, to the special token that ends the turn. A template says it itself by `{% generation %}`.
@@ -124,10 +124,36 @@ class ChatEncoder:
         except UserError:
             raise
         except Exception as error:  # templates raise what they like, such as for roles that do not alternate
-            raise UserError(
-                f"{name}: the chat template of {self.encoder.label} refuses this conversation"
-                f" ({first_line(error)}): leave it out, or give another --chat-template"
-            ) from error
+            raise self._refusal(name, error) from error
+
+    def render_prompt(self, conversation: Conversation, name: str) -> str:
+        """The text of a conversation up to where the assistant's answer begins.
+
+        Raises:
+            UserError: the template refuses it.
+        """
+        try:
+            messages = conversation.messages
+            return self._render(messages, conversation, add_generation_prompt=True)[0][0]
+        except Exception as error:
+            raise self._refusal(name, error) from error
+
+    @cached_property
+    def end_of_answer(self) -> int | None:
+        """The special token that the template puts after an answer; None where it puts none."""
+        try:
+            chat = self.render(Conversation(messages=tuple(_PROBE)), "a question and its answer")
+        except UserError:  # where its answers end cannot be seen
+            return None
+        start, stop = chat.answers[-1]
+        ids = self.encoder.encode([chat.text[start:stop]])[0].ids
+        return ids[-1] if ids and ids[-1] in self.encoder.special_ids else None
+
+    def _refusal(self, name: str, error: Exception) -> UserError:
+        return UserError(
+            f"{name}: the chat template of {self.encoder.label} refuses this conversation"
+            f" ({first_line(error)}): leave it out, or give another --chat-template"
+        )
 
     def _answers(self, text: str, conversation: Conversation) -> list[Span]:
         """The spans of the assistant's turns, by rendering the turns before each as a prompt.
@@ -212,20 +238,29 @@ def open_chat_encoder(encoder: TextEncoder, template: Path | None) -> ChatEncode
             f"{label} is written in Python and does not say where in a text its tokens are, so that answers"
             " cannot be found: save it elsewhere as a tokenizer.json and give that directory"
         )
-    if template is not None:
-        try:
-            source = template.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise UserError(f"--chat-template {template} cannot be read ({first_line(error)})") from error
-    else:
-        try:
-            source = tokenizer.get_chat_template()
-        except ValueError as error:
-            raise UserError(
-                f"{label} has no chat template: give one with --chat-template FILE, such as the"
-                " chat_template.jinja of a model that was trained on chats"
-            ) from error
+    source = chat_template_of(encoder, template)
     chats = ChatEncoder(encoder=encoder, template=source)
     chats.render(Conversation(messages=tuple(_PROBE)), "a question and its answer")
     tokenizer.chat_template = source  # the corpus keeps it with its tokenizer
     return chats
+
+
+def chat_template_of(encoder: TextEncoder, template: Path | None) -> str:
+    """The source of a template: of the file, else the tokenizer's own.
+
+    Raises:
+        UserError: there is none.
+    """
+    if template is not None:
+        try:
+            return template.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"--chat-template {template} cannot be read ({first_line(error)})") from error
+    try:
+        source: str = encoder.tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(
+            f"{encoder.label} has no chat template: give one with --chat-template FILE, such as the"
+            " chat_template.jinja of a model that was trained on chats"
+        ) from error
+    return source

@@ -121,3 +121,19 @@ def test_what_cannot_render_is_refused(chat_tokenizer: Path, tmp_path: Path) -> 
         open_chat_encoder(encoder, None)
     with pytest.raises(UserError, match="--chat-template .* cannot be read"):
         open_chat_encoder(encoder, tmp_path / "none.jinja")
+
+
+def test_a_prompt_ends_where_the_answer_begins(chat_tokenizer: Path) -> None:
+    for template, name in ((CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (LLAMA, "<|endoftext|>")):
+        chats = opened(chat_tokenizer, template)
+        tokenizer = chats.encoder.tokenizer
+        asked = Conversation(messages=CHAT[:3])
+        assert chats.render_prompt(asked, "one") == tokenizer.apply_chat_template(
+            list(asked.messages), tokenize=False, add_generation_prompt=True
+        )
+        assert chats.end_of_answer == tokenizer.convert_tokens_to_ids(name)
+    strict = opened(
+        chat_tokenizer, CHATML + "{% if messages[0].role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"one: the chat template .* refuses this conversation \(no\)"):
+        strict.render_prompt(Conversation(messages=({"role": "tool", "content": "x"},)), "one")

@@ -26,8 +26,16 @@ class Config(JointOptions):
     prompt: tuple[str, ...] = option("texts to continue", (), parse=str)
     prompts_file: Path | None = option(
         "instead: a UTF-8 file with one prompt a line; of JSON lines (.jsonl), each is a text, or an object"
-        " with one in `prompt`",
+        " with one in `prompt`, with --chat also one with a conversation in `messages`",
         None,
+    )
+    chat: bool = option(
+        "each prompt is what a user says: the tokenizer's chat template renders it, and the answer is made",
+        False,
+    )
+    system: str | None = option("with --chat: the system's message, before each prompt", None, parse=str)
+    chat_template: Path | None = option(
+        "with --chat: a file with a template of Jinja (default: the tokenizer's own)", None
     )
     special_tokens: SpecialTokens = shared_flags.special_tokens()
     max_new_tokens: int = option("largest number of tokens to add", 64, at_least=1)
@@ -59,6 +67,10 @@ class Config(JointOptions):
         " docs/generation.md)",
         "float",
     )
+    base_weights: Literal["float", "8bit", "4bit"] = option(
+        "the base's matrices: as they are, or rounded to 8 or 4 bits by bitsandbytes while they are read",
+        "float",
+    )
     device: str = shared_flags.device()
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
 
@@ -68,6 +80,9 @@ class Config(JointOptions):
             raise UserError("--gate finds the weight at each token: leave out --lambda")
         if bool(self.prompt) == (self.prompts_file is not None):
             raise UserError("give either --prompt or --prompts-file")
+        for name in ("system", "chat_template"):
+            if getattr(self, name) is not None and not self.chat:
+                raise UserError(f"--{name.replace('_', '-')} goes with --chat: add it, or leave this out")
         if self.stream and (self.compare or self.num_beams > 1):
             raise UserError("--stream writes one text as it is made: leave out --compare and --num-beams")
         if self.html is not None and (self.html.is_dir() or not self.html.absolute().parent.is_dir()):

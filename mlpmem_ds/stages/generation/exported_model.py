@@ -48,18 +48,36 @@ class Source:
     """None: an export"""
 
     def load(
-        self, *, device: torch.device, dtype: str, device_map: str | dict[str, Any] | None
+        self,
+        *,
+        device: torch.device,
+        dtype: str,
+        device_map: str | dict[str, Any] | None,
+        quantization: Any = None,
     ) -> MemoryAugmentedLM:
-        """The joint model, on the device or spread over several."""
+        """The joint model, on the device or spread over several; `quantization` is of the base, as
+        transformers takes it."""
         options, parts = self.options, self.parts
         if parts is None:
-            joint = load_model(options.model, device=device, dtype=dtype, device_map=device_map)
+            joint = load_model(
+                options.model,
+                device=device,
+                dtype=dtype,
+                device_map=device_map,
+                quantization=quantization,
+            )
             if options.base_only_threshold is not None:
                 joint.base_only_threshold = options.base_only_threshold
             return joint
         weights_dtype = DTYPES[resolve_dtype(dtype, device)]
         try:
-            base = load_base(options.model, dtype=weights_dtype, device=device, device_map=device_map)
+            base = load_base(
+                options.model,
+                dtype=weights_dtype,
+                device=device,
+                device_map=device_map,
+                quantization_config=quantization,
+            )
         except ValueError as error:
             raise UserError(f"--model {error}") from error
         joint = join_parts(base, parts, cast=True, threshold=options.base_only_threshold, flag="--memory")
@@ -117,6 +135,7 @@ def load_model(
     device: torch.device,
     dtype: str = "auto",
     device_map: str | dict[str, Any] | None = None,
+    quantization: Any = None,
 ) -> MemoryAugmentedLM:
     """The joint model by this package's classes: no code from the export is run.
 
@@ -132,7 +151,11 @@ def load_model(
     remedy = "run tools/convert_checkpoint.py again"
     try:
         loaded: Any = MemoryAugmentedLM.from_pretrained(
-            name, dtype=weights_dtype, device_map=placement, output_loading_info=True
+            name,
+            dtype=weights_dtype,
+            device_map=placement,
+            output_loading_info=True,
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
     except torch.OutOfMemoryError:
         raise

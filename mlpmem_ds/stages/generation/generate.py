@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.chat_template import ChatEncoder, chat_template_of
 from mlpmem_ds.engines.devices import device_of_rank
-from mlpmem_ds.engines.tokenizer import open_encoder
-from mlpmem_ds.formats.corpus import SpecialTokens
+from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder
+from mlpmem_ds.formats.chats import Conversation
 from mlpmem_ds.models.generation_settings import (
     choosing_settings,
     end_tokens,
@@ -28,9 +29,10 @@ from mlpmem_ds.models.generation_settings import (
 )
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant, StoredGate
+from mlpmem_ds.models.quantized_base import bits_config
 from mlpmem_ds.stages.generation.config import Config
 from mlpmem_ds.stages.generation.exported_model import open_source, settings_of_export
-from mlpmem_ds.stages.generation.prompts import read_prompts
+from mlpmem_ds.stages.generation.prompts import read_conversations, read_prompts
 from mlpmem_ds.stages.generation.text import Writer, side_by_side, text_after
 from mlpmem_ds.stages.shared_flags import device_map_of
 from mlpmem_ds.stages.viewing.generated import write_generated
@@ -45,10 +47,10 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
         write: receives the pieces of the one text if `--stream` is given; the returned text is whole in any
             case.
     """
-    prompts = read_prompts(config)
-    if config.stream and len(prompts) > 1:
+    asked = read_conversations(config) if config.chat else read_prompts(config)
+    if config.stream and len(asked) > 1:
         raise UserError(
-            f"--stream writes one text as it is generated, and there are {len(prompts)} prompts: give one"
+            f"--stream writes one text as it is generated, and there are {len(asked)} prompts: give one"
         )
     if config.temperature == 0 and config.top_p < 1:
         _logger.warning(
@@ -56,16 +58,23 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
         )
     source = open_source(config, lmbda=config.lmbda)
     tokenizer, context = source.tokenizer, source.context or math.inf
-    ids = _encode(tokenizer, prompts, context, config.max_new_tokens, config.special_tokens)
+    encoder = open_encoder(
+        tokenizer,
+        label="the tokenizer of --model",
+        special_tokens="parse" if config.chat else config.special_tokens,
+    )
+    prompts, further_end = _rendered(encoder, config, asked)
+    ids = _encode(encoder, prompts, context, config.max_new_tokens)
     model = source.load(
         device=device_of_rank(config.device, world),
         dtype=config.dtype,
         device_map=device_map_of(config.device_map),
+        quantization=_quantization(config),
     )
     if config.memory_weights == "int8":
         model.quantize_memory()
     gate = model.gate if config.lmbda is None else Constant(config.lmbda)
-    generation = _generation_config(config, model, tokenizer)
+    generation = _generation_config(config, model, tokenizer, further_end)
     if config.stream and write is not None:
         write(prompts[0])
     *rows_of_base, rows = [
@@ -156,19 +165,38 @@ def own_settings(model: Any, generation: GenerationConfig) -> Iterator[None]:
         model.generation_config = before
 
 
+def _quantization(config: Config) -> BitsAndBytesConfig | None:
+    if config.base_weights == "float":
+        return None
+    try:
+        return bits_config(int(config.base_weights.removesuffix("bit")))
+    except ValueError as error:
+        raise UserError(f"--base-weights {config.base_weights}: {error}") from error
+
+
+def _rendered(
+    encoder: TextEncoder, config: Config, asked: Sequence[str | Conversation]
+) -> tuple[list[str], int | None]:
+    """The prompts as texts; and with --chat the token by which the template ends an answer, if it has one."""
+    if not config.chat:
+        return [str(prompt) for prompt in asked], None
+    chats = ChatEncoder(encoder=encoder, template=chat_template_of(encoder, config.chat_template))
+    texts = [
+        chats.render_prompt(one, f"prompt {number}")
+        for number, one in enumerate(asked, start=1)
+        if isinstance(one, Conversation)
+    ]
+    return texts, chats.end_of_answer
+
+
 def _encode(
-    tokenizer: Any,
-    prompts: Sequence[str],
-    context: float,
-    max_new_tokens: int,
-    special_tokens: SpecialTokens = "text",
+    encoder: TextEncoder, prompts: Sequence[str], context: float, max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of each prompt: the tokenizer's begin tokens, once, then the text; no end token.
 
     Raises:
         UserError: a prompt is empty, or does not fit the base's context together with the new tokens.
     """
-    encoder = open_encoder(tokenizer, label="the tokenizer of --model", special_tokens=special_tokens)
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     ids = encoder.encode_prompts(prompts, names)
     for name, prompt, row in zip(names, prompts, ids, strict=True):
@@ -215,7 +243,9 @@ def _continue_all(
     ]
 
 
-def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any) -> GenerationConfig:
+def _generation_config(
+    config: Config, model: MemoryAugmentedLM, tokenizer: Any, further_end: int | None = None
+) -> GenerationConfig:
     """What the flags say, and the export's end tokens; nothing else of its generation_config.json."""
     if ignored := choosing_settings(model.generation_config):
         _logger.info(
@@ -225,11 +255,14 @@ def _generation_config(config: Config, model: MemoryAugmentedLM, tokenizer: Any)
     sampling: dict[str, Any] = {"do_sample": False}
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    tokens = token_settings(settings_of_export(model, tokenizer))
+    if further_end is not None:
+        tokens["eos_token_id"] = end_tokens(tokens["eos_token_id"], further_end)
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
         no_repeat_ngram_size=config.no_repeat_ngram_size,
         repetition_penalty=config.repetition_penalty,
-        **token_settings(settings_of_export(model, tokenizer)),
+        **tokens,
         **sampling,
     )

@@ -1,18 +1,23 @@
-"""Part of `generate`: the texts to continue, from the flags or from a file, as they stand there."""
+"""Part of `generate`: the texts to continue, from the flags or from a file, as they stand there; with --chat
+the conversations to answer."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.chats import ANSWERS, Conversation, NoConversationError, conversation_of
 from mlpmem_ds.formats.json_lines import JsonRecord, json_records, text_lines
 from mlpmem_ds.stages.generation.config import Config
 
 _logger = logging.getLogger(__name__)
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _MANY = 5
+T = TypeVar("T")
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -24,17 +29,46 @@ def read_prompts(config: Config) -> list[str]:
     if config.prompts_file is None:
         prompts, flag = [_as_utf_8(prompt) for prompt in config.prompt], "--prompt"
     else:
-        prompts, flag = _read_file(config.prompts_file), f"--prompts-file {config.prompts_file}"
+        flag = f"--prompts-file {config.prompts_file}"
+        prompts = _read_file(config.prompts_file, _prompt_of)
     for number, prompt in enumerate(prompts, start=1):
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{flag}: prompt {number} holds {prompt[error.start]!r} at character {error.start + 1:,},"
-                " which is no text: give it as UTF-8 (a terminal in another encoding gives such bytes), or in"
-                " a --prompts-file in UTF-8"
-            ) from error
+        _check_text(prompt, f"{flag}: prompt {number}")
     return prompts
+
+
+def read_conversations(config: Config) -> list[Conversation]:
+    """What `--chat` answers: each prompt is said by a user, after `--system`; a line of JSON may hold a
+    conversation of its own.
+
+    Raises:
+        UserError: as `read_prompts`; also for what is no conversation, or one that the assistant ended.
+    """
+    if config.prompts_file is None:
+        conversations = [_said_by_a_user(prompt) for prompt in read_prompts(config)]
+    else:
+        read = _read_file(config.prompts_file, _conversation_of)
+        conversations = [_said_by_a_user(one) if isinstance(one, str) else one for one in read]
+        for number, one in enumerate(conversations, start=1):
+            _check_text(one.to_text(), f"--prompts-file {config.prompts_file}: conversation {number}")
+    if config.system is None:
+        return conversations
+    system = {"role": "system", "content": _as_utf_8(config.system)}
+    _check_text(system["content"], "--system")
+    return [replace(one, messages=(system, *one.messages)) for one in conversations]
+
+
+def _said_by_a_user(prompt: str) -> Conversation:
+    return Conversation(messages=({"role": "user", "content": prompt},))
+
+
+def _check_text(text: str, name: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds {text[error.start]!r} at character {error.start + 1:,}, which is no text: give it"
+            " as UTF-8 (a terminal in another encoding gives such bytes), or in a --prompts-file in UTF-8"
+        ) from error
 
 
 def _as_utf_8(prompt: str) -> str:
@@ -45,8 +79,9 @@ def _as_utf_8(prompt: str) -> str:
         return prompt
 
 
-def _read_file(path: Path) -> list[str]:
-    """Every line that is not blank. A line ends at a line feed: a form feed or U+2028 may stand inside it."""
+def _read_file(path: Path, read_json_line: Callable[[str, JsonRecord], T]) -> list[str | T]:
+    """Every line that is not blank; of a file of JSON what `read_json_line` makes of each. A line ends at a
+    line feed: a form feed or U+2028 may stand inside it."""
     if not path.exists():
         raise UserError(f"--prompts-file {path} does not exist: give a text file with one prompt a line")
     if path.is_fifo():
@@ -55,9 +90,11 @@ def _read_file(path: Path) -> list[str]:
     try:
         with path.open("rb") as stream:
             if path.suffix.lower() in _JSON_SUFFIXES:
-                prompts = [_prompt_of(name, record) for record in json_records(stream, name=name)]
+                prompts: list[str | T] = [
+                    read_json_line(name, each) for each in json_records(stream, name=name)
+                ]
             else:
-                prompts = _lines_of(stream, name)
+                prompts = [*_lines_of(stream, name)]
     except OSError as error:
         raise UserError(
             f"{name} cannot be read ({error.strerror}): give a text file with one prompt a line"
@@ -89,3 +126,20 @@ def _prompt_of(name: str, record: JsonRecord) -> str:
     if not isinstance(value, str):
         raise UserError(f"{name}, {record.place} is no text and has none in `prompt`: write one of the two")
     return value
+
+
+def _conversation_of(name: str, record: JsonRecord) -> str | Conversation:
+    """The conversation of a line, or the one text that a user says."""
+    value = record.value
+    if not isinstance(value, dict) or isinstance(value.get("prompt"), str):
+        return _prompt_of(name, record)
+    try:
+        conversation = conversation_of(value)
+    except NoConversationError as error:
+        raise UserError(f"{name}, {record.place} is no text and no conversation: {error}") from error
+    if not conversation.messages or conversation.messages[-1]["role"] == ANSWERS:
+        raise UserError(
+            f"{name}, {record.place}: nothing is left to answer after its last message: end it with what the"
+            " user says"
+        )
+    return conversation

@@ -9,15 +9,21 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.utils import is_bitsandbytes_available
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.engines.tokenizer import open_encoder
+from mlpmem_ds.formats.corpus import SpecialTokens
+from mlpmem_ds.models import quantized_base
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.quantized_base import bits_config
 from mlpmem_ds.stages.generation.config import Config
 from mlpmem_ds.stages.generation.exported_model import load_model
 from mlpmem_ds.stages.generation.generate import _encode, _generation_config, continue_batch
@@ -287,12 +293,18 @@ def test_wrong_inputs_are_refused(
         assert said in captured.err and captured.out == "", (words, captured.err)
 
 
+def encode(words: Any, prompts: list[str], special_tokens: SpecialTokens = "text") -> list[list[int]]:
+    """Ids of prompts for a model that reads 64 tokens and is to give 4."""
+    encoder = open_encoder(words, label="the tokenizer of --model", special_tokens=special_tokens)
+    return _encode(encoder, prompts, 64, 4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_has_its_begin_tokens_once_and_no_end(kind: str) -> None:
     """What a tokenizer puts after a text would end the document that is to be continued."""
     words = KINDS[kind]()
     text = "ab" if kind == "lossy" else "the fox"
-    [ids] = _encode(words, [text], 256, 4)
+    [ids] = encode(words, [text])
     bare, whole = words(text, add_special_tokens=False)["input_ids"], words(text)["input_ids"]
     at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     assert ids == whole[: at + len(bare)] and words.eos_token_id not in ids
@@ -301,11 +313,11 @@ def test_a_prompt_has_its_begin_tokens_once_and_no_end(kind: str) -> None:
 def test_spelled_special_tokens_are_text_or_parsed() -> None:
     words = KINDS["begin_and_end"]()
     begin, end = [words.convert_tokens_to_ids(token) for token in ("<s>", "<lang>")], words.eos_token_id
-    [as_text] = _encode(words, ["<s> a<e>"], 256, 4)
+    [as_text] = encode(words, ["<s> a<e>"])
     assert as_text[:2] == begin and not {*begin, end} & {*as_text[2:]}
     assert words.decode(as_text[2:]) == "<s> a<e>"
     a = words("a", add_special_tokens=False)["input_ids"]
-    assert _encode(words, ["<s><lang>a<e>", "a<e>", "<s><lang>"], 256, 4, "parse") == [
+    assert encode(words, ["<s><lang>a<e>", "a<e>", "<s><lang>"], "parse") == [
         [*begin, *a, end],
         [*begin, *a, end],
         begin,
@@ -326,11 +338,11 @@ def test_spelled_special_tokens_are_text_or_parsed() -> None:
 )
 def test_prompts_that_cannot_be_continued(kind: str, prompt: str, needle: str) -> None:
     with pytest.raises(UserError, match=needle):
-        _encode(KINDS[kind](), ["a", prompt], 64, 4)
+        encode(KINDS[kind](), ["a", prompt])
 
 
 def test_unknown_tokens_in_a_prompt_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    _encode(KINDS["words"](), ["the fox", "the cat the dog"], 64, 4)
+    encode(KINDS["words"](), ["the fox", "the cat the dog"])
     assert [record.getMessage() for record in caplog.records] == [
         "prompt 2: 2 of its 4 tokens are the tokenizer's unknown token"
     ]
@@ -365,3 +377,69 @@ def test_prompts_of_a_batch_do_not_see_their_padding(
     words.save_pretrained(copy)
     flags = ["--prompt", *PROMPTS, "--max-new-tokens", NEW]
     assert generate(*flags, model=copy) == generate(*flags)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_chat_is_rendered_by_the_template(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, generate: Callable[..., str]
+) -> None:
+    """By the export's own, which `apply_chat_template` of plain transformers follows too, or by a file's."""
+    template, copy = tmp_path / "chat.jinja", shutil.copytree(export_dir, tmp_path / "export")
+    template.write_text(CHAT_TEMPLATE)
+    chats = AutoTokenizer.from_pretrained(export_dir)
+    chats.chat_template = CHAT_TEMPLATE
+    chats.save_pretrained(copy)
+    system, turns = {"role": "system", "content": "be brief"}, ["alpha beta", "in"]
+    messages = [[system, {"role": "user", "content": turn}] for turn in turns]
+    texts = [
+        AutoTokenizer.from_pretrained(copy).apply_chat_template(
+            each, tokenize=False, add_generation_prompt=True
+        )
+        for each in messages
+    ]
+    assert texts[1] == "system: be brief<|endoftext|>user: in<|endoftext|>assistant: "
+    few = ("--max-new-tokens", 6)
+    expected = generate("--prompt", *texts, "--special-tokens", "parse", *few)
+    said = ("--chat", "--system", "be brief", "--prompt", *turns, *few)
+    assert generate(*said, model=copy) == expected
+    assert generate(*said, "--chat-template", template) == expected
+    lines = [json.dumps({"messages": messages[0]}), json.dumps({"messages": messages[1]})]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    assert generate("--chat", "--prompts-file", tmp_path / "chats.jsonl", *few, model=copy) == expected
+
+
+def test_what_is_no_chat_is_refused(
+    export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = tmp_path / "chats.jsonl"
+    lines.write_text(json.dumps({"messages": answered}))
+    for words, message in (
+        (("--prompt", "in", "--system", "s"), "--system goes with --chat"),
+        (("--prompt", "in", "--chat-template", "t"), "--chat-template goes with --chat"),
+        (("--prompt", "in", "--chat"), "has no chat template: give one with --chat-template"),
+        (("--prompts-file", lines, "--chat"), "nothing is left to answer after its last message"),
+    ):
+        assert run_front_end("--model", export_dir, *words) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+def test_an_exports_base_of_8_bits(export_dir: Path, generate: Callable[..., str]) -> None:
+    model = load_model(str(export_dir), device=torch.device("cpu"), quantization=bits_config(8))
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "Linear8bitLt" in kinds and "MemoryHead" in kinds
+    assert generate("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "8bit").startswith("in")
+
+
+def test_bits_without_their_library_are_refused(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantized_base, "find_spec", lambda _: None)
+    assert run_front_end("--model", export_dir, "--prompt", "in", "--base-weights", "4bit") == 2
+    assert "--base-weights 4bit: 4-bit weights need bitsandbytes: pip install" in capsys.readouterr().err
