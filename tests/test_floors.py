@@ -22,7 +22,8 @@ FLOORS = {
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
         "numpy", "torch", "accelerate", "datasets", "datasketch", "deepspeed", "faiss", "lm_eval",
-        "matplotlib", "mpi4py", "peft", "bm25s", "rich", "tokenizers", "transformers", "webdataset",
+        "huggingface_hub", "matplotlib", "mpi4py", "peft", "bm25s", "rich", "tokenizers", "transformers",
+        "webdataset",
     },
     "serving": {"torch", "transformers", "vllm"},
     "stages": {"numpy", "torch", "safetensors", "tokenizers", "transformers", "wandb"},
@@ -39,6 +40,7 @@ OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss_library.py"},
     "fsspec": {"core/objects/store.py"},
+    "huggingface_hub": {"engines/model_cards.py"},
     "lm_eval": {"engines/lm_eval.py"},
     "bm25s": {"engines/passage_index.py"},
     "peft": {"engines/adapters.py"},

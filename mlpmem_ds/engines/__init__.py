@@ -5,6 +5,7 @@
   it gives to the host; `model_files` finds one, `model_kinds` says why it
   cannot be read,
   `online_inputs` computes a memory's inputs with one
+- `model_cards`: what the Hub reads of a model's README.md
 - `gguf`: a model from llama.cpp's file, as a Hugging Face directory
 - `tokenizer`: texts → ids by the one rule of all stages; `text_backend`: where a library's tokenizer lacks it
 - `chat_template`: conversations → ids, and which of them are answers

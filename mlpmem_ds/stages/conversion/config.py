@@ -65,6 +65,14 @@ class Config(Flags):
     tokenizer: str | None = option(
         "directory or Hub name (default: the base's, else the corpus's)", None, by_url=True
     )
+    license: str | None = option(
+        "for the model card: the export's licence, as the Hub names it, such as apache-2.0 (default: what"
+        " the base's card says)",
+        None,
+    )
+    language: tuple[str, ...] = option(
+        "for the model card: languages, as ISO 639 codes (default: what the base's card says)", (), parse=str
+    )
     corpus_license: str | None = option("for the model card: the corpus's licence, in words", None)
     max_shard_gigabytes: float = option("largest weights file, in GB", 5.0, above=0)
     attention: str = option(

@@ -89,9 +89,10 @@ class ExportInputs:
                 "max_shard_gigabytes": config.max_shard_gigabytes,
                 **{
                     name: value
-                    for name in ("base_only_threshold", "corpus_license")
+                    for name in ("base_only_threshold", "corpus_license", "license")
                     if (value := getattr(config, name)) is not None
                 },
+                **({"language": list(config.language)} if config.language else {}),
             },
         }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlpmem_ds.engines.model_cards import CardFacts, CardFigure, card_head, facts_of
 from mlpmem_ds.formats.corpus import CorpusManifest
 from mlpmem_ds.formats.evaluation import ArmFigures
 from mlpmem_ds.formats.targets import TargetsManifest
@@ -23,23 +25,16 @@ def model_card(
     weight_bytes: int,
 ) -> str:
     """README.md of the export; what the inputs do not say is called unknown."""
-    base = inputs.model if not Path(inputs.model).is_dir() else Path(inputs.model).resolve().name
-    header = [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [mlp-memory, retrieval-imitation]",
-    ]
-    if not Path(inputs.model).is_dir():
-        header.append(f"base_model: {base}")
-    example = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "# trust_remote_code runs hf.py and the other Python files of this directory;\n"
-        "# transformers reads the tokenizer through the same class, and would ask without it.\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)\n'
-        'prompt = tokenizer("…", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))\n"
-        "model.lmbda = 0.0  # the base alone; any weight in [0, 1]"
+    on_hub = not Path(inputs.model).is_dir()
+    base = inputs.model if on_hub else Path(inputs.model).resolve().name
+    title = f"{base} with {'an MLP memory' if not inputs.further else f'{len(inputs.memories)} MLP memories'}"
+    facts = _facts(inputs, config)
+    head = card_head(
+        title=title,
+        base_model=base if on_hub else None,
+        facts=facts,
+        tags=["mlp-memory", "retrieval-imitation", "custom_code"],
+        figures=_figures(inputs),
     )
     verified = describe_verification(verification)
     made_of = [
@@ -50,33 +45,94 @@ def model_card(
         *_ingredients(inputs),
     ]
     sections = [
-        "---\n" + "\n".join(header) + "\n---",
-        f"# {base} with {'an MLP memory' if not inputs.further else f'{len(inputs.memories)} MLP memories'}",
+        head,
+        f"# {title}",
         "A frozen causal language model (the base) and a token-wise MLP (the memory) that was trained to"
         " give the next-token distribution of a kNN retriever over a corpus (arXiv 2508.01832):"
-        " `p = (1 - λ) p_base + λ p_memory`. No index and no search are needed; the logits are"
-        " log-probabilities of the mixture.",
-        f"```python\n{example}\n```",
+        " `p = (1 - λ) p_base + λ p_memory`. No index and no search are needed. The logits are those of the"
+        " mixture on the base's scale, so that settings of generation act as with the base.",
+        f"```python\n{_example(inputs)}\n```",
         "## What it is made of\n" + _bullet_list(made_of),
         "## How good it is\n" + _quality(inputs),
         f"## Verification\n{verified[0].upper()}{verified[1:]}."
         f" `{EXPORT_FILE}` has the SHA-256 of every file.",
-        "## Limits\n" + _bullet_list(_limits(config)),
+        "## Licence\n" + _bullet_list(_licences(config, facts)),
+        "## Limits\n" + _bullet_list(_LIMITS),
+        "## To the Hub\nThis directory is complete: `hf upload NAME PATH` copies it as it is. `push_to_hub`"
+        " of the loaded model writes another card, which says nothing of this.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _limits(config: Config) -> list[str]:
+_LIMITS = [
+    "Not for decisions about people, nor for medical, legal, financial or safety-critical advice: it says"
+    " what is likely in its corpus, not what is true, and names no source.",
+    "Memorization: the memory was trained to recall its corpus, and may give back passages of it word for"
+    " word, personal data, secrets and licensed text included. Publish it only where the corpus itself"
+    " might be published.",
+    "Facts are as old as the corpus. The figures above hold for text like it; elsewhere the memory may"
+    " make the base worse, which a smaller `lmbda` limits, or a gate that was fitted to other text, too.",
+]
+
+
+def _example(inputs: ExportInputs) -> str:
+    """A user's first lines."""
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "# trust_remote_code runs hf.py and the other Python files of this directory;",
+        "# transformers reads the tokenizer through the same class, and would ask without it.",
+        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)',
+        'prompt = tokenizer("…", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
+    ]
+    if getattr(inputs.tokenizer, "chat_template", None):
+        lines += [
+            'asked = [{"role": "user", "content": "…"}]  # or as a chat',
+            "chat = tokenizer.apply_chat_template(",
+            '    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+            "print(tokenizer.decode(model.generate(**chat, max_new_tokens=40)[0]))",
+        ]
+    what = "one weight in the place of the gate" if inputs.gate is not None else "any weight in [0, 1]"
+    return "\n".join([*lines, f"model.lmbda = 0.0  # the base alone; {what}"])
+
+
+def _facts(inputs: ExportInputs, config: Config) -> CardFacts:
+    """Licence and languages: of the flags, else the base's."""
+    facts = facts_of(inputs.model)
+    if config.license is not None:
+        facts = CardFacts(license=config.license, language=facts.language)
+    return replace(facts, language=config.language or facts.language)
+
+
+def _licences(config: Config, facts: CardFacts) -> list[str]:
+    stated = facts.license_name or facts.license
+    licence = "not stated" if stated is None else stated
+    whose = "" if stated is None or config.license is not None else ", as the base's card says"
     return [
-        "Not for decisions about people, nor for medical, legal, financial or safety-critical advice: it says"
-        " what is likely in its corpus, not what is true, and names no source.",
-        "Memorization: the memory was trained to recall its corpus, and may give back passages of it word for"
-        " word, personal data, secrets and licensed text included. Publish it only where the corpus itself"
-        " might be published.",
-        "The licences of the base and of the corpus apply."
-        f" Corpus: {config.corpus_license or 'its licence was not stated'}.",
-        "Facts are as old as the corpus. The figures above hold for text like it; elsewhere the memory may"
-        " make the base worse, which a smaller `lmbda` limits, or a gate that was fitted to other text, too.",
+        f"This model: {licence}{whose}. The licences of the base and of the corpus apply.",
+        f"Corpus: {config.corpus_license or 'its licence was not stated'}.",
+    ]
+
+
+def _figures(inputs: ExportInputs) -> list[CardFigure]:
+    """What the report measured of this very model: its arm at the λ or gate of the export."""
+    if inputs.report is None:
+        return []
+    evaluation, named = inputs.report.evaluation, inputs.report.inputs
+    own = [arm for arm in evaluation.arms if named.get(arm.name) == inputs.trained.sha256]
+    is_measured = inputs.gate is None and not inputs.further
+    if not is_measured or len(own) != 1 or own[0].lmbda != inputs.lmbda:
+        return []
+    [arm] = own
+    text = {"dataset": Path(evaluation.corpus).name, "split": evaluation.test_split}
+    return [
+        CardFigure(metric="perplexity", name=f"perplexity at λ {arm.lmbda:g}", value=arm.ppl, **text),
+        CardFigure(metric="bits_per_byte", name="bits a byte", value=arm.bits_per_byte, **text),
+        CardFigure(
+            metric="perplexity", name="perplexity of the base alone", value=evaluation.base.ppl, **text
+        ),
     ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlpmem_ds.core.files import sha256_of_file
@@ -108,6 +109,12 @@ def test_what_the_export_says_of_itself(
     ):
         assert words in card, words
     assert str(base_dir.parent) not in card
+    head = ModelCard.load(export_dir / "README.md").data
+    assert (head.library_name, head.pipeline_tag) == ("transformers", "text-generation")
+    assert head.model_name and head.license is None and "mlp-memory" in head.tags
+    figures = {each.metric_name: each.metric_value for each in head.eval_results}
+    assert figures[f"perplexity at λ {LAMBDA:g}"] == 64.5
+    assert figures["perplexity of the base alone"] == 71.7
     assert (manifest["format"], manifest["version"]) == ("mlpmem-export", 1)
     assert {entry["name"] for entry in manifest["files"]} == {
         path.name for path in export_dir.iterdir() if path.name != EXPORT_FILE
@@ -143,6 +150,7 @@ def test_16_bit_exports_are_rounded_and_nothing_more(
             "--lambda=0.5",
             "--dtype",
             dtype,
+            *("--license", "mit", "--language", "en", "de"),
         )
         == 0
     )
@@ -158,6 +166,8 @@ def test_16_bit_exports_are_rounded_and_nothing_more(
     assert 0 < verification["rounding"] < ROUNDING_BOUND and 0.1 < variation / verification["rounding"] < 10
     card = (output / "README.md").read_text()
     assert "Not measured" in card and "0.5 (given as a flag)" in card
+    head = ModelCard(card).data
+    assert (head.license, head.language, head.eval_results) == ("mit", ["en", "de"], None)
 
 
 def test_the_card_says_what_is_not_known(
