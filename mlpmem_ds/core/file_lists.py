@@ -25,6 +25,7 @@ from mlpmem_ds.core.files import (
     record_file,
 )
 from mlpmem_ds.core.folders import folder_of
+from mlpmem_ds.core.objects.on_demand import remedy_of
 from mlpmem_ds.core.typed_json import from_json, to_json
 
 MAX_FILES_IN_MANIFEST = 10_000
@@ -117,7 +118,8 @@ class Files:
                 return self._read[number]
         file = self._lists[number].file
         if fault := fault_of_file(self._root, file):
-            raise DamagedDataError(f"{fault}: run the stage that made {self._root} again, it writes it anew")
+            local = f"run the stage that made {self._root} again, it writes it anew"
+            raise DamagedDataError(f"{fault}: {remedy_of(self._root, local=local)}")
         records = records_in(read_sealed_json(self._root / file.name), self._root / file.name)
         by_name = {record.name: record for record in records}
         with self._lock:

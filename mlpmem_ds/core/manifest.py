@@ -24,7 +24,7 @@ from mlpmem_ds.core.files import (
     read_sealed_json,
     sha256_of_file,
 )
-from mlpmem_ds.core.objects.on_demand import ensure, is_fetched_on_demand
+from mlpmem_ds.core.objects.on_demand import ensure, is_fetched_on_demand, remedy_of
 from mlpmem_ds.core.typed_json import from_json, to_json
 
 _logger = logging.getLogger(__name__)
@@ -42,7 +42,6 @@ _FRONT_ENDS = {
     "report": "evaluate",
     "answers": "answer_questions",
 }  # format → what writes it, for messages
-_REMEDY = "it remakes only what is damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ class CompleteStage(Generic[AnyManifest]):
         record = self.record(name)
         ensure(self.root, record)
         if fault := fault_of_file(self.root, record, checksum=False):
-            raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
+            raise DamagedDataError(f"{fault}: {_remedy_of(self.root)}")
         return self.root / name
 
     def check_files(self, names: Iterable[str] | None = None) -> None:
@@ -124,7 +123,7 @@ class CompleteStage(Generic[AnyManifest]):
         else:
             fault = first_fault(self.root, records)
         if fault:
-            raise DamagedDataError(f"{fault}: run the stage that made {self.root} again, {_REMEDY}")
+            raise DamagedDataError(f"{fault}: {_remedy_of(self.root)}")
 
     def _fault_after_fetching(self, record: FileRecord) -> str | None:
         ensure(self.root, record)
@@ -139,8 +138,7 @@ class CompleteStage(Generic[AnyManifest]):
         record = self.files.find(name)
         if record is None:
             raise DamagedDataError(
-                f"the manifest of {self.root} does not record {name}: run the stage that made it again,"
-                f" {_REMEDY}"
+                f"the manifest of {self.root} does not record {name}: {_remedy_of(self.root)}"
             )
         return record
 
@@ -233,7 +231,7 @@ def _read(
     files = files_of(manifest, root, version=version)
     for record in files.sample() if has_files and not is_fetched_on_demand(root) else ():
         if fault := fault_of_file(root, record, checksum=False):
-            raise DamagedDataError(f"{fault}: run the stage that made {root} again, {_REMEDY}")
+            raise DamagedDataError(f"{fault}: {_remedy_of(root)}")
     return manifest, sha256_of_file(path), files
 
 
@@ -254,6 +252,10 @@ def is_own_directory(root: Path, name: str) -> bool:
     except (ValueError, RecursionError, OSError):
         return False
     return isinstance(values, dict) and str(values.get("format", "")).startswith("mlpmem-")
+
+
+def _remedy_of(root: Path) -> str:
+    return remedy_of(root, local=f"run the stage that made {root} again, it remakes only what is damaged")
 
 
 def _hint(stage: str) -> str:

@@ -18,6 +18,7 @@ from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.file_lists import files_of, records_in
 from mlpmem_ds.core.files import FileRecord, first_fault, read_sealed_json
 from mlpmem_ds.core.manifest import is_own_directory
+from mlpmem_ds.core.objects.on_demand import remedy_of
 
 EXPORT_FILE = "mlpmem_export.json"
 _FOR_PEOPLE = (".md", ".py")  # not read: the code of an export is our own, the card is for people
@@ -68,9 +69,10 @@ def check_model_files(place: str | Path, *, flag: str, names: Collection[str] | 
 
 def remedy_of_model(root: Path) -> str:
     """What to do about a file that does not have its checksum."""
+    local = "run the command that made it again, it remakes only what is damaged"
     if (root / EXPORT_FILE).is_file():
-        return (
+        local = (
             "run tools/convert_checkpoint.py again, it makes the export anew (or remove"
             f" {EXPORT_FILE} where you changed the file yourself: then nothing is compared)"
         )
-    return "run the command that made it again, it remakes only what is damaged"
+    return remedy_of(root.parent if root.name in _PARTS else root, local=local)

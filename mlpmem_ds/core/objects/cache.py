@@ -2,6 +2,7 @@
 
     CACHE/<listing>/<name>/        a directory as the mirror has it; <listing>: of its `.mirror/files.json`
     CACHE/<listing>/source.json    {url, patterns, num_files, num_bytes, reserved}; its time is the last use
+    CACHE/<listing>/.compared      its time: when all its files had their checksums
     CACHE/<listing>/.use-*.claim   one of each process that uses it, for as long as it lives
     CACHE/.room.claim              of the process that is making room
 
@@ -9,6 +10,10 @@ Where room is needed, what was used longest ago goes first: directories that no 
 those in use the files that are fetched on demand and were not read for ten minutes (they are fetched again
 if they are). A file that a process has open stays readable for it in any case. Two URLs of the same content
 share one directory; a mirror that was pushed anew is another one.
+
+No file is believed because it is there: whoever opens a directory compares its files with the checksums of
+the mirror's list, one process for those of a machine that wait meanwhile, and a file on demand is compared by
+each process that opens it. What differs is fetched again, so the same command mends a damaged cache.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -27,6 +33,7 @@ from mlpmem_ds.core.claims import ClaimWatch, claim, is_held
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
+    fault_of_content,
     fault_of_file,
     publish_json,
     read_sealed_json,
@@ -35,7 +42,7 @@ from mlpmem_ds.core.files import (
 )
 from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.objects import on_demand
-from mlpmem_ds.core.objects.fetch import fetch_file, fetch_files, partial_path
+from mlpmem_ds.core.objects.fetch import fetch_file, fetch_files, not_whole, partial_path
 from mlpmem_ds.core.objects.listing import Listing, require_listing
 from mlpmem_ds.core.objects.locks import PathLocks
 from mlpmem_ds.core.objects.store import Store
@@ -52,8 +59,9 @@ _DEFAULT_BYTES = 100_000_000_000
 _SECONDS_IN_USE = 600.0
 """a file that was opened since then is in use"""
 _SECONDS_BETWEEN_MARKS = 60.0
-_SOURCE = "source.json"
+_SOURCE, _COMPARED = on_demand.SOURCE, ".compared"
 _IDENTITY = "identity.json"
+_HOME, _HALF = re.compile("[0-9a-f]{16}"), ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +140,9 @@ class Cache:
         root = home / (name_of_url(url) or store.scheme)
         with self._one_at_a_time(self.root / ".room.claim"):
             held.enter_context(_use(home))
-        start = time.monotonic()
+        start, asked = time.monotonic(), time_of_file_system(home)
         with self._one_at_a_time(home / ".fetch.claim"):
-            source, fetched = self._fill(store, listing, home, root)
+            source, fetched = self._fill(store, listing, home, root, asked=asked)
         if fetched:
             rest = "" if not source.patterns else "; the rest when it is read"
             _logger.info(
@@ -151,14 +159,23 @@ class Cache:
             held.callback(on_demand.forget, root)
         return root
 
-    def _fill(self, store: Store, listing: Listing, home: Path, root: Path) -> tuple[Source, int]:
-        """Fetch what is missing of a directory; where it is from, and the bytes that were fetched."""
+    def _fill(
+        self, store: Store, listing: Listing, home: Path, root: Path, *, asked: float
+    ) -> tuple[Source, int]:
+        """Fetch what is not whole of a directory; where it is from, and the bytes that were fetched. What
+        another process has compared since this one `asked` is not compared again."""
         identity = listing.find(_IDENTITY)
-        if identity is not None:
-            fetch_files(store, [identity], root)
+        if identity is not None and fault_of_content(root, identity):
+            _warn_of_damage(root, identity)
+            fetch_file(store, identity, root)
         patterns = on_demand.PATTERNS.get(_format_of(root), ())
         records = [record for record in listing.files if not on_demand.is_on_demand(record.name, patterns)]
-        missing = [record for record in records if fault_of_file(root, record, checksum=False)]
+        if _was_compared_since(home, asked):
+            missing = [record for record in records if fault_of_file(root, record, checksum=False)]
+        else:
+            missing = not_whole(root, records)
+        for record in missing:
+            _warn_of_damage(root, record)
         source = Source(
             url=store.url,
             name=root.name,
@@ -171,6 +188,7 @@ class Cache:
         with self._room_for(needed, what=store.url):
             publish_json(home / _SOURCE, to_json(source), seal=True)
         fetch_files(store, missing, root)
+        (home / _COMPARED).touch()
         return source, needed
 
     def _ensure(self, store: Store, record: FileRecord, root: Path, patterns: tuple[str, ...]) -> None:
@@ -178,7 +196,7 @@ class Cache:
         if not on_demand.is_on_demand(record.name, patterns):
             return
         path = root / record.name
-        if not fault_of_file(root, record, checksum=False):
+        if not fault_of_content(root, record):  # the reader does not compare it again in this process
             now = time.monotonic()
             if now - self._marked.get(path, float("-inf")) > _SECONDS_BETWEEN_MARKS:
                 self._marked[path] = now
@@ -187,7 +205,8 @@ class Cache:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._one_at_a_time(path.with_name(f".{path.name}.claim")):
-            if fault_of_file(root, record, checksum=False):
+            if fault_of_content(root, record):
+                _warn_of_damage(root, record)
                 with self._room_for(record.bytes, what=f"{store.url}/{record.name}"):
                     partial_path(path, record).touch()  # its name reserves the room
                 fetch_file(store, record, root)
@@ -217,6 +236,7 @@ class Cache:
             yield
             return
         with self._one_at_a_time(self.root / ".room.claim"):
+            self._drop_remains()
             held = self.contents()
             total = sum(each.num_bytes for each in held)
             for candidate in self._droppable(held) if total + needed > self.max_bytes else ():
@@ -246,12 +266,22 @@ class Cache:
             root = each.home / each.source.name
             for path in _files_below(root) if each.is_in_use and each.source.patterns else ():
                 name = path.relative_to(root).as_posix()
-                if not on_demand.is_on_demand(name, each.source.patterns):
+                is_half = path.suffix == _HALF  # of a fetch that was interrupted, if it is that old
+                if not (is_half or on_demand.is_on_demand(name, each.source.patterns)):
                     continue
-                state = path.stat()
-                if now - max(state.st_atime, state.st_mtime) > _SECONDS_IN_USE:
-                    found.append(_Droppable(used=state.st_atime, num_bytes=state.st_size, path=path))
+                with contextlib.suppress(FileNotFoundError):  # finished in this moment
+                    state = path.stat()
+                    if now - max(state.st_atime, state.st_mtime) > _SECONDS_IN_USE:
+                        used = 0.0 if is_half else state.st_atime
+                        found.append(_Droppable(used=used, num_bytes=_bytes_of(path), path=path))
         return sorted(found, key=lambda candidate: candidate.used)
+
+    def _drop_remains(self) -> None:
+        """Remove directories whose removal or first fetch was interrupted: no process knows them."""
+        for home in self.root.iterdir():
+            if _is_remains(home):
+                _logger.info("dropping %s from the cache, the rest of an interrupted fetch", home.name)
+                _remove(home)
 
     def contents(self) -> list[Held]:
         """What the cache holds, the latest use first."""
@@ -293,6 +323,14 @@ def _held(home: Path, source: Source) -> Held:
     )
 
 
+def _is_remains(home: Path) -> bool:
+    """Whether it is what is left of a directory of the cache, and not another program's."""
+    if not (_HOME.fullmatch(home.name) and home.is_dir()) or _source_of(home) is not None or _is_in_use(home):
+        return False
+    others = [path for path in home.iterdir() if path.name != _SOURCE and not path.name.startswith(".")]
+    return len(others) <= 1 and all(path.is_dir() for path in others)
+
+
 def _is_in_use(home: Path) -> bool:
     """Whether a process uses it. Of containers that are gone claims are left, which are touched no more."""
     if _used_here[home] > 0:
@@ -312,6 +350,20 @@ def _source_of(home: Path) -> Source | None:
         return None
 
 
+def _was_compared_since(home: Path, asked: float) -> bool:
+    """Both times are of the clock that gives files there their times."""
+    try:
+        return (home / _COMPARED).stat().st_mtime > asked
+    except FileNotFoundError:
+        return False
+
+
+def _warn_of_damage(root: Path, record: FileRecord) -> None:
+    """Of a file that is there and is not what it was."""
+    if (path := root / record.name).exists():
+        _logger.warning("%s in the cache is damaged: fetching it again", path)
+
+
 def _format_of(root: Path) -> str:
     path = root / _IDENTITY
     return str(read_sealed_json(path).get("format")).removeprefix("mlpmem-") if path.is_file() else ""
@@ -324,7 +376,7 @@ def _files_below(root: Path) -> Iterator[Path]:
 
 def _bytes_of(path: Path) -> int:
     """Of a file that is being fetched those that it will have."""
-    if path.suffix == ".partial" and (size := path.name.split(".")[-2]).isdigit():
+    if path.suffix == _HALF and (size := path.name.split(".")[-2]).isdigit():
         return int(size)
     try:
         return path.stat().st_size

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, fault_of_file, flush
+from mlpmem_ds.core.files import FileRecord, fault_of_content, fault_of_file, flush
 from mlpmem_ds.core.objects.listing import LAST_FILES, Listing, require_listing
 from mlpmem_ds.core.objects.parts import PART_BYTES, in_order
 from mlpmem_ds.core.objects.store import Store
@@ -30,6 +30,8 @@ _REMEDY = "push the directory again with tools/mirror.py --replace, or check wha
 def fetch_file(store: Store, record: FileRecord, root: Path) -> None:
     """An object as the file of its name below `root`, which appears when its checksum is right.
 
+    What an earlier fetch has left is gone on with; where it was damaged, it is dropped.
+
     Raises:
         DamagedDataError: the object is missing, of another size, or has another checksum; the file that was
             begun is removed.
@@ -37,32 +39,40 @@ def fetch_file(store: Store, record: FileRecord, root: Path) -> None:
     path = root / record.name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path, record)
-    where = join_url(store.url, record.name)
     partial.touch()
     with open(partial, "r+b") as stream:
         digest = hashlib.sha256()
-        for part in _parts_of(store, record, _hash_whole_parts(stream, digest)):
-            if part is None:
-                partial.unlink(missing_ok=True)
-                raise DamagedDataError(f"{where} is missing, and the mirror's list names it: {_REMEDY}")
-            digest.update(part)
-            stream.write(part)
-        num_bytes = stream.tell()
-        stream.truncate()
-    if num_bytes != record.bytes:
+        start = _hash_whole_parts(stream, digest)
+        fault = _receive(store, record, stream, digest, start=start)
+        if fault and start:  # of what was left, perhaps, and not of the object
+            stream.seek(0)
+            digest = hashlib.sha256()
+            fault = _receive(store, record, stream, digest, start=0)
+    if fault:
         partial.unlink(missing_ok=True)
-        raise DamagedDataError(
-            f"{where} is cut short or changed: {num_bytes:,} bytes of {record.bytes:,}; {_REMEDY}"
-        )
-    if digest.hexdigest() != record.sha256:
-        partial.unlink(missing_ok=True)
-        raise DamagedDataError(f"{where} does not have the checksum of the mirror's list: {_REMEDY}")
+        raise DamagedDataError(f"{join_url(store.url, record.name)} {fault}")
     try:
         flush(partial)
         os.replace(partial, path)
     except FileNotFoundError:  # another process fetched the same file, and has given it its name
         if fault_of_file(root, record) is not None:
             raise
+
+
+def _receive(store: Store, record: FileRecord, stream: BinaryIO, digest: Any, *, start: int) -> str | None:
+    """Write an object's bytes from `start` on, and what ends there; say what is wrong with all of them."""
+    for part in _parts_of(store, record, start):
+        if part is None:
+            return f"is missing, and the mirror's list names it: {_REMEDY}"
+        digest.update(part)
+        stream.write(part)
+    num_bytes = stream.tell()
+    stream.truncate()
+    if num_bytes != record.bytes:
+        return f"is cut short or changed: {num_bytes:,} bytes of {record.bytes:,}; {_REMEDY}"
+    if digest.hexdigest() != record.sha256:
+        return f"does not have the checksum of the mirror's list: {_REMEDY}"
+    return None
 
 
 def partial_path(path: Path, record: FileRecord) -> Path:
@@ -102,16 +112,24 @@ def fetch_files(
     threads: int = THREADS,
     done: Callable[[FileRecord], None] = lambda _: None,
 ) -> None:
-    """Several files at once; those that are there with their size are taken as they are."""
+    """Several files at once; those that are there are replaced."""
 
     def fetch(record: FileRecord) -> FileRecord:
-        if fault_of_file(root, record, checksum=False):
-            fetch_file(store, record, root)
+        fetch_file(store, record, root)
         return record
 
     with ThreadPoolExecutor(threads) as pool:
         for record in in_order(pool, fetch, records, ahead=2 * threads):
             done(record)
+
+
+def not_whole(root: Path, records: Iterable[FileRecord], *, threads: int = THREADS) -> list[FileRecord]:
+    """Those whose files are missing, or do not have their checksums."""
+    with ThreadPoolExecutor(threads) as pool:
+        faults = in_order(
+            pool, lambda record: (record, fault_of_content(root, record)), records, ahead=2 * threads
+        )
+        return [record for record, fault in faults if fault is not None]
 
 
 def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> Listing:
@@ -126,12 +144,7 @@ def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> List
     listing = require_listing(store, flag=flag)
     _refuse_other(root, store, listing)
     root.mkdir(parents=True, exist_ok=True)
-    missing: list[FileRecord] = []
-    with ThreadPoolExecutor(threads) as pool:
-        faults = in_order(
-            pool, lambda record: (record, fault_of_file(root, record)), listing.files, ahead=2 * threads
-        )
-        missing = [record for record, fault in faults if fault is not None]
+    missing = not_whole(root, listing.files, threads=threads)
     needed = sum(record.bytes for record in missing)
     free = shutil.disk_usage(root).free
     if needed > free:

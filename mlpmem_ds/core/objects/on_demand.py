@@ -1,4 +1,5 @@
-"""Files of directories in the cache that are fetched when they are first read, and not before.
+"""Files of directories in the cache that are fetched when they are first read, and not before; and what to do
+about damaged ones.
 
 Those of which a rank reads a part: token shards and target shards. Who is about to open a file of a stage
 asks `CompleteStage.path_of` (core/manifest.py), which asks here; for any other directory that is one look at
@@ -22,6 +23,8 @@ PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """format → names of its files that are fetched on demand; their readers go through `path_of`"""
 
+SOURCE = "source.json"
+"""next to a directory of the cache: where it is from (core/objects/cache.py)"""
 _FETCHERS: dict[Path, Callable[[FileRecord], None]] = {}
 
 
@@ -41,6 +44,17 @@ def forget(root: Path) -> None:
 def is_fetched_on_demand(root: Path) -> bool:
     """Whether files of this directory may be missing until they are read."""
     return root in _FETCHERS
+
+
+def remedy_of(root: Path, *, local: str) -> str:
+    """What to do about a damaged file of a directory: where it is one of the cache, the same command fetches
+    the file again."""
+    is_cached = (root.parent / SOURCE).is_file()
+    return (
+        "it is a copy in the cache: give the same command again, which fetches it anew"
+        if is_cached
+        else local
+    )
 
 
 def ensure(root: Path, record: FileRecord) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlpmem_ds.core import files
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.objects import cache as cache_module
 from mlpmem_ds.core.objects import on_demand
@@ -22,6 +23,7 @@ from mlpmem_ds.core.objects.cache import PLACE, SIZE, Cache
 from mlpmem_ds.core.objects.contents import directories_in
 from mlpmem_ds.core.objects.push import Push
 from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.temporaries import time_of_file_system
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 
@@ -74,8 +76,8 @@ def test_what_is_there_is_not_fetched_again_and_a_new_mirror_is(
     push(stage_dir, memory_url)
     root = cache.open(memory_url, held, flag="--keys")
     path = root / "part-1.npy"
-    path.write_bytes(b"x" * path.stat().st_size)  # fetched again, this would be lost
-    assert cache.open(memory_url, held, flag="--keys") == root and path.read_bytes()[:1] == b"x"
+    number = path.stat().st_ino
+    assert cache.open(memory_url, held, flag="--keys") == root and path.stat().st_ino == number
     path.unlink()
     cache.open(memory_url, held, flag="--keys")
     assert result_of(root) == result_of(stage_dir)
@@ -83,6 +85,97 @@ def test_what_is_there_is_not_fetched_again_and_a_new_mirror_is(
     Push(directories_in(tmp_path / "new")[0], Store(memory_url), replace=True).send()
     newer = cache.open(memory_url, held, flag="--keys")
     assert newer != root and result_of(newer) == result_of(tmp_path / "new")
+
+
+def flip(path: Path) -> None:
+    """One bit, as a disk does it: no time changes. What this process has compared is forgotten."""
+    state = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    files._compared.clear()
+
+
+@pytest.mark.parametrize("name", ["part-1.npy", "identity.json", "done/2.json", "manifest.json"])
+def test_a_flipped_bit_is_fetched_again_by_the_next_command(
+    memory_url: str, stage_dir: Path, cache: Cache, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    push(stage_dir, memory_url)
+    with contextlib.ExitStack() as held:
+        root = cache.open(memory_url, held, flag="--keys")
+    flip(root / name)
+    with contextlib.ExitStack() as held, caplog.at_level("WARNING"):
+        cache.open(memory_url, held, flag="--keys")
+    assert result_of(root) == result_of(stage_dir)
+    assert f"{root / name} in the cache is damaged: fetching it again" in caplog.text
+
+
+def test_the_reader_of_a_damaged_copy_is_told_to_give_the_same_command(
+    memory_url: str, corpus_dir: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    push(corpus_dir, memory_url)
+    root = cache.open(memory_url, held, flag="--corpus")
+    flip(next((root / "tokenizer").iterdir()))
+    with pytest.raises(DamagedDataError, match=r"checksum of its record: .* the same command again, which"):
+        open_corpus(root, "test").check_files()
+
+
+def test_ranks_that_wait_for_the_first_do_not_compare_again_and_later_ones_do(
+    memory_url: str, stage_dir: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(stage_dir, memory_url)
+    with contextlib.ExitStack() as held:
+        home = cache.open(memory_url, held, flag="--keys").parent
+    asked = time_of_file_system(home)
+    os.utime(home / ".compared", (asked - 1, asked - 1))
+    compared: list[Path] = []
+
+    def not_whole(root: Path, records: list[files.FileRecord]) -> list[files.FileRecord]:
+        compared.append(root)
+        return []
+
+    monkeypatch.setattr(cache_module, "not_whole", not_whole)
+    with contextlib.ExitStack() as held:
+        cache.open(memory_url, held, flag="--keys")
+    assert len(compared) == 1
+    os.utime(home / ".compared", (asked + 3600, asked + 3600))  # another's, while this one waited
+    with contextlib.ExitStack() as held:
+        cache.open(memory_url, held, flag="--keys")
+    assert len(compared) == 1
+
+
+def test_a_flipped_bit_of_a_shard_is_fetched_again_when_it_is_read(
+    memory_url: str, corpus_dir: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    push(corpus_dir, memory_url)
+    root = cache.open(memory_url, held, flag="--corpus")
+    corpus = open_corpus(root, "test")
+    tokens = np.array(corpus.tokens(0, corpus.num_tokens))
+    (shard,) = root.glob("test/tokens-*.bin")
+    flip(shard)
+    np.testing.assert_array_equal(open_corpus(root, "test").tokens(0, corpus.num_tokens), tokens)
+
+
+def test_what_interrupted_fetches_and_removals_have_left_is_dropped(
+    memory_url: str, corpus_dir: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    """It would count as used for ever."""
+    push(corpus_dir, memory_url)
+    root = cache.open(memory_url, held, flag="--corpus")
+    half = root / "train" / ".tokens-000.bin.0123456789ab.5000.partial"
+    half.write_bytes(b"half")
+    os.utime(half, (time.time() - 3600,) * 2)
+    other = root / "train" / ".tokens-001.bin.0123456789ab.5000.partial"
+    other.write_bytes(b"being fetched")
+    for name in ("0" * 16, "1" * 16, "2" * 16, "mine"):
+        (cache.root / name / "keys").mkdir(parents=True)
+    (cache.root / "1111111111111111/source.json").write_text("{")  # damaged
+    (cache.root / "2222222222222222/thesis.tex").write_text("another program's")
+    cache.max_bytes = cache.contents()[0].num_bytes + 100
+    open_corpus(root, "test").tokens(0, 1)
+    assert not half.exists() and other.exists()
+    assert sorted(path.name for path in cache.root.iterdir()) == sorted([root.parent.name, "2" * 16, "mine"])
 
 
 def test_ranks_of_a_machine_fetch_a_directory_once(

@@ -63,6 +63,29 @@ def test_finished_parts_are_not_fetched_again(
     assert [path.name for path in target.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("damage", ["flip", "longer"])
+def test_a_damaged_rest_of_a_fetch_is_dropped_and_the_object_not_blamed(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """As a power cut leaves it: the size is there, the bytes are zeros."""
+    monkeypatch.setattr(fetch, "PART_BYTES", 1000)
+    content = np.random.default_rng(0).bytes(4500)
+    (tmp_path / "file").write_bytes(content)
+    record = record_file(tmp_path, "file")
+    Store(memory_url).write("file", content)
+    target = tmp_path / "target"
+    target.mkdir()
+    half = fetch.partial_path(target / "file", record)
+    half.write_bytes(bytes(2000) if damage == "flip" else content + bytes(3000))
+    fetch_file(Store(memory_url), record, target)
+    assert (target / "file").read_bytes() == content and not half.exists()
+    half.write_bytes(bytes(2000))
+    Store(memory_url).write("file", content[::-1])
+    with pytest.raises(DamagedDataError, match=f"{memory_url}/file does not have the checksum"):
+        fetch_file(Store(memory_url), record, target)
+    assert not half.exists()
+
+
 def test_two_processes_that_fetch_one_file_both_end_well(url: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     record = record_file(tmp_path, "file")

@@ -21,6 +21,14 @@ def test_only_registered_directories_are_asked_for_their_files(tmp_path: Path) -
     assert asked == [RECORD] and not on_demand.is_fetched_on_demand(tmp_path)
 
 
+def test_the_remedy_of_a_damaged_file_is_that_of_the_place_where_it_is(tmp_path: Path) -> None:
+    root = tmp_path / "0123456789abcdef" / "keys"
+    root.mkdir(parents=True)
+    assert on_demand.remedy_of(root, local="run it again") == "run it again"
+    (root.parent / on_demand.SOURCE).write_text("{}")
+    assert "the same command again, which fetches it anew" in on_demand.remedy_of(root, local="run it again")
+
+
 def test_token_shards_and_target_shards_are_fetched_on_demand() -> None:
     corpus, targets = on_demand.PATTERNS["corpus"], on_demand.PATTERNS["targets"]
     for name in ("train/tokens-00000.bin", "test/answers-00000.bin"):
