@@ -8,7 +8,8 @@ seconds, through the store in which the ranks met, and looks at the next rank's.
 signs; one whose signs have stopped for the time limit, by the clock of the rank that looks, is lost. The main
 thread may be inside a library for as long as the connection lives, so the process is ended from here.
 
-Each rank asks for two keys each time, for any number of ranks; who finds a lost one tells the others.
+Each rank asks for two keys each time, for any number of ranks; who finds a lost one tells the others. No key
+is asked for that may not be there: the store would wait for it, and a rank may die before its first sign.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlpmem_ds.core.claims import has_ended, holder
@@ -43,6 +44,14 @@ def keeper_in_words(environment: Mapping[str, str]) -> str:
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return ""
     return f"the launcher on {environment.get('MASTER_ADDR', 'the first host')}"
+
+
+def read_known(store: Any, keys: Sequence[str]) -> list[str]:
+    """The values of these keys of a store, "" for one that no rank has set: asked for it, the store would
+    wait for its whole time limit. Two calls where all are there."""
+    if store.check(list(keys)):
+        return [value.decode() for value in store.multi_get(list(keys))]
+    return [store.get(key).decode() if store.check([key]) else "" for key in keys]
 
 
 def end_process(error: RanksLost) -> None:
@@ -84,7 +93,7 @@ class RankWatch:
         store.set(f"host/{world.rank}", socket.gethostname())
         store.set(f"process/{world.rank}", holder(os.getpid()))
         store.set(f"sign/{world.rank}", "0")
-        self._keeper, self.host_of_rank_0 = keeper, store.get("host/0").decode()
+        self._keeper, self._host_of_rank_0 = keeper, self._read("host/0")
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._judge)]
         for thread in self._threads:
             thread.start()
@@ -105,6 +114,7 @@ class RankWatch:
                 self._store.set(f"sign/{self._world.rank}", str(number))
                 sign = self._read(f"sign/{self._next}")
                 told = self._read(_LOST)
+                self._host_of_rank_0 = self._host_of_rank_0 or self._read("host/0")
                 with self._lock:
                     now = time.monotonic()
                     self._answered, self._told = now, told
@@ -112,7 +122,7 @@ class RankWatch:
                         self._sign_of_next, self._heard = sign, now
 
     def _read(self, key: str) -> str:
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+        return read_known(self._store, [key])[0]
 
     # -- the thread that judges
 
@@ -150,15 +160,15 @@ class RankWatch:
         """The ranks that give no sign while this one looks, for three times as long as one takes; those of
         this machine whose processes have ended as soon as that is seen."""
         ranks = range(self._world.size)
-        processes = [text.decode() for text in self._store.multi_get([f"process/{rank}" for rank in ranks])]
+        processes = read_known(self._store, [f"process/{rank}" for rank in ranks])
         keys = [f"sign/{rank}" for rank in ranks]
-        before = self._store.multi_get(keys)
+        before = read_known(self._store, keys)
         deadline = time.monotonic() + 3 * self._every
         while time.monotonic() < deadline:
             if ended := [rank for rank in ranks if has_ended(processes[rank])]:
                 return ended
             time.sleep(min(_SECONDS_BETWEEN_LOOKS, self._every))
-        after = self._store.multi_get(keys)
+        after = read_known(self._store, keys)
         return [rank for rank, signs in enumerate(zip(before, after, strict=True)) if signs[0] == signs[1]]
 
     def _hosts_of(self, ranks: list[int]) -> dict[int, str]:
@@ -167,7 +177,7 @@ class RankWatch:
     def _without_keeper(self, how: str) -> RanksLost:
         if self._keeper:
             return RanksLost([], how, who=self._keeper)
-        return RanksLost([0], how, hosts={0: self.host_of_rank_0})
+        return RanksLost([0], how, hosts={0: self._host_of_rank_0})
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from mlpmem_ds.core.errors import first_line
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives import pairwise
 from mlpmem_ds.engines.collectives.heartbeat import wait_until
-from mlpmem_ds.engines.collectives.rank_watch import RankWatch, keeper_in_words
+from mlpmem_ds.engines.collectives.rank_watch import RankWatch, keeper_in_words, read_known
 from mlpmem_ds.engines.collectives.ranks import Array, Ranks, RanksLost, culprits
 from mlpmem_ds.engines.processes import (
     join_store,
@@ -54,7 +54,7 @@ class TorchGroup(Ranks):
         self._world, self._timeout_seconds = world, timeout_seconds
         self._store: Any = join_store(world, environment, datetime.timedelta(seconds=_SECONDS_TO_MEET))
         self._rank_0_keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._operation, self._host_of_rank_0 = 0, ""
+        self._operation = 0
         self._arrive()
         self._wait_for_others(max(timeout_seconds, _SECONDS_TO_MEET))
         self._watch = RankWatch(
@@ -64,8 +64,8 @@ class TorchGroup(Ranks):
             grace_seconds=_SECONDS_FOR_THE_MAIN_THREAD,
             keeper=keeper_in_words(environment),
         )
-        self._host_of_rank_0 = self._watch.host_of_rank_0
         start_gloo_group(self._store, world, datetime.timedelta(seconds=_SECONDS_OF_A_TRANSFER))
+        self._host_of_rank_0 = self._host_of(0)  # known now: a rank's watch begins before it connects
 
     def sum(self, array: Array) -> Array:
         self.wait()
@@ -172,9 +172,9 @@ class TorchGroup(Ranks):
         """As its watch has written it (rank_watch.py); "" before that."""
         return self._read(f"host/{rank}")
 
-    def _signs(self) -> list[bytes]:
-        """The last sign of life of each rank; in one call, since a thousand ranks may ask at once."""
-        return list(self._store.multi_get([f"sign/{rank}" for rank in range(self.size)]))
+    def _signs(self) -> list[str]:
+        """The last sign of life of each rank; in two calls, since a thousand ranks may ask at once."""
+        return read_known(self._store, [f"sign/{rank}" for rank in range(self.size)])
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from mlpmem_ds.core.claims import holder
 from mlpmem_ds.core.errors import LOST_RANK
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.collectives.rank_watch import RankWatch, keeper_in_words
+from mlpmem_ds.engines.collectives.rank_watch import RankWatch, keeper_in_words, read_known
 from mlpmem_ds.engines.collectives.ranks import RanksLost
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +25,8 @@ LIMIT = 0.5
 
 
 class Store:
-    """A key-value store in this process; `cut` holds back every call, as a network that is gone does."""
+    """A key-value store in this process; `cut` holds back every call, as a network that is gone does. Who
+    asks for a key that is not there waits for the store's own time limit, as with torch's."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -37,6 +39,11 @@ class Store:
 
     def get(self, key: str) -> bytes:
         self.whole.wait(20)
+        deadline = time.monotonic() + 20
+        while key not in self.values:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"wait timeout after 20000ms, keys: {key}")
+            time.sleep(0.01)
         return self.values[key]
 
     def check(self, keys: list[str]) -> bool:
@@ -50,13 +57,11 @@ class Store:
 class Watched:
     """Some ranks with a watch each; what each was told at the end."""
 
-    def __init__(self, size: int, *, keeper: str = "") -> None:
+    def __init__(self, size: int, *, keeper: str = "", dead: Collection[int] = ()) -> None:
         self.stores = [Store() for _ in range(size)]
         for store in self.stores[1:]:
             store.values = self.stores[0].values  # one store, a connection each
         self.ends: dict[int, RanksLost] = {}
-        for rank in range(size):
-            self.stores[0].values |= {f"host/{rank}": b"", f"sign/{rank}": b"0"}
         self.watches = [
             RankWatch(
                 self.stores[rank],
@@ -66,6 +71,7 @@ class Watched:
                 end=lambda error, rank=rank: self.ends.setdefault(rank, error),
             )
             for rank in range(size)
+            if rank not in dead
         ]
 
     def wait_for(self, count: int) -> None:
@@ -92,6 +98,32 @@ def test_a_rank_that_is_cut_off_is_named_to_all_with_its_host() -> None:
     assert "run the same" in said
     assert "and with it the way to the others" in str(ranks.ends[2])
     assert time.monotonic() - start < 15  # of a machine that may be busy
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_a_rank_that_died_before_its_first_sign_is_named_within_the_time_limit(dead: int) -> None:
+    """The store does not have its keys, and would wait for them."""
+    start = time.monotonic()
+    ranks = Watched(3, dead=[dead])
+    ranks.wait_for(2)
+    ranks.stop()
+    assert {rank: error.ranks for rank, error in ranks.ends.items()} == {
+        rank: (dead,) for rank in range(3) if rank != dead
+    }
+    assert time.monotonic() - start < 15
+
+
+def test_keys_that_no_rank_has_set_are_empty_and_not_waited_for() -> None:
+    store, asked = Store(), []
+    check = store.check
+    store.check = lambda keys: asked.append(keys) or check(keys)  # type: ignore[method-assign, func-returns-value]
+    store.set("sign/0", "7")
+    start = time.monotonic()
+    assert read_known(store, ["sign/0", "sign/1"]) == ["7", ""]
+    store.set("sign/1", "8")
+    asked.clear()
+    assert read_known(store, ["sign/0", "sign/1"]) == ["7", "8"] and len(asked) == 1
+    assert time.monotonic() - start < 15
 
 
 def test_a_store_that_fails_once_ends_no_watch() -> None:
