@@ -1,4 +1,8 @@
-"""Directories that appear whole or not at all: filled under a temporary name, flushed, renamed."""
+"""Directories that appear whole or not at all: filled under a temporary name, flushed, renamed.
+
+One that takes the place of another is renamed in two steps, and a kill between them leaves `.<name>.former`
+alone: whoever is about to read or replace the directory calls `put_back_former` first.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ def publish_directory(path: Path, *, temporary: Path) -> Iterator[Path]:
         path: the name that it gets; what has it then is replaced.
         temporary: the name until then, on the same file system; what a killed run left there is removed.
     """
+    put_back_former(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -34,19 +39,38 @@ def publish_directory(path: Path, *, temporary: Path) -> Iterator[Path]:
 def replace_directory(path: Path, filled: Path) -> None:
     """Flush all that is in a filled directory and rename it to `path`.
 
-    A directory that has that name is renamed first, and removed at the end.
+    A directory that has that name is renamed first, to `.<name>.former`, and removed at the end; where the
+    other cannot be renamed, it gets its name back.
     """
+    put_back_former(path)
     for folder, _, names in os.walk(filled, topdown=False):
         for name in names:
             flush(Path(folder, name))
         flush(Path(folder))
-    former = filled.with_name(f"{filled.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
     if path.exists():
-        os.replace(path, former)
-    os.replace(filled, path)
-    flush(path.parent)
-    shutil.rmtree(former, ignore_errors=True)
+        os.replace(path, _former(path))
+    try:
+        os.replace(filled, path)
+        flush(path.parent)
+    finally:
+        put_back_former(path)
+
+
+def put_back_former(path: Path) -> None:
+    """After a replacement that was cut off, or at its end: the directory that `path` named before gets its
+    name back where nothing has it, and is removed where its successor has."""
+    former = _former(path)
+    if not former.exists():
+        return
+    if path.exists():
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        os.replace(former, path)
+        flush(path.parent)
+
+
+def _former(path: Path) -> Path:
+    return path.with_name(f".{path.name}.former")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlpmem_ds.core.directories import replace_directory
+from mlpmem_ds.core.directories import put_back_former, replace_directory
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import (
     FileRecord,
@@ -145,6 +145,8 @@ def remove_old_checkpoints(root: Path, keep: int, *, needed: Collection[Path] = 
 
 
 def remove_unfinished(root: Path) -> None:
-    """Remove what a killed run left half written (`*.tmp`, `*.tmp.former`)."""
-    for path in root.glob("step-*.tmp*") if root.is_dir() else ():
+    """Remove what a killed run left half written (`*.tmp`), and end a replacement that it had begun."""
+    for path in root.glob("step-*.tmp") if root.is_dir() else ():
         shutil.rmtree(path)
+    for path in root.glob(".step-*.former") if root.is_dir() else ():
+        put_back_former(root / path.name.removeprefix(".").removesuffix(".former"))

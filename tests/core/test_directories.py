@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mlpmem_ds.core.directories import publish_directory, replace_directory, work_directory
+from mlpmem_ds.core.directories import (
+    publish_directory,
+    put_back_former,
+    replace_directory,
+    work_directory,
+)
 
 DEAD = 2**22 + 1  # above the largest process id
 
@@ -42,6 +47,43 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
         raise OSError("the disk is full")
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
     assert (tmp_path / "done" / "inner" / "a.txt").read_text() == "old"
+
+
+def filled(folder: Path, content: str) -> Path:
+    folder.mkdir()
+    fill(folder, content)
+    return folder
+
+
+def content_of(folder: Path) -> str:
+    return (folder / "inner" / "a.txt").read_text()
+
+
+def test_a_kill_between_the_two_renames_is_mended_by_the_next_start(tmp_path: Path) -> None:
+    done, new = filled(tmp_path / "done", "old"), filled(tmp_path / "new", "new")
+    child = os.fork()
+    if child == 0:
+        rename, count = os.replace, iter(range(9))
+        os.replace = lambda *names: rename(*names) if next(count) == 0 else os._exit(9)  # type: ignore[assignment]
+        replace_directory(done, new)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not done.exists()
+    put_back_former(done)
+    assert content_of(done) == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "new"]
+    filled(tmp_path / ".done.former", "older")  # killed after the second
+    put_back_former(done)
+    assert content_of(done) == "old" and not (tmp_path / ".done.former").exists()
+    os.replace(done, tmp_path / ".done.former")
+    replace_directory(done, new)  # the next start may come here first
+    assert content_of(done) == "new" and [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_a_directory_that_cannot_be_replaced_keeps_its_name(tmp_path: Path) -> None:
+    done = filled(tmp_path / "done", "old")
+    with pytest.raises(FileNotFoundError):
+        replace_directory(done, tmp_path / "none")
+    assert content_of(done) == "old" and [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
 def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

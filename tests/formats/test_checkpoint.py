@@ -68,6 +68,7 @@ def test_the_oldest_go_and_the_same_step_is_replaced(tmp_path):
         publish(root, step)
     (root / "step-00000011.tmp").mkdir()
     remove_old_checkpoints(root, 2)
+    (root / "step-00000010").rename(root / ".step-00000010.former")  # killed while it was replaced
     remove_unfinished(root)
     assert [path.name for path in list_checkpoints(root)] == ["step-00000010", "step-00000002"]
     aside = set_aside(root / "step-00000010")

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
 import mlpmem_ds
-from mlpmem_ds.core.directories import replace_directory, work_directory
+from mlpmem_ds.core.directories import put_back_former, replace_directory, work_directory
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
@@ -87,6 +87,7 @@ def run(config: Config, world: World) -> None:
         write_memory(config, with_weights_read(inputs, output).trained, world)
         return
     identity = inputs.identity(config)
+    put_back_former(output)
     if _is_complete(output, identity):
         _logger.info("complete: %s", config.output)
         return

@@ -49,6 +49,11 @@ def test_rerun_says_complete_and_a_damaged_export_is_made_again(
     assert before == {
         path.name: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in export_dir.iterdir()
     }
+    os.replace(export_dir, export_dir.with_name(f".{export_dir.name}.former"))  # killed between two renames
+    assert convert(*words) == 0
+    assert before == {
+        path.name: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in export_dir.iterdir()
+    }
     assert convert(*words, "--lambda", "0.5") == 2
     assert "already holds another export (config" in capsys.readouterr().err
     assert before == {
