@@ -25,11 +25,12 @@ rapid_seconds=60 max_rapid=5 grace_seconds=30 stop_seconds=300
 while [ $# -gt 0 ]; do
     case $1 in
         --rapid-seconds | --max-rapid | --grace-seconds)
-            [[ ${2:-} =~ ^[0-9]+$ ]] || fail "$1 ${2:-} is not a whole number"
+            [[ ${2:-} =~ ^[0-9]{1,9}$ ]] || fail "$1 ${2:-} is not a whole number of up to nine digits"
+            number=$((10#$2)) # bash takes 08 for octal
             case $1 in
-                --rapid-seconds) rapid_seconds=$2 ;;
-                --max-rapid) max_rapid=$2 ;;
-                --grace-seconds) grace_seconds=$2 stop_seconds=$2 ;;
+                --rapid-seconds) rapid_seconds=$number ;;
+                --max-rapid) max_rapid=$number ;;
+                --grace-seconds) grace_seconds=$number stop_seconds=$number ;;
             esac
             shift 2
             ;;

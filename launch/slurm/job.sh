@@ -125,7 +125,7 @@ end_stage() {
     rm -rf "$codes"
     if [ -z "$failed" ] && [ -f "$mark" ]; then
         [ "$lost" = 0 ] || echo "$stage: $lost of $SLURM_NTASKS ranks were lost, the others did their work"
-        rm -f "$RUN/slurm/$stage.deaths"
+        rm -f "$RUN/slurm/$stage.deaths" "$RUN/slurm/$stage.idle"
         echo "$stage: complete, $mark"
         exit 0
     fi
@@ -134,7 +134,10 @@ end_stage() {
         requeue "ranks were lost"
     fi
     # A training that was asked to stop saves, and its ranks end with 0.
-    [ -z "$asked" ] && [ -n "$failed" ] || requeue "stopped before it was complete"
+    [ -z "$asked" ] && [ -n "$failed" ] || {
+        count_idle
+        requeue "stopped before it was complete"
+    }
     echo "$stage: failed, code ${failed:-$code}; the log above says why. No later stage is started." >&2
     exit "${failed:-$code}"
 }
@@ -151,6 +154,26 @@ count_death() {
         rm -f "$file"
         fail "$stage lost ranks within ten minutes three times in a row: not started again. A rank that is" \
             "killed (137) often had too little memory"
+    }
+}
+
+# count_idle: ends the job where it was the third start in a row that stopped without an error, a new unit
+# or a new checkpoint. One that was asked to stop within ten minutes, for another job, does not count.
+count_idle() {
+    local file=$RUN/slurm/$stage.idle made
+    [ -z "$asked" ] || [ "$SECONDS" -ge 600 ] || return 0
+    made=$(find "${mark%/*}" -newer "$RUN/slurm/$stage.command" -type f \
+        \( -path '*/done/*.json' -o -path '*/checkpoints/*' \) -print -quit 2> /dev/null) || true
+    [ -z "$made" ] || {
+        rm -f "$file"
+        return 0
+    }
+    echo "$SECONDS s: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))" >> "$file"
+    [ "$(wc -l < "$file")" -lt 3 ] || {
+        rm -f "$file"
+        fail "$stage stopped three times in a row without an error, a new unit or a new checkpoint, and" \
+            "$mark is not there: not started again. Read the log above; where its time was over, give it" \
+            "more in the line of resources"
     }
 }
 

@@ -46,7 +46,7 @@ flags() {
 read_settings() {
     settings=$1
     [ -f "$settings" ] || fail "$settings is no file: copy launch/slurm/settings.sh, and give the copy"
-    RUN='' BASE='' TEXT=() TOKENIZER='' DS_CONFIG=ds_configs/zero2.json STAGES=() ENVIRONMENT=''
+    RUN='' BASE='' TEXT=() GENERAL=() TOKENIZER='' DS_CONFIG=ds_configs/zero2.json STAGES=() ENVIRONMENT=''
     SBATCH_FLAGS=() SRUN_FLAGS=() NETWORK='' SECONDS_TO_SAVE=300
     # Variables of ours that a loop in the settings might use.
     local stage=${stage:-} here=${here:-} dry=${dry:-} given=()

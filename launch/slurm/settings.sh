@@ -7,11 +7,13 @@ RUN=                   # directory for all results, on a file system that all no
 BASE=                  # the language model: a directory, or the name of one in the cache of the Hub
 TEXT=()                # of prepare_corpus: files and directories to read
 TOKENIZER=$BASE        # of prepare_corpus: a directory, a name in the cache, or train:VOCAB
+GENERAL=()             # of fit_gate: corpus directories of other text, where the base shall stay as it is
 DS_CONFIG=ds_configs/zero2.json  # of train; ds_configs/README.md says which is for what
 
 # The stages, in the order of the data. prepare_corpus goes in front where $RUN/corpus is not there yet; where
 # there is no base, train_base after it, with BASE=$RUN/base and TOKENIZER=train:32000. Without build_index
-# the targets are searched exactly.
+# the targets are searched exactly. fit_gate after train makes a weight for each token in place of one for
+# all, and evaluate and convert_checkpoint take it.
 STAGES=(extract_keys build_index write_targets train evaluate convert_checkpoint)
 
 # What makes `python` the right one, on the nodes and here: modules, an environment. That of launch/setup.sh,
@@ -32,6 +34,7 @@ resources extract_keys            2             8             8            8   2
 resources build_index             2             8             8            8   24:00:00
 resources write_targets           2             8             8            8   24:00:00
 resources train                   2             8             8            8   24:00:00
+resources fit_gate                1             8             8            8    4:00:00
 resources evaluate                1             8             8            8   12:00:00
 resources convert_checkpoint      1             1             8            0    2:00:00
 

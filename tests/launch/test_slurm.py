@@ -16,8 +16,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "launch" / "slurm"
-STAGES = ("extract_keys", "build_index", "write_targets", "train", "evaluate", "convert_checkpoint")
-ALL = ("prepare_corpus", "train_base", *STAGES)
+ALL = (
+    "prepare_corpus",
+    "train_base",
+    "extract_keys",
+    "build_index",
+    "write_targets",
+    "train",
+    "fit_gate",
+    "evaluate",
+    "convert_checkpoint",
+)
+_RESULTS = {
+    "extract_keys": "keys/manifest.json",
+    "write_targets": "targets/manifest.json",
+    "train": "memory/manifest.json",
+    "fit_gate": "gate/manifest.json",
+    "evaluate": "report/manifest.json",
+    "convert_checkpoint": "export/mlpmem_export.json",
+}
 _FAKES = {
     # Jobs have the numbers 101, 102, …; the one that REFUSED names is not taken.
     "sbatch": """
@@ -53,6 +70,8 @@ if [ "$CODE" = waits ]; then
     until [ -e "$FAKE/asked" ]; do sleep .05; done
     exit 143
 fi
+made=$(dirname "$MARK")/checkpoints/step-7
+[ "$CODE" != saves ] || {{ mkdir -p "$made"; touch "$made/manifest.json"; exit 0; }}
 [ "$CODE" != done ] || {{ mkdir -p "$(dirname "$MARK")"; touch "$MARK"; exit 0; }}
 exit "$CODE" """,
 }
@@ -110,10 +129,9 @@ class Cluster:
 
     def job(self, stage: str, codes: str, **variables: str) -> subprocess.Popen[str]:
         """The batch file of a stage, as Slurm starts it: one rank for each of the codes."""
-        result = {"extract_keys": "keys", "train": "memory", "write_targets": "targets"}[stage]
         given = {
             "CODES": codes,
-            "MARK": str(self.run / result / "manifest.json"),
+            "MARK": str(self.run / _RESULTS[stage]),
             "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NODELIST": "node[7-8]",
             "SLURM_CPUS_PER_TASK": "12",
@@ -152,7 +170,13 @@ def test_the_stages_are_submitted_one_after_another_with_flags_that_they_have(cl
     """The example of the settings, filled in, and all stages: their flags are read by the front-ends."""
     text = cluster.root / "text"
     text.mkdir()
-    cluster.set(TEXT=f"({text})", TOKENIZER="train:32000", BASE="$RUN/base", STAGES=f"({' '.join(ALL)})")
+    cluster.set(
+        TEXT=f"({text})",
+        GENERAL=f"({text})",
+        TOKENIZER="train:32000",
+        BASE="$RUN/base",
+        STAGES=f"({' '.join(ALL)})",
+    )
     result = cluster.submit(str(cluster.settings))
     assert result.returncode == 0, result.stderr
     calls = cluster.said("sbatch")
@@ -215,6 +239,7 @@ WRONG = {
     "no time": ({"more": "resources train 2 8 1 0 long"}, ["train"], "time: 'long' is not"),
     "no seconds": ({"SECONDS_TO_SAVE": "soon"}, ["train"], "SECONDS_TO_SAVE: 'soon' is not a number"),
     "not bash": ({"more": "if"}, ["train"], "could not be read by bash|syntax error"),
+    "no other text": ({"GENERAL": "(/no/general)"}, ["fit_gate"], "GENERAL: /no/general does not exist"),
     "no environment": ({"ENVIRONMENT": "'source /no/file'"}, ["train"], "ENVIRONMENT=.* failed"),
 }
 
@@ -223,7 +248,8 @@ WRONG = {
 def test_what_is_wrong_is_said_before_anything_is_submitted(cluster: Cluster, name: str) -> None:
     settings, stages, message = WRONG[name]
     cluster.set(**settings)
-    (cluster.run / "corpus").mkdir(parents=True)
+    for name in ("corpus", "memory"):
+        (cluster.run / name).mkdir(parents=True)
     result = cluster.submit(str(cluster.settings), *stages)
     assert result.returncode == 2, result
     assert re.search(message, result.stderr, re.DOTALL), result.stderr
@@ -289,6 +315,22 @@ def test_targets_use_the_index_that_is_there(cluster: Cluster) -> None:
     assert f"--index {cluster.run / 'index'}" in cluster.said("srun")[0]
 
 
+def test_the_gate_reads_other_text_and_is_taken_where_it_is_there(cluster: Cluster) -> None:
+    cluster.make("corpus", "memory")
+    for stage in ("evaluate", "convert_checkpoint"):
+        assert cluster.job(stage, "done").wait(60) == 0
+        assert "--gate" not in cluster.said("srun")[0]
+        (cluster.run / _RESULTS[stage]).unlink()
+    cluster.set(GENERAL=f"({cluster.base} '{cluster.root}/a run')")
+    assert cluster.job("fit_gate", "done").wait(60) == 0
+    (words,) = cluster.said("srun")
+    assert words.startswith("--kill-on-bad-exit=1 ")
+    assert f"--general {cluster.base} {cluster.run} --output {cluster.run / 'gate'}" in words
+    for stage in ("evaluate", "convert_checkpoint"):
+        assert cluster.job(stage, "done").wait(60) == 0
+        assert f"--gate {cluster.run / 'gate'} --output" in cluster.said("srun")[0]
+
+
 ENDS = {
     "complete": ("done 0", 0, False),
     "complete, one rank was killed": ("137 done", 0, False),
@@ -333,6 +375,21 @@ def test_the_third_short_life_is_the_last(cluster: Cluster) -> None:
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "three times in a row: not started again" in said
     assert len(cluster.said("scontrol")) == 2
+
+
+def test_the_third_stop_without_anything_new_is_the_last(cluster: Cluster) -> None:
+    """Ranks that end with 0, without a result, an error or progress, would go into the queue for ever."""
+    cluster.make("corpus", "keys", "targets")
+    cluster.set(ENVIRONMENT="SECONDS=700")
+    for codes in ("0 0", "143 143", "saves 0", "0 0", "0 0"):
+        assert cluster.job("train", codes).wait(60) == 0
+    process = cluster.job("train", "0 0")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert "three times in a row without an error, a new unit or a new checkpoint, and" in said
+    assert f"{cluster.run}/memory/manifest.json is not there: not started again" in said
+    assert len(cluster.said("scontrol")) == 5
+    assert cluster.job("train", "0 0").wait(60) == 0  # submitted again, it counts from one
 
 
 def test_a_long_life_and_a_complete_stage_end_the_count_of_short_lives(cluster: Cluster) -> None:

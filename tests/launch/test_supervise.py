@@ -74,6 +74,13 @@ def test_rapid_deaths_have_a_limit(tmp_path: Path) -> None:
     assert (code, starts) == (137, 2) and "2 starts in a row have lived less than 60 s" in said
 
 
+def test_numbers_are_decimal_also_with_zeros_in_front(tmp_path: Path) -> None:
+    """As clocks and `seq -w` print them; what is left of the command is counted with them."""
+    words = ["--grace-seconds", "08", "--rapid-seconds", "009", "--max-rapid", "02"]
+    code, starts, said = outcome(tmp_path, ["KILL"] * 9, *words)
+    assert (code, starts) == (137, 2) and "have lived less than 9 s" in said and "base" not in said
+
+
 def test_lives_that_last_are_not_rapid(tmp_path: Path) -> None:
     assert outcome(tmp_path, ["1"] * 3, "--max-rapid", "1", "--rapid-seconds", "0")[:2] == (0, 4)
 
@@ -85,6 +92,7 @@ def test_lives_that_last_are_not_rapid(tmp_path: Path) -> None:
         (["no-such-command"], "error: there is no command no-such-command"),
         (["--rapid", "3", "true"], "error: unknown option --rapid"),
         (["--max-rapid", "few", "true"], "error: --max-rapid few is not a whole number"),
+        (["--grace-seconds", "1" * 20, "true"], f"error: --grace-seconds {'1' * 20} is not a whole number"),
     ],
 )
 def test_wrong_words_are_refused(words: list[str], said: str, tmp_path: Path) -> None:
