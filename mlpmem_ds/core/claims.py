@@ -4,8 +4,9 @@ waste no work.
 A claim is a courtesy, not a lock: units are pure functions and files are published whole, so two processes at
 one unit do harm to nothing but time. That is why a claim may be broken as soon as its holder looks dead:
 
-- on this machine by its process id, where both see the same processes (the same boot, the same space of
-  process ids: two containers on one host may both have a process 1);
+- on this machine by its process id and the time when it started (ids are used again), where both see the same
+  processes (the same boot, the same space of process ids: two containers on one host may both have a process
+  1);
 - elsewhere when its file has not been touched for a minute (a thread of the holder touches it every ten
   seconds). The minute is measured by the observer's own monotonic clock between two looks at the file's
   time: clocks of other machines and of file servers are never compared with ours.
@@ -25,10 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from mlpmem_ds.core.host import host_name, is_alive
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.host import host_name, is_alive, start_of
 
 _SECONDS_BETWEEN_TOUCHES = 10.0
 _SECONDS_UNTIL_DEAD = 60.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_WITHOUT_A_NAME = 5.0
 """a claim that stays empty: its process was killed between the two system calls that make and fill it"""
 
@@ -65,20 +68,50 @@ def claim(path: Path, *, watch: ClaimWatch | None = None) -> Iterator[bool]:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def claim_alone(path: Path, *, refusal: str) -> Iterator[None]:
+    """Hold a claim that is no courtesy: the block is for one process at a time. Whether a holder on another
+    host lives shows within a minute, which is waited for.
+
+    Args:
+        path: of the claim file.
+        refusal: what the user is told, with the remedy.
+
+    Raises:
+        UserError: a live process holds it.
+    """
+    watch = ClaimWatch()
+    while watch.look(path) != "held":
+        with claim(path, watch=watch) as is_mine:
+            if is_mine:
+                yield
+                return
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    raise UserError(refusal)
+
+
 def holder(pid: int) -> str:
-    """What a claim of this process of this machine says: `<host> <boot> <pid>`."""
-    return f"{host_name()} {_boot_id()} {pid}"
+    """What a claim of this process of this machine says: `<host> <boot> <pid> <start>`, without the start
+    where the system does not say it."""
+    return f"{host_name()} {_boot_id()} {pid} {start_of(pid)}".rstrip()
 
 
 def has_ended(text: str) -> bool:
     """Whether the process that `holder` named is known to be gone: only one of this machine is."""
-    return is_of_this_machine(text) and not is_alive(int(text.rpartition(" ")[2]))
+    if not is_of_this_machine(text):
+        return False
+    pid, start = _pid_of(text), text.split()[3:]
+    return not is_alive(pid) or (start != [] and start_of(pid) not in ("", *start))
 
 
 def is_of_this_machine(text: str) -> bool:
     """Whether the process that `holder` named is, or was, one of those that this process sees."""
-    machine, _, pid = text.rpartition(" ")
-    return pid.isdigit() and machine == holder(0).rpartition(" ")[0]
+    words = text.split()
+    return words[:2] == [host_name(), _boot_id()] and len(words) > 2 and words[2].isdigit()
+
+
+def _pid_of(text: str) -> int:
+    return int(text.split()[2])
 
 
 def is_held(path: Path) -> bool:
@@ -101,8 +134,7 @@ class ClaimWatch:
         except FileNotFoundError:
             return "gone"
         if is_of_this_machine(text):
-            pid = int(text.rpartition(" ")[2])
-            return "held" if pid != os.getpid() and is_alive(pid) else "gone"
+            return "gone" if _pid_of(text) == os.getpid() or has_ended(text) else "held"
         former = self._seen.get(path)
         if former is None or former[:2] != (text, touched):
             self._seen[path] = (text, touched, time.monotonic())

@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+_START = 19  # of the fields of proc(5) from the third, the state, on
 _INITIAL_PID_SPACE = 0xEFFFFFFC  # its inode in Linux, PROC_PID_INIT_INO
 
 
@@ -31,8 +32,22 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
+    fields = _fields_of(pid)
+    return not fields or fields[0] != "Z"
+
+
+def start_of(pid: int) -> str:
+    """When a process of this host started, in clock ticks since the host did; "" where that is not known.
+
+    Process ids are used again: with this one is the same process or another.
+    """
+    fields = _fields_of(pid)
+    return fields[_START] if len(fields) > _START else ""
+
+
+def _fields_of(pid: int) -> list[str]:
+    """What the system says of a process, from its state on; nothing without Linux, or where it is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()[0]
-    except (OSError, IndexError):  # no Linux, or gone in this moment
-        return True
-    return state != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
+    except OSError:
+        return []

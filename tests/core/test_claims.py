@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -12,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core import claims
-from mlpmem_ds.core.claims import ClaimWatch, claim, has_ended, holder, is_held, remove_dead_claims
+from mlpmem_ds.core.claims import (
+    ClaimWatch,
+    claim,
+    claim_alone,
+    has_ended,
+    holder,
+    is_held,
+    remove_dead_claims,
+)
+from mlpmem_ds.core.errors import UserError
 
 
 @pytest.fixture
@@ -52,6 +62,34 @@ def test_a_live_process_keeps_its_claim(tmp_path: Path, stranger: int) -> None:
             assert not is_mine
         remove_dead_claims(tmp_path)
         assert path.exists() and is_held(path)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_what_is_for_one_process_is_refused_while_another_lives_also_on_another_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: int, lives: bool
+) -> None:
+    path, clock, slept = tmp_path / ".fetch.claim", Clock(monkeypatch), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock.now += seconds
+        if lives and len(slept) == 10:
+            os.utime(path, (7, 7))  # its holder's sign of life
+
+    monkeypatch.setattr(claims.time, "sleep", sleep)
+    path.write_text("elsewhere - 1")
+    with contextlib.ExitStack() as held:
+        if lives:
+            with pytest.raises(UserError, match="wait for it"):
+                held.enter_context(claim_alone(path, refusal="wait for it"))
+            assert len(slept) == 10 and path.read_text() == "elsewhere - 1"
+            path.write_text(holder(stranger))  # of this host: known at once
+            with pytest.raises(UserError, match="wait for it"):
+                held.enter_context(claim_alone(path, refusal="wait for it"))
+            assert len(slept) == 10
+        else:
+            held.enter_context(claim_alone(path, refusal="wait for it"))
+            assert 60 <= sum(slept) < 65 and path.read_text() == holder(os.getpid())
 
 
 def test_the_claims_of_ended_processes_are_broken_and_removed(tmp_path: Path) -> None:
@@ -100,6 +138,9 @@ def test_only_an_ended_process_of_this_machine_is_known_to_have_ended(stranger: 
     assert not has_ended(holder(stranger))
     assert not has_ended(f"elsewhere {holder(gone.pid).partition(' ')[2]}")
     assert not has_ended("")
+    words = holder(stranger).split()
+    assert has_ended(" ".join([*words[:3], str(int(words[3]) + 1)]))  # another process has its id now
+    assert not has_ended(" ".join(words[:3]))  # of a system that does not say when a process started
 
 
 def test_a_holder_touches_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mlpmem_ds.core.claims import claim_alone
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import FileRecord, fault_of_content, fault_of_file, flush
 from mlpmem_ds.core.objects.listing import LAST_FILES, Listing, require_listing
@@ -138,12 +139,20 @@ def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> List
     Files that are there are compared with their checksums, and fetched where they differ.
 
     Raises:
-        UserError: no whole mirror, too little space, or the directory is another one.
+        UserError: no whole mirror, too little space, the directory is another one, or another process is
+            fetching into it.
         DamagedDataError: an object is not what the list says; its name is in the message.
     """
     listing = require_listing(store, flag=flag)
     _refuse_other(root, store, listing)
     root.mkdir(parents=True, exist_ok=True)
+    refusal = f"another process is fetching into {root}: wait until it has ended, or give another directory"
+    with claim_alone(root / ".fetch.claim", refusal=refusal):
+        _fetch_what_differs(store, listing, root, threads)
+    return listing
+
+
+def _fetch_what_differs(store: Store, listing: Listing, root: Path, threads: int) -> None:
     missing = not_whole(root, listing.files, threads=threads)
     needed = sum(record.bytes for record in missing)
     free = shutil.disk_usage(root).free
@@ -158,7 +167,6 @@ def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> List
     for record in last:
         fetch_file(store, record, root)
     flush(root)
-    return listing
 
 
 def _refuse_other(root: Path, store: Store, listing: Listing) -> None:

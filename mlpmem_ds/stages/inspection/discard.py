@@ -86,9 +86,12 @@ def discard(run: Path, name: str, *, keep_dependents: bool, is_agreed: bool) -> 
         is_agreed: do it.
 
     Raises:
-        UserError: there is no such unit, or several; or a process may be at work there.
+        UserError: there is no such unit, or several; or what would go is a link to another place; or a
+            process may be at work there.
     """
     plan = _plan(run, name, keep_dependents=keep_dependents)
+    for made in (plan.made, *plan.dependents):
+        _refuse_link(run, made)
     for line in _lines_of(plan, keep_dependents=keep_dependents):
         _logger.info(line)
     if not is_agreed:
@@ -221,6 +224,20 @@ def _size_of(root: Path) -> str:
     return f"the whole directory: {len(sizes):,} files, {size_in_words(sum(sizes))}"
 
 
+def _refuse_link(run: Path, made: Made) -> None:
+    """
+    Raises:
+        UserError: a directory lies elsewhere, and the run directory has a link to it.
+    """
+    below = run.resolve()
+    place = below if made.root == below else below / made.name
+    if place != made.root:
+        raise UserError(
+            f"{made.name} is not in {run}: a link leads to {made.root}, which other runs may read. To discard"
+            " that, give the run directory in which it lies; to make it anew here, remove the link"
+        )
+
+
 # -- who is at work
 
 
@@ -240,8 +257,8 @@ def _refuse_live_processes(places: Sequence[Made], watch: ClaimWatch) -> None:
             with contextlib.suppress(OSError):
                 owner = held[0].read_text(encoding="utf-8", errors="replace")
                 raise UserError(
-                    f"{held[0]} is held by a live process (host, boot, process id: {owner}): end its command,"
-                    " and discard then"
+                    f"{held[0]} is held by a live process (host, boot, process id, its start: {owner}): end"
+                    " its command, and discard then"
                 )
         pending = [path for path, state in states.items() if state == "unknown"]
         if pending and time.monotonic() - start > _SECONDS_OF_CLAIMS:
@@ -275,14 +292,14 @@ def _refuse_started(made: Made) -> None:
             silence = time_of_file_system(root) - path.stat().st_mtime
             if is_of_this_machine(process):
                 raise UserError(
-                    f"rank {rank} of {made.name} is at work (host, boot, process id: {process}): end its"
-                    " command, and discard then"
+                    f"rank {rank} of {made.name} is at work (host, boot, process id, its start: {process}):"
+                    " end its command, and discard then"
                 )
             if silence < _SECONDS_UNTIL_GONE and not is_complete:
                 raise UserError(
-                    f"rank {rank} of {made.name} (host, boot, process id: {process}) gave a sign of life"
-                    f" {silence:.0f} s ago and did not say that it ended: end its command, or wait until"
-                    f" {_SECONDS_UNTIL_GONE:.0f} s have passed"
+                    f"rank {rank} of {made.name} (host, boot, process id, its start: {process})"
+                    f" gave a sign of life {silence:.0f} s ago and did not say that it ended: end its"
+                    f" command, or wait until {_SECONDS_UNTIL_GONE:.0f} s have passed"
                 )
 
 

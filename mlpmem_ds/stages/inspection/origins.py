@@ -20,8 +20,26 @@ from mlpmem_ds.formats.evaluation import EVALUATION_NAME
 from mlpmem_ds.stages.inspection.contents import EXPORT_FILE
 from mlpmem_ds.stages.inspection.watch import name_of, stage_roots
 
-_OUTPUTS = ("output", "lists", "copy_to")
-"""flags that name what a stage writes"""
+INPUTS = frozenset(
+    {
+        *("calibrate", "chat_template", "checkpoint", "choices_from", "control", "corpus", "datastore"),
+        *("ds_config", "ensemble", "from_reference", "gate", "general", "gguf", "include_path", "index"),
+        *("init_from", "input", "input_model", "keys", "match_memory", "memory", "model", "passages"),
+        *(
+            "prompts_file",
+            "questions",
+            "ranking",
+            "raw_keys",
+            "report",
+            "targets",
+            "text",
+            "tokenizer",
+            "wheel",
+        ),
+    }
+)
+"""flags that name what a stage reads; the value of another, such as `auto`, may be the name of a directory by
+chance"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +94,13 @@ def _read_stage(run: Path, root: Path) -> Made:
     flags = description.get("config", {})
     flags = flags if isinstance(flags, dict) else {}
     arms = _read(root / EVALUATION_NAME).get("arms")
-    own = {name: value for name, value in flags.items() if name not in _OUTPUTS}
+    read = {name: value for name, value in flags.items() if name in INPUTS}
     return Made(
         root=root.resolve(),
         name=name_of(run, root),
         hashes=frozenset(manifests | _hash_of(root / "manifest.json")),
         inputs=frozenset([*_texts(identity.get("inputs")), *_texts(arms)]),
-        paths=frozenset(path for text in _texts(own) for path in _paths(text, run)),
+        paths=frozenset(path for text in _texts(read) for path in _paths(text, run)),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlpmem_ds.core.claims import holder
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import record_file
 from mlpmem_ds.core.objects import fetch
@@ -145,6 +147,22 @@ def test_a_damaged_file_of_the_copy_is_fetched_again(pushed: str, stage_dir: Pat
     (copy / "part-2.npy").write_bytes(content[:-1] + b"X")
     pull(Store(pushed), copy, flag="SOURCE")
     assert (copy / "part-2.npy").read_bytes() == content
+
+
+def test_two_fetches_into_one_directory_at_once_are_refused(
+    memory_url: str, stage_dir: Path, tmp_path: Path
+) -> None:
+    """Each would remove what the other takes for whole. A process that was killed does not count."""
+    Push(directories_in(stage_dir)[0], Store(memory_url)).send()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / ".fetch.claim").write_text(holder(os.getppid()))
+    with pytest.raises(UserError, match=r"another process is fetching into .*copy: wait until"):
+        pull(Store(memory_url), copy, flag="SOURCE")
+    assert [path.name for path in copy.iterdir()] == [".fetch.claim"]
+    (copy / ".fetch.claim").write_text(holder(2**22 + 1))
+    pull(Store(memory_url), copy, flag="SOURCE")
+    assert result_of(copy) == result_of(stage_dir)  # and no claim is left
 
 
 def test_a_directory_of_something_else_is_not_written_into(

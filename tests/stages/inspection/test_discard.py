@@ -133,6 +133,34 @@ def test_stages_exports_and_checkpoints_go_whole(run_dir: Path) -> None:
     assert sorted(path.name for path in run_dir.iterdir()) == ["corpus"]
 
 
+def test_what_is_elsewhere_and_has_a_link_here_stays(run_dir: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for name in ("keys", "memory"):
+        (run_dir / name).rename(shared / name)
+        (run_dir / name).symlink_to(shared / name)
+    before = everything(shared)
+    for name in ("keys", "keys/2", "targets", "memory/2"):  # memory is made from targets
+        with pytest.raises(UserError, match=r"is not in .*run: a link leads to .*shared/.*remove the link"):
+            discard(run_dir, name)
+    assert everything(shared) == before and (run_dir / "targets" / "manifest.json").is_file()
+    (tmp_path / "link").symlink_to(run_dir)
+    (run_dir / "memory").unlink()
+    discard(tmp_path / "link", "targets")  # of the run directory itself a link is as good
+    assert sorted(path.name for path in run_dir.iterdir()) == ["corpus", "keys"]
+    discard(shared, "memory")
+    assert sorted(path.name for path in shared.iterdir()) == ["keys"]
+
+
+def test_a_process_id_that_is_used_again_is_not_the_process_that_was_killed(run_dir: Path) -> None:
+    host, boot, pid, start = holder(1).split()
+    killed = f"{host} {boot} {pid} {int(start) + 7}"
+    EventLog(run_dir / "memory" / "log.jsonl", World()).write("started", world=1, process=killed)
+    (run_dir / "memory" / "done" / ".2.claim").write_text(killed)
+    discard(run_dir, "memory")
+    assert not (run_dir / "memory").exists()
+
+
 def test_names_that_are_none_or_several_are_refused(run_dir: Path) -> None:
     with pytest.raises(UserError, match="corpus/2, keys/2, memory/2, .*: say which"):
         discard(run_dir, "2")
@@ -148,7 +176,7 @@ def test_a_live_claim_refuses(run_dir: Path, place: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("mlpmem_ds.core.claims.os.getpid", lambda: 1)  # another process holds it
     with claim(run_dir / place):
         monkeypatch.undo()
-        with pytest.raises(UserError, match=rf"{Path(place).name} is held by a live process .*1\)"):
+        with pytest.raises(UserError, match=rf"{Path(place).name} is held by a live process .* 1 \d+\)"):
             discard(run_dir, "targets/2")
     assert everything(run_dir) == before
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import pytest
 
+from mlpmem_ds import commands
 from mlpmem_ds.core.files import publish_json, sha256_of_file
 from mlpmem_ds.core.world import World
-from mlpmem_ds.stages.inspection.origins import dependents_of, read_made
+from mlpmem_ds.stages.inspection.origins import INPUTS, dependents_of, read_made
 
 from ...core import toy_stage
 
@@ -63,6 +66,27 @@ def test_a_report_is_from_the_gates_of_its_arms_also_where_the_run_was_moved(tmp
     arms = [{"settings": {"gate": sha256_of_file(gate / "manifest.json")}}]
     publish_json(report / "eval.json", {"arms": arms})
     assert names_from(tmp_path, "gate") == ["report"]
+
+
+def test_a_word_of_a_flag_is_no_directory_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "run" / "auto")
+    make(tmp_path / "run" / "memory", preset="auto", attention="auto", split="auto")
+    monkeypatch.chdir(tmp_path / "run")
+    assert names_from(tmp_path / "run", "auto") == []
+
+
+def test_the_inputs_are_the_flags_of_all_commands_that_take_paths() -> None:
+    named = set()
+    for command in vars(commands).values():
+        if isinstance(command, commands.Command):
+            config = commands._load(command.config)
+            hints = typing.get_type_hints(config)
+            fields = [field for field in dataclasses.fields(config) if field.name in hints]
+            named |= {one.name for one in fields if one.metadata["by_url"] or "Path" in str(hints[one.name])}
+    written = {"output", "lists", "copy_to", "html", "prometheus"}
+    assert named - written - {"run"} <= INPUTS and not INPUTS & written
 
 
 def test_what_a_stage_wrote_is_not_what_it_was_made_from(tmp_path: Path) -> None:
