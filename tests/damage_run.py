@@ -6,8 +6,9 @@
 Makes a small run with every kind of directory, then in each trial flips a bit of one file, cuts the file
 short or removes it, and starts the command that reads this directory next (for a checkpoint: the training).
 It must end in one of three ways: it refuses with exit code 2 and one line that names the file or its
-directory; it gives what an undamaged run gives, because the file is healed or not read; nothing else. Each
-trial has the seed of its number, so that one can be repeated: --only 17.
+directory; it gives what an undamaged run gives, because the file is healed or not read; nothing else. A
+command that fails on the undamaged run shows nothing: its trial is BROKEN. Each trial has the seed of its
+number, so that one can be repeated: --only 17.
 
 Prints a table, and a line for each trial that ended otherwise; exits with 1 if there is one.
 """
@@ -38,7 +39,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 OPERATIONS = ("flip", "truncate", "delete")
-ENDS = ("refused", "same", "USED", "TRACEBACK")
+ENDS = ("refused", "same", "USED", "TRACEBACK", "BROKEN")
 NOT_OF_THE_RESULT = ("run.json", "log.jsonl", "manifest.json", "metrics.jsonl", "report.md", "ds_config.json")
 TIMES = re.compile(r'"(?:[a-z_]*seconds[a-z_]*|date|time|[a-z_]*per_second|platform)": ?[^,}\n]*')
 _BYTES_OF_TEXT = 60_000
@@ -276,9 +277,12 @@ class Trials:
         """The trial of this number: the kind in turn, the rest by its seed."""
         generator = random.Random(f"{self._seed}-{number}")
         kind, operation = kinds[number % len(kinds)], generator.choice(OPERATIONS)
-        works = [one for one in self._readers[kind] if self.expected(kind, one).code == 0]
-        command = generator.choice(works)
+        command = generator.choice(self._readers[kind])
         expected = self.expected(kind, command)
+        if expected.code:
+            return Trial(
+                number, kind, operation, "nothing", command.split()[0], "BROKEN", _error_in(expected)
+            )
         with copied(self._run, self._scratch) as place:
             path = generator.choice(files_of(kind, place))
             damage(path, operation, generator)
@@ -286,8 +290,11 @@ class Trials:
             found = outcome_of(command, kind, place)
         name = path.relative_to(place)
         end = judged(found, expected, name)
-        said = next((line for line in found.said.splitlines() if "error: " in line), "")
-        return Trial(number, kind, operation, name.as_posix(), command.split()[0], end, said)
+        return Trial(number, kind, operation, name.as_posix(), command.split()[0], end, _error_in(found))
+
+
+def _error_in(found: Outcome) -> str:
+    return next((line for line in found.said.splitlines() if "error: " in line), "")
 
 
 def table_of(trials: list[Trial]) -> str:

@@ -48,6 +48,13 @@ def test_what_a_trial_calls_used_is_told_from_what_is_refused() -> None:
         assert judged(Outcome(code=code, said=said, files={}), whole, path) == "TRACEBACK"
 
 
+def test_a_reader_that_fails_without_damage_is_a_failure_of_its_trial(run: Path, tmp_path: Path) -> None:
+    trials = Trials(run, tmp_path, seed=7, readers={"corpus": ["extract-keys --no-such-flag 1"]})
+    done = trials.trial(0, ["corpus"])
+    assert done.end == "BROKEN" and "no-such-flag" in done.said
+    assert "| corpus | 1 | 0 | 0 | 0 | 0 | 1 |" in damage_run.table_of([done])
+
+
 def test_each_kind_of_directory_has_a_reader() -> None:
     made = {line.split()[0] for line in damage_run.PIPELINE.strip().splitlines() if line[0] != " "}
     assert made <= set(damage_run.READERS)

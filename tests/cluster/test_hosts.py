@@ -1,25 +1,42 @@
 """The hosts that stand for a cluster: apart where hosts are, joined by a network, and never left over."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from mlpmem_ds.core.host import is_alive, start_of
+
 from .hosts import HERE, REPOSITORY
 
 SLEEP = ["sleep", "1000"]
 
 
-def namespaces():
-    """The network namespaces of this machine's processes, apart from the one of these tests."""
-    found = set()
+def below(pid):
+    """The processes that this one and its children have started: (process id, start); of no other process of
+    this machine, which may make and end namespaces of its own."""
+    parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            found.add(os.readlink(entry / "ns" / "net"))
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    return found
+    found, new = set(), {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return {(child, start_of(child)) for child in found}
+
+
+def namespaces_of(processes):
+    """Their network namespaces, apart from the one of these tests."""
+    found = set()
+    for pid, _ in processes:
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/{pid}/ns/net"))
+    return found - {os.readlink("/proc/self/ns/net")}
 
 
 def test_a_host_has_its_own_name_address_processes_and_tmp(new_cluster):
@@ -82,18 +99,23 @@ def test_a_host_that_loses_power_comes_back_under_its_name_with_its_disk_only(ne
 
 
 def test_a_process_that_made_hosts_and_is_killed_leaves_none(new_cluster, tmp_path):
-    before = namespaces()
     program = (
         f"import sys, time; sys.path.insert(0, {str(HERE)!r}); from hosts import *\n"
         f"with make_cluster(Path({str(tmp_path / 'other')!r})) as cluster:\n"
         f"    cluster.hosts[0].start({SLEEP}); print('made', flush=True); time.sleep(1000)\n"
     )
     maker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert maker.stdout.readline() == "made\n" and len(namespaces() - before) == 3  # two hosts, their switch
+    assert maker.stdout.readline() == "made\n"
+    made = below(maker.pid)
+    assert len(namespaces_of(made)) == 3  # two hosts, their switch
     maker.kill()
     maker.communicate()
     deadline = time.monotonic() + 30
-    while namespaces() - before and time.monotonic() < deadline:
+
+    def left():  # a namespace lasts as long as its processes
+        return [(pid, start) for pid, start in made if is_alive(pid) and start_of(pid) == start]
+
+    while left() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert namespaces() - before == set()
+    assert left() == []
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
