@@ -265,7 +265,8 @@ class StageWatch:
         if self._of == "steps":
             at_work = [rank for rank in at_work if not self._is_complete]
             done = self._steps[-1][0] if self._steps else 0
-            rate = _rate_of_steps(self._steps) if at_work else None
+            since = self._ranks[0].started if 0 in self._ranks else 0.0
+            rate = _rate_of_steps(self._steps, since=since) if at_work else None
         else:
             done = len(self._units)
             total = done if self._is_complete else max((rank.total for rank in alive), default=0) or None
@@ -325,10 +326,12 @@ def _current_seconds(rank: RankProgress) -> float | None:
     return max(rank.seconds_per_unit, rank.seconds_since_sign)
 
 
-def _rate_of_steps(steps: Sequence[tuple[int, float]]) -> float | None:
-    if len(steps) < 2:
+def _rate_of_steps(steps: Sequence[tuple[int, float]], *, since: float) -> float | None:
+    """By the latest start alone, `since` it began: the time in which no rank ran is no time of a step."""
+    recent = [(step, moment) for step, moment in steps if moment >= since]
+    if len(recent) < 2:
         return None
-    (first, begin), (last, end) = steps[0], steps[-1]
+    (first, begin), (last, end) = recent[0], recent[-1]
     return (last - first) / max(end - begin, 1e-3)
 
 

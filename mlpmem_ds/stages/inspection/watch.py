@@ -122,11 +122,16 @@ def watch_run(run: Path, *, seconds: float | None, prometheus: Path | None) -> N
         prometheus: the file to write in each round, if any.
 
     Raises:
-        UserError: `prometheus` is no name that node-exporter reads.
+        UserError: `prometheus` is no name that node-exporter reads, or `run` is no run directory.
     """
     if prometheus is not None and prometheus.suffix != ".prom":
         raise UserError(f"--prometheus {prometheus}: node-exporter's text collector reads *.prom alone")
     watch = RunWatch(run)
+    if not watch.look().stages:
+        raise UserError(
+            f"{run} holds no stage of this project (no identity.json below it): give a run directory, of"
+            " which one stage has begun"
+        )
     if seconds is None:
         _write(watch.look(), prometheus)
         return

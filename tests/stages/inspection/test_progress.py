@@ -148,6 +148,17 @@ def test_a_training_counts_steps(tmp_path: Path) -> None:
     assert look(tmp_path, event("checkpoint", 2, step=90)).num_bytes == 777
 
 
+def test_the_time_before_a_restart_is_no_time_of_a_step(tmp_path: Path) -> None:
+    now = time.time()
+    before = [{"step": step, "time": now - 5000 + step} for step in (1, 2, 3)]
+    after = [{"step": step, "time": now - 50 + 2 * step} for step in (3, 4, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*before, *after]))
+    found = look(tmp_path, started(5010), phase(9, 9, of="steps"), started(60), phase(9, 6, of="steps"))
+    assert (found.done, found.total) == (5, 9)
+    assert found.per_second == pytest.approx(0.5) and found.seconds_left == pytest.approx(8)
+    assert look(tmp_path, started(1)).per_second is None  # not known yet
+
+
 def test_lines_that_no_stage_wrote_are_left_out(tmp_path: Path) -> None:
     strange = [{"event": "unit"}, {"time": "x", "rank": 0, "event": "unit"}, event("unit", rank=9, unit="a")]
     found = look(tmp_path, started(), phase(4, 4), *strange, {"a": 1}, *units(["a"], 3, last=1))

@@ -99,6 +99,16 @@ def test_prometheus_once_writes_a_whole_file_and_compares_none(tmp_path: Path) -
         run(Config(run=tmp_path / "run", prometheus=tmp_path / "run.txt"), World())
 
 
+@pytest.mark.parametrize("flags", [{"watch": 0.01}, {"prometheus": "x.prom"}])
+def test_a_place_without_a_stage_is_refused(tmp_path: Path, flags: dict) -> None:
+    """A mistyped path, in a crontab too: no figures of it are written."""
+    named = {name: tmp_path / value if name == "prometheus" else value for name, value in flags.items()}
+    (tmp_path / "wrong").mkdir()
+    with pytest.raises(UserError, match=r"wrong holds no stage of this project .*: give a run directory"):
+        run(Config(run=tmp_path / "wrong", **named), World())
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong"]
+
+
 @pytest.mark.parametrize(
     "flags", [{"watch": 1.0, "output": Path("x")}, {"yes": True}, {"watch": 1.0, "discard": "a"}]
 )
