@@ -129,6 +129,19 @@ def check(joint: MemoryAugmentedLM, results: Sequence[Any]) -> float:
     return difference
 
 
+def check_requests(joint: MemoryAugmentedLM, llm: Any) -> None:
+    """In one batch requests at several λ, each as the model at that λ; and some at the gate's."""
+    gate, lmbdas = joint.gate, [None, 0.0, 1.0, 0.25, 0.9, None, 0.05, 0.5]
+    for result, lmbda in zip(generate(llm, lmbdas), lmbdas, strict=True):
+        if lmbda is None:
+            joint.set_gate(gate)
+        else:
+            joint.lmbda = lmbda
+        assert largest_difference(joint, result) <= BOUND, lmbda
+        assert list(result.outputs[0].token_ids) == expected_tokens(joint, list(result.prompt_token_ids))
+    joint.set_gate(gate)
+
+
 @pytest.fixture(params=list(EXPORTS))
 def export(request: pytest.FixtureRequest, tmp_path: Path) -> Export:
     return make_export(tmp_path, **EXPORTS[request.param])
@@ -136,25 +149,15 @@ def export(request: pytest.FixtureRequest, tmp_path: Path) -> Export:
 
 def test_generation_is_that_of_the_transformers_class(export: Export) -> None:
     """Chunked prefill, prompt log-probabilities, cached prefixes, penalties, and λ of single requests."""
-    joint, gate = export.joint, export.joint.gate
+    joint = export.joint
     with engine(export.directory, logits_processors=[PROCESSOR]) as llm:
         difference = check(joint, generate(llm, prompt_logprobs=2))
         again = generate(llm, repetition_penalty=1.3)
         for prompt, tokens in zip(prompts(), tokens_of(again), strict=True):
             assert tokens == expected_tokens(joint, prompt, repetition_penalty=1.3)
-        lmbdas = [None, 0.0, 1.0, 0.25, 0.9, None, 0.05, 0.5]
-        threshold = joint.base_only_threshold
-        for result, lmbda in zip(generate(llm, lmbdas), lmbdas, strict=True):
-            if lmbda is None:
-                joint.set_gate(gate)
-            else:
-                joint.lmbda = lmbda
-            assert largest_difference(joint, result) <= BOUND, (lmbda, threshold)
-            prompt = list(result.prompt_token_ids)
-            assert list(result.outputs[0].token_ids) == expected_tokens(joint, prompt)
+        check_requests(joint, llm)
         with pytest.raises(vllm.exceptions.VLLMValidationError, match="a number in"):
             generate(llm, [1.5] * 8)
-    joint.set_gate(gate)
     print(f"\n{type(joint.base).__name__}: log-probabilities within {difference:.1e} nats")
 
 
@@ -166,6 +169,20 @@ def test_a_compiled_model_gives_the_same(tmp_path: Path) -> None:
     export = make_export(tmp_path, **EXPORTS["qwen2"])
     with engine(export.directory, enforce_eager=False) as llm:
         check(export.joint, generate(llm))
+
+
+@pytest.mark.skipif(
+    (torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1) < 2,
+    reason="two GPUs are needed, or two cores",
+)
+@pytest.mark.parametrize("name", ["qwen2", "mistral"])
+def test_a_base_cut_in_two_gives_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism, with a bank whose first memory has the base's head; each rank has all memories."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    export = make_export(tmp_path, **EXPORTS[name])
+    with engine(export.directory, tensor_parallel_size=2, logits_processors=[PROCESSOR]) as llm:
+        check(export.joint, generate(llm))
+        check_requests(export.joint, llm)
 
 
 def test_weight_0_is_the_base_alone_and_what_the_memory_costs(tmp_path: Path) -> None:
