@@ -369,7 +369,8 @@ def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> 
     corpus = read_stage(CorpusSplit, CorpusManifest, root, flag=flag, name=split)
     splits = corpus.manifest.splits
     if split not in splits or splits[split].num_tokens < 2:
-        present = ", ".join(f"{name} ({entry.num_tokens:,} tokens)" for name, entry in splits.items())
+        texts = {name: entry.num_tokens for name, entry in splits.items() if entry.num_tokens >= 2}
+        present = ", ".join(f"{name} ({count:,} tokens)" for name, count in texts.items())
         raise UserError(
             f"{flag} {root} has no text in split {split!r}; it has {present or 'none'}: choose another "
             "split, or prepare the corpus with fractions for it"

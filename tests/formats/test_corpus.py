@@ -52,6 +52,22 @@ def test_empty_and_unknown_splits_are_refused(corpus_dir: Path, tmp_path: Path) 
     assert set(num_tokens_of_splits(corpus_dir)) == set(SPLITS)
 
 
+def test_a_split_without_text_is_not_offered(corpus_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus_dir, copy)
+    manifest = read_json(copy / "manifest.json")
+    for name in ("tuning", "heldout"):
+        manifest["splits"][name] |= {"num_tokens": 0, "units": []}
+    publish_json(copy / "manifest.json", manifest, seal=True)
+    with pytest.raises(
+        UserError, match=r"no text in split 'tuning'; it has \w+ \([\d,]+ tokens\), \w+ \([\d,]+"
+    ):
+        open_corpus(copy, "tuning")
+    with pytest.raises(UserError) as caught:
+        open_corpus(copy, "heldout")
+    assert "tuning" not in str(caught.value) and " (0 tokens)" not in str(caught.value)
+
+
 def test_a_contradicting_manifest_is_damaged(corpus_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "corpus"
     shutil.copytree(corpus_dir, copy)
