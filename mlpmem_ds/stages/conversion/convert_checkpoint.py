@@ -258,6 +258,8 @@ def write_description(joint: MemoryAugmentedLM, tokenizer: Any, dtype: torch.dty
     config.architectures = [type(joint).__name__]
     for part in (config, config.base_config):
         part.dtype = dtype
+    if Path(config.base_config._name_or_path).exists():  # a directory of this machine says nothing elsewhere
+        config.base_config._name_or_path = ""
     custom_object_save(joint, export, config=config)
     config.save_pretrained(export)
     # Not save_pretrained: what it loads, such as a temperature without do_sample, it refuses to save.
