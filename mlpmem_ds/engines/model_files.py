@@ -18,7 +18,12 @@ from mlpmem_ds.engines.model_kinds import reason_against_config, reason_against_
 from mlpmem_ds.engines.tokenizer import library_fault
 from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
 from mlpmem_ds.formats.json_lines import parse_json
-from mlpmem_ds.formats.model_directory import check_model_files, recorded_files, remedy_of_model
+from mlpmem_ds.formats.model_directory import (
+    absence_of,
+    check_model_files,
+    recorded_files,
+    remedy_of_model,
+)
 from mlpmem_ds.formats.weight_shards import fault_of_weights
 
 if TYPE_CHECKING:
@@ -207,9 +212,8 @@ def _config_file(name_or_path: str, flag: str) -> Path:
     config = model_file(name_or_path, "config.json")
     if config is None:
         raise UserError(
-            f"{flag} {name_or_path} is neither a Hugging Face model directory (config.json, weights) nor a"
-            " model that the Hub gave: check the path, the network and HF_HUB_OFFLINE; a model that asks for"
-            " consent needs `hf auth login`"
+            f"{flag} {name_or_path}: {absence_of(name_or_path)}; a model of the Hub that asks for consent"
+            " needs `hf auth login`"
         )
     if reason := reason_against_config(config):
         raise UserError(f"{flag} {name_or_path}: {reason}")

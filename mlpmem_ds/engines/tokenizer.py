@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,10 +26,9 @@ from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.engines.text_backend import TextBackend, definition_of, text_backend
 from mlpmem_ds.formats.corpus import SpecialTokens, vocabulary_sha256
-from mlpmem_ds.formats.model_directory import check_model_files
+from mlpmem_ds.formats.model_directory import absence_of, check_model_files
 
 _logger = logging.getLogger(__name__)
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja"),
@@ -250,11 +248,8 @@ def load_tokenizer(name_or_path: str, *, flag: str = "--tokenizer") -> Any:
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     except BaseException as error:
         fault = library_fault(error)
-        if not Path(name_or_path).exists() and not _HUB_NAME.fullmatch(name_or_path):
-            raise UserError(
-                f"{flag} {name_or_path}: there is no such directory, and it is no name of a tokenizer on the"
-                " Hub: check the path"
-            ) from error
+        if absence := absence_of(name_or_path, what="tokenizer", error=fault):
+            raise UserError(f"{flag} {name_or_path}: {absence}") from error
         raise UserError(
             f"{flag} {name_or_path}: its tokenizer cannot be loaded ({first_line(fault)}):"
             f" {_remedy(name_or_path, fault)}"

@@ -10,11 +10,14 @@ Of a directory of others nothing is known, and nothing is compared.
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, first_line
 from mlpmem_ds.core.file_lists import files_of, records_in
 from mlpmem_ds.core.files import FileRecord, first_fault, read_sealed_json
 from mlpmem_ds.core.manifest import is_own_directory
@@ -22,6 +25,7 @@ from mlpmem_ds.core.objects.on_demand import remedy_of
 
 EXPORT_FILE = "mlpmem_export.json"
 _FOR_PEOPLE = (".md", ".py")  # not read: the code of an export is our own, the card is for people
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _PARTS = ("tokenizer", "weights")
 
 
@@ -45,6 +49,39 @@ def recorded_files(root: Path) -> Mapping[str, FileRecord]:
     else:
         return {}
     return {record.name: record for record in records if not record.name.endswith(_FOR_PEOPLE)}
+
+
+def absence_of(place: str | Path, *, what: str = "model", error: BaseException | None = None) -> str | None:
+    """Why a name that no directory here has gave nothing, and what to check; None where there is one, or
+    where the error says that the Hub gave something.
+
+    Args:
+        place: a directory, or a name on the Hub, which was asked for it.
+        what: was looked for.
+        error: of reading it; the Hub's client and transformers raise an OSError where there is nothing.
+    """
+    path = Path(place).expanduser()
+    if path.exists():
+        return None
+    start = f"there is no such directory{_similar(path)}, and "
+    if not _HUB_NAME.fullmatch(str(place)):
+        return f"{start}it is no name of a {what} on the Hub: check the path"
+    if error is not None and not isinstance(error, OSError):
+        return None
+    said = "" if error is None else f" ({first_line(error)})"
+    return (
+        f"{start}the Hub gave no {what} of that name{said}: check the path; of a name on the Hub also the"
+        " network and HF_HUB_OFFLINE"
+    )
+
+
+def _similar(path: Path) -> str:
+    try:
+        names = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.with_name(found[0])}?)" if found else ""
 
 
 def check_model_files(place: str | Path, *, flag: str, names: Collection[str] | None = None) -> None:

@@ -107,6 +107,12 @@ def load_base(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library under the loader raises a family of its own
+        if isinstance(error, OSError) and not Path(name).expanduser().exists():
+            raise ValueError(
+                f"{name}: there is no such directory, and the Hub gave no model of that name"
+                f" ({_reason(error)}): check the path; of a name on the Hub also the network and"
+                " HF_HUB_OFFLINE"
+            ) from error
         raise ValueError(
             f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}):"
             f" {_reason(error)}. Give a directory written by save_pretrained or the name of a model on the"

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlpmem_ds.core.errors import first_line
+from mlpmem_ds.formats.model_directory import absence_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ def read_shape(path: str) -> ModelShape:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a family of errors for each kind of configuration
         reason = first_line(error)
+        if absence := absence_of(path, error=error):
+            raise ValueError(absence) from error
         raise ValueError(f"no configuration of a causal language model ({reason})") from error
     text = config.get_text_config()
     parameters = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())

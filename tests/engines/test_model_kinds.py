@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlpmem_ds.core.errors import UserError
@@ -113,8 +114,9 @@ def test_what_is_no_model_is_refused_by_its_kind(
         (" ", "it is empty"),
         ("model.gguf", "a GGUF file is llama.cpp's: tools/fetch_base.py --gguf"),
         ("model.safetensors", "it is a file: give a directory"),
-        ("no/such/place", "neither a Hugging Face model directory"),
-        ("./dangling", "neither a Hugging Face model directory"),
+        ("no/such/place", "there is no such directory, and it is no name of a model on the Hub: check the"),
+        ("./dangling", "there is no such directory, and it is no name of a model on the Hub: check the"),
+        ("run/bse", r"there is no such directory \(did you mean run/base\?\), and the Hub gave no model of"),
     ],
 )
 def test_a_path_that_is_no_directory(
@@ -123,7 +125,9 @@ def test_a_path_that_is_no_directory(
     monkeypatch.chdir(tmp_path)
     for file in ("model.gguf", "model.safetensors"):
         (tmp_path / file).write_bytes(b"GGUF")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "run" / "base").mkdir(parents=True)
     with pytest.raises(UserError, match=said):
         fingerprint_model(name)
 

@@ -305,7 +305,11 @@ def test_flags_of_the_configuration_put_tokens_around_a_text(tmp_path: Path) -> 
             "pip install tiktoken",
         ),
         (KeyError(), r"\(KeyError\)"),
-        (OSError("\n\n We couldn't connect\nmore"), r"\(We couldn't connect\).*HF_HUB_OFFLINE"),
+        (
+            OSError("\n\n We couldn't connect\nmore"),
+            r"some/name: there is no such directory, and the Hub gave no tokenizer of that name \(We couldn't"
+            r" connect\).*HF_HUB_OFFLINE",
+        ),
     ],
 )
 def test_the_remedy_of_a_failed_load(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:

@@ -9,7 +9,12 @@ import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_json, record_file
-from mlpmem_ds.formats.model_directory import EXPORT_FILE, check_model_files, recorded_files
+from mlpmem_ds.formats.model_directory import (
+    EXPORT_FILE,
+    absence_of,
+    check_model_files,
+    recorded_files,
+)
 
 
 def flip(path: Path) -> None:
@@ -34,6 +39,22 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
         return root / folder
 
     return make
+
+
+def test_a_name_that_nothing_has_is_said_to_be_none_first_and_the_network_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "base").mkdir(parents=True)
+    assert absence_of("run/base") is None and absence_of(tmp_path) is None
+    near = "there is no such directory (did you mean run/base?), and the Hub gave no model of that name"
+    assert str(absence_of("run/bse", error=OSError("refused"))).startswith(
+        f"{near} (refused): check the path; of a"
+    )
+    assert absence_of("run/bse", error=KeyError("of a model that the Hub gave")) is None
+    local = "there is no such directory, and it is no name of a tokenizer on the Hub: check the path"
+    for name in ("/nowhere/at/all", "./bse", "../bse", "a/b/c", "~/no such place"):
+        assert absence_of(name, what="tokenizer") == local
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.model_directory import absence_of
 from mlpmem_ds.formats.reference_checkpoint import ReferenceMemory, open_reference
 from mlpmem_ds.formats.trained_models import (
     ImportedMemory,
@@ -95,6 +96,8 @@ def _read_base(model: str) -> _Base:
         )
     except Exception as error:  # a family of errors for each kind of configuration
         reason = first_line(error)
+        if absence := absence_of(model, error=error):
+            raise UserError(f"--model {model}: {absence}") from error
         raise UserError(f"--model {model} has no configuration of a language model ({reason})") from error
 
 

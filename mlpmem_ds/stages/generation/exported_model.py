@@ -15,7 +15,7 @@ from mlpmem_ds.engines.model_files import check_generation_file
 from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.gates import read_gate
-from mlpmem_ds.formats.model_directory import check_model_files
+from mlpmem_ds.formats.model_directory import absence_of, check_model_files
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.generation_settings import complete_settings
@@ -180,9 +180,13 @@ def read_export(model: str, *, or_else: str = "") -> tuple[MemoryAugmentedConfig
     try:
         settings = AutoConfig.from_pretrained(model)
     except Exception as error:  # transformers and the Hub raise families of their own
+        if absence := absence_of(model, error=error):
+            raise UserError(
+                f"--model {model}: {absence}; expected is the output of tools/convert_checkpoint.py"
+            ) from error
         raise UserError(
             f"--model {model} cannot be read ({first_line(error)}): give the output of "
-            "tools/convert_checkpoint.py, or check the network for a Hub name"
+            "tools/convert_checkpoint.py"
         ) from error
     if not isinstance(settings, MemoryAugmentedConfig):
         raise UserError(

@@ -244,7 +244,7 @@ def test_wrong_inputs_are_refused_and_nothing_is_touched(
             "is not finished and has no checkpoint yet: run its launch/train.py command again",
         ),
         ({"--model": other_base}, "give the model that its keys were extracted with"),
-        ({"--model": tmp_path / "nowhere"}, "is neither a"),
+        ({"--model": tmp_path / "nowhere"}, "there is no such directory, and it is no name of a model"),
         ({"--lambda": "1.5"}, "--lambda must be at least 0 and at most 1, not 1.5"),
         ({"--lambda": "nan"}, "--lambda must be a finite number, not nan"),
         ({"--max-shard-gigabytes": "0"}, "--max-shard-gigabytes must be above 0, not 0.0"),

@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
         ({"from_reference": str(base_dir)}, "no part of a memory"),
         ({"input_layer": 2}, "--input-layer: layer 2 does not exist"),
         ({"tokenizer": None}, "has no tokenizer: give --tokenizer"),
-        ({"model": str(tmp_path / "nowhere")}, "neither a Hugging Face model directory"),
+        ({"model": str(tmp_path / "nowhere")}, "there is no such directory, and it is no name of a model on"),
         ({"model": None}, "needs --model"),
         ({"checkpoint": (tmp_path,)}, "give either --checkpoint"),
         ({"report": tmp_path}, "import the memory with --write memory"),

@@ -272,7 +272,10 @@ def test_wrong_inputs_are_refused(
         (["--prompts-file", tmp_path / "nowhere"], "does not exist"),
         (["--prompt", "in", "--model", base_dir], "a gpt2 model without a memory"),
         (["--prompt", "in", "--model", tmp_path], "cannot be read"),
-        (["--prompt", "in", "--model", tmp_path / "nowhere"], "tools/convert_checkpoint.py"),
+        (
+            ["--prompt", "in", "--model", tmp_path / "nowhere"],
+            "it is no name of a model on the Hub: check the path; expected is the output of tools/convert_",
+        ),
         (
             ["--prompt", "in", "--max-new-tokens", 1, "--model", damaged],
             "run tools/convert_checkpoint.py again",

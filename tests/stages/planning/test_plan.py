@@ -308,7 +308,7 @@ def test_the_shape_of_a_base_is_read_without_its_weights(base_dir: Path, tmp_pat
         ({"factory": "Flat"}, "must hold IVF"),
         ({"factory": "IVF16,PQ7"}, "does not fit"),
         ({"width": None}, "--width missing: give them, or --model"),
-        ({"model": "/nowhere/at/all"}, "give --parameters"),
+        ({"model": "/nowhere/at/all"}, "there is no such directory, .*check the path; give --parameters"),
         ({"calibrate": Path("nowhere")}, "name the directory of a finished run"),
     ],
 )
