@@ -117,6 +117,8 @@ def test_the_wheel_holds_commands_configurations_types_and_remote_code(tmp_path:
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mlpmem_ds").rglob("*.py")}
     assert not sources - names, "[tool.setuptools] packages of pyproject.toml"
     assert {"mlpmem_ds/py.typed", "mlpmem_ds/formats/README.md", "mlpmem_ds/ds_configs/zero3.json"} <= names
+    tasks = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mlpmem_ds").rglob("*.yaml")}
+    assert tasks and tasks <= names, "[tool.setuptools.package-data] of pyproject.toml"
     expected = {f"mlpmem-{name.replace('_', '-')}": f"mlpmem_ds.commands:{name}" for name in FRONT_ENDS}
     assert dict(entry_points["console_scripts"]) == expected, "[project.scripts] of pyproject.toml"
     # As it lies in the wheel, without the checkout: unpacked, it lists its commands, finds its configurations

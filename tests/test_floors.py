@@ -35,13 +35,13 @@ ORDER = list(FLOORS)
 # library → the files that may import it, whatever their floor allows
 OWNERS: dict[str, set[str]] = {
     "accelerate": {"engines/hidden_states.py"},
-    "datasets": {"engines/lm_eval.py", "formats/saved_datasets.py"},
+    "datasets": {"engines/lm_eval.py", "engines/suite_tasks.py", "formats/saved_datasets.py"},
     "datasketch": {"engines/minhash.py"},
     "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss_library.py"},
     "fsspec": {"core/objects/store.py"},
     "huggingface_hub": {"engines/model_cards.py"},
-    "lm_eval": {"engines/lm_eval.py"},
+    "lm_eval": {"engines/lm_eval.py", "engines/suite_tasks.py"},
     "bm25s": {"engines/passage_index.py"},
     "peft": {"engines/adapters.py"},
     "matplotlib": {"engines/plotting.py"},

@@ -22,5 +22,5 @@
 - `passage_index`: passages found by their words, with bm25s
 - `adapters`: low-rank matrices next to a model's layers, with peft
 - `terminal`: one screen that is drawn anew, with rich
-- `lm_eval`, `plotting`: the evaluation harness; matplotlib
+- `lm_eval`, `suite_tasks`, `plotting`: the evaluation harness, and its tasks one by one; matplotlib
 """

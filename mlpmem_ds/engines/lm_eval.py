@@ -1,4 +1,4 @@
-"""The one file that imports EleutherAI's lm-evaluation-harness (package lm_eval), and only to score.
+"""EleutherAI's lm-evaluation-harness (package lm_eval), which alone this file and suite_tasks.py import.
 
 Works with release 0.4.13, whose HFLM takes a loaded model and whose tasks may be dicts; nothing is fetched
 for tasks that read local files. Two things are not the harness's own:

@@ -24,6 +24,7 @@ In the order of the pipeline:
 - `checkpoint.py`, `checkpoint_copy.py`: a training's checkpoints; `trained_models.py`: what it leaves
 - `weight_shards.py`: an export's weights; `gates.py`: a fitted gate; `model_directory.py`: what our models
   say of their files
-- `evaluation.py`: eval.json; `question_files.py`, `answers.py`: questions that users give, and their scores
+- `evaluation.py`: eval.json; `question_files.py`, `answers.py`: questions that users give, and their scores;
+  `suites.py`: scores of the papers' tasks
 - `reference_checkpoint.py`, `arrow_tables.py`: files of the method's authors
 """

@@ -8,7 +8,7 @@
     premise, hypothesis, label                     choice: true, false (, neither); of entailment
     text                                           last word: the text's last word is right (LAMBADA)
 
-`run_lm_eval` reads two of them, `answer_questions` all.
+`answer_questions` and the suites of `run_lm_eval` read all of them, `run_lm_eval` without a suite two.
 """
 
 from __future__ import annotations
@@ -190,6 +190,16 @@ def _fault_of_last_word(record: Any) -> str | None:
     return None if is_text else "has no text of two or more words in `text`"
 
 
+def read_layout(path: Path, fields: Sequence[str], *, flag: str) -> list[dict[str, Any]]:
+    """The records of a file of the layout that has these fields.
+
+    Raises:
+        UserError: as `read_records`.
+    """
+    layout = next(each for each in LAYOUTS if set(each.fields) == set(fields))
+    return read_records(path, flag, layout.fields, layout.fault_of, optional=layout.optional)
+
+
 def read_records(
     path: Path,
     flag: str,
@@ -289,7 +299,12 @@ _TWO_LABELS, _THREE_LABELS = ("entailment", "not_entailment"), ("entailment", "c
 _VERDICTS = ("true", "false", "neither")
 LAYOUTS: tuple[Layout, ...] = (
     Layout(fields=("query", "choices", "gold"), fault_of=fault_of_ranking, questions=_each(_of_choices)),
-    Layout(fields=("question", "mc1_targets"), fault_of=_fault_of_targets, questions=_each(_of_targets)),
+    Layout(
+        fields=("question", "mc1_targets"),
+        fault_of=_fault_of_targets,
+        questions=_each(_of_targets),
+        optional=("mc2_targets",),
+    ),
     Layout(
         fields=("question", "answer"),
         fault_of=_fault_of_answer,

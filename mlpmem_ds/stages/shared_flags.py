@@ -106,7 +106,7 @@ def lambdas(help: str, default: tuple[str, ...], *, identity: Identity = "own") 
     )
 
 
-def grid_of(words: Sequence[str]) -> Grid:
+def grid_of(words: Sequence[str], *, flag: str = "--lambdas") -> Grid:
     """`--lambdas 0 0.5` → 0, 0.5; `--lambdas 0:1:0.05` → 0, 0.05, …, 1.
 
     Raises:
@@ -117,7 +117,7 @@ def grid_of(words: Sequence[str]) -> Grid:
     try:
         return Grid.parse(words)
     except ValueError as error:
-        raise UserError(f"--lambdas {error}") from error
+        raise UserError(f"{flag} {error}") from error
 
 
 Layer = int | float  # an index, from the end where negative, or a fraction of the depth

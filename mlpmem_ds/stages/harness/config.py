@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import flag_name, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.generation.options import JointOptions
+from mlpmem_ds.stages.questions.config import control_models
+
+Suite = Literal["paper", "at-scale", "nine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(JointOptions):
     """Ask an exported model questions through the lm-evaluation-harness, without and with its memory.
 
-    Exact match on questions and accuracy on ranked choices, of the base (λ = 0) and with the memory.
+    Exact match on questions and accuracy on ranked choices, of the base (λ = 0) and with the memory. With
+    --suite the tasks of the papers: λ chosen on one half of each and reported on the other, in one table
+    (docs/suites.md).
     """
 
     example: ClassVar[str] = (
@@ -34,15 +39,54 @@ class Config(JointOptions):
     )
     tasks: tuple[str, ...] = option("tasks of the harness by name (most fetch their data from the Hub)", ())
     include_path: Path | None = option("directory with further task YAML files", None)
-    lambdas: tuple[str, ...] = shared_flags.lambdas("to compare (default: 0 and the export's own)", ())
+    suite: tuple[Suite, ...] = option("tasks that papers report; --output is then a directory", ())
+    data: Path | None = option(
+        "with --suite: directory with local files NAME.jsonl; tasks without one are named and left out"
+        " (default: all data from the Hub)",
+        None,
+        identity="none",
+    )
+    lambdas: tuple[str, ...] = shared_flags.lambdas(
+        "to compare (default: 0 and the export's own; with --suite 0:1:0.05)", ()
+    )
+    generation_lambdas: tuple[str, ...] = shared_flags.lambdas(
+        "to generate answers with, for --suite (default: --lambdas, else 0:1:0.25)", ()
+    )
+    passages: Path | None = option(
+        "with --suite: corpus; adds the arm base+rag, which reads passages of its train split (BM25)"
+        " before an open question",
+        None,
+        by_url=True,
+    )
+    passage_tokens: int = option("tokens of a passage, at most", 128, at_least=8)
+    num_passages: int = option("passages before a question", 5, at_least=1)
+    control: tuple[str, ...] = option(
+        "with --suite: further arms, NAME=a plain language model",
+        (),
+        identity="none",
+        metavar="NAME=DIR",
+        by_url=True,
+    )
+    max_new_tokens: int | None = option(
+        "with --suite: largest number of tokens of an answer (default: the task's own)", None, at_least=1
+    )
+    bootstrap_samples: int = option(
+        "with --suite: resamples for the 95 % intervals", 2000, at_least=100, identity="none"
+    )
     num_fewshot: int | None = option(
         "examples before each question (default: the task's own; local files: 0)", None, at_least=0
     )
-    limit: int | None = option("largest number of documents of each task (default: all)", None, at_least=1)
+    limit: int | None = option(
+        "largest number of documents of each task: its first, with --suite drawn by a hash (default: all)",
+        None,
+        at_least=1,
+    )
     special_tokens: SpecialTokens = shared_flags.special_tokens()
     batch_size: int = option("prompts at once", 8, at_least=1)
-    output: Path | None = option("JSON file to write; one that exists is not replaced", None)
-    dtype: shared_flags.Dtype = shared_flags.dtype("none")
+    output: Path | None = option(
+        "JSON file to write; one that exists is not replaced. With --suite: directory", None
+    )
+    dtype: shared_flags.Dtype = shared_flags.dtype("own")
     device: str = shared_flags.device()
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
 
@@ -50,8 +94,14 @@ class Config(JointOptions):
         super().check()
         if self.lambdas:
             shared_flags.grid_of(self.lambdas)
+        if self.suite:
+            self._check_suite()
+            return
+        for name in ("data", "generation_lambdas", "passages", "control", "max_new_tokens"):
+            if getattr(self, name) not in (None, ()):
+                raise UserError(f"{flag_name(name)} goes with --suite: add it, or leave the flag out")
         if not (self.questions or self.ranking or self.tasks):
-            raise UserError("nothing to ask: give --questions, --ranking or --tasks")
+            raise UserError("nothing to ask: give --suite, --questions, --ranking or --tasks")
         if self.include_path is not None and not self.include_path.is_dir():
             raise UserError(
                 f"--include-path {self.include_path} is not a directory: give one with task YAML files"
@@ -60,3 +110,19 @@ class Config(JointOptions):
             raise UserError(f"--output {self.output} exists already: choose another name, or remove it")
         if self.output is not None and not self.output.parent.is_dir():
             raise UserError(f"--output {self.output}: {self.output.parent} does not exist; make it first")
+
+    def _check_suite(self) -> None:
+        for name in ("questions", "ranking", "tasks", "include_path", "num_fewshot"):
+            if getattr(self, name) not in (None, ()):
+                raise UserError(f"{flag_name(name)} does not go with --suite: run the command once for each")
+        if self.output is None:
+            raise UserError("--suite writes a directory: give --output DIR")
+        if self.data is not None and not self.data.is_dir():
+            raise UserError(
+                f"--data {self.data} is not a directory: give one with files NAME.jsonl (docs/suites.md), or"
+                " leave it out for the Hub"
+            )
+        if self.generation_lambdas:
+            shared_flags.grid_of(self.generation_lambdas, flag="--generation-lambdas")
+        if taken := {"joint", "memory_alone"} & set(control_models(self.control)):
+            raise UserError(f"--control {taken.pop()}=…: the name is taken; choose another")

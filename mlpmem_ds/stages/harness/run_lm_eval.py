@@ -1,7 +1,8 @@
 """`run_lm_eval`: a joint model in EleutherAI's lm-evaluation-harness, at several λ.
 
 Two kinds of local files need no network: questions with answers (NQ-open's prompt and its exact match), and
-texts with choices that are ranked by likelihood. Any other task of the harness is given by its name.
+texts with choices that are ranked by likelihood. Any other task of the harness is given by its name. The
+tasks that papers report are a suite (run_suite.py).
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.stages.generation.exported_model import open_source, settings_of_export
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.local_tasks import build_tasks, check_lengths
+from mlpmem_ds.stages.harness.run_suite import run_suite
 from mlpmem_ds.stages.report.table import aligned_columns
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
 
-def run(config: Config, world: World) -> str:
-    """A table of task, metric and value at each λ; with `--output` the numbers as JSON too."""
+def run(config: Config, world: World) -> str | None:
+    """A table of task, metric and value at each λ; with `--output` the numbers as JSON too. With `--suite`
+    the page of the suite."""
+    if config.suite:
+        return run_suite(config, world)
     device = device_of_rank(config.device, world)
     with tempfile.TemporaryDirectory(prefix="mlpmem-") as folder:
         tasks = build_tasks(config, Path(folder))

@@ -56,35 +56,38 @@ class Choice:
     is_greedy: bool
 
 
-def answer(answerer: Answerer, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
-    """Go on with each prompt of a batch, greedily, to the end of the first line that is not blank.
+def answer(
+    answerer: Answerer, prompts: Sequence[str], max_new_tokens: int, *, stops: Sequence[str] = (_LINE_END,)
+) -> list[Answer]:
+    """Go on with each prompt of a batch, greedily, to the first of these texts after one that is not blank.
 
     The time to the first token is the batch's, and each answer has an equal share of its seconds.
     """
     ids = [
-        _cut(row, answerer.context - max_new_tokens, answerer.encoder)
+        cut_ids(row, answerer.context - max_new_tokens, answerer.encoder)
         for row in answerer.encoder.encode_prompts(list(prompts))
     ]
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **answerer.tokens)
     tokens_BS, mask_BS = padded_on_the_left(ids, generation.pad_token_id, answerer.model.device)
     num_given, ends = tokens_BS.shape[1], end_tokens(generation.eos_token_id)
     tokenizer, clock = answerer.encoder.tokenizer, _Clock()
-    line_ends = _LineEnds(tokenizer, num_given, len(ids))
+    ends_of_answers = _Stops(tokenizer, num_given, len(ids), stops)
     with own_settings(answerer.model, generation):
         generated = answerer.model.generate(
             tokens_BS,
             attention_mask=mask_BS,
             generation_config=generation,
             streamer=clock,
-            stopping_criteria=StoppingCriteriaList([line_ends]),
+            stopping_criteria=StoppingCriteriaList([ends_of_answers]),
         )
     answers = []
-    for prompt, row, length in zip(ids, generated[:, num_given:].tolist(), line_ends.lengths, strict=True):
+    rows = generated[:, num_given:].tolist()
+    for prompt, row, length in zip(ids, rows, ends_of_answers.lengths, strict=True):
         row = row[:length]  # what follows in a batch is padding
         stop = next((at for at, token in enumerate(row) if token in ends), len(row))
         answers.append(
             Answer(
-                text=text_after(tokenizer, prompt, row[:stop]).strip().partition(_LINE_END)[0],
+                text=_before(text_after(tokenizer, prompt, row[:stop]).strip(), stops),
                 num_tokens=min(stop + 1, len(row)),
                 first_token_seconds=clock.times[0],
                 seconds=clock.times[-1] / len(ids),
@@ -104,7 +107,7 @@ def score_choices(
         for choice in choices:
             before, after = encode_pair(answerer.encoder, prompt, f" {choice}")
             after = after[: answerer.context - 1 - len(answerer.encoder.begin_ids)]
-            rows.append((_cut([*before, *after], answerer.context, answerer.encoder), len(after)))
+            rows.append((cut_ids([*before, *after], answerer.context, answerer.encoder), len(after)))
     scored: list[Choice] = []
     for start in range(0, len(rows), batch):
         scored += _score_rows(answerer, rows[start : start + batch])
@@ -132,7 +135,7 @@ def _score_rows(answerer: Answerer, rows: Sequence[tuple[list[int], int]]) -> li
     return scored
 
 
-def _cut(ids: list[int], num_tokens: int, encoder: TextEncoder) -> list[int]:
+def cut_ids(ids: list[int], num_tokens: int, encoder: TextEncoder) -> list[int]:
     """The last `num_tokens` ids; what is cut off stands after the begin tokens."""
     if len(ids) <= num_tokens:
         return ids
@@ -157,15 +160,26 @@ class _Clock(BaseStreamer):
         return
 
 
-class _LineEnds(StoppingCriteria):
-    """Whether a line has ended after some text of an answer; `lengths` says after how many new tokens."""
+def _before(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
 
-    def __init__(self, tokenizer: Any, num_prompt_tokens: int, num_answers: int) -> None:
-        self._tokenizer, self._num_prompt_tokens = tokenizer, num_prompt_tokens
+
+class _Stops(StoppingCriteria):
+    """Whether a stop stands after some text of an answer; `lengths` says after how many new tokens."""
+
+    def __init__(
+        self, tokenizer: Any, num_prompt_tokens: int, num_answers: int, stops: Sequence[str]
+    ) -> None:
+        self._tokenizer, self._num_prompt_tokens, self._stops = tokenizer, num_prompt_tokens, stops
         self.lengths: list[int | None] = [None] * num_answers
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         for number, ids in enumerate(input_ids[:, self._num_prompt_tokens :]):
-            if self.lengths[number] is None and _LINE_END in self._tokenizer.decode(ids).lstrip():
-                self.lengths[number] = len(ids)
+            if self.lengths[number] is None:
+                text = self._tokenizer.decode(ids).lstrip()
+                if any(stop in text for stop in self._stops):
+                    self.lengths[number] = len(ids)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)

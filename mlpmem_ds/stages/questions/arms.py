@@ -13,6 +13,7 @@ from mlpmem_ds.core.files import read_json
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.engines.model_files import fingerprint_model, max_context_of, model_file
 from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
+from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.generation_settings import complete_settings, token_settings
 from mlpmem_ds.models.mixture import StoredGate
@@ -43,16 +44,16 @@ class Arm:
 
 def list_arms(config: Config) -> list[Arm]:
     """The arms that the flags name, the base first."""
-    is_export = _is_export(config.model)
-    if config.lambdas and not is_export:
+    has_memory = is_export(config.model)
+    if config.lambdas and not has_memory:
         raise UserError(
             f"--lambdas: --model {config.model} has no memory: give the output of"
             " tools/convert_checkpoint.py, or leave the flag out"
         )
     model: dict[str, Any] = {"model": config.model, "flag": "--model"}
-    base: dict[str, Any] = {**model, "part": "base" if is_export else "whole"}
+    base: dict[str, Any] = {**model, "part": "base" if has_memory else "whole"}
     arms = [Arm(name=BASE, description="the base alone", **base)]
-    if is_export and not config.lambdas:
+    if has_memory and not config.lambdas:
         arms.append(Arm(name=MEMORY, description="base and memory, by the export's own gate", **model))
     for gate in grid_of(config.lambdas) if config.lambdas else ():
         name = f"{MEMORY}_{gate.lmbda:g}"
@@ -66,7 +67,8 @@ def list_arms(config: Config) -> list[Arm]:
     return arms
 
 
-def _is_export(model: str) -> bool:
+def is_export(model: str) -> bool:
+    """Whether it holds a memory and its base."""
     path = model_file(model, "config.json")
     return path is not None and read_json(path).get("model_type") == "mlpmem"
 
@@ -101,32 +103,48 @@ class Answerers:
             model = base
         elif is_joint:
             model.set_gate(self._own_gate if arm.gate is None else arm.gate)
-        num_rows = len(output_head(base)[0])
-        complete = complete_settings(
-            model.generation_config, base=base, tokenizer=encoder.tokenizer, num_rows=num_rows
-        )
-        return Answerer(
-            model=model,
-            encoder=encoder,
-            tokens=token_settings(complete),
-            context=max_context_of(base.config),
-        )
+        return ready_answerer(model, encoder)
 
     def _load_model(self, place: str, flag: str) -> tuple[Any, TextEncoder]:
         config = self._config
-        model: Any
-        if _is_export(place):
-            _, tokenizer = read_export(place)
-            model = load_model(place, device=self._device, dtype=config.dtype)
-            self._own_gate = model.gate
-        else:
-            tokenizer = load_tokenizer(place, flag=flag)
-            dtype = DTYPES[resolve_dtype(config.dtype, self._device)]
-            try:
-                model = load_base(place, dtype=dtype, device=self._device)
-            except ValueError as error:
-                raise UserError(f"{flag} {place}: {error}") from error
-        encoder = open_encoder(
+        if not is_export(place):
+            return load_plain(place, flag, config.dtype, config.special_tokens, self._device)
+        _, tokenizer = read_export(place)
+        model = load_model(place, device=self._device, dtype=config.dtype)
+        self._own_gate = model.gate
+        return model, open_encoder(
             tokenizer, label=f"the tokenizer of {flag}", special_tokens=config.special_tokens
         )
-        return model, encoder
+
+
+def load_plain(
+    place: str, flag: str, dtype: str, special_tokens: SpecialTokens, device: torch.device
+) -> tuple[Any, TextEncoder]:
+    """A language model without a memory, and its encoder.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    tokenizer = load_tokenizer(place, flag=flag)
+    try:
+        model = load_base(place, dtype=DTYPES[resolve_dtype(dtype, device)], device=device)
+    except ValueError as error:
+        raise UserError(f"{flag} {place}: {error}") from error
+    return model, open_encoder(tokenizer, label=f"the tokenizer of {flag}", special_tokens=special_tokens)
+
+
+def ready_answerer(model: Any, encoder: TextEncoder) -> Answerer:
+    """A loaded model, or base and memory in one, with all that its answers need."""
+    base = model.base if hasattr(model, "set_gate") else model
+    complete = complete_settings(
+        model.generation_config,
+        base=base,
+        tokenizer=encoder.tokenizer,
+        num_rows=len(output_head(base)[0]),
+    )
+    return Answerer(
+        model=model,
+        encoder=encoder,
+        tokens=token_settings(complete),
+        context=max_context_of(base.config),
+    )

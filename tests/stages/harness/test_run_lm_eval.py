@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import lm_eval as engine
 from mlpmem_ds.engines.lm_eval import Tasks
-from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.models.memory import Memory
-from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.harness.run_lm_eval import Config, build_tasks
+
+from .conftest import write_lines
 
 TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "transformers_version"}
 ROOT = Path(__file__).parents[3]
@@ -35,11 +32,6 @@ RANKING = [
 ]
 
 
-def write_lines(path: Path, records: list[Any]) -> Path:
-    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "questions.jsonl", QUESTIONS)
@@ -48,19 +40,6 @@ def questions(tmp_path: Path) -> Path:
 @pytest.fixture
 def ranking(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "ranking.jsonl", RANKING)
-
-
-@pytest.fixture(scope="module")
-def export_dir(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir: Path) -> Path:
-    torch.manual_seed(6)
-    output = tmp_path_factory.mktemp("run_lm_eval") / "export"
-    shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=20, num_blocks=1, vocab_size=300)
-    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
-    MemoryAugmentedLM.from_parts(
-        base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)
-    ).save_pretrained(output)
-    AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").save_pretrained(output)
-    return output
 
 
 def test_local_files_become_whole_tasks_and_names_stay_names(

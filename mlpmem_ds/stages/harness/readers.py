@@ -1,0 +1,147 @@
+"""Part of `run_lm_eval`: who reads a suite's tasks: base and memory, the base with passages, controls."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.model_files import fingerprint_model
+from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder
+from mlpmem_ds.models.mixture import Constant, Grid
+from mlpmem_ds.stages.generation.exported_model import Source, open_source
+from mlpmem_ds.stages.harness.config import Config
+from mlpmem_ds.stages.harness.grid_scores import GATE_NAME, Weighting
+from mlpmem_ds.stages.questions.answering import Answerer
+from mlpmem_ds.stages.questions.arms import BASE, MEMORY, RAG, is_export, load_plain, ready_answerer
+from mlpmem_ds.stages.questions.config import control_models
+from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
+
+JOINT = "joint"
+ALONE, GATE = "memory_alone", f"{MEMORY}+gate"
+_LIKELIHOOD_GRID, _GENERATION_GRID = ("0:1:0.05",), ("0:1:0.25",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A model that answers a task's documents."""
+
+    name: str
+    description: str
+    flag: str
+    model: str
+    with_passages: bool = False
+
+
+def list_readers(config: Config) -> list[Reader]:
+    """Those that the flags name; base and memory, which are read together, first."""
+    main: dict[str, Any] = {"model": config.model, "flag": "--model"}
+    readers = [Reader(name=JOINT, description="base and memory, at each λ", **main)]
+    if config.passages is not None:
+        description = f"the base with {config.num_passages} passages before an open question"
+        readers.append(Reader(name=RAG, description=description, with_passages=True, **main))
+    for name, place in control_models(config.control).items():
+        description = "another language model in place of the base"
+        readers.append(Reader(name=name, description=description, model=place, flag=f"--control {name}"))
+    return readers
+
+
+def describe_arms(readers: list[Reader], names: Sequence[str]) -> dict[str, str]:
+    """Name of an arm → what it is.
+
+    Args:
+        readers: all of them.
+        names: of the weightings at which base and memory were scored.
+    """
+    arms = {BASE: "the base alone, λ = 0"}
+    if len(names) > 1:
+        arms[MEMORY] = "base and memory, λ chosen on the tuning half"
+        arms[ALONE] = "the memory alone, λ = 1: the base is switched off"
+    if GATE_NAME in names:
+        arms[GATE] = "base and memory, by the model's own gate"
+    return arms | {reader.name: reader.description for reader in readers if reader.name != JOINT}
+
+
+class Models:
+    """The models of the readers, loaded when they are asked, one at a time.
+
+    Args:
+        config: the flags.
+        device: of this rank.
+
+    Raises:
+        UserError: --model is neither a model nor a base with memories.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._source: Source | None = None
+        if config.memory or is_export(config.model):
+            is_weighed = not config.memory or config.gate is not None
+            self._source = open_source(config, lmbda=None if is_weighed else 0.5)  # another is set each time
+        elif config.lambdas or config.generation_lambdas:
+            flag = "--lambdas" if config.lambdas else "--generation-lambdas"
+            raise UserError(
+                f"{flag}: --model {config.model} has no memory: give the output of"
+                " tools/convert_checkpoint.py, add --memory, or leave the flag out"
+            )
+        self._load = functools.lru_cache(maxsize=1)(self._load_model)
+
+    def hashes(self, readers: list[Reader]) -> dict[str, str]:
+        """Name of an input → SHA-256, of each model once. Raises UserError for what is no model."""
+        flags = {reader.model: reader.flag for reader in reversed(readers)}
+        found = {
+            flag.removeprefix("--").replace(" ", "-"): fingerprint_model(model, flag=flag)
+            for model, flag in flags.items()
+        }
+        if self._source is not None and self._source.parts is not None:
+            parts = self._source.parts
+            memories = [memory.sha256 for memory in parts.memories]
+            found |= {f"memory-{number}": value for number, value in enumerate(memories)}
+            if parts.gate is not None:
+                found["gate"] = parts.gate.sha256
+        return found
+
+    def of(self, reader: Reader, *, begin_tokens: bool) -> Answerer:
+        """The reader's model, ready to answer prompts with the tokenizer's begin tokens, or without them."""
+        model, encoder = self._load(reader.model, reader.flag)
+        if reader.with_passages and hasattr(model, "set_gate"):
+            model = model.base
+        if not begin_tokens:
+            encoder = replace(encoder, begin_ids=())
+        return ready_answerer(model, encoder)
+
+    def weighting(self, reader: Reader, *, generates: bool) -> Weighting:
+        """The weights at which this reader's answers are scored; 0 and 1 are always among them.
+
+        The model is loaded where its own gate has to be known.
+        """
+        if reader.name != JOINT or self._source is None:
+            return Weighting()
+        config = self._config
+        words = config.generation_lambdas or config.lambdas if generates else config.lambdas
+        grid = grid_of(words or (_GENERATION_GRID if generates else _LIKELIHOOD_GRID))
+        gate = self._own_gate(reader)
+        lambdas = Grid(tuple(sorted({0.0, *grid.lambdas, 1.0}))).lambdas
+        return Weighting(lambdas=lambdas, gate=None if isinstance(gate, Constant) else gate)
+
+    def _own_gate(self, reader: Reader) -> Any:
+        self._load(reader.model, reader.flag)
+        return self._gate
+
+    def _load_model(self, place: str, flag: str) -> tuple[Any, TextEncoder]:
+        config = self._config
+        if flag != "--model" or self._source is None:
+            return load_plain(place, flag, config.dtype, config.special_tokens, self._device)
+        model = self._source.load(
+            device=self._device, dtype=config.dtype, device_map=device_map_of(config.device_map)
+        )
+        self._gate = model.gate
+        encoder = open_encoder(
+            self._source.tokenizer, label="the tokenizer of --model", special_tokens=config.special_tokens
+        )
+        return model, encoder

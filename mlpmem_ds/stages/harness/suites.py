@@ -1,0 +1,148 @@
+"""Part of `run_lm_eval`: which tasks a suite has, their local files, and what is left out.
+
+A suite is a list of names; a name is a file of `tasks/`, and its local data is DIR/NAME.jsonl, or
+DIR/NAME.*.jsonl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.suite_tasks import SuiteTask, TaskFile, open_task, read_task_file
+from mlpmem_ds.formats.question_files import as_list, fault_of_question, read_layout, read_records
+from mlpmem_ds.stages.harness.config import Suite
+from mlpmem_ds.stages.harness.hub_records import truthful_record
+
+TASKS_FOLDER = Path(__file__).with_name("tasks")
+_HALUEVAL = ("halueval_dialogue", "halueval_qa", "halueval_summarization")
+_NINE = ("sst2", "mr", "cr", "rotten_tomatoes", "hyp", "cb", "rte", "agn", "yahoo")
+SUITES: Mapping[str, tuple[str, ...]] = {
+    "paper": (
+        *("nq_open", "webquestions", "triviaqa", "truthfulqa_mc", "hotpotqa"),
+        *("2wikimultihop", "musique", "bamboogle", "lambada", "piqa", "boolq", "strategyqa", "logiqa"),
+        *_HALUEVAL,
+        *_NINE,
+    ),
+    "at-scale": (
+        *("arc_easy", "arc_challenge", "lambada", "logiqa", "piqa", "sciq", "winogrande", "mmlu"),
+        *("nq_open", "triviaqa", "popqa", "2wikimultihop", "bamboogle", "hotpotqa", "gpqa_main"),
+        *("truthfulqa_mc", *_HALUEVAL),
+    ),
+    "nine": _NINE,
+}
+"""suite → tasks. `paper`: what the papers on MLP Memory and its neighbours report, with `nine`, the tasks
+that are scored by domain-conditional PMI; `at-scale`: of Memory Decoder at Scale."""
+_VERDICTS = {"entailment": 0, "contradiction": 1, "not_entailment": 1, "neutral": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The tasks of the suites with their data, and why others are not among them: name → reason."""
+
+    tasks: tuple[SuiteTask, ...]
+    left_out: Mapping[str, str]
+
+
+def open_suites(suites: Sequence[Suite], data: Path | None) -> Chosen:
+    """The tasks of the suites, each once, from the files of a directory, or (None) from the Hub.
+
+    Raises:
+        UserError: the harness is missing; a file cannot be read; the directory has none of the files; a data
+            set of the Hub cannot be had.
+    """
+    names = list(dict.fromkeys(name for suite in suites for name in SUITES[suite]))
+    files = [read_task_file(TASKS_FOLDER / f"{name}.yaml") for name in names]
+    if data is None:
+        return Chosen(tasks=tuple(open_task(file, None) for file in files), left_out={})
+    tasks, left_out = [], {}
+    for file in files:
+        path = _local_file(data, file.name)
+        if "layout" not in file.metadata:
+            left_out[file.name] = "it is read from the Hub alone"
+        elif path is None:
+            left_out[file.name] = f"--data {data} has no {file.name}.jsonl"
+        else:
+            tasks.append(open_task(file, read_local(path, file)))
+    if not tasks:
+        raise UserError(
+            f"--data {data} has none of the files of --suite {' '.join(suites)}: give a directory with"
+            f" {', '.join(f'{name}.jsonl' for name in names[:3])}, … (docs/suites.md has their layouts)"
+        )
+    return Chosen(tasks=tuple(tasks), left_out=left_out)
+
+
+def _local_file(folder: Path, name: str) -> Path | None:
+    """NAME.jsonl or NAME.*.jsonl. Raises UserError where there are several."""
+    found = sorted({*folder.glob(f"{name}.jsonl"), *folder.glob(f"{name}.*.jsonl")})
+    if len(found) > 1:
+        raise UserError(
+            f"--data {folder} has several files of {name}: {', '.join(path.name for path in found)}; leave"
+            " one there"
+        )
+    return found[0] if found else None
+
+
+def read_local(path: Path, file: TaskFile) -> list[dict[str, Any]]:
+    """The records of a local file, checked by line, with the fields that the task's templates read.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not of the task's layout.
+    """
+    return _LAYOUTS[file.metadata["layout"]](path)
+
+
+def _open_questions(path: Path) -> list[dict[str, Any]]:
+    records = read_records(path, "--data", ("question", "answer"), fault_of_question)
+    return [{**record, "answer": as_list(record["answer"])} for record in records]
+
+
+def _truths(path: Path) -> list[dict[str, Any]]:
+    records = read_layout(path, ("question", "answer"), flag="--data")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record["answer"], bool):
+            raise UserError(f"--data {path}, record {number} has no true or false in `answer`")
+    return [{"passage": "", **record} for record in records]
+
+
+def _targets(path: Path) -> list[dict[str, Any]]:
+    records = read_layout(path, ("question", "mc1_targets"), flag="--data")
+    return [
+        truthful_record(
+            record["question"], record["mc1_targets"], record.get("mc2_targets") or record["mc1_targets"]
+        )
+        for record in records
+    ]
+
+
+def _choices(path: Path) -> list[dict[str, Any]]:
+    return read_layout(path, ("query", "choices", "gold"), flag="--data")
+
+
+def _labels(path: Path) -> list[dict[str, Any]]:
+    records = read_layout(path, ("text", "label", "labels"), flag="--data")
+    return [{"text": record["text"], "label": record["label"]} for record in records]
+
+
+def _pairs(path: Path) -> list[dict[str, Any]]:
+    records = read_layout(path, ("premise", "hypothesis", "label"), flag="--data")
+    return [{**record, "label": _VERDICTS[record["label"]]} for record in records]
+
+
+def _last_words(path: Path) -> list[dict[str, Any]]:
+    records = read_layout(path, ("text",), flag="--data")
+    return [{"text": record["text"].rstrip()} for record in records]
+
+
+_LAYOUTS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "open": _open_questions,
+    "truth": _truths,
+    "targets": _targets,
+    "choices": _choices,
+    "label": _labels,
+    "pair": _pairs,
+    "last word": _last_words,
+}

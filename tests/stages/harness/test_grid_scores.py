@@ -1,0 +1,111 @@
+"""Every λ from one forward pass is what the model says by itself at that λ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from mlpmem_ds.engines.lm_eval import encode_pair
+from mlpmem_ds.engines.tokenizer import open_encoder
+from mlpmem_ds.models.gates import ConfidencesGate
+from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
+from mlpmem_ds.models.mixture import Constant, Weights
+from mlpmem_ds.stages.harness.grid_scores import Weighting, score_continuations
+from mlpmem_ds.stages.questions.answering import Answerer
+from mlpmem_ds.stages.questions.arms import ready_answerer
+
+LAMBDAS = (0.0, 0.3, 1.0)
+CONTINUATIONS = [" alpha", " in range gamma", " é é value index", " beta"]
+
+
+def answerer_of(export_dir: Path, model: Any) -> Answerer:
+    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    return ready_answerer(model.eval(), open_encoder(tokenizer, label="toy"))
+
+
+def expected(answerer: Answerer, gate: Any, context: str, text: str) -> tuple[float, bool]:
+    """By a plain forward of the whole text, in float64."""
+    model = answerer.model
+    before, after = encode_pair(answerer.encoder, context, text)
+    if gate is not None:
+        model.set_gate(gate)
+    with torch.no_grad():
+        logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].double()
+    logs = logits.log_softmax(-1)
+    ids = torch.tensor(after)
+    return float(logs.gather(1, ids[:, None]).sum()), bool((logs.argmax(-1) == ids).all())
+
+
+@pytest.mark.parametrize("context", ["for value in", ""])
+def test_each_weight_is_what_the_model_itself_says(export_dir: Path, context: str) -> None:
+    model = MemoryAugmentedLM.from_pretrained(export_dir)
+    answerer = answerer_of(export_dir, model)
+    gate = ConfidencesGate(lmbdas=(0.3,), hidden=4)
+    torch.manual_seed(1)
+    for values in gate.parameters():
+        torch.nn.init.normal_(values)
+    model.set_gate(gate)
+    found = score_continuations(
+        answerer, context, CONTINUATIONS, Weighting(lambdas=LAMBDAS, gate=gate), with_greedy=True
+    )
+    assert model.gate is gate and model.lmbda == pytest.approx(0.35)
+    model.lmbda = 0.9  # the weighting says which gate is meant, not what the model was left with
+    again = score_continuations(
+        answerer, context, CONTINUATIONS, Weighting(lambdas=LAMBDAS, gate=gate), with_greedy=True
+    )
+    assert again == found and model.lmbda == 0.9
+    for text, one in zip(CONTINUATIONS, found, strict=True):
+        for place, weight in enumerate((*map(Constant, LAMBDAS), gate)):
+            log, is_greedy = expected(answerer, weight, context, text)
+            assert one.log_probabilities[place] == pytest.approx(log, abs=1e-4)
+            assert one.is_greedy[place] == is_greedy
+
+
+def test_the_likeliest_token_is_found_at_each_weight(export_dir: Path) -> None:
+    model = MemoryAugmentedLM.from_pretrained(export_dir)
+    answerer = answerer_of(export_dir, model)
+    tokenizer = answerer.encoder.tokenizer
+    likeliest = []
+    for weight in (0.0, 1.0):
+        model.lmbda = weight
+        with torch.no_grad():
+            logits = model(torch.tensor([encode_pair(answerer.encoder, "for", " x")[0]])).logits[0, -1]
+        likeliest.append(tokenizer.decode([int(logits.argmax())]))
+    for place, text in enumerate(likeliest):
+        if len(encode_pair(answerer.encoder, "for", text)[1]) == 1:
+            [one] = score_continuations(
+                answerer, "for", [text], Weighting(lambdas=(0.0, 1.0)), with_greedy=True
+            )
+            assert one.is_greedy[place]
+
+
+def test_memories_of_a_bank_share_the_weight(export_dir: Path) -> None:
+    one = load_memory(export_dir)
+    model = MemoryAugmentedLM.from_pretrained(export_dir)
+    with torch.no_grad():
+        other = load_memory(export_dir)
+        for values in other.module.parameters():
+            values.mul_(1.5)
+    bank = MemoryAugmentedLM.join(model.base, [one, other])
+    answerer = answerer_of(export_dir, bank)
+    [found] = score_continuations(answerer, "for value", [" in range"], Weighting(lambdas=(0.6,)))
+    log, _ = expected(answerer, Weights((0.3, 0.3)), "for value", " in range")
+    assert found.log_probabilities[0] == pytest.approx(log, abs=1e-4)
+
+
+def test_a_long_context_loses_its_beginning(export_dir: Path) -> None:
+    model = MemoryAugmentedLM.from_pretrained(export_dir)
+    answerer = replace(answerer_of(export_dir, model), context=12)
+    before, after = encode_pair(answerer.encoder, "alpha beta gamma " * 8, " in")
+    ids = before[len(after) - 12 :] + after
+    [found] = score_continuations(answerer, "alpha beta gamma " * 8, [" in"], Weighting(lambdas=(0.0, 0.5)))
+    for weight, log in zip((0.0, 0.5), found.log_probabilities, strict=True):
+        model.lmbda = weight
+        with torch.no_grad():
+            logs = model(torch.tensor([ids])).logits[0, -len(after) - 1 : -1].log_softmax(-1)
+        assert log == pytest.approx(float(logs.gather(1, torch.tensor(after)[:, None]).sum()), abs=1e-4)
