@@ -87,11 +87,7 @@ def load_base(
             f"no model directory at {name}: give a directory with config.json and weights, or a Hub name"
         )
     source = str(Path(name).expanduser()) if _is_path(name) else name
-    placement: dict[str, Any] = {}
-    if device_map is not None:
-        placement = {"device_map": device_map, "offload_folder": offload_folder}
-    elif device is not None and torch.device(device).type != "cpu":
-        placement = {"device_map": {"": torch.device(device)}}
+    placement = _placement(device, device_map, offload_folder)
     if quantization_config is not None:
         placement["quantization_config"] = quantization_config
     try:
@@ -128,6 +124,19 @@ def load_base(
         )
     base: PreTrainedModel = model
     return base.eval().requires_grad_(False)
+
+
+def _placement(
+    device: torch.device | str | None,
+    device_map: str | dict[str, Any] | None,
+    offload_folder: str | Path | None,
+) -> dict[str, Any]:
+    """The loader's arguments for where the weights go."""
+    if device_map is not None:
+        return {"device_map": device_map, "offload_folder": offload_folder}
+    if device is not None and torch.device(device).type != "cpu":
+        return {"device_map": {"": torch.device(device)}}
+    return {}
 
 
 def _reason(error: Exception) -> str:
