@@ -68,7 +68,7 @@ class Reference:
             history = gate.history.update(history, log_p[0], torch.stack(log_p[1:]))
         base, *memories = self.parts(ids)
         known = GateInputs(base_logits=base, memory_logits=tuple(memories), history=history)
-        return gate(known).reshape(num_memories).tolist()  # type: ignore[no-any-return]
+        return gate(known).reshape(num_memories).tolist()
 
     def logits(self, ids: Ids) -> torch.Tensor:
         """[V]: log((1 - Σλ) p_base + Σ λ p_memory), with the log-sum-exp of the base's logits."""

@@ -444,5 +444,6 @@ def test_bits_without_their_library_are_refused(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quantized_base, "find_spec", lambda _: None)
-    assert run_front_end("--model", export_dir, "--prompt", "in", "--base-weights", "4bit") == 2
+    words = ("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "4bit")
+    assert run_front_end("--model", export_dir, *words) == 2
     assert "--base-weights 4bit: 4-bit weights need bitsandbytes: pip install" in capsys.readouterr().err
