@@ -159,30 +159,31 @@ def _change_text(row: ArmRow | None) -> str:
 
 
 def _claims(results: Sequence[QualityResult]) -> list[str]:
-    """What holds, what does not, what cannot be said: a sentence each, over all goals."""
+    """What holds, what does not, what cannot be said: a list each, over all goals."""
     found = [(result.preset, ratio) for result in results for ratio in result.ratios]
     kinds = (
         ("**Holds**, in the whole interval", lambda ratio: ratio.is_clear and ratio.is_met),
         ("**Does not hold**, nowhere in the interval", lambda ratio: ratio.is_clear and not ratio.is_met),
         ("**Cannot be said**, the interval has both", lambda ratio: not ratio.is_clear),
     )
-    return [
-        _paragraph(f"{title}: {_claim_text([one for one in found if belongs(one[1])])}.")
-        for title, belongs in kinds
-    ]
+    parts = []
+    for title, belongs in kinds:
+        items = _claim_items([one for one in found if belongs(one[1])])
+        parts += [f"{title}:", items] if items else [f"{title}: nothing."]
+    return parts
 
 
-def _claim_text(found: Sequence[tuple[str, RatioResult]]) -> str:
+def _claim_items(found: Sequence[tuple[str, RatioResult]]) -> str:
     """Each ratio once, with its goal and where it was found."""
     by_name: dict[str, list[tuple[str, RatioResult]]] = {}
     for preset, ratio in found:
         by_name.setdefault(ratio.name, []).append((preset, ratio))
-    parts = []
+    items = []
     for ratios in by_name.values():
         first = ratios[0][1]
-        places = ", ".join(f"{ratio.value:.3f} ({preset}, {ratio.text} text)" for preset, ratio in ratios)
-        parts.append(f"{first.meaning}, goal {first.goal}: {places}")
-    return "; ".join(parts) or "nothing"
+        places = ", ".join(f"**{ratio.value:.3f}** ({preset}, {ratio.text} text)" for preset, ratio in ratios)
+        items.append(_item(f"{first.meaning} ({first.goal} was the goal): {places}"))
+    return "\n".join(items)
 
 
 def _section(result: QualityResult) -> list[str]:
@@ -393,9 +394,9 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
             del flags["seeds"]
         if preset == "real":
             flags.setdefault("base", "DIR")
-        words = "".join(f" --{name} {value}" for name, value in flags.items())
-        output = f"--output runs/quality-{preset} --page docs/RESULTS.md"
-        lines.append(f"python tools/bench.py quality --preset {preset}{words} \\\n    {output}")
+        words = [f"--{name} {value}" for name, value in flags.items()]
+        words += [f"--output runs/quality-{preset}", "--page docs/RESULTS.md"]
+        lines.append(_command(f"python tools/bench.py quality --preset {preset}", words))
     return [
         "## How to rerun it",
         "```bash\n" + "\n".join(lines) + "\n```",
@@ -404,6 +405,16 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
             " command continues. `quality.json` in the output has all numbers of this page, by seed."
         ),
     ]
+
+
+def _command(start: str, words: Sequence[str]) -> str:
+    """A shell command over as many lines as it needs, each word (a flag and its value) on one."""
+    lines = [start]
+    for word in words:
+        if len(lines[-1]) + len(word) + 3 > _WIDTH:
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return " \\\n".join(lines)
 
 
 def _paragraph(text: str) -> str:

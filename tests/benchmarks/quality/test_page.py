@@ -19,7 +19,7 @@ def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> Non
     page = _words(render_page([make_result()]))
     holds, rest = page.split("**Does not hold**")
     fails, unclear = rest.split("**Cannot be said**")
-    assert "what recovered_share means, goal at least 1: 1.500 (tiny, domain text)" in holds
+    assert "- what recovered_share means (at least 1 was the goal): **1.500** (tiny, domain text)" in holds
     assert "what memory_ppl_over_continued_training means" in fails
     assert "what memory_gain_over_ce_only_gain means" in unclear.split("##")[0]
 
@@ -73,8 +73,17 @@ def test_arms_that_were_left_out_are_named_with_their_package() -> None:
 
 def test_a_ratio_of_several_presets_is_named_once_with_all_its_values() -> None:
     page = _words(render_page([make_result("tiny"), make_result("small")]))
-    values = "1.500 (small, domain text), 1.500 (tiny, domain text)"
-    assert page.count(f"what recovered_share means, goal at least 1: {values}") == 1
+    values = "**1.500** (small, domain text), **1.500** (tiny, domain text)"
+    assert page.count(f"what recovered_share means (at least 1 was the goal): {values}") == 1
+
+
+def test_a_long_command_goes_over_several_lines_of_whole_words() -> None:
+    general = "one_text_of_forty_characters_at_least.txt another_text_of_forty_characters_too.txt"
+    page = render_page([make_result("small", settings={"preset": "small", "general": general})])
+    assert (
+        f"python tools/bench.py quality --preset small \\\n    --general {general} \\\n"
+        "    --output runs/quality-small --page docs/RESULTS.md\n"
+    ) in page
 
 
 def test_question_sets_stand_with_the_change_against_the_base() -> None:
