@@ -115,7 +115,7 @@ def costs(work: Workload, machine: Machine, calibration: Calibration | None = No
         gpus = machine.gpus if stage in _ON_GPU else 0
         result[stage] = Cost(
             bytes=round(size),
-            num_files=num_files(stage, work),
+            num_files=num_files(stage, work, ranks=machine.ranks),
             operations=operations(stage, work),
             seconds=None if limit else seconds,
             rank_memory_bytes=memory_of(work, machine),

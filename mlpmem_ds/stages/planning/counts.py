@@ -26,6 +26,8 @@ LIST_IMBALANCE = 1.3
 SAMPLE = 1000
 """positions of targets that are measured first"""
 _POSITIONS_OF_CORPUS_UNIT = 8 << 20  # 32 MB of text at 4 bytes a token
+_OTHER_FILES_OF_CORPUS = 5  # the tokenizer's two, the list of what was left out, and their records
+_WEIGHT_BYTES, _BYTES_OF_WEIGHTS_FILE = 4, 5e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +120,13 @@ def moved(stage: str, work: Workload) -> Moved:
     return Moved(read=max(1.0, work.epochs) * read, written=memory_bytes(work), hashed=0.0)
 
 
-def num_files(stage: str, work: Workload) -> int:
-    """That a complete stage leaves, with the records of its units and without logs."""
+def num_files(stage: str, work: Workload, *, ranks: int = 1) -> int:
+    """That a complete stage leaves, with the records of its units and without logs; of a corpus those of its
+    training text, of a training with its checkpoints, to which each of the `ranks` adds a file."""
     if stage == "corpus":
-        return 0
+        return 3 * math.ceil(work.positions / _POSITIONS_OF_CORPUS_UNIT) + _OTHER_FILES_OF_CORPUS
+    inputs = {"none": 0, "bf16": 1, "int8": 2}[work.input_codec]
     if stage == "keys":
-        inputs = {"none": 0, "bf16": 1, "int8": 2}[work.input_codec]
         units = math.ceil(work.positions / work.unit_positions)
         codec = 4 if work.codec == "int8" else 0
         corpus_units = math.ceil(work.positions / _POSITIONS_OF_CORPUS_UNIT)
@@ -134,4 +137,7 @@ def num_files(stage: str, work: Workload) -> int:
     if stage == "targets":
         order = 2 if work.encoding == "compact" else 0
         return 3 * math.ceil(work.positions / work.shard_positions) + 1 + order
-    return 0
+    weights = math.ceil(_WEIGHT_BYTES * work.memory.num_parameters() / _BYTES_OF_WEIGHTS_FILE)
+    listed = weights + int(weights > 1) + 2  # an index of several, their configuration and record
+    values_and_inputs = math.ceil(work.positions / work.unit_positions) * (1 + inputs)
+    return work.keep_checkpoints * (ranks + 2) + listed + num_records(values_and_inputs)

@@ -44,6 +44,7 @@ from mlpmem_ds.stages.targets.units import auto_shard_positions
 
 _logger = logging.getLogger(__name__)
 _POSITIONS_OF_GPU = 8192  # of a step, that keep a GPU busy for longer than sending does at usual sizes
+_GPUS_OF_NODE = 16
 _FORMAT, _VERSION = "mlpmem-plan", 1
 
 
@@ -385,6 +386,11 @@ def _warnings_of_training(work: Workload, machine: Machine) -> list[str]:
 def _warnings_of_machine(config: Config, machine: Machine) -> list[str]:
     """What is assumed of a machine with GPUs."""
     lines = []
+    if machine.gpus > _GPUS_OF_NODE * machine.nodes:
+        lines.append(
+            f"{machine.gpus} GPUs on {machine.nodes} {'node' if machine.nodes == 1 else 'nodes'}: few nodes"
+            f" have more than {_GPUS_OF_NODE}, and what is sent between nodes takes longer; give --nodes"
+        )
     if machine.gpus:
         missing = [_flag(name) for name in ("threads", "memory_gb") if getattr(config, name) is None]
         if missing:

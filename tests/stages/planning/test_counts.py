@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.engine import Engine
+from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.index import build_index
@@ -135,6 +136,9 @@ def test_bytes_and_files_are_those_on_the_disk(run: dict[str, Any]) -> None:
     work, root = work_of(run), run["root"]
     for stage in ("keys", "index", "targets"):
         assert num_files(stage, work) == files_of(root / stage), stage
+    listed = json.loads((root / "corpus" / "manifest.json").read_text())["files"]
+    other_splits = [file for file in listed if file["name"].startswith(("tuning/", "test/", "heldout/"))]
+    assert num_files("corpus", work) == files_of(root / "corpus") - len(other_splits)
     assert moved("keys", work).written == pytest.approx(bytes_of(root / "keys"), **CLOSE)
     lists = sum(path.stat().st_size for path in (root / "lists").rglob("*.npy"))
     assert list_bytes(work) == pytest.approx(lists, **CLOSE)
@@ -184,6 +188,9 @@ def test_a_training_is_six_operations_a_parameter_and_row(
     steps = work.positions // 256
     planned = operations("memory", replace(work, memory=memory, epochs=steps * 256 / work.positions))
     assert planned == pytest.approx(counted, **CLOSE)
+    left = [path for part in ("checkpoints/*/*", "weights/*", "done/*") for path in config.output.glob(part)]
+    kept = len(list_checkpoints(config.output / "checkpoints"))
+    assert num_files("memory", replace(work, keep_checkpoints=kept)) == len(left)
 
 
 def test_online_inputs_cost_the_base_again_in_each_epoch(run: dict[str, Any]) -> None:

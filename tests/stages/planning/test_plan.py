@@ -191,6 +191,22 @@ CLUSTER = {
 }
 
 
+def test_more_gpus_than_a_node_has_are_pointed_out() -> None:
+    flags = {
+        "positions": 10**9,
+        "parameters": 1e9,
+        "width": 2048,
+        "vocab_size": 50000,
+        "ranks": 256,
+        "gpus": 256,
+    }
+    (said,) = [line for line in plan.make_plan(plan.Config(**flags)).warnings if "give --nodes" in line]
+    assert said.startswith("256 GPUs on 1 node: few nodes have more than 16, and")
+    spread = plan.make_plan(plan.Config(**flags, nodes=32))
+    assert not any("give --nodes" in line for line in spread.warnings)
+    assert spread.costs["memory"].num_files > plan.make_plan(plan.Config(**flags)).work.keep_checkpoints * 256
+
+
 def test_where_no_number_can_be_stood_for_there_is_none_and_the_reason() -> None:
     small, large, beyond = (
         plan.make_plan(config(positions=count, **CLUSTER)) for count in (10**9, 10**10, 3 * 10**11)
