@@ -22,7 +22,8 @@ from mlpmem_ds.stages.inspection.watch import name_of, stage_roots
 
 INPUTS = frozenset(
     {
-        *("calibrate", "chat_template", "checkpoint", "choices_from", "control", "corpus", "datastore"),
+        *("calibrate", "chat_template", "checkpoint", "choices_from", "control", "corpus", "data"),
+        "datastore",
         *("ds_config", "ensemble", "from_reference", "gate", "general", "gguf", "include_path", "index"),
         *("init_from", "input", "input_model", "keys", "match_memory", "memory", "model", "passages"),
         *(
