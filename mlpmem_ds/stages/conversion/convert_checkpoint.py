@@ -52,6 +52,7 @@ from mlpmem_ds.models.generation_settings import choosing_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.joint_parts import input_points
 from mlpmem_ds.models.memory import Memory
+from mlpmem_ds.models.quantized_base import method_of
 from mlpmem_ds.stages.conversion.check import (
     LOGIT_BOUND,
     compare_logits,
@@ -303,6 +304,12 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
         base = load_base(inputs.model, dtype="auto", device="cpu", attention=config.attention)
     except ValueError as error:
         raise UserError(f"--model {inputs.model}: {error}") from error
+    if (quantized := getattr(base.config, "quantization_config", None)) is not None:
+        raise UserError(
+            f"--model {inputs.model} is quantized ({method_of(quantized)}), and an export holds floats:"
+            " generate --model BASE --memory DIR joins them as they are; or extract keys with the float base,"
+            " export that, and quantize it when it is loaded (generate --base-weights 4bit)"
+        )
     flag = "--checkpoint" if config.checkpoint else "--from-reference"
     joint = join_parts(base, inputs, cast=False, threshold=config.base_only_threshold, flag=flag)
     if choosing := choosing_settings(joint.generation_config):

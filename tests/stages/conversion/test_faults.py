@@ -266,3 +266,24 @@ def test_wrong_inputs_are_refused_and_nothing_is_touched(
         assert said in capsys.readouterr().err, changes
         assert sorted(path.name for path in tmp_path.iterdir()) == before, changes
     assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
+
+
+def test_a_quantized_base_is_refused_before_anything_is_written(
+    base_dir: Path,
+    memory_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loader = convert_checkpoint.load_base
+
+    def load_quantized(*args: Any, **options: Any) -> Any:
+        base = loader(*args, **options)
+        base.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+        return base
+
+    monkeypatch.setattr(convert_checkpoint, "load_base", load_quantized)
+    words = ("--checkpoint", memory_dir, "--model", base_dir, "--lambda", "0.5")
+    assert convert(*words, "--output", tmp_path / "export") == 2
+    assert "is quantized (gptq), and an export holds floats" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
