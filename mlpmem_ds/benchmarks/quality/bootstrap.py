@@ -24,12 +24,15 @@ Figure = Callable[[Callable[[str], Array]], Array]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure over the seeds."""
+    """A figure over the seeds; NaN where it has no value."""
 
     value: float
     """the mean of the seeds' own"""
     interval: tuple[float, float]
+    """of the draws that have a value"""
     by_seed: tuple[float, ...]
+    undefined: float
+    """share of the draws without a value, of the seed that has most"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +65,27 @@ def estimate(tested: ArmSums, figure: Figure, arms: Sequence[str]) -> Estimate:
     """
     num_seeds = max(len(tested.sums[arm]) for arm in arms)
     counts_RM = draw_documents(len(tested.positions_M), NUM_DRAWS)
-    values, ends = [], []
+    values, ends, undefined = [], [], []
     for seed in range(num_seeds):
         exact = {arm: np.array([tested.ppl(arm, seed)]) for arm in arms}
         drawn = {arm: _drawn_ppl(tested, arm, seed, counts_RM) for arm in arms}
         values.append(float(figure(exact.__getitem__)[0]))
-        ends.append(np.nanquantile(figure(drawn.__getitem__), [0.025, 0.975]))
+        values_R = figure(drawn.__getitem__)
+        undefined.append(float(np.isnan(values_R).mean()))
+        ends.append(_quantiles(values_R[~np.isnan(values_R)]))
     return Estimate(
         value=float(np.mean(values)),
         interval=(float(min(low for low, _ in ends)), float(max(high for _, high in ends))),
         by_seed=tuple(values),
+        undefined=max(undefined),
     )
+
+
+def _quantiles(values: Array) -> tuple[float, float]:
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def draw_documents(num_documents: int, num_draws: int) -> Array:

@@ -161,15 +161,18 @@ def _change_text(row: ArmRow | None) -> str:
 def _claims(results: Sequence[QualityResult]) -> list[str]:
     """What holds, what does not, what cannot be said: a list each, over all goals."""
     found = [(result.preset, ratio) for result in results for ratio in result.ratios]
+    valued = [one for one in found if one[1].value is not None]
+    clear = [one for one in valued if one[1].is_clear]
     kinds = (
-        ("**Holds**, in the whole interval", lambda ratio: ratio.is_clear and ratio.is_met),
-        ("**Does not hold**, nowhere in the interval", lambda ratio: ratio.is_clear and not ratio.is_met),
-        ("**Cannot be said**, the interval has both", lambda ratio: not ratio.is_clear),
+        ("**Holds**, in the whole interval", [one for one in clear if one[1].is_met]),
+        ("**Does not hold**, nowhere in the interval", [one for one in clear if not one[1].is_met]),
+        ("**Cannot be said**, the interval has both", [one for one in valued if one not in clear]),
     )
     parts = []
-    for title, belongs in kinds:
-        items = _claim_items([one for one in found if belongs(one[1])])
-        parts += [f"{title}:", items] if items else [f"{title}: nothing."]
+    for title, chosen in kinds:
+        parts += [f"{title}:", _claim_items(chosen)] if chosen else [f"{title}: nothing."]
+    if without := [one for one in found if one not in valued]:
+        parts += ["**Has no value**, for what it is a share of gained nothing:", _claim_items(without)]
     return parts
 
 
@@ -181,7 +184,9 @@ def _claim_items(found: Sequence[tuple[str, RatioResult]]) -> str:
     items = []
     for ratios in by_name.values():
         first = ratios[0][1]
-        places = ", ".join(f"**{ratio.value:.3f}** ({preset}, {ratio.text} text)" for preset, ratio in ratios)
+        places = ", ".join(
+            f"**{_number(ratio.value)}** ({preset}, {ratio.text} text)" for preset, ratio in ratios
+        )
         items.append(_item(f"{first.meaning} ({first.goal} was the goal): {places}"))
     return "\n".join(items)
 
@@ -305,9 +310,9 @@ def _ratio_table(ratios: Sequence[RatioResult]) -> str:
         [
             f"`{ratio.name}`",
             ratio.text,
-            f"{ratio.value:.3f}",
-            f"{ratio.interval[0]:.3f} … {ratio.interval[1]:.3f}",
-            " ".join(f"{value:.3f}" for value in ratio.by_seed),
+            _number(ratio.value),
+            "–" if ratio.interval is None else f"{ratio.interval[0]:.3f} … {ratio.interval[1]:.3f}",
+            " ".join(_number(value) for value in ratio.by_seed),
             ratio.goal,
             ("yes" if ratio.is_met else "no") + ("" if ratio.is_clear else ", not clear"),
         ]
@@ -405,6 +410,10 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
             " command continues. `quality.json` in the output has all numbers of this page, by seed."
         ),
     ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _command(start: str, words: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from mlpmem_ds.benchmarks.quality.bootstrap import ArmSums, Array, estimate
 from mlpmem_ds.benchmarks.quality.results import RatioResult
 
 Ppl = Callable[[str], Array]
+_MAX_UNDEFINED = 0.025  # of the draws: with more, the end of the interval may be anywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +49,17 @@ class Ratio:
         if not all(arm in tested.sums for arm in self.arms):
             return None
         found = estimate(tested, self.figure, self.arms)
+        has_value = not np.isnan([found.value, *found.interval]).any()
         meets = [self._meets(value) for value in (found.value, *found.interval)]
         return RatioResult(
             name=self.name,
             text=text,
-            value=found.value,
-            interval=found.interval,
-            by_seed=found.by_seed,
+            value=found.value if has_value else None,
+            interval=found.interval if has_value else None,
+            by_seed=tuple(None if np.isnan(value) else value for value in found.by_seed),
             goal=f"{self.direction} {self.goal:g}",
-            is_met=meets[0],
-            is_clear=len(set(meets)) == 1,
+            is_met=has_value and meets[0],
+            is_clear=has_value and len(set(meets)) == 1 and found.undefined <= _MAX_UNDEFINED,
             meaning=self.meaning,
         )
 

@@ -68,16 +68,16 @@ class RatioResult:
 
     name: str
     text: str
-    value: float
-    """mean over the seeds"""
-    interval: Interval
-    by_seed: tuple[float, ...]
+    value: float | None
+    """mean over the seeds; None: what it is a share of gained nothing with some seed"""
+    interval: Interval | None
+    by_seed: tuple[float | None, ...]
     goal: str
     """in words, such as `at least 1`"""
     is_met: bool
     """by the value"""
     is_clear: bool
-    """the whole interval meets the goal, or none of it"""
+    """the whole interval meets the goal, or none of it, and nearly every draw of documents has a value"""
     meaning: str
 
 

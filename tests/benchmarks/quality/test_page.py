@@ -24,6 +24,15 @@ def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> Non
     assert "what memory_gain_over_ce_only_gain means" in unclear.split("##")[0]
 
 
+def test_a_ratio_without_a_value_is_named_with_the_reason() -> None:
+    result = make_result()
+    ratio = replace(result.ratios[0], value=None, interval=None, by_seed=(None, 1.5), is_clear=False)
+    page = _words(render_page([replace(result, ratios=(ratio,))]))
+    _, without = page.split("**Has no value**, for what it is a share of gained nothing:")
+    assert f"- what {ratio.name} means (at least 1 was the goal): **–** (tiny, domain text)" in without
+    assert f"| `{ratio.name}` | domain | – | – | – 1.500 |" in page
+
+
 def test_few_documents_are_a_warning() -> None:
     assert "Fewer than 20 documents: take the intervals" in _words(render_page([make_result()]))
 

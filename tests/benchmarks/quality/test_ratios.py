@@ -65,3 +65,24 @@ def test_a_ratio_whose_interval_has_both_is_not_clear():
     )
     (ratio,) = ratios_of(tested, None, "domain")
     assert not ratio.is_clear and ratio.interval[0] < 1 < ratio.interval[1]
+
+
+def test_a_share_of_nothing_has_no_value_and_is_not_met():
+    positions_M = np.array([100, 50, 80])
+    sums = {arm: [-np.log(PPL[arm]) * positions_M] for arm in ("base", "base+paper")}
+    no_gain = [-np.log(value) * positions_M for value in (PPL["base"], PPL["base+paper_ce"])]
+    tested = ArmSums(positions_M=positions_M, sums=sums | {"base+paper_ce": no_gain})
+    (ratio,) = ratios_of(tested, None, "domain")
+    assert (ratio.value, ratio.interval, ratio.is_met, ratio.is_clear) == (None, None, False, False)
+    assert ratio.by_seed == (None, pytest.approx(2.8 / 2.4))
+
+
+def test_an_interval_of_which_many_draws_have_no_value_is_not_clear():
+    positions_M = np.array([100, 100, 100])
+    nats = {"base": (3.0, 3.0, 3.0), "base+memory": (1.0, 1.0, 1.0), "base+knn_exact": (1.5, 2.9, 3.05)}
+    tested = ArmSums(
+        positions_M=positions_M,
+        sums={arm: [-np.array(value) * positions_M] for arm, value in nats.items()},
+    )
+    (ratio,) = ratios_of(tested, None, "domain")
+    assert ratio.is_met and ratio.interval[0] > 1 and not ratio.is_clear  # 1 draw of 27 has no gain of kNN
