@@ -1,10 +1,12 @@
 """What is read from URLs, on a local disk, up to a size.
 
     CACHE/<listing>/<name>/        a directory as the mirror has it; <listing>: of its `.mirror/files.json`
+    CACHE/<listing>/.mlpmem-cache  the mark of a directory that the cache has made; no other one is removed
     CACHE/<listing>/source.json    {url, patterns, num_files, num_bytes, reserved}; its time is the last use
     CACHE/<listing>/.compared      its time: when all its files had their checksums
     CACHE/<listing>/.use-*.claim   one of each process that uses it, for as long as it lives
     CACHE/.room.claim              of the process that is making room
+    CACHE/.mlpmem-dropped-*        a directory that is being removed
 
 Where room is needed, what was used longest ago goes first: directories that no live process uses, and of
 those in use the files that are fetched on demand and were not read for ten minutes (they are fetched again
@@ -21,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
+import secrets
 import shutil
 import time
 from collections import defaultdict
@@ -61,7 +63,7 @@ _SECONDS_IN_USE = 600.0
 _SECONDS_BETWEEN_MARKS = 60.0
 _SOURCE, _COMPARED = on_demand.SOURCE, ".compared"
 _IDENTITY = "identity.json"
-_HOME, _HALF = re.compile("[0-9a-f]{16}"), ".partial"
+_HALF, _DROPPED = ".partial", ".mlpmem-dropped-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +280,7 @@ class Cache:
 
     def _drop_remains(self) -> None:
         """Remove directories whose removal or first fetch was interrupted: no process knows them."""
-        for home in self.root.iterdir():
+        for home in list(self.root.iterdir()):
             if _is_remains(home):
                 _logger.info("dropping %s from the cache, the rest of an interrupted fetch", home.name)
                 _remove(home)
@@ -288,7 +290,7 @@ class Cache:
         found = []
         for home in sorted(self.root.iterdir()) if self.root.is_dir() else ():
             with contextlib.suppress(FileNotFoundError):  # another process drops it in this moment
-                if home.is_dir() and (source := _source_of(home)) is not None:
+                if on_demand.is_home(home) and (source := _source_of(home)) is not None:
                     found.append(_held(home, source))
         return sorted(found, key=lambda each: -each.used)
 
@@ -297,6 +299,7 @@ class Cache:
 def _use(home: Path) -> Iterator[None]:
     """Let a directory of the cache be in use, by this process."""
     home.mkdir(parents=True, exist_ok=True)
+    (home / on_demand.MARK).touch()
     with contextlib.suppress(FileNotFoundError):
         os.utime(home / _SOURCE)
     with _locks.of(home):
@@ -324,11 +327,16 @@ def _held(home: Path, source: Source) -> Held:
 
 
 def _is_remains(home: Path) -> bool:
-    """Whether it is what is left of a directory of the cache, and not another program's."""
-    if not (_HOME.fullmatch(home.name) and home.is_dir()) or _source_of(home) is not None or _is_in_use(home):
+    """Whether it is the rest of a directory of the cache, by a mark or a name that only the cache gives."""
+    if home.name.startswith(_DROPPED):
+        return True
+    if not on_demand.is_home(home) or _is_in_use(home):
         return False
-    others = [path for path in home.iterdir() if path.name != _SOURCE and not path.name.startswith(".")]
-    return len(others) <= 1 and all(path.is_dir() for path in others)
+    try:
+        read_sealed_json(home / _SOURCE)
+    except DamagedDataError:  # or none
+        return True
+    return False  # perhaps of a newer version
 
 
 def _is_in_use(home: Path) -> bool:
@@ -385,8 +393,9 @@ def _bytes_of(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        (path / _SOURCE).unlink(missing_ok=True)  # first: what is left of it is not believed
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    if not path.name.startswith(_DROPPED):  # first: half of it is not believed, and the mark is removed too
+        path = path.rename(path.with_name(f"{_DROPPED}{path.name}-{secrets.token_hex(4)}"))
+    shutil.rmtree(path, ignore_errors=True)

@@ -8,6 +8,7 @@ a dictionary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +26,9 @@ PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 SOURCE = "source.json"
 """next to a directory of the cache: where it is from (core/objects/cache.py)"""
+MARK = ".mlpmem-cache"
+"""a file of each `CACHE/<listing>`: it is the cache's own, to be removed when room is needed"""
+_HOME = re.compile("[0-9a-f]{16}")
 _FETCHERS: dict[Path, Callable[[FileRecord], None]] = {}
 
 
@@ -46,10 +50,15 @@ def is_fetched_on_demand(root: Path) -> bool:
     return root in _FETCHERS
 
 
+def is_home(path: Path) -> bool:
+    """Whether a path is a `CACHE/<listing>` that the cache has made."""
+    return bool(_HOME.fullmatch(path.name)) and (path / MARK).is_file() and not path.is_symlink()
+
+
 def remedy_of(root: Path, *, local: str) -> str:
-    """What to do about a damaged file of a directory: where it is one of the cache, the same command fetches
-    the file again."""
-    is_cached = (root.parent / SOURCE).is_file()
+    """What to do about a damaged file of a directory: where it is one of the cache, or below one, the same
+    command fetches the file again."""
+    is_cached = any(is_home(parent) for parent in root.absolute().parents)
     return (
         "it is a copy in the cache: give the same command again, which fetches it anew"
         if is_cached

@@ -168,14 +168,47 @@ def test_what_interrupted_fetches_and_removals_have_left_is_dropped(
     os.utime(half, (time.time() - 3600,) * 2)
     other = root / "train" / ".tokens-001.bin.0123456789ab.5000.partial"
     other.write_bytes(b"being fetched")
-    for name in ("0" * 16, "1" * 16, "2" * 16, "mine"):
+    for name in ("0" * 16, "1" * 16, ".mlpmem-dropped-7", "mine"):
         (cache.root / name / "keys").mkdir(parents=True)
+    for name in ("0" * 16, "1" * 16, "mine"):
+        (cache.root / name / on_demand.MARK).touch()
     (cache.root / "1111111111111111/source.json").write_text("{")  # damaged
-    (cache.root / "2222222222222222/thesis.tex").write_text("another program's")
     cache.max_bytes = cache.contents()[0].num_bytes + 100
     open_corpus(root, "test").tokens(0, 1)
     assert not half.exists() and other.exists()
-    assert sorted(path.name for path in cache.root.iterdir()) == sorted([root.parent.name, "2" * 16, "mine"])
+    assert sorted(path.name for path in cache.root.iterdir()) == sorted([root.parent.name, "mine"])
+
+
+def test_directories_of_others_are_not_touched_whatever_their_names(
+    memory_url: str, tmp_path: Path, held: contextlib.ExitStack
+) -> None:
+    """Also those that another version of the cache, or a user's copy, would be."""
+    (one, two), size = stages(tmp_path, memory_url, 2)
+    cache = Cache(tmp_path / "shared", int(1.5 * size))
+    with contextlib.ExitStack() as first:
+        dropped = cache.open(one, first, flag="--keys").parent
+    theirs = [
+        "0" * 16 + "/.git/HEAD",
+        "1" * 16 + "/data/thesis.tex",
+        "2" * 16 + "/loose",
+        "3" * 16 + "/.hidden",
+    ]
+    theirs += ["4" * 16 + "/source.json", "5" * 16 + "/source.json", "mine/source.json"]
+    for name in theirs:
+        (cache.root / name).parent.mkdir(parents=True)
+        (cache.root / name).write_text("{}")
+    for name in ("5" * 16, "mine"):
+        (cache.root / name / on_demand.MARK).touch()
+    files.publish_json(cache.root / "5555555555555555/source.json", {"version": 2}, seal=True)  # a newer one
+    shutil.copy(dropped / "source.json", cache.root / "mine/source.json")
+    linked = tmp_path / "elsewhere" / "6666666666666666"
+    shutil.copytree(dropped, linked)
+    (cache.root / linked.name).symlink_to(linked)
+    cache.open(two, held, flag="--keys")
+    assert not dropped.exists()
+    assert all((cache.root / name).is_file() for name in theirs)
+    assert (cache.root / linked.name / "source.json").is_file()
+    assert not list(cache.root.glob(".mlpmem-dropped-*"))
 
 
 def test_ranks_of_a_machine_fetch_a_directory_once(

@@ -22,11 +22,19 @@ def test_only_registered_directories_are_asked_for_their_files(tmp_path: Path) -
 
 
 def test_the_remedy_of_a_damaged_file_is_that_of_the_place_where_it_is(tmp_path: Path) -> None:
-    root = tmp_path / "0123456789abcdef" / "keys"
-    root.mkdir(parents=True)
-    assert on_demand.remedy_of(root, local="run it again") == "run it again"
-    (root.parent / on_demand.SOURCE).write_text("{}")
-    assert "the same command again, which fetches it anew" in on_demand.remedy_of(root, local="run it again")
+    root = tmp_path / "0123456789abcdef" / "run"
+    step, other = root / "checkpoints" / "step-4", tmp_path / "mine" / "run"
+    for folder in (step, other):
+        folder.mkdir(parents=True)
+    (root.parent / on_demand.SOURCE).write_text("{}")  # as another program's may be called
+    (other.parent / on_demand.MARK).touch()  # not the cache's name
+    for folder in (root, step, other):
+        assert on_demand.remedy_of(folder, local="run it again") == "run it again"
+    (root.parent / on_demand.MARK).touch()
+    for folder in (root, step):
+        remedy = on_demand.remedy_of(folder, local="run it again")
+        assert "the same command again, which fetches it anew" in remedy
+    assert on_demand.remedy_of(other, local="run it again") == "run it again"
 
 
 def test_token_shards_and_target_shards_are_fetched_on_demand() -> None:
