@@ -172,7 +172,8 @@ class Cache:
             fetch_file(store, identity, root)
         patterns = on_demand.PATTERNS.get(_format_of(root), ())
         records = [record for record in listing.files if not on_demand.is_on_demand(record.name, patterns)]
-        if _was_compared_since(home, asked):
+        is_compared = _was_compared_since(home, asked)
+        if is_compared:
             missing = [record for record in records if fault_of_file(root, record, checksum=False)]
         else:
             missing = not_whole(root, records)
@@ -190,7 +191,8 @@ class Cache:
         with self._room_for(needed, what=store.url):
             publish_json(home / _SOURCE, to_json(source), seal=True)
         fetch_files(store, missing, root)
-        (home / _COMPARED).touch()
+        if not is_compared:  # sizes alone are no comparison, on which those who asked meanwhile may rely
+            (home / _COMPARED).touch()
         return source, needed
 
     def _ensure(self, store: Store, record: FileRecord, root: Path, patterns: tuple[str, ...]) -> None:
@@ -198,20 +200,25 @@ class Cache:
         if not on_demand.is_on_demand(record.name, patterns):
             return
         path = root / record.name
-        if not fault_of_content(root, record):  # the reader does not compare it again in this process
-            now = time.monotonic()
-            if now - self._marked.get(path, float("-inf")) > _SECONDS_BETWEEN_MARKS:
-                self._marked[path] = now
-                with contextlib.suppress(OSError):
-                    os.utime(path, (time.time(), path.stat().st_mtime))
+        if self._is_whole_and_kept(root, record):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._one_at_a_time(path.with_name(f".{path.name}.claim")):
-            if fault_of_content(root, record):
+            if not self._is_whole_and_kept(root, record):
                 _warn_of_damage(root, record)
                 with self._room_for(record.bytes, what=f"{store.url}/{record.name}"):
                     partial_path(path, record).touch()  # its name reserves the room
                 fetch_file(store, record, root)
+
+    def _is_whole_and_kept(self, root: Path, record: FileRecord) -> bool:
+        """Note that a file on demand is used; whether it has its checksum, which the reader does not compare
+        again in this process."""
+        path, now = root / record.name, time.monotonic()
+        if now - self._marked.get(path, float("-inf")) > _SECONDS_BETWEEN_MARKS:
+            with contextlib.suppress(OSError):  # first: comparing takes seconds, in which it may be dropped
+                os.utime(path, (time.time(), path.stat().st_mtime))
+                self._marked[path] = now
+        return not fault_of_content(root, record) and path.exists()
 
     @contextlib.contextmanager
     def _one_at_a_time(self, path: Path) -> Iterator[None]:
@@ -241,7 +248,10 @@ class Cache:
             self._drop_remains()
             held = self.contents()
             total = sum(each.num_bytes for each in held)
+            asked = time.time()
             for candidate in self._droppable(held) if total + needed > self.max_bytes else ():
+                if candidate.path.is_file() and _was_used_since(candidate.path, asked):
+                    continue  # while others were removed
                 _logger.info("dropping %s from the cache", candidate.path.relative_to(self.root))
                 _remove(candidate.path)
                 total -= candidate.num_bytes
@@ -272,9 +282,8 @@ class Cache:
                 if not (is_half or on_demand.is_on_demand(name, each.source.patterns)):
                     continue
                 with contextlib.suppress(FileNotFoundError):  # finished in this moment
-                    state = path.stat()
-                    if now - max(state.st_atime, state.st_mtime) > _SECONDS_IN_USE:
-                        used = 0.0 if is_half else state.st_atime
+                    if not _was_used_since(path, now - _SECONDS_IN_USE):
+                        used = 0.0 if is_half else path.stat().st_atime
                         found.append(_Droppable(used=used, num_bytes=_bytes_of(path), path=path))
         return sorted(found, key=lambda candidate: candidate.used)
 
@@ -364,6 +373,15 @@ def _was_compared_since(home: Path, asked: float) -> bool:
         return (home / _COMPARED).stat().st_mtime > asked
     except FileNotFoundError:
         return False
+
+
+def _was_used_since(path: Path, since: float) -> bool:
+    """Whether a file was read or written since then; False where it is gone."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return False
+    return max(state.st_atime, state.st_mtime) > since
 
 
 def _warn_of_damage(root: Path, record: FileRecord) -> None:

@@ -143,6 +143,8 @@ def test_ranks_that_wait_for_the_first_do_not_compare_again_and_later_ones_do(
     with contextlib.ExitStack() as held:
         cache.open(memory_url, held, flag="--keys")
     assert len(compared) == 1
+    # This one looked at sizes only, which is nothing for those who asked since that other one.
+    assert (home / ".compared").stat().st_mtime == pytest.approx(asked + 3600)
 
 
 def test_a_flipped_bit_of_a_shard_is_fetched_again_when_it_is_read(
@@ -155,6 +157,36 @@ def test_a_flipped_bit_of_a_shard_is_fetched_again_when_it_is_read(
     (shard,) = root.glob("test/tokens-*.bin")
     flip(shard)
     np.testing.assert_array_equal(open_corpus(root, "test").tokens(0, corpus.num_tokens), tokens)
+
+
+def test_a_shard_that_is_dropped_while_it_is_compared_is_fetched_again(
+    memory_url: str,
+    corpus_dir: Path,
+    cache: Cache,
+    held: contextlib.ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push(corpus_dir, memory_url)
+    root = cache.open(memory_url, held, flag="--corpus")
+    corpus = open_corpus(root, "test")
+    tokens = np.array(corpus.tokens(0, corpus.num_tokens))
+    (shard,) = root.glob("test/tokens-*.bin")
+    os.utime(shard, (0, shard.stat().st_mtime))
+    cache._marked.clear()
+    fault_of_content = cache_module.fault_of_content
+    used: list[float] = []
+
+    def and_drop(folder: Path, record: files.FileRecord) -> str | None:
+        fault = fault_of_content(folder, record)
+        if folder / record.name == shard and not used:
+            used.append(shard.stat().st_atime)
+            shard.unlink()
+        return fault
+
+    monkeypatch.setattr(cache_module, "fault_of_content", and_drop)
+    np.testing.assert_array_equal(open_corpus(root, "test").tokens(0, corpus.num_tokens), tokens)
+    assert used and time.time() - used[0] < 600  # in use before it was compared
+    assert shard.exists()
 
 
 def test_what_interrupted_fetches_and_removals_have_left_is_dropped(
@@ -350,6 +382,32 @@ def test_shards_not_read_for_long_are_dropped_from_a_directory_in_use(
     assert not shard.exists() and other.exists()
     cache.max_bytes = 10**9
     np.testing.assert_array_equal(corpus.tokens(0, corpus.num_tokens), tokens)  # fetched again
+
+
+def test_a_shard_that_is_read_while_others_are_dropped_is_kept(
+    memory_url: str,
+    corpus_dir: Path,
+    cache: Cache,
+    held: contextlib.ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push(corpus_dir, memory_url)
+    root = cache.open(memory_url, held, flag="--corpus")
+    for split in ("train", "test"):
+        open_corpus(root, split).tokens(0, 1)
+    (dropped,), (read,) = root.glob("train/tokens-*.bin"), root.glob("test/tokens-*.bin")
+    os.utime(dropped, (0, 0))
+    os.utime(read, (1, 1))
+    remove = cache_module._remove
+
+    def and_read(path: Path) -> None:
+        remove(path)
+        os.utime(read, (time.time() + 1, 1))
+
+    monkeypatch.setattr(cache_module, "_remove", and_read)
+    with pytest.raises(UserError, match="in use"), cache._room_for(cache.max_bytes, what="all"):
+        pass
+    assert not dropped.exists() and read.exists()
 
 
 def test_a_missing_shard_is_refused_with_its_name(
