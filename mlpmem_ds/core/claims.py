@@ -11,6 +11,10 @@ one unit do harm to nothing but time. That is why a claim may be broken as soon 
   seconds). The minute is measured by the observer's own monotonic clock between two looks at the file's
   time: clocks of other machines and of file servers are never compared with ours.
 
+A claim is broken, and removed, under a lock of its file that is held for a moment: of several processes that
+find a holder dead one alone takes its claim over, and a holder that was taken for dead does not remove the
+claim of the next. A file system without such locks leaves the courtesy.
+
 A claim file is opened before its time is asked: opening is what makes an NFS client ask the server, where a
 stat alone may be answered from its memory for a minute.
 """
@@ -18,22 +22,28 @@ stat alone may be answered from its memory for a minute.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.host import host_name, is_alive, start_of
 
+_logger = logging.getLogger(__name__)
+
 _SECONDS_BETWEEN_TOUCHES = 10.0
 _SECONDS_UNTIL_DEAD = 60.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_WITHOUT_A_NAME = 5.0
 """a claim that stays empty: its process was killed between the two system calls that make and fill it"""
+_SECONDS_FOR_A_LOCK = 2.0
+"""to remove a claim; whoever breaks one holds the lock of its file for milliseconds"""
 
 State = Literal["held", "unknown", "gone"]
 """of a claim: its holder is alive; it may be (nothing moved yet); it is not"""
@@ -49,15 +59,12 @@ def claim(path: Path, *, watch: ClaimWatch | None = None) -> Iterator[bool]:
         watch: of a caller that asks again and again: looks once more, right before the claim is broken.
     """
     text = holder(os.getpid())  # beforehand: a claim that is left empty holds the others up
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    except FileExistsError:
-        if (watch or ClaimWatch()).look(path) != "gone":
+    if not _is_made(path, text):
+        looker = watch or ClaimWatch()
+        is_free = looker.look(path) == "gone" and _remove_if(path, lambda: looker.look(path) == "gone")
+        if not (is_free and _is_made(path, text)):
             yield False
             return
-        descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
-    os.write(descriptor, text.encode())
-    os.close(descriptor)
     stop = threading.Event()
     toucher = threading.Thread(target=_touch_until, args=(path, stop), daemon=True)
     try:
@@ -65,7 +72,7 @@ def claim(path: Path, *, watch: ClaimWatch | None = None) -> Iterator[bool]:
         yield True
     finally:
         stop.set()
-        path.unlink(missing_ok=True)
+        _release(path, text)
 
 
 @contextlib.contextmanager
@@ -80,12 +87,16 @@ def claim_alone(path: Path, *, refusal: str) -> Iterator[None]:
     Raises:
         UserError: a live process holds it.
     """
-    watch = ClaimWatch()
+    watch, is_said = ClaimWatch(), False
     while watch.look(path) != "held":
         with claim(path, watch=watch) as is_mine:
             if is_mine:
                 yield
                 return
+        if not is_said:
+            seconds = _SECONDS_UNTIL_DEAD
+            _logger.info("waiting up to %.0f s to see whether the process of %s lives", seconds, path)
+            is_said = True
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     raise UserError(refusal)
 
@@ -120,6 +131,10 @@ def is_held(path: Path) -> bool:
     return ClaimWatch().look(path) != "gone"
 
 
+def _is_gone(path: Path) -> bool:
+    return not is_held(path)
+
+
 class ClaimWatch:
     """Looks at claims again and again, and tells which of their holders are gone."""
 
@@ -146,8 +161,72 @@ class ClaimWatch:
 def remove_dead_claims(folder: Path) -> None:
     """Remove the claims in a folder whose processes on this machine have ended."""
     for path in folder.glob(".*.claim"):
-        if not is_held(path):
+        if _is_gone(path):
+            _remove_if(path, functools.partial(_is_gone, path))
+
+
+def _is_made(path: Path, text: str) -> bool:
+    """Whether this process has made a claim; False where there is one."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    os.write(descriptor, text.encode())
+    os.close(descriptor)
+    return True
+
+
+def _release(path: Path, text: str) -> None:
+    """Remove this process's claim, but not one of another process that has taken it for dead meanwhile."""
+    deadline = time.monotonic() + _SECONDS_FOR_A_LOCK
+    while not _remove_if(path, lambda: _text_of(path) == text):
+        if time.monotonic() > deadline:
             path.unlink(missing_ok=True)
+            return
+        time.sleep(0.01)
+
+
+def _remove_if(path: Path, holds: Callable[[], bool]) -> bool:
+    """Remove a claim of which something still holds when this process has the lock of its file; False where
+    another process has that."""
+    try:
+        descriptor = _opened(path)
+    except FileNotFoundError:
+        return True
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        if _is_same_file(path, descriptor) and holds():
+            path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR)  # NFS locks no file that is open to be read only
+    except PermissionError:  # another user's
+        return os.open(path, os.O_RDONLY)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether a path still names an open file, and no other one."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _text_of(path: Path) -> str:
+    """What a claim says; nothing where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _touch_until(path: Path, stop: threading.Event) -> None:

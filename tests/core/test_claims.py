@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,8 +69,13 @@ def test_a_live_process_keeps_its_claim(tmp_path: Path, stranger: int) -> None:
 
 @pytest.mark.parametrize("lives", [True, False])
 def test_what_is_for_one_process_is_refused_while_another_lives_also_on_another_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: int, lives: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stranger: int,
+    lives: bool,
 ) -> None:
+    caplog.set_level("INFO")
     path, clock, slept = tmp_path / ".fetch.claim", Clock(monkeypatch), []
 
     def sleep(seconds: float) -> None:
@@ -90,6 +98,7 @@ def test_what_is_for_one_process_is_refused_while_another_lives_also_on_another_
         else:
             held.enter_context(claim_alone(path, refusal="wait for it"))
             assert 60 <= sum(slept) < 65 and path.read_text() == holder(os.getpid())
+    assert caplog.text.count(f"waiting up to 60 s to see whether the process of {path} lives") == 1
 
 
 def test_the_claims_of_ended_processes_are_broken_and_removed(tmp_path: Path) -> None:
@@ -165,3 +174,85 @@ def test_a_claim_that_stays_empty_is_broken_after_seconds(
     clock.now += 2
     with claim(path, watch=watch) as is_mine:
         assert is_mine and path.read_text(encoding="utf-8") == holder(os.getpid())
+
+
+def dead() -> str:
+    """The claim of a process that has ended."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    return holder(gone.pid)
+
+
+def test_a_claim_that_another_has_taken_over_is_neither_broken_nor_removed(
+    tmp_path: Path, stranger: int
+) -> None:
+    path = tmp_path / ".3.claim"
+
+    class Slow(ClaimWatch):
+        """Another process breaks the claim right after this one's look."""
+
+        def look(self, path: Path) -> claims.State:
+            state = super().look(path)
+            if state == "gone":
+                path.unlink()
+                path.write_text(holder(stranger))
+            return state
+
+    path.write_text(dead())
+    with claim(path, watch=Slow()) as is_mine:
+        assert not is_mine and path.read_text() == holder(stranger)
+    path.unlink()
+    with claim(path) as is_mine:
+        assert is_mine
+        path.write_text(holder(stranger))  # this process was taken for dead
+    assert path.read_text() == holder(stranger)
+
+
+def test_a_claim_is_removed_after_the_moment_in_which_another_process_looks_at_it(tmp_path: Path) -> None:
+    path = tmp_path / ".3.claim"
+    with contextlib.ExitStack() as looking:
+        with claim(path):
+            stream = looking.enter_context(open(path))
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            threading.Timer(0.1, looking.close).start()
+        assert not path.exists()
+
+
+ROUNDS, PROCESSES = 60, 3
+OF_ONE_PROCESS = f"""
+import contextlib, os, sys, time
+from pathlib import Path
+from mlpmem_ds.core.claims import claim
+path, dead, rounds = Path(sys.argv[1]), sys.argv[2], 0
+print("ready", flush=True)
+sys.stdin.readline()
+while rounds < {ROUNDS}:
+    with claim(path) as is_mine:
+        if not is_mine:
+            continue
+        os.close(os.open(path.with_name("inside"), os.O_CREAT | os.O_EXCL))  # fails where two are inside
+        os.sched_yield()
+        os.unlink(path.with_name("inside"))
+        rounds += 1
+        path.write_text(dead)  # as if it were killed here: the next one breaks its claim
+"""
+
+
+def test_of_processes_that_break_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
+    path, text = tmp_path / ".fetch.claim", dead()
+    path.write_text(text)
+    command = [sys.executable, "-c", OF_ONE_PROCESS, str(path), text]
+    with contextlib.ExitStack() as running:
+        processes = [
+            running.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            for _ in range(PROCESSES)
+        ]
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert [process.wait(timeout=120) for process in processes] == [0] * PROCESSES
