@@ -54,18 +54,19 @@ class TorchGroup(Ranks):
         self._world, self._timeout_seconds = world, timeout_seconds
         self._store: Any = join_store(world, environment, datetime.timedelta(seconds=_SECONDS_TO_MEET))
         self._rank_0_keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._operation = 0
+        self._operation, self._host_of_rank_0 = 0, ""
         self._arrive()
         self._wait_for_others(max(timeout_seconds, _SECONDS_TO_MEET))
-        self._watch = RankWatch(
-            self._store.clone(),
-            world,
-            timeout_seconds=timeout_seconds,
-            grace_seconds=_SECONDS_FOR_THE_MAIN_THREAD,
-            keeper=keeper_in_words(environment),
-        )
-        start_gloo_group(self._store, world, datetime.timedelta(seconds=_SECONDS_OF_A_TRANSFER))
-        self._host_of_rank_0 = self._host_of(0)  # known now: a rank's watch begins before it connects
+        with self._transfer():
+            self._watch = RankWatch(
+                self._store.clone(),
+                world,
+                timeout_seconds=timeout_seconds,
+                grace_seconds=_SECONDS_FOR_THE_MAIN_THREAD,
+                keeper=keeper_in_words(environment),
+            )
+            start_gloo_group(self._store, world, datetime.timedelta(seconds=_SECONDS_OF_A_TRANSFER))
+            self._host_of_rank_0 = self._host_of(0)  # known now: a rank's watch begins before it connects
 
     def sum(self, array: Array) -> Array:
         self.wait()

@@ -3,8 +3,13 @@
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives import torch_group
+from mlpmem_ds.engines.collectives.ranks import RanksLost
 
 HERE = f"on {socket.gethostname()}"
 
@@ -49,3 +54,35 @@ def test_a_rank_that_fails_ends_the_others_at_once(run_ranks):
 def test_a_number_of_a_counter_whose_keeper_is_gone(run_ranks):
     (result,) = run_ranks("torch", 2, "keeper_gone")[1:]
     assert result["lost"] == (0,) and f"rank 0 {HERE} is gone, and with it" in result["said"]
+
+
+class GoneStore:
+    """Of a keeper that is gone at the call with this number: no later one is answered."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("Connection reset by peer. This is typically caused by")
+            return {"add": 2, "clone": self, "check": True, "get": b"one", "multi_get": [b"1", b"1"]}.get(
+                name
+            )
+
+        return call
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_keeper_that_is_gone_while_the_others_arrive_is_named(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """At each call: at its arrival, in the wait, at the watch, and at the last question."""
+    monkeypatch.setattr(torch_group, "join_store", lambda *_: GoneStore(number))
+    monkeypatch.setattr(torch_group, "start_gloo_group", lambda *_: None)
+    monkeypatch.setattr(torch_group, "RankWatch", lambda *_, **__: None)
+    said = r"^rank 0 is gone, and with it the store in which the ranks meet \(Connection reset by peer\)"
+    with pytest.raises(RanksLost, match=said) as lost:
+        torch_group.TorchGroup(World(rank=1, size=2), {}, timeout_seconds=600)
+    assert lost.value.ranks == (0,)
