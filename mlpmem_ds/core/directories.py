@@ -1,20 +1,31 @@
 """Directories that appear whole or not at all: filled under a temporary name, flushed, renamed.
 
 One that takes the place of another is renamed in two steps, and a kill between them leaves `.<name>.former`
-alone: whoever is about to read or replace the directory calls `put_back_former` first.
+alone: the next command that writes the directory puts it back (`put_back_former`), and until then a reader is
+told of it (`former_of`). What has a successor is renamed into `.<name>.gone` before it is removed, and never
+put back: a file server may keep some of its files for as long as somebody has them open. The renames are made
+under the claim `.<name>.claim`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mlpmem_ds.core.claims import ClaimWatch, claim
 from mlpmem_ds.core.files import flush
 from mlpmem_ds.core.host import host_name
 from mlpmem_ds.core.temporaries import remove_stale_directories, remove_stale_temporaries
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+_logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -42,35 +53,75 @@ def replace_directory(path: Path, filled: Path) -> None:
     A directory that has that name is renamed first, to `.<name>.former`, and removed at the end; where the
     other cannot be renamed, it gets its name back.
     """
-    put_back_former(path)
     for folder, _, names in os.walk(filled, topdown=False):
         for name in names:
             flush(Path(folder, name))
         flush(Path(folder))
-    if path.exists():
-        os.replace(path, _former(path))
-    try:
-        os.replace(filled, path)
-        flush(path.parent)
-    finally:
-        put_back_former(path)
+    with _alone(path):
+        _put_back(path)
+        if path.exists():
+            os.replace(path, former_of(path))
+        try:
+            os.replace(filled, path)
+            flush(path.parent)
+        finally:
+            _put_back(path)
+
+
+def former_of(path: Path) -> Path:
+    """Where the directory is while another takes its place."""
+    return path.with_name(f".{path.name}.former")
 
 
 def put_back_former(path: Path) -> None:
-    """After a replacement that was cut off, or at its end: the directory that `path` named before gets its
-    name back where nothing has it, and is removed where its successor has."""
-    former = _former(path)
-    if not former.exists():
-        return
-    if path.exists():
-        shutil.rmtree(former, ignore_errors=True)
+    """After a replacement that was cut off: the directory that `path` named before gets its name back where
+    nothing has it, and is removed where its successor has."""
+    if former_of(path).exists() or _gone(path).exists():
+        with _alone(path):
+            _put_back(path)
+
+
+def remove_former(path: Path) -> None:
+    """What a replacement that was cut off has left is not put back any more; before `path` is removed."""
+    if former_of(path).exists() or _gone(path).exists():
+        with _alone(path):
+            _remove(path)
+
+
+def _put_back(path: Path) -> None:
+    if path.exists() or not former_of(path).exists():
+        _remove(path)
     else:
-        os.replace(former, path)
+        os.replace(former_of(path), path)
         flush(path.parent)
 
 
-def _former(path: Path) -> Path:
-    return path.with_name(f".{path.name}.former")
+def _remove(path: Path) -> None:
+    """What `path` named before; some of it may stay until the next call."""
+    gone = _gone(path)
+    if former_of(path).exists():
+        gone.mkdir(exist_ok=True)
+        os.replace(former_of(path), tempfile.mkdtemp(dir=gone))
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _gone(path: Path) -> Path:
+    return path.with_name(f".{path.name}.gone")
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process renames the directory meanwhile; one that does is waited for."""
+    place, watch, has_said = path.with_name(f".{path.name}.claim"), ClaimWatch(), False
+    while True:
+        with claim(place, watch=watch) as is_mine:
+            if is_mine:
+                yield
+                return
+        if not has_said:
+            _logger.info("waiting for %s: another process replaces %s", place, path)
+            has_said = True
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlpmem_ds.core.directories import put_back_former, replace_directory
+from mlpmem_ds.core.claims import remove_dead_claims
+from mlpmem_ds.core.directories import put_back_former, remove_former, replace_directory
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import (
     FileRecord,
@@ -133,6 +134,7 @@ def set_aside(path: Path) -> Path:
     aside = path.with_name(path.name + ".damaged")
     if aside.exists():
         shutil.rmtree(aside)
+    remove_former(path)
     os.replace(path, aside)
     return aside
 
@@ -141,12 +143,25 @@ def remove_old_checkpoints(root: Path, keep: int, *, needed: Collection[Path] = 
     """Remove all but the newest `keep` and those that are `needed`."""
     for path in list_checkpoints(root)[keep:]:
         if path not in needed:
+            remove_former(path)
             shutil.rmtree(path)
 
 
 def remove_unfinished(root: Path) -> None:
-    """Remove what a killed run left half written (`*.tmp`), and end a replacement that it had begun."""
-    for path in root.glob("step-*.tmp") if root.is_dir() else ():
+    """End a replacement that a killed run had begun, and remove what it left half written (`*.tmp`).
+
+    A replacement begins when the new checkpoint is whole: it is the one that counts, for the former may be
+    replaced because it is damaged.
+    """
+    if not root.is_dir():
+        return
+    remove_dead_claims(root)
+    for left in [path for path in root.glob(".step-*") if path.suffix in (".former", ".gone")]:
+        final = root / left.stem.removeprefix(".")
+        temporary = final.with_name(final.name + ".tmp")
+        if left.suffix == ".former" and not final.exists() and (temporary / "manifest.json").is_file():
+            replace_directory(final, temporary)
+        else:
+            put_back_former(final)
+    for path in root.glob("step-*.tmp"):
         shutil.rmtree(path)
-    for path in root.glob(".step-*.former") if root.is_dir() else ():
-        put_back_former(root / path.name.removeprefix(".").removesuffix(".former"))

@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from mlpmem_ds.core.directories import former_of
 from mlpmem_ds.core.errors import DamagedDataError, first_line
 from mlpmem_ds.core.file_lists import files_of, records_in
 from mlpmem_ds.core.files import FileRecord, first_fault, read_sealed_json
@@ -63,6 +64,11 @@ def absence_of(place: str | Path, *, what: str = "model", error: BaseException |
     path = Path(place).expanduser()
     if path.exists():
         return None
+    if former_of(path).is_dir():
+        return (
+            f"there is no such directory, but {former_of(path)}: a command was killed while it replaced it;"
+            " run that command again, which puts it back or ends the replacement"
+        )
     start = f"there is no such directory{_similar(path)}, and "
     if not _HUB_NAME.fullmatch(str(place)):
         return f"{start}it is no name of a {what} on the Hub: check the path"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from mlpmem_ds.core.directories import (
     publish_directory,
     put_back_former,
+    remove_former,
     replace_directory,
     work_directory,
 )
@@ -76,6 +79,55 @@ def test_a_kill_between_the_two_renames_is_mended_by_the_next_start(tmp_path: Pa
     assert content_of(done) == "old" and not (tmp_path / ".done.former").exists()
     os.replace(done, tmp_path / ".done.former")
     replace_directory(done, new)  # the next start may come here first
+    assert content_of(done) == "new" and [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_what_has_a_successor_is_never_put_back_though_some_of_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file server that keeps the files that somebody has open."""
+    done = filled(tmp_path / "done", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr("mlpmem_ds.core.directories.shutil.rmtree", lambda *_, **__: None)
+        replace_directory(done, filled(tmp_path / "new", "new"))
+        replace_directory(done, filled(tmp_path / "new", "newer"))
+    assert content_of(done) == "newer" and len(list((tmp_path / ".done.gone").iterdir())) == 2
+    shutil.rmtree(done)
+    put_back_former(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_former_that_is_thrown_away_is_not_put_back(tmp_path: Path) -> None:
+    done = filled(tmp_path / "done", "new")
+    filled(tmp_path / ".done.former", "old")
+    remove_former(done)
+    shutil.rmtree(done)
+    put_back_former(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_starts_between_the_two_renames_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, new = filled(tmp_path / "done", "old"), filled(tmp_path / "new", "new")
+    children: list[int] = []
+    rename = os.replace
+
+    def with_another(source: Path, target: Path) -> None:
+        rename(source, target)
+        if Path(target).name == ".done.former":
+            children.append(os.fork())
+            if children == [0]:
+                with contextlib.suppress(Exception):
+                    put_back_former(done)
+                    os._exit(0 if content_of(done) == "new" else 1)
+                os._exit(2)
+            time.sleep(0.3)
+            assert os.waitpid(children[0], os.WNOHANG) == (0, 0) and not done.exists()
+
+    monkeypatch.setattr(os, "replace", with_another)
+    replace_directory(done, new)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
     assert content_of(done) == "new" and [path.name for path in tmp_path.iterdir()] == ["done"]
 
 

@@ -1,5 +1,7 @@
 """Checkpoints on disk: published whole, verified, kept and removed."""
 
+import shutil
+
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
@@ -74,3 +76,27 @@ def test_the_oldest_go_and_the_same_step_is_replaced(tmp_path):
     aside = set_aside(root / "step-00000010")
     assert aside.name == "step-00000010.damaged" and len(list_checkpoints(root)) == 1
     assert len(list(root.iterdir())) == 2
+
+
+def test_a_replacement_that_was_cut_off_is_ended_with_the_new_checkpoint(tmp_path):
+    root = tmp_path / "checkpoints"
+    final = publish(root, 10)
+    new = final.with_name(final.name + ".tmp")
+    shutil.copytree(final, new)
+    final.rename(root / ".step-00000010.former")  # killed between the renames; the former is damaged
+    next(path for path in (root / ".step-00000010.former").rglob("*.pt")).write_bytes(b"")
+    remove_unfinished(root)
+    assert list(root.iterdir()) == [final] and fault_of_checkpoint(final) is None
+    new.mkdir()  # half written: killed before
+    shutil.copytree(final, root / ".step-00000010.former")
+    remove_unfinished(root)
+    assert list(root.iterdir()) == [final] and fault_of_checkpoint(final) is None
+
+
+@pytest.mark.parametrize("remove", [set_aside, lambda path: remove_old_checkpoints(path.parent, 0)])
+def test_what_is_removed_does_not_come_back_as_its_predecessor(tmp_path, remove):
+    final = publish(tmp_path / "checkpoints", 10)
+    shutil.copytree(final, final.with_name(f".{final.name}.former"))  # killed before it was removed
+    remove(final)
+    remove_unfinished(final.parent)
+    assert list_checkpoints(final.parent) == []

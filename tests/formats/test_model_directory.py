@@ -55,6 +55,9 @@ def test_a_name_that_nothing_has_is_said_to_be_none_first_and_the_network_last(
     local = "there is no such directory, and it is no name of a tokenizer on the Hub: check the path"
     for name in ("/nowhere/at/all", "./bse", "../bse", "a/b/c", "~/no such place"):
         assert absence_of(name, what="tokenizer") == local
+    (tmp_path / "run" / ".export.former").mkdir()
+    killed = "no such directory, but run/.export.former: a command was killed while it replaced it"
+    assert killed in str(absence_of("run/export", error=OSError("refused")))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.claims import ClaimWatch, claim, has_ended, is_of_this_machine
+from mlpmem_ds.core.directories import remove_former
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_sealed_json, size_in_words
 from mlpmem_ds.core.log import EventLog, read_events, read_json_lines
@@ -308,7 +309,9 @@ def _refuse_started(made: Made) -> None:
 
 def _remove_directory(root: Path) -> None:
     """Of a directory the manifest first, so that no reader takes it for complete, then the records, and the
-    identity last, so that the same --discard finds it again."""
+    identity last, so that the same --discard finds it again; before it a predecessor that would be put
+    back."""
+    remove_former(root)
     for name in ("manifest.json", EXPORT_FILE):
         (root / name).unlink(missing_ok=True)
     shutil.rmtree(root / "done", ignore_errors=True)
