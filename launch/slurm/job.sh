@@ -129,6 +129,7 @@ end_stage() {
         echo "$stage: complete, $mark"
         exit 0
     fi
+    ! has_news || rm -f "$RUN/slurm/$stage.idle"
     if [ "$lost" -gt 0 ] && [ -z "$asked" ]; then
         count_death
         requeue "ranks were lost"
@@ -138,6 +139,7 @@ end_stage() {
         count_idle
         requeue "stopped before it was complete"
     }
+    rm -f "$RUN/slurm/$stage.deaths" "$RUN/slurm/$stage.idle" # whoever submits it again has mended something
     echo "$stage: failed, code ${failed:-$code}; the log above says why. No later stage is started." >&2
     exit "${failed:-$code}"
 }
@@ -157,23 +159,34 @@ count_death() {
     }
 }
 
-# count_idle: ends the job where it was the third start in a row that stopped without an error, a new unit
-# or a new checkpoint. One that was asked to stop within ten minutes, for another job, does not count.
+# has_news: this start made a unit or a whole checkpoint; the files of one that was not finished do not count
+has_news() {
+    local found
+    found=$(cd "${mark%/*}" && find . -newer "$RUN/slurm/$stage.command" -type f \( -path '*/done/*.json' \
+        -o -path './checkpoints/*/manifest.json' ! -path './checkpoints/*.tmp/*' \) -print -quit) \
+        2> /dev/null || true
+    [ -n "$found" ]
+}
+
+# was_early: the job was asked to stop within ten minutes, and not for its own time: for another job
+was_early() {
+    [ -n "$asked" ] && [ "$SECONDS" -lt 600 ] || return 1
+    # Slurm sends its signal up to a minute early.
+    [ -z "${SLURM_JOB_END_TIME:-}" ] ||
+        [ $((SLURM_JOB_END_TIME - $(date +%s))) -gt $((SECONDS_TO_SAVE + 60)) ]
+}
+
+# count_idle: ends the job where it was the third start that stopped without an error since there was
+# something new. One that left early for another job does not count.
 count_idle() {
-    local file=$RUN/slurm/$stage.idle made
-    [ -z "$asked" ] || [ "$SECONDS" -ge 600 ] || return 0
-    made=$(find "${mark%/*}" -newer "$RUN/slurm/$stage.command" -type f \
-        \( -path '*/done/*.json' -o -path '*/checkpoints/*' \) -print -quit 2> /dev/null) || true
-    [ -z "$made" ] || {
-        rm -f "$file"
-        return 0
-    }
+    local file=$RUN/slurm/$stage.idle
+    ! has_news && ! was_early || return 0
     echo "$SECONDS s: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))" >> "$file"
     [ "$(wc -l < "$file")" -lt 3 ] || {
         rm -f "$file"
-        fail "$stage stopped three times in a row without an error, a new unit or a new checkpoint, and" \
-            "$mark is not there: not started again. Read the log above; where its time was over, give it" \
-            "more in the line of resources"
+        fail "$stage stopped three times without an error, with no new unit and no new checkpoint in" \
+            "between, and $mark is not there: not started again. Read the log above; where its time was" \
+            "over, give it more in the line of resources"
     }
 }
 

@@ -71,6 +71,7 @@ if [ "$CODE" = waits ]; then
     exit 143
 fi
 made=$(dirname "$MARK")/checkpoints/step-7
+[ "$CODE" != cut ] || {{ mkdir -p "$made.tmp"; touch "$made.tmp/manifest.json" "$made.tmp/weights"; exit 0; }}
 [ "$CODE" != saves ] || {{ mkdir -p "$made"; touch "$made/manifest.json"; exit 0; }}
 [ "$CODE" != done ] || {{ mkdir -p "$(dirname "$MARK")"; touch "$MARK"; exit 0; }}
 exit "$CODE" """,
@@ -378,18 +379,41 @@ def test_the_third_short_life_is_the_last(cluster: Cluster) -> None:
 
 
 def test_the_third_stop_without_anything_new_is_the_last(cluster: Cluster) -> None:
-    """Ranks that end with 0, without a result, an error or progress, would go into the queue for ever."""
+    """Ranks that end with 0, without a result, an error or progress, would go into the queue for ever; so
+    would those that are killed while they save, at each start."""
     cluster.make("corpus", "keys", "targets")
     cluster.set(ENVIRONMENT="SECONDS=700")
-    for codes in ("0 0", "143 143", "saves 0", "0 0", "0 0"):
+    for codes in ("0 0", "143 143", "saves 0", "0 0", "137 143", "cut 0"):
         assert cluster.job("train", codes).wait(60) == 0
-    process = cluster.job("train", "0 0")
+    process = cluster.job("train", "cut 0")
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2, said
-    assert "three times in a row without an error, a new unit or a new checkpoint, and" in said
+    assert "three times without an error, with no new unit and no new checkpoint in between" in said
     assert f"{cluster.run}/memory/manifest.json is not there: not started again" in said
-    assert len(cluster.said("scontrol")) == 5
-    assert cluster.job("train", "0 0").wait(60) == 0  # submitted again, it counts from one
+    assert len(cluster.said("scontrol")) == 6
+    for codes, expected in (("0 0", 0), ("0 0", 0), ("2 143", 2), ("0 0", 0)):
+        assert cluster.job("train", codes).wait(60) == expected  # submitted again, it counts from one
+
+
+@pytest.mark.parametrize(("seconds_left", "counts"), [(320, True), (5000, False)])
+def test_a_short_job_that_has_no_time_left_counts_and_one_that_makes_room_does_not(
+    cluster: Cluster, seconds_left: int, counts: bool
+) -> None:
+    cluster.make("corpus")
+    end = str(int(time.time()) + seconds_left)
+    process = cluster.job("extract_keys", "waits", SLURM_JOB_END_TIME=end)
+    ask_to_stop(cluster, process)
+    assert process.wait(60) == 0
+    assert (cluster.run / "slurm" / "extract_keys.idle").exists() == counts
+
+
+def ask_to_stop(cluster: Cluster, process: subprocess.Popen[str]) -> None:
+    """As Slurm does, once the ranks are at work."""
+    deadline = time.monotonic() + 60
+    while not (cluster.root / "environment").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
 
 
 def test_a_long_life_and_a_complete_stage_end_the_count_of_short_lives(cluster: Cluster) -> None:
@@ -406,11 +430,7 @@ def test_a_long_life_and_a_complete_stage_end_the_count_of_short_lives(cluster: 
 def test_before_its_time_is_over_a_job_stops_its_ranks_and_is_queued_again(cluster: Cluster) -> None:
     cluster.make("corpus")
     process = cluster.job("extract_keys", "waits")
-    deadline = time.monotonic() + 60
-    while not (cluster.root / "environment").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
+    ask_to_stop(cluster, process)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert cluster.said("scancel") == ["--quiet --signal=TERM 123456"]
