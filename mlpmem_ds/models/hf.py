@@ -49,7 +49,7 @@ from .memory_config import DEFAULT_LAMBDA, MemoryConfig
 from .mixture import Constant, StoredGate, log_mixture_of_logits
 from .pretrained_memory import PretrainedMemory
 from .quantized import Int8Linear, quantize_linears
-from .quantized_base import for_the_base_alone, prepare_to_save
+from .quantized_base import arguments_of_load, prepare_to_save
 
 
 class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
@@ -139,11 +139,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             ValueError: a memory was trained for another kind of base, or lmbda is out of range.
         """
         if memory is None:
-            if (given := kwargs.get("quantization_config")) is not None:
-                origin = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-                config = kwargs.get("config") or cls.config_class.from_pretrained(name, **origin)
-                kwargs["quantization_config"] = for_the_base_alone(given, config)
-            loaded = super().from_pretrained(name, *args, **kwargs)
+            loaded = super().from_pretrained(name, *args, **arguments_of_load(name, kwargs))
             joint = loaded[0] if isinstance(loaded, tuple) else loaded
             if getattr(joint, "hf_quantizer", None):
                 joint._make_taps_anew()  # a module at which a state is read may have been replaced

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from .hf_config import MemoryAugmentedConfig
 
@@ -26,6 +26,8 @@ _LISTS = {
     "torchao": "modules_to_not_convert",
 }
 """method → the field with the modules that it leaves alone"""
+_ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""arguments of `from_pretrained` that say where a file comes from"""
 _REMEDY = (
     "quantize the base alone and join it: MemoryAugmentedLM.from_pretrained(BASE, MEMORY,"
     " quantization_config=…), where MEMORY may be the export"
@@ -39,11 +41,27 @@ def bits_config(bits: int) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
 
 
+def arguments_of_load(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` of an export, such that a quantization config holds for its base
+    alone.
+
+    Raises:
+        ValueError: this method cannot be told so.
+    """
+    given, config = arguments.get("quantization_config"), arguments.get("config")
+    if given is None:
+        return arguments
+    if not isinstance(config, PretrainedConfig):  # a place, or none
+        origin = {key: arguments[key] for key in _ORIGIN if key in arguments}
+        config = MemoryAugmentedConfig.from_pretrained(config or name, **origin)
+    return {**arguments, "quantization_config": for_the_base_alone(given, config)}
+
+
 def for_the_base_alone(given: Any, config: MemoryAugmentedConfig) -> Any:
     """A copy of a quantization config that leaves alone all of a joint model but its base.
 
     Args:
-        given: of transformers, such as `BitsAndBytesConfig`.
+        given: of transformers, such as `BitsAndBytesConfig`, or its dict.
         config: of the joint model.
 
     Raises:
@@ -54,8 +72,16 @@ def for_the_base_alone(given: Any, config: MemoryAugmentedConfig) -> Any:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config.base_config)
     result = copy.deepcopy(given)
-    setattr(result, name, _extended(getattr(given, name), base))
+    _leave_alone(result, name, base)
     return result
+
+
+def _leave_alone(given: Any, name: str, base: PreTrainedModel) -> None:
+    """Put into its list what is not quantized."""
+    if isinstance(given, dict):
+        given[name] = _extended(given.get(name), base)
+    else:
+        setattr(given, name, _extended(getattr(given, name), base))
 
 
 def _extended(names: list[str] | None, base: PreTrainedModel) -> list[str]:
@@ -68,7 +94,11 @@ def _extended(names: list[str] | None, base: PreTrainedModel) -> list[str]:
 
 def method_of(given: Any) -> str:
     """Name of a quantization method, of a config or of its dict."""
-    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    if isinstance(given, dict):
+        is_short = given.get("load_in_8bit") or given.get("load_in_4bit")  # which transformers takes, too
+        method = given.get("quant_method") or ("bitsandbytes" if is_short else None)
+    else:
+        method = getattr(given, "quant_method", None)
     return str(getattr(method, "value", method))
 
 
@@ -86,8 +116,4 @@ def prepare_to_save(base: PreTrainedModel) -> None:
             f"a model whose base is quantized by {method} is not saved: save it with the float base, and"
             " quantize that when it is loaded"
         )
-    name = _LISTS[method]
-    if isinstance(given, dict):
-        given[name] = _extended(given.get(name), base)
-    else:
-        setattr(given, name, _extended(getattr(given, name), base))
+    _leave_alone(given, _LISTS[method], base)

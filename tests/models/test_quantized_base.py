@@ -16,7 +16,12 @@ from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.pretrained_memory import PretrainedMemory
-from mlpmem_ds.models.quantized_base import bits_config, for_the_base_alone, prepare_to_save
+from mlpmem_ds.models.quantized_base import (
+    arguments_of_load,
+    bits_config,
+    for_the_base_alone,
+    prepare_to_save,
+)
 
 from .carried_generation import set_history_gate
 from .conftest import LLAMA_SIZES, PAD, expected_log_probabilities, random_ids, spread, tiny_memory
@@ -126,6 +131,23 @@ def test_the_head_the_memories_and_the_gate_are_left_alone() -> None:
     ]  # fmt: skip
     given.llm_int8_skip_modules = ["own"]
     assert for_the_base_alone(given, config).llm_int8_skip_modules[:2] == ["own", "base.own"]
+    short = {"load_in_4bit": True, "llm_int8_skip_modules": ["own"]}
+    assert for_the_base_alone(short, config)["llm_int8_skip_modules"][:2] == ["own", "base.own"]
+    assert short["llm_int8_skip_modules"] == ["own"]
+    assert for_the_base_alone({"quant_method": "quanto"}, config)["modules_to_not_convert"][0] == "lm_head"
+
+
+def test_an_exports_config_is_read_from_where_its_weights_are(tmp_path: Path) -> None:
+    wide_joint("llama").config.save_pretrained(tmp_path / "inner")
+    given = BitsAndBytesConfig(load_in_8bit=True)
+    for name, more in (
+        (tmp_path, {"subfolder": "inner"}),
+        (tmp_path / "elsewhere", {"config": str(tmp_path / "inner"), "local_files_only": True}),
+    ):
+        arguments = {"quantization_config": given, "dtype": torch.float32, **more}
+        found = arguments_of_load(name, arguments)
+        assert "lm_head" in found.pop("quantization_config").llm_int8_skip_modules
+        assert found == {"dtype": torch.float32, **more} and arguments["quantization_config"] is given
 
 
 def test_what_cannot_be_told_so_is_refused_with_the_remedy(tmp_path: Path) -> None:
