@@ -31,11 +31,12 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 """what data sets call them → what templates call them"""
-_LISTS = ("messages", "conversations", "conversation", "chat")
+CHAT_LISTS = ("messages", "conversations", "conversation", "chat")
+"""fields that may hold a list of messages"""
 _PAIRS = (("prompt", ("completion", "response")), ("instruction", ("output", "response")))
 _MORE = ("input", "context")  # of an instruction
 CHAT_FIELDS = (
-    *_LISTS,
+    *CHAT_LISTS,
     "prompt",
     "completion",
     "response",
@@ -121,7 +122,7 @@ def conversation_of(values: Mapping[str, Any]) -> Conversation:
     tools = tuple(_parsed(values.get("tools")) or ())
     system = values.get("system")
     before = [{"role": "system", "content": _content(system)}] if system else []
-    for name in _LISTS:
+    for name in CHAT_LISTS:
         found = _parsed(values.get(name))
         if found is not None:
             return Conversation(messages=(*before, *_messages(name, found)), tools=tools)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.chats import ANSWERS, Conversation, NoConversationError, conversation_of
+from mlpmem_ds.formats.chats import ANSWERS, CHAT_LISTS, Conversation, NoConversationError, conversation_of
 from mlpmem_ds.formats.json_lines import JsonRecord, json_records, text_lines
 from mlpmem_ds.stages.generation.config import Config
 
@@ -41,7 +41,8 @@ def read_conversations(config: Config) -> list[Conversation]:
     conversation of its own.
 
     Raises:
-        UserError: as `read_prompts`; also for what is no conversation, or one that the assistant ended.
+        UserError: as `read_prompts`; also for what is no conversation, one that the assistant ended, or one
+            with two system messages at its head.
     """
     if config.prompts_file is None:
         conversations = [_said_by_a_user(prompt) for prompt in read_prompts(config)]
@@ -54,6 +55,12 @@ def read_conversations(config: Config) -> list[Conversation]:
         return conversations
     system = {"role": "system", "content": _as_utf_8(config.system)}
     _check_text(system["content"], "--system")
+    for number, one in enumerate(conversations, start=1):
+        if one.messages[0]["role"] == "system":
+            raise UserError(
+                f"--prompts-file {config.prompts_file}: conversation {number} has a system message of its"
+                " own, and --system gives another: leave out one of the two"
+            )
     return [replace(one, messages=(system, *one.messages)) for one in conversations]
 
 
@@ -125,14 +132,25 @@ def _prompt_of(name: str, record: JsonRecord) -> str:
     value = record.value.get("prompt") if isinstance(record.value, dict) else record.value
     if not isinstance(value, str):
         raise UserError(f"{name}, {record.place} is no text and has none in `prompt`: write one of the two")
+    if isinstance(record.value, dict) and record.value.get("system"):
+        raise UserError(
+            f"{name}, {record.place} has a system message, which only --chat reads: add it, or leave that out"
+        )
     return value
 
 
 def _conversation_of(name: str, record: JsonRecord) -> str | Conversation:
     """The conversation of a line, or the one text that a user says."""
     value = record.value
-    if not isinstance(value, dict) or isinstance(value.get("prompt"), str):
+    if not isinstance(value, dict):
         return _prompt_of(name, record)
+    if isinstance(prompt := value.get("prompt"), str):
+        if listed := [field for field in CHAT_LISTS if value.get(field) is not None]:
+            raise UserError(
+                f"{name}, {record.place} has both `prompt` and `{listed[0]}`: leave out one of them"
+            )
+        said = [{"role": "user", "content": prompt}]
+        value = {"messages": said, "system": value.get("system"), "tools": value.get("tools")}
     try:
         conversation = conversation_of(value)
     except NoConversationError as error:
@@ -142,4 +160,6 @@ def _conversation_of(name: str, record: JsonRecord) -> str | Conversation:
             f"{name}, {record.place}: nothing is left to answer after its last message: end it with what the"
             " user says"
         )
+    if [message["role"] for message in conversation.messages[:2]] == ["system", "system"]:
+        raise UserError(f"{name}, {record.place} has two system messages at its head: leave out one of them")
     return conversation

@@ -12,7 +12,7 @@ import pytest
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.stages.generation.config import Config
-from mlpmem_ds.stages.generation.prompts import read_prompts
+from mlpmem_ds.stages.generation.prompts import read_conversations, read_prompts
 
 INSIDE = "one\N{LINE SEPARATOR}two\x85three\x0cfour\x0b\x1c\x1dfive\rsixseven\N{PARAGRAPH SEPARATOR}"
 
@@ -101,6 +101,32 @@ def test_json_lines_hold_prompts_of_several_lines(tmp_path: Path) -> None:
     path.write_text(r'["fine", "a\ud800"]')
     with pytest.raises(UserError, match="prompt 2 holds"):
         of_file(path)
+
+
+def chats_of(path: Path, *lines: object, system: str | None = None) -> list[list[tuple[str, str]]]:
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = read_conversations(Config(model="m", prompts_file=path, chat=True, system=system))
+    return [[(message["role"], message["content"]) for message in one.messages] for one in found]
+
+
+def test_a_line_may_bring_its_own_system_message(tmp_path: Path) -> None:
+    path, turn = tmp_path / "prompts.jsonl", {"role": "user", "content": "b"}
+    own = {"prompt": "[a]", "system": "s"}
+    asked, told = [("user", "[a]")], [("system", "s"), ("user", "[a]")]
+    assert chats_of(path, own, {"prompt": "[a]", "completion": "c"}, "[a]") == [told, asked, asked]
+    assert chats_of(path, {"prompt": "[a]"}, "[a]", system="s") == [told, told]
+    path.write_text(json.dumps(own))
+    with pytest.raises(UserError, match="line 1 has a system message, which only --chat reads"):
+        of_file(path)
+    two = {"messages": [{"role": "system", "content": "t"}, turn]}
+    for lines, system, needle in (
+        (["x", own], "t", "conversation 2 has a system message of its own, and --system gives another"),
+        (["x", two], "t", "conversation 2 has a system message of its own"),
+        ([{**two, "system": "s"}], None, "line 1 has two system messages at its head"),
+        ([{"prompt": "a", "messages": [turn]}], None, "line 1 has both `prompt` and `messages`"),
+    ):
+        with pytest.raises(UserError, match=needle):
+            chats_of(path, *lines, system=system)
 
 
 def test_utf_8_in_a_locale_of_ascii_is_read() -> None:
