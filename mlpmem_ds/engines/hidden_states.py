@@ -28,6 +28,7 @@ from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
 from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.window_tokens import WindowTokens, window_tokens
 from mlpmem_ds.maths.head_scores import label_log_probabilities
 from mlpmem_ds.models.backbone import attention_of, capture, load_base, logit_transform
@@ -121,7 +122,7 @@ class TransformersSource:
             with self._head():
                 self.vocab_size, self.final_width = output_head(self.model)[0].shape
         except ValueError as error:
-            raise UserError(f"{flag} {path}: {error}") from error
+            raise UserError(f"{flag} {path}: {fault_of(path, error)}") from error
         config = self.model.config.get_text_config()
         self.num_layers = len(self._layers)
         self.width = config.hidden_size

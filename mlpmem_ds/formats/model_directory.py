@@ -81,6 +81,11 @@ def absence_of(place: str | Path, *, what: str = "model", error: BaseException |
     )
 
 
+def fault_of(place: str | Path, error: BaseException) -> str:
+    """Why a model was not loaded: that there is none, else what its loader says."""
+    return absence_of(place, error=error.__cause__ or error) or str(error)
+
+
 def _similar(path: Path) -> str:
     try:
         names = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]

@@ -70,7 +70,7 @@ def load_base(
     `attention` is a transformers attention implementation (`sdpa`, `eager`, `flash_attention_2`, ...), or
     `auto`: `sdpa`, and `eager` for a model that has none (`attention_of` says which). Raises ValueError when
     the model cannot be loaded, and when its files lack weights (transformers would fill those at random and
-    go on).
+    go on); the message does not name it.
 
     The weights are read straight to `device`: no copy of the whole model is made in the host's memory first.
     None leaves them where the loader puts them.
@@ -84,7 +84,7 @@ def load_base(
     name = str(name_or_path)
     if _is_path(name) and not Path(name).expanduser().is_dir():
         raise ValueError(
-            f"no model directory at {name}: give a directory with config.json and weights, or a Hub name"
+            "there is no model directory: give a directory with config.json and weights, or a Hub name"
         )
     source = str(Path(name).expanduser()) if _is_path(name) else name
     placement = _placement(device, device_map, offload_folder)
@@ -103,14 +103,13 @@ def load_base(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library under the loader raises a family of its own
-        if isinstance(error, OSError) and not Path(name).expanduser().exists():
+        if quantization_config is not None:
             raise ValueError(
-                f"{name}: there is no such directory, and the Hub gave no model of that name"
-                f" ({_reason(error)}): check the path; of a name on the Hub also the network and"
-                " HF_HUB_OFFLINE"
+                f"cannot be loaded with this quantization ({_reason(error)}): its library must be one that"
+                " transformers takes, and know the device; in floats the base needs none"
             ) from error
         raise ValueError(
-            f"cannot load the causal language model {name} (dtype {dtype}, attention {attention}):"
+            f"cannot load the causal language model (dtype {dtype}, attention {attention}):"
             f" {_reason(error)}. Give a directory written by save_pretrained or the name of a model on the"
             " Hub (which needs the network, or its cache on this machine); attention 'auto' works for every"
             " model."
@@ -119,7 +118,7 @@ def load_base(
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
-            f"the files of {name} lack {len(missing)} weights ({shown}): not a complete causal language"
+            f"the files lack {len(missing)} weights ({shown}): not a complete causal language"
             " model. Download or save it again."
         )
     base: PreTrainedModel = model

@@ -189,6 +189,21 @@ def test_label_log_probabilities_keep_to_their_bound_at_a_large_vocabulary() -> 
     assert exact_N.min() < -20 and float((found_N - exact_N).abs().max()) < 1e-5
 
 
+def test_a_base_that_is_not_there_is_named_once_with_one_that_is(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as raised:
+        TransformersSource("./bse")
+    assert str(raised.value) == (
+        "--model ./bse: there is no such directory (did you mean base?), and it is no name of a model on the"
+        " Hub: check the path"
+    )
+    with pytest.raises(UserError, match=r"^--base ./base: cannot load the causal language model \(dtype"):
+        TransformersSource("./base", flag="--base")
+
+
 def test_a_layers_path_is_used_and_asked_for(base_dir: Path) -> None:
     assert TransformersSource(str(base_dir), device="cpu", layers_path="transformer.h").num_layers == 2
     with pytest.raises(UserError, match=r"transformer\.h: 2 x GPT2Block(?s:.*)--layers-path transformer\.h"):

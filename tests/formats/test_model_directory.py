@@ -13,6 +13,7 @@ from mlpmem_ds.formats.model_directory import (
     EXPORT_FILE,
     absence_of,
     check_model_files,
+    fault_of,
     recorded_files,
 )
 
@@ -52,6 +53,7 @@ def test_a_name_that_nothing_has_is_said_to_be_none_first_and_the_network_last(
         f"{near} (refused): check the path; of a"
     )
     assert absence_of("run/bse", error=KeyError("of a model that the Hub gave")) is None
+    assert fault_of("run/bse", ValueError("of what the Hub gave")) == "of what the Hub gave"
     local = "there is no such directory, and it is no name of a tokenizer on the Hub: check the path"
     for name in ("/nowhere/at/all", "./bse", "../bse", "a/b/c", "~/no such place"):
         assert absence_of(name, what="tokenizer") == local

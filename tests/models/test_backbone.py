@@ -310,6 +310,10 @@ def test_load_base_is_frozen_and_refuses_what_is_not_whole(tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot load the causal language model(?s:.*)save_pretrained"):
         load_base(tmp_path / "empty", dtype=torch.float32, device="cpu")
+    given = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    given.quant_method = "unheard-of"
+    with pytest.raises(ValueError, match="cannot be loaded with this quantization .*in floats"):
+        load_base(tmp_path / "base", dtype=torch.float32, device="cpu", quantization_config=given)
     file = tmp_path / "base" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot load"):

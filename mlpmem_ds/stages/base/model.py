@@ -17,6 +17,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.models.backbone import load_base, logit_transform
 from mlpmem_ds.models.structure import output_head
@@ -72,7 +73,7 @@ def load_model(
         weight_VD, bias_V = output_head(model)
         is_linear = bias_V is None and logit_transform(model).is_identity
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"--model {name_or_path}: {fault_of(name_or_path, error)}") from error
     if not is_linear:
         raise UserError(
             f"--model {name_or_path}: its output head has a bias, a scale or a soft cap, which this trainer"

@@ -46,6 +46,7 @@ from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES
 from mlpmem_ds.formats.corpus import vocabulary_sha256
+from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
 from mlpmem_ds.models.backbone import attention_of, load_base
 from mlpmem_ds.models.generation_settings import choosing_settings
@@ -303,7 +304,7 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
     try:
         base = load_base(inputs.model, dtype="auto", device="cpu", attention=config.attention)
     except ValueError as error:
-        raise UserError(f"--model {inputs.model}: {error}") from error
+        raise UserError(f"--model {inputs.model}: {fault_of(inputs.model, error)}") from error
     if (quantized := getattr(base.config, "quantization_config", None)) is not None:
         raise UserError(
             f"--model {inputs.model} is quantized ({method_of(quantized)}), and an export holds floats:"

@@ -15,7 +15,7 @@ from mlpmem_ds.engines.model_files import check_generation_file
 from mlpmem_ds.engines.tokenizer import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.gates import read_gate
-from mlpmem_ds.formats.model_directory import absence_of, check_model_files
+from mlpmem_ds.formats.model_directory import absence_of, check_model_files, fault_of
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.generation_settings import complete_settings
@@ -79,7 +79,8 @@ class Source:
                 quantization_config=quantization,
             )
         except ValueError as error:
-            raise UserError(f"--model {error}") from error
+            flag = "--model" if quantization is None else "--base-weights: --model"
+            raise UserError(f"{flag} {options.model}: {fault_of(options.model, error)}") from error
         joint = join_parts(base, parts, cast=True, threshold=options.base_only_threshold, flag="--memory")
         joint.mixture = mixture_on_device
         return joint
@@ -144,6 +145,7 @@ def load_model(
     Raises:
         DamagedDataError: it is not an export, or its files lack weights (transformers would fill them at
             random and continue).
+        UserError: the quantization's library does not take it.
     """
     weights_dtype = DTYPES[resolve_dtype(dtype, device)]
     # A CPU needs no map, and then no accelerate.
@@ -160,6 +162,12 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library under the loader raises a family of its own
+        if quantization is not None:  # its files were read and compared before: it is the library's fault
+            raise UserError(
+                f"--base-weights: --model {name} cannot be loaded so ({first_line(error)}): bitsandbytes must"
+                " be of a version that transformers takes, and know the device (--device); --base-weights"
+                " float does without"
+            ) from error
         raise DamagedDataError(f"--model {name} cannot be loaded ({error}): {remedy}") from error
     model, report = loaded
     if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:

@@ -14,6 +14,7 @@ from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.engines.model_files import fingerprint_model, max_context_of, model_file
 from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
 from mlpmem_ds.formats.corpus import SpecialTokens
+from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.generation_settings import complete_settings, token_settings
 from mlpmem_ds.models.mixture import StoredGate
@@ -129,7 +130,7 @@ def load_plain(
     try:
         model = load_base(place, dtype=DTYPES[resolve_dtype(dtype, device)], device=device)
     except ValueError as error:
-        raise UserError(f"{flag} {place}: {error}") from error
+        raise UserError(f"{flag} {place}: {fault_of(place, error)}") from error
     return model, open_encoder(tokenizer, label=f"the tokenizer of {flag}", special_tokens=special_tokens)
 
 

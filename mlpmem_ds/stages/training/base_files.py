@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.model_files import model_file
+from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.models.backbone import load_base
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _load(name_or_path: str) -> PreTrainedModel:
     try:
         return load_base(name_or_path, dtype=torch.float32, device="cpu")
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{name_or_path}: {fault_of(name_or_path, error)}") from error
 
 
 def _load_tensor(name_or_path: str, name: str, rows: int | None) -> torch.Tensor:

@@ -440,6 +440,21 @@ def test_an_exports_base_of_8_bits(export_dir: Path, generate: Callable[..., str
     assert generate("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "8bit").startswith("in")
 
 
+def test_bits_that_their_library_does_not_give_are_no_damage(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("it needs a later version\nand so on")
+
+    monkeypatch.setattr(quantized_base, "find_spec", lambda _: "there")
+    monkeypatch.setattr(MemoryAugmentedLM, "from_pretrained", refuse)
+    words = ("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "4bit")
+    assert run_front_end("--model", export_dir, *words) == 2
+    said = capsys.readouterr().err
+    assert f"--base-weights: --model {export_dir} cannot be loaded so (it needs a later version): " in said
+    assert "--base-weights float" in said and "convert_checkpoint" not in said
+
+
 def test_bits_without_their_library_are_refused(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
