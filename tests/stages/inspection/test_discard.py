@@ -154,7 +154,10 @@ def test_what_is_elsewhere_and_has_a_link_here_stays(run_dir: Path, tmp_path: Pa
 
 
 def test_a_process_id_that_is_used_again_is_not_the_process_that_was_killed(run_dir: Path) -> None:
-    host, boot, pid, start = holder(1).split()
+    words = holder(1).split()
+    if len(words) < 4:
+        pytest.skip("this system does not say when process 1 started")
+    host, boot, pid, start = words
     killed = f"{host} {boot} {pid} {int(start) + 7}"
     EventLog(run_dir / "memory" / "log.jsonl", World()).write("started", world=1, process=killed)
     (run_dir / "memory" / "done" / ".2.claim").write_text(killed)

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlpmem_ds import commands
+from mlpmem_ds.core.config import option
 from mlpmem_ds.core.files import publish_json, sha256_of_file
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.inspection.origins import INPUTS, dependents_of, read_made
@@ -77,6 +80,21 @@ def test_a_word_of_a_flag_is_no_directory_of_that_name(
     assert names_from(tmp_path / "run", "auto") == []
 
 
+def takes_path(field: dataclasses.Field[Any], hint: object) -> bool:
+    """By its type, or by what the help shows for its value, as of NAME=DIR, which is a text."""
+    shown = re.search("DIR|PATH|FILE", field.metadata["metavar"] or "")
+    return bool(field.metadata["by_url"] or "Path" in str(hint) or shown)
+
+
+def test_a_text_that_holds_a_path_is_known_for_one() -> None:
+    @dataclasses.dataclass
+    class Config:
+        arms: tuple[str, ...] = option("arms", (), metavar="NAME=PATH")
+        words: tuple[str, ...] = option("words", ())
+
+    assert [takes_path(field, str) for field in dataclasses.fields(Config)] == [True, False]
+
+
 def test_the_inputs_are_the_flags_of_all_commands_that_take_paths() -> None:
     named = set()
     for command in vars(commands).values():
@@ -84,7 +102,7 @@ def test_the_inputs_are_the_flags_of_all_commands_that_take_paths() -> None:
             config = commands._load(command.config)
             hints = typing.get_type_hints(config)
             fields = [field for field in dataclasses.fields(config) if field.name in hints]
-            named |= {one.name for one in fields if one.metadata["by_url"] or "Path" in str(hints[one.name])}
+            named |= {one.name for one in fields if takes_path(one, hints[one.name])}
     written = {"output", "lists", "copy_to", "html", "prometheus"}
     assert named - written - {"run"} <= INPUTS and not INPUTS & written
 
