@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 
 from mlpmem_ds.engines.model_files import model_file
 
@@ -23,6 +24,7 @@ class CardFacts:
     license_name: str | None = None
     """of a licence that the Hub has no identifier for (`license` is then other)"""
     license_link: str | None = None
+    """an address"""
     language: tuple[str, ...] = ()
     """ISO 639 codes"""
 
@@ -40,22 +42,30 @@ class CardFigure:
     split: str
 
 
-def facts_of(name_or_path: str) -> CardFacts:
-    """What the card of a model says, in a directory or on the Hub."""
+def facts_of(name_or_path: str) -> CardFacts | None:
+    """What the card of a model says, in a directory or on the Hub; nothing where a directory has no card.
+    None: it cannot be read, as without the network, or is damaged."""
     path = model_file(name_or_path, "README.md")
     if path is None:
-        return CardFacts()
+        return CardFacts() if Path(name_or_path).is_dir() else None
     try:
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # YAML that is damaged has errors of several families; the card says nothing then
-        return CardFacts()
+    except Exception:  # YAML that is damaged has errors of several families
+        return None
     language = found.get("language") or ()
     return CardFacts(
         license=_text(found.get("license")),
         license_name=_text(found.get("license_name")),
-        license_link=_text(found.get("license_link")),
+        license_link=_address(_text(found.get("license_link")), name_or_path),
         language=(language,) if isinstance(language, str) else tuple(map(str, language)),
     )
+
+
+def _address(link: str | None, name_or_path: str) -> str | None:
+    """A link that may name a file next to the card; None where that file has no address."""
+    if link is None or "://" in link:
+        return link
+    return None if Path(name_or_path).exists() else hf_hub_url(name_or_path, link.removeprefix("./"))
 
 
 def _text(value: object) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from mlpmem_ds.engines import model_cards
 from mlpmem_ds.engines.model_cards import CardFacts, CardFigure, card_head, facts_of
 
 
@@ -60,11 +61,27 @@ def test_what_is_not_known_is_left_out() -> None:
             CardFacts(license="other", license_name="gemma", license_link="https://x", language=("en", "de")),
         ),
         ("# No block at all\n", CardFacts()),
-        ("---\nlicense: [unclosed\n---\n", CardFacts()),
+        ("---\nlicense: [unclosed\n---\n", None),
+        (
+            "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n",
+            CardFacts(license="other", license_name="own"),
+        ),
         (None, CardFacts()),
     ],
 )
-def test_what_a_bases_card_says(text: str | None, expected: CardFacts, tmp_path: Path) -> None:
+def test_what_a_bases_card_says(text: str | None, expected: CardFacts | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert facts_of(str(tmp_path)) == expected
+
+
+def test_a_card_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A licence next to the card has its address there; no card is other than one that says nothing."""
+    (tmp_path / "README.md").write_text("---\nlicense_link: ./LICENSE\n---\n")
+    for found in (tmp_path / "README.md", None):
+        monkeypatch.setattr(model_cards, "model_file", lambda *_, found=found: found)
+        facts = facts_of("some/base")
+        if found is None:
+            assert facts is None
+        else:
+            assert facts.license_link == "https://huggingface.co/some/base/resolve/main/LICENSE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from mlpmem_ds.formats.trained_models import Provenance
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, ExportInputs
+
+_logger = logging.getLogger(__name__)
 
 
 def model_card(
@@ -101,6 +104,15 @@ def _example(inputs: ExportInputs) -> str:
 def _facts(inputs: ExportInputs, config: Config) -> CardFacts:
     """Licence and languages: of the flags, else the base's."""
     facts = facts_of(inputs.model)
+    if facts is None:
+        if config.license is None:
+            _logger.warning(
+                "the model card of the base %s cannot be read (without the network the Hub gives none), so"
+                " the export's says that its licence is not stated: give it with --license, and its"
+                " languages with --language",
+                inputs.model,
+            )
+        facts = CardFacts()
     if config.license is not None:
         facts = CardFacts(license=config.license, language=facts.language)
     return replace(facts, language=config.language or facts.language)

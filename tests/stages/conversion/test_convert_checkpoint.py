@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlpmem_ds.core.files import sha256_of_file
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.model_cards import CardFacts
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.trained_models import read_weights
+from mlpmem_ds.stages.conversion import model_card
+from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.convert_checkpoint import EXPORT_FILE, LOGIT_BOUND, ROUNDING_BOUND
 from mlpmem_ds.stages.training.initial_memory import hash_initial_memory, open_initial_memory
 
@@ -187,6 +194,25 @@ def test_the_card_says_what_is_not_known(
     plain = save_memory(tmp_path / "plain", flags, alpha=0)
     assert convert("--checkpoint", plain, *words, "--output", tmp_path / "export-plain") == 0
     assert "Retriever: none" in (tmp_path / "export-plain" / "README.md").read_text()
+
+
+def test_a_card_that_cannot_be_read_is_no_card_without_a_licence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs: Any = SimpleNamespace(model="some/base")
+    config = Config(checkpoint=(Path("memory"),), output=Path("export"), language=("de",))
+    monkeypatch.setattr(model_card, "_logger", logging.getLogger("of this test"))
+    for found, given, expected, is_said in (
+        (None, None, None, True),
+        (None, "mit", "mit", False),
+        (CardFacts(), None, None, False),
+        (CardFacts(license="gemma"), None, "gemma", False),
+    ):
+        caplog.clear()
+        monkeypatch.setattr(model_card, "facts_of", lambda _, found=found: found)
+        facts = model_card._facts(inputs, replace(config, license=given))
+        assert (facts.license, facts.language) == (expected, ("de",))
+        assert ("some/base cannot be read" in caplog.text and "--license" in caplog.text) == is_said
 
 
 def test_the_base_is_found_through_the_keys(
