@@ -47,6 +47,11 @@ class Document:
     def prompt(self) -> str:
         return self.requests[0].context
 
+    @property
+    def group(self) -> str:
+        """What several documents about one thing have in common: the record's `group`, else the prompt."""
+        return self.record.get("group") or self.prompt
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:

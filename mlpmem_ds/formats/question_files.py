@@ -3,7 +3,7 @@
     question, answer: text or list of texts        open: any of the texts is right
     question, answer: true or false (, passage)    choice between yes and no
     question, mc1_targets: {text: 0 or 1}          choice: the one text with 1 is right (TruthfulQA)
-    query, choices, gold                           choice
+    query, choices, gold (, group)                 choice; records of a group are about one question
     text, label, labels                            choice of the label's name
     premise, hypothesis, label                     choice: true, false (, neither); of entailment
     text                                           last word: the text's last word is right (LAMBADA)
@@ -160,12 +160,30 @@ def _fault_of_answer(record: Any) -> str | None:
     return fault_of_question({**record, "answer": "yes"} if is_truth else record)
 
 
+def _fault_of_choices(record: Any) -> str | None:
+    if (fault := fault_of_ranking(record)) is not None:
+        return fault
+    return None if "group" not in record or _is_text(record["group"]) else "has no text in `group`"
+
+
 def _fault_of_targets(record: Any) -> str | None:
     if not isinstance(record, dict) or not _is_text(record.get("question")):
         return "has no text in `question`"
-    targets = record.get("mc1_targets")
-    is_one = isinstance(targets, dict) and len(targets) > 1 and list(targets.values()).count(1) == 1
-    return None if is_one else "has no texts in `mc1_targets` of which one has 1"
+    marks = _marks_of(record.get("mc1_targets"))
+    if marks is None or len(marks) < 2 or marks.count(1) != 1:
+        return "has no texts in `mc1_targets` of which one has 1 and the others 0"
+    if record.get("mc2_targets") in (None, {}):
+        return None  # those of `mc1_targets` are taken
+    marks = _marks_of(record["mc2_targets"])
+    return None if marks and 1 in marks else "has no texts in `mc2_targets` with 1 or 0, at least one with 1"
+
+
+def _marks_of(targets: Any) -> list[int] | None:
+    """Of {text: 0 or 1} the numbers; None: it is something else."""
+    if not isinstance(targets, dict) or not all(map(_is_text, targets)):
+        return None
+    marks = list(targets.values())
+    return marks if all(type(mark) is int and mark in (0, 1) for mark in marks) else None
 
 
 def _fault_of_pair(record: Any) -> str | None:
@@ -222,9 +240,10 @@ def read_records(
     """
     records = []
     for place, record in _records(path, flag):
-        if (fault := fault_of(record) or _fault_of_fields(record, names)) is not None:
+        fault, found = fault_of(record), [name for name in (*names, *optional) if name in record]
+        if (fault := fault or _fault_of_fields(record, found)) is not None:
             raise UserError(f"{flag} {path}, {place} {fault}: see --help for the fields")
-        records.append({name: record[name] for name in (*names, *optional) if name in record})
+        records.append({name: record[name] for name in found})
     if not records:
         raise UserError(f"{flag} {path} is empty: write one JSON object a line")
     return records
@@ -282,7 +301,7 @@ def _fault_of_fields(record: dict[str, Any], names: Sequence[str]) -> str | None
     if isinstance(record, RepeatedNames) and (repeated := sorted(record.repeated & {*names})):
         return f"has `{repeated[0]}` twice, with different values"
     for value in (record[name] for name in names):
-        for text in value if isinstance(value, list) else [value]:
+        for text in value if isinstance(value, list | dict) else [value]:
             if isinstance(text, str) and (
                 halves := [letter for letter in text if "\ud800" <= letter <= "\udfff"]
             ):
@@ -298,7 +317,12 @@ def _short(value: Any) -> str:
 _TWO_LABELS, _THREE_LABELS = ("entailment", "not_entailment"), ("entailment", "contradiction", "neutral")
 _VERDICTS = ("true", "false", "neither")
 LAYOUTS: tuple[Layout, ...] = (
-    Layout(fields=("query", "choices", "gold"), fault_of=fault_of_ranking, questions=_each(_of_choices)),
+    Layout(
+        fields=("query", "choices", "gold"),
+        fault_of=_fault_of_choices,
+        questions=_each(_of_choices),
+        optional=("group",),
+    ),
     Layout(
         fields=("question", "mc1_targets"),
         fault_of=_fault_of_targets,

@@ -87,6 +87,13 @@ def test_a_layout_is_known_by_its_fields(tmp_path: Path, record: Any, question: 
         ([3], "its first record has the fields int"),
         ([{"question": "a", "answer": "b"}, {"question": "a"}], "line 2 has no text or list in `answer`"),
         ([{"question": "a", "mc1_targets": {"x": 1, "y": 1}}], "of which one has 1"),
+        ([{"question": "a", "mc1_targets": {"x": 1, "y": 2}}], "and the others 0"),
+        ([{"question": "a", "mc1_targets": {"x": 1, "\ud800": 0}}], "has half of a surrogate pair"),
+        *(
+            ([{"question": "a", "mc1_targets": {"x": 1, "y": 0}, "mc2_targets": targets}], "`mc2_targets`")
+            for targets in (["x"], [], {"x": 0}, {"x": "1"}, {" ": 1})
+        ),
+        ([{"query": "a", "choices": ["x", "y"], "gold": 0, "group": 3}], "has no text in `group`"),
         ([{"text": "a", "label": 2, "labels": ["x", "y"]}], "has 2 in `label`"),
         ([{"premise": "a", "hypothesis": "b", "label": "no"}], "has none of entailment, not_entailment"),
         ([{"premise": "a", "hypothesis": "b", "label": ["no"]}], "has none of entailment, not_entailment"),

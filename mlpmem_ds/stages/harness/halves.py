@@ -19,23 +19,21 @@ class Halves:
         return tuple(sorted((*self.tuning, *self.reported)))
 
 
-def split_halves(prompts: Sequence[str], limit: int | None) -> Halves:
-    """Draw `limit` documents and deal them to two halves, by a hash of their prompts.
+def split_halves(groups: Sequence[str], limit: int | None) -> Halves:
+    """Draw `limit` documents and deal them to two halves, by a hash of their groups.
 
-    Files are often sorted by label, so that their first documents would be of one kind. Documents with the
-    same prompt share a half: λ is never chosen on a question that is reported.
+    Files are often sorted by label, so that their first documents would be of one kind. Documents of a group
+    share a half: λ is never chosen on a question that is reported.
 
     Args:
-        prompts: of all documents.
+        groups: of each document, a text that all documents of its group have.
         limit: of the documents that are asked; None = all.
     """
-    order = sorted(range(len(prompts)), key=lambda number: (_hash(prompts[number]), number))[:limit]
-    places = {
-        prompt: place for place, prompt in enumerate(dict.fromkeys(prompts[number] for number in order))
-    }
+    order = sorted(range(len(groups)), key=lambda number: (_hash(groups[number]), number))[:limit]
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups[number] for number in order))}
     halves: tuple[list[int], list[int]] = ([], [])
     for number in sorted(order):
-        halves[places[prompts[number]] % 2].append(number)
+        halves[places[groups[number]] % 2].append(number)
     reported, tuning = halves  # of a single document there is something to report
     return Halves(tuning=tuple(tuning), reported=tuple(reported))
 

@@ -195,22 +195,21 @@ def _each(data: Any, convert: Callable[[Record], dict[str, Any]]) -> Any:
 
 
 def _judged(data: Any, given: str, right: str, false: str, noun: str) -> Any:
-    """HaluEval: both answers of a record, each with the question whether it is made up."""
+    """HaluEval: both answers of a record, each with the question whether it is made up; they are a group."""
 
     def convert(batch: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         knowledge = batch.get("knowledge") or [""] * len(batch[given])
-        rows = [
-            _choice(
-                f"{f'Knowledge: {facts}{chr(10)}' if facts else ''}{given.replace('_', ' ').capitalize()}:"
-                f" {text}\n{noun.capitalize()}: {answer}\nDoes the {noun} contain made-up information?"
-                " Answer Yes or No:",
-                ["Yes", "No"],
-                gold,
-            )
-            for facts, text, *answers in zip(knowledge, batch[given], batch[right], batch[false], strict=True)
-            for answer, gold in zip(answers, (1, 0), strict=True)
-        ]
-        return {name: [row[name] for row in rows] for name in ("query", "choices", "gold")}
+        rows = []
+        for facts, text, *answers in zip(knowledge, batch[given], batch[right], batch[false], strict=True):
+            told = f"Knowledge: {facts}\n" if facts else ""
+            group = f"{told}{given.replace('_', ' ').capitalize()}: {text}"
+            for answer, gold in zip(answers, (1, 0), strict=True):
+                query = (
+                    f"{group}\n{noun.capitalize()}: {answer}\nDoes the {noun} contain made-up information?"
+                    " Answer Yes or No:"
+                )
+                rows.append({**_choice(query, ["Yes", "No"], gold), "group": group})
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
     return data.map(convert, batched=True, remove_columns=data.column_names)
 

@@ -108,7 +108,7 @@ def run_suite(config: Config, world: World) -> str | None:
 def draw(task: SuiteTask, limit: int | None) -> Asked:
     """At most `limit` documents of a task, in two halves."""
     documents = task.documents()
-    halves = split_halves([document.prompt for document in documents], limit)
+    halves = split_halves([document.group for document in documents], limit)
     return Asked(task=task, documents={number: documents[number] for number in halves.asked}, halves=halves)
 
 
@@ -117,7 +117,10 @@ def _hash_of(asked: Asked) -> str:
     generation = asked.task.generation
     settings = None if generation is None else [list(generation.stops), generation.max_new_tokens]
     documents = [
-        [number, [[each.context, each.continuation] for each in document.requests], dict(document.record)]
+        [
+            *(number, document.group),
+            *([[each.context, each.continuation] for each in document.requests], dict(document.record)),
+        ]
         for number, document in asked.documents.items()
     ]
     return content_hash([dict(asked.task.metadata), settings, documents])
@@ -297,9 +300,9 @@ class _Suite:
                     seconds=summary["seconds"],
                 )
             names += [name for name in lines[JOINT].weightings if name not in names]
-            scored.append(
-                score_task(asked.task.name, asked.task.metadata, lines, self._config.bootstrap_samples)
-            )
+            groups = {number: document.group for number, document in asked.documents.items()}
+            samples = self._config.bootstrap_samples
+            scored.append(score_task(asked.task.name, asked.task.metadata, lines, samples, groups=groups))
         suites = Suites(
             suites=tuple(self._config.suite),
             arms=describe_arms(self._readers, names),

@@ -9,8 +9,9 @@ D documents of a half, G weightings.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def score_task(
     metadata: Mapping[str, Any],
     readers: Mapping[str, TaskLines],
     num_resamples: int,
+    *,
+    groups: Mapping[int, str],
 ) -> TaskScores:
     """A task's figures.
 
@@ -62,6 +65,7 @@ def score_task(
         metadata: of its file.
         readers: name → its lines; base and memory are `joint`.
         num_resamples: for the intervals.
+        groups: document → its group: documents of a group are drawn together.
     """
     joint, tuned_by = readers[JOINT], metadata["tuned_by"]
     lambdas = [place for place, weight in enumerate(joint.weightings) if weight != GATE_NAME]
@@ -76,6 +80,8 @@ def score_task(
         places[GATE] = (JOINT, joint.weightings.index(GATE_NAME))
     places |= {reader: (reader, 0) for reader in readers if reader != JOINT}
     halves = [line["half"] for line in joint.lines]
+    reported_groups = [groups[line["document"]] for line in joint.lines if line["half"] == "reported"]
+    interval = partial(interval_of_change, num_resamples=num_resamples, groups=reported_groups)
     return TaskScores(
         name=name,
         title=metadata["title"],
@@ -85,8 +91,7 @@ def score_task(
         tuned_by=tuned_by,
         lmbda=float(joint.weightings[chosen]) if len(lambdas) > 1 else None,
         metrics=tuple(
-            _score_metric(metric, readers, places, lambdas, num_resamples)
-            for metric in joint.lines[0]["scores"]
+            _score_metric(metric, readers, places, lambdas, interval) for metric in joint.lines[0]["scores"]
         ),
         speeds=tuple(_speeds(readers, places)),
         seconds=sum(each.seconds for each in readers.values()),
@@ -98,7 +103,7 @@ def _score_metric(
     readers: Mapping[str, TaskLines],
     places: Mapping[str, tuple[str, int]],
     lambdas: Sequence[int],
-    num_resamples: int,
+    interval: Callable[[np.ndarray, np.ndarray], tuple[float, float]],
 ) -> SuiteMetric:
     joint = readers[JOINT]
     base_D = joint.scores(metric, "reported")[:, 0]
@@ -113,7 +118,7 @@ def _score_metric(
                 lmbda=None if weight == GATE_NAME else float(weight),
                 value=float(values_D.mean()),
                 change=float(values_D.mean() - base_D.mean()) if other else None,
-                interval=interval_of_change(base_D, values_D, num_resamples) if other else None,
+                interval=interval(base_D, values_D) if other else None,
             )
         )
     guesses = [

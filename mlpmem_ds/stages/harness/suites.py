@@ -122,6 +122,17 @@ def _choices(path: Path) -> list[dict[str, Any]]:
     return read_layout(path, ("query", "choices", "gold"), flag="--data")
 
 
+def _grouped_choices(path: Path) -> list[dict[str, Any]]:
+    records = _choices(path)
+    for number, record in enumerate(records, start=1):
+        if "group" not in record:
+            raise UserError(
+                f"--data {path}, record {number} has no `group`: give the two answers to a question the same"
+                " text there, so that λ is not chosen on one of them and reported on the other"
+            )
+    return records
+
+
 def _labels(path: Path) -> list[dict[str, Any]]:
     records = read_layout(path, ("text", "label", "labels"), flag="--data")
     return [{"text": record["text"], "label": record["label"]} for record in records]
@@ -142,6 +153,7 @@ _LAYOUTS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
     "truth": _truths,
     "targets": _targets,
     "choices": _choices,
+    "grouped choices": _grouped_choices,
     "label": _labels,
     "pair": _pairs,
     "last word": _last_words,

@@ -19,14 +19,20 @@ from mlpmem_ds.stages.report.table import aligned_columns
 _SEED = 0
 
 
-def interval_of_change(base_Q: np.ndarray, other_Q: np.ndarray, num_resamples: int) -> tuple[float, float]:
-    """95 % interval of the mean of `other - base`, by a bootstrap over the questions, the same for both."""
+def interval_of_change(
+    base_Q: np.ndarray, other_Q: np.ndarray, num_resamples: int, groups: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """95 % interval of the mean of `other - base`, by a bootstrap over the questions, the same for both.
+
+    `groups`: of each question; those of a group are drawn together. None: each is drawn for itself.
+    """
     differences_Q = other_Q - base_Q
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups or ()))}
+    group_of_Q = np.array([places[group] for group in groups]) if groups else np.arange(len(differences_Q))
+    sums_G, counts_G = np.bincount(group_of_Q, weights=differences_Q), np.bincount(group_of_Q)
     generator = np.random.default_rng(_SEED)
-    means_R = [
-        differences_Q[generator.integers(len(differences_Q), size=len(differences_Q))].mean()
-        for _ in range(num_resamples)
-    ]
+    draws = (generator.integers(len(sums_G), size=len(sums_G)) for _ in range(num_resamples))
+    means_R = [sums_G[drawn].sum() / counts_G[drawn].sum() for drawn in draws]
     low, high = np.quantile(means_R, [0.025, 0.975])
     return float(low), float(high)
 

@@ -12,7 +12,7 @@ def test_halves_are_disjoint_and_all_is_asked() -> None:
     assert halves.asked == tuple(range(31)) and len(halves.reported) == 16
 
 
-def test_the_same_prompt_stands_in_one_half() -> None:
+def test_a_group_stands_in_one_half() -> None:
     prompts = [f"question {number % 7}" for number in range(40)]
     halves = split_halves(prompts, 35)
     texts = [{prompts[number] for number in half} for half in (halves.tuning, halves.reported)]

@@ -98,6 +98,7 @@ def test_each_answer_of_halueval_is_judged() -> None:
     rows = [{"knowledge": "k", "question": "q", "right_answer": "r", "hallucinated_answer": "h"}]
     true, false = hub_records.halueval_qa(Rows(rows))
     assert true["gold"] == 1 and false["gold"] == 0 and true["choices"] == ["Yes", "No"]
+    assert true["group"] == false["group"] == "Knowledge: k\nQuestion: q"
     assert "Answer: r\n" in true["query"] and "Answer: h\n" in false["query"]
     assert true["query"].startswith("Knowledge: k\nQuestion: q\n")
     [first, _] = hub_records.halueval_summarization(

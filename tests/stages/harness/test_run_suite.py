@@ -22,6 +22,7 @@ from mlpmem_ds.formats.suites import read_suites
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.harness.config import Config
+from mlpmem_ds.stages.harness.run_suite import draw
 from mlpmem_ds.stages.harness.suites import SUITES, TASKS_FOLDER, open_suites
 
 from .conftest import local_files, write_lines
@@ -228,6 +229,12 @@ def test_a_model_without_a_memory_is_the_base_alone(
         ("boolq", {"question": "q", "answer": "yes"}, "record 1 has no true or false in `answer`"),
         ("sst2", {"text": "t"}, "has no list of two or more texts in `labels`"),
         ("cb", {"premise": "p", "hypothesis": "h", "label": 1}, "has none of entailment"),
+        ("halueval_qa", {"query": "q", "choices": ["Yes", "No"], "gold": 0}, "record 1 has no `group`"),
+        (
+            "truthfulqa_mc",
+            {"question": "q", "mc1_targets": {"x": 1, "y": 0}, "mc2_targets": {"x": 0, "y": 0}},
+            "line 1 has no texts in `mc2_targets` with 1 or 0, at least one with 1",
+        ),
     ],
 )
 def test_a_file_of_another_layout_is_refused(
@@ -236,6 +243,24 @@ def test_a_file_of_another_layout_is_refused(
     write_lines(tmp_path / f"{name}.jsonl", [record])
     with pytest.raises(UserError, match=said):
         open_suites(("paper",), tmp_path)
+
+
+@needs_harness
+def test_both_answers_to_a_question_of_halueval_stand_in_one_half(tmp_path: Path) -> None:
+    records = [
+        {
+            "query": f"Question: {number}\nAnswer: {answer}",
+            "choices": ["Yes", "No"],
+            "gold": 0,
+            "group": f"{number}",
+        }
+        for number in range(40)
+        for answer in ("r", "h")
+    ]
+    write_lines(tmp_path / "halueval_qa.jsonl", records)
+    [task] = open_suites(("paper",), tmp_path).tasks
+    halves = draw(task, None).halves
+    assert {number ^ 1 for number in halves.tuning} == {*halves.tuning} and len(halves.tuning) == 40
 
 
 @needs_harness

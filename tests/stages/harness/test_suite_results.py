@@ -33,7 +33,12 @@ def made_up(tuning: list[list[float]], reported: list[list[float]], **more: Any)
 
 
 def scored(tuning: list[list[float]], reported: list[list[float]], **more: Any) -> TaskScores:
-    return score_task("toy", METADATA, {"joint": made_up(tuning, reported, **more)}, 200)
+    lines = made_up(tuning, reported, **more)
+    return score_task("toy", METADATA, {"joint": lines}, 200, groups=each_its_own(lines))
+
+
+def each_its_own(lines: TaskLines) -> dict[int, str]:
+    return {line["document"]: str(line["document"]) for line in lines.lines}
 
 
 def test_the_choice_does_not_depend_on_the_reported_half() -> None:
@@ -67,11 +72,24 @@ def test_changes_are_paired() -> None:
     assert base.arm == "base" and base.change is None and base.lmbda == 0.0
 
 
+def test_documents_of_a_group_are_drawn_together() -> None:
+    rows = [[0.0, float(number // 2 % 2), 0.0, 0.0] for number in range(60)]
+    lines = made_up([[0.0, 1.0, 0.0, 0.0]], rows)
+    pairs = {number: str((number + 1) // 2) for number in range(61)}
+    widths = []
+    for groups in (each_its_own(lines), pairs):
+        [metric, _] = score_task("toy", METADATA, {"joint": lines}, 1000, groups=groups).metrics
+        interval = next(arm.interval for arm in metric.arms if arm.arm == "base+memory")
+        assert interval is not None and interval[0] < 0.5 < interval[1]
+        widths.append(interval[1] - interval[0])
+    assert widths[1] == pytest.approx(widths[0] * 2**0.5, rel=0.15)  # 30 draws in place of 60
+
+
 def test_other_readers_and_speeds() -> None:
     speeds = {"0": [1.0, 2.0, 40.0], "0.5": [2.0, 4.0, 40.0], "1": [2.0, 4.0, 20.0]}
     joint = made_up([[0.0, 1.0, 0.0]], [[0.0, 1.0, 0.0]], weightings=WEIGHTS[:3], **speeds)
     other = made_up([[1.0]], [[0.5]], weightings=("0",), **{"0": [4.0, 8.0, 8.0]})
-    found = score_task("toy", METADATA, {"joint": joint, "other": other}, 100)
+    found = score_task("toy", METADATA, {"joint": joint, "other": other}, 100, groups=each_its_own(joint))
     assert [arm.arm for arm in found.metrics[0].arms] == ["base", "base+memory", "memory_alone", "other"]
     assert {speed.arm: (speed.first_token_seconds, speed.tokens_per_second) for speed in found.speeds} == {
         "base": (0.5, 20.0),
