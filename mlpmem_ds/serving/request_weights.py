@@ -104,6 +104,8 @@ class RequestGate:
         """float64 [R], or [R, M] of a bank."""
         weights, own_R = self.gate(inputs), self.lmbdas_R
         if self.num_memories == 1:
+            if isinstance(weights, torch.Tensor):
+                weights = weights.to(own_R)  # fixed weights lie on the CPU, whichever device the rows are on
             return torch.where(own_R.isnan(), weights, own_R)
         if not isinstance(weights, torch.Tensor):
             weights = torch.full((self.num_memories,), weights / self.num_memories)

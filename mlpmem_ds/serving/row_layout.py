@@ -39,9 +39,19 @@ class RowLayout:
         return tuple(sorted(layers, key=lambda part: (part.point, part.layer)))
 
     def join(self, final: torch.Tensor, states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The rows [..., W] of the last state [..., D] and of the states of `sources`, of as many rows."""
+        """The rows [..., W] of the last state [..., D] and of the states of `sources`, of as many rows.
+
+        Raises RuntimeError for another number of states: `split` would cut them at wrong places.
+        """
         if not self.sources:
             return final
+        if len(states) != len(self.sources):
+            sources = ", ".join(f"{source.point} of layer {source.layer}" for source in self.sources)
+            raise RuntimeError(
+                f"the engine's base handed over {len(states)} inner states, and {len(self.sources)} are read"
+                f" ({sources}): this version of the engine is not supported with this memory; train one on"
+                " keys of extract_keys --input-point final_norm"
+            )
         return torch.cat((final, *(state.reshape(*final.shape[:-1], -1) for state in states)), dim=-1)
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -4,7 +4,11 @@ vLLM tells its logits processors which request stands in which row, before each 
 runs the model. This one changes no logits: it leaves the weights of the rows for `vllm_model`. It is asked
 for by name, and has no entry point: Model Runner V2, which has other processors, would refuse to start.
 
-    vllm serve EXPORT --logits-processors mlpmem_ds.serving.vllm_requests:RequestLambda
+    VLLM_USE_V2_MODEL_RUNNER=0 vllm serve EXPORT \
+        --logits-processors mlpmem_ds.serving.vllm_requests:RequestLambda
+
+Beam search makes new requests without the arguments of the one that asked for it, so that it runs at the
+engine's λ; nothing here is told of it.
 """
 
 from typing import Any

@@ -13,12 +13,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 START_SECONDS = 1800.0  # an engine imports gigabytes, on a machine that may be busy
 
 
 @contextmanager
 def running(words: Sequence[str], log: Path, **environment: str) -> Iterator[str]:
-    """The address of `python WORDS --port P` when it answers; it is told to end afterwards."""
+    """The address of `python WORDS --port P` when it answers; it is told to end afterwards.
+
+    Meanwhile this process, and clients made in it, ask it past any proxy that the environment names.
+    """
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -28,8 +33,11 @@ def running(words: Sequence[str], log: Path, **environment: str) -> Iterator[str
             command, stdout=written, stderr=subprocess.STDOUT, env={**os.environ, **environment}
         )
     try:
-        _wait(process, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}/v1"
+        with pytest.MonkeyPatch.context() as patched:
+            for name in ("NO_PROXY", "no_proxy"):
+                patched.setenv(name, "127.0.0.1")
+            _wait(process, f"http://127.0.0.1:{port}/health", log)
+            yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.send_signal(signal.SIGINT)
         try:

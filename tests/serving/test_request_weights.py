@@ -72,6 +72,15 @@ def test_a_request_has_the_gates_weight_or_its_own(
     assert str(both) == f"{gate}, or the request's"
 
 
+@pytest.mark.parametrize(("gate", "num_memories"), [(Weights((0.4,)), 1), (Weights((0.4, 0.2)), 2)], ids=str)
+def test_fixed_weights_go_to_the_device_of_the_rows(gate: Weights, num_memories: int) -> None:
+    """`meta` refuses to mix with the CPU as CUDA does."""
+    own_R = torch.tensor([NAN, 0.1, 0.0], dtype=torch.float64, device="meta")
+    weights = RequestGate(gate=gate, lmbdas_R=own_R, num_memories=num_memories)(GateInputs())
+    assert (weights.device.type, weights.dtype) == ("meta", torch.float64)
+    assert weights.shape == ((3,) if num_memories == 1 else (3, 2))
+
+
 def test_a_gate_of_each_row_gives_way_where_a_request_names_a_weight() -> None:
     class Rows:
         reads, history = {}, None

@@ -45,6 +45,14 @@ def test_each_state_stands_in_a_row_once_and_comes_back(
         torch.testing.assert_close(found[name], torch.cat(parts, dim=-1)[[2, 0]], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_another_number_of_states_than_are_read_is_refused(count: int) -> None:
+    layout = RowLayout(points={"a": SEVERAL, "b": MIDDLE}, width=4)
+    message = f"handed over {count} inner states, and 3 are read \\(ffn_input of layer 2, layer_output"
+    with pytest.raises(RuntimeError, match=message):
+        layout.join(torch.randn(3, 4), [torch.randn(3, 4)] * count)
+
+
 def test_the_layout_of_a_bank_and_of_a_gate_that_reads_a_state() -> None:
     config = tiny_joint("llama", num_memories=2).config
     gate = RouterGate(lmbdas=[0.2, 0.2], base_size=WIDTH, memory_sizes=[24, 20])

@@ -18,6 +18,7 @@ from mlpmem_ds.serving.request_weights import STEP
 
 from ..models.conftest import WIDTH, random_ids, spread, tiny_base, tiny_joint, tiny_memory
 from .conftest import BaseWithOutputs, engine_config
+from .toy_exports import spread_features
 
 POINTS = {
     "last": CapturePoint(layer=-1, point="final_norm"),
@@ -34,8 +35,8 @@ def served(vllm: SimpleNamespace, joint: MemoryAugmentedLM, **changes: Any) -> A
     """The export's weights in the class for vLLM."""
     model = vllm.vllm_model.MemoryAugmentedLM(vllm_config=engine_config(joint, **changes)).eval()
     loaded = model.load_weights(joint.state_dict().items())
-    missing = {name for name, _ in model.named_parameters() if not name.startswith("base.")} - loaded
-    assert not missing
+    named = [*model.named_parameters(), *model.named_buffers()]
+    assert not {name for name, _ in named if not name.startswith("base.")} - loaded
     return model
 
 
@@ -66,6 +67,16 @@ def test_logits_are_those_of_the_transformers_class(
     torch.testing.assert_close(logits_of(model), expected_of(joint), rtol=0, atol=1e-5)
 
 
+def test_a_base_that_hands_over_too_few_outputs_is_refused(vllm: SimpleNamespace) -> None:
+    class Forgetful(BaseWithOutputs):
+        def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
+            self.layers = layers[:1]
+
+    model = served(vllm, joint_at(POINTS["last-and-earlier"]), base_class=Forgetful)
+    with pytest.raises(RuntimeError, match="handed over 1 inner states, and 2 are read"):
+        logits_of(model)
+
+
 def test_logits_of_a_base_with_a_soft_cap(vllm: SimpleNamespace) -> None:
     joint = joint_at(POINTS["last"], "gemma2", logit_softcap=5.0)
     torch.testing.assert_close(logits_of(served(vllm, joint)), expected_of(joint), rtol=0, atol=1e-5)
@@ -85,6 +96,7 @@ def test_gates_and_the_base_alone(vllm: SimpleNamespace, gate: Any, threshold: f
     joint = tiny_joint("llama")
     if isinstance(gate, torch.nn.Module):
         spread(gate, 4)
+        spread_features(gate)
     joint.set_gate(gate)
     joint.base_only_threshold = threshold
     torch.testing.assert_close(logits_of(served(vllm, joint)), expected_of(joint), rtol=0, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.gates import ConfidencesGate
+from mlpmem_ds.models.gates import ConfidencesGate, LearnedGate
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -80,12 +80,19 @@ def make_export(
     if has_gate:
         gate = ConfidencesGate(lmbdas=[lmbda], hidden=8)
         _spread(gate, 5, 0.3)
+        spread_features(gate)
         joint.set_gate(gate)
     joint.base_only_threshold = threshold
     for directory, model in ((root / "export", joint), (root / "base", base)):
         model.save_pretrained(directory)
         byte_level().save_pretrained(directory)
     return Export(joint=joint, directory=root / "export", base=root / "base")
+
+
+def spread_features(gate: LearnedGate) -> None:
+    """Means and deviations far from those of a new gate: a loader that forgets its buffers shows."""
+    count = len(gate.mean)
+    gate.standardize(torch.linspace(-1.0, 1.0, count), torch.linspace(0.5, 2.0, count))
 
 
 def _base(family: str) -> PreTrainedModel:
