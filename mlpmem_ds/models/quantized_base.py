@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from .hf_config import MemoryAugmentedConfig
 
@@ -51,7 +51,7 @@ def arguments_of_load(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     given, config = arguments.get("quantization_config"), arguments.get("config")
     if given is None:
         return arguments
-    if not isinstance(config, PretrainedConfig):  # a place, or none
+    if not isinstance(config, MemoryAugmentedConfig):  # a place, or none
         origin = {key: arguments[key] for key in _ORIGIN if key in arguments}
         config = MemoryAugmentedConfig.from_pretrained(config or name, **origin)
     return {**arguments, "quantization_config": for_the_base_alone(given, config)}
