@@ -3,7 +3,6 @@ refuses."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -14,59 +13,28 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
-from transformers.utils import is_bitsandbytes_available
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.engines.tokenizer import open_encoder
 from mlpmem_ds.formats.corpus import SpecialTokens
-from mlpmem_ds.models import quantized_base
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.models.quantized_base import bits_config
 from mlpmem_ds.stages.generation.config import Config
 from mlpmem_ds.stages.generation.exported_model import load_model
 from mlpmem_ds.stages.generation.generate import _encode, _generation_config, continue_batch
 from mlpmem_ds.stages.generation.text import side_by_side
 
 from ...toy_tokenizers import KINDS
-from ..conftest import save_export
+from .conftest import LAMBDA, run_front_end
 
-ROOT = Path(__file__).parents[3]
 PROMPTS = ("alpha beta return", "in", "for value in range import é gamma")
 NEW = 12
-LAMBDA = 0.45
-
-
-@pytest.fixture(scope="module")
-def export_dir(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir: Path) -> Path:
-    return save_export(tmp_path_factory.mktemp("generate") / "export", base_dir, corpus_dir, lmbda=LAMBDA)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(export_dir: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(export_dir)
-
-
-@pytest.fixture
-def generate(export_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """generate(*flags) → standard output of the front-end on the toy export; a failure shows its message."""
-
-    def call(*words: object, model: Path = export_dir) -> str:
-        code = run_front_end("--model", model, *words)
-        captured = capsys.readouterr()
-        assert code == 0, captured.err
-        return captured.out
-
-    return call
-
-
-def run_front_end(*words: object) -> int:
-    spec = importlib.util.spec_from_file_location("generate_front_end", ROOT / "launch" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    front_end = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(front_end)
-    return int(front_end.main([str(word) for word in words]))
 
 
 @torch.no_grad()
@@ -430,35 +398,3 @@ def test_what_is_no_chat_is_refused(
     ):
         assert run_front_end("--model", export_dir, *words) == 2
         assert message in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
-def test_an_exports_base_of_8_bits(export_dir: Path, generate: Callable[..., str]) -> None:
-    model = load_model(str(export_dir), device=torch.device("cpu"), quantization=bits_config(8))
-    kinds = {type(module).__name__ for module in model.modules()}
-    assert "Linear8bitLt" in kinds and "MemoryHead" in kinds
-    assert generate("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "8bit").startswith("in")
-
-
-def test_bits_that_their_library_does_not_give_are_no_damage(
-    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ImportError("it needs a later version\nand so on")
-
-    monkeypatch.setattr(quantized_base, "find_spec", lambda _: "there")
-    monkeypatch.setattr(MemoryAugmentedLM, "from_pretrained", refuse)
-    words = ("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "4bit")
-    assert run_front_end("--model", export_dir, *words) == 2
-    said = capsys.readouterr().err
-    assert f"--base-weights: --model {export_dir} cannot be loaded so (it needs a later version): " in said
-    assert "--base-weights float" in said and "convert_checkpoint" not in said
-
-
-def test_bits_without_their_library_are_refused(
-    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(quantized_base, "find_spec", lambda _: None)
-    words = ("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "4bit")
-    assert run_front_end("--model", export_dir, *words) == 2
-    assert "--base-weights 4bit: 4-bit weights need bitsandbytes: pip install" in capsys.readouterr().err

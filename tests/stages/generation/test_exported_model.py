@@ -1,0 +1,50 @@
+"""An export whose base is loaded with few bits: by its library, without it, and where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.utils import is_bitsandbytes_available
+
+from mlpmem_ds.models import quantized_base
+from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.quantized_base import bits_config
+from mlpmem_ds.stages.generation.exported_model import load_model
+
+from .conftest import run_front_end
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+def test_an_exports_base_of_8_bits(export_dir: Path, generate: Callable[..., str]) -> None:
+    model = load_model(str(export_dir), device=torch.device("cpu"), quantization=bits_config(8))
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "Linear8bitLt" in kinds and "MemoryHead" in kinds
+    assert generate("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "8bit").startswith("in")
+
+
+def test_bits_that_their_library_does_not_give_are_no_damage(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("it needs a later version\nand so on")
+
+    monkeypatch.setattr(quantized_base, "find_spec", lambda _: "there")
+    monkeypatch.setattr(MemoryAugmentedLM, "from_pretrained", refuse)
+    words = ("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "4bit")
+    assert run_front_end("--model", export_dir, *words) == 2
+    said = capsys.readouterr().err
+    assert f"--base-weights: --model {export_dir} cannot be loaded so (it needs a later version): " in said
+    assert "--base-weights float" in said and "convert_checkpoint" not in said
+
+
+def test_bits_without_their_library_are_refused(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantized_base, "find_spec", lambda _: None)
+    words = ("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "4bit")
+    assert run_front_end("--model", export_dir, *words) == 2
+    assert "--base-weights 4bit: 4-bit weights need bitsandbytes: pip install" in capsys.readouterr().err
