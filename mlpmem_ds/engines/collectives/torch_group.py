@@ -106,8 +106,8 @@ class TorchGroup(Ranks):
 
     def fail(self, error: BaseException | None = None) -> None:
         with contextlib.suppress(RuntimeError):  # the store's keeper may be gone
-            self._store.set(f"failed/{self.rank}", json.dumps(culprits(self.rank, error)))
-            self._store.add("failures", 1)
+            number = int(self._store.add("failures", 1))
+            self._store.set(f"failed/{number}", json.dumps(culprits(self.rank, error)))
         leave_process_group()  # ends the transfers that wait for this rank
         if self.rank == 0:  # the others ask the store meanwhile
             time.sleep(_SECONDS_TO_BE_HEARD)
@@ -133,7 +133,9 @@ class TorchGroup(Ranks):
             wait_until(
                 is_over,
                 awaited=lambda: [
-                    rank for rank in range(self.size) if int(self._read(f"at/{rank}") or 0) < self._operation
+                    rank
+                    for rank, operation in enumerate(self._of_all("at"))
+                    if int(operation or 0) < self._operation
                 ],
                 sign_of=lambda rank: self._read(f"sign/{rank}"),
                 timeout_seconds=timeout_seconds,
@@ -143,21 +145,23 @@ class TorchGroup(Ranks):
 
     def _failed(self) -> list[int]:
         """The ranks that those that failed have named."""
-        if not int(self._store.add("failures", 0)):
+        count = int(self._store.add("failures", 0))
+        if not count:
             return []
-        failures = [json.loads(self._read(f"failed/{rank}") or "[]") for rank in range(self.size)]
+        said = read_known(self._store, [f"failed/{number}" for number in range(1, count + 1)])
+        failures = [json.loads(ranks) for ranks in said if ranks]  # one has its number first
         return sorted({rank for ranks in failures for rank in ranks})
 
     def _lost(self, reason: str) -> RanksLost:
         """After a transfer failed: the ranks that another one has named, or that give no sign of life for
         some seconds, or the keeper of the store."""
         try:
-            deadline, signs = time.monotonic() + _SECONDS_TO_LOOK, self._signs()
+            deadline, signs = time.monotonic() + _SECONDS_TO_LOOK, self._of_all("sign")
             while time.monotonic() < deadline:
                 if failed := self._failed():
                     return self._named(failed, "has failed")
                 time.sleep(_LONGEST_PAUSE_SECONDS)
-            silent = [rank for rank, sign in enumerate(self._signs()) if sign == signs[rank]]
+            silent = [rank for rank, sign in enumerate(self._of_all("sign")) if sign == signs[rank]]
             return self._named([rank for rank in silent if rank != self.rank], f"is gone ({reason})")
         except RuntimeError:  # the store does not answer either
             if self._rank_0_keeps_store and self.rank > 0:
@@ -173,9 +177,10 @@ class TorchGroup(Ranks):
         """As its watch has written it (rank_watch.py); "" before that."""
         return self._read(f"host/{rank}")
 
-    def _signs(self) -> list[str]:
-        """The last sign of life of each rank; in two calls, since a thousand ranks may ask at once."""
-        return read_known(self._store, [f"sign/{rank}" for rank in range(self.size)])
+    def _of_all(self, what: str) -> list[str]:
+        """What each rank has written, such as its last sign of life; in few calls, since a thousand ranks may
+        ask at once."""
+        return read_known(self._store, [f"{what}/{rank}" for rank in range(self.size)])
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))

@@ -126,6 +126,20 @@ def test_keys_that_no_rank_has_set_are_empty_and_not_waited_for() -> None:
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.parametrize("missing", [[], [0], [999], [500], range(496, 504), range(1000)])
+def test_few_keys_that_are_missing_take_few_calls(missing: Collection[int]) -> None:
+    """Every rank of a thousand asks one store."""
+    store, asked = Store(), []
+    check = store.check
+    store.check = lambda keys: asked.append(keys) or check(keys)  # type: ignore[method-assign, func-returns-value]
+    values = [str(number) if number not in missing else "" for number in range(1000)]
+    for number, value in enumerate(values):
+        if value:
+            store.set(f"sign/{number}", value)
+    assert read_known(store, [f"sign/{number}" for number in range(1000)]) == values
+    assert len(asked) <= (50 if len(missing) < 10 else 2000)
+
+
 def test_a_store_that_fails_once_ends_no_watch() -> None:
     ranks = Watched(3)
     failures = []
