@@ -45,9 +45,10 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 def test_a_name_that_nothing_has_is_said_to_be_none_first_and_the_network_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run" / "base").mkdir(parents=True)
-    assert absence_of("run/base") is None and absence_of(tmp_path) is None
+    here = tmp_path / "here"  # with no neighbours, for `../bse`
+    (here / "run" / "base").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert absence_of("run/base") is None and absence_of(here) is None
     near = "there is no such directory (did you mean run/base?), and the Hub gave no model of that name"
     assert str(absence_of("run/bse", error=OSError("refused"))).startswith(
         f"{near} (refused): check the path; of a"
@@ -57,7 +58,7 @@ def test_a_name_that_nothing_has_is_said_to_be_none_first_and_the_network_last(
     local = "there is no such directory, and it is no name of a tokenizer on the Hub: check the path"
     for name in ("/nowhere/at/all", "./bse", "../bse", "a/b/c", "~/no such place"):
         assert absence_of(name, what="tokenizer") == local
-    (tmp_path / "run" / ".export.former").mkdir()
+    (here / "run" / ".export.former").mkdir()
     killed = "no such directory, but run/.export.former: a command was killed while it replaced it"
     assert killed in str(absence_of("run/export", error=OSError("refused")))
 

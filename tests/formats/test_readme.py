@@ -20,6 +20,7 @@ from mlpmem_ds.formats.gates import GateManifest
 from mlpmem_ds.formats.index_directory import IndexManifest
 from mlpmem_ds.formats.keys import KeysManifest
 from mlpmem_ds.formats.lists_directory import ListsManifest
+from mlpmem_ds.formats.suites import SuitesManifest
 from mlpmem_ds.formats.targets import TargetAuditManifest, TargetsManifest
 from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest, MemoryManifest
 
@@ -38,6 +39,7 @@ MANIFESTS = [
     ListsManifest,
     MemoryManifest,
     ReportManifest,
+    SuitesManifest,
     TargetAuditManifest,
     TargetsManifest,
 ]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
@@ -61,7 +62,8 @@ def test_models_are_loaded_on_the_gpu_of_the_rank(
     monkeypatch.setattr(key_inputs, "TransformersSource", give)
     monkeypatch.setattr(base_arm, "TransformersSource", give)
     monkeypatch.setattr(exported_model, "load_model", give)
-    monkeypatch.setattr(exported_model, "read_export", lambda *_, **__: (None, None))
+    tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
+    monkeypatch.setattr(exported_model, "read_export", lambda *_, **__: (None, tokenizer))
     monkeypatch.setattr(run_lm_eval, "open_encoder", lambda *_, **__: None)
     monkeypatch.setattr(run_lm_eval, "require_end", lambda encoder: 0)
     monkeypatch.setattr(run_lm_eval, "load_tasks", lambda *_, **__: None)
