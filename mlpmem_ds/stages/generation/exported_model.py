@@ -36,6 +36,10 @@ from mlpmem_ds.stages.generation.options import JointOptions
 _logger = logging.getLogger(__name__)
 
 
+class QuantizationError(UserError):
+    """A model is not loaded with a base of few bits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What a joint model is made from; its weights are not read yet, but those of trained memories."""
@@ -79,8 +83,8 @@ class Source:
                 quantization_config=quantization,
             )
         except ValueError as error:
-            flag = "--model" if quantization is None else "--base-weights: --model"
-            raise UserError(f"{flag} {options.model}: {fault_of(options.model, error)}") from error
+            kind = UserError if quantization is None else QuantizationError
+            raise kind(f"--model {options.model}: {fault_of(options.model, error)}") from error
         joint = join_parts(base, parts, cast=True, threshold=options.base_only_threshold, flag="--memory")
         joint.mixture = mixture_on_device
         return joint
@@ -145,7 +149,7 @@ def load_model(
     Raises:
         DamagedDataError: it is not an export, or its files lack weights (transformers would fill them at
             random and continue).
-        UserError: the quantization's library does not take it.
+        QuantizationError: its library does not take it.
     """
     weights_dtype = DTYPES[resolve_dtype(dtype, device)]
     # A CPU needs no map, and then no accelerate.
@@ -163,10 +167,10 @@ def load_model(
         raise
     except Exception as error:  # each library under the loader raises a family of its own
         if quantization is not None:  # its files were read and compared before: it is the library's fault
-            raise UserError(
-                f"--base-weights: --model {name} cannot be loaded so ({first_line(error)}): bitsandbytes must"
-                " be of a version that transformers takes, and know the device (--device); --base-weights"
-                " float does without"
+            raise QuantizationError(
+                f"--model {name} cannot be loaded with this quantization ({first_line(error)}): its library"
+                " must be of a version that transformers takes, and know the device; in floats the base"
+                " needs none"
             ) from error
         raise DamagedDataError(f"--model {name} cannot be loaded ({error}): {remedy}") from error
     model, report = loaded

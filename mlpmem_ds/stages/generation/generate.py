@@ -31,7 +31,12 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.models.quantized_base import bits_config
 from mlpmem_ds.stages.generation.config import Config
-from mlpmem_ds.stages.generation.exported_model import open_source, settings_of_export
+from mlpmem_ds.stages.generation.exported_model import (
+    QuantizationError,
+    Source,
+    open_source,
+    settings_of_export,
+)
 from mlpmem_ds.stages.generation.prompts import read_conversations, read_prompts
 from mlpmem_ds.stages.generation.text import Writer, side_by_side, text_after
 from mlpmem_ds.stages.shared_flags import device_map_of
@@ -65,12 +70,7 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     )
     prompts, further_end = _rendered(encoder, config, asked)
     ids = _encode(encoder, prompts, context, config.max_new_tokens)
-    model = source.load(
-        device=device_of_rank(config.device, world),
-        dtype=config.dtype,
-        device_map=device_map_of(config.device_map),
-        quantization=_quantization(config),
-    )
+    model = _load(config, source, world)
     if config.memory_weights == "int8":
         model.quantize_memory()
     gate = model.gate if config.lmbda is None else Constant(config.lmbda)
@@ -163,6 +163,18 @@ def own_settings(model: Any, generation: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
+
+
+def _load(config: Config, source: Source, world: World) -> MemoryAugmentedLM:
+    try:
+        return source.load(
+            device=device_of_rank(config.device, world),
+            dtype=config.dtype,
+            device_map=device_map_of(config.device_map),
+            quantization=_quantization(config),
+        )
+    except QuantizationError as error:
+        raise UserError(f"--base-weights {config.base_weights}: {error}") from error
 
 
 def _quantization(config: Config) -> BitsAndBytesConfig | None:

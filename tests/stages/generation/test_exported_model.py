@@ -1,4 +1,4 @@
-"""An export whose base is loaded with few bits: by its library, without it, and where that fails."""
+"""Loading an export: what is damaged is told from what a library does not do; bases of few bits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers.utils import is_bitsandbytes_available
 
+from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.models import quantized_base
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.quantized_base import bits_config
-from mlpmem_ds.stages.generation.exported_model import load_model
+from mlpmem_ds.stages.generation.exported_model import QuantizationError, load_model
 
 from .conftest import run_front_end
 
@@ -26,19 +27,18 @@ def test_an_exports_base_of_8_bits(export_dir: Path, generate: Callable[..., str
     assert generate("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "8bit").startswith("in")
 
 
-def test_bits_that_their_library_does_not_give_are_no_damage(
-    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bits_that_their_library_does_not_give_are_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("it needs a later version\nand so on")
 
-    monkeypatch.setattr(quantized_base, "find_spec", lambda _: "there")
     monkeypatch.setattr(MemoryAugmentedLM, "from_pretrained", refuse)
-    words = ("--prompt", "in", "--max-new-tokens", 4, "--base-weights", "4bit")
-    assert run_front_end("--model", export_dir, *words) == 2
-    said = capsys.readouterr().err
-    assert f"--base-weights: --model {export_dir} cannot be loaded so (it needs a later version): " in said
-    assert "--base-weights float" in said and "convert_checkpoint" not in said
+    with pytest.raises(DamagedDataError, match="a cannot be loaded (?s:.*): run tools/convert_checkpoint"):
+        load_model("a", device=torch.device("cpu"))
+    with pytest.raises(QuantizationError) as raised:
+        load_model("a", device=torch.device("cpu"), quantization={"load_in_4bit": True})
+    said = str(raised.value)
+    assert said.startswith("--model a cannot be loaded with this quantization (it needs a later version): ")
+    assert "in floats" in said and "convert_checkpoint" not in said
 
 
 def test_bits_without_their_library_are_refused(
