@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     _Harness = Any
 else:
     _Harness = object
-INSTALL = 'pip install "lm_eval>=0.4.13"'
+INSTALL = 'pip install "lm_eval>=0.4.13,<0.5"'
 _logger = logging.getLogger(__name__)
 
 

@@ -29,6 +29,8 @@ from mlpmem_ds.formats.weight_shards import fault_of_weights
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+NO_LIMIT = 1 << 30
+"""tokens that a model reads, where its configuration names no limit"""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -57,7 +59,7 @@ def _tokenizer_of(name_or_path: str, path: Path, flag: str) -> Tokenizer:
 def max_context_of(config: PretrainedConfig) -> int:
     """The most tokens that a model reads at once; practically endless where its configuration names no
     limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
 
 def check_generation_file(name_or_path: str, *, flag: str = "--model") -> None:

@@ -5,7 +5,8 @@ business here: every λ of a mixture is scored from one forward pass, which its 
 ours: a task may read records of a local file in the place of its data set on the Hub, and an unconditional
 request (an empty context) of a task that names a `domain` is asked after that text.
 
-`metadata` of a task's file: `title`; `layout`, of its local records; `begin_tokens`, whether the tokenizer's
+`metadata` of a task's file: `title`; `layout`, of its local records; `label_names`, of the classes in such a
+file, in the order of the choices; `begin_tokens`, whether the tokenizer's
 begin tokens stand before a prompt; `tuned_by`, the metric by which λ is chosen; `chance`, how it is reckoned;
 `domain`, the text for the second term of domain-conditional PMI.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError, first_line
-from mlpmem_ds.engines.lm_eval import require_harness
+from mlpmem_ds.engines.lm_eval import INSTALL, require_harness
 
 Result = tuple[float, bool] | str
 """of a request: log-probability and whether it is the likeliest; or the text"""
@@ -78,10 +79,16 @@ def read_task_file(path: Path) -> TaskFile:
     """Read a task's file and those that it includes.
 
     Raises:
-        UserError: the harness is not installed.
+        UserError: the harness is not installed, or of a release that reads such files in another way.
     """
     require_harness()
-    from lm_eval.tasks._yaml_loader import load_yaml
+    try:
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ImportError as error:
+        raise UserError(
+            f"--suite: this release of the lm-evaluation-harness reads tasks in another way ({error}):"
+            f" {INSTALL}"
+        ) from error
 
     return TaskFile(name=path.stem, config=load_yaml(path))
 
@@ -150,11 +157,16 @@ class SuiteTask:
             raise UserError(_wrong_label(self.name, number))
 
 
+class MissingDataSetError(UserError):
+    """The Hub does not give a task's data set."""
+
+
 def open_task(file: TaskFile, records: Sequence[Mapping[str, Any]] | None) -> SuiteTask:
     """A task with these records, or (None) with its data set of the Hub.
 
     Raises:
-        UserError: the data set cannot be had.
+        MissingDataSetError: the data set cannot be had.
+        UserError: a record's label is not one of the choices.
     """
     from lm_eval.tasks import TaskManager
 
@@ -173,9 +185,9 @@ def open_task(file: TaskFile, records: Sequence[Mapping[str, Any]] | None) -> Su
             raise UserError(_wrong_label(file.name, 0)) from error
         if records is not None:
             raise
-        raise UserError(
-            f"task {file.name}: its data set {config['dataset_path']} cannot be loaded"
-            f" ({first_line(error)}): give --data DIR with local files, or check the network"
+        raise MissingDataSetError(
+            f"its data set {config['dataset_path']} cannot be loaded from the Hub ({first_line(error)}):"
+            " check the network; where its terms have to be accepted, do so on its page, then `hf auth login`"
         ) from error
     return SuiteTask(file, task)
 

@@ -67,7 +67,10 @@ class SuiteSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """A task: its documents in each half, the metric by which λ was chosen, and that λ (null: no memory)."""
+    """A task: its documents in each half, the metric by which λ was chosen, and that λ (null: no memory).
+
+    `cut`: reader → documents of both halves whose prompt lost its beginning, being longer than it reads.
+    """
 
     name: str
     title: str
@@ -79,6 +82,7 @@ class TaskScores:
     metrics: tuple[SuiteMetric, ...]
     speeds: tuple[SuiteSpeed, ...]
     seconds: float
+    cut: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)

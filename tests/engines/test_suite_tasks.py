@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines import lm_eval as engine
-from mlpmem_ds.engines.suite_tasks import Request, SuiteTask, open_task, read_task_file
+from mlpmem_ds.engines.suite_tasks import MissingDataSetError, Request, SuiteTask, open_task, read_task_file
 
 FOLDER = Path(__file__).parents[2] / "mlpmem_ds" / "stages" / "harness" / "tasks"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.yaml"))
@@ -82,6 +83,8 @@ def test_choices_and_last_words() -> None:
     assert asked(last) == [('a "b\nc', " d")] and last.asks_for_greedy
     [document] = last.documents()
     assert last.scores(document, [(-1.0, True)]) == {"acc": 1.0}
+    for text in ("hello\nworld", "hello \t world \n"):
+        assert asked(opened("lambada", {"text": text})) == [("hello", " world")]
     pair = opened("cb", {"premise": "p", "hypothesis": "h", "label": 2})
     assert asked(pair)[2][1] == " neither" and asked(pair)[3] == (" the answer is:", " true")
 
@@ -102,8 +105,18 @@ def test_data_that_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"baber/piqa cannot be loaded \(no network\): give --data DIR"):
+    said = r"its data set baber/piqa cannot be loaded from the Hub \(no network\): check .*`hf auth login`"
+    with pytest.raises(MissingDataSetError, match=said):
         open_task(read_task_file(FOLDER / "piqa.yaml"), None)
+
+
+@needs_harness
+def test_another_release_of_the_harness_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks._yaml_loader", None)
+    with pytest.raises(
+        UserError, match=r"this release of the lm-evaluation-harness .*: pip install \"lm_eval"
+    ):
+        read_task_file(FOLDER / "piqa.yaml")
 
 
 def test_without_the_harness_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ The tasks that papers report, `--suite`:
     hub_records    data sets of the Hub → the fields that the tasks read
     task_scores    scores that the harness has not, and what guessing would score
     halves         which documents are asked; on which half λ is chosen, which is reported
+    lengths        whether answers and choices fit into what a model reads
     grid_scores    a context and its continuations → log-probabilities at every λ, from one forward pass
     readers        who answers: base and memory, the base with passages, controls
     run_suite      the stage: a unit is a task and a reader

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.models.mixture import NOTHING, GateInputs, Grid, StoredGate, log_mixture
 from mlpmem_ds.stages.questions.answering import Answerer, cut_ids
@@ -45,6 +46,8 @@ class GridScore:
 
     log_probabilities: tuple[float, ...]
     is_greedy: tuple[bool, ...]
+    is_cut: bool
+    """whether the context lost its beginning"""
 
 
 @torch.no_grad()
@@ -64,18 +67,23 @@ def score_continuations(
         continuations: texts, with the blank before them.
         weighting: of base and memory.
         with_greedy: also look for the likeliest tokens, which takes the whole vocabulary for each weight.
+
+    Raises:
+        UserError: a continuation is longer than the model reads.
     """
     pairs = [encode_pair(answerer.encoder, context, text) for text in continuations]
-    room = answerer.context - 1 - len(answerer.encoder.begin_ids)
-    afters = [after[:room] for _, after in pairs]
-    before = cut_ids(pairs[0][0], answerer.context - max(map(len, afters)), answerer.encoder)
+    afters = [after for _, after in pairs]
+    room = answerer.context - max(map(len, afters))
+    if room <= len(answerer.encoder.begin_ids):
+        raise UserError(too_long(max(map(len, afters)), answerer.context))
+    before = cut_ids(pairs[0][0], room, answerer.encoder)
     model = answerer.model
     passes: list[tuple[tuple[float, ...], list[_Opinion]]] = []
     shown = _Shown() if hasattr(model, "set_gate") else None
-    with _gate_of(model, shown, threshold=None):
+    with mixed_by(model, shown, threshold=None):
         passes.append((weighting.lambdas, _Reading(model, shown).opinions(before, afters)))
     if weighting.gate is not None:
-        with _gate_of(model, weighting.gate, threshold=model.base_only_threshold):
+        with mixed_by(model, weighting.gate, threshold=model.base_only_threshold):
             passes.append(((0.0,), _Reading(model, None).opinions(before, afters)))
     scores = []
     for number, after in enumerate(afters):
@@ -85,8 +93,17 @@ def score_continuations(
             found = _mixed(opinions[number], after, lambdas, with_greedy)
             logs += found[0]
             greedy += found[1]
-        scores.append(GridScore(log_probabilities=tuple(logs), is_greedy=tuple(greedy)))
+        is_cut = len(pairs[0][0]) > room
+        scores.append(GridScore(log_probabilities=tuple(logs), is_greedy=tuple(greedy), is_cut=is_cut))
     return scores
+
+
+def too_long(num_tokens: int, context: int) -> str:
+    """What is wrong with a continuation that leaves no room for a context."""
+    return (
+        f"a choice has {num_tokens:,} tokens, and the model reads {context:,} with the question: shorten it,"
+        " or leave the record out"
+    )
 
 
 _Opinion = tuple[torch.Tensor, torch.Tensor | None]
@@ -193,7 +210,7 @@ class _Shown:
 
 
 @contextlib.contextmanager
-def _gate_of(model: Any, gate: StoredGate | None, *, threshold: float | None) -> Iterator[None]:
+def mixed_by(model: Any, gate: StoredGate | None, *, threshold: float | None) -> Iterator[None]:
     """Let base and memory have this gate and threshold for a while; None: a model without a memory."""
     if gate is None:
         yield

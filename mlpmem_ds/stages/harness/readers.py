@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.model_files import fingerprint_model
-from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder
+from mlpmem_ds.engines.model_files import NO_LIMIT, fingerprint_model, max_context_of
+from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
 from mlpmem_ds.models.mixture import Constant, Grid
 from mlpmem_ds.stages.generation.exported_model import Source, open_source
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.grid_scores import GATE_NAME, Weighting
+from mlpmem_ds.stages.harness.lengths import Room
 from mlpmem_ds.stages.questions.answering import Answerer
 from mlpmem_ds.stages.questions.arms import BASE, MEMORY, RAG, is_export, load_plain, ready_answerer
 from mlpmem_ds.stages.questions.config import control_models
@@ -105,6 +108,21 @@ class Models:
             if parts.gate is not None:
                 found["gate"] = parts.gate.sha256
         return found
+
+    def room(self, reader: Reader) -> Room:
+        """How the reader's model reads, without its weights."""
+        if reader.flag == "--model" and self._source is not None:
+            tokenizer, context = self._source.tokenizer, self._source.context or NO_LIMIT
+        else:
+            tokenizer = load_tokenizer(reader.model, flag=reader.flag)
+            name = str(Path(reader.model).expanduser()) if reader.model.startswith("~") else reader.model
+            context = max_context_of(AutoConfig.from_pretrained(name, trust_remote_code=False))
+        encoder = open_encoder(
+            tokenizer,
+            label=f"the tokenizer of {reader.flag}",
+            special_tokens=self._config.special_tokens,
+        )
+        return Room(flag=reader.flag, encoder=encoder, context=context)
 
     def of(self, reader: Reader, *, begin_tokens: bool) -> Answerer:
         """The reader's model, ready to answer prompts with the tokenizer's begin tokens, or without them."""

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,8 +30,9 @@ from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.suites import Suites, SuitesManifest, write_suites
 from mlpmem_ds.models.mixture import Constant
 from mlpmem_ds.stages.harness.config import Config
-from mlpmem_ds.stages.harness.grid_scores import Weighting, score_continuations
+from mlpmem_ds.stages.harness.grid_scores import GATE_NAME, Weighting, mixed_by, score_continuations
 from mlpmem_ds.stages.harness.halves import Halves, split_halves
+from mlpmem_ds.stages.harness.lengths import check_room
 from mlpmem_ds.stages.harness.readers import JOINT, Models, Reader, describe_arms, list_readers
 from mlpmem_ds.stages.harness.suite_page import page_of
 from mlpmem_ds.stages.harness.suite_results import TaskLines, read_lines, score_task
@@ -85,13 +87,18 @@ def run_suite(config: Config, world: World) -> str | None:
         require_bm25s()
         corpus = open_corpus(config.passages, "train", flag="--passages")
     inputs = {f"task-{each.task.name}": _hash_of(each) for each in asked}
+    hashes = models.hashes(readers)
+    for reader in readers:
+        room = models.room(reader)
+        for each in asked:
+            check_room(each.task, each.documents.values(), room, config.max_new_tokens)
     directory = open_stage(
         config.output,
         stage=SuitesManifest.FORMAT,
         version=SuitesManifest.VERSION,
         config=config,
         inputs={
-            **models.hashes(readers),
+            **hashes,
             **inputs,
             **({} if corpus is None else {"passages": corpus.sha256}),
         },
@@ -192,8 +199,18 @@ class _Suite:
                 )
                 whole = {"document": number, "half": half, **line, "chance": guess}
                 stream.write(json.dumps(whole, ensure_ascii=False) + "\n")
+        if num_cut := sum(line["cut"] for line in lines.values()):
+            _logger.warning(
+                "%s: %d of %d prompts are longer than the model reads: their beginning was cut off",
+                name, num_cut, len(lines),
+            )  # fmt: skip
         seconds = time.perf_counter() - start
-        return {"weightings": list(weighting.names), "seconds": seconds, "speeds": speeds}
+        return {
+            "weightings": list(weighting.names),
+            "seconds": seconds,
+            "speeds": speeds,
+            "num_cut": num_cut,
+        }
 
     def _score_choices(
         self, unit: Unit, answerer: Answerer, weighting: Weighting
@@ -223,7 +240,10 @@ class _Suite:
             each = [
                 task.scores(document, results_at(document, place)) for place in range(len(weighting.names))
             ]
-            lines[number] = {"scores": _by_metric(task, each)}
+            is_cut = any(
+                found[request.context, request.continuation or ""].is_cut for request in document.requests
+            )
+            lines[number] = {"scores": _by_metric(task, each), "cut": is_cut}
             self._progress.advance(1, task.name)
         return lines
 
@@ -237,17 +257,16 @@ class _Suite:
         prompts, searched = self._prompts(unit, answerer, limit)
         answers: dict[int, list[Answer]] = {number: [] for number in documents}
         for name in weighting.names:
-            if hasattr(answerer.model, "set_gate"):
-                gate = weighting.gate if name not in _numbers(weighting) else Constant(float(name))
-                assert gate is not None
-                answerer.model.set_gate(gate)
-            for some in _batches(list(documents), self._config.batch_size):
-                asked = [prompts[number] for number in some]
-                for number, one in zip(
-                    some, answer(answerer, asked, limit, stops=generation.stops), strict=True
-                ):
-                    answers[number].append(one)
-                self._progress.advance(0, f"{task.name}, λ = {name}")
+            with _weighted(answerer.model, weighting, name):
+                # The first batch of all is slower than the others: one is asked that is not timed.
+                first_batch = [prompts[number] for number in list(documents)[: self._config.batch_size]]
+                answer(answerer, first_batch, min(limit, 2), stops=generation.stops)
+                for some in _batches(list(documents), self._config.batch_size):
+                    asked = [prompts[number] for number in some]
+                    found = answer(answerer, asked, limit, stops=generation.stops)
+                    for number, one in zip(some, found, strict=True):
+                        answers[number].append(one)
+                    self._progress.advance(0, f"{task.name}, λ = {name}")
         speeds = {}
         for place, name in enumerate(weighting.names):
             own = [each[place] for each in answers.values()]
@@ -258,7 +277,8 @@ class _Suite:
         for number, document in documents.items():
             texts = [one.text for one in answers[number]]
             each = [task.scores(document, [text]) for text in texts]
-            lines[number] = {"answers": texts, "scores": _by_metric(task, each)}
+            is_cut = any(one.is_cut for one in answers[number])
+            lines[number] = {"answers": texts, "scores": _by_metric(task, each), "cut": is_cut}
             self._progress.advance(1, task.name)
         return lines, speeds
 
@@ -298,6 +318,7 @@ class _Suite:
                     lines=read_lines(root / unit.file),
                     speeds=summary["speeds"],
                     seconds=summary["seconds"],
+                    num_cut=summary["num_cut"],
                 )
             names += [name for name in lines[JOINT].weightings if name not in names]
             groups = {number: document.group for number, document in asked.documents.items()}
@@ -320,8 +341,14 @@ class _Suite:
         )
 
 
-def _numbers(weighting: Weighting) -> tuple[str, ...]:
-    return weighting.names[: len(weighting.lambdas)]
+def _weighted(model: Any, weighting: Weighting, name: str) -> AbstractContextManager[None]:
+    """Let base and memory be mixed as the weighting of this name says: a number, without a threshold, so that
+    it is what a choice is scored by; or the model's own gate and threshold."""
+    if not hasattr(model, "set_gate"):
+        return mixed_by(model, None, threshold=None)
+    if name == GATE_NAME:
+        return mixed_by(model, weighting.gate, threshold=model.base_only_threshold)
+    return mixed_by(model, Constant(float(name)), threshold=None)
 
 
 def _by_metric(task: SuiteTask, each: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

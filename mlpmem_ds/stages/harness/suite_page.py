@@ -17,10 +17,14 @@ _METRICS = {"acc": "accuracy", "acc_bytes": "accuracy a byte", "acc_mutual_info"
 def page_of(suites: Suites) -> str:
     """The page, in Markdown."""
     parts = [f"# Suites: {', '.join(suites.suites)}", _introduction(suites), _scores(suites)]
+    if others := [arm for arm in suites.arms if arm not in (BASE, MEMORY)]:
+        parts += ["## Changes of the other arms", _CHANGES, _changes(suites, others)]
     if any(arm == MEMORY for arm in suites.arms):
         parts += ["## λ of each task", _lambdas(suites)]
     if any(task.speeds for task in suites.tasks):
         parts += ["## Speed", _SPEED, _speeds(suites)]
+    if cut := _cut(suites):
+        parts += ["## Cut off", _CUT, cut]
     parts += ["## Arms", "\n".join(f"- `{name}`: {words}" for name, words in suites.arms.items())]
     if suites.left_out:
         reasons = "\n".join(f"- {name}: {reason}" for name, reason in suites.left_out.items())
@@ -28,6 +32,8 @@ def page_of(suites: Suites) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_CHANGES = "From the base, by the metric by which λ was chosen, with the 95 % interval."
+_CUT = "Documents whose prompt is longer than the model reads, so that its beginning was cut off:"
 _SPEED = (
     "Mean time from the prompt to the first token, with the search for passages, and tokens a second of whole"
     " answers; of a batch where several are asked at a time."
@@ -131,6 +137,23 @@ def _speeds(suites: Suites) -> str:
         for number, speed in enumerate(task.speeds)
     ]
     return markdown_table(["task", "arm", "first token", "tokens/s"], rows)
+
+
+def _cut(suites: Suites) -> str:
+    return "\n".join(
+        f"- {task.title}, {reader}: {count:,} of {task.tuning + task.reported:,}"
+        for task in suites.tasks
+        for reader, count in task.cut.items()
+    )
+
+
+def _changes(suites: Suites, names: Sequence[str]) -> str:
+    """Of the arms whose change the first table has no room for."""
+    rows = []
+    for task in suites.tasks:
+        arms = {arm.arm: arm for arm in _in_order(task)[0].arms}
+        rows.append([task.title, *(_change(arms.get(name)) for name in names)])
+    return markdown_table(["task", *(name.replace("_", " ") for name in names)], rows)
 
 
 def _in_order(task: TaskScores) -> list[SuiteMetric]:

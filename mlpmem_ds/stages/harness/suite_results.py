@@ -33,6 +33,8 @@ class TaskLines:
     lines: Sequence[Mapping[str, Any]]
     speeds: Mapping[str, Sequence[float]]
     seconds: float
+    num_cut: int
+    """documents whose prompt lost its beginning"""
 
     def scores(self, metric: str, half: str) -> np.ndarray:
         """float64 [D, G]."""
@@ -95,6 +97,7 @@ def score_task(
         ),
         speeds=tuple(_speeds(readers, places)),
         seconds=sum(each.seconds for each in readers.values()),
+        cut={reader: each.num_cut for reader, each in readers.items() if each.num_cut},
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.suite_tasks import SuiteTask, TaskFile, open_task, read_task_file
+from mlpmem_ds.engines.suite_tasks import MissingDataSetError, SuiteTask, TaskFile, open_task, read_task_file
 from mlpmem_ds.formats.question_files import as_list, fault_of_question, read_layout, read_records
 from mlpmem_ds.stages.harness.config import Suite
 from mlpmem_ds.stages.harness.hub_records import truthful_record
@@ -36,7 +36,6 @@ SUITES: Mapping[str, tuple[str, ...]] = {
 }
 """suite → tasks. `paper`: what the papers on MLP Memory and its neighbours report, with `nine`, the tasks
 that are scored by domain-conditional PMI; `at-scale`: of Memory Decoder at Scale."""
-_VERDICTS = {"entailment": 0, "contradiction": 1, "not_entailment": 1, "neutral": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +50,24 @@ def open_suites(suites: Sequence[Suite], data: Path | None) -> Chosen:
     """The tasks of the suites, each once, from the files of a directory, or (None) from the Hub.
 
     Raises:
-        UserError: the harness is missing; a file cannot be read; the directory has none of the files; a data
-            set of the Hub cannot be had.
+        UserError: the harness is missing; a file cannot be read; the directory has none of the files, or the
+            Hub none of the data sets.
     """
     names = list(dict.fromkeys(name for suite in suites for name in SUITES[suite]))
     files = [read_task_file(TASKS_FOLDER / f"{name}.yaml") for name in names]
+    tasks, left_out = list[SuiteTask](), dict[str, str]()
     if data is None:
-        return Chosen(tasks=tuple(open_task(file, None) for file in files), left_out={})
-    tasks, left_out = [], {}
+        for file in files:
+            try:
+                tasks.append(open_task(file, None))
+            except MissingDataSetError as error:
+                left_out[file.name] = str(error)
+        if not tasks:
+            name, reason = next(iter(left_out.items()))
+            raise UserError(
+                f"no task of --suite can be had; {name}: {reason}; or give --data DIR, local files"
+            )
+        return Chosen(tasks=tuple(tasks), left_out=left_out)
     for file in files:
         path = _local_file(data, file.name)
         if "layout" not in file.metadata:
@@ -92,15 +101,15 @@ def read_local(path: Path, file: TaskFile) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, or a line is not of the task's layout.
     """
-    return _LAYOUTS[file.metadata["layout"]](path)
+    return _LAYOUTS[file.metadata["layout"]](path, file)
 
 
-def _open_questions(path: Path) -> list[dict[str, Any]]:
+def _open_questions(path: Path, _: TaskFile) -> list[dict[str, Any]]:
     records = read_records(path, "--data", ("question", "answer"), fault_of_question)
     return [{**record, "answer": as_list(record["answer"])} for record in records]
 
 
-def _truths(path: Path) -> list[dict[str, Any]]:
+def _truths(path: Path, _: TaskFile) -> list[dict[str, Any]]:
     records = read_layout(path, ("question", "answer"), flag="--data")
     for number, record in enumerate(records, start=1):
         if not isinstance(record["answer"], bool):
@@ -108,7 +117,7 @@ def _truths(path: Path) -> list[dict[str, Any]]:
     return [{"passage": "", **record} for record in records]
 
 
-def _targets(path: Path) -> list[dict[str, Any]]:
+def _targets(path: Path, _: TaskFile) -> list[dict[str, Any]]:
     records = read_layout(path, ("question", "mc1_targets"), flag="--data")
     return [
         truthful_record(
@@ -118,12 +127,12 @@ def _targets(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _choices(path: Path) -> list[dict[str, Any]]:
+def _choices(path: Path, _: TaskFile) -> list[dict[str, Any]]:
     return read_layout(path, ("query", "choices", "gold"), flag="--data")
 
 
-def _grouped_choices(path: Path) -> list[dict[str, Any]]:
-    records = _choices(path)
+def _grouped_choices(path: Path, file: TaskFile) -> list[dict[str, Any]]:
+    records = _choices(path, file)
     for number, record in enumerate(records, start=1):
         if "group" not in record:
             raise UserError(
@@ -133,22 +142,42 @@ def _grouped_choices(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _labels(path: Path) -> list[dict[str, Any]]:
-    records = read_layout(path, ("text", "label", "labels"), flag="--data")
-    return [{"text": record["text"], "label": record["label"]} for record in records]
+def _labels(path: Path, file: TaskFile) -> list[dict[str, Any]]:
+    """A label is known by its name, in whichever order a record has the names."""
+    names = file.metadata["label_names"]
+    words = [*enumerate(file.config["doc_to_choice"]), *enumerate(names)]
+    places = {text.casefold(): place for place, text in words}
+    found = []
+    for number, record in enumerate(read_layout(path, ("text", "label", "labels"), flag="--data"), start=1):
+        classes = [places.get(name.strip().casefold(), -1) for name in record["labels"]]
+        if sorted(classes) != list(range(len(names))):
+            raise UserError(
+                f"--data {path}, record {number} has the labels {', '.join(record['labels'])}, and task"
+                f" {file.name} asks for {', '.join(names)}: rename them, or give the task's own file"
+            )
+        found.append({"text": record["text"], "label": classes[record["label"]]})
+    return found
 
 
-def _pairs(path: Path) -> list[dict[str, Any]]:
+def _pairs(path: Path, file: TaskFile) -> list[dict[str, Any]]:
+    names, found = file.metadata["label_names"], []
     records = read_layout(path, ("premise", "hypothesis", "label"), flag="--data")
-    return [{**record, "label": _VERDICTS[record["label"]]} for record in records]
+    for number, record in enumerate(records, start=1):
+        if record["label"] not in names:
+            raise UserError(
+                f"--data {path}, record {number} has the label {record['label']}, and task {file.name} asks"
+                f" for {', '.join(names)}: give the task's own file"
+            )
+        found.append({**record, "label": names.index(record["label"])})
+    return found
 
 
-def _last_words(path: Path) -> list[dict[str, Any]]:
+def _last_words(path: Path, _: TaskFile) -> list[dict[str, Any]]:
     records = read_layout(path, ("text",), flag="--data")
     return [{"text": record["text"].rstrip()} for record in records]
 
 
-_LAYOUTS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
+_LAYOUTS: Mapping[str, Callable[[Path, TaskFile], list[dict[str, Any]]]] = {
     "open": _open_questions,
     "truth": _truths,
     "targets": _targets,

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.engines.tokenizer import TextEncoder
 from mlpmem_ds.models.generation_settings import end_tokens
@@ -45,6 +46,8 @@ class Answer:
     num_tokens: int
     first_token_seconds: float
     seconds: float
+    is_cut: bool
+    """whether the prompt lost its beginning"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +65,15 @@ def answer(
     """Go on with each prompt of a batch, greedily, to the first of these texts after one that is not blank.
 
     The time to the first token is the batch's, and each answer has an equal share of its seconds.
+
+    Raises:
+        UserError: the model reads too few tokens for a prompt and an answer.
     """
-    ids = [
-        cut_ids(row, answerer.context - max_new_tokens, answerer.encoder)
-        for row in answerer.encoder.encode_prompts(list(prompts))
-    ]
+    room = answerer.context - max_new_tokens
+    if room <= len(answerer.encoder.begin_ids):
+        raise UserError(no_room_for_answers(max_new_tokens, answerer.context))
+    whole = answerer.encoder.encode_prompts(list(prompts))
+    ids = [cut_ids(row, room, answerer.encoder) for row in whole]
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **answerer.tokens)
     tokens_BS, mask_BS = padded_on_the_left(ids, generation.pad_token_id, answerer.model.device)
     num_given, ends = tokens_BS.shape[1], end_tokens(generation.eos_token_id)
@@ -82,7 +89,7 @@ def answer(
         )
     answers = []
     rows = generated[:, num_given:].tolist()
-    for prompt, row, length in zip(ids, rows, ends_of_answers.lengths, strict=True):
+    for given, prompt, row, length in zip(whole, ids, rows, ends_of_answers.lengths, strict=True):
         row = row[:length]  # what follows in a batch is padding
         stop = next((at for at, token in enumerate(row) if token in ends), len(row))
         answers.append(
@@ -91,9 +98,18 @@ def answer(
                 num_tokens=min(stop + 1, len(row)),
                 first_token_seconds=clock.times[0],
                 seconds=clock.times[-1] / len(ids),
+                is_cut=len(given) > room,
             )
         )
     return answers
+
+
+def no_room_for_answers(max_new_tokens: int, context: int) -> str:
+    """What is wrong with answers that leave no room for a question."""
+    return (
+        f"answers have up to {max_new_tokens:,} tokens, and the model reads {context:,} with the question:"
+        " give a smaller --max-new-tokens"
+    )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.engines.tokenizer import open_encoder
 from mlpmem_ds.models.gates import ConfidencesGate
@@ -18,6 +19,8 @@ from mlpmem_ds.models.mixture import Constant, Weights
 from mlpmem_ds.stages.harness.grid_scores import Weighting, score_continuations
 from mlpmem_ds.stages.questions.answering import Answerer
 from mlpmem_ds.stages.questions.arms import ready_answerer
+
+from .conftest import WORDS
 
 LAMBDAS = (0.0, 0.3, 1.0)
 CONTINUATIONS = [" alpha", " in range gamma", " é é value index", " beta"]
@@ -69,19 +72,22 @@ def test_each_weight_is_what_the_model_itself_says(export_dir: Path, context: st
 def test_the_likeliest_token_is_found_at_each_weight(export_dir: Path) -> None:
     model = MemoryAugmentedLM.from_pretrained(export_dir)
     answerer = answerer_of(export_dir, model)
-    tokenizer = answerer.encoder.tokenizer
-    likeliest = []
-    for weight in (0.0, 1.0):
-        model.lmbda = weight
-        with torch.no_grad():
-            logits = model(torch.tensor([encode_pair(answerer.encoder, "for", " x")[0]])).logits[0, -1]
-        likeliest.append(tokenizer.decode([int(logits.argmax())]))
-    for place, text in enumerate(likeliest):
-        if len(encode_pair(answerer.encoder, "for", text)[1]) == 1:
-            [one] = score_continuations(
-                answerer, "for", [text], Weighting(lambdas=(0.0, 1.0)), with_greedy=True
-            )
-            assert one.is_greedy[place]
+    texts = [f" {word}" for word in (*WORDS, "in", "for", "x", "é")]
+    texts = [text for text in texts if len(encode_pair(answerer.encoder, "for", text)[1]) == 1]
+    ids = [encode_pair(answerer.encoder, "for", text)[1][0] for text in texts]
+    head = model.base.get_output_embeddings()
+    assert len(ids) > 2
+    before = torch.tensor([encode_pair(answerer.encoder, "for", texts[0])[0]])
+    model.lmbda = 0.0
+    with torch.no_grad():
+        hidden_H = model.base.transformer(before).last_hidden_state[0, -1]
+        head.weight[ids[1]] += 50 * hidden_H / hidden_H.square().sum()  # its logit grows by 50
+    scored = score_continuations(answerer, "for", texts, Weighting(lambdas=(0.0, 1.0)), with_greedy=True)
+    assert [one.is_greedy[0] for one in scored] == [number == 1 for number in range(len(texts))]
+    model.lmbda = 1.0
+    with torch.no_grad():
+        likeliest = int(model(before).logits[0, -1].argmax())
+    assert [one.is_greedy[1] for one in scored] == [token == likeliest for token in ids]
 
 
 def test_memories_of_a_bank_share_the_weight(export_dir: Path) -> None:
@@ -103,6 +109,11 @@ def test_a_long_context_loses_its_beginning(export_dir: Path) -> None:
     answerer = replace(answerer_of(export_dir, model), context=12)
     before, after = encode_pair(answerer.encoder, "alpha beta gamma " * 8, " in")
     ids = before[len(after) - 12 :] + after
+    for text, is_cut in (("for", False), ("for " * 20, True)):
+        [one] = score_continuations(answerer, text, [" in"], Weighting())
+        assert one.is_cut == is_cut
+    with pytest.raises(UserError, match="a choice has .* tokens, and the model reads 12 with the question"):
+        score_continuations(answerer, "for", [" in", " é" * 30], Weighting())
     [found] = score_continuations(answerer, "alpha beta gamma " * 8, [" in"], Weighting(lambdas=(0.0, 0.5)))
     for weight, log in zip((0.0, 0.5), found.log_probabilities, strict=True):
         model.lmbda = weight

@@ -106,7 +106,7 @@ def test_without_the_harness_the_front_end_names_the_command(
     )
     words = ["--model", "somewhere", "--questions", str(questions), "--output", str(tmp_path / "out.json")]
     assert front_end.main(words) == 2
-    assert 'pip install "lm_eval>=0.4.13"' in capsys.readouterr().err
+    assert 'pip install "lm_eval>=0.4.13,<0.5"' in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 
 

@@ -17,10 +17,12 @@ from mlpmem_ds.commands import run_lm_eval as front_end
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.lm_eval import encode_pair
+from mlpmem_ds.engines.suite_tasks import MissingDataSetError, open_task
 from mlpmem_ds.engines.tokenizer import open_encoder
 from mlpmem_ds.formats.suites import read_suites
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.stages.harness import run_lm_eval
+from mlpmem_ds.stages.harness import run_lm_eval, run_suite
+from mlpmem_ds.stages.harness import suites as suites_module
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.run_suite import draw
 from mlpmem_ds.stages.harness.suites import SUITES, TASKS_FOLDER, open_suites
@@ -229,6 +231,22 @@ def test_a_model_without_a_memory_is_the_base_alone(
         ("boolq", {"question": "q", "answer": "yes"}, "record 1 has no true or false in `answer`"),
         ("sst2", {"text": "t"}, "has no list of two or more texts in `labels`"),
         ("cb", {"premise": "p", "hypothesis": "h", "label": 1}, "has none of entailment"),
+        (
+            "cb",
+            {"premise": "p", "hypothesis": "h", "label": "not_entailment"},
+            "and task cb asks for entailment",
+        ),
+        ("rte", {"premise": "p", "hypothesis": "h", "label": "neutral"}, "and task rte asks for entailment"),
+        (
+            "sst2",
+            {"text": "t", "label": 0, "labels": ["bad", "good"]},
+            "record 1 has the labels bad, good, and task sst2 asks for negative, positive",
+        ),
+        (
+            "sst2",
+            {"text": "t", "label": 0, "labels": ["negative", "x", "positive"]},
+            "has the labels negative, x",
+        ),
         ("halueval_qa", {"query": "q", "choices": ["Yes", "No"], "gold": 0}, "record 1 has no `group`"),
         (
             "truthfulqa_mc",
@@ -243,6 +261,68 @@ def test_a_file_of_another_layout_is_refused(
     write_lines(tmp_path / f"{name}.jsonl", [record])
     with pytest.raises(UserError, match=said):
         open_suites(("paper",), tmp_path)
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("name", "labels", "places"),
+    [
+        ("sst2", ["positive", "Negative"], [1, 0]),
+        ("agn", ["sports", "world", "technology", "business"], [1, 0, 3, 2]),
+        ("agn", ["world", "sports", "business", "science"], [0, 1, 2, 3]),
+    ],
+)
+def test_a_label_is_known_by_its_name(
+    name: str, labels: list[str], places: list[int], tmp_path: Path
+) -> None:
+    records = [{"text": "t", "label": number, "labels": labels} for number in range(len(labels))]
+    write_lines(tmp_path / f"{name}.jsonl", records)
+    [task] = open_suites(("nine",), tmp_path).tasks
+    assert [document.record["label"] for document in task.documents()] == places
+
+
+@needs_harness
+def test_what_the_hub_does_not_give_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_or_refuse(file: Any, records: Any) -> Any:
+        if file.name != "cb":
+            raise MissingDataSetError("no such set")
+        return open_task(file, [{"premise": "p", "hypothesis": "h", "label": 0}])
+
+    monkeypatch.setattr(suites_module, "open_task", open_or_refuse)
+    chosen = open_suites(("nine",), None)
+    assert [task.name for task in chosen.tasks] == ["cb"] and len(chosen.left_out) == 8
+    assert chosen.left_out["rte"] == "no such set"
+    with pytest.raises(
+        UserError, match="no task of --suite can be had; arc_easy: no such set; or give --data"
+    ):
+        open_suites(("at-scale",), None)
+
+
+@needs_harness
+def test_long_answers_are_refused_before_anything_is_written(
+    export_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    config = make_config(export_dir, data, tmp_path / "out", control=(), max_new_tokens=100_000)
+    with pytest.raises(UserError, match="task nq_open, --model: answers have up to 100,000 tokens, and the"):
+        run_lm_eval.run(config, World())
+    assert not (tmp_path / "out").exists()
+
+
+@needs_harness
+def test_a_number_is_meant_without_the_threshold_and_no_first_batch_is_timed(
+    export_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(data / "nq_open.dev.jsonl", tmp_path / "nq_open.jsonl")
+    asked, answer = [], run_suite.answer
+
+    def recorded(answerer: Any, prompts: Any, limit: int, **more: Any) -> Any:
+        asked.append((answerer.model.lmbda, answerer.model.base_only_threshold, len(prompts), limit))
+        return answer(answerer, prompts, limit, **more)
+
+    monkeypatch.setattr(run_suite, "answer", recorded)
+    flags: dict[str, Any] = {"control": (), "base_only_threshold": 0.9, "batch_size": 4}
+    assert run_lm_eval.run(make_config(export_dir, tmp_path, tmp_path / "out", **flags), World()) is not None
+    assert asked == [(lmbda, None, *call) for lmbda in (0.0, 0.4, 1.0) for call in ((4, 2), (4, 4), (2, 4))]
 
 
 @needs_harness

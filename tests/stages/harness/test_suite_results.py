@@ -29,7 +29,9 @@ def made_up(tuning: list[list[float]], reported: list[list[float]], **more: Any)
             [*(("tuning", row) for row in tuning), *(("reported", row) for row in reported)]
         )
     ]
-    return TaskLines(weightings=more.pop("weightings", WEIGHTS), lines=lines, seconds=2.0, speeds=more)
+    return TaskLines(
+        weightings=more.pop("weightings", WEIGHTS), lines=lines, seconds=2.0, num_cut=1, speeds=more
+    )
 
 
 def scored(tuning: list[list[float]], reported: list[list[float]], **more: Any) -> TaskScores:
@@ -132,7 +134,11 @@ def test_the_page_marks_where_the_base_is_off(suites: Suites) -> None:
     assert "- yahoo: --data d has no yahoo.jsonl" in page and "first token" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     tables = {line.count("|") for line in rows}
-    assert len(tables) == 3
+    assert len(tables) == 4
+    assert "- Toy, joint: 1 of 6" in page.partition("## Cut off")[2]
+    changes = page.partition("## Changes of the other arms")[2]
+    assert "| task | memory alone | base+memory+gate |" in changes
+    assert changes.count("| Toy | +100.0 (+100.0 … +100.0) | +100.0 (+100.0 … +100.0) |") == 1
 
 
 def test_what_was_written_is_read_again(suites: Suites, tmp_path: Path) -> None:
