@@ -114,7 +114,6 @@ OWNERS: dict[str, set[str]] = {
         "stages/generation/exported_model.py",
         "stages/generation/generate.py",
         "stages/generation/text.py",
-        "stages/harness/readers.py",
         "stages/harness/run_lm_eval.py",
         "stages/questions/answering.py",
         "stages/training/base_files.py",

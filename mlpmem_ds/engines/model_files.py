@@ -62,6 +62,14 @@ def max_context_of(config: PretrainedConfig) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
 
+def max_context_of_model(name_or_path: str) -> int:
+    """The same of a model in a directory or of the Hub, from its configuration alone."""
+    from transformers import AutoConfig
+
+    name = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
+    return max_context_of(AutoConfig.from_pretrained(name, trust_remote_code=False))
+
+
 def check_generation_file(name_or_path: str, *, flag: str = "--model") -> None:
     """Refuse a damaged generation_config.json, which transformers passes over in silence, and token ids in it
     or in config.json that are none.

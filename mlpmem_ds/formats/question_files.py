@@ -240,10 +240,13 @@ def read_records(
     """
     records = []
     for place, record in _records(path, flag):
-        fault, found = fault_of(record), [name for name in (*names, *optional) if name in record]
-        if (fault := fault or _fault_of_fields(record, found)) is not None:
+        fault, found = fault_of(record), dict[str, Any]()
+        if fault is None:
+            found = {name: record[name] for name in (*names, *optional) if name in record}
+            fault = _fault_of_fields(record, list(found))
+        if fault is not None:
             raise UserError(f"{flag} {path}, {place} {fault}: see --help for the fields")
-        records.append({name: record[name] for name in found})
+        records.append(found)
     if not records:
         raise UserError(f"{flag} {path} is empty: write one JSON object a line")
     return records

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.model_files import NO_LIMIT, fingerprint_model, max_context_of
+from mlpmem_ds.engines.model_files import NO_LIMIT, fingerprint_model, max_context_of_model
 from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
 from mlpmem_ds.models.mixture import Constant, Grid
 from mlpmem_ds.stages.generation.exported_model import Source, open_source
@@ -115,8 +113,7 @@ class Models:
             tokenizer, context = self._source.tokenizer, self._source.context or NO_LIMIT
         else:
             tokenizer = load_tokenizer(reader.model, flag=reader.flag)
-            name = str(Path(reader.model).expanduser()) if reader.model.startswith("~") else reader.model
-            context = max_context_of(AutoConfig.from_pretrained(name, trust_remote_code=False))
+            context = max_context_of_model(reader.model)
         encoder = open_encoder(
             tokenizer,
             label=f"the tokenizer of {reader.flag}",
