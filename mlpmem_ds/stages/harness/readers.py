@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.model_files import NO_LIMIT, fingerprint_model, max_context_of_model
+from mlpmem_ds.engines.model_files import NO_LIMIT, max_context_of_model
 from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
 from mlpmem_ds.models.mixture import Constant, Grid
 from mlpmem_ds.stages.generation.exported_model import Source, open_source
@@ -18,7 +18,15 @@ from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.grid_scores import GATE_NAME, Weighting
 from mlpmem_ds.stages.harness.lengths import Room
 from mlpmem_ds.stages.questions.answering import Answerer
-from mlpmem_ds.stages.questions.arms import BASE, MEMORY, RAG, is_export, load_plain, ready_answerer
+from mlpmem_ds.stages.questions.arms import (
+    BASE,
+    MEMORY,
+    RAG,
+    hash_models,
+    is_export,
+    load_plain,
+    ready_answerer,
+)
 from mlpmem_ds.stages.questions.config import control_models
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
@@ -94,11 +102,7 @@ class Models:
 
     def hashes(self, readers: list[Reader]) -> dict[str, str]:
         """Name of an input → SHA-256, of each model once. Raises UserError for what is no model."""
-        flags = {reader.model: reader.flag for reader in reversed(readers)}
-        found = {
-            flag.removeprefix("--").replace(" ", "-"): fingerprint_model(model, flag=flag)
-            for model, flag in flags.items()
-        }
+        found = hash_models(readers)
         if self._source is not None and self._source.parts is not None:
             parts = self._source.parts
             memories = [memory.sha256 for memory in parts.memories]

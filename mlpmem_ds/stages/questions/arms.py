@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -74,7 +75,17 @@ def is_export(model: str) -> bool:
     return path is not None and read_json(path).get("model_type") == "mlpmem"
 
 
-def hash_models(arms: list[Arm]) -> dict[str, str]:
+class NamedModel(Protocol):
+    """A model, and the flag that names it."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def flag(self) -> str: ...
+
+
+def hash_models(arms: Sequence[NamedModel]) -> dict[str, str]:
     """Name of an input → SHA-256, of each model once. Raises UserError for what is no model."""
     flags = {arm.model: arm.flag for arm in reversed(arms)}
     return {
