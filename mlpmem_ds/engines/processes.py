@@ -245,6 +245,8 @@ class StopRequest:
 
     The answer of a step is the one that was asked for two steps before: a device that is still at the step
     before need not be waited for. So a run ends at most two steps later than it was asked to.
+
+    Within `with`; afterwards the signals are given back.
     """
 
     def __init__(self, device: torch.device, *, answers: Answers | None = None) -> None:
@@ -276,9 +278,11 @@ class StopRequest:
             return (False,) * len(flags)
         return tuple(flag > 0 for flag in self._answers.read(self._pending.popleft()))
 
-    def close(self) -> None:
-        """Wait for what is asked, and give the signals back."""
-        while self._pending:
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        while self._pending and kind is None:  # after an error no rank may answer
             self._answers.read(self._pending.popleft())
         for number, handler in self._previous.items():
             signal.signal(number, handler)

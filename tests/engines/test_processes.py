@@ -97,19 +97,28 @@ def test_a_step_is_told_what_was_asked_two_steps_before(played):
     log, others = played
     others[3] = [0.0, 1.0, 0.0]
     handler = signal.getsignal(signal.SIGUSR1)
-    request = StopRequest(torch.device("cpu"))
     answers = []
-    for step in range(8):
-        if step == 4:
-            signal.raise_signal(signal.SIGUSR1)
-        answers.append(request.agreed(False, step >= 5))
-        assert len([entry for entry in log if entry[0] == "waited"]) == max(step - 1, 0)
-    request.close()
+    with StopRequest(torch.device("cpu")) as request:
+        for step in range(8):
+            if step == 4:
+                signal.raise_signal(signal.SIGUSR1)
+            answers.append(request.agreed(False, step >= 5))
+            assert len([entry for entry in log if entry[0] == "waited"]) == max(step - 1, 0)
     assert [answer[0] for answer in answers] == [False] * 6 + [True] * 2
     assert [answer[1] for answer in answers] == [False] * 5 + [True] + [False] * 2
     assert [answer[2] for answer in answers] == [False] * 7 + [True]
     assert [entry for entry in log if entry[0] == "waited"] == [("waited", number) for number in range(8)]
     assert signal.getsignal(signal.SIGUSR1) == handler
+
+
+def test_after_an_error_the_signals_are_given_back_and_no_rank_is_waited_for(played):
+    log, _ = played
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError), StopRequest(torch.device("cpu")) as request:
+        request.agreed()
+        raise RuntimeError("of a step")
+    assert [entry for entry in log if entry[0] == "waited"] == []
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_a_gpu_is_read_through_pinned_memory_two_steps_later(played):
@@ -129,12 +138,12 @@ def test_a_gpu_is_read_through_pinned_memory_two_steps_later(played):
         def synchronize(self):
             log.append(("read", self.number))
 
-    request = StopRequest(torch.device("cpu"), answers=DeviceAnswers(new_event=FakeEvent, pinned=torch.empty))
-    answers = [request.agreed() for _ in range(5)]
-    assert answers == [(False,), (False,), (False,), (True,), (False,)]
-    for step in range(3):
-        assert log.index(("recorded", step + 2)) < log.index(("read", step))
-    request.close()
+    device_answers = DeviceAnswers(new_event=FakeEvent, pinned=torch.empty)
+    with StopRequest(torch.device("cpu"), answers=device_answers) as request:
+        answers = [request.agreed() for _ in range(5)]
+        assert answers == [(False,), (False,), (False,), (True,), (False,)]
+        for step in range(3):
+            assert log.index(("recorded", step + 2)) < log.index(("read", step))
     assert [entry[1] for entry in log if entry[0] == "read"] == [0, 1, 2, 3, 4]
 
 

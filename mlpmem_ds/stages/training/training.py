@@ -215,23 +215,22 @@ class Training:
         rows_left = (self._steps.count - first) * self._steps.rows
         progress = Progress(rows_left, label="training", unit=self._objective.rows, world=self._world)
         self._directory.log_phase(self._steps.count, missing=self._steps.count - first, of="steps")
-        stop_request = StopRequest(self._engine.device)
         self._first, self._loop_began = first, time.monotonic()
-        outcome = run_steps(
-            self._engine,
-            self._arguments(first),
-            first=first,
-            settings=self._settings(),
-            hooks=Hooks(
-                save=self._save,
-                validate=None if self._validator is None else self._validate,
-                explain=self._explain,
-            ),
-            stop_request=stop_request,
-            progress=progress,
-            metrics=self._metrics,
-        )
-        stop_request.close()
+        with StopRequest(self._engine.device) as stop_request:
+            outcome = run_steps(
+                self._engine,
+                self._arguments(first),
+                first=first,
+                settings=self._settings(),
+                hooks=Hooks(
+                    save=self._save,
+                    validate=None if self._validator is None else self._validate,
+                    explain=self._explain,
+                ),
+                stop_request=stop_request,
+                progress=progress,
+                metrics=self._metrics,
+            )
         progress.close()
         return outcome
 
