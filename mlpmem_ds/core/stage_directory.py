@@ -113,7 +113,8 @@ class StageDirectory:
         Args:
             units: every unit of this phase, in the same order on every rank.
             compute: writes a unit's files through the writer and returns its summary (plain values).
-            take_over: whether any rank can compute any unit. False where `compute` works on one rank alone.
+            take_over: whether any rank can compute any unit. False where `compute` works on one rank alone:
+                that one makes it without a claim, for what a killed run has left of one would keep it out.
             read_here: whether later units of this stage read these.
         """
         if read_here:
@@ -131,7 +132,7 @@ class StageDirectory:
                 if unit not in recorded or self._verify(unit) is not None
             )
         num_computed = sum(
-            self._make(unit, compute)
+            self._make(unit, compute, is_dealt=not take_over)
             for unit in deal(units, self.world.rank, self.world.size)
             if unit not in recorded or self._verify(unit) is not None
         )
@@ -167,7 +168,8 @@ class StageDirectory:
             compute: None = only compare its files.
             taken_over: it was dealt to another rank; then a record that is trusted is enough.
             watch: of a caller that asks again and again: it tells which claims' holders are gone.
-            is_dealt: by a counter: no other rank has it, and it needs no claim.
+            is_dealt: by a counter, or to the one rank that can make it: no other rank has it, and it needs no
+                claim.
         """
         path = self.records.path(unit)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -219,6 +219,24 @@ def test_units_of_one_rank_alone_are_not_taken_over(tmp_path: Path) -> None:
     assert not directory.manifest_path.exists()
 
 
+@pytest.mark.parametrize("left", ["", "another-host another-boot 12 34"])
+def test_what_a_killed_run_left_of_a_claim_keeps_no_lone_rank_out(tmp_path: Path, left: str) -> None:
+    """A claim without a name, and one of another host, tell only in time that their holder is gone."""
+    directory = open_stage(
+        tmp_path / "toy",
+        stage="toy",
+        version=1,
+        config=Config(output=tmp_path / "toy"),
+        world=World(),
+        inputs={},
+    )
+    place = directory.records.claim_path("0")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(left)
+    made = directory.run_units(["0"], lambda unit, writer: {}, take_over=False)
+    assert made == 1 and directory.records.path("0").is_file()
+
+
 def test_one_rank_goes_on_afterwards(tmp_path: Path) -> None:
     calls: list[int] = []
 
