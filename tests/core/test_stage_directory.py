@@ -237,6 +237,18 @@ def test_what_a_killed_run_left_of_a_claim_keeps_no_lone_rank_out(tmp_path: Path
     assert made == 1 and directory.records.path("0").is_file()
 
 
+def test_a_complete_directory_keeps_no_claim_of_a_rank_killed_on_another_host(tmp_path: Path) -> None:
+    """Killed after its unit's record and before its claim was removed."""
+    config = Config(output=tmp_path / "toy")
+    with pytest.raises(RuntimeError):
+        run(config, World(), fail_at="3")
+    left = config.output / "done" / ".0.claim"
+    assert left.parent.is_dir()
+    left.write_text("another-host another-boot 12 34")
+    run(config, World())
+    assert not left.exists()
+
+
 def test_one_rank_goes_on_afterwards(tmp_path: Path) -> None:
     calls: list[int] = []
 
