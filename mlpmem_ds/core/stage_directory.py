@@ -373,8 +373,8 @@ class StageDirectory:
         self._summaries = {}
         manifest = {**self.identity, **own, **list_files(self.root, files)}
         publish_json(self.manifest_path, manifest, seal=True)
-        # Every unit has its record: whoever still writes one makes it for nothing, and a claim keeps nobody
-        # out. One of a rank that was killed on another host would stay, for only time tells that it is gone.
+        # Every unit has its record: whoever still writes one makes it for nothing, and no claim is needed.
+        # One of a rank that was killed on another host would stay, for only time tells that it is gone.
         self.remove_stale_files(seconds_until_given_up=_SECONDS_AT_THE_END)
         for folder in self.records.folders():
             for left in folder.glob(".*.claim"):
