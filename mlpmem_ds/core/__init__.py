@@ -10,7 +10,8 @@ Read in this order:
 - `files.py`, `array_files.py`, `directories.py`: what appears whole or not at all;
   `temporaries.py`: what they are until then
 - `names.py`: names of files that are not UTF-8
-- `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back
+- `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back;
+  `record_files.py`: one in a file of its own
 - `stage_directory.py`: units with records, the manifest last; `unit_writer.py`: a unit's files;
   `unit_records.py`: what the records say
 - `claims.py`: which rank works at which unit; `dealing.py`: which one it takes next; `waiting.py`: for the

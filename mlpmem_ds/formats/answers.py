@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.manifest import Manifest
-from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.core.record_files import read_record, write_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +20,6 @@ class AnswersManifest(Manifest):
 
     arms: tuple[str, ...]
     sets: Mapping[str, int]
-
-
-_FORMAT = f"mlpmem-{AnswersManifest.FORMAT}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +63,7 @@ class Answers:
 
 def write_answers(path: Path, answers: Answers) -> None:
     """Publish answers.json."""
-    fields = {"format": _FORMAT, "version": AnswersManifest.VERSION, **to_json(answers)}
-    publish_json(path, fields, seal=True)
+    write_record(path, answers, kind=AnswersManifest.FORMAT, version=AnswersManifest.VERSION, seal=True)
 
 
 def read_answers(root: Path) -> Answers:
@@ -78,12 +72,6 @@ def read_answers(root: Path) -> Answers:
     Raises:
         DamagedDataError: it is missing, or of another format or version.
     """
-    path = root / "answers.json"
-    values: Any = read_json(path)
-    seen = (values.pop("format", None), values.pop("version", None)) if isinstance(values, dict) else ()
-    if seen != (_FORMAT, AnswersManifest.VERSION):
-        raise DamagedDataError(
-            f"{path} is not {_FORMAT} version {AnswersManifest.VERSION}: run answer_questions again, it"
-            " writes it anew"
-        )
-    return from_json(Answers, values, where=str(path), version=AnswersManifest.VERSION)
+    kind, version = AnswersManifest.FORMAT, AnswersManifest.VERSION
+    refusal = f"is not mlpmem-{kind} version {version}: run answer_questions again, it writes it anew"
+    return read_record(root / "answers.json", Answers, kind=kind, version=version, refusal=refusal)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.manifest import Manifest
-from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.core.record_files import read_record, write_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +22,6 @@ class SuitesManifest(Manifest):
     tasks: Mapping[str, int]
     readers: tuple[str, ...]
     left_out: Mapping[str, str]
-
-
-_FORMAT = f"mlpmem-{SuitesManifest.FORMAT}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +93,7 @@ class Suites:
 
 def write_suites(path: Path, suites: Suites) -> None:
     """Publish suites.json."""
-    publish_json(path, {"format": _FORMAT, "version": SuitesManifest.VERSION, **to_json(suites)}, seal=True)
+    write_record(path, suites, kind=SuitesManifest.FORMAT, version=SuitesManifest.VERSION, seal=True)
 
 
 def read_suites(root: Path) -> Suites:
@@ -107,12 +102,6 @@ def read_suites(root: Path) -> Suites:
     Raises:
         DamagedDataError: it is missing, or of another format or version.
     """
-    path = root / "suites.json"
-    values: Any = read_json(path)
-    seen = (values.pop("format", None), values.pop("version", None)) if isinstance(values, dict) else ()
-    if seen != (_FORMAT, SuitesManifest.VERSION):
-        raise DamagedDataError(
-            f"{path} is not {_FORMAT} version {SuitesManifest.VERSION}: run run_lm_eval again, it writes it"
-            " anew"
-        )
-    return from_json(Suites, values, where=str(path), version=SuitesManifest.VERSION)
+    kind, version = SuitesManifest.FORMAT, SuitesManifest.VERSION
+    refusal = f"is not mlpmem-{kind} version {version}: run run_lm_eval again, it writes it anew"
+    return read_record(root / "suites.json", Suites, kind=kind, version=version, refusal=refusal)
