@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,13 +21,13 @@ from mlpmem_ds.stages.questions.answering import Answerer
 from mlpmem_ds.stages.questions.arms import (
     BASE,
     MEMORY,
-    RAG,
+    Reader,
     hash_models,
     is_export,
+    list_others,
     load_plain,
     ready_answerer,
 )
-from mlpmem_ds.stages.questions.config import control_models
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
 JOINT = "joint"
@@ -35,28 +35,11 @@ ALONE, GATE = "memory_alone", f"{MEMORY}+gate"
 _LIKELIHOOD_GRID, _GENERATION_GRID = ("0:1:0.05",), ("0:1:0.25",)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """A model that answers a task's documents."""
-
-    name: str
-    description: str
-    flag: str
-    model: str
-    with_passages: bool = False
-
-
 def list_readers(config: Config) -> list[Reader]:
     """Those that the flags name; base and memory, which are read together, first."""
     main: dict[str, Any] = {"model": config.model, "flag": "--model"}
-    readers = [Reader(name=JOINT, description="base and memory, at each λ", **main)]
-    if config.passages is not None:
-        description = f"the base with {config.num_passages} passages before an open question"
-        readers.append(Reader(name=RAG, description=description, with_passages=True, **main))
-    for name, place in control_models(config.control).items():
-        description = "another language model in place of the base"
-        readers.append(Reader(name=name, description=description, model=place, flag=f"--control {name}"))
-    return readers
+    joint = Reader(name=JOINT, description="base and memory, at each λ", **main)
+    return [joint, *list_others(config, Reader, main)]
 
 
 def describe_arms(readers: list[Reader], names: Sequence[str]) -> dict[str, str]:

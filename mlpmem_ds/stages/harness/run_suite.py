@@ -33,12 +33,13 @@ from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.grid_scores import GATE_NAME, Weighting, mixed_by, score_continuations
 from mlpmem_ds.stages.harness.halves import Halves, split_halves
 from mlpmem_ds.stages.harness.lengths import check_room
-from mlpmem_ds.stages.harness.readers import JOINT, Models, Reader, describe_arms, list_readers
+from mlpmem_ds.stages.harness.readers import JOINT, Models, describe_arms, list_readers
 from mlpmem_ds.stages.harness.suite_page import page_of
 from mlpmem_ds.stages.harness.suite_results import TaskLines, read_lines, score_task
 from mlpmem_ds.stages.harness.suites import Chosen, open_suites
 from mlpmem_ds.stages.harness.task_scores import chances
 from mlpmem_ds.stages.questions.answering import Answer, Answerer, answer
+from mlpmem_ds.stages.questions.arms import Reader
 from mlpmem_ds.stages.questions.passages import Passages, open_passages, write_passages
 
 _logger = logging.getLogger(__name__)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -29,19 +30,41 @@ BASE, MEMORY, RAG = "base", "base+memory", "base+rag"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to answer."""
+class Reader:
+    """A model that answers questions."""
 
     name: str
     description: str
     model: str
     """as the user named it"""
     flag: str
+    with_passages: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm(Reader):
+    """One way to answer."""
+
     part: str = "whole"
     """of an export: `base` alone, or the `whole`"""
     gate: StoredGate | None = None
     """of base and memory; None = the export's own"""
-    with_passages: bool = False
+
+
+ReaderT = TypeVar("ReaderT", bound=Reader)
+
+
+class NamesOthers(Protocol):
+    """Flags that name who is asked besides base and memory."""
+
+    @property
+    def passages(self) -> Path | None: ...
+
+    @property
+    def num_passages(self) -> int: ...
+
+    @property
+    def control(self) -> tuple[str, ...]: ...
 
 
 def list_arms(config: Config) -> list[Arm]:
@@ -60,13 +83,19 @@ def list_arms(config: Config) -> list[Arm]:
     for gate in grid_of(config.lambdas) if config.lambdas else ():
         name = f"{MEMORY}_{gate.lmbda:g}"
         arms.append(Arm(name=name, description=f"base and memory, {gate}", gate=gate, **model))
+    return arms + list_others(config, Arm, base)
+
+
+def list_others(config: NamesOthers, make: type[ReaderT], base: Mapping[str, Any]) -> list[ReaderT]:
+    """The base with passages, and the models of --control; `base` are the fields of the base's own."""
+    others = []
     if config.passages is not None:
         description = f"the base with {config.num_passages} passages before an open question"
-        arms.append(Arm(name=RAG, description=description, with_passages=True, **base))
+        others.append(make(name=RAG, description=description, with_passages=True, **base))
     for name, place in control_models(config.control).items():
         description = "another language model in place of the base"
-        arms.append(Arm(name=name, description=description, model=place, flag=f"--control {name}"))
-    return arms
+        others.append(make(name=name, description=description, model=place, flag=f"--control {name}"))
+    return others
 
 
 def is_export(model: str) -> bool:
@@ -75,17 +104,7 @@ def is_export(model: str) -> bool:
     return path is not None and read_json(path).get("model_type") == "mlpmem"
 
 
-class NamedModel(Protocol):
-    """A model, and the flag that names it."""
-
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def flag(self) -> str: ...
-
-
-def hash_models(arms: Sequence[NamedModel]) -> dict[str, str]:
+def hash_models(arms: Sequence[Reader]) -> dict[str, str]:
     """Name of an input → SHA-256, of each model once. Raises UserError for what is no model."""
     flags = {arm.model: arm.flag for arm in reversed(arms)}
     return {
