@@ -46,7 +46,7 @@ from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest, remove_damaged_manifest
 from mlpmem_ds.core.once import remove_computed
 from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
-from mlpmem_ds.core.temporaries import SECONDS_UNTIL_GIVEN_UP, is_own_temporary, remove_stale_temporaries
+from mlpmem_ds.core.temporaries import is_own_temporary, remove_stale_temporaries
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_records import UnitRecords, missing_of
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -243,9 +243,9 @@ class StageDirectory:
             name=f"rank {self.world.rank}",
         )
 
-    def remove_stale_files(self, *, seconds_until_given_up: float = SECONDS_UNTIL_GIVEN_UP) -> None:
+    def remove_stale_files(self) -> None:
         """Remove temporary files and claims of processes that were killed, also of lost hosts."""
-        remove_stale_temporaries(self.root, seconds_until_given_up=seconds_until_given_up)
+        remove_stale_temporaries(self.root)
         for folder in (self.root, *self.records.folders()):
             remove_dead_claims(folder)
 
@@ -375,7 +375,8 @@ class StageDirectory:
         publish_json(self.manifest_path, manifest, seal=True)
         # Every unit has its record: whoever still writes one makes it for nothing, and no claim is needed.
         # One of a rank that was killed on another host would stay, for only time tells that it is gone.
-        self.remove_stale_files(seconds_until_given_up=_SECONDS_AT_THE_END)
+        remove_stale_temporaries(self.root, seconds_until_given_up=_SECONDS_AT_THE_END)
+        remove_dead_claims(self.root)
         for folder in self.records.folders():
             for left in folder.glob(".*.claim"):
                 left.unlink(missing_ok=True)
