@@ -13,7 +13,7 @@ from dataclasses import dataclass
 SUBJECT = "memory"
 """the memory of the default recipe: --memory of evaluate, under a gate and in a bank"""
 BASE, KNN, KNN_INDEX = "base", "base+knn_exact", "base+knn_ivfpq"
-MEMORY, WITH_RETRIEVER = f"base+{SUBJECT}", f"base+{SUBJECT}_knn"
+MEMORY, MEMORY_CE = f"base+{SUBJECT}", f"base+{SUBJECT}_ce"
 PAPER, PAPER_CE = "base+paper", "base+paper_ce"
 GATE, BANK = f"base+{SUBJECT}+gate", "base+bank+gate"
 CONTINUED, ENSEMBLE = "continued", "base+ensemble"
@@ -30,16 +30,18 @@ class MemoryArm:
     flags: tuple[str, ...]
     description: str
     """for the page: no capital at its start, no full stop at its end"""
-    reads_base_output: bool = False
-    """the final norm's output at three depths, else the input that the paper published"""
-    needs_targets: bool = True
+    is_default: bool = False
+    """it reads the final norm's output at three depths, and starts as the base where that was not trained on
+    the text; else it reads what the paper published, and starts at random"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArm:
     """A language model in place of the base: flags of `train_baseline`."""
 
-    flags: tuple[str, ...]
+    kind: str
+    flags: tuple[str, ...] = ()
+    """further ones"""
     description: str
     is_of_equal_time: bool = False
     """it gets the seconds that the subject and its keys took"""
@@ -55,38 +57,38 @@ class ModelArm:
 
 
 _BEST = ("--select", "best")
-_START = (*_BEST, "--start", "base", "--head", "frozen", "--learning-rate", "1e-3")
-_PAPER = ("--recipe", "paper", "--learning-rate", "2e-3")  # its own rate is that of a billion parameters
+_PAPER = (*_BEST, "--recipe", "paper")
+_AUTO = (*_BEST, "--objective", "auto")
+_ALONE = (*_BEST, "--objective", "imitation", "--alpha", "0")
 PAPER_INPUTS = ("--input-layer", "0.7", "--input-point", "ffn_input")
 """what memories of the published recipe read: flags of `extract_keys`"""
 BASE_OUTPUTS = ("--input-layer", "0.33", "0.67", "-1", "--input-point", "final_norm")
-"""what memories read that start as the base"""
+"""what memories of the default recipe read"""
 
 MEMORIES: Mapping[str, MemoryArm] = {
     SUBJECT: MemoryArm(
-        flags=(*_START, "--objective", "auto"),
+        flags=_AUTO,
         description=(
-            "memory of **the default recipe**: three depths read, started as the base, head frozen, no"
-            " retriever (cross entropy alone, by `--objective auto`)"
+            "memory of **the default recipe**: three depths read, started as the base (at random on text that"
+            " the base was itself trained on), what is minimized chosen by `--objective auto`"
         ),
-        reads_base_output=True,
-        needs_targets=False,
+        is_default=True,
     ),
-    "memory_knn": MemoryArm(
-        flags=(*_START, "--objective", "imitation", "--alpha", "0.5"),
-        description="memory of the default recipe, but with the retriever: .5 KL, .5 cross entropy",
-        reads_base_output=True,
+    "memory_ce": MemoryArm(
+        flags=_ALONE,
+        description="memory of the default recipe without the retriever: cross entropy alone",
+        is_default=True,
     ),
     "paper": MemoryArm(
-        flags=(*_BEST, *_PAPER),
+        flags=_PAPER,
         description="memory by the published recipe: random start, .4 KL, .6 cross entropy",
     ),
     "paper_ce": MemoryArm(
-        flags=(*_BEST, *_PAPER, "--alpha", "0"),
+        flags=(*_PAPER, "--alpha", "0"),
         description="the published recipe without the retriever",
     ),
     "paper_permuted": MemoryArm(
-        flags=(*_BEST, *_PAPER, "--control", "permuted-targets"),
+        flags=(*_PAPER, "--control", "permuted-targets"),
         description="the published recipe with the retriever's answers to other positions",
     ),
     "paper_random": MemoryArm(
@@ -96,25 +98,26 @@ MEMORIES: Mapping[str, MemoryArm] = {
 }
 MODELS: Mapping[str, ModelArm] = {
     CONTINUED: ModelArm(
-        flags=("--kind", "continued"),
+        kind="continued",
         description="the base trained on the same text, all weights, to its best tuning perplexity",
     ),
     "continued_equal_time": ModelArm(
+        kind="continued",
         flags=(
-            *("--kind", "continued", "--early-stopping-patience", "none", "--select", "best"),
+            *("--early-stopping-patience", "none", "--select", "best"),
             *("--schedule", "constant", "--epochs", "1000", "--warmup-fraction", "0.0005"),
         ),
         description="the base trained on for the seconds of the memory and its keys",
         is_of_equal_time=True,
     ),
     "lora": ModelArm(
-        flags=("--kind", "lora"),
+        kind="lora",
         description="low-rank matrices of as many parameters as the memory (peft), to their best",
         matches_memory=True,
         package="peft",
     ),
     "bigger": ModelArm(
-        flags=("--kind", "bigger"),
+        kind="bigger",
         description="a decoder of the size of base and memory together, from scratch on this text",
         matches_memory=True,
     ),

@@ -367,15 +367,18 @@ def _method() -> list[str]:
                     " cover another base.",
                     "**Seeds** change the initial weights and the order of each trained arm. The base, the"
                     " keys, the index and the targets are made once.",
-                    "**Equal.** All memories of a text have the same shape, steps and batches. Models that"
-                    " are trained instead stop at their best tuning perplexity; `continued_equal_time` gets"
+                    "**Equal.** All memories of a preset have the same shape, epochs and batches. Models that"
+                    " are trained instead stop at their best tuning perplexity, at the learning rate of the"
+                    " base's own training where it was trained here; `continued_equal_time` gets"
                     " the seconds of keys, index, targets and memory together, `lora` and `bigger` as many"
                     " parameters as the memory. All keep the weights of their best validation on the tuning"
                     " split. What is not equal stands in the last columns: parameters with the base's, tokens"
-                    " read and seconds spent beyond the base, on a machine that runs several jobs at once.",
+                    " read and seconds spent beyond the base, on a machine that runs several jobs at once."
+                    " Within a preset all trainings have one precision: float32, or with `real` bfloat16"
+                    " products over float32 weights, unless `--ds_config` stands in its command.",
                     "**The gate** is fitted to the tuning splits of both texts; the fixed λ to that of the"
                     " arm's own text. The column *other text* keeps both as they are.",
-                    "**Memories that start as the base** read the final norm's output after a third, two"
+                    "**Memories of the default recipe** read the final norm's output after a third, two"
                     " thirds and all of the layers; those of the published recipe read the input of the MLP"
                     " at .7 of the depth.",
                     "**Documents.** Long ones of the presets' own texts are shortened to their beginnings, so"

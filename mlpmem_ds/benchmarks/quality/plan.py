@@ -135,13 +135,11 @@ class Planner:
 
     def add_datastore(self, text: TextName) -> None:
         """Two extractions. The keys are alike in both, but targets belong to one key directory: they are
-        written again, a search of a minute, where an arm reads the other kind and imitates."""
-        self._add_stages(text, "", PAPER_INPUTS, has_targets=True)
-        others = [MEMORIES[arm] for arm in self._arms(text) if arm in MEMORIES]
-        imitates = any(arm.reads_base_output and arm.needs_targets for arm in others)
-        self._add_stages(text, _OUTPUTS, BASE_OUTPUTS, has_targets=imitates)
+        written again, a search of a minute."""
+        self._add_stages(text, "", PAPER_INPUTS)
+        self._add_stages(text, _OUTPUTS, BASE_OUTPUTS)
 
-    def _add_stages(self, text: TextName, kind: str, inputs: tuple[str, ...], *, has_targets: bool) -> None:
+    def _add_stages(self, text: TextName, kind: str, inputs: tuple[str, ...]) -> None:
         corpus, preset = f"{text}/corpus", self.preset
         keys_job, index_job = f"{text}/{kind}keys", f"{text}/{kind}index"
         keys = ("--keys", self._at(keys_job))
@@ -151,8 +149,6 @@ class Planner:
             *(*inputs, "--unit-positions", 16384),
             needs=(corpus, *self._base_job),
         )
-        if not has_targets:
-            return
         self._add(index_job, "build-index", *keys, needs=(keys_job,))
         self._add(
             f"{text}/{kind}targets",
@@ -171,21 +167,27 @@ class Planner:
                 self._add_model(text, arm, seed)
 
     def _add_memory(self, text: TextName, arm: str, seed: int) -> None:
-        kind, preset = MEMORIES[arm], self.preset
+        kind = MEMORIES[arm]
         keys, targets = _keys_of(text, kind), _targets_of(text, kind)
-        epochs = preset.start_epochs if kind.reads_base_output else preset.fresh_epochs
         self._add(
             _trained(text, arm, seed),
             *("train", *self._trainer, "--corpus", self._at(f"{text}/corpus"), "--model", self._base),
-            *("--keys", self._at(keys)),
-            *(("--targets", self._at(targets)) if kind.needs_targets else ()),
-            *("--seed", seed, *preset.memory, "--epochs", epochs, *kind.flags),
-            needs=(targets if kind.needs_targets else keys,),
+            *("--keys", self._at(keys), "--targets", self._at(targets)),
+            *("--seed", seed, *self.preset.memory, "--epochs", self.preset.epochs),
+            *(*self._start(text, kind), *kind.flags),
+            needs=(targets,),
         )
 
+    def _start(self, text: TextName, arm: MemoryArm) -> tuple[str, ...]:
+        """Flags of where a memory starts, and how fast it leaves."""
+        if arm.is_default and not self.text(text).is_known:
+            return ("--start", "base", *self.preset.start)
+        return self.preset.fresh
+
     def _add_model(self, text: TextName, arm: str, seed: int) -> None:
-        kind, subject = MODELS[arm], _trained(text, SUBJECT, seed)
-        budget_of = (_keys_of(text, MEMORIES[SUBJECT]), subject) if kind.is_of_equal_time else ()
+        kind, subject, rates = MODELS[arm], _trained(text, SUBJECT, seed), self.preset.rates
+        made_of = (*(f"{text}/{_OUTPUTS}{stage}" for stage in _STAGES), subject)
+        budget_of = made_of if kind.is_of_equal_time else ()
         size = ("--match-memory", self._at(subject)) if kind.matches_memory else ()
         needs = (f"{text}/corpus", *self._base_job, *budget_of, *((subject,) if size else ()))
         self._add(
@@ -198,7 +200,9 @@ class Planner:
                 "--model",
                 self._base,
             ),
-            *("--seed", seed, *self.preset.models, *kind.flags, *size),
+            *("--seed", seed, *self.preset.models, "--kind", kind.kind),
+            *(("--learning-rate", rates[kind.kind]) if kind.kind in rates else ()),
+            *(*kind.flags, *size),
             needs=needs,
             budget_of=budget_of,
         )
@@ -307,7 +311,7 @@ class Planner:
 
     @property
     def _trainer(self) -> tuple[str, str]:
-        return ("--ds_config", str(ds_configs() / "cpu.json"))
+        return ("--ds_config", str(ds_configs() / self.preset.ds_config))
 
     @property
     def _base(self) -> str:
@@ -348,11 +352,11 @@ def _trained(text: TextName, arm: str, seed: int) -> str:
 
 def _keys_of(text: TextName, arm: MemoryArm) -> str:
     """The job that extracts what an arm reads."""
-    return f"{text}/{_OUTPUTS if arm.reads_base_output else ''}keys"
+    return f"{text}/{_OUTPUTS if arm.is_default else ''}keys"
 
 
 def _targets_of(text: TextName, arm: MemoryArm) -> str:
-    return f"{text}/{_OUTPUTS if arm.reads_base_output else ''}targets"
+    return f"{text}/{_OUTPUTS if arm.is_default else ''}targets"
 
 
 def _other(text: TextName) -> TextName:

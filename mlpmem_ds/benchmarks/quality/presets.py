@@ -1,14 +1,13 @@
 """Part of `quality`: the presets, what each reads and trains, and what that is expected to cost.
 
 Seconds are of one core: estimates from operations and the rates of LAB.md until a run says better (its JSON
-has the seconds of each job). Trainings are epochs of train positions; a seed trains all arms. A memory that
-starts as the base costs 6 operations a weight of its blocks and 4 of its frozen head, a fresh one 6 of each.
+has the seconds of each job). A seed trains all arms. A memory costs 6 operations a weight (frozen: 4).
 
 | preset | texts: train positions | base | starts as the base, fresh | trainings a seed | core s | 2 cores |
 | --- | --- | --- | ---: | --- | ---: | ---: |
 | tiny | library 57 k, reference 43 k | .9 M, 20 epochs: 145 s | 8 s, 16 s | 7 + 7 | 1,700 | 14 min |
 | small | library 240 k, docstrings 115 k | 6 M, 8 epochs: 900 s | 140 s, 320 s | 6 + 7 | 10,000 | 1 h 25 |
-| real | reference 27 k, docstrings 105 k | SmolLM2-135M, given | 310 s, 540 s | 1 + 6 | 19,000 | 2 h 40 |
+| real | reference 27 k, docstrings 105 k | SmolLM2-135M, given | 230 s, 480 s | 1 + 6 | 19,000 | 2 h 40 |
 """
 
 from __future__ import annotations
@@ -33,6 +32,8 @@ class Text:
     test_fraction: float
     arms: tuple[str, ...]
     """that are trained on it, by the names of arms.py"""
+    is_known: bool = False
+    """whether the base was trained on its train split"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,18 @@ class Preset:
     neighbour_perplexity: float
     memory: tuple[str, ...]
     """flags of all memories: shape, batches"""
-    start_epochs: int
-    """of memories that start as the base"""
-    fresh_epochs: int
-    """of memories that start at random, which need more"""
+    epochs: int
+    """of all memories"""
+    start: tuple[str, ...]
+    """flags of memories that start as the base: rate and head"""
+    fresh: tuple[str, ...]
+    """flags of memories that start at random: the rate"""
     models: tuple[str, ...]
-    """flags of all models of `train_baseline`, after those of the arm"""
+    """flags of all models of `train_baseline`, before those of the arm"""
+    rates: Mapping[str, str]
+    """kind of model → its learning rate, where the default of `train_baseline` is not right here"""
+    ds_config: str
+    """of all trainings: a name in ds_configs, or a path"""
     seconds: Mapping[str, float]
     """command → of one core, for the time that is printed"""
 
@@ -78,7 +85,7 @@ _REPETITIVE = (
     *("torch/_dynamo", "torch/_inductor", "torch/_vendor"),
 )
 _CONTROLS = ("continued", "continued_equal_time", "lora")
-_RECIPES = ("memory", "memory_knn", "paper", "paper_ce")
+_RECIPES = ("memory", "memory_ce", "paper", "paper_ce")
 
 TINY = Preset(
     name="tiny",
@@ -90,6 +97,7 @@ TINY = Preset(
         tuning_fraction=0.12,
         test_fraction=0.25,
         arms=(*_RECIPES, "paper_permuted", "paper_random", "bigger"),
+        is_known=True,
     ),
     domain=Text(
         title="the reference of the Python language",
@@ -98,7 +106,7 @@ TINY = Preset(
         max_bytes=2.4e5,
         tuning_fraction=0.15,
         test_fraction=0.3,
-        arms=("memory", "memory_knn", "paper", "paper_ce", *_CONTROLS),
+        arms=("memory", "memory_ce", "paper", "paper_ce", *_CONTROLS),
     ),
     vocab_size=2048,
     base=("--num-layers", "3", "--hidden-size", "128", "--epochs", "20", "--learning-rate", "2e-3"),
@@ -111,9 +119,13 @@ TINY = Preset(
         *("--num-blocks", "3", "--batch-positions", "2048"),
         *("--validation-positions", "8192"),
     ),
-    start_epochs=2,
-    fresh_epochs=5,
+    epochs=10,
+    start=("--head", "base", "--learning-rate", "2e-3"),
+    fresh=("--learning-rate", "2e-3"),
     models=("--epochs", "10"),
+    # The base's own rate. At the default, which is for pretrained bases, it ends at twice the perplexity.
+    rates={"continued": "2e-3", "lora": "5e-3"},
+    ds_config="cpu.json",
     seconds={
         "prepare-corpus": 3,
         "train-base": 145,
@@ -136,6 +148,7 @@ SMALL = Preset(
         tuning_fraction=0.06,
         test_fraction=0.16,
         arms=(*_RECIPES, "paper_permuted", "paper_random"),
+        is_known=True,
     ),
     domain=Text(
         title="docstrings of PyTorch",
@@ -144,7 +157,7 @@ SMALL = Preset(
         max_bytes=6e5,
         tuning_fraction=0.08,
         test_fraction=0.2,
-        arms=("memory", "memory_knn", "paper", "paper_ce", *_CONTROLS),
+        arms=("memory", "memory_ce", "paper", "paper_ce", *_CONTROLS),
     ),
     vocab_size=8192,
     base=(
@@ -160,9 +173,12 @@ SMALL = Preset(
         *("--num-blocks", "3", "--batch-positions", "2048"),
         *("--validation-positions", "16384"),
     ),
-    start_epochs=2,
-    fresh_epochs=4,
-    models=("--epochs", "4", "--validate-every", "28", "--early-stopping-patience", "3"),  # twice an epoch
+    epochs=5,
+    start=("--head", "base", "--learning-rate", "2e-3"),
+    fresh=("--learning-rate", "2e-3"),
+    models=("--epochs", "5", "--validate-every", "28", "--early-stopping-patience", "3"),  # twice an epoch
+    rates={"continued": "1e-3", "lora": "5e-3"},
+    ds_config="cpu.json",
     seconds={
         "prepare-corpus": 20,
         "train-base": 900,
@@ -206,17 +222,21 @@ REAL = Preset(
         *("--num-blocks", "4", "--batch-positions", "1024"),
         *("--validation-positions", "4096"),
     ),
-    start_epochs=2,
-    fresh_epochs=3,
+    epochs=6,
+    start=("--head", "frozen", "--learning-rate", "1e-3"),
+    fresh=("--learning-rate", "2e-3"),
     # Validated twice an epoch, for each reads the tuning split.
     models=("--epochs", "2", "--validate-every", "26", "--early-stopping-patience", "2"),
+    rates={},
+    # bfloat16 products, float32 weights and moments: 2.1 times the speed of cpu.json, the same loss.
+    ds_config="zero1.json",
     seconds={
         "prepare-corpus": 10,
         "extract-keys": 250,
         "build-index": 10,
         "write-targets": 60,
-        "train": 430,
-        "train-baseline": 1400,
+        "train": 350,
+        "train-baseline": 1500,
         "fit-gate": 80,
         "evaluate": 170,
     },

@@ -49,6 +49,11 @@ class Config(Flags):
     domain: tuple[str, ...] = option(
         "text that is new to the base, in place of the preset's", (), metavar="PATH"
     )
+    ds_config: Path | None = option(
+        "of all trainings (default: cpu.json; real: zero1.json, whose bfloat16 products are twice as fast"
+        " where the processor has them)",
+        None,
+    )
     questions: tuple[Path, ...] = option(
         "files of questions (docs/questions.md), of which the first 200 are asked: the first seed's memory"
         " under its gate, models and passages of the domain text",
@@ -70,11 +75,17 @@ class Config(Flags):
                 if self.base is not None
                 else "--preset real needs --base, a directory or Hub name of a pretrained model"
             )
+        if self.ds_config is not None and not self.ds_config.is_file():
+            raise UserError(
+                f"--ds_config {self.ds_config}: no such file; the shipped ones are in ds_configs/"
+            )
 
 
 def run(config: Config, world: World) -> None:
     """Do what is missing of a preset, and write quality.json and the page."""
     preset = _with_texts(PRESETS[config.preset], config)
+    if config.ds_config is not None:
+        preset = replace(preset, ds_config=str(config.ds_config.absolute()))
     run_preset(preset, config)
 
 
@@ -135,6 +146,8 @@ def _settings(config: Config) -> dict[str, str]:
     for name in ("general", "domain"):
         if paths := getattr(config, name):
             flags[name] = " ".join(Path(path).name for path in paths)
+    if config.ds_config is not None:
+        flags["ds_config"] = config.ds_config.name
     return flags | ({} if config.base is None else {"base": Path(config.base).name})
 
 

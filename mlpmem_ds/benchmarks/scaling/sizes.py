@@ -47,7 +47,8 @@ def held_equal() -> str:
 
 
 def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
-    """For each size a base, keys, a memory of the default recipe and a report, on the general text."""
+    """For each size a base, its keys and targets, a memory of the default recipe and a report, on the general
+    text."""
     text, corpus = preset.general, str(root / "corpus")
     trainer = ("--ds_config", str(ds_configs() / "cpu.json"), "--corpus", corpus)
     jobs = [
@@ -64,7 +65,7 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
     assert preset.base is not None
     for size in sizes:
         at = root / size.name
-        base, keys = str(at / "base"), str(at / "keys")
+        base, keys, index, targets = (str(at / stage) for stage in ("base", "keys", "index", "targets"))
         steps = {
             "base": (
                 *("train-base", *trainer, *preset.base),
@@ -74,9 +75,16 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
                 *("extract-keys", "--model", base, "--corpus", corpus, "--unit-positions", 16384),
                 *BASE_OUTPUTS,
             ),
-            "memory": (
-                *("train", *trainer, "--model", base, "--keys", keys),
-                *(*preset.memory, "--epochs", preset.start_epochs, *MEMORIES[SUBJECT].flags),
+            "index": ("build-index", "--keys", keys),
+            "targets": (
+                *("write-targets", "--keys", keys, "--index", index, "--corpus", corpus, "--k", preset.k),
+                *("--neighbour-perplexity", preset.neighbour_perplexity, "--exclude", "same-document"),
+                *("--shard-positions", 32768),
+            ),
+            "memory": (  # the base was trained on this text
+                *("train", *trainer, "--model", base, "--keys", keys, "--targets", targets),
+                *(*preset.memory, "--epochs", preset.epochs, *preset.fresh),
+                *MEMORIES[SUBJECT].flags,
             ),
             "report": (
                 *("evaluate", "--model", base, "--corpus", corpus, "--memory", str(at / "memory")),

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlpmem_ds.benchmarks.quality.plan import Plan, Planner
 from mlpmem_ds.benchmarks.quality.presets import PRESETS, Preset, Text
 
-ARMS = ("memory", "memory_knn", "paper", "paper_ce", "continued")
+ARMS = ("memory", "memory_ce", "paper", "paper_ce", "continued")
 """that are trained in each setting, by the names of quality/arms.py"""
 _MEGABYTE = 1e6
 
@@ -86,8 +86,7 @@ def setting_plan(preset: Preset, setting: Setting, root: Path, *, base: Path, nu
     preset = replace(
         preset,
         domain=domain,
-        start_epochs=setting.epochs,
-        fresh_epochs=setting.epochs,
+        epochs=setting.epochs,
         models=models,
     )
     planner = Planner(preset=preset, root=root, given_base=str(base), has_gates=False)

@@ -12,6 +12,7 @@
 - `parts`: what a training is put together from: objective, batches, validator
 - `training`: one training from its start to its result; `loop`: the steps one after another
 - `validation`: what validations found, the best weights; `memory_validation`: those of a memory
+- `known_text`: whether the base was itself trained on the text
 - `metrics`, `curves`: metrics.jsonl, TensorBoard, W&B, one picture
 - `intervals`: how many steps between two checkpoints cost least time
 """

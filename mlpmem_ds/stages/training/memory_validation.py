@@ -81,6 +81,10 @@ class MemoryValidator:
         self.num_positions = sum(gather_values(len(self._base_N), world))
         self._num_chunks = max(gather_values(math.ceil(len(self._base_N) / _ROWS_AT_ONCE), world))
 
+    def base_perplexity(self) -> float:
+        """Of all ranks' rows; collective."""
+        return math.exp(-sum(gather_values(float(self._base_N.sum()), self._world)) / self.num_positions)
+
     def run(self, engine: Engine, step: int) -> Validation:
         """Score the memory as it is now."""
         memory_N = self._score(engine)

@@ -58,6 +58,7 @@ from mlpmem_ds.stages.training.inputs import (
     verify_files,
 )
 from mlpmem_ds.stages.training.joined import open_base_end
+from mlpmem_ds.stages.training.known_text import warn_of_known_text
 from mlpmem_ds.stages.training.lent_head import check_initial_head, lender_of
 from mlpmem_ds.stages.training.memory_shape import memory_shape
 from mlpmem_ds.stages.training.memory_validation import MemoryValidator
@@ -340,9 +341,14 @@ def _validator(
     if inputs.tuning is None or config.control == "random-memory":
         return None
     assert base is not None
-    return MemoryValidator(
+    validator = MemoryValidator(
         base, inputs.tuning, inputs.point, positions=config.validation_positions, world=world
     )
+    if config.start == "base":
+        perplexity = validator.base_perplexity()
+        if world.is_first:
+            warn_of_known_text(inputs.keys, perplexity)
+    return validator
 
 
 def _describe(result: TrainingResult, *, subject: MemorySubject) -> MemoryManifest:

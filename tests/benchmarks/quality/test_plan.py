@@ -40,6 +40,38 @@ def test_each_job_stands_once_and_after_those_that_it_needs(preset) -> None:
         assert job.expected_seconds > 0
 
 
+def test_all_trainings_of_a_preset_have_one_precision() -> None:
+    for preset, name in ((PRESETS["tiny"], "cpu.json"), (PRESETS["real"], "zero1.json")):
+        plan = make_plan(preset, ROOT, num_seeds=1, base=None if preset.base is not None else "model")
+        given = {
+            Path(str(job.words[job.words.index("--ds_config") + 1])).name
+            for job in plan.jobs
+            if "--ds_config" in job.words
+        }
+        assert given == {name}
+
+
+def test_the_default_recipe_starts_as_the_base_on_text_that_is_new_to_it() -> None:
+    for name, known in (("tiny", {"general"}), ("small", {"general"}), ("real", set())):
+        preset = PRESETS[name]
+        plan = make_plan(preset, ROOT, num_seeds=1, base=None if preset.base is not None else "model")
+        for job in plan.jobs:
+            text, _, arm = job.name.partition("/")
+            if job.words[0] == "train":
+                starts_as_base = arm in ("memory-0", "memory_ce-0") and text not in known
+                assert ("--start" in job.words) == starts_as_base, job.name
+
+
+def test_models_are_trained_at_the_rate_of_a_base_of_that_size() -> None:
+    for name, rate in (("tiny", "2e-3"), ("small", "1e-3"), ("real", None)):
+        preset = PRESETS[name]
+        plan = make_plan(preset, ROOT, num_seeds=1, base=None if preset.base is not None else "model")
+        for job in plan.jobs:
+            if job.words[0] == "train-baseline" and "continued" in job.words:
+                given = dict(zip(job.words, job.words[1:], strict=False)).get("--learning-rate")
+                assert given == rate, job.name
+
+
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_texts_are_extracted_once_and_every_arm_is_trained_with_every_seed(preset) -> None:
     base = None if preset.base is not None else "model"
@@ -47,8 +79,7 @@ def test_texts_are_extracted_once_and_every_arm_is_trained_with_every_seed(prese
     counts = Counter(job.words[0] for job in plan.jobs)
     assert counts["prepare-corpus"] == 2
     assert counts["extract-keys"] == 4  # of each text what either recipe reads
-    imitates = [text for text in (preset.general, preset.domain) if "memory_knn" in text.arms]
-    assert counts["write-targets"] == 2 + len(imitates)
+    assert counts["write-targets"] == 4
     arms = [arm for text in (preset.general, preset.domain) for arm in text.arms]
     assert {*arms} <= {*MEMORIES, *MODELS}
     assert counts["train"] == 3 * sum(arm in MEMORIES for arm in arms)

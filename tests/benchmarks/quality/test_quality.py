@@ -60,7 +60,7 @@ def preset(tmp_path: Path) -> Preset:
         domain=replace(
             TINY.domain,
             inputs=(str(domain),),
-            arms=("memory", "memory_knn", "paper", "continued"),
+            arms=("memory", "memory_ce", "paper", "continued"),
             **fractions,
         ),
         vocab_size=400,
@@ -70,8 +70,7 @@ def preset(tmp_path: Path) -> Preset:
         k=16,
         neighbour_perplexity=8,
         memory=("--num-blocks", "1", "--batch-positions", "512"),
-        start_epochs=1,
-        fresh_epochs=1,
+        epochs=1,
         models=("--epochs", "1"),
     )
 

@@ -14,7 +14,7 @@ from mlpmem_ds.benchmarks.scaling.sizes import SIZES, make_jobs
 def test_each_size_has_all_stages_after_those_that_they_need(name: str) -> None:
     jobs = make_jobs(PRESETS[name], SIZES[name], Path("/run"))
     names = [job.name for job in jobs]
-    assert len(set(names)) == len(names) == 1 + 4 * len(SIZES[name])
+    assert len(set(names)) == len(names) == 1 + 6 * len(SIZES[name])
     for number, job in enumerate(jobs):
         assert {*job.needs} <= {*names[:number]}, job.name
     assert len(SIZES[name]) >= 3

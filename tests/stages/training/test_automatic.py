@@ -38,7 +38,7 @@ def make_inputs(*, num_positions=1000, targets=True):
     ("facts", "expected"),
     [
         (replace(MANY, has_targets=False), ("imitation", 0.0, "plain")),
-        (replace(MANY, starts_as_base=True), ("imitation", 0.0, "plain")),
+        (replace(MANY, starts_as_base=True), ("imitation", 0.5, "plain")),
         (replace(MANY, num_positions=100_000), ("imitation", 0.5, "mixture")),
         (MANY, ("imitation", 0.5, "plain")),
     ],
