@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.host import host_name, is_alive, start_of
+from mlpmem_ds.core.host import host_name, process_has_ended, start_of
 
 _logger = logging.getLogger(__name__)
 
@@ -111,8 +111,7 @@ def has_ended(text: str) -> bool:
     """Whether the process that `holder` named is known to be gone: only one of this machine is."""
     if not is_of_this_machine(text):
         return False
-    pid, start = _pid_of(text), text.split()[3:]
-    return not is_alive(pid) or (start != [] and start_of(pid) not in ("", *start))
+    return process_has_ended(_pid_of(text), "".join(text.split()[3:4]))
 
 
 def is_of_this_machine(text: str) -> bool:

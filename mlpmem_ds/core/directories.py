@@ -20,8 +20,7 @@ from pathlib import Path
 
 from mlpmem_ds.core.claims import ClaimWatch, claim
 from mlpmem_ds.core.files import flush
-from mlpmem_ds.core.host import host_name
-from mlpmem_ds.core.temporaries import remove_stale_directories, remove_stale_temporaries
+from mlpmem_ds.core.temporaries import remove_stale_directories, remove_stale_temporaries, work_path
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -126,7 +125,8 @@ def _alone(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator[Path]:
-    """Give this process a directory next to `path`, `.<name>.<host>.<pid>.partial`; it is removed at the end.
+    """Give this process a directory next to `path`, `.<name>.<host>.<pid>-<start>.partial`; it is removed at
+    the end.
 
     What killed processes of this host left under such names is removed first, and what other hosts left and
     have not written to for an hour; but for one of this host that `continues` accepts as the same work: it is
@@ -134,8 +134,8 @@ def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = ".partial"
-    own = path.parent / f".{path.name}.{host_name()}.{os.getpid()}{suffix}"
-    for other in remove_stale_directories(path.parent, name=path.name, suffix=suffix):
+    own = work_path(path, suffix)
+    for other in remove_stale_directories(path, suffix):
         if other != own and not own.exists() and continues(other):
             os.replace(other, own)
         else:

@@ -45,6 +45,11 @@ def start_of(pid: int) -> str:
     return fields[_START] if len(fields) > _START else ""
 
 
+def process_has_ended(pid: int, start: str) -> bool:
+    """Whether the process of this host that had this id and this `start_of` ("": not known) is gone."""
+    return not is_alive(pid) or (start != "" and start_of(pid) not in ("", start))
+
+
 def _fields_of(pid: int) -> list[str]:
     """What the system says of a process, from its state on; nothing without Linux, or where it is gone."""
     try:

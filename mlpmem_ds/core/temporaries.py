@@ -1,8 +1,9 @@
 """Files that are being written: their names, and which of them no process will finish.
 
-They are named `.<name>.<host>.<pid>.tmp` in the directory of their target. A later run on the same host can
-tell those of dead processes. A host that was lost may never come back under its name (a container, a node of
-a cluster): its files are given up when no process has written to them for an hour.
+They are named `.<name>.<host>.<pid>-<start>.tmp` in the directory of their target. A later run on the same
+host can tell those of dead processes, also where another process has such an id now: it started at another
+time (as in core/claims.py). A host that was lost may never come back under its name (a container, a node of a
+cluster): its files are given up when no process has written to them for an hour.
 
 Age is measured between two times of one clock, the one that gives files of this folder their times: a host
 whose own clock is wrong neither removes too early nor keeps for ever. A writer that is alive all the same,
@@ -13,25 +14,38 @@ such as a process that was stopped for an hour, finds its file gone and makes it
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlpmem_ds.core.host import host_name, is_alive
+from mlpmem_ds.core.host import host_name, process_has_ended, start_of
 
 SECONDS_UNTIL_GIVEN_UP = 3600.0
 _SUFFIX = ".tmp"
+_PROCESS = re.compile(r"(?P<pid>[0-9]{1,9})(-(?P<start>[0-9]+))?")
 
 
 def temporary_path(path: Path) -> Path:
     """Where this process writes what will be `path`."""
-    return path.with_name(f".{path.name}.{host_name()}.{os.getpid()}{_SUFFIX}")
+    return path.with_name(f".{path.name}{_tag_of_this_process()}{_SUFFIX}")
+
+
+def work_path(path: Path, suffix: str) -> Path:
+    """The directory, named in the same way, where this process makes what will be the directory `path`."""
+    return path.with_name(f".{path.name}{_tag_of_this_process()}{suffix}")
+
+
+def _tag_of_this_process() -> str:
+    """`.<host>.<pid>-<start>`; without the start where the system does not say it."""
+    pid = os.getpid()
+    return f".{host_name()}.{pid}-{start_of(pid)}".removesuffix("-")
 
 
 def is_own_temporary(name: object) -> bool:
     """Whether a file's name, of an error, is one that this process gave."""
-    return isinstance(name, str) and name.endswith(f".{host_name()}.{os.getpid()}{_SUFFIX}")
+    return isinstance(name, str) and name.endswith(f"{_tag_of_this_process()}{_SUFFIX}")
 
 
 def time_of_file_system(folder: Path) -> float:
@@ -56,37 +70,33 @@ def remove_stale_temporaries(
     for path in names:
         if not (path.name.startswith(prefix) and path.suffix == _SUFFIX):
             continue
-        pid = _pid_on_this_host(path.name, _SUFFIX)
         if not path.is_file():
             continue
-        if is_stale(path, pid, now=now, seconds_until_given_up=seconds_until_given_up):
+        has_ended = _has_ended(path.name, _SUFFIX)
+        if has_ended is None:
+            has_ended = is_given_up(path, now=now, seconds=seconds_until_given_up)
+        if has_ended:
             path.unlink(missing_ok=True)
 
 
-def _pid_on_this_host(name: str, suffix: str) -> int | None:
-    """The process that a name ends with; None where it is one of another host, or none."""
-    head, _, pid = name.removesuffix(suffix).rpartition(".")
-    return int(pid) if pid.isdigit() and head.endswith(f".{host_name()}") else None
+def _has_ended(name: str, suffix: str) -> bool | None:
+    """Whether the process that a name ends with is gone; None where it is one of another host, or none."""
+    head, _, tag = name.removesuffix(suffix).rpartition(".")
+    process = _PROCESS.fullmatch(tag)
+    if process is None or not head.endswith(f".{host_name()}"):
+        return None
+    return process_has_ended(int(process["pid"]), process["start"] or "")
 
 
-def is_stale(
-    path: Path,
-    pid: int | None,
-    *,
-    now: float,
-    seconds_until_given_up: float = SECONDS_UNTIL_GIVEN_UP,
-) -> bool:
-    """Whether no process will finish a file, or a directory with all that is in it.
+def is_given_up(path: Path, *, now: float, seconds: float = SECONDS_UNTIL_GIVEN_UP) -> bool:
+    """Whether no process has written for so long to a file, or to a directory with all that is in it.
 
     Args:
         path: the file or directory.
-        pid: of its process on this host; None where it is one of another host.
         now: as `time_of_file_system` gives it.
-        seconds_until_given_up: without a write, for one of another host.
+        seconds: without a write.
     """
-    if pid is not None:
-        return not is_alive(pid)
-    return now - max(_times_of(path), default=now) > seconds_until_given_up
+    return now - max(_times_of(path), default=now) > seconds
 
 
 def _times_of(path: Path) -> Iterator[float]:
@@ -99,20 +109,19 @@ def _times_of(path: Path) -> Iterator[float]:
             continue
 
 
-def remove_stale_directories(folder: Path, *, name: str, suffix: str) -> list[Path]:
-    """Remove directories `.<name>.<host>.<pid><suffix>` of other hosts that will not be finished.
+def remove_stale_directories(path: Path, suffix: str) -> list[Path]:
+    """Remove the directories that processes of other hosts have named by `work_path` and will not finish.
 
     Returns:
-        those of processes of this host that have ended, or of this process; they are left to the caller.
+        those of processes of this host that have ended, and of this process; they are left to the caller.
     """
-    now, own = time_of_file_system(folder), []
-    for path in sorted(folder.iterdir()):
-        if not (path.name.startswith(f".{name}.") and path.name.endswith(suffix) and path.is_dir()):
+    now, own = time_of_file_system(path.parent), []
+    for other in sorted(path.parent.iterdir()):
+        if not (other.name.startswith(f".{path.name}.") and other.name.endswith(suffix) and other.is_dir()):
             continue
-        pid = _pid_on_this_host(path.name, suffix)
-        if pid == os.getpid() or is_stale(path, pid, now=now):
-            if pid is not None:
-                own.append(path)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+        has_ended = _has_ended(other.name, suffix)
+        if has_ended or other == work_path(path, suffix):
+            own.append(other)
+        elif has_ended is None and is_given_up(other, now=now):
+            shutil.rmtree(other, ignore_errors=True)
     return own

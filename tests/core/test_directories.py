@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mlpmem_ds.core.directories import (
     replace_directory,
     work_directory,
 )
+from mlpmem_ds.core.host import host_name, start_of
 
 DEAD = 2**22 + 1  # above the largest process id
 
@@ -150,11 +150,12 @@ def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
 
 
 def test_a_killed_run_is_continued_and_others_are_removed(tmp_path: Path) -> None:
-    host = socket.gethostname()
+    host = host_name()
     names = {
         "same": f".out.{host}.{DEAD}.partial",
         "another": f".out.{host}.{DEAD + 1}.partial",
-        "alive": f".out.{host}.{os.getppid()}.partial",
+        "alive": f".out.{host}.{os.getppid()}-{start_of(os.getppid())}.partial",
+        "id used again": f".out.{host}.{os.getppid()}-1.partial",
         "elsewhere": f".out.elsewhere.{DEAD}.partial",
         "lost": f".out.lost-host.{DEAD}.partial",
     }
@@ -168,7 +169,7 @@ def test_a_killed_run_is_continued_and_others_are_removed(tmp_path: Path) -> Non
     with work_directory(
         tmp_path / "out", continues=lambda path: (path / "kind.txt").read_text() == "same"
     ) as own:
-        assert own.name == f".out.{host}.{os.getpid()}.partial"
+        assert own.name == f".out.{host}.{os.getpid()}-{start_of(os.getpid())}.partial"
         assert [path.name for path in own.iterdir()] == ["kind.txt"]
         assert (own / "kind.txt").read_text() == "same"
         left = {path.name for path in tmp_path.iterdir()} - {"out", own.name}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.host import host_name, start_of
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.temporaries import (
     is_own_temporary,
@@ -39,6 +39,17 @@ def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     make(tmp_path / names[1], age=2 * HOUR)  # a live process of this host takes as long as it takes
     remove_stale_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+
+
+def test_a_process_id_that_is_used_again_is_not_the_process_that_had_it(tmp_path: Path) -> None:
+    pid, start = os.getppid(), start_of(os.getppid())
+    if not start:
+        pytest.skip("this system does not say when a process started")
+    names = [f".{name}.{host_name()}.{pid}-{int(start) + later}.tmp" for name, later in (("a", 1), ("b", 0))]
+    for name in names:
+        make(tmp_path / name)
+    remove_stale_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == names[1:]
 
 
 def test_those_of_another_host_go_when_no_process_has_written_for_an_hour(tmp_path: Path) -> None:
@@ -95,7 +106,9 @@ def test_a_file_that_is_missing_otherwise_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_process_knows_the_names_that_it_gave(tmp_path: Path) -> None:
-    assert is_own_temporary(str(temporary_path(tmp_path / "a.npy")))
+    own = temporary_path(tmp_path / "a.npy")
+    assert own.name == f".a.npy.{host_name()}.{os.getpid()}-{start_of(os.getpid())}.tmp"
+    assert is_own_temporary(str(own))
     assert not is_own_temporary(str(tmp_path / f".a.npy.lost-host.{os.getpid()}.tmp"))
     assert not is_own_temporary(None)
 

@@ -49,7 +49,7 @@ from mlpmem_ds.core.objects.listing import Listing, require_listing
 from mlpmem_ds.core.objects.locks import PathLocks
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.objects.urls import name_of_url
-from mlpmem_ds.core.temporaries import is_stale, time_of_file_system
+from mlpmem_ds.core.temporaries import is_given_up, time_of_file_system
 from mlpmem_ds.core.typed_json import from_json, to_json
 from mlpmem_ds.core.waiting import Patience
 
@@ -356,7 +356,7 @@ def _is_in_use(home: Path) -> bool:
     if not held:
         return False
     now = time_of_file_system(home)
-    return not all(is_stale(path, None, now=now) for path in held)
+    return not all(is_given_up(path, now=now) for path in held)
 
 
 def _source_of(home: Path) -> Source | None:

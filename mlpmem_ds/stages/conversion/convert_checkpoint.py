@@ -8,10 +8,10 @@
       mlpmem_export.json                                          format, inputs, verification, every file's
                                                                   checksum
 
-All of it is written into `.OUTPUT.<host>.<pid>.partial/` next to OUTPUT, loaded again through its own code,
-compared with the base and the memory as trained (check.py), flushed, and only then renamed. What a killed run
-of the same export left is continued shard by shard; of another, removed. Weights stay in their files until
-they are written: one tensor at a time is in memory, not the model.
+All of it is written into `.OUTPUT.<host>.<pid>-<start>.partial/` next to OUTPUT, loaded again through its own
+code, compared with the base and the memory as trained (check.py), flushed, and only then renamed. What a
+killed run of the same export left is continued shard by shard; of another, removed. Weights stay in their
+files until they are written: one tensor at a time is in memory, not the model.
 """
 
 from __future__ import annotations
