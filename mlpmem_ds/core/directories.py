@@ -75,16 +75,22 @@ def former_of(path: Path) -> Path:
 def put_back_former(path: Path) -> None:
     """After a replacement that was cut off: the directory that `path` named before gets its name back where
     nothing has it, and is removed where its successor has."""
-    if former_of(path).exists() or _gone(path).exists():
+    if left_of_replacement(path):
         with _alone(path):
             _put_back(path)
 
 
 def remove_former(path: Path) -> None:
     """What a replacement that was cut off has left is not put back any more; before `path` is removed."""
-    if former_of(path).exists() or _gone(path).exists():
+    if left_of_replacement(path):
         with _alone(path):
             _remove(path)
+
+
+def left_of_replacement(path: Path) -> list[Path]:
+    """What a replacement of `path` that was cut off, or is under way, has beside it: what was there before,
+    and what is being removed."""
+    return [left for left in (former_of(path), _gone(path)) if left.exists()]
 
 
 def _put_back(path: Path) -> None:

@@ -14,6 +14,7 @@ import difflib
 import glob
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.claims import ClaimWatch, claim, has_ended, is_of_this_machine
-from mlpmem_ds.core.directories import remove_former
+from mlpmem_ds.core.directories import left_of_replacement, remove_former
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_sealed_json, size_in_words
 from mlpmem_ds.core.log import EventLog, read_events, read_json_lines
@@ -144,12 +145,29 @@ def _find(
     if len({made.root for made, _ in found}) > 1:
         raise UserError(f"--discard {name}: {some([f'{made.name}/{unit}' for made, _ in found])}: say which")
     if not found:
+        _refuse_left_alone(run / name)
         raise UserError(f"--discard {name}: {run} holds no such unit{_similar(name, everything)}")
     made, one = found[0]
     if keep_dependents or not _is_read_here(made.root, unit):
         return made, (one,)
     # It goes last: until then the same --discard finds it.
     return made, (*(other for other in _all_units(made.root) if other.name != unit), one)
+
+
+def _refuse_left_alone(path: Path) -> None:
+    """
+    Raises:
+        UserError: a replacement of this directory was cut off, and nothing has its name.
+    """
+    if left := left_of_replacement(path):
+        names = some([one.name for one in left])
+        is_former = any(one.name.endswith(".former") for one in left)
+        back = f"the command that writes {path.name} puts it back, and " if is_former else ""
+        what = "as it was before a replacement that was cut off" if is_former else "what is left of a removal"
+        raise UserError(
+            f"--discard: of {path} there is only {names} in {path.parent}, {what}: {back}to remove it give"
+            f" rm -r {shlex.join(str(one) for one in left)}"
+        )
 
 
 def _nameless(root: Path, name: str) -> Made:

@@ -174,6 +174,21 @@ def test_names_that_are_none_or_several_are_refused(run_dir: Path) -> None:
         discard(run_dir, "targets/77")
 
 
+def test_what_a_replacement_that_was_cut_off_left_is_named(run_dir: Path) -> None:
+    checkpoint = run_dir / "memory" / "checkpoints" / "step-00000010"
+    former, gone = (checkpoint.with_name(f".{checkpoint.name}.{end}") for end in ("former", "gone"))
+    former.mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        discard(run_dir, "memory/checkpoints/step-00000010")
+    assert str(caught.value).endswith(
+        f": the command that writes {checkpoint.name} puts it back, and to remove it give rm -r {former}"
+    )
+    former.rename(gone)
+    with pytest.raises(UserError, match=rf"what is left of a removal: to remove it give rm -r {gone}"):
+        discard(run_dir, "memory/checkpoints/step-00000010/")
+    assert gone.is_dir()
+
+
 @pytest.mark.parametrize("place", ["targets/done/.2.claim", "memory/.manifest.claim"])
 def test_a_live_claim_refuses(run_dir: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = everything(run_dir)
