@@ -7,8 +7,9 @@ the card of its base.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 
@@ -27,6 +28,11 @@ class CardFacts:
     """an address"""
     language: tuple[str, ...] = ()
     """ISO 639 codes"""
+
+    def stated(self) -> dict[str, Any]:
+        """What is said, as plain JSON."""
+        values = {**asdict(self), "language": list(self.language)}
+        return {name: value for name, value in values.items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from mlpmem_ds.formats.weight_shards import fault_of_weights
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+GENERATION_FILE = "generation_config.json"
 NO_LIMIT = 1 << 30
 """tokens that a model reads, where its configuration names no limit"""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -77,7 +78,7 @@ def check_generation_file(name_or_path: str, *, flag: str = "--model") -> None:
     Raises:
         UserError: with the file and what is wrong.
     """
-    files = ("generation_config.json", "config.json")
+    files = (GENERATION_FILE, "config.json")
     check_model_files(name_or_path, flag=flag, names=files)
     for file in files:
         path = model_file(name_or_path, file)

@@ -75,6 +75,11 @@ def test_what_a_bases_card_says(text: str | None, expected: CardFacts | None, tm
     assert facts_of(str(tmp_path)) == expected
 
 
+def test_what_is_said_is_plain_json() -> None:
+    assert CardFacts(license="mit", language=("en",)).stated() == {"license": "mit", "language": ["en"]}
+    assert CardFacts().stated() == {}
+
+
 def test_a_card_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A licence next to the card has its address there; no card is other than one that says nothing."""
     (tmp_path / "README.md").write_text("---\nlicense_link: ./LICENSE\n---\n")

@@ -45,6 +45,7 @@ from mlpmem_ds.core.files import (
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import DTYPES
+from mlpmem_ds.engines.model_files import GENERATION_FILE
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
@@ -64,13 +65,14 @@ from mlpmem_ds.stages.conversion.check import (
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.import_reference import write_memory
 from mlpmem_ds.stages.conversion.inputs import (
+    BASE_CARD,
     EXPORT_FILE,
     ExportInputs,
     open_inputs,
     with_weights_read,
 )
 from mlpmem_ds.stages.conversion.joining import join_parts
-from mlpmem_ds.stages.conversion.model_card import describe_verification, model_card
+from mlpmem_ds.stages.conversion.model_card import describe_verification, facts_from_base, model_card
 
 _logger = logging.getLogger(__name__)
 _IDENTITY, _RECORDS = "identity.json", "shards"
@@ -88,9 +90,10 @@ def run(config: Config, world: World) -> None:
     if config.write == "memory":
         write_memory(config, with_weights_read(inputs, output).trained, world)
         return
-    identity = inputs.identity(config)
+    of_base = facts_from_base(inputs, config)
+    identity = inputs.identity(config, of_base)
     put_back_former(output)
-    if _is_complete(output, identity):
+    if _is_complete(output, identity, is_card_known=of_base is not None):
         _logger.info("complete: %s", config.output)
         return
     _require_disk(config, inputs)
@@ -104,7 +107,7 @@ def run(config: Config, world: World) -> None:
         export.mkdir(exist_ok=True)
         verification = _write_and_verify(config, inputs, joint, export, world)
         num_base_parameters = sum(parameter.numel() for parameter in joint.base.parameters())
-        card = model_card(inputs, config, verification, num_base_parameters, _weight_bytes(export))
+        card = model_card(inputs, config, of_base, verification, num_base_parameters, _weight_bytes(export))
         (export / "README.md").write_text(card, encoding="utf-8")
         records = [record_file(export, path.relative_to(export).as_posix()) for path in _files_below(export)]
         manifest = {
@@ -127,8 +130,9 @@ def run(config: Config, world: World) -> None:
 # The output
 
 
-def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the export exists and is whole; one with a damaged file is made again.
+def _is_complete(output: Path, identity: Mapping[str, Any], *, is_card_known: bool) -> bool:
+    """Whether the export exists and is whole; one with a damaged file is made again. Where the base's card
+    cannot be read now, what the export has from it stays.
 
     Raises:
         UserError: the directory holds something else.
@@ -143,9 +147,9 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
         )
     found = read_sealed_json(output / EXPORT_FILE)
     if differences := [
-        f"{name} was {_at(found, name)!r}, now {_at(identity, name)!r}"
+        f"{name} was {old!r}, now {new!r}"
         for name in ("format", "version", "inputs", "config")
-        if _at(found, name) != _at(identity, name)
+        if (old := _at(found, name, is_card_known)) != (new := _at(identity, name, is_card_known))
     ]:
         raise UserError(
             f"--output {output} already holds another export ({'; '.join(differences)}): choose another"
@@ -157,8 +161,11 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
     return not faults
 
 
-def _at(values: Any, name: str) -> Any:
-    return values.get(name) if isinstance(values, Mapping) else None
+def _at(values: Any, name: str, is_card_known: bool) -> Any:
+    value = values.get(name) if isinstance(values, Mapping) else None
+    if isinstance(value, Mapping) and not is_card_known:
+        return {key: item for key, item in value.items() if key != BASE_CARD}
+    return value
 
 
 def _require_disk(config: Config, inputs: ExportInputs) -> None:
@@ -266,7 +273,7 @@ def write_description(joint: MemoryAugmentedLM, tokenizer: Any, dtype: torch.dty
     config.save_pretrained(export)
     # Not save_pretrained: what it loads, such as a temperature without do_sample, it refuses to save.
     settings: Any = joint.generation_config
-    settings.to_json_file(export / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
+    settings.to_json_file(export / GENERATION_FILE, use_diff=True, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(export)
     for path in export.glob("*.safetensors"):
         shutil.copymode(export / "config.json", path)

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json, sha256_of_file
+from mlpmem_ds.core.files import content_hash, read_json, sha256_of_file
 from mlpmem_ds.engines.hidden_states import fingerprint_model
-from mlpmem_ds.engines.model_files import check_generation_file, fetch_directory
+from mlpmem_ds.engines.model_cards import CardFacts
+from mlpmem_ds.engines.model_files import (
+    GENERATION_FILE,
+    check_generation_file,
+    fetch_directory,
+    model_file,
+)
 from mlpmem_ds.engines.tokenizer import definition_sha256, load_tokenizer, open_encoder
 from mlpmem_ds.formats.checkpoint import Checkpoint
 from mlpmem_ds.formats.corpus import CorpusManifest, TokenizerFacts, read_corpus_manifest, vocabulary_sha256
@@ -30,6 +36,8 @@ from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkp
 _logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mlpmem-export", 1
 EXPORT_FILE = "mlpmem_export.json"
+BASE_CARD = "base_card"
+"""of an identity's `config`: what the card takes from that of the base, where it takes something"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +75,21 @@ class ExportInputs:
         shapes = (MemoryConfig.from_dict(dict(trained.memory)) for trained in self.memories)
         return sum(shape.num_parameters() for shape in shapes)
 
-    def identity(self, config: Config) -> dict[str, Any]:
-        """What the weights and the configuration depend on."""
+    def identity(self, config: Config, card: CardFacts | None) -> dict[str, Any]:
+        """What the weights, the configuration, the tokenizer and the model card depend on.
+
+        Args:
+            config: the flags.
+            card: what the export's card takes from the base's; None: that is not known.
+        """
         inputs = {
             "memory": self.trained.sha256,
             "base": self.base_sha256,
             "vocabulary": self.trained.provenance.vocabulary_sha256,
+            "tokenizer": _sha256_of_rules(self.tokenizer),
         }
+        if (settings := model_file(self.model, GENERATION_FILE)) is not None:
+            inputs["generation_config"] = sha256_of_file(settings)
         inputs |= {f"memory_{number}": memory.sha256 for number, memory in enumerate(self.further, start=2)}
         if self.report is not None:
             inputs["report"] = self.report.sha256
@@ -93,8 +109,15 @@ class ExportInputs:
                     if (value := getattr(config, name)) is not None
                 },
                 **({"language": list(config.language)} if config.language else {}),
+                **({BASE_CARD: facts} if card is not None and (facts := card.stated()) else {}),
             },
         }
+
+
+def _sha256_of_rules(tokenizer: Any) -> str:
+    """Of what a tokenizer does beside having a vocabulary: its rules, its special tokens and its chats."""
+    special = {name: str(tokens) for name, tokens in tokenizer.special_tokens_map.items()}
+    return content_hash([definition_sha256(tokenizer), special, getattr(tokenizer, "chat_template", None)])
 
 
 def open_inputs(config: Config) -> ExportInputs:

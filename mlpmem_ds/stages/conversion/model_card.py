@@ -23,15 +23,17 @@ _logger = logging.getLogger(__name__)
 def model_card(
     inputs: ExportInputs,
     config: Config,
+    of_base: CardFacts | None,
     verification: Mapping[str, Any],
     num_base_parameters: int,
     weight_bytes: int,
 ) -> str:
-    """README.md of the export; what the inputs do not say is called unknown."""
+    """README.md of the export; what the inputs do not say is called unknown. `of_base` as `facts_from_base`
+    gives it."""
     on_hub = not Path(inputs.model).is_dir()
     base = inputs.model if on_hub else Path(inputs.model).resolve().name
     title = f"{base} with {'an MLP memory' if not inputs.further else f'{len(inputs.memories)} MLP memories'}"
-    facts = _facts(inputs, config)
+    facts = _facts(config, of_base)
     head = card_head(
         title=title,
         base_model=base if on_hub else None,
@@ -101,8 +103,11 @@ def _example(inputs: ExportInputs) -> str:
     return "\n".join([*lines, f"model.lmbda = 0.0  # the base alone; {what}"])
 
 
-def _facts(inputs: ExportInputs, config: Config) -> CardFacts:
-    """Licence and languages: of the flags, else the base's."""
+def facts_from_base(inputs: ExportInputs, config: Config) -> CardFacts | None:
+    """Licence and languages of the base's card, where no flag gives others; None where the card cannot be
+    read, which a warning says."""
+    if config.license is not None and config.language:
+        return CardFacts()
     facts = facts_of(inputs.model)
     if facts is None:
         if config.license is None:
@@ -112,10 +117,16 @@ def _facts(inputs: ExportInputs, config: Config) -> CardFacts:
                 " languages with --language",
                 inputs.model,
             )
-        facts = CardFacts()
+        return None
     if config.license is not None:
-        facts = CardFacts(license=config.license, language=facts.language)
-    return replace(facts, language=config.language or facts.language)
+        facts = CardFacts(language=facts.language)
+    return replace(facts, language=()) if config.language else facts
+
+
+def _facts(config: Config, of_base: CardFacts | None) -> CardFacts:
+    """Licence and languages: of the flags, else the base's."""
+    facts = CardFacts() if of_base is None else of_base
+    return replace(facts, license=config.license or facts.license, language=config.language or facts.language)
 
 
 def _licences(config: Config, facts: CardFacts) -> list[str]:

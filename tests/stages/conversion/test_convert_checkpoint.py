@@ -210,9 +210,53 @@ def test_a_card_that_cannot_be_read_is_no_card_without_a_licence(
     ):
         caplog.clear()
         monkeypatch.setattr(model_card, "facts_of", lambda _, found=found: found)
-        facts = model_card._facts(inputs, replace(config, license=given))
+        flags = replace(config, license=given)
+        facts = model_card._facts(flags, model_card.facts_from_base(inputs, flags))
         assert (facts.license, facts.language) == (expected, ("de",))
         assert ("some/base cannot be read" in caplog.text and "--license" in caplog.text) == is_said
+
+
+def test_an_export_is_complete_for_the_bases_card_tokenizer_and_settings(
+    flags: MemoryFlags,
+    base_dir: Path,
+    corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = Path(shutil.copytree(base_dir, tmp_path / "base"))
+    shutil.copytree(corpus_dir / "tokenizer", base, dirs_exist_ok=True)
+    (base / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n")
+    memory, output = save_memory(tmp_path / "memory", flags), tmp_path / "export"
+    words = ("--checkpoint", memory, "--model", base, "--output", output)
+    assert convert(*words) == 0
+    before = (output / EXPORT_FILE).read_bytes()
+    assert json.loads(before)["config"]["base_card"] == {"license": "mit", "language": ["en"]}
+
+    def rerun(*more: object) -> tuple[int, str]:
+        code = convert(*words, *more)
+        return code, capsys.readouterr().err
+
+    with monkeypatch.context() as patched:  # as of a base of the Hub, without the network
+        patched.setattr(model_card, "facts_of", lambda _: None)
+        code, said = rerun()
+        assert code == 0 and "complete" in said
+    for name, content in (
+        ("README.md", b"---\nlicense: apache-2.0\n---\n"),
+        ("generation_config.json", json.dumps({"temperature": 0.5}).encode()),
+        ("chat_template.jinja", b"{{ messages }}"),
+    ):
+        path = base / name
+        old = path.read_bytes() if path.exists() else None
+        path.write_bytes(content)
+        code, said = rerun()
+        assert code == 2 and "already holds another export" in said, name
+        path.unlink() if old is None else path.write_bytes(old)
+        assert rerun()[0] == 0, name
+    assert (output / EXPORT_FILE).read_bytes() == before
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
+    assert "'license': 'apache-2.0'" in rerun()[1]
+    assert "base_card" not in rerun("--license", "mit", "--language", "en")[1].split("now")[-1]
 
 
 def test_the_base_is_found_through_the_keys(
