@@ -11,20 +11,11 @@ from pathlib import Path
 import pytest
 
 from ..conftest import write_text
+from ..launch.test_slurm import ALL
 from .hosts import Cluster, make_cluster
 from .slurm_cluster import Slurm, start_slurm, why_not
 
 pytestmark = pytest.mark.cluster
-ALL = (
-    "prepare_corpus",
-    "train_base",
-    "extract_keys",
-    "build_index",
-    "write_targets",
-    "train",
-    "evaluate",
-    "convert_checkpoint",
-)
 _SETTINGS = """
 RUN={run}
 BASE=$RUN/base
