@@ -19,6 +19,7 @@ Read in this order; files marked * are copied into every export and import nothi
     joint_step*        from one forward of the base to the mixture, with or without the memories
     joint_forward*     a forward of the joint model: base, memories, and what the cache carries
     forward_docs*      what that forward takes and gives, in words
+    kept_card*         the model card of a loaded export, when it is saved again
     hf*                the joint model: its forward, generation, saving and loading
     pretrained_memory* a trained memory that waits for its base
     generation_settings where generation stops, and the rows that it never takes

@@ -44,6 +44,7 @@ from .joint_parts import (
     windows_of,
 )
 from .joint_step import BaseOnly, Mixture, Step
+from .kept_card import keep_card, replace_blank_card
 from .memory import Memory, NormalLinear, OnePlusLayerNorm, OnePlusRMSNorm
 from .memory_config import DEFAULT_LAMBDA, MemoryConfig
 from .mixture import Constant, StoredGate, log_mixture_of_logits
@@ -284,13 +285,24 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             quantize_linears(memory)
         return self
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Raises ValueError after `quantize_memory`, and where the base was quantized by
-        another library than bitsandbytes: the float weights are gone."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', and the model card of the export that was loaded goes along, where the directory
+        has none. Raises ValueError after `quantize_memory`, and where the base was quantized by another
+        library than bitsandbytes: the float weights are gone."""
         if any(isinstance(module, Int8Linear) for module in self.memory.modules()):
             raise ValueError("a model with an int8 memory is not saved: save it before quantize_memory()")
         prepare_to_save(self.base)
-        return super().save_pretrained(*args, **kwargs)
+        saved = super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            keep_card(self, save_directory)
+        return saved
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """The end of transformers' `push_to_hub`, which would send a blank card to a new repository."""
+        replace_blank_card(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @documented(FORWARD)
     def forward(

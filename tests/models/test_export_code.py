@@ -58,6 +58,7 @@ CODE_FILES = (
     "joint_forward.py",
     "joint_parts.py",
     "joint_step.py",
+    "kept_card.py",
     "history_cache.py",
     "pretrained_memory.py",
     "gates.py",

@@ -64,7 +64,7 @@ def model_card(
         "## Licence\n" + _bullet_list(_licences(config, facts)),
         "## Limits\n" + _bullet_list(_LIMITS),
         "## To the Hub\nThis directory is complete: `hf upload NAME PATH` copies it as it is. `push_to_hub`"
-        " of the loaded model writes another card, which says nothing of this.",
+        " of the loaded model writes it anew, with this card unless the repository has one.",
     ]
     return "\n\n".join(sections) + "\n"
 
