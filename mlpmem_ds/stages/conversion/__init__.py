@@ -6,6 +6,7 @@ Read in this order:
 - `inputs.py`: finds and checks all that an export is made from
 - `gate_inputs.py`: a fitted gate, and its memories in order
 - `joining.py`: the joint model of a loaded base and these memories; `generate` makes it here too
+- `thresholds.py`: what a threshold does without a gate, in a warning
 - `weights.py`: weights of a checkpoint of a training that has not finished
 - `import_reference.py`: a memory that the method's authors published
 - `check.py`: the written model is loaded again and compared with its parts

@@ -73,6 +73,7 @@ from mlpmem_ds.stages.conversion.inputs import (
 )
 from mlpmem_ds.stages.conversion.joining import join_parts
 from mlpmem_ds.stages.conversion.model_card import describe_verification, facts_from_base, model_card
+from mlpmem_ds.stages.conversion.thresholds import warn_of_fixed_weights
 
 _logger = logging.getLogger(__name__)
 _IDENTITY, _RECORDS = "identity.json", "shards"
@@ -320,6 +321,7 @@ def _join(config: Config, inputs: ExportInputs) -> MemoryAugmentedLM:
         )
     flag = "--checkpoint" if config.checkpoint else "--from-reference"
     joint = join_parts(base, inputs, cast=False, threshold=config.base_only_threshold, flag=flag)
+    warn_of_fixed_weights(config.base_only_threshold, [joint.gate], len(joint.memories))
     if choosing := choosing_settings(joint.generation_config):
         settings = ", ".join(f"{name} {value}" for name, value in choosing.items())
         _logger.info(

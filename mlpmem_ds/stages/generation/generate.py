@@ -30,6 +30,7 @@ from mlpmem_ds.models.generation_settings import (
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.models.quantized_base import bits_config
+from mlpmem_ds.stages.conversion.thresholds import warn_of_fixed_weights
 from mlpmem_ds.stages.generation.config import Config
 from mlpmem_ds.stages.generation.exported_model import (
     QuantizationError,
@@ -74,6 +75,7 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     if config.memory_weights == "int8":
         model.quantize_memory()
     gate = model.gate if config.lmbda is None else Constant(config.lmbda)
+    warn_of_fixed_weights(config.base_only_threshold, [gate], len(model.memories))
     generation = _generation_config(config, model, tokenizer, further_end)
     if config.stream and write is not None:
         write(prompts[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from mlpmem_ds.stages.questions.arms import (
 )
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
+_logger = logging.getLogger(__name__)
 JOINT = "joint"
 ALONE, GATE = "memory_alone", f"{MEMORY}+gate"
 _LIKELIHOOD_GRID, _GENERATION_GRID = ("0:1:0.05",), ("0:1:0.25",)
@@ -143,6 +145,12 @@ class Models:
             device=self._device, dtype=config.dtype, device_map=device_map_of(config.device_map)
         )
         self._gate = model.gate
+        if config.base_only_threshold is not None and isinstance(model.gate, Constant):
+            _logger.warning(
+                "--base-only-threshold %g changes nothing: there is no gate (--gate), and every λ of a suite"
+                " is meant without it",
+                config.base_only_threshold,
+            )
         encoder = open_encoder(
             self._source.tokenizer, label="the tokenizer of --model", special_tokens=config.special_tokens
         )

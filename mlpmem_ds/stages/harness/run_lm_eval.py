@@ -22,6 +22,7 @@ from mlpmem_ds.engines.lm_eval import load_tasks, require_harness, score_tasks
 from mlpmem_ds.engines.tokenizer import open_encoder, require_end
 from mlpmem_ds.models.generation_settings import token_settings
 from mlpmem_ds.models.mixture import Constant, StoredGate
+from mlpmem_ds.stages.conversion.thresholds import warn_of_fixed_weights
 from mlpmem_ds.stages.generation.exported_model import open_source, settings_of_export
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.local_tasks import build_tasks, check_lengths
@@ -54,6 +55,7 @@ def run(config: Config, world: World) -> str | None:
     model.generation_config = GenerationConfig(**token_settings(settings_of_export(model, tokenizer)))
     own: tuple[StoredGate, ...] = (Constant(0.0), model.gate)
     gates = tuple(grid_of(config.lambdas)) if config.lambdas else tuple(dict.fromkeys(own))
+    warn_of_fixed_weights(config.base_only_threshold, gates, len(model.memories))
     results: dict[StoredGate, dict[str, dict[str, Any]]] = {}
     for gate in gates:
         model.set_gate(gate)

@@ -18,6 +18,7 @@ from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.evaluation import read_evaluation
 from mlpmem_ds.formats.window_tokens import begins_with
 from mlpmem_ds.models.mixture import Constant
+from mlpmem_ds.stages.conversion.thresholds import warn_of_fixed_weights
 from mlpmem_ds.stages.generation.exported_model import open_source
 from mlpmem_ds.stages.viewing.config import Config
 from mlpmem_ds.stages.viewing.html import Passage, render_page, report_details, report_summary
@@ -38,6 +39,7 @@ def run(config: Config, world: World) -> None:
     model = source.load(device=device_of_rank(config.device, world), dtype=config.dtype, device_map=None)
     if config.lmbda is not None:
         model.set_gate(Constant(config.lmbda))
+    warn_of_fixed_weights(config.base_only_threshold, [model.gate], len(model.memories))
     passages = []
     for number, (title, ids, num_context) in enumerate(texts, start=1):
         views = views_of(model, source.tokenizer, ids, num_context=num_context)

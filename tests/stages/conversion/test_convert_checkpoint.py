@@ -262,7 +262,9 @@ def test_an_export_is_complete_for_the_bases_card_tokenizer_and_settings(
 def test_the_base_is_found_through_the_keys(
     memory_dir: Path, tmp_path: Path, flags: MemoryFlags, corpus_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert convert("--checkpoint", memory_dir, "--output", tmp_path / "export") == 0
+    words = ("--checkpoint", memory_dir, "--output", tmp_path / "export", "--base-only-threshold", 0.1)
+    assert convert(*words) == 0
+    assert capsys.readouterr().err.count("--base-only-threshold 0.1 is for a gate (--gate)") == 1
     exported = AutoTokenizer.from_pretrained(tmp_path / "export").get_vocab()
     assert exported == AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").get_vocab()
     lonely = save_memory(tmp_path / "lonely", flags, keys="0" * 64)

@@ -192,6 +192,7 @@ def test_generate_joins_a_base_and_its_memories_itself(
         alone = generate.run(generate.Config(**parts, **options, base_only_threshold=1.0), World())
     finally:
         package.removeHandler(caplog.handler)
+    assert "is for a gate" not in caplog.text
     assert "the memory was left out at" in caplog.text and "of weights" in caplog.text
     one = generate.Config(model=str(base_dir), memory=(bank[0],), lmbda=0.0, **options)
     assert generate.run(one, World()) == alone  # the base

@@ -398,3 +398,11 @@ def test_what_is_no_chat_is_refused(
     ):
         assert run_front_end("--model", export_dir, *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_threshold_without_a_gate_is_remarked(export_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", export_dir, "--prompt", "alpha", "--max-new-tokens", 2)
+    for threshold, effect in ((0.1, "changes nothing"), (0.9, f"its weight is {LAMBDA}")):
+        assert run_front_end(*words, "--base-only-threshold", threshold) == 0
+        said = capsys.readouterr().err
+        assert said.count(f"--base-only-threshold {threshold} is for a gate") == 1 and effect in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import lm_eval as engine
 from mlpmem_ds.engines.lm_eval import Tasks
 from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.stages.conversion import thresholds
 from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.harness.run_lm_eval import Config, build_tasks
 
@@ -63,9 +65,14 @@ def test_local_files_become_whole_tasks_and_names_stay_names(
 
 
 def test_each_lambda_is_scored_by_its_own_model(
-    export_dir: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     seen = []
+    monkeypatch.setattr(thresholds, "_logger", logging.getLogger("of this test"))
 
     def load(tasks: Any, **settings: Any) -> Tasks:
         return Tasks(loaded=tuple(tasks), num_fewshot=settings["num_fewshot"], limit=settings["limit"])
@@ -89,7 +96,10 @@ def test_each_lambda_is_scored_by_its_own_model(
     assert table.splitlines() == ["task  metric       λ = 0   λ = 0.35", "task  exact_match  0.0000  0.1750"]
     written = json.loads(output.read_text())
     assert [row["lambda"] for row in written["results"]] == [0.0, 0.35]
-    run_lm_eval.run(Config(model=str(export_dir), questions=questions, lambdas=("0.9", "0.1")), World())
+    assert not caplog.records
+    flags: dict[str, Any] = {"lambdas": ("0.9", "0.1"), "base_only_threshold": 0.5}
+    run_lm_eval.run(Config(model=str(export_dir), questions=questions, **flags), World())
+    assert caplog.text.count("it leaves the memory out everywhere, for its weight is 0.1") == 1
     assert [lmbda for lmbda, *_ in seen[2:]] == [0.9, 0.1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mlpmem_ds.engines.suite_tasks import MissingDataSetError, open_task
 from mlpmem_ds.engines.tokenizer import open_encoder
 from mlpmem_ds.formats.suites import read_suites
 from mlpmem_ds.models.hf import MemoryAugmentedLM
-from mlpmem_ds.stages.harness import run_lm_eval, run_suite
+from mlpmem_ds.stages.harness import readers, run_lm_eval, run_suite
 from mlpmem_ds.stages.harness import suites as suites_module
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.run_suite import draw
@@ -310,8 +311,13 @@ def test_long_answers_are_refused_before_anything_is_written(
 
 @needs_harness
 def test_a_number_is_meant_without_the_threshold_and_no_first_batch_is_timed(
-    export_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(readers, "_logger", logging.getLogger("of this test"))
     shutil.copy(data / "nq_open.dev.jsonl", tmp_path / "nq_open.jsonl")
     asked, answer = [], run_suite.answer
 
@@ -322,6 +328,7 @@ def test_a_number_is_meant_without_the_threshold_and_no_first_batch_is_timed(
     monkeypatch.setattr(run_suite, "answer", recorded)
     flags: dict[str, Any] = {"control": (), "base_only_threshold": 0.9, "batch_size": 4}
     assert run_lm_eval.run(make_config(export_dir, tmp_path, tmp_path / "out", **flags), World()) is not None
+    assert caplog.text.count("--base-only-threshold 0.9 changes nothing: there is no gate (--gate)") == 1
     assert asked == [(lmbda, None, *call) for lmbda in (0.0, 0.4, 1.0) for call in ((4, 2), (4, 4), (2, 4))]
 
 

@@ -32,7 +32,7 @@ def _tokens(page: str) -> int:
 
 
 def test_passages_of_a_corpus_and_texts_of_ones_own(
-    report_dir: Path, export_dir: Path, corpus_dir: Path, tmp_path: Path
+    report_dir: Path, export_dir: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "page.html"
     flags = ("--corpus", corpus_dir, "--passages", 2, "--tokens", 12)
@@ -41,7 +41,10 @@ def test_passages_of_a_corpus_and_texts_of_ones_own(
     assert page.count("<section>") == 2 and 22 <= _tokens(page) <= 24
     text = tmp_path / "own.txt"
     text.write_text("alpha beta return", encoding="utf-8")
-    assert _run(report_dir, export_dir, output, "--text", text, "--lambda", 1) == 0
+    assert (
+        _run(report_dir, export_dir, output, "--text", text, "--lambda", 1, "--base-only-threshold", 1) == 0
+    )
+    assert capsys.readouterr().err.count("--base-only-threshold 1 is for a gate (--gate)") == 1
     own = output.read_text(encoding="utf-8")
     assert "<h3>own.txt</h3>" in own and own != page
 
