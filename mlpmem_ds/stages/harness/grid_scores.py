@@ -22,6 +22,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.models.mixture import NOTHING, GateInputs, Grid, StoredGate, log_mixture
 from mlpmem_ds.stages.questions.answering import Answerer, cut_ids
+from mlpmem_ds.stages.questions.lengths import too_long
 
 GATE_NAME = "gate"
 
@@ -96,14 +97,6 @@ def score_continuations(
         is_cut = len(pairs[0][0]) > room
         scores.append(GridScore(log_probabilities=tuple(logs), is_greedy=tuple(greedy), is_cut=is_cut))
     return scores
-
-
-def too_long(num_tokens: int, context: int) -> str:
-    """What is wrong with a continuation that leaves no room for a context."""
-    return (
-        f"a choice has {num_tokens:,} tokens, and the model reads {context:,} with the question: shorten it,"
-        " or leave the record out"
-    )
 
 
 _Opinion = tuple[torch.Tensor, torch.Tensor | None]

@@ -1,25 +1,13 @@
-"""Part of `run_lm_eval`: whether answers and choices fit into what a model reads, before it is loaded."""
+"""Part of `run_lm_eval`: whether a suite's answers and choices fit into what a model reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.engines.suite_tasks import Document, SuiteTask
-from mlpmem_ds.engines.tokenizer import TextEncoder
-from mlpmem_ds.stages.harness.grid_scores import too_long
-from mlpmem_ds.stages.questions.answering import no_room_for_answers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """How a model reads: its tokenizer, and the most tokens."""
-
-    flag: str
-    encoder: TextEncoder
-    context: int
+from mlpmem_ds.stages.questions.lengths import Room, fault_of_answers, fault_of_choice
 
 
 def check_room(
@@ -36,23 +24,13 @@ def check_room(
     Raises:
         UserError: with the task, both numbers and what to do.
     """
-    encoder = room.encoder if task.metadata["begin_tokens"] else replace(room.encoder, begin_ids=())
-    free = room.context - len(encoder.begin_ids)
+    if not task.metadata["begin_tokens"]:
+        room = replace(room, encoder=replace(room.encoder, begin_ids=()))
     if task.generation is not None:
-        longest = max_new_tokens or task.generation.max_new_tokens
-        if longest >= free:
-            said = no_room_for_answers(longest, room.context)
-            raise UserError(f"task {task.name}, {room.flag}: {said}, or leave the task out")
+        if fault := fault_of_answers(room, max_new_tokens or task.generation.max_new_tokens):
+            raise UserError(f"task {task.name}, {room.flag}: {fault}, or leave the task out")
         return
     for document in documents:
         for request in document.requests:
-            text = request.continuation or ""
-            blanks = len(request.context) - len(request.context.rstrip())
-            if len(text.encode("utf-8", "surrogatepass")) + blanks < free - 1:
-                continue  # a token has a byte at least, besides one for a beginning
-            _, ids = encode_pair(encoder, request.context, text)
-            if len(ids) >= free:
-                raise UserError(
-                    f"task {task.name}, item {document.number + 1}, {room.flag}:"
-                    f" {too_long(len(ids), room.context)}"
-                )
+            if fault := fault_of_choice(room, request.context, request.continuation or ""):
+                raise UserError(f"task {task.name}, item {document.number + 1}, {room.flag}: {fault}")

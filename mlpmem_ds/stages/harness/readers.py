@@ -17,7 +17,6 @@ from mlpmem_ds.models.mixture import Constant, Grid
 from mlpmem_ds.stages.generation.exported_model import Source, open_source
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.grid_scores import GATE_NAME, Weighting
-from mlpmem_ds.stages.harness.lengths import Room
 from mlpmem_ds.stages.questions.answering import Answerer
 from mlpmem_ds.stages.questions.arms import (
     BASE,
@@ -29,6 +28,7 @@ from mlpmem_ds.stages.questions.arms import (
     load_plain,
     ready_answerer,
 )
+from mlpmem_ds.stages.questions.lengths import Room
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
 _logger = logging.getLogger(__name__)

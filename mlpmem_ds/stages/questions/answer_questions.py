@@ -8,14 +8,13 @@ export through the lm-evaluation-harness).
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import torch
 
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.errors import UserError
@@ -32,12 +31,14 @@ from mlpmem_ds.formats.answers import Answers, AnswersManifest, SetScores, write
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.question_files import Question, read_questions
 from mlpmem_ds.stages.questions.answer_scores import contains, exact_match, f1, short_answer
-from mlpmem_ds.stages.questions.answering import Answerer, Choice, answer, score_choices
+from mlpmem_ds.stages.questions.answering import Answer, Answerer, Choice, answer, score_choices
 from mlpmem_ds.stages.questions.arms import Answerers, Arm, hash_models, list_arms
 from mlpmem_ds.stages.questions.config import Config, set_name
+from mlpmem_ds.stages.questions.lengths import check_questions
 from mlpmem_ds.stages.questions.passages import Passages, open_passages, write_passages
 from mlpmem_ds.stages.questions.results import read_scores, render, score_set
 
+_logger = logging.getLogger(__name__)
 _PASSAGES = "passages"  # a unit that the others read
 _DESCRIPTION = "Answer these questions:\n\n"  # as NQ-open's task of the harness begins
 _SEED = 0  # of the examples
@@ -76,16 +77,20 @@ def run(config: Config, world: World) -> str | None:
     device = device_of_rank(config.device, world)
     asked = {name: [*sets[name], *examples[name]] for name in sets}
     inputs = {f"questions-{name}": _hash_of(questions) for name, questions in asked.items()}
+    hashes, answerers = hash_models(arms), Answerers(config, device)
+    rooms = answerers.rooms(arms)
+    for name, questions in sets.items():
+        check_questions(name, questions, rooms, config.max_new_tokens)
     directory = open_stage(
         config.output,
         stage=AnswersManifest.FORMAT,
         version=AnswersManifest.VERSION,
         config=config,
-        inputs={**hash_models(arms), **inputs, **({} if corpus is None else {"passages": corpus.sha256})},
+        inputs={**hashes, **inputs, **({} if corpus is None else {"passages": corpus.sha256})},
         world=world,
     )
     units = {unit.name: unit for unit in _list_units(sets, arms, config.unit_questions)}
-    stage = _Answering(config, world, directory, sets, examples, units, arms, corpus, device)
+    stage = _Answering(config, world, directory, sets, examples, units, arms, corpus, answerers)
     stage.answer_all()
     return stage.table
 
@@ -135,14 +140,19 @@ def _score_choices_of(question: Question, scored: Sequence[Choice]) -> dict[str,
     if question.kind == "last word":
         [choice] = scored
         scores = {"accuracy": float(choice.is_greedy)}
-        return {"log_probability": choice.log_probability, "scores": scores}
+        return {"log_probability": choice.log_probability, "scores": scores, **_mark_of(choice)}
     logs = [choice.log_probability for choice in scored]
     by_byte = [log / len(text.encode()) for log, text in zip(logs, question.answers, strict=True)]
     scores = {
         "accuracy": float(logs.index(max(logs)) == question.gold),
         "accuracy_by_byte": float(by_byte.index(max(by_byte)) == question.gold),
     }
-    return {"log_probabilities": logs, "scores": scores}
+    return {"log_probabilities": logs, "scores": scores, **_mark_of(*scored)}
+
+
+def _mark_of(*results: Answer | Choice) -> dict[str, bool]:
+    """Of a line whose prompt lost its beginning."""
+    return {"cut": True} if any(each.is_cut for each in results) else {}
 
 
 class _Answering:
@@ -158,13 +168,12 @@ class _Answering:
         units: Mapping[str, Unit],
         arms: list[Arm],
         corpus: CorpusSplit | None,
-        device: torch.device,
+        answerers: Answerers,
     ) -> None:
         self._config, self._world, self._directory = config, world, directory
         self._sets, self._examples = sets, examples
         self._units, self._arms, self._corpus = units, arms, corpus
-        self._device = device
-        self._answerers = Answerers(config, device)
+        self._answerers = answerers
         self._passages: Passages | None = None
         self.table: str | None = None
 
@@ -187,7 +196,8 @@ class _Answering:
     def _answer_unit(self, name: str, writer: UnitWriter) -> dict[str, Any]:
         unit = self._units[name]
         answerer = self._answerers.of(unit.arm)
-        lines, totals = [], {"questions": 0, "seconds": 0.0, "first_token_seconds": 0.0, "tokens": 0}
+        counts = dict.fromkeys(("questions", "num_cut", "tokens"), 0)
+        lines, totals = [], {**counts, "seconds": 0.0, "first_token_seconds": 0.0}
         questions = self._sets[unit.set]
         for first in range(unit.block.start, unit.block.stop, self._config.batch):
             numbers = range(first, min(first + self._config.batch, unit.block.stop))
@@ -195,11 +205,17 @@ class _Answering:
             for number, (line, spent) in zip(numbers, asked, strict=True):
                 lines.append(json.dumps({"question": number, **line}, ensure_ascii=False))
                 totals["questions"] += 1
+                totals["num_cut"] += line.get("cut", False)
                 for key, value in spent.items():
                     totals[key] += value
             self._progress.advance(len(numbers))
         with writer.file(unit.file) as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if num_cut := totals["num_cut"]:
+            _logger.warning(
+                "%s: %d of %d prompts are longer than the model reads: their beginning was cut off",
+                name, num_cut, len(lines),
+            )  # fmt: skip
         return totals
 
     def _ask(self, answerer: Answerer, unit: Unit, questions: Sequence[Question]) -> list[_Asked]:
@@ -245,7 +261,7 @@ class _Answering:
                 "first_token_seconds": searched + found.first_token_seconds,
                 "tokens": found.num_tokens,
             }
-            asked.append(({"answer": found.text, "scores": scores}, spent))
+            asked.append(({"answer": found.text, "scores": scores, **_mark_of(found)}, spent))
         return asked
 
     # -- the end
@@ -257,7 +273,7 @@ class _Answering:
             sets=tuple(sets),
             passages=None if self._passages is None else len(self._passages.texts),
             index_bytes=None if self._passages is None else self._passages.num_bytes,
-            device=str(self._device),
+            device=str(self._answerers.device),
         )
         write_answers(self._config.output / "answers.json", answers)
         self.table = render(sets)

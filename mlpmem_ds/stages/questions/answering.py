@@ -21,6 +21,7 @@ from mlpmem_ds.engines.tokenizer import TextEncoder
 from mlpmem_ds.models.generation_settings import end_tokens
 from mlpmem_ds.stages.generation.generate import own_settings, padded_on_the_left
 from mlpmem_ds.stages.generation.text import text_after
+from mlpmem_ds.stages.questions.lengths import Room, fault_of_answers, too_long
 
 _LINE_END = "\n"
 
@@ -36,6 +37,10 @@ class Answerer:
     """settings of generation that name tokens"""
     context: int
     """most tokens that the model reads"""
+
+    @property
+    def room(self) -> Room:
+        return Room(flag="--model", encoder=self.encoder, context=self.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ class Choice:
 
     log_probability: float
     is_greedy: bool
+    is_cut: bool
+    """whether the prompt lost its beginning"""
 
 
 def answer(
@@ -69,9 +76,9 @@ def answer(
     Raises:
         UserError: the model reads too few tokens for a prompt and an answer.
     """
+    if fault := fault_of_answers(answerer.room, max_new_tokens):
+        raise UserError(fault)
     room = answerer.context - max_new_tokens
-    if room <= len(answerer.encoder.begin_ids):
-        raise UserError(no_room_for_answers(max_new_tokens, answerer.context))
     whole = answerer.encoder.encode_prompts(list(prompts))
     ids = [cut_ids(row, room, answerer.encoder) for row in whole]
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **answerer.tokens)
@@ -104,26 +111,26 @@ def answer(
     return answers
 
 
-def no_room_for_answers(max_new_tokens: int, context: int) -> str:
-    """What is wrong with answers that leave no room for a question."""
-    return (
-        f"answers have up to {max_new_tokens:,} tokens, and the model reads {context:,} with the question:"
-        " give a smaller --max-new-tokens"
-    )
-
-
 @torch.no_grad()
 def score_choices(
     answerer: Answerer, questions: Sequence[tuple[str, Sequence[str]]], *, batch: int = 1
 ) -> list[list[Choice]]:
     """How likely each choice of each question is after the prompt and a blank, by the harness's convention of
-    tokens; `batch` choices at a time."""
-    rows: list[tuple[list[int], int]] = []
+    tokens; `batch` choices at a time. A prompt loses its beginning where the model reads too few tokens for
+    it and a choice.
+
+    Raises:
+        UserError: a choice is longer than the model reads.
+    """
+    rows: list[_Row] = []
     for prompt, choices in questions:
         for choice in choices:
             before, after = encode_pair(answerer.encoder, prompt, f" {choice}")
-            after = after[: answerer.context - 1 - len(answerer.encoder.begin_ids)]
-            rows.append((cut_ids([*before, *after], answerer.context, answerer.encoder), len(after)))
+            if len(after) >= answerer.room.free:
+                raise UserError(too_long(len(after), answerer.context))
+            whole = [*before, *after]
+            ids = cut_ids(whole, answerer.context, answerer.encoder)
+            rows.append(_Row(ids=ids, num_scored=len(after), is_cut=len(whole) > answerer.context))
     scored: list[Choice] = []
     for start in range(0, len(rows), batch):
         scored += _score_rows(answerer, rows[start : start + batch])
@@ -131,23 +138,32 @@ def score_choices(
     return [[next(each) for _ in choices] for _, choices in questions]
 
 
-def _score_rows(answerer: Answerer, rows: Sequence[tuple[list[int], int]]) -> list[Choice]:
-    """Of ids and how many of them, at the end, are scored. Padding stands behind them, where no token that
-    counts can see it."""
-    length, device = max(len(ids) for ids, _ in rows), answerer.model.device
-    padded = [ids + ids[-1:] * (length - len(ids)) for ids, _ in rows]
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What the model reads of a prompt and a choice, and how many ids, at the end, are scored."""
+
+    ids: list[int]
+    num_scored: int
+    is_cut: bool
+
+
+def _score_rows(answerer: Answerer, rows: Sequence[_Row]) -> list[Choice]:
+    """Padding stands behind the ids, where no token that counts can see it."""
+    length, device = max(len(row.ids) for row in rows), answerer.model.device
+    padded = [row.ids + row.ids[-1:] * (length - len(row.ids)) for row in rows]
     arguments = {"input_ids": torch.tensor(padded, device=device)}
     if len(rows) > 1:
-        mask = [[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]
+        mask = [[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in rows]
         arguments["attention_mask"] = torch.tensor(mask, device=device)
     logits_BSV = answerer.model(**arguments).logits
     scored = []
-    for logits_SV, (ids, count) in zip(logits_BSV, rows, strict=True):
+    for logits_SV, row in zip(logits_BSV, rows, strict=True):
+        ids, count = row.ids, row.num_scored
         log_SV = logits_SV[len(ids) - count - 1 : len(ids) - 1].float().log_softmax(dim=-1)
         continuation_S = torch.tensor(ids[-count:], device=log_SV.device)
         log_p = float(log_SV.gather(1, continuation_S[:, None]).double().sum())
         is_greedy = bool((log_SV.argmax(dim=-1) == continuation_S).all())
-        scored.append(Choice(log_probability=log_p, is_greedy=is_greedy))
+        scored.append(Choice(log_probability=log_p, is_greedy=is_greedy, is_cut=row.is_cut))
     return scored
 
 

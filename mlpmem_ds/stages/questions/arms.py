@@ -13,7 +13,12 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
-from mlpmem_ds.engines.model_files import fingerprint_model, max_context_of, model_file
+from mlpmem_ds.engines.model_files import (
+    fingerprint_model,
+    max_context_of,
+    max_context_of_model,
+    model_file,
+)
 from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
 from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.formats.model_directory import fault_of
@@ -24,6 +29,7 @@ from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.generation.exported_model import load_model, read_export
 from mlpmem_ds.stages.questions.answering import Answerer
 from mlpmem_ds.stages.questions.config import Config, control_models
+from mlpmem_ds.stages.questions.lengths import Room
 from mlpmem_ds.stages.shared_flags import grid_of
 
 BASE, MEMORY, RAG = "base", "base+memory", "base+rag"
@@ -106,11 +112,18 @@ def is_export(model: str) -> bool:
 
 def hash_models(arms: Sequence[Reader]) -> dict[str, str]:
     """Name of an input → SHA-256, of each model once. Raises UserError for what is no model."""
-    flags = {arm.model: arm.flag for arm in reversed(arms)}
     return {
         flag.removeprefix("--").replace(" ", "-"): fingerprint_model(model, flag=flag)
-        for model, flag in flags.items()
+        for model, flag in _flags_of(arms).items()
     }
+
+
+def _flags_of(arms: Sequence[Reader]) -> dict[str, str]:
+    """Model → the first flag that names it."""
+    flags: dict[str, str] = {}
+    for arm in arms:
+        flags.setdefault(arm.model, arm.flag)
+    return flags
 
 
 class Answerers:
@@ -122,7 +135,7 @@ class Answerers:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self._config, self._device = config, device
+        self._config, self.device = config, device
         self._load = functools.lru_cache(maxsize=1)(self._load_model)
 
     def of(self, arm: Arm) -> Answerer:
@@ -136,12 +149,27 @@ class Answerers:
             model.set_gate(self._own_gate if arm.gate is None else arm.gate)
         return ready_answerer(model, encoder)
 
+    def rooms(self, arms: Sequence[Arm]) -> list[Room]:
+        """How the arms' models read, without their weights, of each model once."""
+        return [self._room(model, flag) for model, flag in _flags_of(arms).items()]
+
+    def _room(self, place: str, flag: str) -> Room:
+        if is_export(place):
+            settings, tokenizer = read_export(place)
+            context = max_context_of(settings)
+        else:
+            tokenizer, context = load_tokenizer(place, flag=flag), max_context_of_model(place)
+        encoder = open_encoder(
+            tokenizer, label=f"the tokenizer of {flag}", special_tokens=self._config.special_tokens
+        )
+        return Room(flag=flag, encoder=encoder, context=context)
+
     def _load_model(self, place: str, flag: str) -> tuple[Any, TextEncoder]:
         config = self._config
         if not is_export(place):
-            return load_plain(place, flag, config.dtype, config.special_tokens, self._device)
+            return load_plain(place, flag, config.dtype, config.special_tokens, self.device)
         _, tokenizer = read_export(place)
-        model = load_model(place, device=self._device, dtype=config.dtype)
+        model = load_model(place, device=self.device, dtype=config.dtype)
         self._own_gate = model.gate
         return model, open_encoder(
             tokenizer, label=f"the tokenizer of {flag}", special_tokens=config.special_tokens

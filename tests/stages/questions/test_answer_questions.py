@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -213,9 +214,44 @@ def test_the_interval_is_paired() -> None:
     assert interval_of_change(base_Q, base_Q, 100) == (0.0, 0.0)
 
 
+def test_what_is_too_long_is_cut_and_counted_or_refused(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model reads 64 tokens; the beginning of a longer prompt is cut off, a choice never."""
+    monkeypatch.setattr(answer_questions, "_logger", logging.getLogger("of this test"))
+    text = "in range é gamma " * 40
+    prompts = [{"query": f"{start}alpha", "choices": ["beta", "é é"], "gold": 1} for start in ("", text)]
+    files = (
+        write_lines(tmp_path / "asked.jsonl", prompts),
+        write_lines(tmp_path / "open.jsonl", [{"question": text, "answer": "x"}]),
+    )
+    config = make_config(models, tmp_path / "out", questions=files, control=())
+    answer_questions.run(config, World())
+    found = [
+        line.get("cut") for name in ("asked", "open") for line in lines_of(tmp_path / "out", f"{name}-base")
+    ]
+    assert found == [None, True, True]
+    said = "are longer than the model reads: their beginning was cut off"
+    assert f"asked-base-000000: 1 of 2 prompts {said}" in caplog.text
+    assert f"open-base+memory-000000: 1 of 1 prompts {said}" in caplog.text
+    whole, cut = lines_of(tmp_path / "out", "asked-base")
+    assert whole["log_probabilities"] != cut["log_probabilities"]
+    prompts[1]["choices"] = ["beta", text]
+    longer = write_lines(tmp_path / "longer.jsonl", prompts)
+    config = make_config(models, tmp_path / "refused", questions=(longer,))
+    said = r"--questions longer, question 2, --model: a choice has \d+ tokens, and the model reads 64"
+    with pytest.raises(UserError, match=said):
+        answer_questions.run(config, World())
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
+        (
+            {"max_new_tokens": 64},
+            "--questions open, --model: answers have up to 64 tokens, and the model reads 64",
+        ),
         ({"control": ("base=x",)}, "the name base is taken"),
         ({"control": ("a b=x",)}, "give NAME=DIR"),
         ({"questions": ()}, "nothing to ask"),
