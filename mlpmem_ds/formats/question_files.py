@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +81,10 @@ def _each(
     return lambda records: [question(record) for record in records]
 
 
+ABOVE_OPEN_QUESTIONS = "Answer these questions:\n\n"
+"""stands before open questions, as in NQ-open's task of the lm-evaluation-harness"""
+
+
 def open_prompt(question: str) -> str:
     """How an open question is asked, as NQ-open's task of the lm-evaluation-harness asks it."""
     return f"Q: {question.rstrip('?')}?\nA:"
@@ -91,11 +95,17 @@ def _of_answers(record: dict[str, Any]) -> Question:
     return Question(kind="open", prompt=open_prompt(record["question"]), answers=answers)
 
 
-def _of_truth(record: dict[str, Any]) -> Question:
+def yes_no_prompt(record: Mapping[str, Any]) -> str:
+    """How a question of truth is asked, behind its passage if it has one; the suites' tasks BoolQ and
+    StrategyQA name this function."""
     passage = f"{record['passage']}\n" if record.get("passage") else ""
+    return f"{passage}Question: {record['question'].rstrip('?')}?\nAnswer:"
+
+
+def _of_truth(record: dict[str, Any]) -> Question:
     return Question(
         kind="choice",
-        prompt=f"{passage}Question: {record['question'].rstrip('?')}?\nAnswer:",
+        prompt=yes_no_prompt(record),
         answers=("yes", "no"),
         gold=0 if record["answer"] else 1,
     )

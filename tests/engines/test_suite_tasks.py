@@ -75,6 +75,8 @@ def test_an_open_question_is_asked_as_published() -> None:
 def test_choices_and_last_words() -> None:
     yes = opened("boolq", {"passage": "p", "question": "is it?", "answer": False})
     assert asked(yes) == [("p\nQuestion: is it?\nAnswer:", choice) for choice in (" yes", " no")]
+    bare = opened("strategyqa", {"question": "is it", "answer": True})
+    assert asked(bare)[0] == ("Question: is it?\nAnswer:", " yes")
     [document] = yes.documents()
     assert yes.scores(document, [(-2.0, False), (-1.0, True)]) == {"acc": 1.0}
     digits = opened("logiqa", {"query": "42", "choices": ["a", "b"], "gold": 0})

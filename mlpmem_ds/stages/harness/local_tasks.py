@@ -12,7 +12,13 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.engines.tokenizer import TextEncoder
-from mlpmem_ds.formats.question_files import as_list, fault_of_question, fault_of_ranking, read_records
+from mlpmem_ds.formats.question_files import (
+    ABOVE_OPEN_QUESTIONS,
+    as_list,
+    fault_of_question,
+    fault_of_ranking,
+    read_records,
+)
 from mlpmem_ds.stages.harness.config import Config
 
 _QUESTIONS, _RANKING = "local_questions", "local_ranking"
@@ -83,7 +89,7 @@ def _questions_task(path: Path) -> dict[str, Any]:
         "task": _QUESTIONS,
         **_local_data(path, "question"),
         "output_type": "generate_until",
-        "description": "Answer these questions:\n\n",
+        "description": ABOVE_OPEN_QUESTIONS,
         "doc_to_text": "Q: {{question}}?\nA:",
         "doc_to_target": "answer",
         "fewshot_delimiter": "\n",

@@ -29,7 +29,7 @@ from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.passage_index import require_bm25s
 from mlpmem_ds.formats.answers import Answers, AnswersManifest, SetScores, write_answers
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
-from mlpmem_ds.formats.question_files import Question, read_questions
+from mlpmem_ds.formats.question_files import ABOVE_OPEN_QUESTIONS, Question, read_questions
 from mlpmem_ds.stages.questions.answer_scores import contains, exact_match, f1, short_answer
 from mlpmem_ds.stages.questions.answering import Answer, Answerer, Choice, answer, score_choices
 from mlpmem_ds.stages.questions.arms import Answerers, Arm, hash_models, list_arms
@@ -40,7 +40,6 @@ from mlpmem_ds.stages.questions.results import read_scores, render, score_set
 
 _logger = logging.getLogger(__name__)
 _PASSAGES = "passages"  # a unit that the others read
-_DESCRIPTION = "Answer these questions:\n\n"  # as NQ-open's task of the harness begins
 _SEED = 0  # of the examples
 _Asked: TypeAlias = tuple[dict[str, Any], dict[str, float]]
 """a line of a unit's file, and what the answer took"""
@@ -117,7 +116,7 @@ def prompt_with_examples(question: Question, examples: list[Question], count: in
     are other questions."""
     others = [example for example in examples if example.prompt != question.prompt][:count]
     answered = "".join(f"{other.prompt} {other.answers[0]}\n" for other in others)
-    return f"{_DESCRIPTION}{answered}{question.prompt}"
+    return f"{ABOVE_OPEN_QUESTIONS}{answered}{question.prompt}"
 
 
 def _hash_of(questions: list[Question]) -> str:
