@@ -1,13 +1,17 @@
-"""URLs of every kind that can be opened here, a toy stage's directory, and stores that count."""
+"""URLs of every kind that can be opened here, a toy stage's directory, a cache, and stores that count."""
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mlpmem_ds.core.objects.cache import Cache
+from mlpmem_ds.core.objects.contents import directories_in
+from mlpmem_ds.core.objects.push import Push
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.world import World
 
@@ -46,6 +50,46 @@ def stage_dir(tmp_path: Path) -> Path:
     """A complete directory of the toy stage: five units."""
     run(Config(output=tmp_path / "stage"), World())
     return tmp_path / "stage"
+
+
+def push(root: Path, url: str) -> int:
+    """The bytes of its files."""
+    Push(directories_in(root)[0], Store(url)).send()
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def stages(tmp_path: Path, url: str, count: int) -> tuple[list[str], int]:
+    """URLs of stages of about the same size, and the size of the largest."""
+    sizes = []
+    for number in range(count):
+        run(Config(output=tmp_path / f"stage{number}", factor=number + 1), World())
+        sizes.append(push(tmp_path / f"stage{number}", f"{url}{number}/stage"))
+    return [f"{url}{number}/stage" for number in range(count)], max(sizes)
+
+
+@pytest.fixture
+def stage_url(memory_url: str, stage_dir: Path) -> str:
+    """Of the mirror of `stage_dir`."""
+    push(stage_dir, memory_url)
+    return memory_url
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", 10**9)
+
+
+@pytest.fixture
+def held() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def corpus_copy(memory_url: str, corpus_dir: Path, cache: Cache, held: contextlib.ExitStack) -> Path:
+    """The corpus, mirrored to `memory_url` and opened by the cache."""
+    push(corpus_dir, memory_url)
+    return cache.open(memory_url, held, flag="--corpus")
 
 
 class CountingStore(Store):
