@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from mlpmem_ds.benchmarks.common import Report, Row, check_output, interleave, median_of, row_of, timing_rows
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.tokenizer import load_tokenizer
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.documents import Document, read_documents
 from mlpmem_ds.formats.input_files import find_files

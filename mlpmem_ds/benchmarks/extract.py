@@ -53,7 +53,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.keys import extract_keys
 

@@ -7,10 +7,12 @@
   `online_inputs` computes a memory's inputs with one
 - `model_cards`: what the Hub reads of a model's README.md
 - `gguf`: a model from llama.cpp's file, as a Hugging Face directory
-- `tokenizer`: texts → ids by the one rule of all stages; `text_backend`: where a library's tokenizer lacks it
+- `tokenizer`: texts → ids by the one rule of all stages; `tokenizer_loading`: where tokenizers are loaded;
+  `text_backend`: where a library's tokenizer lacks the rule
 - `chat_template`: conversations → ids, and which of them are answers
 - `minhash`: texts → signatures of which nearly equal texts have nearly equal ones
-- `faiss`: the inverted-file index; `faiss_library`: which faiss there is, and what it does on a GPU;
+- `faiss`: the inverted-file index; `coarse_quantizers`: how its near lists are found; `faiss_library`: which
+  faiss there is, and what it does on a GPU;
   `code_words`: those of its product quantizer, trained by all ranks
 - `deepspeed/`: the ZeRO engine of the trainings
 - `checkpoints`: saved so that a kill at any moment leaves the last one

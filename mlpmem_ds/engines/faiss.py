@@ -6,29 +6,26 @@ chooses a query's lists is of exact integers, the same for any batch, number of 
 to the lower list number. Faiss sees those centroids as its ordinary coarse quantizer. Raw keys, and factories
 that transform the vectors first (OPQ, PCA), go through float32 in fixed batches.
 
-A kind of coarse quantizer is a class with the two methods of `CoarseQuantizer`, and a line in `_QUANTIZERS`.
-
 Shape legend: N vectors, Q queries, D dimensions, L lists, P probed lists of a query, K neighbours.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, first_line
+from mlpmem_ds.engines.coarse_quantizers import CoarseQuantizer, FlatQuantizer, open_quantizer
 from mlpmem_ds.engines.code_words import are_trained_together, train_code_words
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.faiss_library import POINTS_PER_CENTROID, bound, cluster, faiss, gpu_index
-from mlpmem_ds.maths.centroids import CentroidTable, nearest_centroids
 from mlpmem_ds.maths.distances import CPU
 from mlpmem_ds.maths.kmeans import (
     ITERATIONS,
@@ -45,87 +42,6 @@ _CODE_ITERATIONS = 6  # of the product quantizer, whose training costs most: .7 
 # Vectors that faiss trains its codes on; a product quantizer takes 64 for each of its centroids.
 _CODE_TRAINING_VECTORS = 1 << 16
 _FILL_ROWS = 1 << 14  # vectors that are float32 at a time while a shard is filled
-_MIN_GRAPH_WIDTH = 64  # nodes that a search of the graph keeps: 16 finds the nearest of 16,384 for 7 of 8
-_GRAPH_WIDTH_PER_PROBE = 4
-
-
-class CoarseQuantizer(Protocol):
-    """The centroids of the lists, and how near ones are found."""
-
-    def nearest(self, vectors_QD: Array, count: int) -> tuple[Array, Array]:
-        """The `count` nearest centroids of each vector, the nearest first: numbers, int64, and squared
-        distances, float32, both [Q, P]; P = min(count, L)."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Of its part of a file, once it has its centroids."""
-
-
-class FlatQuantizer:
-    """Every vector is compared with every centroid: exact where both are integers."""
-
-    def __init__(self, raw: Any, num_lists: int, device: torch.device) -> None:
-        self._raw, self._num_lists, self._device = raw, num_lists, device
-        self._made: CentroidTable | None = None
-        self._lock = Lock()
-
-    @property
-    def num_bytes(self) -> int:
-        return int(self._num_lists * self._raw.d * 4)
-
-    def nearest(self, vectors_QD: Array, count: int) -> tuple[Array, Array]:
-        vectors = torch.from_numpy(np.require(vectors_QD, requirements=["C", "W"]))  # copies a read-only map
-        return nearest_centroids(vectors, self._table, count)
-
-    @property
-    def _table(self) -> CentroidTable:
-        """On the device, once for all calls and threads: int8 centroids where that changes none."""
-        with self._lock:
-            if self._made is None:
-                floats = torch.from_numpy(self._raw.reconstruct_n(0, self._num_lists))
-                integers = floats.to(torch.int8)
-                is_exact = torch.equal(integers.float(), floats)
-                self._made = CentroidTable.of((integers if is_exact else floats).to(self._device))
-            return self._made
-
-
-class GraphQuantizer:
-    """A graph over the centroids (HNSW, arXiv 1603.09320) leads to near ones: for hundreds of thousands of
-    lists, where comparing all costs more than the search itself.
-
-    The nearest may be missed. Vectors are float32 in it; those of int8 codes of up to 260 numbers have exact
-    distances, at most 254² · 260 < 2^24.
-    """
-
-    def __init__(self, raw: Any, num_lists: int, device: torch.device) -> None:
-        self._raw, self._num_lists = raw, num_lists
-        self._flat = FlatQuantizer(raw, num_lists, device)
-
-    @property
-    def num_bytes(self) -> int:
-        """Levels above the first hold about one node in M, with M edges."""
-        edges, edges_above = (self._raw.hnsw.nb_neighbors(level) for level in (0, 1))
-        nodes_above = 1 / max(1, edges_above - 1)
-        return self._flat.num_bytes + int(self._num_lists * (4 * (edges + nodes_above * edges_above) + 12))
-
-    def nearest(self, vectors_QD: Array, count: int) -> tuple[Array, Array]:
-        count = min(count, self._num_lists)
-        width = max(_MIN_GRAPH_WIDTH, _GRAPH_WIDTH_PER_PROBE * count)
-        distances_QP, numbers_QP = self._raw.search(
-            np.ascontiguousarray(vectors_QD, dtype=np.float32),
-            count,
-            params=faiss.SearchParametersHNSW(efSearch=width),
-        )
-        short = np.flatnonzero((numbers_QP < 0).any(axis=1))  # the graph had fewer within reach
-        if len(short):
-            numbers_QP[short], distances_QP[short] = self._flat.nearest(vectors_QD[short], count)
-        return numbers_QP, distances_QP
-
-
-_QUANTIZERS: dict[Any, Callable[[Any, int, torch.device], CoarseQuantizer]] = {
-    faiss.IndexFlat: FlatQuantizer,
-    faiss.IndexHNSWFlat: GraphQuantizer,
-}
 
 
 class Index:
@@ -325,14 +241,7 @@ class Index:
 
     @cached_property
     def _quantizer(self) -> CoarseQuantizer:
-        coarse = faiss.downcast_index(self._ivf.quantizer)
-        for kind, quantizer in _QUANTIZERS.items():
-            if isinstance(coarse, kind):
-                return quantizer(coarse, self.num_lists, self._device)
-        raise ValueError(
-            f"the lists of the factory are those of a {type(coarse).__name__}: choose IVF1024 (all centroids"
-            " compared) or IVF1024_HNSW32 (through a graph)"
-        )
+        return open_quantizer(faiss.downcast_index(self._ivf.quantizer), self.num_lists, self._device)
 
     def _bound_training(self, seed: int) -> None:
         """Make what faiss trains repeatable and of known cost."""

@@ -31,7 +31,8 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.window_tokens import WindowTokens, window_tokens
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import attention_of, capture, load_base, logit_transform
+from mlpmem_ds.models.backbone import capture, logit_transform
+from mlpmem_ds.models.base_loading import attention_of, load_base
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.past_states import with_past
 from mlpmem_ds.models.structure import decoder_layers, output_head, resolve_layer

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
 from mlpmem_ds.core.once import computed_once
 from mlpmem_ds.engines.model_kinds import reason_against_config, reason_against_path
-from mlpmem_ds.engines.tokenizer import library_fault
+from mlpmem_ds.engines.tokenizer_loading import library_fault
 from mlpmem_ds.formats.corpus import CorpusSplit, vocabulary_sha256
 from mlpmem_ds.formats.json_lines import parse_json
 from mlpmem_ds.formats.model_directory import (

@@ -1,6 +1,6 @@
-"""The one home of tokenizers: every stage loads one here, and encodes here what comes from users.
+"""Texts → ids: every stage encodes here what comes from users, with a tokenizer of tokenizer_loading.py.
 
-- Texts are encoded whole: truncation and padding that a tokenizer was saved with are off, and so is dropout.
+- Texts are encoded whole.
 - Text is text: a spelling such as `<|endoftext|>` in it becomes no control token, as transformers has it with
   `split_special_tokens=True` (text_backend.py: where the library's setting is not enough). With
   special_tokens="parse" it becomes one, as transformers has it by default: for rendered chats.
@@ -11,13 +11,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,14 +22,9 @@ import numpy as np
 from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.engines.text_backend import TextBackend, definition_of, text_backend
+from mlpmem_ds.engines.tokenizer_loading import backend_of, library_fault
 from mlpmem_ds.formats.corpus import SpecialTokens, vocabulary_sha256
-from mlpmem_ds.formats.model_directory import absence_of, check_model_files
 
-_logger = logging.getLogger(__name__)
-_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja"),
-)
 _PROBES = ("x", "a b", "\n", "the 2nd probe, a longer one.", "é")
 _NO_TOKEN_PROBES = ("\ue000", "\U0010fffd")  # private characters, which no vocabulary of words holds
 
@@ -227,52 +219,6 @@ class TextEncoder:
         return f"{self.tokenizer.convert_ids_to_tokens(number)!r} ({number})"
 
 
-def load_tokenizer(name_or_path: str, *, flag: str = "--tokenizer") -> Any:
-    """A tokenizer of transformers, which encodes texts whole: no truncation, no padding, no dropout.
-
-    Its own code, where it brings some, is not run.
-
-    Args:
-        name_or_path: a directory or a Hub name.
-        flag: of the command line, for the messages.
-
-    Raises:
-        UserError: there is none, its files are damaged, or it needs a package that is not installed.
-        DamagedDataError: this package wrote its files, and one does not have its checksum.
-    """
-    from transformers import AutoTokenizer
-
-    check_model_files(name_or_path, flag=flag, names=_FILES)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    except BaseException as error:
-        fault = library_fault(error)
-        if absence := absence_of(name_or_path, what="tokenizer", error=fault):
-            raise UserError(f"{flag} {name_or_path}: {absence}") from error
-        raise UserError(
-            f"{flag} {name_or_path}: its tokenizer cannot be loaded ({first_line(fault)}):"
-            f" {_remedy(name_or_path, fault)}"
-        ) from error
-    if not words:  # where the files of the words are missing, transformers gives a tokenizer without words
-        raise UserError(
-            f"{flag} {name_or_path} holds no tokenizer with words in it (its tokenizer.json or vocabulary is"
-            " missing): give the directory that save_pretrained of the tokenizer wrote, or a Hub name"
-        )
-    backend = backend_of(tokenizer)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-        for sampling in ("dropout", "alpha", "nbest_size"):
-            if getattr(backend.model, sampling, None) is not None:
-                _logger.warning(
-                    "%s %s splits words at random (%s), as for training a model: this is switched off",
-                    flag, name_or_path, sampling,
-                )  # fmt: skip
-                setattr(backend.model, sampling, None)
-    return tokenizer
-
-
 def open_encoder(tokenizer: Any, *, label: str, special_tokens: SpecialTokens = "text") -> TextEncoder:
     """The encoder of a tokenizer that `load_tokenizer` gave.
 
@@ -348,13 +294,6 @@ def definition_sha256(tokenizer: Any, opened: TextBackend | None = None) -> str:
     return content_hash([type(tokenizer).__name__, vocabulary_sha256(tokenizer)])
 
 
-def backend_of(tokenizer: Any) -> Any | None:
-    """The tokenizer of the library `tokenizers` below it; None where it is written in Python."""
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
-
-    return tokenizer.backend_tokenizer if isinstance(tokenizer, TokenizersBackend) else None
-
-
 def _begin_ids(tokenizer: Any, label: str) -> tuple[int, ...]:
     """What the tokenizer puts before every text.
 
@@ -406,14 +345,6 @@ def _ids_or_none(encoder: TextEncoder, text: str) -> Sequence[int]:
         return []
 
 
-def library_fault(error: BaseException) -> BaseException:
-    """A fault of a library, which may be a panic of its Rust code and is then no Exception; raises all else
-    again."""
-    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        return error
-    raise error
-
-
 def _name_of(names: Sequence[str] | None, number: int) -> str:
     return f"text {number + 1}" if names is None else names[number]
 
@@ -421,23 +352,3 @@ def _name_of(names: Sequence[str] | None, number: int) -> str:
 def _first_surrogate(text: str) -> str:
     at = next(at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff")
     return f"U+{ord(text[at]):04X} at character {at}"
-
-
-def _remedy(name_or_path: str, error: BaseException) -> str:
-    text = str(error).lower()
-    folder = Path(name_or_path)
-    has_words = (folder / "tokenizer.json").exists() or importlib.util.find_spec("sentencepiece") is not None
-    if not has_words and any(folder.glob("*.model")):
-        # transformers then tries to read the file as one of tiktoken, and asks for that
-        return (
-            "it is a model of sentencepiece: pip install sentencepiece protobuf, or save it elsewhere as a"
-            " tokenizer.json and give that directory"
-        )
-    for package in ("sentencepiece", "tiktoken", "protobuf", "mistral-common", "mistral_common"):
-        if isinstance(error, ImportError) and package in text or f"install {package}" in text:
-            return f"pip install {package}, or save it elsewhere as a tokenizer.json and give that directory"
-    if "trust_remote_code" in text:
-        return "it needs code of its own, which is not run: save it elsewhere as a tokenizer.json"
-    if folder.is_dir():
-        return "give the directory that save_pretrained of the tokenizer wrote, with its tokenizer.json"
-    return "give a tokenizer directory or a Hub name, and check the path, the network and HF_HUB_OFFLINE"

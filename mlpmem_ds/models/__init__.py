@@ -7,7 +7,8 @@ Read in this order; files marked * are copied into every export and import nothi
     memory*            the memory: a stack of residual MLP blocks and its head
     structure*         a base's layers, MLPs and output head, found by structure
     capture_point*     where a hidden state is read
-    backbone*          loading a base, and capturing its hidden states
+    base_loading       a base is loaded, frozen
+    backbone*          capturing a base's hidden states, and what it does after its head
     mixture*           the mixture of base and memories; gates, which give the memories' weights
     gate_features*     what a learned gate reads: confidences, and the history of past tokens
     gates*             gates that learned the weights, and the register of all gates

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.chat_template import ChatEncoder, open_chat_encoder
-from mlpmem_ds.engines.tokenizer import load_tokenizer, open_encoder
+from mlpmem_ds.engines.tokenizer import open_encoder
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.chats import Conversation
 
 CHATML = (

@@ -173,7 +173,7 @@ def test_an_export_is_a_causal_language_model(tmp_path: Path) -> None:
 
 
 def test_weights_of_other_shapes_are_named_as_such(tmp_path: Path) -> None:
-    from mlpmem_ds.models.backbone import load_base
+    from mlpmem_ds.models.base_loading import load_base
 
     sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, H
 from transformers.utils import is_bitsandbytes_available
 
 from mlpmem_ds.models import quantized_base
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.pretrained_memory import PretrainedMemory

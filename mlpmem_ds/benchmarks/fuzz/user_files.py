@@ -21,7 +21,8 @@ from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
 from mlpmem_ds.engines.model_files import fingerprint_model
-from mlpmem_ds.engines.tokenizer import load_tokenizer, open_encoder, require_end
+from mlpmem_ds.engines.tokenizer import open_encoder, require_end
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.stages.generation.config import Config as GenerateConfig
 from mlpmem_ds.stages.generation.prompts import read_prompts
 from mlpmem_ds.stages.harness.config import Config as EvalConfig

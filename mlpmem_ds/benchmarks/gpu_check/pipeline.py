@@ -29,7 +29,7 @@ from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.generation.exported_model import load_model, read_export
 from mlpmem_ds.stages.training.metrics import read_metrics

@@ -21,7 +21,7 @@ from torch import nn
 
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, silenced
 from mlpmem_ds.engines.hidden_states import DTYPES, TransformersSource
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.structure import decoder_layers
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.weight_shards import WeightFiles
-from mlpmem_ds.models.backbone import load_base, logit_transform
+from mlpmem_ds.models.backbone import logit_transform
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.base.config import Config
 

@@ -49,7 +49,7 @@ from mlpmem_ds.engines.model_files import GENERATION_FILE
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.weight_shards import Weight, write_weights_in_shards
-from mlpmem_ds.models.backbone import attention_of, load_base
+from mlpmem_ds.models.base_loading import attention_of, load_base
 from mlpmem_ds.models.generation_settings import choosing_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.joint_parts import input_points

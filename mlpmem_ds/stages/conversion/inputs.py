@@ -19,7 +19,8 @@ from mlpmem_ds.engines.model_files import (
     fetch_directory,
     model_file,
 )
-from mlpmem_ds.engines.tokenizer import definition_sha256, load_tokenizer, open_encoder
+from mlpmem_ds.engines.tokenizer import definition_sha256, open_encoder
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.checkpoint import Checkpoint
 from mlpmem_ds.formats.corpus import CorpusManifest, TokenizerFacts, read_corpus_manifest, vocabulary_sha256
 from mlpmem_ds.formats.evaluation import Report, open_report

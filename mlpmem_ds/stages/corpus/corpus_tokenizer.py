@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mlpmem_ds.core.unit_writer import UnitWriter
-from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder, require_end
+from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder, require_end
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.stages.corpus.config import TRAIN, Config
 
 _logger = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from transformers import AutoConfig, GenerationConfig
 from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.engines.model_files import check_generation_file
-from mlpmem_ds.engines.tokenizer import load_tokenizer
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.gates import read_gate
 from mlpmem_ds.formats.model_directory import absence_of, check_model_files, fault_of
 from mlpmem_ds.formats.trained_models import read_weights
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.generation_settings import complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig

@@ -12,7 +12,8 @@ import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.model_files import NO_LIMIT, max_context_of_model
-from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
+from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.models.mixture import Constant, Grid
 from mlpmem_ds.stages.generation.exported_model import Source, open_source
 from mlpmem_ds.stages.harness.config import Config

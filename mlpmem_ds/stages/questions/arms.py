@@ -19,10 +19,11 @@ from mlpmem_ds.engines.model_files import (
     max_context_of_model,
     model_file,
 )
-from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer, open_encoder
+from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.formats.model_directory import fault_of
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.generation_settings import complete_settings, token_settings
 from mlpmem_ds.models.mixture import StoredGate
 from mlpmem_ds.models.structure import output_head

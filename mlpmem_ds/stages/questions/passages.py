@@ -13,7 +13,8 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.passage_index import PassageIndex, build_passage_index, open_passage_index
-from mlpmem_ds.engines.tokenizer import TextEncoder, load_tokenizer
+from mlpmem_ds.engines.tokenizer import TextEncoder
+from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.corpus import CorpusSplit
 
 FOLDER = "passages"

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.model_files import model_file
 from mlpmem_ds.formats.model_directory import fault_of
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.base_loading import load_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

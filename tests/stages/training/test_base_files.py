@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.models.backbone import load_base
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.training import base_files
 from mlpmem_ds.stages.training.base_files import open_base_files

@@ -19,7 +19,8 @@ from mlpmem_ds.formats.evaluation import open_report
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.formats.training_order import TrainingOrder
-from mlpmem_ds.models.backbone import capture, load_base
+from mlpmem_ds.models.backbone import capture
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory

@@ -16,8 +16,8 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.evaluation import open_report
 from mlpmem_ds.formats.trained_models import read_weights
-from mlpmem_ds.models.backbone import load_base
 from mlpmem_ds.models.base_end import BaseEnd
+from mlpmem_ds.models.base_loading import load_base
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.mixture import Weights
