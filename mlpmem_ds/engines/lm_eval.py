@@ -120,11 +120,13 @@ def score_tasks(
         UserError: a text cannot be scored: longer than the context, or without tokens.
     """
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     scored = _model_class()(model, encoder, batch_size, context)
     results = simple_evaluate(
         model=scored,
         tasks=list(tasks.loaded),
+        task_manager=TaskManager(include_defaults=False),  # its own default reads every task's file again
         num_fewshot=tasks.num_fewshot,
         limit=tasks.limit,
         log_samples=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,9 @@ from mlpmem_ds.engines import lm_eval as engine
 from mlpmem_ds.engines.lm_eval import encode_pair, load_tasks, score_tasks
 from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder
 
+from ..lm_harness import leave_out_its_tasks, needs_harness
 from ..toy_tokenizers import KINDS
 
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="the lm-evaluation-harness is not installed"
-)
 CONTEXT = 64
 
 
@@ -234,12 +231,35 @@ def test_answers_end_at_every_end_token(
 
 
 @needs_harness
-def test_data_that_cannot_be_had_is_one_line(ranking: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_data_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    leave_out_its_tasks(monkeypatch, tmp_path)
     (tmp_path / "mine.yaml").write_text(
         "task: mine\ndataset_path: nobody/nothing-of-this-name\noutput_type: generate_until\n"
         "test_split: test\ndoc_to_text: q\ndoc_to_target: a\n"
     )
-    with pytest.raises(UserError, match=r"--tasks mine cannot be loaded \(.*--questions and --ranking fetch"):
+    said = r"--tasks mine cannot be loaded \(no network\): .* --questions and --ranking fetch nothing"
+    with pytest.raises(UserError, match=said):
         load_tasks(["mine"], include_path=tmp_path)
-    with pytest.raises(UserError, match="no task no_such_task"):
-        load_tasks(["no_such_task"])
+
+
+@needs_harness
+def test_an_unknown_name_is_told_from_those_of_the_harness() -> None:
+    with pytest.raises(UserError, match="the harness has no task no_such_task: `lm_eval ls tasks` lists"):
+        load_tasks(["piqa", "no_such_task"])
+
+
+@needs_harness
+def test_the_files_of_the_harness_are_not_read_for_tasks_that_are_loaded(
+    ranking: Callable[..., dict[str, Any]], model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import _index
+
+    tasks = load_tasks([ranking(record("a"))])
+    monkeypatch.setattr(_index, "load_yaml", lambda path, **_: pytest.fail(f"{path} is read"))
+    score_tasks(model, encoder_of("byte_level"), tasks, batch_size=2, context=CONTEXT)

@@ -13,11 +13,10 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines import lm_eval as engine
 from mlpmem_ds.engines.suite_tasks import MissingDataSetError, Request, SuiteTask, open_task, read_task_file
 
+from ..lm_harness import needs_harness
+
 FOLDER = Path(__file__).parents[2] / "mlpmem_ds" / "stages" / "harness" / "tasks"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.yaml"))
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="the lm-evaluation-harness is not installed"
-)
 
 
 def opened(name: str, *records: dict[str, Any]) -> SuiteTask:

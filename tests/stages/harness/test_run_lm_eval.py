@@ -20,6 +20,7 @@ from mlpmem_ds.stages.conversion import thresholds
 from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.harness.run_lm_eval import Config, build_tasks
 
+from ...lm_harness import leave_out_its_tasks, needs_harness
 from .conftest import write_lines
 
 TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "transformers_version"}
@@ -171,10 +172,10 @@ def test_wrong_flags(changes: dict[str, Any], needle: str) -> None:
         Config(**{"model": "m", "questions": Path("questions.jsonl"), **changes})
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="the lm-evaluation-harness is not installed"
-)
-def test_the_harness_itself(export_dir: Path, questions: Path, ranking: Path) -> None:
+@needs_harness
+def test_the_harness_itself(
+    export_dir: Path, questions: Path, ranking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = run_lm_eval.run(
         Config(model=str(export_dir), questions=questions, ranking=ranking, num_fewshot=1), World()
     )
@@ -184,5 +185,6 @@ def test_the_harness_itself(export_dir: Path, questions: Path, ranking: Path) ->
         ["local_ranking", "acc"],
         ["local_ranking", "acc_norm"],
     ]
+    leave_out_its_tasks(monkeypatch, tmp_path)
     with pytest.raises(UserError, match="no task no_such_task"):
         run_lm_eval.run(Config(model=str(export_dir), tasks=("no_such_task",)), World())

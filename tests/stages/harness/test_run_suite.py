@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -28,11 +27,9 @@ from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.run_suite import draw
 from mlpmem_ds.stages.harness.suites import SUITES, TASKS_FOLDER, open_suites
 
+from ...lm_harness import needs_harness
 from .conftest import local_files, write_lines
 
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="the lm-evaluation-harness is not installed"
-)
 LAMBDAS = (0.0, 0.4, 1.0)
 
 
