@@ -285,7 +285,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             quantize_linears(memory)
         return self
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> Any:
         """As transformers', and the model card of the export that was loaded goes along, where the directory
