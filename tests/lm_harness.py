@@ -14,7 +14,7 @@ needs_harness = pytest.mark.skipif(
 
 
 def leave_out_its_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The harness reads the 13,000 files of tasks beside its manager, which takes 7 s: there are none now."""
+    """The harness reads 13,000 files of tasks next to its manager, which takes 7 s: there are none now."""
     folder = tmp_path / "no_tasks"
     folder.mkdir()
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))

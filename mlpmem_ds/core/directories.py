@@ -88,7 +88,7 @@ def remove_former(path: Path) -> None:
 
 
 def left_of_replacement(path: Path) -> list[Path]:
-    """What a replacement of `path` that was cut off, or is under way, has beside it: what was there before,
+    """What a replacement of `path` that was cut off, or is under way, has next to it: what was there before,
     and what is being removed."""
     return [left for left in (former_of(path), _gone(path)) if left.exists()]
 

@@ -32,11 +32,11 @@ def replace_blank_card(model: PreTrainedModel, directory: str | Path) -> None:
     target, card = Path(directory) / _NAME, _card_of(model)
     if card is None or not target.is_file() or _BLANK not in (blank := target.read_text(encoding="utf-8")):
         return
-    kept: Any = hub.ModelCard(card, ignore_metadata_errors=True)
+    restored: Any = hub.ModelCard(card, ignore_metadata_errors=True)
     tags = hub.ModelCard(blank).data.tags or []  # type: ignore[attr-defined]
-    if new := [tag for tag in tags if tag not in (kept.data.tags or [])]:
-        kept.data.tags = [*(kept.data.tags or []), *new]
-        card = str(kept)
+    if new := [tag for tag in tags if tag not in (restored.data.tags or [])]:
+        restored.data.tags = [*(restored.data.tags or []), *new]
+        card = str(restored)
     target.write_text(card, encoding="utf-8")
 
 

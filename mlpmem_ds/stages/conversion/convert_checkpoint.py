@@ -91,10 +91,10 @@ def run(config: Config, world: World) -> None:
     if config.write == "memory":
         write_memory(config, with_weights_read(inputs, output).trained, world)
         return
-    of_base = facts_from_base(inputs, config)
-    identity = inputs.identity(config, of_base)
+    base_facts = facts_from_base(inputs, config)
+    identity = inputs.identity(config, base_facts)
     put_back_former(output)
-    if _is_complete(output, identity, is_card_known=of_base is not None):
+    if _is_complete(output, identity, is_card_known=base_facts is not None):
         _logger.info("complete: %s", config.output)
         return
     _require_disk(config, inputs)
@@ -108,7 +108,9 @@ def run(config: Config, world: World) -> None:
         export.mkdir(exist_ok=True)
         verification = _write_and_verify(config, inputs, joint, export, world)
         num_base_parameters = sum(parameter.numel() for parameter in joint.base.parameters())
-        card = model_card(inputs, config, of_base, verification, num_base_parameters, _weight_bytes(export))
+        card = model_card(
+            inputs, config, base_facts, verification, num_base_parameters, _weight_bytes(export)
+        )
         (export / "README.md").write_text(card, encoding="utf-8")
         records = [record_file(export, path.relative_to(export).as_posix()) for path in _files_below(export)]
         manifest = {

@@ -116,7 +116,7 @@ class ExportInputs:
 
 
 def _sha256_of_rules(tokenizer: Any) -> str:
-    """Of what a tokenizer does beside having a vocabulary: its rules, its special tokens and its chats."""
+    """Of what a tokenizer does besides having a vocabulary: its rules, its special tokens and its chats."""
     special = {name: str(tokens) for name, tokens in tokenizer.special_tokens_map.items()}
     return content_hash([definition_sha256(tokenizer), special, getattr(tokenizer, "chat_template", None)])
 

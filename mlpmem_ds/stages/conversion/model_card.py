@@ -23,17 +23,17 @@ _logger = logging.getLogger(__name__)
 def model_card(
     inputs: ExportInputs,
     config: Config,
-    of_base: CardFacts | None,
+    base_facts: CardFacts | None,
     verification: Mapping[str, Any],
     num_base_parameters: int,
     weight_bytes: int,
 ) -> str:
-    """README.md of the export; what the inputs do not say is called unknown. `of_base` as `facts_from_base`
+    """README.md of the export; what the inputs do not say is called unknown. `base_facts` as `facts_from_base`
     gives it."""
     on_hub = not Path(inputs.model).is_dir()
     base = inputs.model if on_hub else Path(inputs.model).resolve().name
     title = f"{base} with {'an MLP memory' if not inputs.further else f'{len(inputs.memories)} MLP memories'}"
-    facts = _facts(config, of_base)
+    facts = _facts(config, base_facts)
     head = card_head(
         title=title,
         base_model=base if on_hub else None,
@@ -123,9 +123,9 @@ def facts_from_base(inputs: ExportInputs, config: Config) -> CardFacts | None:
     return replace(facts, language=()) if config.language else facts
 
 
-def _facts(config: Config, of_base: CardFacts | None) -> CardFacts:
+def _facts(config: Config, base_facts: CardFacts | None) -> CardFacts:
     """Licence and languages: of the flags, else the base's."""
-    facts = CardFacts() if of_base is None else of_base
+    facts = CardFacts() if base_facts is None else base_facts
     return replace(facts, license=config.license or facts.license, language=config.language or facts.language)
 
 
