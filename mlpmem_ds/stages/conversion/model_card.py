@@ -28,7 +28,7 @@ def model_card(
     num_base_parameters: int,
     weight_bytes: int,
 ) -> str:
-    """README.md of the export; what the inputs do not say is called unknown. `base_facts` as `facts_from_base`
+    """README.md of the export; what no input says is called unknown. `base_facts` as `facts_from_base`
     gives it."""
     on_hub = not Path(inputs.model).is_dir()
     base = inputs.model if on_hub else Path(inputs.model).resolve().name
