@@ -223,7 +223,7 @@ REAL = Preset(
         *("--validation-positions", "4096"),
     ),
     epochs=6,
-    start=("--head", "frozen", "--learning-rate", "1e-3"),
+    start=("--head", "base", "--learning-rate", "1e-3"),
     fresh=("--learning-rate", "2e-3"),
     # Validated twice an epoch, for each reads the tuning split.
     models=("--epochs", "2", "--validate-every", "26", "--early-stopping-patience", "2"),
