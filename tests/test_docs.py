@@ -32,7 +32,7 @@ WIDE_TABLES = {
 # Flags of other programs that the pages name: launchers, pytest, pip, git.
 FOREIGN = {"nproc-per-node", "num-accelerators", "module", "local-rank", "pdb", "local-dir", "no-setup"}
 FOREIGN |= {"enforce-eager", "hf-overrides", "trust-remote-code", "continuous-batching"}  # servers
-FOREIGN |= {"logits-processors"}
+FOREIGN |= {"logits-processors", "compilation-config", "enable-dbo"}
 FOREIGN |= {"hostfile", "kill-on-bad-exit", "dry-run", "check"}  # srun; pipeline.sh; mlpmem_ds itself
 _PATH = re.compile(
     r"(?:mlpmem_ds|tools|launch|tests|docs|ds_configs|core|maths|formats|models|engines|stages)"

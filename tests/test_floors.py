@@ -56,7 +56,7 @@ OWNERS: dict[str, set[str]] = {
         "maths/kernels/list_candidates.py",
         "maths/kernels/probability_rows.py",
     },
-    "vllm": {"serving/vllm_model.py", "serving/vllm_plugin.py", "serving/vllm_requests.py"},
+    "vllm": {f"serving/vllm_{name}.py" for name in ("model", "plugin", "requests", "slots")},
     "wandb": {"stages/training/metrics.py"},
     "webdataset": {"engines/webdataset_stream.py"},  # `train --loader webdataset`; a format that others read
     "zstandard": {"formats/streams.py", "formats/target_shards.py"},

@@ -96,6 +96,10 @@ class History:
         news = self._news(log_base.to(history.dtype), log_memories.to(history.dtype))
         return decays_H * history + (1 - decays_H) * news
 
+    def remaining(self, history: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        """What is left of states [..., H] after so many tokens more [...]; what these add is not in it."""
+        return history * self._decays(history) ** num_tokens[..., None]
+
     def along(
         self,
         log_base: torch.Tensor,

@@ -97,15 +97,22 @@ class Step:
     threshold: float | None
     base_only: BaseOnly = field(default_factory=BaseOnly)
 
-    def mix(self, base_logits: torch.Tensor, states: States) -> torch.Tensor:
-        """float32 logits of the mixture [..., V], for a gate without a history: its log-probabilities, and in
-        each row the log-sum-exp of the base's logits, so that they become the base's as the weight does 0.
+    def mix(
+        self, base_logits: torch.Tensor, states: States, history: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """float32 logits of the mixture [..., V]: its log-probabilities, and in each row the log-sum-exp of
+        the base's logits, so that they become the base's as the weight does 0.
 
         Args:
             base_logits: [..., V].
             states: of the base [..., D], by the names of the memories' inputs and of the gate's.
+            history: [..., H], for a gate with one.
         """
-        return self._mix(GateInputs(base_logits=base_logits, states=states), runs=None)[0]
+        return self._mix(GateInputs(base_logits=base_logits, states=states, history=history), runs=None)[0]
+
+    def logits_of_memory(self, number: int, states: States) -> torch.Tensor:
+        """[..., V] of one memory, from 0, which is not left out anywhere."""
+        return self._logits(self.memories[number], self._hidden(number, states))
 
     def mix_and_follow(
         self,

@@ -2,34 +2,61 @@
 
 An engine runs the base on the tokens of many requests at once, selects the rows whose next token it needs,
 and asks the model for their logits. Memories and a gate read states of other places of the base as well; they
-stand behind the last state in the same row, so that the same rows of all are selected.
+stand behind the last state in the same row, so that the same rows of all are selected. So does what is
+needed of the tokens before (`row_past`).
 
-Shapes: `...` rows, D width of the base, W width of a row.
+Shapes: `...` rows, D width of the base, O numbers of a token's own part of a row, W width of a row, H numbers
+of a history.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.joint_parts import described_memories, input_name
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.mixture import Gate
 from mlpmem_ds.models.structure import resolve_layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowLayout:
-    """A row: what the output head reads, then the states of `sources`, each of `width` numbers.
+    """A row: a token's own part, those of the tokens before that a window needs, the nearest first, and the
+    gate's history. An own part is what the output head reads, then the states of `sources`, each of `width`
+    numbers.
 
-    `points` is what memories and gate read, by name, with layers counted from the front.
+    `points` is what memories and gate read, by name, with layers counted from the front; `windows` are the
+    names of those that are read at several positions, and at how many, the token's own as the last.
     """
 
     points: Mapping[str, CapturePoint]
     width: int
+    windows: Mapping[str, int] = field(default_factory=dict)
+    history_size: int = 0
+    """H; 0: the gate reads none"""
+
+    @property
+    def past(self) -> int:
+        """Tokens before whose own parts stand in a row."""
+        return max(self.windows.values(), default=1) - 1
+
+    @property
+    def reads_past(self) -> bool:
+        """Whether a row needs anything of the tokens before."""
+        return bool(self.windows or self.history_size)
+
+    @property
+    def own_width(self) -> int:
+        """O, where the last state is as wide as the others."""
+        return self.width * (1 + len(self.sources))
+
+    def history_width(self, dtype: torch.dtype) -> int:
+        """Numbers of this dtype that a history takes in a row."""
+        return self.history_size * torch.float32.itemsize // dtype.itemsize
 
     @property
     def sources(self) -> tuple[CapturePoint, ...]:
@@ -39,7 +66,7 @@ class RowLayout:
         return tuple(sorted(layers, key=lambda part: (part.point, part.layer)))
 
     def join(self, final: torch.Tensor, states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The rows [..., W] of the last state [..., D] and of the states of `sources`, of as many rows.
+        """The own parts [..., O] of the last state [..., D] and of the states of `sources`, of as many rows.
 
         Raises RuntimeError for another number of states: `split` would cut them at wrong places.
         """
@@ -54,11 +81,28 @@ class RowLayout:
             )
         return torch.cat((final, *(state.reshape(*final.shape[:-1], -1) for state in states)), dim=-1)
 
-    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """From rows [..., W] the last state [..., D], contiguous, and what is read, by name."""
+    def pack(self, history: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A history, float32 [..., H], bit by bit as numbers of the rows' dtype: it is not rounded."""
+        return history.contiguous().view(dtype)
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """From rows [..., W] the last state [..., D], contiguous; what is read, by name; and the history,
+        float32 [..., H], of a gate that reads one."""
+        history_width = self.history_width(rows.dtype)
+        rows, packed = rows.split([rows.shape[-1] - history_width, history_width], dim=-1)
+        own, *before = rows.chunk(1 + self.past, dim=-1)
+        final, states = self._split_own(own)
+        if self.windows:
+            earlier = [self._split_own(each)[1] for each in before]
+            for name, window in self.windows.items():
+                parts = [each[name] for each in earlier[: window - 1]]
+                states[name] = torch.cat([*reversed(parts), states[name]], dim=-1)
+        return final, states, packed.contiguous().view(torch.float32) if history_width else None
+
+    def _split_own(self, own: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         sources = self.sources
-        final_width = rows.shape[-1] - len(sources) * self.width
-        final, *others = rows.split([final_width, *[self.width] * len(sources)], dim=-1)
+        final_width = own.shape[-1] - len(sources) * self.width
+        final, *others = own.split([final_width, *[self.width] * len(sources)], dim=-1)
         final = final.contiguous()
         found = dict(zip(sources, others, strict=True))
         states = {
@@ -74,32 +118,16 @@ def layout_of(config: MemoryAugmentedConfig, gate: Gate) -> RowLayout:
     Raises ValueError for a layer that the base does not have, and for `final_norm` before the last one.
     """
     count = config.num_hidden_layers
-    points = {**gate.reads}
+    points, windows = {**gate.reads}, {}
     for number, described in enumerate(described_memories(config)):
         points[input_name(number)] = CapturePoint.of(SimpleNamespace(**described))
+        windows[input_name(number)] = MemoryConfig.from_dict(described["memory_config"]).window
     return RowLayout(
         points={name: _from_the_front(point, count) for name, point in points.items()},
         width=config.hidden_size,
+        windows={name: window for name, window in windows.items() if window > 1},
+        history_size=0 if gate.history is None else gate.history.size,
     )
-
-
-def check_single_positions(memories: Sequence[Any], gate: Gate) -> None:
-    """Raises ValueError for what needs more than the states of one position: an engine gives no others.
-
-    `memories` are the `MemoryConfig` of each.
-    """
-    if gate.history is not None:
-        raise ValueError(
-            "this export's gate reads a history of past tokens, which the engine does not keep: fit one"
-            " without (fit_gate --kind confidences), or serve with a fixed weight"
-            """ (--hf-overrides '{"gate": {"kind": "constant"}, "lmbda": 0.25}')"""
-        )
-    windows = [memory.window for memory in memories if memory.window > 1]
-    if windows:
-        raise ValueError(
-            f"this export's memory reads the states of {windows[0]} positions (train --window"
-            f" {windows[0]}), and the engine gives that of one: train a memory with --window 1"
-        )
 
 
 def _from_the_front(point: CapturePoint, count: int) -> CapturePoint:

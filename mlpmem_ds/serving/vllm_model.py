@@ -2,16 +2,19 @@
 
 vLLM runs `forward` on the tokens of a step, selects the rows that are to be sampled, and calls
 `compute_logits`, where base and memories are mixed. What it gives is used as any model's logits: penalties,
-constraints, samplers and log-probabilities follow. A memory keeps no cache, so that chunked prefill, prefix
-caching and preemption need nothing of it. It is replicated where the base is cut over GPUs.
+constraints, samplers and log-probabilities follow. A memory of one position keeps no cache; what a gate's
+history or a window needs of the tokens before lies next to the base's keys (`vllm_slots`): chunked prefill,
+prefix caching and preemption need no more. A memory is replicated where the base is cut over GPUs.
 
 The last state is there in any case. Outputs of layers come from the base itself where it can give them, as
 for EAGLE-3; other states are read by hooks, which a compiled model does not call.
 
-Shapes: T tokens of a step, R rows to sample, D width of the base, W width of a row, V vocabulary.
+Shapes: T tokens of a step, R rows to sample, D width of the base, O numbers of a token's own part of a row, W
+width of a row, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +23,6 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.gates import open_gate
 from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.joint_parts import checked_gate, described_memories, is_nothing
@@ -32,8 +34,10 @@ from mlpmem_ds.models.mixture import StoredGate
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
 from mlpmem_ds.models.shared_head import SharedHead
 from mlpmem_ds.serving.request_weights import STEP, RequestGate
-from mlpmem_ds.serving.row_layout import check_single_positions, layout_of
+from mlpmem_ds.serving.row_layout import RowLayout, layout_of
+from mlpmem_ds.serving.row_past import RowPast
 from mlpmem_ds.serving.state_hooks import StateHooks, layers_of
+from mlpmem_ds.serving.vllm_slots import SlotLayer
 
 
 class MemoryAugmentedLM(nn.Module):
@@ -45,10 +49,9 @@ class MemoryAugmentedLM(nn.Module):
         config: MemoryAugmentedConfig = vllm_config.model_config.hf_config
         memories = [MemoryConfig.from_dict(each["memory_config"]) for each in described_memories(config)]
         gate = checked_gate(open_gate(config.gate, config.lmbda), len(memories))
-        check_single_positions(memories, gate)
         self.config = config
         self.layout = layout_of(config, gate)
-        _check_engine(vllm_config, self.layout.sources)
+        _check_engine(vllm_config, self.layout)
         self.base = init_vllm_registered_model(
             vllm_config, hf_config=config.base_config, prefix=maybe_prefix(prefix, "base")
         )
@@ -57,6 +60,23 @@ class MemoryAugmentedLM(nn.Module):
         self.gate: StoredGate = gate
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
         self._hooks = self._hook(is_eager=vllm_config.model_config.enforce_eager)
+        self._past = RowPast(
+            layout=self.layout,
+            history=gate.history,
+            models=[
+                self._logits_of_base,
+                *(partial(self._logits_of_memory, n) for n in range(len(memories))),
+            ],
+        )
+        self.slots: SlotLayer | None = None
+        if self.layout.reads_past:
+            dtype = vllm_config.model_config.dtype
+            self.slots = SlotLayer(
+                vllm_config,
+                name=maybe_prefix(prefix, f"slots.{config.num_hidden_layers}"),
+                width=self._past.slot_width(dtype),
+                dtype=dtype,
+            )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         embeddings: torch.Tensor = self.base.embed_input_ids(input_ids)
@@ -72,34 +92,57 @@ class MemoryAugmentedLM(nn.Module):
         """The rows [T, W] of `layout`."""
         output = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
         final_TD, outputs = output if isinstance(output, tuple) else (output, ())
-        return self.layout.join(final_TD, [*self._hooks.take(), *outputs])
+        own_TO = self.layout.join(final_TD, [*self._hooks.take(), *outputs])
+        return own_TO if self.slots is None else self._with_past(self.slots, own_TO, input_ids)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The mixture's logits [R, V] of rows [R, W], on the base's scale as in `models.hf`; the base's own
         where the weight of the memories is 0 for all rows."""
         lmbdas_R = STEP.take(len(hidden_states))
-        final_RD, states = self.layout.split(hidden_states)
+        final_RD, states, history_RH = self.layout.split(hidden_states)
         base_logits_RV: torch.Tensor | None = self.base.compute_logits(final_RD)
         if base_logits_RV is None or (lmbdas_R is None and is_nothing(self.gate)):
             return base_logits_RV
-        memories = (self.memory, *self.further_memories)
         gate = self.gate
         if lmbdas_R is not None:
-            gate = RequestGate(gate=gate, lmbdas_R=lmbdas_R, num_memories=len(memories))
-        step = Step(
-            memories=memories,
-            gate=gate,
-            mixture=mixture_on_device,
-            threshold=self.config.base_only_threshold,
-            base_only=_NotCounted(),
-        )
-        return step.mix(base_logits_RV, states)
+            num_memories = 1 + len(self.further_memories)
+            gate = RequestGate(gate=gate, lmbdas_R=lmbdas_R, num_memories=num_memories)
+        return self._step(gate).mix(base_logits_RV, states, history_RH)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         # A fixed λ in the place of a learned gate leaves that one's weights over.
         ignored = [] if isinstance(self.gate, nn.Module) else ["gate."]
         loaded: set[str] = AutoWeightsLoader(self, ignore_unexpected_prefixes=ignored).load_weights(weights)
         return loaded
+
+    def _step(self, gate: StoredGate) -> Step:
+        return Step(
+            memories=(self.memory, *self.further_memories),
+            gate=gate,
+            mixture=mixture_on_device,
+            threshold=self.config.base_only_threshold,
+            base_only=_NotCounted(),
+        )
+
+    def _with_past(self, slots: SlotLayer, own_TO: torch.Tensor, ids_T: torch.Tensor | None) -> torch.Tensor:
+        if ids_T is None:
+            raise ValueError(
+                "a gate with a history or a memory with a window needs the tokens themselves: give prompts of"
+                " tokens or text, and leave out --enable-prompt-embeds"
+            )
+        chunks = slots.chunks()
+        if chunks is None:
+            return self._past.begin(own_TO, ids_T)
+        return self._past.extend(own_TO, ids_T, chunks, slots.states())
+
+    def _logits_of_base(self, final: torch.Tensor, _: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = self.base.compute_logits(final)
+        return logits
+
+    def _logits_of_memory(
+        self, number: int, _: torch.Tensor, states: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        return self._step(self.gate).logits_of_memory(number, states)
 
     def _with_head(self, memory: Memory) -> Memory:
         if isinstance(memory.head, SharedHead):
@@ -144,14 +187,36 @@ class _NotCounted(BaseOnly):
         pass
 
 
-def _check_engine(vllm_config: VllmConfig, sources: Sequence[CapturePoint]) -> None:
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+def _check_engine(vllm_config: VllmConfig, layout: RowLayout) -> None:
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
         raise ValueError(
             "a base with a memory is not cut into pipeline stages: leave out --pipeline-parallel-size, and"
             " use --tensor-parallel-size"
         )
-    if sources and vllm_config.speculative_config is not None:
+    if layout.reads_past:
+        _check_past(vllm_config)
+    if layout.sources and vllm_config.speculative_config is not None:
         raise ValueError(
             "speculative decoding hands the last state alone to its drafts, and this memory reads"
-            f" {sources[0].point} of layer {sources[0].layer} too: leave out --speculative-config"
+            f" {layout.sources[0].point} of layer {layout.sources[0].layer} too: leave out"
+            " --speculative-config"
         )
+
+
+def _check_past(vllm_config: VllmConfig) -> None:
+    """Raises ValueError for what would lose the states of past tokens, or mix them up."""
+    parallel = vllm_config.parallel_config
+    refused = {
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-transfer-config and --kv-offloading-size": vllm_config.kv_transfer_config is not None,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--enable-dbo": parallel.use_ubatching,
+    }
+    for flags, is_given in refused.items():
+        if is_given:
+            raise ValueError(
+                "this export's gate reads a history of past tokens, or its memory the states of several"
+                f" positions, which are not kept with {flags}: leave that out"
+            )

@@ -100,3 +100,12 @@ def test_confidences_are_entropy_certainty_and_agreement() -> None:
     assert found[0, 4] == 1 and bool(torch.isfinite(found).all())
     joined = join_confidences(found[:, :2], [found[:, 2:6], found[:, 6:]])
     assert torch.equal(joined, found)
+
+
+def test_what_remains_of_a_state_is_all_that_the_start_adds_to_later_ones() -> None:
+    history, start_H = History(), torch.tensor([3.0, -2.0, 1.0, -4.0], dtype=torch.float64)
+    log_base_S, log_memories_SM = log_probabilities(9), log_probabilities(9, 1, seed=1)
+    from_start, _ = history.along(log_base_S, log_memories_SM, history=start_H)
+    from_zero, _ = history.along(log_base_S, log_memories_SM)
+    remaining = history.remaining(start_H.expand(9, -1), torch.arange(9))
+    torch.testing.assert_close(from_zero + remaining, from_start)

@@ -18,7 +18,10 @@ from transformers import AutoModelForCausalLM
 from mlpmem_ds.models.backbone import configured_transform
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 
-_LOADED_BY_VLLM = ("vllm_model", "vllm_requests")
+_LOADED_BY_VLLM = ("vllm_slots", "vllm_model", "vllm_requests")
+BLOCK_SIZE = 4
+CONTEXT = SimpleNamespace(attn_metadata=None)
+"""of the step that runs"""
 
 
 class BaseOfEngine(nn.Module):
@@ -101,6 +104,11 @@ class Registry:
         self.models[name] = place
 
 
+class MetadataBuilder:
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        pass
+
+
 class MoveDirectionality(enum.Enum):
     UNIDIRECTIONAL = 0
     SWAP = 1
@@ -120,7 +128,10 @@ def stand_ins() -> dict[str, ModuleType]:
         "vllm": {"ModelRegistry": Registry()},
         "vllm.config": {"VllmConfig": SimpleNamespace},
         "vllm.sequence": {"IntermediateTensors": object},
+        "vllm.forward_context": {"get_forward_context": lambda: CONTEXT},
         "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.attention_layer_base": {"AttentionLayerBase": object},
         "vllm.model_executor.models": {},
         "vllm.model_executor.models.interfaces": {
             "supports_eagle3": lambda base: hasattr(base, "set_aux_hidden_state_layers")
@@ -131,6 +142,13 @@ def stand_ins() -> dict[str, ModuleType]:
             "maybe_prefix": lambda prefix, name: f"{prefix}.{name}" if prefix else name,
         },
         "vllm.v1": {},
+        "vllm.v1.attention": {},
+        "vllm.v1.attention.backend": {
+            "AttentionBackend": object,
+            "AttentionCGSupport": SimpleNamespace(NEVER=0),
+            "AttentionMetadataBuilder": MetadataBuilder,
+        },
+        "vllm.v1.kv_cache_interface": {"HiddenStateCacheSpec": SimpleNamespace},
         "vllm.v1.sample": {},
         "vllm.v1.sample.logits_processor": {
             "BatchUpdate": BatchUpdate,
@@ -165,12 +183,21 @@ def engine_config(joint: MemoryAugmentedLM, **changes: Any) -> SimpleNamespace:
         "enforce_eager": True,
         "base_class": BaseOfEngine,
         "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "use_ubatching": False,
         "speculative_config": None,
+        "kv_transfer_config": None,
         **changes,
     }
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=joint.config, enforce_eager=settings["enforce_eager"]),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=settings["pipeline_parallel_size"]),
+        model_config=SimpleNamespace(
+            hf_config=joint.config, enforce_eager=settings["enforce_eager"], dtype=torch.float32
+        ),
+        parallel_config=SimpleNamespace(**settings),
         speculative_config=settings["speculative_config"],
+        kv_transfer_config=settings["kv_transfer_config"],
+        cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
+        compilation_config=SimpleNamespace(static_forward_context={}),
         base_class=settings["base_class"],
     )

@@ -1,16 +1,15 @@
-"""Rows of several states: in order, cut apart as they were put together; what needs more is refused."""
-
-from types import SimpleNamespace
+"""Rows of several states: in order, cut apart as they were put together, with what they carry of the past."""
 
 import pytest
 import torch
 
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.gates import HistoryGate, RouterGate
+from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant
-from mlpmem_ds.serving.row_layout import RowLayout, check_single_positions, layout_of
+from mlpmem_ds.serving.row_layout import RowLayout, layout_of
 
-from ..models.conftest import WIDTH, tiny_joint
+from ..models.conftest import WIDTH, tiny_base, tiny_joint, tiny_memory
 
 LAST = CapturePoint(layer=3, point="final_norm")
 MIDDLE = CapturePoint(layer=2, point="ffn_input")
@@ -37,8 +36,8 @@ def test_each_state_stands_in_a_row_once_and_comes_back(
     final, states = torch.randn(3, 4), {source: torch.randn(3, 4) for source in sources}
     rows = layout.join(final, list(states.values()))
     assert rows.shape == (3, 4 * (1 + len(sources)))
-    found_final, found = layout.split(rows[[2, 0]])
-    assert found_final.is_contiguous()
+    found_final, found, history = layout.split(rows[[2, 0]])
+    assert found_final.is_contiguous() and history is None and not layout.reads_past
     torch.testing.assert_close(found_final, final[[2, 0]], rtol=0, atol=0)
     for name, point in points.items():
         parts = [final if part.point == "final_norm" else states[part] for part in point.parts]
@@ -63,6 +62,15 @@ def test_the_layout_of_a_bank_and_of_a_gate_that_reads_a_state() -> None:
         "memory_input_1": CapturePoint(layer=3, point="layer_output"),
     }
     assert layout.width == WIDTH
+    assert (layout.windows, layout.past, layout.history_size) == ({}, 0, 0)
+
+
+def test_the_layout_of_a_window_and_of_a_history() -> None:
+    memory = tiny_memory(input_size=3 * WIDTH, window=3)
+    joint = MemoryAugmentedLM.from_parts(tiny_base("llama"), memory, lmbda=0.4, input_point=MIDDLE)
+    layout = layout_of(joint.config, HistoryGate(lmbdas=[0.3]))
+    assert (layout.windows, layout.past, layout.history_size) == ({"memory_input": 3}, 2, 4)
+    assert layout.reads_past and layout.own_width == 2 * WIDTH
 
 
 def test_a_last_state_of_another_layer_is_refused() -> None:
@@ -72,10 +80,17 @@ def test_a_last_state_of_another_layer_is_refused() -> None:
         layout_of(config, Constant(0.5))
 
 
-def test_what_needs_earlier_positions_is_refused_with_a_remedy() -> None:
-    one, three = SimpleNamespace(window=1), SimpleNamespace(window=3)
-    check_single_positions([one, one], Constant(0.5))
-    with pytest.raises(ValueError, match="fit_gate --kind confidences.*--hf-overrides"):
-        check_single_positions([one], HistoryGate(lmbdas=[0.3]))
-    with pytest.raises(ValueError, match="states of 3 positions.*--window 1"):
-        check_single_positions([one, three], Constant(0.5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_row_carries_of_the_tokens_before_comes_back(dtype: torch.dtype) -> None:
+    """The history bit by bit, in rows of any dtype; the states of a window with the oldest first."""
+    layout = RowLayout(points={"a": MIDDLE, "b": LAST}, width=4, windows={"a": 2, "b": 3}, history_size=3)
+    own, one_before, two_before = torch.randn(3, 5, 8).to(dtype)
+    history = torch.randn(5, 3)
+    rows = torch.cat([own, one_before, two_before, layout.pack(history, dtype)], dim=-1)
+    assert rows.shape[-1] == 3 * layout.own_width + layout.history_width(dtype)
+    final, states, found = layout.split(rows[[4, 1]])
+    assert found is not None and torch.equal(found, history[[4, 1]])
+    assert torch.equal(final, own[[4, 1], :4])
+    assert torch.equal(states["a"], torch.cat([one_before[:, 4:], own[:, 4:]], dim=-1)[[4, 1]])
+    finals = [each[:, :4] for each in (two_before, one_before, own)]
+    assert torch.equal(states["b"], torch.cat(finals, dim=-1)[[4, 1]])

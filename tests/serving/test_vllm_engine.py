@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import shutil
@@ -25,6 +26,7 @@ os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # on a GPU: V2 refuses o
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/run.sh")
 
 from mlpmem_ds.models.capture_point import CapturePoint  # noqa: E402
+from mlpmem_ds.models.gates import ConfidencesGate, HistoryGate  # noqa: E402
 from mlpmem_ds.models.hf import MemoryAugmentedLM  # noqa: E402
 
 from .toy_exports import LAST, LENGTH, Export, make_export  # noqa: E402
@@ -40,8 +42,15 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "qwen2": {
         "family": "qwen2",
         "point": CapturePoint(layer=-1, point="final_norm", earlier=(0, 2)),
-        "has_gate": True,
+        "gate_class": ConfidencesGate,
         "threshold": 0.4,
+    },
+    "past": {
+        "family": "qwen2",
+        "point": CapturePoint(layer=-1, point="final_norm", earlier=(0, 2)),
+        "further": [LAST],
+        "gate_class": HistoryGate,
+        "window": 3,
     },
     "mistral": {
         "family": "mistral",
@@ -82,16 +91,23 @@ def engine(directory: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def generate(llm: Any, lmbdas: Sequence[float | None] | None = None, **options: Any) -> list[Any]:
+def generate(
+    llm: Any,
+    lmbdas: Sequence[float | None] | None = None,
+    *,
+    texts: Sequence[list[int]] | None = None,
+    **options: Any,
+) -> list[Any]:
     """Of each prompt what vLLM returns; each request with its own λ, where they are given."""
+    texts = prompts() if texts is None else texts
     settings = {"temperature": 0, "max_tokens": NUM_NEW, "logprobs": 5, "ignore_eos": True, **options}
     params = [
         vllm.SamplingParams(
             **settings, detokenize=False, extra_args=None if lmbda is None else {"lmbda": lmbda}
         )
-        for lmbda in lmbdas or [None] * len(prompts())
+        for lmbda in lmbdas or [None] * len(texts)
     ]
-    inputs = [{"prompt_token_ids": ids} for ids in prompts()]
+    inputs = [{"prompt_token_ids": ids} for ids in texts]
     return llm.generate(inputs, params, use_tqdm=False)
 
 
@@ -125,8 +141,8 @@ def largest_difference(joint: MemoryAugmentedLM, result: Any) -> float:
 
 def check(joint: MemoryAugmentedLM, results: Sequence[Any]) -> float:
     """Tokens equal, log-probabilities within BOUND; the largest difference."""
-    for prompt, tokens in zip(prompts(), tokens_of(results), strict=True):
-        assert tokens == expected_tokens(joint, prompt)
+    for result, tokens in zip(results, tokens_of(results), strict=True):
+        assert tokens == expected_tokens(joint, list(result.prompt_token_ids))
     difference = max(largest_difference(joint, result) for result in results)
     assert difference <= BOUND
     return difference
@@ -164,12 +180,49 @@ def test_generation_is_that_of_the_transformers_class(export: Export) -> None:
     print(f"\n{type(joint.base).__name__}: log-probabilities within {difference:.1e} nats")
 
 
+def test_the_past_of_a_text_is_kept_whatever_an_engine_does_with_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cached beginnings, prompts in chunks, requests that are stopped and begun again for lack of room."""
+    stopped = count_stops(monkeypatch)
+    export = make_export(tmp_path, **EXPORTS["past"])
+    first = prompts()[1]
+    # Five blocks, and as many of these texts come to the end of theirs at once.
+    crowd = [[*first[:19], token] for token in range(5, 11)]
+    with engine(export.directory, block_size=32, num_gpu_blocks_override=6, max_num_batched_tokens=16) as llm:
+        check(export.joint, generate(llm, texts=crowd))
+        generate(llm, texts=[first])
+        again = generate(llm, texts=[first, first[:34] + prompts()[2], prompts()[3]])
+    check(export.joint, again)
+    assert stopped and [result.num_cached_tokens for result in again] == [32, 32, 0]
+    forgets = copy.deepcopy(export.joint.gate)
+    assert isinstance(forgets, HistoryGate)
+    forgets.scale[-forgets.history.size :] = 0.0
+    export.joint.set_gate(forgets)
+    assert max(largest_difference(export.joint, result) for result in again) > 100 * BOUND
+
+
+def count_stops(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests that the engine's scheduler stops from now on, to make room for others."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    stopped: list[Any] = []
+    stop = Scheduler._preempt_request
+
+    def counted(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        stopped.append(request.request_id)
+        return stop(scheduler, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    return stopped
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() and shutil.which("g++") is None, reason="a compiler for C++ is needed"
 )
 def test_a_compiled_model_gives_the_same(tmp_path: Path) -> None:
-    """Outputs of layers too, which the base itself hands over."""
-    export = make_export(tmp_path, **EXPORTS["qwen2"])
+    """Outputs of layers too, which the base itself hands over; and what rows carry of the past."""
+    export = make_export(tmp_path, **EXPORTS["past"])
     with engine(export.directory, enforce_eager=False) as llm:
         check(export.joint, generate(llm))
 
@@ -178,7 +231,7 @@ def test_a_compiled_model_gives_the_same(tmp_path: Path) -> None:
     (torch.cuda.device_count() if torch.cuda.is_available() else len(CORES)) < 2,
     reason="two GPUs are needed, or two cores",
 )
-@pytest.mark.parametrize("name", ["qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "past"])
 def test_a_base_cut_in_two_gives_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor parallelism, with a bank whose first memory has the base's head; each rank has all memories."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, CORES[:2])))
@@ -225,11 +278,7 @@ def test_an_export_of_the_users_own(tmp_path: Path) -> None:
     """Greedy tokens and log-probabilities of a real export, and its rate next to the base's alone."""
     directory = Path(os.environ["MLPMEM_SERVING_EXPORT"])
     joint = MemoryAugmentedLM.from_pretrained(str(directory), dtype=torch.float32).eval()
-    options: dict[str, Any] = {}
-    if joint.gate.history is not None:
-        joint.lmbda = 0.25
-        options["hf_overrides"] = {"gate": {"kind": "constant"}, "lmbda": 0.25}
-    with engine(directory, logits_processors=[PROCESSOR], **options) as llm:
+    with engine(directory, logits_processors=[PROCESSOR]) as llm:
         difference = check(joint, generate(llm, prompt_logprobs=1))
         joint_rate = tokens_per_second(llm)
     joint.base.save_pretrained(tmp_path)

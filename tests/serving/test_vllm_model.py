@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +18,8 @@ from mlpmem_ds.models.shared_head import head_fingerprint
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.serving.request_weights import STEP
 
-from ..models.conftest import WIDTH, random_ids, spread, tiny_base, tiny_joint, tiny_memory
-from .conftest import BaseWithOutputs, engine_config
+from ..models.conftest import VOCAB, WIDTH, random_ids, spread, tiny_base, tiny_joint, tiny_memory
+from .conftest import BLOCK_SIZE, CONTEXT, BaseWithOutputs, engine_config
 from .toy_exports import spread_features
 
 POINTS = {
@@ -46,13 +48,39 @@ def logits_of(model: Any, rows: torch.Tensor = ROWS) -> torch.Tensor:
     return model.compute_logits(states[rows])
 
 
+@contextmanager
+def step_of(model: Any, num_tokens: int) -> Iterator[None]:
+    """As of an engine that holds a text of so many tokens in blocks of its cache, all of it in this step."""
+    spec, count = model.slots.get_kv_cache_spec(engine_config(model)), -(-num_tokens // BLOCK_SIZE)
+    model.slots.kv_cache = torch.full((count + 2, 1, spec.block_size, spec.head_size), torch.nan)
+    blocks = torch.arange(count, 0, -1)
+    slots = (
+        blocks[torch.arange(num_tokens) // BLOCK_SIZE] * BLOCK_SIZE + torch.arange(num_tokens) % BLOCK_SIZE
+    )
+    metadata = SimpleNamespace(
+        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32),
+        query_start_loc_cpu=torch.tensor([0, num_tokens], dtype=torch.int32),
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        slot_mapping=slots,
+        block_table_tensor=blocks[None].int(),
+    )
+    backend = model.slots.get_attn_backend()
+    builder = backend.get_builder_cls()(spec, ["slots.4"], None, "cpu")
+    CONTEXT.attn_metadata = {"slots.4": builder.build(0, metadata), "base.model.layers.0": object()}
+    try:
+        yield
+    finally:
+        CONTEXT.attn_metadata = None
+
+
 @torch.no_grad()
 def expected_of(joint: MemoryAugmentedLM, rows: torch.Tensor = ROWS) -> torch.Tensor:
     return joint(input_ids=IDS_T[None]).logits[0, rows]
 
 
 def joint_at(point: CapturePoint, family: str = "llama", **changes: Any) -> MemoryAugmentedLM:
-    memory = tiny_memory(input_size=WIDTH * len(point.parts), **changes)
+    input_size = WIDTH * len(point.parts) * changes.get("window", 1)
+    memory = tiny_memory(input_size=input_size, **changes)
     return MemoryAugmentedLM.from_parts(tiny_base(family), memory, lmbda=0.4, input_point=point)
 
 
@@ -102,6 +130,82 @@ def test_gates_and_the_base_alone(vllm: SimpleNamespace, gate: Any, threshold: f
     torch.testing.assert_close(logits_of(served(vllm, joint)), expected_of(joint), rtol=0, atol=1e-5)
 
 
+def joint_with_past(*, window: int = 1, num_memories: int = 1, has_history: bool = True) -> MemoryAugmentedLM:
+    point = POINTS["mlps"]
+    joint = joint_at(point, window=window) if window > 1 else tiny_joint("llama", num_memories=num_memories)
+    if has_history:
+        gate = HistoryGate(lmbdas=[0.5 / num_memories] * num_memories, hidden=8)
+        spread(gate, 4)
+        spread_features(gate)
+        joint.set_gate(gate)
+    return joint
+
+
+PASTS: list[dict[str, Any]] = [
+    {},
+    {"num_memories": 3},
+    {"window": 3, "has_history": False},
+    {"window": 3},
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "threshold"),
+    [*((changes, None) for changes in PASTS), (PASTS[0], 0.45), (PASTS[3], 0.45)],
+    ids=str,
+)
+def test_what_rows_carry_of_the_tokens_before(
+    vllm: SimpleNamespace, changes: dict[str, Any], threshold: float | None
+) -> None:
+    joint = joint_with_past(**changes)
+    joint.base_only_threshold = threshold
+    model = served(vllm, joint)
+    with step_of(model, len(IDS_T)):
+        found = logits_of(model, torch.arange(len(IDS_T)))
+    assert not model.slots.states().read(torch.tensor([BLOCK_SIZE])).isnan().any()  # the text's last block
+    torch.testing.assert_close(found, expected_of(joint, torch.arange(len(IDS_T))), rtol=0, atol=1e-5)
+
+
+def test_a_history_is_followed_where_requests_name_a_weight(vllm: SimpleNamespace) -> None:
+    joint = joint_with_past()
+    model = served(vllm, joint)
+    STEP.put(torch.tensor([0.9, float("nan"), 0.0], dtype=torch.float64))
+    with step_of(model, len(IDS_T)):
+        found = logits_of(model)
+    torch.testing.assert_close(found[1], expected_of(joint)[1], rtol=0, atol=1e-5)
+    for row, lmbda in ((0, 0.9), (2, 0.0)):
+        joint.lmbda = lmbda
+        torch.testing.assert_close(found[row], expected_of(joint)[row], rtol=0, atol=1e-5)
+
+
+def test_an_engine_that_measures_itself_runs_the_heads_and_keeps_nothing(vllm: SimpleNamespace) -> None:
+    """Its rows are as wide as others, each as of a text's first token."""
+    model = served(vllm, joint_with_past())
+    assert logits_of(model).shape == (len(ROWS), VOCAB)
+    assert model.base.num_heads_used == 2
+    assert model.slots.kv_cache.numel() == 0
+    with pytest.raises(ValueError, match="--enable-prompt-embeds"):
+        model._with_past(model.slots, torch.zeros(1, 3), None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"kv_transfer_config": object()}, "--kv-offloading-size"),
+        ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"use_ubatching": True}, "--enable-dbo"),
+    ],
+)
+def test_modes_that_would_lose_the_past_are_refused(
+    vllm: SimpleNamespace, setting: dict[str, Any], flag: str
+) -> None:
+    for changes in PASTS[0], PASTS[2]:
+        with pytest.raises(ValueError, match=f"are not kept with .*{flag}: leave that out"):
+            served(vllm, joint_with_past(**changes), **setting)
+
+
 def test_a_bank(vllm: SimpleNamespace) -> None:
     joint = tiny_joint("llama", num_memories=3)
     joint.set_gate(Weights((0.2, 0.1, 0.4)))
@@ -148,11 +252,10 @@ def test_a_fixed_weight_in_the_place_of_a_learned_gate(vllm: SimpleNamespace) ->
     joint = tiny_joint("llama")
     joint.set_gate(HistoryGate(lmbdas=[0.3], hidden=8))
     weights = dict(joint.state_dict())
-    with pytest.raises(ValueError, match="reads a history"):
-        vllm.vllm_model.MemoryAugmentedLM(vllm_config=engine_config(joint))
     joint.config.gate, joint.config.lmbda = {"kind": "constant"}, 0.25  # as by --hf-overrides
     model = vllm.vllm_model.MemoryAugmentedLM(vllm_config=engine_config(joint)).eval()
     model.load_weights(weights.items())
+    assert model.slots is None
     joint.lmbda = 0.25
     torch.testing.assert_close(logits_of(model), expected_of(joint), rtol=0, atol=1e-5)
 

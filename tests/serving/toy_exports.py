@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.gates import ConfidencesGate, LearnedGate
+from mlpmem_ds.models.gates import ConfidencesGate, HistoryGate, LearnedGate
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -56,14 +56,18 @@ def make_export(
     has_base_head: bool = False,
     further: Sequence[CapturePoint] = (),
     threshold: float | None = None,
-    has_gate: bool = False,
+    gate_class: type[ConfidencesGate | HistoryGate] | None = None,
+    window: int = 1,
 ) -> Export:
-    """One with peaked distributions, so that a mistake changes many tokens."""
+    """One with peaked distributions, so that a mistake changes many tokens.
+
+    `window` is that of the first memory.
+    """
     base = _base(family)
     shared = head_fingerprint(output_head(base)[0]) if has_base_head else None
     joint = MemoryAugmentedLM.from_parts(
         base,
-        _memory(point, 3, shared_head=shared),
+        _memory(point, 3, shared_head=shared, window=window),
         lmbda=lmbda,
         input_point=point,
         further=[
@@ -77,10 +81,13 @@ def make_export(
             for number, each in enumerate(further)
         ],
     )
-    if has_gate:
-        gate = ConfidencesGate(lmbdas=[lmbda], hidden=8)
+    if gate_class is not None:
+        num_memories = 1 + len(further)
+        gate = gate_class(lmbdas=[lmbda / num_memories] * num_memories, hidden=8)
         _spread(gate, 5, 0.3)
         spread_features(gate)
+        if isinstance(gate, HistoryGate):  # else λ is near 0 or 1, whatever the history says
+            gate.scale[: -gate.history.size] *= 0.3
         joint.set_gate(gate)
     joint.base_only_threshold = threshold
     for directory, model in ((root / "export", joint), (root / "base", base)):
@@ -102,9 +109,10 @@ def _base(family: str) -> PreTrainedModel:
     return base.eval().requires_grad_(False)
 
 
-def _memory(point: CapturePoint, seed: int, **changes: object) -> Memory:
+def _memory(point: CapturePoint, seed: int, *, window: int = 1, **changes: object) -> Memory:
     values = {
-        "input_size": WIDTH * len(point.parts),
+        "input_size": WIDTH * len(point.parts) * window,
+        "window": window,
         "hidden_size": WIDTH,
         "intermediate_size": 192,
         "num_blocks": 2,
