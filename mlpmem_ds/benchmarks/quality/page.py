@@ -367,7 +367,8 @@ def _method() -> list[str]:
                     " cover another base.",
                     "**Seeds** change the initial weights and the order of each trained arm. The base, the"
                     " keys, the index and the targets are made once.",
-                    "**Equal.** All memories of a preset have the same shape, epochs and batches. Models that"
+                    "**Equal.** All memories of a preset have the same shape and batches; how much they read"
+                    " is in the column *M tokens*. Models that"
                     " are trained instead stop at their best tuning perplexity, at the learning rate of the"
                     " base's own training where it was trained here; `continued_equal_time` gets"
                     " the seconds of keys, index, targets and memory together, `lora` and `bigger` as many"
