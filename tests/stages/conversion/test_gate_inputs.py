@@ -113,7 +113,8 @@ def test_a_gate_and_a_bank_are_exported_whole(base_dir: Path, bank: list[Path], 
         "with 2 MLP memories" in card and "Memory 2:" in card and "kind history, over second, memory" in card
     )
     record = json.loads((tmp_path / "float32" / "mlpmem_export.json").read_text())
-    assert set(record["inputs"]) == {"memory", "memory_2", "base", "vocabulary", "gate"}
+    memories_and_base = {"memory", "memory_2", "base", "generation_config"}
+    assert set(record["inputs"]) == {*memories_and_base, "vocabulary", "tokenizer", "gate"}
     assert record["config"]["base_only_threshold"] == 0.01
 
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
