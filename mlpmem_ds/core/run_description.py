@@ -21,6 +21,7 @@ from mlpmem_ds.core.world import World
 IDENTITY_FIELD = "identity"
 """the field of a unit's record that holds the content hash of the identity that the unit was made for"""
 _WRITTEN_FIRST = {"identity.json", "run.json", "log.jsonl", "done"}
+_MAX_SHOWN = 6  # differences between two runs
 _logger = logging.getLogger(__name__)
 VERSIONED_PACKAGES = (
     "torch",
@@ -108,6 +109,8 @@ def refuse_other_run(
         f"{name} was {_shown(was)}, now {_shown(now)}" for name, was, now in _differences(old, new)
     ]
     if differences:
+        if (more := len(differences) - _MAX_SHOWN) > 0:  # each input may follow from one flag
+            differences[_MAX_SHOWN:] = [f"and {more} more"]
         raise UserError(
             f"--output {output} already holds another run ({'; '.join(differences)}): "
             "choose another --output, or remove it to start anew"

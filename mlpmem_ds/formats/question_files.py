@@ -64,9 +64,9 @@ def read_questions(path: Path, *, flag: str = "--questions", limit: int | None =
         (each for each in LAYOUTS if isinstance(first, dict) and set(each.fields) <= set(first)), None
     )
     if layout is None:
-        named = sorted(first) if isinstance(first, dict) else type(first).__name__
+        named = ", ".join(sorted(first)) if isinstance(first, dict) else type(first).__name__
         layouts = "; ".join(", ".join(each.fields) for each in LAYOUTS)
-        raise UserError(f"{flag} {path}: its first record has the fields {named}, known are: {layouts}")
+        raise UserError(f"{flag} {path}: its first record has the fields {named}; known are: {layouts}")
     found = read_records(path, flag, layout.fields, layout.fault_of, optional=layout.optional)
     try:
         return layout.questions(found)[:limit]
@@ -255,7 +255,10 @@ def read_records(
             found = {name: record[name] for name in (*names, *optional) if name in record}
             fault = _fault_of_fields(record, list(found))
         if fault is not None:
-            raise UserError(f"{flag} {path}, {place} {fault}: see --help for the fields")
+            raise UserError(
+                f"{flag} {path}, {place} {fault}: a record of this file has the fields {', '.join(names)}"
+                " (docs/questions.md)"
+            )
         records.append(found)
     if not records:
         raise UserError(f"{flag} {path} is empty: write one JSON object a line")

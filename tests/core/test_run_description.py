@@ -42,6 +42,10 @@ def test_the_same_identity_continues_and_a_flag_at_its_default_is_no_difference(
         ({"config": {}}, "--block-size was 8, now 4"),
         ({"config": {"block_size": 8, "seed": 3}}, "--seed was 0, now 3"),
         ({"inputs": {"corpus": "b" * 64}}, "inputs.corpus was 'a+', now 'b+'"),
+        (
+            {"inputs": {f"set{number}": "c" for number in range(9)}},
+            r"inputs.set4 was none, now 'c'; and 4 more\)",
+        ),
     ],
 )
 def test_another_run_is_refused_with_the_flag_and_both_values(

@@ -82,7 +82,7 @@ def test_a_layout_is_known_by_its_fields(tmp_path: Path, record: Any, question: 
         ([], "is empty"),
         (
             [{"premises": "x"}],
-            r"its first record has the fields \['premises'\], known are: query, choices, gold;",
+            r"its first record has the fields premises; known are: query, choices, gold;",
         ),
         ([3], "its first record has the fields int"),
         ([{"question": "a", "answer": "b"}, {"question": "a"}], "line 2 has no text or list in `answer`"),

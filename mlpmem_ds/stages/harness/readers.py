@@ -81,7 +81,7 @@ class Models:
         elif config.lambdas or config.generation_lambdas:
             flag = "--lambdas" if config.lambdas else "--generation-lambdas"
             raise UserError(
-                f"{flag}: --model {config.model} has no memory: give the output of"
+                f"{flag}: --model {config.model} is not there or has no memory: give the output of"
                 " tools/convert_checkpoint.py, add --memory, or leave the flag out"
             )
         self._load = functools.lru_cache(maxsize=1)(self._load_model)

@@ -19,6 +19,7 @@ import torch
 
 from mlpmem_ds.core.files import content_hash, publish_bytes
 from mlpmem_ds.core.log import Progress, log_for_all
+from mlpmem_ds.core.run_description import check_output
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
@@ -79,18 +80,19 @@ def run_suite(config: Config, world: World) -> str | None:
     """Score what is missing; the rank that completes the last unit writes suites.json and suites.md, and
     returns the page."""
     assert config.output is not None
+    check_output(config.output, stage=SuitesManifest.FORMAT)
     chosen = open_suites(config.suite, config.data)
-    asked = [draw(task, config.limit) for task in chosen.tasks]
     device = device_of_rank(config.device, world)
     readers, models = list_readers(config), Models(config, device)
     corpus = None
     if config.passages is not None:
         require_bm25s()
         corpus = open_corpus(config.passages, "train", flag="--passages")
-    inputs = {f"task-{each.task.name}": _hash_of(each) for each in asked}
     hashes = models.hashes(readers)
-    for reader in readers:
-        room = models.room(reader)
+    rooms = [models.room(reader) for reader in readers]
+    asked = [draw(task, config.limit) for task in chosen.tasks]  # last: a millisecond a document
+    inputs = {f"task-{each.task.name}": _hash_of(each) for each in asked}
+    for room in rooms:
         for each in asked:
             check_room(each.task, each.documents.values(), room, config.max_new_tokens)
     directory = open_stage(

@@ -11,6 +11,8 @@ from mlpmem_ds.stages.report.table import markdown_table
 
 _NONE = "–"
 _BASE_OFF = "**1.00**"
+_FEW = 20
+"""of so few documents an interval is too narrow; of one it has no width"""
 _METRICS = {"acc": "accuracy", "acc_bytes": "accuracy a byte", "acc_mutual_info": "accuracy, DCPMI"}
 
 
@@ -42,11 +44,13 @@ _SPEED = (
 
 def _introduction(suites: Suites) -> str:
     total = sum(task.reported for task in suites.tasks)
+    few = [task.title for task in suites.tasks if task.reported < _FEW]
     return (
-        f"{len(suites.tasks)} tasks; all figures are of {total:,} documents, the half of each task on which"
+        f"Tasks: {len(suites.tasks)}; documents: {total:,}, the half of each task on which"
         " nothing was chosen. *Chance* is what guessing scores: a figure near it says nothing. A change has"
         " its 95 % interval, a paired bootstrap over the documents; where 0 lies inside, other questions of"
         " the kind could turn it round. Scores are in per cent."
+        + (f" Fewer than {_FEW} documents, too few for an interval: {', '.join(few)}." if few else "")
     )
 
 

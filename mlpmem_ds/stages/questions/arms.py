@@ -79,7 +79,7 @@ def list_arms(config: Config) -> list[Arm]:
     has_memory = is_export(config.model)
     if config.lambdas and not has_memory:
         raise UserError(
-            f"--lambdas: --model {config.model} has no memory: give the output of"
+            f"--lambdas: --model {config.model} is not there or has no memory: give the output of"
             " tools/convert_checkpoint.py, or leave the flag out"
         )
     model: dict[str, Any] = {"model": config.model, "flag": "--model"}

@@ -124,7 +124,11 @@ def test_without_the_harness_the_front_end_names_the_command(
 @pytest.mark.parametrize(
     ("flag", "records", "needle"),
     [
-        ("questions", [QUESTIONS[0], {"question": "q"}], "line 2 has no text or list in `answer`"),
+        (
+            "questions",
+            [QUESTIONS[0], {"question": "q"}],
+            "line 2 has no text or list in `answer`: a record of this file has the fields question, answer",
+        ),
         ("questions", [{"answer": "a"}], "line 1 has no text in `question`"),
         ("questions", [{"question": "q", "answer": []}], "no text or list in `answer`"),
         ("questions", [], "is empty"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,19 @@ def test_long_answers_are_refused_before_anything_is_written(
 
 
 @needs_harness
+@pytest.mark.parametrize("changes", [{"model": "/nowhere/at/all"}, {"control": ("x=/nowhere/at/all",)}])
+def test_models_are_looked_for_before_prompts_are_made(
+    changes: dict[str, Any], export_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_suite, "draw", lambda *_: pytest.fail("prompts are made"))
+    [flag] = changes
+    plain: dict[str, Any] = {"control": (), "lambdas": (), "generation_lambdas": ()}
+    config = make_config(export_dir, data, tmp_path / "out", **plain | changes)
+    with pytest.raises(UserError, match=f"--{flag} .*/nowhere/at/all: there is no such directory"):
+        run_lm_eval.run(config, World())
+
+
+@needs_harness
 def test_a_number_is_meant_without_the_threshold_and_no_first_batch_is_timed(
     export_dir: Path,
     data: Path,
@@ -384,6 +398,16 @@ def test_every_task_of_a_suite_has_a_file() -> None:
     assert len(SUITES["nine"]) == 9 and len(set(SUITES["at-scale"])) == 17 + 2  # HaluEval is three
 
 
+def test_the_page_names_every_file_with_those_of_its_layout() -> None:
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in TASKS_FOLDER.glob("[!_]*.yaml")}
+    layouts = {name: found[1] for name, text in texts.items() if (found := re.search("layout: (.+)", text))}
+    page = (Path(__file__).parents[3] / "docs" / "suites.md").read_text(encoding="utf-8")
+    table = page.partition("| `NAME` | fields")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    assert sorted(name for row in rows for name in row) == sorted(layouts)
+    assert all(len({layouts[name] for name in row}) == 1 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -393,6 +417,7 @@ def test_every_task_of_a_suite_has_a_file() -> None:
             ["--suite", "paper", "--output", "OUT", "--data", "/nowhere/at/all"],
             "is not a directory: give one",
         ),
+        (["--suite", "paper", "--output", __file__], "is a file: choose a directory"),
         (["--suite", "paper", "--output", "OUT", "--tasks", "piqa"], "--tasks does not go with --suite"),
         (["--tasks", "piqa", "--data", "/tmp"], "--data goes with --suite"),
         (

@@ -132,6 +132,7 @@ def test_the_page_marks_where_the_base_is_off(suites: Suites) -> None:
     assert "memory is not used: 1" in page
     assert "| **mean** |  |  | 25.0 | 25.0 | 75.0 |" in page
     assert "- yahoo: --data d has no yahoo.jsonl" in page and "first token" in page
+    assert "Fewer than 20 documents, too few for an interval: Toy, Toy." in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     tables = {line.count("|") for line in rows}
     assert len(tables) == 4
