@@ -93,7 +93,7 @@ MEMORIES: Mapping[str, MemoryArm] = {
     ),
     "paper_random": MemoryArm(
         flags=(*_PAPER, "--control", "random-memory"),
-        description="a memory that was not trained",
+        description="memory that was not trained",
     ),
 }
 MODELS: Mapping[str, ModelArm] = {

@@ -410,7 +410,7 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
         "## How to rerun it",
         "```bash\n" + "\n".join(lines) + "\n```",
         _paragraph(
-            "tiny takes about 15 minutes on two cores, small 2 hours, real 3 hours. Interrupted, the same"
+            "tiny takes about 20 minutes on two cores, small 2 hours, real 3 hours. Interrupted, the same"
             " command continues. `quality.json` in the output has all numbers of this page, by seed."
         ),
     ]

@@ -34,7 +34,7 @@ _CUT = ("--cut-documents", "4000")
 class Config(Flags):
     """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
 
-    tiny takes about 15 minutes on two cores, small 1.5 hours, real (a pretrained --base) 2.7 hours. The same
+    tiny takes about 20 minutes on two cores, small 2 hours, real (a pretrained --base) 3 hours. The same
     command continues what was interrupted.
     """
 
