@@ -151,6 +151,16 @@ def test_a_beginning_that_another_text_has_left_in_the_cache_is_gone_on_from() -
             torch.testing.assert_close(rows, straight(past, own, ids)[len(first[1]) :], rtol=0, atol=1e-5)
 
 
+def test_a_text_whose_numbers_overflowed_does_not_spoil_others() -> None:
+    past = past_of({"a": 3}, HISTORY)
+    engine = Engine(past, 7)
+    texts = [text_of(20) for _ in range(3)]
+    texts[1][0][4:] = torch.nan
+    found = engine.run(texts, [[] for _ in texts])
+    for number in (0, 2):
+        torch.testing.assert_close(found[number], straight(past, *texts[number]), rtol=0, atol=1e-5)
+
+
 def test_rows_of_an_engine_that_measures_itself_are_those_of_first_tokens() -> None:
     for windows, history in CASES:
         past = past_of(windows, history)
