@@ -11,7 +11,7 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.objects.urls import url_of
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, PRESETS
-from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP, TRAINED_ON_LEARNING_RATE
+from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP, START_LEARNING_RATE
 from mlpmem_ds.stages.training.options import TrainingOptions
 from mlpmem_ds.stages.training.recipes import RECIPES
 
@@ -37,7 +37,7 @@ class Config(TrainingOptions):
 
     learning_rate: float | None = option(
         f"peak of the learning rate (default: {LEARNING_RATE_HELP}, and with --start base"
-        f" {TRAINED_ON_LEARNING_RATE:g})",
+        f" {START_LEARNING_RATE:g} at most)",
         None,
         above=0,
     )

@@ -10,8 +10,8 @@ _logger = logging.getLogger(__name__)
 _SMALL_LEARNING_RATE, _LARGE_LEARNING_RATE = 2e-3, 3e-4
 _LARGE_PARAMETERS = 100_000_000
 _MIN_ROWS_ON_GPU = 1024
-TRAINED_ON_LEARNING_RATE = _LARGE_LEARNING_RATE
-"""of a model that was trained before: a higher one would undo what it learnt"""
+START_LEARNING_RATE = 1e-3
+"""at most, of a memory that starts as its base: of 3e-4 and 1e-3 it was the better one (docs/when.md)"""
 LEARNING_RATE_HELP = (
     f"{_SMALL_LEARNING_RATE:g}; {_LARGE_LEARNING_RATE:g} above {_LARGE_PARAMETERS / 1e6:.0f} M trained"
     " parameters"

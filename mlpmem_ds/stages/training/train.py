@@ -44,7 +44,7 @@ from mlpmem_ds.stages.training.base_files import Read
 from mlpmem_ds.stages.training.base_start import open_base_start
 from mlpmem_ds.stages.training.config import SHAPE_FLAGS, Config
 from mlpmem_ds.stages.training.defaults import (
-    TRAINED_ON_LEARNING_RATE,
+    START_LEARNING_RATE,
     default_learning_rate,
     warn_of_few_rows,
 )
@@ -112,9 +112,9 @@ def _run_together(
     if config.compile:
         _require_compiler(memory.family, world)
     if config.learning_rate is None:
-        rate = TRAINED_ON_LEARNING_RATE
-        if config.start == "random":
-            rate = default_learning_rate(memory.num_parameters() + memory.num_shared_parameters())
+        rate = default_learning_rate(memory.num_parameters() + memory.num_shared_parameters())
+        if config.start == "base":
+            rate = min(rate, START_LEARNING_RATE)
         config = replace(config, learning_rate=rate)
 
     directory = _open_directory(config, inputs, memory, ds_config, steps, world)

@@ -263,7 +263,7 @@ def test_ranks_stages_and_resumes_give_the_same(runs: Any) -> None:
     runs.assert_same_weights("stopped", "two")
     provenance = read_weights(runs / "two").provenance
     assert (provenance.start, provenance.head) == ("base", "base")
-    assert json.loads((runs / "two" / "run.json").read_text())["config"]["learning_rate"] == 3e-4
+    assert json.loads((runs / "two" / "run.json").read_text())["config"]["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(
