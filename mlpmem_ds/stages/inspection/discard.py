@@ -159,7 +159,8 @@ def _refuse_left_alone(path: Path) -> None:
     Raises:
         UserError: a replacement of this directory was cut off, and nothing has its name.
     """
-    if left := left_of_replacement(path):
+    left = left_of_replacement(path) if path.name else []  # the folder "." has no name
+    if left:
         names = some([one.name for one in left])
         is_former = any(one.name.endswith(".former") for one in left)
         back = f"the command that writes {path.name} puts it back, and " if is_former else ""

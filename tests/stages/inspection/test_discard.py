@@ -174,6 +174,13 @@ def test_names_that_are_none_or_several_are_refused(run_dir: Path) -> None:
         discard(run_dir, "targets/77")
 
 
+@pytest.mark.parametrize("name", [".", "..", "keys/.."])
+def test_a_name_of_no_stage_is_refused(run_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(run_dir)
+    with pytest.raises(UserError, match="no such unit"):
+        discard(Path("."), name)
+
+
 def test_what_a_replacement_that_was_cut_off_left_is_named(run_dir: Path) -> None:
     checkpoint = run_dir / "memory" / "checkpoints" / "step-00000010"
     former, gone = (checkpoint.with_name(f".{checkpoint.name}.{end}") for end in ("former", "gone"))
