@@ -25,11 +25,9 @@ class Facts:
 
     num_positions: int
     """of the train split"""
-    epochs: float
     has_targets: bool
     starts_as_base: bool
     """whether p_mem = p_base before the first step"""
-    vocab_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +121,8 @@ def settle(config: Config, inputs: TrainingInputs, world: World) -> tuple[Config
     choice = choose(
         Facts(
             num_positions=inputs.keys.num_positions,
-            epochs=config.epochs,
             has_targets=inputs.targets is not None,
             starts_as_base=config.start == "base",
-            vocab_size=inputs.keys.manifest.head_size,
         )
     )
     config = replace(

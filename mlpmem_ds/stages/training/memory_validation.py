@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block, deal
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.engine import Engine
 from mlpmem_ds.engines.hidden_states import StateSource, scan_positions, state_width
@@ -38,6 +39,9 @@ class MemoryValidator:
         point: where the memory reads.
         positions: at most so many, in windows spread evenly over the split.
         world: this rank; the windows are dealt.
+
+    Raises:
+        UserError: no position of these windows counts, on all ranks (of a corpus with answers).
     """
 
     def __init__(
@@ -79,10 +83,15 @@ class MemoryValidator:
             [part.log_probabilities[rows] for part, rows, _ in parts] or [np.zeros(0)]
         ).astype(np.float64)
         self.num_positions = sum(gather_values(len(self._base_N), world))
+        if not self.num_positions:
+            raise UserError(
+                f"--validation-positions {positions:,}: the windows of the tuning split that are validated"
+                " hold no answer: give more positions, or --validate-every none"
+            )
         self._num_chunks = max(gather_values(math.ceil(len(self._base_N) / _ROWS_AT_ONCE), world))
 
     def base_perplexity(self) -> float:
-        """Of all ranks' rows; collective."""
+        """Of the base alone, on all ranks' rows; collective."""
         return math.exp(-sum(gather_values(float(self._base_N.sum()), self._world)) / self.num_positions)
 
     def run(self, engine: Engine, step: int) -> Validation:

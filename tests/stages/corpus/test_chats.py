@@ -20,6 +20,7 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.corpus import open_corpus, read_corpus_manifest
+from mlpmem_ds.formats.counted_rows import CountedRows
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.models.capture_point import CapturePoint
@@ -212,6 +213,7 @@ def test_validation_and_evaluation_see_answers_alone(answers_dir: Path, base_dir
         source, tuning, CapturePoint(layer=1), positions=tuning.num_positions, world=World()
     )
     assert validator.num_positions == tuning.num_counted
+    assert validator.base_perplexity() == pytest.approx(np.exp(-validator._base_N.mean()), rel=1e-9)
     labels_N = tuning.values(0, tuning.num_positions)[tuning.counted(0, tuning.num_positions)]
     assert torch.equal(validator._labels_N, torch.from_numpy(labels_N))
     engine = SimpleNamespace(
@@ -221,6 +223,17 @@ def test_validation_and_evaluation_see_answers_alone(answers_dir: Path, base_dir
     )
     found = BaseValidator(tuning, World()).run(engine, 0)  # type: ignore[arg-type]
     assert found.perplexity == pytest.approx(np.exp(-validator._base_N.mean()), rel=1e-5)
+
+
+def test_windows_without_an_answer_are_refused(
+    answers_dir: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountedRows, "offsets", lambda rows, positions: np.empty(0, np.int64))
+    source = TransformersSource(str(base_dir), dtype="float32")
+    with pytest.raises(UserError, match="--validation-positions 5: .* hold no answer: give more positions"):
+        MemoryValidator(
+            source, open_corpus(answers_dir, "tuning"), CapturePoint(layer=1), positions=5, world=World()
+        )
 
 
 def test_a_language_model_learns_answers_alone(answers_dir: Path) -> None:

@@ -14,7 +14,7 @@ from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.inputs import TrainingInputs
 from mlpmem_ds.stages.training.objectives import OBJECTIVES
 
-MANY = Facts(num_positions=10**7, epochs=5, has_targets=True, starts_as_base=False, vocab_size=50_000)
+MANY = Facts(num_positions=10**7, has_targets=True, starts_as_base=False)
 WORDS = ("--ds_config", "x", "--corpus", "x", "--targets", "x", "--output", "x")
 
 
@@ -23,7 +23,7 @@ def parse(*words):
 
 
 def make_inputs(*, num_positions=1000, targets=True):
-    keys = SimpleNamespace(num_positions=num_positions, manifest=SimpleNamespace(head_size=9))
+    keys = SimpleNamespace(num_positions=num_positions)
     return TrainingInputs(
         corpus=None,
         keys=keys,

@@ -117,7 +117,9 @@ def runs(make_runs: Any, corpus_dir: Path, base_dir: Path, keys_of: dict[str, Pa
         runs.start("one-online", 2, keys=keys_of["online"]),
         runs.start("one-window", 2, keys=keys_of["depths"], window=3, validate_every=2, order="blocks"),
         runs.start("one-window-online", 2, keys=keys_of["online"], window=3),
-        runs.start("two-window", 3, keys=keys_of["depths"], window=3, order="blocks", size=2),
+        runs.start(
+            "two-window", 3, keys=keys_of["depths"], window=3, validate_every=2, order="blocks", size=2
+        ),
         runs.start("one-window-random", 2, window=3, start="random"),
     )
     return runs
@@ -198,6 +200,8 @@ def test_a_window_reads_the_same_wherever_its_inputs_come_from(
     assert trained["window"] == 3 and trained["input_size"] == 6 * trained["hidden_size"]
     line = runs.lines("one-window", "validation_base_perplexity")[0]
     assert 0.8 < line["validation_memory_perplexity"] / line["validation_base_perplexity"] < 1.25
+    of_two = runs.lines("two-window", "validation_base_perplexity")[0]
+    assert of_two["validation_base_perplexity"] == pytest.approx(line["validation_base_perplexity"], rel=1e-6)
     random = read_weights(runs / "one-window-random").memory
     assert random["input_size"] == 3 * random["hidden_size"]
 
