@@ -40,8 +40,9 @@ class ModelArm:
     """A language model in place of the base: flags of `train_baseline`."""
 
     kind: str
+    """its flag `--kind`"""
     flags: tuple[str, ...] = ()
-    """further ones"""
+    """all others"""
     description: str
     is_of_equal_time: bool = False
     """it gets the seconds that the subject and its keys took"""

@@ -367,12 +367,14 @@ def _method() -> list[str]:
                     " cover another base.",
                     "**Seeds** change the initial weights and the order of each trained arm. The base, the"
                     " keys, the index and the targets are made once.",
-                    "**Equal.** All memories of a preset have the same shape and batches; how much they read"
-                    " is in the column *M tokens*. Models that"
-                    " are trained instead stop at their best tuning perplexity, at the learning rate of the"
-                    " base's own training where it was trained here; `continued_equal_time` gets"
-                    " the seconds of keys, index, targets and memory together, `lora` and `bigger` as many"
-                    " parameters as the memory. All keep the weights of their best validation on the tuning"
+                    "**Equal.** All memories of a preset have the same blocks and batches; how much they read"
+                    " is in the column *M tokens*. Those of the published recipe have the epochs and the rate"
+                    " of the preset, for its own rate is that of a billion parameters. Models that"
+                    " are trained instead stop at their best tuning perplexity; where the base was trained"
+                    " here, it is trained on at the learning rate of its own training, and `lora` at the best"
+                    " of three rates on `tiny`; `continued_equal_time` gets the seconds of keys, index,"
+                    " targets and memory together, `lora` and `bigger` as many parameters as the memory. All"
+                    " keep the weights of their best validation on the tuning"
                     " split. What is not equal stands in the last columns: parameters with the base's, tokens"
                     " read and seconds spent beyond the base, on a machine that runs several jobs at once."
                     " Within a preset all trainings have one precision: float32, or with `real` bfloat16"
@@ -410,8 +412,9 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
         "## How to rerun it",
         "```bash\n" + "\n".join(lines) + "\n```",
         _paragraph(
-            "tiny takes about 20 minutes on two cores, small 2 hours, real 3 hours. Interrupted, the same"
-            " command continues. `quality.json` in the output has all numbers of this page, by seed."
+            "tiny takes about 20 minutes on two cores, small and real 2 hours each. Interrupted, the same"
+            " command continues. `quality.json` in the output has all numbers of this page, by seed. A recipe"
+            " may have changed since a preset's date; its arms say what was trained."
         ),
     ]
 

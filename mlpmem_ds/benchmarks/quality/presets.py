@@ -1,13 +1,14 @@
 """Part of `quality`: the presets, what each reads and trains, and what that is expected to cost.
 
-Seconds are of one core: estimates from operations and the rates of LAB.md until a run says better (its JSON
-has the seconds of each job). A seed trains all arms. A memory costs 6 operations a weight (frozen: 4).
+Seconds are of one core: estimates, of tiny half of what its jobs took with as much other work next to them
+(docs/results/tiny.json), of real what extraction and evaluation took, else from operations and the rates of
+LAB.md. A seed trains all arms. The sums are of three seeds, of real of one.
 
-| preset | texts: train positions | base | starts as the base, fresh | trainings a seed | core s | 2 cores |
+| preset | texts: train positions | base | a memory | trainings a seed | core s | 2 cores |
 | --- | --- | --- | ---: | --- | ---: | ---: |
-| tiny | library 57 k, reference 43 k | .9 M, 20 epochs: 145 s | 8 s, 16 s | 7 + 7 | 1,700 | 14 min |
-| small | library 240 k, docstrings 115 k | 6 M, 8 epochs: 900 s | 140 s, 320 s | 6 + 7 | 10,000 | 1 h 25 |
-| real | reference 27 k, docstrings 105 k | SmolLM2-135M, given | 230 s, 480 s | 1 + 6 | 19,000 | 2 h 40 |
+| tiny | library 61 k, reference 26 k | .9 M, 20 epochs: 145 s | 30 s | 7 + 7 | 2,300 | 19 min |
+| small | library 240 k, docstrings 115 k | 6 M, 8 epochs: 900 s | 280 s | 6 + 7 | 13,200 | 1 h 50 |
+| real | reference 27 k, docstrings 105 k | SmolLM2-135M, given | 350 s | 1 + 6 | 10,000 | 1 h 25 |
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ TINY = Preset(
         "train-base": 145,
         "extract-keys": 8,
         "build-index": 5,
-        "write-targets": 10,
-        "train": 13,
+        "write-targets": 25,
+        "train": 30,
         "train-baseline": 62,
         "fit-gate": 10,
         "evaluate": 15,
@@ -185,7 +186,7 @@ SMALL = Preset(
         "extract-keys": 30,
         "build-index": 25,
         "write-targets": 60,
-        "train": 190,
+        "train": 280,
         "train-baseline": 240,
         "fit-gate": 40,
         "evaluate": 60,
@@ -232,13 +233,13 @@ REAL = Preset(
     ds_config="zero1.json",
     seconds={
         "prepare-corpus": 10,
-        "extract-keys": 250,
+        "extract-keys": 700,
         "build-index": 10,
         "write-targets": 60,
         "train": 350,
         "train-baseline": 1500,
         "fit-gate": 80,
-        "evaluate": 170,
+        "evaluate": 380,
     },
 )
 PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in (TINY, SMALL, REAL)}

@@ -22,6 +22,7 @@ from mlpmem_ds.benchmarks.quality.presets import PRESETS, Preset
 from mlpmem_ds.benchmarks.quality.results import FILE_NAME, QualityResult, write_result
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.answers import read_answers
 
@@ -34,7 +35,7 @@ _CUT = ("--cut-documents", "4000")
 class Config(Flags):
     """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
 
-    tiny takes about 20 minutes on two cores, small 2 hours, real (a pretrained --base) 3 hours. The same
+    tiny takes about 20 minutes on two cores, small and real (a pretrained --base) 2 hours each. The same
     command continues what was interrupted.
     """
 
@@ -50,8 +51,8 @@ class Config(Flags):
         "text that is new to the base, in place of the preset's", (), metavar="PATH"
     )
     ds_config: Path | None = option(
-        "of all trainings (default: cpu.json; real: zero1.json, whose bfloat16 products are twice as fast"
-        " where the processor has them)",
+        "DeepSpeed configuration of all trainings (default: cpu.json; real: zero1.json, whose bfloat16"
+        " products are twice as fast where the processor has them)",
         None,
     )
     questions: tuple[Path, ...] = option(
@@ -147,7 +148,9 @@ def _settings(config: Config) -> dict[str, str]:
         if paths := getattr(config, name):
             flags[name] = " ".join(Path(path).name for path in paths)
     if config.ds_config is not None:
-        flags["ds_config"] = config.ds_config.name
+        name, shipped = config.ds_config.name, ds_configs() / config.ds_config.name
+        is_shipped = shipped.is_file() and shipped.samefile(config.ds_config)
+        flags["ds_config"] = f"ds_configs/{name}" if is_shipped else name
     return flags | ({} if config.base is None else {"base": Path(config.base).name})
 
 

@@ -13,10 +13,13 @@ import pytest
 from mlpmem_ds import commands
 from mlpmem_ds.benchmarks.quality import quality
 from mlpmem_ds.benchmarks.quality.jobs import JobRunner
+from mlpmem_ds.benchmarks.quality.plan import make_plan
 from mlpmem_ds.benchmarks.quality.presets import TINY, Preset
 from mlpmem_ds.benchmarks.quality.quality import Config, run_preset
 from mlpmem_ds.benchmarks.quality.results import read_result
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.shipped import ds_configs
+from mlpmem_ds.core.world import World
 
 
 @dataclass
@@ -121,3 +124,23 @@ def test_only_real_takes_a_base_and_needs_one(tmp_path: Path) -> None:
         Config(output=tmp_path, preset="real")
     with pytest.raises(UserError, match="trains its own base"):
         Config(output=tmp_path, preset="tiny", base="model")
+
+
+def test_another_precision_is_that_of_all_trainings_and_stays_with_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="--ds_config .*none.json: no such file; the shipped ones are in"):
+        Config(output=tmp_path, ds_config=tmp_path / "none.json")
+    own = tmp_path / "own.json"
+    own.write_text("{}")
+    used: list[Preset] = []
+    monkeypatch.setattr(quality, "run_preset", lambda preset, config: used.append(preset))
+    for given, named in ((own, "own.json"), (ds_configs() / "zero1.json", "ds_configs/zero1.json")):
+        config = Config(output=tmp_path, ds_config=given)
+        quality.run(config, World())
+        plan = make_plan(used[-1], tmp_path, num_seeds=1, base=None)
+        files = [
+            job.words[job.words.index("--ds_config") + 1] for job in plan.jobs if "--ds_config" in job.words
+        ]
+        assert {*files} == {str(given)}
+        assert quality._settings(config)["ds_config"] == named
