@@ -40,7 +40,8 @@ def test_a_base_that_knows_the_text_is_named_with_the_remedy(
 def test_train_says_it_on_rank_0_after_all_ranks_have_met(
     inputs_dir: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch, start: str, rank: int, is_said: bool
 ) -> None:
-    keys, asked = open_keys(inputs_dir / "keys"), []
+    keys = open_keys(inputs_dir / "keys")
+    asked: list[int] = []
 
     class Validator:
         """A base that is three times worse on the tuning split."""
