@@ -59,8 +59,9 @@ class History:
 
     The state has H = M · R + B numbers: for each memory in turn the averages of log(p_mem / p_base) at the R
     `ratio_decays`, then those of log p_base at the B `base_decays`. An average at decay d moves by
-    `d · state + (1 - d) · new`; what is new is limited to ±20 nats. A state stands *before* the token that is
-    to be predicted: it knows the tokens up to the one that the position reads.
+    `d · state + (1 - d) · new`; what is new is limited to ±20 nats, and 0 where it is no number, as for a
+    token that is impossible for both. A state stands *before* the token that is to be predicted: it knows the
+    tokens up to the one that the position reads.
     """
 
     ratio_decays: tuple[float, ...] = (0.8, 0.95, 0.99)
@@ -152,8 +153,9 @@ class History:
 
     def _news(self, log_base: torch.Tensor, log_memories: torch.Tensor) -> torch.Tensor:
         """[..., H]: what a token adds to each average."""
-        ratios = (log_memories - log_base[..., None]).clamp(-_MAX_NATS, _MAX_NATS)
-        base = log_base.clamp_min(-_MAX_NATS)[..., None]
+        # A NaN would stay for good, and in `along` reach the positions before it too: 0 · NaN is NaN.
+        ratios = (log_memories - log_base[..., None]).nan_to_num().clamp(-_MAX_NATS, _MAX_NATS)
+        base = log_base.nan_to_num().clamp_min(-_MAX_NATS)[..., None]
         shape = ratios.shape[:-1]
         return torch.cat(
             [

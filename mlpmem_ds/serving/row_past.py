@@ -83,10 +83,7 @@ class RowPast:
         """The history [T, H] at each token, that token included, from the rows of the tokens before. Only
         for the first token of each request is the history in that row known yet."""
         is_followed_T1 = (chunks.positions > 0)[:, None]
-        # All requests are followed in one product, with factors of 0 between them, and 0 · NaN is NaN: one
-        # whose numbers overflowed shall not spoil the others.
-        log_TP = self._log_probabilities(before_TW, ids_T).nan_to_num()
-        log_TP = torch.where(is_followed_T1, log_TP, 0.0)
+        log_TP = torch.where(is_followed_T1, self._log_probabilities(before_TW, ids_T), 0.0)
         log_base_T, log_memories_TM = log_TP[:, 0], log_TP[:, 1:]
         in_step_TH, _ = history.along(log_base_T, log_memories_TM, segments=chunks.requests)
         start_TH = self.layout.split(before_TW)[2]

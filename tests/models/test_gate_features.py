@@ -81,6 +81,24 @@ def test_an_impossible_token_is_bounded() -> None:
             History(ratio_decays=(wrong,))
 
 
+def test_a_token_without_a_number_adds_nothing_and_spoils_no_other() -> None:
+    """Impossible for both, or given by numbers that overflowed: in its text, before and behind it."""
+    history = History(num_memories=2)
+    log_base_S, log_memories_SM = log_probabilities(300), log_probabilities(300, 2, seed=1)
+    segments_S = (torch.arange(300) >= 150).long()
+    counted_S, counted_SM = log_base_S.clone(), log_memories_SM.clone()
+    log_base_S[100], log_memories_SM[100] = -math.inf, torch.tensor([-math.inf, -1.0])
+    counted_S[100], counted_SM[100] = -20.0, torch.tensor([-20.0, 0.0])
+    log_base_S[160], log_memories_SM[160] = math.nan, math.nan
+    counted_S[160], counted_SM[160] = 0.0, 0.0
+    wanted = torch.tensor(by_a_loop(history, counted_S, counted_SM, segments_S.tolist()), dtype=torch.float64)
+    found, _ = history.along(log_base_S, log_memories_SM, segments=segments_S)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+    for place in (100, 160):
+        state_H = history.update(found[place], log_base_S[place], log_memories_SM[place])
+        torch.testing.assert_close(state_H, wanted[place + 1], rtol=0, atol=1e-13)
+
+
 def test_confidences_are_entropy_certainty_and_agreement() -> None:
     generator = torch.Generator().manual_seed(2)
     base, one, two = 3 * torch.randn(3, 4, 9, generator=generator)
