@@ -33,6 +33,7 @@ WIDE_TABLES = {
 FOREIGN = {"nproc-per-node", "num-accelerators", "module", "local-rank", "pdb", "local-dir", "no-setup"}
 FOREIGN |= {"enforce-eager", "hf-overrides", "trust-remote-code", "continuous-batching"}  # servers
 FOREIGN |= {"logits-processors", "compilation-config", "enable-dbo"}
+FOREIGN |= {"kv-sharing-fast-prefill", "enable-prompt-embeds"}
 FOREIGN |= {"hostfile", "kill-on-bad-exit", "dry-run", "check"}  # srun; pipeline.sh; mlpmem_ds itself
 _PATH = re.compile(
     r"(?:mlpmem_ds|tools|launch|tests|docs|ds_configs|core|maths|formats|models|engines|stages)"

@@ -212,7 +212,9 @@ def _check_past(vllm_config: VllmConfig) -> None:
         "--kv-transfer-config and --kv-offloading-size": vllm_config.kv_transfer_config is not None,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
-        "--enable-dbo": parallel.use_ubatching,
+        "--enable-dbo and --ubatch-size": parallel.use_ubatching,
+        # The layers behind those that share their cache run on the last token of a prompt alone.
+        "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
     }
     for flags, is_given in refused.items():
         if is_given:

@@ -188,6 +188,7 @@ def engine_config(joint: MemoryAugmentedLM, **changes: Any) -> SimpleNamespace:
         "use_ubatching": False,
         "speculative_config": None,
         "kv_transfer_config": None,
+        "kv_sharing_fast_prefill": False,
         **changes,
     }
     return SimpleNamespace(
@@ -197,7 +198,9 @@ def engine_config(joint: MemoryAugmentedLM, **changes: Any) -> SimpleNamespace:
         parallel_config=SimpleNamespace(**settings),
         speculative_config=settings["speculative_config"],
         kv_transfer_config=settings["kv_transfer_config"],
-        cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
+        cache_config=SimpleNamespace(
+            block_size=BLOCK_SIZE, kv_sharing_fast_prefill=settings["kv_sharing_fast_prefill"]
+        ),
         compilation_config=SimpleNamespace(static_forward_context={}),
         base_class=settings["base_class"],
     )

@@ -195,7 +195,8 @@ def test_an_engine_that_measures_itself_runs_the_heads_and_keeps_nothing(vllm: S
         ({"kv_transfer_config": object()}, "--kv-offloading-size"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
-        ({"use_ubatching": True}, "--enable-dbo"),
+        ({"use_ubatching": True}, "--enable-dbo and --ubatch-size"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
     ],
 )
 def test_modes_that_would_lose_the_past_are_refused(
