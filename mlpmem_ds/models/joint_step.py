@@ -213,9 +213,14 @@ class Step:
             memory_logits.append(logits)
             hidden.append(state)
         inputs = replace(evidence, memory_logits=tuple(memory_logits), memory_states=tuple(hidden))
-        if skips is not None and runs is None:
+        if skips is not None:  # also where the memories ran: a step, in which they do not, weighs the same
             inputs = replace(
-                inputs, confidences=_unknown_where(skips, confidences(base_logits, memory_logits))
+                inputs,
+                confidences=_unknown_where(skips, confidences(base_logits, memory_logits)),
+                memory_states=tuple(
+                    torch.where(skip[..., None].to(state.device), torch.nan, state)
+                    for skip, state in zip(skips.unbind(-1), hidden, strict=True)
+                ),
             )
         lmbdas = self._cut(_weigh(self.gate, inputs), skips)
         log_mixture = self._mixture(base_logits, memory_logits, lmbdas)

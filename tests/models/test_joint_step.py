@@ -148,6 +148,25 @@ def test_a_memory_that_was_left_out_counts_in_the_history_as_the_base() -> None:
 
 
 @torch.no_grad()
+def test_the_first_step_weighs_a_bank_as_the_forward_in_which_all_ran() -> None:
+    """There the weight of one memory does not know what another says that is left out, either."""
+    joint, ids_BS = with_history("gpt2", num_memories=2), random_ids(8, 9)
+    rows = runs_of(joint)
+    with Given(joint) as given:
+        joint.base_only_threshold = 1.0
+        joint(ids_BS)
+    foreseen_BM = given[0][:, -1]
+    joint.base_only_threshold = float(foreseen_BM.median())
+    is_left_out_BM = foreseen_BM < joint.base_only_threshold
+    assert bool((is_left_out_BM[:, 0] != is_left_out_BM[:, 1]).any())
+    before = joint(ids_BS[:, :-1], use_cache=True).past_key_values
+    rows.clear()
+    step = joint(ids_BS[:, -1:], past_key_values=before).logits[:, -1]
+    assert rows == [int((~is_left_out_BM[:, 0]).sum())]
+    torch.testing.assert_close(step, joint(ids_BS).logits[:, -1], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_compiled_steps_give_the_same_and_run_all() -> None:
     joint, ids_BS = tiny_joint("llama"), random_ids(3, 5)
     gate = ConfidencesGate(lmbdas=(0.4,))

@@ -151,7 +151,7 @@ PASTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("changes", "threshold"),
-    [*((changes, None) for changes in PASTS), (PASTS[0], 0.45), (PASTS[3], 0.45)],
+    [*((changes, None) for changes in PASTS), (PASTS[0], 0.45), (PASTS[1], 0.15), (PASTS[3], 0.45)],
     ids=str,
 )
 def test_what_rows_carry_of_the_tokens_before(
