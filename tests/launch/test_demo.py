@@ -119,7 +119,7 @@ def test_a_pretrained_model_is_compared_with_itself_on_two_texts(
     words += ["--general", str(write_modules(tmp_path / "other", seed=1)), "--base", str(model_dir)]
     done = demo("--pretrained", *words, commands=forked_commands)
     assert done.returncode == 0, done.stderr[-5000:]
-    shown = done.stdout.partition("9/9")[2]
+    shown = done.stdout.partition("8/8")[2]
     assert shown.count("with the memory") == 3  # passages, continued before and after
     assert "On text of yours that it has not seen the model with its memory predicts" in shown
     assert "On other text the model with its memory predicts" in shown
