@@ -278,9 +278,7 @@ def test_an_export_of_the_users_own(tmp_path: Path) -> None:
     """Greedy tokens and log-probabilities of a real export, and its rate next to the base's alone."""
     directory = Path(os.environ["MLPMEM_SERVING_EXPORT"])
     joint = MemoryAugmentedLM.from_pretrained(str(directory), dtype=torch.float32).eval()
-    with engine(directory, logits_processors=[PROCESSOR]) as llm:
-        difference = check(joint, generate(llm, prompt_logprobs=1))
-        joint_rate = tokens_per_second(llm)
+    difference, joint_rate = _difference_and_rate(directory, joint)
     joint.base.save_pretrained(tmp_path)
     with engine(tmp_path) as llm:
         base_rate = tokens_per_second(llm)
@@ -288,3 +286,9 @@ def test_an_export_of_the_users_own(tmp_path: Path) -> None:
         f"\nlog-probabilities within {difference:.1e} nats;"
         f" {joint_rate:,.1f} tokens/s with the memory, {base_rate:,.1f} of the base alone"
     )
+
+
+def _difference_and_rate(directory: Path, joint: MemoryAugmentedLM) -> tuple[float, float]:
+    """In a scope of its own: an engine that is still held when the next one starts takes its groups along."""
+    with engine(directory, logits_processors=[PROCESSOR]) as llm:
+        return check(joint, generate(llm, prompt_logprobs=1)), tokens_per_second(llm)
