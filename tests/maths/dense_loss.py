@@ -53,14 +53,20 @@ def make_problem(
     return hidden, weight, targets
 
 
+def dense_targets(targets, num_rows, vocabulary):
+    """float64 [rows, vocabulary], entry by entry."""
+    dense = torch.zeros(num_rows, vocabulary, dtype=torch.float64)
+    for row in range(num_rows):
+        for entry in range(targets.offsets_N1[row], targets.offsets_N1[row + 1]):
+            dense[row, targets.ids[entry]] += targets.probabilities[entry].double()
+    return dense
+
+
 def dense_oracle(hidden, weight, targets, alpha, mixture_lambda, renormalize, only_helpful=False):
     """Loss, gradients, kl and ce in float64, from a dense target and all logits."""
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     num_rows, vocabulary = len(hidden), len(weight)
-    teacher = torch.zeros(num_rows, vocabulary, dtype=torch.float64)
-    for row in range(num_rows):
-        for entry in range(targets.offsets_N1[row], targets.offsets_N1[row + 1]):
-            teacher[row, targets.ids[entry]] += targets.probabilities[entry].double()
+    teacher = dense_targets(targets, num_rows, vocabulary)
     mass = teacher.sum(1)
     is_taught = mass > 0
     if only_helpful:

@@ -8,6 +8,8 @@ import torch
 from mlpmem_ds.maths.based_chunk import BaseLogits, BasePart
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss
 
+from .dense_loss import dense_targets
+
 WIDTH, BASE_WIDTH = 16, 12
 
 
@@ -55,10 +57,7 @@ def dense_oracle(problem, alpha, part, mixture_lambda, renormalize, only_helpful
     hidden, weight, targets, _ = problem
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     num_rows, vocabulary = len(hidden), len(weight)
-    teacher = torch.zeros(num_rows, vocabulary, dtype=torch.float64)
-    for row in range(num_rows):
-        for entry in range(targets.offsets_N1[row], targets.offsets_N1[row + 1]):
-            teacher[row, targets.ids[entry]] += targets.probabilities[entry].double()
+    teacher = dense_targets(targets, num_rows, vocabulary)
     mass = teacher.sum(1)
     rows, labels = torch.arange(num_rows), targets.labels_N.clamp_min(0)
     is_taught = mass > 0

@@ -28,7 +28,6 @@ from mlpmem_ds.benchmarks.quality.arms import (
 )
 from mlpmem_ds.benchmarks.quality.jobs import Job
 from mlpmem_ds.benchmarks.quality.presets import Preset, Text
-from mlpmem_ds.core.shipped import ds_configs
 
 TextName = Literal["general", "domain"]
 TEXTS: tuple[TextName, ...] = ("general", "domain")
@@ -130,7 +129,7 @@ class Planner:
     def add_base(self) -> None:
         if self.given_base is None:
             assert self.preset.base is not None
-            words = ("train-base", *self._trainer, "--corpus", self._at("general/corpus"))
+            words = ("train-base", *self.preset.trainer_flags, "--corpus", self._at("general/corpus"))
             self._add("base", *words, *self.preset.base, needs=("general/corpus",))
 
     def add_datastore(self, text: TextName) -> None:
@@ -140,7 +139,7 @@ class Planner:
         self._add_stages(text, _OUTPUTS, BASE_OUTPUTS)
 
     def _add_stages(self, text: TextName, kind: str, inputs: tuple[str, ...]) -> None:
-        corpus, preset = f"{text}/corpus", self.preset
+        corpus = f"{text}/corpus"
         keys_job, index_job = f"{text}/{kind}keys", f"{text}/{kind}index"
         keys = ("--keys", self._at(keys_job))
         self._add(
@@ -153,8 +152,7 @@ class Planner:
         self._add(
             f"{text}/{kind}targets",
             *("write-targets", *keys, "--index", self._at(index_job), "--corpus", self._at(corpus)),
-            *("--k", preset.k, "--neighbour-perplexity", preset.neighbour_perplexity),
-            *("--exclude", "same-document", "--shard-positions", 32768),
+            *self.preset.target_flags,
             needs=(index_job,),
         )
 
@@ -169,20 +167,21 @@ class Planner:
     def _add_memory(self, text: TextName, arm: str, seed: int) -> None:
         kind = MEMORIES[arm]
         keys, targets = _keys_of(text, kind), _targets_of(text, kind)
+        starts_as_base = kind.is_default and not self.text(text).is_known
         self._add(
             _trained(text, arm, seed),
-            *("train", *self._trainer, "--corpus", self._at(f"{text}/corpus"), "--model", self._base),
+            *(
+                "train",
+                *self.preset.trainer_flags,
+                "--corpus",
+                self._at(f"{text}/corpus"),
+                "--model",
+                self._base,
+            ),
             *("--keys", self._at(keys), "--targets", self._at(targets)),
-            *("--seed", seed, *self.preset.memory, "--epochs", self.preset.epochs),
-            *(*self._start(text, kind), *kind.flags),
+            *("--seed", seed, *self.preset.memory_flags(starts_as_base=starts_as_base), *kind.flags),
             needs=(targets,),
         )
-
-    def _start(self, text: TextName, arm: MemoryArm) -> tuple[str, ...]:
-        """Flags of where a memory starts, and how fast it leaves."""
-        if arm.is_default and not self.text(text).is_known:
-            return ("--start", "base", *self.preset.start)
-        return self.preset.fresh
 
     def _add_model(self, text: TextName, arm: str, seed: int) -> None:
         kind, subject, rates = MODELS[arm], _trained(text, SUBJECT, seed), self.preset.rates
@@ -194,7 +193,7 @@ class Planner:
             _trained(text, arm, seed),
             *(
                 "train-baseline",
-                *self._trainer,
+                *self.preset.trainer_flags,
                 "--corpus",
                 self._at(f"{text}/corpus"),
                 "--model",
@@ -308,10 +307,6 @@ class Planner:
     def _arms(self, text: TextName) -> list[str]:
         """Those of the preset that can be trained here."""
         return [arm for arm in self.text(text).arms if arm not in MODELS or MODELS[arm].is_possible]
-
-    @property
-    def _trainer(self) -> tuple[str, str]:
-        return ("--ds_config", str(ds_configs() / self.preset.ds_config))
 
     @property
     def _base(self) -> str:

@@ -17,6 +17,8 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mlpmem_ds.core.shipped import ds_configs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
@@ -71,6 +73,24 @@ class Preset:
     """of all trainings: a name in ds_configs, or a path"""
     seconds: Mapping[str, float]
     """command → of one core, for the time that is printed"""
+
+    @property
+    def trainer_flags(self) -> tuple[str, str]:
+        """Of all trainings."""
+        return ("--ds_config", str(ds_configs() / self.ds_config))
+
+    @property
+    def target_flags(self) -> tuple[object, ...]:
+        """Of `write_targets`."""
+        return (
+            *("--k", self.k, "--neighbour-perplexity", self.neighbour_perplexity),
+            *("--exclude", "same-document", "--shard-positions", 32768),
+        )
+
+    def memory_flags(self, *, starts_as_base: bool) -> tuple[object, ...]:
+        """Of `train`, before those of the arm."""
+        start = ("--start", "base", *self.start) if starts_as_base else self.fresh
+        return (*self.memory, "--epochs", self.epochs, *start)
 
 
 _LIBRARY = sysconfig.get_path("stdlib")

@@ -13,7 +13,6 @@ from pathlib import Path
 from mlpmem_ds.benchmarks.quality.arms import BASE_OUTPUTS, MEMORIES, SUBJECT
 from mlpmem_ds.benchmarks.quality.jobs import Job
 from mlpmem_ds.benchmarks.quality.presets import Preset
-from mlpmem_ds.core.shipped import ds_configs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
     """For each size a base, its keys and targets, a memory of the default recipe and a report, on the general
     text."""
     text, corpus = preset.general, str(root / "corpus")
-    trainer = ("--ds_config", str(ds_configs() / "cpu.json"), "--corpus", corpus)
+    trainer = (*preset.trainer_flags, "--corpus", corpus)
     jobs = [
         _job(
             preset,
@@ -77,14 +76,12 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
             ),
             "index": ("build-index", "--keys", keys),
             "targets": (
-                *("write-targets", "--keys", keys, "--index", index, "--corpus", corpus, "--k", preset.k),
-                *("--neighbour-perplexity", preset.neighbour_perplexity, "--exclude", "same-document"),
-                *("--shard-positions", 32768),
+                *("write-targets", "--keys", keys, "--index", index, "--corpus", corpus),
+                *preset.target_flags,
             ),
             "memory": (  # the base was trained on this text
                 *("train", *trainer, "--model", base, "--keys", keys, "--targets", targets),
-                *(*preset.memory, "--epochs", preset.epochs, *preset.fresh),
-                *MEMORIES[SUBJECT].flags,
+                *(*preset.memory_flags(starts_as_base=False), *MEMORIES[SUBJECT].flags),
             ),
             "report": (
                 *("evaluate", "--model", base, "--corpus", corpus, "--memory", str(at / "memory")),
