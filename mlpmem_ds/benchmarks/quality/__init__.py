@@ -9,5 +9,6 @@
 - `bootstrap`: intervals over documents and over seeds
 - `ratios`: the ratios with their goals
 - `results`: quality.json as records
-- `page`, `plots`: docs/RESULTS.md and its figures, from the JSON of all presets
+- `page`, `plots`: docs/RESULTS.md and its figures, from the JSON of all presets;
+  `preset_section`: what it says of one; `markdown`: its paragraphs, items and commands
 """

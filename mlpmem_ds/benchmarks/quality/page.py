@@ -6,18 +6,18 @@ stand on one page.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mlpmem_ds.benchmarks.quality.arms import BANK, BASE, BEST_MEMORIES, CONTINUED, KNN, MODELS
+from mlpmem_ds.benchmarks.quality.arms import BASE, BEST_MEMORIES, CONTINUED, KNN
+from mlpmem_ds.benchmarks.quality.markdown import item, paragraph, shell_command
 from mlpmem_ds.benchmarks.quality.plots import plot_changes
+from mlpmem_ds.benchmarks.quality.preset_section import preset_section
 from mlpmem_ds.benchmarks.quality.results import (
     ArmRow,
     QualityResult,
     RatioResult,
-    TextResult,
     read_result,
     write_result,
 )
@@ -36,13 +36,10 @@ from mlpmem_ds.benchmarks.sweep.results import (
     write_sweep,
 )
 from mlpmem_ds.core.files import publish_bytes
-from mlpmem_ds.formats.answers import SetScores
 from mlpmem_ds.stages.report.table import markdown_table
-from mlpmem_ds.stages.report.words import interval_text, percent_text
+from mlpmem_ds.stages.report.words import number_text, percent_text
 
-_WIDTH = 98
 _ORDER = ("real", "small", "tiny")
-_FEW_DOCUMENTS = 20  # below it a bootstrap over documents is too narrow
 _FOLDER, _SCALING, _SWEEP = "results", "scaling", "sweep"
 Result = TypeVar("Result")
 
@@ -96,13 +93,13 @@ def render_page(
     results = sorted(results, key=lambda result: _rank(result.preset))
     parts = [
         "# Results: is the memory worth its parameters?",
-        _paragraph(
+        paragraph(
             "Written by `tools/bench.py quality`, from the JSON files in `docs/results/`; not by hand. Every"
             " number is of text that no arm was trained on, everything that is chosen (λ, temperature,"
             " neighbours, gate, epochs) was chosen on other text, and arms that beat the memory are in the"
             " same tables."
         ),
-        _paragraph(
+        paragraph(
             "A preset has two texts: *general*, of the kind that the base knows, and *domain*, which is new"
             " to it. What is trained on the domain should help there, and leave the general text as it was:"
             " the columns *other text*."
@@ -110,7 +107,11 @@ def render_page(
         "## In three minutes",
         _overview(results),
         *_claims(results),
-        *(part for result in results for part in _section(result)),
+        *(
+            part
+            for result in results
+            for part in preset_section(result, plot=f"{_FOLDER}/{result.preset}.png")
+        ),
         *([] if sweep is None else _sweep_section(sweep)),
         *([] if scaling is None else _scaling_section(scaling)),
         *_method(),
@@ -185,146 +186,17 @@ def _claim_items(found: Sequence[tuple[str, RatioResult]]) -> str:
     for ratios in by_name.values():
         first = ratios[0][1]
         places = ", ".join(
-            f"**{_number(ratio.value)}** ({preset}, {ratio.text} text)" for preset, ratio in ratios
+            f"**{number_text(ratio.value, '{:.3f}')}** ({preset}, {ratio.text} text)"
+            for preset, ratio in ratios
         )
-        items.append(_item(f"{first.meaning} ({first.goal} was the goal): {places}"))
+        items.append(item(f"{first.meaning} ({first.goal} was the goal): {places}"))
     return "\n".join(items)
-
-
-def _section(result: QualityResult) -> list[str]:
-    minutes = sum(result.job_seconds.values()) / 60
-    parts = [
-        f"## Preset {result.preset}",
-        _paragraph(
-            f"Base: {result.base}. {result.seeds} seed{'s' * (result.seeds > 1)} of every trained arm, on"
-            f" {result.machine}, {result.date}; {minutes:,.0f} minutes of jobs in all."
-        ),
-        f"![change of perplexity by arm]({_FOLDER}/{result.preset}.png)",
-    ]
-    for text in result.texts:
-        parts += _text_section(text)
-    rows = {row.arm: row for text in result.texts for row in text.rows}
-    parts += ["### The arms", "\n".join(_item(f"`{row.arm}`: {row.description}") for row in rows.values())]
-    if result.left_out:
-        named = ", ".join(f"`{arm}` ({MODELS[arm].package})" for arm in result.left_out)
-        parts.append(_paragraph(f"Left out, because a package was not installed: {named}."))
-    parts += ["### Ratios", _ratio_table(result.ratios)]
-    if result.questions:
-        parts += ["### Questions", *_questions(result.questions)]
-    return parts
-
-
-def _text_section(text: TextResult) -> list[str]:
-    tested = (
-        f"{text.positions.get('train', 0):,} tokens to learn from, {text.positions.get('tuning', 0):,} to"
-        f" choose on, {text.positions['test']:,} in {text.documents} documents to test on."
-    )
-    if text.documents < _FEW_DOCUMENTS:
-        tested += f" Fewer than {_FEW_DOCUMENTS} documents: take the intervals for no more than a hint."
-    if text.other is not None:
-        tested += f" The column *other text* is {text.other}, at the choices made here."
-    return [
-        f"### {text.name.capitalize()} text: {text.title}",
-        _paragraph(tested),
-        _table(text),
-        *_better_than_memory(text),
-    ]
-
-
-def _table(text: TextResult) -> str:
-    header = [
-        "arm",
-        "ppl",
-        "change",
-        "95 % interval",
-        "bits/byte",
-        "ECE",
-        "λ",
-        "other text",
-        "M params",
-        "M tokens",
-        "s",
-    ]
-    lines = [
-        [
-            f"`{row.arm}`",
-            f"{row.ppl:.2f}" if row.ppl < 1000 else f"{row.ppl:,.0f}",
-            percent_text(row.change),
-            interval_text(row.interval),
-            f"{row.bits_per_byte:.3f}",
-            f"{row.calibration_error:.3f}",
-            " ".join(f"{lmbda:g}" for lmbda in dict.fromkeys(row.lambdas)) or "–",
-            percent_text(row.other_change),
-            f"{row.parameters / 1e6:.1f}",
-            "–" if row.tokens is None else f"{row.tokens / 1e6:.2f}",
-            "–" if row.seconds is None else f"{row.seconds:,.0f}",
-        ]
-        for row in text.rows
-    ]
-    return markdown_table(header, lines)
-
-
-def _better_than_memory(text: TextResult) -> list[str]:
-    """The arms of the table to which the memory loses, by name."""
-    rows = {row.arm: row for row in text.rows}
-    memory = next((rows[arm] for arm in BEST_MEMORIES if arm in rows), None)
-    if memory is None:
-        return []
-    better = [row for row in text.rows if row.ppl < memory.ppl and row.arm not in (*BEST_MEMORIES, BANK)]
-    named = ", ".join(f"`{row.arm}` ({row.ppl:.2f})" for row in better)
-    return [_paragraph(f"Better than `{memory.arm}` ({memory.ppl:.2f}) on this text: {named or 'no arm'}.")]
-
-
-def _questions(sets: Sequence[SetScores]) -> list[str]:
-    """A line an arm and set, of the set's first metric."""
-    lines = []
-    for asked in sets:
-        for arm in asked.arms:
-            metric = next(iter(arm.scores))
-            change, interval = arm.changes.get(metric), arm.intervals.get(metric)
-            first = arm.first_token_seconds
-            lines.append(
-                [
-                    f"{asked.name} ({asked.questions})",
-                    f"`{arm.arm}`",
-                    metric,
-                    f"{100 * arm.scores[metric]:.1f}",
-                    "–" if change is None else f"{100 * change:+.1f}".replace("-", "−"),
-                    interval_text(interval),
-                    "–" if first is None else f"{first:.2f}",
-                    "–" if arm.tokens_per_second is None else f"{arm.tokens_per_second:.1f}",
-                ]
-            )
-    header = ["set", "arm", "metric", "%", "change", "95 % interval", "s to first token", "tokens/s"]
-    return [
-        _paragraph(
-            "The first seed's memory at its fixed λ, without the gate. Changes are percentage points against"
-            " the base, intervals over questions; `base+rag` reads five passages of the domain text (BM25)."
-        ),
-        markdown_table(header, lines),
-    ]
-
-
-def _ratio_table(ratios: Sequence[RatioResult]) -> str:
-    lines = [
-        [
-            f"`{ratio.name}`",
-            ratio.text,
-            _number(ratio.value),
-            "–" if ratio.interval is None else f"{ratio.interval[0]:.3f} … {ratio.interval[1]:.3f}",
-            " ".join(_number(value) for value in ratio.by_seed),
-            ratio.goal,
-            ("yes" if ratio.is_met else "no") + ("" if ratio.is_clear else ", not clear"),
-        ]
-        for ratio in ratios
-    ]
-    return markdown_table(["ratio", "text", "value", "95 % interval", "by seed", "goal", "met"], lines)
 
 
 def _sweep_section(sweep: SweepResult) -> list[str]:
     return [
         "## When: epochs, size of the text, quality of the base",
-        _paragraph(
+        paragraph(
             f"Base: {sweep.base}, on {sweep.general}; domain: {sweep.domain}. One thing is varied at a time"
             f" around the first line; {sweep.seeds} seed{'s' * (sweep.seeds > 1)} (the points), on"
             f" {sweep.machine}, {sweep.date}. All arms of a line train for the same epochs and keep their"
@@ -339,7 +211,7 @@ def _sweep_section(sweep: SweepResult) -> list[str]:
 def _scaling_section(scaling: ScalingResult) -> list[str]:
     return [
         "## Parameters and compute: decoder alone, decoder with memory",
-        _paragraph(
+        paragraph(
             f"Power laws of the loss in nats (log perplexity), on {scaling.text}; {scaling.machine},"
             f" {scaling.date}. Held equal: {scaling.held_equal}. Compute is counted: 6 operations a parameter"
             " and learnt token, 2 where a model only reads. Intervals are over draws of whole documents"
@@ -356,7 +228,7 @@ def _method() -> list[str]:
         "## How it was measured",
         "\n".join(
             map(
-                _item,
+                item,
                 (
                     "**Perplexity** is exp of the mean over seeds of the nats a token; bits per byte count"
                     " the bytes of the text, so that vocabularies compare.",
@@ -407,42 +279,13 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
             flags.setdefault("base", "DIR")
         words = [f"--{name} {value}" for name, value in flags.items()]
         words += [f"--output runs/quality-{preset}", "--page docs/RESULTS.md"]
-        lines.append(_command(f"python tools/bench.py quality --preset {preset}", words))
+        lines.append(shell_command(f"python tools/bench.py quality --preset {preset}", words))
     return [
         "## How to rerun it",
         "```bash\n" + "\n".join(lines) + "\n```",
-        _paragraph(
+        paragraph(
             "tiny takes about 20 minutes on two cores, small and real 2 hours each. Interrupted, the same"
             " command continues. `quality.json` in the output has all numbers of this page, by seed. A recipe"
             " may have changed since a preset's date; its arms say what was trained."
         ),
     ]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _command(start: str, words: Sequence[str]) -> str:
-    """A shell command over as many lines as it needs, each word (a flag and its value) on one."""
-    lines = [start]
-    for word in words:
-        if len(lines[-1]) + len(word) + 3 > _WIDTH:
-            lines.append("   ")
-        lines[-1] += f" {word}"
-    return " \\\n".join(lines)
-
-
-def _paragraph(text: str) -> str:
-    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def _item(text: str) -> str:
-    return textwrap.fill(
-        text,
-        _WIDTH,
-        initial_indent="- ",
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

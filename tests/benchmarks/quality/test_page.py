@@ -1,4 +1,4 @@
-"""The page from made-up results: claims, losses by name, all presets, lines that a page may have."""
+"""The page from made-up results: claims, all presets, lines that a page may have."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlpmem_ds.benchmarks.quality.page import publish_page, render_page
-from mlpmem_ds.formats.answers import ArmScores, SetScores
 
 from .conftest import make_result
 
@@ -33,14 +32,18 @@ def test_a_ratio_without_a_value_is_named_with_the_reason() -> None:
     assert f"| `{ratio.name}` | domain | – | – | – 1.500 |" in page
 
 
-def test_few_documents_are_a_warning() -> None:
-    assert "Fewer than 20 documents: take the intervals" in _words(render_page([make_result()]))
-
-
-def test_arms_that_beat_the_memory_are_named() -> None:
+def test_the_overview_has_a_line_a_text_with_the_changes_against_the_base() -> None:
     page = _words(render_page([make_result()]))
-    assert "Better than `base+memory` (17.00) on this text: `continued` (16.00)." in page
     assert "| tiny: a manual | 20.00 | 18.00 (−10.0 %) | 17.00 (−15.0 %) | 16.00 (−20.0 %) |" in page
+
+
+def test_a_preset_without_a_memory_has_dashes_in_the_overview() -> None:
+    result = make_result()
+    (text,) = result.texts
+    bare = replace(text, rows=(text.rows[0], text.rows[3]))
+    page = _words(render_page([replace(result, texts=(bare,), ratios=())]))
+    assert "| tiny: a manual | 20.00 | – | – | 16.00 (−20.0 %) | – | +30.0 % |" in page
+    assert "Better than" not in page
 
 
 def test_lines_have_a_hundred_characters_at_most_but_those_of_tables() -> None:
@@ -67,51 +70,7 @@ def test_the_commands_are_those_of_the_runs() -> None:
     assert "--preset real --seeds 5 --base smollm2" in render_page([result])
 
 
-def test_a_preset_without_a_memory_has_no_comparison_with_it() -> None:
-    result = make_result()
-    (text,) = result.texts
-    bare = replace(text, rows=(text.rows[0], text.rows[3]))
-    assert "Better than" not in render_page([replace(result, texts=(bare,), ratios=())])
-
-
-def test_arms_that_were_left_out_are_named_with_their_package() -> None:
-    assert "Left out, because a package was not installed: `lora` (peft)." in _words(
-        render_page([make_result()])
-    )
-
-
 def test_a_ratio_of_several_presets_is_named_once_with_all_its_values() -> None:
     page = _words(render_page([make_result("tiny"), make_result("small")]))
     values = "**1.500** (small, domain text), **1.500** (tiny, domain text)"
     assert page.count(f"what recovered_share means (at least 1 was the goal): {values}") == 1
-
-
-def test_a_long_command_goes_over_several_lines_of_whole_words() -> None:
-    general = "one_text_of_forty_characters_at_least.txt another_text_of_forty_characters_too.txt"
-    page = render_page([make_result("small", settings={"preset": "small", "general": general})])
-    assert (
-        f"python tools/bench.py quality --preset small \\\n    --general {general} \\\n"
-        "    --output runs/quality-small --page docs/RESULTS.md\n"
-    ) in page
-
-
-def test_question_sets_stand_with_the_change_against_the_base() -> None:
-    scores = {
-        "seconds": 9.0,
-        "first_token_seconds": None,
-        "tokens_per_second": None,
-    }
-    arms = (
-        ArmScores(arm="base", scores={"accuracy": 0.5}, changes={}, intervals={}, **scores),
-        ArmScores(
-            arm="base+memory",
-            scores={"accuracy": 0.49},
-            changes={"accuracy": -0.01},
-            intervals={"accuracy": (-0.02, 0.005)},
-            **scores,
-        ),
-    )
-    asked = SetScores(name="boolq", kind="choice", questions=200, arms=arms)
-    page = render_page([make_result(questions=(asked,))])
-    line = "| boolq (200) | `base+memory` | accuracy | 49.0 | −1.0 | −2.0 … +0.5 | – | – |"
-    assert line in page

@@ -1,0 +1,61 @@
+"""The section of a preset from made-up results: warnings, losses by name, questions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mlpmem_ds.benchmarks.quality.preset_section import preset_section
+from mlpmem_ds.benchmarks.quality.results import QualityResult
+from mlpmem_ds.formats.answers import ArmScores, SetScores
+
+from .conftest import make_result
+
+
+def _section(result: QualityResult) -> str:
+    return "\n\n".join(preset_section(result, plot="results/tiny.png"))
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_few_documents_are_a_warning() -> None:
+    assert "Fewer than 20 documents: take the intervals" in _words(_section(make_result()))
+
+
+def test_arms_that_beat_the_memory_are_named() -> None:
+    section = _words(_section(make_result()))
+    assert "Better than `base+memory` (17.00) on this text: `continued` (16.00)." in section
+
+
+def test_a_preset_without_a_memory_has_no_comparison_with_it() -> None:
+    result = make_result()
+    (text,) = result.texts
+    bare = replace(text, rows=(text.rows[0], text.rows[3]))
+    assert "Better than" not in _section(replace(result, texts=(bare,), ratios=()))
+
+
+def test_arms_that_were_left_out_are_named_with_their_package() -> None:
+    assert "Left out, because a package was not installed: `lora` (peft)." in _words(_section(make_result()))
+
+
+def test_question_sets_stand_with_the_change_against_the_base() -> None:
+    scores = {
+        "seconds": 9.0,
+        "first_token_seconds": None,
+        "tokens_per_second": None,
+    }
+    arms = (
+        ArmScores(arm="base", scores={"accuracy": 0.5}, changes={}, intervals={}, **scores),
+        ArmScores(
+            arm="base+memory",
+            scores={"accuracy": 0.49},
+            changes={"accuracy": -0.01},
+            intervals={"accuracy": (-0.02, 0.005)},
+            **scores,
+        ),
+    )
+    asked = SetScores(name="boolq", kind="choice", questions=200, arms=arms)
+    section = _section(make_result(questions=(asked,)))
+    line = "| boolq (200) | `base+memory` | accuracy | 49.0 | −1.0 | −2.0 … +0.5 | – | – |"
+    assert line in section
