@@ -11,7 +11,13 @@ import pytest
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import publish_json
-from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity, withdraw
+from mlpmem_ds.core.run_description import (
+    check_output,
+    describe_run,
+    read_description,
+    settle_identity,
+    withdraw,
+)
 from mlpmem_ds.core.world import World
 
 IDENTITY = {
@@ -82,7 +88,9 @@ def test_run_json_has_every_flag_the_world_and_the_versions(tmp_path: Path) -> N
     description = describe_run(Example(output=tmp_path), World(rank=1, size=4, local_rank=1))
     assert description["config"] == {"output": str(tmp_path), "seed": 3} and description["world"] == 4
     assert {"mlpmem_ds", "python", "torch"} <= set(description["versions"])
-    assert json.dumps(description)
+    assert read_description(tmp_path) == {}
+    publish_json(tmp_path / "run.json", description)
+    assert read_description(tmp_path) == json.loads(json.dumps(description))
 
 
 def begin(output: Path) -> None:

@@ -3,7 +3,10 @@
 Read in this order:
 - `config.py`: the flags
 - `convert_checkpoint.py`: `run`: inputs → files → verification → the directory appears whole
-- `inputs.py`: finds and checks all that an export is made from
+- `inputs.py`: finds and checks all that an export is made from:
+- `training_inputs.py`: what a memory was trained from, where it is still on this disk
+- `export_tokenizer.py`: the tokenizer, which must be that of the training
+- `lambda_choice.py`: the weight of a memory, and how it was chosen
 - `gate_inputs.py`: a fitted gate, and its memories in order
 - `joining.py`: the joint model of a loaded base and these memories; `generate` makes it here too
 - `thresholds.py`: what a threshold does without a gate, in a warning

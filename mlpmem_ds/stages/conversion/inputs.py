@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import content_hash, read_json, sha256_of_file
+from mlpmem_ds.core.files import sha256_of_file
 from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.model_cards import CardFacts
 from mlpmem_ds.engines.model_files import (
@@ -19,22 +18,22 @@ from mlpmem_ds.engines.model_files import (
     fetch_directory,
     model_file,
 )
-from mlpmem_ds.engines.tokenizer import definition_sha256, open_encoder
-from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.checkpoint import Checkpoint
-from mlpmem_ds.formats.corpus import CorpusManifest, TokenizerFacts, read_corpus_manifest, vocabulary_sha256
-from mlpmem_ds.formats.evaluation import Report, open_report
+from mlpmem_ds.formats.corpus import CorpusManifest, read_corpus_manifest, vocabulary_sha256
+from mlpmem_ds.formats.evaluation import Report
 from mlpmem_ds.formats.gates import FittedGate, read_gate
 from mlpmem_ds.formats.reference_checkpoint import SUBDIRECTORY, open_reference
 from mlpmem_ds.formats.targets import TargetsManifest, open_targets
 from mlpmem_ds.formats.trained_models import TrainedMemory, read_weights
-from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, MemoryConfig
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.config import Config
+from mlpmem_ds.stages.conversion.export_tokenizer import check_begins, choose_tokenizer, rules_sha256
 from mlpmem_ds.stages.conversion.gate_inputs import check_gate_base, places_in_gate
 from mlpmem_ds.stages.conversion.import_reference import read_reference
+from mlpmem_ds.stages.conversion.lambda_choice import choose_lambda, read_report
+from mlpmem_ds.stages.conversion.training_inputs import input_of_training, model_of_keys
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 
-_logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mlpmem-export", 1
 EXPORT_FILE = "mlpmem_export.json"
 BASE_CARD = "base_card"
@@ -87,7 +86,7 @@ class ExportInputs:
             "memory": self.trained.sha256,
             "base": self.base_sha256,
             "vocabulary": self.trained.provenance.vocabulary_sha256,
-            "tokenizer": _sha256_of_rules(self.tokenizer),
+            "tokenizer": rules_sha256(self.tokenizer),
         }
         if (settings := model_file(self.model, GENERATION_FILE)) is not None:
             inputs["generation_config"] = sha256_of_file(settings)
@@ -115,12 +114,6 @@ class ExportInputs:
         }
 
 
-def _sha256_of_rules(tokenizer: Any) -> str:
-    """Of what a tokenizer does besides having a vocabulary: its rules, its special tokens and its chats."""
-    special = {name: str(tokens) for name, tokens in tokenizer.special_tokens_map.items()}
-    return content_hash([definition_sha256(tokenizer), special, getattr(tokenizer, "chat_template", None)])
-
-
 def open_inputs(config: Config) -> ExportInputs:
     """Open and check everything that the export is made from.
 
@@ -142,11 +135,11 @@ def open_inputs(config: Config) -> ExportInputs:
                 f"--checkpoint {memory.root} is not finished, and a bank is of finished memories: finish it"
             )
     first = memories[0]
-    report, report_lmbda = _read_report(config, first.trained, first.root, is_bank=len(memories) > 1)
-    lmbda, rule = _choose_lambda(config, report_lmbda, gate)
+    report, report_lmbda = read_report(config.report, first.trained, first.root, is_bank=len(memories) > 1)
+    lmbda, rule = choose_lambda(config.lmbda, report_lmbda, gate)
     inputs = open_parts(
         memories,
-        model=config.model or _model_of_keys(first.root, first.trained),
+        model=config.model or model_of_keys(first.root, first.trained),
         gate=gate,
         lmbda=lmbda,
         lmbda_rule=rule,
@@ -218,9 +211,9 @@ def open_parts(
         check_gate_base(gate, base_sha256, model)
     for each in memories:
         _check_base(each.trained, each.root, model, base_sha256, flag)
-    corpus_root = _input_of_training(first.root, "corpus", trained.provenance.corpus)
-    targets_root = _input_of_training(first.root, "targets", trained.provenance.targets)
-    opened, named = _load_tokenizer(tokenizer, model, corpus_root, f"{flag} {first.root}")
+    corpus_root = input_of_training(first.root, "corpus", trained.provenance.corpus)
+    targets_root = input_of_training(first.root, "targets", trained.provenance.targets)
+    opened, named = choose_tokenizer(tokenizer, model, corpus_root, f"{flag} {first.root}")
     own = vocabulary_sha256(opened)
     for each in memories:
         expected = each.trained.provenance.vocabulary_sha256
@@ -231,7 +224,7 @@ def open_parts(
             )
     corpus = None if corpus_root is None else read_corpus_manifest(corpus_root)
     if corpus is not None:
-        _check_begins(opened, corpus.tokenizer, named)
+        check_begins(opened, corpus.tokenizer, named)
     return ExportInputs(
         trained=trained,
         memory=_shape_of(trained, f"{flag} {first.root}"),
@@ -256,13 +249,6 @@ def _shape_of(trained: TrainedMemory, named: str) -> MemoryConfig:
         raise DamagedDataError(f"{named}: {error}: train it again") from error
 
 
-def lambda_of_gate(gate: FittedGate | None) -> tuple[float, str]:
-    """The weight where neither a flag nor a report gives one and, in words, how it was chosen."""
-    if gate is None:
-        return DEFAULT_LAMBDA, "the default, not tuned"
-    return min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
-
-
 def _check_base(trained: TrainedMemory, root: Path, model: str, base_sha256: str, flag: str) -> None:
     if base_sha256 != trained.provenance.base:
         raise UserError(
@@ -284,8 +270,8 @@ def _open_published(config: Config) -> ExportInputs:
     open_reference(root)  # before the base, which may be large, is read
     base_sha256 = fingerprint_model(config.model)
     check_generation_file(config.model)
-    tokenizer, _ = _load_tokenizer(config.tokenizer, config.model, None, None)
-    lmbda, rule = _choose_lambda(config, None)
+    tokenizer, _ = choose_tokenizer(config.tokenizer, config.model, None, None)
+    lmbda, rule = choose_lambda(config.lmbda)
     trained = read_reference(
         root,
         name=root.resolve().name if Path(config.from_reference).exists() else config.from_reference,
@@ -325,124 +311,3 @@ def _read_trained(config: Config, root: Path) -> tuple[TrainedMemory, Checkpoint
             " for --from-reference, for a training that has not finished, and for one --step of it"
         )
     return read_weights(root, flag="--checkpoint"), None
-
-
-def _read_report(
-    config: Config, trained: TrainedMemory, root: Path, *, is_bank: bool
-) -> tuple[Report | None, float | None]:
-    """(the report, the λ that it chose for this memory; None for a bank)."""
-    if config.report is None:
-        return None, None
-    report = open_report(config.report)
-    if is_bank:
-        return report, None
-    names = [name for name, value in report.inputs.items() if value == trained.sha256]
-    chosen = [arm.lmbda for arm in report.evaluation.arms if arm.name in names]
-    if not chosen or chosen[0] is None:
-        raise UserError(
-            f"--report {config.report} does not evaluate the memory of --checkpoint {root}: run "
-            "launch/evaluate.py with that memory, or leave out --report and give --lambda"
-        )
-    return report, float(chosen[0])
-
-
-def _choose_lambda(
-    config: Config, report_lmbda: float | None, gate: FittedGate | None = None
-) -> tuple[float, str]:
-    """λ and, in words, how it was chosen."""
-    if config.lmbda is not None:
-        return float(config.lmbda), "given as a flag"
-    if report_lmbda is None:
-        lmbda, rule = lambda_of_gate(gate)
-        if gate is None:
-            _logger.warning(
-                "neither --lambda nor --report: λ is %g, which was not tuned; it can be changed at any time",
-                lmbda,
-            )
-        return lmbda, rule
-    if report_lmbda == 0:
-        _logger.warning(
-            "the report chose λ = 0: the memory does not help this base, and the export is the base alone"
-        )
-    return report_lmbda, "least perplexity on the tuning split"
-
-
-def _input_of_training(checkpoint: Path, name: str, sha256: str | None) -> Path | None:
-    """The directory that a memory was trained from, as the training's flags or the run's layout name it.
-
-    None unless its manifest has this hash, which the memory's provenance gives.
-    """
-    flags = (
-        read_json(checkpoint / "run.json").get("config", {}) if (checkpoint / "run.json").is_file() else {}
-    )
-    for path in (flags.get(name), checkpoint.resolve().parent / name):
-        if not path or not (Path(path) / "manifest.json").is_file():
-            continue
-        if sha256_of_file(Path(path) / "manifest.json") == sha256:
-            return Path(path)
-    return None
-
-
-def _model_of_keys(checkpoint: Path, trained: TrainedMemory) -> str:
-    keys = _input_of_training(checkpoint, "keys", trained.provenance.keys)
-    flags = (
-        read_json(keys / "run.json").get("config", {})
-        if keys is not None and (keys / "run.json").is_file()
-        else {}
-    )
-    model = flags.get("input_model") or flags.get("model")
-    if not model:
-        raise UserError(
-            f"--model is needed: the keys that --checkpoint {checkpoint} was trained from are not on this"
-            " disk, and they name the base"
-        )
-    return str(model)
-
-
-def _load_tokenizer(
-    tokenizer: str | None, model: str, corpus: Path | None, memory: str | None
-) -> tuple[Any, str]:
-    """The first of --tokenizer, the base's and the corpus's, and its name for messages, in which `memory` is
-    that of a trained one."""
-    if tokenizer is not None:
-        name, flag = tokenizer, "--tokenizer"
-    elif _has_tokenizer(model):
-        name, flag = model, "the tokenizer of --model"
-    elif corpus is not None:
-        name, flag = str(corpus / "tokenizer"), "the corpus's tokenizer"
-    elif memory is None:
-        raise UserError(f"--model {model} has no tokenizer: give --tokenizer, a directory or Hub name")
-    else:
-        raise UserError(
-            f"--model {model} has no tokenizer, and the corpus of {memory} is not on this disk"
-            ": give --tokenizer RUN/corpus/tokenizer"
-        )
-    return load_tokenizer(name, flag=flag), f"{flag} {name}"
-
-
-def _check_begins(tokenizer: Any, corpus: TokenizerFacts, flag: str) -> None:
-    """A prompt must begin as the documents of the corpus do, whose memory it asks.
-
-    Raises:
-        UserError: it begins with other tokens.
-    """
-    if corpus.definition_sha256 in ("", definition_sha256(tokenizer)):
-        return
-    begin_ids = open_encoder(tokenizer, label=flag).begin_ids
-    if begin_ids != corpus.begin_of_document_ids:
-        raise UserError(
-            f"{flag} puts the tokens {list(begin_ids)} before a text, and the documents of the corpus begin"
-            f" with {list(corpus.begin_of_document_ids)}: give --tokenizer RUN/corpus/tokenizer"
-        )
-    _logger.warning(
-        "%s has the words of the corpus's tokenizer and other rules, so that it may split some texts"
-        " otherwise: --tokenizer RUN/corpus/tokenizer is the one that the memory was trained with",
-        flag,
-    )
-
-
-def _has_tokenizer(model: str) -> bool:
-    """Whether a model directory holds a tokenizer; a Hub name is assumed to."""
-    root = Path(model)
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
-    return not root.is_dir() or any((root / name).is_file() for name in names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +26,11 @@ from mlpmem_ds.stages.conversion.inputs import (
     ExportInputs,
     OpenedMemory,
     in_order_of_gate,
-    lambda_of_gate,
     open_parts,
 )
 from mlpmem_ds.stages.conversion.joining import join_parts
+from mlpmem_ds.stages.conversion.lambda_choice import choose_lambda
 from mlpmem_ds.stages.generation.options import JointOptions
-
-_logger = logging.getLogger(__name__)
 
 
 class QuantizationError(UserError):
@@ -120,9 +117,7 @@ def _open_trained(options: JointOptions, lmbda: float | None) -> ExportInputs:
     memories = [
         OpenedMemory(root=root, trained=read_weights(root, flag="--memory")) for root in options.memory
     ]
-    weight, rule = lambda_of_gate(gate) if lmbda is None else (lmbda, "given as a flag")
-    if lmbda is None and gate is None:
-        _logger.warning("the memory's weight was not given: λ is %g, which was not tuned", weight)
+    weight, rule = choose_lambda(lmbda, gate=gate)
     return open_parts(
         in_order_of_gate(memories, gate, flag="--memory"),
         model=options.model,

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.log import read_events, seconds_of_stage
 from mlpmem_ds.core.manifest import CompleteStage, read_stage
+from mlpmem_ds.core.run_description import read_description
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
@@ -93,7 +93,7 @@ def sizes_of_run(run: FinishedRun) -> dict[str, Any]:
     if run.memory is not None:
         memory = run.memory.manifest
         sizes |= {"memory": dict(memory.memory), "epochs": memory.provenance.epochs}
-        flags = _start_of(run.root / "memory")["config"]
+        flags = read_description(run.root / "memory").get("config", {})
         for name in ("keep_checkpoints", "batch_positions", "shuffle_window_blocks"):
             sizes[name] = flags.get(name, DEFAULTS[name])
     sizes |= {"parameters": _parameters_of_base(run.root)}
@@ -107,7 +107,7 @@ def calibrate(run: FinishedRun, work: Workload, machine: Machine) -> Calibration
     """
     factors: dict[str, float] = {}
     for stage in run.stages:
-        ranks = int(_start_of(run.root / stage).get("world", 1))
+        ranks = int(read_description(run.root / stage).get("world", 1))
         planned = seconds_of(stage, work, dataclasses.replace(machine, ranks=ranks))
         measured = _seconds_of_parts(run.root / stage, stage, ranks)
         factors |= {part: measured[part] / planned[part] for part in planned if measured.get(part, 0) > 0}
@@ -130,14 +130,9 @@ def _seconds_of_parts(root: Path, stage: str, ranks: int) -> dict[str, float]:
     return {"index.train": trained, "index.fill": sum(units.values()) / max(1, min(ranks, len(units)))}
 
 
-def _start_of(root: Path) -> dict[str, Any]:
-    """run.json of a stage: its latest start."""
-    return read_json(root / "run.json") if (root / "run.json").is_file() else {"config": {}}
-
-
 def _parameters_of_base(root: Path) -> int | None:
     """Parameters of the base of the keys; None if it is no longer on this disk."""
-    model = _start_of(root / "keys")["config"].get("model")
+    model = read_description(root / "keys").get("config", {}).get("model")
     if not model or not Path(model).is_dir():
         return None
     try:

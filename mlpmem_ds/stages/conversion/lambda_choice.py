@@ -1,0 +1,69 @@
+"""Part of `convert_checkpoint` and `generate`: the weight λ of a memory, and how it was chosen, in words."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.evaluation import Report, open_report
+from mlpmem_ds.formats.gates import FittedGate
+from mlpmem_ds.formats.trained_models import TrainedMemory
+from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
+
+_logger = logging.getLogger(__name__)
+
+
+def read_report(
+    path: Path | None, trained: TrainedMemory, root: Path, *, is_bank: bool
+) -> tuple[Report | None, float | None]:
+    """The report of --report, and the λ that it chose for the memory.
+
+    Args:
+        path: the flag; None: it was not given, and there is neither.
+        trained: the memory; of a bank its first.
+        root: its directory, for messages.
+        is_bank: whether there are several memories, for which no report chooses λ.
+
+    Raises:
+        UserError: the report does not evaluate this memory, or evaluates it without a λ.
+    """
+    if path is None:
+        return None, None
+    report = open_report(path)
+    if is_bank:
+        return report, None
+    names = [name for name, value in report.inputs.items() if value == trained.sha256]
+    chosen = [arm.lmbda for arm in report.evaluation.arms if arm.name in names]
+    if not chosen or chosen[0] is None:
+        raise UserError(
+            f"--report {path} does not evaluate the memory of --checkpoint {root}: run "
+            "launch/evaluate.py with that memory, or leave out --report and give --lambda"
+        )
+    return report, float(chosen[0])
+
+
+def choose_lambda(
+    given: float | None, report_lmbda: float | None = None, gate: FittedGate | None = None
+) -> tuple[float, str]:
+    """λ in [0, 1], from the first that says it, and in words how it was chosen.
+
+    Args:
+        given: the flag.
+        report_lmbda: what a report chose.
+        gate: its best fixed weight, in all.
+    """
+    if given is not None:
+        return float(given), "given as a flag"
+    if report_lmbda is not None:
+        if report_lmbda == 0:
+            _logger.warning(
+                "the report chose λ = 0: the memory does not help this base, and the export is the base alone"
+            )
+        return report_lmbda, "least perplexity on the tuning split"
+    if gate is not None:
+        return min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
+    _logger.warning(
+        "no --lambda was given: λ is %g, which was not tuned; it can be changed at any time", DEFAULT_LAMBDA
+    )
+    return DEFAULT_LAMBDA, "the default, not tuned"

@@ -1,0 +1,52 @@
+"""The weight of a memory: the order of choice, and what is said where it was not tuned."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.formats.trained_models import read_weights
+from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
+from mlpmem_ds.stages.conversion.lambda_choice import choose_lambda, read_report
+
+from .conftest import LAMBDA, MemoryFlags, save_memory, save_report
+
+
+def _gate(*fixed: float) -> Any:
+    return SimpleNamespace(manifest=SimpleNamespace(fixed=fixed))
+
+
+def test_a_flag_comes_before_a_report_and_a_report_before_a_gate(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert choose_lambda(0.1, 0.3, _gate(0.2)) == (0.1, "given as a flag")
+        assert choose_lambda(None, 0.3, _gate(0.2)) == (0.3, "least perplexity on the tuning split")
+        lmbda, rule = choose_lambda(None, None, _gate(0.75, 0.5))
+    assert (lmbda, rule) == (1.0, "the best fixed weight of the gate's texts")
+    assert not caplog.records
+
+
+def test_what_was_not_tuned_or_does_not_help_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert choose_lambda(None) == (DEFAULT_LAMBDA, "the default, not tuned")
+        assert choose_lambda(None, 0.0)[0] == 0
+    untuned, useless = caplog.messages
+    assert untuned.startswith(f"no --lambda was given: λ is {DEFAULT_LAMBDA:g}, which was not tuned")
+    assert "the memory does not help this base" in useless
+
+
+def test_a_report_gives_the_lambda_of_this_memory_and_none_of_a_bank(
+    memory_dir: Path, tmp_path: Path, flags: MemoryFlags
+) -> None:
+    trained, report = read_weights(memory_dir), save_report(tmp_path / "report", memory_dir)
+    assert read_report(None, trained, memory_dir, is_bank=False) == (None, None)
+    opened, lmbda = read_report(report, trained, memory_dir, is_bank=False)
+    assert opened is not None and lmbda == LAMBDA
+    assert read_report(report, trained, memory_dir, is_bank=True)[1] is None
+    other = save_memory(tmp_path / "other", flags, seed=2)
+    with pytest.raises(UserError, match=f"does not evaluate the memory of --checkpoint {other}"):
+        read_report(report, read_weights(other), other, is_bank=False)
