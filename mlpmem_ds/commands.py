@@ -87,7 +87,7 @@ answer_questions = Command(config="questions.config:Config", run="questions.answ
 run_lm_eval = Command(config="harness.config:Config", run="harness.run_lm_eval:run")
 import_datastore = Command(config="exchange.config:ImportConfig", run="exchange.import_datastore:run")
 export_datastore = Command(config="exchange.config:ExportConfig", run="exchange.export_datastore:run")
-plan = Command(config="planning.config:Config", run="planning.plan:run_as_table")
+plan = Command(config="planning.config:Config", run="planning.table:run_as_table")
 view_report = Command(config="viewing.config:Config", run="viewing.view_report:run")
 mirror = Command(config="mirroring.config:Config", run="mirroring.mirror:run")
 inspect_run = Command(config="inspection.config:Config", run="inspection.inspect_run:run")

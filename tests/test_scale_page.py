@@ -18,7 +18,8 @@ import pytest
 from mlpmem_ds.core.config import parse_config
 from mlpmem_ds.stages.planning import cost_model
 from mlpmem_ds.stages.planning.config import Config
-from mlpmem_ds.stages.planning.plan import bytes_in_words, make_plan, price_in_words, time_in_words
+from mlpmem_ds.stages.planning.plan import make_plan
+from mlpmem_ds.stages.planning.words import bytes_in_words, price_in_words, time_in_words
 
 PAGE = Path(__file__).parents[1] / "docs" / "SCALE.md"
 _COMMAND = re.compile(r"```bash\npython tools/plan\.py ((?:.|\n)*?)\n```\n\n((?:\|.*\n)*)")

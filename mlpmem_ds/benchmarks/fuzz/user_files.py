@@ -27,7 +27,7 @@ from mlpmem_ds.stages.generation.config import Config as GenerateConfig
 from mlpmem_ds.stages.generation.prompts import read_prompts
 from mlpmem_ds.stages.harness.config import Config as EvalConfig
 from mlpmem_ds.stages.harness.local_tasks import build_tasks
-from mlpmem_ds.stages.planning import plan
+from mlpmem_ds.stages.planning import table
 from mlpmem_ds.stages.planning.config import Config as PlanConfig
 
 _MODELS: tuple[Callable[[], PretrainedConfig], ...] = (
@@ -61,7 +61,7 @@ def write_model(random: Random, folder: Path) -> Sample:
 def read_model(sample: Sample) -> Content:
     """As `plan` reads a configuration, and the other stages the files."""
     (root,) = sample.inputs
-    plan.run_as_table(PlanConfig(positions=1000, model=str(root)), World())
+    table.run_as_table(PlanConfig(positions=1000, model=str(root)), World())
     return Content(values=[fingerprint_model(str(root))])
 
 

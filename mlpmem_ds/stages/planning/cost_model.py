@@ -2,7 +2,7 @@
 
 Bytes, files and operations are counted (counts.py). Seconds are counts over rates, times a factor from a
 finished run (1 without one). The rates of a core were measured on two cores with AVX512-VNNI; those of a GPU
-are assumed shares of its peak, calculated and not measured. Where no number can be stood for there is none,
+are assumed shares of its peak, calculated and not measured. Where a time cannot be planned there is none,
 and the reason (limits.py).
 """
 
@@ -74,7 +74,7 @@ class Cost:
     Attributes:
         bytes, num_files: that it leaves on disk.
         operations: of its matrix products, all ranks together.
-        seconds: by the clock; None where no number can be stood for, and `limit` says why.
+        seconds: by the clock; None where they cannot be planned, and `limit` says why.
         rank_memory_bytes: the most of a rank. For index and targets its own: what they map is shared by the
             ranks of a machine, and more memory than that only saves reading.
         gpu_hours: of all GPUs; None as `seconds`.

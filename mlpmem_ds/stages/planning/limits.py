@@ -1,4 +1,4 @@
-"""Part of `plan`: where no number can be stood for, and why."""
+"""Part of `plan`: what it gives no time for, and why."""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""Part of `plan`: what will not fit, what takes longer than it must, and what was assumed; with remedies."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mlpmem_ds.core.config import flag_name
+from mlpmem_ds.stages.planning.config import Config
+from mlpmem_ds.stages.planning.cost_model import Cost, seconds_of_sending
+from mlpmem_ds.stages.planning.words import bytes_in_words, time_in_words
+from mlpmem_ds.stages.planning.workload import Machine, Workload
+
+_POSITIONS_OF_GPU = 8192  # of a step, that keep a GPU busy for longer than sending does at usual sizes
+_GPUS_OF_NODE = 16
+
+
+def shortages(costs: dict[str, Cost], machine: Machine) -> list[str]:
+    """Of memory and disk: a line for each stage that needs more than a node has, and one for all files.
+
+    Args:
+        costs: by stage.
+        machine: with `memory_bytes` of a node, and `disk_bytes` of all.
+    """
+    remedies = {
+        "keys": "fewer ranks a node",
+        "index": "fewer lists, or a smaller sample (--factory)",
+        "targets": "fewer ranks a node, a smaller --dim, or --batch-positions of write_targets",
+        "memory": "more ranks (ZeRO-3 spreads the state), or a smaller --preset",
+    }
+    lines = [
+        f"{machine.ranks_of_node} ranks of {name} need"
+        f" {bytes_in_words(machine.ranks_of_node * cost.rank_memory_bytes)} of memory and one node has"
+        f" {bytes_in_words(machine.memory_bytes)}: spread them over nodes (--nodes), or take"
+        f" {remedies.get(name, 'fewer ranks')}"
+        for name, cost in costs.items()
+        if machine.ranks_of_node * cost.rank_memory_bytes > machine.memory_bytes
+    ]
+    total = sum(cost.bytes for cost in costs.values())
+    temporary = max(cost.temporary_bytes for cost in costs.values())
+    if total + temporary > machine.disk_bytes:
+        lines.append(
+            f"all stages together leave {bytes_in_words(total)}, the targets need {bytes_in_words(temporary)}"
+            f" more while they are written (elsewhere: write_targets --lists), and the disk has"
+            f" {bytes_in_words(machine.disk_bytes)}: a larger disk, a smaller --dim, --input-codec int8"
+            " or none, or --encoding compact"
+        )
+    return lines
+
+
+def small_batches(work: Workload, machine: Machine) -> list[str]:
+    """A line where gradients and weights take longer to send than a step takes to compute."""
+    sending, smooth = (
+        seconds_of_sending(dataclasses.replace(work, batch_positions=size), machine)
+        for size in (work.batch_positions, machine.gpus * _POSITIONS_OF_GPU)
+    )
+    if sending <= 2 * smooth:
+        return []
+    return [
+        f"steps of {work.batch_positions:,} positions on {machine.gpus} GPUs send gradients and weights for"
+        f" {time_in_words(sending)}: give --batch-positions of {_POSITIONS_OF_GPU:,} a GPU, or train on fewer"
+    ]
+
+
+def assumptions(config: Config, machine: Machine) -> list[str]:
+    """What is assumed of a machine with GPUs, a line each."""
+    lines = []
+    if machine.gpus > _GPUS_OF_NODE * machine.nodes:
+        lines.append(
+            f"{machine.gpus} GPUs on {machine.nodes} {'node' if machine.nodes == 1 else 'nodes'}: few nodes"
+            f" have more than {_GPUS_OF_NODE}, and what is sent between nodes takes longer; give --nodes"
+        )
+    if machine.gpus:
+        missing = [flag_name(name) for name in ("threads", "memory_gb") if getattr(config, name) is None]
+        if missing:
+            lines.append(
+                f"{' and '.join(missing)} not given: this machine's are assumed "
+                f"({machine.cores} threads a rank, {bytes_in_words(machine.memory_bytes)} of memory)"
+            )
+        lines.append(
+            "times on GPUs are shares of their peak (.4 forward, .35 training, .2 search) and passes over"
+            " tiles of distances, not measurements: --calibrate a run on such a machine"
+        )
+    return lines

@@ -1,0 +1,41 @@
+"""Warnings of a plan: what does not fit, what is slow, and what was assumed, each with a remedy."""
+
+from __future__ import annotations
+
+from mlpmem_ds.stages.planning import plan
+
+from .conftest import config
+
+
+def test_what_does_not_fit_is_said_with_a_remedy() -> None:
+    fits = plan.make_plan(config(memory_gb=1000.0, disk_gb=10_000.0))
+    assert not fits.warnings
+    words = "\n".join(plan.make_plan(config(memory_gb=4.0, disk_gb=10.0, ranks=2)).warnings)
+    assert "targets need" in words and "fewer ranks a node" in words and "the disk has 10 GB" in words
+    assert plan.make_plan(config(memory_gb=4.0)).work.factory.endswith("PQ16")
+
+
+def test_more_gpus_than_a_node_has_are_pointed_out() -> None:
+    flags = {
+        "positions": 10**9,
+        "parameters": 1e9,
+        "width": 2048,
+        "vocab_size": 50000,
+        "ranks": 256,
+        "gpus": 256,
+    }
+    (said,) = [line for line in plan.make_plan(plan.Config(**flags)).warnings if "give --nodes" in line]
+    assert said.startswith("256 GPUs on 1 node: few nodes have more than 16, and")
+    spread = plan.make_plan(plan.Config(**flags, nodes=32))
+    assert not any("give --nodes" in line for line in spread.warnings)
+    assert spread.costs["memory"].num_files > plan.make_plan(plan.Config(**flags)).work.keep_checkpoints * 256
+
+
+def test_steps_that_send_for_longer_than_they_compute_are_pointed_out() -> None:
+    sizes = {"positions": 10**9, "gpus": 16, "ranks": 16, "epochs": 1.0, "disk_gb_per_second": 1e6}
+    small, large = (
+        "\n".join(plan.make_plan(config(**sizes, nodes=2, batch_positions=batch)).warnings)
+        for batch in (1 << 13, 1 << 20)
+    )
+    assert "steps of 8,192 positions on 16 GPUs send" in small and "--batch-positions of 8,192 a GPU" in small
+    assert "positions on 16 GPUs send" not in large
