@@ -12,8 +12,8 @@ Read in this order:
 - `names.py`: names of files that are not UTF-8
 - `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back;
   `record_files.py`: one in a file of its own
-- `stage_directory.py`: units with records, the manifest last; `unit_writer.py`: a unit's files;
-  `unit_records.py`: what the records say
+- `stage_directory.py`: units with records, the manifest last; `unit_maker.py`: how one is
+  made; `unit_writer.py`: its files; `unit_records.py`: what the records say
 - `claims.py`: which rank works at which unit; `dealing.py`: which one it takes next; `waiting.py`: for the
   others' units; `host.py`: live processes
 - `once.py`: what every rank needs at the start and one computes

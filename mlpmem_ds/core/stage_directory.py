@@ -28,11 +28,10 @@ A stage is a few calls, the same on every rank:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +45,15 @@ from mlpmem_ds.core.log import EventLog, log_for_all
 from mlpmem_ds.core.manifest import Manifest, remove_damaged_manifest
 from mlpmem_ds.core.once import remove_computed
 from mlpmem_ds.core.run_description import check_output, describe_run, settle_identity
-from mlpmem_ds.core.temporaries import is_own_temporary, remove_stale_temporaries
+from mlpmem_ds.core.temporaries import remove_stale_temporaries
 from mlpmem_ds.core.typed_json import to_json
+from mlpmem_ds.core.unit_maker import Compute, UnitMaker
 from mlpmem_ds.core.unit_records import UnitRecords, missing_of
-from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.waiting import Patience, wait_for_units
 from mlpmem_ds.core.world import World
 
 _logger = logging.getLogger(__name__)
 _SECONDS_AT_THE_END = 60.0
-
-
-Compute = Callable[[str, UnitWriter], Mapping[str, Any] | None]
-"""writes the files of the unit of this name and returns its summary"""
 
 
 class StageDirectory:
@@ -82,10 +77,10 @@ class StageDirectory:
         self.records = UnitRecords(root, identity_sha256)
         self._counter = f"{root.name}-{identity_sha256[:8]}"  # of this directory among those of a command
         self.log = EventLog(root / "log.jsonl", world)
+        self._maker = UnitMaker(root, self.records, self.log)
         self._start = time.monotonic()
         self._was_complete = self.manifest_path.is_file()
         self._compute_of_unit: dict[str, Compute] = {}
-        self._read_here: set[str] = set()  # units that later ones of this stage read
         self._summaries: dict[str, dict[str, Any]] = {}  # while a manifest is described
 
     @property
@@ -118,7 +113,7 @@ class StageDirectory:
             read_here: whether later units of this stage read these.
         """
         if read_here:
-            self._read_here.update(units)
+            self._maker.mark_read_here(units)
         self.records.place(units)
         recorded = self.records.listing().recorded
         self.log_phase(len(units), missing=sum(unit not in recorded for unit in units))
@@ -127,99 +122,26 @@ class StageDirectory:
         if self._dealer is not None and take_over:
             self._num_dealt += 1
             return sum(
-                self._make(unit, compute, is_dealt=True)
+                self._maker.make(unit, compute, is_dealt=True)
                 for unit in dealt_units(units, self._dealer, f"{self._counter}-{self._num_dealt}")
-                if unit not in recorded or self._verify(unit) is not None
+                if unit not in recorded or self._maker.verify(unit) is not None
             )
         num_computed = sum(
-            self._make(unit, compute, is_dealt=not take_over)
+            self._maker.make(unit, compute, is_dealt=not take_over)
             for unit in deal(units, self.world.rank, self.world.size)
-            if unit not in recorded or self._verify(unit) is not None
+            if unit not in recorded or self._maker.verify(unit) is not None
         )
         if take_over:
             num_computed += sum(
-                self._make(unit, compute, taken_over=True) for unit in self._free_units(units)
+                self._maker.make(unit, compute, taken_over=True)
+                for unit in free_units(units, self.records, self.world)
             )
         return num_computed
-
-    def _verify(self, unit: str) -> str | None:
-        """Compare a unit's files with their checksums: say what is wrong, or note that nothing is."""
-        fault = self.records.fault(unit)
-        if fault is None:
-            self.records.mark_verified(unit)
-        return fault
-
-    def _free_units(self, units: Sequence[str]) -> Iterator[str]:
-        return free_units(units, self.records, self.world)
-
-    def _make(
-        self,
-        unit: str,
-        compute: Compute | None,
-        *,
-        taken_over: bool = False,
-        watch: ClaimWatch | None = None,
-        is_dealt: bool = False,
-    ) -> bool:
-        """Compute and publish one unit; False where another process is at it, or has just made it.
-
-        Args:
-            unit: its name.
-            compute: None = only compare its files.
-            taken_over: it was dealt to another rank; then a record that is trusted is enough.
-            watch: of a caller that asks again and again: it tells which claims' holders are gone.
-            is_dealt: by a counter, or to the one rank that can make it: no other rank has it, and it needs no
-                claim.
-        """
-        path = self.records.path(unit)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        claimed = claim(self.records.claim_path(unit), watch=watch)
-        with contextlib.nullcontext(True) if is_dealt else claimed as is_mine:
-            if not is_mine:
-                return False
-            # Asked anew: making the claim has brought this client's knowledge of the folder up to date.
-            if path.exists():
-                if taken_over and self.records.is_trusted(unit):
-                    return False
-                fault = self._verify(unit)
-                if fault is None or compute is None:
-                    return False
-                _logger.warning("%s: making the unit again", fault)
-                # Not complete meanwhile, for readers and for the other ranks, one of which may be about to
-                # finish.
-                os.replace(path, self.records.former_path(unit))
-            if compute is None:
-                return False
-            self.manifest_path.unlink(missing_ok=True)
-            start = time.monotonic()
-            writer, summary = self._compute(unit, compute)
-            self.records.refuse_other_bytes(unit, writer.records, is_read_here=unit in self._read_here)
-            writer.flush_folders()
-            self.records.publish(unit, writer.records, summary or {})
-            self.records.former_path(unit).unlink(missing_ok=True)
-        seconds = round(time.monotonic() - start, 3)
-        num_bytes = sum(file.bytes for file in writer.records)
-        more = {"taken_over": taken_over, "read_here": unit in self._read_here}
-        more = {name: True for name, is_so in more.items() if is_so}
-        self.log.write("unit", unit=unit, seconds=seconds, bytes=num_bytes, **more)
-        return True
 
     def log_phase(self, count: int, *, missing: int, of: str = "units") -> None:
         """Note what this rank begins: so many units, or steps of a training, of which some are missing."""
         if count:
             self.log.write("phase", of=of, count=count, missing=missing)
-
-    def _compute(self, unit: str, compute: Compute) -> tuple[UnitWriter, Mapping[str, Any] | None]:
-        """A unit's files and summary; once more where another host took this process for one that is gone."""
-        writer = UnitWriter(self.root)
-        try:
-            return writer, compute(unit, writer)
-        except FileNotFoundError as error:
-            if not is_own_temporary(error.filename):
-                raise
-            _logger.warning("%s was removed while it was written: making the unit again", error.filename)
-        writer = UnitWriter(self.root)
-        return writer, compute(unit, writer)
 
     def wait_for(self, units: Sequence[str]) -> None:
         """Until every unit has a record; a rank that waits makes the units of one that died. All ranks call
@@ -232,7 +154,7 @@ class StageDirectory:
         """Until every unit has a record, and with `until_whole` each is known to be whole."""
 
         def try_one(unit: str, watch: ClaimWatch) -> bool:
-            return self._make(unit, self._compute_of_unit.get(unit), taken_over=True, watch=watch)
+            return self._maker.make(unit, self._compute_of_unit.get(unit), taken_over=True, watch=watch)
 
         wait_for_units(
             units,
@@ -256,7 +178,7 @@ class StageDirectory:
 
     def is_damaged(self, unit: str) -> bool:
         """Whether a unit with a record has a file that does not have its checksum."""
-        return self._verify(unit) is not None
+        return self._maker.verify(unit) is not None
 
     def has_faults(self, units: Sequence[str]) -> bool:
         """Whether some of all units of a phase have no record, or are damaged."""
@@ -265,7 +187,7 @@ class StageDirectory:
     def make_unit(self, unit: str, compute: Compute) -> bool:
         """Compute and publish one unit that the caller has dealt to this rank alone; False where it is
         whole."""
-        return self._make(unit, compute, is_dealt=True)
+        return self._maker.make(unit, compute, is_dealt=True)
 
     def summaries(self, units: Sequence[str]) -> list[dict[str, Any]]:
         return [

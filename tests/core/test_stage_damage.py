@@ -134,7 +134,7 @@ def test_a_damaged_unit_is_not_there_until_it_is_made_again(tmp_path: Path, stra
 
     first.run_units(UNITS, compute)
     assert seen == [False]
-    assert not second._make("2", compute) and seen == [False]
+    assert not second._maker.make("2", compute) and seen == [False]
     calls: list[str] = []
     first.complete(UNITS, lambda: {"total": 10}, afterwards=lambda: calls.append("complete"))
     assert calls == ["complete"]
