@@ -3,7 +3,8 @@
 Read in this order:
 
 - `world.py`: rank and size, a value; `blocks.py`: [start, stop) arithmetic
-- `config.py`: a Config's fields as flags; `front_end.py`: parse, run, exit code; `shipped.py`: ds_configs/
+- `config.py`: a Config's fields as flags; `flag_values.py`: a word as a flag's value; `front_end.py`:
+  parse, run, exit code; `shipped.py`: ds_configs/
 - `errors.py`: what users can mend; `faults.py`: what no stage has foreseen
 - `streams.py`: standard streams as shells leave them; `termination.py`: SIGTERM; `caches.py`: of
   libraries, where the home directory cannot be written

@@ -13,26 +13,21 @@ import difflib
 import inspect
 import math
 import operator
-import os
-import stat
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.objects.urls import named_url_of, url_of
+from mlpmem_ds.core.flag_values import converter_of
+from mlpmem_ds.core.objects.urls import named_url_of
 
 ConfigType = TypeVar("ConfigType", bound="Flags")
 Identity = Literal["own", "resolved", "none"]
 _WIDTH = 118  # columns of the help
-_MAX_DIGITS = 20  # of a whole number, so that 1e999999 is refused and not written out
-# What a shell gives for a command's output (`<(…)`), or for this process's own streams.
-_STREAMS = ("/dev/fd/", "/proc/self/fd/", "/dev/std", "/dev/null", "/dev/tty")
 _BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
     "at least": operator.ge,
     "above": operator.gt,
@@ -262,12 +257,12 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     if base is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         return
-    convert = field.metadata["parse"] or _CONVERTERS.get(base, base)
-    if base is Path and not field.metadata["by_url"]:
-        convert = _local_path
-    if base in (int, float) and type(None) in typing.get_args(hint):
-        convert = _number_or_none(convert)
-    settings["type"] = convert
+    settings["type"] = converter_of(
+        base,
+        parse=field.metadata["parse"],
+        takes_url=field.metadata["by_url"],
+        may_be_none=type(None) in typing.get_args(hint),
+    )
     settings["metavar"] = field.metadata["metavar"] or (None if choices else _metavar(base))
     if field.metadata["positional"]:
         names = {name: settings[name] for name in ("type", "metavar", "help")}
@@ -281,72 +276,6 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     if choices:
         settings["choices"] = choices
     parser.add_argument(flag, **settings)
-
-
-def _text(word: str) -> str:
-    """A word that says something: `--model "$BASE"` with an unset variable would mean anything."""
-    if not word.strip():
-        raise argparse.ArgumentTypeError(f"{word!r} is empty: is a variable unset?")
-    return word
-
-
-def _path(word: str) -> Path:
-    """A path, with the home directory for `~/`, which shells leave as it is in `--output=~/run`."""
-    _text(word)
-    path = Path(os.path.expanduser(word)) if word == "~" or word.startswith("~/") else Path(word)
-    if word[-1] in "\r\n" and not os.path.lexists(path):
-        raise argparse.ArgumentTypeError(
-            f"{word!r} ends with the end of a line: has the script the line ends of Windows?"
-        )
-    if "\0" in word:
-        raise argparse.ArgumentTypeError(f"{word!r} holds a NUL byte, which no path can")
-    if not str(path).startswith(_STREAMS) and _is_endless(path):
-        raise argparse.ArgumentTypeError(f"{word!r} is a named pipe or a device: give a file or a directory")
-    return path
-
-
-def _local_path(word: str) -> Path:
-    if url_of(word) is not None:
-        raise argparse.ArgumentTypeError(
-            f"{word!r} is a URL, and this is a local path: tools/mirror.py copies directories to URLs"
-        )
-    return _path(word)
-
-
-def _is_endless(path: Path) -> bool:
-    """Whether it is no file and no directory, so that who reads it may wait for ever."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def _whole_number(word: str) -> int:
-    """`64`, `1_000_000` or `1e9`; a fraction is refused."""
-    try:
-        number = Decimal(word)
-    except InvalidOperation:
-        number = Decimal("NaN")
-    is_whole = number.is_finite() and number.adjusted() < _MAX_DIGITS
-    if not is_whole or number != number.to_integral_value():
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number, such as 1000000, 1_000_000 or 1e6")
-    if abs(number) >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{word!r} is too large: 9223372036854775807 is the largest")
-    return int(number)
-
-
-_CONVERTERS: dict[Any, Callable[[str], Any]] = {int: _whole_number, Path: _path, str: _text}
-
-
-def _number_or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A number, or the word `none` for one that may be absent: off, or the default that the help names."""
-
-    def number(word: str) -> Any:
-        return None if word == "none" else convert(word)
-
-    number.__name__ = getattr(convert, "__name__", "number")  # argparse names it: "invalid float value"
-    return number
 
 
 def _read_hint(hint: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] | None]:

@@ -1,4 +1,3 @@
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,35 +160,9 @@ def test_wrong_words_are_refused(words: list[str], said: str, capsys: pytest.Cap
     assert caught.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_a_pipe_is_not_waited_for_unless_the_shell_gives_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(SystemExit):
-        parse("--input", "a", "--output", "o", "--also", str(tmp_path / "pipe"))
-    assert "is a named pipe" in capsys.readouterr().err
-    for given in ("/dev/stdin", "/dev/fd/0", "/dev/null"):
-        assert parse("--input", "a", "--output", "o", "--also", given).also == Path(given)
-
-
-def test_paths_as_shells_leave_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    odd = tmp_path / "a 'b' \"c\" ü $x\nd"
-    line_end = tmp_path / "from dos\r"
-    line_end.mkdir()
-    for word, path in [
-        ("~/run", Path("/home/me/run")),
-        ("~", Path("/home/me")),
-        ("~run", Path("~run")),
-        ("./~/run", Path("~/run")),
-        (str(odd), odd),
-        (str(line_end), line_end),
-        (" out ", Path(" out ")),
-        ("caf\udce9", Path("caf\udce9")),
-    ]:
-        assert parse("--input", "a", f"--output={word}").output == path
+def test_of_a_flag_that_is_given_twice_the_last_counts() -> None:
     twice = parse("--input", "a", "--output", "a", "--block-size", "1", "--output", "b", "--block_size", "2")
-    assert (twice.output, twice.block_size) == (Path("b"), 2), "the last counts"
+    assert (twice.output, twice.block_size) == (Path("b"), 2)
 
 
 def test_words_that_the_type_does_not_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,20 +171,6 @@ def test_words_that_the_type_does_not_list(capsys: pytest.CaptureFixture[str]) -
         parse("--input", "a", "--output", "o", "--size", "huge")
     said = capsys.readouterr().err
     assert caught.value.code == 2 and "'huge'" in said and "small" in said and "large" in said
-
-
-@pytest.mark.parametrize(
-    ("word", "value"), [("1e9", 10**9), ("1_000_000", 10**6), ("2.5e3", 2500), ("64.0", 64)]
-)
-def test_whole_numbers_may_be_written_short(word: str, value: int) -> None:
-    assert parse("--input", "a", "--output", "o", "--block-size", word).block_size == value
-
-
-@pytest.mark.parametrize("word", ["1.5", "many", "nan", "inf", "1e999999999"])
-def test_what_is_no_whole_number_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse("--input", "a", "--output", "o", "--block-size", word)
-    assert f"'{word}' is no whole number, such as" in capsys.readouterr().err
 
 
 def test_a_positional_word_is_also_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
