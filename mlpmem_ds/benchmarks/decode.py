@@ -57,6 +57,7 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.mixture import log_mixture
+from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 from mlpmem_ds.models.structure import decoder_layers
 from mlpmem_ds.stages import shared_flags
 
@@ -199,11 +200,10 @@ def prepare(config: Config) -> Setting:
         input_size=config.width, hidden_size=config.width, intermediate_size=intermediate,
         num_blocks=config.memory_blocks, vocab_size=config.vocab_size, family="swiglu",
     )  # fmt: skip
-    memory = Memory(shape).requires_grad_(False)
-    joint, joint_int8 = (
-        MemoryAugmentedLM.from_parts(base, memory, lmbda=_LAMBDA, input_point=CapturePoint(layer=-1))
-        for _ in range(2)
+    memory = PretrainedMemory(
+        module=Memory(shape).requires_grad_(False), **CapturePoint(layer=-1).settings(), lmbda=_LAMBDA
     )
+    joint, joint_int8 = (MemoryAugmentedLM.join(base, [memory]) for _ in range(2))
     num_keys = max(config.datastore_sizes)
     keys_NE = (40 * generator.standard_normal((num_keys, config.key_size), dtype=np.float32)).clip(-127, 127)
     keys_NE = keys_NE.round().astype(np.int8)

@@ -94,7 +94,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         memory: Memory | None = None,
         further: Sequence[Memory] = (),
     ) -> None:
-        """From a config alone the parts start fresh; `from_parts` passes trained ones, all of them, which are
+        """From a config alone the parts start fresh; `join` passes trained ones, all of them, which are
         kept as they are."""
         if config.base_config is None or config.memory_config is None:
             raise ValueError(
@@ -164,8 +164,12 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         *,
         lmbda: float | None = None,
         gate: StoredGate | None = None,
+        cast: bool = True,
     ) -> "MemoryAugmentedLM":
-        """A loaded base with a memory, or with a bank of several; the base's weights are not copied.
+        """A loaded base with a memory, or with a bank of several, in eval mode; the base is not copied.
+
+        The modules of the memories stay as they are: the model has others, with a plain head in the place of
+        a training one, in the base's dtype and on its device.
 
         Args:
             base: that all memories were trained for.
@@ -173,62 +177,24 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             lmbda: the memory's weight in [0, 1], which those of a bank share equally; default: the first
                 one's own, or `DEFAULT_LAMBDA`.
             gate: finds the weight at each position, in the place of lmbda.
+            cast: False: the memories keep their dtype and device, and what is in a file stays there.
 
         Raises:
-            ValueError: the base has another width, vocabulary or depth than a memory was trained for.
+            ValueError: the base has another width, vocabulary or depth than a memory was trained for, or
+                lmbda is out of range.
         """
-        first, *further = memories
-        weight = first.lmbda if lmbda is None else lmbda
-        joint = cls.from_parts(
-            base,
-            first.module,
-            lmbda=DEFAULT_LAMBDA if weight is None else weight,
-            input_point=first.point,
-            further=further,
-            layers_path=first.provenance.get("input_layers_path"),
-            provenance=first.provenance,
-            vocabulary_sha256=first.vocabulary_sha256,
-        )
+        weight = memories[0].lmbda if lmbda is None else lmbda
+        config = joint_config(base, memories, lmbda=DEFAULT_LAMBDA if weight is None else weight)
+        first, *further = [plain_memory(each.module) for each in memories]
+        if cast:
+            for module in (first, *further):
+                module.to(dtype=base.dtype, device=base.device)
+        joint = cls(config, base=base, memory=first, further=further)
+        if base.generation_config is not None:
+            joint.generation_config = copy.deepcopy(base.generation_config)
         if gate is not None:
             joint.set_gate(gate)
-        return joint
-
-    @classmethod
-    def from_parts(
-        cls,
-        base_model: PreTrainedModel,
-        memory_module: Memory,
-        *,
-        lmbda: float,
-        input_point: CapturePoint,
-        further: Sequence[PretrainedMemory] = (),
-        provenance: dict[str, Any] | None = None,
-        layers_path: str | None = None,
-        vocabulary_sha256: str = "",
-        cast: bool = True,
-    ) -> "MemoryAugmentedLM":
-        """Join a loaded base and a trained memory, in eval mode; no weight of the base is copied.
-
-        The memory, and the `further` ones of a bank, are cast to the base's dtype and moved to its device
-        (not where `cast` is false), and a training head is replaced by the plain one with the same weight.
-        Raises ValueError when the sizes of two do not fit, or lmbda or a point is invalid.
-        """
-        first = PretrainedMemory(
-            module=memory_module,
-            **input_point.settings(),
-            lmbda=lmbda,
-            vocabulary_sha256=vocabulary_sha256,
-            provenance=provenance or {},
-        )
-        config = joint_config(base_model, [first, *further], lmbda=lmbda, layers_path=layers_path)
-        memory, *others = [plain_memory(each.module) for each in (first, *further)]
-        if cast:
-            for each in (memory, *others):
-                each.to(dtype=base_model.dtype, device=base_model.device)
-        model = cls(config, base=base_model, memory=memory, further=others)
-        if base_model.generation_config is not None:
-            model.generation_config = copy.deepcopy(base_model.generation_config)
-        return model.eval()
+        return joint.eval()
 
     @property
     def memories(self) -> tuple[Memory, ...]:

@@ -96,9 +96,13 @@ def joint_config(
     memories: Sequence[PretrainedMemory],
     *,
     lmbda: float,
-    layers_path: str | None,
 ) -> MemoryAugmentedConfig:
-    """The configuration of a base and its memories. Raises ValueError where they do not fit each other."""
+    """The configuration of a base and its memories; where its layers are is said by the first's provenance.
+
+    Raises:
+        ValueError: they do not fit each other, or lmbda is not in [0, 1].
+    """
+    layers_path = memories[0].provenance.get("input_layers_path")
     described: list[dict[str, Any]] = []
     for memory in memories:
         check_sizes(memory.module.config, base_model, memory.point)

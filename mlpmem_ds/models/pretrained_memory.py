@@ -26,10 +26,10 @@ class PretrainedMemory:
     module: Memory = field(repr=False)
     input_layer: int
     input_point: str
-    lmbda: float | None
-    vocabulary_sha256: str
-    provenance: dict[str, Any] = field(repr=False)
     input_earlier_layers: Sequence[int] = ()
+    lmbda: float | None = None
+    vocabulary_sha256: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_training(cls, path: str | Path) -> "PretrainedMemory":

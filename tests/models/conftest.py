@@ -11,6 +11,8 @@ from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 
+from ..joint_models import joined
+
 VOCAB, WIDTH, PAD, EOS = 61, 32, 0, 2
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
 LLAMA_SIZES = {
@@ -86,9 +88,7 @@ def tiny_joint(
         )
         for number in range(1, num_memories)
     ]
-    return MemoryAugmentedLM.from_parts(
-        tiny_base(family), tiny_memory(), lmbda=lmbda, input_point=point, further=further
-    )
+    return joined(tiny_base(family), tiny_memory(), lmbda=lmbda, input_point=point, further=further)
 
 
 def random_ids(num_sequences: int = 3, num_tokens: int = 7) -> torch.Tensor:

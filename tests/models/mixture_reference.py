@@ -23,6 +23,7 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import GateInputs
 from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 
+from ..joint_models import joined
 from .carried_generation import padded, set_history_gate
 from .conftest import PAD, tiny_base, tiny_memory
 
@@ -98,7 +99,7 @@ def reference_of(kind: str) -> Reference:
             provenance={},
         )
     ]
-    joint = MemoryAugmentedLM.from_parts(
+    joint = joined(
         tiny_base("llama"),
         tiny_memory(),
         lmbda=LAMBDA,

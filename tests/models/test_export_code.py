@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 
+from ..joint_models import joined
 from .conftest import BASES, EOS, VOCAB, WIDTH, random_ids, tiny_base, tiny_memory
 
 
 def export(family: str, directory: Path) -> MemoryAugmentedLM:
-    joint = MemoryAugmentedLM.from_parts(
+    joint = joined(
         tiny_base(family),
         tiny_memory(),
         lmbda=0.4,

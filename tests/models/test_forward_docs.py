@@ -18,6 +18,7 @@ from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 
+from ..joint_models import joined
 from ..toy_tokenizers import words
 
 
@@ -50,7 +51,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             input_size=16, hidden_size=8, intermediate_size=16, num_blocks=2, vocab_size=len(tokenizer)
         )
     )
-    joint = MemoryAugmentedLM.from_parts(base, memory, lmbda=0.3, input_point=CapturePoint(layer=1))
+    joint = joined(base, memory, lmbda=0.3, input_point=CapturePoint(layer=1))
     joint.save_pretrained(tmp_path / "run" / "export")
     tokenizer.save_pretrained(tmp_path / "run" / "export")
     monkeypatch.chdir(tmp_path)

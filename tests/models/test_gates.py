@@ -23,7 +23,6 @@ from mlpmem_ds.models.gates import (
     load_gate,
     open_gate,
 )
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.joint_parts import MEMORY_INPUT
 from mlpmem_ds.models.mixture import (
     Constant,
@@ -36,6 +35,7 @@ from mlpmem_ds.models.mixture import (
 )
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
 
+from ..joint_models import joined
 from .conftest import POINT, WIDTH, expected_log_probabilities, random_ids, tiny_base, tiny_joint, tiny_memory
 
 
@@ -103,7 +103,7 @@ def test_a_learned_gate_is_one_more_member(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(gates, "GATES", {**gates.GATES, "learned": build})
     base, ids_BS = tiny_base("llama"), random_ids()
-    joint = MemoryAugmentedLM.from_parts(base, tiny_memory(), lmbda=0.4, input_point=POINT)
+    joint = joined(base, tiny_memory(), lmbda=0.4, input_point=POINT)
     torch.manual_seed(1)
     gate = OwnGate(WIDTH)
     joint.set_gate(gate)

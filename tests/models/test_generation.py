@@ -13,6 +13,8 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 
+from ..joint_models import joined
+
 VOCAB, WIDTH, PAD, NEW = 67, 24, 0, 10
 SIZES = {
     "vocab_size": VOCAB,
@@ -61,7 +63,7 @@ def joint(request: pytest.FixtureRequest) -> MemoryAugmentedLM:
     ).requires_grad_(False)
     for parameter in (*base.parameters(), *memory.parameters()):
         parameter += 0.25 * torch.randn(parameter.shape)
-    return MemoryAugmentedLM.from_parts(base, memory, lmbda=0.4, input_point=CapturePoint(layer=-2))
+    return joined(base, memory, lmbda=0.4, input_point=CapturePoint(layer=-2))
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,9 +17,10 @@ from mlpmem_ds.models.generation_settings import (
     rows_without_token,
     token_settings,
 )
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+
+from ..joint_models import joined
 
 ROWS = 64
 WORDS = {
@@ -112,7 +113,7 @@ def test_plain_generate_never_takes_a_row_without_token(way: dict[str, Any]) -> 
         model.lm_head.weight[8:, 0] = 30 * model.lm_head.weight[:8].abs().max()
         model.lm_head.weight[8:32] *= -1
     shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=16, num_blocks=1, vocab_size=ROWS)
-    joint = MemoryAugmentedLM.from_parts(model, Memory(shape), lmbda=0.3, input_point=CapturePoint(layer=-1))
+    joint = joined(model, Memory(shape), lmbda=0.3, input_point=CapturePoint(layer=-1))
     prompt, mask = torch.tensor([[2, 3], [3, 7]]), torch.ones(2, 2, dtype=torch.long)
     more = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, **way}
     torch.manual_seed(1)

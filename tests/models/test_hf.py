@@ -13,6 +13,7 @@ from mlpmem_ds.models.hf_config import MemoryAugmentedConfig
 from mlpmem_ds.models.memory import Memory, MemoryHead
 from mlpmem_ds.models.memory_config import MemoryConfig
 
+from ..joint_models import joined
 from .conftest import (
     BASES,
     LLAMA_SIZES,
@@ -143,10 +144,7 @@ def test_copies_are_apart_and_a_base_is_left_as_it_was(point: CapturePoint) -> N
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.modules())
 
     before = num_hooks()
-    joints = [
-        MemoryAugmentedLM.from_parts(base, tiny_memory(), lmbda=lmbda, input_point=point)
-        for lmbda in (0.4, 0.7)
-    ]
+    joints = [joined(base, tiny_memory(), lmbda=lmbda, input_point=point) for lmbda in (0.4, 0.7)]
     logits = [joint(ids_BS).logits for joint in joints]
     copied = copy.deepcopy(joints[0])
     for parameter in copied.base.parameters():
@@ -218,7 +216,7 @@ def test_parts_are_kept_and_a_training_head_is_replaced() -> None:
         name: tensor.clone() for name, tensor in [*base.state_dict().items(), *memory.state_dict().items()]
     }
     attention, logits = base.config._attn_implementation, base(random_ids()).logits
-    joint = MemoryAugmentedLM.from_parts(base, memory, lmbda=0.5, input_point=POINT)
+    joint = joined(base, memory, lmbda=0.5, input_point=POINT)
     assert base.config._attn_implementation == attention == "sdpa" and torch.equal(
         base(random_ids()).logits, logits
     )
@@ -257,11 +255,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"input_size": 31}, "31 numbers"),
     ):
         with pytest.raises(ValueError, match=message):
-            MemoryAugmentedLM.from_parts(base, tiny_memory(**changes), lmbda=0.5, input_point=POINT)
+            joined(base, tiny_memory(**changes), lmbda=0.5, input_point=POINT)
     with pytest.raises(ValueError, match="4 layers"):
-        MemoryAugmentedLM.from_parts(base, tiny_memory(), lmbda=0.5, input_point=CapturePoint(layer=4))
+        joined(base, tiny_memory(), lmbda=0.5, input_point=CapturePoint(layer=4))
     with pytest.raises(ValueError, match="lmbda"):
-        MemoryAugmentedLM.from_parts(base, tiny_memory(), lmbda=1.5, input_point=POINT)
+        joined(base, tiny_memory(), lmbda=1.5, input_point=POINT)
     with pytest.raises(ValueError, match="needs base_config"):
         MemoryAugmentedLM(MemoryAugmentedConfig())
     with pytest.raises(ValueError, match="no model_type"):

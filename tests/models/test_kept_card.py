@@ -13,8 +13,8 @@ from transformers.utils import hub
 from transformers.utils.hub import create_and_tag_model_card
 
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 
+from ..joint_models import joined
 from .conftest import tiny_base, tiny_memory
 
 CARD = "---\nlicense: mit\ntags:\n- mlp-memory\n---\n\n# A base with an MLP memory\n\nMemorization: …\n"
@@ -26,7 +26,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved joint model with a card."""
     root = tmp_path_factory.mktemp("exported")
     point = CapturePoint(layer=-2)
-    joint = MemoryAugmentedLM.from_parts(tiny_base("gpt2"), tiny_memory(), lmbda=0.4, input_point=point)
+    joint = joined(tiny_base("gpt2"), tiny_memory(), lmbda=0.4, input_point=point)
     joint.save_pretrained(root)
     assert not (root / "README.md").exists()  # joined here: there is none to keep
     (root / "README.md").write_text(CARD, encoding="utf-8")
@@ -132,5 +132,5 @@ def test_a_model_that_was_joined_here_is_pushed_with_transformers_blank_card(
     pushed: Callable[..., dict[str, str]],
 ) -> None:
     point = CapturePoint(layer=-2)
-    joint = MemoryAugmentedLM.from_parts(tiny_base("gpt2"), tiny_memory(), lmbda=0.4, input_point=point)
+    joint = joined(tiny_base("gpt2"), tiny_memory(), lmbda=0.4, input_point=point)
     assert "[More Information Needed]" in pushed(lambda: joint.push_to_hub("you/model"))["README.md"]

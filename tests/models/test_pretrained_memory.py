@@ -20,6 +20,8 @@ from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.pretrained_memory import build_memory
 
+from ..joint_models import joined
+
 VOCAB, WIDTH = 40, 16
 IDS = torch.tensor([[5, 7, 8, 21], [29, 3, 3, 19]])
 SHAPE = MemoryConfig(input_size=WIDTH, hidden_size=24, intermediate_size=20, num_blocks=2, vocab_size=VOCAB,
@@ -59,7 +61,7 @@ def test_every_way_to_join_gives_the_same_model(
     base_dir: Path, memory_dir: Path, memory: Memory, tmp_path: Path
 ) -> None:
     base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
-    wanted = MemoryAugmentedLM.from_parts(base, memory, lmbda=0.3, input_point=CapturePoint(layer=0))
+    wanted = joined(base, memory, lmbda=0.3, input_point=CapturePoint(layer=0))
     logits = wanted(IDS).logits
     found = load_memory(memory_dir)
     assert (found.lmbda, found.input_layer, found.vocabulary_sha256) == (None, 0, "ab")

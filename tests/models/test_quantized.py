@@ -14,6 +14,8 @@ from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.quantized import Int8Linear
 
+from ..joint_models import joined
+
 VOCAB = 61
 
 
@@ -26,9 +28,7 @@ def joint_model(seed: int, family: str = "swiglu") -> MemoryAugmentedLM:
         input_size=32, hidden_size=24, intermediate_size=40, num_blocks=2, vocab_size=VOCAB, family=family,
         initializer_range=0.4,
     )  # fmt: skip
-    return MemoryAugmentedLM.from_parts(
-        base.eval(), Memory(shape), lmbda=0.6, input_point=CapturePoint(layer=1)
-    )
+    return joined(base.eval(), Memory(shape), lmbda=0.6, input_point=CapturePoint(layer=1))
 
 
 def layer_of(num_inputs: int, *, bias: bool) -> nn.Linear:

@@ -23,6 +23,7 @@ from mlpmem_ds.models.quantized_base import (
     prepare_to_save,
 )
 
+from ..joint_models import joined
 from .carried_generation import set_history_gate
 from .conftest import LLAMA_SIZES, PAD, expected_log_probabilities, random_ids, spread, tiny_memory
 
@@ -46,7 +47,7 @@ def wide_base(family: str) -> PreTrainedModel:
 
 def wide_joint(family: str) -> MemoryAugmentedLM:
     memory = tiny_memory(input_size=64)
-    return MemoryAugmentedLM.from_parts(wide_base(family), memory, lmbda=0.4, input_point=POINT)
+    return joined(wide_base(family), memory, lmbda=0.4, input_point=POINT)
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +170,7 @@ def test_a_head_of_few_bits_and_a_missing_library_are_refused(monkeypatch: pytes
     base = wide_base("llama")
     base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="output head is quantized"):
-        MemoryAugmentedLM.from_parts(base, tiny_memory(input_size=64), lmbda=0.4, input_point=POINT)
+        joined(base, tiny_memory(input_size=64), lmbda=0.4, input_point=POINT)
     monkeypatch.setattr(quantized_base, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="4-bit weights need bitsandbytes: pip install bitsandbytes"):
         bits_config(4)

@@ -5,10 +5,10 @@ import torch
 
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.gates import HistoryGate, RouterGate
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant
 from mlpmem_ds.serving.row_layout import RowLayout, layout_of
 
+from ..joint_models import joined
 from ..models.conftest import WIDTH, tiny_base, tiny_joint, tiny_memory
 
 LAST = CapturePoint(layer=3, point="final_norm")
@@ -67,7 +67,7 @@ def test_the_layout_of_a_bank_and_of_a_gate_that_reads_a_state() -> None:
 
 def test_the_layout_of_a_window_and_of_a_history() -> None:
     memory = tiny_memory(input_size=3 * WIDTH, window=3)
-    joint = MemoryAugmentedLM.from_parts(tiny_base("llama"), memory, lmbda=0.4, input_point=MIDDLE)
+    joint = joined(tiny_base("llama"), memory, lmbda=0.4, input_point=MIDDLE)
     layout = layout_of(joint.config, HistoryGate(lmbdas=[0.3]))
     assert (layout.windows, layout.past, layout.history_size) == ({"memory_input": 3}, 2, 4)
     assert layout.reads_past and layout.own_width == 2 * WIDTH

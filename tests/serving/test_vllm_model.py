@@ -18,6 +18,7 @@ from mlpmem_ds.models.shared_head import head_fingerprint
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.serving.request_weights import STEP
 
+from ..joint_models import joined
 from ..models.conftest import VOCAB, WIDTH, random_ids, spread, tiny_base, tiny_joint, tiny_memory
 from .conftest import BLOCK_SIZE, CONTEXT, BaseWithOutputs, engine_config
 from .toy_exports import spread_features
@@ -81,7 +82,7 @@ def expected_of(joint: MemoryAugmentedLM, rows: torch.Tensor = ROWS) -> torch.Te
 def joint_at(point: CapturePoint, family: str = "llama", **changes: Any) -> MemoryAugmentedLM:
     input_size = WIDTH * len(point.parts) * changes.get("window", 1)
     memory = tiny_memory(input_size=input_size, **changes)
-    return MemoryAugmentedLM.from_parts(tiny_base(family), memory, lmbda=0.4, input_point=point)
+    return joined(tiny_base(family), memory, lmbda=0.4, input_point=point)
 
 
 @pytest.mark.parametrize("base_class", [None, BaseWithOutputs], ids=["hooks", "outputs"])
@@ -217,7 +218,7 @@ def test_a_memory_with_the_bases_head_uses_the_engines(vllm: SimpleNamespace) ->
     base = tiny_base("llama")
     fingerprint = head_fingerprint(output_head(base)[0])
     memory = tiny_memory(hidden_size=WIDTH, shared_head=fingerprint)
-    joint = MemoryAugmentedLM.from_parts(base, memory, lmbda=0.4, input_point=POINTS["last"])
+    joint = joined(base, memory, lmbda=0.4, input_point=POINTS["last"])
     assert not any("memory.head" in name for name in joint.state_dict())
     model = served(vllm, joint)
     torch.testing.assert_close(logits_of(model), expected_of(joint), rtol=0, atol=1e-5)

@@ -19,6 +19,7 @@ from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 from mlpmem_ds.models.shared_head import head_fingerprint
 from mlpmem_ds.models.structure import output_head
 
+from ..joint_models import joined
 from ..toy_tokenizers import byte_level
 
 VOCAB, WIDTH, NUM_LAYERS, LENGTH = 384, 128, 4, 64
@@ -65,7 +66,7 @@ def make_export(
     """
     base = _base(family)
     shared = head_fingerprint(output_head(base)[0]) if has_base_head else None
-    joint = MemoryAugmentedLM.from_parts(
+    joint = joined(
         base,
         _memory(point, 3, shared_head=shared, window=window),
         lmbda=lmbda,

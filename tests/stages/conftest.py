@@ -38,10 +38,10 @@ from mlpmem_ds.formats.evaluation import (
 )
 from mlpmem_ds.formats.keys import KeysManifest, file_name, unit_name
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 
+from ..joint_models import joined
 from ..manifests import codec_manifest, keys_manifest
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -372,7 +372,7 @@ def save_export(root: Path, base_dir: Path, corpus_dir: Path, *, lmbda: float) -
         initializer_range=0.4,
     )
     tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
-    MemoryAugmentedLM.from_parts(
+    joined(
         GPT2LMHeadModel.from_pretrained(base_dir).eval(),
         Memory(shape),
         lmbda=lmbda,

@@ -30,18 +30,8 @@ def join_parts(
         UserError: the parts do not fit each other.
     """
     try:
-        first, *further = (_pretrained(trained) for trained in inputs.memories)
-        joint = MemoryAugmentedLM.from_parts(
-            base,
-            first.module,
-            lmbda=inputs.lmbda,
-            input_point=first.point,
-            further=further,
-            layers_path=inputs.trained.provenance.input_layers_path,
-            cast=cast,
-            provenance=first.provenance,
-            vocabulary_sha256=first.vocabulary_sha256,
-        )
+        memories = [_pretrained(trained) for trained in inputs.memories]
+        joint = MemoryAugmentedLM.join(base, memories, lmbda=inputs.lmbda, cast=cast)
         if inputs.gate is not None:
             gate = stored_gate(inputs.gate)
             joint.set_gate(gate.to(base.device) if isinstance(gate, torch.nn.Module) else gate)
@@ -70,7 +60,6 @@ def _pretrained(trained: TrainedMemory) -> PretrainedMemory:
     return PretrainedMemory(
         module=memory.eval().requires_grad_(False),
         **CapturePoint.of(provenance).settings(),
-        lmbda=None,
         vocabulary_sha256=provenance.vocabulary_sha256,
         provenance=to_json(provenance),
     )

@@ -10,11 +10,12 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.evaluation import samples
 from mlpmem_ds.stages.evaluation.samples import continue_samples
+
+from ...joint_models import joined
 
 ROWS = 320  # of a head for the 300 entries of the toy tokenizer
 
@@ -27,7 +28,7 @@ def test_samples_are_of_the_tokenizers_entries(corpus_dir: Path, monkeypatch: py
         base.lm_head.weight[300:] *= 9
     base.generation_config = GenerationConfig(repetition_penalty=9.0, min_new_tokens=8, temperature=0.1)
     shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=16, num_blocks=1, vocab_size=ROWS)
-    joint = MemoryAugmentedLM.from_parts(base, Memory(shape), lmbda=0.1, input_point=CapturePoint(layer=0))
+    joint = joined(base, Memory(shape), lmbda=0.1, input_point=CapturePoint(layer=0))
     tokens: list[list[int]] = []
     continue_batch = samples.continue_batch
 

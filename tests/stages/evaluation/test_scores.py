@@ -26,6 +26,7 @@ from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
 from mlpmem_ds.stages.retrieval.knn_scorer import TEMPERATURE_FACTORS
 
+from ...joint_models import joined
 from .conftest import (
     TEMPERATURE,
     Finished,
@@ -76,7 +77,7 @@ def test_guesses_are_those_of_plain_fp64_models(
     entropy = -(np.exp(log_probabilities) * log_probabilities).sum(1)
     wanted = np.stack([log_probabilities[rows, top], entropy, top == labels], axis=1)
     np.testing.assert_allclose(read_scores(config.output, "test", "base", "guesses"), wanted, atol=2e-5)
-    memory = MemoryAugmentedLM.from_parts(
+    memory = joined(
         GPT2LMHeadModel.from_pretrained(base_dir),
         open_inputs(config, World()).playing("subject")[0].memory,
         lmbda=1.0,
@@ -145,7 +146,7 @@ def test_an_exported_memory_scores_as_the_training_does(
     config: Config, artifacts: Path, base_dir: Path, finished: Finished
 ) -> None:
     provenance = json.loads((artifacts / "memory" / "weights" / "config.json").read_bytes())["provenance"]
-    joint = MemoryAugmentedLM.from_parts(
+    joint = joined(
         GPT2LMHeadModel.from_pretrained(base_dir),
         load_memory(artifacts / "memory"),
         lmbda=0.3,

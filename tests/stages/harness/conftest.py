@@ -11,9 +11,10 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+
+from ...joint_models import joined
 
 WORDS = ("alpha", "beta", "gamma", "index", "value", "range")
 
@@ -29,9 +30,7 @@ def export_dir(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_
     output = tmp_path_factory.mktemp("run_lm_eval") / "export"
     shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=20, num_blocks=1, vocab_size=300)
     base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
-    MemoryAugmentedLM.from_parts(
-        base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)
-    ).save_pretrained(output)
+    joined(base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)).save_pretrained(output)
     AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").save_pretrained(output)
     return output
 

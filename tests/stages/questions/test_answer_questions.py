@@ -19,7 +19,6 @@ from mlpmem_ds.formats.answers import read_answers
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.question_files import Question
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.questions import answer_questions
@@ -27,6 +26,8 @@ from mlpmem_ds.stages.questions.answer_questions import draw_examples, prompt_wi
 from mlpmem_ds.stages.questions.config import Config
 from mlpmem_ds.stages.questions.passages import cut_passages
 from mlpmem_ds.stages.questions.results import interval_of_change
+
+from ...joint_models import joined
 
 OPEN = [{"question": f"what is {word}", "answer": [word, "value"]} for word in ("alpha", "beta", "gamma")]
 CHOICES = [
@@ -48,9 +49,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir:
     root = tmp_path_factory.mktemp("questions")
     shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=20, num_blocks=1, vocab_size=300)
     base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
-    MemoryAugmentedLM.from_parts(
-        base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)
-    ).save_pretrained(root / "export")
+    joined(base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)).save_pretrained(
+        root / "export"
+    )
     base.save_pretrained(root / "other")
     for name in ("export", "other"):
         AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").save_pretrained(root / name)

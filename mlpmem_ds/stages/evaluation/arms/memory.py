@@ -109,21 +109,12 @@ def joint_of(arms: Sequence[MemoryArm], lmbda: float) -> MemoryAugmentedLM:
     source = arms[0].base.source
     with torch.device("meta"):  # an int8 memory cannot be taken apart and put together again
         stand_ins = [Memory(arm.memory.config) for arm in arms]
-    further = [
-        PretrainedMemory(
-            module=stand_in, **arm.point.settings(), lmbda=None, vocabulary_sha256="", provenance={}
-        )
-        for arm, stand_in in zip(arms[1:], stand_ins[1:], strict=True)
+    provenance = {"input_layers_path": source.layers_path}
+    memories = [
+        PretrainedMemory(module=stand_in, **arm.point.settings(), provenance=provenance)
+        for arm, stand_in in zip(arms, stand_ins, strict=True)
     ]
-    joint = MemoryAugmentedLM.from_parts(
-        source.model,
-        stand_ins[0],
-        lmbda=lmbda,
-        input_point=arms[0].point,
-        further=further,
-        layers_path=source.layers_path,
-        cast=False,
-    )
+    joint = MemoryAugmentedLM.join(source.model, memories, lmbda=lmbda, cast=False)
     joint.memory = arms[0].memory
     for number, arm in enumerate(arms[1:]):
         joint.further_memories[number] = arm.memory
