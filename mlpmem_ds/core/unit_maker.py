@@ -63,7 +63,7 @@ class UnitMaker:
                 claim.
 
         Raises:
-            DamagedDataError: it was damaged, and came out with other bytes than its record has.
+            DamagedDataError: it was damaged, and when made again it has other bytes than its record says.
         """
         path = self._records.path(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
