@@ -186,26 +186,6 @@ def read_stage(
     )
 
 
-def read_manifest(root: Path, *, stage: str, version: int, flag: str) -> tuple[dict[str, Any], str]:
-    """Read the manifest of a complete stage and check that its files are there, as `read_stage` does.
-
-    Args:
-        root: the stage's directory.
-        stage: format name, such as "keys".
-        version: the version that the caller understands.
-        flag: how the user named the directory, for messages.
-
-    Returns:
-        the manifest and its SHA-256.
-
-    Raises:
-        UserError: missing, incomplete or of another kind.
-        DamagedDataError: of another version, unreadable, or with a file missing or of another size.
-    """
-    values, sha256, _ = _read(root, stage=stage, version=version, flag=flag)
-    return values, sha256
-
-
 def _read(
     root: Path, *, stage: str, version: int, flag: str, has_files: bool = True
 ) -> tuple[dict[str, Any], str, Files]:

@@ -11,13 +11,12 @@ import re
 
 _HEX = "[0-9a-f]"
 _NOT_WRITABLE = re.compile(rf"[\ud800-\udfff]|\\(?=x{_HEX}{{2}}|u{_HEX}{{4}})")
-_SPELLED = re.compile(rf"\\x({_HEX}{{2}})|\\u({_HEX}{{4}})")
 
 
 def spell_name(name: str) -> str:
     r"""A name in valid Unicode: a byte that is not UTF-8 as `\xe9`, another half of a pair as `\ud83d`.
 
-    Two names never get one spelling (`read_name` gives the name back): where a name itself has a backslash
+    Two names never get one spelling (it can be read back): where a name itself has a backslash
     before what looks like such a number, the backslash is written as `\x5c`. Other names stay as they are.
     """
     if name.isascii() and "\\" not in name:
@@ -43,15 +42,3 @@ def _spelled(match: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # as os.fsdecode keeps a byte
         return f"\\x{code - 0xDC00:02x}"
     return "\\x5c" if match[0] == "\\" else f"\\u{code:04x}"
-
-
-def read_name(spelled: str) -> str:
-    """The name that `spell_name` has spelled."""
-
-    def character(match: re.Match[str]) -> str:
-        if match[2]:
-            return chr(int(match[2], 16))
-        code = int(match[1], 16)
-        return chr(code if code < 0x80 else 0xDC00 + code)
-
-    return _SPELLED.sub(character, spelled)

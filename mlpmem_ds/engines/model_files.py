@@ -71,7 +71,7 @@ def max_context_of_model(name_or_path: str) -> int:
     return max_context_of(AutoConfig.from_pretrained(name, trust_remote_code=False))
 
 
-def check_generation_file(name_or_path: str, *, flag: str = "--model") -> None:
+def check_generation_file(name_or_path: str) -> None:
     """Refuse a damaged generation_config.json, which transformers passes over in silence, and token ids in it
     or in config.json that are none.
 
@@ -79,7 +79,7 @@ def check_generation_file(name_or_path: str, *, flag: str = "--model") -> None:
         UserError: with the file and what is wrong.
     """
     files = (GENERATION_FILE, "config.json")
-    check_model_files(name_or_path, flag=flag, names=files)
+    check_model_files(name_or_path, flag="--model", names=files)
     for file in files:
         path = model_file(name_or_path, file)
         if path is None:
@@ -87,15 +87,15 @@ def check_generation_file(name_or_path: str, *, flag: str = "--model") -> None:
         try:
             settings = parse_json(path.read_text(encoding="utf-8"))
         except ValueError as error:  # not UTF-8, or not JSON
-            raise UserError(f"{flag} {name_or_path}: {file} is damaged ({error}): restore it") from error
+            raise UserError(f"--model {name_or_path}: {file} is damaged ({error}): restore it") from error
         if not isinstance(settings, dict):
-            raise UserError(f"{flag} {name_or_path}: {file} is damaged (it holds no object): restore it")
+            raise UserError(f"--model {name_or_path}: {file} is damaged (it holds no object): restore it")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = settings.get(name)
             listed = ids if isinstance(ids, list) and name == "eos_token_id" else [ids]
             if ids is not None and any(isinstance(one, bool) or not isinstance(one, int) for one in listed):
                 raise UserError(
-                    f"{flag} {name_or_path}: {file} has {str(ids)[:40]!r} as {name}, which is no token id:"
+                    f"--model {name_or_path}: {file} has {str(ids)[:40]!r} as {name}, which is no token id:"
                     " write a whole number there"
                 )
 

@@ -81,22 +81,6 @@ def text_lines(stream: BinaryIO, *, name: str, encoding: str = "utf-8") -> Itera
         ) from error
 
 
-def json_lines(stream: BinaryIO, *, name: str, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
-    """(line's number from 1, value) of the lines that are not blank.
-
-    Raises:
-        UserError: a line is not text or not one JSON value; names the line.
-    """
-    for number, line in text_lines(stream, name=name, encoding=encoding):
-        line = line.removeprefix("\ufeff")  # also where files with marks were joined
-        if line.strip():
-            try:
-                value = parse_json(line)
-            except NotJsonError as error:
-                raise _not_json(name, number, error) from error
-            yield number, value
-
-
 def json_records(stream: BinaryIO, *, name: str, encoding: str = "utf-8") -> Iterator[JsonRecord]:
     """The values of JSON lines; else the items of the array, or the one value, that the file is.
 

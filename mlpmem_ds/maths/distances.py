@@ -48,17 +48,18 @@ def check_dims(num_dims: int) -> None:
         raise ValueError(f"int8 codes of {num_dims} dimensions overflow int32; use at most {_MAX_DIMS}")
 
 
-def distance_ranks(
-    queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None, key_norms_K: Tensor | None = None
-) -> Tensor:
-    """int32 [Q, K] that orders like the distances; ``key_norms_K`` as in `squared_distances`."""
+def distance_ranks(queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None) -> Tensor:
+    """int32 [Q, K] that orders like the distances.
+
+    ``scratch``, int32 of Q K numbers or more, holds the result for int8 codes; None: a tensor of its own.
+    """
     if not are_codes(queries_QD, keys_KD):
         return (
             squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)
         )  # abs: inf - inf has the sign bit
     if scratch is not None:
         scratch = scratch[: len(queries_QD) * len(keys_KD)].view(len(queries_QD), len(keys_KD))
-    return squared_distances(queries_QD, keys_KD, out=scratch, key_norms_K=key_norms_K)
+    return squared_distances(queries_QD, keys_KD, out=scratch)
 
 
 def ranks_in_list(

@@ -123,7 +123,6 @@ class Capture:
         self, model: PreTrainedModel, points: Sequence[CapturePoint], *, layers_path: str | None = None
     ) -> None:
         self._model = model
-        self._layers_path = layers_path
         self._places = {point: [_place(model, part, layers_path) for part in point.parts] for point in points}
 
     def __call__(self, input_ids_BS: torch.Tensor) -> CapturedStates:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
@@ -14,19 +12,17 @@ from mlpmem_ds.core import file_lists
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import files_of, list_files
 from mlpmem_ds.core.files import FileRecord, publish_json, read_json
-from mlpmem_ds.core.manifest import CompleteStage, Manifest, is_own_directory, read_manifest, read_stage
+from mlpmem_ds.core.manifest import CompleteStage, is_own_directory, read_stage
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.keys import open_keys
 
-from .toy_stage import UNITS, Config, run
+from .toy_stage import UNITS, Config, ToyManifest, read_toy, run
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToyManifest(Manifest):
-    FORMAT: ClassVar[str] = "toy"
-    VERSION: ClassVar[int] = 1
-
-    total: int
+class NextManifest(ToyManifest):
+    VERSION = 2
 
 
 def test_a_damaged_manifest_is_the_users_error(tmp_path: Path) -> None:
@@ -37,27 +33,27 @@ def test_a_damaged_manifest_is_the_users_error(tmp_path: Path) -> None:
     for bad in (good.replace('"files"', '"filas"'), good.replace('"sha256"', '"sha255"'), "[]", good[:50]):
         path.write_text(bad)
         with pytest.raises(DamagedDataError, match="manifest"):
-            read_manifest(config.output, stage="toy", version=1, flag="--toy")
+            read_toy(config.output)
 
 
 def test_readers_refuse_what_is_missing_foreign_or_damaged(tmp_path: Path) -> None:
     config = Config(output=tmp_path / "toy")
     with pytest.raises(UserError, match="does not exist"):
-        read_manifest(config.output, stage="toy", version=1, flag="--toy")
+        read_toy(config.output)
     run(config, World())
-    manifest, sha256 = read_manifest(config.output, stage="toy", version=1, flag="--toy")
-    assert manifest["total"] == 10 and len(sha256) == 64
+    stage = read_toy(config.output)
+    assert stage.manifest.total == 10 and len(stage.sha256) == 64
     with pytest.raises(UserError, match="holds mlpmem-toy, not mlpmem-keys: give the output of extract_keys"):
-        read_manifest(config.output, stage="keys", version=1, flag="--keys")
+        open_keys(config.output)
     with pytest.raises(
         UserError, match="is not a directory of mlpmem corpus: give the output of prepare_corpus"
     ):
-        read_manifest(tmp_path, stage="corpus", version=1, flag="--corpus")
+        open_corpus(tmp_path, "train")
     with pytest.raises(DamagedDataError, match="version 1, this program reads 2"):
-        read_manifest(config.output, stage="toy", version=2, flag="--toy")
+        read_stage(CompleteStage, NextManifest, config.output, flag="--toy")
     (config.output / "part-4.npy").write_bytes(b"short")
     with pytest.raises(DamagedDataError, match=r"part-4\.npy has 5 bytes"):
-        read_manifest(config.output, stage="toy", version=1, flag="--toy")
+        read_toy(config.output)
 
 
 def test_a_file_is_compared_in_size_when_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +62,7 @@ def test_a_file_is_compared_in_size_when_it_is_used(tmp_path: Path, monkeypatch:
     run(config, World())
     monkeypatch.setattr(file_lists, "_MAX_CHECKED", 1)
     (config.output / "part-4.npy").unlink()
-    stage = read_stage(CompleteStage, ToyManifest, config.output, flag="--toy")
+    stage = read_toy(config.output)
     assert stage.path_of("part-1.npy") == config.output / "part-1.npy"
     with pytest.raises(DamagedDataError, match=r"part-4\.npy is missing: run the stage .* again"):
         stage.path_of("part-4.npy")
@@ -85,7 +81,7 @@ def test_a_start_asks_for_as_many_files_however_many_there_are(tmp_path: Path) -
         (tmp_path / record.name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / record.name).touch()
     with counted_calls(tmp_path) as calls:
-        stage = read_stage(CompleteStage, ToyManifest, tmp_path, flag="--toy")
+        stage = read_toy(tmp_path)
     assert len(stage.files) == 61_000
     assert calls["opens"] + calls["stats"] < 150
 

@@ -1,10 +1,29 @@
+"""A name as text: valid UTF-8, and read back as the same name."""
+
+from __future__ import annotations
+
 import os
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmem_ds.core.names import printable, read_name, spell_name, spell_path
+from mlpmem_ds.core.names import printable, spell_name, spell_path
+
+_SPELLED = re.compile(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})")
+
+
+def read_name(spelled: str) -> str:
+    """The name that `spell_name` has spelled."""
+
+    def character(match: re.Match[str]) -> str:
+        if match[2]:
+            return chr(int(match[2], 16))
+        code = int(match[1], 16)
+        return chr(code if code < 0x80 else 0xDC00 + code)
+
+    return _SPELLED.sub(character, spelled)
 
 
 @given(st.binary(max_size=40))

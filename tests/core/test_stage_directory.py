@@ -20,12 +20,11 @@ from mlpmem_ds.core.claims import holder
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_array, sha256_of_file
 from mlpmem_ds.core.log import read_events
-from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 
-from .toy_stage import UNITS, Config, result_of, run
+from .toy_stage import UNITS, Config, read_toy, result_of, run
 
 
 def test_a_broken_run_continues_to_the_same_bytes(tmp_path: Path, straight: dict[str, str]) -> None:
@@ -33,7 +32,7 @@ def test_a_broken_run_continues_to_the_same_bytes(tmp_path: Path, straight: dict
     with pytest.raises(RuntimeError):
         run(config, World(), fail_at="3")
     with pytest.raises(UserError, match="not complete"):
-        read_manifest(config.output, stage="toy", version=1, flag="--toy")
+        read_toy(config.output)
     assert run(config, World()) == ["3", "4"]
     assert result_of(config.output) == straight
     assert run(config, World()) == []

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
@@ -23,6 +24,14 @@ class Config(Flags):
     output: Path = option("directory")
     factor: int = option("factor", 2)
     threads: int = option("threads", 1, identity="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyManifest(Manifest):
+    FORMAT: ClassVar[str] = "toy"
+    VERSION: ClassVar[int] = 1
+
+    total: int
 
 
 def run(
@@ -46,6 +55,11 @@ def run(
         UNITS, lambda: {"total": sum(summary["sum"] for summary in directory.summaries(UNITS))}
     )
     return computed
+
+
+def read_toy(root: Path) -> CompleteStage[ToyManifest]:
+    stage: CompleteStage[ToyManifest] = read_stage(CompleteStage, ToyManifest, root, flag="--toy")
+    return stage
 
 
 def result_of(root: Path) -> dict[str, str]:

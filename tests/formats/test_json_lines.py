@@ -16,7 +16,6 @@ from mlpmem_ds.formats import json_lines as module
 from mlpmem_ds.formats.json_lines import (
     NotJsonError,
     RepeatedNames,
-    json_lines,
     json_records,
     parse_json,
     text_lines,
@@ -31,7 +30,8 @@ ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
 
 
 def lines_of(content: bytes) -> list[tuple[int, Any]]:
-    return list(json_lines(io.BytesIO(content), name="x.jsonl"))
+    """(line, value) of JSON lines, of which the first is no array: that would be all."""
+    return [(number, value) for _, number, value in json_records(io.BytesIO(content), name="x.jsonl")]
 
 
 def records_of(content: bytes) -> list[tuple[str, int, Any]]:
@@ -39,7 +39,7 @@ def records_of(content: bytes) -> list[tuple[str, int, Any]]:
 
 
 @given(
-    values=st.lists(VALUES, min_size=1, max_size=5),
+    values=st.lists(VALUES, min_size=1, max_size=5).filter(lambda values: not isinstance(values[0], list)),
     encoding=st.sampled_from(ENCODINGS),
     end=st.sampled_from(["\n", "\r\n"]),
     is_ascii=st.booleans(),
@@ -102,10 +102,12 @@ def test_a_name_that_stands_twice_is_marked_where_the_values_differ() -> None:
         (b'1\n{"text": "abc', "line 2 is not JSON .Unterminated string"),
         (b"1\n\xff\n", "line 2 is not UTF-8"),
         (b"1\n" + b"\0" * 4096, "line 2 is not JSON .it holds only zero bytes"),
-        ("{}\n".encode("utf-16-le"), "line 1 is not JSON .*UTF-16 without a mark"),
+        ("{}\n".encode("utf-16-le"), "is neither JSON lines .line 1: .*UTF-16 without a mark"),
+        ("1\n".encode("utf-16-le"), "line 1 is not JSON .*UTF-16 without a mark"),
         ("1\n2".encode("utf-16")[:-1], "line [12] is not UTF-16.*truncated data"),
-        (b"[" * 100_000, "line 1 is not JSON .*nested too deep"),
-        (b"{'a': 1}", "line 1 is not JSON"),
+        (b"[" * 100_000, "is neither JSON lines .line 1: .*nested too deep"),
+        (b"1\n" + b"[" * 100_000, "line 2 is not JSON .*nested too deep"),
+        (b"{'a': 1}", "is neither JSON lines .line 1: "),
         (b"1 2", "line 1 is not JSON .Extra data"),
     ],
 )
@@ -142,25 +144,23 @@ def test_a_text_that_is_no_json_says_where() -> None:
 
 def test_lines_of_a_named_encoding() -> None:
     mixed = '{"a": "ü"}\n'.encode() + '{"a": "é"}\n'.encode("latin-1")
-    found = json_lines(io.BytesIO(mixed), name="x", encoding="latin-1")
-    assert [value for _, value in found] == [{"a": "ü"}, {"a": "é"}]
+    found = json_records(io.BytesIO(mixed), name="x", encoding="latin-1")
+    assert [record.value for record in found] == [{"a": "ü"}, {"a": "é"}]
     plain = '{"a": "\u2028"}\n\n"é"'.encode("utf-16-le")
-    assert list(json_lines(io.BytesIO(plain), name="x", encoding="utf-16-le")) == [
-        (1, {"a": "\u2028"}),
-        (3, "é"),
-    ]
+    found = json_records(io.BytesIO(plain), name="x", encoding="utf-16-le")
+    assert [record[1:] for record in found] == [(1, {"a": "\u2028"}), (3, "é")]
     with pytest.raises(UserError, match="x line 2 is not UTF-8 .*--encoding"):
-        list(json_lines(io.BytesIO(mixed), name="x"))
+        list(json_records(io.BytesIO(mixed), name="x"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-be", "utf-16"])
 @pytest.mark.parametrize("written", ["utf-8", "utf-8-sig"])
 def test_what_is_utf_8_stays_so_where_a_wide_encoding_is_named(encoding: str, written: str) -> None:
     content = '{"a": "é"}\n{"a": "日"}\n'.encode(written)
-    found = json_lines(io.BytesIO(content), name="x", encoding=encoding)
-    assert [value for _, value in found] == [{"a": "é"}, {"a": "日"}]
+    found = json_records(io.BytesIO(content), name="x", encoding=encoding)
+    assert [record.value for record in found] == [{"a": "é"}, {"a": "日"}]
     with pytest.raises(UserError, match="x line 2 is not UTF-8"):
-        list(json_lines(io.BytesIO(content.replace("日".encode(), b"\xff")), name="x", encoding=encoding))
+        list(json_records(io.BytesIO(content.replace("日".encode(), b"\xff")), name="x", encoding=encoding))
 
 
 def test_a_wrong_first_line_of_json_lines_is_said_before_the_rest_is_read(

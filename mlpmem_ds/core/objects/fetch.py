@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,23 +105,15 @@ def _parts_of(store: Store, record: FileRecord, start: int) -> Iterator[bytes | 
         yield from in_order(pool, read, starts, ahead=_PARTS_AHEAD)
 
 
-def fetch_files(
-    store: Store,
-    records: Iterable[FileRecord],
-    root: Path,
-    *,
-    threads: int = THREADS,
-    done: Callable[[FileRecord], None] = lambda _: None,
-) -> None:
+def fetch_files(store: Store, records: Iterable[FileRecord], root: Path, *, threads: int = THREADS) -> None:
     """Several files at once; those that are there are replaced."""
 
-    def fetch(record: FileRecord) -> FileRecord:
+    def fetch(record: FileRecord) -> None:
         fetch_file(store, record, root)
-        return record
 
     with ThreadPoolExecutor(threads) as pool:
-        for record in in_order(pool, fetch, records, ahead=2 * threads):
-            done(record)
+        for _ in in_order(pool, fetch, records, ahead=2 * threads):
+            pass
 
 
 def not_whole(root: Path, records: Iterable[FileRecord], *, threads: int = THREADS) -> list[FileRecord]:

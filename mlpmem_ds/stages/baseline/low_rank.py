@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.stages.base.model import MODULE_PREFIX, save_model
 
-_logger = logging.getLogger(__name__)
 _ADAPTER = "adapter"
 
 

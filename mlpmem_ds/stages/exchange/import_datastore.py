@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -69,7 +68,6 @@ from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.structure import resolve_layer
 from mlpmem_ds.stages.exchange.config import ImportConfig
 
-_logger = logging.getLogger(__name__)
 _TOKENIZER_UNIT = "tokenizer"
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from mlpmem_ds.core.manifest import read_manifest
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import model_files
-from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
+from mlpmem_ds.formats.evaluation import Evaluation, open_report, read_evaluation
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.stages.evaluation import evaluate, units
 from mlpmem_ds.stages.evaluation.config import Config
@@ -54,7 +53,7 @@ def test_three_ranks_killed_at_random_leave_the_bytes_of_one(
     assert killed_runs(evaluate.run, config, ranks=3, kills=1, seed=3) == 1
     for root in (config.output, config.output.with_name(f"{config.output.name}-undisturbed")):
         check_equal_results(root, read_evaluation(root), finished)
-        read_manifest(root, stage="report", version=1, flag="--output")
+        open_report(root)
 
 
 def test_a_run_that_stopped_in_a_unit_continues_after_the_units_that_are_done(
