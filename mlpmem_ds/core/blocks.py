@@ -32,7 +32,8 @@ class Window(NamedTuple):
 
 
 def split_blocks(total: int, size: int) -> list[Block]:
-    """Cut [0, total) into blocks of `size`; the last one may be shorter."""
+    """Cut [0, total) into blocks of `size`; the last one may be shorter. Raises ValueError for a size
+    below 1."""
     if size < 1:
         raise ValueError(f"a block needs at least one position, not {size}")
     return [Block(start, min(start + size, total)) for start in range(0, total, size)]

@@ -24,7 +24,7 @@ REFUSED, LOST_RANK = 2, 75
 
 @contextmanager
 def package_for(flag: str, name: str, remedy: str) -> Iterator[None]:
-    """An import inside that fails becomes a UserError: what needs the package, the reason, and the remedy."""
+    """Within, an import that fails raises a UserError: what needs the package, the reason, and the remedy."""
     try:
         yield
     except ImportError as error:

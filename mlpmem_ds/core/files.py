@@ -186,8 +186,16 @@ def read_sealed_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
 
 
 def parse_sealed_json(content: bytes, where: str, *, remedy: str) -> dict[str, Any]:
-    """As `read_sealed_json`, of bytes that are not in a file; `where` they are from and the `remedy`, for
-    messages."""
+    """As `read_sealed_json`, of bytes that are not in a file.
+
+    Args:
+        content: the bytes.
+        where: they are from, for messages.
+        remedy: for messages.
+
+    Raises:
+        DamagedDataError: they are no JSON object, or do not have their checksum.
+    """
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -57,14 +57,18 @@ class ArrowTable:
         return combined.chunk(0) if hasattr(combined, "num_chunks") else combined
 
     def numbers(self, name: str, start: int, stop: int) -> np.ndarray:
-        """The same of a column of numbers, as an array [n]."""
+        """The same of a column of numbers, as an array [n]. Raises UserError for a null, with its row."""
         column = self.column(name, start, stop)
         if column.null_count:
             raise self.fault(start + _first_null(column), f"{name} has no value")
         return np.asarray(column)
 
     def lists(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(numbers in each row [n], all of them [E]) of a column of lists; a null is an empty list."""
+        """(numbers in each row, int64 [n]; all of them [E]) of a column of lists; a null is an empty list.
+
+        Raises:
+            UserError: a null within a list, with its row.
+        """
         column = self.column(name, start, stop)
         lengths = import_arrow("compute", path=Path(self.flag)).list_value_length(column).fill_null(0)
         counts_n, flat = np.asarray(lengths).astype(np.int64), column.flatten()

@@ -34,7 +34,8 @@ class CountedRows:
         return self._corpus.num_counted
 
     def positions(self, rows: Block) -> np.ndarray:
-        """int64 [n]: the positions of the rows [start, stop), ascending."""
+        """int64 [n]: the positions of the rows [start, stop), ascending. Raises ValueError for rows outside
+        the split."""
         if not self._corpus.has_answers:
             return np.arange(*rows)
         if not 0 <= rows.start <= rows.stop <= self.num_rows:

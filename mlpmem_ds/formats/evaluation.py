@@ -167,6 +167,8 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
+    """Where it was measured; `cores` None where the system does not say."""
+
     platform: str
     cores: int | None
 

@@ -33,6 +33,8 @@ class RepeatedNames(dict[str, Any]):
 
 
 class JsonRecord(NamedTuple):
+    """A value of a file, and where it stands."""
+
     place: str
     """`line 3`, or `item 3` of an array"""
     number: int

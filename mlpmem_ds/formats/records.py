@@ -63,7 +63,17 @@ class RepeatedFieldError(ValueError):
 def record_of(
     path: Path, place: str, key: str, values: Any, text_field: str, group_field: str | None
 ) -> Record | Omission:
-    """The record of an object with the requested fields; an omission where its text is null."""
+    """The record of an object with the requested fields; an omission where its text is null.
+
+    Args:
+        path, place: of the object, for messages.
+        key: the record's name within its file.
+        values: the object.
+        text_field, group_field: the fields' names; a record need not have a group.
+
+    Raises:
+        UserError: it is no object, lacks a field, or has one twice; names the place.
+    """
     if not isinstance(values, Mapping):
         raise UserError(
             f"{path} {place} is not an object with the field {text_field} (it is no object): mend it or"

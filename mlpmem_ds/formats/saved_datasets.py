@@ -105,7 +105,11 @@ def others_of_dataset(root: Path, files: Iterable[Path]) -> list[Path]:
 
 def read_dataset_of_name(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
     """`datasets:NAME[:CONFIGURATION[:SPLIT]]`, streamed by the package `datasets`; the split is `train` by
-    default."""
+    default.
+
+    Raises:
+        UserError: there is no such data set, a record has not the fields, or the package is not installed.
+    """
     _, name, *rest = str(path).split(":", 3)  # a split may hold colons of its own
     configuration, split = (rest[0] or None) if rest else None, rest[1] if len(rest) > 1 else "train"
     if not name or not split:

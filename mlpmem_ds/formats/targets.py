@@ -139,7 +139,7 @@ class Targets(CompleteStage[TargetsManifest]):
 
     def gather(self, positions_n: np.ndarray) -> SparseRows:
         """The rows of any positions, in their order, repeated ones too; a sample that holds several of them
-        is read once."""
+        is read once. Raises as `read`."""
         positions_n = np.asarray(positions_n, dtype=np.int64)
         if len(positions_n) and not 0 <= positions_n.min() <= positions_n.max() < self.num_positions:
             raise ValueError(f"some positions are not among {self.num_positions}")
@@ -169,7 +169,8 @@ class Targets(CompleteStage[TargetsManifest]):
 
     @cached_property
     def order_V(self) -> np.ndarray | None:
-        """The vocabulary's order of frequency, where the encoding needs it."""
+        """The vocabulary's order of frequency, integers [V], where the encoding needs it. Raises
+        DamagedDataError where it is none."""
         if self.encoding == "exact":
             return None
         self.check(ORDER_NAME)
@@ -203,7 +204,7 @@ class Targets(CompleteStage[TargetsManifest]):
                     ) from error
 
     def index_of(self, shard: TargetShard) -> ShardIndex:
-        """The index of a shard, known to be whole and to agree with the manifest."""
+        """The index of a shard. Raises DamagedDataError where it is not whole or contradicts the manifest."""
         with self._lock:
             if shard.name in self._indexes:
                 self._indexes.move_to_end(shard.name)

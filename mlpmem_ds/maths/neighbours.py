@@ -163,6 +163,7 @@ def check_search(
 
 
 def check_probes(probes_QP: Array, num_queries: int, num_lists: int) -> None:
+    """Raises ValueError unless ``probes_QP`` has a row a query, of different list numbers (-1: none)."""
     if len(probes_QP) != num_queries:
         raise ValueError(f"{len(probes_QP)} rows of probes for {num_queries} queries")
     if probes_QP.size and (probes_QP.max() >= num_lists or probes_QP.min() < -1):

@@ -19,7 +19,7 @@ def perplexity(log_probabilities_N: Array) -> float:
 
 
 def bits_per_byte(log_probabilities_N: Array, num_bytes: int) -> float:
-    """Bits spent on the positions, by byte of the text they cover."""
+    """Bits spent on the positions, by byte of the text they cover. Raises ValueError for an empty text."""
     if num_bytes < 1:
         raise ValueError(f"the text has {num_bytes} bytes; bits per byte need at least 1")
     return float(-_float64(log_probabilities_N).sum() / np.log(2.0) / num_bytes)

@@ -186,7 +186,11 @@ def add_gradients(
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """The chunk's entries that have mass, and after them its labels."""
+    """The chunk's entries that have mass, and after them its labels.
+
+    int64 [A] each: rows of the chunk, ids of the vocabulary, and places in a store of the logits of all
+    tiles, tile after tile.
+    """
 
     row_A: Tensor
     id_A: Tensor
@@ -198,6 +202,7 @@ class Named:
 
 
 def named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> Named:
+    """Where the logits that a chunk's loss names lie among those of all tiles."""
     entries, num_rows = (
         slice(targets.offsets[chunk.start], targets.offsets[chunk.stop]),
         chunk.stop - chunk.start,

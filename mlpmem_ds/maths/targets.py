@@ -48,7 +48,7 @@ def truncate(rows: SparseRows, mass: float, keep_ids_Q: Array | None = None) -> 
     comes first.
 
     ``keep_ids_Q``: one id a row (the gold token) that stays if the row has it. What is kept is not
-    renormalized; what is not joins the rows' dropped mass.
+    renormalized; what is not joins the rows' dropped mass. Raises ValueError for a mass outside (0, 1].
     """
     if not 0 < mass <= 1:
         raise ValueError(

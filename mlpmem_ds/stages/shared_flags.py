@@ -146,7 +146,7 @@ def layers(help: str, *, identity: Identity) -> Any:
 
 
 def layer_number(text: str) -> Layer:
-    """`-1` is an index, `0.7` a fraction of the depth."""
+    """`-1` is an index, `0.7` a fraction of the depth. Raises argparse's error for another word."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError as error:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 
 class PathLocks:
+    """The lock of each path; a path that was asked for keeps its own."""
+
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)

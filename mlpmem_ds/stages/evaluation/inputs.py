@@ -126,7 +126,7 @@ def _with_different_names(arms: Iterable[Arm]) -> tuple[Arm, ...]:
 
 
 def refuse_training_text(splits: Mapping[str, Split], arms: Sequence[Arm]) -> None:
-    """No arm may be judged on text that it holds or was trained on."""
+    """Raises UserError where an arm would be judged on text that it holds or was trained on."""
     trained = {text for arm in arms for text in arm.trained_on}
     for split in splits.values():
         if (split.corpus.sha256, split.corpus.name) in trained:

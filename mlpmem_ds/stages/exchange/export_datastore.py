@@ -29,7 +29,11 @@ _ROWS = 4096
 
 
 def run(config: ExportConfig, world: World) -> None:
-    """Write the files; each appears whole. Ranks take one each."""
+    """Write the files; each appears whole. Ranks take one each.
+
+    Raises:
+        UserError: inputs that do not belong together or lack what is asked for, or pyarrow is not installed.
+    """
     keys = open_keys(config.keys)
     targets = None if config.targets is None else open_targets(config.targets)
     if targets is not None and targets.keys_sha256 != keys.sha256:

@@ -90,7 +90,11 @@ class _Source:
 
 
 def run(config: ImportConfig, world: World) -> None:
-    """Import what is given; every input is checked before anything is written."""
+    """Import what is given; every input is checked before anything is written.
+
+    Raises:
+        UserError: inputs that do not belong together, or are not what they should be.
+    """
     source = _open_source(config) if config.datastore else None
     targets = open_arrow(config.targets, TARGETS, flag="--targets") if config.targets else None
     keys = open_keys(config.keys) if config.keys is not None else None

@@ -57,7 +57,11 @@ class Source:
         quantization: Any = None,
     ) -> MemoryAugmentedLM:
         """The joint model, on the device or spread over several; `quantization` is of the base, as
-        transformers takes it."""
+        transformers takes it.
+
+        Raises:
+            UserError: it cannot be loaded; QuantizationError: not with this quantization.
+        """
         options, parts = self.options, self.parts
         if parts is None:
             joint = load_model(

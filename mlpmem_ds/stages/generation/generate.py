@@ -52,6 +52,9 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     Args:
         write: receives the pieces of the one text if `--stream` is given; the returned text is whole in any
             case.
+
+    Raises:
+        UserError: the model, its parts or the prompts are not there, or do not fit each other.
     """
     asked = read_conversations(config) if config.chat else read_prompts(config)
     if config.stream and len(asked) > 1:

@@ -83,7 +83,7 @@ def read_sample(
 
 
 def fit_sample(states_ND: np.ndarray, dim: int, seed: int) -> FittedCodec:
-    """`maths.codec.fit_codec`, with the user's errors."""
+    """`maths.codec.fit_codec`; its ValueError is a UserError here."""
     try:
         return fit_codec(states_ND, dim, seed=seed)
     except ValueError as error:

@@ -75,7 +75,7 @@ class NamesOthers(Protocol):
 
 
 def list_arms(config: Config) -> list[Arm]:
-    """The arms that the flags name, the base first."""
+    """The arms that the flags name, the base first. Raises UserError for --lambdas without a memory."""
     has_memory = is_export(config.model)
     if config.lambdas and not has_memory:
         raise UserError(

@@ -62,6 +62,13 @@ _MARGIN_OF_BYTES = 1.05
 
 
 def run(config: Config, world: World) -> None:
+    """Write the targets of all positions. A rank that has lost the others, and shared only files with them,
+    goes on alone.
+
+    Raises:
+        UserError: inputs that do not belong together, too small a disk, or another run's output.
+        RanksLost: another rank is gone.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:

@@ -316,6 +316,13 @@ _CONTROLS = {
 
 
 def memory_description(provenance: Provenance, weights: str, *, shares_head: bool = False) -> str:
+    """The arm of a memory in words: how it was trained, or which control it is.
+
+    Args:
+        provenance: of the memory.
+        weights: `--memory-weights`.
+        shares_head: its output head is the base's.
+    """
     rounded = "; its matrices are rounded to int8 once read" if weights == "int8" else ""
     rounded = f"; its output head is the base's own{rounded}" if shares_head else rounded
     if provenance.control is not None:
