@@ -7,7 +7,7 @@ dense_grid    the plain way: log_softmax of both heads over the whole vocabulary
               λ.
 dense_gather  less plain: log_softmax of both, then the labels' entries, every λ from these.
 
-All in float32 with sums in float64. CPU seconds are compared. What a λ costs is measured alone, for it is
+All in float32 with sums in float64. CPU seconds are compared. What a λ costs is measured alone, because it is
 lost in the noise of the rest: `grid_over_single` = (heads + all λ) / (heads + one λ). Peak memory as in the
 benchmark `loss`.
 

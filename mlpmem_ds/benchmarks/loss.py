@@ -10,7 +10,7 @@ torch_lce_plus_bag  the same made to compute our loss:
                     Σ m = 1 gives L = CE(y) - Σ h · Σ_i (m_i - [i = y]) W_i + const.
 torch_lce_onednn    torch_lce with PyTorch's float32 products by oneDNN, as ours: what is left of the
                     difference is our own. It rests on PyTorch's setting for 16-bit products inside float32,
-                    and is left out where the processor has such products, for there it would change the
+                    and is left out where the processor has such products, because there it would change the
                     numbers.
 products            the three matrix products of any exact loss and nothing else, by the same libraries as
                     ours: the least time that a loss can take on this processor. It says which part of a ratio

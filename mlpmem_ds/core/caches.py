@@ -21,7 +21,7 @@ def move_caches(environment: MutableMapping[str, str]) -> None:
     """Let caches that would lie where nothing can be written lie in a temporary directory, which is removed
     when the process ends; what the user has set stands.
 
-    Called before the libraries are imported, for they look once.
+    Called before the libraries are imported, because they look once.
     """
     missing = [
         name

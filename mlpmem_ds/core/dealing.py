@@ -37,7 +37,7 @@ def dealt_units(units: Sequence[str], dealer: Dealer, counter: str) -> Iterator[
 
 
 def free_units(units: Sequence[str], records: UnitRecords, world: World) -> Iterator[str]:
-    """The others' units without record and claim: each rank's last one first, for it gets there last."""
+    """The others' units without record and claim: each rank's last one first, because it gets there last."""
     others = ((world.rank + step) % world.size for step in range(1, world.size))
     rows = itertools.zip_longest(*(reversed(deal(units, other, world.size)) for other in others))
     listing, listed = records.listing(), time.monotonic()

@@ -31,7 +31,7 @@ _REFUSED_FILE = "MLPMEM_REFUSED"  # launch/supervise.sh sets it to the path of a
 def keep_bars_to_terminals(environment: MutableMapping[str, str], *, is_terminal: bool) -> None:
     """Draw no progress bars into a log; what the user has set stands.
 
-    Called before transformers and huggingface_hub are imported, for they look once.
+    Called before transformers and huggingface_hub are imported, because they look once.
     """
     if not is_terminal:
         environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

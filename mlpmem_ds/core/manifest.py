@@ -78,7 +78,7 @@ class CompleteStage(Generic[AnyManifest]):
 
     Who compares its files with what the manifest says: `read_stage` the sizes of all, or of a sample above
     1,000; `path_of` the size of a file whenever it is opened; `check_files` the checksums of those that a
-    stage is about to read, for a flipped byte would be a wrong result in silence: large ones once, by one
+    stage is about to read, because a flipped byte would be a wrong result in silence: large ones once, by one
     rank (core/verified_inputs.py), small ones once a process; `inspect_run` everything.
 
     `sha256` of manifest.json, by which later stages name it; `inputs` name → SHA-256 of what it was made

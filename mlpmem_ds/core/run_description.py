@@ -168,7 +168,7 @@ def check_output(output: Path, *, stage: str, leftovers: Collection[str] = ()) -
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose a directory")
     # The first name that shows is enough: large directories are not listed by every rank. The identity is
-    # looked for after it, for other ranks are starting too, and write that first.
+    # looked for after it, because other ranks are starting too, and write that first.
     shows_a_name = _shows_a_name(output, leftovers)
     if (output / "identity.json").is_file() or has_records(output):
         _refuse_other_format(output, stage)

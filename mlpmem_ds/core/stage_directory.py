@@ -108,8 +108,8 @@ class StageDirectory:
         Args:
             units: every unit of this phase, in the same order on every rank.
             compute: writes a unit's files through the writer and returns its summary (plain values).
-            take_over: whether any rank can compute any unit. False where `compute` works on one rank alone:
-                that one makes it without a claim, for what a killed run has left of one would keep it out.
+            take_over: whether any rank can compute any unit. False where `compute` works on one rank alone,
+                which makes it without a claim: one that a killed run has left would keep it out.
             read_here: whether later units of this stage read these.
         """
         if read_here:

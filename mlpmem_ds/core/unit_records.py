@@ -122,7 +122,7 @@ class UnitRecords:
 
     def read_all(self, units: Sequence[str]) -> tuple[list[FileRecord], dict[str, dict[str, Any]]]:
         """The files of all units, in their order, and each unit's summary: every record is read once, several
-        at a time, for a network file system answers after a while."""
+        at a time, because a network file system answers after a while."""
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             records = list(readers.map(self.read, units))
         files = [file for record in records for file in _files_of(record)]

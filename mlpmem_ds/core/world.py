@@ -71,7 +71,7 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
                     f"the launcher's {shown} do not fit: ranks count from 0 to {size_name} - 1; unset them or"
                     " start through a launcher"
                 )
-            # A rank's number among those of its host is its number among all on the first host alone, for
+            # A rank's number among those of its host is its number among all on the first host alone:
             # the ranks below it are then there too.
             return World(rank=rank, size=size, local_rank=local_rank, is_on_first_host=rank == local_rank)
     return World()

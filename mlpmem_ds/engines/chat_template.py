@@ -42,7 +42,7 @@ class RenderedChat:
 class ChatEncoder:
     """Conversations → documents; `open_chat_encoder` makes one.
 
-    `encoder` parses special tokens, for templates are written with them. `template` is of Jinja.
+    `encoder` parses special tokens, because templates are written with them. `template` is of Jinja.
     """
 
     encoder: TextEncoder

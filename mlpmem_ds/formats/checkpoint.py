@@ -150,8 +150,8 @@ def remove_old_checkpoints(root: Path, keep: int, *, needed: Collection[Path] = 
 def remove_unfinished(root: Path) -> None:
     """End a replacement that a killed run had begun, and remove what it left half written (`*.tmp`).
 
-    A replacement begins when the new checkpoint is whole: it is the one that counts, for the former may be
-    replaced because it is damaged.
+    A replacement begins when the new checkpoint is whole: it is the one that counts, because the former
+    may have been damaged.
     """
     if not root.is_dir():
         return

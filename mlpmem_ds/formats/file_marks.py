@@ -73,6 +73,6 @@ def is_no_text_by_name(name: str) -> bool:
 
 @cache
 def _is_no_text_suffix(suffix: str) -> bool:
-    """Kept, for a million pictures have few suffixes."""
+    """Kept, because a million pictures have few suffixes."""
     kind, packing = _TYPES.guess_type(f"name{suffix}", strict=False)
     return bool(kind and not packing and _NO_TEXT.match(kind))

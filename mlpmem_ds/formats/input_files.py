@@ -118,9 +118,9 @@ def _paths_of(given: str) -> list[Path]:
     if not matches:
         hint = f"check the path (a data set of the Hub is {DATASET_PREFIX}NAME)"
         if given == "-":
-            hint = "write what comes from standard input to a file, for inputs are read twice"
+            hint = "write what comes from standard input to a file, because inputs are read twice"
         elif "://" in given:
-            hint = "download it first, for inputs are files of this machine"
+            hint = "download it first, because inputs are files of this machine"
         raise UserError(f"--input {given} does not exist and matches nothing: {hint}")
     return matches
 

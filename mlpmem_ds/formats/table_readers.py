@@ -73,7 +73,7 @@ def read_table(path: Path, rules: ReadRules) -> Iterator[Record | Omission]:
 
 @contextmanager
 def _seekable(path: Path) -> Iterator[IO[bytes]]:
-    """The file; where it is compressed, its content in a temporary file, for tables are not read in order."""
+    """The file; where it is compressed, a temporary file of its content: tables are not read in order."""
     with opened(path) as stream:
         if isinstance(stream.raw, io.FileIO):
             yield stream

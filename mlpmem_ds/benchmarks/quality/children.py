@@ -72,7 +72,7 @@ class _Forked:
 
 
 def make_launcher(preloaded: Sequence[str] = _PRELOADED) -> Launch:
-    """A launcher of children; their environment is set here, for it is read when libraries are imported."""
+    """A launcher of children; their environment is set here, as libraries read it when imported."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin slow a shared machine many times
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")

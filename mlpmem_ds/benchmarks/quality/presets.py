@@ -246,7 +246,7 @@ REAL = Preset(
     epochs=6,
     start=("--head", "base", "--learning-rate", "1e-3"),
     fresh=("--learning-rate", "2e-3"),
-    # Validated twice an epoch, for each reads the tuning split.
+    # Validated twice an epoch, because each reads the tuning split.
     models=("--epochs", "2", "--validate-every", "26", "--early-stopping-patience", "2"),
     rates={},
     # bfloat16 products, float32 weights and moments: 2.1 times the speed of cpu.json, the same loss.

@@ -2,8 +2,8 @@
 a minute or two, and named.
 
 A collective of NCCL or gloo waits for its own time limit where the other side is silent and its connection
-stays open, as after a cut link or a host that was switched off; and that limit must be long, for a rank may
-be at a long step, a checkpoint or a compilation. So a thread of each rank gives a sign of life every two
+stays open, as after a cut link or a host that was switched off; and that limit must be long, because a rank
+may be at a long step, a checkpoint or a compilation. So a thread of each rank gives a sign of life every two
 seconds, through the store in which the ranks met, and looks at the next rank's. A rank that is slow gives
 signs; one whose signs have stopped for the time limit, by the clock of the rank that looks, is lost. The main
 thread may be inside a library for as long as the connection lives, so the process is ended from here.

@@ -1,4 +1,4 @@
-"""What `--base-only-threshold` does where no gate varies the memory's weight: said, for it is not meant."""
+"""A warning of what `--base-only-threshold` does where no gate varies the memory's weight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def warn_of_fixed_weights(threshold: float | None, gates: Sequence[StoredGate], 
         out += [f"{weight:g}" for weight in weights if 0 < weight < threshold]
     effect = "changes nothing"
     if out:
-        effect = f"leaves the memory out everywhere, for its weight is {', '.join(dict.fromkeys(out))}"
+        effect = f"leaves the memory out everywhere, because its weight is {', '.join(dict.fromkeys(out))}"
     _logger.warning(
         "--base-only-threshold %g is for a gate (--gate), and here the weight is the same at every position:"
         " it %s",

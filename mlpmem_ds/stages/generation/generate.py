@@ -266,7 +266,7 @@ def _generation_config(
     """What the flags say, and the export's end tokens; nothing else of its generation_config.json."""
     if ignored := choosing_settings(model.generation_config):
         _logger.info(
-            "not taken from the export's generation_config.json, for the flags say how tokens are chosen: %s",
+            "the flags say how tokens are chosen; not taken from the export's generation_config.json: %s",
             ", ".join(f"{name} {value}" for name, value in ignored.items()),
         )
     sampling: dict[str, Any] = {"do_sample": False}

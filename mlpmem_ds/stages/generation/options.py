@@ -39,6 +39,6 @@ class JointOptions(Flags):
         for name in ("gate", "tokenizer"):
             if getattr(self, name) is not None and not self.memory:
                 raise UserError(
-                    f"--{name} goes with --memory, for an export has its own: give --memory, and the base as"
-                    " --model"
+                    f"--{name} goes with --memory, because an export has its own: give --memory, and the base"
+                    " as --model"
                 )

@@ -132,7 +132,7 @@ def _ranking_task(path: Path) -> dict[str, Any]:
 
 
 def _local_data(path: Path, same_question: str) -> dict[str, Any]:
-    """One split is asked and gives the examples: a test split, for then none is the question itself."""
+    """One split is asked and gives the examples: a test split, because then none is the question itself."""
     return {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"validation": str(path.resolve())}},

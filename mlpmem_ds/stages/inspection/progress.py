@@ -1,7 +1,7 @@
 """Part of `inspect_run`: how far a stage is, from the lines that its ranks write to log.jsonl.
 
-The first look at a stage lists the folders of its records once, for a line may have been lost in a crash; all
-later looks read what was added to the logs. So a look costs as much as there is new, and never as many
+The first look at a stage lists the folders of its records once, because a line may have been lost in a crash;
+all later looks read what was added to the logs. So a look costs as much as there is new, and never as many
 operations as there are units. Rates come from the times of one rank's own events: clocks of hosts are not
 compared, except for the time since a rank's last sign of life.
 """

@@ -115,7 +115,7 @@ def _name_left_out(source: Path, directories: list[LocalDirectory]) -> None:
     sent = {directory.name.partition("/")[0] for directory in directories}
     others = [path.name for path in sorted(source.iterdir()) if path.is_dir() and path.name not in sent]
     if others := [name for name in others if not name.startswith(".")]:
-        _logger.warning("left out, for they are no stages: %s; send each by itself", ", ".join(others))
+        _logger.warning("left out, because they are no stages: %s; send each by itself", ", ".join(others))
 
 
 def _mirrors_at(url: str) -> tuple[list[tuple[str, Store]], list[str]]:

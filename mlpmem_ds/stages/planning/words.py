@@ -1,4 +1,4 @@
-"""Part of `plan`: bytes, times and prices in words; three digits, for they are estimates."""
+"""Part of `plan`: bytes, times and prices in words; three digits, because they are estimates."""
 
 from __future__ import annotations
 

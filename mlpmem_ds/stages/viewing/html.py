@@ -144,7 +144,7 @@ def _passage(number: int, passage: Passage) -> str:
 
 
 def _data(opinion: Opinion | None) -> Any:
-    """What the script shows of a token; short names, for there are many."""
+    """What the script shows of a token; short names, because there are many."""
     if opinion is None:
         return None
     numbers = (opinion.base, opinion.memory, opinion.joint, opinion.weight)

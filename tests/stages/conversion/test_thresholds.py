@@ -16,9 +16,9 @@ from mlpmem_ds.stages.conversion import thresholds
         (None, [Constant(0.3)], 1, ""),
         (0.1, [Constant(0.3)], 1, "it changes nothing"),
         (0.3, [Constant(0.0), Constant(0.3)], 1, "it changes nothing"),
-        (0.5, [Constant(0.3)], 1, "it leaves the memory out everywhere, for its weight is 0.3"),
-        (0.5, [Constant(0.2), Constant(0.8)], 2, "everywhere, for its weight is 0.1, 0.4"),
-        (0.2, [Weights((0.1, 0.4))], 2, "everywhere, for its weight is 0.1"),
+        (0.5, [Constant(0.3)], 1, "it leaves the memory out everywhere, because its weight is 0.3"),
+        (0.5, [Constant(0.2), Constant(0.8)], 2, "everywhere, because its weight is 0.1, 0.4"),
+        (0.2, [Weights((0.1, 0.4))], 2, "everywhere, because its weight is 0.1"),
     ],
 )
 def test_what_is_said(

@@ -100,7 +100,7 @@ def test_each_lambda_is_scored_by_its_own_model(
     assert not caplog.records
     flags: dict[str, Any] = {"lambdas": ("0.9", "0.1"), "base_only_threshold": 0.5}
     run_lm_eval.run(Config(model=str(export_dir), questions=questions, **flags), World())
-    assert caplog.text.count("it leaves the memory out everywhere, for its weight is 0.1") == 1
+    assert caplog.text.count("it leaves the memory out everywhere, because its weight is 0.1") == 1
     assert [lmbda for lmbda, *_ in seen[2:]] == [0.9, 0.1]
 
 
