@@ -25,8 +25,6 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.attention import reason_against
 from mlpmem_ds.engines.host_copies import HostCopies, to_device
 from mlpmem_ds.engines.model_files import check_model_reads, max_context_of
-from mlpmem_ds.engines.model_files import fingerprint_model as fingerprint_model
-from mlpmem_ds.engines.model_files import vocabulary_of_model as vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.window_tokens import WindowTokens, window_tokens
@@ -192,10 +190,10 @@ class TransformersSource:
         or on disk."""
         if not hasattr(self.model, "hf_device_map"):
             return contextlib.nullcontext()
-        return weights_at_hand(self.model.get_output_embeddings())
+        return weights_on_device(self.model.get_output_embeddings())
 
 
-def weights_at_hand(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+def weights_on_device(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """The weights of a module, of a base that may be spread over devices, on their device while this is
     open."""
     from accelerate.utils import align_module_device

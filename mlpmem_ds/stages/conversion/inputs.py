@@ -10,12 +10,12 @@ from typing import Any
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import sha256_of_file
-from mlpmem_ds.engines.hidden_states import fingerprint_model
 from mlpmem_ds.engines.model_cards import CardFacts
 from mlpmem_ds.engines.model_files import (
     GENERATION_FILE,
     check_generation_file,
     fetch_directory,
+    fingerprint_model,
     model_file,
 )
 from mlpmem_ds.formats.checkpoint import Checkpoint

@@ -31,7 +31,7 @@ from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.engines.tokenizer import definition_sha256, open_encoder, require_end, vocab_size
 from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.arrow_tables import (

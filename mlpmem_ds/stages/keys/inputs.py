@@ -19,11 +19,10 @@ from mlpmem_ds.engines.hidden_states import (
     StateSource,
     TransformersSource,
     check_source_reads,
-    fingerprint_model,
     resolve_point,
     state_width,
-    vocabulary_of_model,
 )
+from mlpmem_ds.engines.model_files import fingerprint_model, vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.keys import CodecManifest, KeysManifest
 from mlpmem_ds.models.capture_point import CapturePoint

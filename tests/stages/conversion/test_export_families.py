@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights, write_weights
 from mlpmem_ds.models.backbone import capture

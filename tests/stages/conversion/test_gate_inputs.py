@@ -19,7 +19,7 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.gates import GateManifest, GateMemory, read_gate, write_gate_weights
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.gates import ConfidencesGate, HistoryGate, LearnedGate, RouterGate

@@ -17,7 +17,7 @@ from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.trained_models import MemoryManifest, write_weights
 from mlpmem_ds.models.memory import Memory

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.world import World
-from mlpmem_ds.engines.hidden_states import fingerprint_model
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.models.hf import MemoryAugmentedLM

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
+from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores
 from mlpmem_ds.stages.evaluation.config import Config

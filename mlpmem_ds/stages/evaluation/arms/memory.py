@@ -20,12 +20,8 @@ import torch
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.typed_json import from_json
-from mlpmem_ds.engines.hidden_states import (
-    fingerprint_model,
-    resolve_point,
-    state_width,
-    weights_at_hand,
-)
+from mlpmem_ds.engines.hidden_states import resolve_point, state_width, weights_on_device
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.trained_models import (
     MemoryManifest,
@@ -368,7 +364,7 @@ def memory_scores(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray
 
 def _float_scores(head: Any, hidden_nH: torch.Tensor, tokens_nJ: torch.Tensor) -> HeadScores:
     is_shared = isinstance(head, SharedHead)
-    with weights_at_hand(head.module) if is_shared else contextlib.nullcontext():
+    with weights_on_device(head.module) if is_shared else contextlib.nullcontext():
         transform = None if head.transform.is_identity else head.transform
         device = head.weight.device
         return head_scores(

@@ -8,7 +8,8 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
-from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads, fingerprint_model
+from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest
 from mlpmem_ds.stages.evaluation.arms.arm import Price, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_source, num_parameters
