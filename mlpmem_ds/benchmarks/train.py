@@ -61,7 +61,7 @@ from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
-from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.models.objective import MemoryWithLoss
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.training.loop import max_memory
 
@@ -229,7 +229,7 @@ def make_engine(memory: MemoryConfig, file: str, rows: int, world: World) -> Eng
         gradient_clipping=_CLIPPING,
     )
     return build_engine(
-        partial(MemoryObjective, memory, alpha=_ALPHA),
+        partial(MemoryWithLoss, memory, alpha=_ALPHA),
         config=ds_config,
         settings=AdamWSettings(),
         seed=_SEED,

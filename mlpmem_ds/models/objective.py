@@ -137,7 +137,7 @@ class SparseHead(nn.Module):
         return loss, torch.stack([getattr(sums, name).float() for name in names]).detach()
 
 
-class MemoryObjective(Memory):
+class MemoryWithLoss(Memory):
     """A `Memory` whose forward is the training loss; its state dict has the names of a plain `Memory`.
 
     With `joined_lambda` it needs a `base_end` before its first forward, on the device and in the dtype of the

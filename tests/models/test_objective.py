@@ -10,7 +10,7 @@ import torch
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.models.objective import MemoryWithLoss
 
 CONFIG = MemoryConfig(input_size=7, hidden_size=10, intermediate_size=23, num_blocks=2, vocab_size=31)
 ALPHA = 0.3
@@ -30,7 +30,7 @@ def make_targets():
 @pytest.mark.parametrize("mixture_lambda", [None, 0.25])
 def test_loss_and_gradients_equal_dense_autograd(mixture_lambda):
     torch.manual_seed(0)
-    objective = MemoryObjective(CONFIG, alpha=ALPHA, mixture_lambda=mixture_lambda)
+    objective = MemoryWithLoss(CONFIG, alpha=ALPHA, mixture_lambda=mixture_lambda)
     plain = Memory(CONFIG)
     plain.load_state_dict(objective.state_dict())
     plain = plain.double()
@@ -62,7 +62,7 @@ def test_loss_and_gradients_equal_dense_autograd(mixture_lambda):
 
 def test_names_are_those_of_a_plain_memory_and_so_is_the_start():
     torch.manual_seed(5)
-    objective = MemoryObjective(CONFIG, alpha=ALPHA)
+    objective = MemoryWithLoss(CONFIG, alpha=ALPHA)
     torch.manual_seed(5)
     plain = Memory(CONFIG)
     assert list(objective.state_dict()) == list(plain.state_dict())
@@ -73,10 +73,10 @@ def test_names_are_those_of_a_plain_memory_and_so_is_the_start():
 def test_a_head_that_is_lent_gives_the_same_loss_and_gradients_as_a_frozen_copy():
     config = dataclasses.replace(CONFIG, head_bias=True, logit_softcap=3.0)
     torch.manual_seed(0)
-    copied = MemoryObjective(config, alpha=ALPHA)
+    copied = MemoryWithLoss(config, alpha=ALPHA)
     copied.head.requires_grad_(False)
     torch.nn.init.normal_(copied.head.bias)
-    lent = MemoryObjective(dataclasses.replace(config, shared_head="a base's"), alpha=ALPHA)
+    lent = MemoryWithLoss(dataclasses.replace(config, shared_head="a base's"), alpha=ALPHA)
     own = {name: tensor for name, tensor in copied.state_dict().items() if not name.startswith("head.")}
     lent.load_state_dict(own)
     opened = []
@@ -100,7 +100,7 @@ def test_a_head_that_is_lent_gives_the_same_loss_and_gradients_as_a_frozen_copy(
 
 
 def test_label_log_probabilities():
-    objective = MemoryObjective(CONFIG, alpha=ALPHA)
+    objective = MemoryWithLoss(CONFIG, alpha=ALPHA)
     inputs, labels = torch.randn(3, CONFIG.input_size), torch.tensor([3, 0, 30])
     plain = Memory(CONFIG)
     plain.load_state_dict(objective.state_dict())
@@ -110,7 +110,7 @@ def test_label_log_probabilities():
 
 def test_all_logits_are_those_of_the_plain_head():
     config = dataclasses.replace(CONFIG, head_bias=True, logit_scale=0.5, logit_softcap=2.0)
-    objective, plain = MemoryObjective(config, alpha=ALPHA), Memory(config)
+    objective, plain = MemoryWithLoss(config, alpha=ALPHA), Memory(config)
     torch.nn.init.normal_(objective.head.bias)
     plain.load_state_dict(objective.state_dict())
     hidden = torch.randn(3, config.hidden_size)

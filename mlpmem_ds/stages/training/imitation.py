@@ -14,7 +14,7 @@ from torch import nn
 from mlpmem_ds.formats.training_rows import MicroBatch
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.objective import HELPFUL_SUM_NAMES, SUM_NAMES, MemoryObjective
+from mlpmem_ds.models.objective import HELPFUL_SUM_NAMES, SUM_NAMES, MemoryWithLoss
 from mlpmem_ds.stages.training.config import Config
 
 
@@ -57,7 +57,7 @@ class Imitation:
         return self.mixture_lambda is not None or self.only_helpful
 
     def make_module(self) -> nn.Module:
-        return MemoryObjective(
+        return MemoryWithLoss(
             self.memory,
             alpha=self.alpha,
             mixture_lambda=self.mixture_lambda,

@@ -18,7 +18,7 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.logit_transform import LogitTransform
 from mlpmem_ds.models.memory import make_norm
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.models.objective import MemoryWithLoss
 from mlpmem_ds.models.structure import UnknownStructureError
 from mlpmem_ds.stages.training.base_files import open_base_files
 from mlpmem_ds.stages.training.base_start import whole_start
@@ -54,7 +54,7 @@ class Joined(Imitation):
         return super().flops_per_row + _FLOPS_OF_A_BASE_WEIGHT * self.memory.vocab_size * width
 
     def make_module(self) -> nn.Module:
-        return MemoryObjective(
+        return MemoryWithLoss(
             self.memory,
             alpha=self.alpha,
             mixture_lambda=self.mixture_lambda,

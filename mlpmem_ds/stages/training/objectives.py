@@ -38,7 +38,7 @@ class MemoryObjective(Objective, Protocol):
 
     @property
     def needs_base_end(self) -> bool:
-        """Whether its module, a `models.objective.MemoryObjective`, is given the base's norm and head."""
+        """Whether its module, a `models.objective.MemoryWithLoss`, is given the base's norm and head."""
 
 
 OBJECTIVES: Mapping[str, Callable[[Config, MemoryConfig], MemoryObjective]] = {

@@ -38,7 +38,7 @@ from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.models.activations import compile_activations, compiled_activation, recompute_activations
 from mlpmem_ds.models.base_end import BaseEnd
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.objective import MemoryObjective as MemoryModule
+from mlpmem_ds.models.objective import MemoryWithLoss
 from mlpmem_ds.stages.training.automatic import settle
 from mlpmem_ds.stages.training.base_files import Read
 from mlpmem_ds.stages.training.base_start import open_base_start
@@ -244,7 +244,7 @@ def _give_base(
 ) -> None:
     """Give the module what it takes of the base: its end for the objective, its head for the memory."""
     module = engine.module
-    assert isinstance(module, MemoryModule)
+    assert isinstance(module, MemoryWithLoss)
     if base_end is not None:
         module.base_end = base_end.to(engine.device, engine.dtype)
     if memory.shared_head is not None:
@@ -274,7 +274,7 @@ def _prepare(
             set_parameter(parameter, partial(initial.tensor, name), world)
     for name, read in starts.items():
         set_parameter(model.get_parameter(name), read, world)
-    assert isinstance(model, MemoryModule)
+    assert isinstance(model, MemoryWithLoss)
     recompute_activations(model, config.recompute_activations)
     if config.compile:
         compile_activations(model)

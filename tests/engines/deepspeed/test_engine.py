@@ -24,7 +24,7 @@ from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.deepspeed.zero_state import set_parameter
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.models.objective import MemoryWithLoss
 set_up_distributed(World())
 memory = MemoryConfig(input_size=48, hidden_size=64, intermediate_size=256, num_blocks=2, vocab_size=500)
 for name, file in json.loads(sys.argv[1]).items():
@@ -32,7 +32,7 @@ for name, file in json.loads(sys.argv[1]).items():
         set_parameter(model.final_norm.bias, lambda: torch.full((64,), 0.5), World())
     config = resolve_ds_config(Path(file), batch=4, batch_flag="--b", world_size=1, max_micro_batch=4,
                                gradient_clipping=1.0)
-    built = build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config, settings=AdamWSettings(),
+    built = build_engine(lambda: MemoryWithLoss(memory, alpha=0.5), config=config, settings=AdamWSettings(),
                          seed=3, world=World(), prepare=start_head)
     torch.save(built.write_weights(Path(sys.argv[2]), name).read(), sys.argv[2] + "/" + name + ".pt")
 """

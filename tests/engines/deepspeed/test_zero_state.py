@@ -32,7 +32,7 @@ from mlpmem_ds.engines.deepspeed.zero_state import link_moments, set_parameter
 from mlpmem_ds.engines.processes import sum_over_ranks
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.models.objective import MemoryWithLoss
 import_deepspeed()
 root, limit, sleep = Path(sys.argv[1]), *map(float, sys.argv[2:4])
 files = json.loads(sys.argv[4])
@@ -43,7 +43,7 @@ def build(name, world, **more):
                                max_micro_batch=6, gradient_clipping=1.0)
     if config["zero_optimization"]["stage"] == 3:  # some matrices are cut, the rest stays whole on each rank
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 120
-    return build_engine(lambda: MemoryObjective(memory, alpha=0.5), config=config,
+    return build_engine(lambda: MemoryWithLoss(memory, alpha=0.5), config=config,
                         settings=AdamWSettings(), seed=3, world=world, **more)
 
 def everything(engine):

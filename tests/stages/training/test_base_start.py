@@ -25,7 +25,7 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
-from mlpmem_ds.models.objective import MemoryObjective
+from mlpmem_ds.models.objective import MemoryWithLoss
 from mlpmem_ds.models.past_states import with_past
 from mlpmem_ds.models.quantized import quantize_linears
 from mlpmem_ds.models.structure import UnknownStructureError
@@ -61,7 +61,7 @@ def started(path: Path, point: CapturePoint, *, family: str = "gelu", input_size
         **start.fields,
     )
     torch.manual_seed(0)
-    memory = MemoryObjective(config, alpha=0.5)
+    memory = MemoryWithLoss(config, alpha=0.5)
     start.check_fits(vocab_size=vocab_size, hidden_size=width, input_size=input_size)
     for name, read in start.parameters(config).items():
         memory.get_parameter(name).data.copy_(read())
@@ -313,7 +313,7 @@ def test_it_is_the_base_before_the_first_step(family: str, point: CapturePoint, 
     wanted_N1 = expected_BSV.reshape(len(tokens_N1), -1).gather(1, tokens_N1)
     found_N1 = memory_scores(memory, inputs_ND, tokens_N1.numpy()).log_probabilities_NJ
     assert (found_N1 - wanted_N1).abs().max() < 2e-5
-    objective = MemoryObjective(memory.config, alpha=0.5)
+    objective = MemoryWithLoss(memory.config, alpha=0.5)
     objective.load_state_dict(memory.state_dict())
     labels_N = objective.label_log_probabilities(inputs_ND, tokens_N1[:, 0])
     assert (labels_N - wanted_N1[:, 0]).abs().max() < 2e-5
