@@ -29,7 +29,7 @@ from mlpmem_ds.stages.questions.arms import (
     load_plain,
     ready_answerer,
 )
-from mlpmem_ds.stages.questions.lengths import Room
+from mlpmem_ds.stages.questions.lengths import ContextLimit
 from mlpmem_ds.stages.shared_flags import device_map_of, grid_of
 
 _logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Models:
                 found["gate"] = parts.gate.sha256
         return found
 
-    def room(self, reader: Reader) -> Room:
+    def context_limit(self, reader: Reader) -> ContextLimit:
         """How the reader's model reads, without its weights."""
         if reader.flag == "--model" and self._source is not None:
             tokenizer, context = self._source.tokenizer, self._source.context or NO_LIMIT
@@ -109,7 +109,7 @@ class Models:
             label=f"the tokenizer of {reader.flag}",
             special_tokens=self._config.special_tokens,
         )
-        return Room(flag=reader.flag, encoder=encoder, context=context)
+        return ContextLimit(flag=reader.flag, encoder=encoder, context=context)
 
     def of(self, reader: Reader, *, begin_tokens: bool) -> Answerer:
         """The reader's model, ready to answer prompts with the tokenizer's begin tokens, or without them."""

@@ -33,7 +33,7 @@ from mlpmem_ds.models.mixture import Constant
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.grid_scores import GATE_NAME, Weighting, mixed_by, score_continuations
 from mlpmem_ds.stages.harness.halves import Halves, split_halves
-from mlpmem_ds.stages.harness.lengths import check_room
+from mlpmem_ds.stages.harness.lengths import check_context
 from mlpmem_ds.stages.harness.readers import JOINT, Models, describe_arms, list_readers
 from mlpmem_ds.stages.harness.suite_page import page_of
 from mlpmem_ds.stages.harness.suite_results import TaskLines, read_lines, score_task
@@ -89,12 +89,12 @@ def run_suite(config: Config, world: World) -> str | None:
         require_bm25s()
         corpus = open_corpus(config.passages, "train", flag="--passages")
     hashes = models.hashes(readers)
-    rooms = [models.room(reader) for reader in readers]
+    limits = [models.context_limit(reader) for reader in readers]
     asked = [draw(task, config.limit) for task in chosen.tasks]  # last: a millisecond a document
     inputs = {f"task-{each.task.name}": _hash_of(each) for each in asked}
-    for room in rooms:
+    for limit in limits:
         for each in asked:
-            check_room(each.task, each.documents.values(), room, config.max_new_tokens)
+            check_context(each.task, each.documents.values(), limit, config.max_new_tokens)
     directory = open_stage(
         config.output,
         stage=SuitesManifest.FORMAT,

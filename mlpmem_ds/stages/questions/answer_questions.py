@@ -77,9 +77,9 @@ def run(config: Config, world: World) -> str | None:
     asked = {name: [*sets[name], *examples[name]] for name in sets}
     inputs = {f"questions-{name}": _hash_of(questions) for name, questions in asked.items()}
     hashes, answerers = hash_models(arms), Answerers(config, device)
-    rooms = answerers.rooms(arms)
+    limits = answerers.context_limits(arms)
     for name, questions in sets.items():
-        check_questions(name, questions, rooms, config.max_new_tokens)
+        check_questions(name, questions, limits, config.max_new_tokens)
     directory = open_stage(
         config.output,
         stage=AnswersManifest.FORMAT,

@@ -21,7 +21,7 @@ from mlpmem_ds.engines.tokenizer import TextEncoder
 from mlpmem_ds.models.generation_settings import end_tokens
 from mlpmem_ds.stages.generation.generate import own_settings, padded_on_the_left
 from mlpmem_ds.stages.generation.text import text_after
-from mlpmem_ds.stages.questions.lengths import Room, fault_of_answers, too_long
+from mlpmem_ds.stages.questions.lengths import ContextLimit, fault_of_answers, too_long
 
 _LINE_END = "\n"
 
@@ -39,8 +39,8 @@ class Answerer:
     """most tokens that the model reads"""
 
     @property
-    def room(self) -> Room:
-        return Room(flag="--model", encoder=self.encoder, context=self.context)
+    def context_limit(self) -> ContextLimit:
+        return ContextLimit(flag="--model", encoder=self.encoder, context=self.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,11 @@ def answer(
     Raises:
         UserError: the model reads too few tokens for a prompt and an answer.
     """
-    if fault := fault_of_answers(answerer.room, max_new_tokens):
+    if fault := fault_of_answers(answerer.context_limit, max_new_tokens):
         raise UserError(fault)
-    room = answerer.context - max_new_tokens
+    max_tokens = answerer.context - max_new_tokens
     whole = answerer.encoder.encode_prompts(list(prompts))
-    ids = [cut_ids(row, room, answerer.encoder) for row in whole]
+    ids = [cut_ids(row, max_tokens, answerer.encoder) for row in whole]
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **answerer.tokens)
     tokens_BS, mask_BS = padded_on_the_left(ids, generation.pad_token_id, answerer.model.device)
     num_given, ends = tokens_BS.shape[1], end_tokens(generation.eos_token_id)
@@ -105,7 +105,7 @@ def answer(
                 num_tokens=min(stop + 1, len(row)),
                 first_token_seconds=clock.times[0],
                 seconds=clock.times[-1] / len(ids),
-                is_cut=len(given) > room,
+                is_cut=len(given) > max_tokens,
             )
         )
     return answers
@@ -126,7 +126,7 @@ def score_choices(
     for prompt, choices in questions:
         for choice in choices:
             before, after = encode_pair(answerer.encoder, prompt, f" {choice}")
-            if len(after) >= answerer.room.free:
+            if len(after) >= answerer.context_limit.free:
                 raise UserError(too_long(len(after), answerer.context))
             whole = [*before, *after]
             ids = cut_ids(whole, answerer.context, answerer.encoder)

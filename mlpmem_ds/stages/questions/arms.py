@@ -30,7 +30,7 @@ from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.generation.exported_model import load_model, read_export
 from mlpmem_ds.stages.questions.answering import Answerer
 from mlpmem_ds.stages.questions.config import Config, control_models
-from mlpmem_ds.stages.questions.lengths import Room
+from mlpmem_ds.stages.questions.lengths import ContextLimit
 from mlpmem_ds.stages.shared_flags import grid_of
 
 BASE, MEMORY, RAG = "base", "base+memory", "base+rag"
@@ -150,11 +150,11 @@ class Answerers:
             model.set_gate(self._own_gate if arm.gate is None else arm.gate)
         return ready_answerer(model, encoder)
 
-    def rooms(self, arms: Sequence[Arm]) -> list[Room]:
+    def context_limits(self, arms: Sequence[Arm]) -> list[ContextLimit]:
         """How the arms' models read, without their weights, of each model once."""
-        return [self._room(model, flag) for model, flag in _flags_of(arms).items()]
+        return [self._context_limit(model, flag) for model, flag in _flags_of(arms).items()]
 
-    def _room(self, place: str, flag: str) -> Room:
+    def _context_limit(self, place: str, flag: str) -> ContextLimit:
         if is_export(place):
             settings, tokenizer = read_export(place)
             context = max_context_of(settings)
@@ -163,7 +163,7 @@ class Answerers:
         encoder = open_encoder(
             tokenizer, label=f"the tokenizer of {flag}", special_tokens=self._config.special_tokens
         )
-        return Room(flag=flag, encoder=encoder, context=context)
+        return ContextLimit(flag=flag, encoder=encoder, context=context)
 
     def _load_model(self, place: str, flag: str) -> tuple[Any, TextEncoder]:
         config = self._config

@@ -14,8 +14,8 @@ from mlpmem_ds.formats.question_files import Question
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
-    """How a model reads: its tokenizer, and the most tokens."""
+class ContextLimit:
+    """The most tokens that a model reads at once, by its tokenizer; `flag` named the model."""
 
     flag: str
     encoder: TextEncoder
@@ -23,27 +23,27 @@ class Room:
 
     @property
     def free(self) -> int:
-        """Tokens besides the begin tokens."""
+        """Tokens left next to the begin tokens."""
         return self.context - len(self.encoder.begin_ids)
 
 
-def fault_of_answers(room: Room, max_new_tokens: int) -> str | None:
+def fault_of_answers(limit: ContextLimit, max_new_tokens: int) -> str | None:
     """What is wrong with answers of up to so many tokens; None: they leave room for a question."""
-    if max_new_tokens < room.free:
+    if max_new_tokens < limit.free:
         return None
     return (
-        f"answers have up to {max_new_tokens:,} tokens, and the model reads {room.context:,} with the"
+        f"answers have up to {max_new_tokens:,} tokens, and the model reads {limit.context:,} with the"
         " question: give a smaller --max-new-tokens"
     )
 
 
-def fault_of_choice(room: Room, context: str, continuation: str) -> str | None:
+def fault_of_choice(limit: ContextLimit, context: str, continuation: str) -> str | None:
     """What is wrong with a choice, with the blank before it; None: it leaves room for a context."""
     blanks = len(context) - len(context.rstrip())
-    if len(continuation.encode("utf-8", "surrogatepass")) + blanks < room.free - 1:
+    if len(continuation.encode("utf-8", "surrogatepass")) + blanks < limit.free - 1:
         return None  # a token has a byte at least, besides one for a beginning
-    _, ids = encode_pair(room.encoder, context, continuation)
-    return None if len(ids) < room.free else too_long(len(ids), room.context)
+    _, ids = encode_pair(limit.encoder, context, continuation)
+    return None if len(ids) < limit.free else too_long(len(ids), limit.context)
 
 
 def too_long(num_tokens: int, context: int) -> str:
@@ -54,24 +54,26 @@ def too_long(num_tokens: int, context: int) -> str:
     )
 
 
-def check_questions(name: str, questions: Sequence[Question], rooms: Iterable[Room], most: int) -> None:
+def check_questions(
+    name: str, questions: Sequence[Question], limits: Iterable[ContextLimit], max_new_tokens: int
+) -> None:
     """Refuse answers or choices that leave no token for the question.
 
     Args:
         name: of the set.
         questions: that are asked, all of one kind.
-        rooms: of the models.
-        most: tokens of an answer in words.
+        limits: of the models.
+        max_new_tokens: of an answer in words.
 
     Raises:
         UserError: with the place, both numbers and what to do.
     """
-    for room in rooms:
+    for limit in limits:
         if questions[0].kind == "open":
-            if fault := fault_of_answers(room, most):
-                raise UserError(f"--questions {name}, {room.flag}: {fault}")
+            if fault := fault_of_answers(limit, max_new_tokens):
+                raise UserError(f"--questions {name}, {limit.flag}: {fault}")
             continue
         for number, question in enumerate(questions, start=1):
             for choice in question.answers:
-                if fault := fault_of_choice(room, question.prompt, f" {choice}"):
-                    raise UserError(f"--questions {name}, question {number}, {room.flag}: {fault}")
+                if fault := fault_of_choice(limit, question.prompt, f" {choice}"):
+                    raise UserError(f"--questions {name}, question {number}, {limit.flag}: {fault}")
