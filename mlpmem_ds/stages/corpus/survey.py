@@ -49,7 +49,7 @@ _to_json_text = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes 
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusUnit:
+class SurveyedUnit:
     """Some of the input files, how many documents each holds, and the number of the first of them."""
 
     files: tuple[SourceFile, ...]
@@ -68,7 +68,7 @@ class CorpusUnit:
 class Survey:
     """What the inputs hold: units, and each document's split as an index into SPLITS (or NOT_TAKEN)."""
 
-    units: list[CorpusUnit]
+    units: list[SurveyedUnit]
     split_of: array[int] = field(repr=False)
     num_bytes: int
     """of all documents, taken or not"""
@@ -205,7 +205,7 @@ class _UnitList:
     last file of an input of a blend."""
 
     def __init__(self, unit_bytes: int, input_stops: Sequence[int]) -> None:
-        self.units: list[CorpusUnit] = []
+        self.units: list[SurveyedUnit] = []
         self.inputs: list[Block] = []
         """the documents of each input of a blend"""
         self._unit_bytes, self._input_stops = unit_bytes, input_stops
@@ -239,7 +239,7 @@ class _UnitList:
         if self._counts:
             counts = tuple(self._counts.values())
             self.units.append(
-                CorpusUnit(
+                SurveyedUnit(
                     files=tuple(self._counts),
                     counts=counts,
                     first=self._num_documents - sum(counts),

@@ -22,7 +22,7 @@ from mlpmem_ds.formats.corpus import Counts, token_dtype
 from mlpmem_ds.formats.documents import Document, SourceFile, read_documents
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus.splits import NOT_TAKEN
-from mlpmem_ds.stages.corpus.survey import CorpusUnit, Survey
+from mlpmem_ds.stages.corpus.survey import Survey, SurveyedUnit
 from mlpmem_ds.stages.corpus.workers import Workers
 
 BATCH_BYTES = 1 << 18
@@ -101,7 +101,7 @@ class TokenizerPool:
     def __exit__(self, *_: object) -> None:
         self._workers.close()
 
-    def tokenize(self, survey: Survey, unit: CorpusUnit) -> Iterator[dict[int, TokenizedText]]:
+    def tokenize(self, survey: Survey, unit: SurveyedUnit) -> Iterator[dict[int, TokenizedText]]:
         """The unit's documents that are taken, by split, a batch at a time.
 
         Raises:
@@ -110,7 +110,7 @@ class TokenizerPool:
         return self._workers.map(self._tokenize, _batches(documents_of_unit(self._rules, survey, unit)))
 
 
-def documents_of_unit(rules: ReadRules, survey: Survey, unit: CorpusUnit) -> Iterator[Item]:
+def documents_of_unit(rules: ReadRules, survey: Survey, unit: SurveyedUnit) -> Iterator[Item]:
     """Each document that is taken, a text file unread.
 
     Raises:
