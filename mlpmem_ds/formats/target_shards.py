@@ -34,10 +34,8 @@ Container: TypeAlias = Literal["tar.zst", "tar"]
 REMEDY = "run the stage that made it again, it remakes only what is damaged"
 _LEVEL = 3  # levels 1 to 19 give the same size within 3 %
 _HEADER_BYTES = tarfile.BLOCKSIZE
-_MAX_BYTES_AN_ENTRY, _MAX_OTHER_BYTES = (
-    8,
-    1 << 16,
-)  # of a member: a damaged size must not ask for all the memory
+# Of a member: a damaged size must not ask for all the memory.
+_MAX_BYTES_AN_ENTRY, _MAX_OTHER_BYTES = 8, 1 << 16
 _MAX_MEMBER_BYTES = 1 << 30  # of a sample that no index describes
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
@@ -188,9 +186,8 @@ def _tar_of(block: TargetBlock, compressor: zstandard.ZstdCompressor | None) -> 
     for name, content in members:
         if compressor is not None:
             name, content = f"{name}.zst", compressor.compress(content)
-        header = tarfile.TarInfo(
-            f"{sample_key(block.first)}.{name}"
-        )  # owner, group, time 0 and mode 0644 by default
+        # Owner, group and time are 0 and the mode 0644 by default.
+        header = tarfile.TarInfo(f"{sample_key(block.first)}.{name}")
         header.size = len(content)
         pieces += [header.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)]
     return b"".join(pieces)

@@ -21,9 +21,8 @@ from mlpmem_ds.maths.distances import pad_codes, ranks_in_list, squared_distance
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-_TILE_ELEMENTS = (
-    2**21
-)  # distances of a tile on a CPU: 8 MB, which stay in the cache between the product and the selection
+_TILE_ELEMENTS = 2**21
+"""distances of a tile on a CPU: 8 MB, which stay in the cache between the product and the selection"""
 _BYTES_ON_DEVICE = 16  # of a distance on a device: the product, and rank and number in one integer
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 CPU = torch.device("cpu")
-EXACT_DIMS_FLOAT32 = (
-    1024  # 1024 * 128 * 128 = 2**24: below it every partial sum of int8 products is exact in float32
-)
+EXACT_DIMS_FLOAT32 = 1024
+"""1024 * 128 * 128 = 2**24: below it every partial sum of int8 products is exact in float32"""
 _MAX_DIMS = np.iinfo(np.int32).max // 255**2
 
 
@@ -54,9 +53,8 @@ def distance_ranks(queries_QD: Tensor, keys_KD: Tensor, scratch: Tensor | None) 
     ``scratch``, int32 of Q K numbers or more, holds the result for int8 codes; None: a tensor of its own.
     """
     if not are_codes(queries_QD, keys_KD):
-        return (
-            squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)
-        )  # abs: inf - inf has the sign bit
+        # The absolute value, because inf - inf has the sign bit.
+        return squared_distances(queries_QD, keys_KD).abs_().view(torch.int32)
     if scratch is not None:
         scratch = scratch[: len(queries_QD) * len(keys_KD)].view(len(queries_QD), len(keys_KD))
     return squared_distances(queries_QD, keys_KD, out=scratch)
@@ -136,9 +134,8 @@ def _cpu_integer_matmul_is_exact() -> bool:
 def squared_norms(codes_ND: Tensor) -> Tensor:
     """int32 [N]: the squared length of each int8 row."""
     wide_ND = codes_ND.to(torch.int32)
-    return wide_ND.mul_(wide_ND).sum(
-        1, dtype=torch.int32
-    )  # square_() of int32 took ten times as long (torch 2.13, CPU)
+    # square_() of int32 took ten times as long (torch 2.13, CPU).
+    return wide_ND.mul_(wide_ND).sum(1, dtype=torch.int32)
 
 
 def norms_of_codes(codes_ND: Any, *, block: int = 4096) -> np.ndarray:

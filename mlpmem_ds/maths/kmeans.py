@@ -23,9 +23,8 @@ from mlpmem_ds.maths.centroids import nearest_centroids
 Array: TypeAlias = np.ndarray[Any, Any]
 Device: TypeAlias = torch.device | str
 
-TWO_LEVEL_ABOVE = (
-    65_536  # lists; one level then costs 64 · L² · D products an iteration: 70 s of one core at L = 65,536
-)
+TWO_LEVEL_ABOVE = 65_536
+"""lists; one level then costs 64 · L² · D products an iteration: 70 s of one core at L = 65,536"""
 ITERATIONS = 10
 _FIRST_LEVEL_POINTS = 256  # points a centroid of the first of two levels
 

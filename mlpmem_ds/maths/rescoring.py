@@ -55,9 +55,8 @@ def _of_codes(queries_BD: Tensor, keys_BCD: Tensor) -> Tensor:
     dtype = torch.float32 if keys_BCD.shape[2] <= _EXACT_DIMS_FLOAT32 else torch.float64
     queries_BD = queries_BD.to(dtype)
     chunks = _cached_rows(keys_BCD)
-    buffer = torch.empty(
-        keys_BCD[chunks[0]].shape, dtype=dtype
-    )  # page faults of fresh ones cost as much again
+    # One for all chunks: page faults of fresh ones cost as much again.
+    buffer = torch.empty(keys_BCD[chunks[0]].shape, dtype=dtype)
     for rows in chunks:
         queries, keys = queries_BD[rows], buffer[: len(queries_BD[rows])].copy_(keys_BCD[rows])
         products = (keys @ queries[:, :, None])[:, :, 0].to(torch.int32)

@@ -203,10 +203,8 @@ class Named:
 
 def named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> Named:
     """Where the logits that a chunk's loss names lie among those of all tiles."""
-    entries, num_rows = (
-        slice(targets.offsets[chunk.start], targets.offsets[chunk.stop]),
-        chunk.stop - chunk.start,
-    )
+    entries = slice(targets.offsets[chunk.start], targets.offsets[chunk.stop])
+    num_rows = chunk.stop - chunk.start
     ids_E, teacher_E = targets.ids_E[entries], targets.teacher_E[entries]
     row_E = targets.row_of_entry_E[entries] - chunk.start
     has_mass_E = teacher_E > 0
@@ -223,9 +221,8 @@ def named_places(targets: PreparedTargets, chunk: slice, weight_VD: Tensor) -> N
         row_A=row_A,
         id_A=id_A,
         place_A=start_A * num_rows + row_A * columns_A + (id_A - start_A),
-        by_tile_A=torch.argsort(
-            tile_A.to(torch.int16), stable=True
-        ),  # 32,000 tiles: a vocabulary of 33 million
+        # int16 holds 32,000 tiles: a vocabulary of 33 million.
+        by_tile_A=torch.argsort(tile_A.to(torch.int16), stable=True),
         num_by_tile=torch.bincount(tile_A, minlength=len(tiles)).tolist(),
         teacher_E=teacher_E,
         vocabulary_size=len(weight_VD),

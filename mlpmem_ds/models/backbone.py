@@ -80,9 +80,8 @@ def logit_transform(
     transform = configured_transform(model)
     with with_head():
         vocab_size = len(output_head(model)[0])
-    device = (
-        torch.device("cpu") if model.device.type == "meta" else model.device
-    )  # its embeddings may lie on disk
+    # The embeddings of a base that is spread over devices may lie on disk.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
     probe_BS = (torch.arange(8, device=device) % vocab_size).repeat(2, 1)
     probe_BS[1, -1] = 8 % vocab_size  # another last token
     expected_BSV = model(input_ids=probe_BS, use_cache=False).logits.float()

@@ -49,12 +49,12 @@ from mlpmem_ds.stages.index.training import TRAINED, train_index
 from mlpmem_ds.stages.stage_ranks import open_stage_ranks
 
 _logger = logging.getLogger(__name__)
-_OPERATIONS_PER_SECOND = (
-    6e11  # of one core with VNNI, products and selection of 256 dimensions; for the estimate alone
-)
+_OPERATIONS_PER_SECOND = 6e11
+"""of one core with VNNI, products and selection of 256 dimensions; for the estimate alone"""
 
 
 def run(config: Config, world: World) -> None:
+    """Write the index; see formats/README.md. Ranks share the shards; the quantizers are trained once."""
     keys = open_keys(config.keys)
     factory, num_shards = _resolve(config, keys)
     with open_stage_ranks(config, world, stage=IndexManifest.FORMAT) as ranks:

@@ -126,9 +126,8 @@ def measure(
     """The audit's figures; see `audit.json` in formats/README.md."""
     windows = sorted(sample_windows(corpus, settings.candidates, _WINDOWS_SEED, settings.seed))
     query_positions, query_states = _read_queries(source, corpus, point, settings)
-    offset_D = query_states.mean(
-        axis=0
-    )  # distances do not change, and their float32 rounding is less around 0
+    # Less the mean, distances are the same, and their float32 rounding is smaller.
+    offset_D = query_states.mean(axis=0)
     reference = _Arm(
         name="raw",
         dim=source.width,

@@ -43,9 +43,7 @@ from mlpmem_ds.stages.planning.workload import Machine, Workload
 _CORE_TOKENS = 2.5e5  # tokens a second of a core while a corpus is made
 _CORE_FORWARD = 6e10  # float operations a second of a core in a forward pass,
 _CORE_TRAINING = 1.5e11  # … and in training, whose products are larger
-_CORE_INT8 = (
-    6e11  # operations a second of a core in products of codes, selection of the nearest list included
-)
+_CORE_INT8 = 6e11  # operations a second of a core in products of codes, with selection of the nearest list
 _CORE_HASHED = 1.4e9  # bytes a second of one thread, SHA-256
 _CODE_TRAINING_SECONDS = 8.0  # of a product quantizer, on one core
 _SECONDS_OF_ENCODING = 5e-6  # of a key, 64 bytes
