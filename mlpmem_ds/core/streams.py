@@ -1,5 +1,5 @@
-"""The three standard streams of a front-end, as strangers' shells leave them: closed, not UTF-8, or a pipe
-that no one reads any more."""
+"""The three standard streams of a front-end, as users' shells leave them: closed, not UTF-8, or a pipe that
+no one reads any more."""
 
 from __future__ import annotations
 

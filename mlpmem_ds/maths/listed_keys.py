@@ -27,6 +27,8 @@ from mlpmem_ds.maths.search_blocks import budget_blocks
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
+ID_AND_NORM_BYTES = 12
+"""of a key in memory, in addition to its numbers: int64 and int32"""
 _STRETCH_BYTES = 1 << 28  # keys that are on their way into a group at a time
 
 

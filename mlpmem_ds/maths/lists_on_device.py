@@ -28,13 +28,11 @@ from mlpmem_ds.maths.distances import EXACT_DIMS_FLOAT32, are_codes, check_dims
 from mlpmem_ds.maths.hidden_on_device import HiddenIds
 from mlpmem_ds.maths.knn_on_device import with_query_norms
 from mlpmem_ds.maths.list_tiles import Tiles, cut_tiles, group_tiles, split_by_pairs
-from mlpmem_ds.maths.listed_keys import ListedKeys, ids_as_tensor
+from mlpmem_ds.maths.listed_keys import ID_AND_NORM_BYTES, ListedKeys, ids_as_tensor
 from mlpmem_ds.maths.neighbours import MISSING, Exclusion, PackedNeighbours, check_search, merge_neighbours
 from mlpmem_ds.maths.search_blocks import budget_blocks, rectangle_blocks
 
 Array: TypeAlias = np.ndarray[Any, Any]
-
-_BYTES_BESIDE_KEY = 12  # its id and its squared length
 
 
 def list_neighbours_on_device(
@@ -91,7 +89,7 @@ def _pieces_on_device(lists: ListedKeys, device: torch.device) -> Iterator[tuple
         yield lists, 0
         return
     room = free_bytes(device) // 2 if device.type == "cuda" else lists.num_bytes + 1
-    row_bytes = lists.num_dims * lists.dtype.itemsize + _BYTES_BESIDE_KEY
+    row_bytes = lists.num_dims * lists.dtype.itemsize + ID_AND_NORM_BYTES
     for start, stop in budget_blocks(lists.sizes_L, max(1, room // row_bytes)):
         yield lists.group(lists.first_list + start, lists.first_list + stop, device), start
 

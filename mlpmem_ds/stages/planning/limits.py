@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from mlpmem_ds.maths.listed_keys import ID_AND_NORM_BYTES
 from mlpmem_ds.stages.planning.workload import Machine, Workload
+from mlpmem_ds.stages.retrieval.list_owners import SHARE_OF_MEMORY
 
 MAX_POSITIONS = 200_000_000_000
 """the largest size at which `bench scale` counts what ranks read, open and keep"""
-SHARE_OF_MEMORY = 0.6
-"""of a GPU's, or a host's, that groups of lists may take (stages/retrieval/list_owners.py)"""
-BYTES_BESIDE_KEY = 12
-"""its id and its squared length"""
 
 
 def limit_of(stage: str, work: Workload, machine: Machine) -> str | None:
@@ -17,7 +15,7 @@ def limit_of(stage: str, work: Workload, machine: Machine) -> str | None:
     if work.positions > MAX_POSITIONS:
         return f"not supported above {MAX_POSITIONS:.0e} positions: nothing larger has been counted"
     if stage == "targets" and work.search == "ivf" and machine.gpus:
-        each = work.dim * work.key_dtype.itemsize + BYTES_BESIDE_KEY
+        each = work.dim * work.key_dtype.itemsize + ID_AND_NORM_BYTES
         most = SHARE_OF_MEMORY * machine.gpus * machine.gpu_bytes / each
         if work.positions > most:
             return (

@@ -10,11 +10,11 @@ import math
 
 from mlpmem_ds.formats.lists_directory import RUN_POSITIONS
 from mlpmem_ds.maths.knn import KEY_BLOCK, QUERY_BLOCK
+from mlpmem_ds.maths.listed_keys import ID_AND_NORM_BYTES
 from mlpmem_ds.stages.planning.counts import LIST_IMBALANCE, SAMPLE
-from mlpmem_ds.stages.planning.limits import BYTES_BESIDE_KEY, SHARE_OF_MEMORY
 from mlpmem_ds.stages.planning.sizes_on_disk import index_bytes
 from mlpmem_ds.stages.planning.workload import Machine, Workload
-from mlpmem_ds.stages.retrieval.list_owners import positions_of_a_call
+from mlpmem_ds.stages.retrieval.list_owners import SHARE_OF_MEMORY, positions_of_a_call
 
 _PROCESS_BYTES = 300_000_000  # Python with torch, NumPy and faiss imported, with the libraries' files
 _PRIVATE_PROCESS_BYTES = 157_000_000  # … and without them
@@ -86,7 +86,7 @@ def group_bytes(work: Workload, machine: Machine) -> int:
     in their mapped files where there is one run of them, or too little memory."""
     if machine.ranks == 1 or machine.gpus or work.positions <= RUN_POSITIONS:
         return 0
-    each = work.dim * work.key_dtype.itemsize + BYTES_BESIDE_KEY
+    each = work.dim * work.key_dtype.itemsize + ID_AND_NORM_BYTES
     group = work.positions * each // machine.ranks
     return group if machine.ranks_of_node * group <= SHARE_OF_MEMORY * machine.memory_bytes else 0
 

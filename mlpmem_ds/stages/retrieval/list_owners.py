@@ -36,14 +36,15 @@ from mlpmem_ds.engines.devices import free_host_bytes, memory_bytes
 from mlpmem_ds.formats.lists_directory import MappedLists
 from mlpmem_ds.maths.distances import are_codes
 from mlpmem_ds.maths.knn import pack_list_neighbours
-from mlpmem_ds.maths.listed_keys import ListedKeys
+from mlpmem_ds.maths.listed_keys import ID_AND_NORM_BYTES, ListedKeys
 from mlpmem_ds.maths.neighbours import MISSING, Exclusion, PackedNeighbours, check_search
 from mlpmem_ds.stages.retrieval.list_search import ListSearch
 
 _logger = logging.getLogger(__name__)
+SHARE_OF_MEMORY = 0.6
+"""that a group may take of a GPU, or the groups of a host of what is free there"""
 _CALL_QUERIES = 1 << 18  # of all ranks: 256 a list at 262,144 lists, 8 neighbours' batches at a thousand
 _CALL_BYTES = 1 << 32
-_SHARE_OF_MEMORY = 0.6  # that a group may take of a GPU, or the groups of a host of what is free there
 _MERGED_ROWS = 256  # whose neighbours stay in the cache
 
 
@@ -164,11 +165,11 @@ class ListOwners:
         lists = self._search.mapped.keys
         hosts = self._ranks.gather(socket.gethostname())
         part = lists.part(first, stop)
-        needed = part.num_bytes + 12 * int(part.sizes_L.sum())  # ids int64 and norms
-        if self._device.type != "cpu" and needed <= _SHARE_OF_MEMORY * memory_bytes(self._device):
+        needed = part.num_bytes + ID_AND_NORM_BYTES * int(part.sizes_L.sum())
+        if self._device.type != "cpu" and needed <= SHARE_OF_MEMORY * memory_bytes(self._device):
             return lists.group(first, stop, self._device)
         free = free_host_bytes() / hosts.count(socket.gethostname())
-        if len(lists.runs) > 1 and needed <= _SHARE_OF_MEMORY * free:
+        if len(lists.runs) > 1 and needed <= SHARE_OF_MEMORY * free:
             return lists.group(first, stop)
         if len(lists.runs) > 1:
             _logger.warning(
