@@ -41,6 +41,10 @@ class Streams(Protocol):
     def finish(self, event: Any) -> None:
         """The calling thread waits for an event."""
 
+    def read(self, tensors: Sequence[torch.Tensor]) -> None:
+        """What is queued on the stream of copies reads these tensors of the other stream; their memory is not
+        used again before that is done. No thread waits."""
+
     def take(self, event: Any, tensors: Sequence[torch.Tensor]) -> None:
         """The stream that computes waits for an event; the tensors' memory is not used again before it is
         done with them. No thread waits."""
@@ -72,6 +76,10 @@ class CudaStreams:
 
     def finish(self, event: Any) -> None:
         event.synchronize()
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            tensor.record_stream(self._copies)
 
     def take(self, event: Any, tensors: Sequence[torch.Tensor]) -> None:
         self._compute.wait_event(event)
@@ -151,11 +159,13 @@ class DeviceFeed:
             stack.callback(_close, batches)
             for parts, _ in batches:
                 buffers.rotate(-1)
-                is_computed = any(tensor.device.type != "cpu" for tensor in tensors_of(parts))
+                computed = list(tensors_of(parts, device_only=True))
                 pinned = buffers[0].fill(parts)
-                with self._streams.copying(after_compute=is_computed):
+                with self._streams.copying(after_compute=bool(computed)):
                     arguments = [self._move(part) for part in pinned]
                     event = self._streams.mark()
+                # They belong to the other stream, which would write over them as soon as they are let go.
+                self._streams.read(computed)
                 buffers[0].copied(event)
                 yield arguments, event
 

@@ -55,6 +55,10 @@ class FakeStreams:
     def finish(self, event: int) -> None:
         self.note("finished", event)
 
+    def read(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self.note("read", id(tensor))
+
     def take(self, event: int, tensors: Sequence[torch.Tensor]) -> None:
         self.note("taken", event)
 
@@ -163,6 +167,19 @@ def test_inputs_that_were_computed_on_the_device_are_waited_for_and_not_pinned()
     assert arguments[0][0] is computed.inputs_NI and streams.after_compute
 
 
+def test_inputs_that_are_converted_beside_the_steps_keep_their_memory_until_then() -> None:
+    """A float32 training rounds nothing: what the base computed is widened on the stream of copies, and goes;
+    the allocator would give its memory to the step that runs meanwhile."""
+    streams = FakeStreams()
+    (part,) = make_batch(1)
+    computed = MicroBatch(inputs_NI=part.inputs_NI.to("meta"), targets=part.targets)
+    feed = DeviceFeed(lambda found: (found.inputs_NI.float(), found.targets), streams)
+    list(feed.stream(iter([([computed], 0.0), (make_batch(2), 0.0)])))
+    held = ("read", id(computed.inputs_NI))
+    assert [entry for entry in streams.log if entry[0] == "read"] == [held]  # and none of the host's
+    assert streams.log.index(held) < streams.log.index(("taken", 0))
+
+
 def test_tensors_are_found_in_records_lists_and_tuples() -> None:
     value = [(torch.tensor(1), "word"), make_batch(2)]
     assert len(list(tensors_of(value))) == 1 + 5
@@ -224,8 +241,9 @@ def test_a_gpu_is_asked_for_its_own_streams_from_the_thread(monkeypatch: pytest.
     streams.finish(event)
     kept: list[Any] = []
     tensor = SimpleNamespace(record_stream=kept.append)
+    streams.read([tensor])  # type: ignore[list-item]
     streams.take(event, [tensor])  # type: ignore[list-item]
-    assert kept == [compute]
+    assert kept == [copies, compute]
     assert log[1:] == [
         ("copies", "waits for", "compute"),
         ("host", "waits for the event of", "copies"),
