@@ -27,13 +27,28 @@ class Dealer(Protocol):
         """Until every rank calls this."""
 
 
-def dealt_units(units: Sequence[str], dealer: Dealer, counter: str) -> Iterator[str]:
+class DealtUnits(Iterator[str]):
     """The units that a counter gives this rank, for as long as there are any.
 
     A rank that is fast gets more of them; no file is asked.
     """
-    while (number := dealer.next_number(counter)) < len(units):
-        yield units[number]
+
+    def __init__(self, units: Sequence[str], dealer: Dealer, counter: str) -> None:
+        self._units, self._dealer, self._counter = units, dealer, counter
+        self._number: int | None = None  # drawn, and not given yet
+
+    def __next__(self) -> str:
+        unit = self.following()
+        self._number = None
+        if unit is None:
+            raise StopIteration
+        return unit
+
+    def following(self) -> str | None:
+        """The unit that is given next, which is this rank's from now on; None after the last."""
+        if self._number is None:
+            self._number = self._dealer.next_number(self._counter)
+        return self._units[self._number] if self._number < len(self._units) else None
 
 
 def free_units(units: Sequence[str], records: UnitRecords, world: World) -> Iterator[str]:

@@ -38,7 +38,7 @@ from typing import Any
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.claims import ClaimWatch, claim, holder, remove_dead_claims
 from mlpmem_ds.core.config import Flags, deciding_values, default_values
-from mlpmem_ds.core.dealing import Dealer, dealt_units, free_units
+from mlpmem_ds.core.dealing import Dealer, DealtUnits, free_units
 from mlpmem_ds.core.file_lists import list_files
 from mlpmem_ds.core.files import content_hash, publish_json, sha256_of_file
 from mlpmem_ds.core.log import EventLog, log_for_all
@@ -71,6 +71,7 @@ class StageDirectory:
         self.root = root
         self._dealer = dealer if dealer is not None and 1 < dealer.size == world.size else None
         self._num_dealt = 0
+        self._dealt: DealtUnits | None = None  # of the latest list that a counter deals
         self.identity = dict(identity)
         self.world = world
         identity_sha256 = content_hash(self.identity)
@@ -121,9 +122,10 @@ class StageDirectory:
             self._compute_of_unit.update(dict.fromkeys(units, compute))
         if self._dealer is not None and take_over:
             self._num_dealt += 1
+            self._dealt = DealtUnits(units, self._dealer, f"{self._counter}-{self._num_dealt}")
             return sum(
                 self._maker.make(unit, compute, is_dealt=True)
-                for unit in dealt_units(units, self._dealer, f"{self._counter}-{self._num_dealt}")
+                for unit in self._dealt
                 if unit not in recorded or self._maker.verify(unit) is not None
             )
         num_computed = sum(
@@ -137,6 +139,11 @@ class StageDirectory:
                 for unit in free_units(units, self.records, self.world)
             )
         return num_computed
+
+    def next_unit(self, otherwise: str | None) -> str | None:
+        """What a counter deals this rank after the unit at work, for who begins it early; `otherwise` where
+        none deals."""
+        return otherwise if self._dealt is None else self._dealt.following()
 
     def log_phase(self, count: int, *, missing: int, of: str = "units") -> None:
         """Note what this rank begins: so many units, or steps of a training, of which some are missing."""

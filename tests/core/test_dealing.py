@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.benchmarks.scale.counted_calls import counted_calls
-from mlpmem_ds.core.dealing import dealt_units, free_units
+from mlpmem_ds.core.dealing import DealtUnits, free_units
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_records import UnitRecords
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -115,7 +115,34 @@ def test_a_dealer_of_one_rank_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_every_number_below_the_count_is_a_unit() -> None:
-    assert list(dealt_units(["a", "b", "c"], Threads(1), "units")) == ["a", "b", "c"]
+    assert list(DealtUnits(["a", "b", "c"], Threads(1), "units")) == ["a", "b", "c"]
+
+
+def test_the_unit_that_is_drawn_early_is_the_next_one_and_nobody_elses() -> None:
+    dealer = Threads(2)
+    one, other = (DealtUnits(["a", "b", "c", "d"], dealer, "units") for _ in range(2))
+    assert next(one) == "a" and one.following() == one.following() == "b"
+    assert next(other) == "c" and next(one) == "b" and other.following() == "d"
+    assert one.following() is None and list(one) == [] and list(other) == ["d"]
+
+
+def test_a_rank_is_told_what_it_makes_next(tmp_path: Path) -> None:
+    """Another rank takes every third number: no fixed share tells the next unit."""
+    dealer, told, made = Threads(2), list[str | None](), list[str]()
+    config = Config(output=tmp_path / "out")
+    world = World(rank=0, size=2)
+    directory = open_stage(
+        config.output, stage="toy", version=1, config=config, inputs={}, world=world, dealer=dealer
+    )
+    assert directory.next_unit("5") == "5"  # nothing is dealt yet
+
+    def compute(unit: str, writer: UnitWriter) -> None:
+        made.append(unit)
+        told.append(directory.next_unit("0"))
+        dealer.next_number(next(iter(dealer.numbers)))
+
+    directory.run_units(UNITS, compute)
+    assert made == [*UNITS[:2], *UNITS[3::2]] and told == [*made[1:], None]
 
 
 def test_units_with_a_record_or_a_claim_are_not_free(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ D width of the base, E size of a stored key, I input size, n positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
@@ -98,14 +98,18 @@ def _extract(config: Config, world: World, ranks: Ranks) -> None:
     blocks = {
         unit_name(block.start): block for block in split_blocks(corpus.num_counted, inputs.unit_positions)
     }
-    to_do = _to_do(directory, blocks, world)
+    missing = frozenset(directory.missing_units(list(blocks)))
+    to_do = [unit for unit in deal(list(blocks), world.rank, world.size) if unit in missing]
     meter = _Meter(sum(blocks[unit].size for unit in to_do), each, world)
-    following = {unit: blocks[after] for unit, after in pairwise(to_do)}
+    following = dict(pairwise(to_do))
+
+    def next_block(unit: str) -> Block | None:
+        after = directory.next_unit(following.get(unit))
+        return blocks[after] if after in missing else None
 
     def extract(unit: str, writer: UnitWriter) -> dict[str, Any]:
-        return _extract_unit(
-            corpus, reader, blocks[unit], following.get(unit), inputs.unit_positions, writer, meter
-        )
+        then = partial(next_block, unit)
+        return _extract_unit(corpus, reader, blocks[unit], then, inputs.unit_positions, writer, meter)
 
     read = partial(read_block, config, corpus, bases, codec)
     with UnitReader(read, ahead=are_read_ahead(bases)) as reader:
@@ -159,12 +163,6 @@ def _resolved(config: Config, inputs: ExtractionInputs) -> dict[str, Any]:
     }
 
 
-def _to_do(directory: StageDirectory, blocks: dict[str, Block], world: World) -> list[str]:
-    """This rank's units that have no record, in order."""
-    missing = set(directory.missing_units(list(blocks)))
-    return [unit for unit in deal(list(blocks), world.rank, world.size) if unit in missing]
-
-
 class _Meter:
     """The progress line: rate and time left, bytes written, and the share of the time outside the forward
     pass."""
@@ -201,7 +199,7 @@ def _extract_unit(
     corpus: CorpusSplit,
     reader: UnitReader,
     block: Block,
-    next_block: Block | None,
+    next_block: Callable[[], Block | None],
     unit_positions: int,
     writer: UnitWriter,
     meter: _Meter,
@@ -214,7 +212,7 @@ def _extract_unit(
             files.put(rows.arrays)
             num_clipped += rows.num_clipped
             meter.advance(rows)
-        reader.begin(next_block)
+        reader.begin(next_block())
     return {"positions": block.size, "clipped": num_clipped}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,3 +111,40 @@ def test_the_base_reads_on_while_the_disk_hangs(
     assert names and names == {path.name for path in expected.output.glob("*.npy")}
     for name in names:
         assert (config.output / name).read_bytes() == (expected.output / name).read_bytes()
+
+
+class TakesAll:
+    """A counter of two ranks of which the other takes nothing."""
+
+    rank, size = 1, 2
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, Iterator[int]] = {}
+
+    def next_number(self, counter: str) -> int:
+        return next(self._numbers.setdefault(counter, count()))
+
+    def wait(self) -> None:
+        """The other rank is there."""
+
+
+def test_the_unit_that_is_begun_is_the_one_that_is_dealt_next(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that were launched together take units from a counter, not every size-th one."""
+    read, begun = list[Block](), list[Block]()
+    reading, begin = extract_keys.read_block, UnitReader.begin
+
+    def counted(*given: Any) -> Iterator[Rows]:
+        read.append(given[-1])
+        yield from reading(*given)
+
+    def noted(reader: UnitReader, block: Block | None) -> None:
+        begun.extend([] if block is None else [block])
+        begin(reader, block)
+
+    monkeypatch.setattr(extract_keys, "read_block", counted)
+    monkeypatch.setattr(extract_keys, "are_read_ahead", lambda bases: True)
+    monkeypatch.setattr(UnitReader, "begin", noted)
+    extract_keys._extract(config, World(rank=1, size=2), TakesAll())  # type: ignore[arg-type]
+    assert len(read) > 2 and begun == read[1:] and len(set(read)) == len(read)
