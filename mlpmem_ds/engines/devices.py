@@ -52,6 +52,11 @@ def memory_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
 
+def identity_of(device: torch.device) -> str:
+    """Which GPU of the world this is, the same by any number that a process sees it by; "" of a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
 def free_host_bytes() -> int:
     """Memory of this machine that programs may still take, as Linux estimates it; without an estimate, all of
     it."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import library, process_group
-from mlpmem_ds.engines.devices import device_of_rank, gpu_number
+from mlpmem_ds.engines.devices import device_of_rank, gpu_number, identity_of
 
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -65,6 +68,59 @@ def test_deepspeed_is_told_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatch
         "WORLD_SIZE": "16",
         "LOCAL_RANK": "0",
     }
+
+
+def test_a_gpu_has_one_identity_by_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}")
+    )
+    assert identity_of(torch.device("cuda", 3)) == "GPU-3" and identity_of(torch.device("cpu")) == ""
+
+
+def gpus_refused(gpus: list[str]) -> set[str]:
+    """What ranks with these GPUs say, that share a store."""
+    store, ranks = torch.distributed.HashStore(), range(len(gpus))
+
+    def work(rank: int) -> str:
+        try:
+            world = World(rank=rank, size=len(gpus), local_rank=rank)
+            process_group.refuse_shared_gpus(store, world, gpus[rank])
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(gpus)) as threads:
+        return set(threads.map(work, ranks))
+
+
+def test_a_training_with_two_ranks_on_a_gpu_is_refused_by_all_of_them() -> None:
+    """NCCL would refuse them too, as if a rank had been lost; and be started again for ever."""
+    assert gpus_refused([f"GPU-{number}" for number in range(8)]) == {""}
+    (said,) = gpus_refused(["GPU-a", "GPU-b", "GPU-c", "GPU-b"])
+    assert said.startswith("ranks 1, 3 of 4 have one GPU (") and "GPU-b), " in said and "start 3 (" in said
+
+
+def test_it_is_refused_before_nccl_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks on one GPU, each of which sees it as number 0."""
+    pretend_gpus(monkeypatch, 1)
+    done: list[str] = []
+    store = torch.distributed.HashStore()
+    for rank in (0, *range(2, 8)):
+        store.set(f"gpu/{rank}", f"{socket.gethostname()}, GPU-1")
+        store.set(f"has seen the GPUs/{rank}", "")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    library = SimpleNamespace(init_distributed=lambda **_: done.append("NCCL"))
+    monkeypatch.setattr(process_group, "import_deepspeed", lambda: library)
+    monkeypatch.setattr(process_group, "has_group", lambda: False)
+    monkeypatch.setattr(process_group, "meeting_point", lambda *_: ("127.0.0.1", 1))
+    monkeypatch.setattr(process_group, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(process_group, "join_store", lambda *_: store)
+    monkeypatch.setattr(process_group, "identity_of", lambda device: "GPU-1")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: done.append(f"GPU {number}"))
+    with pytest.raises(UserError, match="ranks 0, 1, 2, 3, 4, 5, 6, 7 of 8 have one GPU"):
+        process_group.set_up_distributed(World(rank=1, size=8, local_rank=1))
+    assert done == ["GPU 0"]
 
 
 @pytest.mark.parametrize("gpus", [0, 8])

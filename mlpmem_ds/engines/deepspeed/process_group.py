@@ -6,15 +6,18 @@ import atexit
 import contextlib
 import datetime
 import os
+import socket
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.rank_watch import RankWatch, keeper_in_words
 from mlpmem_ds.engines.collectives.ranks import RANK_TIMEOUT_SECONDS
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed
-from mlpmem_ds.engines.devices import gpu_number
+from mlpmem_ds.engines.devices import device_of_rank, gpu_number, identity_of
 from mlpmem_ds.engines.processes import (
     has_group,
     join_store,
@@ -43,7 +46,7 @@ def set_up_distributed(
     later too.
 
     Raises:
-        UserError: the ranks cannot find each other: MASTER_ADDR is unknown.
+        UserError: the ranks cannot find each other (MASTER_ADDR is unknown), or two of them have one GPU.
     """
     global _watch
     # DeepSpeed takes LOCAL_RANK for the number of a GPU, in three places, also where a rank sees one alone.
@@ -55,8 +58,11 @@ def set_up_distributed(
     address, port = meeting_point(world, os.environ)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     keep_freed_memory()
+    store = join_store(world, os.environ, timeout) if world.size > 1 else None
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+        if store is not None:
+            refuse_shared_gpus(store, world, identity_of(device_of_rank("auto", world)))
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         auto_mpi_discovery=False,
@@ -65,14 +71,49 @@ def set_up_distributed(
     )
     atexit.register(leave_process_group)
     start_waiting_group(world, timeout)
-    if world.size > 1:
+    if store is not None:
         _watch = RankWatch(
-            join_store(world, os.environ, timeout),
+            store,
             world,
             timeout_seconds=rank_timeout_seconds,
             keeper=keeper_in_words(os.environ),
         )
         atexit.register(_watch.stop)
+
+
+def refuse_shared_gpus(store: Any, world: World, gpu: str) -> None:
+    """Let every rank know the GPUs of all: NCCL connects no two ranks on one. It would say so in words that
+    are also those of a lost rank, after which a supervisor starts all of them again.
+
+    Args:
+        store: that all ranks share.
+        world: this rank.
+        gpu: identity of its GPU.
+
+    Raises:
+        UserError: two ranks have one GPU; on every rank.
+    """
+    own = f"{socket.gethostname()}, {gpu}"
+    places = [place.decode() for place in _told_by_all(store, world, "gpu", own)]
+    ranks_of_gpu = {place: [rank for rank, of in enumerate(places) if of == place] for place in places}
+    place, ranks = max(ranks_of_gpu.items(), key=lambda item: len(item[1]))
+    if len(ranks) == 1:
+        return
+    with contextlib.suppress(RuntimeError):  # rank 0 may keep the store: it waits until all have read
+        _told_by_all(store, world, "has seen the GPUs", "")
+    raise UserError(
+        f"ranks {', '.join(map(str, ranks))} of {world.size} have one GPU ({place}), and a training needs one"
+        f" for each rank: start {len(ranks_of_gpu)} (torchrun --nproc-per-node), or let each see its own"
+    )
+
+
+def _told_by_all(store: Any, world: World, what: str, value: str) -> list[bytes]:
+    """What each rank says, in rank order; waits for all."""
+    names = [f"{what}/{rank}" for rank in range(world.size)]
+    store.set(names[world.rank], value)
+    store.wait(names)
+    told: list[bytes] = store.multi_get(names)
+    return told
 
 
 @contextlib.contextmanager
