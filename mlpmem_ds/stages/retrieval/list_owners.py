@@ -32,7 +32,7 @@ import torch
 
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.engines.collectives.ranks import Ranks
-from mlpmem_ds.engines.devices import free_host_bytes, memory_bytes
+from mlpmem_ds.engines.devices import free_host_bytes, identity_of, memory_bytes
 from mlpmem_ds.formats.lists_directory import MappedLists
 from mlpmem_ds.maths.distances import are_codes
 from mlpmem_ds.maths.knn import pack_list_neighbours
@@ -163,12 +163,14 @@ class ListOwners:
         in their mapped files."""
         assert self._search.mapped is not None
         lists = self._search.mapped.keys
-        hosts = self._ranks.gather(socket.gethostname())
+        own = (socket.gethostname(), identity_of(self._device) if self._ranks.size > 1 else "")
+        places = self._ranks.gather(own)
         part = lists.part(first, stop)
         needed = part.num_bytes + ID_AND_NORM_BYTES * int(part.sizes_L.sum())
-        if self._device.type != "cpu" and needed <= SHARE_OF_MEMORY * memory_bytes(self._device):
+        on_device = memory_bytes(self._device) / places.count(own)  # ranks may share a GPU
+        if self._device.type != "cpu" and needed <= SHARE_OF_MEMORY * on_device:
             return lists.group(first, stop, self._device)
-        free = free_host_bytes() / hosts.count(socket.gethostname())
+        free = free_host_bytes() / [host for host, _ in places].count(own[0])
         if len(lists.runs) > 1 and needed <= SHARE_OF_MEMORY * free:
             return lists.group(first, stop)
         if len(lists.runs) > 1:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats import lists_directory as layout
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.maths.listed_keys import ListedKeys
 from mlpmem_ds.maths.neighbours import MISSING, Exclusion, PackedNeighbours
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval import list_owners
@@ -103,6 +106,26 @@ def test_all_ranks_find_what_one_finds(
         packed_QK = np.concatenate([first.packed_QK, rest.packed_QK])
         assert (first.id_bits, first.is_integer) == (expected.id_bits, expected.is_integer)
         assert np.array_equal(packed_QK, expected.packed_QK)
+
+
+def test_ranks_that_share_a_gpu_share_its_memory(
+    search: Callable[[], ListSearch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ranks of a machine with one GPU: each would find room for its own group, and not for all."""
+    monkeypatch.setattr(layout, "RUN_POSITIONS", 150)
+    found = search()
+    found.prepare()
+    assert found.mapped is not None
+    needed = found.mapped.keys.num_bytes + 12 * NUM_KEYS
+    gpu, host = torch.device("cuda", 0), torch.device("cpu")
+    found.device = gpu
+    monkeypatch.setattr(list_owners, "memory_bytes", lambda device: 2 * needed)
+    monkeypatch.setattr(list_owners, "free_host_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(list_owners, "identity_of", lambda device: "GPU-1")
+    monkeypatch.setattr(ListedKeys, "group", lambda self, first, stop, device=host: device)
+    for other, expected in (("GPU-2", gpu), ("GPU-1", host)):
+        ranks: Any = SimpleNamespace(rank=0, size=2, gather=lambda own, other=other: [own, (own[0], other)])
+        assert ListOwners(found, ranks)._take(0, 7) == expected
 
 
 def test_groups_have_about_as_many_keys_each_and_every_list_one_owner() -> None:
