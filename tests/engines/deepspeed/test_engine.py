@@ -4,13 +4,18 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mlpmem_ds.core.files import FileRecord
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import engine
-from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, Engine, build_engine
+from mlpmem_ds.formats.checkpoint import Checkpoint
+
+from ...manifests import checkpoint_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -95,3 +100,19 @@ def test_a_whole_model_is_made_on_the_device_that_computes(monkeypatch):
         with pytest.raises(MadeError, match="meta"):
             config = {"zero_optimization": {"stage": stage}}
             build_engine(make, config=config, settings=AdamWSettings(), seed=0, world=World())
+
+
+def test_every_file_that_is_unpickled_is_looked_at_where_listings_are_stale(tmp_path, monkeypatch):
+    """By one of the ranks: shares of two listings, of which one is old, would leave files out."""
+    names = ["a.pt", "inside/b.pt", "c.pt", "notes.txt"]
+    files = tuple(FileRecord(name=name, bytes=1, sha256="0" * 64) for name in names)
+    checkpoint = Checkpoint(path=tmp_path, manifest=checkpoint_manifest(world=2, zero_stage=2, files=files))
+    looked_at = []
+    monkeypatch.setattr(engine, "refuse_foreign_code", looked_at.extend)
+    monkeypatch.setattr(engine, "gather_values", lambda value, world: [value])
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: iter(()))
+    for rank in range(2):
+        inner = SimpleNamespace(device="cpu", load_checkpoint=lambda *_, **__: ("there", {}))
+        config = {"zero_optimization": {"stage": 2}}
+        Engine(inner, config, World(rank=rank, size=2))._load(checkpoint)
+    assert sorted(looked_at) == sorted(tmp_path / name for name in names[:3])
