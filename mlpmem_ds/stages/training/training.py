@@ -46,8 +46,13 @@ _MAX_FAULTY_SHOWN = 5
 
 
 def is_complete(directory: StageDirectory, options: TrainingOptions) -> bool:
-    """Whether the result has been written, which is said; asked before anything costly is built."""
-    if not directory.manifest_path.is_file() or directory.records.fault(_UNIT) is not None:
+    """Whether the result has been written, which is said; asked before anything costly is built.
+
+    Collective: rank 0 looks for all. The result is read for it, and two ranks might not see the same: then
+    one would leave, and the others wait for it.
+    """
+    is_seen = directory.world.is_first and directory.manifest_path.is_file()
+    if not gather_values(is_seen and directory.records.fault(_UNIT) is None, directory.world)[0]:
         return False
     if options.resume == "never" and directory.world.is_first:
         _logger.warning(

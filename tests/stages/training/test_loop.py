@@ -10,10 +10,38 @@ import types
 import pytest
 
 from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.training import training
 from mlpmem_ds.stages.training.curves import draw_curves
 from mlpmem_ds.stages.training.metrics import Metrics, progress_note, read_metrics
 from mlpmem_ds.stages.training.schedule import learning_rate_at
 from mlpmem_ds.stages.training.validation import BestWeights, Validation
+
+
+def test_rank_0_says_whether_a_training_is_complete(tmp_path, monkeypatch):
+    """The others' client may not see the manifest yet, and none of them reads the weights."""
+    answers, asked = [], []
+
+    def gather(value, world):
+        answers.append(value)
+        return [answers[0]]
+
+    def look(rank, is_there, fault):
+        def ask(unit):
+            asked.append(rank)
+            return fault
+
+        manifest = types.SimpleNamespace(is_file=lambda: is_there)
+        directory = types.SimpleNamespace(
+            world=World(rank=rank, size=2), manifest_path=manifest, records=types.SimpleNamespace(fault=ask)
+        )
+        options = types.SimpleNamespace(resume="auto", output=tmp_path)
+        return training.is_complete(directory, options)
+
+    monkeypatch.setattr(training, "gather_values", gather)
+    for is_there, fault, expected in ((True, None, True), (True, "cut short", False), (False, None, False)):
+        answers.clear()
+        assert look(0, is_there, fault) is look(1, not is_there, None) is expected
+    assert asked == [0, 0]
 
 
 def rates(schedule, **changes):
