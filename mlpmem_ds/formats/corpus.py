@@ -7,7 +7,7 @@ N = positions of a split (num_tokens - 1).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -329,22 +329,26 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
     @cached_property
     def documents(self) -> list[dict[str, Any]]:
         """`name`, `group`, `bytes`, `tokens` of each document in stream order; of conversations also
-        `answers`, `answer_bytes`."""
-        lines = []
+        `answers`, `answer_bytes`. About 500 bytes of memory each: not for the train split."""
+        return list(self._read_documents())
+
+    def numbers_of_documents(self, name: str) -> np.ndarray:
+        """int64 [documents]: one of those numbers of each, and nothing else of them in memory."""
+        return np.fromiter((document[name] for document in self._read_documents()), np.int64)
+
+    def _read_documents(self) -> Iterator[dict[str, Any]]:
         for unit in self._split.units:
             if unit.documents:
                 name = f"{self.name}/documents-{unit.unit}.jsonl"
                 self.check_files([name])
-                path = self.root / name
                 # Names may hold U+2028 and the like, at which str.splitlines breaks.
-                with open(path, encoding="utf-8", newline="\n") as stream:
-                    lines += [json.loads(line) for line in stream]
-        return lines
+                with open(self.root / name, encoding="utf-8", newline="\n") as stream:
+                    yield from map(json.loads, stream)
 
     @cached_property
     def document_stops(self) -> np.ndarray:
         """int64 [documents]: one past each document's last token (its end-of-document token)."""
-        return np.cumsum([document["tokens"] for document in self.documents], dtype=np.int64)
+        return np.cumsum(self.numbers_of_documents("tokens"))
 
     def documents_of(self, positions_N: np.ndarray) -> np.ndarray:
         """int64 [N]: the number of the document that each position's value belongs to."""
@@ -353,10 +357,10 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
     def document_bounds(self, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first, stop), both int64 [N]: positions [first, stop) have values of the same document as each of
         these."""
-        documents_N = self.documents_of(positions_N)
-        stops = self.document_stops - 1  # the value of a position is the token after it
-        first_N = np.where(documents_N > 0, stops[np.maximum(documents_N - 1, 0)], 0)
-        return np.maximum(first_N, 0), stops[documents_N]
+        documents_N, stops = self.documents_of(positions_N), self.document_stops
+        # The value of a position is the token after it.
+        first_N = np.where(documents_N > 0, stops[np.maximum(documents_N - 1, 0)] - 1, 0)
+        return np.maximum(first_N, 0), stops[documents_N] - 1
 
 
 def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> CorpusSplit:

@@ -75,7 +75,7 @@ class CountedRows:
     @cached_property
     def _document_stops(self) -> np.ndarray:
         """int64 [documents]: one past each document's last row."""
-        return np.cumsum([document["answers"] for document in self._corpus.documents], dtype=np.int64)
+        return np.cumsum(self._corpus.numbers_of_documents("answers"))
 
     @cached_property
     def _token_starts(self) -> list[int]:

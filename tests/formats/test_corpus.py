@@ -37,7 +37,10 @@ def test_documents_end_where_their_end_token_stands(corpus_dir: Path) -> None:
         counts = np.bincount(expected)
         np.testing.assert_array_equal(stop - first, counts[expected])
         assert ((first <= positions) & (positions < stop)).all()
+        # Bounds are asked for on the train split, of millions of documents: their records are not kept.
+        assert "documents" not in vars(corpus)
         assert sum(document["bytes"] for document in corpus.documents) == corpus.num_bytes
+        assert corpus.numbers_of_documents("bytes").sum() == corpus.num_bytes
 
 
 def test_small_vocabularies_take_two_bytes() -> None:
