@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from mlpmem_ds.core.errors import UserError
 
 # (rank, size, local rank) in the order of trust. Slurm comes last and counts only inside a step of several
-# tasks: a plain python in an sbatch script sees SLURM_NTASKS of the job although it is one process.
+# tasks: a plain python in an sbatch script sees SLURM_NTASKS of the job although it is one process. The PMI
+# that it offers to MPI programs has no local rank; then Slurm's own says it, of a task with the same rank.
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -57,7 +58,9 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
         )
     for rank_name, size_name, local_name in _LAUNCHERS:
         if environment.get(rank_name) and environment.get(size_name):
-            names = (rank_name, size_name, *([local_name] if environment.get(local_name) else []))
+            is_task = environment.get("SLURM_PROCID") == environment[rank_name]
+            local_names = (local_name, "SLURM_LOCALID") if is_task else (local_name,)
+            names = (rank_name, size_name, *[name for name in local_names if environment.get(name)][:1])
             shown = ", ".join(f"{name}={environment[name]!r}" for name in names)
             try:
                 rank, size, *rest = (int(environment[name]) for name in names)

@@ -18,6 +18,16 @@ from mlpmem_ds.core.world import World, world_from_environment
             {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1"},
             World(rank=5, size=6, local_rank=1, is_on_first_host=False),
         ),
+        # srun --mpi=pmi2, tasks dealt to two nodes in turn: the rank says nothing of the place on its node
+        (
+            {"PMI_RANK": "8", "PMI_SIZE": "16", "SLURM_PROCID": "8", "SLURM_LOCALID": "4"},
+            World(rank=8, size=16, local_rank=4, is_on_first_host=False),
+        ),
+        # by hand in a batch script, which is task 0 itself
+        (
+            {"RANK": "3", "WORLD_SIZE": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            World(rank=3, size=8, local_rank=3),
+        ),
         # a plain python in a batch script of eight tasks is a world of one
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, World()),
         # neither is one in the shell of an allocation, nor one with variables that are empty
