@@ -13,6 +13,8 @@ _CHUNK = 1 << 22
 _KEPT_ITEMS = 1 << 20
 """items up to which a permutation is an array of 8 bytes an item"""
 _ROUNDS = 6
+_SCANNED = 1 << 30
+"""positions up to which a few of them are drawn by a look at each: 40 s; 2e11 would take two hours"""
 
 
 def hash_fraction(key: str | int, seed: int = 0) -> float:
@@ -98,6 +100,17 @@ def sample_positions(num_positions: int, count: int, *, seed: int, block: Block 
         positions = np.arange(start, min(start + _CHUNK, stop), dtype=np.uint64)
         drawn.append(np.flatnonzero(mix(positions * _GOLDEN + _state((seed,))) < threshold) + start)
     return np.concatenate(drawn)
+
+
+def draw_positions(num_positions: int, count: int, *, seed: int) -> np.ndarray:
+    """A few of the positions [0, num_positions), about `count`, all where there are not more: int64,
+    ascending.
+
+    Those of `sample_positions` up to 2^30; of more exactly `count`, at the same cost for any number.
+    """
+    if num_positions <= _SCANNED:
+        return sample_positions(num_positions, count, seed=seed)
+    return np.sort(Permutation(num_positions, seed).items(0, count))
 
 
 def _state(keys: tuple[int, ...]) -> np.uint64:

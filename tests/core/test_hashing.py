@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.core import hashing
-from mlpmem_ds.core.hashing import Permutation, hash_fraction, sample_positions, shuffled
+from mlpmem_ds.core.hashing import (
+    Permutation,
+    draw_positions,
+    hash_fraction,
+    sample_positions,
+    shuffled,
+)
 
 
 def test_hash_fraction_is_fixed_and_spread() -> None:
@@ -31,6 +37,18 @@ def test_a_sample_is_about_as_large_as_wanted_and_spread() -> None:
     assert 0.45 < sample.mean() / 100_000 < 0.55
     assert len(np.intersect1d(sample, sample_positions(100_000, 5_000, seed=4))) < 600
     np.testing.assert_array_equal(sample_positions(10, 10, seed=0), np.arange(10))
+
+
+def test_a_few_of_very_many_positions_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank of an audit draws its sample; and up to some number it is the one of every earlier run."""
+    np.testing.assert_array_equal(
+        draw_positions(100_000, 5_000, seed=3), sample_positions(100_000, 5_000, seed=3)
+    )
+    monkeypatch.setattr(hashing, "sample_positions", None)  # it looks at each position
+    drawn = draw_positions(2 * 10**11, 1000, seed=2)
+    assert drawn.dtype == np.int64 and len(np.unique(drawn)) == 1000 and (np.diff(drawn) > 0).all()
+    assert drawn[0] >= 0 and drawn[-1] < 2 * 10**11 and abs(drawn.mean() / 1e11 - 1) < 0.06
+    assert len(np.intersect1d(drawn, draw_positions(2 * 10**11, 1000, seed=3))) < 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 1000, 5000])

@@ -25,7 +25,7 @@ from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash, publish, publish_json
-from mlpmem_ds.core.hashing import sample_positions
+from mlpmem_ds.core.hashing import draw_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.typed_json import to_json
@@ -173,7 +173,7 @@ class _Audit:
 
     @cached_property
     def parts(self) -> dict[str, np.ndarray]:
-        drawn_n = sample_positions(self.targets.num_positions, self.num_positions, seed=_SEED)
+        drawn_n = draw_positions(self.targets.num_positions, self.num_positions, seed=_SEED)
         sample_n = drawn_n if len(drawn_n) else np.zeros(1, np.int64)
         return {
             f"sample-{block.start:08d}": sample_n[slice(*block)]

@@ -19,7 +19,7 @@ from mlpmem_ds.core.ahead import run_ahead
 from mlpmem_ds.core.blocks import Block, deal, split_blocks
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.folders import folder_of
-from mlpmem_ds.core.hashing import sample_positions
+from mlpmem_ds.core.hashing import draw_positions
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -145,7 +145,7 @@ class Sample:
 
     @cached_property
     def _positions_n(self) -> np.ndarray:
-        return sample_positions(self.teacher.keys.num_positions, _SAMPLE, seed=_SEED)
+        return draw_positions(self.teacher.keys.num_positions, _SAMPLE, seed=_SEED)
 
     @cached_property
     def _neighbours(self) -> Neighbours:
