@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import publish_json, read_json
+from mlpmem_ds.formats import targets as targets_module
 from mlpmem_ds.formats.target_encoding import Encoding, pack_block
-from mlpmem_ds.formats.target_shards import Container, index_name
+from mlpmem_ds.formats.target_shards import (
+    Container,
+    SampleTable,
+    ShardIndex,
+    StoredSample,
+    TargetShard,
+    index_name,
+    sample_key,
+)
 from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.formats.training_order import TrainingOrder
 
-from .toy_targets import NUM_POSITIONS, expect_rows, sparse, write_targets
+from .toy_targets import BLOCK_SIZE, NUM_POSITIONS, expect_rows, sparse, write_targets
 
 
 def test_any_range_is_read(targets_dir: Path, target_kind: tuple[Encoding, Container]) -> None:
@@ -62,6 +74,42 @@ def test_any_order_of_positions_is_read(targets_dir: Path) -> None:
     for positions in ([-1], [0, NUM_POSITIONS]):
         with pytest.raises(ValueError, match="not among 117"):
             targets.gather(np.array(positions))
+
+
+def test_the_index_of_a_shard_is_read_once(targets_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a training comes back to it: reading it costs more than decoding a sample."""
+    targets, paths = open_targets(targets_dir), list[Path]()
+
+    def counted(path: Path) -> Any:
+        paths.append(path)
+        return read_json(path)
+
+    monkeypatch.setattr(targets_module, "read_json", counted)
+    for _ in range(3):
+        for start in range(0, NUM_POSITIONS, BLOCK_SIZE):
+            targets.read(start, min(start + BLOCK_SIZE, NUM_POSITIONS))
+    assert len(paths) == len(set(paths)) == len(targets.manifest.shards) == 3
+
+
+def test_the_shards_of_a_rank_are_known_from_window_to_window() -> None:
+    """5e9 positions on 32 ranks: a rank reads a 32nd of them in every window, some blocks each time."""
+    shard, block, window = 1 << 20, 1024, 1 << 20
+    order = TrainingOrder(num_positions=5 * 10**9, block_size=block, window_blocks=window // block, seed=0)
+    seen: set[int] = set()
+    for number in range(6):
+        shares = order.shares(number, window, rank=5, size=32)
+        seen.update(*(np.unique(share.positions_m // shard).tolist() for share in shares))
+    assert 64 < len(seen) <= 5 * 10**9 // shard // 32 + 3 <= targets_module._INDEXES_KEPT
+    samples = tuple(
+        StoredSample(key="", first=at * block, count=block, offset=at, compressed_bytes=1, bytes=1, entries=1)
+        for at in range(shard // block)
+    )
+    whole = TargetShard(name="", first=0, count=shard, entries=1024, samples=1024)
+    table = SampleTable.of(ShardIndex(samples=samples, end_offset=1024), whole)
+    assert sum(array.nbytes for array in vars(table).values()) * targets_module._INDEXES_KEPT < 40e6
+    assert list(table.holding(5 * block, 7 * block + 1)) == [
+        replace(sample, key=sample_key(sample.first)) for sample in samples[5:8]
+    ]
 
 
 def test_the_bytes_are_repeatable(

@@ -112,7 +112,7 @@ def reader_bytes(work: Path, *, num_positions: int = 2 * 10**11) -> float:
     try:
         targets = open_targets(work / "targets")
         for shard in visited(targets):
-            targets.index_of(shard)
+            targets.table_of(shard)
         order = TrainingOrder(
             num_positions=num_positions, block_size=_BLOCK, window_blocks=_WINDOW_BLOCKS, seed=0
         )

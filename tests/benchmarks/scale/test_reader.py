@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.benchmarks.scale import reader
+from mlpmem_ds.formats import targets as targets_module
 from mlpmem_ds.formats.targets import open_targets
 
 
@@ -23,10 +24,11 @@ def test_one_rank_reads_each_row_once(tmp_path: Path) -> None:
 def test_memory_of_a_made_up_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its indexes are read and checked as real ones, more than are kept; none of the rows exists."""
     monkeypatch.setattr(reader, "_SHARD_POSITIONS", 1 << 14)
+    monkeypatch.setattr(targets_module, "_INDEXES_KEPT", 64)
     num_bytes = reader.reader_bytes(tmp_path, num_positions=7_000 << 14)
     assert 1e6 < num_bytes < 1e8
     targets = open_targets(tmp_path / "targets")
     assert targets.num_positions == 7_000 << 14 and len(targets.files) == 14_000
     for shard in reader.visited(targets):
-        assert targets.index_of(shard).samples[0].first == shard.first
-    assert len(targets._indexes) == 64
+        assert targets.table_of(shard).firsts_S1[0] == shard.first
+    assert len(targets._tables) == 64
