@@ -17,7 +17,7 @@ DS_CONFIG=ds_configs/zero2.json  # of train; ds_configs/README.md says which is 
 STAGES=(extract_keys build_index write_targets train evaluate convert_checkpoint)
 
 # What makes `python` the right one, on the nodes and here: modules, an environment. That of launch/setup.sh,
-# .venv, is for machines without a GPU; docs/README.md, Packages, says what one for GPUs needs.
+# .venv, has no packages for GPUs alone; docs/install.md says what one for GPUs needs.
 ENVIRONMENT='source .venv/bin/activate'
 
 # Flags of every sbatch and every srun: partition, account, constraints.

@@ -1,7 +1,7 @@
 """Benchmark `goodput`: a training and targets **under kill -9**, compared with undisturbed ones.
 
 A rank that is drawn by the seed is killed every so many seconds, the second time all ranks; the commands are
-started again by the loops of docs/README.md, and go on until they are done. Goodput is the time of an
+started again by the loops of docs/ranks.md, and go on until they are done. Goodput is the time of an
 undisturbed run over that of a disturbed one. Both begin at the launch, so that one start is in each.
 
 train             bash launch/supervise.sh torchrun …: all ranks start again, from the newest checkpoint

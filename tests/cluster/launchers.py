@@ -1,4 +1,4 @@
-"""The ways to start a command's ranks on several hosts, as the documentation gives them (docs/README.md).
+"""The ways to start a command's ranks on several hosts, as the documentation gives them (docs/ranks.md).
 
 Each is a function from the hosts, the command's words and the ranks on each host to the commands to type, and
 on which host: `LAUNCHERS[name](hosts, words, ranks_per_host)`.
