@@ -19,7 +19,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 def threads() -> Any:
     """`threads: int | None`, of torch and faiss."""
     return option(
-        "CPU threads of each rank (default: as the environment says)", None, at_least=1, identity="none"
+        "CPU threads of each rank (default: as the environment sets it)", None, at_least=1, identity="none"
     )
 
 
@@ -37,8 +37,8 @@ def exchange() -> Any:
 def rank_timeout_seconds() -> Any:
     """`rank_timeout_seconds: float`"""
     return option(
-        "without a sign of life from a rank, after which it is lost and the others stop; a thread gives"
-        " one every two seconds, however long a step takes",
+        "seconds without a sign of life after which a rank counts as lost and the others stop; a thread of"
+        " each rank sends one every two seconds, however long a step takes",
         RANK_TIMEOUT_SECONDS,
         at_least=1,
         identity="none",
@@ -78,8 +78,8 @@ def dtype(identity: Identity) -> Any:
 def special_tokens() -> Any:
     """`special_tokens: SpecialTokens`, of `formats.corpus`"""
     return option(
-        "what a special token is that is spelled in a text, such as <|endoftext|>: text, as any other; or"
-        " parse, the token itself, for chats that are rendered with such tokens",
+        "how a special token that is spelled in a text, such as <|endoftext|>, is read: text = as ordinary"
+        " text; parse = as the token itself, for chats that were rendered with such tokens",
         "text",
     )
 

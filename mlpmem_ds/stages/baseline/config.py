@@ -39,7 +39,7 @@ class Config(DecoderOptions):
         by_url=True,
     )
     match_parameters: int | None = option(
-        "lora, bigger: spend so many parameters", None, at_least=1, identity="resolved"
+        "lora, bigger: spend this many parameters", None, at_least=1, identity="resolved"
     )
     rank: int | None = option(
         "lora: rank of its matrices, in place of a number of parameters",

@@ -37,8 +37,8 @@ class Config(Flags):
         "with --checkpoint: the checkpoint of this step, also of a finished training", None, at_least=0
     )
     from_reference: str | None = option(
-        "instead: a memory that the method's authors published, a directory or Hub name; needs --model, its"
-        " base",
+        "instead of --checkpoint: a memory that the method's authors published, a directory or Hub name;"
+        " needs --model, its base",
         None,
         metavar="PATH",
         by_url=True,

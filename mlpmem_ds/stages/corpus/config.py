@@ -40,8 +40,8 @@ class Config(Flags):
         metavar="PATH",
     )
     weights: tuple[float, ...] | None = option(
-        "share of each --input in the text, in their order, such as .7 .3; documents are taken once, as many"
-        " as give these shares (default: all of them)",
+        "share of each --input in the bytes of the text, in their order, such as .7 .3; each document is"
+        " taken at most once (default: all documents)",
         None,
         above=0,
         identity="resolved",
@@ -55,7 +55,7 @@ class Config(Flags):
         "with chat: a file with a template of Jinja (default: the tokenizer's own)", None, identity="none"
     )
     train_on: Counts = option(
-        "with chat: the tokens that are learnt, stored and scored, all or those of the assistant's answers",
+        "with chat: which tokens are learned, stored and scored: all, or those of the assistant's answers",
         "answers",
     )
     tokenizer: str = option(
@@ -72,19 +72,19 @@ class Config(Flags):
         "bytes of text to take, group after group in the order of a hash (default: all)", None, above=0
     )
     cut_documents: int | None = option(
-        "cut longer texts at ends of lines into documents of at most so many characters, each dealt to a"
-        " split of its own (default: never)",
+        "characters: cut longer texts at ends of lines into documents of at most this length, each dealt to"
+        " a split of its own (default: never)",
         None,
         at_least=100,
     )
     shorten_documents: int | None = option(
-        "take only the beginning of longer texts, at most so many characters, up to the end of a line"
+        "characters: take only the beginning of longer texts, at most this length, up to the end of a line"
         " (default: whole texts)",
         None,
         at_least=100,
     )
     include: tuple[str, ...] | None = option(
-        f"names that count in directories, patterns (default: {' '.join(FILE_PATTERNS)}, also in capital"
+        f"patterns: which files of directories are read (default: {' '.join(FILE_PATTERNS)}, also in capital"
         " letters or compressed)",
         None,
         metavar="PATTERN",
@@ -96,17 +96,17 @@ class Config(Flags):
         identity="resolved",
     )
     strict: bool = option(
-        "refuse inputs of which something that may hold text is left out", False, identity="none"
+        "refuse the inputs if anything that may hold text is left out", False, identity="none"
     )
     text_field: str = option("JSON lines, Parquet, data sets: the field with the text", "text")
     group_field: str | None = option("the same: the field that names the group", None)
     near_duplicates: Mode = option(
-        "documents that nearly repeat another: kept without a look, found and reported, or removed", "keep"
+        "documents that nearly repeat another one: keep (no search), report, or remove them", "keep"
     )
     near_duplicate_threshold: float = option(
-        "Jaccard similarity of the n-grams from which on they do", 0.8, above=0, at_most=1
+        "least Jaccard similarity of the n-grams of near duplicates", 0.8, above=0, at_most=1
     )
-    near_duplicate_words: int = option("words of such an n-gram", 5, at_least=1)
+    near_duplicate_words: int = option("words of an n-gram of near duplicates", 5, at_least=1)
     near_duplicate_hashes: int = option(
         "minimum hashes by which the similarity is estimated: bytes of memory for each document",
         128,

@@ -104,7 +104,7 @@ class Config(Flags):
         identity="resolved",
     )
     temperature: float | None = option(
-        "kNN temperature in squared key units (default: the targets'); 1/32 to 4 times it are tried",
+        "kNN temperature in squared key units (default: the targets'); 1/32 to 4 times this are tried",
         None,
         above=0,
         identity="resolved",
@@ -113,7 +113,7 @@ class Config(Flags):
     lambdas: tuple[str, ...] = shared_flags.lambdas("to choose from", ("0:1:0.05",), identity="none")
     choices_from: Path | None = option(
         "report whose λ, neighbours and temperature are taken, by arm, instead of the best on the tuning"
-        " split: what the arms do to other text, such as text that the base is for",
+        " split: measures what arms that were tuned on one text do to another",
         None,
         identity="none",
         by_url=True,

@@ -34,8 +34,10 @@ class ImportConfig(Flags):
     keys: Path | None = option(
         "without --datastore: the key directory whose rows the targets are of", None, by_url=True
     )
-    k: int = option("for the record: neighbours of a target", 1024, at_least=1)
-    temperature: float = option("for the record: of the targets, in squared key units", 16.0, above=0)
+    k: int = option("noted in the manifest: neighbours of a target", 1024, at_least=1)
+    temperature: float = option(
+        "noted in the manifest: T of the targets, in squared key units", 16.0, above=0
+    )
     block_size: int = option("positions of a sample and of a window", 1024, at_least=1)
     unit_positions: int = option("positions of a unit of keys", 65536, at_least=1)
     shard_positions: int = option("positions of a target shard", 65536, at_least=1)

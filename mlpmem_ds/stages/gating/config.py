@@ -40,8 +40,8 @@ class Config(Flags):
         "corpus directories of the memories' domains", identity="none", metavar="DIR", by_url=True
     )
     general: tuple[str, ...] = option(
-        "corpus directories of other text, on which the base shall stay as it is; without them the gate costs"
-        " such text several per cent",
+        "corpus directories of other text, on which the base should stay as it is; without them the gate"
+        " makes such text several per cent worse",
         (),
         identity="none",
         metavar="DIR",
@@ -50,7 +50,7 @@ class Config(Flags):
     output: Path = option("gate directory to write")
     kind: Literal["history", "confidences", "router"] = option(
         "what the gate reads: how sure both distributions are and how well each predicted the tokens before;"
-        " the first alone; or with it the hidden states of both",
+        " confidences: the first alone; router: the first, and the hidden states of both",
         "history",
     )
     hidden: int | None = option("width of its hidden layer (default: 32, router 128)", None, at_least=1)

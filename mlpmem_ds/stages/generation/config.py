@@ -30,10 +30,10 @@ class Config(JointOptions):
         None,
     )
     chat: bool = option(
-        "each prompt is what a user says: the tokenizer's chat template renders it, and the answer is made",
+        "each prompt is a user's message: the tokenizer's chat template renders it, and the model answers",
         False,
     )
-    system: str | None = option("with --chat: the system's message, before each prompt", None, parse=str)
+    system: str | None = option("with --chat: system message before each prompt", None, parse=str)
     chat_template: Path | None = option(
         "with --chat: a file with a template of Jinja (default: the tokenizer's own)", None
     )
@@ -47,10 +47,10 @@ class Config(JointOptions):
     )
     num_beams: int = option("beams; 1 = none", 1, at_least=1)
     no_repeat_ngram_size: int = option(
-        "no run of so many tokens stands twice in prompt and text; 0 = it may", 0, at_least=0
+        "no run of this many tokens occurs twice in prompt and text; 0 = no limit", 0, at_least=0
     )
     repetition_penalty: float = option(
-        "divides the score of tokens that were there, above 1 makes them rarer", 1.0, above=0
+        "penalty for tokens that have occurred already; above 1 makes them rarer", 1.0, above=0
     )
     seed: int = option("seed of the sampling", 0)
     lmbda: float | None = shared_flags.lmbda("the export's or the gate's, else 0.25")

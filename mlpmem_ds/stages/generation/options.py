@@ -15,8 +15,8 @@ class JointOptions(Flags):
 
     model: str = option("exported model, or with --memory the base: a directory or Hub name", by_url=True)
     memory: tuple[Path, ...] = option(
-        "join these with the base, in the place of an export: output directories of launch/train.py; several"
-        " make a bank",
+        "memories to join with the base, instead of an export: output directories of launch/train.py;"
+        " several make a bank",
         (),
         by_url=True,
     )

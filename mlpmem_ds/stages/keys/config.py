@@ -43,8 +43,8 @@ class Config(Flags):
     key_layer: shared_flags.Layer = shared_flags.layer("layer of the keys", identity="resolved")
     key_point: Point = option("where in the layer the key is read", "ffn_input")
     input_layer: tuple[shared_flags.Layer, ...] = shared_flags.layers(
-        "layers of the memory's inputs, one or more: their states are stored side by side, the last one as"
-        " the last",
+        "layers of the memory's inputs, one or more: their states are stored side by side, in this order;"
+        " --start base starts from the last",
         identity="resolved",
     )
     input_point: Point | None = option(
@@ -56,7 +56,7 @@ class Config(Flags):
     input_layers_path: str | None = option("the same for --input-model", None)
     codec: Literal["int8", "raw"] = option("int8 codes of the rotated key, or the raw key", "int8")
     dim: int | None = option(
-        "numbers in an int8 key, which are exact up to 1040 (default: the width of the model, at most 256)",
+        "numbers in an int8 key; distances are exact up to 1040 (default: the model's width, at most 256)",
         None,
         at_least=1,
         at_most=_MAX_EXACT_DIM,
@@ -89,7 +89,7 @@ class Config(Flags):
         "seed of the int8 codec's sample and rotation, and of the audit's samples", 0, identity="resolved"
     )
     audit: int | None = option(
-        "afterwards one rank compares the targets of so many stored keys with those of the raw keys (killed,"
+        "number of stored keys whose targets one rank compares at the end with those of raw keys (if killed,"
         " it starts anew); 2000 is enough (default: no audit)",
         None,
         at_least=1,

@@ -117,4 +117,4 @@ class Config(Flags):
         "price of a GPU for an hour, in any currency: adds the price of each stage", None, above=0
     )
     calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
-    output: Path | None = option("JSON file to write besides the table", None)
+    output: Path | None = option("JSON file to write in addition to the table", None)

@@ -50,7 +50,7 @@ class Config(Flags):
     num_passages: int = option("passages before a question", 5, at_least=1)
     num_fewshot: int = option("answered examples before an open question, of its own set", 0, at_least=0)
     limit: int | None = option(
-        "the first questions of each file, at most so many (default: all)", None, at_least=1
+        "at most this many questions of each file, its first ones (default: all)", None, at_least=1
     )
     max_new_tokens: int = option("largest number of tokens of an answer", 32, at_least=1)
     special_tokens: SpecialTokens = shared_flags.special_tokens()

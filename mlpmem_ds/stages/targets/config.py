@@ -41,7 +41,7 @@ class Config(Flags):
     )
     temperature: str = option("T of --weighting, in squared key units, or auto", "auto", identity="resolved")
     neighbour_perplexity: float | None = option(
-        "with auto: how many neighbours shall count, exp of the weights' entropy (default:"
+        "with auto: how many neighbours count, as exp of the entropy of their weights (default:"
         f" {DEFAULT_PERPLEXITY:g}, or half of --k where that is less)",
         None,
         above=1,
@@ -56,7 +56,7 @@ class Config(Flags):
     )
     nprobe: int = option("with ivf: lists that a query probes", 32, at_least=1, identity="resolved")
     exclude: Literal["none", "same-document"] = option(
-        "which neighbours a position may not have besides itself", "none"
+        "which neighbours are left out, in addition to the position itself", "none"
     )
     exclude_window: int = option("positions on either side that are no neighbours", 0, at_least=0)
     corpus: Path | None = option(

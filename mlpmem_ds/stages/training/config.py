@@ -58,15 +58,15 @@ class Config(TrainingOptions):
     )
     objective: Literal["auto", "imitation", "helpful", "joined"] = option(
         "what is minimized; imitation: alpha KL(kNN || memory) + (1 - alpha) CE; helpful: the same where kNN"
-        " gives the label more probability than the base, CE elsewhere; joined: imitation of kNN joined with"
-        " the base; auto: it, --alpha and --ce-through are chosen, and the reason is logged",
+        " gives the label more probability than the base, CE elsewhere; joined: imitation of kNN mixed with"
+        " the base; auto: chosen, with --alpha and --ce-through, and the reason is logged",
         "imitation",
     )
     joined_lambda: float = option(
         "with --objective joined: share of kNN, the rest is the base's", DEFAULT_LAMBDA, above=0, at_most=1
     )
     alpha: float | None = option(
-        "weight of KL; 1 - alpha is that of the cross entropy; none: of --objective auto",
+        "weight of KL; 1 - alpha is that of the cross entropy; none: --objective auto chooses it",
         0.5,
         at_least=0,
         at_most=1,

@@ -24,7 +24,7 @@ class TrainingOptions(Flags):
 
     ds_config: Path = option("DeepSpeed configuration, one of ds_configs/", identity="resolved")
     corpus: Path = option(
-        "corpus directory: its train split is learnt, its tuning split is validated on", by_url=True
+        "corpus directory: its train split is learned, its tuning split is used to validate", by_url=True
     )
     output: Path = option("directory to write")
     epochs: float = option("passes over the train split", 5.0, above=0)
@@ -53,7 +53,7 @@ class TrainingOptions(Flags):
         metavar="STEPS",
     )
     early_stopping_patience: int | None = option(
-        "end the training after so many validations without a better perplexity; none = never",
+        "end the training after this many validations without a better perplexity; none = never",
         None,
         at_least=1,
     )
@@ -63,14 +63,14 @@ class TrainingOptions(Flags):
         None,
     )
     time_budget_seconds: float | None = option(
-        "end the training after so many seconds, over all starts without their loading, and write its result"
-        " as after the last step; none = no limit",
+        "end the training after this many seconds, over all starts without their loading, and write its"
+        " result as after the last step; none = no limit",
         None,
         above=0,
     )
     stop_after_seconds: float | None = option(
-        "save and exit so many seconds after this start's first step; the same command continues; none = no"
-        " limit",
+        "save and exit this many seconds after this start's first step; the same command continues; none ="
+        " no limit",
         None,
         above=0,
         identity="none",
