@@ -146,7 +146,8 @@ def _of_system(number: int, error: OSError | None = None) -> str:
 def _of_message(error: BaseException, memory_flags: Sequence[str]) -> str | None:
     """Of errors that libraries raise under types of their own: known by their words."""
     text = f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in text or _NO_MEMORY.search(text):
+    ran_out = isinstance(error, MemoryError) or "OutOfMemoryError" in text or _NO_MEMORY.search(text)
+    if ran_out or _is_without_gpu_memory(error):
         lower = f"lower {' or '.join(memory_flags)}" if memory_flags else "give it more memory"
         return (
             f"memory ran out ({first_line(error)}): {lower}, or end what else uses the memory, and {_AGAIN}"
@@ -179,7 +180,14 @@ def _is_of_ranks(error: BaseException) -> bool:
     """Whether it is what torch raises where a rank does not answer."""
     text = f"{type(error).__name__}: {first_line(error)}"
     is_of_torch = type(error).__module__.startswith("torch") or "gloo" in text
+    if _is_without_gpu_memory(error):
+        return False
     return type(error).__name__.startswith("Dist") or bool(is_of_torch and _RANK_LOST.search(text))
+
+
+def _is_without_gpu_memory(error: BaseException) -> bool:
+    """Whether this rank's GPU had no room for NCCL's buffers, which is said behind the first line."""
+    return type(error).__name__.startswith("Dist") and "out of memory" in str(error)
 
 
 def _of_encoding(error: UnicodeEncodeError) -> str:

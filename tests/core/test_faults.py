@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from mlpmem_ds.core.errors import UserError, first_line
-from mlpmem_ds.core.faults import remedy_of
+from mlpmem_ds.core.faults import is_lost_rank, remedy_of
 
 
 def from_system(number: int, path: str | bytes | None = None) -> OSError:
@@ -62,6 +62,26 @@ def test_what_the_user_can_mend_has_a_remedy(error: Exception, said: str) -> Non
     remedy = remedy_of(error, memory_flags=("--batch", "--rows"))
     assert remedy is not None and "\n" not in remedy
     assert re.search(said, remedy), remedy
+
+
+class DistBackendError(RuntimeError):
+    """As torch.distributed's."""
+
+
+def test_a_gpu_without_room_for_nccl_is_no_lost_rank() -> None:
+    """A supervisor would start all of them again, and it would end as before."""
+    first = "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)"
+    cause = (
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    )
+    full = DistBackendError(f"{first}\n{cause}")
+    assert not is_lost_rank(full)
+    remedy = remedy_of(full, memory_flags=("--micro-batch-positions",))
+    assert (
+        remedy is not None and remedy.startswith("memory ran out (NCCL error") and "lower --micro" in remedy
+    )
+    gone = DistBackendError(f"{first}\nncclRemoteError: A call failed possibly due to a network error")
+    assert is_lost_rank(gone) and "another rank has ended" in str(remedy_of(gone))
 
 
 @pytest.mark.parametrize(
