@@ -43,9 +43,10 @@ from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.weighting import Weighting
 
 ORDER_NAME = "frequency_order.npy"
-_INDEXES_KEPT = 1024
-"""tables of shards in memory, 33 kB each at most: a rank of a training reads the same part of the positions
-in every window, which is 149 shards of 5e9 positions on 32 ranks, and 745 of 2e11 on 256"""
+_INDEXES_KEPT = 8192
+"""tables of shards in memory, 33 kB each at most. A rank of a training reads the same part of the
+positions in every window: 149 shards of 5e9 positions on 32 ranks, 745 of 2e11 on 256; ordered by block,
+any of 4,769"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,14 +99,16 @@ def test_the_shards_of_a_rank_are_known_from_window_to_window() -> None:
     for number in range(6):
         shares = order.shares(number, window, rank=5, size=32)
         seen.update(*(np.unique(share.positions_m // shard).tolist() for share in shares))
-    assert 64 < len(seen) <= 5 * 10**9 // shard // 32 + 3 <= targets_module._INDEXES_KEPT
+    assert (
+        64 < len(seen) <= 5 * 10**9 // shard // 32 + 3 and 5 * 10**9 // shard < targets_module._INDEXES_KEPT
+    )
     samples = tuple(
         StoredSample(key="", first=at * block, count=block, offset=at, compressed_bytes=1, bytes=1, entries=1)
         for at in range(shard // block)
     )
     whole = TargetShard(name="", first=0, count=shard, entries=1024, samples=1024)
     table = SampleTable.of(ShardIndex(samples=samples, end_offset=1024), whole)
-    assert sum(array.nbytes for array in vars(table).values()) * targets_module._INDEXES_KEPT < 40e6
+    assert sum(array.nbytes for array in vars(table).values()) * targets_module._INDEXES_KEPT < 300e6
     assert list(table.holding(5 * block, 7 * block + 1)) == [
         replace(sample, key=sample_key(sample.first)) for sample in samples[5:8]
     ]
