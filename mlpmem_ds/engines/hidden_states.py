@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.model_directory import fault_of
 from mlpmem_ds.formats.window_tokens import WindowTokens, window_tokens
 from mlpmem_ds.maths.head_scores import label_log_probabilities
-from mlpmem_ds.models.backbone import capture, logit_transform
+from mlpmem_ds.models.backbone import Capture, CapturedStates, capture, logit_transform
 from mlpmem_ds.models.base_loading import attention_of, load_base
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.past_states import with_past
@@ -133,7 +134,7 @@ class TransformersSource:
                 path,
                 self.attention,
             )
-        self._length_seen = 0
+        self._length_seen, self._lock = 0, threading.Lock()
 
     def _load(
         self, path: str, attention: str, device_map: str | dict[str, Any] | None, offload_folder: Path | None
@@ -151,23 +152,30 @@ class TransformersSource:
     def read(self, tokens_BS: torch.Tensor, points: Mapping[str, CapturePoint]) -> BatchStates:
         requested = list(dict.fromkeys(points.values()))
         reader = capture(self.model, requested, layers_path=self.layers_path)
-        length = tokens_BS.shape[1]
-        if length > self._length_seen:  # once: the first batch has windows of the full length
-            self._length_seen = length
-            with masks_of_layers(self._layers) as masks:
-                captured = reader(to_device(tokens_BS, self.device))
-            if self.attention == "sdpa" and any(masks):
-                _logger.warning(
-                    "%d of %d layers read windows of %d tokens with an attention mask (a sliding window that"
-                    " is shorter?): slower than without",
-                    sum(masks),
-                    self.num_layers,
-                    length,
-                )
-        else:
-            captured = reader(to_device(tokens_BS, self.device))
+        # The reader of a training may be in here while a skipped step's inputs are looked at: the hooks of
+        # one would record what the other reads.
+        with self._lock:
+            captured = self._captured(reader, to_device(tokens_BS, self.device))
         states = {name: captured.states[point] for name, point in points.items()}
         return BatchStates(states=states, final_BSD=captured.final_BSD)
+
+    def _captured(self, reader: Capture, tokens_BS: torch.Tensor) -> CapturedStates:
+        """Run a batch; of the first of full length it is said where layers read it with a mask."""
+        length = tokens_BS.shape[1]
+        if length <= self._length_seen:
+            return reader(tokens_BS)
+        self._length_seen = length
+        with masks_of_layers(self._layers) as masks:
+            captured = reader(tokens_BS)
+        if self.attention == "sdpa" and any(masks):
+            _logger.warning(
+                "%d of %d layers read windows of %d tokens with an attention mask (a sliding window that"
+                " is shorter?): slower than without",
+                sum(masks),
+                self.num_layers,
+                length,
+            )
+        return captured
 
     @torch.no_grad()
     def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:

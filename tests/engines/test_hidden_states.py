@@ -107,6 +107,27 @@ def test_windows_are_read_with_the_begin_tokens_before_them(
     assert (found[0].states["key"] - unlike.states["key"]).abs().max() > 1e-3, "nothing is shown"
 
 
+def test_two_threads_read_one_base_without_a_mix_up(tmp_path: Path, save_model: Any) -> None:
+    """As where a training looks at a step whose gradients were not finite while its reader goes on."""
+    source = TransformersSource(save_model("gpt2", FAMILIES["gpt2"], tmp_path / "base"), device="cpu")
+    here_BS, there_BS = (torch.full((2, 8), token) for token in (3, 7))
+    expected = [source.read(tokens_BS, POINTS).states for tokens_BS in (here_BS, there_BS)]
+    found: list[Any] = []
+    other = threading.Thread(target=lambda: found.append(source.read(there_BS, POINTS).states))
+
+    def enter_meanwhile(*_: Any) -> None:
+        if not other.ident:
+            other.start()
+            other.join(0.5)  # time enough to put its hooks on the layers, and to run
+
+    handle = decoder_layers(source.model)[1].register_forward_hook(enter_meanwhile)  # all is recorded
+    found.insert(0, source.read(here_BS, POINTS).states)
+    other.join()
+    handle.remove()
+    for states, wanted in zip(found, expected, strict=True):
+        assert all(torch.equal(states[name], wanted[name]) for name in POINTS)
+
+
 def test_a_mask_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **SIZES | {"sliding_window": 8}))
     model.save_pretrained(tmp_path / "short")
