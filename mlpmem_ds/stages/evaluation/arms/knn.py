@@ -15,7 +15,7 @@ from typing import Any
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json
 from mlpmem_ds.core.stage_directory import StageDirectory
-from mlpmem_ds.engines.devices import memory_bytes
+from mlpmem_ds.engines.devices import free_host_bytes, memory_bytes
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys, open_keys
@@ -147,6 +147,13 @@ def _open_exact(vote: Vote, base: ModelArm) -> KnnArm:
 
 
 def _open_indexed(vote: Vote, index: IndexDirectory, base: ModelArm, *, nprobe: int) -> KnnArm:
+    """Raises UserError where this host cannot hold the index."""
+    if (needed := index.num_bytes) > (free := free_host_bytes()):
+        raise UserError(
+            f"--index {index.root} is {needed / 1e9:.1f} GB, which each rank holds in memory, and"
+            f" {free / 1e9:.1f} GB are free here: leave --index out, or take a host with more memory"
+        )
+
     def search(num_keys: int | None) -> NeighbourSearch:
         return open_search(
             vote.keys,

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,16 @@ def test_all_keys_are_searched_by_default_only_if_that_takes_little_time(
     identity = json.loads((config.output / "identity.json").read_text())
     assert identity["config"]["exact"] is True
     assert exact_of()  # a report goes on as it was begun
+
+
+def test_an_index_that_no_host_holds_is_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That of 5e9 keys is 360 GB: the system would end the rank, without a word."""
+    index: Any = SimpleNamespace(num_bytes=360 * 10**9, root=Path("run/index"))
+    monkeypatch.setattr(knn, "free_host_bytes", lambda: 200 * 10**9)
+    with pytest.raises(UserError, match=r"--index run/index is 360\.0 GB.* 200\.0 GB are free here: leave"):
+        knn._open_indexed(None, index, None, nprobe=32)  # type: ignore[arg-type]
 
 
 def test_each_file_of_the_datastore_is_compared_once_over_all_ranks_and_starts(
