@@ -10,7 +10,8 @@ In the order of the pipeline:
 - `tar_readers.py`, `zip_readers.py`: archives; `archive_samples.py`: their members as documents
 - `table_readers.py`: Parquet and Arrow; `csv_readers.py`: CSV; `saved_datasets.py`: data sets of
   `datasets`; `arrow_library.py`: pyarrow; `installed_docs.py`: docstrings of installed packages
-- `corpus.py`: token shards; `window_tokens.py`: its windows as a model reads them
+- `corpus.py`: token shards; `window_tokens.py`: its windows as a model reads them; `mapped_tokens.py`: its
+  tokens at any positions
 - `counted_rows.py`: rows of keys ↔ positions of a corpus, where answers alone count
 - `keys.py`, `mapped_keys.py`: keys, values and memory inputs
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists

@@ -15,15 +15,15 @@ import torch
 
 from mlpmem_ds.core.hashing import Permutation, hash_fraction, shuffled
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.corpus import CorpusSplit
+from mlpmem_ds.formats.mapped_tokens import MappedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
     """The train split cut into sequences of S + 1 tokens, S apart; where the first starts changes with the
-    epoch. `begin` stands before each, as before a document. Tokens as `learnt_tokens` gives them."""
+    epoch. `begin` stands before each, as before a document."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | MappedTokens
     length: int
     seed: int
     begin: tuple[int, ...] = ()
@@ -32,11 +32,11 @@ class Sequences:
     def per_epoch(self) -> int:
         return (len(self.tokens) - self.length) // self.length
 
-    def batch(self, epoch: int, first: int, count: int) -> np.ndarray:
-        """int64 [count, P + S + 1]: the sequences [first, first + count) of the epoch's order, P begin
-        tokens before each."""
+    def batch(self, epoch: int, first: int, count: int, *, rank: int = 0, size: int = 1) -> np.ndarray:
+        """int64 [n, P + S + 1]: of the sequences [first, first + count) of the epoch's order those of a rank,
+        every size-th; P begin tokens before each."""
         offset = int(shuffled(self.length, self.seed, epoch, 1)[0])
-        chosen = _order(self.per_epoch, self.seed, epoch).items(first, first + count)
+        chosen = _order(self.per_epoch, self.seed, epoch).items(first, first + count)[rank::size]
         last = len(self.tokens) - self.length - 1
         starts = np.minimum(offset + chosen * self.length, last)
         sequences = self.tokens[starts[:, None] + np.arange(self.length + 1)]
@@ -47,16 +47,7 @@ class Sequences:
         is_document = (np.where(first_tokens < 0, ~first_tokens, first_tokens) == self.begin).all(axis=1)
         starts = np.minimum(starts + len(self.begin) * is_document, last)
         sequences = self.tokens[starts[:, None] + np.arange(self.length + 1)]
-        return np.concatenate([np.tile(self.begin, (count, 1)), sequences], axis=1)
-
-
-def learnt_tokens(corpus: CorpusSplit) -> np.ndarray:
-    """int64: all tokens of a split; one that is read but not learnt, such as what the user says where answers
-    alone count, is stored as its complement, `~token`, which is negative."""
-    tokens = corpus.tokens(0, corpus.num_tokens)
-    if corpus.has_answers:
-        np.invert(tokens, where=~corpus.is_answer(0, corpus.num_tokens), out=tokens)
-    return tokens
+        return np.concatenate([np.tile(self.begin, (len(chosen), 1)), sequences], axis=1)
 
 
 @lru_cache(maxsize=2)
@@ -91,7 +82,8 @@ class SequenceBatches:
             # Dropout as in a run that was never stopped.
             torch.manual_seed(int(hash_fraction(f"{step}:{rank}", self.sequences.seed) * 2**63))
             epoch, batch = divmod(step, self.steps_per_epoch)
-            mine = self.sequences.batch(epoch, batch * self.per_step, self.per_step)[rank::size]
+            start_of_step = batch * self.per_step
+            mine = self.sequences.batch(epoch, start_of_step, self.per_step, rank=rank, size=size)
             yield torch.from_numpy(mine).chunk(self.num_micro_batches), time.perf_counter() - start
 
     def state_after(self, step: int) -> None:

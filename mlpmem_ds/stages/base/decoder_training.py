@@ -29,9 +29,10 @@ from mlpmem_ds.engines.deepspeed.config import (
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.process_group import named_ranks, set_up_distributed
 from mlpmem_ds.formats.corpus import CorpusSplit, num_tokens_of_splits, open_corpus
+from mlpmem_ds.formats.mapped_tokens import MappedTokens
 from mlpmem_ds.formats.trained_models import TrainingResult
 from mlpmem_ds.formats.weight_shards import WeightFiles
-from mlpmem_ds.stages.base.batches import SequenceBatches, Sequences, learnt_tokens
+from mlpmem_ds.stages.base.batches import SequenceBatches, Sequences
 from mlpmem_ds.stages.base.objective import NextToken
 from mlpmem_ds.stages.base.options import DecoderOptions
 from mlpmem_ds.stages.base.validation import BaseValidator
@@ -101,7 +102,7 @@ def open_text(config: DecoderOptions, world: World) -> Text:
         ds_config=ds_config,
         batches=SequenceBatches(
             sequences=Sequences(
-                tokens=learnt_tokens(corpus),
+                tokens=MappedTokens(corpus),
                 length=length,
                 seed=config.seed,
                 begin=corpus.begin_of_document_ids,

@@ -45,7 +45,7 @@ class NextTokenModule(nn.Module):
     """A causal language model whose forward is its loss, without ever holding all the logits.
 
     `num_begin_tokens` stand before each sequence, and no loss is taken of what follows each but the last. Nor
-    is it of tokens that come as their complements (`learnt_tokens`): where the text has such, `learnt_share`
+    is it of tokens that come as their complements (`MappedTokens`): where the text has such, `learnt_share`
     is below 1, and the loss is divided by the number of others that is expected, so that each of them weighs
     the same in any batch.
     """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mlpmem_ds.stages.base.batches import Sequences
+from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.base.batches import SequenceBatches, Sequences
 from mlpmem_ds.stages.base.objective import NextTokenModule
 
 LENGTH = 6
@@ -33,6 +36,41 @@ def test_each_sequence_begins_as_a_document(begin: tuple[int, ...]) -> None:
             else:
                 assert own == given
     assert bool(moved) == bool(begin)
+
+
+def test_a_rank_reads_its_own_sequences_alone() -> None:
+    """In the order of the step: every size-th."""
+
+    class Read:
+        """Tokens that note which of them are asked for."""
+
+        def __init__(self, tokens: np.ndarray) -> None:
+            self.tokens, self.num_read = tokens, 0
+
+        def __len__(self) -> int:
+            return len(self.tokens)
+
+        def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+            self.num_read += positions.size
+            return self.tokens[positions]
+
+    tokens = np.random.default_rng(0).integers(3, 50, 300)
+
+    def of_rank(rank: int, size: int) -> tuple[list[np.ndarray], int]:
+        read: Any = Read(tokens)
+        batches = SequenceBatches(
+            sequences=Sequences(tokens=read, length=LENGTH, seed=1, begin=()),
+            per_step=8,
+            num_micro_batches=1,
+            world=World(rank=rank, size=size),
+        )
+        return [parts[0].numpy() for parts, _ in batches.stream(0, 9)], read.num_read
+
+    whole, num_read = of_rank(0, 1)
+    for rank in range(4):
+        mine, num_mine = of_rank(rank, 4)
+        assert all(np.array_equal(own, step[rank::4]) for own, step in zip(mine, whole, strict=True))
+        assert 4 * num_mine == num_read
 
 
 def test_the_loss_is_that_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.corpus import open_corpus, read_corpus_manifest
 from mlpmem_ds.formats.counted_rows import CountedRows
 from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.formats.mapped_tokens import MappedTokens
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.stages.base.batches import learnt_tokens
 from mlpmem_ds.stages.base.objective import NextTokenModule
 from mlpmem_ds.stages.base.validation import BaseValidator
 from mlpmem_ds.stages.corpus import prepare_corpus
@@ -238,7 +238,8 @@ def test_windows_without_an_answer_are_refused(
 
 def test_a_language_model_learns_answers_alone(answers_dir: Path) -> None:
     corpus = open_corpus(answers_dir)
-    tokens, is_answer = learnt_tokens(corpus), corpus.is_answer(0, corpus.num_tokens)
+    tokens = MappedTokens(corpus)[np.arange(corpus.num_tokens)]
+    is_answer = corpus.is_answer(0, corpus.num_tokens)
     assert np.array_equal(tokens >= 0, is_answer)
     assert np.array_equal(np.where(tokens < 0, ~tokens, tokens), corpus.tokens(0, corpus.num_tokens))
 
