@@ -26,6 +26,7 @@ import fcntl
 import functools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.host import host_name, process_has_ended, start_of
+from mlpmem_ds.core.host import Process, process_of
 
 _logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ _SECONDS_WITHOUT_A_NAME = 5.0
 """a claim that stays empty: its process was killed between the two system calls that make and fill it"""
 _SECONDS_FOR_A_LOCK = 2.0
 """to remove a claim; whoever breaks one holds the lock of its file for milliseconds"""
+
+_HOLDER = re.compile(r"(\S+) (\S+) ([0-9]{1,9})(?: ([0-9]+))?")
 
 State = Literal["held", "unknown", "gone"]
 """of a claim: its holder is alive; it may be (nothing moved yet); it is not"""
@@ -104,24 +107,26 @@ def claim_alone(path: Path, *, refusal: str) -> Iterator[None]:
 def holder(pid: int) -> str:
     """What a claim of this process of this machine says: `<host> <boot> <pid> <start>`, without the start
     where the system does not say it."""
-    return f"{host_name()} {_boot_id()} {pid} {start_of(pid)}".rstrip()
+    process = process_of(pid)
+    return f"{process.host} {process.boot} {process.pid} {process.start}".rstrip()
+
+
+def _process_in(text: str) -> Process | None:
+    """The process that `holder` named; None where the text is damaged, or not yet written."""
+    words = _HOLDER.fullmatch(text)
+    return None if words is None else Process(words[1], words[2], int(words[3]), words[4] or "")
 
 
 def has_ended(text: str) -> bool:
     """Whether the process that `holder` named is known to be gone: only one of this machine is."""
-    if not is_of_this_machine(text):
-        return False
-    return process_has_ended(_pid_of(text), "".join(text.split()[3:4]))
+    process = _process_in(text)
+    return process is not None and process.has_ended
 
 
 def is_of_this_machine(text: str) -> bool:
     """Whether the process that `holder` named is, or was, one of those that this process sees."""
-    words = text.split()
-    return words[:2] == [host_name(), _boot_id()] and len(words) > 2 and words[2].isdigit()
-
-
-def _pid_of(text: str) -> int:
-    return int(text.split()[2])
+    process = _process_in(text)
+    return process is not None and process.is_of_this_machine
 
 
 def is_held(path: Path) -> bool:
@@ -147,8 +152,9 @@ class ClaimWatch:
                 text, touched = stream.read(), os.fstat(stream.fileno()).st_mtime_ns
         except FileNotFoundError:
             return "gone"
-        if is_of_this_machine(text):
-            return "gone" if _pid_of(text) == os.getpid() or has_ended(text) else "held"
+        process = _process_in(text)
+        if process is not None and process.is_of_this_machine:
+            return "gone" if process.pid == os.getpid() or process.has_ended else "held"
         former = self._seen.get(path)
         if former is None or former[:2] != (text, touched):
             self._seen[path] = (text, touched, time.monotonic())
@@ -170,8 +176,14 @@ def _is_made(path: Path, text: str) -> bool:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
-    os.write(descriptor, text.encode())
-    os.close(descriptor)
+    try:
+        os.write(descriptor, text.encode())
+    except OSError as error:  # a full disk, which knows no name
+        path.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(descriptor)
     return True
 
 
@@ -234,12 +246,3 @@ def _touch_until(path: Path, stop: threading.Event) -> None:
             OSError
         ):  # gone, or the file system is away: at worst somebody else makes the unit too
             os.utime(path)
-
-
-@functools.cache
-def _boot_id() -> str:
-    """Of the running kernel; "-" where it does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return "-"

@@ -15,10 +15,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from mlpmem_ds.core.claims import ClaimWatch, claim
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import flush
 from mlpmem_ds.core.temporaries import remove_stale_directories, remove_stale_temporaries, work_path
 
@@ -58,13 +59,23 @@ def replace_directory(path: Path, filled: Path) -> None:
         flush(Path(folder))
     with _alone(path):
         _put_back(path)
-        if path.exists():
+        if os.path.lexists(path):
             os.replace(path, former_of(path))
         try:
             os.replace(filled, path)
             flush(path.parent)
         finally:
             _put_back(path)
+
+
+def refuse_mount(path: Path, *, flag: str) -> None:
+    """Before the work for a directory that `replace_directory` will put there.
+
+    Raises:
+        UserError: a file system is mounted there, and nothing else can get its name.
+    """
+    if os.path.ismount(path):
+        raise UserError(f"{flag} {path} is where a file system is mounted: give a directory in it")
 
 
 def former_of(path: Path) -> Path:
@@ -90,7 +101,7 @@ def remove_former(path: Path) -> None:
 def left_of_replacement(path: Path) -> list[Path]:
     """What a replacement of `path` that was cut off, or is under way, has next to it: what was there before,
     and what is being removed."""
-    return [left for left in (former_of(path), _gone(path)) if left.exists()]
+    return [left for left in (former_of(path), _gone(path)) if os.path.lexists(left)]
 
 
 def _put_back(path: Path) -> None:
@@ -103,10 +114,12 @@ def _put_back(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """What `path` named before; some of it may stay until the next call."""
-    gone = _gone(path)
-    if former_of(path).exists():
+    gone, former = _gone(path), former_of(path)
+    if former.is_symlink():  # what it leads to stays
+        former.unlink(missing_ok=True)
+    elif former.exists():
         gone.mkdir(exist_ok=True)
-        os.replace(former_of(path), tempfile.mkdtemp(dir=gone))
+        os.replace(former, tempfile.mkdtemp(dir=gone))
     shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -131,12 +144,12 @@ def _alone(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator[Path]:
-    """Give this process a directory next to `path`, `.<name>.<host>.<pid>-<start>.partial`; it is removed at
-    the end.
+    """Give this process a directory next to `path`, named after it as temporary files are
+    (core/temporaries.py) but `.partial`; it is removed at the end.
 
-    What killed processes of this host left under such names is removed first, and what other hosts left and
-    have not written to for an hour; but for one of this host that `continues` accepts as the same work: it is
-    taken over, without its half-written files.
+    What killed processes of this machine left under such names is removed first, and what other machines left
+    and have not written to for an hour; but for one of this machine that `continues` accepts as the same
+    work: it is taken over, without its half-written files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = ".partial"
@@ -152,3 +165,35 @@ def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator
         yield own
     finally:
         shutil.rmtree(own, ignore_errors=True)
+
+
+def folders_with(root: Path, names: Collection[str]) -> Iterator[tuple[Path, frozenset[str]]]:
+    """Each directory at or below `root` that has files of these names, and which: also behind a link to such
+    a directory, for a stage may lie on another file system. Hidden ones below `root` are passed over.
+
+    Raises:
+        OSError: one cannot be read; it may be one of those that are looked for.
+    """
+    return _folders_with(root, frozenset(names), {root.resolve()})
+
+
+def _folders_with(
+    root: Path, names: frozenset[str], seen: set[Path]
+) -> Iterator[tuple[Path, frozenset[str]]]:
+    """`seen`: where the walks so far began, without links."""
+
+    def complain(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # renamed or removed in this moment
+            raise error
+
+    for place, folders, files in os.walk(root, onerror=complain):
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        if found := names.intersection(files):
+            yield Path(place), found
+        for link in (Path(place, folder) for folder in folders):
+            if not link.is_symlink() or not any((link / name).is_file() for name in names):
+                continue
+            target = link.resolve()
+            if not seen & {target, *target.parents}:
+                seen.add(target)
+                yield from _folders_with(link, names, seen)

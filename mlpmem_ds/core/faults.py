@@ -49,9 +49,9 @@ _REMEDIES = {
     errno.ELOOP: "links on the way lead to themselves: remove them, or choose another path",
     errno.EMLINK: "choose another file system",
     errno.EXDEV: "choose a path on the same file system",
-    errno.EROFS: "choose an --output on a writable file system",
+    errno.EROFS: "the file system is mounted read-only: mount it anew, or choose another path",
     errno.ETXTBSY: "a program runs from this file: end it, or choose another path",
-    errno.EBUSY: "another program has it: end that, or choose another path",
+    errno.EBUSY: "another program has it, or a disk is mounted there: choose another path",
     errno.EDEADLK: _STORAGE,
     errno.ENOLCK: "the file system gives no locks: choose another one",
     errno.ENOSYS: "the file system or the container cannot do this: choose another --output",
@@ -66,6 +66,7 @@ _REMEDIES = {
     errno.EADDRINUSE: "another program has the port: set MASTER_PORT to a free one",
     errno.EADDRNOTAVAIL: "set MASTER_ADDR to the name of rank 0's host",
 }
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Of errors that were met on the way, those that still explain what was raised at last.
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 # What libraries say of a file that could not be written, without the system's number.
@@ -135,12 +136,12 @@ def _lasts(error: OSError) -> bool:
 
 
 def _of_system(number: int, error: OSError | None = None) -> str:
-    place = "while writing"
+    place = ": while writing" if number in _OF_WRITING else ""
     # The second name is where a copy was written to.
     names = () if error is None else (error.filename2, error.filename)
     if name := next((name for name in names if isinstance(name, str | bytes | os.PathLike)), None):
-        place = os.fsdecode(name)
-    return f"{os.strerror(number)}: {place}; {_REMEDIES[number]}"
+        place = f": {os.fsdecode(name)}"
+    return f"{os.strerror(number)}{place}; {_REMEDIES[number]}"
 
 
 def _of_message(error: BaseException, memory_flags: Sequence[str]) -> str | None:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +27,9 @@ SEAL = "content_sha256"
 MAX_JSON_BYTES = 1 << 26
 """of a file that is parsed whole; a list of 10,000 files has 2 MB"""
 _REMEDY = "; run the stage that wrote it again, or restore it from a copy"
+_OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_BAD_DISKS = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
+"""of a file with a bad sector, or whose file system finds its own checksums wrong: it is damaged"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class FileRecord:
 
 
 def sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as stream:
+    with naming(path, _OF_BAD_DISKS), open(path, "rb") as stream:
         return (
             hashlib.file_digest(stream, "sha256").hexdigest()
             if hasattr(hashlib, "file_digest")
@@ -79,7 +82,7 @@ def publish(path: Path, *, flush_folder: bool = True) -> Iterator[Path]:
     remove it. The folder's names are flushed too, unless the caller does it for several files at once."""
     temporary = temporary_path(path)
     try:
-        with _naming(path):
+        with naming(path):
             yield temporary
         flush(temporary)
         os.replace(temporary, path)
@@ -90,12 +93,12 @@ def publish(path: Path, *, flush_folder: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A full disk knows its number only; give it the name of the file."""
+def naming(path: Path, numbers: Collection[int] = _OF_FULL_DISKS) -> Iterator[None]:
+    """A full disk, or a bad one, knows its number only; give its error the name of the file."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+        if error.errno in numbers and error.filename is None:
             error.filename = str(path)
         raise
 
@@ -210,6 +213,10 @@ def _parse(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
         return json.loads(_content(path, max_bytes))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedDataError(f"{path} is missing") from error
+    except OSError as error:
+        if error.errno not in _OF_BAD_DISKS:
+            raise
+        raise DamagedDataError(f"{_unreadable(path, error)}{_REMEDY}") from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number that is none
         raise DamagedDataError(
             f"{path} is not valid JSON ({error}); restore it or remake its stage"
@@ -248,7 +255,7 @@ def record_file(root: Path, name: str) -> FileRecord:
 
 def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> str | None:
     """Say what is wrong with a published file, or None: missing, another size, or (if asked) another
-    checksum."""
+    checksum, or a disk that cannot read it."""
     path = root / record.name
     try:
         state = path.stat()
@@ -263,9 +270,19 @@ def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> s
     size = state.st_size
     if size != record.bytes:
         return f"{path} has {size} bytes where its record says {record.bytes}"
-    if checksum and sha256_of_file(path) != record.sha256:
-        return f"{path} does not have the checksum of its record"
-    return None
+    if not checksum:
+        return None
+    try:
+        sha256 = sha256_of_file(path)
+    except OSError as error:
+        if error.errno not in _OF_BAD_DISKS:
+            raise
+        return _unreadable(path, error)
+    return None if sha256 == record.sha256 else f"{path} does not have the checksum of its record"
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} cannot be read ({os.strerror(error.errno or 0)})"
 
 
 _NUM_HASHERS = 4

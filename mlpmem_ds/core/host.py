@@ -5,10 +5,57 @@ from __future__ import annotations
 import functools
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 _START = 19  # of the fields of proc(5) from the third, the state, on
 _INITIAL_PID_SPACE = 0xEFFFFFFC  # its inode in Linux, PROC_PID_INIT_INO
+_DIGITS_OF_BOOT = 12
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, as those that share a file system with it know it: its id alone says nothing to processes of
+    another machine, to another container, or after a restart.
+
+    Args:
+        host: `host_name` of its machine. Two machines may have one name (images that fix it, clones).
+        boot: `boot_id` of its machine, which no two machines share.
+        pid: its id.
+        start: `start_of` it; "" where that is not known.
+    """
+
+    host: str
+    boot: str
+    pid: int
+    start: str
+
+    @property
+    def name(self) -> str:
+        """For names of files of its own: `<host>.<boot>.<pid>-<start>`, without the start where it is not
+        known."""
+        return f"{self.host}.{self.boot}.{self.pid}-{self.start}".removesuffix("-")
+
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether it is, or was, one of those that this process sees."""
+        return (self.host, self.boot) == (host_name(), boot_id())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to be gone: only one of this machine ever is."""
+        if not self.is_of_this_machine:
+            return False
+        return not is_alive(self.pid) or (self.start != "" and start_of(self.pid) not in ("", self.start))
+
+
+def process_of(pid: int) -> Process:
+    """The process of this machine that has this id now."""
+    return Process(host_name(), boot_id(), pid, start_of(pid))
+
+
+def this_process() -> Process:
+    return process_of(os.getpid())
 
 
 @functools.cache
@@ -22,6 +69,17 @@ def host_name() -> str:
     except OSError:  # no Linux
         return socket.gethostname()
     return socket.gethostname() if space == _INITIAL_PID_SPACE else f"{socket.gethostname()}-{space}"
+
+
+@functools.cache
+def boot_id() -> str:
+    """Of the running kernel: the first twelve digits of the number that it drew when it started; "-" where it
+    does not say it."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+    except OSError:
+        return "-"
+    return text.strip().replace("-", "")[:_DIGITS_OF_BOOT] or "-"
 
 
 def is_alive(pid: int) -> bool:
@@ -43,11 +101,6 @@ def start_of(pid: int) -> str:
     """
     fields = _fields_of(pid)
     return fields[_START] if len(fields) > _START else ""
-
-
-def process_has_ended(pid: int, start: str) -> bool:
-    """Whether the process of this host that had this id and this `start_of` ("": not known) is gone."""
-    return not is_alive(pid) or (start != "" and start_of(pid) not in ("", start))
 
 
 def _fields_of(pid: int) -> list[str]:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.files import naming
+from mlpmem_ds.core.host import boot_id, host_name
 from mlpmem_ds.core.world import World
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -29,8 +30,11 @@ def set_up_logging(world: World, *, name: str) -> None:
         force=True,
     )
     logging.getLogger("mlpmem_ds").setLevel(_shown_level(world))
-    # Out of the Hub's reach it warns at each attempt; what fails in the end is said by its caller.
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    # Out of reach they warn at each attempt, gcsfs with a traceback at the last; what fails in the end is
+    # said by the caller.
+    for library in ("huggingface_hub.utils._http", "google.auth"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def log_for_all(logger: logging.Logger, world: World, message: str, *values: object) -> None:
@@ -49,18 +53,18 @@ _begun: list[EventLog] = []
 class EventLog:
     """Appends one JSON object a line to `path`; lines of several ranks may interleave but never mix.
 
-    Ranks of other hosts than rank 0's have a file each host, `log-<host>.jsonl`: appends of two clients of a
-    network file system may overwrite each other.
+    Ranks of other hosts than rank 0's have a file each machine, `log-<host>-<boot>.jsonl` (core/host.py):
+    appends of two clients of a network file system may overwrite each other.
     """
 
     def __init__(self, path: Path, world: World) -> None:
-        own = path.with_name(f"{path.stem}-{host_name()}{path.suffix}")
+        own = path.with_name(f"{path.stem}-{host_name()}-{boot_id()}{path.suffix}")
         self._path = path if world.is_on_first_host else own
         self._rank = world.rank
 
     def write(self, event: str, **fields: Any) -> None:
         record = {"time": round(time.time(), 3), "rank": self._rank, "event": event, **fields}
-        with open(self._path, "a", encoding="utf-8") as stream:
+        with naming(self._path), open(self._path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
     def begin(self, **fields: Any) -> None:

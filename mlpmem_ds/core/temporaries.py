@@ -1,9 +1,11 @@
 """Files that are being written: their names, and which of them no process will finish.
 
-They are named `.<name>.<host>.<pid>-<start>.tmp` in the directory of their target. A later run on the same
-host can tell those of dead processes, also where another process has such an id now: it started at another
-time (as in core/claims.py). A host that was lost may never come back under its name (a container, a node of a
-cluster): its files are given up when no process has written to them for an hour.
+They are named `.<name>.<host>.<boot>.<pid>-<start>.tmp` in the directory of their target, after the process
+that writes them (core/host.py), which is judged as the holder of a claim is (core/claims.py): a later run on
+the same machine can tell those of dead processes, also where another process has such an id now. Of other
+machines, one of the same host name among them, and of this one before its last restart, nothing is known but
+when they last wrote; a host that was lost may never come back under its name (a container, a node of a
+cluster). Their files are given up when no process has written to them for an hour.
 
 Age is measured between two times of one clock, the one that gives files of this folder their times: a host
 whose own clock is wrong neither removes too early nor keeps for ever. A writer that is alive all the same,
@@ -20,32 +22,26 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlpmem_ds.core.host import host_name, process_has_ended, start_of
+from mlpmem_ds.core.host import Process, this_process
 
 SECONDS_UNTIL_GIVEN_UP = 3600.0
 _SUFFIX = ".tmp"
-_PROCESS = re.compile(r"(?P<pid>[0-9]{1,9})(-(?P<start>[0-9]+))?")
+_PROCESS = re.compile(r"(?P<head>.+)\.(?P<boot>[0-9a-f]+|-)\.(?P<pid>[0-9]{1,9})(-(?P<start>[0-9]+))?")
 
 
 def temporary_path(path: Path) -> Path:
     """Where this process writes what will be `path`."""
-    return path.with_name(f".{path.name}{_tag_of_this_process()}{_SUFFIX}")
+    return path.with_name(f".{path.name}.{this_process().name}{_SUFFIX}")
 
 
 def work_path(path: Path, suffix: str) -> Path:
     """The directory, named in the same way, where this process makes what will be the directory `path`."""
-    return path.with_name(f".{path.name}{_tag_of_this_process()}{suffix}")
-
-
-def _tag_of_this_process() -> str:
-    """`.<host>.<pid>-<start>`; without the start where the system does not say it."""
-    pid = os.getpid()
-    return f".{host_name()}.{pid}-{start_of(pid)}".removesuffix("-")
+    return path.with_name(f".{path.name}.{this_process().name}{suffix}")
 
 
 def is_own_temporary(name: object) -> bool:
     """Whether a file's name, of an error, is one that this process gave."""
-    return isinstance(name, str) and name.endswith(f"{_tag_of_this_process()}{_SUFFIX}")
+    return isinstance(name, str) and name.endswith(f".{this_process().name}{_SUFFIX}")
 
 
 def time_of_file_system(folder: Path) -> float:
@@ -61,7 +57,7 @@ def remove_stale_temporaries(
 
     Args:
         root: a directory of the caller's own.
-        seconds_until_given_up: without a write, for those of other hosts.
+        seconds_until_given_up: without a write, for those of other machines.
         prefix: of the names that are looked at.
     """
     now = time_of_file_system(root)
@@ -80,12 +76,13 @@ def remove_stale_temporaries(
 
 
 def _has_ended(name: str, suffix: str) -> bool | None:
-    """Whether the process that a name ends with is gone; None where it is one of another host, or none."""
-    head, _, tag = name.removesuffix(suffix).rpartition(".")
-    process = _PROCESS.fullmatch(tag)
-    if process is None or not head.endswith(f".{host_name()}"):
+    """Whether the process that a name ends with is gone; None where it is one of another machine, or none."""
+    parts, host = _PROCESS.fullmatch(name.removesuffix(suffix)), this_process().host
+    # A host's name may have dots, and so may the file's: this host's is looked for, not read.
+    if parts is None or not parts["head"].endswith(f".{host}"):
         return None
-    return process_has_ended(int(process["pid"]), process["start"] or "")
+    process = Process(host, parts["boot"], int(parts["pid"]), parts["start"] or "")
+    return process.has_ended if process.is_of_this_machine else None
 
 
 def is_given_up(path: Path, *, now: float, seconds: float = SECONDS_UNTIL_GIVEN_UP) -> bool:
@@ -110,10 +107,10 @@ def _times_of(path: Path) -> Iterator[float]:
 
 
 def remove_stale_directories(path: Path, suffix: str) -> list[Path]:
-    """Remove the directories that processes of other hosts have named by `work_path` and will not finish.
+    """Remove the directories that processes of other machines have named by `work_path` and will not finish.
 
     Returns:
-        those of processes of this host that have ended, and of this process; they are left to the caller.
+        those of processes of this machine that have ended, and of this process; they are left to the caller.
     """
     now, own = time_of_file_system(path.parent), []
     for other in sorted(path.parent.iterdir()):

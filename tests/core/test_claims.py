@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -26,6 +27,7 @@ from mlpmem_ds.core.claims import (
     remove_dead_claims,
 )
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.host import host_name
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_a_claim_lasts_as_long_as_its_block(tmp_path: Path) -> None:
     path = tmp_path / ".3.claim"
     with claim(path) as is_mine:
         assert is_mine and path.read_text() == holder(os.getpid())
-        assert path.read_text().split()[0] == claims.host_name()
+        assert path.read_text().split()[0] == host_name()
     assert not path.exists()
     with pytest.raises(RuntimeError), claim(path):
         raise RuntimeError
@@ -114,11 +116,20 @@ def test_the_claims_of_ended_processes_are_broken_and_removed(tmp_path: Path) ->
     zombie.wait()
 
 
-@pytest.mark.parametrize("text", ["elsewhere - 1", f"{socket.gethostname()}-4026532001 - 1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "elsewhere - 1",
+        f"{socket.gethostname()}-4026532001 - 1",
+        f"{host_name()} 0123456789ab 1",
+        f"{holder(1)} damaged",
+    ],
+)
 def test_a_claim_that_was_not_touched_for_a_minute_of_our_clock_is_broken(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of another host, or of another container of this host with a process 1."""
+    """Of another host, of another container of this host with a process 1, or of another machine of its
+    name; and one that is damaged."""
     clock, watch, path = Clock(monkeypatch), ClaimWatch(), tmp_path / ".3.claim"
     path.write_text(text)
     for ahead in (1e6, -1e6):  # a file server's clock is days off
@@ -146,7 +157,11 @@ def test_only_an_ended_process_of_this_machine_is_known_to_have_ended(stranger: 
     assert not has_ended(holder(os.getpid()))
     assert not has_ended(holder(stranger))
     assert not has_ended(f"elsewhere {holder(gone.pid).partition(' ')[2]}")
-    assert not has_ended("")
+    for damaged in ("", "a", "a b", "a b -1", "a b 1 2 3", f"{holder(gone.pid)}0x", "\ufffd" * 3):
+        assert not has_ended(damaged)
+    host, boot, pid, *_ = holder(gone.pid).split()
+    assert not has_ended(f"{host} {boot} {pid}{10**20}")  # no process id
+    assert not has_ended(f"{host} 0123456789ab {pid}")  # another machine of this host name
     words = holder(stranger).split()
     assert not has_ended(" ".join(words[:3]))  # of a system that does not say when a process started
 
@@ -222,6 +237,16 @@ def test_a_claim_is_removed_after_the_moment_in_which_another_process_looks_at_i
             fcntl.flock(stream, fcntl.LOCK_EX)
             threading.Timer(0.1, looking.close).start()
         assert not path.exists()
+
+
+def test_a_full_disk_leaves_no_claim_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(claims.os, "write", refuse)
+    with pytest.raises(OSError, match=r"No space left.*/\.3\.claim"), claim(tmp_path / ".3.claim"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 ROUNDS, PROCESSES = 60, 3

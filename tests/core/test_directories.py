@@ -6,18 +6,22 @@ import contextlib
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlpmem_ds.core.directories import (
+    folders_with,
     publish_directory,
     put_back_former,
+    refuse_mount,
     remove_former,
     replace_directory,
     work_directory,
 )
-from mlpmem_ds.core.host import host_name, start_of
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.host import process_of, this_process
 
 DEAD = 2**22 + 1  # above the largest process id
 
@@ -138,6 +142,26 @@ def test_a_directory_that_cannot_be_replaced_keeps_its_name(tmp_path: Path) -> N
     assert content_of(done) == "old" and [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
+@pytest.mark.parametrize("is_dangling", [False, True])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path, is_dangling: bool) -> None:
+    """Such as of a checkpoint that was moved to another disk."""
+    target = tmp_path / "elsewhere"
+    if not is_dangling:
+        filled(target, "old")
+    (tmp_path / "done").symlink_to(target)
+    replace_directory(tmp_path / "done", filled(tmp_path / "filled", "new"))
+    assert not (tmp_path / "done").is_symlink() and content_of(tmp_path / "done") == "new"
+    assert is_dangling or content_of(target) == "old"
+    assert {path.name for path in tmp_path.iterdir()} - {"elsewhere"} == {"done"}
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_mount(tmp_path / "out", flag="--output")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(UserError, match="--output .*out is where a file system is mounted: give a directory"):
+        refuse_mount(tmp_path / "out", flag="--output")
+
+
 def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled, calls = tmp_path / "filled", []
     filled.mkdir()
@@ -150,28 +174,49 @@ def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
 
 
 def test_a_killed_run_is_continued_and_others_are_removed(tmp_path: Path) -> None:
-    host = host_name()
+    dead, live = process_of(DEAD), process_of(os.getppid())
     names = {
-        "same": f".out.{host}.{DEAD}.partial",
-        "another": f".out.{host}.{DEAD + 1}.partial",
-        "alive": f".out.{host}.{os.getppid()}-{start_of(os.getppid())}.partial",
-        "id used again": f".out.{host}.{os.getppid()}-1.partial",
-        "elsewhere": f".out.elsewhere.{DEAD}.partial",
-        "lost": f".out.lost-host.{DEAD}.partial",
+        "same": f".out.{dead.name}.partial",
+        "another": f".out.{process_of(DEAD + 1).name}.partial",
+        "alive": f".out.{live.name}.partial",
+        "id used again": f".out.{replace(live, start='1').name}.partial",
+        "elsewhere": f".out.{replace(dead, host='elsewhere').name}.partial",
+        "same host name": f".out.{replace(dead, boot='0123456789ab').name}.partial",
+        "lost": f".out.{replace(dead, host='lost-host').name}.partial",
     }
     for kind, name in names.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "kind.txt").write_text(kind)
     for path in (tmp_path / names["lost"] / "kind.txt", tmp_path / names["lost"]):
         os.utime(path, (time.time() - 3700,) * 2)  # another host's: given up after an hour
-    (tmp_path / names["same"] / f".half.{host}.{DEAD}.tmp").write_text("half")
+    (tmp_path / names["same"] / f".half.{dead.name}.tmp").write_text("half")
     (tmp_path / "out").mkdir()
     with work_directory(
         tmp_path / "out", continues=lambda path: (path / "kind.txt").read_text() == "same"
     ) as own:
-        assert own.name == f".out.{host}.{os.getpid()}-{start_of(os.getpid())}.partial"
+        assert own.name == f".out.{this_process().name}.partial"
         assert [path.name for path in own.iterdir()] == ["kind.txt"]
         assert (own / "kind.txt").read_text() == "same"
         left = {path.name for path in tmp_path.iterdir()} - {"out", own.name}
-        assert left == {names["alive"], names["elsewhere"]}
+        assert left == {names["alive"], names["elsewhere"], names["same host name"]}
     assert not own.exists()
+
+
+def test_directories_are_found_by_their_files_also_behind_links(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for path in (run / "corpus", run / ".keys.partial", run / "notes", elsewhere / "keys" / "lists"):
+        path.mkdir(parents=True)
+        (path / ("note.txt" if path.name == "notes" else "identity.json")).touch()
+    for path in (elsewhere / "keys" / "identity.json", elsewhere / "keys" / "manifest.json"):
+        path.touch()
+    (run / "keys").symlink_to(elsewhere / "keys")
+    (run / "latest").symlink_to(run / "keys")
+    (run / "texts").symlink_to(tmp_path)  # of none of these names: not walked through
+    (elsewhere / "keys" / "back").symlink_to(run / "corpus")
+    found = dict(folders_with(run, ("identity.json", "manifest.json")))
+    assert {str(path.relative_to(run)): len(names) for path, names in found.items()} == {
+        "corpus": 1,
+        "keys": 2,
+        "keys/lists": 1,
+    }
+    assert dict(folders_with(tmp_path / "none", ("identity.json",))) == {}

@@ -35,6 +35,8 @@ def raised_while_handling(first: Exception, then: Exception) -> Exception:
         (from_system(errno.EFBIG, "/x/y"), "File too large: /x/y; .*ulimit -f"),
         (from_system(errno.EDQUOT), "Disk quota exceeded: while writing; raise the quota"),
         (from_system(errno.EIO, b"/caf\xe9"), "/caf.*; the storage"),
+        (from_system(errno.EIO), "^Input/output error; the storage"),  # of reading or of writing: not known
+        (from_system(errno.EROFS, "/x"), "/x; the file system is mounted read-only"),
         (from_system(errno.ESTALE, "/x"), "run the same command again"),
         (from_system(errno.EMFILE, "/x"), "ulimit -n"),
         (from_system(errno.ELOOP, "/x"), "links on the way"),

@@ -19,6 +19,7 @@ from mlpmem_ds.core.files import (
     read_sealed_json,
     record_file,
     require_free_bytes,
+    sha256_of_file,
     size_in_words,
 )
 
@@ -128,6 +129,21 @@ def test_a_disk_that_fills_up_is_named_with_the_file(tmp_path: Path) -> None:
         with open("/dev/full", "wb", buffering=0) as stream:
             stream.write(b"x")
     assert caught.value.filename == str(tmp_path / "keys.npy")
+
+
+def test_a_file_with_a_bad_sector_is_a_damaged_file(tmp_path: Path) -> None:
+    """So that its unit is made again; before, the file had to be removed by hand."""
+    if not os.path.exists("/proc/self/mem"):
+        pytest.skip("this system has no file that is there and cannot be read")
+    bad = tmp_path / "bad.json"
+    bad.symlink_to("/proc/self/mem")  # nothing is mapped at its start
+    record = FileRecord(name=bad.name, bytes=0, sha256="0" * 64)
+    assert fault_of_file(tmp_path, record) == f"{bad} cannot be read (Input/output error)"
+    assert fault_of_file(tmp_path, record, checksum=False) is None
+    with pytest.raises(DamagedDataError, match="bad.json cannot be read .Input/output error.; run the stage"):
+        read_sealed_json(bad)
+    with pytest.raises(OSError, match=str(bad)):  # it says no name of itself
+        sha256_of_file(bad)
 
 
 def test_a_full_disk_is_refused_before_the_start(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +16,20 @@ from mlpmem_ds.core import host
 
 @pytest.fixture(autouse=True)
 def no_cache() -> Iterator[None]:
-    host.host_name.cache_clear()
+    for known in (host.host_name, host.boot_id):
+        known.cache_clear()
     yield
-    host.host_name.cache_clear()
+    for known in (host.host_name, host.boot_id):
+        known.cache_clear()
+
+
+@pytest.fixture
+def ended() -> host.Process:
+    """A process of this machine that is gone."""
+    process = subprocess.Popen(["true"])
+    known = host.process_of(process.pid)
+    process.wait()
+    return known
 
 
 def test_a_process_that_ended_is_not_alive() -> None:
@@ -31,8 +44,48 @@ def test_a_process_id_that_is_used_again_is_not_the_process_that_had_it() -> Non
     own, start = os.getpid(), host.start_of(os.getpid())
     if not start:
         pytest.skip("this system does not say when a process started")
-    assert not host.process_has_ended(own, start) and not host.process_has_ended(own, "")
-    assert host.process_has_ended(own, str(int(start) + 1))
+    this = host.this_process()
+    assert this == host.process_of(own) and this.start == start
+    assert not this.has_ended and not replace(this, start="").has_ended
+    assert replace(this, start=str(int(start) + 1)).has_ended
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"boot": "0123456789ab"},  # another machine of this host name, or this one before its restart
+        {"boot": "-"},
+        {"host": "elsewhere"},
+        {"host": f"{socket.gethostname()}-4026532001"},  # another container, with a process of this id
+    ],
+)
+def test_no_process_that_this_one_does_not_see_is_known_to_have_ended(
+    ended: host.Process, other: dict[str, str]
+) -> None:
+    assert ended.is_of_this_machine and ended.has_ended
+    elsewhere = replace(ended, **other)
+    assert not elsewhere.is_of_this_machine and not elsewhere.has_ended
+    assert elsewhere.name != ended.name
+
+
+def test_a_name_says_which_process_it_is() -> None:
+    process = host.Process("n7.cluster", "0123456789ab", 12, "345")
+    assert process.name == "n7.cluster.0123456789ab.12-345"
+    assert replace(process, start="").name == "n7.cluster.0123456789ab.12"
+
+
+def test_the_boot_is_the_one_that_the_kernel_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        host.Path, "read_text", lambda path, encoding: "587c1c52-b4c7-4d77-8fd6-800b18f5f4ab\n"
+    )
+    assert host.boot_id() == "587c1c52b4c7"
+    host.boot_id.cache_clear()
+
+    def unknown(path: Path, encoding: str) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(host.Path, "read_text", unknown)
+    assert host.boot_id() == "-"
 
 
 @pytest.mark.parametrize(("space", "suffix"), [(0xEFFFFFFC, ""), (4026532001, "-4026532001")])

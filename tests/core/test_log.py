@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.host import boot_id, host_name
 from mlpmem_ds.core.log import (
     EventLog,
     Progress,
@@ -59,7 +59,9 @@ def test_the_last_line_comes_once_and_only_where_something_was_done(
 
 def test_the_hubs_client_does_not_say_what_we_say() -> None:
     set_up_logging(World(), name="tool")
-    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+    for library in ("huggingface_hub.utils._http", "google.auth._default"):
+        assert not logging.getLogger(library).isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("gcsfs.retry").isEnabledFor(logging.ERROR)  # it logs a traceback
     assert logging.getLogger("huggingface_hub").isEnabledFor(logging.ERROR)
 
 
@@ -89,7 +91,10 @@ def test_ranks_of_other_hosts_have_a_file_of_their_host(tmp_path: Path) -> None:
     """Appends of two clients of a network file system may overwrite each other."""
     for rank, is_first in ((0, True), (1, True), (2, False), (3, False)):
         EventLog(tmp_path / "log.jsonl", World(rank=rank, size=4, is_on_first_host=is_first)).write("started")
-    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", f"log-{host_name()}.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "log.jsonl",
+        f"log-{host_name()}-{boot_id()}.jsonl",
+    }
     assert [event["rank"] for event in read_events(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
     assert seconds_of_stage(tmp_path) is not None
 

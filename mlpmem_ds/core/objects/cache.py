@@ -21,6 +21,7 @@ each process that opens it. What differs is fetched again, so the same command m
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -42,7 +43,7 @@ from mlpmem_ds.core.files import (
     require_free_bytes,
     size_in_words,
 )
-from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.host import this_process
 from mlpmem_ds.core.objects import on_demand
 from mlpmem_ds.core.objects.fetch import fetch_file, fetch_files, not_whole, partial_path
 from mlpmem_ds.core.objects.listing import Listing, require_listing
@@ -63,6 +64,7 @@ _SECONDS_IN_USE = 600.0
 _SECONDS_BETWEEN_MARKS = 60.0
 _SOURCE, _COMPARED = on_demand.SOURCE, ".compared"
 _IDENTITY = "identity.json"
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _HALF, _DROPPED = ".partial", ".mlpmem-dropped-"
 
 
@@ -140,11 +142,12 @@ class Cache:
         listing = require_listing(store, flag=flag)
         home = self.root / listing.sha256[:16]
         root = home / (name_of_url(url) or store.scheme)
-        with self._one_at_a_time(self.root / ".room.claim"):
-            held.enter_context(_use(home))
-        start, asked = time.monotonic(), time_of_file_system(home)
-        with self._one_at_a_time(home / ".fetch.claim"):
-            source, fetched = self._fill(store, listing, home, root, asked=asked)
+        with self._saying_whose():
+            with self._one_at_a_time(self.root / ".room.claim"):
+                held.enter_context(_use(home))
+            start, asked = time.monotonic(), time_of_file_system(home)
+            with self._one_at_a_time(home / ".fetch.claim"):
+                source, fetched = self._fill(store, listing, home, root, asked=asked)
         if fetched:
             rest = "" if not source.patterns else "; the rest when it is read"
             _logger.info(
@@ -202,8 +205,7 @@ class Cache:
         path = root / record.name
         if self._is_whole_and_kept(root, record):
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._one_at_a_time(path.with_name(f".{path.name}.claim")):
+        with self._saying_whose(), self._one_at_a_time(path.with_name(f".{path.name}.claim")):
             if not self._is_whole_and_kept(root, record):
                 _warn_of_damage(root, record)
                 with self._room_for(record.bytes, what=f"{store.url}/{record.name}"):
@@ -219,6 +221,21 @@ class Cache:
                 os.utime(path, (time.time(), path.stat().st_mtime))
                 self._marked[path] = now
         return not fault_of_content(root, record) and path.exists()
+
+    @contextlib.contextmanager
+    def _saying_whose(self) -> Iterator[None]:
+        """A place that no flag of the command has named is explained."""
+        try:
+            yield
+        except OSError as error:
+            place = Path(error.filename or "")
+            is_of_cache = place in (self.root, *self.root.parents) or self.root in place.parents
+            if error.errno not in _NOT_WRITABLE or not is_of_cache:
+                raise
+            raise UserError(
+                f"{os.strerror(error.errno or 0)}: {error.filename}, in the cache of what is read from URLs:"
+                f" set {PLACE} to a directory with room that can be written, or free some space"
+            ) from error
 
     @contextlib.contextmanager
     def _one_at_a_time(self, path: Path) -> Iterator[None]:
@@ -313,7 +330,7 @@ def _use(home: Path) -> Iterator[None]:
         os.utime(home / _SOURCE)
     with _locks.of(home):
         if _used_here[home] == 0:
-            _claims[home].enter_context(claim(home / f".use-{host_name()}-{os.getpid()}.claim"))
+            _claims[home].enter_context(claim(home / f".use-{this_process().name}.claim"))
         _used_here[home] += 1
     try:
         yield

@@ -8,10 +8,10 @@
       mlpmem_export.json                                          format, inputs, verification, every file's
                                                                   checksum
 
-All of it is written into `.OUTPUT.<host>.<pid>-<start>.partial/` next to OUTPUT, loaded again through its own
-code, compared with the base and the memory as trained (check.py), flushed, and only then renamed. What a
-killed run of the same export left is continued shard by shard; of another, removed. Weights stay in their
-files until they are written: one tensor at a time is in memory, not the model.
+All of it is written into `.OUTPUT.<host>.<boot>.<pid>-<start>.partial/` next to OUTPUT, loaded again through
+its own code, compared with the base and the memory as trained (check.py), flushed, and only then renamed.
+What a killed run of the same export left is continued shard by shard; of another, removed. Weights stay in
+their files until they are written: one tensor at a time is in memory, not the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
 import mlpmem_ds
-from mlpmem_ds.core.directories import put_back_former, replace_directory, work_directory
+from mlpmem_ds.core.directories import put_back_former, refuse_mount, replace_directory, work_directory
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
@@ -93,6 +93,7 @@ def run(config: Config, world: World) -> None:
         return
     base_facts = facts_from_base(inputs, config)
     identity = inputs.identity(config, base_facts)
+    refuse_mount(output, flag="--output")
     put_back_former(output)
     if _is_complete(output, identity, is_card_known=base_facts is not None):
         _logger.info("complete: %s", config.output)

@@ -31,7 +31,7 @@ from mlpmem_ds.core.claims import ClaimWatch, State, claim
 from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json, require_free_bytes
-from mlpmem_ds.core.host import host_name
+from mlpmem_ds.core.host import this_process
 from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -144,7 +144,7 @@ class ListsInUse:
     def hold(self) -> Iterator[None]:
         """Be one of them while the block runs."""
         self._others()  # a first look, for one a minute later
-        with claim(self._output / f".lists-{host_name()}-{os.getpid()}.claim"):
+        with claim(self._output / f".lists-{this_process().name}.claim"):
             yield
 
     def remove_unless_held(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -183,3 +184,26 @@ def test_a_shard_that_is_read_while_others_are_dropped_is_kept(
     with pytest.raises(UserError, match="in use"), cache._room_for(cache.max_bytes, what="all"):
         pass
     assert not dropped.exists() and read.exists()
+
+
+@pytest.mark.parametrize("place", ["", "/directory/keys.npy", "/.."])
+def test_a_place_that_no_flag_has_named_is_explained(
+    stage_url: str,
+    cache: Cache,
+    held: contextlib.ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """The cache lies in the home directory by default, which is full or cannot be written."""
+    name = os.path.normpath(f"{cache.root}{place}")
+
+    def refuse(number: int, name: str) -> None:
+        raise OSError(number, os.strerror(number), name)
+
+    monkeypatch.setattr(cache_module, "publish_json", lambda *_, **__: refuse(errno.EDQUOT, name))
+    with pytest.raises(UserError, match=f"quota exceeded: {name}, in the cache .*set MLPMEM_CACHE to a"):
+        cache.open(stage_url, held, flag="--keys")
+    monkeypatch.setattr(cache_module, "publish_json", lambda *_, **__: refuse(errno.ENOSPC, "/elsewhere"))
+    with pytest.raises(OSError, match="No space left.*/elsewhere") as caught:
+        cache.open(stage_url, held, flag="--keys")
+    assert not isinstance(caught.value, UserError)
