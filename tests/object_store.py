@@ -1,8 +1,10 @@
-"""A real S3 server in this process, for tests: moto's. Skips where it or s3fs is not installed."""
+"""Servers of object stores in this process, for tests: moto's of S3, and an emulator of Google's. Each skips
+where it, or the package that speaks to it, is not installed."""
 
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,3 +33,26 @@ def s3_server() -> Iterator[str]:
     store.makedirs(BUCKET, exist_ok=True)  # servers of one process share what they hold
     yield address
     server.stop()
+
+
+def gs_server() -> Iterator[str]:
+    """The same of Google's store. It knows no uploads on a condition and cannot cancel one."""
+    reason = "no server of Google's kind: pip install -r tests/cluster/requirements-gs.txt"
+    server_module: Any = pytest.importorskip("gcp_storage_emulator.server", reason=reason)
+    pytest.importorskip("gcsfs", reason=reason)
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = server_module.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    with server:
+        yield f"http://127.0.0.1:{port}"
+
+
+def gs_environment(address: str) -> dict[str, str]:
+    """So that `gs://` is there, and Google is not asked who calls."""
+    return {
+        "STORAGE_EMULATOR_HOST": address,
+        "NO_GCE_CHECK": "true",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mlpmem_ds.core.directories import folders_with
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.file_lists import files_of, records_in
 from mlpmem_ds.core.files import FileRecord, content_hash, read_sealed_json, record_file, sha256_of_file
@@ -60,13 +61,16 @@ class LocalDirectory:
         return path if path.is_file() else self.root / MANIFEST
 
     def names(self) -> list[str]:
-        """All its files, those that make it complete last; no temporary ones, and none of the directories
-        inside that are mirrored one by one."""
+        """All its files, also behind links, those that make it complete last; no temporary ones, and none of
+        the directories inside that are mirrored one by one."""
         found = []
-        for folder, folders, names in os.walk(self.root):
+        for folder, folders, names in os.walk(self.root, followlinks=True):
             place = Path(folder).relative_to(self.root)
             folders[:] = sorted(
-                name for name in folders if not name.startswith(".") and not self._is_apart(place / name)
+                name
+                for name in folders
+                if not (name.startswith(".") or self._is_apart(place / name))
+                and not _leads_back(Path(folder, name), self.root)
             )
             found += [(place / name).as_posix() for name in names if not _is_passing(name)]
         return sorted(found, key=lambda name: (name in LAST_FILES, name))
@@ -111,9 +115,9 @@ def directories_in(path: Path, *, checkpoints: bool = False) -> list[LocalDirect
         found = [(path, kind)]
     else:
         found = [
-            (Path(folder), kind)
-            for folder, _, names in os.walk(path)
-            if {IDENTITY, EXPORT} & set(names) and (kind := _kind_of(Path(folder))) is not None
+            (folder, kind)
+            for folder, _ in folders_with(path, (IDENTITY, EXPORT))
+            if (kind := _kind_of(folder)) is not None
         ]
     if not found:
         return [LocalDirectory(root=path, name="", kind="plain")]
@@ -131,6 +135,15 @@ def _kind_of(root: Path) -> Kind | None:
     if (root / IDENTITY).is_file():
         return "stage"
     return "listed" if any((root / name).is_file() for name in LAST_FILES) else None
+
+
+def _leads_back(folder: Path, root: Path) -> bool:
+    """Whether it is a link to a directory that was passed on the way from `root`, or that one of them lies
+    in."""
+    if not folder.is_symlink():
+        return False
+    passed = [parent.resolve() for parent in folder.parents if root in (parent, *parent.parents)]
+    return folder.resolve() in {place for one in passed for place in (one, *one.parents)}
 
 
 def _is_passing(name: str) -> bool:

@@ -6,6 +6,7 @@ an interruption is not fetched again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 
 from mlpmem_ds.core.claims import claim_alone
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, fault_of_content, fault_of_file, flush
+from mlpmem_ds.core.files import FileRecord, fault_of_content, fault_of_file, flush, naming
 from mlpmem_ds.core.objects.listing import LAST_FILES, Listing, require_listing
 from mlpmem_ds.core.objects.parts import PART_BYTES, in_order
 from mlpmem_ds.core.objects.store import Store
@@ -41,7 +42,7 @@ def fetch_file(store: Store, record: FileRecord, root: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path, record)
     partial.touch()
-    with open(partial, "r+b") as stream:
+    with naming(path), open(partial, "r+b") as stream:
         digest = hashlib.sha256()
         start = _hash_whole_parts(stream, digest)
         fault = _receive(store, record, stream, digest, start=start)
@@ -137,10 +138,17 @@ def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> List
     """
     listing = require_listing(store, flag=flag)
     _refuse_other(root, store, listing)
+    is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
     refusal = f"another process is fetching into {root}: wait until it has ended, or give another directory"
-    with claim_alone(root / ".fetch.claim", refusal=refusal):
-        _fetch_what_differs(store, listing, root, threads)
+    try:
+        with claim_alone(root / ".fetch.claim", refusal=refusal):
+            _fetch_what_differs(store, listing, root, threads)
+    except UserError:
+        if is_new:
+            with contextlib.suppress(OSError):  # what was fetched stays
+                root.rmdir()
+        raise
     return listing
 
 

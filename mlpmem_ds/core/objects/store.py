@@ -24,14 +24,21 @@ _CREDENTIALS = (
     "set the store's credentials (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; Google:"
     " GOOGLE_APPLICATION_CREDENTIALS), and check that they may read and write there"
 )
-_ENDPOINT = "check the network and the address of the store (AWS_ENDPOINT_URL for one that is not Amazon's)"
+_ENDPOINT = "check the network and the address of the store (AWS_ENDPOINT_URL for an S3 that is not Amazon's)"
 # names of libraries' exceptions, in the order in which they are looked for → what to do
 _REMEDIES = {
     ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "PermissionError"): _CREDENTIALS,
     ("InvalidAccessKeyId", "SignatureDoesNotMatch", "TokenRetrievalError", "RefreshError"): _CREDENTIALS,
-    ("DefaultCredentialsError", "AnonymousCaller", "HttpError"): _CREDENTIALS,
+    ("DefaultCredentialsError", "Anonymous caller", "Invalid Credentials", "Forbidden"): _CREDENTIALS,
     ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"): _ENDPOINT,
-    ("ConnectionError", "ConnectionRefusedError", "ReadTimeoutError", "SSLError", "gaierror"): _ENDPOINT,
+    (
+        "ConnectionError",
+        "ConnectionRefusedError",
+        "ReadTimeoutError",
+        "SSLError",
+        "gaierror",
+        "ProxyError",
+    ): _ENDPOINT,
     ("ConnectionClosedError", "TimeoutError", "FSTimeoutError", "ServerDisconnectedError"): _ENDPOINT,
 }
 _locks = PathLocks()

@@ -47,6 +47,8 @@ def _send(config: Config, source: Path, url: str) -> str:
         lines = _watch(config, source, url)
     else:
         directories = directories_in(source, checkpoints=config.checkpoints)
+        if directories[0].kind == "plain" and not directories[0].names():
+            raise UserError(f"{source} holds no file: give a directory that does; is its disk mounted?")
         _name_left_out(source, directories)
         lines = [_send_one(config, directory, join_url(url, directory.name)) for directory in directories]
     return "\n".join([*lines, *([_verify(url, config.threads)] if config.verify else [])])

@@ -15,7 +15,7 @@ from mlpmem_ds.core.objects.push import Push
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.world import World
 
-from ...object_store import BUCKET, KEYS, s3_server
+from ...object_store import BUCKET, KEYS, gs_environment, gs_server, s3_server
 from ..toy_stage import Config, run
 
 
@@ -31,11 +31,23 @@ def s3_url(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{BUCKET}/{uuid.uuid4().hex}/run"
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
+@pytest.fixture(scope="session")
+def gs_address() -> Iterator[str]:
+    yield from gs_server()
+
+
+@pytest.fixture
+def gs_url(gs_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in gs_environment(gs_address).items():
+        monkeypatch.setenv(name, value)
+    return f"gs://{BUCKET}/{uuid.uuid4().hex}/run"
+
+
+@pytest.fixture(params=["memory", "file", "s3", "gs"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where nothing is yet."""
-    if request.param == "s3":
-        found: str = request.getfixturevalue("s3_url")
+    if request.param in ("s3", "gs"):
+        found: str = request.getfixturevalue(f"{request.param}_url")
         return found
     return f"memory://{uuid.uuid4().hex}/run" if request.param == "memory" else f"file://{tmp_path}/store/run"
 

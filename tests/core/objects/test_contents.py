@@ -47,6 +47,8 @@ def test_the_directories_of_a_run_are_mirrored_one_by_one(stage_dir: Path, tmp_p
     step.mkdir(parents=True)
     publish_json(run / "export" / "mlpmem_export.json", {"files": []}, seal=True)
     publish_json(step / "manifest.json", {"files": []}, seal=True)
+    (run / ".export.n7.0123456789ab.12-345.partial").mkdir()  # a conversion is at work
+    publish_json(run / ".export.n7.0123456789ab.12-345.partial" / "identity.json", {})
     (run / "notes").mkdir()
     (run / "notes" / "note.txt").write_text("mine")
     kinds = {directory.name: directory.kind for directory in directories_in(run)}
@@ -69,3 +71,19 @@ def test_any_other_directory_is_one_and_known_by_its_content(tmp_path: Path) -> 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none is no directory"):
         directories_in(tmp_path / "none")
+
+
+def test_what_lies_behind_links_is_mirrored_too(stage_dir: Path, tmp_path: Path) -> None:
+    """A stage on another file system, and a folder of a stage; a link that leads back is passed over."""
+    run, folder = tmp_path / "run", tmp_path / "scratch"
+    run.mkdir()
+    expected = directories_in(stage_dir)[0].names()
+    shutil.move(stage_dir / "done", folder)
+    (stage_dir / "done").symlink_to(folder)
+    (folder / "back").symlink_to(stage_dir)
+    (run / "keys").symlink_to(stage_dir)
+    (run / "again").symlink_to(run / "keys" / "done")  # no stage
+    (found,) = directories_in(run)
+    assert (found.name, found.kind) == ("keys", "stage")
+    assert found.names() == [name for name in expected if "/back/" not in name]
+    assert len(list(found.units())) == 5

@@ -55,6 +55,8 @@ def test_a_file_is_sent_and_its_record_returned(url: str, large: Path) -> None:
 def test_a_file_that_is_not_what_its_record_says_is_not_sent(url: str, large: Path, size: str) -> None:
     if size == "small":
         large.write_bytes(b"small")
+    elif url.startswith("gs:"):
+        pytest.skip("the emulator of Google's store cannot cancel an upload, and is asked for half a minute")
     record = record_file(large.parent, large.name)
     with open(large, "r+b") as stream:
         stream.write(b"X")

@@ -1,4 +1,4 @@
-"""An S3 server with a bucket, and a cache of this test's own."""
+"""Servers with a bucket, of S3 and of Google's kind, and a cache of this test's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ...object_store import BUCKET, KEYS, s3_server
+from ...object_store import BUCKET, KEYS, gs_environment, gs_server, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -16,12 +16,19 @@ def s3_address() -> Iterator[str]:
     yield from s3_server()
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(scope="module")
+def gs_address() -> Iterator[str]:
+    yield from gs_server()
+
+
+@pytest.fixture(params=["file", "s3", "gs"])
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where a run may lie; the cache is empty."""
     monkeypatch.setenv("MLPMEM_CACHE", str(tmp_path / "cache"))
     if request.param == "file":
         return f"file://{tmp_path}/store/run"
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": request.getfixturevalue("s3_address")}.items():
+    address = request.getfixturevalue(f"{request.param}_address")
+    of_s3 = {**KEYS, "AWS_ENDPOINT_URL": address}
+    for name, value in (of_s3 if request.param == "s3" else gs_environment(address)).items():
         monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}/run"
+    return f"{request.param}://{BUCKET}/{uuid.uuid4().hex}/run"

@@ -149,6 +149,14 @@ def test_a_directory_that_is_not_there_yet_is_waited_for_in_words(
     assert f"{tmp_path / 'run'} does not exist yet: waiting" in capsys.readouterr().err
 
 
+def test_an_empty_directory_is_no_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where the disk of a run is not mounted: it would be whole, and hold nothing."""
+    (tmp_path / "run").mkdir()
+    assert commands.mirror([str(tmp_path / "run"), f"file://{tmp_path}/store/run"]) == 2
+    assert "run holds no file: give a directory that does; is its disk mounted?" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_damaged_object_and_a_missing_mirror_are_exit_code_2(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
