@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import default_values
+from mlpmem_ds.core.directories import folders_with
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import files_of
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
@@ -26,6 +27,7 @@ from mlpmem_ds.stages.keys.config import Config as KeysConfig
 from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS
 
 EXPORT_FILE = "mlpmem_export.json"
+_NAMES_OF_OURS = frozenset({"identity.json", "manifest.json", EXPORT_FILE})
 Kind = Literal["stage", "checkpoint", "export"]
 _REMEDIES: Mapping[Kind, str] = {
     "stage": "run its stage again with the same flags, it remakes only what is damaged",
@@ -101,14 +103,18 @@ def read_run(run: Path, *, checksums: bool, threads: int | None = None) -> list[
         checksums: read every file; if False, compare sizes only.
         threads: that read and hash at once; default: one a core, at most eight.
     """
-    roots = {path.parent for path in run.rglob("identity.json")}
-    roots |= {path.parent for path in run.rglob("manifest.json") if (path.parent / "done").is_dir()}
+    folders = dict(folders_with(run, _NAMES_OF_OURS))
+    roots = {
+        folder
+        for folder, names in folders.items()
+        if "identity.json" in names or ("manifest.json" in names and (folder / "done").is_dir())
+    }
     states = [_read_stage(run, root) for root in sorted(roots)]
     for owner in [run, *(state.root for state in states)]:
         states += [_read_checkpoint(run, path) for path in sorted(list_checkpoints(owner / "checkpoints"))]
     if run.name.startswith("step-") and (run / "manifest.json").is_file():
         states.append(_read_checkpoint(run, run))
-    states += [_read_export(run, path.parent) for path in sorted(run.rglob(EXPORT_FILE))]
+    states += [_read_export(run, folder) for folder in sorted(folders) if EXPORT_FILE in folders[folder]]
     states = sorted({state.root: state for state in states}.values(), key=lambda state: state.root)
     states = [replace(state, missing=_missing_units(state, states)) for state in states]
     return _check_files(states, checksums=checksums, threads=threads or min(8, os.cpu_count() or 1))
@@ -117,7 +123,10 @@ def read_run(run: Path, *, checksums: bool, threads: int | None = None) -> list[
 def _check_files(states: Sequence[StageState], *, checksums: bool, threads: int) -> list[StageState]:
     def fault_of(place: tuple[StageState, str | None, FileRecord]) -> str | None:
         state, unit, record = place
-        fault = fault_of_file(state.root, record, checksum=checksums)
+        try:
+            fault = fault_of_file(state.root, record, checksum=checksums)
+        except OSError as error:  # the others are checked all the same
+            fault = f"{state.root / record.name} cannot be read ({error.strerror or error})"
         return f"unit {unit}: {fault}" if fault and unit is not None else fault
 
     places = [(state, unit, record) for state in states for unit, record in state.files]
@@ -254,7 +263,8 @@ def _leftovers(root: Path) -> Iterator[str]:
     if temporaries:
         yield (
             f"{temporaries} temporary files of running or killed processes (the next start removes the"
-            " latter; those of another host when no process has written to them for an hour, or at the end)"
+            " latter; those of another host, or of before a restart of it, when no process has written to"
+            " them for an hour, or at the end)"
         )
     if claims := sorted(path.name[1:].removesuffix(".claim") for path in (root / "done").rglob(".*.claim")):
         yield f"{len(claims)} units claimed by running or killed processes: {some(claims)}"

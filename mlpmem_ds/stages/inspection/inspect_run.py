@@ -7,6 +7,7 @@ import json
 import logging
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import publish_bytes
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.inspection.config import Config
 from mlpmem_ds.stages.inspection.contents import StageState, read_run, some
@@ -45,7 +46,7 @@ def run(config: Config, world: World) -> None:
     if config.output is not None:
         progress = {stage.root: stage.to_json() for stage in RunWatch(config.run).look().stages}
         found = [state.to_json() | {"progress": progress.get(state.root)} for state in states]
-        config.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        publish_bytes(config.output, (json.dumps(found, indent=1) + "\n").encode())
     if damaged := [state for state in states if state.faults]:
         shown = "; ".join(f"{state.name}: {state.faults[0]}: {state.remedy}" for state in damaged)
         raise DamagedDataError(
@@ -63,10 +64,12 @@ def _notes(state: StageState) -> list[str]:
 
 
 def _broken_links(state: StageState, states: list[StageState]) -> list[str]:
-    """Inputs of a stage that the run directory holds with other content: they were made again since."""
+    """Inputs of a stage that the run directory holds with other content: they were made again since. One that
+    is being made is not spoken of here."""
     hashes = {
         other.format.removeprefix("mlpmem-"): {one.sha256 for one in states if one.format == other.format}
         for other in states
+        if other.has_manifest
     }
     return [
         f"{state.name}: its {name} is not the one in this run directory (was it made again?)"

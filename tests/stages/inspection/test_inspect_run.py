@@ -1,12 +1,15 @@
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import publish_json, record_file
+from mlpmem_ds.core.files import FileRecord, publish_json, record_file
 from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.inspection import contents
 from mlpmem_ds.stages.inspection.inspect_run import Config, run
 
 
@@ -171,3 +174,63 @@ def test_a_strange_directory_is_refused(tmp_path: Path) -> None:
         run(Config(run=tmp_path), World())
     with pytest.raises(UserError, match="not a directory"):
         run(Config(run=tmp_path / "none"), World())
+
+
+def test_an_export_that_is_being_made_is_not_damaged(run_dir: Path, tmp_path: Path) -> None:
+    partial = run_dir / ".export.n7.0123456789ab.12-345.partial"
+    partial.mkdir()
+    publish_json(partial / "identity.json", {})
+    assert set(inspect(run_dir, tmp_path / "found.json")) == {"corpus", "keys"}
+
+
+def test_a_stage_behind_a_link_is_checked_too(run_dir: Path, tmp_path: Path) -> None:
+    """It lies on another file system; a link to what lies here is no second stage, and none leads in
+    circles."""
+    elsewhere = tmp_path / "scratch" / "keys"
+    elsewhere.parent.mkdir()
+    shutil.move(run_dir / "keys", elsewhere)
+    (run_dir / "keys").symlink_to(elsewhere)
+    (run_dir / "latest").symlink_to(run_dir / "keys")
+    (elsewhere / "back").symlink_to(run_dir / "corpus")
+    (tmp_path / "link").symlink_to(run_dir)
+    for place in (run_dir, tmp_path / "link"):
+        states = inspect(place, tmp_path / "found.json")
+        assert set(states) == {"corpus", "keys"} and all(state["complete"] for state in states.values())
+        assert states["keys"]["progress"]["state"] == "complete"
+    victim = next(elsewhere.glob("values-*.npy"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(DamagedDataError, match=f"keys: unit .*{victim.name}"):
+        run(Config(run=run_dir), World())
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stage that another user owns; the super-user may read all."""
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "keys":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="keys"):
+        run(Config(run=run_dir), World())
+
+
+def test_a_file_that_cannot_be_read_does_not_keep_the_other_files_from_being_checked(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victims = sorted(run_dir.glob("keys/values-*.npy"))[:2]
+    victims[1].write_bytes(victims[1].read_bytes()[:-1])
+    look = contents.fault_of_file
+
+    def fault_of_file(root: Path, record: FileRecord, *, checksum: bool) -> str | None:
+        if root / record.name == victims[0]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(victims[0]))
+        return look(root, record, checksum=checksum)
+
+    monkeypatch.setattr(contents, "fault_of_file", fault_of_file)
+    with pytest.raises(DamagedDataError, match=f"faults: 2.*{victims[0].name} cannot be read .Permission"):
+        run(Config(run=run_dir), World())
