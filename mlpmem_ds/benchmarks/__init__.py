@@ -12,7 +12,7 @@
     evaluate            perplexities over a grid of λ against dense mixtures
     decode              time to the first token and tokens a second, against kNN and RAG
     goodput             a training and targets under kill -9; kills does the killing
-    plan                what `plan` says against what a run takes
+    plan                what `plan` says against what a run takes; hashing_cost counts what checksums take
     quality             is the memory worth its parameters: all arms, several seeds, docs/RESULTS.md
     sweep               when what wins: epochs, size of the text, quality of the base
     scaling             power laws of perplexity over parameters and compute (tools/fit_scaling.py)

@@ -9,6 +9,8 @@ of the two.
 
 Keys come as the stage extract_keys would leave them, so their bytes are compared too; corpus and training are
 not run.
+
+`checksum_share` of a stage: seconds of hashing files (hashing_cost.py) over all of its seconds.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ from mlpmem_ds.stages.planning import plan
 _STAGES = ("index", "targets")
 _SEED = 1
 _UNIT_POSITIONS = 65536
-_TELL_PEAK = """
+_TELL = """
 import pathlib, re, sys, threading, time
+from mlpmem_ds.benchmarks.hashing_cost import counted_hashing
 from mlpmem_ds.commands import main
 peak = [0]
 def watch():
@@ -52,9 +55,10 @@ def watch():
         peak[0] = max(peak[0], int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]))
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
-if code := main(sys.argv[1:]):
-    sys.exit(code)
-print(peak[0])
+with counted_hashing() as cost:
+    if code := main(sys.argv[1:]):
+        sys.exit(code)
+print(peak[0], cost.bytes, cost.seconds)
 """
 
 
@@ -95,6 +99,13 @@ class Measured:
     bytes: int
     seconds: float
     memory_bytes: int
+    hashed_bytes: int
+    hashing_seconds: float
+
+    @property
+    def checksum_share(self) -> float:
+        """Of the stage's seconds; hashing by several threads at once counts each."""
+        return self.hashing_seconds / self.seconds
 
 
 def run(config: Config, world: World) -> None:
@@ -125,6 +136,7 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
                 ("bytes", "seconds", "peak_memory"), ("B", "s", "B"), values, strict=True
             ):
                 rows.append(row_of(arm, f"{stage}_{metric}", unit, [float(value)]))
+        rows.append(row_of("measured", f"{stage}_hashed", "B", [float(measured[stage].hashed_bytes)]))
     key_files = open_keys(large / "keys").num_bytes
     rows.append(row_of("planned", "keys_bytes", "B", [float(planned.costs["keys"].bytes)]))
     rows.append(row_of("measured", "keys_bytes", "B", [float(key_files)]))
@@ -146,6 +158,7 @@ def measure(config: Config, work: Path, world: World) -> tuple[list[Row], dict[s
         ratios[f"memory_error_{stage}"] = _error(
             planned.costs[stage].rank_memory_bytes, measured[stage].memory_bytes
         )
+        ratios[f"checksum_share_{stage}"] = measured[stage].checksum_share
     return rows, ratios
 
 
@@ -188,8 +201,8 @@ def run_stages(
     write_made_up_keys(root / "keys", codes_ND, values_N, config, world, unit_positions=_UNIT_POSITIONS)
     threads = ("--threads", config.threads or "none")
     keys, index = ("--keys", root / "keys"), root / "index"
-    peaks = {"index": peak_of_front_end("build_index", *keys, "--output", index, *threads)}
-    peaks["targets"] = peak_of_front_end(
+    told = {"index": told_by_front_end("build_index", *keys, "--output", index, *threads)}
+    told["targets"] = told_by_front_end(
         *("write_targets", *keys, "--index", index, "--output", root / "targets", *threads),
         *("--k", config.k, "--nprobe", config.nprobe, "--search", "ivf"),
         *("--neighbour-perplexity", config.neighbour_perplexity),
@@ -202,25 +215,29 @@ def run_stages(
         stage: Measured(
             bytes=num_bytes[stage],
             seconds=seconds_of_stage(root / stage) or 0.0,
-            memory_bytes=peaks[stage],
+            memory_bytes=told[stage][0],
+            hashed_bytes=told[stage][1],
+            hashing_seconds=told[stage][2],
         )
         for stage in _STAGES
     }
 
 
-def peak_of_front_end(name: str, *words: object) -> int:
-    """Run a front-end as a user does, in a process of its own: the most bytes that were its own.
+def told_by_front_end(name: str, *words: object) -> tuple[int, int, float]:
+    """Run a front-end as a user does, in a process of its own: the most bytes of memory that were its own,
+    and bytes and seconds of hashing files.
 
     Raises:
         UserError: it failed; with what it said.
     """
-    command = [sys.executable, "-c", _TELL_PEAK, name, *map(str, words)]
+    command = [sys.executable, "-c", _TELL, name, *map(str, words)]
     paths = [str(Path(mlpmem_ds.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode:
         raise UserError(f"{name} failed, so there is nothing to compare with: {done.stderr.strip()}")
-    return int(done.stdout.split()[-1]) * 1024
+    peak, hashed, seconds = done.stdout.split()[-3:]
+    return int(peak) * 1024, int(hashed), float(seconds)
 
 
 def _error(planned: float, measured: float) -> float:

@@ -111,6 +111,7 @@ def test_plan_report(tools: Any, tmp_path: Path) -> None:
     )
     bench.run(config, World())
     report = json.loads(output.read_text())
+    assert all(0 < report["ratios"][f"checksum_share_{stage}"] < 1 for stage in ("index", "targets"))
     assert report["name"] == "plan" and {"bytes_error", "memory_error", "time_error"} <= set(report["ratios"])
     assert all(np.isfinite(value) for value in report["ratios"].values())
     assert report["ratios"]["bytes_error_index"] < 0.1 and report["ratios"]["memory_error_index"] < 0.5
@@ -133,7 +134,7 @@ def test_mistakes_name_the_flags(tools: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--positions must be at least 1, not 0"):
         plan.Config(output=tmp_path / "x", positions=0)
     with pytest.raises(UserError, match="write_targets failed.*--k must be at least 1"):
-        plan.peak_of_front_end("write_targets", "--keys", tmp_path, "--output", tmp_path / "y", "--k", 0)
+        plan.told_by_front_end("write_targets", "--keys", tmp_path, "--output", tmp_path / "y", "--k", 0)
 
 
 def test_keys_that_do_not_suffice_are_refused(tools: Any, tmp_path: Path, keys_dir: Path) -> None:
