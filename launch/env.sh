@@ -21,7 +21,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # Compiled kernels of Triton and of DeepSpeed, on the host's own disk: ranks of all hosts would write the same
 # small files into one folder of the shared file system, and read them from there at each start.
-caches=${TMPDIR:-/tmp}/mlpmem-$(id -un)
+caches=${TMPDIR:-/tmp}/mlpmem-$(id -u)
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton}
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$caches/torch_extensions}
 

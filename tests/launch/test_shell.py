@@ -65,3 +65,13 @@ def test_wrong_words_of_the_demo_are_refused(words: list[str], said: str, checko
     done = run("bash", checkout / "launch" / "demo.sh", *words)
     assert done.returncode == 2 and done.stderr == f"error: {said}" + done.stderr.partition(said)[2]
     assert not (checkout / "runs").exists()
+
+
+def test_a_user_without_a_name_has_an_environment(tmp_path: Path) -> None:
+    """In a container, or where the servers of names are down: `id -un` fails, and under `set -e` the job."""
+    nameless = ("unshare", "--user", "--map-user=54321", "bash", "-euc")
+    if shutil.which("unshare") is None or run(*nameless, "true").returncode:
+        pytest.skip("no user namespaces here")
+    script = f"! id -un &> /dev/null; source '{ROOT}/launch/env.sh'; echo $TRITON_CACHE_DIR"
+    shown = run(*nameless, script, TMPDIR=str(tmp_path), TRITON_CACHE_DIR="")
+    assert (shown.returncode, shown.stdout) == (0, f"{tmp_path}/mlpmem-54321/triton\n"), shown.stderr
