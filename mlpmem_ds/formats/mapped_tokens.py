@@ -15,7 +15,7 @@ import numpy as np
 
 from mlpmem_ds.formats.corpus import CorpusSplit
 
-_FILES_KEPT = 256  # a process may have 1,024 open, where nobody has raised that
+_FILES_KEPT = 256  # the usual limit of open files is 1,024 a process
 
 
 class MappedTokens:
