@@ -93,11 +93,15 @@ def gpus_refused(gpus: list[str]) -> set[str]:
         return set(threads.map(work, ranks))
 
 
-def test_a_training_with_two_ranks_on_a_gpu_is_refused_by_all_of_them() -> None:
+def test_a_training_with_two_ranks_on_a_gpu_is_refused_by_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """NCCL would refuse them too, as if a rank had been lost; and be started again for ever."""
     assert gpus_refused([f"GPU-{number}" for number in range(8)]) == {""}
     (said,) = gpus_refused(["GPU-a", "GPU-b", "GPU-c", "GPU-b"])
     assert said.startswith("ranks 1, 3 of 4 have one GPU (") and "GPU-b), " in said and "start 3 (" in said
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")  # NCCL's own, for parts of a GPU (MIG)
+    assert gpus_refused(["GPU-a", "GPU-a"]) == {""}
 
 
 def test_it_is_refused_before_nccl_connects(monkeypatch: pytest.MonkeyPatch) -> None:

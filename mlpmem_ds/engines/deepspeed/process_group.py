@@ -28,6 +28,7 @@ from mlpmem_ds.engines.processes import (
     wait_for_all,
 )
 
+_SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"
 _watch: RankWatch | None = None  # of this process, whose group is its only one
 
 
@@ -82,8 +83,9 @@ def set_up_distributed(
 
 
 def refuse_shared_gpus(store: Any, world: World, gpu: str) -> None:
-    """Let every rank know the GPUs of all: NCCL connects no two ranks on one. It would say so in words that
-    are also those of a lost rank, after which a supervisor starts all of them again.
+    """Let every rank know the GPUs of all: NCCL connects no two ranks on one, but where its own variable
+    allows it (MIG). It would say so in words that are also those of a lost rank, after which a supervisor
+    starts all of them again.
 
     Args:
         store: that all ranks share.
@@ -97,7 +99,7 @@ def refuse_shared_gpus(store: Any, world: World, gpu: str) -> None:
     places = [place.decode() for place in _told_by_all(store, world, "gpu", own)]
     ranks_of_gpu = {place: [rank for rank, of in enumerate(places) if of == place] for place in places}
     place, ranks = max(ranks_of_gpu.items(), key=lambda item: len(item[1]))
-    if len(ranks) == 1:
+    if len(ranks) == 1 or os.environ.get(_SHARED_GPUS) == "1":
         return
     with contextlib.suppress(RuntimeError):  # rank 0 may keep the store: it waits until all have read
         _told_by_all(store, world, "has seen the GPUs", "")
