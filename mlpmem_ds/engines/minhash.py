@@ -28,7 +28,7 @@ class SignatureRules:
 
 def require_minhash(flag: str) -> None:
     """Raises UserError where `datasketch` is missing."""
-    remedy = "pip install 'mlpmem-ds[near-duplicates]', or pip install 'datasketch>=2' scipy"
+    remedy = "pip install 'datasketch>=2' scipy"
     with package_for(flag, "datasketch", remedy):
         import datasketch  # noqa: F401
 

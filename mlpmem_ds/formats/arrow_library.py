@@ -24,9 +24,7 @@ def import_arrow(name: str, *, path: Path) -> Any:
     try:
         return importlib.import_module(f"pyarrow.{name}")
     except ImportError as error:
-        raise UserError(
-            f"{path} needs pyarrow, which is not installed: pip install 'mlpmem-ds[arrow]'"
-        ) from error
+        raise UserError(f"{path} needs pyarrow, which is not installed: pip install 'pyarrow>=25'") from error
 
 
 @contextmanager
