@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlpmem_ds.core import stage_directory
 from mlpmem_ds.core.blocks import Block
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.core.world import World
@@ -179,7 +180,7 @@ def test_the_rank_that_completes_the_keys_audits_and_is_heard(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared = replace(config, audit=10, output=tmp_path / "shared")
-    monkeypatch.setattr(StageDirectory, "_free_units", lambda self, units: iter(()))
+    monkeypatch.setattr(stage_directory, "free_units", lambda *_: iter(()))
     monkeypatch.setattr(StageDirectory, "_wait", lambda self, units, until_whole=False: None)
     extract_keys.run(shared, World(rank=0, size=2))
     assert not (shared.output / "audit.json").exists()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlpmem_ds.core import stage_directory
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.stage_directory import StageDirectory
@@ -25,7 +26,7 @@ def run_apart(config: Config, size: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """Each rank makes the units that it is dealt, and none of the others'; the last one completes the
     directory."""
     with monkeypatch.context() as patch:
-        patch.setattr(StageDirectory, "_free_units", lambda self, units: iter(()))
+        patch.setattr(stage_directory, "free_units", lambda *_: iter(()))
         patch.setattr(StageDirectory, "_wait", lambda self, units, until_whole=False: None)
         for rank in range(size):
             assert not (config.output / "manifest.json").exists()
