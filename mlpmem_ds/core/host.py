@@ -82,6 +82,12 @@ def boot_id() -> str:
     return text.strip().replace("-", "")[:_DIGITS_OF_BOOT] or "-"
 
 
+def machine_id() -> str:
+    """The same for the processes of one machine, which share its memory; two machines of one host name have
+    two."""
+    return f"{socket.gethostname()} {boot_id()}"
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process of this host runs; one that was killed and not yet reaped does not."""
     try:

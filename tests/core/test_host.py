@@ -74,6 +74,13 @@ def test_a_name_says_which_process_it_is() -> None:
     assert replace(process, start="").name == "n7.cluster.0123456789ab.12"
 
 
+def test_two_machines_of_one_host_name_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = host.machine_id()
+    assert first == host.machine_id()
+    monkeypatch.setattr(host, "boot_id", lambda: "0123456789ab")
+    assert host.machine_id() != first and host.machine_id().startswith(socket.gethostname())
+
+
 def test_the_boot_is_the_one_that_the_kernel_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         host.Path, "read_text", lambda path, encoding: "587c1c52-b4c7-4d77-8fd6-800b18f5f4ab\n"

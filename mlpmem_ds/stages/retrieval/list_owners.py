@@ -21,7 +21,6 @@ owner gets.
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.blocks import Block, split_blocks
+from mlpmem_ds.core.host import machine_id
 from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.engines.devices import free_host_bytes, identity_of, memory_bytes
 from mlpmem_ds.formats.lists_directory import MappedLists
@@ -163,14 +163,14 @@ class ListOwners:
         in their mapped files."""
         assert self._search.mapped is not None
         lists = self._search.mapped.keys
-        own = (socket.gethostname(), identity_of(self._device) if self._ranks.size > 1 else "")
+        own = (machine_id(), identity_of(self._device) if self._ranks.size > 1 else "")
         places = self._ranks.gather(own)
         part = lists.part(first, stop)
         needed = part.num_bytes + ID_AND_NORM_BYTES * int(part.sizes_L.sum())
         on_device = memory_bytes(self._device) / places.count(own)  # ranks may share a GPU
         if self._device.type != "cpu" and needed <= SHARE_OF_MEMORY * on_device:
             return lists.group(first, stop, self._device)
-        free = free_host_bytes() / [host for host, _ in places].count(own[0])
+        free = free_host_bytes() / [machine for machine, _ in places].count(own[0])
         if len(lists.runs) > 1 and needed <= SHARE_OF_MEMORY * free:
             return lists.group(first, stop)
         if len(lists.runs) > 1:

@@ -6,13 +6,13 @@ shards still answers for its lists until the last one is done.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from mlpmem_ds.core.blocks import deal
+from mlpmem_ds.core.host import machine_id
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.engines.collectives.opening import Exchange
 from mlpmem_ds.engines.collectives.ranks import Ranks
@@ -66,7 +66,7 @@ def own_lists(how: Exchange, ranks: Ranks, search: ListSearch, num_bytes: int) -
     """
     if ranks.size == 1 or how != "auto":
         return ranks.size > 1
-    seen = ranks.gather((socket.gethostname(), search.device.type, free_host_bytes()))
+    seen = ranks.gather((machine_id(), search.device.type, free_host_bytes()))
     is_one_host = len({host for host, _, _ in seen}) == 1
     has_room = num_bytes <= _SHARE_OF_MEMORY * min(free for _, _, free in seen)
     return not (is_one_host and has_room and all(device == "cpu" for _, device, _ in seen))

@@ -19,6 +19,7 @@ import torch
 
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.host import machine_id
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.engines.collectives.ranks import RanksLost
@@ -136,9 +137,9 @@ def test_ranks_search_alone_only_on_the_cpus_of_one_host_that_has_room(
     search: Any = Search()
     monkeypatch.setattr(calls, "free_host_bytes", lambda: 1000)
     for other, expected in [
-        ((socket.gethostname(), "cpu", 1000), False),
-        ((socket.gethostname(), "cuda", 1000), True),
-        ((socket.gethostname(), "cpu", 600), True),
+        ((machine_id(), "cpu", 1000), False),
+        ((machine_id(), "cuda", 1000), True),
+        ((machine_id(), "cpu", 600), True),
         (("elsewhere", "cpu", 1000), True),
     ]:
         two.other = other
