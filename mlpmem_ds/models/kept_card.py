@@ -4,6 +4,8 @@ transformers saves a model without a card, and pushes a blank one where the repo
 of the directory or Hub model that was loaded takes that place. One that the directory or the repository has
 already stays, as with any model of transformers.
 
+Saving asks no network: it would wait for it where there is none. A push needs it in any case.
+
 This file travels with exported models as remote code: it imports torch, transformers and the standard library
 only.
 """
@@ -22,15 +24,17 @@ _BLANK = "This model card has been automatically generated"
 def keep_card(model: PreTrainedModel, directory: str | Path) -> None:
     """Give the directory that a model was saved into the card of what was loaded, if it has none."""
     target = Path(directory) / _NAME
-    if not target.exists() and (card := _card_of(model)) is not None:
+    if not target.exists() and (card := _card_of(model, is_online=False)) is not None:
         target.write_text(card, encoding="utf-8")
 
 
 def replace_blank_card(model: PreTrainedModel, directory: str | Path) -> None:
     """Put the card of what was loaded in the place of the blank one that transformers has written, with its
     tags."""
-    target, card = Path(directory) / _NAME, _card_of(model)
-    if card is None or not target.is_file() or _BLANK not in (blank := target.read_text(encoding="utf-8")):
+    target = Path(directory) / _NAME
+    if not target.is_file() or _BLANK not in (blank := target.read_text(encoding="utf-8")):
+        return
+    if (card := _card_of(model, is_online=True)) is None:
         return
     restored: Any = hub.ModelCard(card, ignore_metadata_errors=True)
     tags = hub.ModelCard(blank).data.tags or []  # type: ignore[attr-defined]
@@ -40,9 +44,9 @@ def replace_blank_card(model: PreTrainedModel, directory: str | Path) -> None:
     target.write_text(card, encoding="utf-8")
 
 
-def _card_of(model: PreTrainedModel) -> str | None:
+def _card_of(model: PreTrainedModel, *, is_online: bool) -> str | None:
     """The card of the directory or Hub model that a model was loaded from; None where there is none, or none
-    that can be read."""
+    that can be read. Without `is_online` only the Hub's cache on this disk is asked."""
     config: Any = model.config
     name = str(config.name_or_path or "")
     if not name:  # joined here, from a base and a memory
@@ -51,7 +55,15 @@ def _card_of(model: PreTrainedModel) -> str | None:
         if Path(name).exists():
             return (Path(name) / _NAME).read_text(encoding="utf-8")
         revision = getattr(config, "_commit_hash", None)
-        found = hub.cached_file(name, _NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        found = hub.cached_file(
+            name,
+            _NAME,
+            revision=revision,
+            local_files_only=not is_online,
+            _raise_exceptions_for_missing_entries=False,
+        )
         return None if found is None else Path(str(found)).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+    except (
+        Exception
+    ):  # the Hub and its network raise families of their own; the weights are there in any case
         return None

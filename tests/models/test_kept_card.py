@@ -108,24 +108,58 @@ def test_saving_with_a_push_keeps_it_too(
 
 
 def test_an_export_of_the_hub_gives_the_card_of_its_revision(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pushed: Callable[..., dict[str, str]],
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(exported)
     loaded.config.name_or_path, loaded.config._commit_hash = "you/model", "1234"
     asked = []
 
-    def cached_file(name: str, file: str, *, revision: str, **_: Any) -> str | None:
-        asked.append((name, file, revision))
-        if len(asked) > 1:
-            raise OSError("no network")
+    def cached_file(name: str, file: str, *, revision: str, local_files_only: bool, **_: Any) -> str | None:
+        asked.append((name, file, revision, local_files_only))
         return str(exported / "README.md")
 
     monkeypatch.setattr(hub, "cached_file", cached_file)
     loaded.save_pretrained(tmp_path / "again")
-    assert asked == [("you/model", "README.md", "1234")]
+    assert asked == [("you/model", "README.md", "1234", True)]
     assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == CARD
-    loaded.save_pretrained(tmp_path / "other")
-    assert not (tmp_path / "other" / "README.md").exists()
+    assert pushed(lambda: loaded.push_to_hub("you/model"))["README.md"] == CARD
+    assert asked[1:] == [("you/model", "README.md", "1234", True), ("you/model", "README.md", "1234", False)]
+
+
+class BrokenNetworkError(Exception):
+    """As httpx raises: no OSError."""
+
+
+def test_saving_asks_no_network_and_none_is_no_failure(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pushed: Callable[..., dict[str, str]],
+) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(exported)
+    loaded.config.name_or_path, loaded.config._commit_hash = "you/model", "0123456789" * 4
+    asked: list[str] = []
+
+    def request(*_: Any, url: str, **__: Any) -> Any:
+        asked.append(url)
+        raise BrokenNetworkError
+
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", request)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    loaded.save_pretrained(tmp_path / "saved")
+    assert asked == [] and not (tmp_path / "saved" / "README.md").exists()
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    blank = pushed(lambda: loaded.push_to_hub("you/model"))["README.md"]
+    assert "[More Information Needed]" in blank and all("you/model" in url for url in asked) and asked
+    snapshot = tmp_path / "cache" / "models--you--model" / "snapshots" / loaded.config._commit_hash
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(CARD, encoding="utf-8")
+    loaded.save_pretrained(tmp_path / "with its card")
+    assert (tmp_path / "with its card" / "README.md").read_text(encoding="utf-8") == CARD
 
 
 def test_a_model_that_was_joined_here_is_pushed_with_transformers_blank_card(
