@@ -319,6 +319,6 @@ def model_file(name_or_path: str, name: str) -> Path | None:
 
     try:
         found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
+    except Exception:  # transformers, the Hub and its network raise families of their own
         return None
     return None if found is None else Path(str(found))

@@ -3,6 +3,7 @@
 Read in this order:
 - `config.py`: the flags
 - `convert_checkpoint.py`: `run`: inputs → files → verification → the directory appears whole
+- `identity.py`: whether an export that is there is the one that the flags ask for
 - `inputs.py`: finds and checks all that an export is made from:
 - `training_inputs.py`: what a memory was trained from, where it is still on this disk
 - `export_tokenizer.py`: the tokenizer, which must be that of the training

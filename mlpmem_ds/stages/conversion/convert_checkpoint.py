@@ -17,7 +17,6 @@ their files until they are written: one tensor at a time is in memory, not the m
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -33,7 +32,6 @@ from mlpmem_ds.core.directories import put_back_former, refuse_mount, replace_di
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
-    canonical_json,
     fault_of_file,
     publish_json,
     read_json,
@@ -63,6 +61,7 @@ from mlpmem_ds.stages.conversion.check import (
     total_variation,
 )
 from mlpmem_ds.stages.conversion.config import Config
+from mlpmem_ds.stages.conversion.identity import differences_of, is_card_known
 from mlpmem_ds.stages.conversion.import_reference import write_memory
 from mlpmem_ds.stages.conversion.inputs import (
     BASE_CARD,
@@ -72,7 +71,12 @@ from mlpmem_ds.stages.conversion.inputs import (
     with_weights_read,
 )
 from mlpmem_ds.stages.conversion.joining import join_parts
-from mlpmem_ds.stages.conversion.model_card import describe_verification, facts_from_base, model_card
+from mlpmem_ds.stages.conversion.model_card import (
+    describe_verification,
+    facts_from_base,
+    model_card,
+    warn_of_unread_card,
+)
 from mlpmem_ds.stages.conversion.thresholds import warn_of_fixed_weights
 
 _logger = logging.getLogger(__name__)
@@ -95,14 +99,14 @@ def run(config: Config, world: World) -> None:
     identity = inputs.identity(config, base_facts)
     refuse_mount(output, flag="--output")
     put_back_former(output)
-    if _is_complete(output, identity, is_card_known=base_facts is not None):
+    if _is_complete(output, identity):
         _logger.info("complete: %s", config.output)
         return
+    warn_of_unread_card(inputs, config, base_facts)
     _require_disk(config, inputs)
     inputs = with_weights_read(inputs, output)
     joint = _join(config, inputs)
-    plain = json.loads(canonical_json(identity))  # as a reader sees it
-    with work_directory(output, continues=lambda path: _identity_of(path) == plain) as partial:
+    with work_directory(output, continues=lambda path: _is_of(path, identity)) as partial:
         (partial / _RECORDS).mkdir(exist_ok=True)
         publish_json(partial / _IDENTITY, identity)
         export = partial / output.name  # transformers names its copy of the code after this directory
@@ -134,9 +138,8 @@ def run(config: Config, world: World) -> None:
 # The output
 
 
-def _is_complete(output: Path, identity: Mapping[str, Any], *, is_card_known: bool) -> bool:
-    """Whether the export exists and is whole; one with a damaged file is made again. Where the base's card
-    cannot be read now, what the export has from it stays.
+def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the export exists and is whole; one with a damaged file is made again.
 
     Raises:
         UserError: the directory holds something else.
@@ -150,11 +153,7 @@ def _is_complete(output: Path, identity: Mapping[str, Any], *, is_card_known: bo
             f"--output {output} is not empty and holds no export: choose a new directory or empty it"
         )
     found = read_sealed_json(output / EXPORT_FILE)
-    if differences := [
-        f"{name} was {old!r}, now {new!r}"
-        for name in ("format", "version", "inputs", "config")
-        if (old := _at(found, name, is_card_known)) != (new := _at(identity, name, is_card_known))
-    ]:
+    if differences := differences_of(found, identity):
         raise UserError(
             f"--output {output} already holds another export ({'; '.join(differences)}): choose another"
             " --output, or remove it"
@@ -162,14 +161,13 @@ def _is_complete(output: Path, identity: Mapping[str, Any], *, is_card_known: bo
     faults = [fault for entry in found["files"] if (fault := fault_of_file(output, FileRecord(**entry)))]
     if faults:
         _logger.warning("%s: making the export again", faults[0])
+    elif not is_card_known(found) and identity["config"].get(BASE_CARD):
+        _logger.warning(
+            "%s was made when the model card of the base could not be read, as without the network, and its"
+            " own lacks the licence and languages from there: remove it and run this again, to have them",
+            output,
+        )
     return not faults
-
-
-def _at(values: Any, name: str, is_card_known: bool) -> Any:
-    value = values.get(name) if isinstance(values, Mapping) else None
-    if isinstance(value, Mapping) and not is_card_known:
-        return {key: item for key, item in value.items() if key != BASE_CARD}
-    return value
 
 
 def _require_disk(config: Config, inputs: ExportInputs) -> None:
@@ -183,11 +181,12 @@ def _require_disk(config: Config, inputs: ExportInputs) -> None:
     require_free_bytes(config.output, base + size * inputs.num_parameters, what="the export's weights")
 
 
-def _identity_of(partial: Path) -> Any:
+def _is_of(partial: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a killed run of the same export left the directory; its card is written at the end."""
     try:
-        return read_json(partial / _IDENTITY)
+        return not differences_of(read_json(partial / _IDENTITY), identity)
     except DamagedDataError:
-        return None
+        return False
 
 
 def _files_below(root: Path) -> list[Path]:

@@ -37,7 +37,8 @@ from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkp
 FORMAT, VERSION = "mlpmem-export", 1
 EXPORT_FILE = "mlpmem_export.json"
 BASE_CARD = "base_card"
-"""of an identity's `config`: what the card takes from that of the base, where it takes something"""
+"""of an identity's `config`: what the card takes from that of the base, where it takes something; None: that
+could not be read"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class ExportInputs:
                     if (value := getattr(config, name)) is not None
                 },
                 **({"language": list(config.language)} if config.language else {}),
-                **({BASE_CARD: facts} if card is not None and (facts := card.stated()) else {}),
+                **({} if card is not None and not card.stated() else {BASE_CARD: card and card.stated()}),
             },
         }
 

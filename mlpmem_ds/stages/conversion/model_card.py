@@ -105,22 +105,26 @@ def _example(inputs: ExportInputs) -> str:
 
 def facts_from_base(inputs: ExportInputs, config: Config) -> CardFacts | None:
     """Licence and languages of the base's card, where no flag gives others; None where the card cannot be
-    read, which a warning says."""
+    read."""
     if config.license is not None and config.language:
         return CardFacts()
     facts = facts_of(inputs.model)
     if facts is None:
-        if config.license is None:
-            _logger.warning(
-                "the model card of the base %s cannot be read (without the network the Hub gives none), so"
-                " the export's says that its licence is not stated: give it with --license, and its"
-                " languages with --language",
-                inputs.model,
-            )
         return None
     if config.license is not None:
         facts = CardFacts(language=facts.language)
     return replace(facts, language=()) if config.language else facts
+
+
+def warn_of_unread_card(inputs: ExportInputs, config: Config, base_facts: CardFacts | None) -> None:
+    """Say what a card that is written now will lack; `base_facts` as `facts_from_base` gives them."""
+    if base_facts is None and config.license is None:
+        _logger.warning(
+            "the model card of the base %s cannot be read (without the network the Hub gives none), so"
+            " the export's says that its licence is not stated: give it with --license, and its"
+            " languages with --language",
+            inputs.model,
+        )
 
 
 def _facts(config: Config, base_facts: CardFacts | None) -> CardFacts:

@@ -211,7 +211,9 @@ def test_a_card_that_cannot_be_read_is_no_card_without_a_licence(
         caplog.clear()
         monkeypatch.setattr(model_card, "facts_of", lambda _, found=found: found)
         flags = replace(config, license=given)
-        facts = model_card._facts(flags, model_card.facts_from_base(inputs, flags))
+        of_base = model_card.facts_from_base(inputs, flags)
+        model_card.warn_of_unread_card(inputs, flags, of_base)
+        facts = model_card._facts(flags, of_base)
         assert (facts.license, facts.language) == (expected, ("de",))
         assert ("some/base cannot be read" in caplog.text and "--license" in caplog.text) == is_said
 
@@ -240,7 +242,7 @@ def test_an_export_is_complete_for_the_bases_card_tokenizer_and_settings(
     with monkeypatch.context() as patched:  # as of a base of the Hub, without the network
         patched.setattr(model_card, "facts_of", lambda _: None)
         code, said = rerun()
-        assert code == 0 and "complete" in said
+        assert code == 0 and "complete" in said and "--license" not in said
     for name, content in (
         ("README.md", b"---\nlicense: apache-2.0\n---\n"),
         ("generation_config.json", json.dumps({"temperature": 0.5}).encode()),
@@ -257,6 +259,43 @@ def test_an_export_is_complete_for_the_bases_card_tokenizer_and_settings(
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
     assert "'license': 'apache-2.0'" in rerun()[1]
     assert "base_card" not in rerun("--license", "mit", "--language", "en")[1].split("now")[-1]
+
+
+def test_an_export_that_was_made_without_the_network_is_the_same_with_it(
+    flags: MemoryFlags,
+    base_dir: Path,
+    corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = Path(shutil.copytree(base_dir, tmp_path / "base"))
+    shutil.copytree(corpus_dir / "tokenizer", base, dirs_exist_ok=True)
+    memory, output = save_memory(tmp_path / "memory", flags), tmp_path / "export"
+    words = ("--checkpoint", memory, "--model", base, "--output", output)
+
+    def run(card: CardFacts | None) -> tuple[int, str]:
+        with monkeypatch.context() as patched:  # as of a base of the Hub
+            patched.setattr(model_card, "facts_of", lambda _: card)
+            code = convert(*words)
+        return code, capsys.readouterr().err
+
+    code, said = run(None)
+    assert code == 0 and "cannot be read" in said and "--license" in said
+    before = (output / EXPORT_FILE).read_bytes()
+    assert json.loads(before)["config"]["base_card"] is None
+    for card in (CardFacts(license="mit", language=("en",)), CardFacts()):
+        code, said = run(card)
+        assert code == 0 and "complete" in said
+        assert ("remove it and run this again" in said) == (card.license is not None)
+    code, said = run(None)
+    assert code == 0 and "complete" in said and "--license" not in said and "remove it" not in said
+    assert (output / EXPORT_FILE).read_bytes() == before
+    (base / "generation_config.json").unlink(missing_ok=True)
+    settings = {"temperature": 0.5}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    code, said = run(CardFacts())
+    assert code == 2 and "already holds another export" in said
 
 
 def test_the_base_is_found_through_the_keys(
