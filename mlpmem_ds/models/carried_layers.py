@@ -28,7 +28,7 @@ class CarriedLayer(_Layer):
     are no padding, bool `[B, T]`."""
 
     is_compileable = True
-    is_croppable = True
+    is_croppable = False  # not after each step: `generate` must not run one too many and take it back
     is_sliding = False
     supports_early_init = False
     what: ClassVar[str]

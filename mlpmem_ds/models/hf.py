@@ -41,6 +41,7 @@ from .joint_parts import (
     input_points,
     joint_config,
     plain_memory,
+    token_mask_of,
     windows_of,
 )
 from .joint_step import BaseOnly, Mixture, Step
@@ -319,13 +320,17 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = base.prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        mask = kwargs.get("attention_mask")
-        new = inputs.get("input_ids")
-        # For a static cache the base's is a mask of attention, from which padding cannot be read.
         reads_padding = self.gate.history is not None or self._windows.sizes
-        if reads_padding and new is not None and mask is not None and mask.ndim == 2:
-            inputs["token_mask"] = mask[:, -new.shape[1] :].to(new.device)
+        if reads_padding and (mask := token_mask_of(inputs, kwargs.get("attention_mask"))) is not None:
+            inputs["token_mask"] = mask
         return inputs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Of transformers' `generate`: what the base's forward takes, such as `token_type_ids`, it takes here
+        too."""
+        own = inspect.signature(self.forward).parameters
+        base: Any = self.base
+        base._validate_model_kwargs({name: each for name, each in model_kwargs.items() if name not in own})
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

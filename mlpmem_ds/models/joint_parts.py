@@ -166,6 +166,23 @@ def kept_positions(values_BS: torch.Tensor, logits_to_keep: int | torch.Tensor) 
     return values_BS[:, logits_to_keep]
 
 
+def token_mask_of(inputs: Mapping[str, Any], attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which of the new tokens of a step of `generate` are no padding `[B, S]`; None: it cannot be known here.
+
+    Args:
+        inputs: of the base's forward. For a static cache they hold a mask of attention, from which padding
+            cannot be read.
+        attention_mask: as `generate` has it, `[B, length]`; None: nothing is padding, and it has left it out.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    new_BS = embeds[..., 0] if ids is None else ids
+    if attention_mask is None:
+        return torch.ones_like(new_BS, dtype=torch.bool)
+    if attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -new_BS.shape[1] :].to(new_BS.device)
+
+
 def real_tokens(ids_BS: torch.Tensor, token_mask: torch.Tensor | None, attention_mask: Any) -> torch.Tensor:
     """Which of the new tokens are no padding, bool `[B, S]`.
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.generation import utils as generation_utils
 
 from mlpmem_ds.models.carried_layers import CarriedLayer, carried_layer, carry, last_of, num_followed
 
@@ -68,6 +69,19 @@ def test_a_cache_holds_one_of_a_kind_and_it_must_know_all_tokens() -> None:
     assert carry(static, None, Notes).in_place
     with pytest.raises(ValueError, match="needs a cache with a list of layers, and object has none"):
         carried_layer(object(), Notes)
+
+
+@torch.no_grad()
+def test_generation_does_not_run_a_step_too_many_to_take_it_back() -> None:
+    """As it does on Apple's GPUs with a cache that is returned: only what was kept can be cropped."""
+    checks = getattr(generation_utils, "DeferredStopCheck", None)
+    if checks is None:
+        pytest.skip("this transformers looks at each step's end tokens at once")
+    cache = tiny_base("llama")(torch.arange(3, 9)[None], use_cache=True).past_key_values
+    assert checks.is_supported(torch.device("mps"), cache, True, False)
+    carry(cache, None, Notes)
+    assert not checks.is_supported(torch.device("mps"), cache, True, False)
+    assert checks.is_supported(torch.device("mps"), cache, False, False)
 
 
 def test_as_many_positions_are_kept_as_logits_were_asked_for() -> None:

@@ -17,7 +17,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from ..toy_tokenizers import byte_level
 from .carried_generation import padded
-from .conftest import EOS, PAD, random_ids, spread, tiny_base
+from .conftest import EOS, PAD, random_ids, spread, tiny_base, tiny_joint
 from .mixture_reference import (
     KINDS,
     LENGTHS,
@@ -252,5 +252,22 @@ def test_what_transformers_took_out_is_refused_as_by_the_base(options: dict[str,
     for model in (joint, joint.base):
         with pytest.raises(ValueError, match="requires `trust_remote_code=True`") as error:
             model.generate(random_ids(1, 5), max_new_tokens=2, **options)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_arguments_of_the_bases_forward_are_taken_and_others_refused_as_by_the_base() -> None:
+    joint, prompt = tiny_joint("gpt2"), random_ids(2, 6)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    joint.lmbda = 0.0
+    types = (torch.arange(6) % 2).expand(2, 6)
+    found, expected = (
+        model.generate(prompt, token_type_ids=types, **options) for model in (joint, joint.base)
+    )
+    assert torch.equal(found, expected)
+    messages = []
+    for model in (joint, joint.base):
+        with pytest.raises(ValueError, match=r"not used by the model: \['tokn_type_ids'\]") as error:
+            model.generate(prompt, tokn_type_ids=types, **options)
         messages.append(str(error.value))
     assert messages[0] == messages[1]

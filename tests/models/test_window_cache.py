@@ -198,3 +198,15 @@ def test_an_export_keeps_the_windows(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=f"of {3 * WIDTH} numbers .* has {2 * WIDTH} in 2 positions"):
         MemoryAugmentedLM.join(tiny_base("llama"), [waiting])
+
+
+@torch.no_grad()
+def test_prompts_without_padding_and_of_embeddings() -> None:
+    joint = joint_of("llama")
+    assert_every_cache_gives_what_none_gives(joint, "greedy", lengths=(8, 8, 8))
+    ids_BS = random_ids(2, 8)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    expected = joint.generate(ids_BS, **options)[:, 8:]
+    embeds = joint.get_input_embeddings()(ids_BS)
+    for more in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(joint.generate(inputs_embeds=embeds, **options, **more), expected)
