@@ -174,8 +174,8 @@ def token_mask_of(inputs: Mapping[str, Any], attention_mask: torch.Tensor | None
             cannot be read.
         attention_mask: as `generate` has it, `[B, length]`; None: nothing is padding, and it has left it out.
     """
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    new_BS = embeds[..., 0] if ids is None else ids
+    ids = inputs.get("input_ids")
+    new_BS: torch.Tensor = inputs["inputs_embeds"][..., 0] if ids is None else ids
     if attention_mask is None:
         return torch.ones_like(new_BS, dtype=torch.bool)
     if attention_mask.ndim != 2:
