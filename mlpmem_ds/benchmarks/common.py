@@ -30,6 +30,7 @@ import mlpmem_ds
 from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.core.run_description import VERSIONED_PACKAGES
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
@@ -169,20 +170,13 @@ def check_places(output: Path, page: Path | None = None, *, name: str) -> None:
     """
     if output.is_file():
         raise UserError(f"--output {output} is a file: name a directory, such as runs/{name}")
-    if page is not None and not page.parent.is_dir():
-        raise UserError(f"--page {page}: {page.parent} does not exist; make it first")
+    if page is not None:
+        check_output_file(page, flag="--page", example="RESULTS.md")
 
 
 def check_output(path: Path) -> None:
-    """Refuse an output that cannot be written, before minutes are spent.
-
-    Raises:
-        UserError: with the remedy.
-    """
-    if path.is_dir():
-        raise UserError(f"--output {path} is a directory: name a file, such as {path / 'bench.json'}")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: {path.parent} does not exist; make it first or choose another")
+    """Refuse an output that cannot be written, before minutes are spent. Raises UserError."""
+    check_output_file(path, example="bench.json")
 
 
 class Report:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.output_files import check_output_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +28,7 @@ class Config(Flags):
     output: Path | None = option("JSON file for the counts and the failures", None)
     max_seconds: float = option("of an input, after which it counts as hung", 20.0, above=0)
     max_bytes: float = option("memory that a reader may ask for in addition to its start's", 4e9, above=0)
+
+    def check(self) -> None:
+        if self.output is not None:
+            check_output_file(self.output, example="fuzz.json")

@@ -24,6 +24,7 @@ from mlpmem_ds.core.config import Flags, option, parse_config, plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.front_end import Run, guarded
+from mlpmem_ds.core.output_files import check_output_file
 
 NEEDED = (
     "torch",
@@ -270,8 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def check(_: Run) -> int:
         config = parse_config(Config, sys.argv[1:] if argv is None else list(argv), prog=prog)
-        if config.output.is_dir() or not config.output.parent.is_dir():
-            raise UserError(f"--output {config.output}: name a file in a directory that exists")
+        check_output_file(config.output, example="gpu.json")
         check_packages()
         check_gpus(config)
         return run(config)

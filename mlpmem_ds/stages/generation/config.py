@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.generation.options import JointOptions
@@ -85,8 +86,9 @@ class Config(JointOptions):
                 raise UserError(f"--{name.replace('_', '-')} goes with --chat: add it, or leave this out")
         if self.stream and (self.compare or self.num_beams > 1):
             raise UserError("--stream writes one text as it is made: leave out --compare and --num-beams")
-        if self.html is not None and (self.html.is_dir() or not self.html.absolute().parent.is_dir()):
-            raise UserError(f"--html {self.html} is no file in a folder that exists: name one")
+        if self.html is not None:
+            read = [path for path in (self.prompts_file, self.chat_template) if path is not None]
+            check_output_file(self.html, flag="--html", example="generated.html", inputs=read)
         if self.memory_weights == "int8" and self.device_map != "none":
             # accelerate brings inputs and weights together by hooks on the float layers, which would be gone.
             raise UserError(

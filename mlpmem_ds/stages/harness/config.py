@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import flag_name, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.generation.options import JointOptions
@@ -108,8 +109,8 @@ class Config(JointOptions):
             )
         if self.output is not None and self.output.exists():
             raise UserError(f"--output {self.output} exists already: choose another name, or remove it")
-        if self.output is not None and not self.output.parent.is_dir():
-            raise UserError(f"--output {self.output}: {self.output.parent} does not exist; make it first")
+        if self.output is not None:
+            check_output_file(self.output, example="scores.json")
 
     def _check_suite(self) -> None:
         for name in ("questions", "ranking", "tasks", "include_path", "num_fewshot"):

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.output_files import check_output_file
+from mlpmem_ds.stages.shared_flags import MAX_THREADS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,10 @@ class Config(Flags):
     )
     checksums: bool = option("read every file and compare its checksum; without, sizes only", True)
     threads: int | None = option(
-        "that read and hash at once (default: one a core, at most eight)", None, at_least=1
+        "that read and hash at once (default: one a core, at most eight)",
+        None,
+        at_least=1,
+        at_most=MAX_THREADS,
     )
     output: Path | None = option("also write what was found to this JSON file", None, metavar="FILE")
     watch: float | None = option(
@@ -64,7 +69,8 @@ class Config(Flags):
             )
         if self.discard is not None and self.output is not None:
             raise UserError("--output is written of what was found: give it without --discard")
-        for name in ("output", "prometheus"):  # before hours of checksums, and not after them
+        files = {"output": "found.json", "prometheus": "run.prom"}
+        for name, example in files.items():  # before hours of checksums, and not after them
             path: Path | None = getattr(self, name)
-            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise UserError(f"--{name} {path} is no file in a folder that exists: name one")
+            if path is not None:
+                check_output_file(path, flag=f"--{name}", example=example)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.config import plain_values
-from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.config import Config
@@ -81,10 +81,8 @@ def run(config: Config, world: World) -> Plan:
     Raises:
         UserError: a size is missing or does not fit, or --output is no place for a file.
     """
-    if config.output is not None and (config.output.is_dir() or not config.output.parent.is_dir()):
-        raise UserError(
-            f"--output {config.output}: name a file in a directory that exists, such as plan.json"
-        )
+    if config.output is not None:
+        check_output_file(config.output, example="plan.json")
     plan = make_plan(config)
     if config.output is not None and world.is_first:
         publish_json(config.output, {**plan.to_json(), "settings": plain_values(config)})

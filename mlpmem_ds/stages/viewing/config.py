@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.formats.corpus import SPLITS
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.generation.options import JointOptions
@@ -39,7 +40,4 @@ class Config(JointOptions):
             raise UserError("give either --corpus, for passages of it, or --text with files of your own")
         if self.gate is not None and self.lmbda is not None:
             raise UserError("--gate finds the weight at each token: leave out --lambda")
-        if self.output.is_dir():
-            raise UserError(f"--output {self.output} is a directory: name a file, such as report.html")
-        if not self.output.absolute().parent.is_dir():
-            raise UserError(f"--output {self.output}: {self.output.parent} does not exist; make it first")
+        check_output_file(self.output, example="report.html", inputs=self.text)
