@@ -114,7 +114,7 @@ def check_model_reads(
 
     Args:
         name_or_path: the model.
-        splits: those of the corpus that it is to read.
+        splits: those that it is to read, of one corpus or of several.
         vocab_size: rows of the model's output head, which may be more or fewer than the tokenizer has
             entries.
         max_context: tokens.
@@ -124,18 +124,18 @@ def check_model_reads(
     Raises:
         UserError: with what differs.
     """
-    corpus = splits[0]
-    _check_same_tokens(name_or_path, corpus, flag)
+    for corpus in {split.root: split for split in splits}.values():
+        _check_same_tokens(name_or_path, corpus, flag)
+        if corpus.read_length > max_context:
+            begin = len(corpus.begin_of_document_ids)
+            raise UserError(
+                f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens"
+                f"{f' and {begin} begin tokens before each' if begin else ''}, the model reads at most"
+                f" {max_context} ({flag} {name_or_path}): prepare it with a smaller --block-size"
+            )
     for split in splits:
         if split.vocab_size > vocab_size:
             _check_rows(name_or_path, split, vocab_size, flag, shared)
-    if corpus.read_length > max_context:
-        begin = len(corpus.begin_of_document_ids)
-        raise UserError(
-            f"the corpus {corpus.root} has blocks of {corpus.block_size} tokens"
-            f"{f' and {begin} begin tokens before each' if begin else ''}, the model reads at most"
-            f" {max_context} ({flag} {name_or_path}): prepare it with a smaller --block-size"
-        )
 
 
 def _check_rows(name_or_path: str, split: CorpusSplit, num_rows: int, flag: str, shared: Path | None) -> None:
@@ -179,9 +179,10 @@ def _check_same_tokens(name_or_path: str, corpus: CorpusSplit, flag: str) -> Non
         # Either may have more tokens (added ones); but what both name must be the same.
         if model_ids.get(token, number) != number or token_of.get(number, token) != token:
             raise UserError(
-                f"{flag} {name_or_path} has another vocabulary than the corpus: {token!r} is {number} in the"
-                f" corpus, and in the model it is {model_ids.get(token, 'no token')} and {number} is"
-                f" {token_of.get(number, 'no token')!r}; prepare the corpus with the model's own tokenizer"
+                f"{flag} {name_or_path} has another vocabulary than the corpus {corpus.root}: {token!r} is"
+                f" {number} in the corpus, and in the model it is {model_ids.get(token, 'no token')} and"
+                f" {number} is {token_of.get(number, 'no token')!r}; prepare the corpus with the model's own"
+                " tokenizer"
             )
 
 

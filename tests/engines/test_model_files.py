@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,24 @@ def test_begin_tokens_count_in_what_a_model_must_read(corpus_dir: Path, tmp_path
     check_model_reads(str(tmp_path), [corpus], vocab_size=300, max_context=34)
     with pytest.raises(UserError, match="blocks of 32 tokens and 2 begin tokens before each, .* at most 33"):
         check_model_reads(str(tmp_path), [corpus], vocab_size=300, max_context=33)
+
+
+def test_each_of_several_corpora_must_fit_the_model(corpus_dir: Path, tmp_path: Path) -> None:
+    """A gate is fitted to texts of several corpora."""
+    shutil.copyfile(corpus_dir / "tokenizer" / "tokenizer.json", tmp_path / "tokenizer.json")
+    own = [open_corpus(corpus_dir, name) for name in ("train", "tuning")]
+    other = shutil.copytree(corpus_dir, tmp_path / "other")
+    rules = json.loads((corpus_dir / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = rules["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer" / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
+    check_model_reads(str(tmp_path), own, vocab_size=300, max_context=64)
+    swapped = replace(own[1], root=other)
+    with pytest.raises(UserError, match=f"another vocabulary than the corpus {other}: '.' is"):
+        check_model_reads(str(tmp_path), [*own, swapped], vocab_size=300, max_context=64)
+    longer = replace(own[1], root=tmp_path / "c", manifest=replace(own[1].manifest, block_size=128))
+    with pytest.raises(UserError, match=f"the corpus {tmp_path / 'c'} has blocks of 128 tokens, .* 64"):
+        check_model_reads(str(tmp_path), [*own, longer], vocab_size=300, max_context=64)
 
 
 @pytest.mark.parametrize("content", ["", '{"version"', "[]", '{"version": "1.0"}'])

@@ -134,7 +134,8 @@ def choose_stopping(split: Split, fraction: float) -> np.ndarray:
     """bool over the split's scored positions: those that choose when to stop, whole documents of about this
     share of the positions, drawn by their names.
 
-    Where documents are too few or too long for that, the text is cut at a position: its end chooses.
+    Where documents are too few or too long for that, the text is cut at a position: its end chooses. Either
+    part has a position.
     """
     corpus = split.corpus
     positions = split.scored_positions
@@ -156,7 +157,8 @@ def choose_stopping(split: Split, fraction: float) -> np.ndarray:
         split.name,
         corpus.root,
     )
-    cut: np.ndarray = np.arange(len(positions)) >= round((1 - fraction) * len(positions))
+    first = min(max(round((1 - fraction) * len(positions)), 1), len(positions) - 1)
+    cut: np.ndarray = np.arange(len(positions)) >= first
     return cut
 
 

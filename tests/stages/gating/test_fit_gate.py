@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import publish_json, read_sealed_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.gates import read_gate
@@ -166,6 +168,8 @@ def test_stopping_text_is_whole_documents_or_the_end(
     chosen = fitting.choose_stopping(one, 0.25)
     assert "do not part well" in caplog.text
     assert chosen.mean() == pytest.approx(0.25, abs=0.05) and (np.diff(chosen.astype(int)) >= 0).all()
+    for fraction, count in ((1e-6, 1), (1 - 1e-6, len(chosen) - 1)):  # either part has a position
+        assert fitting.choose_stopping(one, fraction).sum() == count
 
 
 def test_wrong_inputs_are_refused_before_anything_is_written(
@@ -184,6 +188,11 @@ def test_wrong_inputs_are_refused_before_anything_is_written(
         tmp_path / "stranger", open_keys(keys_dir), open_corpus(parts.corpus), seed=3, base="0" * 64
     )
     refused("was trained for another base", memory=(str(other_base),))
+    other_words = shutil.copytree(parts.general, tmp_path / "words")
+    manifest = read_sealed_json(other_words / "manifest.json")
+    manifest["tokenizer"]["vocabulary_sha256"] = "5" * 64
+    publish_json(other_words / "manifest.json", manifest, seal=True)
+    refused(f"another vocabulary .* than the corpus {other_words} has", general=(str(other_words),))
     for changes, match in (
         ({"memory": ()}, "at least one --memory"),
         ({"general": (str(parts.corpus),)}, "twice"),

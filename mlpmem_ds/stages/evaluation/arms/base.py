@@ -66,6 +66,11 @@ class Context:
         """One of the texts, for what is the same in all."""
         return self.texts[0]
 
+    @property
+    def corpora(self) -> Sequence[CorpusSplit]:
+        """One of the texts of each corpus: a gate is fitted to several."""
+        return list({text.root: text for text in self.texts}.values())
+
 
 class Opener(Protocol):
     """Opens the arms of one kind that the flags name, and checks that they belong to the base and the text.

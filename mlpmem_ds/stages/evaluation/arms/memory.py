@@ -151,7 +151,8 @@ def layers_paths(config: Config) -> list[str | None]:
 def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, context: Context) -> MemoryArm:
     stored = read_memory(root, flag=flag, shared=context.shared)
     base, weights = context.base, config.memory_weights
-    _check_belongs(stored, base, context.corpus)
+    for corpus in context.corpora:
+        _check_belongs(stored, base, corpus)
     source, provenance = base.source, stored.provenance
     memory = stored.memory.to(dtype=source.model.dtype, device=source.device).eval().requires_grad_(False)
     memory.share_head(source.model.get_output_embeddings())
@@ -273,14 +274,15 @@ def _check_belongs(stored: StoredMemory, base: ModelArm, corpus: CorpusSplit) ->
     if stored.vocabulary_sha256 != corpus.vocabulary_sha256:
         raise UserError(
             f"{named} was trained with another vocabulary ({config.vocab_size} entries,"
-            f" {str(stored.vocabulary_sha256)[:12]}…) than the corpus has ({corpus.vocab_size},"
+            f" {str(stored.vocabulary_sha256)[:12]}…) than the corpus {corpus.root} has ({corpus.vocab_size},"
             f" {corpus.vocabulary_sha256[:12]}…): prepare the corpus with the same tokenizer"
         )
     begin = stored.provenance.begin_of_window_ids
     if begin is not None and begin != corpus.begin_of_document_ids:
         raise UserError(
             f"{named} was trained on windows that begin with the tokens {list(begin)}, those of the corpus"
-            f" begin with {list(corpus.begin_of_document_ids)}: prepare the corpus with the same tokenizer"
+            f" {corpus.root} begin with {list(corpus.begin_of_document_ids)}: prepare the corpus with the"
+            " same tokenizer"
         )
     if config.vocab_size != base.source.vocab_size:  # of the head, rows beyond the tokenizer's included
         raise UserError(
