@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
+from mlpmem_ds.core.files import read_sealed_json
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
-from mlpmem_ds.engines.model_files import check_generation_file
+from mlpmem_ds.engines.model_files import check_generation_file, model_file
 from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.corpus import vocabulary_sha256
 from mlpmem_ds.formats.gates import read_gate
@@ -47,6 +48,16 @@ class Source:
     """tokens that the base reads"""
     parts: ExportInputs | None
     """None: an export"""
+
+    @property
+    def base_sha256(self) -> str | None:
+        """Fingerprint of the base that the memories were trained for; None where an export does not say
+        it."""
+        if self.parts is not None:
+            return self.parts.base_sha256
+        path = model_file(self.options.model, EXPORT_FILE)
+        inputs = {} if path is None else read_sealed_json(path).get("inputs", {})
+        return inputs.get("base") if isinstance(inputs, dict) else None
 
     def load(
         self,

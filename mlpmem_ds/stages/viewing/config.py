@@ -27,7 +27,7 @@ class Config(JointOptions):
     output: Path = option("HTML file to write")
     corpus: Path | None = option("corpus directory, passages of which are shown", None, by_url=True)
     split: str = option("of the corpus", "test", choices=SPLITS)
-    text: tuple[Path, ...] = option("UTF-8 text files to show in place of the corpus's passages", ())
+    text: tuple[Path, ...] = option("text files to show in place of the corpus's passages", ())
     passages: int = option("passages of the corpus, at even distances", 4, at_least=1)
     tokens: int = option("tokens of a passage, and the most that are shown of a file", 160, at_least=2)
     lmbda: float | None = shared_flags.lmbda("the export's or the gate's, else 0.25")

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mlpmem_ds.commands import generate, view_report
-from mlpmem_ds.formats.evaluation import write_evaluation
+from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.files import publish_json, read_sealed_json
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.world import World
+from mlpmem_ds.formats.evaluation import ReportManifest, write_evaluation
 
+from ...conftest import with_begin_tokens
 from ..conftest import make_arm, make_evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config(Flags):
+    output: Path = option("directory", identity="none")
 
 
 @pytest.fixture
 def report_dir(tmp_path: Path) -> Path:
-    root = tmp_path / "report"
-    root.mkdir()
+    return _save_report(tmp_path / "report")
+
+
+def _save_report(root: Path, **inputs: str) -> Path:
+    config = _Config(output=root)
+    stage = open_stage(root, stage="report", version=1, config=config, inputs=inputs, world=World())
     arms = (make_arm("base", ppl=20.0), make_arm("base+memory", ppl=16.0))
-    write_evaluation(root, make_evaluation(*arms, subject="base+memory"))
+    evaluation = make_evaluation(*arms, subject="base+memory")
+    write_evaluation(root, evaluation)
+    manifest = ReportManifest(
+        tokens=evaluation.tokens, arms=("base", "base+memory"), settings=evaluation.settings
+    )
+    stage.complete([], lambda: manifest)
     return root
 
 
@@ -81,6 +102,65 @@ def test_an_output_that_is_a_folder_or_in_none_and_a_text_of_nothing_are_refused
     ):
         assert _run(report_dir, export_dir, output, "--text", own) == 2
         assert said in capsys.readouterr().err
+
+
+def test_texts_are_read_by_their_marks(
+    report_dir: Path, export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte-order mark is no text; what has none is UTF-8, and its line ends are those of the corpus."""
+    pages = []
+    for content in (b"alpha\nbeta", b"\xef\xbb\xbfalpha\r\nbeta", "alpha\nbeta".encode("utf-16")):
+        (tmp_path / "own.txt").write_bytes(content)
+        assert _run(report_dir, export_dir, tmp_path / "page.html", "--text", tmp_path / "own.txt") == 0
+        pages.append((tmp_path / "page.html").read_bytes())
+    assert pages[0] == pages[1] == pages[2]
+    (tmp_path / "own.txt").write_bytes("café".encode("latin-1"))
+    assert _run(report_dir, export_dir, tmp_path / "page.html", "--text", tmp_path / "own.txt") == 2
+    assert "own.txt: it is not UTF-8" in capsys.readouterr().err
+
+
+def test_the_text_that_is_read_is_not_replaced(
+    report_dir: Path, export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.txt").write_text("alpha beta")
+    assert _run(report_dir, export_dir, tmp_path / "own.txt", "--text", tmp_path / "own.txt") == 2
+    assert "is also what is read, and would be replaced" in capsys.readouterr().err
+    flags = ["--model", "m", "--prompts-file", tmp_path / "own.txt", "--html", tmp_path / "own.txt"]
+    assert generate([str(word) for word in flags], prog="generate") == 2
+    assert "--html" in capsys.readouterr().err and (tmp_path / "own.txt").read_text() == "alpha beta"
+
+
+def test_a_corpus_of_another_vocabulary_and_a_report_of_another_base_are_refused(
+    export_dir: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, text = tmp_path / "page.html", tmp_path / "own.txt"
+    text.write_text("alpha beta")
+    other = with_begin_tokens(corpus_dir, tmp_path / "other", ())
+    manifest = read_sealed_json(other / "manifest.json")
+    manifest["tokenizer"]["vocabulary_sha256"] = "5" * 64
+    publish_json(other / "manifest.json", manifest, seal=True)
+    report = _save_report(tmp_path / "report", model="a" * 64)
+    assert _run(report, export_dir, page, "--corpus", other) == 2
+    assert f"{other} has another vocabulary (300 tokens, 555555555555…)" in capsys.readouterr().err
+    assert _run(report, export_dir, page, "--text", text) == 0  # the export says nothing of its base
+    export = shutil.copytree(export_dir, tmp_path / "export")
+    publish_json(export / "mlpmem_export.json", {"inputs": {"base": "b" * 64}, "files": []}, seal=True)
+    assert _run(report, export, page, "--text", text) == 2
+    assert "is of the base run/base (aaaaaaaaaaaa…), and --model" in capsys.readouterr().err
+    assert _run(tmp_path / "corpus", export, page, "--text", text) == 2
+    assert f"--report {tmp_path / 'corpus'} does not exist: give the output of evaluate" in (
+        capsys.readouterr().err
+    )
+
+
+def test_more_tokens_than_the_model_reads_are_said(
+    report_dir: Path, export_dir: Path, corpus_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = with_begin_tokens(corpus_dir, tmp_path / "begun", (1, 2, 3))
+    flags = ("--corpus", begun, "--passages", 1, "--tokens", 100)
+    assert _run(report_dir, export_dir, tmp_path / "page.html", *flags) == 0
+    assert "--tokens 100 are more than the model reads: 61 are shown" in caplog.text
+    assert _tokens((tmp_path / "page.html").read_text(encoding="utf-8")) == 61
 
 
 def test_generated_text_is_a_page_too(
