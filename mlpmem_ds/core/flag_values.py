@@ -34,7 +34,7 @@ def converter_of(
     """
     if base is Path and parse is None:
         return _path if takes_url else _local_path
-    by_type: dict[Any, Callable[[str], Any]] = {int: _whole_number, str: _text}
+    by_type: dict[Any, Callable[[str], Any]] = {int: whole_number, str: _text}
     convert = parse or by_type.get(base, base)
     return _number_or_none(convert) if may_be_none and base in (int, float) else convert
 
@@ -78,8 +78,8 @@ def _is_endless(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _whole_number(word: str) -> int:
-    """`64`, `1_000_000` or `1e9`; a fraction is refused."""
+def whole_number(word: str) -> int:
+    """`64`, `1_000_000` or `1e9`; a fraction is refused. Raises argparse.ArgumentTypeError."""
     try:
         number = Decimal(word)
     except InvalidOperation:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .gate_features import History
 
 _NO_STATES: Mapping[str, Any] = MappingProxyType({})
+_MAX_STEPS = 1000  # of a range of λ
 _ROUNDING = 1e-6  # a sum of weights so near to 1 is 1: gates give them in float32
 
 
@@ -309,9 +310,16 @@ class Grid:
         """From the words of a flag: each is a number, or `first:last:step`, such as `0:1:0.05` for 0, 0.05,
         …, 1.
 
-        Values that come twice are taken once. Raises ValueError for what is neither, and outside [0, 1].
+        Values that come twice are taken once. Raises ValueError for what is neither, for what is outside
+        [0, 1], for a range of more than a thousand steps, and for values that are alike in the six digits by
+        which they are named.
         """
-        return cls(tuple(dict.fromkeys(value for word in words for value in _values_of(word))))
+        values = tuple(dict.fromkeys(value for word in words for value in _values_of(word)))
+        named: dict[str, float] = {}
+        for value in values:
+            if (former := named.setdefault(f"{value:g}", value)) != value:
+                raise ValueError(f"{former!r} and {value!r} are alike in six digits: give one of them")
+        return cls(values)
 
     def __iter__(self) -> Iterator[Constant]:
         return map(Constant, self.lambdas)
@@ -332,4 +340,7 @@ def _values_of(word: str) -> list[float]:
     first, last, step = numbers if len(numbers) == 3 else (numbers[0], numbers[0], 1.0)
     if not 0 <= first <= last <= 1:
         raise ValueError(f"{word}: the memory's share of the mixture lies between 0 and 1")
-    return [round(first + step * number, 12) for number in range(int((last - first) / step + 1e-9) + 1)]
+    num_steps = (last - first) / step + 1e-9
+    if num_steps >= _MAX_STEPS + 1:
+        raise ValueError(f"{word} has more than {_MAX_STEPS:,} steps, each of which is scored: give fewer")
+    return [round(first + step * number, 12) for number in range(int(num_steps) + 1)]

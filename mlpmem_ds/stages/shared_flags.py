@@ -16,10 +16,18 @@ if TYPE_CHECKING:  # it loads torch, and no flag needs it before its value is lo
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+MAX_THREADS = 1024
+"""or processes, of a rank: beyond the cores of a machine, and below where libraries end without a word"""
+
+
 def threads() -> Any:
     """`threads: int | None`, of torch and faiss."""
     return option(
-        "CPU threads of each rank (default: as the environment sets it)", None, at_least=1, identity="none"
+        "CPU threads of each rank (default: as the environment sets it)",
+        None,
+        at_least=1,
+        at_most=MAX_THREADS,
+        identity="none",
     )
 
 

@@ -293,6 +293,7 @@ def test_a_grid_is_parsed_from_numbers_and_ranges() -> None:
     assert len(grid) == 21 and grid[0] == 0 and grid[-1] == 1 and grid[7] == 0.35
     assert Grid.parse(["0", ".5", "0.5", "0.2:0.4:0.1"]).lambdas == (0.0, 0.5, 0.2, 0.3, 0.4)
     assert [gate.lmbda for gate in Grid.parse(["0.1", "1"])] == [0.1, 1.0]
+    assert len(Grid.parse(["0:1:0.001"]).lambdas) == 1001
     for word, message in (
         ("0:1", "first:last:step"),
         ("0:1:0", "first:last:step"),
@@ -303,11 +304,15 @@ def test_a_grid_is_parsed_from_numbers_and_ranges() -> None:
         ("1.5", "between 0 and 1"),
         ("nan", "between 0 and 1"),
         ("0.5:0.4:0.1", "between 0 and 1"),
+        ("0:1:0.0009", "0:1:0.0009 has more than 1,000 steps"),
+        ("0:1:1e-320", "more than 1,000 steps"),  # 1 / step is infinite
     ):
         with pytest.raises(ValueError, match=message):
             Grid.parse([word])
     with pytest.raises(ValueError, match="at least one"):
         Grid(())
+    with pytest.raises(ValueError, match="0.5 and 0.50000001 are alike in six digits: give one"):
+        Grid.parse(["0:1:0.1", "0.50000001"])
 
 
 # The mixture, its Triton twins, and the loss through it, which the test above ties to the mixture. The

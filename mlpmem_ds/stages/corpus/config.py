@@ -112,11 +112,14 @@ class Config(Flags):
         128,
         at_least=16,
     )
-    seed: int = option("seed of the hashes that deal documents to splits and find near duplicates", 0)
+    seed: int = option(
+        "seed of the hashes that deal documents to splits and find near duplicates", 0, at_least=0
+    )
     processes: int | None = option(
         "processes that tokenize in this rank (default: the machine's cores for a single rank, else 1)",
         None,
         at_least=1,
+        at_most=shared_flags.MAX_THREADS,
         identity="none",
     )
     exchange: Exchange = shared_flags.exchange()

@@ -118,7 +118,9 @@ class Config(Flags):
         identity="none",
         by_url=True,
     )
-    bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
+    bootstrap_samples: int = option(
+        "resamples for the 95 % intervals", 2000, at_least=100, at_most=10**6, identity="none"
+    )
     bootstrap_block: int = option("positions in a block of the bootstrap", 256, at_least=1, identity="none")
     speed_positions: int | None = option(
         "test positions on which speed is measured at a quarter, half and all of the keys; none = not",

@@ -13,6 +13,8 @@ from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.generation.options import JointOptions
 
+_MIN_TEMPERATURE = 1e-6  # scores over it stay far within float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(JointOptions):
@@ -53,7 +55,7 @@ class Config(JointOptions):
     repetition_penalty: float = option(
         "penalty for tokens that have occurred already; above 1 makes them rarer", 1.0, above=0
     )
-    seed: int = option("seed of the sampling", 0)
+    seed: int = option("seed of the sampling", 0, at_least=0)
     lmbda: float | None = shared_flags.lmbda("the export's or the gate's, else 0.25")
     compare: bool = option("show the base alone (λ = 0) next to base + memory", False)
     stream: bool = option("write the text as it is made; for one prompt, without --compare and beams", False)
@@ -81,6 +83,11 @@ class Config(JointOptions):
             raise UserError("--gate finds the weight at each token: leave out --lambda")
         if bool(self.prompt) == (self.prompts_file is not None):
             raise UserError("give either --prompt or --prompts-file")
+        if 0 < self.temperature < _MIN_TEMPERATURE:
+            raise UserError(
+                f"--temperature {self.temperature:g} is too small to divide by: give 0, which always takes"
+                f" the likeliest token, or {_MIN_TEMPERATURE:g} or more"
+            )
         for name in ("system", "chat_template"):
             if getattr(self, name) is not None and not self.chat:
                 raise UserError(f"--{name.replace('_', '-')} goes with --chat: add it, or leave this out")

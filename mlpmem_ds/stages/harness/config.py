@@ -72,7 +72,7 @@ class Config(JointOptions):
         "with --suite: largest number of tokens of an answer (default: the task's own)", None, at_least=1
     )
     bootstrap_samples: int = option(
-        "with --suite: resamples for the 95 % intervals", 2000, at_least=100, identity="none"
+        "with --suite: resamples for the 95 % intervals", 2000, at_least=100, at_most=10**6, identity="none"
     )
     num_fewshot: int | None = option(
         "examples before each question (default: the task's own; local files: 0)", None, at_least=0
@@ -93,11 +93,11 @@ class Config(JointOptions):
 
     def check(self) -> None:
         super().check()
-        if self.lambdas:
-            shared_flags.grid_of(self.lambdas)
         if self.suite:
             self._check_suite()
             return
+        if self.lambdas:
+            shared_flags.grid_of(self.lambdas)
         for name in ("data", "generation_lambdas", "passages", "control", "max_new_tokens"):
             if getattr(self, name) not in (None, ()):
                 raise UserError(f"{flag_name(name)} goes with --suite: add it, or leave the flag out")
@@ -123,7 +123,8 @@ class Config(JointOptions):
                 f"--data {self.data} is not a directory: give one with files NAME.jsonl (docs/suites.md), or"
                 " leave it out for the Hub"
             )
-        if self.generation_lambdas:
-            shared_flags.grid_of(self.generation_lambdas, flag="--generation-lambdas")
+        for words, flag in ((self.lambdas, "--lambdas"), (self.generation_lambdas, "--generation-lambdas")):
+            if words:
+                shared_flags.grid_of(("0", "1", *words), flag=flag)  # these two are always scored
         if taken := {"joint", "memory_alone"} & set(control_models(self.control)):
             raise UserError(f"--control {taken.pop()}=…: the name is taken; choose another")

@@ -134,6 +134,11 @@ def _resolve(config: Config, keys: Keys) -> tuple[str, int]:
     except ValueError as error:
         raise UserError(f"--factory: {error}") from error
     num_shards = config.num_shards or choose_num_shards(keys.num_positions, index.num_lists)
+    if config.num_shards is not None and config.num_shards > keys.num_positions:
+        raise UserError(
+            f"--num-shards {config.num_shards:,} are more than the {keys.num_positions:,} keys of --keys"
+            f" {config.keys}: give fewer, or leave it out"
+        )
     cores = config.threads or torch.get_num_threads()
     _logger.info("index %s (%s) in %d shards", factory, reason, num_shards)
     _logger.info(

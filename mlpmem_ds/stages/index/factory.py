@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -88,9 +89,15 @@ def make_index(factory: str, dim: int, num_vectors: int, device: torch.device = 
     Raises:
         ValueError: with the remedy.
     """
-    index = Index.make(factory if has_codes(factory) else f"{factory},Flat", dim, device)
-    needed = index.min_training_vectors
-    if num_vectors < needed:
+    lists = re.search(r"IVF(\d+)", factory)
+    if lists and int(lists[1]) == 0:
+        raise ValueError(f"factory {factory!r} has no lists: choose one or more (IVF…), or auto")
+    needed = 0 if lists is None else int(lists[1])
+    index = None
+    if needed <= num_vectors:  # else so many lists are not made first
+        index = Index.make(factory if has_codes(factory) else f"{factory},Flat", dim, device)
+        needed = index.min_training_vectors
+    if index is None or num_vectors < needed:
         raise ValueError(
             f"factory {factory!r} needs at least {needed:,} keys to train and there are {num_vectors:,}: "
             "choose fewer lists (IVF…) or fewer bits (PQ…x4), or auto"

@@ -37,6 +37,7 @@ class Config(Flags):
         "show how far every stage is, every SECONDS (10 without a number), until Ctrl-C",
         None,
         above=0,
+        at_most=86_400,
         implied=10.0,
         metavar="SECONDS",
     )

@@ -86,7 +86,10 @@ class Config(Flags):
     exchange: Exchange = shared_flags.exchange()
     rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()
     seed: int = option(
-        "seed of the int8 codec's sample and rotation, and of the audit's samples", 0, identity="resolved"
+        "seed of the int8 codec's sample and rotation, and of the audit's samples",
+        0,
+        at_least=0,
+        identity="resolved",
     )
     audit: int | None = option(
         "number of stored keys whose targets one rank compares at the end with those of raw keys (if killed,"

@@ -8,6 +8,7 @@ from typing import ClassVar
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.objects.urls import url_of
+from mlpmem_ds.stages.shared_flags import MAX_THREADS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Config(Flags):
         " it is complete and there)",
         False,
     )
-    watch_seconds: float = option("between two looks of --watch", 10.0, above=0)
+    watch_seconds: float = option("between two looks of --watch", 10.0, above=0, at_most=86_400)
     verify: bool = option(
         "of a URL alone: read every object and compare its checksum; after sending: the same", False
     )
@@ -37,7 +38,7 @@ class Config(Flags):
         "send all anew where the URL has a whole mirror, or that of another directory", False
     )
     checkpoints: bool = option("send a training's checkpoints too", False)
-    threads: int = option("files that are sent or fetched at once", 8, at_least=1)
+    threads: int = option("files that are sent or fetched at once", 8, at_least=1, at_most=MAX_THREADS)
 
     def check(self) -> None:
         if self.source is None:

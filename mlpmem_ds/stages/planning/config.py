@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, default_of, option
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory_config import PRESETS
 from mlpmem_ds.stages.corpus.config import Config as CorpusConfig
 from mlpmem_ds.stages.index.config import Config as IndexConfig
 from mlpmem_ds.stages.keys.config import Config as KeysConfig
+from mlpmem_ds.stages.shared_flags import MAX_THREADS
 from mlpmem_ds.stages.targets.config import Config as TargetsConfig
 from mlpmem_ds.stages.training.config import Config as TrainingConfig
 
+_MAX_SIZE = 10**6  # beyond any machine and model, and far from where sums of bytes overflow
 DEFAULTS: dict[str, Any] = {
     name: default_of(config_class, name)
     for config_class, names in (
@@ -44,13 +47,13 @@ class Config(Flags):
         "python tools/plan.py --positions 1000000000 --model Qwen/Qwen2.5-1.5B --gpus 8 --ranks 8"
     )
 
-    positions: int = option("tokens of the training text", at_least=1)
+    positions: int = option("tokens of the training text", at_least=1, at_most=10**13)
     model: str | None = option(
         "base: a directory or Hub name, whose configuration gives the next three", None
     )
-    parameters: float | None = option("parameters of the base, such as 1.5e9", None, at_least=1)
-    width: int | None = option("size of its hidden states", None, at_least=1)
-    vocab_size: int | None = option("entries of its vocabulary", None, at_least=1)
+    parameters: float | None = option("parameters of the base, such as 1.5e9", None, at_least=1, at_most=1e15)
+    width: int | None = option("size of its hidden states", None, at_least=1, at_most=_MAX_SIZE)
+    vocab_size: int | None = option("entries of its vocabulary", None, at_least=1, at_most=10**9)
     block_size: int | None = _of_stage("block_size", "tokens that the base reads at once", at_least=1)
     stride: int | None = _of_stage(
         "stride", "tokens between the starts of two blocks: each is read block / stride times", at_least=1
@@ -83,20 +86,25 @@ class Config(Flags):
     batch_positions: int | None = _of_stage(
         "batch_positions", "positions of a training step, over all ranks", at_least=1
     )
-    epochs: float | None = _of_stage("epochs", "passes of the training over all positions", above=0)
-    ranks: int = option("processes of each stage", 1, at_least=1)
-    nodes: int = option("machines that the ranks are spread over", 1, at_least=1)
-    threads: int | None = option(
-        "CPU threads of a rank (default: the cores of this machine over the ranks)", None, at_least=1
+    epochs: float | None = _of_stage(
+        "epochs", "passes of the training over all positions", above=0, at_most=1e6
     )
-    gpus: int = option("GPUs of the run", 0, at_least=0)
+    ranks: int = option("processes of each stage", 1, at_least=1, at_most=_MAX_SIZE)
+    nodes: int = option("machines that the ranks are spread over", 1, at_least=1, at_most=_MAX_SIZE)
+    threads: int | None = option(
+        "CPU threads of a rank (default: the cores of this machine over the ranks)",
+        None,
+        at_least=1,
+        at_most=MAX_THREADS,
+    )
+    gpus: int = option("GPUs of the run", 0, at_least=0, at_most=_MAX_SIZE)
     gpu_tflops: float = option("dense 16-bit peak of one GPU, in 10^12 operations a second", 990.0, above=0)
     gpu_memory_gb: float = option("memory of one GPU in 10^9 bytes", 80.0, above=0)
     memory_gb: float | None = option(
-        "memory of a node in 10^9 bytes (default: this machine's)", None, above=0
+        "memory of a node in 10^9 bytes (default: this machine's)", None, above=0, at_most=1e12
     )
     disk_gb: float | None = option(
-        "free disk in 10^9 bytes (default: what is free on this one)", None, above=0
+        "free disk in 10^9 bytes (default: what is free on this one)", None, above=0, at_most=1e12
     )
     disk_gb_per_second: float = option(
         "10^9 bytes that the disk reads or writes in a second, for all ranks together", 1.0, above=0
@@ -118,3 +126,10 @@ class Config(Flags):
     )
     calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
     output: Path | None = option("JSON file to write in addition to the table", None)
+
+    def check(self) -> None:
+        if self.nodes > self.ranks:
+            raise UserError(
+                f"--nodes {self.nodes} are more than the --ranks {self.ranks} that are spread over them: give"
+                " a rank for each, or fewer nodes"
+            )

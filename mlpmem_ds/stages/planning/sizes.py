@@ -14,7 +14,7 @@ from mlpmem_ds.stages.index.factory import choose_factory, choose_num_shards, ma
 from mlpmem_ds.stages.keys.plan import auto_unit_positions
 from mlpmem_ds.stages.planning.config import DEFAULTS, Config
 from mlpmem_ds.stages.planning.cost_model import resolve_search
-from mlpmem_ds.stages.planning.workload import Machine, Workload
+from mlpmem_ds.stages.planning.workload import Machine, Workload, check_sizes
 from mlpmem_ds.stages.targets.units import auto_shard_positions
 
 
@@ -52,6 +52,7 @@ def planned_workload(config: Config, run_sizes: dict[str, Any], machine: Machine
     sizes["dim"] = sizes.get("dim", min(256, sizes["width"]))
     if sizes["codec"] == "raw":
         sizes["dim"] = flags.get("dim", sizes["width"])
+    check_sizes(sizes)
     sizes["unit_positions"] = auto_unit_positions(sizes["positions"])
     sizes["shard_positions"] = auto_shard_positions(sizes["positions"])
     sizes["factory"] = _factory(config.factory, sizes, machine)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.index.factory import make_index
+from mlpmem_ds.stages.targets.config import MAX_NEIGHBOURS
 
 Encoding = Literal["exact", "compact"]
 
@@ -90,6 +93,30 @@ class Workload:
         """Of a target: grows as the neighbour-weight perplexity to the power .84 (44 at 30, 303 at 300), up
         to k."""
         return min(self.k, 303 * (self.neighbour_perplexity / 300) ** 0.84)
+
+
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """What the stages would refuse is refused before them.
+
+    Args:
+        sizes: fields of a Workload.
+
+    Raises:
+        UserError: blocks, keys or neighbours that do not fit each other.
+    """
+    block_size, stride, dim, width = (sizes[name] for name in ("block_size", "stride", "dim", "width"))
+    if block_size % stride:
+        raise UserError(f"--block-size {block_size} must be a multiple of --stride {stride}")
+    if dim > width or (sizes["codec"] == "raw" and dim != width):
+        keeps = "; --codec raw keeps all of them" if sizes["codec"] == "raw" else ""
+        raise UserError(f"--dim {dim} is not of a base of --width {width}{keeps}: leave it out")
+    if not 1 <= sizes["k"] <= MAX_NEIGHBOURS:
+        raise UserError(f"--k {sizes['k']:,} is more than the {MAX_NEIGHBOURS:,} that write_targets takes")
+    if sizes["k"] > 1 and sizes["neighbour_perplexity"] >= sizes["k"]:
+        raise UserError(
+            f"--neighbour-perplexity {sizes['neighbour_perplexity']:g} must lie between 1 and --k"
+            f" {sizes['k']}: give --neighbour-perplexity, such as half of --k"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

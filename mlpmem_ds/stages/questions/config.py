@@ -60,7 +60,9 @@ class Config(Flags):
         at_least=1,
     )
     unit_questions: int = option("questions in a unit of work", 64, at_least=1)
-    bootstrap_samples: int = option("resamples for the 95 % intervals", 2000, at_least=100, identity="none")
+    bootstrap_samples: int = option(
+        "resamples for the 95 % intervals", 2000, at_least=100, at_most=10**6, identity="none"
+    )
     dtype: shared_flags.Dtype = shared_flags.dtype("own")
     device: str = shared_flags.device()
 
@@ -70,6 +72,11 @@ class Config(Flags):
         if not self.questions:
             raise UserError("nothing to ask: give --questions FILE…")
         names = [set_name(path) for path in self.questions]
+        if "" in names:
+            raise UserError(
+                f"--questions {self.questions[names.index('')]}: a set is called by its file's name up to the"
+                " first dot, and this one begins with it: rename it"
+            )
         if len(set(names)) < len(names):
             raise UserError(f"two of --questions have the same name ({', '.join(names)}): rename one")
         control_models(self.control)

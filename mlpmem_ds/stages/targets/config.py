@@ -15,7 +15,8 @@ from mlpmem_ds.maths.exact_limit import MAX_KEYS_FOR_EXACT
 from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, Kind, default_perplexity
 from mlpmem_ds.stages import shared_flags
 
-_MAX_COUNTS = 2**16 - 1  # entries of a row are counted in uint16
+MAX_NEIGHBOURS = 2**16 - 1
+"""entries of a row are counted in uint16"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Config(Flags):
     index: Path | None = option(
         "index directory of build_index over the same keys; not needed for exact search", None, by_url=True
     )
-    k: int = option("neighbours of a position", 1024, at_least=1, at_most=_MAX_COUNTS)
+    k: int = option("neighbours of a position", 1024, at_least=1, at_most=MAX_NEIGHBOURS)
     weighting: Kind = option(
         "how a neighbour's weight falls with its distance d: softmax = exp(-d²/T); inverse-distance ="
         " 1/(1 + (d² - d₁²)/T), with d₁ of the nearest one, which leaves far ones more",

@@ -11,6 +11,7 @@ from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.objects.urls import url_of
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, PRESETS
+from mlpmem_ds.stages.shared_flags import MAX_THREADS
 from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP, START_LEARNING_RATE
 from mlpmem_ds.stages.training.options import TrainingOptions
 from mlpmem_ds.stages.training.recipes import RECIPES
@@ -162,6 +163,7 @@ class Config(TrainingOptions):
         "threads of a rank that decode batches ahead (default: its cores, at most 8)",
         None,
         at_least=1,
+        at_most=MAX_THREADS,
         identity="none",
     )
     validation_positions: int = option(

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.flag_values import whole_number
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP
 from mlpmem_ds.stages.training.schedule import DECAY_SHARE, SCHEDULE_HELP, Schedule
 
 
 def _steps_or_word(word: str) -> int | Literal["auto", "epoch"]:
-    return "auto" if word == "auto" else "epoch" if word == "epoch" else int(word)
+    return "auto" if word == "auto" else "epoch" if word == "epoch" else whole_number(word)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class TrainingOptions(Flags):
         "corpus directory: its train split is learned, its tuning split is used to validate", by_url=True
     )
     output: Path = option("directory to write")
-    epochs: float = option("passes over the train split", 5.0, above=0)
+    epochs: float = option("passes over the train split", 5.0, above=0, at_most=1e6)
     learning_rate: float | None = option(
         f"peak of the learning rate (default: {LEARNING_RATE_HELP})", None, above=0
     )
@@ -43,7 +44,7 @@ class TrainingOptions(Flags):
     gradient_clipping: float | None = option(
         "norm at which gradients are clipped; none = never", 1.0, above=0
     )
-    seed: int = option("seed of the initial weights and of the order", 0)
+    seed: int = option("seed of the initial weights and of the order", 0, at_least=0)
     validate_every: int | Literal["auto", "epoch"] | None = option(
         "steps between validations on the tuning split; epoch = after each epoch; auto = five a run of"
         " `train`, each epoch of `train_base`, four an epoch of `train_baseline`; none = never",

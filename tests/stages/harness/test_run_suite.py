@@ -424,6 +424,10 @@ def test_the_page_names_every_file_with_those_of_its_layout() -> None:
             ["--suite", "paper", "--output", "OUT", "--generation-lambdas", "2"],
             "--generation-lambdas 2: the memory",
         ),
+        (
+            ["--suite", "paper", "--output", "OUT", "--lambdas", "0.5", "0.9999999"],
+            "--lambdas 1.0 and 0.9999999 are alike in six digits",
+        ),
         (["--suite", "paper", "--output", "OUT", "--control", "base=x"], "the name base is taken"),
         (["--suite", "paper", "--output", "OUT", "--control", "joint=x"], "joint=…: the name is taken"),
     ],

@@ -258,6 +258,9 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(
         ({"questions": ()}, "nothing to ask"),
         ({"control": ("x=/nowhere/at/all",)}, "--control x .*nowhere"),
         ({"questions": (Path("/nowhere/x.jsonl"),)}, "does not exist"),
+        ({"questions": (Path("q/.jsonl"),)}, "q/.jsonl: a set is called by its file's name .*: rename it"),
+        ({"lambdas": ("0.5", "0.50000001")}, "--lambdas 0.5 and 0.50000001 are alike in six digits"),
+        ({"bootstrap_samples": 10**9}, "--bootstrap-samples must be at least 100 and at most 1000000"),
     ],
 )
 def test_wrong_inputs_leave_the_disk_untouched(
