@@ -174,6 +174,14 @@ def read_json(path: Path) -> Any:
     return _unsealed(path, value) if isinstance(value, dict) and SEAL in value else value
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """`read_json` of a file that holds an object. Raises DamagedDataError also for another value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DamagedDataError(f"{path} is damaged: not a JSON object{_REMEDY}")
+    return value
+
+
 def read_sealed_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object that must be sealed: an identity, a record or a manifest.
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlpmem_ds
 from mlpmem_ds.core.config import flag_name, plain_values
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import content_hash, publish_json, read_json, read_sealed_json
+from mlpmem_ds.core.files import content_hash, publish_json, read_json_object, read_sealed_json
 from mlpmem_ds.core.world import World
 
 IDENTITY_FIELD = "identity"
@@ -149,7 +149,7 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
 def read_description(root: Path) -> dict[str, Any]:
     """run.json of a stage's latest start, as `describe_run` gives it; {} where there is none."""
     path = root / "run.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def check_output(output: Path, *, stage: str, leftovers: Collection[str] = ()) -> bool:

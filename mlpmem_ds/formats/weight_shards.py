@@ -19,7 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import FileRecord, fault_of_file, publish, publish_json, read_json, record_file
+from mlpmem_ds.core.files import (
+    FileRecord,
+    fault_of_file,
+    publish,
+    publish_json,
+    read_json,
+    read_json_object,
+    record_file,
+)
 from mlpmem_ds.formats.file_marks import LFS_POINTER
 
 _DTYPES = {
@@ -136,7 +144,7 @@ class WeightFiles:
             if not single.is_file():
                 raise FileNotFoundError(single)
             return [single]
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        files = sorted(set(read_json_object(index).get("weight_map", {}).values()))
         return [*(self.root / file for file in files), index]
 
     def read(self) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import pytest
 
 from mlpmem_ds.commands import COMMANDS, Command, _load
-from mlpmem_ds.core.config import Flags, flag_name, option
+from mlpmem_ds.core.config import Flags, flag_name, option, parse_config
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.front_end import run_front_end
+from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.base.config import Config as BaseConfig
 
 WRITERS = {
     name: command
@@ -97,3 +101,77 @@ def test_what_the_first_unit_finds_out_leaves_nothing_either(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
     assert run_front_end(Config, run, argv=[*words, "--refused", "2"], prog="toy") == 2
     assert (tmp_path / "toy" / "done" / "1.json").is_file()
+
+
+def test_no_seed_is_negative() -> None:
+    """It is a key of hashes of unsigned numbers."""
+    seeds = {
+        name: field.metadata["bounds"].get("at least")
+        for name, command in COMMANDS.items()
+        if isinstance(command, Command)
+        for field in dataclasses.fields(_load(command.config))
+        if field.name == "seed"
+    }
+    assert len(seeds) >= 7 and set(seeds.values()) == {0}, seeds
+
+
+def test_a_number_of_steps_is_read_as_every_whole_number(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--corpus", "c", "--output", "o", "--validate-every"]
+    assert parse_config(BaseConfig, [*words, "1e3"], prog="x").validate_every == 1000
+    assert parse_config(BaseConfig, [*words, "epoch"], prog="x").validate_every == "epoch"
+    assert parse_config(BaseConfig, [*words, "none"], prog="x").validate_every is None
+    with pytest.raises(SystemExit):
+        parse_config(BaseConfig, [*words, "1.5"], prog="x")
+    assert "argument --validate-every: '1.5' is no whole number, such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("answer-questions", "--questions", "q.jsonl", "--model", "CONFIG", "--output", "OUT"),
+        ("generate", "--prompt", "a", "--model", "CONFIG"),
+        ("extract-keys", "--corpus", "CORPUS", "--model", "CONFIG", "--output", "OUT"),
+        ("convert-checkpoint", "--checkpoint", "CONFIG", "--output", "OUT"),
+        ("plan", "--positions", "10", "--model", "CONFIG"),
+        ("plan", "--positions", "10", "--calibrate", "RUN"),
+        ("train-baseline", "--kind", "lora", "--match-memory", "CONFIG", *("--model", "BASE"),
+         "--batch-tokens", "64", "--corpus", "CORPUS", "--output", "OUT", "--ds-config", "cpu.json"),
+        ("evaluate", "--control", "x=CONFIG", "--model", "BASE", "--corpus", "CORPUS", "--output", "OUT"),
+        ("evaluate", "--control", "base+x=CONFIG", "--model", "BASE", "--corpus", "CORPUS", "--output=OUT"),
+        ("evaluate", "--memory", "CONFIG", "--model", "BASE", "--corpus", "CORPUS", "--output", "OUT"),
+        ("train", "--init-from", "CONFIG", "--corpus", "CORPUS", "--keys", "KEYS", "--alpha", "0",
+         "--output", "OUT", "--ds-config", "cpu.json"),
+    ],
+)  # fmt: skip
+def test_json_that_is_no_object_is_named(
+    words: tuple[str, ...],
+    base_dir: Path,
+    corpus_dir: Path,
+    keys_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A configuration, or run.json, that holds a list."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("[]")
+    (tmp_path / "q.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    shutil.copytree(keys_dir, tmp_path / "run" / "keys")
+    (tmp_path / "run" / "keys" / "run.json").write_text("[]")
+    places = {
+        "CONFIG": tmp_path / "model",
+        "RUN": tmp_path / "run",
+        "BASE": base_dir,
+        "CORPUS": corpus_dir,
+        "KEYS": keys_dir,
+        "OUT": tmp_path / "out",
+        "q.jsonl": tmp_path / "q.jsonl",
+        "cpu.json": ds_configs() / "cpu.json",
+    }
+    command, *flags = words
+    given = [
+        re.sub("[A-Z]{3,}|q.jsonl|cpu.json", lambda found: str(places[found[0]]), word) for word in flags
+    ]
+    assert COMMANDS[command](given, prog=command) == 2
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and (str(tmp_path / "model") in said or "run.json is damaged" in said)
+    assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ import torch
 
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import read_json_object
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -158,7 +158,7 @@ def _factory_of_started_run(output: Path) -> str | None:
     path = output / "identity.json"
     if not path.is_file():
         return None
-    config = read_json(path).get("config", {})
+    config = read_json_object(path).get("config", {})
     factory = config.get("factory")
     return factory if isinstance(factory, str) else None
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import read_json_object
 from mlpmem_ds.engines.hidden_states import DTYPES, resolve_dtype
 from mlpmem_ds.engines.model_files import (
     fingerprint_model,
@@ -108,7 +108,7 @@ def list_others(config: NamesOthers, make: type[ReaderT], base: Mapping[str, Any
 def is_export(model: str) -> bool:
     """Whether it holds a memory and its base."""
     path = model_file(model, "config.json")
-    return path is not None and read_json(path).get("model_type") == "mlpmem"
+    return path is not None and read_json_object(path).get("model_type") == "mlpmem"
 
 
 def hash_models(arms: Sequence[Reader]) -> dict[str, str]:

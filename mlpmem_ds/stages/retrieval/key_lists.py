@@ -30,7 +30,7 @@ from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.claims import ClaimWatch, State, claim
 from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json, require_free_bytes
+from mlpmem_ds.core.files import read_json_object, require_free_bytes
 from mlpmem_ds.core.host import this_process
 from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.core.stage_directory import open_stage
@@ -59,7 +59,7 @@ def check_key_lists(root: Path, keys: Keys, index: IndexDirectory) -> None:
         raise UserError(f"--lists {root} is a file: choose a directory")
     identity = root / "identity.json"
     if identity.is_file():
-        inputs = read_json(identity).get("inputs")
+        inputs = read_json_object(identity).get("inputs")
         if format_of(root) != layout.ListsManifest.FORMAT or inputs != _inputs(keys, index):
             raise UserError(
                 f"--lists {root} holds something else than the keys of {keys.root} in the lists of"

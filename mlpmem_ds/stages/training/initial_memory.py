@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from mlpmem_ds.core.blocks import deal
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import content_hash, read_json
+from mlpmem_ds.core.files import content_hash, read_json_object
 from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fetch_directory
@@ -78,7 +78,7 @@ def open_initial_memory(root: Path, *, flag: str = _FLAG) -> InitialMemory:
             )
         )
     check_model_files(place, flag=flag, names=["config.json"])
-    description = read_json(place / "config.json")
+    description = read_json_object(place / "config.json")
     if description.get("format") == f"mlpmem-{MemoryManifest.FORMAT}":
         described = read_memory_description(place / "config.json")
         vocabulary: str | None = described.provenance.vocabulary_sha256

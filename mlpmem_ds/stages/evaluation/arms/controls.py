@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import read_json_object
 from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.formats.trained_models import MemoryManifest
 from mlpmem_ds.stages.evaluation.config import Config, control_directories
@@ -42,4 +42,5 @@ def _is_memory(name: str, root: Path) -> bool:
 
 def is_export(root: Path) -> bool:
     """Whether a directory is an exported model, base and memory in one."""
-    return (root / "config.json").is_file() and read_json(root / "config.json").get("model_type") == "mlpmem"
+    config = root / "config.json"
+    return config.is_file() and read_json_object(config).get("model_type") == "mlpmem"

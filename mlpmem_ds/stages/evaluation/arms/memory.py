@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import read_json_object
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.hidden_states import resolve_point, state_width, weights_on_device
 from mlpmem_ds.engines.model_files import fingerprint_model
@@ -143,7 +143,7 @@ def layers_paths(config: Config) -> list[str | None]:
         weights, export = root / "weights" / "config.json", root / "config.json"
         if weights.is_file():
             told.append(read_memory_description(weights).provenance.input_layers_path)
-        elif export.is_file() and "layers_path" in (description := read_json(export)):
+        elif export.is_file() and "layers_path" in (description := read_json_object(export)):
             told.append(description["layers_path"])
     return told
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.files import read_json_object
 from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
 from mlpmem_ds.engines.model_files import fingerprint_model
@@ -59,7 +59,7 @@ def open_source(root: Path, flag: str, config: Config, context: Context) -> tupl
     if (root / "identity.json").is_file() and not (root / "manifest.json").is_file():
         raise UserError(f"{flag}: {root} is not complete: run its stage again, it continues")
     sha256 = fingerprint_model(str(root), flag=flag, shared=context.shared)
-    is_alike = read_json(root / "config.json").get("model_type") == base.source.model.config.model_type
+    is_alike = read_json_object(root / "config.json").get("model_type") == base.source.model.config.model_type
     source = TransformersSource(
         str(root),
         dtype=base.source.dtype_name,
