@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlpmem_ds.core.config import Identity, option
@@ -126,6 +128,25 @@ def grid_of(words: Sequence[str], *, flag: str = "--lambdas") -> Grid:
         return Grid.parse(words)
     except ValueError as error:
         raise UserError(f"{flag} {error}") from error
+
+
+def refuse_repeated(places: Sequence[str | Path], *, flag: str) -> None:
+    """Raises UserError where a list of files or directories has one of them twice."""
+    seen: dict[str, str | Path] = {}
+    for place in places:
+        where = os.path.realpath(place)
+        if where in seen:
+            raise UserError(f"{flag} names {seen[where]} twice (as {place}): give each once")
+        seen[where] = place
+
+
+def refuse_flags(flags: Mapping[str, object], *, of: str) -> None:
+    """Raises UserError where one of these flags, which are `of` something else, has been given: None, and
+    empty ones, have not."""
+    given = [flag for flag, value in flags.items() if value is not None and value != ()]
+    if given:
+        are, them = ("is", "it") if len(given) == 1 else ("are", "them")
+        raise UserError(f"{', '.join(given)} {are} of {of}: leave {them} out")
 
 
 Layer = int | float  # an index, from the end where negative, or a fraction of the depth

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.config import Flags, default_of, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
 from mlpmem_ds.stages import shared_flags
@@ -96,3 +96,27 @@ class Config(Flags):
             raise UserError("--write memory writes one memory: give one --checkpoint, and no --gate")
         if self.gate is not None and not self.checkpoint:
             raise UserError("--gate weighs trained memories: give them with --checkpoint")
+        shared_flags.refuse_repeated(self.checkpoint, flag="--checkpoint")
+        if self.checkpoint and self.input_layer != default_of(Config, "input_layer"):
+            raise UserError(
+                f"--input-layer {self.input_layer}: a trained memory knows its layer; the flag is for"
+                " --from-reference: leave it out"
+            )
+        if self.write == "memory":
+            self._check_writing_a_memory()
+
+    def _check_writing_a_memory(self) -> None:
+        if self.dtype != default_of(Config, "dtype"):
+            raise UserError(
+                f"--dtype {self.dtype} is of an export, and --write memory keeps float32: leave it out"
+            )
+        shared_flags.refuse_flags(
+            {
+                "--lambda": self.lmbda,
+                "--base-only-threshold": self.base_only_threshold,
+                "--license": self.license,
+                "--language": self.language,
+                "--corpus-license": self.corpus_license,
+            },
+            of="an export, and --write memory writes a memory without a base and a card",
+        )

@@ -136,7 +136,7 @@ def open_inputs(config: Config) -> ExportInputs:
                 f"--checkpoint {memory.root} is not finished, and a bank is of finished memories: finish it"
             )
     first = memories[0]
-    report, report_lmbda = read_report(config.report, first.trained, first.root, is_bank=len(memories) > 1)
+    report, report_lmbda = read_report(config.report, [(one.trained, one.root) for one in memories])
     lmbda, rule = choose_lambda(config.lmbda, report_lmbda, gate)
     inputs = open_parts(
         memories,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
@@ -15,32 +16,30 @@ _logger = logging.getLogger(__name__)
 
 
 def read_report(
-    path: Path | None, trained: TrainedMemory, root: Path, *, is_bank: bool
+    path: Path | None, memories: Sequence[tuple[TrainedMemory, Path]]
 ) -> tuple[Report | None, float | None]:
     """The report of --report, and the λ that it chose for the memory.
 
     Args:
         path: the flag; None: it was not given, and there is neither.
-        trained: the memory; of a bank its first.
-        root: its directory, for messages.
-        is_bank: whether there are several memories, for which no report chooses λ.
+        memories: each with its directory, for messages; of several no report chooses one λ.
 
     Raises:
-        UserError: the report does not evaluate this memory, or evaluates it without a λ.
+        UserError: the report does not evaluate one of them, or evaluates it without a λ.
     """
     if path is None:
         return None, None
-    report = open_report(path)
-    if is_bank:
-        return report, None
-    names = [name for name, value in report.inputs.items() if value == trained.sha256]
-    chosen = [arm.lmbda for arm in report.evaluation.arms if arm.name in names]
-    if not chosen or chosen[0] is None:
-        raise UserError(
-            f"--report {path} does not evaluate the memory of --checkpoint {root}: run "
-            "launch/evaluate.py with that memory, or leave out --report and give --lambda"
-        )
-    return report, float(chosen[0])
+    report, chosen = open_report(path), list[float]()
+    for trained, root in memories:
+        names = [name for name, value in report.inputs.items() if value == trained.sha256]
+        found = [arm.lmbda for arm in report.evaluation.arms if arm.name in names]
+        if not found or found[0] is None:
+            raise UserError(
+                f"--report {path} does not evaluate the memory of --checkpoint {root}: run "
+                "launch/evaluate.py with that memory, or leave out --report and give --lambda"
+            )
+        chosen.append(float(found[0]))
+    return report, chosen[0] if len(chosen) == 1 else None
 
 
 def choose_lambda(

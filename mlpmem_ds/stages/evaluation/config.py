@@ -173,6 +173,16 @@ class Config(Flags):
                 "--index needs --keys, the directory that it was built from: found distances are rescored"
                 " from it"
             )
+        if self.keys is None:
+            shared_flags.refuse_flags(
+                {
+                    "--targets": self.targets,
+                    "--exact": self.exact,
+                    "--k": self.k,
+                    "--temperature": self.temperature,
+                },
+                of="the kNN arms, which --keys adds",
+            )
         control_directories(self.control)
         memory_directories(self.memory)
         named_directories(self.ensemble, flag="--ensemble")
@@ -186,7 +196,7 @@ def memory_directories(words: Sequence[str]) -> dict[str, str]:
     is base+memory.
 
     Raises:
-        UserError: a name that is none, or taken.
+        UserError: a name that is none, or taken, or a directory twice.
     """
     directories: dict[str, str] = {}
     for word in words:
@@ -198,6 +208,7 @@ def memory_directories(words: Sequence[str]) -> dict[str, str]:
         if f"base+{name}" in directories or name in (*_RESERVED_NAMES, BANK) and name != "memory":
             raise UserError(f"--memory {word}: the name {name} is taken; give another, as NAME={directory}")
         directories[f"base+{name}"] = directory
+    shared_flags.refuse_repeated(list(directories.values()), flag="--memory")
     return directories
 
 

@@ -51,6 +51,13 @@ class ImportConfig(Flags):
             raise UserError("--targets needs --datastore or --keys: which rows are these targets of?")
         if self.datastore and self.model is None:
             raise UserError("--datastore needs --model, the base of the keys")
+        if not self.datastore:
+            shared_flags.refuse_flags(
+                {"--model": self.model, "--tokenizer": self.tokenizer},
+                of="the keys in --datastore, and --keys know theirs",
+            )
+        shared_flags.refuse_repeated(self.datastore, flag="--datastore")
+        shared_flags.refuse_repeated(self.targets, flag="--targets")
         if self.shard_positions % self.block_size:
             raise UserError(
                 f"--shard-positions {self.shard_positions} must be a multiple of --block-size"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.stages import shared_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class JointOptions(Flags):
     )
 
     def check(self) -> None:
+        shared_flags.refuse_repeated(self.memory, flag="--memory")
         for name in ("gate", "tokenizer"):
             if getattr(self, name) is not None and not self.memory:
                 raise UserError(

@@ -188,6 +188,12 @@ def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
             earlier=config.input_layer[:-1],
         ),
     )
+    layers = (*bases.input_point.earlier, bases.input_point.layer)
+    if len(set(layers)) < len(layers):
+        raise UserError(
+            f"--input-layer {' '.join(map(str, config.input_layer))} names a layer twice (layers"
+            f" {', '.join(map(str, layers))} of {input_source.num_layers}): give each once"
+        )
     _try_reading(bases, corpus)
     return bases
 

@@ -103,6 +103,11 @@ class Config(Flags):
     def check(self) -> None:
         if self.temperature != "auto" and not _is_positive(self.temperature):
             raise UserError(f"--temperature must be auto or a number above 0, not {self.temperature}")
+        if self.temperature != "auto" and self.neighbour_perplexity is not None:
+            raise UserError(
+                f"--neighbour-perplexity {self.neighbour_perplexity:g} is what --temperature auto aims at,"
+                f" and --temperature {self.temperature} is given: leave one of them out"
+            )
         if self.temperature == "auto" and self.k == 1:
             raise UserError(
                 "--k 1: one neighbour has all the weight at any temperature: give --temperature 1"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.inputs import TrainingInputs
@@ -125,11 +126,14 @@ def settle(config: Config, inputs: TrainingInputs, world: World) -> tuple[Config
             starts_as_base=config.start == "base",
         )
     )
+    ce_through = config.ce_through or choice.ce_through
+    unused = default_of(Config, "mixture_lambda")
     config = replace(
         config,
         objective=choice.objective,
         alpha=choice.alpha if config.alpha is None else config.alpha,
-        ce_through=config.ce_through or choice.ce_through,
+        ce_through=ce_through,
+        mixture_lambda=config.mixture_lambda if ce_through == "mixture" else unused,
     )
     if world.is_first:
         _logger.info(

@@ -27,7 +27,7 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.stages.conversion.gate_inputs import stored_gate
 from mlpmem_ds.stages.generation import generate
 
-from .conftest import IDS, MemoryFlags, convert, save_memory
+from .conftest import IDS, MemoryFlags, convert, save_memory, save_report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +157,7 @@ def test_what_the_gate_was_not_fitted_for_is_refused(
 ) -> None:
     gate = save_gate(tmp_path / "gate", base_dir, [bank[0]])
     other_base = save_gate(tmp_path / "other", base_dir, [bank[0]], base="ab" * 32)
+    report = save_report(tmp_path / "report", bank[0])
     words = ("--model", base_dir, "--output", tmp_path / "export")
     for given, said in (
         (("--checkpoint", bank[1], "--gate", gate), "it lacks memory; "),
@@ -164,6 +165,8 @@ def test_what_the_gate_was_not_fitted_for_is_refused(
         (("--checkpoint", bank[0], "--gate", other_base), "was fitted with another base"),
         (("--checkpoint", *bank, "--step", 3), "give one --checkpoint"),
         (("--checkpoint", *bank, "--write", "memory"), "writes one memory"),
+        (("--checkpoint", *bank, bank[0]), f"--checkpoint names {bank[0]} twice"),
+        (("--checkpoint", *bank, "--report", report), f"not evaluate the memory of --checkpoint {bank[1]}"),
     ):
         assert convert(*given, *words) == 2, given
         assert said in capsys.readouterr().err, given

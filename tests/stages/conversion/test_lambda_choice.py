@@ -43,10 +43,10 @@ def test_a_report_gives_the_lambda_of_this_memory_and_none_of_a_bank(
     memory_dir: Path, tmp_path: Path, flags: MemoryFlags
 ) -> None:
     trained, report = read_weights(memory_dir), save_report(tmp_path / "report", memory_dir)
-    assert read_report(None, trained, memory_dir, is_bank=False) == (None, None)
-    opened, lmbda = read_report(report, trained, memory_dir, is_bank=False)
+    assert read_report(None, [(trained, memory_dir)]) == (None, None)
+    opened, lmbda = read_report(report, [(trained, memory_dir)])
     assert opened is not None and lmbda == LAMBDA
-    assert read_report(report, trained, memory_dir, is_bank=True)[1] is None
+    assert read_report(report, [(trained, memory_dir)] * 2)[1] is None
     other = save_memory(tmp_path / "other", flags, seed=2)
     with pytest.raises(UserError, match=f"does not evaluate the memory of --checkpoint {other}"):
-        read_report(report, read_weights(other), other, is_bank=False)
+        read_report(report, [(trained, memory_dir), (read_weights(other), other)])

@@ -42,6 +42,13 @@ def config(tmp_path: Path) -> Config:
         ({"bootstrap_samples": 3}, "--bootstrap-samples"),
         ({"test_split": "tuning"}, "must differ"),
         ({"keys": None}, "--index needs --keys"),
+        (
+            {"keys": None, "index": None, "targets": Path("t")},
+            "--targets is of the kNN arms, which --keys adds: leave it out",
+        ),
+        ({"keys": None, "index": None, "exact": False, "k": 8}, "--exact, --k are of .*: leave them out"),
+        ({"memory": ("a=m", "b=./m")}, "--memory names m twice .as ./m.: give each once"),
+        ({"lambdas": ("0:1:1e-9",)}, "more than 1,000 steps"),
         ({"control": ("nameless",)}, "NAME=DIR"),
         ({"control": ("base=/tmp",)}, "is taken"),
         ({"control": ("base+memory=/tmp",)}, "is taken"),

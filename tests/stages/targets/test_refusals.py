@@ -35,6 +35,8 @@ from .conftest import COMPACT, NUM_KEYS, config, result_of, values, vectors
         ({"mass": 0.0}, "--mass must be above 0 and at most 1, not 0"),
         ({"mass": 1.5}, "--mass must be .* not 1.5"),
         ({"temperature": "auto", "neighbour_perplexity": 20.0}, "--neighbour-perplexity 20 .* half of --k"),
+        ({"temperature": "2", "neighbour_perplexity": 4.0}, "4 is what --temperature auto aims at, .* leave"),
+        ({"threads": 100_000}, "--threads must be at least 1 and at most 1024, not 100000"),
         ({"nprobe": 0}, "--nprobe must be at least 1, not 0"),
         ({"shard_positions": 0}, "--shard-positions must be at least 1, not 0"),
         ({"exclude_window": -1}, "--exclude-window must be at least 0, not -1"),
@@ -147,7 +149,6 @@ def test_unused_flags_do_not_change_the_identity(keys: Path, index: Path, tmp_pa
         "index": index,
         "search": "auto",
         "batch_positions": 8,
-        "neighbour_perplexity": 7.0,
     }
     write_targets.run(config(keys, tmp_path / "targets", **changes), World())
     assert result_of(tmp_path / "targets") == before
@@ -155,6 +156,8 @@ def test_unused_flags_do_not_change_the_identity(keys: Path, index: Path, tmp_pa
     assert (
         identity["search"] == "exact" and "neighbour_perplexity" not in identity
     )  # a fixed temperature decides
+    with pytest.raises(UserError, match="--neighbour-perplexity 7 is what --temperature auto aims at"):
+        config(keys, tmp_path / "targets", **changes, neighbour_perplexity=7.0)
     fitted = {"temperature": "auto", "neighbour_perplexity": 7.0}
     write_targets.run(config(keys, tmp_path / "fitted", **fitted), World())
     with pytest.raises(UserError, match="another run"):

@@ -88,6 +88,13 @@ def test_without_targets_it_is_cross_entropy():
     assert settle(config, make_inputs(targets=False), World())[0].alpha == 0
 
 
+def test_the_weight_of_a_mixture_that_is_not_chosen_is_of_no_use():
+    words = ("--objective", "auto", "--mixture-lambda", "0.5")
+    assert settle(parse(*words), make_inputs(), World())[0].mixture_lambda == 0.5
+    plain = settle(parse(*words, "--ce-through", "plain"), make_inputs(), World())[0]
+    assert plain == settle(parse("--objective", "auto", "--ce-through", "plain"), make_inputs(), World())[0]
+
+
 def test_no_alpha_is_of_auto_alone():
     with pytest.raises(UserError, match="--alpha None.*--objective auto"):
         parse("--alpha", "none")
