@@ -34,13 +34,15 @@ def device_of_rank(requested: str, world: World) -> torch.device:
         return torch.device("cuda", gpu_number(world))
     try:
         device = torch.device(requested)
+        if device.type == "meta" or (device.type == "cpu" and device.index is not None):
+            raise RuntimeError("nothing is computed there" if device.type == "meta" else "there is one CPU")
         if device.type == "cuda" and torch.cuda.is_available():
             if device.index >= torch.cuda.device_count():
                 raise RuntimeError(f"this process sees {torch.cuda.device_count()} GPUs, counted from 0")
         else:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
-        reason = first_line(error)
+        reason = first_line(error).partition(". This could be")[0]  # torch lists all that it was built for
         raise UserError(
             f"--device {requested} is not here ({reason}): give auto, cpu, cuda or cuda:N"
         ) from error

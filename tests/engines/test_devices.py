@@ -51,6 +51,13 @@ def test_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of_rank("auto", World()) == torch.device("cpu")
     with pytest.raises(UserError, match="--device banana is not here"):
         device_of_rank("banana", World())
+    with pytest.raises(UserError, match="--device meta is not here .nothing is computed there.: give auto"):
+        device_of_rank("meta", World())
+    with pytest.raises(UserError, match="--device cpu:1 is not here .there is one CPU.: give auto"):
+        device_of_rank("cpu:1", World())
+    with pytest.raises(UserError, match="--device xla is not here") as caught:
+        device_of_rank("xla", World())
+    assert len(str(caught.value)) < 200
     if not torch.backends.cuda.is_built():
         with pytest.raises(UserError, match="--device cuda is not here .*: give auto"):
             device_of_rank("cuda", World())

@@ -228,6 +228,12 @@ def test_wrong_inputs_are_refused(
         (["--prompt", "in", "--lambda=-0.1"], "--lambda must be at least 0 and at most 1, not -0.1"),
         (["--prompt", "in", "--top-p", 0], "--top-p"),
         (["--prompt", "in", "--temperature", -1], "--temperature"),
+        (
+            ["--prompt", "in", "--temperature", 1e-300],
+            "--temperature 1e-300 is too small to divide by: give 0",
+        ),
+        (["--prompt", "in", "--seed", -1], "--seed must be at least 0, not -1"),
+        (["--prompt", "in", "--device", "meta"], "--device meta is not here"),
         (["--prompt", "in", "--num-beams", 0], "--num-beams must be at least 1"),
         (["--prompt", "in", "--max-new-tokens", 1, "--device", "nonsense"], "--device nonsense"),
         (["--prompt", "in", "--stream", "--compare"], "leave out --compare"),
