@@ -392,9 +392,9 @@ def open_corpus(root: Path, split: str = "train", *, flag: str = "--corpus") -> 
     return corpus
 
 
-def num_tokens_of_splits(root: Path) -> dict[str, int]:
+def num_tokens_of_splits(root: Path, *, flag: str = "--corpus") -> dict[str, int]:
     """Split name → number of tokens, of a complete corpus."""
-    return {name: split.num_tokens for name, split in read_corpus_manifest(root).splits.items()}
+    return {name: split.num_tokens for name, split in read_corpus_manifest(root, flag=flag).splits.items()}
 
 
 def read_corpus_manifest(root: Path, *, flag: str = "--corpus") -> CorpusManifest:

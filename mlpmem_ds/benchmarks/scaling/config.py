@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.stages.shared_flags import refuse_repeated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +36,4 @@ class Config(Flags):
     def check(self) -> None:
         if (self.preset is None) == (not self.reports):
             raise UserError("give either --preset, which trains the sizes, or --reports that there are")
+        refuse_repeated(self.reports, flag="--reports")

@@ -60,7 +60,8 @@ def fit_reports(reports: Sequence[Path], *, text: str, held_equal: str) -> Scali
     """The fits of these reports; `text` and `held_equal` in words.
 
     Raises:
-        UserError: they are of fewer than three sizes, or as `points.read_points`.
+        UserError: they are of fewer than three sizes, no power law goes through them, or as
+            `points.read_points`.
     """
     points = read_points(reports)
     num_sizes = len(np.unique([point.parameters for point in points if point.arm == points[0].arm]))
@@ -69,6 +70,10 @@ def fit_reports(reports: Sequence[Path], *, text: str, held_equal: str) -> Scali
             f"--reports are of {num_sizes} sizes of base; a power law needs {MIN_SIZES} or more: train"
             " further sizes"
         )
+    try:
+        fits = fit_points(points)
+    except ValueError as error:
+        raise UserError(f"--reports: {error}: give reports of other sizes") from error
     return ScalingResult(
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         machine=f"{describe_machine()['processor']}",
@@ -76,7 +81,7 @@ def fit_reports(reports: Sequence[Path], *, text: str, held_equal: str) -> Scali
         held_equal=held_equal,
         documents=len(points[0].positions_M),
         points=tuple(_figures(point) for point in points),
-        fits=fit_points(points),
+        fits=fits,
     )
 
 

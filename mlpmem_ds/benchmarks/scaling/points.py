@@ -46,8 +46,9 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
     """The base and the memory of each report.
 
     Raises:
-        UserError: a report has no memory, is of another text than the first, or its base was not trained by
-            train_base, so that its compute is not known.
+        UserError: a report has no memory, is of another text than the first, or what its base or its memory
+            cost is not known: the base was not trained by train_base, the memory is from elsewhere, or the
+            corpus is gone.
     """
     points: list[Point] = []
     for root in reports:
@@ -56,10 +57,16 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
             raise UserError(f"--reports {root} has no memory: evaluate it with --memory")
         documents = read_document_sums(root, evaluation.test_split)
         base, memory = evaluation.base, evaluation.arm(evaluation.subject)
+        if memory.tokens is None:
+            raise UserError(
+                f"--reports {root}: how many tokens {evaluation.subject} was trained on is not known, so what"
+                " it cost is not: give reports of memories that were trained here"
+            )
         learnt = 6 * base.parameters * _tokens_of_base(evaluation, root)
-        read = 2 * base.parameters * num_tokens_of_splits(Path(evaluation.corpus))["train"]
+        corpus = num_tokens_of_splits(Path(evaluation.corpus), flag=f"--reports {root}: its corpus")
+        read = 2 * base.parameters * corpus["train"]
         added = memory.parameters - base.parameters
-        both = learnt + read + 6 * added * (memory.tokens or 0)
+        both = learnt + read + 6 * added * memory.tokens
         for name, arm, compute in ((DECODER, base, learnt), (WITH_MEMORY, memory, both)):
             points.append(_point(name, arm, compute, documents.positions_M, documents.sums[arm.name]))
         if not np.array_equal(points[0].positions_M, documents.positions_M):

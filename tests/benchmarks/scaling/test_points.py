@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlpmem_ds.benchmarks.scaling import points
+from mlpmem_ds.benchmarks.scaling.config import Config
 from mlpmem_ds.benchmarks.scaling.fit_scaling import fit_reports
 from mlpmem_ds.benchmarks.scaling.points import read_points
 from mlpmem_ds.core.errors import UserError
@@ -36,14 +37,22 @@ def known_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each base read 500 tokens; the train split has 200."""
     monkeypatch.setattr(points, "open_report", Opened)
     monkeypatch.setattr(points, "_tokens_of_base", lambda evaluation, root: 500)
-    monkeypatch.setattr(points, "num_tokens_of_splits", lambda root: {"train": 200})
+    monkeypatch.setattr(points, "num_tokens_of_splits", lambda root, flag: {"train": 200})
 
 
-def _write(root: Path, parameters: int, *, subject: str | None = "base+memory", last: int = 60) -> Path:
+def _write(
+    root: Path,
+    parameters: int,
+    *,
+    subject: str | None = "base+memory",
+    last: int = 60,
+    tokens: int | None = 1000,
+    added: int = 100,
+) -> Path:
     root.mkdir()
     arms = [
         make_arm("base", 20.0, parameters=parameters),
-        make_arm("base+memory", 17.0, parameters=parameters + 100, tokens=1000),
+        make_arm("base+memory", 17.0, parameters=parameters + added, tokens=tokens),
     ]
     write_evaluation(root, make_evaluation(*arms, subject=subject))
     positions_M = np.array([40, last])
@@ -66,6 +75,26 @@ def test_a_report_without_a_memory_or_of_another_text_is_refused(tmp_path: Path)
     roots = [_write(tmp_path / "one", 1000), _write(tmp_path / "two", 2000, last=70)]
     with pytest.raises(UserError, match="of another text"):
         read_points(roots)
+
+
+def test_a_cost_that_is_not_known_is_no_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="how many tokens base.memory was trained on is not known"):
+        read_points([_write(tmp_path / "imported", 1000, tokens=None)])
+    monkeypatch.undo()
+    monkeypatch.setattr(points, "open_report", Opened)
+    monkeypatch.setattr(points, "_tokens_of_base", lambda evaluation, root: 500)
+    with pytest.raises(UserError, match="--reports .*moved: its corpus run/corpus does not exist: give the"):
+        read_points([_write(tmp_path / "moved", 1000)])
+
+
+def test_sizes_that_are_none_are_refused(tmp_path: Path) -> None:
+    """Base and memory together are of two sizes, though the bases are of three."""
+    shapes = ((1000, 100), (2000, 100), (1900, 200))
+    roots = [_write(tmp_path / str(size), size, added=added) for size, added in shapes]
+    with pytest.raises(UserError, match="--reports: 2 sizes; a power law needs 3 or more: give reports of"):
+        fit_reports(roots, text="a text", held_equal="all")
+    with pytest.raises(UserError, match="--reports names .* twice .as .*: give each once"):
+        Config(output=tmp_path / "out", reports=(*roots, roots[0]))
 
 
 def test_two_sizes_are_refused_and_three_are_fitted(tmp_path: Path) -> None:
