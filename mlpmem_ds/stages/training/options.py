@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.flag_values import whole_number
+from mlpmem_ds.core.output_files import owner_of
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.training.defaults import LEARNING_RATE_HELP
 from mlpmem_ds.stages.training.schedule import DECAY_SHARE, SCHEDULE_HELP, Schedule
@@ -104,10 +105,22 @@ class TrainingOptions(Flags):
                 f"--decay-fraction {self.decay_fraction} is a share of the steps of --schedule wsd,"
                 f" not of {self.schedule}: leave it out or change the schedule"
             )
+        if self.copy_to is not None:
+            self._check_copies(self.copy_to)
         if self.validate_every is None and (self.early_stopping_patience or self.select == "best"):
             raise UserError(
                 "--early-stopping-patience and --select best need validation: give them none and last, or a"
                 " --validate-every other than none"
+            )
+
+    def _check_copies(self, place: Path) -> None:
+        """Copies are of use where --output is lost, and are no part of another directory."""
+        output, resolved = self.output.resolve(), place.resolve()
+        owner = output if output in (resolved, *resolved.parents) else owner_of(place)
+        if owner is not None:
+            raise UserError(
+                f"--copy-to {place} is {'' if owner == resolved else 'in '}{owner}, which a command of this"
+                " project writes: name a directory of its own, on another disk"
             )
 
     @property

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from mlpmem_ds.core.config import parse_config
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import open_keys
@@ -114,6 +115,49 @@ def test_wrong_flags(tuned_runs, base_dir, bare_keys, monkeypatch, changes, said
     monkeypatch.setitem(sys.modules, "wandb", None)
     paths = {"bare": bare_keys, "base": str(base_dir)}
     tuned_runs.refuse(said, "wrong", 2, **{name: paths.get(value, value) for name, value in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--mixture-lambda", "0.5"],
+            "--mixture-lambda is of --ce-through mixture: add that, or leave it out",
+        ),
+        (["--joined-lambda", "0.5"], "--joined-lambda is of --objective joined"),
+        (["--open-shards", "2"], "--open-shards is of --loader webdataset"),
+        (["--shuffle-buffer-positions", "9"], "--shuffle-buffer-positions is of --loader webdataset"),
+        (
+            ["--loader", "webdataset", "--shuffle-window-blocks", "9"],
+            "--shuffle-window-blocks is of --loader st",
+        ),
+        (["--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--epochs", "1e300"], "--epochs must be above 0 and at most 1000000.0"),
+        (["--reader-threads", "1e6"], "--reader-threads must be at least 1 and at most 1024"),
+    ],
+)
+def test_flags_that_nothing_reads_or_no_machine_can(words, said):
+    given = ("--ds_config", "x", "--corpus", "x", "--targets", "x", "--output", "x", *words)
+    with pytest.raises(UserError, match=said):
+        parse_config(train.Config, given, prog="train")
+
+
+def test_copies_go_to_a_place_of_their_own(inputs_dir, tmp_path):
+    """Another stage's directory is no place for them, and its own disk is the one that may be lost."""
+
+    def copied(place):
+        given = {"--corpus": "x", "--targets": "x", "--output": tmp_path / "memory", "--copy-to": place}
+        words = [str(word) for pair in given.items() for word in pair]
+        return parse_config(train.Config, [*words, "--ds_config", "x"], prog="train").copy_to
+
+    assert copied(tmp_path / "copies") == tmp_path / "copies"
+    for place in (tmp_path / "memory", tmp_path / "memory" / "copies", tmp_path / "x" / ".." / "memory"):
+        with pytest.raises(
+            UserError, match=r"--copy-to .*memory, which a command of .*: name a directory of"
+        ):
+            copied(place)
+    with pytest.raises(UserError, match=f"--copy-to .* is in {inputs_dir / 'keys'}, which a command"):
+        copied(inputs_dir / "keys" / "copies")
 
 
 @pytest.mark.parametrize("array", ["inputs", "values", "log_probabilities", "tokens"])
