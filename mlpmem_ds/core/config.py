@@ -70,6 +70,20 @@ class Flags:
             UserError: with the flags, their values and the remedy.
         """
 
+    def refuse_unused(self, *names: str, of: str) -> None:
+        """Refuse settings that nothing would read: for `check`.
+
+        Args:
+            names: of flags that count only with another one.
+            of: that one, as users write it.
+
+        Raises:
+            UserError: one of them has another value than its default.
+        """
+        for name in names:
+            if getattr(self, name) != default_of(type(self), name):
+                raise UserError(f"{flag_name(name)} is of {of}: add that, or leave it out")
+
 
 def option(
     help: str,

@@ -57,6 +57,19 @@ def test_a_flag_may_change_the_defaults_of_others_and_what_is_given_wins() -> No
     assert config.rate is None and config.codec == "int8"  # the ordinary defaults, and given
 
 
+def test_what_nothing_reads_is_refused_unless_it_is_the_default() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Audited(Named):
+        def check(self) -> None:
+            if self.also is None:
+                self.refuse_unused("block_size", "rate", of="--also")
+
+    for words in ([], ["--block-size", "1024"], ["--also", "x", "--block-size", "9"]):
+        parse_config(Audited, ["--input", "a", "--output", "out", *words], prog="tool")
+    with pytest.raises(UserError, match="--block-size is of --also: add that, or leave it out"):
+        parse_config(Audited, ["--input", "a", "--output", "out", "--block-size", "9"], prog="tool")
+
+
 def test_flags_become_typed_fields() -> None:
     config = parse(
         "--input",

@@ -67,6 +67,8 @@ class Config(DecoderOptions):
         given = [flag for flag, value in sizes.items() if value is not None]
         if self.kind == "continued" and given:
             raise UserError(f"--kind continued trains the weights that there are: leave out {given[0]}")
+        if self.kind != "lora":
+            self.refuse_unused("lora_alpha", of="--kind lora")
         if self.kind == "bigger" and self.rank is not None:
             raise UserError("--rank is of --kind lora: give --match-memory or --match-parameters")
         if self.kind != "continued" and len(given) != 1:

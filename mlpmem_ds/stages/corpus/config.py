@@ -165,6 +165,8 @@ class Config(Flags):
             raise UserError("--cut-documents cuts texts, and conversations stay whole: leave it out")
         if self.documents == "chat" and self.shorten_documents is not None:
             raise UserError("--shorten-documents cuts texts, and conversations stay whole: leave it out")
+        if self.documents == "text":
+            self.refuse_unused("train_on", of="--documents chat")
         if self.documents == "text" and self.chat_template is not None:
             raise UserError("--chat-template renders conversations: add --documents chat, or leave it out")
 

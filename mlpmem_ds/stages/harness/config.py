@@ -93,9 +93,12 @@ class Config(JointOptions):
 
     def check(self) -> None:
         super().check()
+        if self.passages is None:
+            self.refuse_unused("passage_tokens", "num_passages", of="--passages")
         if self.suite:
             self._check_suite()
             return
+        self.refuse_unused("bootstrap_samples", of="--suite")
         if self.lambdas:
             shared_flags.grid_of(self.lambdas)
         for name in ("data", "generation_lambdas", "passages", "control", "max_new_tokens"):

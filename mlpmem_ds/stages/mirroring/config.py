@@ -41,6 +41,8 @@ class Config(Flags):
     threads: int = option("files that are sent or fetched at once", 8, at_least=1, at_most=MAX_THREADS)
 
     def check(self) -> None:
+        if not self.watch:
+            self.refuse_unused("watch_seconds", of="--watch")
         if self.source is None:
             if self.watch or self.verify or self.replace or self.checkpoints:
                 raise UserError(

@@ -80,6 +80,8 @@ class Config(Flags):
         if len(set(names)) < len(names):
             raise UserError(f"two of --questions have the same name ({', '.join(names)}): rename one")
         control_models(self.control)
+        if self.passages is None:
+            self.refuse_unused("passage_tokens", "num_passages", of="--passages")
 
 
 def set_name(path: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mlpmem_ds.core.config import default_of, flag_name, option
+from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.objects.urls import url_of
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA, PRESETS
@@ -233,9 +233,9 @@ class Config(TrainingOptions):
                 " give both, or --objective auto, which chooses them"
             )
         if self.objective != "joined":
-            self._refuse_unused("joined_lambda", of="--objective joined")
+            self.refuse_unused("joined_lambda", of="--objective joined")
         if self.ce_through == "plain" and self.objective != "auto":
-            self._refuse_unused("mixture_lambda", of="--ce-through mixture")
+            self.refuse_unused("mixture_lambda", of="--ce-through mixture")
         if self.objective == "joined" and self.model is None:
             raise UserError(
                 "--objective joined needs --model, the base whose head and final norm give its distribution"
@@ -256,9 +256,9 @@ class Config(TrainingOptions):
         if self.loader == "stored":
             if self.targets_url is not None:
                 raise UserError("--targets-url is where --loader webdataset reads: give that too")
-            self._refuse_unused("open_shards", "shuffle_buffer_positions", of="--loader webdataset")
+            self.refuse_unused("open_shards", "shuffle_buffer_positions", of="--loader webdataset")
             return
-        self._refuse_unused("shuffle_window_blocks", of="--loader stored")
+        self.refuse_unused("shuffle_window_blocks", of="--loader stored")
         if self.targets is None:
             raise UserError(
                 "--loader webdataset streams the shards of --targets: give them, or --loader stored"
@@ -267,12 +267,6 @@ class Config(TrainingOptions):
             raise UserError(
                 f"--order {self.order} is of --loader stored; webdataset orders in its own way: leave it out"
             )
-
-    def _refuse_unused(self, *names: str, of: str) -> None:
-        """Raises UserError where one of these flags has another value than its default."""
-        for name in names:
-            if getattr(self, name) != default_of(Config, name):
-                raise UserError(f"{flag_name(name)} is of {of}: add that, or leave it out")
 
     @property
     def start_of_head(self) -> Literal["random", "base"]:

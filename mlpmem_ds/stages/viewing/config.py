@@ -38,6 +38,8 @@ class Config(JointOptions):
         super().check()
         if (self.corpus is None) == (not self.text):
             raise UserError("give either --corpus, for passages of it, or --text with files of your own")
+        if self.corpus is None:
+            self.refuse_unused("split", "passages", of="--corpus")
         if self.gate is not None and self.lmbda is not None:
             raise UserError("--gate finds the weight at each token: leave out --lambda")
         check_output_file(self.output, example="report.html", inputs=self.text)

@@ -194,6 +194,7 @@ def test_a_killed_start_changes_no_byte(runs):
         ("--kind lora", "--kind lora needs its size"),
         ("--kind lora --rank 3 --match-parameters 9", "needs its size.*not --match-parameters and --rank"),
         ("--kind bigger --rank 3", "--rank is of --kind lora"),
+        ("--kind continued --lora-alpha 3", "--lora-alpha is of --kind lora: add that, or leave it out"),
         (
             "--kind bigger",
             "--kind bigger needs its size: give one of --match-memory, --match-parameters, not",

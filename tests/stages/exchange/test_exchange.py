@@ -290,6 +290,7 @@ def test_wrong_files_are_refused_and_nothing_is_written(
         ({"shard_positions": 33}, "multiple of --block-size"),
         ({"targets": (arrow[1], arrow[1])}, "--targets names .* twice"),
         ({"datastore": (arrow[0], arrow[0])}, "--datastore names .* twice"),
+        ({"datastore": (), "keys": keys_dir, "model": None, "key_layer": 0}, "--key-layer is of --datastore"),
         ({"datastore": (), "keys": keys_dir}, "--model is of .*, and --keys know theirs: leave it out"),
     ]
     for changes, message in cases:

@@ -91,6 +91,7 @@ def test_weights_that_are_not_finite_name_position_and_layer(
         ({"input_layer": (0, 7)}, "--input-layer"),
         ({"input_layer": (1, -1)}, r"--input-layer 1 -1 names a layer twice \(layers 1, 1 of 2\): give each"),
         ({"seed": -1}, "--seed must be at least 0, not -1"),
+        ({"audit_candidates": 99}, "--audit-candidates is of --audit: add that, or leave it out"),
         ({"device": "meta"}, "--device meta is not here"),
         ({"input_layer": ()}, "--input-layer needs one layer"),
         ({"dim": 17}, "more than the model's width 16"),

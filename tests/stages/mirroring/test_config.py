@@ -27,6 +27,7 @@ def test_the_urls_say_which_way_it_goes() -> None:
         ({"source": "run"}, "run alone"),
         ({"source": "s3://b/run"}, "s3://b/run alone"),
         ({"source": "run", "target": "copy"}, "two local paths"),
+        ({"source": "run", "target": "s3://b/x", "watch_seconds": 3.0}, "--watch-seconds is of --watch: add"),
         ({"source": "s3://b/x", "target": "s3://b/y"}, "two URLs"),
         ({"source": "s3://b/x", "target": "y", "watch": True}, "go with DIRECTORY URL"),
     ],

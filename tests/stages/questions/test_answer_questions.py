@@ -260,6 +260,7 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(
         ({"questions": (Path("/nowhere/x.jsonl"),)}, "does not exist"),
         ({"questions": (Path("q/.jsonl"),)}, "q/.jsonl: a set is called by its file's name .*: rename it"),
         ({"lambdas": ("0.5", "0.50000001")}, "--lambdas 0.5 and 0.50000001 are alike in six digits"),
+        ({"num_passages": 3}, "--num-passages is of --passages: add that, or leave it out"),
         ({"bootstrap_samples": 10**9}, "--bootstrap-samples must be at least 100 and at most 1000000"),
     ],
 )

@@ -76,6 +76,7 @@ def test_passages_of_a_corpus_and_texts_of_ones_own(
         ((), "give either --corpus"),
         (("--text", "absent.txt"), "--text absent.txt cannot be read"),
         (("--text", "a", "--corpus", "b"), "give either --corpus"),
+        (("--text", "a", "--split", "tuning"), "--split is of --corpus: add that, or leave it out"),
     ],
 )
 def test_wrong_flags_are_refused(
