@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.engines.tokenizer import EncodedDocument, TextEncoder
 from mlpmem_ds.formats.chats import ANSWERS, Conversation, Message
+from mlpmem_ds.formats.text_encoding import NotTextError, decode_text
 
 Span: TypeAlias = tuple[int, int]
 """characters [start, stop)"""
@@ -249,18 +250,21 @@ def chat_template_of(encoder: TextEncoder, template: Path | None) -> str:
     """The source of a template: of the file, else the tokenizer's own.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the file is no text.
     """
     if template is not None:
         try:
-            return template.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
+            source = decode_text(template.read_bytes())
+        except (OSError, NotTextError) as error:
             raise UserError(f"--chat-template {template} cannot be read ({first_line(error)})") from error
+        if not source.strip():
+            raise UserError(f"--chat-template {template} is empty: give a file with a template of Jinja")
+        return source
     try:
-        source: str = encoder.tokenizer.get_chat_template()
+        own: str = encoder.tokenizer.get_chat_template()
     except ValueError as error:
         raise UserError(
             f"{encoder.label} has no chat template: give one with --chat-template FILE, such as the"
             " chat_template.jinja of a model that was trained on chats"
         ) from error
-    return source
+    return own

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.chat_template import ChatEncoder, open_chat_encoder
+from mlpmem_ds.engines.chat_template import ChatEncoder, chat_template_of, open_chat_encoder
 from mlpmem_ds.engines.tokenizer import open_encoder
 from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
 from mlpmem_ds.formats.chats import Conversation
@@ -122,6 +122,19 @@ def test_what_cannot_render_is_refused(chat_tokenizer: Path, tmp_path: Path) -> 
         open_chat_encoder(encoder, None)
     with pytest.raises(UserError, match="--chat-template .* cannot be read"):
         open_chat_encoder(encoder, tmp_path / "none.jinja")
+    (tmp_path / "latin.jinja").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match=r"--chat-template .*latin.jinja cannot be read \(it is not UTF-8"):
+        chat_template_of(encoder, tmp_path / "latin.jinja")
+    (tmp_path / "empty.jinja").write_text(" \n")
+    with pytest.raises(UserError, match="empty.jinja is empty: give a file with a template of Jinja"):
+        chat_template_of(encoder, tmp_path / "empty.jinja")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(chat_tokenizer: Path, tmp_path: Path) -> None:
+    encoder = open_encoder(load_tokenizer(str(chat_tokenizer)), label="--tokenizer x", special_tokens="parse")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "own.jinja").write_text(CHATML, encoding=encoding)
+        assert chat_template_of(encoder, tmp_path / "own.jinja") == CHATML
 
 
 def test_a_prompt_ends_where_the_answer_begins(chat_tokenizer: Path) -> None:

@@ -170,7 +170,7 @@ def _batch_sizes(
 
 def _read_ds_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"--ds-config {path} does not exist: choose one of ds_configs/") from error
     except OSError as error:

@@ -106,6 +106,11 @@ def test_wrong_files_are_refused_with_a_remedy(tmp_path, content, said):
     assert said in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "marked.json").write_text(SHIPPED[0].read_text(), encoding="utf-8-sig")
+    assert resolve(tmp_path / "marked.json") == resolve(SHIPPED[0])
+
+
 def test_missing_file_and_uneven_batch(tmp_path):
     with pytest.raises(UserError, match="ds_configs/"):
         resolve(tmp_path / "nothing.json")
