@@ -40,7 +40,8 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
     if "\0" in text and text.count("\0") * _MAX_NULS > len(text):
         raise NotTextError(
             f"{text.count(chr(0)):,} of its {len(text):,} characters are NUL: it is binary, or UTF-16 or"
-            " UTF-32 without a byte-order mark, as --encoding utf-16-le or utf-32-le would read it"
+            " UTF-32 without a byte-order mark (tools/prepare_corpus.py reads those with --encoding utf-16-le"
+            " or utf-32-le)"
         )
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")

@@ -63,6 +63,6 @@ def choose_lambda(
     if gate is not None:
         return min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
     _logger.warning(
-        "no --lambda was given: λ is %g, which was not tuned; it can be changed at any time", DEFAULT_LAMBDA
+        "no λ was given: it is %g, which was not tuned; it can be changed at any time", DEFAULT_LAMBDA
     )
     return DEFAULT_LAMBDA, "the default, not tuned"

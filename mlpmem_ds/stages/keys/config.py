@@ -44,7 +44,7 @@ class Config(Flags):
     key_point: Point = option("where in the layer the key is read", "ffn_input")
     input_layer: tuple[shared_flags.Layer, ...] = shared_flags.layers(
         "layers of the memory's inputs, one or more: their states are stored side by side, in this order;"
-        " --start base starts from the last",
+        " launch/train.py --start base starts from the last",
         identity="resolved",
     )
     input_point: Point | None = option(

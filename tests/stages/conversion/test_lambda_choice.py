@@ -35,7 +35,7 @@ def test_what_was_not_tuned_or_does_not_help_is_a_warning(caplog: pytest.LogCapt
         assert choose_lambda(None) == (DEFAULT_LAMBDA, "the default, not tuned")
         assert choose_lambda(None, 0.0)[0] == 0
     untuned, useless = caplog.messages
-    assert untuned.startswith(f"no --lambda was given: λ is {DEFAULT_LAMBDA:g}, which was not tuned")
+    assert untuned.startswith(f"no λ was given: it is {DEFAULT_LAMBDA:g}, which was not tuned")
     assert "the memory does not help this base" in useless
 
 
