@@ -30,15 +30,20 @@ def num_confidences(num_memories: int) -> int:
 
 def confidences(base_logits: torch.Tensor, memory_logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """float32 [..., C] from the logits [..., V] of a base and of each memory; see `join_confidences`."""
-    base = torch.log_softmax(base_logits.float(), dim=-1)
+    rows = (base_logits, *memory_logits)
+    return confidences_of([torch.log_softmax(logits.float(), dim=-1) for logits in rows])
+
+
+def confidences_of(log_probabilities: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same from the log-probabilities [..., V] of the base and of each memory."""
+    base, *memories = log_probabilities
     top, place = base.max(dim=-1)
-    memories = []
-    for logits in memory_logits:
-        memory = torch.log_softmax(logits.float(), dim=-1)
+    columns = []
+    for memory in memories:
         greatest, at = memory.max(dim=-1)
         base_guess = memory.gather(-1, place[..., None])[..., 0]
-        memories.append(torch.stack([_entropy(memory), greatest, (at == place).float(), base_guess], dim=-1))
-    return join_confidences(torch.stack([_entropy(base), top], dim=-1), memories)
+        columns.append(torch.stack([_entropy(memory), greatest, (at == place).float(), base_guess], dim=-1))
+    return join_confidences(torch.stack([_entropy(base), top], dim=-1), columns)
 
 
 def join_confidences(base: torch.Tensor, memories: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -50,7 +55,9 @@ def join_confidences(base: torch.Tensor, memories: Sequence[torch.Tensor]) -> to
 
 def _entropy(log_probabilities: torch.Tensor) -> torch.Tensor:
     """In nats; tokens without any probability count 0."""
-    return torch.special.entr(log_probabilities.exp()).sum(dim=-1)
+    # Not torch's entr, which takes the logarithm again, in three times the time.
+    finite = log_probabilities.clamp_min(torch.finfo(log_probabilities.dtype).min)
+    return -(log_probabilities.exp() * finite).sum(dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)

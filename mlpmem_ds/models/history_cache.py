@@ -25,10 +25,10 @@ _ROWS = 1024
 class HistoryLayer(CarriedLayer):
     """The state of each sequence of a cache after its last tokens, and what was predicted there.
 
-    `states [B, T, H]` after each of the last T tokens, `logits`: P tensors `[B, T, V]` that were given
-    there, from which the next token's log-probabilities are read when it comes, and `is_real [B, T]`, false
-    for padding. T is 1, or the number of positions whose logits a forward was asked for, so that as many
-    but one can be cropped.
+    `states [B, T, H]` after each of the last T tokens, `log_probabilities`: P tensors, float32 `[B, T, V]`,
+    that were given there, from which the next token's are read when it comes, so that no head runs twice,
+    and `is_real [B, T]`, false for padding. T is 1, or the number of positions whose logits a forward was
+    asked for, so that as many but one can be cropped.
     """
 
     what: ClassVar[str] = "history"
@@ -43,12 +43,14 @@ class HistoryLayer(CarriedLayer):
         return self.tensors[1] if self.tensors else None
 
     @property
-    def logits(self) -> tuple[torch.Tensor, ...]:
+    def log_probabilities(self) -> tuple[torch.Tensor, ...]:
         return self.tensors[2:]
 
-    def write(self, states: torch.Tensor, logits: tuple[torch.Tensor, ...], is_real: torch.Tensor) -> None:
+    def write(
+        self, states: torch.Tensor, log_probabilities: tuple[torch.Tensor, ...], is_real: torch.Tensor
+    ) -> None:
         """Take what the next call continues from; gradients end here."""
-        self.replace((is_real, states, *logits))
+        self.replace((is_real, states, *log_probabilities))
 
 
 def token_log_probabilities(
@@ -98,8 +100,9 @@ def states_of(
     """
     start_BH = history.start(len(ids_BS), device=followed_BSP.device)
     if layer is not None and layer.states is not None and layer.is_real is not None:
-        first = [_chosen(values[:, -1:], ids_BS[:, :1])[:, 0] for values in layer.logits]
-        first_BP = torch.stack([values.to(start_BH.device) for values in first], dim=-1)
+        token_B1 = ids_BS[:, :1]
+        first = [values[:, -1].gather(-1, token_B1.to(values.device)) for values in layer.log_probabilities]
+        first_BP = torch.cat([values.to(start_BH.device) for values in first], dim=-1)
         updated_BH = history.update(layer.states[:, -1], first_BP[:, 0], first_BP[:, 1:])
         goes_on_B = layer.is_real[:, -1] & is_real_BS[:, 0]
         start_BH = torch.where(goes_on_B[:, None], updated_BH, start_BH)

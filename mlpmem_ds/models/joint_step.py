@@ -24,11 +24,19 @@ import torch
 from torch import nn
 
 from .carried_layers import last_of, num_followed
-from .gate_features import confidences, num_confidences
+from .gate_features import confidences, confidences_of, num_confidences
 from .history_cache import HistoryLayer, states_of, token_log_probabilities
 from .joint_parts import input_name, kept_positions
 from .memory import Memory
-from .mixture import GateInputs, StoredGate, log_mixture_of_bank_logits, log_mixture_of_logits
+from .mixture import (
+    GateInputs,
+    StoredGate,
+    check_rows,
+    log_mixture,
+    log_mixture_of_bank,
+    log_mixture_of_bank_logits,
+    log_mixture_of_logits,
+)
 from .shared_head import SharedHead
 
 Mixture = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor]
@@ -75,16 +83,32 @@ class BaseOnly:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Said:
+    """What P models gave at some positions: logits `[..., V]`, and their log-probabilities, float32, where
+    these were made (else none)."""
+
+    logits: tuple[torch.Tensor, ...]
+    log_probabilities: tuple[torch.Tensor, ...] = ()
+
+    def last(self, count: int) -> tuple[torch.Tensor, ...]:
+        """The log-probabilities of the last T positions, float32 `[B, T, V]`."""
+        if self.log_probabilities:
+            return tuple(last_of(each, count) for each in self.log_probabilities)
+        parts = (each[:, each.shape[1] - count :] for each in self.logits)
+        return tuple(torch.log_softmax(part.float(), dim=-1) for part in parts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tail:
-    """What the cache carries to the next call: histories `[B, T, H]`, P logits `[B, T, V]`, no padding `[B,
-    T]`."""
+    """What the cache carries to the next call: histories `[B, T, H]`, P log-probabilities `[B, T, V]`, no
+    padding `[B, T]`."""
 
     states: torch.Tensor
-    logits: tuple[torch.Tensor, ...]
+    log_probabilities: tuple[torch.Tensor, ...]
     is_real: torch.Tensor
 
     def write_to(self, layer: HistoryLayer) -> None:
-        layer.write(self.states, self.logits, self.is_real)
+        layer.write(self.states, self.log_probabilities, self.is_real)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +132,15 @@ class Step:
             states: of the base [..., D], by the names of the memories' inputs and of the gate's.
             history: [..., H], for a gate with one.
         """
-        return self._mix(GateInputs(base_logits=base_logits, states=states, history=history), runs=None)[0]
+        return self.mix_with_parts(base_logits, states, history)[0]
+
+    def mix_with_parts(
+        self, base_logits: torch.Tensor, states: States, history: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The same, and the logits [..., V] of the base and of each memory; those of a memory are the base's
+        where it was left out."""
+        mixed, said = self._mix(GateInputs(base_logits=base_logits, states=states, history=history), ran=None)
+        return mixed, said.logits
 
     def logits_of_memory(self, number: int, states: States) -> torch.Tensor:
         """[..., V] of one memory, from 0, which is not left out anywhere."""
@@ -131,15 +163,21 @@ class Step:
             before: what the calls before left; None or empty at the beginning.
         """
         assert self.gate.history is not None
+        num_tokens = ids_BS.shape[1]
         keep = partial(kept_positions, logits_to_keep=logits_to_keep)
-        is_next = ids_BS.shape[1] == 1 and before is not None and before.states is not None
-        hidden: Sequence[torch.Tensor] | None = None
+        is_next = num_tokens == 1 and before is not None and before.states is not None
+        hidden: Sequence[torch.Tensor] = ()
+        ran: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
         followed_BSP = base_logits_BSV.new_zeros(
             (len(ids_BS), 0, 1 + len(self.memories)), dtype=torch.float32
         )
         if not is_next:
             hidden = [self._hidden(number, states) for number in range(len(self.memories))]
-            followed_BSP = self._followed(base_logits_BSV, hidden, ids_BS)
+            kept = zip(self.memories, map(keep, hidden), strict=True)
+            ran = [(self._logits(memory, each), each) for memory, each in kept]
+            is_whole = isinstance(logits_to_keep, int) and not 0 < logits_to_keep < num_tokens
+            known = [logits for logits, _ in ran] if is_whole else None
+            followed_BSP = self._followed(base_logits_BSV, hidden, ids_BS, known)
         device = base_logits_BSV.device
         is_real_BS = is_real_BS.to(device)
         history_BSH = states_of(before, self.gate.history, followed_BSP, ids_BS.to(device), is_real_BS)
@@ -148,30 +186,37 @@ class Step:
             states={name: keep(state_BSD) for name, state_BSD in states.items()},
             history=keep(history_BSH),
         )
-        logits, memory_logits = self._mix(
-            evidence, runs=None if hidden is None else [keep(each) for each in hidden]
-        )
-        last = slice(-num_followed(ids_BS.shape[1], logits_to_keep), None)
-        if hidden is not None and not isinstance(logits_to_keep, int):
-            memory_logits = [
-                self._logits(memory, each[:, last])
-                for memory, each in zip(self.memories, hidden, strict=True)
+        logits, said = self._mix(evidence, ran)
+        count = num_followed(num_tokens, logits_to_keep)
+        if not isinstance(logits_to_keep, int) and not is_next:
+            last = [
+                self._logits(memory, each[:, -1:]) for memory, each in zip(self.memories, hidden, strict=True)
             ]
+            said = Said(logits=(base_logits_BSV[:, -1:], *last))
         return logits, Tail(
-            states=last_of(history_BSH, -last.start),
-            logits=tuple(last_of(each, -last.start) for each in (base_logits_BSV, *memory_logits)),
-            is_real=last_of(is_real_BS, -last.start),
+            states=last_of(history_BSH, count),
+            log_probabilities=said.last(count),
+            is_real=last_of(is_real_BS, count),
         )
 
     def _followed(
-        self, base_logits_BSV: torch.Tensor, hidden: Sequence[torch.Tensor], ids_BS: torch.Tensor
+        self,
+        base_logits_BSV: torch.Tensor,
+        hidden: Sequence[torch.Tensor],
+        ids_BS: torch.Tensor,
+        known: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
-        """log p of the tokens after the first, by each model at the position before: [B, S - 1, P]."""
+        """log p of the tokens after the first, by each model at the position before: [B, S - 1, P].
+
+        `known` are the memories' logits at all positions, where they are there; else a head runs on some
+        positions at once.
+        """
         next_ids_BS = ids_BS[:, 1:]
-        logits_of: list[Callable[[int, int], torch.Tensor]] = [
-            lambda start, stop: base_logits_BSV[:, start:stop],
-            *(partial(self._block, memory, each) for memory, each in zip(self.memories, hidden, strict=True)),
-        ]
+        if known is None:
+            of_memories = [partial(self._block, *each) for each in zip(self.memories, hidden, strict=True)]
+        else:
+            of_memories = [partial(_rows, each) for each in known]
+        logits_of = [partial(_rows, base_logits_BSV), *of_memories]
         each_BS = [token_log_probabilities(of, next_ids_BS).to(base_logits_BSV.device) for of in logits_of]
         return torch.stack(each_BS, dim=-1)
 
@@ -189,42 +234,59 @@ class Step:
         return logits
 
     def _mix(
-        self, evidence: GateInputs, runs: Sequence[torch.Tensor] | None
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """The mixture's logits, and those of each memory (the base's where it was left out).
+        self, evidence: GateInputs, ran: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
+    ) -> tuple[torch.Tensor, Said]:
+        """The mixture's logits, and what base and memories gave (the base's where a memory was left out).
 
-        `evidence` holds what is known before the memories run; `runs` of each what its head reads, if it ran.
+        `evidence` holds what is known before the memories run; `ran` of each its logits and what its head
+        read, if it ran.
         """
         base_logits = evidence.base_logits
         assert base_logits is not None
         skips = self._foresee(evidence)  # [..., M], or None
-        if runs is None and skips is not None and not torch.compiler.is_compiling():
-            self._count(skips)
-            if bool(skips.all()):
-                return base_logits.float(), [base_logits] * len(self.memories)
-        memory_logits, hidden = [], []
-        for number, memory in enumerate(self.memories):
-            skip = None if skips is None or runs is not None else skips[..., number]
-            if runs is not None:
-                state = runs[number]
-                logits = self._logits(memory, state).to(base_logits.device)
-            else:
-                logits, state = self._run(number, evidence.states, base_logits, skip)
-            memory_logits.append(logits)
-            hidden.append(state)
-        inputs = replace(evidence, memory_logits=tuple(memory_logits), memory_states=tuple(hidden))
+        if ran is None:
+            if skips is not None and not torch.compiler.is_compiling():
+                self._count(skips)
+                if bool(skips.all()):
+                    return base_logits.float(), Said(logits=(base_logits,) * (1 + len(self.memories)))
+            ran = [
+                self._run(number, evidence.states, base_logits, None if skips is None else skips[..., number])
+                for number in range(len(self.memories))
+            ]
+        memory_logits = [logits.to(base_logits.device) for logits, _ in ran]
+        hidden = [state for _, state in ran]
+        said = Said(
+            logits=(base_logits, *memory_logits),
+            log_probabilities=self._log_probabilities(base_logits, memory_logits),
+        )
+        inputs = replace(
+            evidence,
+            memory_logits=said.logits[1:],
+            memory_states=tuple(hidden),
+            log_probabilities=said.log_probabilities,
+        )
         if skips is not None:  # also where the memories ran: a step, in which they do not, weighs the same
+            logs = said.log_probabilities
+            known = confidences_of(logs) if logs else confidences(base_logits, memory_logits)
             inputs = replace(
                 inputs,
-                confidences=_unknown_where(skips, confidences(base_logits, memory_logits)),
+                confidences=_unknown_where(skips, known),
                 memory_states=tuple(
                     torch.where(skip[..., None].to(state.device), torch.nan, state)
                     for skip, state in zip(skips.unbind(-1), hidden, strict=True)
                 ),
             )
-        lmbdas = self._cut(_weigh(self.gate, inputs), skips)
-        log_mixture = self._mixture(base_logits, memory_logits, lmbdas)
-        return log_mixture + torch.logsumexp(base_logits.float(), dim=-1, keepdim=True), memory_logits
+        log_mixture = self._mixture(said, self._cut(_weigh(self.gate, inputs), skips))
+        return log_mixture + torch.logsumexp(base_logits.float(), dim=-1, keepdim=True), said
+
+    def _log_probabilities(
+        self, base_logits: torch.Tensor, memory_logits: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Of base and memories, for a learned gate and the mixture together; none where either needs none."""
+        reads_logits = len(memory_logits) == 1 and self._mixture_of_one() is not log_mixture_of_logits
+        if reads_logits or not isinstance(self.gate, nn.Module):
+            return ()
+        return tuple(torch.log_softmax(each.float(), dim=-1) for each in (base_logits, *memory_logits))
 
     def _run(
         self, number: int, states: States, base_logits: torch.Tensor, skip: torch.Tensor | None
@@ -281,18 +343,29 @@ class Step:
         for memory, skip in zip(self.memories, skips.unbind(-1), strict=True):
             self.base_only.add(memory, skip.numel(), int(skip.sum()))
 
-    def _mixture(
-        self, base_logits: torch.Tensor, memory_logits: Sequence[torch.Tensor], lmbdas: float | torch.Tensor
-    ) -> torch.Tensor:
+    def _mixture(self, said: Said, lmbdas: float | torch.Tensor) -> torch.Tensor:
+        base_logits, *memory_logits = said.logits
         if len(memory_logits) > 1:
             if not isinstance(lmbdas, torch.Tensor):
                 lmbdas = torch.full((len(memory_logits),), lmbdas / len(memory_logits), dtype=torch.float64)
+            if said.log_probabilities:
+                base, *memories = said.log_probabilities
+                return log_mixture_of_bank(base, memories, lmbdas)
             return log_mixture_of_bank_logits(base_logits, memory_logits, lmbdas)
         if isinstance(lmbdas, torch.Tensor) and lmbdas.shape == (1,):
             lmbdas = lmbdas.to(base_logits.device).expand(base_logits.shape[:-1])
+        if said.log_probabilities:
+            check_rows(base_logits, memory_logits[0], lmbdas)
+            return log_mixture(*said.log_probabilities, lmbdas)
+        return self._mixture_of_one()(base_logits, memory_logits[0], lmbdas)
+
+    def _mixture_of_one(self) -> Mixture:
         # A compiler makes one kernel of the plain function by itself.
-        mixture = log_mixture_of_logits if torch.compiler.is_compiling() else self.mixture
-        return mixture(base_logits, memory_logits[0], lmbdas)
+        return log_mixture_of_logits if torch.compiler.is_compiling() else self.mixture
+
+
+def _rows(logits_BSV: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return logits_BSV[:, start:stop]
 
 
 def _weigh(gate: StoredGate, inputs: GateInputs) -> float | torch.Tensor:

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from mlpmem_ds.models.gate_features import History, confidences, join_confidences, num_confidences
+from mlpmem_ds.models.gate_features import (
+    History,
+    confidences,
+    confidences_of,
+    join_confidences,
+    num_confidences,
+)
 
 
 def log_probabilities(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -127,3 +133,16 @@ def test_what_remains_of_a_state_is_all_that_the_start_adds_to_later_ones() -> N
     from_zero, _ = history.along(log_base_S, log_memories_SM)
     remaining = history.remaining(start_H.expand(9, -1), torch.arange(9))
     torch.testing.assert_close(from_zero + remaining, from_start)
+
+
+def test_an_entropy_is_that_of_the_definition_where_tokens_are_impossible() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logits[1, 7:] = -math.inf
+    logits[2, 1:] = -math.inf
+    found = confidences(logits, (logits.flip(0),))
+    p = logits.softmax(-1)
+    entropies = -torch.where(p > 0, p * p.log(), 0.0).sum(-1)
+    torch.testing.assert_close(found[:, 0], entropies.float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found[:, 2], entropies.flip(0).float(), rtol=1e-6, atol=1e-7)
+    logs = [each.float().log_softmax(-1) for each in (logits, logits.flip(0))]
+    assert torch.equal(confidences_of(logs), found)

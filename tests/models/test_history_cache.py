@@ -24,7 +24,7 @@ from .carried_generation import (
     generate,
     set_history_gate,
 )
-from .conftest import BASES, POINT, random_ids, tiny_joint
+from .conftest import BASES, PAD, POINT, random_ids, tiny_joint
 
 LENGTHS = (3, 8, 5)
 LAST = CapturePoint(layer=-1, point="layer_output")
@@ -171,6 +171,37 @@ def test_what_has_no_history_is_refused() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_step_with_a_static_cache_compiles_whole(family: str) -> None:
     def tensors_of(layer: Any) -> list[torch.Tensor]:
-        return [layer.states, *layer.logits]
+        return [layer.states, *layer.log_probabilities]
 
     assert_a_step_with_a_static_cache_compiles_whole(with_history(family), HistoryLayer, tensors_of, 1e-4)
+
+
+@torch.no_grad()
+def test_heads_run_once_a_token() -> None:
+    """On the rows whose logits are asked for; for the tokens of a prompt once, and once more on its last."""
+    joint, prompt = with_history("llama"), random_ids(1, 9)
+    rows: dict[str, list[int]] = {"base": [], "memory": []}
+    for name, head in (("base", joint.base.get_output_embeddings()), ("memory", joint.memory.head)):
+        head.register_forward_pre_hook(
+            lambda _, inputs, seen=rows[name]: seen.append(inputs[0].numel() // inputs[0].shape[-1])
+        )
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    for more in ({}, {"cache_implementation": "static"}):
+        joint.generate(prompt, **options, **more)
+        assert rows == {"base": [9, 1, 1, 1, 1], "memory": [1, 8, 1, 1, 1, 1]}
+        for seen in rows.values():
+            seen.clear()
+    joint(prompt)
+    assert rows == {"base": [9], "memory": [9]}
+    for seen in rows.values():
+        seen.clear()
+    joint.generate(prompt, **options, prompt_lookup_num_tokens=3)
+    assert rows["memory"][2:] == rows["base"][1:]  # tokens that were guessed, checked at once
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prompts_without_padding(family: str) -> None:
+    """transformers then leaves the mask out, and a static cache needs one of its own."""
+    joint = with_history(family)
+    for way in ("greedy", "beams"):
+        assert_every_cache_gives_what_none_gives(joint, way, lengths=(8, 8, 8))

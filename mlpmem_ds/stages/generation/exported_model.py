@@ -98,8 +98,7 @@ class Source:
             kind = UserError if quantization is None else QuantizationError
             raise kind(f"--model {options.model}: {fault_of(options.model, error)}") from error
         joint = join_parts(base, parts, cast=True, threshold=options.base_only_threshold, flag="--memory")
-        joint.mixture = mixture_on_device
-        return joint
+        return _mixing_on(device, joint)
 
 
 def open_source(options: JointOptions, *, lmbda: float | None = None) -> Source:
@@ -186,8 +185,12 @@ def load_model(
     model, report = loaded
     if faults := {kind: sorted(map(str, values)) for kind, values in report.items() if values}:
         raise DamagedDataError(f"--model {name} does not hold the whole model ({faults}): {remedy}")
-    joint: MemoryAugmentedLM = model.eval()
-    joint.mixture = mixture_on_device
+    return _mixing_on(device, model.eval())
+
+
+def _mixing_on(device: torch.device, joint: MemoryAugmentedLM) -> MemoryAugmentedLM:
+    if device.type != "cpu":
+        joint.mixture = mixture_on_device
     return joint
 
 
