@@ -3,6 +3,7 @@
 Read in this order; those named after an engine are the only ones that import it, when it has loaded them:
     row_layout       which hidden states stand next to each other in a row that an engine samples from
     slot_states      states of past tokens, kept by the slots of an engine's cache
+    kept_logits      logits of the rows that were sampled from last, for a history
     row_past         what a row carries of them: a gate's history, the states of a window
     state_hooks      states of inner layers, read by hooks
     request_weights  λ of single requests: read, followed through a batch, handed to the model

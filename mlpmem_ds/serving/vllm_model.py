@@ -33,6 +33,7 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.mixture import StoredGate
 from mlpmem_ds.models.mixture_on_device import mixture_on_device
 from mlpmem_ds.models.shared_head import SharedHead
+from mlpmem_ds.serving.kept_logits import KeptLogits
 from mlpmem_ds.serving.request_weights import STEP, RequestGate
 from mlpmem_ds.serving.row_layout import RowLayout, layout_of
 from mlpmem_ds.serving.row_past import RowPast
@@ -60,9 +61,11 @@ class MemoryAugmentedLM(nn.Module):
         self.gate: StoredGate = gate
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
         self._hooks = self._hook(is_eager=vllm_config.model_config.enforce_eager)
+        self._kept = _kept_logits(vllm_config, gate)
         self._past = RowPast(
             layout=self.layout,
             history=gate.history,
+            kept=self._kept,
             models=[
                 self._logits_of_base,
                 *(partial(self._logits_of_memory, n) for n in range(len(memories))),
@@ -107,7 +110,10 @@ class MemoryAugmentedLM(nn.Module):
         if lmbdas_R is not None:
             num_memories = 1 + len(self.further_memories)
             gate = RequestGate(gate=gate, lmbdas_R=lmbdas_R, num_memories=num_memories)
-        return self._step(gate).mix(base_logits_RV, states, history_RH)
+        mixed_RV, logits = self._step(gate).mix_with_parts(base_logits_RV, states, history_RH)
+        if self._kept is not None:
+            self._kept.keep(hidden_states, logits)
+        return mixed_RV
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         # A fixed λ in the place of a learned gate leaves that one's weights over.
@@ -185,6 +191,15 @@ class _NotCounted(BaseOnly):
 
     def add(self, memory: Memory, num_rows: int, num_skipped: int) -> None:
         pass
+
+
+def _kept_logits(vllm_config: VllmConfig, gate: StoredGate) -> KeptLogits | None:
+    """None where there is no history, where a memory may be left out, whose logits are then not its own, and
+    where ranks must all run the base's head, or none of them."""
+    if gate.history is None or vllm_config.parallel_config.tensor_parallel_size > 1:
+        return None
+    config: MemoryAugmentedConfig = vllm_config.model_config.hf_config
+    return KeptLogits() if config.base_only_threshold is None else None
 
 
 def _check_engine(vllm_config: VllmConfig, layout: RowLayout) -> None:

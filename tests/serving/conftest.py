@@ -183,6 +183,7 @@ def engine_config(joint: MemoryAugmentedLM, **changes: Any) -> SimpleNamespace:
         "enforce_eager": True,
         "base_class": BaseOfEngine,
         "pipeline_parallel_size": 1,
+        "tensor_parallel_size": 1,
         "decode_context_parallel_size": 1,
         "prefill_context_parallel_size": 1,
         "use_ubatching": False,

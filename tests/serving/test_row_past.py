@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.gate_features import History
+from mlpmem_ds.serving.kept_logits import KeptLogits
 from mlpmem_ds.serving.row_layout import RowLayout
 from mlpmem_ds.serving.row_past import LogitsOf, RowPast
 from mlpmem_ds.serving.slot_states import Chunks, SlotStates
@@ -31,14 +33,15 @@ def head(number: int) -> LogitsOf:
     return logits
 
 
-def past_of(windows: Mapping[str, int], history: History | None) -> RowPast:
+def past_of(windows: Mapping[str, int], history: History | None, kept: KeptLogits | None = None) -> RowPast:
     layout = RowLayout(
         points={"a": MIDDLE, "b": LAST},
         width=WIDTH,
         windows=windows,
         history_size=0 if history is None else history.size,
     )
-    return RowPast(layout=layout, history=history, models=[head(number) for number in range(3)])
+    models = [head(number) for number in range(3)]
+    return RowPast(layout=layout, history=history, models=models, kept=kept)
 
 
 def straight(past: RowPast, own_SO: torch.Tensor, ids_S: torch.Tensor) -> torch.Tensor:
@@ -101,7 +104,7 @@ class Engine:
         ids = torch.stack([texts[number][1][place] for number, place in places])
         num_padded = self.random.randrange(3)
         longest = max(map(len, tables))
-        return self.past.extend(
+        rows = self.past.extend(
             torch.cat([own, torch.full((num_padded, own.shape[1]), torch.nan)]),
             torch.cat([ids, torch.full((num_padded,), VOCAB - 1)]),
             Chunks(
@@ -114,6 +117,16 @@ class Engine:
             ),
             self.cache,
         )
+        if self.past.kept is not None:
+            self._sample(rows, news)
+        return rows
+
+    def _sample(self, rows: torch.Tensor, news: list[int]) -> None:
+        """As an engine that asks for the logits of each text's last row."""
+        lasts = [max(sum(news[: count + 1]) - 1, 0) for count in range(len(news))]
+        assert self.past.kept is not None
+        final, states, _ = self.past.layout.split(rows[lasts])
+        self.past.kept.keep(rows[lasts], [each(final, states) for each in self.past.models])
 
 
 def text_of(length: int, beginning: Text | None = None) -> Text:
@@ -129,7 +142,7 @@ CASES = [({}, HISTORY), ({"a": 3}, None), ({"a": 3, "b": 2}, HISTORY)]
 
 def test_texts_in_chunks_have_the_rows_of_a_straight_pass() -> None:
     for seed, (windows, history) in enumerate(CASES * 4):
-        past = past_of(windows, history)
+        past = past_of(windows, history, KeptLogits() if seed % 2 and history is not None else None)
         engine = Engine(past, seed)
         texts = [text_of(length) for length in (1, 17, 30, 8)]
         found = engine.run(texts, [[] for _ in texts])
@@ -140,7 +153,7 @@ def test_texts_in_chunks_have_the_rows_of_a_straight_pass() -> None:
 def test_a_beginning_that_another_text_has_left_in_the_cache_is_gone_on_from() -> None:
     """Full blocks of an earlier request are in the tables of two later ones, and are not run again."""
     for seed, (windows, history) in enumerate(CASES):
-        past = past_of(windows, history)
+        past = past_of(windows, history, KeptLogits() if history is not None else None)
         engine = Engine(past, seed)
         first = text_of(3 * BLOCK_SIZE)
         table: list[int] = []
@@ -152,7 +165,7 @@ def test_a_beginning_that_another_text_has_left_in_the_cache_is_gone_on_from() -
 
 
 def test_a_text_whose_numbers_overflowed_does_not_spoil_others() -> None:
-    past = past_of({"a": 3}, HISTORY)
+    past = past_of({"a": 3}, HISTORY, KeptLogits())
     engine = Engine(past, 7)
     texts = [text_of(20) for _ in range(3)]
     texts[1][0][4:] = torch.nan
@@ -167,3 +180,30 @@ def test_rows_of_an_engine_that_measures_itself_are_those_of_first_tokens() -> N
         own, ids = text_of(5)
         expected = torch.cat([straight(past, own[[place]], ids[[place]]) for place in range(5)])
         assert torch.equal(past.begin(own, ids), expected)
+
+
+def test_in_decoding_no_head_runs_for_the_history() -> None:
+    """Each token's logits at the one before are those that the step before has sampled from."""
+    rows_of_heads: list[int] = []
+
+    def counted(model: LogitsOf) -> LogitsOf:
+        def logits(final: torch.Tensor, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            rows_of_heads.append(len(final))
+            return model(final, states)
+
+        return logits
+
+    for windows in ({}, {"a": 3, "b": 2}):
+        plain = past_of(windows, HISTORY)
+        past = replace(plain, models=[counted(each) for each in plain.models], kept=KeptLogits())
+        engine = Engine(past, 3)
+        texts, tables = [text_of(9) for _ in range(3)], [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+        found: list[torch.Tensor] = []
+        for start, stop, num_made in ((0, 5, 4), (5, 6, 0), (6, 7, 0), (7, 9, 1)):
+            rows_of_heads.clear()
+            step = engine._step(texts, tables, [start] * 3, [stop - start] * 3)
+            found.append(step[: 3 * (stop - start)].view(3, stop - start, -1))
+            # Of each text and model, and the row that is sampled from.
+            assert sum(rows_of_heads) == 3 * 3 * (num_made + 1)
+        for rows, (own, ids) in zip(torch.cat(found, dim=1), texts, strict=True):
+            torch.testing.assert_close(rows, straight(past, own, ids), rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,6 +178,47 @@ def test_a_history_is_followed_where_requests_name_a_weight(vllm: SimpleNamespac
     for row, lmbda in ((0, 0.9), (2, 0.0)):
         joint.lmbda = lmbda
         torch.testing.assert_close(found[row], expected_of(joint)[row], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_decoding_step_takes_the_logits_that_it_was_sampled_from(vllm: SimpleNamespace) -> None:
+    """The rows are those of a step in which all runs again; neither heads nor memory do."""
+    joint, last = joint_with_past(num_memories=3), len(IDS_T) - 1
+    model = served(vllm, joint)
+    runs: list[int] = []
+    for memory in (model.memory, *model.further_memories):
+        memory.register_forward_hook(lambda *_: runs.append(1))
+    with step_of(model, len(IDS_T)):
+        whole = model(IDS_T, torch.arange(len(IDS_T)))
+        chunks = model.slots.chunks()
+        before = replace(chunks, ends=chunks.ends - 1, lengths=chunks.lengths - 1, num_tokens=last)
+        before = replace(before, ends=torch.tensor([0, last], dtype=torch.int32), slots=chunks.slots[:last])
+        now = replace(chunks, ends=torch.tensor([0, 1], dtype=torch.int32), slots=chunks.slots[last:])
+        own_TO = whole[:, : model.layout.own_width]
+        for is_kept in (True, False):
+            rows = model._past.extend(own_TO[:last], IDS_T[:last], before, model.slots.states())
+            logits = model.compute_logits(rows[last - 1 :])
+            torch.testing.assert_close(logits[0], expected_of(joint, torch.tensor([last - 1]))[0])
+            if not is_kept:
+                model._kept.expect(torch.tensor([-1]))
+            runs.clear()
+            heads_before = model.base.num_heads_used
+            step = replace(now, num_tokens=1)
+            found = model._past.extend(own_TO[last:], IDS_T[last:], step, model.slots.states())
+            assert (len(runs), model.base.num_heads_used - heads_before) == ((0, 0) if is_kept else (3, 1))
+            torch.testing.assert_close(found[0], whole[last], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "ranks", "is_kept"), [(None, 1, True), (0.4, 1, False), (None, 2, False)]
+)
+def test_logits_are_kept_where_they_are_each_models_own(
+    vllm: SimpleNamespace, threshold: float | None, ranks: int, is_kept: bool
+) -> None:
+    joint = joint_with_past()
+    joint.base_only_threshold = threshold
+    assert (served(vllm, joint, tensor_parallel_size=ranks)._kept is not None) == is_kept
+    assert served(vllm, joint_with_past(window=3, has_history=False))._kept is None
 
 
 def test_an_engine_that_measures_itself_runs_the_heads_and_keeps_nothing(vllm: SimpleNamespace) -> None:
