@@ -13,7 +13,8 @@ from mlpmem_ds.formats.corpus import SpecialTokens
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.generation.options import JointOptions
 
-_MIN_TEMPERATURE = 1e-6  # scores over it stay far within float32
+_SMALLEST, _LARGEST = 1e-3, 1e3
+"""factors of a score"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +82,15 @@ class Config(JointOptions):
         super().check()
         if self.gate is not None and self.lmbda is not None:
             raise UserError("--gate finds the weight at each token: leave out --lambda")
+        for name in ("temperature", "repetition_penalty"):
+            value = getattr(self, name)
+            if value and not _SMALLEST <= value <= _LARGEST:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value:g} makes scores that no float32 holds: give one from"
+                    f" {_SMALLEST:g} to {_LARGEST:g}"
+                )
         if bool(self.prompt) == (self.prompts_file is not None):
             raise UserError("give either --prompt or --prompts-file")
-        if 0 < self.temperature < _MIN_TEMPERATURE:
-            raise UserError(
-                f"--temperature {self.temperature:g} is too small to divide by: give 0, which always takes"
-                f" the likeliest token, or {_MIN_TEMPERATURE:g} or more"
-            )
         for name in ("system", "chat_template"):
             if getattr(self, name) is not None and not self.chat:
                 raise UserError(f"--{name.replace('_', '-')} goes with --chat: add it, or leave this out")

@@ -22,7 +22,13 @@ from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.stages.generation.config import Config
 from mlpmem_ds.stages.generation.exported_model import load_model
-from mlpmem_ds.stages.generation.generate import _encode, _generation_config, continue_batch
+from mlpmem_ds.stages.generation.generate import (
+    _batches,
+    _continue_all,
+    _encode,
+    _generation_config,
+    continue_batch,
+)
 from mlpmem_ds.stages.generation.text import side_by_side
 
 from ...toy_tokenizers import KINDS
@@ -228,10 +234,9 @@ def test_wrong_inputs_are_refused(
         (["--prompt", "in", "--lambda=-0.1"], "--lambda must be at least 0 and at most 1, not -0.1"),
         (["--prompt", "in", "--top-p", 0], "--top-p"),
         (["--prompt", "in", "--temperature", -1], "--temperature"),
-        (
-            ["--prompt", "in", "--temperature", 1e-300],
-            "--temperature 1e-300 is too small to divide by: give 0",
-        ),
+        (["--prompt", "in", "--temperature", "1e-40"], "--temperature 1e-40 makes scores that no float32"),
+        (["--prompt", "in", "--temperature", "1e39"], "give one from 0.001 to 1000"),
+        (["--prompt", "in", "--repetition-penalty", "1e-40"], "--repetition-penalty 1e-40 makes scores"),
         (["--prompt", "in", "--seed", -1], "--seed must be at least 0, not -1"),
         (["--prompt", "in", "--device", "meta"], "--device meta is not here"),
         (["--prompt", "in", "--num-beams", 0], "--num-beams must be at least 1"),
@@ -354,6 +359,24 @@ def test_prompts_of_a_batch_do_not_see_their_padding(
     words.save_pretrained(copy)
     flags = ["--prompt", *PROMPTS, "--max-new-tokens", NEW]
     assert generate(*flags, model=copy) == generate(*flags)
+
+
+def test_no_run_is_repeated_and_padding_is_none_of_a_prompt(
+    export_dir: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Padding is the end token here: transformers would forbid it where a prompt is padded."""
+    model = load_model(str(export_dir), device=torch.device("cpu"))
+    ids = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    config = Config(model=str(export_dir), prompt=PROMPTS, max_new_tokens=NEW, no_repeat_ngram_size=1)
+    generation = _generation_config(config, model, tokenizer)
+    [free] = continue_batch(model, ids[1:2], generation)
+    generation.eos_token_id = generation.pad_token_id = free[2]
+    alone = [continue_batch(model, [row], generation)[0] for row in ids]
+    assert alone[1] == free[:2] and len({len(row) for row in ids}) == 3
+    assert _continue_all(config, model, tokenizer, ids, model.gate, generation, None) == alone
+    rows = [[1], [2, 2], [3], [4], [5, 5]]
+    assert _batches(rows, 2, of_one_length=False) == [[0, 1], [2, 3], [4]]
+    assert _batches(rows, 2, of_one_length=True) == [[0, 2], [3], [1, 4]]
 
 
 CHAT_TEMPLATE = (
