@@ -356,7 +356,8 @@ class Step:
             lmbdas = lmbdas.to(base_logits.device).expand(base_logits.shape[:-1])
         if said.log_probabilities:
             check_rows(base_logits, memory_logits[0], lmbdas)
-            return log_mixture(*said.log_probabilities, lmbdas)
+            base, memory = said.log_probabilities
+            return log_mixture(base, memory, lmbdas)
         return self._mixture_of_one()(base_logits, memory_logits[0], lmbdas)
 
     def _mixture_of_one(self) -> Mixture:

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -79,6 +80,7 @@ def open_initial_memory(root: Path, *, flag: str = _FLAG) -> InitialMemory:
         )
     check_model_files(place, flag=flag, names=["config.json"])
     description = read_json_object(place / "config.json")
+    shape: Any
     if description.get("format") == f"mlpmem-{MemoryManifest.FORMAT}":
         described = read_memory_description(place / "config.json")
         vocabulary: str | None = described.provenance.vocabulary_sha256

@@ -238,7 +238,7 @@ def test_wrong_inputs_are_refused(
         (["--prompt", "in", "--temperature", "1e39"], "give one from 0.001 to 1000"),
         (["--prompt", "in", "--repetition-penalty", "1e-40"], "--repetition-penalty 1e-40 makes scores"),
         (["--prompt", "in", "--seed", -1], "--seed must be at least 0, not -1"),
-        (["--prompt", "in", "--device", "meta"], "--device meta is not here"),
+        (["--prompt", "in", "--max-new-tokens", 1, "--device", "meta"], "--device meta is not here"),
         (["--prompt", "in", "--num-beams", 0], "--num-beams must be at least 1"),
         (["--prompt", "in", "--max-new-tokens", 1, "--device", "nonsense"], "--device nonsense"),
         (["--prompt", "in", "--stream", "--compare"], "leave out --compare"),
