@@ -173,11 +173,11 @@ class Step:
         )
         if not is_next:
             hidden = [self._hidden(number, states) for number in range(len(self.memories))]
-            kept = zip(self.memories, map(keep, hidden), strict=True)
-            ran = [(self._logits(memory, each), each) for memory, each in kept]
+            rows = zip(self.memories, map(keep, hidden), strict=True)
+            ran = [(self._logits(memory, each), each) for memory, each in rows]
             is_whole = isinstance(logits_to_keep, int) and not 0 < logits_to_keep < num_tokens
-            known = [logits for logits, _ in ran] if is_whole else None
-            followed_BSP = self._followed(base_logits_BSV, hidden, ids_BS, known)
+            whole_logits = [logits for logits, _ in ran] if is_whole else None
+            followed_BSP = self._followed(base_logits_BSV, hidden, ids_BS, whole_logits)
         device = base_logits_BSV.device
         is_real_BS = is_real_BS.to(device)
         history_BSH = states_of(before, self.gate.history, followed_BSP, ids_BS.to(device), is_real_BS)
@@ -204,19 +204,19 @@ class Step:
         base_logits_BSV: torch.Tensor,
         hidden: Sequence[torch.Tensor],
         ids_BS: torch.Tensor,
-        known: Sequence[torch.Tensor] | None,
+        memory_logits: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
         """log p of the tokens after the first, by each model at the position before: [B, S - 1, P].
 
-        `known` are the memories' logits at all positions, where they are there; else a head runs on some
-        positions at once.
+        `memory_logits` are those of all positions, if they were made; else a head runs on some positions
+        at once.
         """
         next_ids_BS = ids_BS[:, 1:]
-        if known is None:
-            of_memories = [partial(self._block, *each) for each in zip(self.memories, hidden, strict=True)]
+        if memory_logits is None:
+            memory_blocks = [partial(self._block, *each) for each in zip(self.memories, hidden, strict=True)]
         else:
-            of_memories = [partial(_rows, each) for each in known]
-        logits_of = [partial(_rows, base_logits_BSV), *of_memories]
+            memory_blocks = [partial(_rows, each) for each in memory_logits]
+        logits_of = [partial(_rows, base_logits_BSV), *memory_blocks]
         each_BS = [token_log_probabilities(of, next_ids_BS).to(base_logits_BSV.device) for of in logits_of]
         return torch.stack(each_BS, dim=-1)
 
@@ -267,10 +267,10 @@ class Step:
         )
         if skips is not None:  # also where the memories ran: a step, in which they do not, weighs the same
             logs = said.log_probabilities
-            known = confidences_of(logs) if logs else confidences(base_logits, memory_logits)
+            values = confidences_of(logs) if logs else confidences(base_logits, memory_logits)
             inputs = replace(
                 inputs,
-                confidences=_unknown_where(skips, known),
+                confidences=_unknown_where(skips, values),
                 memory_states=tuple(
                     torch.where(skip[..., None].to(state.device), torch.nan, state)
                     for skip, state in zip(skips.unbind(-1), hidden, strict=True)

@@ -55,12 +55,12 @@ class KeptLogits:
 
     def places(self, slots_T: torch.Tensor, rows_TW: torch.Tensor) -> torch.Tensor:
         """Where the logits of these rows are among those that are kept, [T]; -1: they are not."""
-        kept = self._kept
-        if kept is None or not len(kept.slots_R):
+        latest = self._kept
+        if latest is None or not len(latest.slots_R):
             return torch.full_like(slots_T, -1)
-        is_same_TR = (slots_T[:, None] == kept.slots_R) & (slots_T >= 0)[:, None]
+        is_same_TR = (slots_T[:, None] == latest.slots_R) & (slots_T >= 0)[:, None]
         places_T = is_same_TR.int().argmax(dim=1)
-        is_kept_T = is_same_TR.any(dim=1) & (kept.bits_RW[places_T] == _bits(rows_TW)).all(dim=1)
+        is_kept_T = is_same_TR.any(dim=1) & (latest.bits_RW[places_T] == _bits(rows_TW)).all(dim=1)
         return torch.where(is_kept_T, places_T, -1)
 
     def log_probabilities(self, places_T: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ class RowPast:
     history: History | None
     models: Sequence[LogitsOf]
     """the base, then the memories"""
-    kept: KeptLogits | None = None
+    sampled: KeptLogits | None = None
     """of the rows that were sampled from last; None: the heads run again"""
 
     def slot_width(self, dtype: torch.dtype) -> int:
@@ -78,8 +78,8 @@ class RowPast:
             packed_TC = self.layout.pack(history_TH, own_TO.dtype)
             cache.write(slots_T, packed_TC, start=own_width)
             carried.append(packed_TC)
-            if self.kept is not None:
-                self.kept.expect(chunks.slots[(chunks.ends[1:] - 1).clamp_min(0).long()])
+            if self.sampled is not None:
+                self.sampled.expect(chunks.slots[(chunks.ends[1:] - 1).clamp_min(0).long()])
         carried_TC = torch.cat(carried, dim=-1)
         return torch.cat([own_TO, functional.pad(carried_TC, (0, 0, 0, len(own_TO) - count))], dim=-1)
 
@@ -100,18 +100,18 @@ class RowPast:
     def _of_next(self, before_TW: torch.Tensor, ids_T: torch.Tensor, chunks: Chunks) -> torch.Tensor:
         """log p of each token by each model at the one before, float32 [T, P]; 0 for a text's first."""
         is_followed_T = chunks.positions > 0
-        if self.kept is None:
+        if self.sampled is None:
             return torch.where(is_followed_T[:, None], self._log_probabilities(before_TW, ids_T), 0.0)
         # The row before is one of an earlier step for these alone.
         firsts = torch.nonzero(is_followed_T & (chunks.offsets == 0))[:, 0]
-        places = self.kept.places(chunks.slots_before(1)[firsts], before_TW[firsts])
+        places = self.sampled.places(chunks.slots_before(1)[firsts], before_TW[firsts])
         taken, places = firsts[places >= 0], places[places >= 0]
         is_made_T = is_followed_T.clone()
         is_made_T[taken] = False
         made = torch.nonzero(is_made_T)[:, 0]
         log_TP = torch.zeros((len(ids_T), len(self.models)), device=before_TW.device)
         if len(taken):
-            log_TP[taken] = self.kept.log_probabilities(places, ids_T[taken])
+            log_TP[taken] = self.sampled.log_probabilities(places, ids_T[taken])
         if len(made):
             log_TP[made] = self._log_probabilities(before_TW[made], ids_T[made])
         return log_TP

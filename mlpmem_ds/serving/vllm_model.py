@@ -65,7 +65,7 @@ class MemoryAugmentedLM(nn.Module):
         self._past = RowPast(
             layout=self.layout,
             history=gate.history,
-            kept=self._kept,
+            sampled=self._kept,
             models=[
                 self._logits_of_base,
                 *(partial(self._logits_of_memory, n) for n in range(len(memories))),

@@ -33,7 +33,9 @@ def head(number: int) -> LogitsOf:
     return logits
 
 
-def past_of(windows: Mapping[str, int], history: History | None, kept: KeptLogits | None = None) -> RowPast:
+def past_of(
+    windows: Mapping[str, int], history: History | None, sampled: KeptLogits | None = None
+) -> RowPast:
     layout = RowLayout(
         points={"a": MIDDLE, "b": LAST},
         width=WIDTH,
@@ -41,7 +43,7 @@ def past_of(windows: Mapping[str, int], history: History | None, kept: KeptLogit
         history_size=0 if history is None else history.size,
     )
     models = [head(number) for number in range(3)]
-    return RowPast(layout=layout, history=history, models=models, kept=kept)
+    return RowPast(layout=layout, history=history, models=models, sampled=sampled)
 
 
 def straight(past: RowPast, own_SO: torch.Tensor, ids_S: torch.Tensor) -> torch.Tensor:
@@ -117,16 +119,16 @@ class Engine:
             ),
             self.cache,
         )
-        if self.past.kept is not None:
+        if self.past.sampled is not None:
             self._sample(rows, news)
         return rows
 
     def _sample(self, rows: torch.Tensor, news: list[int]) -> None:
         """As an engine that asks for the logits of each text's last row."""
         lasts = [max(sum(news[: count + 1]) - 1, 0) for count in range(len(news))]
-        assert self.past.kept is not None
+        assert self.past.sampled is not None
         final, states, _ = self.past.layout.split(rows[lasts])
-        self.past.kept.keep(rows[lasts], [each(final, states) for each in self.past.models])
+        self.past.sampled.keep(rows[lasts], [each(final, states) for each in self.past.models])
 
 
 def text_of(length: int, beginning: Text | None = None) -> Text:
@@ -195,7 +197,7 @@ def test_in_decoding_no_head_runs_for_the_history() -> None:
 
     for windows in ({}, {"a": 3, "b": 2}):
         plain = past_of(windows, HISTORY)
-        past = replace(plain, models=[counted(each) for each in plain.models], kept=KeptLogits())
+        past = replace(plain, models=[counted(each) for each in plain.models], sampled=KeptLogits())
         engine = Engine(past, 3)
         texts, tables = [text_of(9) for _ in range(3)], [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
         found: list[torch.Tensor] = []

@@ -254,22 +254,22 @@ def _continue_all(
         None if write is None else Writer(tokenizer, ids[0], end_tokens(generation.eos_token_id), write)
     )
     rows: list[list[int]] = [[] for _ in ids]
-    for places in _batches(ids, config.batch_size, of_one_length=config.no_repeat_ngram_size > 0):
+    for places in _batches(ids, config.batch_size, equal_lengths=config.no_repeat_ngram_size > 0):
         batch = continue_batch(model, [ids[place] for place in places], generation, streamer=streamer)
         for place, row in zip(places, batch, strict=True):
             rows[place] = row
     return rows
 
 
-def _batches(ids: Sequence[Sequence[int]], size: int, *, of_one_length: bool) -> list[list[int]]:
+def _batches(ids: Sequence[Sequence[int]], size: int, *, equal_lengths: bool) -> list[list[int]]:
     """The places of the prompts that are continued together, in their order.
 
     transformers counts padding among the runs of tokens that are not to be repeated: an end token that pads
-    would be forbidden. So there is none with `of_one_length`.
+    would be forbidden. So there is none with `equal_lengths`.
     """
     groups: dict[int, list[int]] = {}
     for place, row in enumerate(ids):
-        groups.setdefault(len(row) if of_one_length else 0, []).append(place)
+        groups.setdefault(len(row) if equal_lengths else 0, []).append(place)
     return [places[at : at + size] for places in groups.values() for at in range(0, len(places), size)]
 
 

@@ -375,8 +375,8 @@ def test_no_run_is_repeated_and_padding_is_none_of_a_prompt(
     assert alone[1] == free[:2] and len({len(row) for row in ids}) == 3
     assert _continue_all(config, model, tokenizer, ids, model.gate, generation, None) == alone
     rows = [[1], [2, 2], [3], [4], [5, 5]]
-    assert _batches(rows, 2, of_one_length=False) == [[0, 1], [2, 3], [4]]
-    assert _batches(rows, 2, of_one_length=True) == [[0, 2], [3], [1, 4]]
+    assert _batches(rows, 2, equal_lengths=False) == [[0, 1], [2, 3], [4]]
+    assert _batches(rows, 2, equal_lengths=True) == [[0, 2], [3], [1, 4]]
 
 
 CHAT_TEMPLATE = (
