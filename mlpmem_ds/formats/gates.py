@@ -20,7 +20,7 @@ WEIGHTS_NAME = "gate.safetensors"
 @dataclass(frozen=True, kw_only=True)
 class GateMemory:
     """A memory that a gate weighs: the name that it was given, and its SHA-256 (of a training's manifest, or
-    the fingerprint of an export)."""
+    the fingerprint of an export); or a second language model, by its fingerprint."""
 
     name: str
     sha256: str

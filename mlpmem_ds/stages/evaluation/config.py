@@ -59,7 +59,7 @@ class Config(Flags):
     )
     gate: tuple[str, ...] = option(
         "fitted gate, an output of launch/fit_gate.py: adds the arm base+memory+gate (of several memories"
-        " base+bank+gate); several are told apart by names",
+        " base+bank+gate, of a second model base+NAME+gate); several are told apart by names",
         (),
         identity="none",
         metavar="[NAME=]DIR",
@@ -187,8 +187,8 @@ class Config(Flags):
         memory_directories(self.memory)
         named_directories(self.ensemble, flag="--ensemble")
         gate_directories(self.gate)
-        if self.gate and not self.memory:
-            raise UserError("--gate needs --memory, the memories that it was fitted with")
+        if self.gate and not (self.memory or self.ensemble):
+            raise UserError("--gate needs --memory (or --ensemble), what it was fitted with")
 
 
 def memory_directories(words: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.hidden_states import BatchStates, TransformersSource, scan_positions
 from mlpmem_ds.engines.host_copies import to_device
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.maths.head_scores import HeadScores, head_scores, token_log_probabilities
+from mlpmem_ds.maths.head_scores import HeadScores, head_scores
 from mlpmem_ds.models.capture_point import CapturePoint
 
 _CPU_TOKENS = 2048  # of a forward on a CPU; from a few hundred on, more at once are no faster
@@ -74,12 +74,8 @@ class ForwardPass:
         rows = list(scan_positions(scoring, corpus, block, names, batch_windows=at_once))
         log_probabilities_n = np.concatenate([batch.log_probabilities for batch in rows])
         _check_finite(log_probabilities_n, corpus, block)
-        values_n = corpus.values(*block)
-        top_ids_n = torch.cat([part.top_ids_N for part in scoring.parts]).cpu().numpy()
-        guesses = [
-            torch.cat([part.top_N for part in scoring.parts]),
-            torch.cat([part.entropies_N for part in scoring.parts]),
-        ]
+        values_n, found = corpus.values(*block), scoring.joined()
+        top_ids_n = found.top_ids_N.numpy()
         is_correct_n = (top_ids_n == values_n).astype(np.float32)
         return Scan(
             corpus=corpus,
@@ -87,26 +83,27 @@ class ForwardPass:
             values_n=values_n,
             log_probabilities_n=log_probabilities_n,
             top_ids_n=top_ids_n,
-            guesses_n3=np.stack([*(column.cpu().numpy() for column in guesses), is_correct_n], axis=1),
+            guesses_n3=np.stack([found.top_N.numpy(), found.entropies_N.numpy(), is_correct_n], axis=1),
             states={
                 point: torch.cat([batch.states[name] for batch in rows]).float()
                 for name, point in names.items()
             },
         )
 
-    def score_tokens(self, corpus: CorpusSplit, block: Block, tokens_nJ: np.ndarray) -> np.ndarray:
-        """The log-probabilities, float32 [n, J], of given tokens at a block's positions.
+    def score_tokens(self, corpus: CorpusSplit, block: Block, tokens_nJ: np.ndarray) -> HeadScores:
+        """What the model says of a block's positions, at tokens int64 [n, J] of the caller's choice; on the
+        CPU.
 
         Raises:
-            UserError: one is not finite.
+            UserError: a log-probability is not finite.
         """
-        scoring = _TokenSource(self.source, tokens_nJ)
+        scoring = _ScoringSource(self.source, tokens_nJ)
         at_once = self.windows_at_once(corpus)
         for _ in scan_positions(scoring, corpus, block, {}, batch_windows=at_once, ahead=False):
             pass
-        scores_nJ: np.ndarray = torch.cat(scoring.parts).cpu().numpy()
-        _check_finite(scores_nJ.min(axis=1), corpus, block)
-        return scores_nJ
+        found = scoring.joined()
+        _check_finite(found.log_probabilities_NJ.numpy().min(axis=1), corpus, block)
+        return found
 
 
 class _Source:
@@ -126,48 +123,41 @@ class _Source:
         return self._source.read(tokens_BS, points)
 
 
-class _TokenSource(_Source):
-    """Keeps the log-probabilities of given tokens, J at each position, in the order of the positions."""
-
-    def __init__(self, source: TransformersSource, tokens_nJ: np.ndarray) -> None:
-        super().__init__(source)
-        self._tokens_nJ, self._next = torch.from_numpy(tokens_nJ), 0
-        self.parts: list[torch.Tensor] = []
-
-    def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:
-        tokens_NJ = self._tokens_nJ[self._next : self._next + len(final_ND)]
-        self._next += len(final_ND)
-        with self._source.head() as (weight_VD, bias_V):
-            device = weight_VD.device
-            self.parts.append(
-                token_log_probabilities(
-                    final_ND.to(device),
-                    weight_VD,
-                    to_device(tokens_NJ, device),
-                    bias=bias_V,
-                    transform=self._transform,
-                )
-            )
-        return self.parts[-1][:, 0]
-
-
 class _ScoringSource(_Source):
     """A source that keeps, with each log-probability that it is asked for, the likeliest token and the
-    entropy."""
+    entropy.
 
-    def __init__(self, source: TransformersSource) -> None:
+    `tokens_nJ`, in the order of the positions: whose log-probabilities are kept in place of the values'.
+    """
+
+    def __init__(self, source: TransformersSource, tokens_nJ: np.ndarray | None = None) -> None:
         super().__init__(source)
-        self.parts: list[HeadScores] = []
+        self._tokens_nJ = None if tokens_nJ is None else torch.from_numpy(tokens_nJ)
+        self._next = 0
+        self._parts: list[HeadScores] = []
 
     def log_probabilities(self, final_ND: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:
+        """Of the values; where other tokens are kept, of the first of them."""
+        tokens_NJ = values_N[:, None]
+        if self._tokens_nJ is not None:
+            tokens_NJ = self._tokens_nJ[self._next : self._next + len(final_ND)]
+            self._next += len(final_ND)
         with self._source.head() as (weight_VD, bias_V):
             device = weight_VD.device
-            values_N1 = to_device(values_N, device)[:, None]
-            final_ND = final_ND.to(device)
-            self.parts.append(
-                head_scores(final_ND, weight_VD, values_N1, bias=bias_V, transform=self._transform)
+            final_ND, tokens_NJ = final_ND.to(device), to_device(tokens_NJ, device)
+            self._parts.append(
+                head_scores(final_ND, weight_VD, tokens_NJ, bias=bias_V, transform=self._transform)
             )
-        return self.parts[-1].log_probabilities_NJ[:, 0]
+        return self._parts[-1].log_probabilities_NJ[:, 0]
+
+    def joined(self) -> HeadScores:
+        """All that was kept, on the CPU."""
+        return HeadScores(
+            log_probabilities_NJ=torch.cat([part.log_probabilities_NJ for part in self._parts]).cpu(),
+            top_ids_N=torch.cat([part.top_ids_N for part in self._parts]).cpu(),
+            top_N=torch.cat([part.top_N for part in self._parts]).cpu(),
+            entropies_N=torch.cat([part.entropies_N for part in self._parts]).cpu(),
+        )
 
 
 def _check_finite(log_probabilities_n: np.ndarray, corpus: CorpusSplit, block: Block) -> None:

@@ -15,6 +15,7 @@ from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.stages.evaluation.arms import ensemble, knn, memory, model
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, Opener, open_base
+from mlpmem_ds.stages.evaluation.arms.ensemble import EnsembleArm
 from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
 from mlpmem_ds.stages.evaluation.arms.mixed import MixedArm, open_mixed_arms
 from mlpmem_ds.stages.evaluation.config import (
@@ -85,8 +86,9 @@ def open_inputs(config: Config, world: World) -> Inputs:
     refuse_training_text(splits, arms)
     names = memory_directories(config.memory)
     memories = [arm for arm in arms if isinstance(arm, MemoryArm) and arm.name in names]
+    ensembles = [arm for arm in arms if isinstance(arm, EnsembleArm)]
     tests = [split for name, split in splits.items() if name != config.tuning_split]
-    mixed = tuple(open_mixed_arms(config, base, memories, tests))
+    mixed = tuple(open_mixed_arms(config, base, memories, ensembles, tests))
     return Inputs(splits=splits, base=base, arms=arms, mixed=mixed)
 
 

@@ -13,13 +13,17 @@ from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.evaluation.config import Config as EvaluationConfig
 from mlpmem_ds.stages.evaluation.config import memory_directories
 
+SECOND = "second_model"
+"""the name of the model of `--ensemble` in messages and in the gate's manifest"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Flags):
     """A gate: the memory's weight at each token, learned on tuning splits.
 
     Scores the tuning splits of all corpora with the base and the memories, and fits a small net to them that
-    gives the weights of the mixture from what is known at a position. Each corpus counts the same.
+    gives the weights of the mixture from what is known at a position. Each corpus counts the same. As a
+    control, --ensemble weighs a second language model in the memory's place.
     """
 
     example: ClassVar[str] = (
@@ -32,8 +36,17 @@ class Config(Flags):
     memory: tuple[str, ...] = option(
         "trained memory: an output of launch/train.py, or an exported model or its Hub name; several make the"
         " gate of a bank, and get names of their own or of their directories",
+        (),
         identity="none",
         metavar="[NAME=]DIR",
+        by_url=True,
+    )
+    ensemble: str | None = option(
+        "instead of a memory a second language model of the base's vocabulary, such as the base trained on:"
+        " a control for evaluate, which takes the gate with the same --ensemble",
+        None,
+        identity="none",
+        metavar="DIR",
         by_url=True,
     )
     corpus: tuple[str, ...] = option(
@@ -79,8 +92,16 @@ class Config(Flags):
     attention: str = shared_flags.attention()
 
     def check(self) -> None:
-        if not self.memory or not self.corpus:
-            raise UserError("a gate needs at least one --memory and one --corpus")
+        if bool(self.memory) == (self.ensemble is not None):
+            raise UserError(
+                "a gate weighs memories or a second language model: give either --memory or --ensemble"
+            )
+        if not self.corpus:
+            raise UserError("a gate needs at least one --corpus")
+        if self.ensemble is not None and self.kind == "router":
+            raise UserError(
+                "--kind router reads hidden states of memories, and --ensemble has none: choose another kind"
+            )
         memory_directories(self.memory)
         both = [*self.corpus, *self.general]
         if len({Path(root).resolve() for root in both}) != len(both):
@@ -89,12 +110,13 @@ class Config(Flags):
             )
 
     def scoring(self) -> EvaluationConfig:
-        """The flags of an evaluation that opens the same base and memories."""
+        """The flags of an evaluation that opens the same models."""
         return EvaluationConfig(
             model=self.model,
             corpus=Path(self.corpus[0]),
             output=self.output,
             memory=self.memory,
+            ensemble=() if self.ensemble is None else (f"{SECOND}={self.ensemble}",),
             batch_windows=self.batch_windows,
             dtype=self.dtype,
             memory_weights=self.memory_weights,

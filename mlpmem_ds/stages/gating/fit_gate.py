@@ -1,7 +1,8 @@
 """`fit_gate`: base, memories and tuning splits → a gate, which gives the memories' weights at each token.
 
 A unit is a block of positions of one text, scored by the base and every memory as `evaluate` scores it; the
-last unit is the fit, which one rank makes from the stored numbers when all are there.
+last unit is the fit, which one rank makes from the stored numbers when all are there. A second language model
+in the memories' place is scored and weighed as a memory is.
 
     OUTPUT/
       scores/, guesses/, confidences/   of base and memories, a file a unit (of a router also its states)
@@ -67,7 +68,7 @@ def _run(config: Config, world: World, ranks: Ranks) -> None:
             vocabulary_sha256=next(iter(inputs.streams.values())).vocabulary_sha256,
             memories=tuple(
                 GateMemory(name=arm.name.removeprefix("base+"), sha256=arm.inputs[arm.name])
-                for arm in inputs.memories
+                for arm in inputs.members
             ),
             gate=fitted.gate.settings(),
             fixed=fitted.fixed,

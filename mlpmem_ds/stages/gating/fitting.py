@@ -79,7 +79,7 @@ def fit_to_texts(config: Config, inputs: Inputs, units: Mapping[str, Unit], root
 
 def make_gate(config: Config, inputs: Inputs) -> LearnedGate:
     """The gate of `--kind`, untrained."""
-    lmbdas = [1 / (1 + len(inputs.memories))] * len(inputs.memories)
+    lmbdas = [1 / (1 + len(inputs.members))] * len(inputs.members)
     if config.kind == "router":
         assert inputs.states is not None
         base_size, *memory_sizes = inputs.states.sizes_of_states()
@@ -93,14 +93,12 @@ def make_gate(config: Config, inputs: Inputs) -> LearnedGate:
 def _rows_of_texts(
     config: Config, inputs: Inputs, gate: LearnedGate, units: Mapping[str, Unit], root: Path
 ) -> list[TextRows]:
-    base, *memories = (
-        read_stored_scores(root, arm, units.values()) for arm in (inputs.base, *inputs.memories)
-    )
+    base, *members = (read_stored_scores(root, arm, units.values()) for arm in (inputs.base, *inputs.members))
     states = None if inputs.states is None else read_stored_scores(root, inputs.states, units.values())
     rows = []
     for stream, text in inputs.texts.items():
         parts = () if inputs.states is None else _states_of(states, stream, inputs.states.sizes_of_states())
-        evidence = evidence_of(base, memories, stream, text.split.corpus, parts)
+        evidence = evidence_of(base, members, stream, text.split.corpus, parts)
         is_stopping_N = choose_stopping(text.split, config.stopping_fraction)
         rows.append(_rows_of_text(text, gate, evidence, is_stopping_N))
     return rows

@@ -1,4 +1,5 @@
-"""Part of `fit_gate`: base, memories and texts, opened and checked before anything is written."""
+"""Part of `fit_gate`: base, what is weighed against it, and texts, opened and checked before anything is
+written."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.formats.corpus import CorpusSplit
-from mlpmem_ds.stages.evaluation.arms import memory
+from mlpmem_ds.stages.evaluation.arms import ensemble, memory
 from mlpmem_ds.stages.evaluation.arms.arm import Arm
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, open_base
 from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
+from mlpmem_ds.stages.evaluation.arms.mixed import Member
 from mlpmem_ds.stages.evaluation.arms.states import StatesArm
 from mlpmem_ds.stages.evaluation.inputs import (
     find_layers_path,
@@ -42,7 +44,8 @@ class Inputs:
     """Everything that the fit reads."""
 
     base: ModelArm
-    memories: tuple[MemoryArm, ...]
+    members: tuple[Member, ...]
+    """what the gate weighs: memories, or a second language model"""
     states: StatesArm | None
     """for a gate that reads hidden states"""
     texts: Mapping[str, Text]
@@ -50,7 +53,7 @@ class Inputs:
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        return (self.base, *self.memories, *(() if self.states is None else (self.states,)))
+        return (self.base, *self.members, *(() if self.states is None else (self.states,)))
 
     @property
     def streams(self) -> dict[str, CorpusSplit]:
@@ -76,14 +79,16 @@ def open_inputs(config: Config, world: World) -> Inputs:
     )
     num_positions = sum(split.num_positions for split in splits)
     context = Context(base=base, texts=splits, num_positions=num_positions, shared=shared)
-    memories = tuple(memory.open_memories(scoring, context))
-    refuse_training_text({name: text.split for name, text in texts.items()}, memories)
+    memories = memory.open_memories(scoring, context)
+    members: list[Member] = [*memories, *ensemble.open_arms(scoring, context)]
+    refuse_training_text({name: text.split for name, text in texts.items()}, members)
     if not config.general:
         _logger.warning(
-            "the gate is fitted to the memories' own text alone, and will cost other text several per cent:"
-            " give some with --general"
+            "the gate is fitted to text of --corpus alone, and will cost other text several per cent: give"
+            " some with --general"
         )
-    return Inputs(base=base, memories=memories, states=_states_arm(config.kind, base, memories), texts=texts)
+    states = _states_arm(config.kind, base, memories)
+    return Inputs(base=base, members=tuple(members), states=states, texts=texts)
 
 
 def _open_texts(config: Config) -> dict[str, Text]:

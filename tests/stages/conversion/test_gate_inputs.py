@@ -36,22 +36,22 @@ class _Flags:
 
 
 def save_gate(
-    root: Path, base_dir: Path, memories: list[Path], *, kind: str = "history", **changes: Any
+    root: Path, base_dir: Path, trained: list[Path], *, kind: str = "history", **changes: Any
 ) -> Path:
     """A gate directory as fit_gate leaves it, its weights random."""
     torch.manual_seed(5)
-    lmbdas = (0.4 / len(memories),) * len(memories)
+    lmbdas = (0.4 / len(trained),) * len(trained)
     gate: LearnedGate
     if kind == "router":
-        gate = RouterGate(lmbdas=lmbdas, base_size=16, memory_sizes=[24] * len(memories))
+        gate = RouterGate(lmbdas=lmbdas, base_size=16, memory_sizes=[24] * len(trained))
     else:
         gate = (HistoryGate if kind == "history" else ConfidencesGate)(lmbdas=lmbdas)
     gate.standardize(torch.full_like(gate.mean, -0.5), torch.full_like(gate.mean, 2.0))
     torch.nn.init.normal_(gate.out.weight, std=0.3)
     fields: dict[str, Any] = {
         "base": fingerprint_model(str(base_dir)),
-        "vocabulary_sha256": read_weights(memories[0]).provenance.vocabulary_sha256,
-        "memories": tuple(GateMemory(name=each.name, sha256=read_weights(each).sha256) for each in memories),
+        "vocabulary_sha256": read_weights(trained[0]).provenance.vocabulary_sha256,
+        "memories": tuple(GateMemory(name=each.name, sha256=read_weights(each).sha256) for each in trained),
         "gate": gate.settings(),
         "fixed": lmbdas,
         "epochs": 3,
@@ -158,11 +158,14 @@ def test_what_the_gate_was_not_fitted_for_is_refused(
     gate = save_gate(tmp_path / "gate", base_dir, [bank[0]])
     other_base = save_gate(tmp_path / "other", base_dir, [bank[0]], base="ab" * 32)
     report = save_report(tmp_path / "report", bank[0])
+    second = (GateMemory(name="second_model", sha256="cd" * 32),)  # as fit_gate --ensemble leaves it
+    of_model = save_gate(tmp_path / "of_model", base_dir, [bank[0]], memories=second)
     words = ("--model", base_dir, "--output", tmp_path / "export")
     for given, said in (
         (("--checkpoint", bank[1], "--gate", gate), "it lacks memory; "),
         (("--checkpoint", *bank, "--gate", gate), "weighs 1 memories (memory), and --checkpoint gives 2"),
         (("--checkpoint", bank[0], "--gate", other_base), "was fitted with another base"),
+        (("--checkpoint", bank[0], "--gate", of_model), "it lacks second_model; "),
         (("--checkpoint", *bank, "--step", 3), "give one --checkpoint"),
         (("--checkpoint", *bank, "--write", "memory"), "writes one memory"),
         (("--checkpoint", *bank, bank[0]), f"--checkpoint names {bank[0]} twice"),

@@ -1,4 +1,5 @@
-"""A general text of other words, two memories, and a finished fit; made once a worker, read-only."""
+"""A general text of other words, two memories, a second language model, and finished fits; made once a
+worker, read-only."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from mlpmem_ds.stages.corpus import prepare_corpus
 from mlpmem_ds.stages.gating import fit_gate
 from mlpmem_ds.stages.gating.config import Config
 
-from ..evaluation.conftest import save_memory
+from ..evaluation.conftest import save_memory, save_model
 
 
 class Parts(NamedTuple):
@@ -26,6 +27,8 @@ class Parts(NamedTuple):
     memory: Path
     other: Path
     """a second memory of the same base"""
+    second: Path
+    """a language model of its own, with the base's vocabulary"""
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +58,7 @@ def parts(
         general=root / "general",
         memory=save_memory(root / "memory", keys, corpus, seed=1),
         other=save_memory(root / "other", keys, corpus, seed=2),
+        second=save_model(base_dir, corpus_dir, root / "second", seed=5),
     )
 
 
@@ -76,5 +80,14 @@ def make_config(parts: Parts, output: Path, *, num_memories: int = 1, **changes:
 @pytest.fixture(scope="session")
 def fitted(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = make_config(parts, tmp_path_factory.mktemp("fitted") / "gate")
+    fit_gate.run(config, World())
+    return config
+
+
+@pytest.fixture(scope="session")
+def second_gate(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A fit with the second language model in the memory's place."""
+    output = tmp_path_factory.mktemp("second_gate") / "gate"
+    config = make_config(parts, output, memory=(), ensemble=str(parts.second))
     fit_gate.run(config, World())
     return config

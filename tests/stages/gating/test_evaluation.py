@@ -21,7 +21,7 @@ from mlpmem_ds.stages.gating import fit_gate
 from mlpmem_ds.stages.gating.config import Config
 
 from .conftest import Parts, make_config
-from .test_fit_gate import brute_force, rebuilt
+from .test_fit_gate import brute_force, brute_force_of_models, rebuilt
 
 
 def evaluation_of(parts: Parts, output: Path, *gates: Config, **changes: object) -> EvaluationConfig:
@@ -78,12 +78,49 @@ def test_a_gated_memory_is_the_mixture_at_the_weights_of_the_gate(
     assert "a gate gives λ at each token" in page and f"~{figures.mean:.2f}" in page
 
 
+@pytest.mark.parametrize("text", ["corpus", "general"])
+def test_a_gated_second_model_is_the_mixture_at_the_weights_of_the_gate(
+    parts: Parts, second_gate: Config, tmp_path: Path, text: str
+) -> None:
+    root: Path = getattr(parts, text)
+    ensemble = {"memory": (), "ensemble": (f"second={parts.second}",)}
+    evaluation = evaluated(evaluation_of(parts, tmp_path / "report", second_gate, corpus=root, **ensemble))
+    assert [arm.name for arm in evaluation.arms] == ["base", "base+second", "base+second+gate"]
+    assert evaluation.subject is None
+    gated, corpus = evaluation.arm("base+second+gate"), open_corpus(root, "test")
+    logs_N2, confidences, histories = brute_force_of_models(parts.base, parts.second, corpus)
+    features = torch.from_numpy(np.concatenate([confidences, histories], 1)).float()
+    with torch.no_grad():
+        lambdas_N = rebuilt(second_gate).weights(features)[:, 0].double().numpy()
+    p = np.exp(logs_N2)
+    expected = np.exp(-np.log((1 - lambdas_N) * p[:, 0] + lambdas_N * p[:, 1]).mean())
+    assert gated.ppl == pytest.approx(expected, rel=1e-4)
+    assert gated.weights is not None
+    assert gated.weights["test"].mean == pytest.approx(lambdas_N.mean(), rel=1e-3)
+    assert gated.parameters > evaluation.arm("base+second").parameters == 2 * evaluation.base.parameters
+    assert "the same as `base+second`, but a gate" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_gates_of_a_memory_and_of_a_second_model_stand_in_one_report(
+    parts: Parts, fitted: Config, second_gate: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble = (f"second={parts.second}",)
+    config = evaluation_of(parts, tmp_path / "report", fitted, ensemble=ensemble)
+    evaluated(config)
+    monkeypatch.setattr(evaluate.UnitScorer, "score", None)  # nothing is scored again
+    both = evaluated(replace(config, gate=(str(fitted.output), f"other={second_gate.output}")))
+    names = ["base", "base+memory", "base+second", "base+memory+gate", "base+second+other"]
+    assert [arm.name for arm in both.arms] == names and both.subject == "base+memory"
+    assert set(both.wins) == {"base+second", "base+second+other"}  # controls
+
+
 def test_a_bank_is_the_mixture_of_all_its_memories(parts: Parts, bank_gate: Config, tmp_path: Path) -> None:
     config = evaluation_of(parts, tmp_path / "report", bank_gate)
     evaluation = evaluated(config)
     names = ["base", "base+memory", "base+other", "base+bank", "base+bank+gate"]
     assert [arm.name for arm in evaluation.arms] == names and evaluation.subject == "base+bank"
-    parts_of_test = [brute_force(parts.base, root, open_corpus(parts.corpus, "test")) for root in parts[3:]]
+    roots = (parts.memory, parts.other)
+    parts_of_test = [brute_force(parts.base, root, open_corpus(parts.corpus, "test")) for root in roots]
     p = np.exp(np.stack([parts_of_test[0][0][:, 0], *(logs[:, 1] for logs, _, _ in parts_of_test)], 1))
     bank = evaluation.arm("base+bank")
     weights = np.array([bank.chosen["lambda_memory"], bank.chosen["lambda_other"]])
@@ -151,15 +188,20 @@ def test_a_gate_is_added_to_a_report_without_scoring_again(
     assert [arm.ppl for arm in after.arms][:2] == [arm.ppl for arm in before.arms]
 
 
-def test_gates_that_do_not_belong_are_refused(parts: Parts, fitted: Config, tmp_path: Path) -> None:
+def test_gates_that_do_not_belong_are_refused(
+    parts: Parts, fitted: Config, second_gate: Config, tmp_path: Path
+) -> None:
     def refused(match: str, **changes: object) -> None:
         with pytest.raises(UserError, match=match):
             config = evaluation_of(parts, tmp_path / "report", fitted, **changes)
             evaluate.run(config, World())
         assert not (tmp_path / "report").exists()
 
-    refused("weighs memories that --memory does not name: memory", memory=(str(parts.other),))
+    refused("weighs what neither --memory nor --ensemble names: memory", memory=(str(parts.other),))
     refused("was fitted to the tuning split", tuning_split="heldout", test_split="tuning", extra_splits=())
     refused("--gate needs --memory", memory=())
+    second = (f"second={parts.second}",)
+    refused("weighs what neither .*: memory ", memory=(), ensemble=second)
+    refused("weighs what neither .*: second_model ", gate=(str(second_gate.output),))
     refused("a name of its own", gate=(str(fitted.output), str(fitted.output)))
     refused("fit_gate", gate=(str(parts.memory),))

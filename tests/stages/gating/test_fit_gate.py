@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,26 @@ from .conftest import Parts, make_config
 def brute_force(
     base_dir: Path, memory_dir: Path, corpus: CorpusSplit
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log p of the values by base and memory [N, 2], confidences [N, 6] and histories [N, 4], by plain
-    loops."""
+    """`evidence_by_hand` of a base and a memory."""
     log_base_NV, states_ND = forward_base(base_dir, corpus)
     memory = load_memory(memory_dir)
     with torch.no_grad():
         log_memory_NV = memory.head(memory(torch.from_numpy(states_ND))).double().log_softmax(-1).numpy()
+    return evidence_by_hand(log_base_NV, log_memory_NV, corpus)
+
+
+def brute_force_of_models(
+    base_dir: Path, second_dir: Path, corpus: CorpusSplit
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`evidence_by_hand` of a base and a second language model."""
+    return evidence_by_hand(*(forward_base(path, corpus)[0] for path in (base_dir, second_dir)), corpus)
+
+
+def evidence_by_hand(
+    log_base_NV: np.ndarray, log_memory_NV: np.ndarray, corpus: CorpusSplit
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log p of the values by base and memory [N, 2], confidences [N, 6] and histories [N, 4], by plain
+    loops."""
     values_N = corpus.values(0, corpus.num_positions)
     places = np.arange(len(values_N))
     logs_N2 = np.stack([log_base_NV[places, values_N], log_memory_NV[places, values_N]], 1)
@@ -72,16 +87,26 @@ def rebuilt(config: Config) -> LearnedGate:
     return load_gate(stored.manifest.gate, stored.weights)
 
 
-def test_a_gate_and_its_figures_are_those_of_brute_force(parts: Parts, fitted: Config) -> None:
-    manifest, gate = read_gate(fitted.output).manifest, rebuilt(fitted)
-    assert [memory.name for memory in manifest.memories] == ["memory"]
+@pytest.mark.parametrize("weighed", ["memory", "second_model"])
+def test_a_gate_and_its_figures_are_those_of_brute_force(
+    parts: Parts, fitted: Config, second_gate: Config, weighed: str
+) -> None:
+    of_memory = weighed == "memory"
+    config = fitted if of_memory else second_gate
+    evidence = (
+        partial(brute_force, parts.base, parts.memory)
+        if of_memory
+        else partial(brute_force_of_models, parts.base, parts.second)
+    )
+    manifest, gate = read_gate(config.output).manifest, rebuilt(config)
+    assert [memory.name for memory in manifest.memories] == [weighed]
     assert [text.part for text in manifest.texts] == ["domain", "general"]
     for text, root in zip(manifest.texts, (parts.corpus, parts.general), strict=True):
         corpus = open_corpus(root, "tuning")
-        logs_N2, confidences, histories = brute_force(parts.base, parts.memory, corpus)
+        logs_N2, confidences, histories = evidence(corpus)
         stream = "domain0" if text.part == "domain" else "general1"
         np.testing.assert_allclose(
-            read_scores(fitted.output, stream, "base+memory"), logs_N2[:, 1], rtol=1e-5, atol=1e-5
+            read_scores(config.output, stream, f"base+{weighed}"), logs_N2[:, 1], rtol=1e-5, atol=1e-5
         )
         features = torch.from_numpy(np.concatenate([confidences, histories], 1)).float()
         with torch.no_grad():
@@ -193,8 +218,12 @@ def test_wrong_inputs_are_refused_before_anything_is_written(
     manifest["tokenizer"]["vocabulary_sha256"] = "5" * 64
     publish_json(other_words / "manifest.json", manifest, seal=True)
     refused(f"another vocabulary .* than the corpus {other_words} has", general=(str(other_words),))
+    refused("--ensemble second_model .*directory without config.json", memory=(), ensemble=str(tmp_path))
     for changes, match in (
-        ({"memory": ()}, "at least one --memory"),
+        ({"memory": ()}, "give either --memory or --ensemble"),
+        ({"ensemble": "model"}, "give either --memory or --ensemble"),
+        ({"corpus": ()}, "at least one --corpus"),
+        ({"memory": (), "ensemble": "model", "kind": "router"}, "--ensemble has none: choose another kind"),
         ({"general": (str(parts.corpus),)}, "twice"),
         ({"memory": (str(parts.memory), str(parts.memory))}, "is taken"),
         ({"memory": ("bank=x", "y")}, "is taken"),

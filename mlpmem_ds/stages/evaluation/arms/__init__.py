@@ -3,7 +3,7 @@
 - `arm.py`: the protocol `Arm`, with the price and the scores that every arm gives
 - `base.py`: the base alone (`--model`), whose pass serves the arms that are mixed with it
 - `memory.py`: base and memory (`--memory`, `--control base+NAME=DIR`)
-- `mixed.py`: memories at weights of their own, by gates or as a bank (`--gate`, several `--memory`)
+- `mixed.py`: memories (or a second model) by gates, memories as a bank (`--gate`, several `--memory`)
 - `states.py`: hidden states, for gates that read them; not reported
 - `knn.py`: base and a search of the stored keys; `datastore.py`: keys, index and targets, opened
 - `ensemble.py`: base and a second language model (`--ensemble NAME=DIR`)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 
 from mlpmem_ds.core.log import seconds_of_stage
 from mlpmem_ds.core.stage_directory import StageDirectory
+from mlpmem_ds.maths.head_scores import HeadScores
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
@@ -60,6 +62,24 @@ class Scores:
     confidences: np.ndarray | None = None
     """[n, 3], from an arm that a gate may weigh: the entropy of its distribution in nats, the log-probability
     of its likeliest token, and 1 where that is the base's likeliest too"""
+
+
+def scores_beside_base(found: HeadScores, scan: Scan) -> Scores:
+    """Of a distribution that a gate may weigh against the base's. The tokens of `found` are the value and the
+    base's likeliest token (`tokens_beside_base`)."""
+    named_n2 = found.log_probabilities_NJ.cpu().numpy()
+    agrees_n = found.top_ids_N.cpu() == torch.from_numpy(scan.top_ids_n)
+    confidences = (found.entropies_N.cpu(), found.top_N.cpu(), agrees_n.float())
+    return Scores(
+        values=named_n2[:, 0].copy(),
+        guesses=named_n2[:, 1].copy(),
+        confidences=torch.stack(confidences, dim=1).numpy(),
+    )
+
+
+def tokens_beside_base(scan: Scan) -> np.ndarray:
+    """int64 [n, 2]: the value, and the base's likeliest token."""
+    return np.stack([scan.values_n, scan.top_ids_n], axis=1)
 
 
 Part = Literal["base", "subject", "reference", "control", "other"]

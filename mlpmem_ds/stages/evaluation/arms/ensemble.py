@@ -3,7 +3,8 @@
 What a memory has to be compared with where its gain may be that of any second opinion: two models that err at
 different tokens are better together than each alone.
 
-n positions of a block, J tokens asked for at a position.
+Under a gate (`mixed.py`) it is the control of a gated memory: a model that forgets may still be mixed in
+where it helps, at the price of a second model's pass.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
+from mlpmem_ds.stages.evaluation.arms.arm import (
+    Arm,
+    Part,
+    Price,
+    Scores,
+    scores_beside_base,
+    sum_of_logs,
+    tokens_beside_base,
+)
 from mlpmem_ds.stages.evaluation.arms.base import Context, bytes_of_source, num_parameters
-from mlpmem_ds.stages.evaluation.arms.model import open_source, tokens_of_training
+from mlpmem_ds.stages.evaluation.arms.model import open_source, texts_of_training, tokens_of_training
 from mlpmem_ds.stages.evaluation.config import Config, named_directories
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
@@ -32,15 +39,15 @@ class EnsembleArm(Arm):
     """the other model's"""
     price: Price
     inputs: Mapping[str, str]
+    trained_on: tuple[tuple[str, str], ...] = ()
     description: str = "the base mixed with a second language model, both read the text"
     part: Part = "control"
     settings: Mapping[str, Any] = field(default_factory=dict)
     resolved: Mapping[str, Any] = field(default_factory=dict)
 
     def score(self, scan: Scan) -> Scores:
-        tokens_n2 = np.stack([scan.values_n, scan.top_ids_n], axis=1)
-        scores_n2 = self.second.score_tokens(scan.corpus, scan.block, tokens_n2)
-        return Scores(values=scores_n2[:, 0].copy(), guesses=scores_n2[:, 1].copy())
+        found = self.second.score_tokens(scan.corpus, scan.block, tokens_beside_base(scan))
+        return scores_beside_base(found, scan)
 
 
 def open_arms(config: Config, context: Context) -> list[EnsembleArm]:
@@ -63,4 +70,5 @@ def _open_ensemble(root: Path, name: str, config: Config, context: Context) -> E
             tokens=tokens_of_training(root),
         ),
         inputs={arm: sha256},
+        trained_on=texts_of_training(root),
     )

@@ -37,7 +37,15 @@ from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.pretrained_memory import PretrainedMemory, build_memory
 from mlpmem_ds.models.quantized import Int8Linear, quantize_linears
 from mlpmem_ds.models.shared_head import SharedHead
-from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores, sum_of_logs
+from mlpmem_ds.stages.evaluation.arms.arm import (
+    Arm,
+    Part,
+    Price,
+    Scores,
+    scores_beside_base,
+    sum_of_logs,
+    tokens_beside_base,
+)
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_model
 from mlpmem_ds.stages.evaluation.arms.controls import is_export, memory_controls
 from mlpmem_ds.stages.evaluation.arms.datastore import stages_of_targets
@@ -85,16 +93,8 @@ class MemoryArm(Arm):
     trained_on: tuple[tuple[str, str], ...]
 
     def score(self, scan: Scan) -> Scores:
-        tokens_n2 = np.stack([scan.values_n, scan.top_ids_n], axis=1)
-        scores = memory_scores(self.memory, scan.states[self.point], tokens_n2)
-        named_n2 = scores.log_probabilities_NJ.cpu().numpy()
-        agrees_n = scores.top_ids_N.cpu() == torch.from_numpy(scan.top_ids_n)
-        confidences = (scores.entropies_N.cpu(), scores.top_N.cpu(), agrees_n.float())
-        return Scores(
-            values=named_n2[:, 0].copy(),
-            guesses=named_n2[:, 1].copy(),
-            confidences=torch.stack(confidences, dim=1).numpy(),
-        )
+        found = memory_scores(self.memory, scan.states[self.point], tokens_beside_base(scan))
+        return scores_beside_base(found, scan)
 
     def joint_model(self, lmbda: float, chosen: Mapping[str, float]) -> MemoryAugmentedLM:
         return joint_of((self,), lmbda)

@@ -1,6 +1,6 @@
 """Arms that weigh memories anew, after scoring: a memory by a gate (`--gate`), and the bank of several
-memories (`--memory A B`) by a gate or by its best fixed weights. They have no units: all is made from what
-the memories left.
+memories (`--memory A B`) by a gate or by its best fixed weights; and the second language model of an ensemble
+by a gate that was fitted to it. They have no units: all is made from what the members left.
 
 A bank is mixed as one memory is: `(1 - Λ) p_base + Λ p_bank` with Λ the sum of the memories' weights and
 p_bank their mixture by their shares of it.
@@ -14,7 +14,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,22 +25,25 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Weights
 from mlpmem_ds.stages.evaluation.arms.arm import Part, Price, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import ModelArm
+from mlpmem_ds.stages.evaluation.arms.ensemble import EnsembleArm
 from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm, joint_of
 from mlpmem_ds.stages.evaluation.arms.states import StatesArm
 from mlpmem_ds.stages.evaluation.config import BANK, Config, gate_directories
 from mlpmem_ds.stages.evaluation.splits import Split
 
+Member: TypeAlias = MemoryArm | EnsembleArm
+"""what a gate weighs against the base"""
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedArm:
-    """Base and memories at weights of their own."""
+    """Base and members at weights of their own."""
 
     name: str
     description: str
     part: Part
-    members: tuple[MemoryArm, ...]
+    members: tuple[Member, ...]
     price: Price
     settings: Mapping[str, Any]
     gate: LearnedGate | None = None
@@ -55,9 +58,13 @@ class MixedArm:
         """As they stand among what was chosen for a bank."""
         return [f"lambda_{member.name.removeprefix('base+')}" for member in self.members]
 
-    def joint_model(self, lmbda: float, chosen: Mapping[str, float]) -> MemoryAugmentedLM:
-        """Base and memories as one model that generates text: by the gate, or at the chosen weights."""
-        joint = joint_of(self.members, lmbda)
+    def joint_model(self, lmbda: float, chosen: Mapping[str, float]) -> MemoryAugmentedLM | None:
+        """Base and memories as one model that generates text, by the gate or at the chosen weights; None with
+        a second language model."""
+        memories = [member for member in self.members if isinstance(member, MemoryArm)]
+        if len(memories) < len(self.members):
+            return None
+        joint = joint_of(memories, lmbda)
         if self.gate is not None:
             joint.set_gate(copy.deepcopy(self.gate).to(joint.base.device))
         elif len(self.members) > 1:
@@ -66,16 +73,21 @@ class MixedArm:
 
 
 def open_mixed_arms(
-    config: Config, base: ModelArm, memories: Sequence[MemoryArm], tests: Sequence[Split]
+    config: Config,
+    base: ModelArm,
+    memories: Sequence[MemoryArm],
+    ensembles: Sequence[EnsembleArm],
+    tests: Sequence[Split],
 ) -> list[MixedArm]:
     """The bank of several memories, and an arm for each gate.
 
     Raises:
-        UserError: a gate is of another base, vocabulary or memory, or was fitted to a test split.
+        UserError: a gate is of another base, vocabulary, memory or second model, or was fitted to a test
+            split.
     """
     arms = [_bank(base, memories)] if len(memories) > 1 else []
     for name, root in gate_directories(config.gate).items():
-        arm = _gated(name, read_gate(Path(root), flag="--gate"), base, memories)
+        arm = _gated(name, read_gate(Path(root), flag="--gate"), base, (*memories, *ensembles))
         for split in tests:
             if (split.corpus.sha256, split.name) in arm.fitted_to:
                 raise UserError(
@@ -100,9 +112,10 @@ def _bank(base: ModelArm, memories: Sequence[MemoryArm]) -> MixedArm:
     )
 
 
-def _gated(name: str, stored: FittedGate, base: ModelArm, memories: Sequence[MemoryArm]) -> MixedArm:
+def _gated(name: str, stored: FittedGate, base: ModelArm, given: Sequence[Member]) -> MixedArm:
     manifest = stored.manifest
-    members = _members(stored, base, memories)
+    members = _members(stored, base, given)
+    memories = tuple(member for member in members if isinstance(member, MemoryArm))
     gate = load_gate(manifest.gate, stored.weights)
     mixed = members[0].name if len(members) == 1 else f"base+{BANK}"
     price = _price(base, members)
@@ -110,7 +123,7 @@ def _gated(name: str, stored: FittedGate, base: ModelArm, memories: Sequence[Mem
         name=f"weights_of_{name}",
         forward_pass=base.forward_pass,
         price=base.price,
-        memories=members,
+        memories=memories,
         gate=gate,
         inputs={f"gate-{name}": stored.sha256},
     )
@@ -121,7 +134,7 @@ def _gated(name: str, stored: FittedGate, base: ModelArm, memories: Sequence[Mem
             f" {' and '.join(dict.fromkeys(text.name for text in manifest.texts))} gives the weight at each"
             f" token, from {_evidence_text(manifest)}"
         ),
-        part="other",
+        part="other" if memories else "control",
         members=members,
         gate=gate,
         states=helper if gate.reads else None,
@@ -144,28 +157,28 @@ def _evidence_text(manifest: GateManifest) -> str:
     }.get(manifest.gate["kind"], "what is read of the position")
 
 
-def _members(stored: FittedGate, base: ModelArm, memories: Sequence[MemoryArm]) -> tuple[MemoryArm, ...]:
-    """The memories that a gate weighs, in its order."""
+def _members(stored: FittedGate, base: ModelArm, given: Sequence[Member]) -> tuple[Member, ...]:
+    """What a gate weighs, in its order."""
     manifest = stored.manifest
     if manifest.base != base.sha256:
         raise UserError(
             f"--gate {stored.root} was fitted for another base ({manifest.base[:12]}…) than --model"
             f" {base.path} ({base.sha256[:12]}…): fit one with this base"
         )
-    by_hash = {arm.inputs[arm.name]: arm for arm in memories}
-    missing = [memory for memory in manifest.memories if memory.sha256 not in by_hash]
+    by_hash = {arm.inputs[arm.name]: arm for arm in given}
+    missing = [member for member in manifest.memories if member.sha256 not in by_hash]
     if missing:
-        names = ", ".join(f"{memory.name} ({memory.sha256[:12]}…)" for memory in missing)
+        names = ", ".join(f"{member.name} ({member.sha256[:12]}…)" for member in missing)
         raise UserError(
-            f"--gate {stored.root} weighs memories that --memory does not name: {names}: give the directories"
-            " that it was fitted with, or fit a gate for these memories"
+            f"--gate {stored.root} weighs what neither --memory nor --ensemble names: {names}: give the"
+            " directories that it was fitted with, or fit a gate for these"
         )
-    return tuple(by_hash[memory.sha256] for memory in manifest.memories)
+    return tuple(by_hash[member.sha256] for member in manifest.memories)
 
 
-def _price(base: ModelArm, memories: Sequence[MemoryArm]) -> Price:
-    """Of the base and several memories; what they have in common, such as keys, is counted for each."""
-    own, prices = base.price, [arm.price for arm in memories]
+def _price(base: ModelArm, members: Sequence[Member]) -> Price:
+    """Of the base and its members; what they have in common, such as keys, is counted for each."""
+    own, prices = base.price, [arm.price for arm in members]
     tokens = [price.tokens for price in prices]
     return Price(
         parameters=own.parameters + sum(price.parameters - own.parameters for price in prices),

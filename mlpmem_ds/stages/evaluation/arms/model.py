@@ -76,8 +76,22 @@ def open_source(root: Path, flag: str, config: Config, context: Context) -> tupl
 
 def tokens_of_training(root: Path) -> int | None:
     """Tokens of all steps of `train_base` or `train_baseline`; None for a model from elsewhere."""
+    stage = _read_training(root)
+    if stage is None:
+        return None
+    training = stage.manifest.training
+    return int(training.steps * training.rows_per_step)
+
+
+def texts_of_training(root: Path) -> tuple[tuple[str, str], ...]:
+    """What `train_base` or `train_baseline` read, as `Arm.trained_on`; () for a model from elsewhere."""
+    stage = _read_training(root)
+    return () if stage is None else ((stage.inputs["corpus"], "train"),)
+
+
+def _read_training(root: Path) -> CompleteStage[Any] | None:
     for manifest in (BaseManifest, BaselineManifest):
         if format_of(root) == manifest.FORMAT:
             stage: CompleteStage[Any] = read_stage(CompleteStage, manifest, root, flag="--control")
-            return int(stage.manifest.training.steps * stage.manifest.training.rows_per_step)
+            return stage
     return None

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.evaluation import read_evaluation
+from mlpmem_ds.formats.trained_models import BaselineManifest, TrainingResult
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config
 
-from ..conftest import forward_base, read_scores
+from ..conftest import forward_base, read_scores, save_model
 
 
 def test_it_is_the_mixture_of_both_models_at_the_best_lambda(
@@ -38,6 +41,13 @@ def test_it_is_the_mixture_of_both_models_at_the_best_lambda(
         top = base_NV.argmax(1)
         np.testing.assert_allclose(
             read_scores(config.output, split, "base+second", "guesses"), second_NV[rows, top], atol=1e-5
+        )
+        entropy = -(np.exp(second_NV) * second_NV).sum(1)
+        agrees = second_NV.argmax(1) == top
+        np.testing.assert_allclose(
+            read_scores(config.output, split, "base+second", "confidences"),
+            np.stack([entropy, second_NV.max(1), agrees], axis=1),
+            atol=2e-5,
         )
         perplexities[split] = {
             lmbda: math.exp(-np.log((1 - lmbda) * np.exp(first) + lmbda * np.exp(second)).mean())
@@ -64,4 +74,31 @@ def test_a_wrong_name_is_refused(config: Config, word: str, said: str) -> None:
 def test_a_directory_without_a_model_is_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--ensemble second .*directory without config.json"):
         evaluate.run(replace(config, ensemble=(f"second={tmp_path}",)), World())
+    assert not config.output.exists()
+
+
+def test_the_text_that_it_was_trained_on_is_refused(
+    config: Config, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    flags: Any = make_dataclass("NoFlags", [], frozen=True)()
+    inputs = {"corpus": open_corpus(corpus_dir).sha256}
+    stage = open_stage(model, stage="baseline", version=1, config=flags, inputs=inputs, world=World())
+    manifest = BaselineManifest(
+        kind="continued",
+        base={},
+        training=TrainingResult(steps=3, rows_per_step=64, selected_step=3, validations=()),
+        parameters=1,
+        parameters_trained=1,
+        parameters_matched=None,
+        rank=None,
+        alpha=None,
+    )
+    stage.run_units(["none"], lambda name, writer: None)
+    save_model(base_dir, corpus_dir, model, seed=5)
+    stage.complete(["none"], lambda: manifest)
+    only = {"memory": (), "keys": None, "index": None, "targets": None, "control": ()}
+    config = replace(config, ensemble=(f"second={model}",), test_split="train", **only)
+    with pytest.raises(UserError, match="the train split is the text that"):
+        evaluate.run(config, World())
     assert not config.output.exists()
