@@ -16,7 +16,7 @@ BASE, KNN, KNN_INDEX = "base", "base+knn_exact", "base+knn_ivfpq"
 MEMORY, MEMORY_CE = f"base+{SUBJECT}", f"base+{SUBJECT}_ce"
 PAPER, PAPER_CE = "base+paper", "base+paper_ce"
 GATE, BANK = f"base+{SUBJECT}+gate", "base+bank+gate"
-CONTINUED, ENSEMBLE = "continued", "base+ensemble"
+CONTINUED, ENSEMBLE, ENSEMBLE_GATE = "continued", "base+ensemble", "base+ensemble+gate"
 SECOND_MODELS = (CONTINUED, "bigger")
 """what the base is mixed with in the ensemble: the first of these that is trained on the text"""
 BEST_MEMORIES = (GATE, MEMORY)
@@ -129,6 +129,10 @@ _UNTRAINED = {
     KNN_INDEX: "the same by an IVF-PQ index",
     GATE: "`base+memory` with a gate: λ of each token, fitted to tuning splits of both texts",
     ENSEMBLE: "the base mixed with a second language model: `continued`, else `bigger`; λ tuned",
+    ENSEMBLE_GATE: (
+        "`base+ensemble` with a gate fitted as the memory's is, of the same features: whether a model that"
+        " forgets can be gated too, at the price of a whole second model at every token"
+    ),
     BANK: "both texts' memories at once under one gate",
 }
 

@@ -9,7 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from mlpmem_ds.benchmarks.quality.arms import BANK, BASE, KNN, KNN_INDEX, description_of
+from mlpmem_ds.benchmarks.quality.arms import (
+    BANK,
+    BASE,
+    ENSEMBLE_GATE,
+    KNN,
+    KNN_INDEX,
+    description_of,
+)
 from mlpmem_ds.benchmarks.quality.bootstrap import ArmSums, Estimate, estimate
 from mlpmem_ds.benchmarks.quality.plan import Plan, TextName
 from mlpmem_ds.benchmarks.quality.presets import Text
@@ -37,9 +44,9 @@ class Reports:
         """Of each seed that has the arm."""
         return [figures[arm] for figures in self.by_seed if arm in figures]
 
-    def with_arm(self, other: Reports, arm: str) -> Reports:
-        """The same with an arm of other reports of the same text, if they have it."""
-        if arm not in other.tested.sums:
+    def with_arm(self, other: Reports | None, arm: str) -> Reports:
+        """The same with an arm of other reports of the same text, if there are such and they have it."""
+        if other is None or arm not in other.tested.sums:
             return self
         pairs = zip(self.by_seed, other.by_seed, strict=True)
         return Reports(
@@ -86,9 +93,12 @@ def text_result(
     """The table of one text, and its ratios."""
     own, bank = _reports_of(name, name, plan, root), _reports_of("bank", name, plan, root)
     assert own is not None
-    if bank is not None:
-        own = own.with_arm(bank, BANK)
-    other = _reports_of(name, "general" if name == "domain" else "domain", plan, root)
+    own = own.with_arm(_reports_of(name, name, plan, root, of="ensemble"), ENSEMBLE_GATE)
+    own = own.with_arm(bank, BANK)
+    other_name: TextName = "general" if name == "domain" else "domain"
+    other = _reports_of(name, other_name, plan, root)
+    if other is not None:
+        other = other.with_arm(_reports_of(name, other_name, plan, root, of="ensemble"), ENSEMBLE_GATE)
     rows = [_row(arm, own, other) for arm in own.arms]
     result = TextResult(
         name=name,
@@ -107,12 +117,16 @@ def _split_tokens(root: Path, name: TextName) -> Mapping[str, int]:
 
 
 def _reports_of(
-    trained_on: TextName | Literal["bank"], tested_on: TextName, plan: Plan, root: Path
+    trained_on: TextName | Literal["bank"],
+    tested_on: TextName,
+    plan: Plan,
+    root: Path,
+    *,
+    of: Literal["arms", "ensemble"] = "arms",
 ) -> Reports | None:
-    """Of one text's arms, or the bank, on a text, by seed; None where there are none."""
-    places = [
-        place for place in plan.reports if (place.trained_on, place.tested_on) == (trained_on, tested_on)
-    ]
+    """Of one text's arms, its gated ensemble, or the bank, on a text, by seed; None where there are none."""
+    key = (trained_on, tested_on, of)
+    places = [place for place in plan.reports if (place.trained_on, place.tested_on, place.of) == key]
     return read_reports([root / place.name for place in places], FIXED_ARMS) if places else None
 
 

@@ -7,6 +7,7 @@ texts ─▶ base ─▶ for each text: two key directories, one a kind of memor
                      ─▶ report of the text's arms on its test split  (seed 0: the kNN arms too)
                      ─▶ report of the new domain's arms on the general text, at the same λ and gate
                      ─▶ report of the bank on each text
+                     ─▶ a gate over the second model of a text, fitted as the subject's; its reports, as above
 """
 
 from __future__ import annotations
@@ -44,12 +45,15 @@ class ReportPlace:
     trained_on: TextName | Literal["bank"]
     tested_on: TextName
     seed: int
+    of: Literal["arms", "ensemble"] = "arms"
+    """all arms but the gated ensemble, which has reports of its own"""
 
     @property
     def name(self) -> str:
         """Of its job, below the output."""
+        arms = "" if self.of == "arms" else f"_{self.of}"
         other = "" if self.trained_on == self.tested_on else f"_on_{self.tested_on}"
-        return f"{self.trained_on}/report{other}-{self.seed}"
+        return f"{self.trained_on}/report{arms}{other}-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ def make_plan(
     for seed in range(num_seeds):
         planner.add_gates(seed)
         planner.add_reports(seed)
+        planner.add_gated_ensembles(seed)
     if questions:
         planner.add_questions(questions)
     return planner.plan()
@@ -247,7 +252,7 @@ class Planner:
             for arm, job in jobs.items()
             if arm != SUBJECT
         ]
-        second = [jobs[arm] for arm in SECOND_MODELS if arm in jobs][:1]
+        second = self._second_model(text, seed)
         datastore: tuple[object, ...] = ()
         if seed == 0 and place.tested_on == text:
             datastore = tuple(word for name in _STAGES for word in (f"--{name}", self._at(f"{text}/{name}")))
@@ -257,10 +262,42 @@ class Planner:
             *("--memory", self._at(jobs[SUBJECT])),
             *(word for job in gate for word in ("--gate", self._at(job))),
             *(("--control", *controls) if controls else ()),
-            *(word for job in second for word in ("--ensemble", f"ensemble={self._at(job)}")),
+            *(() if second is None else self._ensemble(second)),
             *(*datastore, *flags),
             needs=(*jobs.values(), *gate, *needs),
         )
+
+    def add_gated_ensembles(self, seed: int) -> None:
+        """The control of the subject's gate: the same fit with the text's second model in its place."""
+        for text in TEXTS:
+            second = self._second_model(text, seed)
+            if second is not None:
+                self._add_gated_ensemble(text, second, seed)
+
+    def _add_gated_ensemble(self, text: TextName, second: str, seed: int) -> None:
+        gate, other = f"{text}/gate_ensemble-{seed}", _other(text)
+        self._add(
+            gate,
+            *("fit-gate", "--model", self._base, "--ensemble", self._at(second)),
+            *("--corpus", self._at(f"{text}/corpus"), "--general", self._at(f"{other}/corpus")),
+            *("--seed", seed),
+            needs=(second, "general/corpus", "domain/corpus"),
+        )
+        flags = (*self._ensemble(second), "--gate", self._at(gate))
+        own = ReportPlace(trained_on=text, tested_on=text, seed=seed, of="ensemble")
+        self._add_evaluation(own, *flags, needs=(second, gate))
+        if text == "domain":
+            on_other = ReportPlace(trained_on=text, tested_on=other, seed=seed, of="ensemble")
+            choices = ("--choices-from", self._at(own.name))
+            self._add_evaluation(on_other, *flags, *choices, needs=(second, gate, own.name))
+
+    def _second_model(self, text: TextName, seed: int) -> str | None:
+        """The job that trains what the base is mixed with in the ensemble."""
+        return next((_trained(text, arm, seed) for arm in SECOND_MODELS if arm in self._arms(text)), None)
+
+    def _ensemble(self, second: str) -> tuple[str, str]:
+        """Flags of `evaluate`."""
+        return "--ensemble", f"ensemble={self._at(second)}"
 
     def _add_bank_report(self, place: ReportPlace) -> None:
         gate = f"bank/gate-{place.seed}"

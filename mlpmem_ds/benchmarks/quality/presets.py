@@ -6,9 +6,9 @@ LAB.md. A seed trains all arms. The sums are of three seeds, of real of one.
 
 | preset | texts: train positions | base | a memory | trainings a seed | core s | 2 cores |
 | --- | --- | --- | ---: | --- | ---: | ---: |
-| tiny | library 61 k, reference 26 k | .9 M, 20 epochs: 145 s | 30 s | 7 + 7 | 2,300 | 19 min |
-| small | library 240 k, docstrings 115 k | 6 M, 8 epochs: 900 s | 280 s | 6 + 7 | 13,200 | 1 h 50 |
-| real | reference 27 k, docstrings 105 k | SmolLM2-135M, given | 350 s | 1 + 6 | 10,000 | 1 h 25 |
+| tiny | library 61 k, reference 26 k | .9 M, 20 epochs: 145 s | 30 s | 7 + 7 | 2,500 | 21 min |
+| small | library 240 k, docstrings 115 k | 6 M, 8 epochs: 900 s | 280 s | 6 + 7 | 13,700 | 1 h 55 |
+| real | reference 27 k, docstrings 105 k | SmolLM2-135M, given | 350 s | 1 + 6 | 10,800 | 1 h 30 |
 """
 
 from __future__ import annotations

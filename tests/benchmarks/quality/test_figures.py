@@ -47,7 +47,7 @@ def test_the_bank_stands_with_the_arms_of_the_text_that_it_was_tested_on(tmp_pat
     both = own.with_arm(bank, "base+bank+gate")
     assert both.arms == ["base", "base+memory", "base+bank+gate"]
     assert both.tested.ppl("base+bank+gate", 0) == pytest.approx(16.5)
-    assert own.with_arm(bank, "base+other").arms == own.arms
+    assert own.with_arm(bank, "base+other").arms == own.arms == own.with_arm(None, "base+other").arms
 
 
 def test_reports_of_different_documents_are_refused(tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ from mlpmem_ds.benchmarks.quality.arms import (
     BANK,
     BASE,
     ENSEMBLE,
+    ENSEMBLE_GATE,
     GATE,
     KNN,
     KNN_INDEX,
     MEMORIES,
     MODELS,
+    SECOND_MODELS,
     description_of,
 )
-from mlpmem_ds.benchmarks.quality.plan import make_plan
+from mlpmem_ds.benchmarks.quality.plan import Planner, make_plan
 from mlpmem_ds.benchmarks.quality.presets import PRESETS
 from mlpmem_ds.commands import COMMANDS
 from mlpmem_ds.core.config import parse_config
@@ -85,12 +87,52 @@ def test_texts_are_extracted_once_and_every_arm_is_trained_with_every_seed(prese
     assert counts["train"] == 3 * sum(arm in MEMORIES for arm in arms)
     models = [arm for arm in arms if arm in MODELS and arm not in plan.left_out]
     assert counts["train-baseline"] == 3 * len(models)
-    assert counts["fit-gate"] == 3 * 3  # each subject's and the bank's
-    assert counts["evaluate"] == len(plan.reports) == 3 * 5
+    ensembles = [any(arm in SECOND_MODELS for arm in text.arms) for text in (preset.general, preset.domain)]
+    assert ensembles[1]
+    assert counts["fit-gate"] == 3 * (3 + sum(ensembles))  # each subject's, the bank's, each ensemble's
+    of_ensembles = ensembles[0] + 2 * ensembles[1]  # the domain's on the general text too
+    assert counts["evaluate"] == len(plan.reports) == 3 * (5 + of_ensembles)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
+def test_the_gated_ensemble_has_jobs_of_its_own_and_changes_no_other(
+    preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that an output that was made without it continues with these jobs alone."""
+    flags = {"num_seeds": 2, "base": None if preset.base is not None else "model", "questions": [Path("a")]}
+    jobs = make_plan(preset, ROOT, **flags).jobs
+    monkeypatch.setattr(Planner, "add_gated_ensembles", lambda *_: None)
+    without = make_plan(preset, ROOT, **flags).jobs
+    new = [job for job in jobs if job not in without]
+    assert [job for job in jobs if job in without] == list(without)
+    assert new and all("ensemble-" in job.name or "ensemble_on_" in job.name for job in new)
+    assert not {need for job in without for need in job.needs} & {job.name for job in new}
+
+
+def test_the_gate_of_the_ensemble_is_fitted_as_the_subjects_is() -> None:
+    jobs = {job.name: job for job in make_plan(PRESETS["tiny"], ROOT, num_seeds=1, base=None).jobs}
+    for text, model in (("domain", "continued"), ("general", "bigger")):
+        words = [list(jobs[f"{text}/{name}-0"].words) for name in ("gate", "gate_ensemble")]
+        memory, second = words[0].index("--memory"), words[1].index("--ensemble")
+        assert words[1].pop(second + 1) == f"/run/{text}/{model}-0"
+        assert words[0].pop(memory + 1) == f"/run/{text}/memory-0"
+        words[0].remove("--memory")
+        words[1].remove("--ensemble")
+        assert words[0] == words[1]
 
 
 def test_every_arm_has_a_description() -> None:
-    for arm in (BASE, KNN, KNN_INDEX, GATE, BANK, ENSEMBLE, *MODELS, *(f"base+{name}" for name in MEMORIES)):
+    for arm in (
+        BASE,
+        KNN,
+        KNN_INDEX,
+        GATE,
+        BANK,
+        ENSEMBLE,
+        ENSEMBLE_GATE,
+        *MODELS,
+        *(f"base+{name}" for name in MEMORIES),
+    ):
         assert description_of(arm)[0].islower() or description_of(arm)[0] in "`k"
 
 

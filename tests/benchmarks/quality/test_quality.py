@@ -13,7 +13,7 @@ import pytest
 from mlpmem_ds import commands
 from mlpmem_ds.benchmarks.quality import quality
 from mlpmem_ds.benchmarks.quality.jobs import JobRunner
-from mlpmem_ds.benchmarks.quality.plan import make_plan
+from mlpmem_ds.benchmarks.quality.plan import Planner, make_plan
 from mlpmem_ds.benchmarks.quality.presets import TINY, Preset
 from mlpmem_ds.benchmarks.quality.quality import Config, run_preset
 from mlpmem_ds.benchmarks.quality.results import read_result
@@ -94,16 +94,29 @@ def test_from_text_to_the_page_and_again_without_a_stage(
     page = tmp_path / "docs" / "RESULTS.md"
     page.parent.mkdir()
     config = Config(output=tmp_path / "run", seeds=1, page=page)
+    with monkeypatch.context() as before:  # an output of a time without the gated ensemble
+        before.setattr(Planner, "add_gated_ensembles", lambda *_: None)
+        former = run_preset(preset, config)
+    started.clear()
     result = run_preset(preset, config)
+    assert started == ["fit-gate", "evaluate", "evaluate"]
+    (rows, former_rows) = ([row for row in one.texts[1].rows] for one in (result, former))
+    assert [row for row in rows if row.arm != "base+ensemble+gate"] == former_rows
     assert read_result(tmp_path / "run" / "quality.json") == result
     general, domain = result.texts
     arms = {row.arm: row for row in domain.rows}
     assert {"base", "base+knn_exact", "base+memory", "base+memory+gate", "continued"} <= {*arms}
     assert arms["base+memory"].other_change is not None
     assert arms["continued"].other_change is not None
+    assert arms["base+ensemble+gate"].other_change is not None
+    assert arms["base+ensemble+gate"].parameters > arms["base+ensemble"].parameters
     assert "base+bank+gate" in arms and general.other is None
     names = {ratio.name for ratio in result.ratios if ratio.text == "domain"}
     assert {"recovered_share", "gate_out_of_domain_ppl_over_base", "bank_share_of_own_gain"} <= names
+    assert {
+        "memory_ppl_over_gated_ensemble",
+        "memory_out_of_domain_ppl_over_gated_ensemble",
+    } <= names
     assert "base+memory+gate" in page.read_text()
     started.clear()
     again = run_preset(preset, config)
