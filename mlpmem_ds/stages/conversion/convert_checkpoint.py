@@ -117,12 +117,14 @@ def run(config: Config, world: World) -> None:
             inputs, config, base_facts, verification, num_base_parameters, _weight_bytes(export)
         )
         (export / "README.md").write_text(card, encoding="utf-8")
-        records = [record_file(export, path.relative_to(export).as_posix()) for path in _files_below(export)]
+        # Weights were hashed when they were written, and have been loaded and compared since.
+        weights = {path.stem: FileRecord(**read_json(path)) for path in (partial / _RECORDS).glob("*.json")}
+        names = [path.relative_to(export).as_posix() for path in _files_below(export)]
         manifest = {
             **identity,
             "mlpmem_ds": mlpmem_ds.__version__,
             "verification": verification,
-            "files": [record.to_json() for record in records],
+            "files": [(weights.get(name) or record_file(export, name)).to_json() for name in names],
         }
         (export / EXPORT_FILE).write_bytes(sealed_json(manifest))
         replace_directory(output, export)

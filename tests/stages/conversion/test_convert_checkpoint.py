@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mlpmem_ds.core import files
 from mlpmem_ds.core.files import sha256_of_file
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_cards import CardFacts
@@ -25,6 +26,7 @@ from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.stages.conversion import model_card
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.convert_checkpoint import EXPORT_FILE, LOGIT_BOUND, ROUNDING_BOUND
+from mlpmem_ds.stages.inspection.contents import read_run
 from mlpmem_ds.stages.training.initial_memory import hash_initial_memory, open_initial_memory
 
 from .conftest import IDS, LAMBDA, MemoryFlags, convert, expected_mixture, save_memory
@@ -131,6 +133,34 @@ def test_what_the_export_says_of_itself(
     assert all(sha256_of_file(export_dir / entry["name"]) == entry["sha256"] for entry in manifest["files"])
     assert 0 <= manifest["verification"]["logit_difference"] <= LOGIT_BOUND
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in export_dir.iterdir())
+
+
+def test_no_file_of_weights_is_hashed_twice(
+    memory_dir: Path, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model each time is a minute."""
+    hashed: list[Path] = []
+    sha256_of_file = files.sha256_of_file
+
+    def count(path: Path) -> str:
+        hashed.append(path)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(files, "sha256_of_file", count)
+    words = (
+        "--checkpoint",
+        memory_dir,
+        "--model",
+        base_dir,
+        "--lambda",
+        0.3,
+        "--output",
+        tmp_path / "export",
+    )
+    assert convert(*words, "--max-shard-gigabytes", 2e-5) == 0
+    weights = [path for path in hashed if path.suffix == ".safetensors"]
+    assert len(weights) == len(set(weights)) > 2
+    assert read_run(tmp_path / "export", checksums=True)[0].is_complete
 
 
 def test_an_export_is_a_memory_to_start_from(export_dir: Path, memory_dir: Path) -> None:
