@@ -40,7 +40,8 @@ class LoopSettings:
     log_every: int
     save_every: int
     max_skipped: int | None = None
-    """steps in a row without finite gradients after which the run stops; None = never"""
+    """steps in a row without finite gradients after which the run stops, or all steps there are; None =
+    never"""
     stops_at: float = math.inf
     """of time.monotonic(): two steps later the run is saved and stops, to be continued"""
     ends_at: float = math.inf
@@ -95,7 +96,7 @@ def run_steps(
     waited for them.
 
     Raises:
-        UserError: too many steps in a row had gradients that are not finite.
+        UserError: too many steps in a row, or all of them, had gradients that are not finite.
     """
     steps, interval, skipped_in_a_row = settings.steps, _Interval(engine, settings), 0
     for step, (micro_batches, seconds) in zip(range(first, steps.count), batches, strict=False):
@@ -195,7 +196,7 @@ def _complain(
     named = f"step {step + 1}: the gradients of batch {step} are not finite{f' ({cause})' if cause else ''}"
     if engine.is_first:
         _logger.warning("%s; it is skipped (%d so far)", named, engine.skipped_steps)
-    if settings.max_skipped is not None and in_a_row >= settings.max_skipped:
+    if settings.max_skipped is not None and in_a_row >= min(settings.max_skipped, settings.steps.count):
         raise UserError(
             f"{named}, as in the {in_a_row - 1} steps before it: nothing is learnt. Lower --learning-rate or"
             " mend the data; the same command continues from the newest checkpoint"

@@ -8,11 +8,15 @@ import sys
 import types
 
 import pytest
+import torch
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.training import training
 from mlpmem_ds.stages.training.curves import draw_curves
+from mlpmem_ds.stages.training.loop import Hooks, LoopSettings, _Interval, run_steps
 from mlpmem_ds.stages.training.metrics import Metrics, progress_note, read_metrics
+from mlpmem_ds.stages.training.parts import Steps
 from mlpmem_ds.stages.training.schedule import learning_rate_at
 from mlpmem_ds.stages.training.validation import BestWeights, Validation
 
@@ -129,6 +133,46 @@ def test_curves(tmp_path, drawn_pictures):
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     assert draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_skipping(*skips, max_skipped):
+    """Steps of an engine without gradients, of which these are not finite."""
+    engine = types.SimpleNamespace(skipped_steps=0, is_first=True)
+
+    def train_step(micro_batches, rate):
+        engine.skipped_steps += skips[micro_batches[0][0]]
+        return [(torch.zeros(1),)]
+
+    engine.train_step = train_step
+    return run_steps(
+        engine,
+        iter([([(step,)], 0.0) for step in range(len(skips))]),
+        first=0,
+        settings=LoopSettings(
+            steps=Steps(count=len(skips), rows=1),
+            rows="tokens",
+            sums=(),
+            learning_rate=lambda step: 1.0,
+            log_every=99,
+            save_every=99,
+            max_skipped=max_skipped,
+        ),
+        hooks=Hooks(save=lambda done: None, validate=None, explain=lambda step: ""),
+        stop_request=types.SimpleNamespace(agreed=lambda *late: (False, *late)),
+        progress=types.SimpleNamespace(advance=lambda rows, note: None),
+        metrics=types.SimpleNamespace(write=lambda done, values: None),
+    )
+
+
+@pytest.mark.parametrize("skips", [(1, 1), (0, 1, 1, 1)])
+def test_a_training_that_learns_nothing_is_not_complete(skips, monkeypatch):
+    """Too many steps in a row, and all steps of one that has fewer."""
+    values = {"data_wait_share": 0.0, "memory_bytes": 1.0, "skipped_steps": 2.0}
+    monkeypatch.setattr(_Interval, "close", lambda self, rate: values)
+    with pytest.raises(UserError, match=r"not finite, as in the \d steps before it: nothing is learnt"):
+        run_skipping(*skips, max_skipped=3)
+    assert run_skipping(*skips, max_skipped=None).is_over
+    assert run_skipping(0, *skips, 0, max_skipped=4).is_over
 
 
 def history_of(*perplexities):
