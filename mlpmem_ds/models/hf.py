@@ -332,6 +332,16 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         base: Any = self.base
         base._validate_model_kwargs({name: each for name, each in model_kwargs.items() if name not in own})
 
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of transformers' assisted generation. Raises ValueError for one that leaves layers out."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit leaves out layers that a memory may read: let the base be the assistant"
+                " (assistant_model=model.base)"
+            )
+        parent: Any = super()
+        return parent._get_candidate_generator(generation_config, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 

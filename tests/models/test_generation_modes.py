@@ -271,3 +271,11 @@ def test_arguments_of_the_bases_forward_are_taken_and_others_refused_as_by_the_b
             model.generate(prompt, tokn_type_ids=types, **options)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+
+
+def test_an_assistant_of_the_models_own_first_layers_is_refused() -> None:
+    options = {"max_new_tokens": 2, "pad_token_id": PAD, "assistant_early_exit": 2}
+    with pytest.raises(
+        ValueError, match="assistant_early_exit leaves out layers .*assistant_model=model.base"
+    ):
+        tiny_joint("llama").generate(random_ids(1, 5), **options)

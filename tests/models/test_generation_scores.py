@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessor, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from transformers.generation import logits_process as library
 
+from .carried_generation import padded
 from .conftest import EOS, VOCAB, random_ids
 from .mixture_reference import (
     KINDS,
@@ -66,6 +67,10 @@ def greedy(free: torch.Tensor, reference: Reference) -> dict[str, Setting]:
         "repetition penalty": Setting(
             options={"repetition_penalty": 1.6},
             processors=[library.RepetitionPenaltyLogitsProcessor(1.6, prompt_ignore_length=PADDING)],
+        ),
+        "encoder repetition penalty": Setting(
+            options={"encoder_repetition_penalty": 3.0},
+            processors=[library.EncoderRepetitionPenaltyLogitsProcessor(3.0, padded(LENGTHS)[0])],
         ),
         "no repeated n-grams": Setting(
             options={"no_repeat_ngram_size": 1}, processors=[library.NoRepeatNGramLogitsProcessor(1)]
@@ -185,6 +190,7 @@ SAMPLING = {
         "bad words",
         "sequence bias",
         "repetition penalty",
+        "encoder repetition penalty",
         "no repeated n-grams",
         "end tokens",
         "min_length",
