@@ -119,7 +119,8 @@ def test_a_number_of_steps_is_read_as_every_whole_number(capsys: pytest.CaptureF
     words = ["--corpus", "c", "--output", "o", "--validate-every"]
     assert parse_config(BaseConfig, [*words, "1e3"], prog="x").validate_every == 1000
     assert parse_config(BaseConfig, [*words, "epoch"], prog="x").validate_every == "epoch"
-    assert parse_config(BaseConfig, [*words, "none"], prog="x").validate_every is None
+    never = [*words, "none", "--early-stopping-patience", "none", "--select", "last"]
+    assert parse_config(BaseConfig, never, prog="x").validate_every is None
     with pytest.raises(SystemExit):
         parse_config(BaseConfig, [*words, "1.5"], prog="x")
     assert "argument --validate-every: '1.5' is no whole number, such as" in capsys.readouterr().err

@@ -26,8 +26,10 @@ class Config(Flags):
     reader: tuple[str, ...] | None = option("kinds of files, by name (default: all)", None, metavar="NAME")
     keep: Path | None = option("directory in which the files of failures are kept", None)
     output: Path | None = option("JSON file for the counts and the failures", None)
-    max_seconds: float = option("of an input, after which it counts as hung", 20.0, above=0)
-    max_bytes: float = option("memory that a reader may ask for in addition to its start's", 4e9, above=0)
+    max_seconds: float = option("of an input, after which it counts as hung", 20.0, above=0, at_most=86400)
+    max_bytes: float = option(
+        "memory that a reader may ask for in addition to its start's", 4e9, above=0, at_most=1e15
+    )
 
     def check(self) -> None:
         if self.output is not None:

@@ -49,6 +49,12 @@ def test_an_unknown_reader_is_exit_code_2(capsys: pytest.CaptureFixture[str]) ->
     assert "--reader odt is none of text, json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--max-seconds", "--max-bytes"])
+def test_limits_that_the_system_cannot_set_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz_readers.main([flag, "1e300", "--reader", "tar", "--count", "1"], prog="fuzz_readers.py") == 2
+    assert f"{flag} must be above 0 and at most" in capsys.readouterr().err
+
+
 def test_a_document_that_is_lost_of_whole_files_is_found() -> None:
     def lose_the_last(sample: Sample) -> Content:
         content = documents.read_corpus(sample)

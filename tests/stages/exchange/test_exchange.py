@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
@@ -291,7 +292,11 @@ def test_wrong_files_are_refused_and_nothing_is_written(
         ({"targets": (arrow[1], arrow[1])}, "--targets names .* twice"),
         ({"datastore": (arrow[0], arrow[0])}, "--datastore names .* twice"),
         ({"datastore": (), "keys": keys_dir, "model": None, "key_layer": 0}, "--key-layer is of --datastore"),
-        ({"datastore": (), "keys": keys_dir}, "--model is of .*, and --keys know theirs: leave it out"),
+        ({"datastore": (), "keys": keys_dir}, "--unit-positions is of --datastore: add that"),
+        (
+            {"datastore": (), "keys": keys_dir, "unit_positions": default_of(ImportConfig, "unit_positions")},
+            "--model, --tokenizer are of .*, and --keys know theirs: leave them out",
+        ),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):

