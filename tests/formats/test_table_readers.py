@@ -406,7 +406,7 @@ def test_one_big_batch_is_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch:
 def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "x.parquet", text=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"pip install 'mlpmem-ds\[arrow\]'"):
+    with pytest.raises(UserError, match="pip install 'pyarrow>=25'"):
         texts_of(tmp_path / "x.parquet")
 
 

@@ -188,14 +188,24 @@ def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
             earlier=config.input_layer[:-1],
         ),
     )
-    layers = (*bases.input_point.earlier, bases.input_point.layer)
-    if len(set(layers)) < len(layers):
-        raise UserError(
-            f"--input-layer {' '.join(map(str, config.input_layer))} names a layer twice (layers"
-            f" {', '.join(map(str, layers))} of {input_source.num_layers}): give each once"
-        )
+    _check_repeats(bases, config)
     _try_reading(bases, corpus)
     return bases
+
+
+def _check_repeats(bases: Bases, config: Config) -> None:
+    """Refuse a layer that is named twice. Shares of the depth may meet in a shallow model: that is said."""
+    layers = (*bases.input_point.earlier, bases.input_point.layer)
+    if len(set(layers)) == len(layers):
+        return
+    said = (
+        f"--input-layer {' '.join(map(str, config.input_layer))} names a layer twice (layers"
+        f" {', '.join(map(str, layers))} of {bases.input_source.num_layers})"
+    )
+    whole = [layer for layer, given in zip(layers, config.input_layer, strict=True) if isinstance(given, int)]
+    if len(set(whole)) < len(whole):
+        raise UserError(f"{said}: give each once")
+    _logger.warning("%s: its states are stored twice; give each once to save them", said)
 
 
 def _try_reading(bases: Bases, corpus: CorpusSplit) -> None:

@@ -84,6 +84,14 @@ def arrow(tmp_path_factory: pytest.TempPathFactory, keys_ND: np.ndarray) -> tupl
     return write_arrow(tmp_path_factory.mktemp("arrow"), stored_rows(), keys_ND)
 
 
+TARGETS_ALONE = {
+    "datastore": (),
+    "model": None,
+    "tokenizer": None,
+    "unit_positions": default_of(ImportConfig, "unit_positions"),
+}
+
+
 def config_of(
     arrow: tuple[Path, Path], base_dir: Path, corpus_dir: Path, output: Path, **changes: Any
 ) -> Any:
@@ -196,7 +204,7 @@ def test_reruns_give_the_same_bytes_and_targets_alone_fit_keys(
         import_datastore.run(config, World())
     import_datastore.run(config, World())
     alone = config_of(
-        arrow, base_dir, corpus_dir, tmp_path / "alone", datastore=(), model=None, keys=imported / "keys"
+        arrow, base_dir, corpus_dir, tmp_path / "alone", **TARGETS_ALONE, keys=imported / "keys"
     )
     import_datastore.run(alone, World())
     names = [*(f"{part}/manifest.json" for part in ("corpus", "keys")), "targets/manifest.json"]
@@ -251,8 +259,7 @@ def test_a_row_that_is_no_distribution_is_named(
         base_dir,
         corpus_dir,
         tmp_path / "run",
-        datastore=(),
-        model=None,
+        **TARGETS_ALONE,
         keys=imported / "keys",
     )
     with pytest.raises(UserError, match=message):

@@ -151,3 +151,11 @@ def test_a_flipped_bit_of_the_text_is_refused_before_a_key_is_written(config: Co
     with pytest.raises(DamagedDataError, match="tokens-.*checksum"):
         extract_keys.run(replace(config, corpus=tmp_path / "corpus"), World())
     assert not list(config.output.rglob("keys-*"))
+
+
+def test_shares_of_the_depth_may_meet_in_a_shallow_model(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extract_keys.run(replace(config, input_layer=(0.33, 0.67, -1), output=tmp_path / "keys"), World())
+    assert "--input-layer 0.33 0.67 -1 names a layer twice (layers 0, 1, 1 of 2)" in caplog.text
+    assert open_keys(tmp_path / "keys").manifest.input_layer == 1

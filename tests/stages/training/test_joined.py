@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.batches import BatchReader
@@ -14,6 +15,7 @@ from mlpmem_ds.formats.training_order import TrainingOrder
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.keys import extract_keys
+from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.joined import Joined, read_base_end
 
 from .conftest import write_targets
@@ -133,7 +135,7 @@ def test_ranks_and_stops_change_nothing(runs, last_dir):
         runs.start("stopped", 3, size=2, signal_at=2),
         runs.start("stopped", 3, size=2),
         runs.start("one-norm", 2, targets=last_dir / "final_norm" / "targets"),
-        runs.start("imitation", 2, objective="imitation"),
+        runs.start("imitation", 2, objective="imitation", joined_lambda=default_of(Config, "joined_lambda")),
     )
     expected = runs.losses("one")
     assert expected[-1] < expected[0] < runs.losses("imitation")[0]
