@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mlpmem_ds.benchmarks.quality.arms import BASE, BEST_MEMORIES, CONTINUED, KNN
+from mlpmem_ds.benchmarks.quality.arms import BASE, BEST_MEMORIES, CONTINUED, ENSEMBLE_GATE, KNN
 from mlpmem_ds.benchmarks.quality.markdown import item, paragraph, shell_command
 from mlpmem_ds.benchmarks.quality.plots import plot_changes
 from mlpmem_ds.benchmarks.quality.preset_section import preset_section
@@ -106,6 +106,11 @@ def render_page(
         ),
         "## In three minutes",
         _overview(results),
+        paragraph(
+            "*Memory*: with its gate. *Both gated*: the base and the base trained on (where there is none, a"
+            " decoder of the size of base and memory) under a gate of the same kind, at the price of a whole"
+            " second model at every token."
+        ),
         *_claims(results),
         *(
             part
@@ -132,24 +137,24 @@ def _overview(results: Iterable[QualityResult]) -> str:
         "kNN-LM",
         "memory",
         "base trained on",
+        "both gated",
         "other text: memory",
         "other text: trained on",
+        "other text: both gated",
     ]
     lines = []
     for result in results:
         for text in result.texts:
             rows = {row.arm: row for row in text.rows}
             memory = next((rows[arm] for arm in BEST_MEMORIES if arm in rows), None)
-            continued = rows.get(CONTINUED)
+            others = [memory, rows.get(CONTINUED), rows.get(ENSEMBLE_GATE)]
             lines.append(
                 [
                     f"{result.preset}: {text.title}",
                     f"{rows[BASE].ppl:.2f}",
                     _change_text(rows.get(KNN)),
-                    _change_text(memory),
-                    _change_text(continued),
-                    percent_text(None if memory is None else memory.other_change),
-                    percent_text(None if continued is None else continued.other_change),
+                    *map(_change_text, others),
+                    *(percent_text(None if row is None else row.other_change) for row in others),
                 ]
             )
     return markdown_table(header, lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from mlpmem_ds.benchmarks.quality.arms import ENSEMBLE_GATE
 from mlpmem_ds.benchmarks.quality.page import publish_page, render_page
 
 from .conftest import make_result
@@ -37,12 +38,20 @@ def test_the_overview_has_a_line_a_text_with_the_changes_against_the_base() -> N
     assert "| tiny: a manual | 20.00 | 18.00 (−10.0 %) | 17.00 (−15.0 %) | 16.00 (−20.0 %) |" in page
 
 
+def test_the_overview_has_a_second_model_under_a_gate() -> None:
+    result = make_result()
+    (text,) = result.texts
+    gated = replace(text.rows[3], arm=ENSEMBLE_GATE, ppl=15.0, change=-0.25, other_change=-0.01)
+    page = _words(render_page([replace(result, texts=(replace(text, rows=(*text.rows, gated)),))]))
+    assert "| 16.00 (−20.0 %) | 15.00 (−25.0 %) |" in page and "| +30.0 % | −1.0 % |" in page
+
+
 def test_a_preset_without_a_memory_has_dashes_in_the_overview() -> None:
     result = make_result()
     (text,) = result.texts
     bare = replace(text, rows=(text.rows[0], text.rows[3]))
     page = _words(render_page([replace(result, texts=(bare,), ratios=())]))
-    assert "| tiny: a manual | 20.00 | – | – | 16.00 (−20.0 %) | – | +30.0 % |" in page
+    assert "| tiny: a manual | 20.00 | – | – | 16.00 (−20.0 %) | – | – | +30.0 % | – |" in page
     assert "Better than" not in page
 
 
