@@ -80,9 +80,10 @@ class Flags:
         Raises:
             UserError: one of them has another value than its default.
         """
+        fields = {field.name: field for field in dataclasses.fields(self)}
         for name in names:
             if getattr(self, name) != default_of(type(self), name):
-                raise UserError(f"{flag_name(name)} is of {of}: add that, or leave it out")
+                raise UserError(f"{flag_of(fields[name])} is of {of}: add that, or leave it out")
 
 
 def option(

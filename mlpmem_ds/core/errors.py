@@ -1,6 +1,7 @@
 """The errors that a front-end turns into exit code 2: they are the user's to mend, and the message says
 how. One of them, a lost rank, has its own code: there is nothing to mend but to start again."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,10 @@ class LostRankError(UserError):
 
 REFUSED, LOST_RANK = 2, 75
 """exit codes; 75 is that of temporary failures in sysexits.h"""
+
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""numbers of the system's errors that say there is no room to write a file"""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlpmem_ds
-from mlpmem_ds.core.errors import LostRankError, UserError, first_line
+from mlpmem_ds.core.errors import FULL_DISK, LostRankError, UserError, first_line
 
 _AGAIN = "run the same command again: it continues where it was"
 _SPACE = f"free some space and {_AGAIN}"
@@ -66,9 +66,8 @@ _REMEDIES = {
     errno.EADDRINUSE: "another program has the port: set MASTER_PORT to a free one",
     errno.EADDRNOTAVAIL: "set MASTER_ADDR to the name of rank 0's host",
 }
-_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Of errors that were met on the way, those that still explain what was raised at last.
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+_LASTING = FULL_DISK | {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 # What libraries say of a file that could not be written, without the system's number.
 _CUT_SHORT = re.compile(
     r"PytorchStreamWriter failed|file write failed|unexpected pos \d+|\d+ requested and \d+ written|"
@@ -136,7 +135,7 @@ def _lasts(error: OSError) -> bool:
 
 
 def _of_system(number: int, error: OSError | None = None) -> str:
-    place = ": while writing" if number in _OF_WRITING else ""
+    place = ": while writing" if number in FULL_DISK else ""
     # The second name is where a copy was written to.
     names = () if error is None else (error.filename2, error.filename)
     if name := next((name for name in names if isinstance(name, str | bytes | os.PathLike)), None):

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.errors import FULL_DISK, DamagedDataError, UserError
 from mlpmem_ds.core.temporaries import temporary_path
 
 SEAL = "content_sha256"
@@ -27,7 +27,6 @@ SEAL = "content_sha256"
 MAX_JSON_BYTES = 1 << 26
 """of a file that is parsed whole; a list of 10,000 files has 2 MB"""
 _REMEDY = "; run the stage that wrote it again, or restore it from a copy"
-_OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_BAD_DISKS = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 """of a file with a bad sector, or whose file system finds its own checksums wrong: it is damaged"""
 
@@ -93,7 +92,7 @@ def publish(path: Path, *, flush_folder: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(path: Path, numbers: Collection[int] = _OF_FULL_DISKS) -> Iterator[None]:
+def naming(path: Path, numbers: Collection[int] = FULL_DISK) -> Iterator[None]:
     """A full disk, or a bad one, knows its number only; give its error the name of the file."""
     try:
         yield
@@ -176,10 +175,8 @@ def read_json(path: Path) -> Any:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """`read_json` of a file that holds an object. Raises DamagedDataError also for another value."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise DamagedDataError(f"{path} is damaged: not a JSON object{_REMEDY}")
-    return value
+    value = _object_in(path)
+    return _unsealed(path, value) if SEAL in value else value
 
 
 def read_sealed_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -190,10 +187,14 @@ def read_sealed_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
     Raises:
         DamagedDataError: it is missing, does not parse, or does not carry its checksum.
     """
+    return _unsealed(path, _object_in(path, max_bytes))
+
+
+def _object_in(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     value = _parse(path, max_bytes)
     if not isinstance(value, dict):
         raise DamagedDataError(f"{path} is damaged: not a JSON object{_REMEDY}")
-    return _unsealed(path, value)
+    return value
 
 
 def parse_sealed_json(content: bytes, where: str, *, remedy: str) -> dict[str, Any]:

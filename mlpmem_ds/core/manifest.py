@@ -29,6 +29,8 @@ from mlpmem_ds.core.typed_json import from_json, to_json
 
 _logger = logging.getLogger(__name__)
 
+MARKS_OF_OURS = ("identity.json", "manifest.json", "mlpmem_export.json")
+"""names of the files that tell a directory of this project: a stage, a checkpoint, an export"""
 _FRONT_ENDS = {
     "corpus": "prepare_corpus",
     "base": "train_base",
@@ -226,7 +228,7 @@ def format_of(root: Path) -> str | None:
 
 
 def is_own_directory(root: Path, name: str) -> bool:
-    """Whether the file `name` (identity, manifest or the like) says that a directory is an output of ours."""
+    """Whether the file `name`, one of `MARKS_OF_OURS`, says that a directory is an output of ours."""
     try:
         values = json.loads((root / name).read_bytes())  # a seal that is broken makes it no other program's
     except (ValueError, RecursionError, OSError):

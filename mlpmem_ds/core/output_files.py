@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.manifest import is_own_directory
+from mlpmem_ds.core.manifest import MARKS_OF_OURS, is_own_directory
 
-_MARKS = ("manifest.json", "identity.json", "mlpmem_export.json")
 _PAGES = (".html", ".prom")  # of which no stage has one among its files
 
 
@@ -59,7 +58,7 @@ def owner_of(folder: Path) -> Path | None:
         (
             each
             for each in (folder, *folder.parents)
-            if any((each / name).is_file() and is_own_directory(each, name) for name in _MARKS)
+            if any((each / name).is_file() and is_own_directory(each, name) for name in MARKS_OF_OURS)
         ),
         None,
     )

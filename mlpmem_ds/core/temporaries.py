@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlpmem_ds.core import host
 from mlpmem_ds.core.host import Process, this_process
 
 SECONDS_UNTIL_GIVEN_UP = 3600.0
@@ -77,11 +78,11 @@ def remove_stale_temporaries(
 
 def _has_ended(name: str, suffix: str) -> bool | None:
     """Whether the process that a name ends with is gone; None where it is one of another machine, or none."""
-    parts, host = _PROCESS.fullmatch(name.removesuffix(suffix)), this_process().host
+    parts, own = _PROCESS.fullmatch(name.removesuffix(suffix)), host.host_name()
     # A host's name may have dots, and so may the file's: this host's is looked for, not read.
-    if parts is None or not parts["head"].endswith(f".{host}"):
+    if parts is None or not parts["head"].endswith(f".{own}"):
         return None
-    process = Process(host, parts["boot"], int(parts["pid"]), parts["start"] or "")
+    process = Process(own, parts["boot"], int(parts["pid"]), parts["start"] or "")
     return process.has_ended if process.is_of_this_machine else None
 
 

@@ -12,6 +12,7 @@ In the order of the pipeline:
   `datasets`; `arrow_library.py`: pyarrow; `installed_docs.py`: docstrings of installed packages
 - `corpus.py`: token shards; `window_tokens.py`: its windows as a model reads them; `mapped_tokens.py`: its
   tokens at any positions
+- `rows_by_file.py`: rows at any places of several files
 - `counted_rows.py`: rows of keys ↔ positions of a corpus, where answers alone count
 - `keys.py`, `mapped_keys.py`: keys, values and memory inputs
 - `index_directory.py`, `index_lists.py`: an index; `lists_directory.py`: keys in the order of its lists

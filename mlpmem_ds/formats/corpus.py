@@ -252,7 +252,8 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         return [f"{self.name}/tokens-{unit.unit}.bin" for unit in self._split.units if unit.tokens]
 
     @cached_property
-    def _shard_starts(self) -> np.ndarray:
+    def shard_starts(self) -> np.ndarray:
+        """int64 [files + 1]: the first token of each of `token_files`, and one past the last."""
         return np.cumsum([0, *(unit.tokens for unit in self._split.units if unit.tokens)], dtype=np.int64)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -265,9 +266,9 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are not in a stream of {self.num_tokens}")
         tokens = np.empty(stop - start, dtype=dtype)
-        shard, at = int(np.searchsorted(self._shard_starts, start, side="right")) - 1, start
+        shard, at = int(np.searchsorted(self.shard_starts, start, side="right")) - 1, start
         while at < stop:
-            first, last = (int(edge) for edge in self._shard_starts[shard : shard + 2])
+            first, last = (int(edge) for edge in self.shard_starts[shard : shard + 2])
             count = min(stop, last) - at
             path = self.path_of(names[shard])
             part = np.fromfile(path, dtype, count, offset=(at - first) * dtype.itemsize)
@@ -309,9 +310,9 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
 
     def largest_token(self) -> int:
         """The largest id in the split. Reads all of it."""
-        stops = self._shard_starts[1:].tolist()
+        stops = self.shard_starts[1:].tolist()
         largest = 0
-        for start, stop in zip(self._shard_starts[:-1].tolist(), stops, strict=True):
+        for start, stop in zip(self.shard_starts[:-1].tolist(), stops, strict=True):
             for first in range(start, stop, _TOKENS_AT_ONCE):
                 largest = max(largest, int(self.tokens(first, min(first + _TOKENS_AT_ONCE, stop)).max()))
         return largest
@@ -337,6 +338,9 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
         return np.fromiter((document[name] for document in self._read_documents()), np.int64)
 
     def _read_documents(self) -> Iterator[dict[str, Any]]:
+        if "documents" in self.__dict__:  # read already
+            yield from self.documents
+            return
         for unit in self._split.units:
             if unit.documents:
                 name = f"{self.name}/documents-{unit.unit}.jsonl"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.manifest import is_own_directory
+from mlpmem_ds.core.manifest import MARKS_OF_OURS, is_own_directory
 from mlpmem_ds.core.names import spell_path
 from mlpmem_ds.formats.documents import DATASET_PREFIX, MAY_NOT_BE_READ, SourceFile, source_file
 from mlpmem_ds.formats.file_marks import RESOURCE_FORK
@@ -30,7 +30,6 @@ from mlpmem_ds.formats.saved_datasets import (
     others_of_dataset,
 )
 
-_MARKS_OF_OURS = ("identity.json", "manifest.json", "mlpmem_export.json")
 _VERSION_CONTROL = {".git", ".hg", ".svn", ".bzr"}
 _SYSTEM_FOLDERS = {"__MACOSX", ".Trashes", ".Spotlight-V100", ".fseventsd"}
 
@@ -270,7 +269,7 @@ def _enter(folder: os.DirEntry[str], choice: Choice) -> list[os.DirEntry[str]] |
 
 def _is_own(folder: str, entries: Sequence[os.DirEntry[str]]) -> bool:
     """Whether it is an output of ours; what is in it says so already without a file being asked for."""
-    return any(_has(entries, name) and is_own_directory(Path(folder), name) for name in _MARKS_OF_OURS)
+    return any(_has(entries, name) and is_own_directory(Path(folder), name) for name in MARKS_OF_OURS)
 
 
 def _is_dataset(folder: str, entries: Sequence[os.DirEntry[str]]) -> bool:

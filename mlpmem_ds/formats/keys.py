@@ -26,6 +26,7 @@ from mlpmem_ds.core.folders import folder_of
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.formats.corpus import Counts
+from mlpmem_ds.formats.rows_by_file import rows_by_file
 from mlpmem_ds.maths.codec import MassiveDimension, clip_massive
 
 Point: TypeAlias = Literal["ffn_input", "layer_output", "final_norm"]
@@ -244,12 +245,8 @@ class Keys(CompleteStage[KeysManifest]):
         sample = self._stored(array, 0)
         rows = np.empty((len(positions_N), *sample.shape[1:]), dtype=sample.dtype)
         whole_rows_N = _whole_rows(rows)
-        # NumPy sorts 16-bit integers by their digits, in a tenth of the time.
-        is_short = self.num_positions <= self.manifest.unit_positions << 16
-        order_N = np.argsort(unit_of_N.astype(np.uint16) if is_short else unit_of_N, kind="stable")
-        starts = np.flatnonzero(np.diff(unit_of_N[order_N], prepend=-1))
-        for chosen in np.split(order_N, starts[1:]) if len(order_N) else ():
-            first = int(unit_of_N[chosen[0]]) * self.manifest.unit_positions
+        for unit, chosen in rows_by_file(unit_of_N):
+            first = unit * self.manifest.unit_positions
             whole_rows_N[chosen] = _whole_rows(self._stored(array, first))[positions_N[chosen] - first]
         return self._decoded(array, rows)
 

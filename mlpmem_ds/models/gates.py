@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from .capture_point import CapturePoint
-from .gate_features import History, confidences, confidences_of, num_confidences
+from .gate_features import History, confidences, num_confidences
 from .memory_config import DEFAULT_LAMBDA
 from .mixture import NOTHING, Constant, GateInputs, StoredGate, Weights, checked_lmbda
 
@@ -107,8 +107,6 @@ class LearnedGate(nn.Module):
                 f"the gate `{self.kind}` of {self.num_memories} memories needs the logits of the base and of"
                 f" each memory; it got those of {len(inputs.memory_logits)}"
             )
-        if inputs.log_probabilities:
-            return confidences_of(inputs.log_probabilities)
         return confidences(inputs.base_logits, inputs.memory_logits)
 
 

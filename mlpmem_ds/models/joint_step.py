@@ -94,8 +94,10 @@ class Said:
         """The log-probabilities of the last T positions, float32 `[B, T, V]`."""
         if self.log_probabilities:
             return tuple(last_of(each, count) for each in self.log_probabilities)
-        parts = (each[:, each.shape[1] - count :] for each in self.logits)
-        return tuple(torch.log_softmax(part.float(), dim=-1) for part in parts)
+        # Of a memory that was left out everywhere these are the base's own: made once.
+        parts = {id(each): each[:, each.shape[1] - count :] for each in self.logits}
+        made = {key: torch.log_softmax(part.float(), dim=-1) for key, part in parts.items()}
+        return tuple(made[id(each)] for each in self.logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,11 +265,12 @@ class Step:
             evidence,
             memory_logits=said.logits[1:],
             memory_states=tuple(hidden),
-            log_probabilities=said.log_probabilities,
+            confidences=confidences_of(said.log_probabilities) if said.log_probabilities else None,
         )
         if skips is not None:  # also where the memories ran: a step, in which they do not, weighs the same
-            logs = said.log_probabilities
-            values = confidences_of(logs) if logs else confidences(base_logits, memory_logits)
+            values = inputs.confidences
+            if values is None:
+                values = confidences(base_logits, memory_logits)
             inputs = replace(
                 inputs,
                 confidences=_unknown_where(skips, values),
@@ -292,14 +295,13 @@ class Step:
         self, number: int, states: States, base_logits: torch.Tensor, skip: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [..., V] and what the head read [..., H] of one memory; where it is skipped the base's
-        logits, and NaN."""
+        logits (and what the head read is nothing to go by)."""
         memory, device = self.memories[number], base_logits.device
         if skip is None or torch.compiler.is_compiling() or not bool(skip.any()):
             hidden = self._hidden(number, states)
             logits = self._logits(memory, hidden).to(device)
             if skip is not None:
                 logits = torch.where(skip[..., None], base_logits, logits)
-                hidden = torch.where(skip[..., None].to(hidden.device), torch.nan, hidden)
             return logits, hidden
         rows = ~skip
         hidden_RH = self._hidden(number, states, rows.to(states[input_name(number)].device))

@@ -63,7 +63,6 @@ def _card_of(model: PreTrainedModel, *, is_online: bool) -> str | None:
             _raise_exceptions_for_missing_entries=False,
         )
         return None if found is None else Path(str(found)).read_text(encoding="utf-8")
-    except (
-        Exception
-    ):  # the Hub and its network raise families of their own; the weights are there in any case
+    except Exception:
+        # The Hub and its network raise families of their own; the weights are there in any case.
         return None

@@ -190,10 +190,7 @@ class GateInputs:
     memory_states: Sequence[torch.Tensor] = ()  # of each memory, what its head reads
     states: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [..., D], by the names of `Gate.reads`
     history: torch.Tensor | None = None  # [..., H], as `Gate.history` keeps it
-    log_probabilities: Sequence[
-        torch.Tensor
-    ] = ()  # float32 [..., V] of base and memories, where made already
-    confidences: torch.Tensor | None = None  # of `gate_features`, from a host that keeps no logits
+    confidences: torch.Tensor | None = None  # of `gate_features`, from a host that has made them already
 
 
 NOTHING = GateInputs()

@@ -34,12 +34,13 @@ def split_of_files(root: Path, dtype: str, has_answers: bool) -> tuple[Any, np.n
 
     numbers = [number for number, size in enumerate(SIZES) if size]
     split = SimpleNamespace(
-        units=[SimpleNamespace(tokens=size) for size in SIZES],
         token_files=[f"tokens-{number}" for number in numbers],
         answer_files=[f"answers-{number}" for number in numbers],
         dtype=np.dtype(dtype),
         has_answers=has_answers,
         path_of=path_of,
+        shard_starts=np.cumsum([0, *(size for size in SIZES if size)]),
+        num_tokens=len(tokens),
     )
     wide = tokens.astype(np.int64)
     return split, np.where(is_answer, wide, ~wide), opened

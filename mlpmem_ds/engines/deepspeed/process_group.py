@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,15 +98,16 @@ def refuse_shared_gpus(store: Any, world: World, gpu: str) -> None:
     """
     own = f"{socket.gethostname()}, {gpu}"
     places = [place.decode() for place in _told_by_all(store, world, "gpu", own)]
-    ranks_of_gpu = {place: [rank for rank, of in enumerate(places) if of == place] for place in places}
-    place, ranks = max(ranks_of_gpu.items(), key=lambda item: len(item[1]))
-    if len(ranks) == 1 or os.environ.get(_SHARED_GPUS) == "1":
+    counts = Counter(places)
+    place, count = counts.most_common(1)[0]
+    if count == 1 or os.environ.get(_SHARED_GPUS) == "1":
         return
     with contextlib.suppress(RuntimeError):  # rank 0 may keep the store: it waits until all have read
         _told_by_all(store, world, "has seen the GPUs", "")
+    ranks = [str(rank) for rank, of in enumerate(places) if of == place]
     raise UserError(
-        f"ranks {', '.join(map(str, ranks))} of {world.size} have one GPU ({place}), and a training needs one"
-        f" for each rank: start {len(ranks_of_gpu)} (torchrun --nproc-per-node), or let each see its own"
+        f"ranks {', '.join(ranks)} of {world.size} have one GPU ({place}), and a training needs one"
+        f" for each rank: start {len(counts)} (torchrun --nproc-per-node), or let each see its own"
     )
 
 

@@ -39,11 +39,10 @@ class Sequences:
         chosen = _order(self.per_epoch, self.seed, epoch).items(first, first + count)[rank::size]
         last = len(self.tokens) - self.length - 1
         starts = np.minimum(offset + chosen * self.length, last)
-        sequences = self.tokens[starts[:, None] + np.arange(self.length + 1)]
         if not self.begin:
-            return sequences
+            return self.tokens[starts[:, None] + np.arange(self.length + 1)]
         # One that starts with a document starts behind its begin tokens, which are there once.
-        first_tokens = sequences[:, : len(self.begin)]
+        first_tokens = self.tokens[starts[:, None] + np.arange(len(self.begin))]
         is_document = (np.where(first_tokens < 0, ~first_tokens, first_tokens) == self.begin).all(axis=1)
         starts = np.minimum(starts + len(self.begin) * is_document, last)
         sequences = self.tokens[starts[:, None] + np.arange(self.length + 1)]

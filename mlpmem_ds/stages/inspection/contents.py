@@ -20,6 +20,7 @@ from mlpmem_ds.core.directories import folders_with
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import files_of
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
+from mlpmem_ds.core.manifest import MARKS_OF_OURS
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
 from mlpmem_ds.formats.keys import unit_name
@@ -27,7 +28,6 @@ from mlpmem_ds.stages.keys.config import Config as KeysConfig
 from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS
 
 EXPORT_FILE = "mlpmem_export.json"
-_NAMES_OF_OURS = frozenset({"identity.json", "manifest.json", EXPORT_FILE})
 Kind = Literal["stage", "checkpoint", "export"]
 _REMEDIES: Mapping[Kind, str] = {
     "stage": "run its stage again with the same flags, it remakes only what is damaged",
@@ -103,7 +103,7 @@ def read_run(run: Path, *, checksums: bool, threads: int | None = None) -> list[
         checksums: read every file; if False, compare sizes only.
         threads: that read and hash at once; default: one a core, at most eight.
     """
-    folders = dict(folders_with(run, _NAMES_OF_OURS))
+    folders = dict(folders_with(run, MARKS_OF_OURS))
     roots = {
         folder
         for folder, names in folders.items()

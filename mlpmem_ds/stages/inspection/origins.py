@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import DamagedDataError
-from mlpmem_ds.core.files import read_json, sha256_of_file
+from mlpmem_ds.core.files import read_json_object, sha256_of_file
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.formats.evaluation import EVALUATION_NAME
 from mlpmem_ds.stages.inspection.contents import EXPORT_FILE
@@ -146,10 +146,9 @@ def _hash_of(path: Path) -> set[str]:
 def _read(path: Path) -> dict[str, Any]:
     """An object of ours; {} where it cannot be read."""
     try:
-        found = read_json(path)
+        return read_json_object(path)
     except DamagedDataError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _texts(value: Any) -> Iterator[str]:
