@@ -115,7 +115,7 @@ def test_report(bench: Any, tmp_path: Path) -> None:
         ({"batch_sizes": (2,)}, "must hold 1"),
         ({"k": 300}, "at least --k 300"),
         ({"layers": 0}, "--layers must be at least 1, not 0"),
-        ({"threads": -1}, "--threads must be at least 1.*not -1"),
+        ({"threads": -1}, "--threads must be at least 1 and at most 1024, not -1"),
     ],
 )
 def test_wrong_sizes(bench: Any, changes: dict[str, Any], needle: str) -> None:

@@ -289,8 +289,8 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
         "## How to rerun it",
         "```bash\n" + "\n".join(lines) + "\n```",
         paragraph(
-            "tiny takes about 20 minutes on two cores, small and real 2 hours each. Interrupted, the same"
-            " command continues. `quality.json` in the output has all numbers of this page, by seed. A recipe"
-            " may have changed since a preset's date; its arms say what was trained."
+            "tiny takes about 40 minutes on two cores, small and real 2 hours each with one seed."
+            " Interrupted, the same command continues. `quality.json` in the output has all numbers of this"
+            " page, by seed. A recipe may have changed since a preset's date; its arms say what was trained."
         ),
     ]

@@ -35,7 +35,7 @@ _CUT = ("--cut-documents", "4000")
 class Config(Flags):
     """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
 
-    tiny takes about 20 minutes on two cores, small and real (a pretrained --base) 2 hours each. The same
+    tiny takes about 40 minutes on two cores, small and real (a pretrained --base) 2 hours each. The same
     command continues what was interrupted.
     """
 

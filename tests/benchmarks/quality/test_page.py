@@ -79,6 +79,15 @@ def test_the_commands_are_those_of_the_runs() -> None:
     assert "--preset real --seeds 5 --base smollm2" in render_page([result])
 
 
+def test_a_long_command_goes_over_several_lines_of_whole_words() -> None:
+    general = "one_text_of_forty_characters_at_least.txt another_text_of_forty_characters_too.txt"
+    page = render_page([make_result("small", settings={"preset": "small", "general": general})])
+    assert (
+        f"python tools/bench.py quality --preset small \\\n    --general {general} \\\n"
+        "    --output runs/quality-small --page docs/RESULTS.md\n"
+    ) in page
+
+
 def test_a_ratio_of_several_presets_is_named_once_with_all_its_values() -> None:
     page = _words(render_page([make_result("tiny"), make_result("small")]))
     values = "**1.500** (small, domain text), **1.500** (tiny, domain text)"

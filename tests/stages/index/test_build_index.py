@@ -262,7 +262,7 @@ def test_a_flipped_byte_of_the_keys_is_refused_and_then_continued(
 def test_bad_flags_and_other_runs(keys: Path, undisturbed: Path) -> None:
     for changes, words in (
         ({"num_shards": 0}, "--num-shards must be at least 1, not 0"),
-        ({"threads": -1}, "--threads must be at least 1.*not -1"),
+        ({"threads": -1}, "--threads must be at least 1 and at most 1024, not -1"),
     ):
         with pytest.raises(UserError, match=words):
             config(keys, undisturbed, **changes)
