@@ -8,7 +8,7 @@
 - `figures`: the reports of all seeds as rows of tables
 - `bootstrap`: intervals over documents and over seeds
 - `ratios`: the ratios with their goals
-- `results`: quality.json as records
+- `results`: quality.json as records; `joined`: those of other seeds in one
 - `page`, `plots`: docs/RESULTS.md and its figures, from the JSON of all presets;
   `preset_section`: what it says of one; `markdown`: its paragraphs, items and commands
 """

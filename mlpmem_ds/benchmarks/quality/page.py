@@ -278,8 +278,10 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
         found = next((result for result in results if result.preset == preset), None)
         flags = {} if found is None else dict(found.settings)
         flags.pop("preset", None)
-        if flags.get("seeds") == "3":
-            del flags["seeds"]
+        if found is not None and len(found.seeds) != 3:
+            flags["seeds"] = str(len(found.seeds))
+        if found is not None and found.seeds[0] != 0:
+            flags["first-seed"] = str(found.seeds[0])
         if preset == "real":
             flags.setdefault("base", "DIR")
         words = [f"--{name} {value}" for name, value in flags.items()]

@@ -70,20 +70,20 @@ def make_plan(
     preset: Preset,
     root: Path,
     *,
-    num_seeds: int,
+    seeds: Sequence[int],
     base: str | None,
     questions: Sequence[Path] = (),
 ) -> Plan:
     """The jobs of a preset below `root`; `base` in place of one that is trained."""
-    planner = Planner(preset=preset, root=root, given_base=base)
+    planner = Planner(preset=preset, root=root, given_base=base, first_seed=seeds[0])
     planner.add_corpora()
     planner.add_base()
     for text in TEXTS:
         planner.add_datastore(text)
-    for seed in range(num_seeds):
+    for seed in seeds:
         for text in TEXTS:
             planner.add_trainings(text, seed)
-    for seed in range(num_seeds):
+    for seed in seeds:
         planner.add_gates(seed)
         planner.add_reports(seed)
         planner.add_gated_ensembles(seed)
@@ -99,6 +99,8 @@ class Planner:
     preset: Preset
     root: Path
     given_base: str | None = None
+    first_seed: int = 0
+    """the one whose reports have the datastore, and whose memory answers questions"""
     has_gates: bool = True
     """whether the subject's gate is in the reports of its text"""
     jobs: list[Job] = field(default_factory=list)
@@ -254,7 +256,7 @@ class Planner:
         ]
         second = self._second_model(text, seed)
         datastore: tuple[object, ...] = ()
-        if seed == 0 and place.tested_on == text:
+        if seed == self.first_seed and place.tested_on == text:
             datastore = tuple(word for name in _STAGES for word in (f"--{name}", self._at(f"{text}/{name}")))
             datastore += ("--k", self.preset.k)
         self._add_evaluation(
@@ -317,15 +319,16 @@ class Planner:
 
     def add_questions(self, questions: Sequence[Path]) -> None:
         """Question sets for the first seed: the exported subject under its gate, models, passages."""
-        export, memory, gate = "domain/export-0", _trained("domain", SUBJECT, 0), "domain/gate-0"
+        seed, memory = self.first_seed, _trained("domain", SUBJECT, self.first_seed)
+        export, gate, report = (f"domain/{job}-{seed}" for job in ("export", "gate", "report"))
         self._add(
             export,
             *("convert-checkpoint", "--checkpoint", self._at(memory), "--model", self._base),
-            *("--gate", self._at(gate), "--report", self._at("domain/report-0")),
-            needs=(memory, gate, "domain/report-0"),
+            *("--gate", self._at(gate), "--report", self._at(report)),
+            needs=(memory, gate, report),
             last_file="mlpmem_export.json",
         )
-        models = {arm: _trained("domain", arm, 0) for arm in self._arms("domain") if arm in MODELS}
+        models = {arm: _trained("domain", arm, seed) for arm in self._arms("domain") if arm in MODELS}
         controls = [f"{arm}={self._at(job)}" for arm, job in models.items()]
         self._add(
             QUESTIONS_JOB,

@@ -21,11 +21,12 @@ def preset_section(result: QualityResult, *, plot: str) -> list[str]:
         result: of one preset.
         plot: the figure of its changes, relative to the page.
     """
+    seeds = len(result.seeds)
     minutes = sum(result.job_seconds.values()) / 60
     parts = [
         f"## Preset {result.preset}",
         paragraph(
-            f"Base: {result.base}. {result.seeds} seed{'s' * (result.seeds > 1)} of every trained arm, on"
+            f"Base: {result.base}. {seeds} seed{'s' * (seeds > 1)} of every trained arm, on"
             f" {result.machine}, {result.date}; {minutes:,.0f} minutes of jobs in all."
         ),
         f"![change of perplexity by arm]({plot})",

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from mlpmem_ds.benchmarks.common import check_places, describe_machine, describe_versions
 from mlpmem_ds.benchmarks.quality.figures import text_result
 from mlpmem_ds.benchmarks.quality.jobs import JobRunner, runner_of
+from mlpmem_ds.benchmarks.quality.joined import join_results, read_others
 from mlpmem_ds.benchmarks.quality.page import publish_page
 from mlpmem_ds.benchmarks.quality.plan import QUESTIONS_JOB, TEXTS, Plan, make_plan
 from mlpmem_ds.benchmarks.quality.presets import PRESETS, Preset
@@ -62,6 +63,15 @@ class Config(Flags):
         metavar="FILE",
     )
     seeds: int = option("trainings of each trained arm", 3, at_least=1)
+    first_seed: int = option(
+        "number of the first one: a run can hold the seeds that another lacks", 0, at_least=0
+    )
+    join: tuple[Path, ...] = option(
+        "quality.json of runs of the same preset with other seeds, such as docs/results/small.json, whose"
+        " seeds are to stand in the result too",
+        (),
+        metavar="FILE",
+    )
     jobs: int | None = option("stages that run at once (default: the machine's cores)", None, at_least=1)
     page: Path | None = option(
         "page to write too, such as docs/RESULTS.md: of this result and of the other presets' in the folder"
@@ -94,20 +104,22 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
     """The same with any preset.
 
     Raises:
-        UserError: --output is a file, or a job failed.
+        UserError: --output is a file, a job failed, or --join names results that do not fit.
     """
     check_places(config.output, config.page, name="quality")
+    seeds = tuple(range(config.first_seed, config.first_seed + config.seeds))
+    others = read_others(config.join, preset.name, seeds)
     root = config.output.absolute()
     plan = make_plan(
         preset,
         root,
-        num_seeds=config.seeds,
+        seeds=seeds,
         base=config.base,
         questions=[path.absolute() for path in config.questions],
     )
     runner = runner_of(root, config.jobs)
     runner.run(plan.jobs)
-    result = collect(preset, plan, runner, config)
+    result = join_results([collect(preset, plan, runner, config, seeds), *others])
     write_result(root / FILE_NAME, result)
     if config.page is not None:
         publish_page(config.page, result)
@@ -115,8 +127,10 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
     return result
 
 
-def collect(preset: Preset, plan: Plan, runner: JobRunner, config: Config) -> QualityResult:
-    """The result of a plan whose jobs are complete."""
+def collect(
+    preset: Preset, plan: Plan, runner: JobRunner, config: Config, seeds: tuple[int, ...]
+) -> QualityResult:
+    """The result of a plan of these seeds whose jobs are complete."""
     texts, ratios = [], []
     by_name = {"general": preset.general, "domain": preset.domain}
     for name in TEXTS:
@@ -131,7 +145,7 @@ def collect(preset: Preset, plan: Plan, runner: JobRunner, config: Config) -> Qu
         machine=f"{machine['processor']}, {machine['cores']} cores, {runner.at_once} jobs at once",
         versions=describe_versions(),
         settings=_settings(config),
-        seeds=config.seeds,
+        seeds=seeds,
         left_out=plan.left_out,
         base=_describe_base(preset, config),
         texts=tuple(texts),
@@ -143,7 +157,7 @@ def collect(preset: Preset, plan: Plan, runner: JobRunner, config: Config) -> Qu
 
 def _settings(config: Config) -> dict[str, str]:
     """The flags that say how it was run, without places on this machine."""
-    flags = {"preset": config.preset, "seeds": str(config.seeds)}
+    flags = {"preset": config.preset}
     for name in ("general", "domain"):
         if paths := getattr(config, name):
             flags[name] = " ".join(Path(path).name for path in paths)

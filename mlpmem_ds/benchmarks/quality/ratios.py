@@ -5,7 +5,7 @@ A gain is perplexity of the base less perplexity of the arm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ from mlpmem_ds.benchmarks.quality.arms import (
     PAPER_CE,
 )
 from mlpmem_ds.benchmarks.quality.bootstrap import ArmSums, Array, estimate
-from mlpmem_ds.benchmarks.quality.results import RatioResult
+from mlpmem_ds.benchmarks.quality.results import Interval, RatioResult
 
 Ppl = Callable[[str], Array]
 _MAX_UNDEFINED = 0.025  # of the draws: with more, the end of the interval may be anywhere
@@ -51,16 +51,35 @@ class Ratio:
             return None
         found = estimate(tested, self.figure, self.arms)
         has_value = not np.isnan([found.value, *found.interval]).any()
-        meets = [self._meets(value) for value in (found.value, *found.interval)]
+        return self.judged(
+            text,
+            value=found.value if has_value else None,
+            interval=found.interval if has_value else None,
+            by_seed=[None if np.isnan(value) else value for value in found.by_seed],
+            is_defined=found.undefined <= _MAX_UNDEFINED,
+        )
+
+    def judged(
+        self,
+        text: str,
+        *,
+        value: float | None,
+        interval: Interval | None,
+        by_seed: Sequence[float | None],
+        is_defined: bool,
+    ) -> RatioResult:
+        """The ratio with this value, compared with its goal; `is_defined`: nearly every draw has one."""
+        has_value = value is not None and interval is not None
+        meets = [self._meets(one) for one in (value, *(interval or ())) if one is not None]
         return RatioResult(
             name=self.name,
             text=text,
-            value=found.value if has_value else None,
-            interval=found.interval if has_value else None,
-            by_seed=tuple(None if np.isnan(value) else value for value in found.by_seed),
+            value=value,
+            interval=interval,
+            by_seed=tuple(by_seed),
             goal=f"{self.direction} {self.goal:g}",
             is_met=has_value and meets[0],
-            is_clear=has_value and len(set(meets)) == 1 and found.undefined <= _MAX_UNDEFINED,
+            is_clear=has_value and len(set(meets)) == 1 and is_defined,
             meaning=self.meaning,
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from mlpmem_ds.benchmarks.result_files import read_record, write_record
 from mlpmem_ds.formats.answers import SetScores
 
-FORMAT, VERSION = "quality", 1
+FORMAT, VERSION = "quality", 2
 FILE_NAME = "quality.json"
 Interval = tuple[float, float]
 
@@ -90,8 +90,9 @@ class QualityResult:
     machine: str
     versions: Mapping[str, str]
     settings: Mapping[str, str]
-    """flags of the run, in words"""
-    seeds: int
+    """flags of the run, in words, without those of its seeds"""
+    seeds: tuple[int, ...]
+    """numbers of the seeds, increasing"""
     left_out: tuple[str, ...]
     """arms of the preset whose package was not installed"""
     base: str

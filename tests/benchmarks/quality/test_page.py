@@ -75,8 +75,8 @@ def test_results_of_several_days_stand_on_one_page(tmp_path: Path) -> None:
 
 
 def test_the_commands_are_those_of_the_runs() -> None:
-    result = make_result("real", settings={"preset": "real", "seeds": "5", "base": "smollm2"})
-    assert "--preset real --seeds 5 --base smollm2" in render_page([result])
+    result = make_result("real", seeds=tuple(range(5)), settings={"preset": "real", "base": "smollm2"})
+    assert "--preset real --base smollm2 --seeds 5" in render_page([result])
 
 
 def test_a_long_command_goes_over_several_lines_of_whole_words() -> None:

@@ -33,7 +33,7 @@ ROOT = Path("/run")
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_each_job_stands_once_and_after_those_that_it_needs(preset) -> None:
     base = None if preset.base is not None else "model"
-    plan = make_plan(preset, ROOT, num_seeds=3, base=base)
+    plan = make_plan(preset, ROOT, seeds=range(3), base=base)
     names = [job.name for job in plan.jobs]
     assert len(set(names)) == len(names)
     for number, job in enumerate(plan.jobs):
@@ -44,7 +44,7 @@ def test_each_job_stands_once_and_after_those_that_it_needs(preset) -> None:
 
 def test_all_trainings_of_a_preset_have_one_precision() -> None:
     for preset, name in ((PRESETS["tiny"], "cpu.json"), (PRESETS["real"], "zero1.json")):
-        plan = make_plan(preset, ROOT, num_seeds=1, base=None if preset.base is not None else "model")
+        plan = make_plan(preset, ROOT, seeds=[0], base=None if preset.base is not None else "model")
         given = {
             Path(str(job.words[job.words.index("--ds_config") + 1])).name
             for job in plan.jobs
@@ -56,7 +56,7 @@ def test_all_trainings_of_a_preset_have_one_precision() -> None:
 def test_the_default_recipe_starts_as_the_base_on_text_that_is_new_to_it() -> None:
     for name, known in (("tiny", {"general"}), ("small", {"general"}), ("real", set())):
         preset = PRESETS[name]
-        plan = make_plan(preset, ROOT, num_seeds=1, base=None if preset.base is not None else "model")
+        plan = make_plan(preset, ROOT, seeds=[0], base=None if preset.base is not None else "model")
         for job in plan.jobs:
             text, _, arm = job.name.partition("/")
             if job.words[0] == "train":
@@ -67,7 +67,7 @@ def test_the_default_recipe_starts_as_the_base_on_text_that_is_new_to_it() -> No
 def test_models_are_trained_at_the_rate_of_a_base_of_that_size() -> None:
     for name, rate in (("tiny", "2e-3"), ("small", "1e-3"), ("real", None)):
         preset = PRESETS[name]
-        plan = make_plan(preset, ROOT, num_seeds=1, base=None if preset.base is not None else "model")
+        plan = make_plan(preset, ROOT, seeds=[0], base=None if preset.base is not None else "model")
         for job in plan.jobs:
             if job.words[0] == "train-baseline" and "continued" in job.words:
                 given = dict(zip(job.words, job.words[1:], strict=False)).get("--learning-rate")
@@ -77,7 +77,7 @@ def test_models_are_trained_at_the_rate_of_a_base_of_that_size() -> None:
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_texts_are_extracted_once_and_every_arm_is_trained_with_every_seed(preset) -> None:
     base = None if preset.base is not None else "model"
-    plan = make_plan(preset, ROOT, num_seeds=3, base=base)
+    plan = make_plan(preset, ROOT, seeds=range(3), base=base)
     counts = Counter(job.words[0] for job in plan.jobs)
     assert counts["prepare-corpus"] == 2
     assert counts["extract-keys"] == 4  # of each text what either recipe reads
@@ -99,7 +99,7 @@ def test_the_gated_ensemble_has_jobs_of_its_own_and_changes_no_other(
     preset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that an output that was made without it continues with these jobs alone."""
-    flags = {"num_seeds": 2, "base": None if preset.base is not None else "model", "questions": [Path("a")]}
+    flags = {"seeds": [0, 1], "base": None if preset.base is not None else "model", "questions": [Path("a")]}
     jobs = make_plan(preset, ROOT, **flags).jobs
     monkeypatch.setattr(Planner, "add_gated_ensembles", lambda *_: None)
     without = make_plan(preset, ROOT, **flags).jobs
@@ -110,7 +110,7 @@ def test_the_gated_ensemble_has_jobs_of_its_own_and_changes_no_other(
 
 
 def test_the_gate_of_the_ensemble_is_fitted_as_the_subjects_is() -> None:
-    jobs = {job.name: job for job in make_plan(PRESETS["tiny"], ROOT, num_seeds=1, base=None).jobs}
+    jobs = {job.name: job for job in make_plan(PRESETS["tiny"], ROOT, seeds=[0], base=None).jobs}
     for text, model in (("domain", "continued"), ("general", "bigger")):
         words = [list(jobs[f"{text}/{name}-0"].words) for name in ("gate", "gate_ensemble")]
         memory, second = words[0].index("--memory"), words[1].index("--ensemble")
@@ -138,13 +138,13 @@ def test_every_arm_has_a_description() -> None:
 
 def test_an_arm_whose_package_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    plan = make_plan(PRESETS["tiny"], ROOT, num_seeds=1, base=None)
+    plan = make_plan(PRESETS["tiny"], ROOT, seeds=[0], base=None)
     assert plan.left_out == ("lora",)
     assert not any("lora" in job.name for job in plan.jobs)
 
 
 def test_exact_search_is_done_once() -> None:
-    plan = make_plan(PRESETS["tiny"], ROOT, num_seeds=3, base=None)
+    plan = make_plan(PRESETS["tiny"], ROOT, seeds=range(3), base=None)
     with_keys = [job.name for job in plan.jobs if job.words[0] == "evaluate" and "--keys" in job.words]
     assert with_keys == ["general/report-0", "domain/report-0"]
 
@@ -152,7 +152,7 @@ def test_exact_search_is_done_once() -> None:
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_every_job_has_flags_that_its_command_takes(preset) -> None:
     base = None if preset.base is not None else "model"
-    for job in make_plan(preset, ROOT, num_seeds=1, base=base, questions=[Path("a.jsonl")]).jobs:
+    for job in make_plan(preset, ROOT, seeds=[0], base=base, questions=[Path("a.jsonl")]).jobs:
         module, _, name = COMMANDS[job.words[0]].config.partition(":")
         config = getattr(importlib.import_module(f"mlpmem_ds.stages.{module}"), name)
         budget = ["--time-budget-seconds", "60"] if job.budget_of else []

@@ -151,7 +151,7 @@ def test_another_precision_is_that_of_all_trainings_and_stays_with_the_result(
     for given, named in ((own, "own.json"), (ds_configs() / "zero1.json", "ds_configs/zero1.json")):
         config = Config(output=tmp_path, ds_config=given)
         quality.run(config, World())
-        plan = make_plan(used[-1], tmp_path, num_seeds=1, base=None)
+        plan = make_plan(used[-1], tmp_path, seeds=[0], base=None)
         files = [
             job.words[job.words.index("--ds_config") + 1] for job in plan.jobs if "--ds_config" in job.words
         ]
