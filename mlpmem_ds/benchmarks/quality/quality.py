@@ -157,7 +157,7 @@ def collect(
 
 def _settings(config: Config) -> dict[str, str]:
     """The flags that say how it was run, without places on this machine."""
-    flags = {"preset": config.preset}
+    flags: dict[str, str] = {"preset": config.preset}
     for name in ("general", "domain"):
         if paths := getattr(config, name):
             flags[name] = " ".join(Path(path).name for path in paths)
