@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +100,18 @@ def log_end(code: int, message: str) -> None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a log.jsonl and of those of other hosts next to it, each file's in its order, without
-    lines that a crash cut short; [] where there is no file."""
+    """The events of a log.jsonl and of those of other hosts next to it, each file's in its order; [] where
+    there is no file. Lines that a crash cut short or that are damaged are left out: each event that is
+    returned has its `event` (str), `rank` (int) and `time` (a number)."""
     paths = [path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]
-    return [event for each in paths for event in read_json_lines(each)]
+    return [event for each in paths for event in read_json_lines(each) if is_event(event)]
+
+
+def is_event(line: Mapping[str, Any]) -> bool:
+    """Whether a line of such a file has what every event has, and is not damaged there."""
+    moment = line.get("time")
+    is_time = isinstance(moment, (int, float)) and math.isfinite(moment)
+    return is_time and isinstance(line.get("event"), str) and type(line.get("rank")) is int
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

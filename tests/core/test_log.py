@@ -27,6 +27,21 @@ def test_events_survive_a_line_cut_short(tmp_path: Path) -> None:
     assert read_events(tmp_path / "none.jsonl") == []
 
 
+def test_no_flipped_bit_of_a_log_fails_its_readers(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for event in ("started", "unit", "finished"):
+        EventLog(path, World()).write(event, seconds=1.5)
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        seconds = seconds_of_stage(tmp_path)
+        assert seconds is None or 0 <= seconds < float("inf")
+        for event in read_events(path):
+            assert isinstance(event["event"], str) and isinstance(event["rank"], int)
+
+
 def test_progress_speaks_in_plain_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (1, 0):  # the first last: it leaves the level that other tests expect
         set_up_logging(World(rank=rank, size=2), name="tool")

@@ -4,7 +4,7 @@ texts ─▶ base ─▶ for each text: two key directories, one a kind of memor
                    imitates the retriever: index ─▶ targets        once, for all arms and seeds
                    for each seed: memories, models                   each on one text
                      ─▶ a gate over the subject, fitted to both texts; one over both subjects, the bank
-                     ─▶ report of the text's arms on its test split  (seed 0: the kNN arms too)
+                     ─▶ report of the text's arms on its test split  (first seed: kNN too)
                      ─▶ report of the new domain's arms on the general text, at the same λ and gate
                      ─▶ report of the bank on each text
                      ─▶ a gate over the second model of a text, fitted as the subject's; its reports, as above
@@ -152,7 +152,7 @@ class Planner:
         self._add(
             keys_job,
             *("extract-keys", "--model", self._base, "--corpus", self._at(corpus)),
-            *(*inputs, "--unit-positions", 16384),
+            *(*inputs, "--unit-positions", 16384, *self.preset.reading_flags),
             needs=(corpus, *self._base_job),
         )
         self._add(index_job, "build-index", *keys, needs=(keys_job,))
@@ -222,12 +222,13 @@ class Planner:
                 f"{text}/gate-{seed}",
                 *("fit-gate", "--model", self._base, "--memory", self._at(subjects[text])),
                 *("--corpus", corpora[text], "--general", corpora[_other(text)], "--seed", seed),
+                *self.preset.reading_flags,
                 needs=(subjects[text], "general/corpus", "domain/corpus"),
             )
         self._add(
             f"bank/gate-{seed}",
             *("fit-gate", "--model", self._base, "--memory", *self._bank(seed)),
-            *("--corpus", *corpora.values(), "--seed", seed),
+            *("--corpus", *corpora.values(), "--seed", seed, *self.preset.reading_flags),
             needs=(*subjects.values(), "general/corpus", "domain/corpus"),
         )
 
@@ -282,7 +283,7 @@ class Planner:
             gate,
             *("fit-gate", "--model", self._base, "--ensemble", self._at(second)),
             *("--corpus", self._at(f"{text}/corpus"), "--general", self._at(f"{other}/corpus")),
-            *("--seed", seed),
+            *("--seed", seed, *self.preset.reading_flags),
             needs=(second, "general/corpus", "domain/corpus"),
         )
         flags = (*self._ensemble(second), "--gate", self._at(gate))
@@ -312,7 +313,7 @@ class Planner:
             place.name,
             *("evaluate", "--model", self._base, "--corpus", self._at(corpus)),
             *flags,
-            *("--speed-positions", "none", "--samples", 0),
+            *("--speed-positions", "none", "--samples", 0, *self.preset.reading_flags),
             needs=(corpus, *needs),
         )
         self.reports.append(place)

@@ -56,6 +56,9 @@ class Config(Flags):
         " products are twice as fast where the processor has them)",
         None,
     )
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        "of forward passes that do not train (default: float32; real: bfloat16)", None
+    )
     questions: tuple[Path, ...] = option(
         "files of questions (docs/questions.md), of which the first 200 are asked: the first seed's memory"
         " under its gate, models and passages of the domain text",
@@ -97,6 +100,8 @@ def run(config: Config, world: World) -> None:
     preset = _with_texts(PRESETS[config.preset], config)
     if config.ds_config is not None:
         preset = replace(preset, ds_config=str(config.ds_config.absolute()))
+    if config.dtype is not None:
+        preset = replace(preset, dtype=config.dtype)
     run_preset(preset, config)
 
 
@@ -144,7 +149,7 @@ def collect(
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         machine=f"{machine['processor']}, {machine['cores']} cores, {runner.at_once} jobs at once",
         versions=describe_versions(),
-        settings=_settings(config),
+        settings=_settings(preset, config),
         seeds=seeds,
         left_out=plan.left_out,
         base=_describe_base(preset, config),
@@ -155,7 +160,7 @@ def collect(
     )
 
 
-def _settings(config: Config) -> dict[str, str]:
+def _settings(preset: Preset, config: Config) -> dict[str, str]:
     """The flags that say how it was run, without places on this machine."""
     flags: dict[str, str] = {"preset": config.preset}
     for name in ("general", "domain"):
@@ -165,6 +170,8 @@ def _settings(config: Config) -> dict[str, str]:
         name, shipped = config.ds_config.name, ds_configs() / config.ds_config.name
         is_shipped = shipped.is_file() and shipped.samefile(config.ds_config)
         flags["ds_config"] = f"ds_configs/{name}" if is_shipped else name
+    if "bfloat16" in (preset.dtype, PRESETS[config.preset].dtype):
+        flags["dtype"] = preset.dtype
     return flags | ({} if config.base is None else {"base": Path(config.base).name})
 
 

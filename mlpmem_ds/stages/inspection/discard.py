@@ -26,7 +26,7 @@ from mlpmem_ds.core.claims import ClaimWatch, claim, has_ended, is_of_this_machi
 from mlpmem_ds.core.directories import left_of_replacement, remove_former
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_sealed_json, size_in_words
-from mlpmem_ds.core.log import EventLog, read_events, read_json_lines
+from mlpmem_ds.core.log import EventLog, is_event, read_events, read_json_lines
 from mlpmem_ds.core.temporaries import time_of_file_system
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.inspection.contents import EXPORT_FILE, some
@@ -300,10 +300,10 @@ def _refuse_started(made: Made) -> None:
     is_complete = (root / "manifest.json").is_file()
     for path in root.glob("log*.jsonl"):
         last: dict[int, dict[str, Any]] = {}
-        for event in read_json_lines(path):
-            if event.get("event") == "started":
+        for event in filter(is_event, read_json_lines(path)):
+            if event["event"] == "started":
                 last[event["rank"]] = event
-            elif event.get("event") in _ENDS:
+            elif event["event"] in _ENDS:
                 last.pop(event["rank"], None)
         for rank, event in last.items():
             process = str(event.get("process", ""))

@@ -124,7 +124,7 @@ def _seconds_of_parts(root: Path, stage: str, ranks: int) -> dict[str, float]:
     units = {
         event["unit"]: event["seconds"]
         for event in read_events(root / "log.jsonl")
-        if event["event"] == "unit"
+        if event["event"] == "unit" and "unit" in event and isinstance(event.get("seconds"), (int, float))
     }
     trained = units.pop("trained", 0.0)
     return {"index.train": trained, "index.fill": sum(units.values()) / max(1, min(ranks, len(units)))}

@@ -106,8 +106,10 @@ def require_wandb() -> Any:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of OUTPUT/metrics.jsonl in order, without one that a crash cut short; [] without a file."""
-    return read_json_lines(output / "metrics.jsonl")
+    """The lines of OUTPUT/metrics.jsonl in order, each with its `step` (int), without those that a crash cut
+    short or that are damaged there; [] without a file."""
+    lines = read_json_lines(output / "metrics.jsonl")
+    return [line for line in lines if type(line.get("step")) is int]
 
 
 def progress_note(values: Mapping[str, float]) -> str:

@@ -156,4 +156,23 @@ def test_another_precision_is_that_of_all_trainings_and_stays_with_the_result(
             job.words[job.words.index("--ds_config") + 1] for job in plan.jobs if "--ds_config" in job.words
         ]
         assert {*files} == {str(given)}
-        assert quality._settings(config)["ds_config"] == named
+        assert quality._settings(used[-1], config)["ds_config"] == named
+
+
+def test_what_only_reads_a_model_has_the_precision_of_the_preset_or_of_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Preset] = []
+    monkeypatch.setattr(quality, "run_preset", lambda preset, config: used.append(preset))
+    real = Config(output=tmp_path, preset="real", base="model")
+    for config, dtype, named in (
+        (Config(output=tmp_path), "float32", None),
+        (Config(output=tmp_path, dtype="bfloat16"), "bfloat16", "bfloat16"),
+        (real, "bfloat16", "bfloat16"),
+        (replace(real, dtype="float32"), "float32", "float32"),
+    ):
+        quality.run(config, World())
+        assert quality._settings(used[-1], config).get("dtype") == named
+        for job in make_plan(used[-1], tmp_path, seeds=[0], base=config.base).jobs:
+            if job.words[0] in ("extract-keys", "fit-gate", "evaluate"):
+                assert job.words[job.words.index("--dtype") + 1] == dtype, job.name
