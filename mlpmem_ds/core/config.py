@@ -70,6 +70,13 @@ class Flags:
             UserError: with the flags, their values and the remedy.
         """
 
+    def given(self, *names: str) -> list[str]:
+        """Of these optional flags those with another value than their default, as users write them."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        return [
+            flag_of(fields[name]) for name in names if getattr(self, name) != default_of(type(self), name)
+        ]
+
     def refuse_unused(self, *names: str, of: str) -> None:
         """Refuse settings that nothing would read: for `check`.
 
@@ -78,12 +85,11 @@ class Flags:
             of: that one, as users write it.
 
         Raises:
-            UserError: one of them has another value than its default.
+            UserError: with all of them that have another value than their default.
         """
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        for name in names:
-            if getattr(self, name) != default_of(type(self), name):
-                raise UserError(f"{flag_of(fields[name])} is of {of}: add that, or leave it out")
+        if unused := self.given(*names):
+            are, them = ("is", "it") if len(unused) == 1 else ("are", "them")
+            raise UserError(f"{', '.join(unused)} {are} of {of}: add that, or leave {them} out")
 
 
 def option(

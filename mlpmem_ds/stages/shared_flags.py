@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,15 +138,6 @@ def refuse_repeated(places: Sequence[str | Path], *, flag: str) -> None:
         if where in seen:
             raise UserError(f"{flag} names {seen[where]} twice (as {place}): give each once")
         seen[where] = place
-
-
-def refuse_flags(flags: Mapping[str, object], *, of: str) -> None:
-    """Raises UserError where one of these flags, which are `of` something else, has been given: None, and
-    empty ones, have not."""
-    given = [flag for flag, value in flags.items() if value is not None and value != ()]
-    if given:
-        are, them = ("is", "it") if len(given) == 1 else ("are", "them")
-        raise UserError(f"{', '.join(given)} {are} of {of}: leave {them} out")
 
 
 Layer = int | float  # an index, from the end where negative, or a fraction of the depth

@@ -66,8 +66,15 @@ def test_what_nothing_reads_is_refused_unless_it_is_the_default() -> None:
 
     for words in ([], ["--block-size", "1024"], ["--also", "x", "--block-size", "9"]):
         parse_config(Audited, ["--input", "a", "--output", "out", *words], prog="tool")
-    with pytest.raises(UserError, match="--block-size is of --also: add that, or leave it out"):
-        parse_config(Audited, ["--input", "a", "--output", "out", "--block-size", "9"], prog="tool")
+    for words, said in (
+        (["--block-size", "9"], "--block-size is of --also: add that, or leave it out"),
+        (
+            ["--rate", "1", "--block-size", "9"],
+            "--block-size, --rate are of --also: add that, or leave them out",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            parse_config(Audited, ["--input", "a", "--output", "out", *words], prog="tool")
 
 
 def test_flags_become_typed_fields() -> None:

@@ -103,20 +103,6 @@ class Config(Flags):
                 " --from-reference: leave it out"
             )
         if self.write == "memory":
-            self._check_writing_a_memory()
-
-    def _check_writing_a_memory(self) -> None:
-        if self.dtype != default_of(Config, "dtype"):
-            raise UserError(
-                f"--dtype {self.dtype} is of an export, and --write memory keeps float32: leave it out"
-            )
-        shared_flags.refuse_flags(
-            {
-                "--lambda": self.lmbda,
-                "--base-only-threshold": self.base_only_threshold,
-                "--license": self.license,
-                "--language": self.language,
-                "--corpus-license": self.corpus_license,
-            },
-            of="an export, and --write memory writes a memory without a base and a card",
-        )
+            # It is written in float32, without a base and a card.
+            names = ("dtype", "lmbda", "base_only_threshold", "license", "language", "corpus_license")
+            self.refuse_unused(*names, of="--write export")

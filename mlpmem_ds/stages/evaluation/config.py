@@ -174,15 +174,7 @@ class Config(Flags):
                 " from it"
             )
         if self.keys is None:
-            shared_flags.refuse_flags(
-                {
-                    "--targets": self.targets,
-                    "--exact": self.exact,
-                    "--k": self.k,
-                    "--temperature": self.temperature,
-                },
-                of="the kNN arms, which --keys adds",
-            )
+            self.refuse_unused("targets", "exact", "k", "temperature", of="--keys, which adds the kNN arms")
         control_directories(self.control)
         memory_directories(self.memory)
         named_directories(self.ensemble, flag="--ensemble")

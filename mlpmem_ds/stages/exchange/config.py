@@ -52,11 +52,7 @@ class ImportConfig(Flags):
         if self.datastore and self.model is None:
             raise UserError("--datastore needs --model, the base of the keys")
         if not self.datastore:
-            self.refuse_unused("key_layer", "unit_positions", of="--datastore")
-            shared_flags.refuse_flags(
-                {"--model": self.model, "--tokenizer": self.tokenizer},
-                of="the keys in --datastore, and --keys know theirs",
-            )
+            self.refuse_unused("key_layer", "unit_positions", "model", "tokenizer", of="--datastore")
         shared_flags.refuse_repeated(self.datastore, flag="--datastore")
         shared_flags.refuse_repeated(self.targets, flag="--targets")
         if self.shard_positions % self.block_size:

@@ -145,6 +145,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
             {"from_reference": None, "checkpoint": (tmp_path,), "write": "memory"},
             "is not a directory of mlpmem memory",
         ),
+        (
+            {"write": "memory", "dtype": "float16", "lmbda": 0.3, "language": ("en",)},
+            "--dtype, --lambda, --language are of --write export: add that, or leave them out",
+        ),
     ]
     for write in ("export", "memory"):
         for changes, message in cases:

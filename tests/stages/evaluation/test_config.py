@@ -44,9 +44,12 @@ def config(tmp_path: Path) -> Config:
         ({"keys": None}, "--index needs --keys"),
         (
             {"keys": None, "index": None, "targets": Path("t")},
-            "--targets is of the kNN arms, which --keys adds: leave it out",
+            "--targets is of --keys, which adds the kNN arms: add that, or leave it out",
         ),
-        ({"keys": None, "index": None, "exact": False, "k": 8}, "--exact, --k are of .*: leave them out"),
+        (
+            {"keys": None, "index": None, "exact": False, "k": 8},
+            "--exact, --k are of --keys, which adds the kNN arms: add that, or leave them out",
+        ),
         ({"memory": ("a=m", "b=./m")}, "--memory names m twice .as ./m.: give each once"),
         ({"lambdas": ("0:1:1e-9",)}, "more than 1,000 steps"),
         ({"control": ("nameless",)}, "NAME=DIR"),

@@ -298,11 +298,13 @@ def test_wrong_files_are_refused_and_nothing_is_written(
         ({"shard_positions": 33}, "multiple of --block-size"),
         ({"targets": (arrow[1], arrow[1])}, "--targets names .* twice"),
         ({"datastore": (arrow[0], arrow[0])}, "--datastore names .* twice"),
-        ({"datastore": (), "keys": keys_dir, "model": None, "key_layer": 0}, "--key-layer is of --datastore"),
-        ({"datastore": (), "keys": keys_dir}, "--unit-positions is of --datastore: add that"),
         (
-            {"datastore": (), "keys": keys_dir, "unit_positions": default_of(ImportConfig, "unit_positions")},
-            "--model, --tokenizer are of .*, and --keys know theirs: leave them out",
+            {**TARGETS_ALONE, "keys": keys_dir, "key_layer": 0},
+            "--key-layer is of --datastore: add that, or leave it out",
+        ),
+        (
+            {"datastore": (), "keys": keys_dir},
+            "--unit-positions, --model, --tokenizer are of --datastore: add that, or leave them out",
         ),
     ]
     for changes, message in cases:
