@@ -43,7 +43,7 @@ from mlpmem_ds.benchmarks.common import (
 from mlpmem_ds.benchmarks.made_up_keys import synthetic_keys, write_synthetic_keys
 from mlpmem_ds.benchmarks.published_targets import stock_index, write_published
 from mlpmem_ds.benchmarks.target_fidelity import Case, fidelity_rows, sample_blocks, temperatures_of
-from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.config import Flags, flag_name, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import read_events
@@ -106,12 +106,12 @@ class Config(Flags):
     threads: int | None = shared_flags.threads()
 
     def check(self) -> None:
-        if self.keys is None and (self.index is not None or self.raw_keys is not None):
-            raise UserError("--index and --raw-keys belong to --keys: give that too, or none of them")
+        if self.keys is None:
+            self.refuse_unused("index", "raw_keys", of="--keys")
         for name in ("soft_perplexity", "sharp_perplexity"):
             if not 1 < getattr(self, name) < self.k:
                 raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name):g} must lie between 1 and --k {self.k}"
+                    f"{flag_name(name)} {getattr(self, name):g} must lie between 1 and --k {self.k}"
                 )
 
 

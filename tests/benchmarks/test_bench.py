@@ -137,7 +137,7 @@ def test_interleave_alternates(tools: Any) -> None:
             ["loss", "--output", "loss.json", "--alpha", "2"],
             "--alpha must be at least 0 and at most 1, not 2.0",
         ),
-        (["targets", "--output", "targets.json", "--index", "index"], "belong to --keys"),
+        (["targets", "--output", "targets.json", "--index", "index"], "--index is of --keys: add that"),
         (
             ["targets", "--output", "targets.json", "--soft-perplexity", "2000"],
             "--soft-perplexity 2000 must lie",

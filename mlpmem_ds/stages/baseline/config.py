@@ -59,12 +59,7 @@ class Config(DecoderOptions):
 
     def check(self) -> None:
         super().check()
-        sizes = {
-            "--match-memory": self.match_memory,
-            "--match-parameters": self.match_parameters,
-            "--rank": self.rank,
-        }
-        given = [flag for flag, value in sizes.items() if value is not None]
+        given = self.given("match_memory", "match_parameters", "rank")
         if self.kind == "continued" and given:
             raise UserError(f"--kind continued trains the weights that there are: leave out {given[0]}")
         if self.kind != "lora":

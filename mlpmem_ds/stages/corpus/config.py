@@ -161,14 +161,10 @@ class Config(Flags):
                 f"--documents chat needs a tokenizer that has the special tokens of its template, and"
                 f" --tokenizer {self.tokenizer} makes one of text: give the base's own"
             )
-        if self.documents == "chat" and self.cut_documents is not None:
-            raise UserError("--cut-documents cuts texts, and conversations stay whole: leave it out")
-        if self.documents == "chat" and self.shorten_documents is not None:
-            raise UserError("--shorten-documents cuts texts, and conversations stay whole: leave it out")
+        if self.documents == "chat":  # conversations stay whole
+            self.refuse_unused("cut_documents", "shorten_documents", of="--documents text")
         if self.documents == "text":
-            self.refuse_unused("train_on", of="--documents chat")
-        if self.documents == "text" and self.chat_template is not None:
-            raise UserError("--chat-template renders conversations: add --documents chat, or leave it out")
+            self.refuse_unused("train_on", "chat_template", of="--documents chat")
 
     def _check_inputs(self) -> None:
         for flag, words in (("input", self.input), ("include", self.include), ("exclude", self.exclude)):

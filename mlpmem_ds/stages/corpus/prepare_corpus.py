@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
-from mlpmem_ds.core.config import default_of, flag_name
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.once import shared_place
@@ -89,13 +88,11 @@ def _warn_of_unused(config: Config) -> None:
     if config.near_duplicates == "keep":
         names = ("near_duplicate_threshold", "near_duplicate_words", "near_duplicate_hashes")
         unused += [(name, "--near-duplicates is keep") for name in names]
-    if config.documents == "text":
-        unused.append(("train_on", "--documents is text, of which all tokens count"))
-    else:
+    if config.documents == "chat":
         unused.append(("text_field", "--documents is chat, whose fields are known"))
     for name, why in unused:
-        if getattr(config, name) != default_of(Config, name):
-            _logger.warning("%s is not used: %s", flag_name(name), why)
+        for flag in config.given(name):
+            _logger.warning("%s is not used: %s", flag, why)
 
 
 def _prepare(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import flag_name, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.formats.corpus import SpecialTokens
@@ -86,14 +86,13 @@ class Config(JointOptions):
             value = getattr(self, name)
             if value and not _SMALLEST <= value <= _LARGEST:
                 raise UserError(
-                    f"--{name.replace('_', '-')} {value:g} makes scores that no float32 holds: give one from"
+                    f"{flag_name(name)} {value:g} makes scores that no float32 holds: give one from"
                     f" {_SMALLEST:g} to {_LARGEST:g}"
                 )
         if bool(self.prompt) == (self.prompts_file is not None):
             raise UserError("give either --prompt or --prompts-file")
-        for name in ("system", "chat_template"):
-            if getattr(self, name) is not None and not self.chat:
-                raise UserError(f"--{name.replace('_', '-')} goes with --chat: add it, or leave this out")
+        if not self.chat:
+            self.refuse_unused("system", "chat_template", of="--chat")
         if self.stream and (self.compare or self.num_beams > 1):
             raise UserError("--stream writes one text as it is made: leave out --compare and --num-beams")
         if self.html is not None:

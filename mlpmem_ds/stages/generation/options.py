@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlpmem_ds.core.config import Flags, option
-from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.stages import shared_flags
 
 
@@ -38,9 +37,5 @@ class JointOptions(Flags):
 
     def check(self) -> None:
         shared_flags.refuse_repeated(self.memory, flag="--memory")
-        for name in ("gate", "tokenizer"):
-            if getattr(self, name) is not None and not self.memory:
-                raise UserError(
-                    f"--{name} goes with --memory, because an export has its own: give --memory, and the base"
-                    " as --model"
-                )
+        if not self.memory:  # an export has its own
+            self.refuse_unused("gate", "tokenizer", of="--memory, with the base as --model")

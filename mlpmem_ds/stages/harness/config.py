@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mlpmem_ds.core.config import flag_name, option
+from mlpmem_ds.core.config import option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.formats.corpus import SpecialTokens
@@ -98,12 +98,10 @@ class Config(JointOptions):
         if self.suite:
             self._check_suite()
             return
-        self.refuse_unused("bootstrap_samples", of="--suite")
+        names = ("data", "generation_lambdas", "passages", "control", "max_new_tokens", "bootstrap_samples")
+        self.refuse_unused(*names, of="--suite")
         if self.lambdas:
             shared_flags.grid_of(self.lambdas)
-        for name in ("data", "generation_lambdas", "passages", "control", "max_new_tokens"):
-            if getattr(self, name) not in (None, ()):
-                raise UserError(f"{flag_name(name)} goes with --suite: add it, or leave the flag out")
         if not (self.questions or self.ranking or self.tasks):
             raise UserError("nothing to ask: give --suite, --questions, --ranking or --tasks")
         if self.include_path is not None and not self.include_path.is_dir():
@@ -116,9 +114,8 @@ class Config(JointOptions):
             check_output_file(self.output, example="scores.json")
 
     def _check_suite(self) -> None:
-        for name in ("questions", "ranking", "tasks", "include_path", "num_fewshot"):
-            if getattr(self, name) not in (None, ()):
-                raise UserError(f"{flag_name(name)} does not go with --suite: run the command once for each")
+        if given := self.given("questions", "ranking", "tasks", "include_path", "num_fewshot"):
+            raise UserError(f"{given[0]} does not go with --suite: run the command once for each")
         if self.output is None:
             raise UserError("--suite writes a directory: give --output DIR")
         if self.data is not None and not self.data.is_dir():

@@ -59,8 +59,8 @@ class Config(Flags):
     )
 
     def check(self) -> None:
-        if (self.yes or self.keep_dependents) and self.discard is None:
-            raise UserError("--yes and --keep-dependents say how to --discard UNIT: give that too")
+        if self.discard is None:
+            self.refuse_unused("yes", "keep_dependents", of="--discard")
         if self.discard is not None and not self.discard.strip("/"):
             raise UserError("--discard names nothing: give STAGE/UNIT, or a stage's or checkpoint's name")
         looks = self.watch is not None or self.prometheus is not None

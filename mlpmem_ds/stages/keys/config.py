@@ -116,10 +116,8 @@ class Config(Flags):
     def check(self) -> None:
         if not self.input_layer:
             raise UserError("--input-layer needs one layer or more, such as -1")
-        if self.audit_dims and self.audit is None:
-            raise UserError("--audit-dims says what an audit measures: give --audit 2000 too")
         if self.audit is None:
-            self.refuse_unused("audit_candidates", of="--audit")
+            self.refuse_unused("audit_dims", "audit_candidates", of="--audit")
         if self.audit is not None and self.audit_candidates < 2 * self.audit:
             raise UserError(
                 f"--audit-candidates {self.audit_candidates} are too few for --audit {self.audit} queries: "

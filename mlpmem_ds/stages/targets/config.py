@@ -119,8 +119,8 @@ class Config(Flags):
             )
         if self.exclude == "same-document" and self.corpus is None:
             raise UserError("--exclude same-document needs to know the documents: give --corpus")
-        if self.raw_keys is not None and self.audit is None:
-            raise UserError("--raw-keys is what an audit compares with: say --audit 10000, or leave it out")
+        if self.audit is None:
+            self.refuse_unused("raw_keys", of="--audit")
 
     @property
     def fixed_temperature(self) -> float | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mlpmem_ds.core.config import default_of
+from mlpmem_ds.core.config import default_of, flag_name
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.inputs import TrainingInputs
@@ -157,6 +157,6 @@ def _words(config: Config) -> str:
     assert config.recipe is not None
     changes = recipe_changes(config)
     return ", ".join(
-        f"--{name.replace('_', '-')} {getattr(config, name)}{' (changed)' if name in changes else ''}"
+        f"{flag_name(name)} {getattr(config, name)}{' (changed)' if name in changes else ''}"
         for name in RECIPES[config.recipe].flags
     )

@@ -204,11 +204,8 @@ class Config(TrainingOptions):
                 "--validate-every needs --model, the base that the keys were extracted with, and so do"
                 " --early-stopping-patience and --select best, which need validation"
             )
-        shape = [name for name in SHAPE_FLAGS if getattr(self, name) is not None]
-        if self.preset and shape:
-            raise UserError(
-                f"--preset {self.preset} fixes the shape: leave out --{shape[0].replace('_', '-')}"
-            )
+        if self.preset and (shape := self.given(*SHAPE_FLAGS)):
+            raise UserError(f"--preset {self.preset} fixes the shape: leave out {shape[0]}")
 
     def _check_start(self) -> None:
         if self.start == "base" and self.head == "random":
@@ -254,18 +251,13 @@ class Config(TrainingOptions):
 
     def _check_loader(self) -> None:
         if self.loader == "stored":
-            if self.targets_url is not None:
-                raise UserError("--targets-url is where --loader webdataset reads: give that too")
-            self.refuse_unused("open_shards", "shuffle_buffer_positions", of="--loader webdataset")
+            names = ("targets_url", "open_shards", "shuffle_buffer_positions")
+            self.refuse_unused(*names, of="--loader webdataset")
             return
-        self.refuse_unused("shuffle_window_blocks", of="--loader stored")
+        self.refuse_unused("shuffle_window_blocks", "order", of="--loader stored")
         if self.targets is None:
             raise UserError(
                 "--loader webdataset streams the shards of --targets: give them, or --loader stored"
-            )
-        if self.order is not None:
-            raise UserError(
-                f"--order {self.order} is of --loader stored; webdataset orders in its own way: leave it out"
             )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mlpmem_ds.core.config import flag_name
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory_config import PRESETS, MemoryConfig
 from mlpmem_ds.stages.training.base_start import BaseStart
@@ -68,7 +69,7 @@ def _shape_of(
     for name in SHAPE_FLAGS:
         value = getattr(source, name)
         if value is not None:
-            flag = "preset" if config.preset else name.replace("_", "-")
-            required[name] = (f"--{flag} asks for", value)
+            flag = flag_name("preset" if config.preset else name)
+            required[name] = (f"{flag} asks for", value)
     check_fits(initial, required=required, vocabulary_sha256=inputs.corpus.vocabulary_sha256)
     return initial.memory

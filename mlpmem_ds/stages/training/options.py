@@ -100,11 +100,8 @@ class TrainingOptions(Flags):
     wandb_project: str | None = option("Weights & Biases project to log to as well", None, identity="none")
 
     def check(self) -> None:
-        if self.decay_fraction is not None and self.schedule != "wsd":
-            raise UserError(
-                f"--decay-fraction {self.decay_fraction} is a share of the steps of --schedule wsd,"
-                f" not of {self.schedule}: leave it out or change the schedule"
-            )
+        if self.schedule != "wsd":
+            self.refuse_unused("decay_fraction", of="--schedule wsd")
         if self.copy_to is not None:
             self._check_copies(self.copy_to)
         if self.validate_every is None and (self.early_stopping_patience or self.select == "best"):

@@ -204,7 +204,10 @@ def test_generate_joins_a_base_and_its_memories_itself(
     one = generate.Config(model=str(base_dir), memory=(bank[0],), lmbda=0.0, **options)
     assert generate.run(one, World()) == alone  # the base
     for flags, said in (
-        ({"model": "x", "prompt": ("a",), "gate": gate}, "--gate goes with --memory"),
+        (
+            {"model": "x", "prompt": ("a",), "gate": gate},
+            "--gate is of --memory, with the base as --model: add",
+        ),
         ({**parts, "prompt": ("a",), "lmbda": 0.3}, "leave out --lambda"),
     ):
         with pytest.raises(UserError, match=said):

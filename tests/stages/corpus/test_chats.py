@@ -124,8 +124,10 @@ def test_what_cannot_be_a_corpus_of_chats_is_told(
 ) -> None:
     with pytest.raises(UserError, match="--documents chat needs a tokenizer that has the special tokens"):
         chat_config(chats, tmp_path / "x", tokenizer="train:300")
-    with pytest.raises(UserError, match="--chat-template renders conversations: add --documents chat"):
+    with pytest.raises(UserError, match="--chat-template is of --documents chat: add that, or leave it out"):
         chat_config(chats, tmp_path / "x", documents="text", chat_template=chats / "x.jinja")
+    with pytest.raises(UserError, match="--cut-documents is of --documents text: add that, or leave it out"):
+        chat_config(chats, tmp_path / "x", cut_documents=500)
     prepare_corpus.run(chat_config(chats, tmp_path / "named", text_field="content"), World())
     assert "--text-field is not used: --documents is chat" in caplog.text
     with pytest.raises(UserError, match="--strict.*the assistant says nothing: 1"):

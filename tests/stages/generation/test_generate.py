@@ -420,8 +420,8 @@ def test_what_is_no_chat_is_refused(
     lines = tmp_path / "chats.jsonl"
     lines.write_text(json.dumps({"messages": answered}))
     for words, message in (
-        (("--prompt", "in", "--system", "s"), "--system goes with --chat"),
-        (("--prompt", "in", "--chat-template", "t"), "--chat-template goes with --chat"),
+        (("--prompt", "in", "--system", "s"), "--system is of --chat: add that, or leave it out"),
+        (("--prompt", "in", "--chat-template", "t"), "--chat-template is of --chat: add that"),
         (("--prompt", "in", "--chat"), "has no chat template: give one with --chat-template"),
         (("--prompts-file", lines, "--chat"), "nothing is left to answer after its last message"),
     ):

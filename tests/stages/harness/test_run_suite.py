@@ -419,7 +419,7 @@ def test_the_page_names_every_file_with_those_of_its_layout() -> None:
         ),
         (["--suite", "paper", "--output", __file__], "is a file: choose a directory"),
         (["--suite", "paper", "--output", "OUT", "--tasks", "piqa"], "--tasks does not go with --suite"),
-        (["--tasks", "piqa", "--data", "/tmp"], "--data goes with --suite"),
+        (["--tasks", "piqa", "--data", "/tmp"], "--data is of --suite: add that, or leave it out"),
         (["--tasks", "piqa", "--bootstrap-samples", "900"], "--bootstrap-samples is of --suite: add that"),
         (["--tasks", "piqa", "--passage-tokens", "9"], "--passage-tokens is of --passages: add that"),
         (

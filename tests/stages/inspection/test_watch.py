@@ -110,10 +110,15 @@ def test_a_place_without_a_stage_is_refused(tmp_path: Path, flags: dict) -> None
 
 
 @pytest.mark.parametrize(
-    "flags", [{"watch": 1.0, "output": Path("x")}, {"yes": True}, {"watch": 1.0, "discard": "a"}]
+    ("flags", "said"),
+    [
+        ({"watch": 1.0, "output": Path("x")}, "--watch and --prometheus look on"),
+        ({"watch": 1.0, "discard": "a"}, "--watch and --prometheus look on"),
+        ({"yes": True}, "--yes is of --discard: add that, or leave it out"),
+    ],
 )
-def test_flags_that_do_not_go_together_are_refused(flags: dict) -> None:
-    with pytest.raises(UserError, match="--"):
+def test_flags_that_do_not_go_together_are_refused(flags: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
         Config(run=Path("run"), **flags)
 
 

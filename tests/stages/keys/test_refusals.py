@@ -105,7 +105,7 @@ def test_weights_that_are_not_finite_name_position_and_layer(
         ({"audit": -1}, "--audit must be at least 1, not -1"),
         ({"audit": 10, "audit_dims": (17,)}, "--audit-dims 17 is more than"),
         ({"audit": 10, "audit_dims": (0,)}, "--audit-dims must be at least 1 and at most 1040, not 0"),
-        ({"audit_dims": (8,)}, "give --audit 2000 too"),
+        ({"audit_dims": (8,)}, "--audit-dims is of --audit: add that, or leave it out"),
         ({"audit": 10, "audit_candidates": 12}, "give at least 20"),
     ],
 )

@@ -42,7 +42,7 @@ from .conftest import COMPACT, NUM_KEYS, config, result_of, values, vectors
         ({"exclude_window": -1}, "--exclude-window must be at least 0, not -1"),
         ({"exclude": "same-document"}, "give --corpus"),
         ({"audit": -1}, "--audit must be at least 1, not -1"),
-        ({"raw_keys": Path("raw")}, "say --audit"),
+        ({"raw_keys": Path("raw")}, "--raw-keys is of --audit: add that, or leave it out"),
     ],
 )
 def test_bad_flags(keys: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:

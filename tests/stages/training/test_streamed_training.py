@@ -115,8 +115,14 @@ def test_what_cannot_be_streamed_is_refused(runs: Any, streamed: Path) -> None:
             alpha=0.0,
             loader="webdataset",
         )
-    runs.refuse("--order positions is of --loader stored", "wrong", 2, order="positions")
-    runs.refuse("give that too", "wrong", 2, loader="stored", targets_url="http://nowhere")
+    runs.refuse("--order is of --loader stored: add that", "wrong", 2, order="positions")
+    runs.refuse(
+        "--targets-url, --open-shards, --shuffle-buffer-positions are of --loader webdataset: add that",
+        "wrong",
+        2,
+        loader="stored",
+        targets_url="http://nowhere",
+    )
     (code,), (said,) = runs.run(
         runs.start("nowhere", 2, targets=streamed / "here", targets_url=f"pipe:cat {streamed}/none/{{}}")
     )
