@@ -85,6 +85,18 @@ def dtype(identity: Identity) -> Any:
     )
 
 
+MemoryWeights = Literal["float", "int8"]
+
+
+def memory_weights() -> Any:
+    """`memory_weights: MemoryWeights`, of memories that are scored"""
+    return option(
+        "the memories' matrices: as trained, or rounded to int8 as generate can read them",
+        "float",
+        identity="resolved",
+    )
+
+
 def special_tokens() -> Any:
     """`special_tokens: SpecialTokens`, of `formats.corpus`"""
     return option(
@@ -128,6 +140,23 @@ def grid_of(words: Sequence[str], *, flag: str = "--lambdas") -> Grid:
         return Grid.parse(words)
     except ValueError as error:
         raise UserError(f"{flag} {error}") from error
+
+
+def bootstrap_samples(*, condition: str = "") -> Any:
+    """`bootstrap_samples: int`; `condition` says in words where there are any."""
+    return option(
+        f"{condition}resamples for the 95 % intervals", 2000, at_least=100, at_most=10**6, identity="none"
+    )
+
+
+def passage_tokens() -> Any:
+    """`passage_tokens: int`, of `--passages`"""
+    return option("tokens of a passage, at most", 128, at_least=8)
+
+
+def num_passages() -> Any:
+    """`num_passages: int`, of `--passages`"""
+    return option("passages before a question", 5, at_least=1)
 
 
 def refuse_repeated(places: Sequence[str | Path], *, flag: str) -> None:

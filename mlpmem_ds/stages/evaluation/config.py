@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
@@ -118,9 +118,7 @@ class Config(Flags):
         identity="none",
         by_url=True,
     )
-    bootstrap_samples: int = option(
-        "resamples for the 95 % intervals", 2000, at_least=100, at_most=10**6, identity="none"
-    )
+    bootstrap_samples: int = shared_flags.bootstrap_samples()
     bootstrap_block: int = option("positions in a block of the bootstrap", 256, at_least=1, identity="none")
     speed_positions: int | None = option(
         "test positions on which speed is measured at a quarter, half and all of the keys; none = not",
@@ -142,11 +140,7 @@ class Config(Flags):
         identity="none",
     )
     dtype: shared_flags.Dtype = shared_flags.dtype("resolved")
-    memory_weights: Literal["float", "int8"] = option(
-        "the memories' matrices: as trained, or rounded to int8 as generate can read them",
-        "float",
-        identity="resolved",
-    )
+    memory_weights: shared_flags.MemoryWeights = shared_flags.memory_weights()
     device: str = shared_flags.device()
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
     attention: str = shared_flags.attention()

@@ -82,11 +82,7 @@ class Config(Flags):
     rank_timeout_seconds: float = shared_flags.rank_timeout_seconds()
     batch_windows: int = option("windows that a GPU reads at once", 16, at_least=1, identity="none")
     dtype: shared_flags.Dtype = shared_flags.dtype("resolved")
-    memory_weights: Literal["float", "int8"] = option(
-        "the memories' matrices: as trained, or rounded to int8 as generate can read them",
-        "float",
-        identity="resolved",
-    )
+    memory_weights: shared_flags.MemoryWeights = shared_flags.memory_weights()
     device: str = shared_flags.device()
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
     attention: str = shared_flags.attention()

@@ -66,7 +66,7 @@ class Config(JointOptions):
     )
     batch_size: int = option("prompts that are continued at once", 16, at_least=1)
     dtype: shared_flags.Dtype = shared_flags.dtype("none")
-    memory_weights: Literal["float", "int8"] = option(
+    memory_weights: shared_flags.MemoryWeights = option(
         "the memory's matrices: as they are, or rounded to int8 (on a CPU a faster step; see"
         " docs/generation.md)",
         "float",

@@ -59,8 +59,8 @@ class Config(JointOptions):
         None,
         by_url=True,
     )
-    passage_tokens: int = option("tokens of a passage, at most", 128, at_least=8)
-    num_passages: int = option("passages before a question", 5, at_least=1)
+    passage_tokens: int = shared_flags.passage_tokens()
+    num_passages: int = shared_flags.num_passages()
     control: tuple[str, ...] = option(
         "with --suite: further arms, NAME=a plain language model",
         (),
@@ -71,9 +71,7 @@ class Config(JointOptions):
     max_new_tokens: int | None = option(
         "with --suite: largest number of tokens of an answer (default: the task's own)", None, at_least=1
     )
-    bootstrap_samples: int = option(
-        "with --suite: resamples for the 95 % intervals", 2000, at_least=100, at_most=10**6, identity="none"
-    )
+    bootstrap_samples: int = shared_flags.bootstrap_samples(condition="with --suite: ")
     num_fewshot: int | None = option(
         "examples before each question (default: the task's own; local files: 0)", None, at_least=0
     )

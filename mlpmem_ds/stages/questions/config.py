@@ -46,8 +46,8 @@ class Config(Flags):
         None,
         by_url=True,
     )
-    passage_tokens: int = option("tokens of a passage, at most", 128, at_least=8)
-    num_passages: int = option("passages before a question", 5, at_least=1)
+    passage_tokens: int = shared_flags.passage_tokens()
+    num_passages: int = shared_flags.num_passages()
     num_fewshot: int = option("answered examples before an open question, of its own set", 0, at_least=0)
     limit: int | None = option(
         "at most this many questions of each file, its first ones (default: all)", None, at_least=1
@@ -60,9 +60,7 @@ class Config(Flags):
         at_least=1,
     )
     unit_questions: int = option("questions in a unit of work", 64, at_least=1)
-    bootstrap_samples: int = option(
-        "resamples for the 95 % intervals", 2000, at_least=100, at_most=10**6, identity="none"
-    )
+    bootstrap_samples: int = shared_flags.bootstrap_samples()
     dtype: shared_flags.Dtype = shared_flags.dtype("own")
     device: str = shared_flags.device()
 
