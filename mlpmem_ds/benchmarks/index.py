@@ -64,6 +64,7 @@ from mlpmem_ds.maths.target_distance import neighbour_variation, recall
 from mlpmem_ds.maths.weighting import fit_weighting
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.index.factory import choose_factory
+from mlpmem_ds.stages.targets.config import check_perplexity
 
 _SEED = 1
 
@@ -92,7 +93,7 @@ class Config(Flags):
     queries: int = option("queries of the list search: the first keys", 16384, at_least=1)
     exact_keys: int = option("keys of the exact search: the first ones", 100_000, at_least=1)
     exact_queries: int = option("queries of the exact search: the first keys", 20_000, at_least=1)
-    perplexity: float = option("neighbours that count, for the total variation", 300.0)
+    perplexity: float = option("neighbours that count, for the total variation", 300.0, above=1)
     sample: int = option("queries compared with exact search of all keys", 300, at_least=1)
     gpu_keys: int = option("where CUDA is: made-up keys of the list search there", 10_000_000)
     gpu_exact_keys: int = option("where CUDA is: made-up keys of the exact search there", 1_000_000)
@@ -113,8 +114,7 @@ class Config(Flags):
                 f"--exact-queries {self.exact_queries}, --exact-keys {self.exact_keys} and --positions "
                 f"{self.positions} must ascend"
             )
-        if not 1 < self.perplexity < self.k:
-            raise UserError(f"--perplexity {self.perplexity:g} must lie between 1 and --k {self.k}")
+        check_perplexity(self.perplexity, self.k, flag="--perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)

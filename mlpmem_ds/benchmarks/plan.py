@@ -40,6 +40,7 @@ from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
 from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.planning import plan
+from mlpmem_ds.stages.targets.config import check_perplexity
 
 _STAGES = ("index", "targets")
 _SEED = 1
@@ -82,14 +83,11 @@ class Config(Flags):
     vocab_size: int = option("vocabulary of the made-up values", 50257, at_least=1)
     k: int = option("neighbours of a position", 1024, at_least=1)
     nprobe: int = option("lists that a query probes", 16, at_least=1)
-    neighbour_perplexity: float = option("neighbours that count", 100.0)
+    neighbour_perplexity: float = option("neighbours that count", 100.0, above=1)
     threads: int | None = shared_flags.threads()
 
     def check(self) -> None:
-        if not 1 < self.neighbour_perplexity < self.k:
-            raise UserError(
-                f"--neighbour-perplexity {self.neighbour_perplexity:g} must lie between 1 and --k {self.k}"
-            )
+        check_perplexity(self.neighbour_perplexity, self.k)
 
 
 @dataclass(frozen=True, kw_only=True)

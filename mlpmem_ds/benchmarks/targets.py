@@ -44,7 +44,6 @@ from mlpmem_ds.benchmarks.made_up_keys import synthetic_keys, write_synthetic_ke
 from mlpmem_ds.benchmarks.published_targets import stock_index, write_published
 from mlpmem_ds.benchmarks.target_fidelity import Case, fidelity_rows, sample_blocks, temperatures_of
 from mlpmem_ds.core.config import Flags, flag_name, option
-from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.hashing import shuffled
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.world import World
@@ -55,6 +54,7 @@ from mlpmem_ds.stages import shared_flags
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.targets import write_targets
 from mlpmem_ds.stages.targets.audit import open_truth
+from mlpmem_ds.stages.targets.config import check_perplexity
 
 __all__ = [
     "Config",
@@ -95,8 +95,10 @@ class Config(Flags):
     k: int = option("neighbours of a position", 1024, at_least=1)
     nprobe: int = option("lists that a query probes", 32, at_least=1)
     mass: float = option("probability that ours keeps of each row", 0.999, above=0, at_most=1)
-    soft_perplexity: float = option("neighbours that count at the soft temperature, which is timed", 300.0)
-    sharp_perplexity: float = option("neighbours that count at the sharp temperature", 30.0)
+    soft_perplexity: float = option(
+        "neighbours that count at the soft temperature, which is timed", 300.0, above=1
+    )
+    sharp_perplexity: float = option("neighbours that count at the sharp temperature", 30.0, above=1)
     plain_positions: int | None = option(
         "positions that plain does, none = all; its rate does not depend on it", 20_000, at_least=1
     )
@@ -109,10 +111,7 @@ class Config(Flags):
         if self.keys is None:
             self.refuse_unused("index", "raw_keys", of="--keys")
         for name in ("soft_perplexity", "sharp_perplexity"):
-            if not 1 < getattr(self, name) < self.k:
-                raise UserError(
-                    f"{flag_name(name)} {getattr(self, name):g} must lie between 1 and --k {self.k}"
-                )
+            check_perplexity(getattr(self, name), self.k, flag=flag_name(name))
 
 
 @dataclass(frozen=True, kw_only=True)

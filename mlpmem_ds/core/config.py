@@ -60,7 +60,7 @@ class Flags:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_numbers(field, getattr(self, field.name))
+            check_numbers(field, getattr(self, field.name))
         self.check()
 
     def check(self) -> None:
@@ -72,9 +72,9 @@ class Flags:
 
     def given(self, *names: str) -> list[str]:
         """Of these optional flags those with another value than their default, as users write them."""
-        fields = {field.name: field for field in dataclasses.fields(self)}
+        owner = type(self)
         return [
-            flag_of(fields[name]) for name in names if getattr(self, name) != default_of(type(self), name)
+            flag_of(field_of(owner, name)) for name in names if getattr(self, name) != default_of(owner, name)
         ]
 
     def refuse_unused(self, *names: str, of: str) -> None:
@@ -228,7 +228,7 @@ def _refuse_repeated_flags(parser: argparse.ArgumentParser, words: Sequence[str]
         seen.add(flag)
 
 
-def _check_numbers(field: dataclasses.Field[Any], value: Any) -> None:
+def check_numbers(field: dataclasses.Field[Any], value: Any) -> None:
     """Check a flag's number, or each of its numbers.
 
     Raises:
@@ -328,9 +328,15 @@ def has_urls(config: Flags) -> bool:
     return False
 
 
+def field_of(config_class: type[Flags], name: str) -> dataclasses.Field[Any]:
+    """The field of the flag `name`, which must be there."""
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
+    return field
+
+
 def default_of(config_class: type[Flags], name: str) -> Any:
     """The default of the flag `name`, which must have one."""
-    (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
+    field = field_of(config_class, name)
     assert field.default is not dataclasses.MISSING, f"{flag_of(field)} is required"
     return field.default
 

@@ -136,8 +136,7 @@ class Config(Flags):
             raise UserError(
                 f"--processes {self.processes}: this system cannot fork; start several ranks instead"
             )
-        if self.block_size % self.stride:
-            raise UserError(f"--block-size {self.block_size} must be a multiple of --stride {self.stride}")
+        check_stride(self.block_size, self.stride)
         fractions = (self.tuning_fraction, self.test_fraction, self.heldout_fraction)
         if sum(fractions) >= 1:
             raise UserError(f"the fractions {fractions} must leave something for training")
@@ -177,3 +176,9 @@ class Config(Flags):
                 f"--encoding {self.encoding}: Python knows no such encoding ({error}): name one of its list,"
                 " such as latin-1, cp1252, shift_jis, gb18030 or utf-16-le"
             ) from error
+
+
+def check_stride(block_size: int, stride: int) -> None:
+    """Raises UserError where the blocks of a corpus would not begin at multiples of their distance."""
+    if block_size % stride:
+        raise UserError(f"--block-size {block_size} must be a multiple of --stride {stride}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mlpmem_ds.core.config import Flags, default_of, option
+from mlpmem_ds.core.config import Flags, default_of, field_of, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.models.memory_config import PRESETS
 from mlpmem_ds.stages.corpus.config import Config as CorpusConfig
@@ -17,8 +17,8 @@ from mlpmem_ds.stages.targets.config import Config as TargetsConfig
 from mlpmem_ds.stages.training.config import Config as TrainingConfig
 
 _MAX_SIZE = 10**6  # beyond any machine and model, and far from where sums of bytes overflow
-DEFAULTS: dict[str, Any] = {
-    name: default_of(config_class, name)
+_STAGES: dict[str, type[Flags]] = {
+    name: config_class
     for config_class, names in (
         (CorpusConfig, ("block_size", "stride")),
         (KeysConfig, ("codec", "input_codec")),
@@ -27,13 +27,19 @@ DEFAULTS: dict[str, Any] = {
         (TrainingConfig, ("epochs", "keep_checkpoints", "batch_positions", "shuffle_window_blocks")),
     )
     for name in names
-} | {"input_layers": 1}
+}
+"""flag → the Config of its stage"""
+DEFAULTS: dict[str, Any] = {name: default_of(owner, name) for name, owner in _STAGES.items()} | {
+    "input_layers": 1
+}
 """flag → the default that its stage gives it"""
 
 
-def _of_stage(name: str, help: str, **bounds: Any) -> Any:
-    """A flag of another stage; left out, it is the calibrated run's, or that stage's default."""
-    return option(f"{help} (default: {DEFAULTS[name]})", None, **bounds)
+def _of_stage(name: str, help: str) -> Any:
+    """A flag of another stage, with its bounds; left out, it is the calibrated run's, or its default."""
+    bounds = field_of(_STAGES[name], name).metadata["bounds"]
+    limits: dict[str, Any] = {words.replace(" ", "_"): limit for words, limit in bounds.items()}
+    return option(f"{help} (default: {DEFAULTS[name]})", None, **limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,23 +60,23 @@ class Config(Flags):
     parameters: float | None = option("parameters of the base, such as 1.5e9", None, at_least=1, at_most=1e15)
     width: int | None = option("size of its hidden states", None, at_least=1, at_most=_MAX_SIZE)
     vocab_size: int | None = option("entries of its vocabulary", None, at_least=1, at_most=10**9)
-    block_size: int | None = _of_stage("block_size", "tokens that the base reads at once", at_least=1)
+    block_size: int | None = _of_stage("block_size", "tokens that the base reads at once")
     stride: int | None = _of_stage(
-        "stride", "tokens between the starts of two blocks: each is read block / stride times", at_least=1
+        "stride", "tokens between the starts of two blocks: each is read block / stride times"
     )
     dim: int | None = option("numbers in a key (default: the width, at most 256)", None, at_least=1)
     codec: Literal["int8", "raw"] | None = _of_stage("codec", "of keys")
     input_codec: Literal["bf16", "int8", "none"] | None = _of_stage("input_codec", "of memory inputs")
-    input_layers: int | None = _of_stage(
-        "input_layers",
-        "layers whose states make a memory input, as many as extract_keys --input-layer names",
+    input_layers: int | None = option(
+        "layers whose states make a memory input, as many as extract_keys --input-layer names (default: 1)",
+        None,
         at_least=1,
     )
     factory: str = option("faiss factory of the index, or auto", "auto")
     num_shards: int | None = option("files of the index (default: as build_index chooses)", None, at_least=1)
     search: Literal["auto", "exact", "ivf"] = option("of the targets", "auto")
-    nprobe: int | None = _of_stage("nprobe", "lists that a query probes", at_least=1)
-    k: int | None = _of_stage("k", "neighbours of a position", at_least=1)
+    nprobe: int | None = _of_stage("nprobe", "lists that a query probes")
+    k: int | None = _of_stage("k", "neighbours of a position")
     neighbour_perplexity: float | None = option(
         "how many neighbours count (default: as write_targets chooses it for --k)", None, above=1
     )
@@ -83,12 +89,8 @@ class Config(Flags):
         " in the calibrated run)",
         None,
     )
-    batch_positions: int | None = _of_stage(
-        "batch_positions", "positions of a training step, over all ranks", at_least=1
-    )
-    epochs: float | None = _of_stage(
-        "epochs", "passes of the training over all positions", above=0, at_most=1e6
-    )
+    batch_positions: int | None = _of_stage("batch_positions", "positions of a training step, over all ranks")
+    epochs: float | None = _of_stage("epochs", "passes of the training over all positions")
     ranks: int = option("processes of each stage", 1, at_least=1, at_most=_MAX_SIZE)
     nodes: int = option("machines that the ranks are spread over", 1, at_least=1, at_most=_MAX_SIZE)
     threads: int | None = option(

@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlpmem_ds.core.config import check_numbers, field_of
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.stages.corpus.config import check_stride
 from mlpmem_ds.stages.index.factory import make_index
-from mlpmem_ds.stages.targets.config import MAX_NEIGHBOURS
+from mlpmem_ds.stages.targets.config import Config as TargetsConfig
+from mlpmem_ds.stages.targets.config import check_perplexity
 
 Encoding = Literal["exact", "compact"]
 
@@ -105,18 +108,13 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
         UserError: blocks, keys or neighbours that do not fit each other.
     """
     block_size, stride, dim, width = (sizes[name] for name in ("block_size", "stride", "dim", "width"))
-    if block_size % stride:
-        raise UserError(f"--block-size {block_size} must be a multiple of --stride {stride}")
+    check_stride(block_size, stride)
     if dim > width or (sizes["codec"] == "raw" and dim != width):
         keeps = "; --codec raw keeps all of them" if sizes["codec"] == "raw" else ""
         raise UserError(f"--dim {dim} is not of a base of --width {width}{keeps}: leave it out")
-    if not 1 <= sizes["k"] <= MAX_NEIGHBOURS:
-        raise UserError(f"--k {sizes['k']:,} is more than the {MAX_NEIGHBOURS:,} that write_targets takes")
-    if sizes["k"] > 1 and sizes["neighbour_perplexity"] >= sizes["k"]:
-        raise UserError(
-            f"--neighbour-perplexity {sizes['neighbour_perplexity']:g} must lie between 1 and --k"
-            f" {sizes['k']}: give --neighbour-perplexity, such as half of --k"
-        )
+    check_numbers(field_of(TargetsConfig, "k"), sizes["k"])  # of a calibrated run it may be anything
+    if sizes["k"] > 1:
+        check_perplexity(sizes["neighbour_perplexity"], sizes["k"])
 
 
 @dataclass(frozen=True, kw_only=True)

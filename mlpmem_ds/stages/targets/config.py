@@ -15,7 +15,7 @@ from mlpmem_ds.maths.exact_limit import MAX_KEYS_FOR_EXACT
 from mlpmem_ds.maths.weighting import DEFAULT_PERPLEXITY, Kind, default_perplexity
 from mlpmem_ds.stages import shared_flags
 
-MAX_NEIGHBOURS = 2**16 - 1
+_MAX_NEIGHBOURS = 2**16 - 1
 """entries of a row are counted in uint16"""
 
 
@@ -34,7 +34,7 @@ class Config(Flags):
     index: Path | None = option(
         "index directory of build_index over the same keys; not needed for exact search", None, by_url=True
     )
-    k: int = option("neighbours of a position", 1024, at_least=1, at_most=MAX_NEIGHBOURS)
+    k: int = option("neighbours of a position", 1024, at_least=1, at_most=_MAX_NEIGHBOURS)
     weighting: Kind = option(
         "how a neighbour's weight falls with its distance d: softmax = exp(-d²/T); inverse-distance ="
         " 1/(1 + (d² - d₁²)/T), with d₁ of the nearest one, which leaves far ones more",
@@ -112,11 +112,8 @@ class Config(Flags):
             raise UserError(
                 "--k 1: one neighbour has all the weight at any temperature: give --temperature 1"
             )
-        if self.temperature == "auto" and not 1 < self.perplexity < self.k:
-            raise UserError(
-                f"--neighbour-perplexity {self.perplexity:g} must lie between 1 and --k {self.k}:"
-                " give --neighbour-perplexity, such as half of --k"
-            )
+        if self.temperature == "auto":
+            check_perplexity(self.perplexity, self.k)
         if self.exclude == "same-document" and self.corpus is None:
             raise UserError("--exclude same-document needs to know the documents: give --corpus")
         if self.audit is None:
@@ -131,6 +128,14 @@ class Config(Flags):
     def perplexity(self) -> float:
         """The perplexity of the neighbours' weights that --temperature auto aims at."""
         return default_perplexity(self.k) if self.neighbour_perplexity is None else self.neighbour_perplexity
+
+
+def check_perplexity(perplexity: float, k: int, *, flag: str = "--neighbour-perplexity") -> None:
+    """Raises UserError where the weights of `k` neighbours cannot have this perplexity, which is above 1."""
+    if perplexity >= k:
+        raise UserError(
+            f"{flag} {perplexity:g} must lie between 1 and --k {k}: give {flag}, such as half of --k"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

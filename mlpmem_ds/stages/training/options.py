@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlpmem_ds.core.config import Flags, option
+from mlpmem_ds.core.config import Flags, field_of, option
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.flag_values import whole_number
 from mlpmem_ds.core.output_files import owner_of
@@ -138,5 +138,4 @@ class TrainingOptions(Flags):
 
 def with_default(name: str, default: Any) -> Any:
     """A shared flag again, for a Config where it has another default."""
-    (field,) = (field for field in dataclasses.fields(TrainingOptions) if field.name == name)
-    return dataclasses.field(default=default, metadata=field.metadata)
+    return dataclasses.field(default=default, metadata=field_of(TrainingOptions, name).metadata)
