@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
@@ -55,8 +54,7 @@ def a_manifest(gate: HistoryGate) -> GateManifest:
 
 
 def write(root: Path, gate: HistoryGate) -> None:
-    config: Any = make_dataclass("NoFlags", [], frozen=True)()
-    directory = open_stage(root, stage="gate", version=1, config=config, inputs={}, world=World())
+    directory = open_stage(root, stage="gate", version=1, config=Flags(), inputs={}, world=World())
     directory.run_units(["gate"], lambda _, writer: write_gate_weights(writer, gate.state_dict()))
     directory.complete(["gate"], lambda: a_manifest(gate))
 

@@ -1,10 +1,9 @@
 """Trained weights are written and read back; what is damaged or of another version is refused."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import publish_json, read_json
 from mlpmem_ds.core.stage_directory import open_stage
@@ -20,17 +19,13 @@ from ..manifests import make_provenance
 
 
 def test_weights_round_trip(tmp_path):
-    @dataclass(frozen=True, kw_only=True)
-    class Nothing:
-        pass
-
     provenance = make_provenance(steps=3, alpha=0.5)
     weights = {"head.weight": torch.randn(5, 3), "final_norm.bias": torch.randn(3)}
     directory = open_stage(
         tmp_path / "memory",
         stage=MemoryManifest.FORMAT,
         version=MemoryManifest.VERSION,
-        config=Nothing(),
+        config=Flags(),
         inputs={},
         world=World(),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlpmem_ds.core.blocks import split_blocks
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
@@ -20,11 +20,6 @@ from mlpmem_ds.maths.sparse_rows import SparseRows
 from ..manifests import targets_manifest
 
 NUM_POSITIONS, BLOCK_SIZE, SHARD_POSITIONS, VOCAB_SIZE = 117, 8, 40, 70_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Config:
-    output: Path
 
 
 def source() -> tuple[list[dict[int, float]], np.ndarray]:
@@ -59,7 +54,7 @@ def write_targets(root: Path, encoding: Encoding = "exact", container: Container
         root,
         stage=TargetsManifest.FORMAT,
         version=TargetsManifest.VERSION,
-        config=_Config(output=root),
+        config=Flags(),
         inputs={"keys": "0" * 64},
         world=World(),
     )

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlpmem_ds.core.blocks import split_blocks
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -114,11 +113,6 @@ def make_evaluation(*arms: ArmFigures, **changes: Any) -> Evaluation:
     return Evaluation(arms=arms, **(fields | changes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Config:
-    output: Path = option("directory", identity="none")
-
-
 def _make_keys(
     root: Path,
     vectors_ND: np.ndarray,
@@ -134,7 +128,7 @@ def _make_keys(
         root,
         stage=KeysManifest.FORMAT,
         version=KeysManifest.VERSION,
-        config=_Config(output=root),
+        config=Flags(),
         inputs={"corpus": "0" * 64},
         world=World(),
     )

@@ -3,7 +3,6 @@ parts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fingerprint_model
@@ -64,11 +63,6 @@ BASES: dict[str, dict[str, Any]] = {
 ATTENTION = {"gemma2": "eager"}  # its soft cap of attention needs it
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flags:
-    output: Path = option("directory to write")
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, found = tmp_path_factory.mktemp("bases"), {}
@@ -97,9 +91,7 @@ def save_memory(root: Path, base: Path, tokenizer: Path, family: str) -> Path:
         base=fingerprint_model(str(base)),
         vocabulary_sha256=vocabulary_sha256(AutoTokenizer.from_pretrained(tokenizer)),
     )
-    directory = open_stage(
-        root, stage="memory", version=1, config=_Flags(output=root), inputs={}, world=World()
-    )
+    directory = open_stage(root, stage="memory", version=1, config=Flags(), inputs={}, world=World())
     directory.run_units(
         ["weights"],
         lambda _, writer: write_weights(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mlpmem_ds.core.config import option
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
@@ -28,11 +28,6 @@ from mlpmem_ds.stages.conversion.gate_inputs import stored_gate
 from mlpmem_ds.stages.generation import generate
 
 from .conftest import IDS, MemoryFlags, convert, save_memory, save_report
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Flags:
-    output: Path = option("directory to write")
 
 
 def save_gate(
@@ -59,9 +54,7 @@ def save_gate(
         "texts": (),
     }
     manifest = GateManifest(**{**fields, **changes})
-    directory = open_stage(
-        root, stage="gate", version=1, config=_Flags(output=root), inputs={}, world=World()
-    )
+    directory = open_stage(root, stage="gate", version=1, config=Flags(), inputs={}, world=World())
     directory.run_units(["weights"], lambda _, writer: write_gate_weights(writer, gate.state_dict()))
     directory.complete(["weights"], lambda: manifest)
     return root

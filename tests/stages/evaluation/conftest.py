@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
@@ -72,7 +72,7 @@ def save_memory(
         "batch_positions": 512,
     }
     provenance = make_provenance(**fields | changes)
-    directory = open_stage(root, stage="memory", version=1, config=_no_flags(), inputs={}, world=World())
+    directory = open_stage(root, stage="memory", version=1, config=Flags(), inputs={}, world=World())
 
     def compute(_: str, writer: UnitWriter) -> None:
         write_weights(writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance)
@@ -98,7 +98,7 @@ def save_targets(
         root,
         stage=TargetsManifest.FORMAT,
         version=TargetsManifest.VERSION,
-        config=_no_flags(),
+        config=Flags(),
         inputs={"keys": keys_sha256},
         world=World(),
     )
@@ -119,10 +119,6 @@ def save_model(base_dir: Path, corpus_dir: Path, path: Path, *, seed: int) -> Pa
     shutil.copy(corpus_dir / "tokenizer" / "tokenizer.json", path)
     (path / "checkpoints").mkdir()  # as `train_base` leaves it next to the model
     return path
-
-
-def _no_flags() -> Any:
-    return make_dataclass("NoFlags", [], frozen=True)()
 
 
 def _finish(directory: StageDirectory, unit: str, compute: Any, **fields: Any) -> None:

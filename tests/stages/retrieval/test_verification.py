@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import make_dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
 from mlpmem_ds.core.world import World
@@ -25,8 +25,7 @@ def keys(make_keys: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def stage_of(root: Path) -> StageDirectory:
-    config = make_dataclass("NoFlags", [], frozen=True)()
-    return open_stage(root, stage="reader", version=1, config=config, inputs={}, world=World())
+    return open_stage(root, stage="reader", version=1, config=Flags(), inputs={}, world=World())
 
 
 def flip_last_byte(path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
@@ -25,11 +25,6 @@ from mlpmem_ds.stages.keys import extract_keys
 from ...manifests import targets_manifest
 
 BLOCK = 64  # the last block of the split is shorter
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nothing:
-    """A stage's flags, of which the targets here need none."""
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +66,7 @@ def write_targets(root: Path, keys: Keys, *, cuts: Sequence[int] = (), left_out:
         root,
         stage=TargetsManifest.FORMAT,
         version=TargetsManifest.VERSION,
-        config=Nothing(),
+        config=Flags(),
         inputs={"keys": keys.sha256},
         world=World(),
     )

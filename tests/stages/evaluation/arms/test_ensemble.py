@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import make_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
@@ -81,9 +81,8 @@ def test_the_text_that_it_was_trained_on_is_refused(
     config: Config, base_dir: Path, corpus_dir: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
-    flags: Any = make_dataclass("NoFlags", [], frozen=True)()
     inputs = {"corpus": open_corpus(corpus_dir).sha256}
-    stage = open_stage(model, stage="baseline", version=1, config=flags, inputs=inputs, world=World())
+    stage = open_stage(model, stage="baseline", version=1, config=Flags(), inputs=inputs, world=World())
     manifest = BaselineManifest(
         kind="continued",
         base={},
